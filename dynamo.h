@@ -1,0 +1,361 @@
+/* dynamo.h: the map of the house.
+ *
+ * A request travels through these files, and each part of this header belongs to one of them:
+ *
+ *     dynamo.c     main, the model's forward pass, one thread per worker      (calls all below)
+ *     scheduler.c  who computes what next: a state machine over requests     -> kvcache.c
+ *     kvcache.c    where each KV block is: slots, the global index, LRU
+ *     kernels.c    the CPU backend: every op of the forward pass, the copies (kernels.cu: CUDA)
+ *
+ * The scheduler and the cache hold no device pointer, thread or clock: they deal in slot numbers
+ * and say what is to be computed and copied. dynamo.c turns slots into addresses and carries the
+ * orders out through a backend. A backend knows nothing of requests.
+ *
+ * Words for dimensions, used everywhere in shapes such as (n_rows, d_model), slowest first:
+ *     n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size   the model's
+ *     n_rows       tokens computed in one step, the rows of all its sequences one after another
+ *     n_sequences  requests that take part in a step
+ *     n_samples    rows of a step whose next token is sampled
+ *     n_shards     devices of one worker; each holds n_heads / n_shards heads and as much of d_ff
+ *
+ * One block and one token on paper (2 workers: 0 prefills, 1 decodes; a prompt of 20 tokens):
+ *     sched_submit   the request waits.
+ *     sched_next(0)  no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
+ *                    a slot on worker 0 to be written and a slot reserved on worker 1.
+ *                    The step: rows 0-19, block table {slot of A, slot of B}, one sample (row 19).
+ *     forward        row 3 of layer 5: rope_append writes its K to kv + slot(A) * block_bytes,
+ *                    at [layer 5][k][kv_head][3][head_dim]; attention reads it through the table.
+ *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
+ *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
+ *     sched_next(1)  hands out the two copy orders; worker 1 carries them out, reports
+ * sched_copied. sched_next(1)  all blocks have arrived: a step of one row, token 20 at position 20,
+ * in B. sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A. the
+ * end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If worker 1
+ * needs room, its coldest block is copied to host, then dropped. */
+#ifndef DYNAMO_H
+#define DYNAMO_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "gguf.h"
+
+enum {
+    BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
+    MAX_WORKERS = 16,
+    MAX_SHARDS = 8, /* devices of one worker */
+    K_SEGMENTS = 8  /* pieces into which a product that shards cut along K is summed */
+};
+
+/* ---- requests ---- */
+
+/* How the next token is drawn from the logits; see `sample` below. Temperature 0: the largest. */
+struct sampling {
+    float temperature, top_p, min_p; /* top_p 1, min_p 0: off */
+    int top_k;                       /* 0: off */
+    uint64_t seed;
+};
+
+enum request_state {
+    REQUEST_WAITING,   /* in the queue: new, or preempted */
+    REQUEST_LOADING,   /* blocks are reserved; its cached prefix is on its way to the prefill worker
+                        */
+    REQUEST_PREFILL,   /* chunks of its prompt are computed */
+    REQUEST_HAND_OVER, /* its last blocks are on their way to the decode worker */
+    REQUEST_RUNNING,   /* one token a step */
+    REQUEST_FINISHED
+};
+
+enum finish_reason { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, FINISH_ERROR };
+
+/* A request. The caller owns the memory, fills in the first part, and may read the rest while it
+ * holds the scheduler's lock. tokens[0, n_prompt) is the prompt, tokens[n_prompt, length) what was
+ * generated; K and V of tokens [0, filled) are computed; after prefill filled == length - 1. */
+struct request {
+    int64_t id;            /* unique; the order of arrival, and of seniority */
+    int *tokens;           /* (capacity of n_prompt + max_new) */
+    int n_prompt, max_new; /* max_new >= 1 */
+    struct sampling sampling;
+
+    enum request_state state;
+    enum finish_reason reason;
+    char error[256];
+    int length, filled;
+    int prefill_end;   /* [filled, prefill_end) is to be computed by prefill steps */
+    int cached_tokens; /* prompt tokens that the first prefix hit covered */
+    int prefill_worker, decode_worker;   /* equal: prefilled where it is decoded; -1: none */
+    int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
+    int n_blocks, n_registered, n_ready; /* blocks in the index; blocks seen to have arrived */
+    int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
+    int saved; /* preempted in mid-block: the node of that block; -1: none, or lost */
+    int copy_failures;
+    bool in_step, cancelled, ends_at_cancel;   /* ends_at_cancel: a stop text was found */
+    double submitted, first_token, last_token; /* seconds */
+    struct request *previous, *next;
+};
+
+/* ---- one step: all that a forward pass needs to know ---- */
+
+struct sequence {
+    int first_row, n_rows;     /* its rows in the batch */
+    int start;                 /* position of its first row: so many tokens are in its blocks */
+    int first_block, n_blocks; /* its part of block_table */
+    bool generated;            /* its row is a generated token (decode), not a prompt's */
+};
+
+struct batch {
+    int n_rows, n_sequences, n_samples, n_blocks;
+    int *token, *position, *row_sequence; /* (n_rows) */
+    struct sequence *sequence;            /* (n_sequences) */
+    int *block_table;                     /* (n_blocks) slots on the worker that runs the step */
+    int *sample_row;                      /* (n_samples) rows whose logits are wanted */
+    struct sampling *sampling;            /* (n_samples) */
+    int *sampled;                         /* (n_samples) out: the token for position + 1 */
+};
+
+/* ---- the backend interface: CPU, CUDA, simulated time ---- */
+
+struct weight; /* a tensor, or a shard's part of one, in the backend's own layout */
+
+struct layer_weights { /* of one shard; absent ones are NULL (see struct model_layer) */
+    const struct weight *attn_norm, *attn_q, *attn_k, *attn_v, *q_bias, *k_bias, *v_bias;
+    const struct weight *attn_q_norm, *attn_k_norm, *attn_output;
+    const struct weight *ffn_norm, *ffn_gate, *ffn_up, *ffn_down;
+};
+
+struct weights {
+    const struct weight *token_embd, *output_norm, *output;
+    struct layer_weights *layers; /* (n_layers) */
+};
+
+enum slice_kind { SLICE_WHOLE, SLICE_ROWS, SLICE_COLS };
+
+struct slice { /* which part of a tensor a shard holds: part `rank` of `count` equal ones */
+    enum slice_kind kind;
+    int rank, count;
+};
+
+enum kv_type { KV_F32, KV_BF16 };
+enum stream { STREAM_COMPUTE, STREAM_PAGE_OUT, STREAM_PAGE_IN, STREAM_TRANSFER, N_STREAMS };
+enum product_input { INPUT_ATTENTION, INPUT_FFN };
+
+struct copy2d { /* `height` runs of `width` bytes */
+    void *to;
+    const void *from;
+    size_t to_pitch, from_pitch, width, height;
+};
+
+/* One device as dynamo.c sees it; a backend allocates it as the first member of its own struct.
+ * Fields are set once, by device_open from its arguments and, for kv, by the caller. */
+struct device {
+    struct backend *backend;
+    const struct model_config *config; /* of the whole model */
+    const float *rope_frequency;       /* host (rope_dim / 2) radians per position */
+    int index;                         /* its number in --devices */
+    int rank, n_shards;                /* its place in its worker */
+    bool urgent;                       /* it decodes: its work goes before prefill work */
+    int max_rows, max_samples;         /* the largest step that it must take */
+    enum kv_type kv_type;
+    void *kv; /* device (blocks, block_bytes): see block_bytes below */
+};
+
+/* Functions that can fail return NULL or false and write one line into `error`; the ops cannot
+ * fail: a fault of the device ends the program with its file and line.
+ *
+ * The activations belong to the device: x (n_rows, d_model) f32 is the residual stream, and q, k,
+ * v, attention and ffn are what the ops below leave for each other, in its own layout. An op is
+ * called between step_begin and step_end, by the one thread that drives the device, and may
+ * return before its work is done; the ops of a device are carried out in order.
+ *
+ * A shard computes its own heads and its own part of d_ff. project_add on one of several shards
+ * leaves its partial sum on the device, and all_reduce_add of the worker's shards adds all partial
+ * sums to every shard's x; on a worker of one shard project_add adds to x itself. Both sum K in
+ * K_SEGMENTS segments combined by a binary tree, so the result does not depend on n_shards. */
+struct backend {
+    const char *name;
+    void (*close)(struct backend *backend);
+    /* devices; fields of `wanted` except kv say what is asked for */
+    struct device *(*device_open)(struct backend *backend, const struct device *wanted,
+                                  char *error);
+    void (*device_close)(struct device *device);
+    /* memory: `pinned` host memory can be the other end of fast copies. NULL: no room */
+    void *(*alloc)(struct device *device, size_t bytes, bool pinned);
+    void (*release)(struct device *device, void *memory, bool pinned);
+    size_t (*free_memory)(struct device *device, bool pinned); /* bytes that alloc could give */
+    const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
+                                   struct slice slice, char *error);
+    /* copies run beside the ops; a ticket is polled, never waited for */
+    uint64_t (*copy)(struct device *device, enum stream stream, const struct copy2d *copy);
+    bool (*copy_done)(struct device *device, enum stream stream, uint64_t ticket);
+
+    /* one step. step_begin takes what it needs from the batch, which stays unchanged until
+     * step_end; false: it has replayed a recording of the ops, which are then skipped */
+    bool (*step_begin)(struct device *device, const struct batch *batch);
+    /* x = token_embd[token] */
+    void (*embed)(struct device *device, const struct weight *token_embd);
+    /* q, k, v = attn_{q,k,v} . rmsnorm(x) + bias */
+    void (*norm_qkv)(struct device *device, const struct layer_weights *layer);
+    /* q, k: norm over head_dim if the layer has one, then rope; k, v into their blocks */
+    void (*rope_append)(struct device *device, const struct layer_weights *layer, int layer_index);
+    /* attention = softmax(q . k / sqrt(head_dim)) . v over positions [0, own], through the table */
+    void (*attention)(struct device *device, int layer_index);
+    /* x += matrix . input; see above for shards */
+    void (*project_add)(struct device *device, const struct weight *matrix,
+                        enum product_input input);
+    /* ffn = silu(ffn_gate . h) * (ffn_up . h), h = rmsnorm(x) */
+    void (*norm_gate_up)(struct device *device, const struct layer_weights *layer);
+    void (*all_reduce_add)(struct device **shards, int n_shards);
+    /* logits (n_samples, vocab_size) of the sampled rows; called on the first shard alone */
+    void (*norm_logits)(struct device *device, const struct weights *weights);
+    /* one token for each row of logits. Logits are divided by the temperature; kept are the top_k
+     * largest (ties: lower ids), of these the smallest set whose probability reaches top_p, of
+     * these the ones of at least min_p times the largest probability; of these the largest
+     * logit + g wins, g = -log(-log(u)), u from a counter-based generator (Philox4x32-10, Salmon et
+     * al. 2011) keyed by (seed, position of the new token, token id). */
+    void (*sample)(struct device *device);
+    /* host (n_samples, vocab_size): the logits of this step, for --logits and --perplexity */
+    void (*read_logits)(struct device *device, float *logits);
+    /* waits for the step and writes the sampled tokens (n_samples), if norm_logits was called */
+    void (*step_end)(struct device *device, int *sampled);
+
+    uint64_t kernel_launches; /* a CUDA backend counts; 0 on the CPU */
+};
+
+struct backend_options {
+    int n_threads;            /* of the CPU backend: so many run at once */
+    uint64_t copy_delay_seed; /* tests: not 0 delays each copy by a random time */
+};
+
+struct backend *cpu_backend_open(const struct backend_options *options, char *error);
+
+/* ---- kvcache.c: where each block is ---- */
+
+/* A *place* is a worker (0 .. n_workers - 1) or the host (n_workers). A *node* is a block's
+ * content; it has at most one *copy* at each place, in a *slot* there. */
+enum kv_policy { KV_ON_EVICT, KV_WRITE_THROUGH };
+
+struct kv_config {
+    int n_workers;
+    int device_blocks[MAX_WORKERS]; /* slots of each worker */
+    int host_blocks;                /* 0: no host tier */
+    enum kv_policy policy;
+};
+
+struct kv_copy_order { /* `worker` copies node from a slot of place `from` to a slot of `to` */
+    int worker, node, from, to, from_slot, to_slot;
+};
+
+struct kv_stats {
+    int64_t pages_out, pages_in, transfers; /* copies completed: to host, from host, peer to peer */
+    int64_t evictions, host_evictions;      /* copies dropped to make room */
+    int64_t lost;                           /* blocks whose last copy was dropped */
+};
+
+struct kv;
+struct kv *kv_create(const struct kv_config *config); /* NULL: out of memory */
+void kv_destroy(struct kv *kv);
+
+/* The longest cached prefix: nodes of full blocks equal to tokens[0, 16), [16, 32), …, at most
+ * max_blocks of them. Returns their number. Nothing is pinned. */
+int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes);
+/* Blocks that kv_new or kv_fetch could take on `worker` now, one by one. */
+int kv_available(const struct kv *kv, int worker);
+/* Blocks that could be taken there sooner or later, if all unpinned ones are written back. */
+int kv_reclaimable(const struct kv *kv, int worker);
+/* A private node with a pinned, writable copy on worker; -1: nothing is available. */
+int kv_new(struct kv *kv, int worker);
+/* Adds a pinned, still empty copy of a private node on another worker. False: none available. */
+bool kv_reserve(struct kv *kv, int node, int worker);
+/* Orders the copy that fills a reserved one. False: no place holds the block. */
+bool kv_send(struct kv *kv, int node, int worker);
+/* Makes a node resident on worker: pins the copy there, or takes a slot and orders a copy from a
+ * peer or host. False: no slot is available, or no place holds the block. */
+bool kv_fetch(struct kv *kv, int node, int worker);
+void kv_unpin(struct kv *kv, int node, int worker);
+/* Whether the copy on worker is there and complete; and whether it is reserved but not coming. */
+bool kv_resident(const struct kv *kv, int node, int worker);
+bool kv_stalled(const struct kv *kv, int node, int worker);
+bool kv_has_copy(const struct kv *kv, int node, int worker); /* complete, in flight or reserved */
+int kv_slot(const struct kv *kv, int node, int worker);
+/* Registers a private, full node under `parent` (-1: the first block). If the index has the block
+ * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
+int kv_register(struct kv *kv, int node, int parent, const int *tokens);
+/* The owner of a private node lets go of it: with its last pin it is gone. With `keeper` it stays
+ * cached instead, and when LRU takes the last copy, *keeper becomes -1. */
+void kv_disown(struct kv *kv, int node, int *keeper);
+/* The owner takes a kept node back (before kv_fetch). */
+void kv_own(struct kv *kv, int node);
+/* The cleaner: orders page-outs until the coldest `demand` blocks of worker (or the watermark's
+ * number) could be reused at once. */
+void kv_clean(struct kv *kv, int worker, int demand);
+bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
+void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
+int kv_used(const struct kv *kv, int place); /* slots that are not free */
+struct kv_stats kv_stats(const struct kv *kv);
+/* NULL, or the broken invariant. Counts every list anew: for tests. */
+const char *kv_check(const struct kv *kv);
+/* For tests: the sum of pins of requests at all places, without those of copies. */
+int64_t kv_pins(const struct kv *kv);
+
+/* ---- scheduler.c: who computes what next ---- */
+
+struct sched_config {
+    struct kv_config kv;
+    bool prefills[MAX_WORKERS], decodes[MAX_WORKERS]; /* the roles of each worker */
+    int max_batch;                                    /* requests that decode on one worker */
+    int chunk;                                        /* prompt tokens in one step */
+    int context_length, vocab_size;
+    const bool *ends_text; /* (vocab_size) tokens that end an answer */
+};
+
+struct step { /* what a worker does next; owned by the scheduler, valid until sched_done */
+    struct batch batch;           /* n_rows == 0: nothing to compute */
+    struct request **requests;    /* (n_sequences) */
+    struct kv_copy_order *copies; /* (n_copies) to be started, whether or not rows are there */
+    int n_copies;
+};
+
+struct sched_stats {
+    int64_t submitted, finished, preemptions, hand_overs; /* hand_overs: requests */
+    int64_t prefix_hit_tokens, recomputed_tokens;
+    int64_t prefill_tokens, decode_tokens, steps;
+    int64_t local_prefills; /* prompts prefilled by the decode worker itself */
+};
+
+struct sched;
+struct sched *sched_create(const struct sched_config *config); /* NULL: out of memory */
+void sched_destroy(struct sched *sched);
+struct kv *sched_kv(struct sched *sched);
+int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
+/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. */
+/* A request that can never run is finished at once, with FINISH_ERROR and a reason. */
+void sched_submit(struct sched *sched, struct request *request, double now);
+/* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
+void sched_cancel(struct sched *sched, struct request *request, bool stop_found, double now);
+/* The next step of an idle worker; NULL: nothing to compute or to copy at present. */
+struct step *sched_next(struct sched *sched, int worker, double now);
+void sched_done(struct sched *sched, int worker, struct step *step, double now);
+void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+bool sched_idle(const struct sched *sched); /* every request is finished */
+struct sched_stats sched_stats(const struct sched *sched);
+const char *sched_check(const struct sched *sched); /* as kv_check */
+
+/* ---- small things that several files need ---- */
+
+static inline int blocks_of(int n_tokens) { /* blocks that hold so many tokens */
+    return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+}
+
+static inline size_t kv_element_bytes(enum kv_type type) {
+    return type == KV_F32 ? 4 : 2;
+}
+
+/* Bytes of one block of a shard: [n_layers][k, v][n_kv_heads / n_shards][BLOCK_TOKENS][head_dim] */
+static inline size_t block_bytes(const struct model_config *config, int n_shards,
+                                 enum kv_type type) {
+    return (size_t)config->n_layers * 2 * (size_t)(config->n_kv_heads / n_shards) * BLOCK_TOKENS *
+           (size_t)config->head_dim * kv_element_bytes(type);
+}
+
+#endif /* DYNAMO_H */

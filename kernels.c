@@ -1,0 +1,934 @@
+/* kernels.c: the CPU backend, every op of the forward pass in plain C.
+ *
+ * Owns: a pool of threads, the packed weights, the activations of each device, and a copier
+ * thread. Knows nothing of requests, of blocks beyond a step's block table, or of other backends.
+ * It is also the specification of kernels.cu: where the two differ, this file is right.
+ *
+ * How data flows: `upload` packs a matrix once into *panels* of 64 outputs side by side for each k.
+ * One small product kernel (64 outputs x 1 to 6 rows, held in registers) reads panels, and serves
+ * decode, prefill and, on keys and values gathered into panels, attention too. An op cuts its work
+ * into tiles, which the threads of the pool take one by one, those of decoding devices first.
+ *
+ * Invariants:
+ *   - Each output element is summed over k in one fixed order that depends on its own row alone,
+ *     and every loop over elements works on whole, padded vectors: so the bits do not depend on
+ *     the batch, on chunking, on the number of threads or of shards.
+ *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
+ *   - A tile is run once; a job's fields are read only by who holds one of its tiles.
+ *
+ * Read next: `tile_product`, then `attention_tile`, then `parallel_for`. */
+#include "dynamo.h"
+
+#include <assert.h>
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdalign.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
+
+enum {
+    LANES = 16,             /* floats in a vector */
+    PANEL = 64,             /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
+    TILE_ROWS = 6,          /* rows that one call of the product kernel computes at most */
+    DIRECT_ROWS = 12,       /* up to so many rows read a panel in its stored type */
+    SLAB = 256,             /* k of a panel that are kept as f32 in L2 while many rows use them */
+    ROW_CHUNK = 96,         /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
+    QUERIES = 48,           /* queries of an attention tile */
+    CHUNK = 64,             /* tokens whose scores are computed at a time: a panel of keys */
+    MAX_HEAD_DIM = 256,     /* sizes the scratch of a thread */
+    NORM_ROWS = 8,          /* rows of a tile of the cheap ops */
+    PAD = 16,               /* activation rows are padded so; one more breaks strides of 2^n */
+    Q8_BLOCK = 32,          /* k that share a scale */
+    SPINS = 3000,           /* pauses (about 50 us) before an idle helper sleeps */
+    YIELD_SPINS = 20000,    /* pauses before a waiting thread suspects that it is in the way */
+    MAX_COPY_DELAY = 2000   /* microseconds */
+};
+enum { Q8_PANEL_BYTES = PANEL * (2 + Q8_BLOCK), MAX_SLOTS = MAX_WORKERS * MAX_SHARDS };
+
+/* ---- vectors ---- */
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef float vec_any __attribute__((vector_size(64), aligned(4), may_alias)); /* unaligned */
+typedef int32_t ivec_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t byte_vec __attribute__((vector_size(16), aligned(1), may_alias));
+
+INLINE vec load(const float *from) {
+    return *(const vec_any *)from;
+}
+
+INLINE void store(float *to, vec value) {
+    *(vec_any *)to = value;
+}
+
+INLINE vec load_part(const float *from, int count) { /* missing elements are 0 */
+    vec value = {0};
+    memcpy(&value, from, sizeof(float) * (size_t)(count < LANES ? count : LANES));
+    return value;
+}
+
+INLINE void store_part(float *to, vec value, int count) {
+    memcpy(to, &value, sizeof(float) * (size_t)(count < LANES ? count : LANES));
+}
+
+INLINE vec select_vec(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
+
+INLINE vec max_vec(vec a, vec b) {
+    return select_vec(a > b, a, b);
+}
+
+INLINE float sum_lanes(vec value) {
+    float lanes[LANES];
+    store(lanes, value);
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; i++) {
+            lanes[i] += lanes[i + step];
+        }
+    }
+    return lanes[0];
+}
+
+INLINE float max_lanes(vec value) {
+    float lanes[LANES];
+    store(lanes, value);
+    for (int step = LANES / 2; step > 0; step /= 2) {
+        for (int i = 0; i < step; i++) {
+            lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+        }
+    }
+    return lanes[0];
+}
+
+/* e^x to 2 ulp (the polynomial of the Cephes library); 0 below -87, no more than e^88. */
+INLINE vec exp_vec(vec x) {
+    const vec zero = {0};
+    const vec low = zero - 87.0f, high = zero + 88.0f;
+    vec inside = -max_vec(-max_vec(x, low), -high);
+    vec shifted = inside * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+    vec whole = shifted - 12582912.0f;
+    vec rest = inside - whole * 0.693359375f;
+    rest = rest + whole * 2.12194440e-4f;
+    vec sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * (rest * rest) + rest + 1.0f;
+    ivec power = __builtin_convertvector(whole, ivec) << 23;
+    return select_vec(x < low, zero, (vec)((ivec)sum + power));
+}
+
+INLINE vec widen_bf16(const uint16_t *from) {
+    return (vec)(__builtin_convertvector(*(const half_vec *)from, ivec) << 16);
+}
+
+/* Exact for all but infinities and NaN, which no weight has. */
+INLINE vec widen_f16(const uint16_t *from) {
+    ivec bits = __builtin_convertvector(*(const half_vec *)from, ivec);
+    vec magnitude = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((ivec)magnitude | ((bits & 0x8000) << 16));
+}
+
+static uint16_t to_bf16(float value) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) {
+        return (uint16_t)(bits >> 16 | 0x40);
+    }
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Four rounds of interleaving row i with row i + 8 transpose a 16 x 16 matrix. */
+INLINE void transpose(vec rows[LANES]) {
+    for (int round = 0; round < 4; round++) {
+        vec next[LANES];
+        for (int i = 0; i < 8; i++) {
+            vec a = rows[i], b = rows[i + 8];
+            next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
+                                                  22, 7, 23);
+            next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28,
+                                                      13, 29, 14, 30, 15, 31);
+        }
+        memcpy(rows, next, sizeof next);
+    }
+}
+
+static size_t round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+static int divide_up(int value, int unit) {
+    return (value + unit - 1) / unit;
+}
+
+/* ---- types ---- */
+
+/* A matrix, or a part of one: rows [first_row, first_row + n_rows) and columns alike of the packed
+ * whole, `panels`, which the weight of the whole tensor owns. A vector is plain f32. */
+struct weight {
+    const struct tensor *tensor;
+    enum tensor_type type;
+    int first_row, n_rows, first_col, n_cols, cols; /* cols: of the whole */
+    size_t panel_bytes;
+    char *panels;  /* (rows / PANEL) panels; see pack_panel */
+    float *vector; /* (n_cols), padded with zeros */
+    bool owner;
+    struct weight *next;
+};
+
+struct scratch { /* of one thread */
+    alignas(64) float slab[SLAB * PANEL];
+    float tile[5][ROW_CHUNK * PANEL];
+    float query[QUERIES * MAX_HEAD_DIM], key[MAX_HEAD_DIM * PANEL];
+    float value[MAX_HEAD_DIM / PANEL][CHUNK * PANEL];
+    float output[MAX_HEAD_DIM / PANEL][QUERIES * PANEL];
+};
+
+typedef void tile_function(const void *argument, int tile, struct scratch *scratch);
+
+/* What one device asks of the pool. `left` tiles are not yet taken, `done` are finished. */
+struct job {
+    alignas(128) atomic_int left;
+    atomic_bool urgent;
+    tile_function *run;
+    const void *argument;
+    int n_tiles;
+    alignas(128) atomic_int done;
+};
+
+struct copy_order {
+    struct cpu_device *device;
+    enum stream stream;
+    struct copy2d copy;
+    struct copy_order *next;
+};
+
+struct cpu_backend {
+    struct backend backend;
+    /* the pool */
+    struct job jobs[MAX_SLOTS];
+    bool slot_used[MAX_SLOTS]; /* under `mutex` */
+    atomic_int n_slots;        /* slots [n_slots, MAX_SLOTS) were never used */
+    int n_threads, n_helpers;
+    atomic_int active, sleepers; /* threads inside a step and awake helpers; sleeping helpers */
+    atomic_bool stop;
+    pthread_mutex_t mutex, pool_mutex, upload_mutex;
+    pthread_cond_t wake;
+    pthread_t *helpers; /* (n_helpers) */
+    struct weight *weights;
+    /* the copier */
+    pthread_t copier;
+    pthread_mutex_t copy_mutex;
+    pthread_cond_t copy_wake, copy_idle;
+    struct copy_order *first_copy; /* the running one stays in the list */
+    uint64_t copy_delay_seed;
+};
+
+struct cpu_device {
+    struct device device;
+    struct cpu_backend *cpu;
+    struct job *job;
+    struct scratch *scratch; /* of the thread that drives it */
+    const struct batch *batch;
+    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    size_t x_stride, q_stride, kv_stride, ffn_stride;
+    float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
+    float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
+    float *ffn;                   /* (max_rows, ffn_stride) */
+    float *turn;                  /* (max_rows, rope_dim / 2, {cos, sin}) */
+    float *logits;                /* (max_samples, vocab_size) */
+    int *candidates;              /* (max_samples, vocab_size) of the sampler */
+    int *sampled;                 /* (max_samples) */
+    int *first_tile;              /* (max_rows + 1) attention tiles of a head before a sequence */
+    atomic_uint_fast64_t copies[N_STREAMS], copied[N_STREAMS];
+};
+
+/* ---- the pool ---- */
+
+static void pause_thread(int spins) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins > YIELD_SPINS) {
+        sched_yield();
+    }
+}
+
+static bool run_tile(struct job *job, struct scratch *scratch) {
+    int left = atomic_load_explicit(&job->left, memory_order_relaxed);
+    do {
+        if (left == 0) {
+            return false;
+        }
+    } while (!atomic_compare_exchange_weak_explicit(&job->left, &left, left - 1,
+                                                    memory_order_acquire, memory_order_relaxed));
+    job->run(job->argument, job->n_tiles - left, scratch);
+    atomic_fetch_add_explicit(&job->done, 1, memory_order_release);
+    return true;
+}
+
+static bool run_any(struct cpu_backend *cpu, bool urgent, struct scratch *scratch) {
+    int n_slots = atomic_load_explicit(&cpu->n_slots, memory_order_relaxed);
+    for (int i = 0; i < n_slots; i++) {
+        struct job *job = &cpu->jobs[i];
+        if (atomic_load_explicit(&job->urgent, memory_order_relaxed) == urgent &&
+            run_tile(job, scratch)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool work_waits(struct cpu_backend *cpu) {
+    int n_slots = atomic_load(&cpu->n_slots);
+    for (int i = 0; i < n_slots; i++) {
+        if (atomic_load(&cpu->jobs[i].left) > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Moves the count of active threads by `step` if it lies on that side of the limit. */
+static bool change_active(struct cpu_backend *cpu, int step) {
+    int active = atomic_load(&cpu->active);
+    do {
+        if (step > 0 ? active >= cpu->n_threads : active <= cpu->n_threads) {
+            return false;
+        }
+    } while (!atomic_compare_exchange_weak(&cpu->active, &active, active + step));
+    return true;
+}
+
+/* A helper that is not counted as active sleeps until there is work and room for it. */
+static void park(struct cpu_backend *cpu) {
+    pthread_mutex_lock(&cpu->pool_mutex);
+    atomic_fetch_add(&cpu->sleepers, 1);
+    while (!atomic_load(&cpu->stop) && !(work_waits(cpu) && change_active(cpu, 1))) {
+        pthread_cond_wait(&cpu->wake, &cpu->pool_mutex);
+    }
+    atomic_fetch_sub(&cpu->sleepers, 1);
+    pthread_mutex_unlock(&cpu->pool_mutex);
+}
+
+static void *helper_main(void *argument) {
+    struct cpu_backend *cpu = argument;
+    struct scratch *scratch = aligned_alloc(64, round_up(sizeof *scratch, 64));
+    assert(scratch);
+    park(cpu);
+    for (int spins = 0; !atomic_load_explicit(&cpu->stop, memory_order_relaxed);) {
+        if (change_active(cpu, -1)) {
+            park(cpu);
+        } else if (run_any(cpu, true, scratch) || run_any(cpu, false, scratch)) {
+            spins = 0;
+        } else if (++spins < SPINS) {
+            pause_thread(spins);
+        } else {
+            atomic_fetch_sub(&cpu->active, 1);
+            park(cpu);
+            spins = 0;
+        }
+    }
+    free(scratch);
+    return NULL;
+}
+
+static void wake_helpers(struct cpu_backend *cpu, int n_wanted) {
+    int sleepers = atomic_load(&cpu->sleepers);
+    int room = cpu->n_threads - atomic_load(&cpu->active);
+    if (sleepers == 0 || room <= 0) {
+        return;
+    }
+    pthread_mutex_lock(&cpu->pool_mutex);
+    for (int i = 0; i < n_wanted && i < room && i < sleepers; i++) {
+        pthread_cond_signal(&cpu->wake);
+    }
+    pthread_mutex_unlock(&cpu->pool_mutex);
+}
+
+/* Runs tiles [0, n_tiles) on all threads; returns when all are done. A prefilling device's thread
+ * takes decode tiles in between: they are short, and someone waits for them. */
+static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *run,
+                         const void *argument) {
+    struct cpu_backend *cpu = device->cpu;
+    struct job *job = device->job;
+    if (n_tiles == 1) {
+        run(argument, 0, device->scratch);
+        return;
+    }
+    bool urgent = device->device.urgent;
+    job->run = run;
+    job->argument = argument;
+    job->n_tiles = n_tiles;
+    atomic_store_explicit(&job->done, 0, memory_order_relaxed);
+    atomic_store(&job->left, n_tiles);
+    wake_helpers(cpu, n_tiles - 1);
+    while ((!urgent && run_any(cpu, true, device->scratch)) || run_tile(job, device->scratch)) {
+    }
+    int spins = 0;
+    while (atomic_load_explicit(&job->done, memory_order_acquire) < n_tiles) {
+        if (urgent || !run_any(cpu, true, device->scratch)) {
+            pause_thread(spins++);
+        }
+    }
+}
+
+/* ---- weights ---- */
+
+/* A panel holds, for 64 outputs (those past the last row are 0):
+ *     F32, F16   [k][64]
+ *     BF16       [k / 2][64][2]: also what a dot product of bf16 pairs wants
+ *     Q8_0       [k / 32] { f16 scale[64]; int8 [32][64] }
+ * An odd k is padded with zeros. */
+static size_t panel_bytes(enum tensor_type type, int cols) {
+    size_t n_k = round_up((size_t)cols, 2);
+    switch (type) {
+    case TYPE_F32: return n_k * PANEL * 4;
+    case TYPE_F16:
+    case TYPE_BF16: return n_k * PANEL * 2;
+    case TYPE_Q8_0: return (size_t)cols / Q8_BLOCK * Q8_PANEL_BYTES;
+    }
+    return 0;
+}
+
+INLINE const char *q8_block(const char *panel, int k) {
+    return panel + (size_t)(k / Q8_BLOCK) * Q8_PANEL_BYTES;
+}
+
+/* 64 weights of k as f32: vectors 0 to 3. `scale`: of k's block, for Q8_0. All types are exact. */
+INLINE void load_weights(enum tensor_type type, const char *panel, int k, const vec scale[4],
+                         vec out[4]) {
+    size_t at = (size_t)k * PANEL;
+    for (size_t i = 0; i < 4; i++) {
+        if (type == TYPE_F32) {
+            out[i] = load((const float *)(const void *)panel + at + i * LANES);
+        } else if (type == TYPE_BF16) {
+            const uint16_t *pairs = (const uint16_t *)(const void *)panel + (at & ~(size_t)PANEL);
+            ivec pair = *(const ivec_any *)(const void *)(pairs + i * 2 * LANES);
+            ivec value = k & 1 ? pair & (int32_t)0xffff0000 : pair << 16;
+            out[i] = (vec)value;
+        } else if (type == TYPE_F16) {
+            out[i] = widen_f16((const uint16_t *)(const void *)panel + at + i * LANES);
+        } else {
+            const char *bytes = q8_block(panel, k) + 2 * PANEL + k % Q8_BLOCK * PANEL;
+            ivec whole = __builtin_convertvector(*(const byte_vec *)(bytes + i * LANES), ivec);
+            out[i] = __builtin_convertvector(whole, vec) * scale[i];
+        }
+    }
+}
+
+INLINE void load_scales(enum tensor_type type, const char *panel, int k, vec scale[4]) {
+    for (size_t i = 0; i < 4 && type == TYPE_Q8_0; i++) {
+        scale[i] = widen_f16((const uint16_t *)(const void *)q8_block(panel, k) + i * LANES);
+    }
+}
+
+INLINE int block_end(enum tensor_type type, int k, int end) { /* where the scale changes */
+    int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
+    return type == TYPE_Q8_0 && next < end ? next : end;
+}
+
+struct pack_job {
+    const struct weight *weight;
+    int rows;
+};
+
+static void pack_q8(const struct weight *weight, int first, int n, char *panel) {
+    size_t n_blocks = (size_t)weight->cols / Q8_BLOCK, bytes = 2 + Q8_BLOCK;
+    for (size_t block = 0; block < n_blocks; block++, panel += Q8_PANEL_BYTES) {
+        for (int row = 0; row < n; row++) {
+            const char *from =
+                (const char *)weight->tensor->data + ((size_t)(first + row) * n_blocks + block) * bytes;
+            memcpy(panel + row * 2, from, 2);
+            for (int k = 0; k < Q8_BLOCK; k++) {
+                panel[2 * PANEL + k * PANEL + row] = from[2 + k];
+            }
+        }
+    }
+}
+
+static void pack_panel(const void *argument, int index, struct scratch *scratch) {
+    const struct pack_job *job = argument;
+    const struct weight *weight = job->weight;
+    (void)scratch;
+    char *panel = weight->panels + (size_t)index * weight->panel_bytes;
+    int first = index * PANEL, n = job->rows - first < PANEL ? job->rows - first : PANEL;
+    size_t cols = (size_t)weight->cols;
+    if (n < PANEL || (cols & 1)) {
+        memset(panel, 0, weight->panel_bytes);
+    }
+    if (weight->type == TYPE_Q8_0) {
+        pack_q8(weight, first, n, panel);
+        return;
+    }
+    size_t pair = weight->type == TYPE_BF16 ? 2 : 1;
+    for (size_t start = 0; start < cols; start += 32) { /* so the panel's lines stay in L1 */
+        size_t end = start + 32 < cols ? start + 32 : cols;
+        for (size_t row = 0; row < (size_t)n; row++) {
+            size_t from = ((size_t)first + row) * cols;
+            for (size_t k = start; k < end; k++) {
+                size_t to = (k / pair * PANEL + row) * pair + k % pair;
+                if (weight->type == TYPE_F32) {
+                    ((float *)(void *)panel)[to] = ((const float *)weight->tensor->data)[from + k];
+                } else {
+                    ((uint16_t *)(void *)panel)[to] =
+                        ((const uint16_t *)weight->tensor->data)[from + k];
+                }
+            }
+        }
+    }
+}
+
+static bool fill_vector(struct weight *weight) {
+    const struct tensor *tensor = weight->tensor;
+    size_t padded = round_up((size_t)weight->cols, PAD);
+    weight->vector = calloc(padded, sizeof(float));
+    if (!weight->vector) {
+        return false;
+    }
+    for (int i = 0; i < weight->cols; i++) {
+        if (tensor->type == TYPE_F32) {
+            memcpy(&weight->vector[i], (const float *)tensor->data + i, sizeof(float));
+        } else {
+            uint16_t bits[LANES] = {((const uint16_t *)tensor->data)[i]};
+            weight->vector[i] = tensor->type == TYPE_F16 ? widen_f16(bits)[0] : widen_bf16(bits)[0];
+        }
+    }
+    return true;
+}
+
+static struct weight *pack(struct cpu_device *device, const struct tensor *tensor) {
+    struct weight *weight = calloc(1, sizeof *weight);
+    if (!weight) {
+        return NULL;
+    }
+    *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
+    weight->n_rows = (int)tensor->rows;
+    weight->n_cols = weight->cols = (int)tensor->cols;
+    if (tensor->rows == 1 && tensor->type != TYPE_Q8_0) {
+        if (!fill_vector(weight)) {
+            free(weight);
+            return NULL;
+        }
+        return weight;
+    }
+    int n_panels = divide_up(weight->n_rows, PANEL);
+    weight->panel_bytes = panel_bytes(tensor->type, weight->cols);
+    weight->panels = device->device.backend->alloc(&device->device,
+                                                   (size_t)n_panels * weight->panel_bytes, false);
+    if (!weight->panels) {
+        free(weight);
+        return NULL;
+    }
+    struct pack_job job = {weight, weight->n_rows};
+    atomic_fetch_add(&device->cpu->active, 1);
+    parallel_for(device, n_panels, pack_panel, &job);
+    atomic_fetch_sub(&device->cpu->active, 1);
+    return weight;
+}
+
+static struct weight *add_weight(struct cpu_backend *cpu, struct weight *weight) {
+    if (weight) {
+        weight->next = cpu->weights;
+        cpu->weights = weight;
+    }
+    return weight;
+}
+
+static void cut(struct weight *view, struct slice slice) {
+    bool columns = slice.kind == SLICE_COLS || view->vector;
+    int *first = columns ? &view->first_col : &view->first_row;
+    int *count = columns ? &view->n_cols : &view->n_rows;
+    *count /= slice.count;
+    *first = slice.rank * *count;
+    if (view->vector) {
+        view->vector += *first;
+    }
+    view->owner = false;
+}
+
+static const struct weight *cpu_upload(struct device *base, const struct tensor *tensor,
+                                       struct slice slice, char *error) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    struct weight *weight = cpu->weights;
+    while (weight && !(weight->owner && weight->tensor == tensor)) {
+        weight = weight->next;
+    }
+    if (!weight) {
+        weight = add_weight(cpu, pack(device, tensor));
+    }
+    if (weight && slice.kind != SLICE_WHOLE) {
+        struct weight *view = malloc(sizeof *view);
+        if (view) {
+            *view = *weight;
+            cut(view, slice);
+        }
+        weight = add_weight(cpu, view);
+    }
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    if (!weight) {
+        snprintf(error, GGUF_ERROR_LENGTH, "%.*s: no memory for %zu bytes of weights",
+                 (int)tensor->name.length, tensor->name.data, tensor->bytes);
+    }
+    return weight;
+}
+
+/* ---- products ---- */
+
+/* out[row][64] (+)= sum over k in [begin, end) of input[row][k] * weight[k][64] */
+struct tile {
+    const char *panel;
+    int begin, end;     /* k of the panel; begin is even */
+    const float *input; /* (rows, stride), the first column is k = begin */
+    size_t stride;
+    float *out; /* (rows, PANEL) */
+    bool add;
+};
+
+/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
+ * constants where it is inlined; each sum is one chain over k, whatever they are. */
+INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
+    vec sum[TILE_ROWS][4] = {{{0}}};
+    for (int row = 0; tile->add && row < n_rows; row++) {
+        for (int i = 0; i < 4; i++) {
+            sum[row][i] = load(tile->out + row * PANEL + i * LANES);
+        }
+    }
+    const float *input = tile->input;
+    const char *panel = tile->panel;
+    size_t stride = tile->stride;
+    for (int k = tile->begin; k < tile->end;) {
+        int end = block_end(type, k, tile->end);
+        vec scale[4], weights[4];
+        load_scales(type, panel, k, scale);
+        for (; k < end; k += 2, input += 2) {
+            for (int odd = 0; odd < 2; odd++) {
+                load_weights(type, panel, k + odd, scale, weights);
+                for (int row = 0; row < n_rows; row++) {
+                    float factor = input[(size_t)row * stride + (size_t)odd];
+                    for (int i = 0; i < 4; i++) {
+                        sum[row][i] += factor * weights[i];
+                    }
+                }
+            }
+        }
+    }
+    for (int row = 0; row < n_rows; row++) {
+        for (int i = 0; i < 4; i++) {
+            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+        }
+    }
+}
+
+#define TILE_KERNEL(type, rows)                                                                    \
+    static void tile_##type##_##rows(const struct tile *tile) {                                    \
+        tile_product(TYPE_##type, rows, tile);                                                     \
+    }
+#define TILE_KERNELS(type)                                                                         \
+    TILE_KERNEL(type, 1)                                                                           \
+    TILE_KERNEL(type, 2)                                                                           \
+    TILE_KERNEL(type, 3)                                                                           \
+    TILE_KERNEL(type, 4)                                                                           \
+    TILE_KERNEL(type, 5)                                                                           \
+    TILE_KERNEL(type, 6)                                                                           \
+    static void (*const tile_##type[])(const struct tile *) = {                                    \
+        tile_##type##_1, tile_##type##_2, tile_##type##_3,                                         \
+        tile_##type##_4, tile_##type##_5, tile_##type##_6};
+
+TILE_KERNELS(F32)
+TILE_KERNELS(F16)
+TILE_KERNELS(BF16)
+TILE_KERNELS(Q8_0)
+
+/* The tile for any number of rows, in groups of like size. */
+static void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
+    void (*const *kernels)(const struct tile *) = type == TYPE_F32    ? tile_F32
+                                                  : type == TYPE_F16  ? tile_F16
+                                                  : type == TYPE_BF16 ? tile_BF16
+                                                                      : tile_Q8_0;
+    for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
+        int n = divide_up(n_rows, groups);
+        kernels[n - 1](&tile);
+        tile.input += (size_t)n * tile.stride;
+        tile.out += n * PANEL;
+        n_rows -= n;
+    }
+}
+
+INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    for (int k = begin; k < end;) {
+        int stop = block_end(type, k, end);
+        vec scale[4], weights[4];
+        load_scales(type, panel, k, scale);
+        for (; k < stop; k++, slab += PANEL) {
+            load_weights(type, panel, k, scale, weights);
+            for (int i = 0; i < 4; i++) {
+                store(slab + i * LANES, weights[i]);
+            }
+        }
+    }
+}
+
+static void widen(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    if (type == TYPE_BF16) {
+        widen_as(TYPE_BF16, panel, begin, end, slab);
+    } else if (type == TYPE_F16) {
+        widen_as(TYPE_F16, panel, begin, end, slab);
+    } else {
+        widen_as(TYPE_Q8_0, panel, begin, end, slab);
+    }
+}
+
+/* out (n_rows, PANEL) = input . weights over k in [begin, end) of a panel. Many rows first turn a
+ * slab of the panel into f32, and keep their sums in `out` from slab to slab: the same bits. */
+static void panel_product(enum tensor_type type, struct tile tile, int n_rows,
+                          struct scratch *scratch) {
+    int begin = tile.begin, end = tile.end;
+    const char *panel = tile.panel;
+    if (begin >= end) {
+        memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
+    } else if (n_rows <= TILE_ROWS) {
+        tile_rows(type, tile, n_rows);
+        return;
+    }
+    for (int k = begin; k < end; k += SLAB) {
+        tile.begin = k;
+        tile.end = k + SLAB < end ? k + SLAB : end;
+        tile.add = k > begin;
+        if (type == TYPE_F32 || n_rows <= DIRECT_ROWS) {
+            tile_rows(type, tile, n_rows);
+        } else {
+            widen(type, panel, tile.begin, tile.end + (tile.end & 1), scratch->slab);
+            tile.panel = (const char *)scratch->slab;
+            tile.end -= tile.begin;
+            tile.begin = 0;
+            tile_rows(TYPE_F32, tile, n_rows);
+        }
+        tile.input += SLAB;
+    }
+}
+
+/* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. */
+static void segment_product(const struct weight *matrix, int unit, int first, int count,
+                            struct tile tile, int n_rows, struct scratch *scratch, int depth) {
+    if (count > 1) {
+        int half = count / 2;
+        segment_product(matrix, unit, first, half, tile, n_rows, scratch, depth);
+        float *sum = tile.out;
+        tile.out = scratch->tile[depth + 1];
+        segment_product(matrix, unit, first + half, half, tile, n_rows, scratch, depth + 1);
+        for (int i = 0; i < n_rows * PANEL; i += LANES) {
+            store(sum + i, load(sum + i) + load(tile.out + i));
+        }
+        return;
+    }
+    int64_t n_units = divide_up(matrix->cols, unit);
+    tile.begin = (int)(first * n_units / K_SEGMENTS) * unit;
+    tile.end = (int)((first + 1) * n_units / K_SEGMENTS) * unit;
+    tile.end = tile.end < matrix->cols ? tile.end : matrix->cols;
+    tile.input += tile.begin - matrix->first_col;
+    panel_product(matrix->type, tile, n_rows, scratch);
+}
+
+enum product_kind { PRODUCT_STORE, PRODUCT_SILU, PRODUCT_SEGMENTS };
+
+struct product { /* up to three matrices times the same rows */
+    enum product_kind kind;
+    const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
+    float *out[3];                            /* (n_rows, out_stride) */
+    size_t out_stride[3];
+    int first_tile[4]; /* tiles before each matrix */
+    const float *input; /* (n_rows, stride) */
+    size_t stride;
+    int n_rows, chunk_rows, n_chunks;
+    int unit, first_segment, n_segments; /* PRODUCT_SEGMENTS */
+    bool add;                            /* out += */
+};
+
+static void finish_row(const struct product *product, int which, int row, int begin, int end,
+                       const float *sums) {
+    float *out = product->out[which] + (size_t)row * product->out_stride[which];
+    const struct weight *bias = product->bias[which];
+    for (int i = 0; i < end - begin; i += LANES) {
+        int n = end - begin - i;
+        vec value = load(sums + i);
+        if (bias) {
+            value += load_part(bias->vector + begin + i, n);
+        }
+        if (product->add) {
+            value += load_part(out + begin + i, n);
+        }
+        store_part(out + begin + i, value, n);
+    }
+}
+
+static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
+    for (int i = 0; i < count; i += LANES) {
+        vec value = load(gate + i);
+        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+    }
+}
+
+/* One panel (of gate and of up, for PRODUCT_SILU) times one chunk of rows. */
+static void product_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct product *product = argument;
+    int which = 0;
+    while (index >= product->first_tile[which + 1]) {
+        which++;
+    }
+    index -= product->first_tile[which];
+    const struct weight *matrix = product->matrix[which];
+    int panel = matrix->first_row / PANEL + index / product->n_chunks;
+    int row = index % product->n_chunks * product->chunk_rows;
+    int n_rows = product->n_rows - row;
+    n_rows = n_rows < product->chunk_rows ? n_rows : product->chunk_rows;
+    size_t offset = (size_t)panel * matrix->panel_bytes;
+    struct tile tile = {.panel = matrix->panels + offset,
+                        .end = matrix->cols,
+                        .input = product->input + (size_t)row * product->stride,
+                        .stride = product->stride,
+                        .out = scratch->tile[0]};
+    if (product->kind == PRODUCT_SEGMENTS) {
+        segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
+                        n_rows, scratch, 0);
+    } else {
+        panel_product(matrix->type, tile, n_rows, scratch);
+    }
+    if (product->kind == PRODUCT_SILU) {
+        const struct weight *up = product->matrix[1];
+        tile.panel = up->panels + (size_t)panel * up->panel_bytes;
+        tile.out = scratch->tile[1];
+        panel_product(up->type, tile, n_rows, scratch);
+        silu_multiply(scratch->tile[0], scratch->tile[1], n_rows * PANEL);
+    }
+    /* a shard may start and end inside a panel */
+    int begin = panel * PANEL - matrix->first_row, end = begin + PANEL;
+    int from = begin < 0 ? -begin : 0;
+    end = end < matrix->n_rows ? end : matrix->n_rows;
+    for (int i = 0; i < n_rows; i++) {
+        finish_row(product, which, row + i, begin + from, end, scratch->tile[0] + i * PANEL + from);
+    }
+}
+
+static void run_product(struct cpu_device *device, struct product *product, int n_matrices) {
+    int n_chunks = divide_up(product->n_rows, ROW_CHUNK);
+    if (n_chunks == 0) {
+        return;
+    }
+    int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), TILE_ROWS);
+    product->chunk_rows = rows;
+    product->n_chunks = divide_up(product->n_rows, rows);
+    int n_tiles = 0;
+    for (int i = 0; i < n_matrices; i++) {
+        const struct weight *matrix = product->matrix[i];
+        int first = matrix->first_row / PANEL;
+        n_tiles += (divide_up(matrix->first_row + matrix->n_rows, PANEL) - first) * product->n_chunks;
+        product->first_tile[i + 1] = n_tiles;
+    }
+    parallel_for(device, n_tiles, product_tile, product);
+}
+
+/* ---- cheap ops over rows ---- */
+
+/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
+static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
+    vec squares = {0};
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i);
+        squares += value * value;
+    }
+    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
+        store_part(out + i, value, n - i);
+    }
+}
+
+struct row_job {
+    struct cpu_device *device;
+    const struct weight *weight;
+    const struct layer_weights *layer;
+    const int *rows; /* (n_rows) row of x that each row is made from; NULL: its own */
+    struct cpu_device **shards;
+    int n_rows, n_shards, layer_index;
+    void (*run)(const struct row_job *job, int row);
+};
+
+static void row_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct row_job *job = argument;
+    (void)scratch;
+    int end = (tile + 1) * NORM_ROWS < job->n_rows ? (tile + 1) * NORM_ROWS : job->n_rows;
+    for (int row = tile * NORM_ROWS; row < end; row++) {
+        job->run(job, row);
+    }
+}
+
+static void for_rows(const struct row_job *job) {
+    int n_tiles = divide_up(job->n_rows, NORM_ROWS);
+    if (n_tiles > 0) {
+        parallel_for(job->device, n_tiles, row_tile, job);
+    }
+}
+
+static void norm_row(const struct row_job *job, int row) {
+    struct cpu_device *device = job->device;
+    size_t from = (size_t)(job->rows ? job->rows[row] : row);
+    rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
+            job->weight->vector, device->device.config->d_model,
+            device->device.config->norm_epsilon);
+}
+
+static void norm_rows(struct cpu_device *device, const struct weight *weight, const int *rows,
+                      int n_rows) {
+    struct row_job job = {
+        .device = device, .weight = weight, .rows = rows, .n_rows = n_rows, .run = norm_row};
+    for_rows(&job);
+}
+
+static void embed_row(const struct row_job *job, int row) {
+    const struct weight *table = job->weight;
+    int token = job->device->batch->token[row];
+    const char *panel = table->panels + (size_t)(token / PANEL) * table->panel_bytes;
+    float *x = job->device->x + (size_t)row * job->device->x_stride;
+    for (int k = 0; k < table->cols; k++) {
+        vec scale[4], weights[4];
+        load_scales(table->type, panel, k, scale);
+        load_weights(table->type, panel, k, scale, weights);
+        x[k] = weights[token % PANEL / LANES][token % LANES];
+    }
+}
+
+static void cpu_embed(struct device *base, const struct weight *token_embd) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct row_job job = {.device = device,
+                          .weight = token_embd,
+                          .n_rows = device->batch->n_rows,
+                          .run = embed_row};
+    for_rows(&job);
+}
+
+static void turn_row(const struct row_job *job, int row) { /* the angles of a position */
+    const struct device *device = &job->device->device;
+    size_t n = (size_t)device->config->rope_dim / 2;
+    float *turn = job->device->turn + (size_t)row * n * 2;
+    for (size_t i = 0; i < n; i++) {
+        double angle = (double)job->device->batch->position[row] * (double)device->rope_frequency[i];
+        turn[2 * i] = (float)cos(angle);
+        turn[2 * i + 1] = (float)sin(angle);
+    }
+}

@@ -1,0 +1,359 @@
+"""Writes the small files in test/data/ref with which test/test_reference.c judges the engine.
+
+For each model of MODELS: a tiny model is built with its original implementation in Hugging Face
+`transformers` (no download: the weights are drawn here), written as a model file, and run on a
+prompt of random tokens in float32 on the CPU with eager attention. The logits of every prompt
+position are what the engine must reproduce from the model file.
+
+    python3 -m pip install -r test/requirements.txt
+    python3 test/make_reference.py            # writes into test/data/ref; a few seconds
+    python3 test/make_reference.py --out DIR  # into DIR, to compare
+
+A second run gives the same bits. On another kind of CPU the model files and the index are still
+the same; logits may differ in their last bits, where matrix products are summed in another order.
+
+What is written:
+    NAME.gguf     GGUF v3, in the names, layouts and types that llama.cpp's converter would use,
+                  with no tokenizer: the engine is given token ids
+    NAME.bin      for some of the F32 llama models the same weights as a llama2.c v0 checkpoint
+    NAME.logits   float32 little-endian (n_tokens, vocab_size)
+    index.txt     a line per model file: model file, logits file, tolerance, largest tensor
+                  parallel width that its shape allows (1, 2 or 4), token ids
+
+Rounded weights: a file of F16, BF16 or Q8_0 holds rounded matrices, and the logits are computed
+from those: rounded and decoded by the `gguf` package, then loaded back into the original
+implementation. So the quantizer is no part of the comparison, and the tolerance is there for the
+rounding of activations alone. Norms, biases and rope factors are F32 in every file.
+
+Random weights: uniform, so that every bit is an exact result of integer and IEEE arithmetic, and
+scaled (SHARP and CALM) so that nothing is trivial: attention is peaked, yet no single position
+takes all, logits spread by several units, norm weights lie around 1 but are not 1.
+"""
+import argparse
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import (LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM)
+
+N_LAYERS = 2
+CONTEXT_LENGTH = 512
+Q8_0_BLOCK = 32
+
+# Largest |difference| / largest |logit| that the engine may show.
+TOLERANCES = {Type.F32: 1e-4, Type.F16: 8e-3, Type.BF16: 8e-3, Type.Q8_0: 2e-2}
+
+# What general.file_type says (llama.cpp's ftype numbers).
+FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+# The names of a layer's modules: in transformers, in GGUF.
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One tiny model and its prompt's length."""
+    name: str
+    architecture: str
+    type: Type
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int
+    n_tokens: int
+    tied: bool
+    theta: float
+    epsilon: float
+    rope_scaling: dict = None
+    checkpoint: bool = False
+
+    @property
+    def widest_tp(self):
+        """Shards take whole heads and KV heads. The products that they cut along K are summed in
+        8 equal segments; a segment of Q8_0 is made of whole quantization blocks."""
+        segment = 8 * (Q8_0_BLOCK if self.type == Type.Q8_0 else 1)
+        if self.d_ff % segment or self.n_heads * self.head_dim % segment:
+            return 1
+        return max(tp for tp in (1, 2, 4) if self.n_heads % tp == 0 and self.n_kv_heads % tp == 0)
+
+
+# The smallest original context puts the three kinds of frequency (kept, blended, divided by the
+# factor) inside a prompt of 200 tokens.
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                  "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+MODELS = [
+    # Widths that are no multiple of anything; untied.
+    Reference("llama-mha-f32", "llama", Type.F32, d_model=40, n_heads=5, n_kv_heads=5, head_dim=8,
+              d_ff=93, vocab_size=331, n_tokens=53, tied=False, theta=1e4, epsilon=1e-5,
+              checkpoint=True),
+    Reference("llama-tied-f32", "llama", Type.F32, d_model=32, n_heads=4, n_kv_heads=1, head_dim=8,
+              d_ff=86, vocab_size=397, n_tokens=40, tied=True, theta=1e4, epsilon=1e-5,
+              checkpoint=True),
+    # Heads wider together than the model (key_length); segments of odd length: 104 / 8 = 13.
+    Reference("llama-tp-f32", "llama", Type.F32, d_model=32, n_heads=16, n_kv_heads=4, head_dim=8,
+              d_ff=104, vocab_size=331, n_tokens=48, tied=True, theta=5e5, epsilon=1e-3),
+    # Llama 3.1's rope scaling over a long prompt.
+    Reference("llama31-bf16", "llama", Type.BF16, d_model=64, n_heads=8, n_kv_heads=4, head_dim=16,
+              d_ff=96, vocab_size=331, n_tokens=195, tied=True, theta=5e5, epsilon=1e-5,
+              rope_scaling=LLAMA3_SCALING),
+    Reference("llama-q8_0", "llama", Type.Q8_0, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16,
+              d_ff=96, vocab_size=331, n_tokens=34, tied=False, theta=1e4, epsilon=1e-5),
+    # The head counts of Qwen2.5-0.5B: seven query heads share a KV head.
+    Reference("qwen2-f16", "qwen2", Type.F16, d_model=112, n_heads=14, n_kv_heads=2, head_dim=8,
+              d_ff=64, vocab_size=331, n_tokens=45, tied=True, theta=1e6, epsilon=1e-6),
+    Reference("qwen2-q8_0", "qwen2", Type.Q8_0, d_model=64, n_heads=4, n_kv_heads=4, head_dim=16,
+              d_ff=96, vocab_size=307, n_tokens=64, tied=False, theta=1e6, epsilon=1e-6),
+    Reference("qwen3-f32", "qwen3", Type.F32, d_model=48, n_heads=4, n_kv_heads=1, head_dim=24,
+              d_ff=100, vocab_size=331, n_tokens=50, tied=True, theta=1e6, epsilon=1e-6),
+    Reference("qwen3-q8_0", "qwen3", Type.Q8_0, d_model=64, n_heads=16, n_kv_heads=4, head_dim=16,
+              d_ff=256, vocab_size=397, n_tokens=41, tied=False, theta=1e6, epsilon=1e-6),
+]
+
+
+def build(reference):
+    """The original implementation of the model; its weights are still to be loaded."""
+    make_config, make_model = CLASSES[reference.architecture]
+    config = make_config(
+        hidden_size=reference.d_model, intermediate_size=reference.d_ff,
+        num_hidden_layers=N_LAYERS, num_attention_heads=reference.n_heads,
+        num_key_value_heads=reference.n_kv_heads, head_dim=reference.head_dim,
+        vocab_size=reference.vocab_size, max_position_embeddings=CONTEXT_LENGTH,
+        rms_norm_eps=reference.epsilon, rope_theta=reference.theta,
+        rope_scaling=reference.rope_scaling, sliding_window=None,
+        tie_word_embeddings=reference.tied, attn_implementation="eager",
+        torch_dtype="float32", use_cache=False)
+    return make_model(config).eval()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Standard deviations of the random weights, for matrices times the square root of their
+    inputs: 1 gives outputs as large as the inputs."""
+    query_key: float  # its square is the spread of attention scores
+    residual: float  # what a layer adds
+    embedding: float
+    tied_embedding: float
+    tied_output_norm: float  # makes up for the small embedding that is also the output matrix
+    output: float = 2.0
+
+
+# F32 leaves room for rounding, so layers do nearly all of the work, and the embedding is so small
+# that the norm's epsilon shows. For the rounded types the rounding of activations (bf16, or int8
+# in blocks of 32) must not be blown up by layers that are more sensitive than a trained model's:
+# with these values it takes about half of the tolerance.
+SHARP = Scale(query_key=1.4, residual=1.0, embedding=0.05, tied_embedding=0.05,
+              tied_output_norm=6.0)
+CALM = Scale(query_key=1.0, residual=0.5, embedding=1.0, tied_embedding=0.3, tied_output_norm=1.0)
+
+
+def draw_weight(random, reference, name, shape):
+    """float32 `shape`: uniform, at the scale that the kind of tensor asks for."""
+    scale = SHARP if reference.type == Type.F32 else CALM
+    if name.endswith("norm.weight"):
+        middle = 1.0
+        if ".q_norm" in name or ".k_norm" in name:
+            middle = scale.query_key
+        elif name == "model.norm.weight" and reference.tied:
+            middle = scale.tied_output_norm
+        return (middle * random.uniform(0.5, 1.5, shape)).astype(np.float32)
+    deviation = 1.0
+    if "embed_tokens" in name:
+        deviation = scale.tied_embedding if reference.tied else scale.embedding
+    elif not name.endswith(".bias"):
+        deviation = 1.0 / np.sqrt(shape[-1])
+    if "q_proj" in name or "k_proj" in name:
+        deviation *= scale.query_key
+    elif "o_proj" in name or "down_proj" in name:
+        deviation *= scale.residual
+    elif "lm_head" in name:
+        deviation *= scale.output
+    bound = deviation * np.sqrt(3.0)  # U(-bound, bound) has this standard deviation
+    return random.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def draw_weights(reference, model, seed):
+    """{name in transformers: float32 array}, without a tied output matrix."""
+    # RandomState's stream is frozen, whatever the version of numpy.
+    random = np.random.RandomState(seed)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and reference.tied:
+            continue
+        weights[name] = draw_weight(random, reference, name, tuple(tensor.shape))
+    return weights
+
+
+def rounded(weights, kind):
+    """The float32 weights that a file of this type holds: matrices rounded, vectors not."""
+    return {name: gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+            if weight.ndim == 2 else weight for name, weight in weights.items()}
+
+
+def draw_prompt(reference, seed):
+    """Token ids; the first and the last of the vocabulary are among them."""
+    random = np.random.RandomState(seed)
+    ids = random.randint(0, reference.vocab_size, reference.n_tokens)
+    ids[[3, -2]] = [0, reference.vocab_size - 1]
+    return ids
+
+
+def run(model, weights, tied, ids):
+    """float32 (n_tokens, vocab_size): the logits of every position."""
+    state = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids)[None]).logits[0]
+    return logits.numpy().astype("<f4")
+
+
+def gguf_name(name):
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight"
+    if name == "model.norm.weight":
+        return "output_norm.weight"
+    if name == "lm_head.weight":
+        return "output.weight"
+    _, _, layer, module = name.split(".", 3)
+    module, kind = module.rsplit(".", 1)
+    return f"blk.{layer}.{LAYER_NAMES[module]}.{kind}"
+
+
+def adjacent_pairs(weight, n_heads):
+    """Rope turns the pairs (i, i + head_dim / 2) in transformers, and the pairs (2i, 2i + 1) in
+    llama files: reorders the rows of each head accordingly."""
+    rows, cols = weight.shape
+    halves = weight.reshape(n_heads, 2, rows // n_heads // 2, cols)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, cols))
+
+
+def file_weights(reference, weights):
+    """{GGUF name: float32 array}, in the order of rows that a file has."""
+    stored = {}
+    for name, weight in weights.items():
+        if reference.architecture == "llama" and "q_proj" in name:
+            weight = adjacent_pairs(weight, reference.n_heads)
+        if reference.architecture == "llama" and "k_proj" in name:
+            weight = adjacent_pairs(weight, reference.n_kv_heads)
+        stored[gguf_name(name)] = weight
+    return stored
+
+
+def rope_divisors(reference, model):
+    """float32 (head_dim / 2): what each unscaled frequency is divided by."""
+    exponents = np.arange(0, reference.head_dim, 2) / reference.head_dim
+    frequencies = reference.theta ** -exponents
+    return (frequencies / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+
+
+def write_gguf(path, reference, model, stored):
+    writer = gguf.GGUFWriter(path, reference.architecture)
+    writer.add_name(f"reference {reference.name}")
+    writer.add_file_type(FILE_TYPES[reference.type])
+    writer.add_context_length(CONTEXT_LENGTH)
+    writer.add_embedding_length(reference.d_model)
+    writer.add_block_count(N_LAYERS)
+    writer.add_feed_forward_length(reference.d_ff)
+    writer.add_head_count(reference.n_heads)
+    writer.add_head_count_kv(reference.n_kv_heads)
+    writer.add_layer_norm_rms_eps(reference.epsilon)
+    writer.add_rope_freq_base(reference.theta)
+    if reference.n_heads * reference.head_dim != reference.d_model:
+        writer.add_key_length(reference.head_dim)
+        writer.add_value_length(reference.head_dim)
+    if reference.architecture == "llama":
+        writer.add_vocab_size(reference.vocab_size)
+        writer.add_rope_dimension_count(reference.head_dim)
+    if reference.rope_scaling:
+        writer.add_tensor("rope_freqs.weight", rope_divisors(reference, model))
+    for name, weight in stored.items():
+        kind = reference.type if weight.ndim == 2 else Type.F32
+        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_checkpoint(path, reference, stored):
+    """The same model as a llama2.c v0 checkpoint."""
+    vocab_size = reference.vocab_size if reference.tied else -reference.vocab_size
+    header = struct.pack("<7i", reference.d_model, reference.d_ff, N_LAYERS, reference.n_heads,
+                         reference.n_kv_heads, vocab_size, CONTEXT_LENGTH)
+    # Nobody reads these any more; whoever does shall notice.
+    obsolete_rope_tables = np.full((2, CONTEXT_LENGTH, reference.head_dim // 2), np.nan, "<f4")
+
+    def all_layers(name):
+        return [stored[f"blk.{layer}.{name}.weight"] for layer in range(N_LAYERS)]
+
+    arrays = [stored["token_embd.weight"]]
+    for name in ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm",
+                 "ffn_gate", "ffn_down", "ffn_up"):
+        arrays += all_layers(name)
+    arrays += [stored["output_norm.weight"], obsolete_rope_tables]
+    if not reference.tied:
+        arrays.append(stored["output.weight"])
+    path.write_bytes(header + b"".join(array.astype("<f4").tobytes() for array in arrays))
+
+
+def make(reference, seed, folder):
+    """Writes one model's files; returns its lines of the index."""
+    model = build(reference)
+    weights = rounded(draw_weights(reference, model, seed), reference.type)
+    ids = draw_prompt(reference, seed + 1000)
+    logits = run(model, weights, reference.tied, ids)
+    stored = file_weights(reference, weights)
+    model_files = [f"{reference.name}.gguf"]
+    write_gguf(folder / model_files[0], reference, model, stored)
+    if reference.checkpoint:
+        model_files.append(f"{reference.name}.bin")
+        write_checkpoint(folder / model_files[1], reference, stored)
+    (folder / f"{reference.name}.logits").write_bytes(logits.tobytes())
+    print(f"{reference.name}: logits {logits.min():.1f} to {logits.max():.1f}, "
+          f"standard deviation {logits.std():.1f}")
+    id_list = ",".join(map(str, ids))
+    return [f"{file} {reference.name}.logits {TOLERANCES[reference.type]:g} "
+            f"{reference.widest_tp} {id_list}\n" for file in model_files]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data" / "ref")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # so that sums are taken in the same order each time
+    index = []
+    for seed, reference in enumerate(MODELS):
+        index += make(reference, seed, folder)
+    (folder / "index.txt").write_text("".join(index))
+
+
+if __name__ == "__main__":
+    main()

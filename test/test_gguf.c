@@ -1,0 +1,545 @@
+/* test_gguf.c: model files, whole and broken.
+ *
+ * A writer of our own builds a small model; a table of variants breaks it in one place each, and
+ * says what the message must name. The map is replaced by a heap copy of exactly the file's size
+ * and calloc by one that remembers its largest request, so that AddressSanitizer sees a read one
+ * byte beyond the file and a hostile count shows. Facts about real files come from outside. */
+#include <fcntl.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include "check.h"
+
+static size_t largest_request;   /* of calloc, in bytes */
+static long requests_until_fail; /* calloc fails when this falls to 0 */
+
+static void *exact_map(void *address, size_t size, int protection, int flags, int descriptor,
+                       off_t offset) {
+    (void)address, (void)protection, (void)flags;
+    void *copy = malloc(size);
+    return copy && pread(descriptor, copy, size, offset) == (ssize_t)size ? copy : MAP_FAILED;
+}
+
+static int exact_unmap(void *address, size_t size) {
+    (void)size;
+    free(address);
+    return 0;
+}
+
+static void *watched_calloc(size_t count, size_t size) {
+    largest_request = count * size > largest_request ? count * size : largest_request;
+    return --requests_until_fail == 0 ? NULL : calloc(count, size);
+}
+
+#define mmap(...)   exact_map(__VA_ARGS__)
+#define munmap(...) exact_unmap(__VA_ARGS__)
+#define calloc(...) watched_calloc(__VA_ARGS__)
+#define GGUF_IMPLEMENTATION
+#include "../gguf.h"
+#undef mmap
+#undef munmap
+#undef calloc
+
+/* ---- the writer ---- */
+
+struct bytes {
+    uint8_t data[16384];
+    size_t size;
+};
+
+static void put(struct bytes *bytes, const void *data, size_t size) {
+    memcpy(bytes->data + bytes->size, data, size);
+    bytes->size += size;
+}
+
+static void put_int(struct bytes *bytes, uint64_t value, size_t size) {
+    put(bytes, &value, size);
+}
+
+static void put_string(struct bytes *bytes, const char *text) {
+    put_int(bytes, strlen(text), 8);
+    put(bytes, text, strlen(text));
+}
+
+/* A key of the model: a string if it has text, else a number of its type. */
+struct key {
+    const char *name;
+    uint32_t type;
+    double number;
+    const char *text;
+};
+
+struct weight {
+    const char *name;
+    uint64_t dims[4];
+    uint32_t type, n_dims; /* n_dims 0: 2, or 1 if dims[1] is 0 */
+    uint64_t offset;       /* 0: behind the one before */
+};
+
+static const struct key base_keys[] = {
+    {"general.architecture", GGUF_STRING, 0, "llama"},
+    {"llama.block_count", GGUF_U32, 1, NULL},
+    {"llama.embedding_length", GGUF_U32, 8, NULL},
+    {"llama.feed_forward_length", GGUF_U32, 32, NULL},
+    {"llama.context_length", GGUF_U32, 64, NULL},
+    {"llama.attention.head_count", GGUF_U32, 2, NULL},
+    {"llama.attention.head_count_kv", GGUF_U32, 1, NULL},
+    {"llama.attention.layer_norm_rms_epsilon", GGUF_F32, 1e-5, NULL},
+    {"tokenizer.ggml.tokens", GGUF_ARRAY, 5, "t"},
+};
+
+static const struct weight base_weights[] = {
+    {.name = "token_embd.weight", .dims = {8, 5}},
+    {.name = "blk.0.attn_norm.weight", .dims = {8}},
+    {.name = "blk.0.attn_q.weight", .dims = {8, 8}},
+    {.name = "blk.0.attn_k.weight", .dims = {8, 4}, .type = TYPE_F16},
+    {.name = "blk.0.attn_v.weight", .dims = {8, 4}, .type = TYPE_BF16},
+    {.name = "blk.0.attn_output.weight", .dims = {8, 8}},
+    {.name = "blk.0.ffn_norm.weight", .dims = {8}},
+    {.name = "blk.0.ffn_gate.weight", .dims = {8, 32}},
+    {.name = "blk.0.ffn_up.weight", .dims = {8, 32}},
+    {.name = "blk.0.ffn_down.weight", .dims = {32, 8}, .type = TYPE_Q8_0},
+    {.name = "output_norm.weight", .dims = {8}},
+};
+
+enum { N_KEYS = sizeof base_keys / sizeof *base_keys };
+enum { N_WEIGHTS = sizeof base_weights / sizeof *base_weights };
+
+/* The base model, changed in one place: a key or tensor left out, replaced or added, or `patch`
+ * (of patch_bytes bytes) written over the file at patch_at. */
+struct variant {
+    const char *expected; /* the message must contain it; NULL: the file is fine */
+    const char *drop;
+    struct key key;
+    struct weight weight;
+    size_t patch_at, patch_bytes;
+    uint64_t patch;
+};
+
+static void put_key(struct bytes *bytes, const struct key *key) {
+    float single = (float)key->number;
+    put_string(bytes, key->name);
+    put_int(bytes, key->type, 4);
+    if (key->type == GGUF_ARRAY) { /* of strings, or of i32 where there is no text */
+        put_int(bytes, key->text ? GGUF_STRING : GGUF_I32, 4);
+        put_int(bytes, (uint64_t)key->number, 8);
+        for (int i = 0; i < key->number; i++) {
+            key->text ? put_string(bytes, key->text) : put_int(bytes, (uint64_t)i, 4);
+        }
+    } else if (key->type == GGUF_STRING) {
+        put_string(bytes, key->text);
+    } else if (key->type == GGUF_F32) {
+        put(bytes, &single, 4);
+    } else if (key->type == GGUF_F64) {
+        put(bytes, &key->number, 8);
+    } else {
+        static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8};
+        put_int(bytes, (uint64_t)(int64_t)key->number, key->type < 12 ? sizes[key->type] : 4);
+    }
+}
+
+static size_t weight_bytes(const struct weight *weight) {
+    size_t count = weight->dims[0] * (weight->dims[1] ? weight->dims[1] : 1);
+    return weight->type == TYPE_F32    ? count * 4
+           : weight->type == TYPE_Q8_0 ? count / 32 * 34
+                                       : count * 2;
+}
+
+static void put_weight(struct bytes *bytes, const struct weight *weight, size_t *offset) {
+    uint32_t n_dims = weight->n_dims ? weight->n_dims : weight->dims[1] ? 2 : 1;
+    put_string(bytes, weight->name);
+    put_int(bytes, n_dims, 4);
+    for (uint32_t i = 0; i < n_dims && i < 4; i++) {
+        put_int(bytes, weight->dims[i], 8);
+    }
+    put_int(bytes, weight->type, 4);
+    put_int(bytes, weight->offset ? weight->offset : *offset, 8);
+    *offset += weight->offset ? 0 : (weight_bytes(weight) + 31) / 32 * 32;
+}
+
+static bool same(const char *left, const char *right) {
+    return left && right && !strcmp(left, right);
+}
+
+/* Returns the length of the header; the data ends where the file does, without padding. */
+static size_t build(struct bytes *file, const struct variant *variant, uint32_t version) {
+    struct bytes *keys = calloc(1, sizeof *keys), *weights = calloc(1, sizeof *weights);
+    bool replaced_key = !variant->key.name, replaced_weight = !variant->weight.name;
+    uint64_t n_keys = 0, n_weights = 0;
+    size_t offset = 0;
+    for (int i = 0; i <= N_KEYS; i++) {
+        const struct key *key = i < N_KEYS ? &base_keys[i] : &variant->key;
+        bool replace = i < N_KEYS && same(key->name, variant->key.name);
+        replaced_key |= replace;
+        if (!same(key->name, variant->drop) && (i < N_KEYS || !replaced_key)) {
+            put_key(keys, replace ? &variant->key : key);
+            n_keys++;
+        }
+    }
+    for (int i = 0; i <= N_WEIGHTS; i++) {
+        const struct weight *weight = i < N_WEIGHTS ? &base_weights[i] : &variant->weight;
+        bool replace = i < N_WEIGHTS && same(weight->name, variant->weight.name);
+        replaced_weight |= replace;
+        if (!same(weight->name, variant->drop) && (i < N_WEIGHTS || !replaced_weight)) {
+            put_weight(weights, replace ? &variant->weight : weight, &offset);
+            n_weights++;
+        }
+    }
+    file->size = 0;
+    put(file, "GGUF", 4);
+    put_int(file, version, 4);
+    put_int(file, n_weights, 8);
+    put_int(file, n_keys, 8);
+    put(file, keys->data, keys->size);
+    put(file, weights->data, weights->size);
+    size_t header = file->size, end = (header + 31) / 32 * 32 + offset;
+    memset(file->data + header, 0, end - header);
+    file->size = end;
+    memcpy(file->data + variant->patch_at, &variant->patch, variant->patch_bytes);
+    free(keys);
+    free(weights);
+    return header;
+}
+
+/* Opens file and model from bytes[0, size). Leaves the line in `error`; "" where both opened. */
+static void try_open(struct check *check, const void *data, size_t size, char *error) {
+    char path[] = "/tmp/test_gguf_XXXXXX";
+    int descriptor = mkstemp(path);
+    CHECK(descriptor >= 0 && write(descriptor, data, size) == (ssize_t)size, "cannot write");
+    struct model model;
+    struct gguf *file = gguf_open(path, error);
+    if (file && model_open(&model, file, error)) {
+        CHECK(model.layers[0].attn_q->rows == 8, "an open model must be the model");
+        model_close(&model);
+    }
+    gguf_close(file);
+    close(descriptor);
+    unlink(path);
+    CHECK(!error[0] || !strncmp(error, path, strlen(path)), "the file is not named: %s", error);
+    CHECK(!strchr(error, '\n'), "more than one line: %s", error);
+}
+
+#define KEY(...)                .key = {__VA_ARGS__}
+#define WEIGHT(...)             .weight = {__VA_ARGS__}
+#define PATCH(at, bytes, value) .patch_at = (at), .patch_bytes = (bytes), .patch = (value)
+
+static const struct variant variants[] = {
+    {.expected = NULL},
+    {NULL, .drop = "llama.attention.head_count_kv", WEIGHT("unused", {8}, .type = 12)},
+    {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "none")},
+    {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "linear")},
+    {NULL, KEY("llama.block_count", GGUF_I64, 1, NULL)},
+    {NULL, KEY("llama.block_count", GGUF_U8, 1, NULL)},
+    {NULL, KEY("llama.rope.freq_base", GGUF_F64, 5e5, NULL)},
+    {NULL, WEIGHT("blk.0.attn_q.weight", {8, 8, 1, 1}, .n_dims = 4)},
+    {NULL, WEIGHT("output.weight", {8, 5}, .type = TYPE_F16)},
+    {"big-endian", PATCH(4, 4, 0x03000000)},
+    {"version 1", PATCH(4, 4, 1)},
+    {"version 0", PATCH(4, 4, 0)},
+    {"version 4", PATCH(4, 4, 4)},
+    {"neither a GGUF", PATCH(0, 4, 0x46554746)},
+    {"complete?", PATCH(8, 8, UINT64_MAX)},
+    {"complete?", PATCH(8, 8, 1ull << 58)},
+    {"complete?", PATCH(8, 8, 400)},
+    {"complete?", PATCH(16, 8, UINT64_MAX)},
+    {"complete?", PATCH(16, 8, 1ull << 60)},
+    {"complete?", PATCH(16, 8, 1000)},
+    {"a key: ", PATCH(24, 8, UINT64_MAX)},
+    {"a key: ", PATCH(24, 8, 1ull << 40)},
+    {"general.architecture: ", PATCH(52, 4, 13)},
+    {"general.architecture: ", PATCH(52, 4, 9)},
+    {"general.architecture: ", PATCH(56, 8, UINT64_MAX - 7)},
+    {"general.architecture: got ?lama", PATCH(64, 1, '\n')},
+    {"k: got an unknown value type 99", KEY("k", 99, 0, NULL)},
+    {"is there twice", PATCH(24 + 8 + 20 + 4 + 8 + 5 + 8, 1, 'l'), .drop = "none",
+     KEY("llama.block_counT", GGUF_U32, 1, NULL)},
+    {"general.alignment: got 0", KEY("general.alignment", GGUF_U32, 0, NULL)},
+    {"general.alignment: got 24", KEY("general.alignment", GGUF_U32, 24, NULL)},
+    {"general.alignment: got -32", KEY("general.alignment", GGUF_I32, -32, NULL)},
+    {"general.alignment: got 1", KEY("general.alignment", GGUF_U32, 1, NULL)},
+    {"general.alignment: got a string", KEY("general.alignment", GGUF_STRING, 0, "32")},
+    {"aligned to 64", KEY("general.alignment", GGUF_U32, 64, NULL)},
+    {"general.architecture: got gpt2", KEY("general.architecture", GGUF_STRING, 0, "gpt2")},
+    {"general.architecture: got a u32", KEY("general.architecture", GGUF_U32, 1, NULL)},
+    {"general.architecture", .drop = "general.architecture"},
+    {"llama.block_count: is missing", .drop = "llama.block_count"},
+    {"llama.embedding_length: is missing", .drop = "llama.embedding_length"},
+    {"llama.feed_forward_length: is missing", .drop = "llama.feed_forward_length"},
+    {"llama.context_length: is missing", .drop = "llama.context_length"},
+    {"llama.attention.head_count: is missing", .drop = "llama.attention.head_count"},
+    {"rms_epsilon: is missing", .drop = "llama.attention.layer_norm_rms_epsilon"},
+    {"rms_epsilon: got", KEY("llama.attention.layer_norm_rms_epsilon", GGUF_F32, NAN, NULL)},
+    {"rms_epsilon: got", KEY("llama.attention.layer_norm_rms_epsilon", GGUF_F32, -1, NULL)},
+    {"llama.block_count: got 0", KEY("llama.block_count", GGUF_U32, 0, NULL)},
+    {"llama.block_count: got -1", KEY("llama.block_count", GGUF_I32, -1, NULL)},
+    {"llama.block_count: got 4294967295", KEY("llama.block_count", GGUF_U32, 4294967295, NULL)},
+    {"blk.1.attn_norm.weight: is missing", KEY("llama.block_count", GGUF_U32, 2, NULL)},
+    {"llama.embedding_length: got 0", KEY("llama.embedding_length", GGUF_U32, 0, NULL)},
+    {"token_embd.weight: got (5, 8), exp", KEY("llama.embedding_length", GGUF_U32, 16, NULL)},
+    {"ffn_gate.weight: got (32, 8), exp", KEY("llama.feed_forward_length", GGUF_U32, 64, NULL)},
+    {"context_length: got 99999999", KEY("llama.context_length", GGUF_U32, 99999999, NULL)},
+    {"head_count: got 0", KEY("llama.attention.head_count", GGUF_U32, 0, NULL)},
+    {"head_count: got an array of i32", KEY("llama.attention.head_count", GGUF_ARRAY, 1, NULL)},
+    {"head_count_kv: got an array", KEY("llama.attention.head_count_kv", GGUF_ARRAY, 1, NULL)},
+    {"length: got an array", KEY("llama.feed_forward_length", GGUF_ARRAY, 1, NULL)},
+    {"head_count_kv: got 4", KEY("llama.attention.head_count_kv", GGUF_U32, 4, NULL)},
+    {"head_count_kv: got 2, exp", KEY("llama.attention.head_count_kv", GGUF_U32, 2, NULL),
+     PATCH(0, 0, 0), WEIGHT("blk.0.attn_q.weight", {8, 12}), .drop = "none"},
+    {"key_length: got 1024", KEY("llama.attention.key_length", GGUF_U32, 1024, NULL)},
+    {"blk.0.attn_q.weight: got (8, 8)", KEY("llama.attention.key_length", GGUF_U32, 8, NULL)},
+    {"value_length: got 8", KEY("llama.attention.value_length", GGUF_U32, 8, NULL)},
+    {"dimension_count: got 3", KEY("llama.rope.dimension_count", GGUF_U32, 3, NULL)},
+    {"dimension_count: got 6", KEY("llama.rope.dimension_count", GGUF_U32, 6, NULL)},
+    {"freq_base: got inf", KEY("llama.rope.freq_base", GGUF_F32, INFINITY, NULL)},
+    {"freq_base: got 0", KEY("llama.rope.freq_base", GGUF_F32, 0, NULL)},
+    {"freq_base: got a u32", KEY("llama.rope.freq_base", GGUF_U32, 10000, NULL)},
+    {"rope.scaling.type: got yarn", KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn")},
+    {"rope.scaling.factor: got 8", KEY("llama.rope.scaling.factor", GGUF_F32, 8, NULL)},
+    {"sliding_window: ", KEY("llama.attention.sliding_window", GGUF_U32, 32, NULL)},
+    {"expert_count: ", KEY("llama.expert_count", GGUF_U32, 8, NULL)},
+    {"tokenizer.ggml.tokens: got 4", KEY("tokenizer.ggml.tokens", GGUF_ARRAY, 4, "t")},
+    {"token_embd.weight: is missing", .drop = "token_embd.weight"},
+    {"blk.0.attn_norm.weight: is missing", .drop = "blk.0.attn_norm.weight"},
+    {"blk.0.attn_q.weight: is missing", .drop = "blk.0.attn_q.weight"},
+    {"blk.0.ffn_down.weight: is missing", .drop = "blk.0.ffn_down.weight"},
+    {"output_norm.weight: is missing", .drop = "output_norm.weight"},
+    {"output_norm.weight: exp", WEIGHT("output_norm.weight", {8}, .type = TYPE_F16)},
+    {"output_norm.weight: got (1, 9)", WEIGHT("output_norm.weight", {9})},
+    {"attn_k.weight: got (3, 8), expected (4, 8)", WEIGHT("blk.0.attn_k.weight", {8, 3})},
+    {"output.weight: got (4, 8), expected (5, 8)", WEIGHT("output.weight", {8, 4})},
+    {"attn_q.weight: type Q4_K (12)", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 12)},
+    {"attn_q.weight: type unknown (77)", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 77)},
+    {"attn_q.weight: type unknown (4)", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 4)},
+    {"attn_q.weight: got 8 columns", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = TYPE_Q8_0)},
+    {"attn_q.weight: dimension 0: got 0", WEIGHT("blk.0.attn_q.weight", {0, 8})},
+    {"attn_q.weight: dimension 1: got 0", WEIGHT("blk.0.attn_q.weight", {8}, .n_dims = 2)},
+    {"attn_q.weight: got 3 dim", WEIGHT("blk.0.attn_q.weight", {8, 4, 2}, .n_dims = 3)},
+    {"attn_q.weight: got 5 dim", WEIGHT("blk.0.attn_q.weight", {8, 8, 1, 1}, .n_dims = 5)},
+    {"t.x: dimension 0: got", WEIGHT("t.x", {UINT64_MAX, 1}, .offset = 32)},
+    {"t.x: dimension 1: got", WEIGHT("t.x", {1ull << 30, 1ull << 62}, .offset = 32)},
+    {"t.x: ends", WEIGHT("t.x", {1 << 30, 1 << 30}, .offset = 4096)},
+    {"t.x: begins", WEIGHT("t.x", {8}, .offset = UINT64_MAX - 31)},
+    {"t.x: begins", WEIGHT("t.x", {8}, .offset = 1 << 20)},
+    {"t.x: is not aligned", WEIGHT("t.x", {8}, .offset = 33)},
+    {"overlaps", WEIGHT("t.x", {8}, .offset = 64)},
+    {"overlaps", WEIGHT("blk.0.ffn_up.weight", {8, 32}, .offset = 32)},
+    {"rope_freqs.weight: entry 0 is 0", WEIGHT("rope_freqs.weight", {2})},
+    {"rope_freqs.weight: got (1, 3)", WEIGHT("rope_freqs.weight", {3})},
+    {"attn_output.bias: is not supported", WEIGHT("blk.0.attn_output.bias", {8})},
+    {"attn_q.bias: got (1, 4)", WEIGHT("blk.0.attn_q.bias", {4})},
+};
+
+static void refuses_variants(struct check *check) {
+    struct bytes *file = calloc(1, sizeof *file);
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) {
+        char error[GGUF_ERROR_LENGTH];
+        build(file, &variants[i], 2 + i % 2);
+        largest_request = 0;
+        try_open(check, file->data, file->size, error);
+        const char *expected = variants[i].expected;
+        CHECK(expected ? strstr(error, expected) != NULL : !error[0],
+              "variant %zu: got `%s`, not `%s`", i, error, expected ? expected : "");
+        CHECK(largest_request < 1 << 20, "variant %zu asked for %zu bytes", i, largest_request);
+    }
+    free(file);
+}
+
+/* Every prefix is refused: the data ends with the file. */
+static void refuses_prefixes(struct check *check) {
+    struct bytes *file = calloc(1, sizeof *file);
+    char error[GGUF_ERROR_LENGTH];
+    build(file, &variants[0], 3);
+    size_t padding = 0; /* behind output_norm: 8 floats end on a boundary, so there is none */
+    for (size_t size = 0; size < file->size - padding; size++) {
+        try_open(check, file->data, size, error);
+        CHECK(error[0], "a prefix of %zu of %zu bytes opened", size, file->size);
+    }
+    free(file);
+}
+
+static void survives_mutations(struct check *check) {
+    static const uint8_t flips[] = {0x01, 0x80, 0xff, 0x20, 0x08};
+    struct bytes *file = calloc(1, sizeof *file);
+    char error[GGUF_ERROR_LENGTH];
+    size_t header = build(file, &variants[0], 3);
+    for (size_t i = 0; i < header * sizeof flips; i++) {
+        uint8_t *byte = &file->data[i / sizeof flips], kept = *byte;
+        *byte ^= flips[i % sizeof flips];
+        largest_request = 0;
+        try_open(check, file->data, file->size, error);
+        CHECK(largest_request < 1 << 20, "byte %zu: asked for %zu", i / sizeof flips,
+              largest_request);
+        *byte = kept;
+    }
+    free(file);
+}
+
+static void survives_lack_of_memory(struct check *check) {
+    struct bytes *file = calloc(1, sizeof *file);
+    char error[GGUF_ERROR_LENGTH] = "none yet";
+    build(file, &variants[0], 3);
+    long allowed = 0;
+    while (error[0] && allowed < 100) {
+        requests_until_fail = ++allowed;
+        char path[] = "/tmp/test_gguf_XXXXXX";
+        int descriptor = mkstemp(path);
+        CHECK(write(descriptor, file->data, file->size) == (ssize_t)file->size, "cannot write");
+        struct model model;
+        struct gguf *opened = gguf_open(path, error);
+        if (opened && model_open(&model, opened, error)) {
+            model_close(&model);
+        }
+        gguf_close(opened);
+        close(descriptor);
+        unlink(path);
+        CHECK(!error[0] || strstr(error, "out of memory"), "got %s", error);
+    }
+    requests_until_fail = 0;
+    CHECK(allowed > 5, "only %ld allocations failed", allowed - 1);
+    free(file);
+}
+
+/* ---- facts ---- */
+
+static void reads_values(struct check *check) {
+    static const struct key keys[] = {{"a", GGUF_U8, 200, NULL},    {"b", GGUF_I8, -100, NULL},
+                                      {"c", GGUF_U16, 60000, NULL}, {"d", GGUF_I16, -30000, NULL},
+                                      {"e", GGUF_U32, 4e9, NULL},   {"f", GGUF_I32, -2e9, NULL},
+                                      {"g", GGUF_I64, -9e15, NULL}, {"h", GGUF_U64, 9e15, NULL}};
+    struct bytes *bytes = calloc(1, sizeof *bytes);
+    char error[GGUF_ERROR_LENGTH], path[] = "/tmp/test_gguf_XXXXXX";
+    struct key others[] = {{"i", GGUF_F32, 0.5, NULL}, {"j", GGUF_F64, 1e300, NULL},
+                           {"k", GGUF_BOOL, 1, NULL},  {"l", GGUF_STRING, 0, "text"},
+                           {"m", GGUF_ARRAY, 3, NULL}, {"n", GGUF_ARRAY, 2, "word"}};
+    put(bytes, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0\17\0\0\0\0\0\0\0", 24);
+    for (size_t i = 0; i < 6; i++) {
+        put_key(bytes, &others[i]); /* not in the order of names */
+    }
+    for (size_t i = 0; i < 8; i++) {
+        put_key(bytes, &keys[i]);
+    }
+    put_string(bytes, "huge");
+    put_int(bytes, GGUF_U64, 4);
+    put_int(bytes, UINT64_MAX, 8);
+    int descriptor = mkstemp(path);
+    CHECK(write(descriptor, bytes->data, bytes->size) == (ssize_t)bytes->size, "cannot write");
+    struct gguf *file = gguf_open(path, error);
+    CHECK(file, "%s", error);
+    int64_t integer = 0;
+    double real = 0;
+    bool truth = false;
+    struct gguf_string text = {"", 0};
+    struct gguf_array array = {GGUF_U8, 0, NULL, NULL};
+    for (size_t i = 0; file && i < 8; i++) {
+        CHECK(gguf_get_int(file, keys[i].name, &integer) && (double)integer == keys[i].number,
+              "%s: got %jd", keys[i].name, (intmax_t)integer);
+    }
+    if (file) {
+        CHECK(gguf_get_float(file, "i", &real) && real == 0.5, "got %g", real);
+        CHECK(gguf_get_float(file, "j", &real) && real == 1e300, "got %g", real);
+        CHECK(gguf_get_bool(file, "k", &truth) && truth, "got false");
+        CHECK(gguf_get_string(file, "l", &text) && gguf_equals(text, "text"), "wrong text");
+        CHECK(gguf_get_array(file, "m", &array) && array.type == GGUF_I32 && array.count == 3 &&
+                  !memcmp(array.values, (int32_t[]){0, 1, 2}, 12),
+              "wrong array");
+        CHECK(gguf_get_array(file, "n", &array) && array.count == 2 &&
+                  gguf_equals(array.strings[1], "word"),
+              "wrong strings");
+        CHECK(!gguf_get_int(file, "absent", &integer) && !gguf_error(file)[0],
+              "absent is no error");
+        CHECK(!gguf_get_int(file, "huge", &integer) && strstr(gguf_error(file), "huge"),
+              "no error");
+        CHECK(!gguf_get_int(file, "l", &integer) && strstr(gguf_error(file), "huge"), "not once");
+    }
+    gguf_close(file);
+    close(descriptor);
+    unlink(path);
+    free(bytes);
+}
+
+static void opens_real_files(struct check *check) {
+    static const struct {
+        const char *path, *model, *token;
+        size_t n_tokens, token_at;
+    } facts[] = {{"test/data/vocab-gpt-2.gguf", "gpt2", "<|endoftext|>", 50257, 50256},
+                 {"test/data/vocab-llama-spm.gguf", "llama", "</s>", 32000, 2}};
+    char error[GGUF_ERROR_LENGTH];
+    struct model model;
+    for (size_t i = 0; i < 2; i++) {
+        struct gguf *file = gguf_open(facts[i].path, error);
+        struct gguf_string kind;
+        struct gguf_array tokens;
+        CHECK(file && gguf_get_string(file, "tokenizer.ggml.model", &kind) &&
+                  gguf_equals(kind, facts[i].model),
+              "%s", error);
+        CHECK(file && gguf_get_array(file, "tokenizer.ggml.tokens", &tokens) &&
+                  tokens.count == facts[i].n_tokens &&
+                  gguf_equals(tokens.strings[facts[i].token_at], facts[i].token),
+              "wrong tokens");
+        CHECK(file && !model_open(&model, file, error) && strstr(error, "no tensors"), "%s", error);
+        gguf_close(file);
+    }
+    static const char *const refused[][2] = {{"test/data", "folder"},
+                                             {"test/absent.gguf", "No such file"},
+                                             {"/dev/null", "regular"},
+                                             {"test/data/aidreams_tokenizer.bin", "neither"}};
+    for (size_t i = 0; i < 4; i++) {
+        CHECK(!gguf_open(refused[i][0], error) && strstr(error, refused[i][1]), "%s", error);
+    }
+}
+
+/* The file's header says 64, 172, 4 layers, 8 and 4 heads, 512 tokens, tied, 512 positions. */
+static void opens_checkpoint(struct check *check) {
+    char error[GGUF_ERROR_LENGTH];
+    struct model model;
+    struct gguf *file = gguf_open("test/data/aidreams260K.bin", error);
+    CHECK(file && gguf_is_checkpoint(file), "%s", error);
+    if (!file || !model_open(&model, file, error)) {
+        CHECK(false, "%s", error);
+        gguf_close(file);
+        return;
+    }
+    int32_t header[7];
+    memcpy(header, file->map, sizeof header);
+    CHECK(model.config.d_model == header[0] && model.config.d_ff == header[1] &&
+              model.config.n_layers == header[2] && model.config.n_heads == header[3] &&
+              model.config.n_kv_heads == header[4] && model.config.vocab_size == header[5] &&
+              model.config.context_length == header[6],
+          "differs from the header");
+    CHECK(model.config.rope_adjacent && model.output == model.token_embd, "adjacent pairs, tied");
+    int64_t d = header[0], layers = header[2], kv = d / header[3] * header[4];
+    int64_t at = header[5] * d + layers * (d + d * d) + 2 * kv * d; /* wk of layer 2 */
+    const float *floats = (const float *)(const void *)(file->map + sizeof header);
+    CHECK(model.layers[2].attn_k->data == floats + at, "attn_k of layer 2 lies elsewhere");
+    at = header[5] * d + layers * (2 * d + 2 * d * d + 2 * kv * d + 3 * header[1] * d);
+    CHECK(model.output_norm->data == floats + at, "output_norm lies elsewhere");
+    CHECK(file->size == 28 + (size_t)(at + d + header[6] * (d / header[3])) * 4, "wrong size");
+    uint8_t *copy = malloc(file->size + 1);
+    memcpy(copy, file->map, file->size);
+    size_t size = file->size;
+    model_close(&model);
+    gguf_close(file);
+    for (size_t cut = 0; cut < size + 2; cut += cut < 30 ? 1 : 9973) {
+        try_open(check, copy, cut == size ? size + 1 : cut, error);
+        CHECK(error[0], "opened at %zu bytes", cut);
+    }
+    for (size_t i = 0; i < 28 * 3; i++) {
+        copy[i / 3] ^= (uint8_t[]){0x80, 0xff, 0x01}[i % 3];
+        try_open(check, copy, size, error);
+        CHECK(error[0], "opened with byte %zu changed", i / 3);
+        memcpy(copy, header, sizeof header);
+    }
+    free(copy);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"values", reads_values},           {"real files", opens_real_files},
+        {"checkpoint", opens_checkpoint},   {"variants", refuses_variants},
+        {"prefixes", refuses_prefixes},     {"mutations", survives_mutations},
+        {"memory", survives_lack_of_memory}};
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
