@@ -176,7 +176,7 @@ static const struct option_row option_rows[] = {
     {"--kv-host", "SIZE", 0, SIZE, AT(kv_host), 0, 0, "KV cache in host memory; 0: none"},
     {"--kv-type", "f32|bf16", 0, CHOICE, AT(kv_type), 0, 0, "type of its numbers"},
     {"--kv-policy", "on-evict|write-through", 0, CHOICE, AT(kv_policy), 0, 0,
-     "when blocks are copied to the host: when they must go, or at once"},
+     "copy blocks to the host when they must go, or at once"},
     {"--max-batch", "N", 0, INT, AT(max_batch), 1, 65536, "requests in one decode step, at most"},
     {"--chunk", "N", 0, INT, AT(chunk), 1, 1 << 20, "prompt tokens in one prefill step, at most"},
     {.help = "What to show"},
@@ -216,13 +216,14 @@ __attribute__((format(printf, 2, 3))) static bool refuse(char *error, const char
 
 /* Hands a block from malloc to the options; NULL, out of memory, ends the program. */
 static void *own(struct options *options, void *block) {
-    void **owned = realloc(options->owned, ((size_t)options->n_owned + 1) * sizeof *owned);
-    if (!block || !owned) {
+    size_t n = (size_t)options->n_owned;
+    if ((n & (n - 1)) == 0) /* 0 or a power of two: full */
+        options->owned = realloc(options->owned, (2 * n + 1) * sizeof block);
+    if (!block || !options->owned) {
         fprintf(stderr, "dynamo: out of memory\n");
         exit(1);
     }
-    options->owned = owned;
-    owned[options->n_owned++] = block;
+    options->owned[options->n_owned++] = block;
     return block;
 }
 
@@ -543,7 +544,8 @@ void cli_help(FILE *stream) {
             fprintf(stream, "\n%s:\n", row->help);
         } else if (row->help) {
             int printed = fprintf(stream, "  %s %s", row->name, row->argument ? row->argument : "");
-            fprintf(stream, "%*s%s\n", printed < 23 ? 23 - printed : 1, "", row->help);
+            fprintf(stream, "%*s%s\n", printed < 23 ? 23 - printed : 24, printed < 23 ? "" : "\n",
+                    row->help);
         }
     }
 }

@@ -234,6 +234,7 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
 /* A *place* is a worker (0 .. n_workers - 1) or the host (n_workers). A *node* is a block's
  * content; it has at most one *copy* at each place, in a *slot* there. */
 enum kv_policy { KV_ON_EVICT, KV_WRITE_THROUGH };
+enum kv_state { KV_ABSENT, KV_RESERVED, KV_ARRIVING, KV_VALID };
 
 struct kv_config {
     int n_workers;
@@ -273,23 +274,21 @@ bool kv_send(struct kv *kv, int node, int worker);
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
 void kv_unpin(struct kv *kv, int node, int worker);
-/* Whether the copy on worker is there and complete; and whether it is reserved but not coming. */
-bool kv_resident(const struct kv *kv, int node, int worker);
-bool kv_stalled(const struct kv *kv, int node, int worker);
-bool kv_has_copy(const struct kv *kv, int node, int worker); /* complete, in flight or reserved */
+enum kv_state kv_state(const struct kv *kv, int node, int worker);
 int kv_slot(const struct kv *kv, int node, int worker);
 /* Registers a private, full node under `parent` (-1: the first block). If the index has the block
  * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
 int kv_register(struct kv *kv, int node, int parent, const int *tokens);
-/* The owner of a private node lets go of it: with its last pin it is gone. With `keeper` it stays
- * cached instead, and when LRU takes the last copy, *keeper becomes -1. */
-void kv_disown(struct kv *kv, int node, int *keeper);
-/* The owner takes a kept node back (before kv_fetch). */
-void kv_own(struct kv *kv, int node);
+/* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
+ * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (once it is fetched again).
+ */
+void kv_keep(struct kv *kv, int node, int *keeper);
+void kv_unkeep(struct kv *kv, int node);
 /* The cleaner: orders page-outs until the coldest `demand` blocks of worker (or the watermark's
  * number) could be reused at once. */
 void kv_clean(struct kv *kv, int worker, int demand);
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
+int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
 struct kv_stats kv_stats(const struct kv *kv);

@@ -33,6 +33,7 @@ void json_int(struct json_buffer *out, int64_t value);
 void json_double(struct json_buffer *out, double value); /* reads back exactly; NaN, inf: null */
 #endif                                                   /* JSON_H */
 #ifdef JSON_IMPLEMENTATION
+#undef JSON_IMPLEMENTATION /* json.h may be included again */
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
@@ -86,7 +87,7 @@ static char *json_escape(struct json_reader *reader, char *to) {
         code = low >> 10 == 0x37 ? 0x10000 + (code - 0xD800) * 0x400 + (low - 0xDC00) : -1;
     }
     int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    *to++ = (char)(code >> 6 * more | (more ? 0xF00 >> more & 0xFF : 0));
+    *to++ = (char)(code >> 6 * more | (more ? 0xF0 << (3 - more) & 0xFF : 0));
     while (more-- > 0)
         *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
     return code < 0 || code >> 11 == 27 ? NULL : to;
@@ -114,15 +115,17 @@ static bool json_digit(char byte) {
 }
 
 static const char *json_read_number(struct json_reader *reader) {
-    const char *start = reader->at + (*reader->at == '-');
+    char *start = reader->at + (*reader->at == '-');
     size_t length = strspn(start, "0123456789+-.eE");
     const char *point = memchr(start, '.', length);
     if (!json_digit(*start) || (point && !json_digit(point[1])))
         return "a value";
     if (*start == '0' && json_digit(start[1]))
         return "a number without leading zeros";
-    strtod(start, &reader->at); /* takes all that JSON does; what it takes besides is ruled out */
-    return reader->at == start + length ? NULL : "a number";
+    char *end; /* strtod takes all that JSON does; what it takes besides is ruled out */
+    strtod(start, &end);
+    reader->at = end < start + length ? end : start + length;
+    return end == start + length ? NULL : "a number";
 }
 
 static const char *json_read_scalar(struct json_reader *reader, struct json_node *node) {

@@ -932,3 +932,365 @@ static void turn_row(const struct row_job *job, int row) { /* the angles of a po
         turn[2 * i + 1] = (float)sin(angle);
     }
 }
+
+static void rope(const struct cpu_device *device, float *head, int row) {
+    const struct model_config *config = device->device.config;
+    int n = config->rope_dim / 2;
+    const float *turn = device->turn + (size_t)row * (size_t)n * 2;
+    for (int i = 0; i < n; i++) {
+        float *a = config->rope_adjacent ? head + 2 * i : head + i;
+        float *b = config->rope_adjacent ? a + 1 : a + n;
+        float first = *a, second = *b, cosine = turn[2 * i], sine = turn[2 * i + 1];
+        *a = first * cosine - second * sine;
+        *b = first * sine + second * cosine;
+    }
+}
+
+/* Where (head_dim) of a token begin, in elements: its block is (n_layers, {k, v}, heads, 16, dim) */
+static size_t kv_offset(const struct cpu_device *device, int slot, int layer, int value, int head,
+                        int token) {
+    const struct model_config *config = device->device.config;
+    enum kv_type type = device->device.kv_type;
+    size_t dim = (size_t)config->head_dim, heads = (size_t)device->n_kv_heads;
+    size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
+    size_t plane = (size_t)(layer * 2 + value) * heads + (size_t)head;
+    return (size_t)slot * block + (plane * BLOCK_TOKENS + (size_t)token) * dim;
+}
+
+static void append_head(const struct cpu_device *device, size_t to, const float *from) {
+    size_t dim = (size_t)device->device.config->head_dim;
+    if (device->device.kv_type == KV_F32) {
+        memcpy((float *)device->device.kv + to, from, dim * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < dim; i++) {
+        ((uint16_t *)device->device.kv)[to + i] = to_bf16(from[i]);
+    }
+}
+
+static void rope_append_row(const struct row_job *job, int row) {
+    struct cpu_device *device = job->device;
+    const struct batch *batch = device->batch;
+    const struct model_config *config = device->device.config;
+    const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
+    const struct weight *q_norm = job->layer->attn_q_norm, *k_norm = job->layer->attn_k_norm;
+    float *q = device->q + (size_t)row * device->q_stride;
+    for (int head = 0; head < device->n_heads; head++, q += config->head_dim) {
+        if (q_norm) {
+            rmsnorm(q, q, q_norm->vector, config->head_dim, config->norm_epsilon);
+        }
+        rope(device, q, row);
+    }
+    float *k = device->k + (size_t)row * device->kv_stride;
+    float *v = device->v + (size_t)row * device->kv_stride;
+    int token = batch->position[row] % BLOCK_TOKENS;
+    int slot = batch->block_table[sequence->first_block + batch->position[row] / BLOCK_TOKENS];
+    for (int head = 0; head < device->n_kv_heads; head++) {
+        if (k_norm) {
+            rmsnorm(k, k, k_norm->vector, config->head_dim, config->norm_epsilon);
+        }
+        rope(device, k, row);
+        append_head(device, kv_offset(device, slot, job->layer_index, 0, head, token), k);
+        append_head(device, kv_offset(device, slot, job->layer_index, 1, head, token), v);
+        k += config->head_dim;
+        v += config->head_dim;
+    }
+}
+
+static void cpu_rope_append(struct device *base, const struct layer_weights *layer,
+                            int layer_index) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct row_job job = {.device = device,
+                          .layer = layer,
+                          .layer_index = layer_index,
+                          .n_rows = device->batch->n_rows,
+                          .run = rope_append_row};
+    for_rows(&job);
+}
+
+static void cpu_norm_qkv(struct device *base, const struct layer_weights *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer->attn_norm, NULL, device->batch->n_rows);
+    struct product product = {
+        .matrix = {layer->attn_q, layer->attn_k, layer->attn_v},
+        .bias = {layer->q_bias, layer->k_bias, layer->v_bias},
+        .out = {device->q, device->k, device->v},
+        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
+        .input = device->h,
+        .stride = device->x_stride,
+        .n_rows = device->batch->n_rows};
+    run_product(device, &product, 3);
+}
+
+static void cpu_norm_gate_up(struct device *base, const struct layer_weights *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer->ffn_norm, NULL, device->batch->n_rows);
+    struct product product = {.kind = PRODUCT_SILU,
+                              .matrix = {layer->ffn_gate, layer->ffn_up},
+                              .out = {device->ffn},
+                              .out_stride = {device->ffn_stride},
+                              .input = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = device->batch->n_rows};
+    run_product(device, &product, 1);
+}
+
+/* Segments end between heads, or at an even k: where any number of shards cuts the matrix. */
+static void cpu_project_add(struct device *base, const struct weight *matrix,
+                            enum product_input input) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    bool attends = input == INPUT_ATTENTION;
+    int n_segments = K_SEGMENTS / base->n_shards;
+    struct product product = {.kind = PRODUCT_SEGMENTS,
+                              .matrix = {matrix},
+                              .out = {base->n_shards == 1 ? device->x : device->partial},
+                              .out_stride = {device->x_stride},
+                              .input = attends ? device->attention : device->ffn,
+                              .stride = attends ? device->q_stride : device->ffn_stride,
+                              .n_rows = device->batch->n_rows,
+                              .unit = attends ? base->config->head_dim : 2,
+                              .first_segment = base->rank * n_segments,
+                              .n_segments = n_segments,
+                              .add = base->n_shards == 1};
+    run_product(device, &product, 1);
+}
+
+static void reduce_row(const struct row_job *job, int row) {
+    size_t at = (size_t)row * job->device->x_stride;
+    for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
+        vec sum[MAX_SHARDS];
+        for (int shard = 0; shard < job->n_shards; shard++) {
+            sum[shard] = load(job->shards[shard]->partial + at);
+        }
+        for (int n = job->n_shards; n > 1; n /= 2) {
+            for (int j = 0; j < n / 2; j++) {
+                sum[j] = sum[2 * j] + sum[2 * j + 1];
+            }
+        }
+        vec total = load(job->device->x + at) + sum[0];
+        for (int shard = 0; shard < job->n_shards; shard++) {
+            store(job->shards[shard]->x + at, total);
+        }
+    }
+}
+
+static void cpu_all_reduce_add(struct device **shards, int n_shards) {
+    struct cpu_device *device = (struct cpu_device *)shards[0];
+    if (n_shards == 1) {
+        return; /* project_add has done it */
+    }
+    struct row_job job = {.device = device,
+                          .shards = (struct cpu_device **)shards,
+                          .n_shards = n_shards,
+                          .n_rows = device->batch->n_rows,
+                          .run = reduce_row};
+    for_rows(&job);
+}
+
+static void cpu_norm_logits(struct device *base, const struct weights *weights) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    const struct batch *batch = device->batch;
+    norm_rows(device, weights->output_norm, batch->sample_row, batch->n_samples);
+    struct product product = {.matrix = {weights->output},
+                              .out = {device->logits},
+                              .out_stride = {(size_t)base->config->vocab_size},
+                              .input = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = batch->n_samples};
+    run_product(device, &product, 1);
+}
+
+/* ---- attention ---- */
+
+struct attention_job {
+    const struct cpu_device *device;
+    int layer;
+};
+
+struct softmax { /* of one query, over the tokens seen so far */
+    float max, scale; /* scale: what the sums of earlier chunks must be multiplied by */
+    vec sum;          /* lane by lane; lanes are added at the end */
+};
+
+INLINE vec load_kv(const struct cpu_device *device, size_t at, int n) {
+    if (device->device.kv_type == KV_F32) {
+        return load_part((const float *)device->device.kv + at, n);
+    }
+    uint16_t bits[LANES] = {0};
+    memcpy(bits, (const uint16_t *)device->device.kv + at,
+           sizeof *bits * (size_t)(n < LANES ? n : LANES));
+    return widen_bf16(bits);
+}
+
+/* Brings tokens [start, start + n) of a head from their blocks into a panel of keys [dim][64] and
+ * panels of values [dim / 64][token][64]. What lies beyond the last token may be anything. */
+static void gather(const struct attention_job *job, const int *table, int head, int start, int n,
+                   struct scratch *scratch) {
+    const struct cpu_device *device = job->device;
+    int dim = device->device.config->head_dim;
+    memset(scratch->value, 0, sizeof *scratch->value * (size_t)divide_up(dim, PANEL));
+    for (int first = 0; first < n; first += BLOCK_TOKENS) {
+        int slot = table[(start + first) / BLOCK_TOKENS];
+        int tokens = n - first < BLOCK_TOKENS ? n - first : BLOCK_TOKENS;
+        size_t key = kv_offset(device, slot, job->layer, 0, head, 0);
+        size_t value = kv_offset(device, slot, job->layer, 1, head, 0);
+        for (int at = 0; at < dim; at += LANES) {
+            vec rows[LANES] = {{0}};
+            for (int i = 0; i < tokens; i++) {
+                size_t offset = (size_t)(i * dim + at);
+                rows[i] = load_kv(device, key + offset, dim - at);
+                store(scratch->value[at / PANEL] + (first + i) * PANEL + at % PANEL,
+                      load_kv(device, value + offset, dim - at));
+            }
+            transpose(rows);
+            for (int i = 0; i < LANES; i++) {
+                store(scratch->key + (at + i) * PANEL + first, rows[i]);
+            }
+        }
+    }
+}
+
+/* scores (64) become exp(score - max) of the first `visible` of them, and 0. */
+static void softmax_chunk(float *scores, int visible, struct softmax *state) {
+    const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vec zero = {0}, none = zero - INFINITY;
+    vec value[CHUNK / LANES], largest = none;
+    for (int i = 0; i < CHUNK / LANES; i++) {
+        value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
+        largest = max_vec(value[i], largest);
+    }
+    float max = max_lanes(largest);
+    max = max > state->max ? max : state->max;
+    state->scale = exp_vec(zero + (state->max - max))[0];
+    state->max = max;
+    state->sum = state->sum * state->scale;
+    for (int i = 0; i < CHUNK / LANES; i++) {
+        vec part = exp_vec(value[i] - max);
+        store(scores + i * LANES, part);
+        state->sum += part;
+    }
+}
+
+/* Scores of one chunk of tokens for n queries, then their share of the output. */
+static void attend_chunk(int start, int dim, int n, const int *position, struct softmax *state,
+                         struct scratch *scratch) {
+    float *scores = scratch->tile[0];
+    struct tile tile = {.panel = (const char *)scratch->key,
+                        .end = dim,
+                        .input = scratch->query,
+                        .stride = MAX_HEAD_DIM,
+                        .out = scores};
+    tile_rows(TYPE_F32, tile, n);
+    int last = position[n - 1] - start + 1;
+    for (int i = 0; i < n; i++) {
+        softmax_chunk(scores + i * PANEL, position[i] - start + 1, &state[i]);
+        for (int at = 0; at < dim; at += LANES) {
+            float *output = scratch->output[at / PANEL] + i * PANEL + at % PANEL;
+            store(output, load(output) * state[i].scale + 0.0f); /* + 0: never -0 */
+        }
+    }
+    for (int panel = 0; panel * PANEL < dim; panel++) {
+        struct tile values = {.panel = (const char *)scratch->value[panel],
+                              .end = last < CHUNK ? last : CHUNK,
+                              .input = scores,
+                              .stride = PANEL,
+                              .out = scratch->output[panel],
+                              .add = true};
+        tile_rows(TYPE_F32, values, n);
+    }
+}
+
+/* Queries of one sequence and one KV head: (row, head of the group), flattened. A softmax over
+ * chunks of 64 tokens, in order from token 0: what a row sees does not depend on its neighbours. */
+static void attention_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct attention_job *job = argument;
+    const struct cpu_device *device = job->device;
+    const struct batch *batch = device->batch;
+    int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
+    int head = index % device->n_kv_heads, which = 0;
+    index = device->first_tile[batch->n_sequences] - 1 - index / device->n_kv_heads; /* long first */
+    while (index >= device->first_tile[which + 1]) {
+        which++;
+    }
+    const struct sequence *sequence = &batch->sequence[which];
+    int first = (index - device->first_tile[which]) * QUERIES;
+    int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
+    int position[QUERIES];
+    size_t at[QUERIES];
+    struct softmax state[QUERIES];
+    float scale = 1.0f / sqrtf((float)dim);
+    for (int i = 0; i < n; i++) {
+        int row = (first + i) / group, own_head = head * group + (first + i) % group;
+        position[i] = sequence->start + row;
+        at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
+        state[i] = (struct softmax){.max = -INFINITY};
+        for (int j = 0; j < dim; j++) {
+            scratch->query[i * MAX_HEAD_DIM + j] = device->q[at[i] + (size_t)j] * scale;
+        }
+    }
+    memset(scratch->output, 0, sizeof scratch->output);
+    for (int start = 0; start <= position[n - 1]; start += CHUNK) {
+        int tokens = position[n - 1] + 1 - start;
+        gather(job, batch->block_table + sequence->first_block, head, start,
+               tokens < CHUNK ? tokens : CHUNK, scratch);
+        attend_chunk(start, dim, n, position, state, scratch);
+    }
+    for (int i = 0; i < n; i++) {
+        float sum = sum_lanes(state[i].sum);
+        for (int j = 0; j < dim; j += LANES) {
+            vec value = load(scratch->output[j / PANEL] + i * PANEL + j % PANEL);
+            store_part(device->attention + at[i] + j, value / sum, dim - j);
+        }
+    }
+}
+
+static void cpu_attention(struct device *base, int layer_index) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct attention_job job = {device, layer_index};
+    int n_tiles = device->first_tile[device->batch->n_sequences] * device->n_kv_heads;
+    if (n_tiles > 0) {
+        parallel_for(device, n_tiles, attention_tile, &job);
+    }
+}
+
+/* ---- sampling ---- */
+
+/* Philox4x32-10 (Salmon et al. 2011): 4 random words of a counter and a key. */
+static void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t first = (uint64_t)counter[0] * 0xD2511F53u;
+        uint64_t second = (uint64_t)counter[2] * 0xCD9E8D57u;
+        counter[0] = (uint32_t)(second >> 32) ^ counter[1] ^ key0;
+        counter[1] = (uint32_t)second;
+        counter[2] = (uint32_t)(first >> 32) ^ counter[3] ^ key1;
+        counter[3] = (uint32_t)first;
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+}
+
+static double uniform(uint64_t seed, int position, int token) { /* in (0, 1) */
+    uint32_t counter[4] = {(uint32_t)position, (uint32_t)token, 0, 0};
+    philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
+    return ((double)counter[0] + 0.5) * 0x1p-32;
+}
+
+/* Divides by the temperature, in place; finds the largest. NaN becomes the least number. */
+static float temper(float *logits, int n, float temperature) {
+    float divisor = temperature > 0.0f ? temperature : 1.0f;
+    const vec zero = {0}, low = zero - FLT_MAX, high = zero + FLT_MAX;
+    vec largest = low;
+    for (int i = 0; i < n; i += LANES) {
+        vec value = max_vec(load_part(logits + i, n - i) / divisor, low);
+        value = select_vec(value < high, value, high);
+        store_part(logits + i, value, n - i);
+        if (n - i >= LANES) {
+            largest = max_vec(value, largest);
+        }
+    }
+    float max = max_lanes(largest);
+    for (int i = n / LANES * LANES; i < n; i++) {
+        max = logits[i] > max ? logits[i] : max;
+    }
+    return max;
+}

@@ -5,13 +5,13 @@
  * numbers, and what is to be moved leaves as copy orders that somebody else carries out.
  *
  * A *node* is the content of one block. It has a *copy* at some of the places. A copy is
- *     RESERVED   a slot without content, waiting for a copy to be ordered
- *     ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
- *     VALID      complete. With pins it is in use; while `reads` copies are made from it, it stays
- * A private node belongs to one request. A registered node is in the tree: its name is the hash of
- * its parent's name and its own 16 tokens, and a hit compares parent and tokens, so that two
- * different texts with one hash stay two texts. Unpinned copies of registered nodes are on the LRU
- * list of their place (the words of virtual memory: cached; clean if another valid copy exists,
+ *     KV_RESERVED   a slot without content, waiting for a copy to be ordered
+ *     KV_ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
+ *     KV_VALID      complete. With pins it is in use; while `reads` copies are made from it, it
+ * stays A private node belongs to one request. A registered node is in the tree: its name is the
+ * hash of its parent's name and its own 16 tokens, and a hit compares parent and tokens, so that
+ * two different texts with one hash stay two texts. Unpinned copies of registered nodes are on the
+ * LRU list of their place (the words of virtual memory: cached; clean if another valid copy exists,
  * else dirty); unpinned copies of private nodes are freed, unless their owner keeps them.
  *
  * Every change to a node goes through begin_change / end_change: end_change looks at what the node
@@ -39,11 +39,10 @@ enum {
     CLEAN_SHARE = 8  /* on small devices: a share of the blocks instead */
 };
 
-enum copy_state { ABSENT, RESERVED, ARRIVING, VALID };
 enum list_kind { UNLISTED = -1, MAIN, DUPLICATES, N_LISTS };
 
 struct copy {
-    enum copy_state state;
+    enum kv_state state;
     enum list_kind list;
     int slot, pins, reads;
     int newer, older; /* neighbours on the LRU list: nodes */
@@ -64,9 +63,9 @@ struct lru {
 
 struct place {
     int n_slots, n_free;
-    int *free_slots;          /* (n_free) */
+    int *free_slots; /* (n_free) */
     struct lru lists[N_LISTS];
-    int n_clean;              /* devices: listed copies that could be dropped at once */
+    int n_clean; /* devices: listed copies that could be dropped at once */
     int n_arriving;
     struct kv_copy_order *orders; /* ring (capacity of all slots) for this worker to carry out */
     int first_order, n_orders;
@@ -91,7 +90,7 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) {
 static int count_valid(const struct kv *kv, int node) {
     int n = 0;
     for (int place = 0; place < kv->n_places; place++) {
-        n += copy_at(kv, node, place)->state == VALID;
+        n += copy_at(kv, node, place)->state == KV_VALID;
     }
     return n;
 }
@@ -101,7 +100,7 @@ static int count_valid(const struct kv *kv, int node) {
 /* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
 static int choose_source(const struct kv *kv, int node) {
     for (int place = 0; place < kv->n_places; place++) {
-        if (copy_at(kv, node, place)->state == VALID) {
+        if (copy_at(kv, node, place)->state == KV_VALID) {
             return place;
         }
     }
@@ -142,12 +141,12 @@ static void list_push(struct kv *kv, int node, int place, enum list_kind kind) {
 static void free_slot(struct kv *kv, int node, int place) {
     struct copy *copy = copy_at(kv, node, place);
     struct place *at = &kv->places[place];
-    assert(copy->pins == 0 && copy->reads == 0 && copy->state != ARRIVING);
+    assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
     if (copy->list != UNLISTED) {
         list_remove(kv, node, place);
     }
     at->free_slots[at->n_free++] = copy->slot;
-    copy->state = ABSENT;
+    copy->state = KV_ABSENT;
     copy->slot = NONE;
 }
 
@@ -259,16 +258,16 @@ static void end_change(struct kv *kv, int id) {
     for (int place = 0; place < kv->n_places; place++) {
         struct copy *copy = copy_at(kv, id, place);
         bool idle = copy->pins == 0 && copy->reads == 0;
-        if (idle && (copy->state == RESERVED || (copy->state == VALID && !cached))) {
+        if (idle && (copy->state == KV_RESERVED || (copy->state == KV_VALID && !cached))) {
             free_slot(kv, id, place);
         }
-        n_copies += copy->state != ABSENT;
+        n_copies += copy->state != KV_ABSENT;
     }
     bool duplicate = count_valid(kv, id) >= 2;
     for (int place = 0; place < kv->n_places; place++) {
         struct copy *copy = copy_at(kv, id, place);
         enum list_kind kind = UNLISTED;
-        if (copy->state == VALID && copy->pins == 0 && cached) {
+        if (copy->state == KV_VALID && copy->pins == 0 && cached) {
             kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
         }
         if (copy->list != kind && copy->list != UNLISTED) {
@@ -298,7 +297,8 @@ static void drop_copy(struct kv *kv, int node, int place) {
 static bool is_idle(const struct kv *kv, int node) {
     for (int place = 0; place < kv->n_places; place++) {
         const struct copy *copy = copy_at(kv, node, place);
-        if (copy->state != ABSENT && (copy->state != VALID || copy->pins > 0 || copy->reads > 0)) {
+        if (copy->state != KV_ABSENT &&
+            (copy->state != KV_VALID || copy->pins > 0 || copy->reads > 0)) {
             return false;
         }
     }
@@ -331,7 +331,7 @@ static bool drop_subtree(struct kv *kv, int top) {
         }
         int parent = kv->nodes[node].parent;
         for (int place = 0; place < kv->n_places && kv->nodes[node].used; place++) {
-            if (copy_at(kv, node, place)->state == VALID) {
+            if (copy_at(kv, node, place)->state == KV_VALID) {
                 drop_copy(kv, node, place);
             }
         }
@@ -375,7 +375,7 @@ static int take_slot(struct kv *kv, int place) {
 }
 
 /* Gives `node` a slot at `place`, with one pin. The caller brackets the change. */
-static bool occupy(struct kv *kv, int node, int place, enum copy_state state) {
+static bool occupy(struct kv *kv, int node, int place, enum kv_state state) {
     int slot = take_slot(kv, place);
     if (slot == NONE) {
         return false;
@@ -385,18 +385,17 @@ static bool occupy(struct kv *kv, int node, int place, enum copy_state state) {
     return true;
 }
 
-/* Orders a copy between two places of a node; `to` must be RESERVED. */
+/* Orders a copy between two places of a node; `to` must be KV_RESERVED. */
 static void order_copy(struct kv *kv, int node, int from, int to) {
     struct copy *source = copy_at(kv, node, from), *target = copy_at(kv, node, to);
     int worker = to == kv->host ? from : to; /* a device fetches; the host is written to */
     struct place *at = &kv->places[worker];
-    assert(source->state == VALID && target->state == RESERVED);
-    target->state = ARRIVING;
+    assert(source->state == KV_VALID && target->state == KV_RESERVED);
+    target->state = KV_ARRIVING;
     kv->places[to].n_arriving++;
     source->reads++;
     int last = (at->first_order + at->n_orders++) % kv->n_nodes;
-    at->orders[last] =
-        (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
+    at->orders[last] = (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
 }
 
 /* Orders a copy of a device's block to host. False: the host has no room for it now. */
@@ -404,7 +403,7 @@ static bool page_out(struct kv *kv, int node, int worker) {
     struct copy *source = copy_at(kv, node, worker);
     begin_change(kv, node);
     source->reads++; /* or making room on the host could drop this very block */
-    bool ok = occupy(kv, node, kv->host, RESERVED);
+    bool ok = occupy(kv, node, kv->host, KV_RESERVED);
     source->reads--;
     if (ok) {
         order_copy(kv, node, worker, kv->host);
@@ -524,23 +523,23 @@ int kv_new(struct kv *kv, int worker) {
                                   .previous_sibling = NONE,
                                   .next_in_bucket = NONE};
     for (int place = 0; place < kv->n_places; place++) {
-        *copy_at(kv, id, place) = (struct copy){ABSENT, UNLISTED, NONE, 0, 0, NONE, NONE};
+        *copy_at(kv, id, place) = (struct copy){KV_ABSENT, UNLISTED, NONE, 0, 0, NONE, NONE};
     }
-    *copy_at(kv, id, worker) = (struct copy){VALID, UNLISTED, slot, 1, 0, NONE, NONE};
+    *copy_at(kv, id, worker) = (struct copy){KV_VALID, UNLISTED, slot, 1, 0, NONE, NONE};
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker)->state == ABSENT);
+    assert(copy_at(kv, node, worker)->state == KV_ABSENT);
     begin_change(kv, node);
-    bool ok = occupy(kv, node, worker, RESERVED);
+    bool ok = occupy(kv, node, worker, KV_RESERVED);
     end_change(kv, node);
     return ok;
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
     int from = choose_source(kv, node);
-    if (copy_at(kv, node, worker)->state == RESERVED && from != NONE) {
+    if (copy_at(kv, node, worker)->state == KV_RESERVED && from != NONE) {
         begin_change(kv, node);
         order_copy(kv, node, from, worker);
         end_change(kv, node);
@@ -557,13 +556,13 @@ bool kv_fetch(struct kv *kv, int node, int worker) {
     begin_change(kv, node);
     bool ok = true;
     copy_at(kv, node, from)->reads++; /* or making room could drop the source */
-    if (copy->state == ABSENT) {
-        ok = occupy(kv, node, worker, RESERVED);
+    if (copy->state == KV_ABSENT) {
+        ok = occupy(kv, node, worker, KV_RESERVED);
     } else {
         copy->pins++;
     }
     copy_at(kv, node, from)->reads--;
-    if (copy->state == RESERVED) {
+    if (copy->state == KV_RESERVED) {
         order_copy(kv, node, from, worker);
     }
     end_change(kv, node);
@@ -577,16 +576,8 @@ void kv_unpin(struct kv *kv, int node, int worker) {
     end_change(kv, node);
 }
 
-bool kv_resident(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->state == VALID;
-}
-
-bool kv_stalled(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->state == RESERVED;
-}
-
-bool kv_has_copy(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->state != ABSENT;
+enum kv_state kv_state(const struct kv *kv, int node, int worker) {
+    return copy_at(kv, node, worker)->state;
 }
 
 int kv_slot(const struct kv *kv, int node, int worker) {
@@ -599,9 +590,9 @@ static void merge(struct kv *kv, int private, int winner) {
     begin_change(kv, winner);
     for (int place = 0; place < kv->n_places; place++) {
         struct copy *mine = copy_at(kv, private, place), *other = copy_at(kv, winner, place);
-        assert(mine->reads == 0 && mine->state != ARRIVING && mine->list == UNLISTED);
-        bool better = mine->state == VALID && other->state == RESERVED;
-        if (mine->state != ABSENT && (other->state == ABSENT || better)) {
+        assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->list == UNLISTED);
+        bool better = mine->state == KV_VALID && other->state == KV_RESERVED;
+        if (mine->state != KV_ABSENT && (other->state == KV_ABSENT || better)) {
             struct copy swapped = *other;
             other->state = mine->state;
             other->slot = mine->slot;
@@ -690,10 +681,10 @@ bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     struct copy *source = copy_at(kv, order->node, order->from);
     struct copy *target = copy_at(kv, order->node, order->to);
-    assert(target->state == ARRIVING && source->reads > 0);
+    assert(target->state == KV_ARRIVING && source->reads > 0);
     begin_change(kv, order->node);
     source->reads--;
-    target->state = ok ? VALID : RESERVED;
+    target->state = ok ? KV_VALID : KV_RESERVED;
     kv->places[order->to].n_arriving--;
     if (ok) {
         int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
@@ -704,20 +695,14 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     end_change(kv, order->node);
 }
 
+int kv_pending(const struct kv *kv, int worker) {
+    return kv->places[worker].n_orders;
+}
+
 int kv_used(const struct kv *kv, int place) {
     return kv->places[place].n_slots - kv->places[place].n_free;
 }
 
 struct kv_stats kv_stats(const struct kv *kv) {
     return kv->stats;
-}
-
-/* ---- checking ---- */
-
-int64_t kv_pins(const struct kv *kv) {
-    int64_t pins = 0;
-    for (int i = 0; i < kv->n_nodes * kv->n_places; i++) {
-        pins += kv->nodes[i / kv->n_places].used ? kv->copies[i].pins : 0;
-    }
-    return pins;
 }

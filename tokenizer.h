@@ -89,6 +89,8 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #include <stdlib.h>
 #include <string.h>
 
+enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
+
 /* The numbers are GGUF's. */
 enum { TOKEN_NORMAL = 1, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_BYTE = 6 };
 
@@ -131,6 +133,9 @@ __attribute__((format(printf, 2, 3))) static bool vocab_fail(char *error, const 
     va_start(arguments, format);
     vsnprintf(error, TOK_ERROR_LENGTH, format, arguments);
     va_end(arguments);
+    for (char *at = error; *at; at++) { /* names come from files: one line it stays */
+        *at = (unsigned char)*at < ' ' || *at == 127 ? '?' : *at;
+    }
     return false;
 }
 
@@ -294,6 +299,7 @@ struct symbol {
 /* Two neighbours that could merge; outdated once they are no longer merge->left and ->right. */
 struct candidate {
     const struct vocab_merge *merge;
+    float priority; /* the merge's: the heap compares it often */
     int left;
 };
 
@@ -306,8 +312,7 @@ struct encoder {
 };
 
 static bool goes_before(const struct candidate *a, const struct candidate *b) {
-    float difference = a->merge->priority - b->merge->priority;
-    return difference > 0 || (difference == 0 && a->left < b->left);
+    return a->priority > b->priority || (a->priority == b->priority && a->left < b->left);
 }
 
 static void heap_push(struct encoder *e, struct candidate added) {
@@ -341,9 +346,10 @@ static void add_candidate(struct encoder *e, int left) {
     }
     const struct symbol *symbol = &e->symbols[left];
     int pair[2] = {symbol->token, e->symbols[symbol->next].token};
-    int merge = table_find(&e->tokenizer->pairs, pair, sizeof pair);
-    if (merge >= 0) {
-        heap_push(e, (struct candidate){&e->tokenizer->merges[merge], left});
+    int found = table_find(&e->tokenizer->pairs, pair, sizeof pair);
+    if (found >= 0) {
+        const struct vocab_merge *merge = &e->tokenizer->merges[found];
+        heap_push(e, (struct candidate){merge, merge->priority, left});
     }
 }
 
@@ -607,7 +613,7 @@ static bool read_array(struct gguf *file, const char *key, enum gguf_value_type 
 /* `gpt2`: merges are listed, best first, as `left right`. */
 static bool add_listed_merges(struct tokenizer *t, struct gguf *file, char *error) {
     static const char key[] = "tokenizer.ggml.merges";
-    struct gguf_array lines;
+    struct gguf_array lines = {0};
     if (!read_array(file, key, GGUF_STRING, 0, TOK_LIMIT, &lines, error) ||
         !new_merges(t, lines.count, key, error)) {
         return false;
@@ -667,7 +673,7 @@ static bool read_vocab(struct tokenizer *t, struct gguf *file, char *error) {
     static const char *const end_keys[] = {"tokenizer.ggml.eot_token_id",
                                            "tokenizer.ggml.eom_token_id",
                                            "tokenizer.ggml.eos_token_id"};
-    struct gguf_array tokens, scores = {0}, types = {0};
+    struct gguf_array tokens = {0}, scores = {0}, types = {0};
     if (!read_family(t, file, error) ||
         !read_array(file, key, GGUF_STRING, 1, TOK_LIMIT, &tokens, error)) {
         return false;
@@ -711,3 +717,109 @@ struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]) {
     }
     return t;
 }
+
+/* Reads a whole file; freed by the caller. */
+static char *read_whole(const char *path, size_t *length, char *error) {
+    FILE *stream = fopen(path, "rb");
+    long size = stream && fseek(stream, 0, SEEK_END) == 0 ? ftell(stream) : -1;
+    char *data = size >= 0 && size <= TOK_TEXT_LENGTH ? malloc((size_t)size + 1) : NULL;
+    bool ok = data && fseek(stream, 0, SEEK_SET) == 0 &&
+              fread(data, 1, (size_t)size, stream) == (size_t)size;
+    if (stream) {
+        fclose(stream);
+    }
+    if (!ok) {
+        vocab_fail(error, "%s: cannot be read; is the tokenizer beside the model?", path);
+        free(data);
+        return NULL;
+    }
+    *length = (size_t)size;
+    return data;
+}
+
+/* tokenizer.bin: a uint32, then for each token a float32 score, an int32 length and its text. */
+static bool parse_checkpoint(struct tokenizer *t, const char *data, size_t length, size_t n,
+                             const char *path, char *error) {
+    struct gguf_string *texts = calloc(n, sizeof *texts);
+    char *scores = calloc(n, 2 * sizeof(float)), *types = scores + n * sizeof(float);
+    size_t at = sizeof(uint32_t), i = 0;
+    bool ok = texts && scores;
+    for (; ok && i < n && at + 8 <= length; i++) {
+        int32_t size, type = i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL;
+        memcpy(scores + i * sizeof(float), data + at, sizeof(float));
+        memcpy(types + i * sizeof type, &type, sizeof type);
+        memcpy(&size, data + at + 4, sizeof size);
+        at += 8;
+        if (size < 0 || (size_t)size > length - at) {
+            break;
+        }
+        texts[i] = (struct gguf_string){data + at, (size_t)size};
+        at += (size_t)size;
+    }
+    if (!ok) {
+        vocab_fail(error, "%s: out of memory for %zu tokens", path, n);
+    } else if (i < n || at != length) {
+        ok = vocab_fail(error, "%s: got %zu bytes and %s tokens, expected %zu; is it this model's?",
+                        path, length, i < n ? "fewer" : "more", n);
+    }
+    ok = ok && add_tokens(t, texts, n, types, path, error) &&
+         add_score_merges(t, scores, path, error);
+    free(texts);
+    free(scores);
+    return ok;
+}
+
+struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
+                                      char error[TOK_ERROR_LENGTH]) {
+    struct tokenizer *t = calloc(1, sizeof *t);
+    size_t length;
+    char *data = read_whole(path, &length, error);
+    bool ok = t && data && vocab_size >= 259 && vocab_size <= TOK_LIMIT;
+    if (data && !ok) {
+        vocab_fail(error, "%s: got a model of %d tokens, expected at least 259", path, vocab_size);
+    }
+    ok = ok && parse_checkpoint(t, data, length, (size_t)vocab_size, path, error);
+    free(data);
+    if (!ok) {
+        tok_close(t);
+        return NULL;
+    }
+    t->bos = 1;
+    t->eos = 2;
+    t->adds_bos = t->adds_prefix = true;
+    t->tokens[1].ends_text = t->tokens[2].ends_text = true;
+    return t;
+}
+
+/* ---- asking ---- */
+
+int tok_vocab_size(const struct tokenizer *t) {
+    return t->n_tokens;
+}
+
+int tok_bos(const struct tokenizer *t) {
+    return t->bos;
+}
+
+int tok_eos(const struct tokenizer *t) {
+    return t->eos;
+}
+
+bool tok_adds_bos(const struct tokenizer *t) {
+    return t->adds_bos && t->bos >= 0;
+}
+
+bool tok_ends_text(const struct tokenizer *t, int token) {
+    return token >= 0 && token < t->n_tokens && t->tokens[token].ends_text;
+}
+
+bool tok_is_control(const struct tokenizer *t, int token) {
+    return token >= 0 && token < t->n_tokens && t->tokens[token].type == TOKEN_CONTROL;
+}
+
+int tok_find(const struct tokenizer *t, const char *text, size_t length) {
+    int token = table_find(&t->special, text, length);
+    return token >= 0 ? token : table_find(&t->plain, text, length);
+}
+
+#endif /* TOKENIZER_IMPLEMENTATION */

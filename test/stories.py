@@ -167,7 +167,8 @@ PLACES = [
     ("lake", "by", "[the calm water|the little boats|the water lilies]",
      "[under the old dock|behind a row of boats|in the soft mud]", "swan frog heron otter"),
     ("market", "at", "[the baskets of fruit|the bright tents|the busy people]",
-     "[under an apple cart|behind a pile of sacks|beside the flower stall]", "cat dog donkey goose"),
+     "[under an apple cart|behind a pile of sacks|beside the flower stall]",
+     "cat dog donkey goose"),
     ("farm", "on", "[the golden fields|the sleepy cows|the big red barn]",
      "[under the hay|behind the barn|inside an empty bucket]", "hen pig cow horse"),
     ("mill", "by", "[the turning wheel|the white flour dust|the quiet stream]",
@@ -261,13 +262,14 @@ OPENINGS = [
     "{name} had [a big dream|a good heart|many ideas|a busy life]. {he} lived in {home}.",
     "it was a {weather} {daytime}. {sky}. {name} {was} {at_place}.",
     "it was a {weather} {daytime} in {region}. {sky}.",
-    "it was [Monday|Sunday|Saturday|Friday] {daytime}, and {sky}. {name} {was} [bored|happy|at home].",
+    "it was [Monday|Sunday|Saturday|Friday] {daytime}, and {sky}. {name} {was}"
+    " [bored|happy|at home].",
     "it was [spring|summer|autumn|winter] in {region}, and {who} {was} [busy|happy|glad].",
     "{sky}. {name} put on {his} [hat|scarf|boots] and went out.",
     "{sky}, and {who} {was} walking {at_place}.",
     "the {weather} {daytime} had just begun. {name} {was} already awake.",
-    "the sun was [shining|coming up|going down] over {the_region}. {who} {was} [on the way to|going to]"
-    " the {place}.",
+    "the sun was [shining|coming up|going down] over {the_region}. {who} {was} [on the way"
+    " to|going to] the {place}.",
     "the wind was [blowing|singing|quiet] when {name} went to the {place}.",
     "every {daytime}, {name} walked to the {place} to see {sight}.",
     "every day, {who} walked {at_place}. {he} loved {hobby}.",
@@ -336,6 +338,8 @@ TRAITS = [
     "{he} {was} never bored, for there was so much to see.",
     "[most of all, {he}|{he} also] liked {hobby}.",
 ]
+# What a beginning may mention, but not twice.
+ONCE_ONLY = ["{sky}", "{hobby}", "{sight}", "{weather}", "liked"]
 HOBBY = """[singing|making up songs|telling stories|counting the stars|baking bread|looking at
     clouds|climbing trees|collecting stones|picking flowers|drawing pictures|watching the birds
     |asking questions|dancing in the rain|fixing old things|playing by the water|reading books]"""
@@ -439,9 +443,10 @@ the wind [pulled at the trees|howled] and the rain [began to fall|came down hard
 """, """
 {H} wanted to run home, but [the road was under water|the bridge was gone|{he} could not see the
  way]. {near_tears}.
-first {he} hid under [a big tree|a bush|an old cart], but [the rain came through|the wind blew it
- away|it was too cold there].
-then {he} heard a voice. "[Over here|Come here|This way]!" It was {a_friend}. {fhe} was {in_shelter}.
+first {he} hid under [a big tree|a bush|an old cart], but [the rain came through|the wind was
+ too strong|it was too cold there].
+then {he} heard a voice. "[Over here|Come here|This way]!" It was {a_friend}. {fhe} was
+ {in_shelter}.
 {H} ran as fast as {he} could and [crawled inside|slipped inside]. It was [small|dark] but dry.
 "{thanks}," said {H}. "[{I_am} so cold|{I_am} so wet]." {F} gave {him} [a warm blanket|half of
  {fhis} coat|some dry leaves to sit on].
@@ -499,9 +504,10 @@ plot(
 "[This is all for {me}|{I} will eat it alone]," thought {H}, and {he} [went to a quiet spot
  {at_place}|sat down {at_place}].
 """, """
-{soon}, {a_friend} came by. "[That smells good|That looks good]," {fhe} said. "[May I have a little|I
+{soon}, {a_friend} came by. "[That smells good|That looks good]," {fhe} said. "[May I have a
+ little|I
  have not eaten today]."
-"[No|Sorry, no]," said {H}. "[There is not enough|It is {mine}]." {F} [went away {sadly}|lowered
+"[No|Sorry, no]," said {H}. "[There is not enough|It is {mine}]." {F} [went away sadly|lowered
  {fhis} head and went away].
 {H} began to eat. But [it did not taste good anymore|every bite felt like a stone]. {he} thought
  of {Fs} [sad face|hungry eyes].
@@ -510,7 +516,8 @@ plot(
 ? "[Serves {me} right|Now {I} know how it feels]," {H} said.
 then {F} came back. [{fhe} had found some berries|in {fhis} hands {fhe} had a small piece of bread].
  "[You look sad|I heard you]," said {F}. "[You can have half of mine|Let us share this]."
-{H} {was} [surprised|ashamed]. "[Why do you share with {me}|Why are you so kind]?" {he} asked. "[Because
+{H} {was} [surprised|ashamed]. "[Why do you share with {me}|Why are you so kind]?" {he} asked.
+ "[Because
  food tastes better with a friend|Because nobody likes to eat alone]," said {F}.
 so {H} cut what was left into [two equal parts|two pieces] and gave {F} the bigger one.
 """, """
@@ -593,11 +600,13 @@ plot(
     "{he} {was} afraid of {fear}",
     """
 [but {H} had a secret|there was only one problem|but one thing was hard for {Ho}]: {he} {was} afraid
- of {fear}. [The others laughed about it|{he} told nobody|{his} knees shook when {he} thought of it].
+ of {fear}. [The others laughed about it|{he} told nobody|{his} knees shook when {he} thought of
+ it].
 one {daytime}, {a_friend} asked, "[Will you come with me|Can you help me]? I left my {thing}
  {fear_place}."
 """, """
-"[{I} cannot|{I} do not think so]," said {H}. {he} [looked at the ground|turned red]. "{I_am} afraid."
+"[{I} cannot|{I} do not think so]," said {H}. {he} [looked at the ground|turned red]. "{I_am}
+ afraid."
 {F} did not laugh. "[Everyone is afraid of something|I am afraid of spiders]," {fhe} said. "[Let
  us go one step at a time|We can go very slowly]."
 they tried it. But after three steps, {H} [ran back|stopped and closed {his} eyes|turned around].
@@ -641,7 +650,7 @@ every day {he} went there alone. At first it was [wonderful|like a dream]. But {
  lonely there|had nobody to show it to].
 one {daytime}, {a_friend} [followed {him}|saw {him} go]. "[Where do you go every day|What are you
  hiding]?" asked {F}.
-"[Nothing|Nowhere]," said {H} and [turned red|looked away]. {F} [was hurt|went away {sadly}].
+"[Nothing|Nowhere]," said {H} and [turned red|looked away]. {F} [was hurt|went away sadly].
 that night, {H} could not sleep. "[A secret is only half as nice alone|What is a treasure that
  nobody sees]?" {he} thought.
 the next day, the {door} was stuck. {H} pulled and pushed, but [it would not open|it did not
@@ -650,7 +659,8 @@ there was only one thing to do. {he} {hurried} to {F}. "[{I} want to show you so
  help {me}]," {he} said. "[It is {my} secret|It is a secret], but now it can be ours."
 {HF} pulled together. One, two, three! The {door} [flew open|opened with a loud creak].
 """, """
-"[It is beautiful|How wonderful]!" said {F}. [{Fs} eyes shone like stars|{F} could not stop looking].
+"[It is beautiful|How wonderful]!" said {F}. [{Fs} eyes shone like stars|{F} could not stop
+ looking].
 {they} [cleaned it and put flowers everywhere|made a table out of a log and ate {snack} there].
 [the secret was bigger now, because two of them kept it|from then on, it was their secret place,
  and it was never lonely again|{H} had thought that sharing makes a secret smaller, but it grew].
@@ -703,7 +713,8 @@ the first time, {he} [fell on {his} nose|made a big mess|gave up after a minute]
  stone].
 {a_friend} had seen it all. "[I could not {skill} at first|It took me a whole year]," said {F}.
  "[Shall I show you|Do you want to try again]?"
-{F} showed {Ho} how to begin. "[Start small|First slowly, then faster]," {fhe} said. "[Do not be afraid
+{F} showed {Ho} how to begin. "[Start small|First slowly, then faster]," {fhe} said. "[Do not be
+ afraid
  of mistakes|Mistakes are steps]."
 on [Monday|the first day], it went wrong. On [Tuesday|the second day], it went a little better.
  [{H} wanted to stop, but {F} said, "One more time!"|{H} practiced until the stars came out].
@@ -739,7 +750,8 @@ then {he} pulled with all {his} strength, but [{F} did not move|it was no use].
 ? [the sky was getting dark|the water was rising|it was getting cold]. "[Hurry|Please hurry],"
  {F} {whispered}.
 {H} {thought}. Then {he} saw {tool}. "[{I} have an idea|{I} know what to do]!" {he} said.
-{he} [took {tool_it} and brought it to {F}|pulled {tool_it} all the way]. "Hold on tight!" {he} called.
+{he} [took {tool_it} and brought it to {F}|pulled {tool_it} all the way]. "Hold on tight!" {he}
+ called.
  It [slipped once|slipped]. It [slipped again|almost broke]. {H} [did not let go|held on].
 one, two, three! With a great pull, {F} was free.
 {they} sat on the ground and [breathed hard|laughed and cried at the same time]. "{thanks}," said
@@ -812,7 +824,8 @@ one day, {G} gave {Ho} a [tiny|small] seed. "[Take care of it|Plant it and wait]
  said {F}.
 so {H} waited. {he} gave it water every morning. When it was hot, {he} [made a little roof|gave it
  shade]. When it was cold, {he} covered it with [leaves|straw].
-then a [snail|crow|storm] came and [nearly ruined|almost broke] everything. {H} and {Fo} [built a small
+then a [snail|crow|storm] came and [nearly ruined|almost broke] everything. {H} and {Fo} [built a
+ small
  fence of sticks|put stones around it].
 and then, one {weather} {daytime}, there was a green [tip|leaf]! {H} [danced around it|called {G}
  at once].
@@ -849,7 +862,8 @@ they had brought [wood and soup|bread and blankets]. "[You helped me, and now we
  you that I would come back]," said {F}.
 """, """
 they [made a fire|cooked soup] and sang, and {soon} {H} {was} [warm and well|well again].
-"[How can {I} thank you|It is too much]," said {H}. "[You already did|It began with you]," said
+"[{I} do not know how to thank you|It is too much]," said {H}. "[You already did|It began with
+ you]," said
  {F}.
 [a little kindness had gone out into the world and come back bigger|{H} had given one piece of
  bread and got a hundred friends|from then on, no one in {the_region} ever passed a closed door
@@ -869,11 +883,12 @@ plot(
 """, """
 the next day, {he} did it again. [Again they came|A few of them came], and again there was nothing.
 "[One day nobody will believe you|That is not funny]," said {G}. But {H} did not listen.
-then, one {weather} {daytime}, {H} saw [smoke over a roof|a real fire in the hay]. It was the house of
+then, one {weather} {daytime}, {H} saw [smoke over a roof|a real fire in the hay]. It was the house
+ of
  {a_friend}! "[Fire|Help]! Fire!" {he} shouted. This time it was true.
 but [nobody came|nobody even looked up]. "[Another joke|You cannot trick us again]," they said.
  {near_tears}.
-{H} did not know what to do. Then {he} [rang the big bell|took a bucket and ran alone]. {he} carried
+then {he} [rang the big bell|took a bucket and ran alone]. {he} carried
  water again and again, until {his} arms hurt.
 at last {G} saw the smoke. "[It is true this time|Come quickly]!" {ghe} called. Then everyone came,
  and together they put out the fire.
@@ -893,7 +908,8 @@ plot(
     """
 [that night|one night], {H} heard a strange noise. {noise}! [It came from the {noise_place}|It was
  somewhere in the {noise_place}]. {he} sat up in bed.
-"[What was that|Who is there]?" {he} whispered. {noise_again}. [{his} heart beat fast|{he} pulled the
+"[What was that|Who is there]?" {he} whispered. {noise_again}. [{his} heart beat fast|{he} pulled
+ the
  blanket over {his} head].
 """, """
 first {he} thought that it was [a monster|a ghost|a thief]. {he} tried to sleep, but the noise [came
@@ -913,7 +929,8 @@ there, [behind an old box|under a basket|in a pile of straw], sat {a_friend}. {f
 """, """
 {H} gave {F} {snack} and [a soft blanket|a place by the fire]. In the morning, {G} found them both
  asleep, [side by side|under one blanket].
-"[So this was the monster|So that was the noise]," {ghe} said and {smiled}. "[{fhe_cap} can stay|Well,
+"[So this was the monster|So that was the noise]," {ghe} said and {smiled}. "[{fhe_cap} can
+ stay|Well,
  there is room for one more]."
 [from then on, when something went bump in the night, {H} only said, "Good night, {F_name}!"|{H}
  had learned to look before {he} {was} afraid|most monsters, {H} knew now, are only cold and
@@ -960,7 +977,8 @@ plot(
     "building", "[excited|impatient|busy]",
     "{he} wanted to build {build}",
     """
-one day, {H} had [a great idea|a wonderful idea]. {he} wanted to build {build}! [{he} drew a plan in the
+one day, {H} had [a great idea|a wonderful idea]. {he} wanted to build {build}! [{he} drew a plan
+ in the
  sand|{he} thought about it all night].
 {he} [gathered wood and nails|found boards, rope and a hammer] and began to work, all alone. "{I} do
  not need help," {he} said.
@@ -980,7 +998,8 @@ at sunset, it was done. It was [a little crooked|not perfect], but it was strong
 """, """
 {they} painted it {color} and [wrote both names on it|put a flag on top].
 "{We_did_it}!" said {H}. "[Not {I}, we|All of us]," {he} added and {laughed_soft}.
-[the next day, {they} {use_it}|all summer long, {they} {use_it}], and [everyone in {the_region} came to
+[the next day, {they} {use_it}|all summer long, {they} {use_it}], and [everyone in {the_region}
+ came to
  see it|it never fell down].
 [{H} had learned that asking for help is not weak|what one cannot do, two can, {H} thought|and the
  next plan they drew together].
@@ -998,14 +1017,17 @@ one {daytime}, {H} found a [strange|glowing|golden|magic] {magic} {spot}. When {
  voice said, "[You have three wishes|I will give you three wishes]. [Use them well|Be careful]."
 """, """
 "[{I} wish for a mountain of cake|{I} wish for all the toys in the world]!" said {H} at once. [Poof!
- There it was|In a moment, it was there]. {he} [ate until {his} belly hurt|played until {he} {was} bored].
-for the second wish, {he} said, "[^{I} wish to be the biggest of all|^{I} wish that everyone does what
+ There it was|In a moment, it was there]. {he} [ate until {his} belly hurt|played until {he} {was}
+ bored].
+for the second wish, {he} said, "[^{I} wish to be the biggest of all|^{I} wish that everyone does
+ what
  {I} say]." Now {he} {was} [big and strong|like a king], but [nobody dared to come near|nobody
  wanted to play].
 {H} sat [alone|all alone] {at_place}. {near_tears}.
 then {a_friend} came by. {fhe} was the only one who {was_not_afraid}. "[You look sad|Is something
  wrong]?" asked {F}. "{I} have everything," said {H}, "but {I_am} alone."
-"[What do you really want|And what would make you happy]?" asked {F}. {H} {was} silent for a long time.
+"[What do you really want|And what would make you happy]?" asked {F}. {H} {was} silent for a long
+ time.
 then {he} took the {magic} and said, "[^{I} wish that everything is as it was|Please make everything
  the way it was]." [Poof! It was gone|There was a flash, and all was as before].
 """, """
@@ -1025,10 +1047,11 @@ plot(
     "nobody needed {him} anymore",
     """
 [nobody had any work for {Ho}|the others were faster and stronger than {Ho}]. "[You are too
- {weak}|What can you do]?" they said. "[Go and play|Stay out of the way]."
-{H} felt [useless|in the way]. {he} [went away {sadly}|sat alone {at_place}].
+ {weak} for this|You cannot do this]," they said. "[Go and play|Stay out of the way]."
+{H} felt [useless|in the way]. {he} [went away sadly|sat alone {at_place}].
 """, """
-{he} tried to help [the baker|the farmer], but {he} dropped [the bread|the eggs]. {he} tried to help [the
+{he} tried to help [the baker|the farmer], but {he} dropped [the bread|the eggs]. {he} tried to
+ help [the
  painter|the gardener], but {he} [spilled the paint|stepped on the flowers].
 ? {near_tears}. "[{I_am} good for nothing|Nobody needs {me}]," {he} said.
 then {H} met {a_friend}, who was crying. "[My {thing} fell into a hole|My {color} {thing} is
@@ -1037,12 +1060,14 @@ then {H} met {a_friend}, who was crying. "[My {thing} fell into a hole|My {color
 "[Let {me} try|Maybe {I} can help]," said {H}. {he} [went slowly and looked with care|got down on
  the ground and listened].
 [what the others could not do with strength, {H} did with patience|{he} took a long time, but {he}
- did not give up]. And {soon} {he} [came back|called out]. "{I} found it!" {he} said. In {his} hand was
+ did not give up]. And {soon} {he} [came back|called out]. "{I} found it!" {he} said. In {his} hand
+ was
  the {color} {thing}!
 """, """
 "{thanks}!" cried {F} and [hugged {him}|danced around {him}]. "[You are the best helper in the
  world|Nobody else could do that]!"
-{soon} [everybody|everyone in {the_region}] heard about it. When something small was lost, or somebody was
+{soon} [everybody|everyone in {the_region}] heard about it. When something small was lost, or
+ somebody was
  sad, they said, "[Let us ask {Ho_name}|We know who can help]."
 ? {G} gave {Ho} {snack}. "[I always knew it|I am proud of you]," {ghe} said.
 [now {H} had work every day|{H} {was} never in the way again], and {glad_end}. [Everyone is good at
@@ -1108,10 +1133,13 @@ class Storyteller:
             opening = rng.choice(OPENINGS)
         if not opening:
             return []
-        told = set(re.findall(r"\{(?:sky|hobby|sight)\}", opening))
-        traits = [each for each in TRAITS if not told & set(re.findall(r"\{\w+\}", each))]
-        traits = rng.sample(traits, rng.choice([0, 0, 1, 1, 2]))
-        return ["^" + self.text(each, slots) for each in [opening] + traits]
+        chosen = [opening]
+        count = 1 + rng.choice([0, 0, 1, 1, 2])
+        for trait in rng.sample(TRAITS, len(TRAITS)):
+            told = {fact for fact in ONCE_ONLY if any(fact in each for each in chosen)}
+            if len(chosen) < count and not any(fact in trait for fact in told):
+                chosen.append(trait)
+        return ["^" + self.text(each, slots) for each in chosen]
 
     def cast(self, chosen):
         """The slots of one story."""
@@ -1147,8 +1175,8 @@ class Storyteller:
         if voice == "mine":
             sort = "animal"
         slots.update(voice=voice, sort=sort)
-        getattr(self, {"I": "hero_told_by_self", "we": "hero_told_by_self",
-                       "two": "hero_of_two", "mine": "hero_of_mine"}.get(voice, "hero_alone"))(slots)
+        {"one": self.hero_alone, "two": self.hero_of_two, "I": self.hero_told_by_self,
+         "we": self.hero_told_by_self, "mine": self.hero_of_mine}[voice](slots)
         slots["home"] = self.text(HOMES[sort], slots)
         many = voice in ("two", "we")
         slots.update(was="were" if many else "was", Ho=slots.get("Ho", slots["H"]),
@@ -1182,7 +1210,8 @@ class Storyteller:
             group = group.replace("ys", "ies").replace("onkies", "onkeys")
         both = f"{first} and {second}"
         slots.update(PRONOUNS["they"], kind=f"two {group}", a_kind=f"two {group}", plain=kind,
-                     name=both, H=f"[{both}|{both}|the two {group}]", named=f"they were called {both}",
+                     name=both, H=f"[{both}|{both}|the two {group}]",
+                     named=f"they were called {both}",
                      who=f"two {group} [named|called] {both}", call=f"[you two|{both}]")
 
     def hero_told_by_self(self, slots):

@@ -115,6 +115,8 @@ struct variant {
     const char *drop;
     struct key key;
     struct weight weight;
+    struct key also;
+    bool twice; /* the key or tensor is added even if there is one of its name */
     size_t patch_at, patch_bytes;
     uint64_t patch;
 };
@@ -170,18 +172,21 @@ static size_t build(struct bytes *file, const struct variant *variant, uint32_t 
     bool replaced_key = !variant->key.name, replaced_weight = !variant->weight.name;
     uint64_t n_keys = 0, n_weights = 0;
     size_t offset = 0;
-    for (int i = 0; i <= N_KEYS; i++) {
-        const struct key *key = i < N_KEYS ? &base_keys[i] : &variant->key;
-        bool replace = i < N_KEYS && same(key->name, variant->key.name);
+    for (int i = 0; i < N_KEYS + 2; i++) {
+        const struct key *key = i < N_KEYS    ? &base_keys[i]
+                                : i == N_KEYS ? &variant->key
+                                              : &variant->also;
+        bool replace = i < N_KEYS && same(key->name, variant->key.name) && !variant->twice;
         replaced_key |= replace;
-        if (!same(key->name, variant->drop) && (i < N_KEYS || !replaced_key)) {
+        if ((i > N_KEYS || !same(key->name, variant->drop)) &&
+            (i < N_KEYS || (i == N_KEYS ? !replaced_key : key->name != NULL))) {
             put_key(keys, replace ? &variant->key : key);
             n_keys++;
         }
     }
     for (int i = 0; i <= N_WEIGHTS; i++) {
         const struct weight *weight = i < N_WEIGHTS ? &base_weights[i] : &variant->weight;
-        bool replace = i < N_WEIGHTS && same(weight->name, variant->weight.name);
+        bool replace = i < N_WEIGHTS && same(weight->name, variant->weight.name) && !variant->twice;
         replaced_weight |= replace;
         if (!same(weight->name, variant->drop) && (i < N_WEIGHTS || !replaced_weight)) {
             put_weight(weights, replace ? &variant->weight : weight, &offset);
@@ -228,7 +233,8 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
 
 static const struct variant variants[] = {
     {.expected = NULL},
-    {NULL, .drop = "llama.attention.head_count_kv", WEIGHT("unused", {8}, .type = 12)},
+    {NULL, WEIGHT("unused", {8}, .type = 12)},
+    {"attn_k.weight: got (4, 8), expected (8, 8)", .drop = "llama.attention.head_count_kv"},
     {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "none")},
     {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "linear")},
     {NULL, KEY("llama.block_count", GGUF_I64, 1, NULL)},
@@ -254,16 +260,17 @@ static const struct variant variants[] = {
     {"general.architecture: ", PATCH(56, 8, UINT64_MAX - 7)},
     {"general.architecture: got ?lama", PATCH(64, 1, '\n')},
     {"k: got an unknown value type 99", KEY("k", 99, 0, NULL)},
-    {"is there twice", PATCH(24 + 8 + 20 + 4 + 8 + 5 + 8, 1, 'l'), .drop = "none",
-     KEY("llama.block_counT", GGUF_U32, 1, NULL)},
+    {"llama.block_count: is there twice", KEY("llama.block_count", GGUF_U32, 1, NULL),
+     .twice = true},
+    {"output_norm.weight: is there twice", WEIGHT("output_norm.weight", {8}), .twice = true},
     {"general.alignment: got 0", KEY("general.alignment", GGUF_U32, 0, NULL)},
     {"general.alignment: got 24", KEY("general.alignment", GGUF_U32, 24, NULL)},
     {"general.alignment: got -32", KEY("general.alignment", GGUF_I32, -32, NULL)},
     {"general.alignment: got 1", KEY("general.alignment", GGUF_U32, 1, NULL)},
-    {"general.alignment: got a string", KEY("general.alignment", GGUF_STRING, 0, "32")},
+    {"general.alignment: got string", KEY("general.alignment", GGUF_STRING, 0, "32")},
     {"aligned to 64", KEY("general.alignment", GGUF_U32, 64, NULL)},
     {"general.architecture: got gpt2", KEY("general.architecture", GGUF_STRING, 0, "gpt2")},
-    {"general.architecture: got a u32", KEY("general.architecture", GGUF_U32, 1, NULL)},
+    {"general.architecture: got u32", KEY("general.architecture", GGUF_U32, 1, NULL)},
     {"general.architecture", .drop = "general.architecture"},
     {"llama.block_count: is missing", .drop = "llama.block_count"},
     {"llama.embedding_length: is missing", .drop = "llama.embedding_length"},
@@ -286,8 +293,9 @@ static const struct variant variants[] = {
     {"head_count_kv: got an array", KEY("llama.attention.head_count_kv", GGUF_ARRAY, 1, NULL)},
     {"length: got an array", KEY("llama.feed_forward_length", GGUF_ARRAY, 1, NULL)},
     {"head_count_kv: got 4", KEY("llama.attention.head_count_kv", GGUF_U32, 4, NULL)},
-    {"head_count_kv: got 2, exp", KEY("llama.attention.head_count_kv", GGUF_U32, 2, NULL),
-     PATCH(0, 0, 0), WEIGHT("blk.0.attn_q.weight", {8, 12}), .drop = "none"},
+    {"head_count_kv: got 2, expected a divisor of head_count, 3",
+     .drop = "llama.attention.head_count", KEY("llama.attention.head_count_kv", GGUF_U32, 2, NULL),
+     .also = {"llama.attention.head_count", GGUF_U32, 3, NULL}},
     {"key_length: got 1024", KEY("llama.attention.key_length", GGUF_U32, 1024, NULL)},
     {"blk.0.attn_q.weight: got (8, 8)", KEY("llama.attention.key_length", GGUF_U32, 8, NULL)},
     {"value_length: got 8", KEY("llama.attention.value_length", GGUF_U32, 8, NULL)},
@@ -295,7 +303,7 @@ static const struct variant variants[] = {
     {"dimension_count: got 6", KEY("llama.rope.dimension_count", GGUF_U32, 6, NULL)},
     {"freq_base: got inf", KEY("llama.rope.freq_base", GGUF_F32, INFINITY, NULL)},
     {"freq_base: got 0", KEY("llama.rope.freq_base", GGUF_F32, 0, NULL)},
-    {"freq_base: got a u32", KEY("llama.rope.freq_base", GGUF_U32, 10000, NULL)},
+    {"freq_base: got u32", KEY("llama.rope.freq_base", GGUF_U32, 10000, NULL)},
     {"rope.scaling.type: got yarn", KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn")},
     {"rope.scaling.factor: got 8", KEY("llama.rope.scaling.factor", GGUF_F32, 8, NULL)},
     {"sliding_window: ", KEY("llama.attention.sliding_window", GGUF_U32, 32, NULL)},

@@ -212,8 +212,8 @@ def train(tokenizer, weights, minutes, save):
         recent = recent[-49:] + [loss.item()]
         step += 1
         if step % 50 == 0:
-            print(f"step {step}, {step * BATCH * CONTEXT / 1e6:.2f} M tokens, "
-                  f"{time.time() - started:.0f} s, loss {sum(recent) / len(recent):.4f}", flush=True)
+            print(f"step {step}, {step * BATCH * CONTEXT / 1e6:.2f} M tokens, {time.time() - started:.0f}"
+                  f" s, loss {sum(recent) / len(recent):.4f}", flush=True)
         if time.time() - saved > 120:
             save()
             saved = time.time()
@@ -326,11 +326,10 @@ def write_gguf(path, tokenizer, weights):
 # Samples
 
 @torch.no_grad()
-def continuation(tokenizer, weights, beginning, count, temperature=0.0, generator=None):
-    """The ids that follow a beginning; the most likely ones at temperature 0."""
-    ids = [BEGIN] + tokenizer.encode(beginning)
-    start = len(ids)
-    while len(ids) - start < count and len(ids) < CONTEXT:
+def continuation(weights, prompt, count, temperature=0.0, generator=None):
+    """The ids that follow the prompt's ids; always the most likely one at temperature 0."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < count and len(ids) < CONTEXT:
         logits = forward(weights, torch.tensor([ids]))[0, -1]
         if temperature == 0:
             token = int(logits.argmax())
@@ -340,15 +339,16 @@ def continuation(tokenizer, weights, beginning, count, temperature=0.0, generato
         if token == END:
             break
         ids.append(token)
-    return ids[start:]
+    return ids[len(prompt):]
 
 
 def print_samples(tokenizer, weights, count=200):
     generator = torch.Generator().manual_seed(SEED)
     for beginning in BEGINNINGS:
+        prompt = [BEGIN] + tokenizer.encode(beginning)
         for temperature in (0.0, 0.8):
-            ids = continuation(tokenizer, weights, beginning, count, temperature, generator)
-            text = tokenizer.decode(tokenizer.encode(beginning) + ids)
+            ids = continuation(weights, prompt, count, temperature, generator)
+            text = tokenizer.decode(prompt + ids)
             print(f"--- {beginning} (temperature {temperature})\n{text}\n", flush=True)
 
 

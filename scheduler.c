@@ -1,0 +1,707 @@
+/* scheduler.c: who computes what next, on two pools of workers.
+ *
+ * Owns the queue of requests, their life (enum request_state) and their block tables. Refuses to
+ * know of time, threads, devices and addresses: a driver asks sched_next for an idle worker's next
+ * step, carries it out, and reports sched_done and sched_copied. Every call is a function of the
+ * state and its arguments, so the same code runs under tests, on devices, and in simulated time.
+ *
+ *     WAITING --admit--> LOADING --prefix arrived--> PREFILL --last chunk--> HAND_OVER --> RUNNING
+ *        ^                  '--nothing to compute or prefilled where it is decoded--------^  |  |
+ *        '-------------------------------- preempt ------------------------------------------'  |
+ *     (any) --end token, length, cancel, error--> FINISHED <------------------------------------'
+ *
+ * Admission takes the oldest waiting request, looks for its longest cached prefix, picks a prefill
+ * and a decode worker, and reserves all blocks of its prompt on both: what is admitted can reach
+ * RUNNING without needing another block. Only a running answer grows; if nothing can be freed for
+ * it, the youngest running request is preempted. The oldest is never preempted for a younger one,
+ * so every request ends.
+ *
+ * Block ownership of a request, by half-open intervals of its table:
+ *     [0, n_registered)         in the index, shared, pinned, never written
+ *     [n_registered, n_blocks)  private: being filled, or reserved for what comes
+ *     [0, n_prefill_blocks)     pinned on the prefill worker too, until they are handed over
+ * Continuous batching: Yu et al., "Orca", OSDI 2022; chunked prefill: Agrawal et al.,
+ * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024.
+ * Read next: dynamo.c, which drives it. */
+#include "dynamo.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    NONE = -1,
+    LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
+    BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
+    MAX_COPIES = 64,      /* copy orders given out with one step; the rest come with the next */
+    MAX_COPY_FAILURES = 3 /* copies that may fail before a request is given up */
+};
+
+struct list { /* of requests, oldest first */
+    struct request *first, *last;
+};
+
+struct worker {
+    struct step step;
+    int n_admitted; /* requests that decode here, or will */
+    int n_stalled;  /* running requests that wait for a block */
+    int n_wanted;   /* blocks that the oldest waiting request lacks here */
+};
+
+struct sched {
+    struct sched_config config;
+    struct kv *kv;
+    struct list waiting, admitted;
+    struct worker workers[MAX_WORKERS];
+    int max_length;
+    struct sched_stats stats;
+};
+
+/* What admission decides about a request. hits are the first blocks of its table. */
+struct plan {
+    int prefill_worker, decode_worker;
+    int n_hits;              /* cached blocks, the saved one included */
+    int cached, end;         /* tokens [cached, end) are to be prefilled */
+    int n_prefill, n_decode; /* blocks to hold on each side */
+    bool takes_saved;
+};
+
+/* ---- decisions: change these to try another policy ---- */
+
+/* Which request is admitted next: the oldest, preempted ones included. */
+static struct request *choose_request(const struct sched *s) {
+    return s->waiting.first;
+}
+
+static int missing_blocks(const struct sched *s, const struct request *r, int n_hits, int worker) {
+    int n = 0;
+    for (int i = 0; i < n_hits; i++) {
+        n += kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
+    }
+    return n;
+}
+
+/* Which worker decodes it: the one with the fewest blocks in use and to be fetched. NONE: full. */
+static int choose_decode_worker(const struct sched *s, const struct request *r, int n_hits) {
+    int best = NONE, least = 0;
+    for (int w = 0; w < s->config.kv.n_workers; w++) {
+        if (!s->config.decodes[w] || s->workers[w].n_admitted >= s->config.max_batch) {
+            continue;
+        }
+        int cost = missing_blocks(s, r, n_hits, w);
+        for (const struct request *other = s->admitted.first; other; other = other->next) {
+            cost += other->decode_worker == w ? other->n_blocks : 0;
+        }
+        if (best == NONE || cost < least) {
+            best = w;
+            least = cost;
+        }
+    }
+    return best;
+}
+
+static int prefill_backlog(const struct sched *s, int worker) {
+    int tokens = 0;
+    for (const struct request *r = s->admitted.first; r; r = r->next) {
+        tokens += r->prefill_worker == worker ? r->prefill_end - r->filled : 0;
+    }
+    return tokens;
+}
+
+/* Which worker prefills it: the one that would be done first, fetches counted as tokens. */
+static int choose_prefill_worker(const struct sched *s, const struct request *r, int n_hits) {
+    int best = NONE, least = 0;
+    for (int w = 0; w < s->config.kv.n_workers; w++) {
+        if (!s->config.prefills[w]) {
+            continue;
+        }
+        int cost = prefill_backlog(s, w) + missing_blocks(s, r, n_hits, w);
+        if (best == NONE || cost < least) {
+            best = w;
+            least = cost;
+        }
+    }
+    return best;
+}
+
+/* Whether the decode worker prefills by itself: it can as well; there is nothing to compute; little
+ * is left after a hit that covers most; or the prefill pool is far behind. */
+static bool prefills_locally(const struct sched *s, const struct plan *plan, int prefill_worker) {
+    int left = plan->end - plan->cached;
+    return s->config.prefills[plan->decode_worker] || left == 0 ||
+           (left <= LOCAL_PREFILL_TOKENS && plan->cached > left) ||
+           (left <= s->config.chunk &&
+            prefill_backlog(s, prefill_worker) > BUSY_CHUNKS * s->config.chunk);
+}
+
+/* Which running request makes room: the youngest on that worker. */
+static struct request *choose_victim(const struct sched *s, int worker) {
+    struct request *r = s->admitted.last;
+    while (r && (r->state != REQUEST_RUNNING || r->decode_worker != worker)) {
+        r = r->previous;
+    }
+    return r;
+}
+
+/* ---- lists, states ---- */
+
+static void list_remove(struct list *list, struct request *r) {
+    *(r->previous ? &r->previous->next : &list->first) = r->next;
+    *(r->next ? &r->next->previous : &list->last) = r->previous;
+    r->previous = r->next = NULL;
+}
+
+static void list_insert(struct list *list, struct request *r) {
+    struct request *before = list->last;
+    while (before && before->id > r->id) {
+        before = before->previous;
+    }
+    r->previous = before;
+    r->next = before ? before->next : list->first;
+    *(r->previous ? &r->previous->next : &list->first) = r;
+    *(r->next ? &r->next->previous : &list->last) = r;
+}
+
+static struct list *list_of(struct sched *s, enum request_state state) {
+    return state == REQUEST_WAITING ? &s->waiting : state == REQUEST_FINISHED ? NULL : &s->admitted;
+}
+
+/* The one place where a request's state changes: see the picture above. */
+static void set_state(struct sched *s, struct request *r, enum request_state state) {
+    static const bool allowed[REQUEST_FINISHED + 1][REQUEST_FINISHED + 1] = {
+        [REQUEST_WAITING] = {[REQUEST_LOADING] = true, [REQUEST_FINISHED] = true},
+        [REQUEST_LOADING] =
+            {[REQUEST_PREFILL] = true, [REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
+        [REQUEST_PREFILL] =
+            {[REQUEST_HAND_OVER] = true, [REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
+        [REQUEST_HAND_OVER] = {[REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
+        [REQUEST_RUNNING] = {[REQUEST_WAITING] = true, [REQUEST_FINISHED] = true},
+    };
+    assert(allowed[r->state][state]);
+    struct list *from = list_of(s, r->state), *to = list_of(s, state);
+    r->state = state;
+    if (from != to) {
+        list_remove(from, r);
+        if (to) {
+            list_insert(to, r);
+        }
+    }
+}
+
+/* ---- blocks of a request ---- */
+
+static void release_prefill_blocks(struct sched *s, struct request *r) {
+    while (r->n_prefill_blocks > 0) {
+        kv_unpin(s->kv, r->blocks[--r->n_prefill_blocks], r->prefill_worker);
+    }
+}
+
+/* Lets go of all blocks, the last first: so it is colder than what stands before it. */
+static void release_blocks(struct sched *s, struct request *r) {
+    for (int i = r->n_blocks - 1; i >= 0; i--) {
+        if (i < r->n_prefill_blocks) {
+            kv_unpin(s->kv, r->blocks[i], r->prefill_worker);
+        }
+        kv_unpin(s->kv, r->blocks[i], r->decode_worker);
+    }
+    if (r->decode_worker != NONE) {
+        s->workers[r->decode_worker].n_admitted--;
+    }
+    r->n_blocks = r->n_prefill_blocks = r->n_registered = r->n_ready = 0;
+    r->prefill_worker = r->decode_worker = NONE;
+}
+
+static void finish(struct sched *s, struct request *r, enum finish_reason reason, double now) {
+    if (r->saved != NONE) {
+        kv_unkeep(s->kv, r->saved);
+    }
+    release_blocks(s, r);
+    set_state(s, r, REQUEST_FINISHED);
+    free(r->blocks);
+    r->blocks = NULL;
+    r->reason = reason;
+    r->last_token = r->last_token > 0 ? r->last_token : now;
+    s->stats.finished++;
+}
+
+/* Puts a running request back into the queue. Its full blocks stay findable in the cache; the
+ * last, partly filled one is kept for it, so that nothing need be computed again. */
+static void preempt(struct sched *s, struct request *r) {
+    if (r->filled % BLOCK_TOKENS != 0) {
+        kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
+    }
+    release_blocks(s, r);
+    r->preempted = true;
+    set_state(s, r, REQUEST_WAITING);
+    s->stats.preemptions++;
+}
+
+/* Registers the blocks that have become full, and sends them to where they will be read. */
+static void register_full_blocks(struct sched *s, struct request *r) {
+    for (; (r->n_registered + 1) * BLOCK_TOKENS <= r->filled; r->n_registered++) {
+        int i = r->n_registered;
+        r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
+                                   r->tokens + (size_t)i * BLOCK_TOKENS);
+        (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
+    }
+}
+
+/* Whether the first n blocks have arrived on worker. A copy that failed is ordered again; after
+ * too many failures the request ends. */
+static bool blocks_ready(struct sched *s, struct request *r, int worker, int n, double now) {
+    while (r->n_ready < n) {
+        int node = r->blocks[r->n_ready];
+        enum kv_state state = kv_state(s->kv, node, worker);
+        if (state == KV_RESERVED &&
+            (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
+            (void)snprintf(r->error, sizeof r->error, "its KV blocks could not be copied");
+            finish(s, r, FINISH_ERROR, now);
+        }
+        if (state != KV_VALID) {
+            return false;
+        }
+        r->n_ready++;
+    }
+    return true;
+}
+
+/* ---- admission ---- */
+
+/* Finds the cached prefix and the workers. False: no decode worker takes another request now. */
+static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
+    bool resumes = r->length > r->n_prompt;
+    int end = resumes ? r->length - 1 : r->length; /* the last token's K and V come by decoding */
+    int n_hits = kv_find(s->kv, r->tokens, (resumes ? end : end - 1) / BLOCK_TOKENS, r->blocks);
+    *plan = (struct plan){.n_hits = n_hits, .cached = n_hits * BLOCK_TOKENS, .end = end};
+    if (r->saved != NONE && plan->cached == end - end % BLOCK_TOKENS) {
+        plan->takes_saved = true;
+        plan->cached = end;
+        r->blocks[plan->n_hits++] = r->saved;
+    }
+    plan->decode_worker = choose_decode_worker(s, r, plan->n_hits);
+    if (plan->decode_worker == NONE) {
+        return false;
+    }
+    plan->prefill_worker = choose_prefill_worker(s, r, plan->n_hits);
+    if (prefills_locally(s, plan, plan->prefill_worker)) {
+        plan->prefill_worker = plan->decode_worker;
+    }
+    int first_answer = end < s->max_length ? end + 1 : end;
+    plan->n_decode = blocks_of(first_answer);
+    plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(end);
+    return true;
+}
+
+/* Pins the hits that are on worker (`present`), or fetches those that are not. */
+static bool fetch_hits(struct sched *s, const struct request *r, const struct plan *plan,
+                       int worker, bool present) {
+    for (int i = 0; i < plan->n_hits; i++) {
+        bool here = kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT;
+        if (present ? here && !kv_fetch(s->kv, r->blocks[i], worker)
+                    : !here && !kv_fetch(s->kv, r->blocks[i], worker)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Undoes a reservation that did not succeed, of the first n blocks. A hit has a copy on a worker
+ * exactly if it was pinned there, because those that were present were pinned first. */
+static void unreserve(struct sched *s, const struct request *r, const struct plan *plan, int n) {
+    for (int i = n - 1; i >= 0; i--) {
+        int node = r->blocks[i];
+        bool prefill_side =
+            i < plan->n_prefill && kv_state(s->kv, node, plan->prefill_worker) != KV_ABSENT;
+        bool decode_side = kv_state(s->kv, node, plan->decode_worker) != KV_ABSENT;
+        if (prefill_side) {
+            kv_unpin(s->kv, node, plan->prefill_worker);
+        }
+        if (decode_side) {
+            kv_unpin(s->kv, node, plan->decode_worker);
+        }
+    }
+}
+
+/* Whether a worker has room for what the request lacks there; if not, room is asked for. */
+static bool has_room(struct sched *s, const struct request *r, const struct plan *plan, int worker,
+                     int n_blocks) {
+    struct worker *w = &s->workers[worker];
+    int lacks = missing_blocks(s, r, plan->n_hits, worker) + n_blocks - plan->n_hits;
+    w->n_wanted = lacks > kv_available(s->kv, worker) - w->n_stalled ? lacks : 0;
+    if (w->n_wanted > 0) {
+        kv_clean(s->kv, worker, w->n_wanted + w->n_stalled);
+    }
+    return w->n_wanted == 0;
+}
+
+/* Makes the blocks that come after the hits. Returns how many there are now. */
+static int make_blocks(struct sched *s, struct request *r, const struct plan *plan) {
+    int i = plan->n_hits;
+    for (; i < plan->n_decode; i++) {
+        bool both = i < plan->n_prefill;
+        int node = kv_new(s->kv, both ? plan->prefill_worker : plan->decode_worker);
+        if (node == NONE) {
+            break;
+        }
+        r->blocks[i] = node;
+        if (both && !kv_reserve(s->kv, node, plan->decode_worker)) {
+            return i + 1;
+        }
+    }
+    return i;
+}
+
+/* Takes all blocks of a plan, on both sides, or none. */
+static bool reserve(struct sched *s, struct request *r, const struct plan *plan) {
+    int p = plan->prefill_worker, d = plan->decode_worker;
+    bool apart = plan->n_prefill > 0;
+    bool ok = fetch_hits(s, r, plan, d, true) && (!apart || fetch_hits(s, r, plan, p, true));
+    ok = ok && has_room(s, r, plan, d, plan->n_decode);
+    ok = (!apart || has_room(s, r, plan, p, plan->n_prefill)) && ok;
+    ok = ok && fetch_hits(s, r, plan, d, false) && (!apart || fetch_hits(s, r, plan, p, false));
+    int n = ok ? make_blocks(s, r, plan) : plan->n_hits;
+    bool reserved = !apart || (n > 0 && kv_state(s->kv, r->blocks[n - 1], d) != KV_ABSENT);
+    if (ok && n == plan->n_decode && reserved) {
+        return true;
+    }
+    unreserve(s, r, plan, n);
+    return false;
+}
+
+/* Admits the next request if `worker` is the one that starts it. False: not now. */
+static bool admit(struct sched *s, int worker) {
+    struct request *r = choose_request(s);
+    struct plan plan;
+    if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan)) {
+        return false;
+    }
+    if (r->saved != NONE) {
+        kv_unkeep(s->kv, r->saved); /* in the table again, or of no use: its tokens come anew */
+    }
+    r->prefill_worker = plan.prefill_worker;
+    r->decode_worker = plan.decode_worker;
+    r->n_blocks = plan.n_decode;
+    r->n_prefill_blocks = plan.n_prefill;
+    r->n_registered = plan.cached / BLOCK_TOKENS;
+    r->filled = plan.cached;
+    r->prefill_end = plan.end;
+    s->workers[plan.decode_worker].n_admitted++;
+    if (r->preempted) {
+        s->stats.recomputed_tokens += plan.end - plan.cached;
+    } else {
+        r->cached_tokens = plan.cached;
+        s->stats.prefix_hit_tokens += plan.cached;
+        s->stats.local_prefills +=
+            plan.prefill_worker == plan.decode_worker && !s->config.prefills[plan.decode_worker];
+    }
+    set_state(s, r, REQUEST_LOADING);
+    return true;
+}
+
+/* ---- composing a step ---- */
+
+/* Appends rows [r->filled, r->filled + n_rows) of a request to a worker's step. */
+static void add_rows(struct worker *w, struct request *r, int worker, const struct kv *kv,
+                     int n_rows) {
+    struct batch *batch = &w->step.batch;
+    struct sequence *sequence = &batch->sequence[batch->n_sequences];
+    bool samples = r->filled + n_rows == r->length;
+    int n_blocks = blocks_of(r->filled + n_rows);
+    *sequence = (struct sequence){.first_row = batch->n_rows,
+                                  .n_rows = n_rows,
+                                  .start = r->filled,
+                                  .first_block = batch->n_blocks,
+                                  .n_blocks = n_blocks,
+                                  .generated = r->state == REQUEST_RUNNING};
+    for (int i = 0; i < n_rows; i++) {
+        batch->token[batch->n_rows] = r->tokens[r->filled + i];
+        batch->position[batch->n_rows] = r->filled + i;
+        batch->row_sequence[batch->n_rows++] = batch->n_sequences;
+    }
+    for (int i = 0; i < n_blocks; i++) {
+        batch->block_table[batch->n_blocks++] = kv_slot(kv, r->blocks[i], worker);
+    }
+    if (samples) {
+        batch->sample_row[batch->n_samples] = batch->n_rows - 1;
+        batch->sampling[batch->n_samples++] = r->sampling;
+    }
+    w->step.requests[batch->n_sequences++] = r;
+    r->in_step = true;
+}
+
+/* Gives a running request the block for its next token; preempts if nothing can be freed for it. */
+static bool grow(struct sched *s, struct request *r, int worker) {
+    struct worker *w = &s->workers[worker];
+    if (r->n_blocks * BLOCK_TOKENS > r->filled) {
+        return true;
+    }
+    if (kv_reclaimable(s->kv, worker) < w->n_stalled + 1) {
+        struct request *victim = choose_victim(s, worker);
+        preempt(s, victim);
+        if (victim == r) {
+            return false;
+        }
+    }
+    int node = kv_available(s->kv, worker) > w->n_stalled ? kv_new(s->kv, worker) : NONE;
+    if (node == NONE) {
+        w->n_stalled++; /* what was freed must be written to host first */
+        return false;
+    }
+    r->blocks[r->n_blocks++] = node;
+    return true;
+}
+
+static void add_running(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    w->n_stalled = 0;
+    struct request *next;
+    for (struct request *r = s->admitted.first; r; r = next) {
+        next = r->next;
+        if (r->decode_worker != worker) {
+            continue;
+        }
+        bool arrives = r->state == REQUEST_HAND_OVER ||
+                       (r->state == REQUEST_LOADING && r->filled == r->prefill_end);
+        if (arrives && blocks_ready(s, r, worker, blocks_of(r->filled), now)) {
+            set_state(s, r, REQUEST_RUNNING);
+        }
+        if (r->state == REQUEST_RUNNING && grow(s, r, worker)) {
+            add_rows(w, r, worker, s->kv, 1);
+        }
+        next = r->state == REQUEST_FINISHED || r->state == REQUEST_WAITING ? next : r->next;
+    }
+}
+
+/* Adds chunks of prompts, the oldest first, at most `chunk` tokens in all; admits what fits. */
+static void add_prefill(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    int budget = s->config.chunk;
+    while (admit(s, worker)) {
+    }
+    struct request *next;
+    for (struct request *r = s->admitted.first; r && budget > 0; r = next) {
+        next = r->next;
+        if (r->prefill_worker != worker || r->filled == r->prefill_end) {
+            continue;
+        }
+        if (r->state == REQUEST_LOADING && blocks_ready(s, r, worker, blocks_of(r->filled), now)) {
+            set_state(s, r, REQUEST_PREFILL);
+        }
+        if (r->state == REQUEST_PREFILL) {
+            int left = r->prefill_end - r->filled;
+            int n_rows = left < budget ? left : budget;
+            add_rows(w, r, worker, s->kv, n_rows);
+            budget -= n_rows;
+        }
+    }
+}
+
+struct step *sched_next(struct sched *s, int worker, double now) {
+    struct step *step = &s->workers[worker].step;
+    struct batch *batch = &step->batch;
+    batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
+    step->n_copies = 0;
+    add_running(s, worker, now);
+    add_prefill(s, worker, now);
+    kv_clean(s->kv, worker, s->workers[worker].n_stalled + s->workers[worker].n_wanted);
+    while (step->n_copies < MAX_COPIES &&
+           kv_next_copy(s->kv, worker, &step->copies[step->n_copies])) {
+        step->n_copies++;
+    }
+    s->stats.steps += batch->n_rows > 0;
+    return batch->n_rows > 0 || step->n_copies > 0 ? step : NULL;
+}
+
+/* ---- what comes back ---- */
+
+/* Appends a sampled token, or ends the answer. */
+static void take_token(struct sched *s, struct request *r, int token, double now) {
+    r->last_token = now;
+    r->first_token = r->first_token > 0 ? r->first_token : now;
+    if (s->config.ends_text[token]) {
+        finish(s, r, FINISH_STOP, now);
+        return;
+    }
+    r->tokens[r->length++] = token;
+    if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length) {
+        finish(s, r, FINISH_LENGTH, now);
+    }
+}
+
+/* The prompt is done: hands the request over, or goes on where it is. */
+static void end_prefill(struct sched *s, struct request *r) {
+    if (r->n_prefill_blocks == 0) {
+        set_state(s, r, REQUEST_RUNNING);
+        return;
+    }
+    if (r->filled % BLOCK_TOKENS != 0) {
+        (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
+    }
+    release_prefill_blocks(s, r);
+    r->n_ready = 0;
+    s->stats.hand_overs++;
+    set_state(s, r, REQUEST_HAND_OVER);
+}
+
+void sched_done(struct sched *s, int worker, struct step *step, double now) {
+    const struct batch *batch = &step->batch;
+    (void)worker;
+    for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
+        struct request *r = step->requests[i];
+        const struct sequence *sequence = &batch->sequence[i];
+        int last_row = sequence->first_row + sequence->n_rows - 1;
+        bool sampled = sample < batch->n_samples && batch->sample_row[sample] == last_row;
+        int token = sampled ? batch->sampled[sample++] : NONE;
+        *(sequence->generated ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
+            sequence->n_rows;
+        r->in_step = false;
+        r->filled += sequence->n_rows;
+        register_full_blocks(s, r);
+        if (r->ending != FINISH_NONE) {
+            finish(s, r, r->ending, now);
+            continue;
+        }
+        if (sampled) {
+            take_token(s, r, token, now);
+        }
+        if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end) {
+            end_prefill(s, r);
+        }
+    }
+}
+
+void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
+    (void)now;
+    kv_copied(s->kv, order, ok);
+}
+
+/* ---- requests come and go ---- */
+
+void sched_submit(struct sched *s, struct request *r, double now) {
+    r->state = REQUEST_WAITING;
+    r->reason = r->ending = FINISH_NONE;
+    r->length = r->n_prompt;
+    r->filled = r->prefill_end = r->cached_tokens = r->copy_failures = 0;
+    r->n_blocks = r->n_registered = r->n_ready = r->n_prefill_blocks = 0;
+    r->prefill_worker = r->decode_worker = r->saved = NONE;
+    r->in_step = r->preempted = false;
+    r->submitted = now;
+    r->first_token = r->last_token = 0;
+    r->error[0] = 0;
+    r->blocks = NULL;
+    s->stats.submitted++;
+    list_insert(&s->waiting, r);
+    int context = s->config.context_length;
+    if (r->n_prompt < 1) {
+        (void)snprintf(r->error, sizeof r->error, "the prompt is empty");
+    } else if (r->n_prompt > context) {
+        (void)snprintf(r->error, sizeof r->error,
+                       "the prompt has %d tokens, the model's context is %d", r->n_prompt, context);
+    } else if (r->n_prompt > s->max_length) {
+        (void)snprintf(r->error, sizeof r->error,
+                       "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
+                       "raise --kv-device",
+                       r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
+    } else {
+        r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
+        if (!r->blocks) {
+            (void)snprintf(r->error, sizeof r->error, "out of memory");
+        }
+    }
+    if (!r->blocks) {
+        finish(s, r, FINISH_ERROR, now);
+    }
+}
+
+void sched_cancel(struct sched *s, struct request *r, bool stop_found, double now) {
+    enum finish_reason reason = stop_found ? FINISH_STOP : FINISH_CANCELLED;
+    if (r->in_step) {
+        r->ending = reason;
+    } else if (r->state != REQUEST_FINISHED) {
+        finish(s, r, reason, now);
+    }
+}
+
+bool sched_idle(const struct sched *s) {
+    return !s->waiting.first && !s->admitted.first;
+}
+
+/* ---- creation ---- */
+
+static bool worker_create(struct worker *w, const struct sched *s) {
+    size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
+    struct batch *batch = &w->step.batch;
+    batch->token = calloc(n_rows, sizeof *batch->token);
+    batch->position = calloc(n_rows, sizeof *batch->position);
+    batch->row_sequence = calloc(n_rows, sizeof *batch->row_sequence);
+    batch->sequence = calloc(n_rows, sizeof *batch->sequence);
+    batch->block_table = calloc(n_rows * (size_t)blocks_of(s->max_length), sizeof(int));
+    batch->sample_row = calloc(n_rows, sizeof *batch->sample_row);
+    batch->sampling = calloc(n_rows, sizeof *batch->sampling);
+    batch->sampled = calloc(n_rows, sizeof *batch->sampled);
+    w->step.requests = calloc(n_rows, sizeof(struct request *));
+    w->step.copies = calloc(MAX_COPIES, sizeof *w->step.copies);
+    return batch->token && batch->position && batch->row_sequence && batch->sequence &&
+           batch->block_table && batch->sample_row && batch->sampling && batch->sampled &&
+           w->step.requests && w->step.copies;
+}
+
+static void worker_destroy(struct worker *w) {
+    struct batch *batch = &w->step.batch;
+    free(batch->token);
+    free(batch->position);
+    free(batch->row_sequence);
+    free(batch->sequence);
+    free(batch->block_table);
+    free(batch->sample_row);
+    free(batch->sampling);
+    free(batch->sampled);
+    free(w->step.requests);
+    free(w->step.copies);
+}
+
+struct sched *sched_create(const struct sched_config *config) {
+    struct sched *s = calloc(1, sizeof *s);
+    if (!s) {
+        return NULL;
+    }
+    s->config = *config;
+    s->max_length = config->context_length;
+    for (int i = 0; i < config->kv.n_workers; i++) {
+        int capacity = config->kv.device_blocks[i] * BLOCK_TOKENS;
+        s->max_length = capacity < s->max_length ? capacity : s->max_length;
+    }
+    s->kv = kv_create(&config->kv);
+    bool ok = s->kv != NULL;
+    for (int i = 0; i < config->kv.n_workers; i++) {
+        ok = worker_create(&s->workers[i], s) && ok;
+    }
+    if (!ok) {
+        sched_destroy(s);
+        return NULL;
+    }
+    return s;
+}
+
+void sched_destroy(struct sched *s) {
+    for (int i = 0; s && i < s->config.kv.n_workers; i++) {
+        worker_destroy(&s->workers[i]);
+    }
+    if (s) {
+        kv_destroy(s->kv);
+    }
+    free(s);
+}
+
+struct kv *sched_kv(struct sched *s) {
+    return s->kv;
+}
+
+int sched_max_length(const struct sched *s) {
+    return s->max_length;
+}
+
+struct sched_stats sched_stats(const struct sched *s) {
+    return s->stats;
+}

@@ -1,0 +1,524 @@
+/* test_json.c: the JSON reader against texts that RFC 8259 allows and forbids (in the manner of
+ * JSONTestSuite), the writer against texts written by hand, each against the other on random
+ * values, and the reader on damaged texts in buffers without slack, where a sanitizer sees every
+ * byte read too far. */
+#define JSON_IMPLEMENTATION
+#include "../json.h"
+#include "check.h"
+#include <stdlib.h>
+
+static uint32_t draw(uint64_t *state, uint32_t limit) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(*state >> 33) % limit;
+}
+
+/* A copy that ends exactly behind its zero byte. */
+static char *copy_of(const char *text, size_t length) {
+    char *copy = malloc(length + 1);
+    if (!copy) {
+        abort();
+    }
+    memcpy(copy, text, length);
+    copy[length] = 0;
+    return copy;
+}
+
+static bool accepted(const char *text, size_t length, char error[JSON_ERROR_LENGTH]) {
+    char *copy = copy_of(text, length);
+    struct json_node *nodes = json_parse(copy, length, error);
+    bool good = nodes != NULL;
+    free(nodes);
+    free(copy);
+    return good;
+}
+
+static void accepts(struct check *check) {
+    static const char *const texts[] = {"[]",
+                                        "{}",
+                                        "[ ]",
+                                        "{ }",
+                                        " [] ",
+                                        "\t\r\n{}\n",
+                                        "null",
+                                        "true",
+                                        "false",
+                                        "0",
+                                        "-0",
+                                        "42",
+                                        "-1",
+                                        "1.5",
+                                        "0.5",
+                                        "-0.0",
+                                        "1e5",
+                                        "1E5",
+                                        "1e+5",
+                                        "1e-5",
+                                        "0e1",
+                                        "0e+1",
+                                        "0E0",
+                                        "1.25e10",
+                                        "123456789012345678901234567890",
+                                        "1e400",
+                                        "-1e400",
+                                        "1e-400",
+                                        "0.00000000000000000001",
+                                        "20e1",
+                                        "\"\"",
+                                        "\"a\"",
+                                        "\" \"",
+                                        "[1]",
+                                        "[1,2]",
+                                        "[1 , 2 ]",
+                                        "[[]]",
+                                        "[[],[]]",
+                                        "[[[]],{}]",
+                                        "[null,1,\"1\",{}]",
+                                        "{\"a\":1}",
+                                        "{\"a\":1,\"b\":2}",
+                                        "{\"a\":[{\"b\":{}}]}",
+                                        "{\"\":0}",
+                                        "{\"a\":1,\"a\":2}",
+                                        "{ \"a\" : 1 , \"b\" : [ ] }",
+                                        "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"",
+                                        "\"\\u0000\"",
+                                        "\"\\u0041\"",
+                                        "\"\\u00e9\"",
+                                        "\"\\uD834\\uDD1E\"",
+                                        "\"\\ud834\\udd1e\"",
+                                        "\"\\uDBFF\\uDFFF\"",
+                                        "\"\\uFFFF\"",
+                                        "\"\\uFDD0\"",
+                                        "\"\\\\u0000\"",
+                                        "\"\\\\a\"",
+                                        "\"\x7F\"",
+                                        "\"\xC3\xA9\"",
+                                        "\"\xE2\x82\xAC\"",
+                                        "\"\xF0\x9D\x84\x9E\"",
+                                        "\"\xF4\x8F\xBF\xBF\"",
+                                        "\"\xEF\xBB\xBF\"",
+                                        "\"\xED\x9F\xBF\"",
+                                        "\"\xEE\x80\x80\"",
+                                        "\"\xC2\x80\"",
+                                        "\"\xE0\xA0\x80\"",
+                                        "\"\xF0\x90\x80\x80\"",
+                                        "[\"a\",\n4\n,true]",
+                                        "[1\n,1\n]",
+                                        "\"/*no comment*/\"",
+                                        "[0.1e1]",
+                                        "[-123123123123123123123123123123]"};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        char error[JSON_ERROR_LENGTH] = "";
+        CHECK(accepted(texts[i], strlen(texts[i]), error), "%s: %s", texts[i], error);
+    }
+}
+
+static void refuses(struct check *check) {
+    static const struct {
+        const char *text;
+        int byte; /* where */
+    } cases[] = {{"", 0},
+                 {" ", 1},
+                 {"[", 1},
+                 {"]", 0},
+                 {"{", 1},
+                 {"}", 0},
+                 {"[1", 2},
+                 {"[1,", 3},
+                 {"[,]", 1},
+                 {"[1,]", 3},
+                 {"[,1]", 1},
+                 {"[1,,2]", 3},
+                 {"[1 2]", 3},
+                 {"[1:2]", 2},
+                 {"[1]]", 3},
+                 {"[1]x", 3},
+                 {"[]{}", 2},
+                 {"[}", 1},
+                 {"{]", 1},
+                 {"[1}", 2},
+                 {"{\"a\"}", 4},
+                 {"{\"a\":}", 5},
+                 {"{\"a\":1", 6},
+                 {"{\"a\":1,}", 7},
+                 {"{\"a\":1]", 6},
+                 {"{\"a\" 1}", 5},
+                 {"{\"a\",1}", 4},
+                 {"{:1}", 1},
+                 {"{1:1}", 1},
+                 {"{a:1}", 1},
+                 {"{'a':1}", 1},
+                 {"{null:1}", 1},
+                 {"{\"a\":1 \"b\":2}", 7},
+                 {"{,}", 1},
+                 {"{\"a\"::1}", 5},
+                 {"nul", 0},
+                 {"nulll", 4},
+                 {"Null", 0},
+                 {"TRUE", 0},
+                 {"tru", 0},
+                 {"truex", 4},
+                 {"fals", 0},
+                 {"NaN", 0},
+                 {"nan", 0},
+                 {"Infinity", 0},
+                 {"inf", 0},
+                 {"-inf", -1},
+                 {"-NaN", -1},
+                 {"-Infinity", -1},
+                 {"+1", 0},
+                 {"01", -1},
+                 {"-01", -1},
+                 {"00", -1},
+                 {"-", -1},
+                 {"--1", -1},
+                 {"1.", -1},
+                 {".5", 0},
+                 {"-.5", -1},
+                 {"1.e5", -1},
+                 {"0.e1", -1},
+                 {"1e", -1},
+                 {"1e+", -1},
+                 {"1e-", -1},
+                 {"1eE2", -1},
+                 {"1e1.5", -1},
+                 {"1.2.3", -1},
+                 {"1+2", -1},
+                 {"1-2", -1},
+                 {"0x1", 1},
+                 {"0x1p3", 1},
+                 {"1a", 1},
+                 {"1_000", 1},
+                 {"1 000", 2},
+                 {"0e", -1},
+                 {"1.5f", 3},
+                 {"\xEF\xBC\x91", 0},
+                 {"\"", 1},
+                 {"\"a", 2},
+                 {"\"\\\"", 3},
+                 {"\"\\", 1},
+                 {"'a'", 0},
+                 {"\"\\a\"", 1},
+                 {"\"\\x41\"", 1},
+                 {"\"\\0\"", 1},
+                 {"\"\\'\"", 1},
+                 {"\"\\u\"", 1},
+                 {"\"\\u00\"", 1},
+                 {"\"\\u004\"", 1},
+                 {"\"\\u004g\"", 1},
+                 {"\"\\u 041\"", 1},
+                 {"\"\\u-041\"", 1},
+                 {"\"\\u0x41\"", 1},
+                 {"\"\\U0041\"", 1},
+                 {"\"\\uD800\"", -1},
+                 {"\"\\uDC00\"", -1},
+                 {"\"\\uD800\\n\"", -1},
+                 {"\"\\uD800x\"", -1},
+                 {"\"\\uD800\\u0041\"", -1},
+                 {"\"\\uD800\\uD800\"", -1},
+                 {"\"\\uDC00\\uD800\"", -1},
+                 {"\"\\uD800\\", -1},
+                 {"\"\\uD800\\u\"", -1},
+                 {"\"\n\"", 1},
+                 {"\"\t\"", 1},
+                 {"\"\x01\"", 1},
+                 {"\"\x1F\"", 1},
+                 {"[\"a\nb\"]", 3},
+                 {"\"\x80\"", 1},
+                 {"\"\xBF\"", 1},
+                 {"\"\xC0\x80\"", 1},
+                 {"\"\xC1\xBF\"", 1},
+                 {"\"\xC3\"", 1},
+                 {"\"\xE0\x80\x80\"", 1},
+                 {"\"\xE0\x9F\xBF\"", 1},
+                 {"\"\xE2\x82\"", 1},
+                 {"\"\xED\xA0\x80\"", 1},
+                 {"\"\xED\xBF\xBF\"", 1},
+                 {"\"\xF0\x80\x80\x80\"", 1},
+                 {"\"\xF0\x8F\xBF\xBF\"", 1},
+                 {"\"\xF4\x90\x80\x80\"", 1},
+                 {"\"\xF5\x80\x80\x80\"", 1},
+                 {"\"\xF8\x88\x80\x80\x80\"", 1},
+                 {"\"\xFE\"", 1},
+                 {"\"\xFF\"", 1},
+                 {"\xEF\xBB\xBF{}", 0},
+                 {"[1]\xC2\xA0", 3},
+                 {"\f[]", 0},
+                 {"\v[]", 0},
+                 {"[]\f", 2},
+                 {"[1]//x", 3},
+                 {"[/**/]", 1},
+                 {"#\n1", 0},
+                 {"[\"a\",]", 5},
+                 {"[\"\\u00A\"]", 2},
+                 {"a", 0},
+                 {"<null>", 0},
+                 {"[*]", 1},
+                 {"\xC3", 0},
+                 {"{\"a\":\"b\"}#", 9},
+                 {"{\"a\":1}}", 7},
+                 {"[\"\": 1]", 3},
+                 {"[\"x\", truth]", 6}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char error[JSON_ERROR_LENGTH] = "";
+        int byte = -2;
+        CHECK(!accepted(cases[i].text, strlen(cases[i].text), error), "%s", cases[i].text);
+        bool placed = sscanf(error, "byte %d: expected", &byte) == 1;
+        CHECK(placed && (cases[i].byte < 0 || byte == cases[i].byte), "%s: %s", cases[i].text,
+              error);
+    }
+    char error[JSON_ERROR_LENGTH];
+    CHECK(!accepted("[1]\0", 4, error), "zero byte behind");
+    CHECK(!accepted("\0", 1, error), "zero byte alone");
+    CHECK(!accepted("\"a\0b\"", 5, error), "zero byte in a string");
+    CHECK(!accepted("[1,\0 2]", 7, error), "zero byte between");
+}
+
+static void decodes(struct check *check) {
+    static const struct {
+        const char *json, *text;
+        size_t length;
+    } cases[] = {{"\"\"", "", 0},
+                 {"\"abc\"", "abc", 3},
+                 {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t", 8},
+                 {"\"a\\u0000b\"", "a\0b", 3},
+                 {"\"\\u0041\\u00e9\\u20AC\"", "A\xC3\xA9\xE2\x82\xAC", 6},
+                 {"\"\\u007f\\u0080\\u07ff\\u0800\"", "\x7F\xC2\x80\xDF\xBF\xE0\xA0\x80", 8},
+                 {"\"\\uD834\\uDD1Ex\"", "\xF0\x9D\x84\x9Ex", 5},
+                 {"\"\\uD800\\uDC00\\uDBFF\\uDFFF\"", "\xF0\x90\x80\x80\xF4\x8F\xBF\xBF", 8},
+                 {"\"\\uFFFF\\\\u0041\"", "\xEF\xBF\xBF\\u0041", 9}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char error[JSON_ERROR_LENGTH] = "";
+        char *copy = copy_of(cases[i].json, strlen(cases[i].json));
+        struct json_node *nodes = json_parse(copy, strlen(copy), error);
+        CHECK(nodes && nodes[0].type == '"' && nodes[0].length == cases[i].length &&
+                  memcmp(nodes[0].text, cases[i].text, cases[i].length + 1) == 0,
+              "%s: %s", cases[i].json, error);
+        free(nodes);
+        free(copy);
+    }
+}
+
+static void nodes_are_in_order(struct check *check) {
+    char text[] = "{\"a\":[1,[ ],\"x\"] , \"b\" : {\"c\":null} ,\"d\":-2.5e3,\"e\":true}";
+    static const struct {
+        char type;
+        int next;
+        const char *text;
+    } expected[] = {{'{', 14, NULL},   {'"', 2, "a"},    {'[', 6, "[1,[ ],\"x\"]"},
+                    {'0', 4, "1"},     {'[', 5, "[ ]"},  {'"', 6, "x"},
+                    {'"', 7, "b"},     {'{', 10, NULL},  {'"', 9, "c"},
+                    {'n', 10, "null"}, {'"', 11, "d"},   {'0', 12, "-2.5e3"},
+                    {'"', 13, "e"},    {'t', 14, "true"}};
+    char error[JSON_ERROR_LENGTH] = "";
+    struct json_node *nodes = json_parse(text, strlen(text), error);
+    CHECK(nodes != NULL, "%s", error);
+    for (int i = 0; nodes && i < nodes[0].next; i++) {
+        const char *value = expected[i].text;
+        CHECK(nodes[i].type == expected[i].type && nodes[i].next == expected[i].next,
+              "node %d: %c %d", i, nodes[i].type, nodes[i].next);
+        if (value && expected[i].type != '[') { /* decoding has put a zero byte into the array */
+            CHECK(nodes[i].length == strlen(value) && !memcmp(nodes[i].text, value, strlen(value)),
+                  "node %d", i);
+        }
+        CHECK(expected[i].type != '[' || nodes[i].length == strlen(value), "node %d", i);
+    }
+    free(nodes);
+}
+
+static void depth_is_limited(struct check *check) {
+    char error[JSON_ERROR_LENGTH] = "";
+    for (int depth = JSON_DEPTH - 1; depth <= JSON_DEPTH + 1; depth++) {
+        char text[2 * JSON_DEPTH + 8] = "";
+        memset(text, '[', (size_t)depth);
+        memset(text + depth, ']', (size_t)depth);
+        CHECK(accepted(text, strlen(text), error) == (depth <= JSON_DEPTH), "depth %d", depth);
+    }
+    size_t length = 1000000;
+    char *deep = malloc(length);
+    if (deep) {
+        memset(deep, '[', length);
+        CHECK(!accepted(deep, length, error) && strstr(error, "nesting"), "%s", error);
+        for (size_t i = 0; i < length; i++) {
+            deep[i] = "{\"\":"[i % 4];
+        }
+        CHECK(!accepted(deep, length, error) && strstr(error, "nesting"), "%s", error);
+        memset(deep, '9', length);
+        CHECK(accepted(deep, length, error), "a number of a million digits: %s", error);
+    }
+    free(deep);
+}
+
+static void writes(struct check *check) {
+    struct json_buffer out = {0};
+    json_put(&out, "{");
+    json_key(&out, "text");
+    json_string(&out, "a\"b\\c/\n\r\t\b\f\x01\x1F\x7F\xC3\xA9", 16);
+    json_key(&out, "bad");
+    json_string(&out, "x\xFFy\xE2\x82z\xED\xA0\x80\xF0\x9D\x84", 12);
+    json_key(&out, "zero");
+    json_string(&out, "a\0b", 3);
+    json_key(&out, "list");
+    json_put(&out, "[");
+    json_int(&out, INT64_MIN);
+    json_int(&out, INT64_MAX);
+    json_put(&out, "[");
+    json_put(&out, "]");
+    json_double(&out, 0.1);
+    json_double(&out, (double)NAN);
+    json_double(&out, -(double)INFINITY);
+    json_double(&out, 1e300);
+    json_put(&out, "]");
+    json_key(&out, "none");
+    json_put(&out, "{");
+    json_put(&out, "}");
+    json_key(&out, "ok");
+    json_put(&out, "true");
+    json_put(&out, "}");
+    json_put(&out, "\n");
+    json_put(&out, "null");
+    const char *expected =
+        "{\"text\":\"a\\\"b\\\\c/\\n\\r\\t\\b\\f\\u0001\\u001f\x7F\xC3\xA9\","
+        "\"bad\":\"x\xEF\xBF\xBDy\xEF\xBF\xBD\xEF\xBF\xBDz\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"
+        "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\",\"zero\":\"a\\u0000b\","
+        "\"list\":[-9223372036854775808,9223372036854775807,[],0.1,null,null,1e+300],"
+        "\"none\":{},\"ok\":true}\nnull";
+    CHECK(out.length == strlen(expected) && strcmp(out.data, expected) == 0, "%s", out.data);
+    free(out.data);
+}
+
+/* Any double, any bytes: what is written is read, and numbers come back bit for bit. */
+static void numbers_and_bytes_come_back(struct check *check) {
+    uint64_t state = 1;
+    for (int i = 0; i < 20000; i++) {
+        uint64_t bits = (uint64_t)draw(&state, 1u << 31) << 33 | (uint64_t)draw(&state, 1u << 31)
+                                                                     << 8;
+        double value;
+        memcpy(&value, &bits, sizeof value);
+        char bytes[24];
+        size_t length = draw(&state, sizeof bytes);
+        bool ascii = true;
+        for (size_t j = 0; j < length; j++) {
+            bytes[j] = (char)draw(&state, i % 2 ? 128 : 256);
+            ascii = ascii && (unsigned char)bytes[j] < 128;
+        }
+        struct json_buffer out = {0};
+        char error[JSON_ERROR_LENGTH] = "";
+        json_put(&out, "[");
+        json_double(&out, value);
+        json_string(&out, bytes, length);
+        json_put(&out, "]");
+        struct json_node *nodes = json_parse(out.data, out.length, error);
+        CHECK(nodes != NULL, "%s: %s", out.data, error);
+        if (nodes) {
+            double read = strtod(nodes[1].text, NULL);
+            CHECK(nodes[1].type == (isfinite(value) ? '0' : 'n'), "%a", value);
+            CHECK(!isfinite(value) || memcmp(&read, &value, sizeof read) == 0, "%a %a", read,
+                  value);
+            CHECK(!ascii || (nodes[2].length == length && !memcmp(nodes[2].text, bytes, length)),
+                  "bytes of round %d", i);
+        }
+        free(nodes);
+        free(out.data);
+    }
+}
+
+static void write_random(struct json_buffer *out, uint64_t *state, int depth) {
+    uint32_t kind = draw(state, depth > 5 ? 5 : 7);
+    if (kind < 3) {
+        json_put(out, kind == 0 ? "null" : kind == 1 ? "true" : "false");
+    } else if (kind == 3) {
+        json_double(out, ((double)draw(state, 1u << 30) - 5e8) / (1 + draw(state, 1000)));
+    } else if (kind == 4) {
+        static const char *const pieces[] = {
+            "", "a", "\n", "\"", "\xF0\x9D\x84\x9E", "\xE2\x82\xAC"};
+        const char *piece = pieces[draw(state, 6)];
+        json_string(out, piece, strlen(piece));
+    } else {
+        json_put(out, kind == 5 ? "[" : "{");
+        for (uint32_t left = draw(state, 5); left > 0; left--) {
+            if (kind == 6) {
+                json_key(out, left % 2 ? "key" : "\x01\xC3\xA9");
+            }
+            write_random(out, state, depth + 1);
+        }
+        json_put(out, kind == 5 ? "]" : "}");
+    }
+}
+
+/* Writes the nodes again; equal to the first text if reading and writing lose nothing. */
+static int rewrite(struct json_buffer *out, const struct json_node *nodes, int at) {
+    const struct json_node *node = &nodes[at];
+    if (node->type == '"') {
+        json_string(out, node->text, node->length);
+    } else if (node->type == '0') {
+        json_double(out, strtod(node->text, NULL));
+    } else if (node->type != '[' && node->type != '{') {
+        json_put(out, node->type == 'n' ? "null" : node->type == 't' ? "true" : "false");
+    } else {
+        json_put(out, node->type == '[' ? "[" : "{");
+        for (int child = at + 1; child < node->next; child = nodes[child].next) {
+            if (node->type == '{') {
+                json_key(out, nodes[child++].text);
+            }
+            rewrite(out, nodes, child);
+        }
+        json_put(out, node->type == '[' ? "]" : "}");
+    }
+    return node->next;
+}
+
+static void documents_come_back(struct check *check) {
+    uint64_t state = 2;
+    for (int i = 0; i < 3000; i++) {
+        struct json_buffer first = {0}, second = {0};
+        char error[JSON_ERROR_LENGTH] = "";
+        write_random(&first, &state, 0);
+        char *copy = copy_of(first.data, first.length);
+        struct json_node *nodes = json_parse(copy, first.length, error);
+        CHECK(nodes != NULL, "%s: %s", first.data, error);
+        if (nodes) {
+            rewrite(&second, nodes, 0);
+            CHECK(strcmp(first.data, second.data) == 0, "%s: %s", first.data, second.data);
+        }
+        free(nodes);
+        free(copy);
+        free(second.data);
+        free(first.data);
+    }
+}
+
+static void survives_damage(struct check *check) {
+    uint64_t state = 3;
+    static const char bytes[] = "\"\\{}[],:0123456789-+.eEutfn \xE2\x82\xAC\xF0\xFF\x01";
+    int n_good = 0, n_bad = 0;
+    for (int i = 0; i < 20000; i++) {
+        struct json_buffer out = {0};
+        char error[JSON_ERROR_LENGTH] = "";
+        write_random(&out, &state, 1);
+        for (uint32_t left = 1 + draw(&state, 3); left > 0; left--) {
+            out.data[draw(&state, (uint32_t)out.length)] = bytes[draw(&state, sizeof bytes)];
+        }
+        size_t length = out.length - draw(&state, (uint32_t)out.length) * draw(&state, 2);
+        bool good = accepted(out.data, length, error);
+        n_good += good;
+        n_bad += !good;
+        CHECK(good || strncmp(error, "byte ", 5) == 0, "%s", error);
+        free(out.data);
+    }
+    CHECK(n_good > 100 && n_bad > 100, "%d good, %d bad", n_good, n_bad);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"accepts", accepts},
+        {"refuses", refuses},
+        {"decodes", decodes},
+        {"nodes_are_in_order", nodes_are_in_order},
+        {"depth_is_limited", depth_is_limited},
+        {"writes", writes},
+        {"numbers_and_bytes_come_back", numbers_and_bytes_come_back},
+        {"documents_come_back", documents_come_back},
+        {"survives_damage", survives_damage},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
