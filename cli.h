@@ -236,11 +236,27 @@ void cli_free(struct options *options) {
 
 /* ---- values: each takes all `length` bytes of its text ---- */
 
-static bool read_number(const char *text, size_t length, bool whole, double *value) {
+static bool read_number(const char *text, size_t length, const char *bytes, double *value) {
     char *end;
     *value = strtod(text, &end);
-    return strspn(text, whole ? "0123456789-" : "0123456789-+.eE") >= length && length > 0 &&
-           end == text + length;
+    return length > 0 && strspn(text, bytes) >= length && end == text + length;
+}
+
+static bool read_int(const struct option_row *row, const char *text, size_t length, int *target) {
+    double value;
+    bool good =
+        read_number(text, length, "0123456789-", &value) && value >= row->low && value <= row->high;
+    *target = good ? (int)value : 0;
+    return good;
+}
+
+static bool read_real(const struct option_row *row, const char *text, size_t length,
+                      float *target) {
+    double value;
+    bool good = read_number(text, length, "0123456789-+.eE", &value) && value >= row->low &&
+                value <= row->high;
+    *target = good ? (float)value : 0;
+    return good;
 }
 
 static bool take_int(const char **at, int *value) {
@@ -250,7 +266,10 @@ static bool take_int(const char **at, int *value) {
     return digits > 0 && *value >= 0;
 }
 
-static bool read_ids(struct request_spec *request, const char *text, size_t length) {
+static bool read_ids(struct options *options, const char *text, size_t length) {
+    struct request_spec *request = &options->request;
+    request->ids = own(options, malloc((length / 2 + 1) * sizeof *request->ids));
+    request->n_ids = 0;
     const char *at = text;
     do {
         at += strspn(at, " \t\r");
@@ -271,8 +290,8 @@ static bool read_size(const char *text, size_t length, double least, struct size
     static const char units[] = "bKMG";
     const char *unit = length > 1 ? memchr(units, text[length - 1], 4) : NULL;
     double number, scale = unit ? (double)(1 << 10 * (unit - units)) : 1;
-    bool good = read_number(text, length - (unit != NULL), true, &number) && number >= least &&
-                number * scale <= 0x1p53;
+    bool good = read_number(text, length - (unit != NULL), "0123456789", &number) &&
+                number >= least && number * scale <= 0x1p53;
     *size = (struct size){good ? (int64_t)(number * scale) : 0, unit == units, true};
     return good;
 }
@@ -292,8 +311,11 @@ static bool read_devices(const char *at, struct device_list *list) {
         if (!take_int(&at, &first))
             return false;
         last = first;
-        if (*at == '-' && (++at, !take_int(&at, &last)))
-            return false;
+        if (*at == '-') {
+            at++;
+            if (!take_int(&at, &last))
+                return false;
+        }
         if (last < first || last - first >= CLI_DEVICES - list->n)
             return false;
         while (first <= last)
@@ -320,78 +342,69 @@ static bool read_stop(struct request_spec *request, char *text, size_t length) {
     return good;
 }
 
+static bool read_text(char *text, size_t length, void *target) {
+    memcpy(target, &text, sizeof text); /* a char * or a const char * */
+    return strlen(text) == length;
+}
+
 /* Stores what `text` says where the row wants it. text[length] is 0, or ends a JSON value. */
+static bool read_value(struct options *options, const struct option_row *row, char *text,
+                       size_t length) {
+    void *target = (char *)options + row->offset;
+    switch (row->kind) {
+    case HEADING: return false;
+    case FLAG: return *(bool *)target = true;
+    case PROMPT:
+        options->request.prompt = text;
+        options->request.prompt_length = length;
+        return true;
+    case TEXT: return read_text(text, length, target);
+    case STOP: return read_stop(&options->request, text, length);
+    case IDS: return read_ids(options, text, length);
+    case INT: return read_int(row, text, length, target);
+    case REAL: return read_real(row, text, length, target);
+    case SEED: return read_seed(text, length, target);
+    case SIZE: return read_size(text, length, row->low, target);
+    case DEVICES: return read_devices(text, target);
+    case CHOICE: return read_choice(text, row->argument, target);
+    }
+    return false;
+}
+
+/* read_value, or a message about `name`, which is the option or the key. */
 static bool set_value(struct options *options, const struct option_row *row, const char *name,
                       char *text, size_t length, char *error) {
-    void *target = (char *)options + row->offset;
-    struct request_spec *request = &options->request;
-    char range[96];
-    const char *expected = range;
-    double number = 0;
-    bool good = true;
-    snprintf(range, sizeof range, "a %snumber from %.10g to %.10g",
-             row->kind == INT ? "whole " : "", row->low, row->high);
-    switch (row->kind) {
-    case HEADING: break;
-    case FLAG: *(bool *)target = true; break;
-    case PROMPT:
-        request->prompt_length = length;
-        memcpy(target, &text, sizeof text);
-        break;
-    case TEXT:
-        expected = "a text without zero bytes";
-        good = strlen(text) == length;
-        memcpy(target, &text, sizeof text);
-        break;
-    case STOP:
-        expected = "at most 16 texts, none empty or with a zero byte";
-        good = read_stop(request, text, length);
-        break;
-    case IDS:
-        expected = "token ids, such as 1,15,7";
-        request->n_ids = 0;
-        request->ids = own(options, malloc((length / 2 + 1) * sizeof(int)));
-        good = read_ids(request, text, length);
-        break;
-    case INT:
-    case REAL:
-        good = read_number(text, length, row->kind == INT, &number) && number >= row->low &&
-               number <= row->high;
-        if (good && row->kind == INT)
-            *(int *)target = (int)number;
-        else if (good)
-            *(float *)target = (float)number;
-        break;
-    case SEED:
-        expected = "a whole number from 0 to 18446744073709551615";
-        good = read_seed(text, length, target);
-        break;
-    case SIZE:
-        expected = "bytes such as 512M (K, M, G) or blocks such as 8b";
-        good = read_size(text, length, row->low, target);
-        break;
-    case DEVICES:
-        expected = "cpu:N, or device numbers such as 0,1 or 0-7; at most 64";
-        good = read_devices(text, target);
-        break;
-    case CHOICE:
-        expected = row->argument;
-        good = read_choice(text, row->argument, target);
-        break;
-    }
+    static const char *const expected[] = {
+        [TEXT] = "a text without zero bytes",
+        [STOP] = "at most 16 texts, none empty or with a zero byte",
+        [IDS] = "token ids, such as 1,15,7",
+        [SEED] = "a whole number from 0 to 18446744073709551615",
+        [SIZE] = "bytes such as 512M (K, M, G) or blocks such as 8b",
+        [DEVICES] = "cpu:N, or device numbers such as 0,1 or 0-7; at most 64",
+        [CHOICE] = NULL, /* its words */
+    };
+    if (read_value(options, row, text, length))
+        return true;
     int shown = length < 60 ? (int)length : 60;
-    return good ? true : refuse(error, "%s: got %.*s, expected %s", name, shown, text, expected);
+    if (row->kind == INT || row->kind == REAL)
+        return refuse(error, "%s: got %.*s, expected a %snumber from %.10g to %.10g", name, shown,
+                      text, row->kind == INT ? "whole " : "", row->low, row->high);
+    return refuse(error, "%s: got %.*s, expected %s", name, shown, text,
+                  row->kind == CHOICE ? row->argument : expected[row->kind]);
 }
 
 /* ---- names ---- */
 
-/* The row of an option, or of a key of a request file. */
-static const struct option_row *find_row(const char *name, size_t length, bool key) {
-    for (int i = 0; i < N_ROWS; i++) {
-        const char *known = key ? option_rows[i].key : option_rows[i].name;
-        if (known && *known && strlen(known) == length && memcmp(known, name, length) == 0)
-            return &option_rows[i];
-    }
+/* The name by which a row is known on the command line, or in a request file. */
+static const char *name_of(int row, bool key) {
+    const char *name = key ? option_rows[row].key : option_rows[row].name;
+    return name ? name : "";
+}
+
+static const struct option_row *find_row(const char *name, bool key) {
+    for (int row = 0; row < N_ROWS && *name; row++)
+        if (strcmp(name_of(row, key), name) == 0)
+            return &option_rows[row];
     return NULL;
 }
 
@@ -400,41 +413,32 @@ static uint64_t row_bit(const struct option_row *row) {
 }
 
 bool cli_given(uint64_t given, const char *option) {
-    const struct option_row *row = find_row(option, strlen(option), false);
+    const struct option_row *row = find_row(option, false);
     assert(row != NULL);
     return given & row_bit(row);
 }
 
-/* How many bytes must be inserted, removed or changed to make `known` from `name`. */
-static int edits(const char *name, size_t length, const char *known) {
-    int cost[32]; /* of making the first j bytes of `known` */
-    int known_length = (int)strlen(known);
-    for (int j = 0; j <= known_length; j++)
-        cost[j] = j;
-    for (size_t i = 0; i < length; i++) {
-        int diagonal = cost[0]++;
-        for (int j = 1; j <= known_length; j++) {
-            int change = diagonal + (name[i] != known[j - 1]);
-            int other = 1 + (cost[j] < cost[j - 1] ? cost[j] : cost[j - 1]);
-            diagonal = cost[j];
-            cost[j] = change < other ? change : other;
-        }
+/* Whether so many bytes inserted, removed or changed make one word from the other. */
+static bool resembles(const char *a, const char *b, int edits) {
+    while (*a && *a == *b) {
+        a++;
+        b++;
     }
-    return cost[known_length];
+    if (!*a && !*b)
+        return true;
+    return edits > 0 &&
+           ((*a && resembles(a + 1, b, edits - 1)) || (*b && resembles(a, b + 1, edits - 1)) ||
+            (*a && *b && resembles(a + 1, b + 1, edits - 1)));
 }
 
-static bool refuse_unknown(const char *name, size_t length, bool key, char *error) {
-    int shown = length < 60 ? (int)length : 60, least = (shown + 1) / 2;
-    const char *nearest = NULL;
-    for (int i = 0; i < N_ROWS; i++) {
-        const char *known = key ? option_rows[i].key : option_rows[i].name;
-        if (known && *known && edits(name, (size_t)shown, known) < least) {
-            least = edits(name, (size_t)shown, known);
-            nearest = known;
-        }
-    }
-    return refuse(error, "%.*s: unknown %s; %s%s", shown, name, key ? "key" : "option",
-                  nearest ? "did you mean " : "--help lists all", nearest ? nearest : "");
+static bool refuse_unknown(const char *name, bool key, char *error) {
+    const char *what = key ? "key" : "option";
+    for (int edits = 1; edits <= 2; edits++)
+        for (int row = 0; row < N_ROWS; row++)
+            if (strlen(name_of(row, key)) > 3 && resembles(name, name_of(row, key), edits))
+                return refuse(error, "%.60s: unknown %s; did you mean %s", name, what,
+                              name_of(row, key));
+    return refuse(error, "%.60s: unknown %s; --help lists all", name, what);
 }
 
 /* ---- the command line ---- */
@@ -502,42 +506,40 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ER
             options->model = word;
             continue;
         }
-        size_t length = value ? (size_t)(value - word) : strlen(word);
-        const struct option_row *row = find_row(word, length, false);
+        if (value)
+            *value++ = 0;
+        const struct option_row *row = find_row(word, false);
         if (!row)
-            return refuse_unknown(word, length, false, error);
+            return refuse_unknown(word, false, error);
         if (options->given & row_bit(row) && row->kind != STOP)
-            return refuse(error, "%s: given twice", row->name);
+            return refuse(error, "%s: given twice", word);
         options->given |= row_bit(row);
         if (value && row->kind == FLAG)
-            return refuse(error, "%s: takes no value", row->name);
-        if (value)
-            value++;
-        else if (row->kind != FLAG && i + 1 < argc &&
-                 !find_row(argv[i + 1], strlen(argv[i + 1]), false))
+            return refuse(error, "%s: takes no value", word);
+        if (row->kind != FLAG && !value && i + 1 < argc && !find_row(argv[i + 1], false))
             value = argv[++i];
-        else if (row->kind != FLAG)
-            return refuse(error, "%s: missing value (%s)", row->name, row->argument);
-        if (!set_value(options, row, row->name, value, value ? strlen(value) : 0, error))
+        if (row->kind != FLAG && !value)
+            return refuse(error, "%s: missing value (%s)", word, row->argument);
+        if (!set_value(options, row, word, value, value ? strlen(value) : 0, error))
             return false;
     }
     return options->help || options->version || check_options(options, error);
 }
 
 void cli_help(FILE *stream) {
-    fputs(
-        "usage: dynamo MODEL [options]\n\n"
-        "Runs a language model as a datacenter does: one pool of devices reads prompts (prefill),\n"
-        "another writes answers (decode). The KV cache moves between them in blocks; when a "
-        "device\n"
-        "is full, cold blocks are paged to host memory. MODEL is a GGUF file, a llama2.c "
-        "checkpoint\n"
-        "or random:NAME[:TYPE]. Text goes to stdout, all else to stderr.\n\n"
-        "  dynamo model.bin                           talk, or complete what you type\n"
-        "  dynamo model.bin -p \"Once upon\" -n 64 --stats   one prompt; then the pools' numbers\n"
-        "  dynamo model.bin -f prompts.txt --devices cpu:4 --kv-device 64b --kv-host 1G\n"
-        "      many prompts at once on four small devices: watch the pager work\n",
-        stream);
+    fputs("usage: dynamo MODEL [options]\n\n"
+          "Runs a language model as a datacenter does: one pool of devices reads prompts\n"
+          "(prefill), another writes answers (decode). The KV cache moves between them in\n"
+          "blocks; when a device is full, cold blocks are paged to host memory. MODEL is a GGUF\n"
+          "file, a llama2.c checkpoint or random:NAME[:TYPE]. Text goes to stdout, all else to\n"
+          "stderr. Three ways to begin:\n\n"
+          "  dynamo model.bin\n"
+          "      talk with a chat model, or let a base model complete what you type\n"
+          "  dynamo model.bin -p \"Once upon a time\" -n 64 --stats\n"
+          "      one prompt, then a table of what the pools and the pager did\n"
+          "  dynamo model.bin -f prompts.txt --devices cpu:4 --kv-device 64b --kv-host 1G\n"
+          "      many prompts at once on four small devices: blocks are paged out and in\n",
+          stream);
     for (int i = 0; i < N_ROWS; i++) {
         const struct option_row *row = &option_rows[i];
         if (row->kind == HEADING) {
@@ -659,9 +661,9 @@ void cli_progress(const char *label, int64_t done, int64_t total) {
 
 static bool set_member(struct options *options, struct json_node *nodes, int key, char *error) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
-    const struct option_row *row = find_row(name->text, name->length, true);
-    if (!row)
-        return refuse_unknown(name->text, name->length, true, error);
+    const struct option_row *row = find_row(name->text, true);
+    if (!row || strlen(name->text) != name->length)
+        return refuse_unknown(name->text, true, error);
     if (options->given & row_bit(row))
         return refuse(error, "%s: given twice", row->key);
     options->given |= row_bit(row);

@@ -90,7 +90,8 @@ struct request {
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
     int saved; /* preempted in mid-block: the node of that block; -1: none, or lost */
     int copy_failures;
-    bool in_step, cancelled, ends_at_cancel;   /* ends_at_cancel: a stop text was found */
+    bool in_step, preempted;
+    enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
     double submitted, first_token, last_token; /* seconds */
     struct request *previous, *next;
 };

@@ -132,6 +132,7 @@ void model_close(struct model *model);
 #endif /* GGUF_H */
 
 #ifdef GGUF_IMPLEMENTATION
+#undef GGUF_IMPLEMENTATION
 
 #include <errno.h>
 #include <fcntl.h>
@@ -264,9 +265,7 @@ static uint64_t gguf_take_int(struct gguf *file, size_t bytes) {
 static size_t gguf_take_count(struct gguf *file, size_t bytes_each) {
     uint64_t count = gguf_take_int(file, 8);
     size_t most = (file->size - file->at) / bytes_each;
-    bool fits = gguf_expect(file, count <= most,
-                            "got a count of %ju, but %zu have room; "
-                            "is the file complete?",
+    bool fits = gguf_expect(file, count <= most, "got %ju, but only %zu have room; is it complete?",
                             (uintmax_t)count, most);
     return fits ? (size_t)count : 0;
 }
@@ -376,11 +375,10 @@ static void gguf_parse(struct gguf *file) {
     int64_t alignment = 32;
     gguf_sort(file, file->keys, n_keys, sizeof *file->keys);
     gguf_get_int(file, "general.alignment", &alignment);
+    file->item = gguf_text("general.alignment");
     if (gguf_expect(
             file, alignment >= 8 && alignment <= GGUF_MAX_EXTENT && !(alignment & (alignment - 1)),
-            "general.alignment: got %jd, expected "
-            "a power of two from 8 on",
-            (intmax_t)alignment)) {
+            "got %jd, expected a power of two from 8 on", (intmax_t)alignment)) {
         gguf_place_tensors(file, (size_t)alignment);
         gguf_sort(file, file->tensors, n_tensors, sizeof *file->tensors);
     }
@@ -463,8 +461,7 @@ static void gguf_parse_checkpoint(struct gguf *file) {
         n_tensors += (size_t)runs[i].copies;
     }
     if (!gguf_expect(file, file->size == expected,
-                     "is not a GGUF file; a llama2.c checkpoint with its header has %zu bytes, "
-                     "not %zu",
+                     "is not GGUF; as a llama2.c checkpoint it would have %zu bytes, not %zu",
                      expected, file->size)) {
         return;
     }
@@ -712,7 +709,6 @@ static void model_read_names(struct gguf *file, struct model_config *config) {
 }
 
 static void model_read_rope(struct gguf *file, struct model_config *config) {
-    char key[sizeof file->name];
     struct gguf_string scaling = gguf_text("linear"); /* the format's default, by a factor of 1 */
     config->rope_adjacent = !strcmp(config->architecture, "llama");
     config->rope_dim =
@@ -720,9 +716,9 @@ static void model_read_rope(struct gguf *file, struct model_config *config) {
     gguf_expect(file, config->rope_dim % 2 == 0, "got %d, expected an even number",
                 config->rope_dim);
     config->rope_theta = model_float(file, config, "rope.freq_base", 10000, 1, 1e12);
-    snprintf(key, sizeof key, "%s.rope.scaling.type", config->architecture);
-    gguf_get_string(file, key, &scaling);
-    file->item = gguf_text(key);
+    snprintf(file->name, sizeof file->name, "%s.rope.scaling.type", config->architecture);
+    gguf_get_string(file, file->name, &scaling);
+    file->item = gguf_text(file->name);
     gguf_expect(file, gguf_equals(scaling, "none") || gguf_equals(scaling, "linear"),
                 "got %.*s, expected none", scaling.length < 64 ? (int)scaling.length : 64,
                 scaling.data);
@@ -762,9 +758,8 @@ static void model_read_config(struct gguf *file, struct model_config *config) {
     config->vocab_size = sane ? (int)embedding->rows : 1;
     if (gguf_get_array(file, "tokenizer.ggml.tokens", &tokens)) {
         gguf_expect(file, tokens.count == (size_t)config->vocab_size,
-                    "got %zu tokens, expected "
-                    "%d, the rows of token_embd.weight",
-                    tokens.count, config->vocab_size);
+                    "got %zu tokens, expected %d, the rows of token_embd.weight", tokens.count,
+                    config->vocab_size);
     }
 }
 
@@ -788,7 +783,11 @@ static void model_read_layer(struct gguf *file, const struct model_config *confi
     layer->ffn_gate = model_tensor(file, i, "ffn_gate.weight", d_ff, d_model);
     layer->ffn_up = model_tensor(file, i, "ffn_up.weight", d_ff, d_model);
     layer->ffn_down = model_tensor(file, i, "ffn_down.weight", d_model, d_ff);
-    gguf_expect(file, !model_find(file, i, "attn_output.bias"), "is not supported");
+    static const char *const biases[] = {"attn_output.bias", "ffn_gate.bias", "ffn_up.bias",
+                                         "ffn_down.bias"};
+    for (size_t j = 0; j < 4; j++) { /* to leave one out in silence would give wrong text */
+        gguf_expect(file, !model_find(file, i, biases[j]), "is not supported");
+    }
 }
 
 static void model_read_tensors(struct gguf *file, struct model *model) {

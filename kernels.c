@@ -35,21 +35,21 @@
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
 enum {
-    LANES = 16,             /* floats in a vector */
-    PANEL = 64,             /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
-    TILE_ROWS = 6,          /* rows that one call of the product kernel computes at most */
-    DIRECT_ROWS = 12,       /* up to so many rows read a panel in its stored type */
-    SLAB = 256,             /* k of a panel that are kept as f32 in L2 while many rows use them */
-    ROW_CHUNK = 96,         /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
-    QUERIES = 48,           /* queries of an attention tile */
-    CHUNK = 64,             /* tokens whose scores are computed at a time: a panel of keys */
-    MAX_HEAD_DIM = 256,     /* sizes the scratch of a thread */
-    NORM_ROWS = 8,          /* rows of a tile of the cheap ops */
-    PAD = 16,               /* activation rows are padded so; one more breaks strides of 2^n */
-    Q8_BLOCK = 32,          /* k that share a scale */
-    SPINS = 3000,           /* pauses (about 50 us) before an idle helper sleeps */
-    YIELD_SPINS = 20000,    /* pauses before a waiting thread suspects that it is in the way */
-    MAX_COPY_DELAY = 2000   /* microseconds */
+    LANES = 16,           /* floats in a vector */
+    PANEL = 64,           /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
+    TILE_ROWS = 6,        /* rows that one call of the product kernel computes at most */
+    DIRECT_ROWS = 12,     /* up to so many rows read a panel in its stored type */
+    SLAB = 256,           /* k of a panel that are kept as f32 in L2 while many rows use them */
+    ROW_CHUNK = 96,       /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
+    QUERIES = 48,         /* queries of an attention tile */
+    CHUNK = 64,           /* tokens whose scores are computed at a time: a panel of keys */
+    MAX_HEAD_DIM = 256,   /* sizes the scratch of a thread */
+    NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
+    PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
+    Q8_BLOCK = 32,        /* k that share a scale */
+    SPINS = 3000,         /* pauses (about 50 us) before an idle helper sleeps */
+    YIELD_SPINS = 20000,  /* pauses before a waiting thread suspects that it is in the way */
+    MAX_COPY_DELAY = 2000 /* microseconds */
 };
 enum { Q8_PANEL_BYTES = PANEL * (2 + Q8_BLOCK), MAX_SLOTS = MAX_WORKERS * MAX_SHARDS };
 
@@ -250,6 +250,7 @@ struct cpu_device {
     float *ffn;                   /* (max_rows, ffn_stride) */
     float *turn;                  /* (max_rows, rope_dim / 2, {cos, sin}) */
     float *logits;                /* (max_samples, vocab_size) */
+    float *scaled;                /* (max_samples, vocab_size) logits / temperature */
     int *candidates;              /* (max_samples, vocab_size) of the sampler */
     int *sampled;                 /* (max_samples) */
     int *first_tile;              /* (max_rows + 1) attention tiles of a head before a sequence */
@@ -450,8 +451,8 @@ static void pack_q8(const struct weight *weight, int first, int n, char *panel) 
     size_t n_blocks = (size_t)weight->cols / Q8_BLOCK, bytes = 2 + Q8_BLOCK;
     for (size_t block = 0; block < n_blocks; block++, panel += Q8_PANEL_BYTES) {
         for (int row = 0; row < n; row++) {
-            const char *from =
-                (const char *)weight->tensor->data + ((size_t)(first + row) * n_blocks + block) * bytes;
+            const char *from = (const char *)weight->tensor->data +
+                               ((size_t)(first + row) * n_blocks + block) * bytes;
             memcpy(panel + row * 2, from, 2);
             for (int k = 0; k < Q8_BLOCK; k++) {
                 panel[2 * PANEL + k * PANEL + row] = from[2 + k];
@@ -646,9 +647,9 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
     TILE_KERNEL(type, 4)                                                                           \
     TILE_KERNEL(type, 5)                                                                           \
     TILE_KERNEL(type, 6)                                                                           \
-    static void (*const tile_##type[])(const struct tile *) = {                                    \
-        tile_##type##_1, tile_##type##_2, tile_##type##_3,                                         \
-        tile_##type##_4, tile_##type##_5, tile_##type##_6};
+    static void (*const tile_##type[])(const struct tile *) = {tile_##type##_1, tile_##type##_2,   \
+                                                               tile_##type##_3, tile_##type##_4,   \
+                                                               tile_##type##_5, tile_##type##_6};
 
 TILE_KERNELS(F32)
 TILE_KERNELS(F16)
@@ -752,7 +753,7 @@ struct product { /* up to three matrices times the same rows */
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
     float *out[3];                            /* (n_rows, out_stride) */
     size_t out_stride[3];
-    int first_tile[4]; /* tiles before each matrix */
+    int first_tile[4];  /* tiles before each matrix */
     const float *input; /* (n_rows, stride) */
     size_t stride;
     int n_rows, chunk_rows, n_chunks;
@@ -837,7 +838,8 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     for (int i = 0; i < n_matrices; i++) {
         const struct weight *matrix = product->matrix[i];
         int first = matrix->first_row / PANEL;
-        n_tiles += (divide_up(matrix->first_row + matrix->n_rows, PANEL) - first) * product->n_chunks;
+        n_tiles +=
+            (divide_up(matrix->first_row + matrix->n_rows, PANEL) - first) * product->n_chunks;
         product->first_tile[i + 1] = n_tiles;
     }
     parallel_for(device, n_tiles, product_tile, product);
@@ -915,10 +917,8 @@ static void embed_row(const struct row_job *job, int row) {
 
 static void cpu_embed(struct device *base, const struct weight *token_embd) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct row_job job = {.device = device,
-                          .weight = token_embd,
-                          .n_rows = device->batch->n_rows,
-                          .run = embed_row};
+    struct row_job job = {
+        .device = device, .weight = token_embd, .n_rows = device->batch->n_rows, .run = embed_row};
     for_rows(&job);
 }
 
@@ -927,7 +927,8 @@ static void turn_row(const struct row_job *job, int row) { /* the angles of a po
     size_t n = (size_t)device->config->rope_dim / 2;
     float *turn = job->device->turn + (size_t)row * n * 2;
     for (size_t i = 0; i < n; i++) {
-        double angle = (double)job->device->batch->position[row] * (double)device->rope_frequency[i];
+        double angle =
+            (double)job->device->batch->position[row] * (double)device->rope_frequency[i];
         turn[2 * i] = (float)cos(angle);
         turn[2 * i + 1] = (float)sin(angle);
     }
@@ -946,7 +947,8 @@ static void rope(const struct cpu_device *device, float *head, int row) {
     }
 }
 
-/* Where (head_dim) of a token begin, in elements: its block is (n_layers, {k, v}, heads, 16, dim) */
+/* Where (head_dim) of a token begin, in elements: its block is (n_layers, {k, v}, heads, 16, dim)
+ */
 static size_t kv_offset(const struct cpu_device *device, int slot, int layer, int value, int head,
                         int token) {
     const struct model_config *config = device->device.config;
@@ -1107,7 +1109,7 @@ struct attention_job {
     int layer;
 };
 
-struct softmax { /* of one query, over the tokens seen so far */
+struct softmax {      /* of one query, over the tokens seen so far */
     float max, scale; /* scale: what the sums of earlier chunks must be multiplied by */
     vec sum;          /* lane by lane; lanes are added at the end */
 };
@@ -1208,7 +1210,8 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
     const struct batch *batch = device->batch;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
     int head = index % device->n_kv_heads, which = 0;
-    index = device->first_tile[batch->n_sequences] - 1 - index / device->n_kv_heads; /* long first */
+    index =
+        device->first_tile[batch->n_sequences] - 1 - index / device->n_kv_heads; /* long first */
     while (index >= device->first_tile[which + 1]) {
         which++;
     }
@@ -1275,22 +1278,541 @@ static double uniform(uint64_t seed, int position, int token) { /* in (0, 1) */
     return ((double)counter[0] + 0.5) * 0x1p-32;
 }
 
-/* Divides by the temperature, in place; finds the largest. NaN becomes the least number. */
-static float temper(float *logits, int n, float temperature) {
+/* scaled = logits / temperature, all finite: NaN becomes the least number. Returns the largest. */
+static float temper(const float *logits, float *scaled, int n, float temperature) {
     float divisor = temperature > 0.0f ? temperature : 1.0f;
     const vec zero = {0}, low = zero - FLT_MAX, high = zero + FLT_MAX;
     vec largest = low;
     for (int i = 0; i < n; i += LANES) {
         vec value = max_vec(load_part(logits + i, n - i) / divisor, low);
         value = select_vec(value < high, value, high);
-        store_part(logits + i, value, n - i);
+        store_part(scaled + i, value, n - i);
         if (n - i >= LANES) {
             largest = max_vec(value, largest);
         }
     }
     float max = max_lanes(largest);
     for (int i = n / LANES * LANES; i < n; i++) {
-        max = logits[i] > max ? logits[i] : max;
+        max = scaled[i] > max ? scaled[i] : max;
     }
     return max;
+}
+
+static bool before(const float *scaled, int a, int b) { /* the order of candidates */
+    return scaled[a] > scaled[b] || (scaled[a] == scaled[b] && a < b);
+}
+
+static void sift_down(const float *scaled, int *heap, int count, int at) {
+    for (int child = 2 * at + 1; child < count; child = 2 * at + 1) {
+        if (child + 1 < count && before(scaled, heap[child + 1], heap[child])) {
+            child++;
+        }
+        if (!before(scaled, heap[child], heap[at])) {
+            return;
+        }
+        int token = heap[at];
+        heap[at] = heap[child];
+        heap[child] = token;
+        at = child;
+    }
+}
+
+static double weight_of(float scaled, float max) { /* e^(scaled - max), the same everywhere */
+    return (double)exp_vec((vec){0} + (scaled - max))[0];
+}
+
+static double sum_of_weights(const float *scaled, int n, float max) {
+    vec sum = {0};
+    for (int i = 0; i < n; i += LANES) {
+        vec value = exp_vec(load_part(scaled + i, n - i) - max);
+        if (n - i < LANES) {
+            for (int lane = n - i; lane < LANES; lane++) {
+                value[lane] = 0.0f;
+            }
+        }
+        sum += value;
+    }
+    return (double)sum_lanes(sum);
+}
+
+/* Leaves what top_k and top_p keep at the end of `list` (n): largest last. Returns how many. The
+ * heap shrinks from the front as the kept ones are popped to the back. */
+static int keep_top(const struct sampling *sampling, const float *scaled, float max, int *list,
+                    int n) {
+    bool by_count = sampling->top_k > 0 && sampling->top_k < n;
+    double total = sum_of_weights(scaled, n, max);
+    /* tokens this improbable make up less than what top_p leaves out, all together */
+    double least = by_count ? -1.0 : 0.5 * (1.0 - (double)sampling->top_p) * total / n;
+    int count = 0;
+    for (int i = 0; i < n; i++) {
+        if (least < 0.0 || weight_of(scaled[i], max) >= least) {
+            list[count++] = i;
+        }
+    }
+    for (int i = count / 2 - 1; i >= 0; i--) {
+        sift_down(scaled, list, count, i);
+    }
+    int limit = by_count ? sampling->top_k : count, kept = 0;
+    double sum = 0.0;
+    while (kept < limit && (by_count || sum < (double)sampling->top_p * total)) {
+        int token = list[0];
+        list[0] = list[count - 1 - kept];
+        list[count - 1 - kept++] = token;
+        sift_down(scaled, list, count - kept, 0);
+        sum += weight_of(scaled[token], max);
+    }
+    if (by_count && sampling->top_p < 1.0f) { /* of these, by their share of their own sum */
+        double enough = (double)sampling->top_p * sum;
+        sum = 0.0;
+        for (limit = kept, kept = 0; kept < limit && (kept == 0 || sum < enough); kept++) {
+            sum += weight_of(scaled[list[count - 1 - kept]], max);
+        }
+    }
+    kept = kept > 0 ? kept : 1;
+    memmove(list, list + count - kept, sizeof *list * (size_t)kept);
+    return kept;
+}
+
+/* The largest scaled + g of `n` tokens (of the list, or all). -log(u) >= 1 - u rules out most
+ * without a logarithm: token wins only if -log(u) < e^(scaled - best). */
+static int race(const struct sampling *sampling, int position, const float *scaled, float max,
+                const int *list, int n) {
+    double least = sampling->min_p > 0.0f ? (double)max + log((double)sampling->min_p) : -INFINITY;
+    double best = -INFINITY, scale = INFINITY; /* scale: e^(max - best), a bit more */
+    int winner = list ? list[n - 1] : 0;
+    for (int i = 0; i < n; i++) {
+        int token = list ? list[i] : i;
+        if ((double)scaled[token] < least) {
+            continue;
+        }
+        double u = uniform(sampling->seed, position, token);
+        if (1.0 - u > weight_of(scaled[token], max) * scale) {
+            continue;
+        }
+        double value = (double)scaled[token] - log(-log(u));
+        if (value > best || (value == best && token < winner)) {
+            best = value;
+            winner = token;
+            scale = exp((double)max - best) * 1.001 + 1e-300;
+        }
+    }
+    return winner;
+}
+
+static void sample_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct cpu_device *device = argument;
+    (void)scratch;
+    const struct batch *batch = device->batch;
+    const struct sampling *sampling = &batch->sampling[index];
+    int n = device->device.config->vocab_size;
+    size_t at = (size_t)index * (size_t)n;
+    float *scaled = device->scaled + at;
+    int *list = device->candidates + at, *kept = NULL;
+    float max = temper(device->logits + at, scaled, n, sampling->temperature);
+    if (!(sampling->temperature > 0.0f)) {
+        int token = 0;
+        while (token < n - 1 && scaled[token] != max) {
+            token++;
+        }
+        device->sampled[index] = token;
+        return;
+    }
+    if ((sampling->top_k > 0 && sampling->top_k < n) || sampling->top_p < 1.0f) {
+        n = keep_top(sampling, scaled, max, list, n);
+        kept = list;
+    }
+    int position = batch->position[batch->sample_row[index]] + 1;
+    device->sampled[index] = race(sampling, position, scaled, max, kept, n);
+}
+
+static void cpu_sample(struct device *base) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    if (device->batch->n_samples > 0) {
+        parallel_for(device, device->batch->n_samples, sample_tile, device);
+    }
+}
+
+static void cpu_read_logits(struct device *base, float *logits) {
+    const struct cpu_device *device = (struct cpu_device *)base;
+    size_t n = (size_t)device->batch->n_samples * (size_t)base->config->vocab_size;
+    memcpy(logits, device->logits, n * sizeof *logits);
+}
+
+/* ---- a step ---- */
+
+static bool cpu_step_begin(struct device *base, const struct batch *batch) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    assert(batch->n_rows <= base->max_rows && batch->n_samples <= base->max_samples);
+    if (base->rank == 0) { /* one thread drives all shards of a worker */
+        atomic_fetch_add(&device->cpu->active, 1);
+    }
+    device->batch = batch;
+    int group = device->n_heads / device->n_kv_heads;
+    for (int i = 0; i < batch->n_sequences; i++) {
+        device->first_tile[i + 1] =
+            device->first_tile[i] + divide_up(batch->sequence[i].n_rows * group, QUERIES);
+    }
+    struct row_job job = {.device = device, .n_rows = batch->n_rows, .run = turn_row};
+    for_rows(&job);
+    return true;
+}
+
+static void cpu_step_end(struct device *base, int *sampled) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    if (sampled && base->rank == 0) {
+        memcpy(sampled, device->sampled, sizeof *sampled * (size_t)device->batch->n_samples);
+    }
+    device->batch = NULL;
+    if (base->rank == 0) {
+        atomic_fetch_sub(&device->cpu->active, 1);
+    }
+}
+
+/* ---- memory and copies ---- */
+
+static size_t cpu_free_memory(struct device *device, bool pinned) {
+    (void)device;
+    (void)pinned;
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    size_t kibibytes = 0;
+    while (file && fgets(line, sizeof line, file) &&
+           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
+    }
+    if (file) {
+        fclose(file);
+    }
+    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
+}
+
+static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
+    if (bytes > cpu_free_memory(device, pinned)) {
+        return NULL;
+    }
+    return aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+}
+
+static void cpu_release(struct device *device, void *memory, bool pinned) {
+    (void)device;
+    (void)pinned;
+    free(memory);
+}
+
+static void copy_now(const struct copy2d *copy) {
+    for (size_t row = 0; row < copy->height; row++) {
+        memcpy((char *)copy->to + row * copy->to_pitch,
+               (const char *)copy->from + row * copy->from_pitch, copy->width);
+    }
+}
+
+/* The first copy in the queue; or, where copies are delayed, of a random device and stream: those
+ * are in order only among themselves. */
+static struct copy_order *pick_copy(struct cpu_backend *cpu, uint64_t random) {
+    if (cpu->copy_delay_seed == 0) {
+        return cpu->first_copy;
+    }
+    uint64_t count = 0;
+    for (struct copy_order *order = cpu->first_copy; order; order = order->next) {
+        count++;
+    }
+    struct copy_order *chosen = cpu->first_copy, *first = cpu->first_copy;
+    for (uint64_t i = random % count; i > 0; i--) {
+        chosen = chosen->next;
+    }
+    while (first->device != chosen->device || first->stream != chosen->stream) {
+        first = first->next;
+    }
+    return first;
+}
+
+static void *copier_main(void *argument) {
+    struct cpu_backend *cpu = argument;
+    uint32_t turn = 0;
+    pthread_mutex_lock(&cpu->copy_mutex);
+    for (;;) {
+        while (!cpu->first_copy && !atomic_load(&cpu->stop)) {
+            pthread_cond_wait(&cpu->copy_wake, &cpu->copy_mutex);
+        }
+        if (!cpu->first_copy) {
+            break;
+        }
+        uint32_t random[4] = {turn++, 0, 0, 0};
+        philox(random, (uint32_t)cpu->copy_delay_seed, (uint32_t)(cpu->copy_delay_seed >> 32));
+        struct copy_order *order = pick_copy(cpu, random[0]), **link = &cpu->first_copy;
+        pthread_mutex_unlock(&cpu->copy_mutex);
+        if (cpu->copy_delay_seed) {
+            nanosleep(&(struct timespec){0, (long)(random[1] % MAX_COPY_DELAY) * 1000}, NULL);
+        }
+        copy_now(&order->copy);
+        pthread_mutex_lock(&cpu->copy_mutex);
+        atomic_fetch_add_explicit(&order->device->copied[order->stream], 1, memory_order_release);
+        while (*link != order) {
+            link = &(*link)->next;
+        }
+        *link = order->next;
+        free(order);
+        pthread_cond_broadcast(&cpu->copy_idle);
+    }
+    pthread_mutex_unlock(&cpu->copy_mutex);
+    return NULL;
+}
+
+static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    struct copy_order *order = malloc(sizeof *order), **link = &cpu->first_copy;
+    if (!order) { /* ops cannot fail: the program ends here, as with any fault of a device */
+        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
+        abort();
+    }
+    *order = (struct copy_order){device, stream, *copy, NULL};
+    pthread_mutex_lock(&cpu->copy_mutex);
+    while (*link) {
+        link = &(*link)->next;
+    }
+    *link = order;
+    uint64_t ticket = atomic_fetch_add(&device->copies[stream], 1) + 1;
+    pthread_cond_signal(&cpu->copy_wake);
+    pthread_mutex_unlock(&cpu->copy_mutex);
+    return ticket;
+}
+
+static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    return atomic_load_explicit(&device->copied[stream], memory_order_acquire) >= ticket;
+}
+
+/* ---- devices ---- */
+
+static bool check_wanted(const struct device *wanted, char *error) {
+    const struct model_config *config = wanted->config;
+    int n = wanted->n_shards;
+    const struct {
+        const char *name;
+        int value, unit;
+    } cuts[] = {{"attention heads", config->n_heads, n},
+                {"key-value heads", config->n_kv_heads, n},
+                {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
+                {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
+    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n) {
+        snprintf(error, GGUF_ERROR_LENGTH, "got %d shards, expected 1, 2, 4 or 8", n);
+        return false;
+    }
+    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
+        if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit) {
+            snprintf(error, GGUF_ERROR_LENGTH,
+                     "%s: got %d, expected a multiple of %d for %d shards", cuts[i].name,
+                     cuts[i].value, cuts[i].unit, n);
+            return false;
+        }
+    }
+    if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
+        config->rope_dim > config->head_dim) {
+        snprintf(error, GGUF_ERROR_LENGTH,
+                 "heads of %d, %d of them turned: expected even numbers up to %d", config->head_dim,
+                 config->rope_dim, MAX_HEAD_DIM);
+        return false;
+    }
+    return true;
+}
+
+/* Rows of n elements: padded, and never 2^n bytes apart, which would alias in the L1 cache. */
+static size_t stride_of(int n) {
+    size_t stride = round_up((size_t)n, PAD);
+    return stride % 64 ? stride : stride + PAD;
+}
+
+static void *zeros(size_t rows, size_t stride) { /* (rows, stride) of 4 bytes */
+    size_t bytes = round_up((rows * stride + LANES) * 4, 64);
+    void *memory = aligned_alloc(64, bytes);
+    if (memory) {
+        memset(memory, 0, bytes);
+    }
+    return memory;
+}
+
+static struct job *take_slot(struct cpu_backend *cpu, bool urgent) {
+    struct job *job = NULL;
+    pthread_mutex_lock(&cpu->mutex);
+    for (int i = 0; i < MAX_SLOTS && !job; i++) {
+        if (!cpu->slot_used[i]) {
+            job = &cpu->jobs[i];
+            cpu->slot_used[i] = true;
+            atomic_store(&job->urgent, urgent);
+            if (i >= atomic_load(&cpu->n_slots)) {
+                atomic_store(&cpu->n_slots, i + 1);
+            }
+        }
+    }
+    pthread_mutex_unlock(&cpu->mutex);
+    return job;
+}
+
+static void cpu_device_close(struct device *base) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    pthread_mutex_lock(&cpu->copy_mutex);
+    for (int stream = 0; stream < N_STREAMS; stream++) {
+        while (atomic_load(&device->copied[stream]) < atomic_load(&device->copies[stream])) {
+            pthread_cond_wait(&cpu->copy_idle, &cpu->copy_mutex);
+        }
+    }
+    pthread_mutex_unlock(&cpu->copy_mutex);
+    if (device->job) {
+        pthread_mutex_lock(&cpu->mutex);
+        cpu->slot_used[device->job - cpu->jobs] = false;
+        pthread_mutex_unlock(&cpu->mutex);
+    }
+    void *memory[] = {device->x,       device->h,          device->partial, device->q,
+                      device->k,       device->v,          device->ffn,     device->attention,
+                      device->turn,    device->logits,     device->scaled,  device->candidates,
+                      device->sampled, device->first_tile, device->scratch};
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) {
+        free(memory[i]);
+    }
+    free(device);
+}
+
+static bool allocate_activations(struct cpu_device *device) {
+    const struct model_config *config = device->device.config;
+    size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
+    size_t vocab = (size_t)config->vocab_size;
+    size_t normed = rows > samples ? rows : samples;
+    device->x_stride = stride_of(config->d_model);
+    device->q_stride = stride_of(device->n_heads * config->head_dim);
+    device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
+    device->ffn_stride = stride_of(device->d_ff);
+    device->x = zeros(rows, device->x_stride);
+    device->h = zeros(normed, device->x_stride);
+    device->partial = zeros(device->device.n_shards > 1 ? rows : 0, device->x_stride);
+    device->q = zeros(rows, device->q_stride);
+    device->attention = zeros(rows, device->q_stride);
+    device->k = zeros(rows, device->kv_stride);
+    device->v = zeros(rows, device->kv_stride);
+    device->ffn = zeros(rows, device->ffn_stride);
+    device->turn = zeros(rows, (size_t)config->rope_dim);
+    device->logits = zeros(samples, vocab);
+    device->scaled = zeros(samples, vocab);
+    device->candidates = zeros(samples, vocab);
+    device->sampled = zeros(samples, 1);
+    device->first_tile = zeros(rows + 1, 1);
+    device->scratch = zeros(1, sizeof *device->scratch / 4);
+    return device->x && device->h && device->partial && device->q && device->attention &&
+           device->k && device->v && device->ffn && device->turn && device->logits &&
+           device->scaled && device->candidates && device->sampled && device->first_tile &&
+           device->scratch;
+}
+
+static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
+                                      char *error) {
+    struct cpu_backend *cpu = (struct cpu_backend *)backend;
+    if (!check_wanted(wanted, error)) {
+        return NULL;
+    }
+    struct cpu_device *device = calloc(1, sizeof *device);
+    if (device) {
+        device->device = *wanted;
+        device->device.backend = backend;
+        device->cpu = cpu;
+        device->n_heads = wanted->config->n_heads / wanted->n_shards;
+        device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
+        device->d_ff = wanted->config->d_ff / wanted->n_shards;
+        device->job = take_slot(cpu, wanted->urgent);
+        if (device->job && allocate_activations(device)) {
+            return &device->device;
+        }
+        cpu_device_close(&device->device);
+    }
+    snprintf(error, GGUF_ERROR_LENGTH, "no memory for a device of %d rows and %d samples",
+             wanted->max_rows, wanted->max_samples);
+    return NULL;
+}
+
+static void cpu_close(struct backend *backend) {
+    struct cpu_backend *cpu = (struct cpu_backend *)backend;
+    pthread_mutex_lock(&cpu->pool_mutex);
+    pthread_mutex_lock(&cpu->copy_mutex);
+    atomic_store(&cpu->stop, true);
+    pthread_cond_broadcast(&cpu->wake);
+    pthread_cond_broadcast(&cpu->copy_wake);
+    pthread_mutex_unlock(&cpu->copy_mutex);
+    pthread_mutex_unlock(&cpu->pool_mutex);
+    for (int i = 0; i < cpu->n_helpers; i++) {
+        pthread_join(cpu->helpers[i], NULL);
+    }
+    pthread_join(cpu->copier, NULL);
+    while (cpu->weights) {
+        struct weight *weight = cpu->weights;
+        cpu->weights = weight->next;
+        if (weight->owner) {
+            free(weight->panels);
+            free(weight->vector);
+        }
+        free(weight);
+    }
+    free(cpu->helpers);
+    free(cpu);
+}
+
+static const struct backend operations = {
+    .name = "cpu",
+    .close = cpu_close,
+    .device_open = cpu_device_open,
+    .device_close = cpu_device_close,
+    .alloc = cpu_alloc,
+    .release = cpu_release,
+    .free_memory = cpu_free_memory,
+    .upload = cpu_upload,
+    .copy = cpu_copy,
+    .copy_done = cpu_copy_done,
+    .step_begin = cpu_step_begin,
+    .embed = cpu_embed,
+    .norm_qkv = cpu_norm_qkv,
+    .rope_append = cpu_rope_append,
+    .attention = cpu_attention,
+    .project_add = cpu_project_add,
+    .norm_gate_up = cpu_norm_gate_up,
+    .all_reduce_add = cpu_all_reduce_add,
+    .norm_logits = cpu_norm_logits,
+    .sample = cpu_sample,
+    .read_logits = cpu_read_logits,
+    .step_end = cpu_step_end,
+};
+
+struct backend *cpu_backend_open(const struct backend_options *options, char *error) {
+    struct cpu_backend *cpu = aligned_alloc(128, round_up(sizeof *cpu, 128));
+    if (!cpu) {
+        snprintf(error, GGUF_ERROR_LENGTH, "no memory for the CPU backend");
+        return NULL;
+    }
+    memset(cpu, 0, sizeof *cpu);
+    cpu->backend = operations;
+    cpu->n_threads = options->n_threads > 1 ? options->n_threads : 1;
+    cpu->copy_delay_seed = options->copy_delay_seed;
+    pthread_mutex_init(&cpu->mutex, NULL);
+    pthread_mutex_init(&cpu->pool_mutex, NULL);
+    pthread_mutex_init(&cpu->upload_mutex, NULL);
+    pthread_mutex_init(&cpu->copy_mutex, NULL);
+    pthread_cond_init(&cpu->wake, NULL);
+    pthread_cond_init(&cpu->copy_wake, NULL);
+    pthread_cond_init(&cpu->copy_idle, NULL);
+    cpu->helpers = calloc((size_t)cpu->n_threads, sizeof *cpu->helpers);
+    if (!cpu->helpers || pthread_create(&cpu->copier, NULL, copier_main, cpu)) {
+        snprintf(error, GGUF_ERROR_LENGTH, "the copier thread of the CPU backend did not start");
+        free(cpu->helpers);
+        free(cpu);
+        return NULL;
+    }
+    while (cpu->n_helpers < cpu->n_threads - 1 &&
+           pthread_create(&cpu->helpers[cpu->n_helpers], NULL, helper_main, cpu) == 0) {
+        cpu->n_helpers++;
+    }
+    if (cpu->n_helpers < cpu->n_threads - 1) {
+        snprintf(error, GGUF_ERROR_LENGTH, "%d threads: only %d did start", cpu->n_threads,
+                 cpu->n_helpers + 1);
+        cpu_close(&cpu->backend);
+        return NULL;
+    }
+    return &cpu->backend;
 }

@@ -241,16 +241,17 @@ static void preempt(struct sched *s, struct request *r) {
 static void register_full_blocks(struct sched *s, struct request *r) {
     for (; (r->n_registered + 1) * BLOCK_TOKENS <= r->filled; r->n_registered++) {
         int i = r->n_registered;
+        r->n_ready = r->n_ready < i ? r->n_ready : i; /* another's copy may be on its way still */
         r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
                                    r->tokens + (size_t)i * BLOCK_TOKENS);
         (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
     }
 }
 
-/* Whether the first n blocks have arrived on worker. A copy that failed is ordered again; after
+/* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
  * too many failures the request ends. */
-static bool blocks_ready(struct sched *s, struct request *r, int worker, int n, double now) {
-    while (r->n_ready < n) {
+static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
+    while (r->n_ready < blocks_of(r->filled)) {
         int node = r->blocks[r->n_ready];
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_RESERVED &&
@@ -373,6 +374,7 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
 static bool admit(struct sched *s, int worker) {
     struct request *r = choose_request(s);
     struct plan plan;
+    s->workers[worker].n_wanted = 0;
     if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan)) {
         return false;
     }
@@ -430,18 +432,16 @@ static void add_rows(struct worker *w, struct request *r, int worker, const stru
     r->in_step = true;
 }
 
-/* Gives a running request the block for its next token; preempts if nothing can be freed for it. */
+/* Gives a running request the block for its next token. If none can be freed, the youngest is
+ * preempted; the youngest itself waits for the others to end. */
 static bool grow(struct sched *s, struct request *r, int worker) {
     struct worker *w = &s->workers[worker];
     if (r->n_blocks * BLOCK_TOKENS > r->filled) {
         return true;
     }
-    if (kv_reclaimable(s->kv, worker) < w->n_stalled + 1) {
-        struct request *victim = choose_victim(s, worker);
+    struct request *victim = choose_victim(s, worker);
+    if (kv_reclaimable(s->kv, worker) <= w->n_stalled && victim != r) {
         preempt(s, victim);
-        if (victim == r) {
-            return false;
-        }
     }
     int node = kv_available(s->kv, worker) > w->n_stalled ? kv_new(s->kv, worker) : NONE;
     if (node == NONE) {
@@ -461,13 +461,15 @@ static void add_running(struct sched *s, int worker, double now) {
         if (r->decode_worker != worker) {
             continue;
         }
-        bool arrives = r->state == REQUEST_HAND_OVER ||
+        bool decodes = r->state == REQUEST_HAND_OVER || r->state == REQUEST_RUNNING ||
                        (r->state == REQUEST_LOADING && r->filled == r->prefill_end);
-        if (arrives && blocks_ready(s, r, worker, blocks_of(r->filled), now)) {
-            set_state(s, r, REQUEST_RUNNING);
-        }
-        if (r->state == REQUEST_RUNNING && grow(s, r, worker)) {
-            add_rows(w, r, worker, s->kv, 1);
+        if (decodes && blocks_ready(s, r, worker, now)) {
+            if (r->state != REQUEST_RUNNING) {
+                set_state(s, r, REQUEST_RUNNING);
+            }
+            if (grow(s, r, worker)) {
+                add_rows(w, r, worker, s->kv, 1);
+            }
         }
         next = r->state == REQUEST_FINISHED || r->state == REQUEST_WAITING ? next : r->next;
     }
@@ -485,10 +487,10 @@ static void add_prefill(struct sched *s, int worker, double now) {
         if (r->prefill_worker != worker || r->filled == r->prefill_end) {
             continue;
         }
-        if (r->state == REQUEST_LOADING && blocks_ready(s, r, worker, blocks_of(r->filled), now)) {
-            set_state(s, r, REQUEST_PREFILL);
-        }
-        if (r->state == REQUEST_PREFILL) {
+        if (blocks_ready(s, r, worker, now)) {
+            if (r->state == REQUEST_LOADING) {
+                set_state(s, r, REQUEST_PREFILL);
+            }
             int left = r->prefill_end - r->filled;
             int n_rows = left < budget ? left : budget;
             add_rows(w, r, worker, s->kv, n_rows);

@@ -24,7 +24,8 @@
  * beginning-of-text token: that is the caller's decision.
  *
  * Invariants: nothing changes after opening, so threads may share a tokenizer; every byte has a
- * token, so no text is lost; what is decoded is valid UTF-8. Read next: gguf.h. */
+ * token, so no text is lost (U+2581 in a text of `llama` comes back as the space it means there);
+ * what is decoded is valid UTF-8. Read next: gguf.h. */
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
@@ -412,11 +413,16 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
     }
     char *whole = malloc(n + 1);
     e.symbols = malloc((n + 1) * sizeof *e.symbols);
-    e.heap = malloc((n + 1) * sizeof *e.heap * 2);
+    e.heap = malloc((n + 1) * 2 * sizeof *e.heap);
     e.tokens = malloc((n + 1) * sizeof *e.tokens);
     if (whole && e.symbols && e.heap && e.tokens) {
         whole[0] = ' ';
-        memcpy(whole + prefix, text, length);
+        /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
+        if (t->split) {
+            memcpy(whole, text, length);
+        } else {
+            n = prefix + (size_t)unspell(t, text, length, whole + prefix);
+        }
         for (size_t at = 0, size; at < n; at += size) {
             size = t->split ? t->split(whole + at, n - at) : n;
             encode_word(&e, whole + at, size);

@@ -73,25 +73,11 @@ def differing_tokenizations(model, tokenizer, texts):
     return differing
 
 
-def file_weights(path):
-    """The tensors of a GGUF of F32 and BF16, in float32."""
-    import gguf
-    import torch
-    weights = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        data = torch.from_numpy(tensor.data.copy())
-        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
-            data = data.view(torch.bfloat16).float()
-        shape = [int(size) for size in reversed(tensor.shape)]  # GGUF: fastest first
-        weights[tensor.name] = data.view(shape)
-    return weights
-
-
 def compare_with_pytorch(path, results, count):
     """Says how many greedy continuations are the same in train.py's float32 forward pass."""
     import torch
     import train
-    weights = file_weights(path)
+    weights = train.read_gguf_weights(path)
     same = 0
     for prompt, theirs in results:
         ours = train.continuation(weights, prompt, count)

@@ -228,7 +228,7 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
 }
 
 #define KEY(...)                .key = {__VA_ARGS__}
-#define WEIGHT(...)             .weight = {__VA_ARGS__}
+#define WEIGHT(text, ...)       .weight = {.name = (text), .dims = __VA_ARGS__}
 #define PATCH(at, bytes, value) .patch_at = (at), .patch_bytes = (bytes), .patch = (value)
 
 static const struct variant variants[] = {
@@ -337,6 +337,7 @@ static const struct variant variants[] = {
     {"rope_freqs.weight: entry 0 is 0", WEIGHT("rope_freqs.weight", {2})},
     {"rope_freqs.weight: got (1, 3)", WEIGHT("rope_freqs.weight", {3})},
     {"attn_output.bias: is not supported", WEIGHT("blk.0.attn_output.bias", {8})},
+    {"ffn_down.bias: is not supported", WEIGHT("blk.0.ffn_down.bias", {8})},
     {"attn_q.bias: got (1, 4)", WEIGHT("blk.0.attn_q.bias", {4})},
 };
 

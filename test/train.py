@@ -189,12 +189,12 @@ def new_optimizer(weights):
     return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
 
 
-def train(tokenizer, weights, minutes, save):
+def train(tokenizer, weights, minutes, seed, save):
     """Trains for some minutes of wall-clock time; save() is called every two minutes.
 
     Returns (steps, training loss over the last 50 steps)."""
     optimizer = new_optimizer(weights)
-    stream = batches(tokenizer, SEED + 1)
+    stream = batches(tokenizer, seed)
     step_loss = torch.compile(loss_of)
     started = saved = time.time()
     recent = []
@@ -212,8 +212,9 @@ def train(tokenizer, weights, minutes, save):
         recent = recent[-49:] + [loss.item()]
         step += 1
         if step % 50 == 0:
-            print(f"step {step}, {step * BATCH * CONTEXT / 1e6:.2f} M tokens, {time.time() - started:.0f}"
-                  f" s, loss {sum(recent) / len(recent):.4f}", flush=True)
+            tokens, seconds = step * BATCH * CONTEXT / 1e6, time.time() - started
+            print(f"step {step}, {tokens:.2f} M tokens, {seconds:.0f} s, "
+                  f"loss {sum(recent) / len(recent):.4f}", flush=True)
         if time.time() - saved > 120:
             save()
             saved = time.time()
@@ -322,6 +323,19 @@ def write_gguf(path, tokenizer, weights):
     os.replace(path + ".new", path)  # readers never see half a file
 
 
+def read_gguf_weights(path):
+    """The tensors of a GGUF of F32 and BF16, as float32."""
+    import gguf  # only needed to go on from an earlier model, or to check one
+    weights = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        data = torch.from_numpy(tensor.data.copy())
+        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+            data = data.view(torch.bfloat16).float()
+        shape = [int(size) for size in reversed(tensor.shape)]  # GGUF: fastest first
+        weights[tensor.name] = data.view(shape)
+    return weights
+
+
 # ---------------------------------------------------------------------------------------------
 # Samples
 
@@ -357,6 +371,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=50, help="wall-clock time to train for")
     parser.add_argument("--out", default="model.bin", help="the GGUF file to write")
     parser.add_argument("--work", default="train_work", help="folder for the tokenizer's files")
+    parser.add_argument("--go-on-from", metavar="GGUF", help="start from this model's weights")
+    parser.add_argument("--story-seed", type=int, default=SEED + 1,
+                        help="seed of the stories; take a new one when you go on")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -364,12 +381,16 @@ def main():
     os.makedirs(arguments.work, exist_ok=True)
     tokenizer = train_tokenizer(arguments.work)
     weights = new_weights()
+    if arguments.go_on_from:
+        for name, weight in read_gguf_weights(arguments.go_on_from).items():
+            weights[name].data.copy_(weight)
     print(f"{sum(weight.numel() for weight in weights.values())} parameters")
 
     def save():
         write_gguf(arguments.out, tokenizer, weights)
 
-    steps, training_loss = train(tokenizer, weights, arguments.minutes, save)
+    steps, training_loss = train(tokenizer, weights, arguments.minutes,
+                                  arguments.story_seed, save)
     save()
     print(f"{steps} steps, {steps * BATCH * CONTEXT} tokens")
     print(f"training loss {training_loss:.4f} (mean of the last 50 steps)")

@@ -1,0 +1,653 @@
+/* test_tokenizer.c: tokenizer.h against ids that others computed, against a naive encoder written
+ * here, and against files and token streams that nobody would want.
+ *
+ * The ids in test/data/vocab-*.gguf.out are llama.cpp's. Those of tokenizer.bin below were computed
+ * with a transcription of llama2.c's quadratic encoder to Python (look up characters, else byte +
+ * 3; then merge the best pair of the whole list until there is none). */
+#define GGUF_IMPLEMENTATION
+#include "../gguf.h"
+#undef GGUF_IMPLEMENTATION
+#define TOKENIZER_IMPLEMENTATION
+#include "../tokenizer.h"
+#include "check.h"
+#include <time.h>
+#include <unistd.h>
+
+#define SPM_PATH        "test/data/vocab-llama-spm.gguf"
+#define GPT2_PATH       "test/data/vocab-gpt-2.gguf"
+#define CHECKPOINT_PATH "test/data/aidreams_tokenizer.bin"
+
+enum { CHECKPOINT_TOKENS = 512, FILE_SIZE = 1 << 18, MEGABYTE = 1 << 20 };
+
+static uint64_t random_next(uint64_t *state) { /* splitmix64 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+static int random_below(uint64_t *state, int limit) {
+    return (int)(random_next(state) % (uint64_t)limit);
+}
+
+static struct tokenizer *open_path(struct check *check, const char *path) {
+    char error[TOK_ERROR_LENGTH] = "";
+    struct gguf *file = gguf_open(path, error);
+    CHECK(file, "%s", error);
+    struct tokenizer *tokenizer = file ? tok_open(file, error) : NULL;
+    CHECK(tokenizer, "%s", error);
+    if (file) {
+        gguf_close(file); /* the tokenizer must not need it */
+    }
+    return tokenizer;
+}
+
+/* The text of all ids, zero-ended, freed by the caller. */
+static char *decode_all(const struct tokenizer *tokenizer, const int *ids, int n, size_t *length) {
+    char *text = malloc((size_t)n * TOK_TOKEN_LENGTH + TOK_TEXT_SIZE + 1), out[TOK_TEXT_SIZE];
+    struct tok_stream stream = {0};
+    size_t at = 0, size;
+    for (int i = 0; i < n; i++) {
+        size = tok_decode(tokenizer, &stream, ids[i], out);
+        memcpy(text + at, out, size);
+        at += size;
+    }
+    size = tok_flush(&stream, out);
+    memcpy(text + at, out, size);
+    *length = at + size;
+    text[*length] = 0;
+    return text;
+}
+
+static bool same_ids(const int *a, int n_a, const int *b, int n_b) {
+    return n_a == n_b && memcmp(a, b, (size_t)n_a * sizeof *a) == 0;
+}
+
+/* ---- against other implementations ---- */
+
+static char *read_text(const char *path, size_t *length) {
+    char error[TOK_ERROR_LENGTH] = "", *data = read_whole(path, length, error);
+    if (data) {
+        data[*length] = 0;
+    }
+    return data;
+}
+
+static void check_cases(struct check *check, const char *path) {
+    static const char mark[] = "\n__ggml_vocab_test__\n";
+    char name[128];
+    size_t length;
+    snprintf(name, sizeof name, "%s.inp", path);
+    char *texts = read_text(name, &length);
+    snprintf(name, sizeof name, "%s.out", path);
+    char *answers = read_text(name, &length), *answer = answers;
+    struct tokenizer *tokenizer = open_path(check, path);
+    int cases = 0;
+    CHECK(texts && answers, "%s: its cases are not there", path);
+    for (char *text = texts, *end; text && answers && (end = strstr(text, mark)); cases++) {
+        int expected[4096], n = 0, n_ids;
+        char *line_end = answer + strcspn(answer, "\n");
+        for (char *next = answer; next < line_end && n < 4096; n++) {
+            expected[n] = (int)strtol(next, &next, 10);
+        }
+        int *ids = tok_encode(tokenizer, text, (size_t)(end - text), &n_ids);
+        CHECK(same_ids(ids, n_ids, expected, n), "%s: case %d: %d ids, not %d", path, cases, n_ids,
+              n);
+        char *back = decode_all(tokenizer, ids, n_ids, &length);
+        CHECK(length == (size_t)(end - text) && memcmp(back, text, length) == 0,
+              "%s: case %d comes back as `%s`", path, cases, back);
+        free(back);
+        free(ids);
+        answer = line_end + 1;
+        text = end + sizeof mark - 1;
+    }
+    CHECK(cases == 46, "%s: %d cases", path, cases);
+    tok_close(tokenizer);
+    free(texts);
+    free(answers);
+}
+
+static void llama_cpp_ids(struct check *check) {
+    check_cases(check, SPM_PATH);
+    check_cases(check, GPT2_PATH);
+}
+
+static void special_tokens(struct check *check) {
+    struct tokenizer *spm = open_path(check, SPM_PATH), *gpt2 = open_path(check, GPT2_PATH);
+    CHECK(tok_vocab_size(spm) == 32000 && tok_vocab_size(gpt2) == 50257, "wrong sizes");
+    CHECK(tok_bos(spm) == 1 && tok_eos(spm) == 2 && tok_adds_bos(spm), "bos %d", tok_bos(spm));
+    CHECK(tok_bos(gpt2) == 50256 && tok_eos(gpt2) == 50256, "eos %d", tok_eos(gpt2));
+    CHECK(!tok_adds_bos(gpt2), "gpt-2 begins without a token");
+    CHECK(tok_find(spm, "<s>", 3) == 1 && tok_find(spm, "</s>", 4) == 2, "no <s>");
+    CHECK(tok_find(gpt2, "<|endoftext|>", 13) == 50256, "no <|endoftext|>");
+    CHECK(tok_find(spm, " Hello", 6) == 15043 && tok_find(gpt2, " Hello", 6) == 18435, "no Hello");
+    CHECK(tok_find(spm, "no such token", 13) == -1, "found what is not there");
+    CHECK(tok_is_control(spm, 1) && !tok_is_control(spm, 15043), "control");
+    CHECK(tok_ends_text(spm, 2) && !tok_ends_text(spm, 1), "ends");
+    CHECK(!tok_ends_text(spm, -1) && !tok_is_control(spm, 32000), "out of range");
+    static const char text[] = "x<s></s><unk><0x41><|endoftext|>";
+    for (int round = 0; round < 2; round++) {
+        const struct tokenizer *tokenizer = round ? spm : gpt2;
+        int n;
+        int *ids = tok_encode(tokenizer, text, sizeof text - 1, &n);
+        for (int i = 0; i < n; i++) {
+            CHECK(!tok_is_control(tokenizer, ids[i]) && ids[i] != 0, "id %d in text", ids[i]);
+        }
+        CHECK(n > 12, "only %d ids", n);
+        free(ids);
+    }
+    tok_close(spm);
+    tok_close(gpt2);
+}
+
+static void checkpoint_ids(struct check *check) {
+    static const struct {
+        const char *text;
+        int ids[32], n;
+    } cases[] = {
+        {"I see", {303, 266, 430, 430}, 4},
+        {"Once upon a time", {429, 491, 433, 295, 429, 444, 445, 265, 262, 263, 342, 430}, 12},
+        {" two  spaces", {429, 263, 449, 437, 429, 420, 435, 404}, 8},
+        {"", {}, 0},
+        {"whispers é 🦙\n<s>",
+         {325, 429, 198, 172, 429, 243, 162, 169, 156, 13, 63, 431, 65},
+         13},
+    };
+    char error[TOK_ERROR_LENGTH] = "";
+    struct tokenizer *tokenizer = tok_open_checkpoint(CHECKPOINT_PATH, CHECKPOINT_TOKENS, error);
+    CHECK(tokenizer, "%s", error);
+    for (size_t i = 0; tokenizer && i < sizeof cases / sizeof *cases; i++) {
+        int n;
+        size_t length;
+        int *ids = tok_encode(tokenizer, cases[i].text, strlen(cases[i].text), &n);
+        CHECK(same_ids(ids, n, cases[i].ids, cases[i].n), "`%s`: %d ids", cases[i].text, n);
+        char *back = decode_all(tokenizer, ids, n, &length);
+        CHECK(strcmp(back, cases[i].text) == 0, "`%s` comes back as `%s`", cases[i].text, back);
+        free(back);
+        free(ids);
+    }
+    CHECK(tok_ends_text(tokenizer, 1) && tok_ends_text(tokenizer, 2), "bos and eos end a text");
+    CHECK(tok_adds_bos(tokenizer) && tok_bos(tokenizer) == 1, "begins with token 1");
+    tok_close(tokenizer);
+    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 511, error) && strstr(error, "more"), "%s", error);
+    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 513, error) && strstr(error, "fewer"), "%s", error);
+    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, -1, error), "a negative vocabulary");
+    CHECK(!tok_open_checkpoint("test/data/none.bin", 512, error) && strstr(error, "none.bin"), "%s",
+          error);
+}
+/* ---- against a naive encoder ---- */
+
+/* Writes bytes to a new file that the caller removes; `path` ends in XXXXXX. */
+static bool write_file(char *path, const void *data, size_t length) {
+    int descriptor = mkstemp(path);
+    bool ok = descriptor >= 0 && write(descriptor, data, length) == (ssize_t)length;
+    return descriptor >= 0 && close(descriptor) == 0 && ok;
+}
+
+/* A random vocabulary over a space and the letters a to d. Scores are few, so that ties are many.
+ */
+struct naive_vocab {
+    char texts[330][64];
+    float scores[330];
+    int n;
+};
+
+static void naive_new(struct naive_vocab *vocab, uint64_t *state) {
+    memset(vocab, 0, sizeof *vocab);
+    for (int byte = 0; byte < 256; byte++) {
+        snprintf(vocab->texts[3 + byte], 64, "<0x%02X>", (unsigned)byte);
+    }
+    strcpy(vocab->texts[0], "<unk>");
+    strcpy(vocab->texts[1], "<s>");
+    strcpy(vocab->texts[2], "</s>");
+    for (vocab->n = 259; vocab->n < 264; vocab->n++) {
+        vocab->texts[vocab->n][0] = " abcd"[vocab->n - 259];
+    }
+    int limit = 270 + random_below(state, 60);
+    while (vocab->n < limit) {
+        const char *left = vocab->texts[259 + random_below(state, vocab->n - 259)];
+        const char *right = vocab->texts[259 + random_below(state, vocab->n - 259)];
+        if (strlen(left) + strlen(right) < 64) {
+            char *text = vocab->texts[vocab->n];
+            memcpy(text, left, strlen(left));
+            memcpy(text + strlen(left), right, strlen(right));
+            vocab->scores[vocab->n++] = (float)-random_below(state, 6);
+        }
+    }
+}
+
+static int naive_find(const struct naive_vocab *vocab, const char *left, const char *right) {
+    char text[128];
+    snprintf(text, sizeof text, "%s%s", left, right);
+    for (int i = 259; i < vocab->n; i++) {
+        if (strcmp(vocab->texts[i], text) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Merges the best pair of the whole list, the first of equals, until there is none. */
+static int naive_encode(const struct naive_vocab *vocab, const char *text, int *ids) {
+    int n = 0;
+    ids[n++] = 259;
+    for (; *text; text++) {
+        char letter[2] = {*text, 0};
+        int token = naive_find(vocab, letter, "");
+        ids[n++] = token >= 0 ? token : 3 + (unsigned char)*text;
+    }
+    while (true) {
+        int best = -1, made = -1;
+        for (int i = 0; i + 1 < n; i++) {
+            int token = naive_find(vocab, vocab->texts[ids[i]], vocab->texts[ids[i + 1]]);
+            if (token >= 0 && (best < 0 || vocab->scores[token] > vocab->scores[made])) {
+                best = i;
+                made = token;
+            }
+        }
+        if (best < 0) {
+            return n;
+        }
+        ids[best] = made;
+        n--;
+        memmove(ids + best + 1, ids + best + 2, (size_t)(n - best - 1) * sizeof *ids);
+    }
+}
+
+static struct tokenizer *naive_open(const struct naive_vocab *vocab, char *error) {
+    char data[1 << 15], path[] = "/tmp/test_tokenizer_XXXXXX";
+    size_t at = 4;
+    memset(data, 0, 4);
+    for (int i = 0; i < vocab->n; i++) {
+        int length = (int)strlen(vocab->texts[i]);
+        memcpy(data + at, &vocab->scores[i], 4);
+        memcpy(data + at + 4, &length, 4);
+        memcpy(data + at + 8, vocab->texts[i], (size_t)length);
+        at += 8 + (size_t)length;
+    }
+    bool written = write_file(path, data, at);
+    struct tokenizer *tokenizer = written ? tok_open_checkpoint(path, vocab->n, error) : NULL;
+    unlink(path);
+    return tokenizer;
+}
+
+static void naive_ids(struct check *check) {
+    uint64_t state = 1;
+    for (int round = 0; round < 60; round++) {
+        struct naive_vocab vocab;
+        char error[TOK_ERROR_LENGTH] = "", text[101] = "";
+        naive_new(&vocab, &state);
+        struct tokenizer *tokenizer = naive_open(&vocab, error);
+        CHECK(tokenizer, "%s", error);
+        for (int i = 0; tokenizer && i < 20; i++) {
+            int expected[128], n, length = 1 + random_below(&state, 100);
+            for (int j = 0; j < length; j++) {
+                text[j] = " abcde"[random_below(&state, 6)];
+            }
+            text[length] = 0;
+            int *ids = tok_encode(tokenizer, text, (size_t)length, &n);
+            int n_expected = naive_encode(&vocab, text, expected);
+            CHECK(same_ids(ids, n, expected, n_expected), "round %d: `%s`", round, text);
+            free(ids);
+        }
+        tok_close(tokenizer);
+    }
+}
+
+/* ---- there and back ---- */
+
+/* Whether a text is valid UTF-8, by the table of the Unicode standard (3-7). */
+static bool valid_utf8(const unsigned char *s, size_t n) {
+    for (size_t i = 0; i < n;) {
+        unsigned a = s[i], b = i + 1 < n ? s[i + 1] : 0, c = i + 2 < n ? s[i + 2] : 0;
+        unsigned d = i + 3 < n ? s[i + 3] : 0;
+        bool b_ok = b >> 6 == 2, c_ok = c >> 6 == 2, d_ok = d >> 6 == 2;
+        uint32_t three = (a & 15) << 12 | (b & 63) << 6 | (c & 63);
+        uint32_t four = (a & 7) << 18 | (b & 63) << 12 | (c & 63) << 6 | (d & 63);
+        if (a < 0x80) {
+            i += 1;
+        } else if (a >> 5 == 6 && a >= 0xC2 && b_ok) {
+            i += 2;
+        } else if (a >> 4 == 14 && b_ok && c_ok && three >= 0x800 && three >> 11 != 27) {
+            i += 3;
+        } else if (a >> 3 == 30 && b_ok && c_ok && d_ok && four >= 0x10000 && four < 0x110000) {
+            i += 4;
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
+static size_t random_utf8(uint64_t *state, char *out, int n) {
+    static const uint32_t limits[] = {0x80, 0x80, 0x800, 0x10000, 0x110000};
+    char *at = out;
+    while (n-- > 0) {
+        uint32_t code = (uint32_t)random_next(state) % limits[random_below(state, 5)];
+        if (code >> 11 == 27 || code == 0x2581) { /* no surrogates; U+2581 means a space */
+            code = ' ';
+        }
+        if (code < 0x80) {
+            *at++ = (char)code;
+            continue;
+        }
+        int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+        *at++ = (char)((0xFF00u >> (more + 1)) | code >> 6 * more);
+        while (more-- > 0) {
+            *at++ = (char)(0x80 | (code >> 6 * more & 63));
+        }
+    }
+    return (size_t)(at - out);
+}
+
+static void round_trips(struct check *check) {
+    static const char *const paths[] = {SPM_PATH, GPT2_PATH};
+    uint64_t state = 2;
+    for (int i = 0; i < 2; i++) {
+        struct tokenizer *tokenizer = open_path(check, paths[i]);
+        for (int round = 0; tokenizer && round < 300; round++) {
+            char text[400];
+            int n;
+            size_t length = random_utf8(&state, text, random_below(&state, 100)), back_length;
+            CHECK(valid_utf8((unsigned char *)text, length), "the test's own text");
+            int *ids = tok_encode(tokenizer, text, length, &n);
+            char *back = decode_all(tokenizer, ids, n, &back_length);
+            CHECK(back_length == length && memcmp(back, text, length) == 0, "round %d", round);
+            free(back);
+            free(ids);
+        }
+        tok_close(tokenizer);
+    }
+}
+
+static void streams_stay_valid(struct check *check) {
+    static const char *const paths[] = {SPM_PATH, GPT2_PATH};
+    uint64_t state = 3;
+    for (int i = 0; i < 2; i++) {
+        struct tokenizer *tokenizer = open_path(check, paths[i]);
+        struct tok_stream stream = {0};
+        int replaced = 0;
+        for (int round = 0; tokenizer && round < 20000; round++) {
+            char out[TOK_TEXT_SIZE];
+            int token = random_below(&state, round % 2 ? 300 : tok_vocab_size(tokenizer)) - 1;
+            size_t size =
+                round % 50 ? tok_decode(tokenizer, &stream, token, out) : tok_flush(&stream, out);
+            CHECK(valid_utf8((unsigned char *)out, size), "token %d", token);
+            replaced += size >= 3 && memcmp(out, "\xEF\xBF\xBD", 3) == 0;
+        }
+        CHECK(replaced > 100, "only %d texts began with U+FFFD", replaced);
+        tok_close(tokenizer);
+    }
+}
+
+static void stream_details(struct check *check) {
+    struct tokenizer *tokenizer = open_path(check, SPM_PATH);
+    struct tok_stream stream = {0};
+    char out[TOK_TEXT_SIZE];
+    int llama[] = {3 + 0xF0, 3 + 0x9F, 3 + 0xA6, 3 + 0x99};
+    for (int i = 0; i < 4; i++) {
+        size_t size = tok_decode(tokenizer, &stream, llama[i], out);
+        CHECK(size == (i < 3 ? 0u : 4u), "byte %d gave %zu", i, size);
+    }
+    CHECK(memcmp(out, "\xF0\x9F\xA6\x99", 4) == 0, "not a llama");
+    CHECK(tok_decode(tokenizer, &stream, 3 + 0xE2, out) == 0, "half a character");
+    CHECK(tok_decode(tokenizer, &stream, 15043, out) == 9, "U+FFFD and ` Hello`");
+    CHECK(memcmp(out, "\xEF\xBF\xBD Hello", 9) == 0, "the space stays within a text");
+    CHECK(tok_decode(tokenizer, &stream, 3 + 0xE2, out) == 0, "half a character");
+    CHECK(tok_flush(&stream, out) == 3 && memcmp(out, "\xEF\xBF\xBD", 3) == 0, "flush");
+    CHECK(tok_decode(tokenizer, &stream, 1, out) == 0, "a control token is no text");
+    CHECK(tok_decode(tokenizer, &stream, 15043, out) == 5, "the space goes at the beginning");
+    tok_close(tokenizer);
+}
+
+static void bad_bytes(struct check *check) {
+    static const char text[] = "a\xFFz\xE2\x82 \xED\xA0\x80";
+    struct tokenizer *spm = open_path(check, SPM_PATH), *gpt2 = open_path(check, GPT2_PATH);
+    static const int expected[] = {263,   3 + 0xFF, 29920,    3 + 0xE2, 3 + 0x82,
+                                   29871, 3 + 0xED, 3 + 0xA0, 3 + 0x80};
+    int n;
+    int *ids = tok_encode(spm, text, sizeof text - 1, &n);
+    CHECK(same_ids(ids, n, expected, 9), "%d ids", n);
+    free(ids);
+    ids = tok_encode(gpt2, text, sizeof text - 1, &n);
+    size_t bytes = 0;
+    for (int i = 0; i < n; i++) {
+        bytes += (size_t)gpt2->tokens[ids[i]].length;
+    }
+    CHECK(bytes == sizeof text - 1, "%zu bytes are spelled", bytes);
+    free(ids);
+    tok_close(spm);
+    tok_close(gpt2);
+}
+
+/* ---- large texts ---- */
+
+static void a_megabyte(struct check *check) {
+    static const char *const paths[] = {SPM_PATH, GPT2_PATH};
+    static const char words[] = "It was a bright cold day in April, and the clocks were striking. ";
+    char *text = malloc(MEGABYTE);
+    uint64_t state = 4;
+    for (int i = 0; i < 8; i++) {
+        struct tokenizer *tokenizer = open_path(check, paths[i % 2]);
+        for (size_t j = 0; j < MEGABYTE; j++) {
+            text[j] = i / 2 == 0   ? words[j % (sizeof words - 1)]
+                      : i / 2 == 1 ? 'a'
+                      : i / 2 == 2 ? ' '
+                                   : (char)random_next(&state);
+        }
+        int n;
+        clock_t start = clock();
+        int *ids = tok_encode(tokenizer, text, MEGABYTE, &n);
+        double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        /* 0.02 to 0.6 s in an optimized build; quadratic time would be an hour */
+        CHECK(ids && n > 0 && seconds < 10, "text %d: %.2f s", i / 2, seconds);
+        free(ids);
+        tok_close(tokenizer);
+    }
+    free(text);
+}
+
+/* ---- malformed vocabularies ---- */
+
+/* A GGUF file in the making: keys only. */
+struct writer {
+    char data[FILE_SIZE];
+    size_t length;
+    uint64_t n_keys;
+};
+
+static void put(struct writer *w, const void *data, size_t length) {
+    memcpy(w->data + w->length, data, length);
+    w->length += length;
+}
+
+static void put_string(struct writer *w, const char *text) {
+    uint64_t length = strlen(text);
+    put(w, &length, sizeof length);
+    put(w, text, length);
+}
+
+static void put_key(struct writer *w, const char *key, uint32_t type) {
+    put_string(w, key);
+    put(w, &type, sizeof type);
+    w->n_keys++;
+}
+
+static void put_array(struct writer *w, const char *key, uint32_t type, uint64_t count) {
+    put_key(w, key, GGUF_ARRAY);
+    put(w, &type, sizeof type);
+    put(w, &count, sizeof count);
+}
+
+static void put_text(struct writer *w, const char *key, const char *text) {
+    put_key(w, key, GGUF_STRING);
+    put_string(w, text);
+}
+
+static void put_int(struct writer *w, const char *key, uint32_t value) {
+    put_key(w, key, GGUF_U32);
+    put(w, &value, sizeof value);
+}
+
+enum fault {
+    FINE,
+    NO_MODEL,
+    OTHER_MODEL,
+    NO_TOKENS,
+    NO_SCORES,
+    FEW_SCORES,
+    NAN_SCORE,
+    FEW_TYPES,
+    NO_BYTE,
+    LONG_TOKEN,
+    EOS_RANGE,
+    EOS_TEXT,
+    NO_PRE,
+    OTHER_PRE,
+    NO_MERGES,
+    MERGE_SPACE,
+    MERGE_TOKEN,
+    MERGE_EMPTY,
+    N_FAULTS
+};
+
+/* Tokens: <unk>, <s>, </s>, 256 bytes, an empty one, `a` twice, `aa`. `gpt2`: one byte each. */
+static void put_tokens(struct writer *w, enum fault fault, bool gpt2) {
+    char text[2 * TOK_TOKEN_LENGTH] = "";
+    put_array(w, "tokenizer.ggml.tokens", GGUF_STRING, 263);
+    put_string(w, "<unk>");
+    put_string(w, "<s>");
+    put_string(w, "</s>");
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t code = byte <= 32    ? 256 + byte
+                        : byte < 127  ? byte
+                        : byte <= 160 ? 162 + byte
+                        : byte == 173 ? 323
+                                      : byte;
+        snprintf(text, sizeof text, "<0x%02X>", byte + (fault == NO_BYTE && byte == 77));
+        if (gpt2) {
+            text[0] = (char)(code < 128 ? code : 0xC0 | code >> 6);
+            text[1] = (char)(code < 128 ? 0 : 0x80 | (code & 63));
+            text[2] = 0;
+        }
+        put_string(w, text);
+    }
+    memset(text, 'x', sizeof text - 1);
+    put_string(w, fault == LONG_TOKEN ? text : "");
+    put_string(w, "a");
+    put_string(w, "a");
+    put_string(w, "aa");
+}
+
+static void put_vocab(struct writer *w, enum fault fault) {
+    bool gpt2 = fault >= NO_PRE;
+    if (fault != NO_MODEL) {
+        put_text(w, "tokenizer.ggml.model",
+                 fault == OTHER_MODEL ? "be\nrt"
+                 : gpt2               ? "gpt2"
+                                      : "llama");
+    }
+    if (gpt2 && fault != NO_PRE) {
+        put_text(w, "tokenizer.ggml.pre", fault == OTHER_PRE ? "default" : "gpt-2");
+    }
+    if (fault != NO_TOKENS) {
+        put_tokens(w, fault, gpt2);
+    }
+    if (fault != NO_SCORES) {
+        put_array(w, "tokenizer.ggml.scores", GGUF_F32, fault == FEW_SCORES ? 262 : 263);
+        for (int i = 0; i < (fault == FEW_SCORES ? 262 : 263); i++) {
+            float score = fault == NAN_SCORE && i == 262 ? NAN : 0;
+            put(w, &score, sizeof score);
+        }
+    }
+    put_array(w, "tokenizer.ggml.token_type", GGUF_I32, fault == FEW_TYPES ? 1 : 263);
+    for (int i = 0; i < (fault == FEW_TYPES ? 1 : 263); i++) {
+        int32_t type = i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL;
+        put(w, &type, sizeof type);
+    }
+    if (fault != NO_MERGES) {
+        put_array(w, "tokenizer.ggml.merges", GGUF_STRING, 1);
+        put_string(w, fault == MERGE_SPACE   ? "aa"
+                      : fault == MERGE_TOKEN ? "a b"
+                      : fault == MERGE_EMPTY ? ""
+                                             : "a a");
+    }
+    if (fault == EOS_TEXT) {
+        put_text(w, "tokenizer.ggml.eos_token_id", "2");
+    } else {
+        put_int(w, "tokenizer.ggml.eos_token_id", fault == EOS_RANGE ? 263 : 2);
+    }
+}
+
+static struct tokenizer *open_vocab(struct check *check, enum fault fault, char *error) {
+    struct writer *keys = calloc(1, sizeof *keys), *file = calloc(1, sizeof *file);
+    char path[] = "/tmp/test_tokenizer_XXXXXX";
+    uint32_t version = 3;
+    uint64_t n_tensors = 0;
+    put_vocab(keys, fault);
+    put(file, "GGUF", 4);
+    put(file, &version, sizeof version);
+    put(file, &n_tensors, sizeof n_tensors);
+    put(file, &keys->n_keys, sizeof keys->n_keys);
+    put(file, keys->data, keys->length);
+    CHECK(write_file(path, file->data, file->length), "%s cannot be written", path);
+    struct gguf *gguf = gguf_open(path, error);
+    CHECK(gguf, "%s", error);
+    struct tokenizer *tokenizer = gguf ? tok_open(gguf, error) : NULL;
+    if (gguf) {
+        gguf_close(gguf);
+    }
+    unlink(path);
+    free(keys);
+    free(file);
+    return tokenizer;
+}
+
+static void malformed(struct check *check) {
+    static const char *const named[N_FAULTS] = {[NO_MODEL] = "tokenizer.ggml.model",
+                                                [OTHER_MODEL] = "be?rt",
+                                                [NO_TOKENS] = "tokenizer.ggml.tokens",
+                                                [NO_SCORES] = "tokenizer.ggml.scores",
+                                                [FEW_SCORES] = "got 262",
+                                                [NAN_SCORE] = "token 262",
+                                                [FEW_TYPES] = "token_type",
+                                                [NO_BYTE] = "0x4D",
+                                                [LONG_TOKEN] = "token 259",
+                                                [EOS_RANGE] = "eos_token_id",
+                                                [EOS_TEXT] = "eos_token_id",
+                                                [NO_PRE] = "tokenizer.ggml.pre",
+                                                [OTHER_PRE] = "default",
+                                                [NO_MERGES] = "tokenizer.ggml.merges",
+                                                [MERGE_SPACE] = "merges",
+                                                [MERGE_TOKEN] = "merges",
+                                                [MERGE_EMPTY] = "merges"};
+    char error[TOK_ERROR_LENGTH] = "";
+    struct tokenizer *tokenizer = open_vocab(check, FINE, error);
+    CHECK(tokenizer, "%s", error);
+    if (tokenizer) {
+        static const int expected[] = {3 + ' ', 262, 260}; /* of the two `a` the first */
+        int n;
+        int *ids = tok_encode(tokenizer, "aaa", 3, &n);
+        CHECK(same_ids(ids, n, expected, 3), "%d ids", n);
+        free(ids);
+    }
+    tok_close(tokenizer);
+    for (enum fault fault = FINE + 1; fault < N_FAULTS; fault++) {
+        strcpy(error, "no error");
+        tokenizer = open_vocab(check, fault, error);
+        CHECK(!tokenizer, "fault %d was accepted", (int)fault);
+        CHECK(strstr(error, named[fault]) && !strchr(error, '\n'), "fault %d: %s", (int)fault,
+              error);
+        tok_close(tokenizer);
+    }
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"llama_cpp_ids", llama_cpp_ids},   {"special_tokens", special_tokens},
+        {"checkpoint_ids", checkpoint_ids}, {"naive_ids", naive_ids},
+        {"round_trips", round_trips},       {"streams_stay_valid", streams_stay_valid},
+        {"stream_details", stream_details}, {"bad_bytes", bad_bytes},
+        {"a_megabyte", a_megabyte},         {"malformed", malformed}};
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
