@@ -116,6 +116,7 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 #endif /* CLI_H */
 
 #ifdef CLI_IMPLEMENTATION
+#undef CLI_IMPLEMENTATION
 #include "json.h"
 #include <assert.h>
 #include <errno.h>

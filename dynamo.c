@@ -17,6 +17,8 @@
 #define TOKENIZER_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define ANSWERS_IMPLEMENTATION
+#include "answers.h"
 #include "cli.h"
 #include "dynamo.h"
 #include "gguf.h"
@@ -710,4 +712,254 @@ static int show_perplexity(struct engine *engine, const int *ids, int n_ids) {
     double mean = p.sum / (double)p.n;
     printf("tokens %lld  nll %.6f  perplexity %.4f\n", (long long)p.n, mean, exp(mean));
     return 0;
+}
+
+/* ---- tokenize ---- */
+
+static int tokenize_file(const struct options *options, const struct tokenizer *tokenizer) {
+    static const char end[] = "__ggml_vocab_test__\n";
+    char error[CLI_ERROR_LENGTH];
+    size_t length;
+    char *text = cli_read_file(options->tokenize, &length, error);
+    if (!text) {
+        complain("%s", error);
+        return EXIT_FILE;
+    }
+    for (char *at = text; at < text + length;) {
+        char *stop = memmem(at, (size_t)(text + length - at), end, sizeof end - 1);
+        char *next = stop ? stop + sizeof end - 1 : text + length;
+        size_t n = (size_t)((stop ? stop : next) - at);
+        int n_ids = 0;
+        int *ids = tok_encode(tokenizer, at, stop && n > 0 ? n - 1 : n, &n_ids);
+        for (int i = 0; i < n_ids; i++) {
+            printf(" %d", ids[i]);
+        }
+        (void)putchar('\n');
+        free(ids);
+        at = next;
+    }
+    free(text);
+    return 0;
+}
+
+/* Needs no weights: a file with a vocabulary alone will do. */
+static int run_tokenize(const struct options *options) {
+    char error[GGUF_ERROR_LENGTH];
+    struct gguf *file = gguf_open(options->model, error);
+    struct tokenizer *tokenizer = NULL;
+    if (file && options->tokenizer) {
+        const struct tensor *embedding = gguf_tensor(file, "token_embd.weight");
+        tokenizer =
+            tok_open_checkpoint(options->tokenizer, embedding ? (int)embedding->rows : 0, error);
+    } else if (file) {
+        tokenizer = tok_open(file, error);
+    }
+    int status = EXIT_FILE;
+    if (tokenizer) {
+        status = tokenize_file(options, tokenizer);
+    } else {
+        complain("%s%s%s", file ? options->model : "", file ? ": " : "", error);
+    }
+    tok_close(tokenizer);
+    gguf_close(file);
+    return status;
+}
+
+/* ---- main ---- */
+
+/* Ctrl-C stops the answers; a second one, before they have ended, the program. */
+static void *interrupt_main(void *argument) {
+    struct engine *engine = argument;
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    for (;;) {
+        int number;
+        (void)sigwait(&signals, &number);
+        pthread_mutex_lock(&engine->lock);
+        if (engine->interrupted) {
+            _exit(128 + SIGINT);
+        }
+        engine->interrupted = true;
+        pthread_cond_broadcast(&engine->news);
+        pthread_mutex_unlock(&engine->lock);
+    }
+    return NULL;
+}
+
+static int run_logits(struct engine *engine, const struct answers *answers) {
+    const struct options *o = engine->options;
+    char error[CLI_ERROR_LENGTH];
+    int n_ids = 0;
+    int *ids = NULL;
+    if (o->perplexity) {
+        struct request_spec spec = {0};
+        spec.prompt = cli_read_file(o->perplexity, &spec.prompt_length, error);
+        ids = spec.prompt ? answers_encode(answers, &spec, &n_ids, error) : NULL;
+        free(spec.prompt);
+    } else {
+        ids = answers_encode(answers, &o->request, &n_ids, error);
+    }
+    if (ids && !o->perplexity && (n_ids < 1 || n_ids > sched_max_length(engine->sched))) {
+        (void)snprintf(error, sizeof error,
+                       "--logits: a prompt of %d tokens; context and --kv-device allow 1 to %d",
+                       n_ids, sched_max_length(engine->sched));
+        free(ids);
+        ids = NULL;
+    }
+    int status = EXIT_FILE;
+    if (!ids) {
+        complain("%s", error);
+    } else if (o->perplexity) {
+        int skip = n_ids > 0 && engine->tokenizer && tok_adds_bos(engine->tokenizer);
+        status = show_perplexity(engine, ids + skip, n_ids - skip);
+    } else {
+        struct logits_file to = {fopen(o->logits, "wb"), (size_t)engine->model.config.vocab_size};
+        bool ok = to.file && each_logits(engine, ids, n_ids, write_logits, &to);
+        ok = to.file && fclose(to.file) == 0 && ok;
+        if (!ok) {
+            complain("%s: %s", o->logits, strerror(errno));
+        }
+        status = ok ? 0 : EXIT_FILE;
+    }
+    free(ids);
+    return status;
+}
+
+/* Prompt after prompt from the terminal; or all of a piped stdin as one prompt. */
+static int run_stdin(struct answers *answers, struct options *options) {
+    bool terminal = isatty(STDIN_FILENO);
+    char error[CLI_ERROR_LENGTH];
+    for (;;) {
+        struct request_spec spec = options->request;
+        spec.prompt = terminal ? cli_ask(&spec.prompt_length)
+                               : cli_read_file("-", &spec.prompt_length, error);
+        if (!spec.prompt) {
+            if (!terminal) {
+                complain("%s", error);
+            }
+            return terminal ? 0 : EXIT_FILE;
+        }
+        int n_failed = spec.prompt_length > 0 || !terminal ? answers_run(answers, &spec, 1) : 0;
+        free(spec.prompt);
+        if (!terminal) {
+            return n_failed > 0 ? EXIT_REQUESTS : 0;
+        }
+    }
+}
+
+static int run_requests(struct engine *engine, struct answers *answers) {
+    struct options *o = engine->options;
+    char error[CLI_ERROR_LENGTH];
+    int status = 0;
+    if (o->file) {
+        struct request_spec *specs;
+        int n_specs;
+        if (!cli_requests(o, &specs, &n_specs, error)) {
+            complain("%s", error);
+            return EXIT_FILE;
+        }
+        status = answers_run(answers, specs, n_specs) > 0 ? EXIT_REQUESTS : 0;
+    } else if (o->request.prompt || o->request.ids) {
+        status = answers_run(answers, &o->request, 1) > 0 ? EXIT_REQUESTS : 0;
+    } else {
+        status = run_stdin(answers, o);
+    }
+    if (o->stats) {
+        answers_stats(answers);
+    } else if (!o->json) {
+        answers_summary(answers);
+    }
+    return status;
+}
+
+static int serve(struct engine *engine, struct answers *answers) {
+    pthread_t interrupts;
+    int n_started = 0, status = EXIT_FILE;
+    bool ok = pthread_create(&interrupts, NULL, interrupt_main, engine) == 0;
+    for (; ok && n_started < engine->n_workers; n_started += ok) {
+        struct worker *worker = &engine->workers[n_started];
+        ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
+    }
+    if (ok) {
+        pthread_detach(interrupts);
+        status = run_requests(engine, answers);
+    } else {
+        complain("cannot start threads: %s", strerror(errno));
+    }
+    pthread_mutex_lock(&engine->lock);
+    engine->stopping = true;
+    pthread_cond_broadcast(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+    for (int i = 0; i < n_started; i++) {
+        pthread_join(engine->workers[i].thread, NULL);
+    }
+    return status;
+}
+
+/* Signals are for interrupt_main alone; a closed stdout is an error of fflush, not a death. */
+static void block_signals(void) {
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+}
+
+static int run_model(struct options *options) {
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (!engine) {
+        complain("out of memory");
+        return EXIT_FILE;
+    }
+    if (!cli_given(options->given, "--seed")) {
+        options->request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    }
+    int status = EXIT_FILE;
+    if (open_engine(engine, options)) {
+        struct answers answers = {.options = options,
+                                  .tokenizer = engine->tokenizer,
+                                  .no_tokenizer = engine->no_tokenizer,
+                                  .vocab_size = engine->model.config.vocab_size,
+                                  .n_workers = engine->n_workers,
+                                  .device_blocks = engine->device_blocks,
+                                  .host_blocks = engine->host_blocks,
+                                  .backend = engine->backend,
+                                  .sched = engine->sched,
+                                  .lock = &engine->lock,
+                                  .work = &engine->work,
+                                  .news = &engine->news,
+                                  .interrupted = &engine->interrupted,
+                                  .now = now};
+        status = options->logits || options->perplexity ? run_logits(engine, &answers)
+                                                        : serve(engine, &answers);
+    }
+    close_engine(engine);
+    return status;
+}
+
+int main(int argc, char **argv) {
+    struct options options;
+    char error[CLI_ERROR_LENGTH];
+    int status = 0;
+    block_signals();
+    if (!cli_parse(&options, argc, argv, error)) {
+        complain("%s", error);
+        return EXIT_USAGE;
+    }
+    if (options.help) {
+        cli_help(stdout);
+    } else if (options.version) {
+        printf("dynamo %s\n", CLI_VERSION);
+    } else if (options.tokenize) {
+        status = run_tokenize(&options);
+    } else {
+        status = run_model(&options);
+    }
+    cli_free(&options);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        complain("stdout: %s", strerror(errno));
+        status = EXIT_FILE;
+    }
+    return status;
 }

@@ -38,7 +38,7 @@ def main():
     entries = [f"{{0x{a:x}, 0x{b:x}, UNICODE_{kind}}}," for a, b, kind in ranges()]
     version = unicodedata.unidata_version
     print(
-        f"""/* unicode_table.h: letters, numbers and white space of Unicode {version}, in rising order.
+        f"""/* unicode_table.h: letters, numbers and white space of Unicode {version}.
  * Written by test/make_unicode.py; a code point in no range is of class UNICODE_OTHER. */
 #ifndef UNICODE_TABLE_H
 #define UNICODE_TABLE_H

@@ -1,0 +1,1096 @@
+/* test_kernels.c: every op of the CPU backend against a naive float64 reference, on random shapes.
+ *
+ * Each op is run on poisoned outputs; its inputs are read from the device's activations, so an
+ * error is found in the op that makes it. Whole forward passes are then compared bit for bit
+ * across batches, chunks, threads and shards; samplers with a brute-force definition. */
+#include "../kernels.c"
+
+#include "check.h"
+
+enum { MAX_BLOCKS = 64 };
+
+/* ---- random models ---- */
+
+struct random {
+    uint64_t state;
+};
+
+static uint32_t draw(struct random *random) { /* splitmix64 */
+    uint64_t z = (random->state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (uint32_t)((z ^ (z >> 31)) >> 32);
+}
+
+static int below(struct random *random, int n) {
+    return (int)(draw(random) % (uint32_t)n);
+}
+
+static float normal(struct random *random) { /* near enough to one */
+    double sum = -6.0;
+    for (int i = 0; i < 12; i++) {
+        sum += draw(random) * 0x1p-32;
+    }
+    return (float)sum;
+}
+
+static uint16_t to_f16(float value) { /* of normal numbers, truncated */
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    int exponent = (int)(bits >> 23 & 255) - 112;
+    uint32_t sign = bits >> 16 & 0x8000;
+    return (uint16_t)(exponent < 1 ? sign : sign | (uint32_t)exponent << 10 | (bits >> 13 & 0x3ff));
+}
+
+static struct tensor *make_tensor(struct random *random, enum tensor_type type, int rows, int cols,
+                                  float scale, float center) {
+    struct tensor *tensor = calloc(1, sizeof *tensor);
+    *tensor = (struct tensor){.name = {"t", 1}, .type = type, .rows = rows, .cols = cols};
+    size_t n = (size_t)rows * (size_t)cols;
+    tensor->bytes = type == TYPE_Q8_0 ? n / 32 * 34 : n * (type == TYPE_F32 ? 4 : 2);
+    char *data = malloc(tensor->bytes);
+    for (size_t i = 0; i < n; i++) {
+        float value = center + scale * normal(random);
+        uint16_t bits = type == TYPE_F16 ? to_f16(value) : to_bf16(value);
+        if (type == TYPE_F32) {
+            memcpy(data + 4 * i, &value, 4);
+        } else if (type != TYPE_Q8_0) {
+            memcpy(data + 2 * i, &bits, 2);
+        } else {
+            data[i / 32 * 34 + 2 + i % 32] = (char)(int8_t)(below(random, 255) - 127);
+            bits = to_f16(scale / 70.0f * (1.0f + 0.3f * normal(random)));
+            memcpy(data + i / 32 * 34, &bits, 2);
+        }
+    }
+    tensor->data = data;
+    return tensor;
+}
+
+static void free_tensor(const struct tensor *tensor) {
+    if (tensor) {
+        free((void *)(uintptr_t)tensor->data);
+        free((void *)(uintptr_t)tensor);
+    }
+}
+
+static double from_f16(uint16_t half) {
+    int exponent = half >> 10 & 31;
+    double value =
+        exponent ? ldexp(1024 + (half & 0x3ff), exponent - 25) : ldexp(half & 0x3ff, -24);
+    return half & 0x8000 ? -value : value;
+}
+
+static double element(const struct tensor *tensor, int row, int col) {
+    size_t i = (size_t)row * (size_t)tensor->cols + (size_t)col;
+    const char *data = tensor->data;
+    uint16_t half;
+    uint32_t bits;
+    float value;
+    switch (tensor->type) {
+    case TYPE_F32: memcpy(&value, data + 4 * i, 4); return (double)value;
+    case TYPE_BF16:
+        memcpy(&half, data + 2 * i, 2);
+        bits = (uint32_t)half << 16;
+        memcpy(&value, &bits, 4);
+        return (double)value;
+    case TYPE_F16: memcpy(&half, data + 2 * i, 2); return from_f16(half);
+    case TYPE_Q8_0:
+        memcpy(&half, data + i / 32 * 34, 2);
+        return from_f16(half) * (double)(int8_t)data[i / 32 * 34 + 2 + i % 32];
+    }
+    return NAN;
+}
+
+struct model_under_test {
+    struct model_config config;
+    struct model_layer layer[2];
+    const struct tensor *token_embd, *output_norm;
+    float frequency[MAX_HEAD_DIM];
+    int group;
+};
+
+static void make_layer(struct random *random, const struct model_config *config,
+                       enum tensor_type type, struct model_layer *layer) {
+    int d = config->d_model, q = config->n_heads * config->head_dim;
+    int kv = config->n_kv_heads * config->head_dim;
+    float scale = 1.0f / sqrtf((float)d);
+    bool biased = draw(random) & 1, normed = draw(random) & 1;
+    *layer = (struct model_layer){
+        .attn_norm = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
+        .attn_q = make_tensor(random, type, q, d, scale, 0),
+        .attn_k = make_tensor(random, type, kv, d, scale, 0),
+        .attn_v = make_tensor(random, type, kv, d, scale, 0),
+        .q_bias = biased ? make_tensor(random, TYPE_F32, 1, q, 1, 0) : NULL,
+        .k_bias = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
+        .v_bias = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
+        .attn_q_norm = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
+        .attn_k_norm = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
+        .attn_output = make_tensor(random, type, d, q, scale, 0),
+        .ffn_norm = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
+        .ffn_gate = make_tensor(random, type, config->d_ff, d, scale, 0),
+        .ffn_up = make_tensor(random, type, config->d_ff, d, scale, 0),
+        .ffn_down = make_tensor(random, type, d, config->d_ff, scale, 0)};
+}
+
+static struct model_under_test *make_model(struct random *random, enum tensor_type type) {
+    static const int dims[] = {8, 16, 48, 64, 80, 128}, groups[] = {1, 4, 7};
+    struct model_under_test *model = calloc(1, sizeof *model);
+    struct model_config *config = &model->config;
+    bool blocks = type == TYPE_Q8_0; /* its columns come in blocks of 32 */
+    model->group = groups[below(random, 3)];
+    config->head_dim = dims[below(random, 6)];
+    config->n_kv_heads = 4;
+    config->n_heads = 4 * model->group;
+    if (blocks && config->head_dim < 16) {
+        config->head_dim = 16;
+    }
+    config->n_layers = 2;
+    config->d_model = blocks ? 96 : 60 + below(random, 60);
+    config->d_ff = blocks ? 352 : 8 * (20 + below(random, 30));
+    config->vocab_size = 397;
+    config->rope_dim = config->head_dim;
+    config->rope_adjacent = draw(random) & 1;
+    config->norm_epsilon = 1e-5f;
+    for (int i = 0; i < config->rope_dim / 2; i++) {
+        model->frequency[i] = (float)pow(10000.0, -2.0 * i / config->rope_dim);
+    }
+    for (int i = 0; i < config->n_layers; i++) {
+        make_layer(random, config, type, &model->layer[i]);
+    }
+    model->token_embd = make_tensor(random, type, config->vocab_size, config->d_model, 1, 0);
+    model->output_norm = make_tensor(random, TYPE_F32, 1, config->d_model, 0.2f, 1.0f);
+    return model;
+}
+
+static void free_model(struct model_under_test *model) {
+    for (int i = 0; i < model->config.n_layers; i++) {
+        const struct model_layer *layer = &model->layer[i];
+        const struct tensor *tensors[] = {layer->attn_norm, layer->attn_q,      layer->attn_k,
+                                          layer->attn_v,    layer->q_bias,      layer->k_bias,
+                                          layer->v_bias,    layer->attn_q_norm, layer->ffn_norm,
+                                          layer->ffn_gate,  layer->attn_k_norm, layer->attn_output,
+                                          layer->ffn_up,    layer->ffn_down};
+        for (size_t j = 0; j < sizeof tensors / sizeof *tensors; j++) {
+            free_tensor(tensors[j]);
+        }
+    }
+    free_tensor(model->token_embd);
+    free_tensor(model->output_norm);
+    free(model);
+}
+
+/* ---- a worker: the shards that run a model ---- */
+
+struct worker {
+    struct backend *backend;
+    int n_shards;
+    struct device *shards[MAX_SHARDS];
+    struct weights weights[MAX_SHARDS];
+    struct layer_weights layers[MAX_SHARDS][2];
+};
+
+static const struct weight *upload(struct device *device, const struct tensor *tensor,
+                                   enum slice_kind kind) {
+    char error[GGUF_ERROR_LENGTH] = "";
+    struct slice slice = {kind, device->rank, device->n_shards};
+    return tensor ? device->backend->upload(device, tensor, slice, error) : NULL;
+}
+
+static void open_worker(struct worker *worker, struct backend *backend,
+                        struct model_under_test *model, int n_shards, enum kv_type kv_type) {
+    *worker = (struct worker){.backend = backend, .n_shards = n_shards};
+    for (int i = 0; i < n_shards; i++) {
+        char error[GGUF_ERROR_LENGTH] = "";
+        struct device wanted = {.config = &model->config,
+                                .rope_frequency = model->frequency,
+                                .rank = i,
+                                .n_shards = n_shards,
+                                .max_rows = 256,
+                                .max_samples = 16,
+                                .kv_type = kv_type};
+        struct device *device = backend->device_open(backend, &wanted, error);
+        if (!device) {
+            printf("device_open: %s\n", error);
+            abort();
+        }
+        size_t bytes = MAX_BLOCKS * block_bytes(&model->config, n_shards, kv_type);
+        device->kv = backend->alloc(device, bytes, false);
+        memset(device->kv, 0xff, bytes); /* NaN */
+        for (int j = 0; j < model->config.n_layers; j++) {
+            const struct model_layer *from = &model->layer[j];
+            worker->layers[i][j] = (struct layer_weights){
+                .attn_norm = upload(device, from->attn_norm, SLICE_WHOLE),
+                .attn_q = upload(device, from->attn_q, SLICE_ROWS),
+                .attn_k = upload(device, from->attn_k, SLICE_ROWS),
+                .attn_v = upload(device, from->attn_v, SLICE_ROWS),
+                .q_bias = upload(device, from->q_bias, SLICE_ROWS),
+                .k_bias = upload(device, from->k_bias, SLICE_ROWS),
+                .v_bias = upload(device, from->v_bias, SLICE_ROWS),
+                .attn_q_norm = upload(device, from->attn_q_norm, SLICE_WHOLE),
+                .attn_k_norm = upload(device, from->attn_k_norm, SLICE_WHOLE),
+                .attn_output = upload(device, from->attn_output, SLICE_COLS),
+                .ffn_norm = upload(device, from->ffn_norm, SLICE_WHOLE),
+                .ffn_gate = upload(device, from->ffn_gate, SLICE_ROWS),
+                .ffn_up = upload(device, from->ffn_up, SLICE_ROWS),
+                .ffn_down = upload(device, from->ffn_down, SLICE_COLS)};
+        }
+        worker->weights[i] =
+            (struct weights){.token_embd = upload(device, model->token_embd, SLICE_WHOLE),
+                             .output_norm = upload(device, model->output_norm, SLICE_WHOLE),
+                             .output = upload(device, model->token_embd, SLICE_WHOLE),
+                             .layers = worker->layers[i]};
+        worker->shards[i] = device;
+    }
+}
+
+static void close_worker(struct worker *worker) {
+    for (int i = 0; i < worker->n_shards; i++) {
+        worker->backend->release(worker->shards[i], worker->shards[i]->kv, false);
+        worker->backend->device_close(worker->shards[i]);
+    }
+}
+
+#define ON_SHARDS(call)                                                                            \
+    for (int shard = 0; shard < worker->n_shards; shard++) {                                       \
+        struct device *device = worker->shards[shard];                                             \
+        const struct weights *weights = &worker->weights[shard];                                   \
+        (void)weights;                                                                             \
+        worker->backend->call;                                                                     \
+    }
+
+static void forward(struct worker *worker, const struct batch *batch, float *logits) {
+    struct backend *backend = worker->backend;
+    ON_SHARDS(step_begin(device, batch))
+    ON_SHARDS(embed(device, weights->token_embd))
+    for (int i = 0; i < worker->shards[0]->config->n_layers; i++) {
+        ON_SHARDS(norm_qkv(device, &weights->layers[i]))
+        ON_SHARDS(rope_append(device, &weights->layers[i], i))
+        ON_SHARDS(attention(device, i))
+        ON_SHARDS(project_add(device, weights->layers[i].attn_output, INPUT_ATTENTION))
+        backend->all_reduce_add(worker->shards, worker->n_shards);
+        ON_SHARDS(norm_gate_up(device, &weights->layers[i]))
+        ON_SHARDS(project_add(device, weights->layers[i].ffn_down, INPUT_FFN))
+        backend->all_reduce_add(worker->shards, worker->n_shards);
+    }
+    backend->norm_logits(worker->shards[0], &worker->weights[0]);
+    backend->sample(worker->shards[0]);
+    if (logits) {
+        backend->read_logits(worker->shards[0], logits);
+    }
+    ON_SHARDS(step_end(device, batch->sampled))
+}
+
+/* ---- batches ---- */
+
+struct test_batch {
+    struct batch batch;
+    int token[256], position[256], row_sequence[256], block_table[MAX_BLOCKS * 4];
+    struct sequence sequence[16];
+    int sample_row[16], sampled[16];
+    struct sampling sampling[16];
+};
+
+static void batch_start(struct test_batch *test) {
+    memset(test, 0, sizeof *test);
+    test->batch = (struct batch){.token = test->token,
+                                 .position = test->position,
+                                 .row_sequence = test->row_sequence,
+                                 .sequence = test->sequence,
+                                 .block_table = test->block_table,
+                                 .sample_row = test->sample_row,
+                                 .sampling = test->sampling,
+                                 .sampled = test->sampled};
+}
+
+/* Rows [start, end) of a text whose blocks are `blocks`; the last one is sampled. */
+static void batch_add(struct test_batch *test, const int *text, const int *blocks, int start,
+                      int end) {
+    struct batch *batch = &test->batch;
+    struct sequence *sequence = &test->sequence[batch->n_sequences];
+    *sequence = (struct sequence){.first_row = batch->n_rows,
+                                  .n_rows = end - start,
+                                  .start = start,
+                                  .first_block = batch->n_blocks,
+                                  .n_blocks = blocks_of(end)};
+    for (int i = start; i < end; i++) {
+        test->token[batch->n_rows] = text[i];
+        test->position[batch->n_rows] = i;
+        test->row_sequence[batch->n_rows++] = batch->n_sequences;
+    }
+    memcpy(test->block_table + batch->n_blocks, blocks, sizeof(int) * (size_t)blocks_of(end));
+    batch->n_blocks += blocks_of(end);
+    test->sampling[batch->n_samples].top_p = 1.0f;
+    test->sample_row[batch->n_samples++] = batch->n_rows - 1;
+    batch->n_sequences++;
+}
+
+static void shuffled(struct random *random, int *slots, int n) {
+    for (int i = 0; i < n; i++) {
+        int j = below(random, i + 1);
+        slots[i] = slots[j];
+        slots[j] = i;
+    }
+}
+
+/* ---- each op against float64 ---- */
+
+struct worst {
+    double error;
+    int row, col;
+};
+
+static void compare(struct worst *worst, int row, int col, double got, double expected,
+                    double scale) {
+    double error = fabs(got - expected) / scale;
+    if (!(error <= worst->error)) {
+        *worst = (struct worst){error == error ? error : INFINITY, row, col};
+    }
+}
+
+#define CHECK_WORST(worst, limit, what)                                                            \
+    CHECK((worst).error < (limit), "%s: error %g at row %d, column %d", what, (worst).error,       \
+          (worst).row, (worst).col)
+
+static void poison(float *values, size_t rows, size_t stride, int n) { /* all but the padding */
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t j = 0; j < (size_t)n; j++) {
+            values[i * stride + j] = NAN;
+        }
+    }
+}
+
+static void reference_norm(const float *x, const struct tensor *weight, int n, double *out) {
+    double squares = 0.0;
+    for (int i = 0; i < n; i++) {
+        squares += (double)x[i] * (double)x[i];
+    }
+    for (int i = 0; i < n; i++) {
+        out[i] = (double)x[i] / sqrt(squares / n + 1e-5) * (weight ? element(weight, 0, i) : 1.0);
+    }
+}
+
+static double dot(const struct tensor *matrix, int row, const double *input) {
+    double sum = 0.0;
+    for (int i = 0; i < (int)matrix->cols; i++) {
+        sum += element(matrix, row, i) * input[i];
+    }
+    return sum;
+}
+
+static void check_matrix(struct check *check, const char *what, const struct tensor *matrix,
+                         const struct tensor *bias, const double *input, const float *got,
+                         int row) {
+    struct worst worst = {0};
+    for (int i = 0; i < (int)matrix->rows; i++) {
+        double expected = dot(matrix, i, input) + (bias ? element(bias, 0, i) : 0.0);
+        compare(&worst, row, i, (double)got[i], expected, 1.0 + fabs(expected));
+    }
+    CHECK_WORST(worst, 2e-5, what);
+}
+
+static void check_norm_qkv(struct check *check, struct cpu_device *device,
+                           const struct model_layer *layer, const struct layer_weights *weights) {
+    const struct model_config *config = device->device.config;
+    size_t rows = (size_t)device->batch->n_rows;
+    double input[1024];
+    poison(device->q, rows, device->q_stride, config->n_heads * config->head_dim);
+    poison(device->k, rows, device->kv_stride, config->n_kv_heads * config->head_dim);
+    poison(device->v, rows, device->kv_stride, config->n_kv_heads * config->head_dim);
+    poison(device->h, rows, device->x_stride, config->d_model);
+    cpu_norm_qkv(&device->device, weights);
+    for (size_t row = 0; row < rows; row += 5) {
+        reference_norm(device->x + row * device->x_stride, layer->attn_norm, config->d_model,
+                       input);
+        check_matrix(check, "q", layer->attn_q, layer->q_bias, input,
+                     device->q + row * device->q_stride, (int)row);
+        check_matrix(check, "k", layer->attn_k, layer->k_bias, input,
+                     device->k + row * device->kv_stride, (int)row);
+        check_matrix(check, "v", layer->attn_v, layer->v_bias, input,
+                     device->v + row * device->kv_stride, (int)row);
+    }
+}
+
+static void reference_rope(const struct model_under_test *model, const float *head,
+                           const struct tensor *norm, int position, double *out) {
+    const struct model_config *config = &model->config;
+    double normed[MAX_HEAD_DIM];
+    int half = config->rope_dim / 2;
+    for (int i = 0; i < config->head_dim; i++) {
+        normed[i] = (double)head[i];
+    }
+    if (norm) {
+        reference_norm(head, norm, config->head_dim, normed);
+    }
+    for (int i = 0; i < half; i++) {
+        int a = config->rope_adjacent ? 2 * i : i, b = config->rope_adjacent ? 2 * i + 1 : i + half;
+        double angle = position * (double)model->frequency[i];
+        out[a] = normed[a] * cos(angle) - normed[b] * sin(angle);
+        out[b] = normed[a] * sin(angle) + normed[b] * cos(angle);
+    }
+}
+
+static double kv_at(const struct cpu_device *device, int slot, int layer, int value, int head,
+                    int token, int i) { /* the layout of dynamo.h, spelt out */
+    const struct model_config *config = device->device.config;
+    size_t at = (size_t)slot * (size_t)config->n_layers + (size_t)layer;
+    at = (at * 2 + (size_t)value) * (size_t)config->n_kv_heads + (size_t)head;
+    at = (at * BLOCK_TOKENS + (size_t)token) * (size_t)config->head_dim + (size_t)i;
+    if (device->device.kv_type == KV_F32) {
+        return (double)((const float *)device->device.kv)[at];
+    }
+    uint32_t bits = (uint32_t)((const uint16_t *)device->device.kv)[at] << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return (double)result;
+}
+
+static void check_rope(struct check *check, struct cpu_device *device,
+                       const struct model_under_test *model, int layer,
+                       const struct layer_weights *weights) {
+    const struct model_config *config = &model->config;
+    const struct batch *batch = device->batch;
+    size_t n = (size_t)batch->n_rows, dim = (size_t)config->head_dim;
+    float *q = malloc(n * device->q_stride * 4), *k = malloc(n * device->kv_stride * 4);
+    memcpy(q, device->q, n * device->q_stride * 4);
+    memcpy(k, device->k, n * device->kv_stride * 4);
+    cpu_rope_append(&device->device, weights, layer);
+    double coarse = device->device.kv_type == KV_F32 ? 1e-5 : 4e-3, expected[MAX_HEAD_DIM];
+    struct worst worst_q = {0}, worst_k = {0}, worst_v = {0};
+    for (size_t row = 0; row < n; row++) {
+        const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
+        int position = batch->position[row], token = position % 16;
+        int slot = batch->block_table[sequence->first_block + position / 16];
+        for (int head = 0; head < config->n_heads; head++) {
+            size_t at = row * device->q_stride + (size_t)head * dim;
+            reference_rope(model, q + at, model->layer[layer].attn_q_norm, position, expected);
+            for (int i = 0; i < (int)dim; i++) {
+                compare(&worst_q, (int)row, i, (double)device->q[at + (size_t)i], expected[i], 4);
+            }
+        }
+        for (int head = 0; head < config->n_kv_heads; head++) {
+            size_t at = row * device->kv_stride + (size_t)head * dim;
+            reference_rope(model, k + at, model->layer[layer].attn_k_norm, position, expected);
+            for (int i = 0; i < (int)dim; i++) {
+                double v = (double)device->v[at + (size_t)i];
+                compare(&worst_k, (int)row, i, kv_at(device, slot, layer, 0, head, token, i),
+                        expected[i], 1 + fabs(expected[i]));
+                compare(&worst_v, (int)row, i, kv_at(device, slot, layer, 1, head, token, i), v,
+                        1 + fabs(v));
+            }
+        }
+    }
+    CHECK_WORST(worst_q, 1e-5, "rope q");
+    CHECK_WORST(worst_k, coarse, "rope k");
+    CHECK_WORST(worst_v, coarse, "append v");
+    free(q);
+    free(k);
+}
+
+static void reference_attention(const struct cpu_device *device, int layer, int row, int head,
+                                double *out) {
+    const struct model_config *config = device->device.config;
+    const struct batch *batch = device->batch;
+    const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
+    const int *table = batch->block_table + sequence->first_block;
+    const float *q = device->q + (size_t)row * device->q_stride + (size_t)(head * config->head_dim);
+    int kv_head = head / (config->n_heads / config->n_kv_heads), n = batch->position[row] + 1;
+    double score[1024], max = -INFINITY, sum = 0.0;
+    memset(out, 0, sizeof *out * MAX_HEAD_DIM);
+    for (int t = 0; t < n; t++) {
+        score[t] = 0.0;
+        for (int i = 0; i < config->head_dim; i++) {
+            score[t] += (double)q[i] * kv_at(device, table[t / 16], layer, 0, kv_head, t % 16, i);
+        }
+        score[t] /= sqrt(config->head_dim);
+        max = score[t] > max ? score[t] : max;
+    }
+    for (int t = 0; t < n; t++) {
+        sum += exp(score[t] - max);
+    }
+    for (int t = 0; t < n; t++) {
+        for (int i = 0; i < config->head_dim; i++) {
+            out[i] += exp(score[t] - max) / sum *
+                      kv_at(device, table[t / 16], layer, 1, kv_head, t % 16, i);
+        }
+    }
+}
+
+static void check_attention(struct check *check, struct cpu_device *device, int layer) {
+    const struct model_config *config = device->device.config;
+    int dim = config->head_dim;
+    poison(device->attention, (size_t)device->batch->n_rows, device->q_stride,
+           config->n_heads * dim);
+    cpu_attention(&device->device, layer);
+    struct worst worst = {0};
+    for (int row = 0; row < device->batch->n_rows; row++) {
+        for (int head = row % 3; head < config->n_heads; head += 3) {
+            double expected[MAX_HEAD_DIM];
+            reference_attention(device, layer, row, head, expected);
+            const float *got = device->attention + (size_t)row * device->q_stride;
+            for (int i = 0; i < dim; i++) {
+                compare(&worst, row, head * dim + i, (double)got[head * dim + i], expected[i],
+                        1.0 + fabs(expected[i]));
+            }
+        }
+    }
+    CHECK_WORST(worst, 2e-5, "attention");
+}
+
+static void check_project(struct check *check, struct cpu_device *device,
+                          const struct tensor *tensor, const struct weight *weight, bool attends) {
+    size_t n = (size_t)device->batch->n_rows, stride = device->x_stride;
+    size_t input_stride = attends ? device->q_stride : device->ffn_stride;
+    float *before_add = malloc(n * stride * 4);
+    memcpy(before_add, device->x, n * stride * 4);
+    cpu_project_add(&device->device, weight, attends ? INPUT_ATTENTION : INPUT_FFN);
+    struct worst worst = {0};
+    for (size_t row = 0; row < n; row += 7) {
+        double input[8192];
+        for (int i = 0; i < (int)tensor->cols; i++) {
+            const float *from = attends ? device->attention : device->ffn;
+            input[i] = (double)from[row * input_stride + (size_t)i];
+        }
+        for (int i = 0; i < (int)tensor->rows; i++) {
+            size_t at = row * stride + (size_t)i;
+            double expected = (double)before_add[at] + dot(tensor, i, input);
+            compare(&worst, (int)row, i, (double)device->x[at], expected, 1 + fabs(expected));
+        }
+    }
+    CHECK_WORST(worst, 2e-5, attends ? "attn_output" : "ffn_down");
+    free(before_add);
+}
+
+static void check_gate_up(struct check *check, struct cpu_device *device,
+                          const struct model_layer *layer, const struct layer_weights *weights) {
+    const struct model_config *config = device->device.config;
+    size_t n = (size_t)device->batch->n_rows;
+    poison(device->ffn, n, device->ffn_stride, config->d_ff);
+    cpu_norm_gate_up(&device->device, weights);
+    struct worst worst = {0};
+    for (size_t row = 0; row < n; row += 7) {
+        double input[1024];
+        reference_norm(device->x + row * device->x_stride, layer->ffn_norm, config->d_model, input);
+        for (int i = 0; i < config->d_ff; i++) {
+            double gate = dot(layer->ffn_gate, i, input);
+            double expected = gate / (1 + exp(-gate)) * dot(layer->ffn_up, i, input);
+            compare(&worst, (int)row, i, (double)device->ffn[row * device->ffn_stride + (size_t)i],
+                    expected, 1 + fabs(expected));
+        }
+    }
+    CHECK_WORST(worst, 4e-5, "gate_up");
+}
+
+static void check_logits(struct check *check, struct cpu_device *device,
+                         const struct model_under_test *model, const struct weights *weights) {
+    int n = device->batch->n_samples, vocab = model->config.vocab_size;
+    poison(device->logits, (size_t)n, (size_t)vocab, vocab);
+    cpu_norm_logits(&device->device, weights);
+    float *logits = malloc((size_t)n * (size_t)vocab * 4);
+    cpu_read_logits(&device->device, logits);
+    for (int i = 0; i < n; i++) {
+        double input[1024];
+        reference_norm(device->x + (size_t)device->batch->sample_row[i] * device->x_stride,
+                       model->output_norm, model->config.d_model, input);
+        check_matrix(check, "logits", model->token_embd, NULL, input, logits + i * vocab, i);
+    }
+    free(logits);
+}
+
+static void check_step(struct check *check, struct worker *worker,
+                       const struct model_under_test *model, const struct batch *batch) {
+    struct cpu_device *device = (struct cpu_device *)worker->shards[0];
+    CHECK(cpu_step_begin(&device->device, batch), "it replays nothing");
+    poison(device->x, (size_t)batch->n_rows, device->x_stride, model->config.d_model);
+    cpu_embed(&device->device, worker->weights[0].token_embd);
+    for (int row = 0; row < batch->n_rows; row++) {
+        for (int i = 0; i < model->config.d_model; i++) {
+            double got = (double)device->x[(size_t)row * device->x_stride + (size_t)i];
+            CHECK(got == element(model->token_embd, batch->token[row], i), "row %d, %d", row, i);
+        }
+    }
+    for (int i = 0; i < model->config.n_layers; i++) {
+        const struct model_layer *layer = &model->layer[i];
+        const struct layer_weights *weights = &worker->layers[0][i];
+        check_norm_qkv(check, device, layer, weights);
+        check_rope(check, device, model, i, weights);
+        check_attention(check, device, i);
+        check_project(check, device, layer->attn_output, weights->attn_output, true);
+        check_gate_up(check, device, layer, weights);
+        check_project(check, device, layer->ffn_down, weights->ffn_down, false);
+    }
+    check_logits(check, device, model, &worker->weights[0]);
+    cpu_sample(&device->device);
+    cpu_step_end(&device->device, batch->sampled);
+}
+
+static struct backend *open_backend(int n_threads, uint64_t seed) {
+    char error[GGUF_ERROR_LENGTH];
+    struct backend_options options = {n_threads, seed};
+    return cpu_backend_open(&options, error);
+}
+
+static void check_ops(struct check *check, enum tensor_type type, enum kv_type kv_type,
+                      uint64_t seed) {
+    struct random random = {seed};
+    struct model_under_test *model = make_model(&random, type);
+    struct backend *backend = open_backend(2, 0);
+    struct worker worker;
+    open_worker(&worker, backend, model, 1, kv_type);
+    int slots[MAX_BLOCKS], text[256];
+    shuffled(&random, slots, MAX_BLOCKS);
+    for (int i = 0; i < 256; i++) {
+        text[i] = below(&random, model->config.vocab_size);
+    }
+    struct test_batch test;
+    int half = 20 + below(&random, 60); /* a prompt in two steps, beside two short ones */
+    batch_start(&test);
+    batch_add(&test, text, slots, 0, half);
+    batch_add(&test, text + 7, slots + 20, 0, 1 + below(&random, 40));
+    check_step(check, &worker, model, &test.batch);
+    int end = test.sequence[1].n_rows;
+    batch_start(&test);
+    batch_add(&test, text + 7, slots + 20, end, end + 1);
+    batch_add(&test, text, slots, half, half + 1 + below(&random, 70));
+    batch_add(&test, text + 31, slots + 40, 0, 3);
+    check_step(check, &worker, model, &test.batch);
+    close_worker(&worker);
+    backend->close(backend);
+    free_model(model);
+}
+
+static void ops_f32(struct check *check) {
+    for (uint64_t seed = 1; seed < 6; seed++) {
+        check_ops(check, TYPE_F32, seed % 2 ? KV_F32 : KV_BF16, seed);
+    }
+}
+
+static void ops_f16(struct check *check) {
+    check_ops(check, TYPE_F16, KV_F32, 11);
+    check_ops(check, TYPE_F16, KV_BF16, 12);
+}
+
+static void ops_bf16(struct check *check) {
+    for (uint64_t seed = 21; seed < 25; seed++) {
+        check_ops(check, TYPE_BF16, seed % 2 ? KV_F32 : KV_BF16, seed);
+    }
+}
+
+static void ops_q8_0(struct check *check) {
+    for (uint64_t seed = 31; seed < 34; seed++) {
+        check_ops(check, TYPE_Q8_0, seed % 2 ? KV_F32 : KV_BF16, seed);
+    }
+}
+
+/* ---- the same bits, however the work is cut ---- */
+
+enum { TEXT_LENGTH = 100 };
+
+/* Logits of the last row of a text, prefilled in chunks of `chunk`, beside `beside` other texts. */
+static void run_text(struct worker *worker, const int *text, int chunk, int beside, float *logits) {
+    struct random random = {(uint64_t)(chunk * 10 + beside)};
+    int slots[MAX_BLOCKS];
+    shuffled(&random, slots, MAX_BLOCKS);
+    int vocab = worker->shards[0]->config->vocab_size;
+    float *all = malloc(sizeof(float) * (size_t)(16 * vocab));
+    struct test_batch test;
+    for (int start = 0; start < TEXT_LENGTH; start += chunk) {
+        int end = start + chunk < TEXT_LENGTH ? start + chunk : TEXT_LENGTH;
+        batch_start(&test);
+        for (int i = 0; i < beside; i++) {
+            batch_add(&test, text + i + 1, slots + 10 + 2 * i, 0, 1 + (i * 7 + start) % 20);
+        }
+        batch_add(&test, text, slots, start, end);
+        forward(worker, &test.batch, all);
+        memcpy(logits, all + beside * vocab, sizeof(float) * (size_t)vocab);
+    }
+    free(all);
+}
+
+static void check_bits(struct check *check, enum tensor_type type, enum kv_type kv, uint64_t seed) {
+    struct random random = {seed};
+    struct model_under_test *model = make_model(&random, type);
+    int text[TEXT_LENGTH + 32];
+    for (int i = 0; i < TEXT_LENGTH + 32; i++) {
+        text[i] = below(&random, model->config.vocab_size);
+    }
+    size_t bytes = sizeof(float) * (size_t)model->config.vocab_size;
+    float *expected = NULL, *logits = malloc(bytes);
+    static const int cuts[][4] = {
+        /* threads, shards, chunk, texts beside */
+        {1, 1, TEXT_LENGTH, 0}, {2, 1, 1, 0}, {2, 1, 7, 3},  {3, 1, 33, 8},
+        {4, 2, TEXT_LENGTH, 1}, {2, 2, 9, 0}, {4, 4, 40, 2}, {1, 4, 2, 1}};
+    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
+        struct backend *backend = open_backend(cuts[i][0], 0);
+        struct worker worker;
+        open_worker(&worker, backend, model, cuts[i][1], kv);
+        run_text(&worker, text, cuts[i][2], cuts[i][3], logits);
+        if (!expected) {
+            expected = memcpy(malloc(bytes), logits, bytes);
+        }
+        CHECK(memcmp(logits, expected, bytes) == 0,
+              "type %d, seed %d: %d threads, %d shards, %d %d", (int)type, (int)seed, cuts[i][0],
+              cuts[i][1], cuts[i][2], cuts[i][3]);
+        CHECK(logits[0] == logits[0], "logits are numbers");
+        close_worker(&worker);
+        backend->close(backend);
+    }
+    free(expected);
+    free(logits);
+    free_model(model);
+}
+
+static void same_bits(struct check *check) {
+    check_bits(check, TYPE_F32, KV_F32, 41);
+    check_bits(check, TYPE_F32, KV_BF16, 42);
+    check_bits(check, TYPE_BF16, KV_F32, 43);
+    check_bits(check, TYPE_BF16, KV_BF16, 44);
+    check_bits(check, TYPE_F16, KV_F32, 45);
+    check_bits(check, TYPE_Q8_0, KV_F32, 46);
+    check_bits(check, TYPE_Q8_0, KV_F32, 47);
+}
+
+/* ---- sampling ---- */
+
+static void philox_vectors(struct check *check) { /* Random123, kat_vectors */
+    static const uint32_t vectors[3][10] = {
+        {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+        {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+        {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
+         0x94fdcceb, 0x5001e420, 0x24126ea1}};
+    for (int i = 0; i < 3; i++) {
+        uint32_t counter[4];
+        memcpy(counter, vectors[i], sizeof counter);
+        philox(counter, vectors[i][4], vectors[i][5]);
+        CHECK(memcmp(counter, vectors[i] + 6, sizeof counter) == 0, "vector %d: %08x", i,
+              counter[0]);
+    }
+}
+
+static const float *sort_by;
+
+static int by_rank(const void *a, const void *b) {
+    int first = *(const int *)a, second = *(const int *)b;
+    float x = sort_by[first], y = sort_by[second];
+    return x > y ? -1 : x < y ? 1 : first - second;
+}
+
+/* The definition in dynamo.h, by a full sort. */
+static int brute_force(const float *logits, int n, const struct sampling *sampling, int position) {
+    int order[512], kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
+    double p[512], sum = 0.0, reached = 0.0, best = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        order[i] = i;
+    }
+    sort_by = logits;
+    qsort(order, (size_t)n, sizeof *order, by_rank);
+    if (sampling->temperature <= 0.0f) {
+        return order[0];
+    }
+    for (int i = 0; i < kept; i++) {
+        p[i] = exp((double)((logits[order[i]] - logits[order[0]]) / sampling->temperature));
+        sum += p[i];
+    }
+    int nucleus = 0;
+    while (nucleus < kept && (nucleus == 0 || reached < (double)sampling->top_p * sum)) {
+        reached += p[nucleus++];
+    }
+    nucleus = sampling->top_p < 1.0f ? nucleus : kept;
+    int winner = -1;
+    for (int i = 0; i < nucleus && p[i] >= (double)sampling->min_p; i++) {
+        uint32_t word[4] = {(uint32_t)position, (uint32_t)order[i], 0, 0};
+        philox(word, (uint32_t)sampling->seed, (uint32_t)(sampling->seed >> 32));
+        double u = (word[0] + 0.5) / 4294967296.0;
+        double value = (double)(logits[order[i]] / sampling->temperature) - log(-log(u));
+        if (value > best) {
+            best = value;
+            winner = order[i];
+        }
+    }
+    return winner;
+}
+
+struct sampler {
+    struct backend *backend;
+    struct worker worker;
+    struct model_under_test *model;
+};
+
+static void open_sampler(struct sampler *sampler) {
+    struct random random = {51};
+    sampler->backend = open_backend(2, 0);
+    sampler->model = make_model(&random, TYPE_F32);
+    open_worker(&sampler->worker, sampler->backend, sampler->model, 1, KV_F32);
+}
+
+static void close_sampler(struct sampler *sampler) {
+    close_worker(&sampler->worker);
+    sampler->backend->close(sampler->backend);
+    free_model(sampler->model);
+}
+
+/* Samples n rows of logits, for positions of their own. */
+static void sample_rows(struct sampler *sampler, const float *logits, int n, const int *position,
+                        const struct sampling *sampling, int *sampled) {
+    struct cpu_device *device = (struct cpu_device *)sampler->worker.shards[0];
+    struct test_batch test;
+    int text[1] = {0}, blocks[1] = {0};
+    batch_start(&test);
+    for (int i = 0; i < n; i++) {
+        batch_add(&test, text, blocks, 0, 1);
+        test.sampling[i] = sampling[i];
+        test.position[i] = position[i] - 1;
+    }
+    cpu_step_begin(&device->device, &test.batch);
+    memcpy(device->logits, logits, sizeof(float) * 397 * (size_t)n);
+    cpu_sample(&device->device);
+    cpu_step_end(&device->device, sampled);
+}
+
+static void sampler_definition(struct check *check) {
+    struct sampler sampler;
+    open_sampler(&sampler);
+    struct random random = {52};
+    static float logits[16 * 397];
+    for (int round = 0; round < 60; round++) {
+        struct sampling sampling[16];
+        int position[16], sampled[16], alone;
+        for (int i = 0; i < 16; i++) {
+            static const float temperatures[] = {0, 0.5f, 0.8f, 1, 2},
+                               tops[] = {0.1f, 0.5f, 0.95f, 1};
+            sampling[i] = (struct sampling){
+                temperatures[below(&random, 5)], tops[below(&random, 4)],
+                draw(&random) & 1 ? 0.05f : 0.0f, draw(&random) & 1 ? 1 + below(&random, 400) : 0,
+                (uint64_t)draw(&random) << 32 | draw(&random)};
+            position[i] = 1 + below(&random, 1000000);
+            float width = (float)(1 + below(&random, 6));
+            for (int j = 0; j < 397; j++) { /* ties are common */
+                float value = width * normal(&random);
+                logits[i * 397 + j] = round % 3 ? value : floorf(value);
+            }
+        }
+        sample_rows(&sampler, logits, 16, position, sampling, sampled);
+        for (int i = 0; i < 16; i++) {
+            int expected = brute_force(logits + i * 397, 397, &sampling[i], position[i]);
+            CHECK(sampled[i] == expected, "got %d, expected %d: t %g, p %g, min_p %g, k %d",
+                  sampled[i], expected, (double)sampling[i].temperature, (double)sampling[i].top_p,
+                  (double)sampling[i].min_p, sampling[i].top_k);
+        }
+        sample_rows(&sampler, logits + 5 * 397, 1, position + 5, sampling + 5, &alone);
+        CHECK(alone == sampled[5], "alone %d, in a batch %d", alone, sampled[5]);
+    }
+    close_sampler(&sampler);
+}
+
+static void sampler_distribution(struct check *check) {
+    enum { DRAWS = 20000, LIKELY = 20 };
+    struct sampler sampler;
+    open_sampler(&sampler);
+    struct random random = {53};
+    static float logits[16 * 397];
+    double p[397], sum = 0.0, chi = 0.0, rest = 1.0;
+    int count[397] = {0}, bins = 0, others = DRAWS;
+    for (int j = 0; j < 397; j++) {
+        float value = 2.0f * normal(&random);
+        p[j] = exp((double)value);
+        sum += p[j];
+        for (int i = 0; i < 16; i++) {
+            logits[i * 397 + j] = value;
+        }
+    }
+    for (int first = 0; first < DRAWS; first += 16) {
+        struct sampling sampling[16];
+        int position[16], sampled[16];
+        for (int i = 0; i < 16; i++) {
+            sampling[i] = (struct sampling){1.0f, 1.0f, 0.0f, 0, 7};
+            position[i] = first + i + 1;
+        }
+        sample_rows(&sampler, logits, 16, position, sampling, sampled);
+        for (int i = 0; i < 16; i++) {
+            count[sampled[i]]++;
+        }
+    }
+    for (int j = 0; j < 397; j++) {
+        double expected = p[j] / sum * DRAWS;
+        if (expected >= LIKELY) {
+            chi += (count[j] - expected) * (count[j] - expected) / expected;
+            rest -= p[j] / sum;
+            others -= count[j];
+            bins++;
+        }
+    }
+    chi += (others - rest * DRAWS) * (others - rest * DRAWS) / (rest * DRAWS);
+    CHECK(bins > 30 && chi < bins + 5 * sqrt(2.0 * bins), "chi-square %g of %d bins", chi, bins);
+    close_sampler(&sampler);
+}
+
+static void sampler_odd_logits(struct check *check) {
+    struct sampler sampler;
+    open_sampler(&sampler);
+    static float logits[397];
+    int position = 5, sampled = -1;
+    for (int kind = 0; kind < 24; kind++) {
+        for (int j = 0; j < 397; j++) {
+            float odd = kind % 3 == 0 ? NAN : kind % 3 == 1 ? INFINITY : -INFINITY;
+            logits[j] = kind < 12 || j % 2 ? odd : (float)j;
+        }
+        struct sampling sampling = {kind & 1 ? 0.7f : 0.0f, kind & 2 ? 0.9f : 1.0f, 0.0f,
+                                    kind & 4 ? 10 : 0, 3};
+        sample_rows(&sampler, logits, 1, &position, &sampling, &sampled);
+        CHECK(sampled >= 0 && sampled < 397, "kind %d: token %d", kind, sampled);
+        if (kind >= 12 && kind % 3 != 1) {
+            CHECK(sampled % 2 == 0, "kind %d: a token without a probability", kind);
+        }
+        if (kind >= 12 && kind % 3 != 1 && !(kind & 1)) {
+            CHECK(sampled == 396, "the largest number, not %d", sampled);
+        }
+    }
+    close_sampler(&sampler);
+}
+
+/* ---- copies ---- */
+
+static void copies(struct check *check) {
+    for (uint64_t seed = 0; seed < 3; seed++) {
+        struct backend *backend = open_backend(2, seed);
+        struct random random = {61};
+        struct model_under_test *model = make_model(&random, TYPE_F32);
+        struct worker worker;
+        open_worker(&worker, backend, model, 1, KV_F32);
+        struct device *device = worker.shards[0];
+        char from[64 * 40], to[2][64 * 48];
+        for (size_t i = 0; i < sizeof from; i++) {
+            from[i] = (char)draw(&random);
+        }
+        memset(to, 0, sizeof to);
+        bool was_in_flight = false;
+        uint64_t tickets[2][64];
+        for (size_t i = 0; i < 64; i++) { /* on two streams, rows of 5 runs of 7 bytes */
+            for (size_t j = 0; j < 2; j++) {
+                struct copy2d copy = {to[j] + i * 48, from + i * 40, 9, 8, 7, 5};
+                enum stream stream = j ? STREAM_PAGE_OUT : STREAM_TRANSFER;
+                tickets[j][i] = backend->copy(device, stream, &copy);
+                was_in_flight |= !backend->copy_done(device, stream, tickets[j][i]);
+            }
+        }
+        CHECK(was_in_flight || seed == 0, "a delayed copy is not done at once");
+        for (size_t i = 64; i-- > 0;) {
+            for (size_t j = 0; j < 2; j++) {
+                enum stream stream = j ? STREAM_PAGE_OUT : STREAM_TRANSFER;
+                while (!backend->copy_done(device, stream, tickets[j][i])) {
+                    sched_yield();
+                }
+                bool same = true;
+                for (size_t row = 0; row < 5; row++) {
+                    same &= !memcmp(to[j] + i * 48 + row * 9, from + i * 40 + row * 8, 7);
+                    same &= to[j][i * 48 + row * 9 + 7] == 0 && to[j][i * 48 + row * 9 + 8] == 0;
+                }
+                CHECK(same, "copy %zu of stream %zu", i, j);
+                CHECK(backend->copy_done(device, stream, tickets[j][0]), "in order");
+            }
+        }
+        CHECK(!backend->alloc(device, SIZE_MAX, false), "more memory than there is");
+        CHECK(!backend->alloc(device, SIZE_MAX - 70, true), "more memory than there is");
+        CHECK(backend->free_memory(device, true) > 1000000, "some memory is free");
+        close_worker(&worker);
+        backend->close(backend);
+        free_model(model);
+    }
+}
+
+/* ---- devices ---- */
+
+static void refusals(struct check *check) {
+    struct random random = {71};
+    struct backend *backend = open_backend(1, 0);
+    struct model_under_test *model = make_model(&random, TYPE_F32);
+    for (int n_shards = 0; n_shards < 12; n_shards++) {
+        char error[GGUF_ERROR_LENGTH] = "";
+        struct device wanted = {.config = &model->config,
+                                .rope_frequency = model->frequency,
+                                .n_shards = n_shards,
+                                .max_rows = 8,
+                                .max_samples = 1};
+        struct device *device = backend->device_open(backend, &wanted, error);
+        bool fits = n_shards == 1 || n_shards == 2 || n_shards == 4;
+        CHECK((device != NULL) == fits, "%d shards of 4 key-value heads", n_shards);
+        CHECK(fits || (strstr(error, "got") && !strchr(error, '\n')), "%s", error);
+        if (device) {
+            backend->device_close(device);
+        }
+    }
+    backend->close(backend);
+    free_model(model);
+}
+
+struct driver {
+    struct worker worker;
+    pthread_t thread;
+    const int *text;
+    float *logits;
+};
+
+static void *drive(void *argument) {
+    struct driver *driver = argument;
+    for (int i = 0; i < 3; i++) {
+        run_text(&driver->worker, driver->text, 20 + i, 2, driver->logits);
+    }
+    return NULL;
+}
+
+static void many_devices(struct check *check) { /* at once, more threads than the pool has */
+    enum { DRIVERS = 6 };
+    struct random random = {81};
+    struct model_under_test *model = make_model(&random, TYPE_F32);
+    int text[TEXT_LENGTH + 32];
+    for (int i = 0; i < TEXT_LENGTH + 32; i++) {
+        text[i] = below(&random, model->config.vocab_size);
+    }
+    size_t bytes = sizeof(float) * (size_t)model->config.vocab_size;
+    for (int n_threads = 1; n_threads <= 4; n_threads++) {
+        struct backend *backend = open_backend(n_threads, 0);
+        struct driver drivers[DRIVERS];
+        for (int i = 0; i < DRIVERS; i++) {
+            open_worker(&drivers[i].worker, backend, model, i % 3 ? 1 : 2, KV_F32);
+            for (int shard = 0; shard < drivers[i].worker.n_shards; shard++) {
+                struct cpu_device *device = (struct cpu_device *)drivers[i].worker.shards[shard];
+                device->device.urgent = i & 1;
+                atomic_store(&device->job->urgent, i & 1);
+            }
+            drivers[i].text = text;
+            drivers[i].logits = malloc(bytes);
+        }
+        for (int i = 0; i < DRIVERS; i++) {
+            CHECK(!pthread_create(&drivers[i].thread, NULL, drive, &drivers[i]), "a thread");
+        }
+        for (int i = 0; i < DRIVERS; i++) {
+            pthread_join(drivers[i].thread, NULL);
+            CHECK(!memcmp(drivers[i].logits, drivers[0].logits, bytes), "driver %d", i);
+        }
+        for (int i = 0; i < DRIVERS; i++) {
+            close_worker(&drivers[i].worker);
+            free(drivers[i].logits);
+        }
+        int helpers = n_threads - 1, awake = atomic_load(&((struct cpu_backend *)backend)->active);
+        CHECK(awake >= 0 && awake <= helpers, "%d threads still counted", awake);
+        backend->close(backend);
+    }
+    free_model(model);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"ops_f32", ops_f32},
+        {"ops_f16", ops_f16},
+        {"ops_bf16", ops_bf16},
+        {"ops_q8_0", ops_q8_0},
+        {"same_bits", same_bits},
+        {"philox_vectors", philox_vectors},
+        {"sampler_definition", sampler_definition},
+        {"sampler_distribution", sampler_distribution},
+        {"sampler_odd_logits", sampler_odd_logits},
+        {"copies", copies},
+        {"refusals", refusals},
+        {"many_devices", many_devices},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
