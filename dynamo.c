@@ -107,9 +107,10 @@ static void complain(const char *format, ...) {
 
 /* ---- the model ---- */
 
-/* One forward pass over the rows of a batch; sampled[n_samples] are the next tokens. Every op is
- * given to each shard in turn; the shards work side by side where the backend can. */
-static void forward(struct worker *worker, const struct batch *batch, int *sampled) {
+/* One forward pass over the rows of a batch; sampled[n_samples] are the next tokens, and logits, if
+ * wanted, (n_samples, vocab_size). Every op is given to each shard in turn; the shards work side by
+ * side where the backend can. */
+static void forward(struct worker *worker, const struct batch *batch, int *sampled, float *logits) {
     const struct backend *backend = worker->engine->backend;
     int n_layers = worker->engine->model.config.n_layers, n_shards = worker->n_shards;
     struct device **shards = worker->shards;
@@ -144,6 +145,9 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
     if (record && batch->n_samples > 0) {
         backend->norm_logits(shards[0], &weights[0]);
         backend->sample(shards[0]);
+    }
+    if (logits) {
+        backend->read_logits(shards[0], logits);
     }
     for (int s = 0; s < n_shards; s++) {
         backend->step_end(shards[s], s == 0 ? sampled : NULL);
@@ -247,7 +251,7 @@ static void do_step(struct worker *worker, struct step *step) {
         copy_block(worker, &step->copies[i]);
     }
     if (step->batch.n_rows > 0) {
-        forward(worker, &step->batch, step->batch.sampled);
+        forward(worker, &step->batch, step->batch.sampled, NULL);
     }
     if (worker->engine->options->verbose) {
         show_step(worker, step);
@@ -627,8 +631,7 @@ static void run_rows(struct engine *engine, const int *tokens, int start, int n,
     memcpy(copy, tokens + start, (size_t)n * sizeof *copy);
     struct batch batch = {n,    1,         n,     n_blocks, copy,     position,
                           zero, &sequence, table, row,      sampling, out};
-    forward(worker, &batch, out);
-    engine->backend->read_logits(worker->shards[0], logits);
+    forward(worker, &batch, out, logits);
     free(copy);
     free(sampling);
     free(numbers);

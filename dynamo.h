@@ -215,7 +215,7 @@ struct backend {
      * logit + g wins, g = -log(-log(u)), u from a counter-based generator (Philox4x32-10, Salmon et
      * al. 2011) keyed by (seed, position of the new token, token id). */
     void (*sample)(struct device *device);
-    /* host (n_samples, vocab_size): the logits of this step, for --logits and --perplexity */
+    /* host (n_samples, vocab_size): this step's logits, before step_end; for --logits */
     void (*read_logits)(struct device *device, float *logits);
     /* waits for the step and writes the sampled tokens (n_samples), if norm_logits was called */
     void (*step_end)(struct device *device, int *sampled);

@@ -1,6 +1,20 @@
 """Trains model.bin: a small Llama that writes short stories, on text from test/stories.py.
 
-RECIPE_PLACEHOLDER
+The model.bin beside this folder was made on two shared cores (Zen 4, bfloat16 autocast) with
+
+    pip install -r test/requirements.txt
+    python3 test/train.py --minutes 25.2 --out model.bin
+
+seed 20261123; 25.2 minutes, 1770 steps of 8 x 512 tokens, 7,249,920 tokens; training loss 0.4410
+(mean of the last 50 steps), held-out loss 0.4332 (fresh stories of another seed; the same with
+the weights rounded to bfloat16). Its plots and sentences hold together, but it was stopped too
+early to carry a name or a kind of animal through a story: it needs more steps.
+
+To go on from a model, with stories that it has not seen:
+
+    python3 test/train.py --minutes 60 --go-on-from model.bin --story-seed 2 --out model.bin
+
+The stop is by the clock, so the same seed gives the same weights only for the same number of steps.
 """
 import argparse
 import functools
