@@ -81,9 +81,8 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
         }
     }
     int *ids = malloc(((size_t)spec->n_ids + 1) * sizeof *ids);
-    if (ids && spec->n_ids > 0) {
+    if (ids && spec->n_ids > 0)
         memcpy(ids, spec->ids, (size_t)spec->n_ids * sizeof *ids);
-    }
     *n_ids = spec->n_ids;
     return ids;
 }
@@ -106,9 +105,8 @@ static char *whole_prompt(const struct request_spec *spec, size_t *length) {
 int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
                     char error[CLI_ERROR_LENGTH]) {
     (void)snprintf(error, CLI_ERROR_LENGTH, "out of memory, or a prompt too long to tokenize");
-    if (!spec->prompt) {
+    if (!spec->prompt)
         return copy_ids(a, spec, n_ids, error);
-    }
     if (!a->tokenizer) {
         (void)snprintf(error, CLI_ERROR_LENGTH, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
@@ -119,12 +117,10 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, in
     int *encoded = text ? tok_encode(a->tokenizer, text, length, &n) : NULL;
     int *ids = encoded ? malloc(((size_t)n + 1) * sizeof *ids) : NULL;
     *n_ids = 0;
-    if (ids && bos >= 0) {
+    if (ids && bos >= 0)
         ids[(*n_ids)++] = bos;
-    }
-    for (int i = 0; ids && i < n; i++) {
+    for (int i = 0; ids && i < n; i++)
         ids[(*n_ids)++] = encoded[i];
-    }
     free(encoded);
     free(text);
     return ids;
@@ -157,9 +153,8 @@ static void append(struct answer *answer, const char *bytes, size_t n) {
     if (answer->length + n > answer->capacity) {
         answer->capacity = (answer->length + n) * 2;
         answer->text = realloc(answer->text, answer->capacity);
-        if (!answer->text) {
+        if (!answer->text)
             abort();
-        }
     }
     memcpy(answer->text + answer->length, bytes, n);
     answer->length += n;
@@ -167,16 +162,14 @@ static void append(struct answer *answer, const char *bytes, size_t n) {
 
 static void look_for_stop(struct answer *answer, bool at_end) {
     const struct request_spec *spec = answer->spec;
-    if (answer->length == 0) {
+    if (answer->length == 0)
         return;
-    }
     answer->stopped =
         cli_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
-    if (answer->stopped) {
+    if (answer->stopped)
         answer->length = answer->safe;
-    } else if (at_end || spec->n_stop == 0) {
+    else if (at_end || spec->n_stop == 0)
         answer->safe = answer->length;
-    }
 }
 
 /* Turns the tokens that have come, up to `length` of the request's, into text. */
@@ -184,9 +177,8 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
     char out[TOK_TEXT_SIZE];
     const struct request *r = &answer->request;
     for (int i = answer->n_decoded; a->tokenizer && r->tokens && i == 0 && i < r->n_prompt; i++) {
-        for (int p = 0; p < r->n_prompt; p++) { /* the stream must have seen what it continues */
+        for (int p = 0; p < r->n_prompt; p++) /* the stream must have seen what it continues */
             (void)tok_decode(a->tokenizer, &answer->stream, r->tokens[p], out);
-        }
         break;
     }
     while (!answer->stopped && r->n_prompt + answer->n_decoded < length) {
@@ -218,9 +210,8 @@ static void show_json(const struct answer *answer) {
     json_string(&out, answer->text ? answer->text : "", answer->length);
     json_key(&out, "ids");
     json_put(&out, "[");
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         json_int(&out, r->tokens[r->n_prompt + i]);
-    }
     json_put(&out, "]");
     json_key(&out, "finish_reason");
     json_string(&out, reason_names[r->reason], strlen(reason_names[r->reason]));
@@ -252,12 +243,10 @@ static void echo(const struct answers *a, struct answer *answer) {
     struct tok_stream stream = {0};
     char out[TOK_TEXT_SIZE];
     answer->echoed = true;
-    if (answer->spec->prompt) {
+    if (answer->spec->prompt)
         (void)fwrite(answer->spec->prompt, 1, answer->spec->prompt_length, stdout);
-    }
-    for (int i = 0; i < r->n_prompt && !answer->spec->prompt && a->tokenizer; i++) {
+    for (int i = 0; i < r->n_prompt && !answer->spec->prompt && a->tokenizer; i++)
         (void)fwrite(out, 1, tok_decode(a->tokenizer, &stream, r->tokens[i], out), stdout);
-    }
 }
 
 /* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
@@ -266,20 +255,16 @@ static int show_text(const struct answers *a, struct answer *all, int n, int fir
         struct answer *answer = &all[first];
         const struct request *r = &answer->request;
         bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
-        if (!answer->echoed && !refused) {
+        if (!answer->echoed && !refused)
             echo(a, answer);
-        }
-        if (answer->safe > answer->shown) {
+        if (answer->safe > answer->shown)
             (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
-        }
         answer->shown = answer->safe;
-        if (!answer->ended) {
+        if (!answer->ended)
             break;
-        }
         (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
-        if (r->reason == FINISH_ERROR) {
+        if (r->reason == FINISH_ERROR)
             (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", r->id, r->error);
-        }
     }
     (void)fflush(stdout);
     return first;
@@ -308,18 +293,16 @@ static bool advance(struct answers *a, struct answer *answer) {
     struct request *r = &answer->request;
     int length = r->length;
     bool finished = r->state == REQUEST_FINISHED;
-    if (answer->ended || (!finished && r->n_prompt + answer->n_decoded >= length)) {
+    if (answer->ended || (!finished && r->n_prompt + answer->n_decoded >= length))
         return false;
-    }
     bool was_stopped = answer->stopped;
     pthread_mutex_unlock(a->lock);
     take_tokens(a, answer, length, finished);
     if (finished) {
         answer->ended = true;
         count_ended(a, answer);
-        if (a->options->json) {
+        if (a->options->json)
             show_json(answer);
-        }
     }
     pthread_mutex_lock(a->lock);
     if (answer->stopped && !was_stopped) {
@@ -331,11 +314,9 @@ static bool advance(struct answers *a, struct answer *answer) {
 
 static void submit_all(struct answers *a, struct answer *all, int n) {
     pthread_mutex_lock(a->lock);
-    for (int i = 0; i < n; i++) {
-        if (all[i].request.state != REQUEST_FINISHED) {
+    for (int i = 0; i < n; i++)
+        if (all[i].request.state != REQUEST_FINISHED)
             sched_submit(a->sched, &all[i].request, a->now());
-        }
-    }
     pthread_cond_broadcast(a->work);
     pthread_mutex_unlock(a->lock);
 }
@@ -354,9 +335,8 @@ static void follow(struct answers *a, struct answer *all, int n) {
         }
         if (*a->interrupted && !cancelled) {
             cancelled = any = true;
-            for (int i = 0; i < n; i++) {
+            for (int i = 0; i < n; i++)
                 sched_cancel(a->sched, &all[i].request, false, a->now());
-            }
             pthread_cond_broadcast(a->work);
         }
         if (!any) {
@@ -375,12 +355,10 @@ static void follow(struct answers *a, struct answer *all, int n) {
 
 int answers_run(struct answers *a, const struct request_spec *specs, int n_specs) {
     struct answer *all = calloc((size_t)n_specs + 1, sizeof *all);
-    if (!all) {
+    if (!all)
         abort();
-    }
-    for (int i = 0; i < n_specs; i++) {
+    for (int i = 0; i < n_specs; i++)
         prepare(a, &all[i], &specs[i]);
-    }
     double start = a->now();
     submit_all(a, all, n_specs);
     follow(a, all, n_specs);
@@ -408,9 +386,8 @@ static int collect(const struct answers *a, struct number *rows) {
     struct sched_stats s = sched_stats(a->sched);
     struct kv_stats k = kv_stats(sched_kv(a->sched));
     int64_t device_used = 0;
-    for (int i = 0; i < a->n_workers; i++) {
+    for (int i = 0; i < a->n_workers; i++)
         device_used += kv_used(sched_kv(a->sched), i);
-    }
     double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
@@ -440,9 +417,8 @@ static int collect(const struct answers *a, struct number *rows) {
         {"host_blocks_used", "blocks cached on the host",
          (double)kv_used(sched_kv(a->sched), a->n_workers), true},
         {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
-    if (rows) {
+    if (rows)
         memcpy(rows, all, sizeof all);
-    }
     return (int)(sizeof all / sizeof *all);
 }
 
@@ -455,11 +431,10 @@ static void stats_json(const struct answers *a, const struct number *numbers, in
     json_string(&out, a->backend->name, strlen(a->backend->name));
     for (int i = 0; i < n; i++) {
         json_key(&out, numbers[i].key);
-        if (numbers[i].whole) {
+        if (numbers[i].whole)
             json_int(&out, (int64_t)numbers[i].value);
-        } else {
+        else
             json_double(&out, numbers[i].value);
-        }
     }
     json_put(&out, "}");
     json_put(&out, "}");
@@ -475,11 +450,10 @@ static void stats_table(const struct answers *a, const struct number *numbers, i
     rows[0] = (struct cli_row){"backend", a->backend->name};
     rows[1] = (struct cli_row){"seed", seed};
     for (int i = 0; i < n; i++) {
-        if (numbers[i].whole) {
+        if (numbers[i].whole)
             (void)cli_count(values[i], (int64_t)numbers[i].value);
-        } else {
+        else
             (void)snprintf(values[i], sizeof values[i], "%.2f", numbers[i].value);
-        }
         rows[i + 2] = (struct cli_row){numbers[i].label, values[i]};
     }
     cli_table(stderr, "stats", rows, n + 2);
@@ -488,11 +462,10 @@ static void stats_table(const struct answers *a, const struct number *numbers, i
 void answers_stats(const struct answers *a) {
     struct number numbers[62];
     int n = collect(a, numbers);
-    if (a->options->json) {
+    if (a->options->json)
         stats_json(a, numbers, n);
-    } else {
+    else
         stats_table(a, numbers, n);
-    }
 }
 
 void answers_summary(const struct answers *a) {

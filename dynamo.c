@@ -116,12 +116,10 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
     struct device **shards = worker->shards;
     const struct weights *weights = worker->weights;
     bool record = true;
-    for (int s = 0; s < n_shards; s++) {
+    for (int s = 0; s < n_shards; s++)
         record = backend->step_begin(shards[s], batch) && record;
-    }
-    for (int s = 0; s < n_shards && record; s++) {
+    for (int s = 0; s < n_shards && record; s++)
         backend->embed(shards[s], weights[s].token_embd);
-    }
     for (int layer = 0; layer < n_layers && record; layer++) {
         for (int s = 0; s < n_shards; s++) {
             const struct layer_weights *w = &weights[s].layers[layer];
@@ -130,28 +128,24 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
             backend->attention(shards[s], layer);
             backend->project_add(shards[s], w->attn_output, INPUT_ATTENTION);
         }
-        if (n_shards > 1) {
+        if (n_shards > 1)
             backend->all_reduce_add(shards, n_shards);
-        }
         for (int s = 0; s < n_shards; s++) {
             const struct layer_weights *w = &weights[s].layers[layer];
             backend->norm_gate_up(shards[s], w);
             backend->project_add(shards[s], w->ffn_down, INPUT_FFN);
         }
-        if (n_shards > 1) {
+        if (n_shards > 1)
             backend->all_reduce_add(shards, n_shards);
-        }
     }
     if (record && batch->n_samples > 0) {
         backend->norm_logits(shards[0], &weights[0]);
         backend->sample(shards[0]);
     }
-    if (logits) {
+    if (logits)
         backend->read_logits(shards[0], logits);
-    }
-    for (int s = 0; s < n_shards; s++) {
+    for (int s = 0; s < n_shards; s++)
         backend->step_end(shards[s], s == 0 ? sampled : NULL);
-    }
 }
 
 /* ---- copies ---- */
@@ -195,9 +189,8 @@ static void copy_block(struct worker *worker, const struct kv_copy_order *order)
             int first = to.first_head > from.first_head ? to.first_head : from.first_head;
             int to_end = to.first_head + to.n_heads, from_end = from.first_head + from.n_heads;
             int end = to_end < from_end ? to_end : from_end;
-            if (first >= end) {
+            if (first >= end)
                 continue;
-            }
             struct copy2d copy = {.to = to.address + (size_t)(first - to.first_head) * head_bytes,
                                   .from =
                                       from.address + (size_t)(first - from.first_head) * head_bytes,
@@ -247,25 +240,20 @@ static void show_step(const struct worker *worker, const struct step *step) {
 }
 
 static void do_step(struct worker *worker, struct step *step) {
-    for (int i = 0; i < step->n_copies; i++) {
+    for (int i = 0; i < step->n_copies; i++)
         copy_block(worker, &step->copies[i]);
-    }
-    if (step->batch.n_rows > 0) {
+    if (step->batch.n_rows > 0)
         forward(worker, &step->batch, step->batch.sampled, NULL);
-    }
-    if (worker->engine->options->verbose) {
+    if (worker->engine->options->verbose)
         show_step(worker, step);
-    }
 }
 
 /* Other workers have copy orders that came up in this worker's turn. */
 static bool others_have_orders(const struct worker *worker) {
     const struct engine *engine = worker->engine;
-    for (int i = 0; i < engine->n_workers; i++) {
-        if (i != worker->index && kv_pending(sched_kv(engine->sched), i) > 0) {
+    for (int i = 0; i < engine->n_workers; i++)
+        if (i != worker->index && kv_pending(sched_kv(engine->sched), i) > 0)
             return true;
-        }
-    }
     return false;
 }
 
@@ -305,9 +293,8 @@ static void *worker_main(void *argument) {
         pthread_cond_broadcast(&engine->work);
         pthread_cond_broadcast(&engine->news);
     }
-    while (worker->n_transfers > 0) { /* their memory must not go before they are done */
+    while (worker->n_transfers > 0) /* their memory must not go before they are done */
         (void)collect_copies(worker);
-    }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
@@ -323,9 +310,8 @@ struct loader { /* uploads one shard's tensors until one fails */
 
 static const struct weight *load(struct loader *loader, const struct tensor *tensor,
                                  enum slice_kind kind) {
-    if (!tensor || !loader->ok) {
+    if (!tensor || !loader->ok)
         return NULL;
-    }
     struct slice slice = {kind, loader->device->rank, loader->device->n_shards};
     const struct weight *weight =
         loader->engine->backend->upload(loader->device, tensor, slice, loader->error);
@@ -368,9 +354,8 @@ static float *rope_frequencies(const struct model *model) {
     for (int i = 0; i < n && frequency; i++) {
         double exponent = -2.0 * i / model->config.rope_dim;
         float divisor = 1;
-        if (model->rope_freqs) {
+        if (model->rope_freqs)
             memcpy(&divisor, (const char *)model->rope_freqs->data + 4 * (size_t)i, 4);
-        }
         frequency[i] = (float)(pow(model->config.rope_theta, exponent) / divisor);
     }
     return frequency;
@@ -394,9 +379,8 @@ static bool open_worker(struct engine *engine, struct worker *worker, const int 
                                 .kv_type = engine->kv_type};
         worker->shards[s] = engine->backend->device_open(engine->backend, &wanted, error);
         struct loader loader = {engine, worker->shards[s], error, worker->shards[s] != NULL};
-        if (!loader.ok || !load_weights(&loader, &engine->model, &worker->weights[s])) {
+        if (!loader.ok || !load_weights(&loader, &engine->model, &worker->weights[s]))
             return false;
-        }
     }
     return true;
 }
@@ -409,9 +393,8 @@ static bool open_workers(struct engine *engine, char *error) {
     struct device_list all = o->devices, empty = {0};
     if (all.n == 0 && o->prefill.n == 0) {
         all = (struct device_list){.cpu = true, .n = DEFAULT_CPU_DEVICES * engine->tp};
-        for (int i = 0; i < all.n; i++) {
+        for (int i = 0; i < all.n; i++)
             all.index[i] = i;
-        }
     }
     if (!all.cpu) {
         (void)snprintf(error, GGUF_ERROR_LENGTH,
@@ -442,9 +425,8 @@ static bool open_workers(struct engine *engine, char *error) {
         worker->prefills = first < prefill.n || prefill.n == 0;
         const int *devices =
             first < prefill.n ? &prefill.index[first] : &decode.index[first - prefill.n];
-        if (!open_worker(engine, worker, devices, error)) {
+        if (!open_worker(engine, worker, devices, error))
             return false;
-        }
     }
     return true;
 }
@@ -521,9 +503,8 @@ static bool open_sched(struct engine *engine) {
         config.decodes[i] = engine->workers[i].decodes;
     }
     engine->ends_text = calloc((size_t)config.vocab_size, sizeof *engine->ends_text);
-    for (int i = 0; i < config.vocab_size && engine->ends_text && engine->tokenizer; i++) {
+    for (int i = 0; i < config.vocab_size && engine->ends_text && engine->tokenizer; i++)
         engine->ends_text[i] = tok_ends_text(engine->tokenizer, i);
-    }
     config.ends_text = engine->ends_text;
     engine->sched = engine->ends_text ? sched_create(&config) : NULL;
     return engine->sched != NULL;
@@ -555,9 +536,8 @@ static void close_engine(struct engine *engine) {
     sched_destroy(engine->sched);
     for (int i = 0; i < engine->n_workers; i++) {
         struct worker *worker = &engine->workers[i];
-        if (i == 0 && engine->host_kv) {
+        if (i == 0 && engine->host_kv)
             engine->backend->release(worker->shards[0], engine->host_kv, true);
-        }
         for (int s = 0; s < worker->n_shards; s++) {
             free(worker->weights[s].layers);
             if (worker->shards[s]) {
@@ -567,9 +547,8 @@ static void close_engine(struct engine *engine) {
         }
         free(worker->transfers);
     }
-    if (engine->backend) {
+    if (engine->backend)
         engine->backend->close(engine->backend);
-    }
     tok_close(engine->tokenizer);
     model_close(&engine->model);
     gguf_close(engine->file);
@@ -600,9 +579,8 @@ static bool open_engine(struct engine *engine, struct options *options) {
     }
     ok = ok && engine->rope_frequency && engine->backend && open_workers(engine, error) &&
          open_kv(engine, error) && open_sched(engine);
-    if (!ok) {
+    if (!ok)
         complain("%s", error);
-    }
     return ok;
 }
 
@@ -622,9 +600,8 @@ static void run_rows(struct engine *engine, const int *tokens, int start, int n,
         position[i] = start + i;
         row[i] = i;
     }
-    for (int i = 0; i < n_blocks; i++) {
+    for (int i = 0; i < n_blocks; i++)
         table[i] = i;
-    }
     struct sequence sequence = {.n_rows = n, .start = start, .n_blocks = n_blocks};
     int *copy = malloc((size_t)n * sizeof *copy);
     assert(copy);
@@ -677,12 +654,10 @@ static bool add_likelihood(void *state, const float *logits, int start, int n_ro
     for (int i = 0; i < n_rows && start + i + 1 < p->n_tokens; i++) {
         const float *row = logits + (size_t)i * (size_t)p->vocab_size;
         double largest = row[0], sum = 0;
-        for (int t = 1; t < p->vocab_size; t++) {
+        for (int t = 1; t < p->vocab_size; t++)
             largest = row[t] > largest ? row[t] : largest;
-        }
-        for (int t = 0; t < p->vocab_size; t++) {
+        for (int t = 0; t < p->vocab_size; t++)
             sum += exp(row[t] - largest);
-        }
         p->sum += log(sum) + largest - row[p->tokens[start + i + 1]];
         p->n++;
     }
@@ -699,12 +674,10 @@ static int show_perplexity(struct engine *engine, const int *ids, int n_ids) {
     bool ok = tokens != NULL;
     for (int start = 0; start < n_ids && ok; start += p.n_tokens - (bos >= 0)) {
         p.n_tokens = 0;
-        if (bos >= 0) {
+        if (bos >= 0)
             tokens[p.n_tokens++] = bos;
-        }
-        for (int i = start; i < n_ids && p.n_tokens < window; i++) {
+        for (int i = start; i < n_ids && p.n_tokens < window; i++)
             tokens[p.n_tokens++] = ids[i];
-        }
         ok = each_logits(engine, tokens, p.n_tokens, add_likelihood, &p);
     }
     free(tokens);
@@ -734,9 +707,8 @@ static int tokenize_file(const struct options *options, const struct tokenizer *
         size_t n = (size_t)((stop ? stop : next) - at);
         int n_ids = 0;
         int *ids = tok_encode(tokenizer, at, stop && n > 0 ? n - 1 : n, &n_ids);
-        for (int i = 0; i < n_ids; i++) {
+        for (int i = 0; i < n_ids; i++)
             printf(" %d", ids[i]);
-        }
         (void)putchar('\n');
         free(ids);
         at = next;
@@ -758,11 +730,10 @@ static int run_tokenize(const struct options *options) {
         tokenizer = tok_open(file, error);
     }
     int status = EXIT_FILE;
-    if (tokenizer) {
+    if (tokenizer)
         status = tokenize_file(options, tokenizer);
-    } else {
+    else
         complain("%s%s%s", file ? options->model : "", file ? ": " : "", error);
-    }
     tok_close(tokenizer);
     gguf_close(file);
     return status;
@@ -780,9 +751,8 @@ static void *interrupt_main(void *argument) {
         int number;
         (void)sigwait(&signals, &number);
         pthread_mutex_lock(&engine->lock);
-        if (engine->interrupted) {
+        if (engine->interrupted)
             _exit(128 + SIGINT);
-        }
         engine->interrupted = true;
         pthread_cond_broadcast(&engine->news);
         pthread_mutex_unlock(&engine->lock);
@@ -820,9 +790,8 @@ static int run_logits(struct engine *engine, const struct answers *answers) {
         struct logits_file to = {fopen(o->logits, "wb"), (size_t)engine->model.config.vocab_size};
         bool ok = to.file && each_logits(engine, ids, n_ids, write_logits, &to);
         ok = to.file && fclose(to.file) == 0 && ok;
-        if (!ok) {
+        if (!ok)
             complain("%s: %s", o->logits, strerror(errno));
-        }
         status = ok ? 0 : EXIT_FILE;
     }
     free(ids);
@@ -838,16 +807,14 @@ static int run_stdin(struct answers *answers, struct options *options) {
         spec.prompt = terminal ? cli_ask(&spec.prompt_length)
                                : cli_read_file("-", &spec.prompt_length, error);
         if (!spec.prompt) {
-            if (!terminal) {
+            if (!terminal)
                 complain("%s", error);
-            }
             return terminal ? 0 : EXIT_FILE;
         }
         int n_failed = spec.prompt_length > 0 || !terminal ? answers_run(answers, &spec, 1) : 0;
         free(spec.prompt);
-        if (!terminal) {
+        if (!terminal)
             return n_failed > 0 ? EXIT_REQUESTS : 0;
-        }
     }
 }
 
@@ -868,11 +835,10 @@ static int run_requests(struct engine *engine, struct answers *answers) {
     } else {
         status = run_stdin(answers, o);
     }
-    if (o->stats) {
+    if (o->stats)
         answers_stats(answers);
-    } else if (!o->json) {
+    else if (!o->json)
         answers_summary(answers);
-    }
     return status;
 }
 
@@ -894,9 +860,8 @@ static int serve(struct engine *engine, struct answers *answers) {
     engine->stopping = true;
     pthread_cond_broadcast(&engine->work);
     pthread_mutex_unlock(&engine->lock);
-    for (int i = 0; i < n_started; i++) {
+    for (int i = 0; i < n_started; i++)
         pthread_join(engine->workers[i].thread, NULL);
-    }
     return status;
 }
 
@@ -915,9 +880,8 @@ static int run_model(struct options *options) {
         complain("out of memory");
         return EXIT_FILE;
     }
-    if (!cli_given(options->given, "--seed")) {
+    if (!cli_given(options->given, "--seed"))
         options->request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    }
     int status = EXIT_FILE;
     if (open_engine(engine, options)) {
         struct answers answers = {.options = options,
@@ -950,15 +914,14 @@ int main(int argc, char **argv) {
         complain("%s", error);
         return EXIT_USAGE;
     }
-    if (options.help) {
+    if (options.help)
         cli_help(stdout);
-    } else if (options.version) {
+    else if (options.version)
         printf("dynamo %s\n", CLI_VERSION);
-    } else if (options.tokenize) {
+    else if (options.tokenize)
         status = run_tokenize(&options);
-    } else {
+    else
         status = run_model(&options);
-    }
     cli_free(&options);
     if (fflush(stdout) != 0 || ferror(stdout)) {
         complain("stdout: %s", strerror(errno));

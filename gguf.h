@@ -191,9 +191,8 @@ static const char *const gguf_types[] = {
 /* Keeps the first failure. What a file calls itself must not control the terminal. */
 __attribute__((format(printf, 3, 4))) static bool gguf_expect(struct gguf *file, bool condition,
                                                               const char *format, ...) {
-    if (condition || file->error[0]) {
+    if (condition || file->error[0])
         return !file->error[0];
-    }
     int length = (int)(file->item.length < 80 ? file->item.length : 80);
     int used = snprintf(file->error, sizeof file->error, "%s: %.*s%s", file->path, length,
                         file->item.data, length ? ": " : "");
@@ -201,9 +200,8 @@ __attribute__((format(printf, 3, 4))) static bool gguf_expect(struct gguf *file,
     va_start(arguments, format);
     vsnprintf(file->error + used, sizeof file->error - (size_t)used, format, arguments);
     va_end(arguments);
-    for (char *c = file->error; *c; c++) {
+    for (char *c = file->error; *c; c++)
         *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c;
-    }
     return false;
 }
 
@@ -248,9 +246,8 @@ static void *gguf_allocate(struct gguf *file, size_t count, size_t bytes_each) {
 
 static const void *gguf_take(struct gguf *file, size_t bytes) {
     static const uint8_t zeros[8];
-    if (!gguf_expect(file, bytes <= file->size - file->at, "ends too early; is it complete?")) {
+    if (!gguf_expect(file, bytes <= file->size - file->at, "ends too early; is it complete?"))
         return zeros;
-    }
     file->at += bytes;
     return file->map + file->at - bytes;
 }
@@ -282,9 +279,8 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
     key->is_array = type == GGUF_ARRAY;
     type = key->is_array ? gguf_take_int(file, 4) : type;
     gguf_expect(file, type != GGUF_ARRAY, "arrays of arrays are not supported");
-    if (!gguf_expect(file, type <= GGUF_F64, "got an unknown value type %ju", (uintmax_t)type)) {
+    if (!gguf_expect(file, type <= GGUF_F64, "got an unknown value type %ju", (uintmax_t)type))
         return;
-    }
     size_t bytes_each = gguf_values[type].bytes;
     size_t count = key->is_array ? gguf_take_count(file, bytes_each) : 1;
     key->value = (struct gguf_array){(enum gguf_value_type)type, count, NULL, NULL};
@@ -293,9 +289,8 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
         return;
     }
     struct gguf_string *strings = gguf_allocate(file, count, sizeof *strings);
-    for (size_t i = 0; i < count && !file->error[0]; i++) {
+    for (size_t i = 0; i < count && !file->error[0]; i++)
         strings[i] = gguf_take_string(file);
-    }
     key->value.strings = strings;
 }
 
@@ -362,16 +357,13 @@ static void gguf_parse(struct gguf *file) {
     size_t n_tensors = gguf_take_count(file, GGUF_TENSOR_BYTES);
     size_t n_keys = gguf_take_count(file, GGUF_KEY_BYTES);
     file->keys = gguf_allocate(file, n_keys, sizeof *file->keys);
-    for (; file->n_keys < n_keys && !file->error[0]; file->n_keys++) {
+    for (; file->n_keys < n_keys && !file->error[0]; file->n_keys++)
         gguf_take_key(file, &file->keys[file->n_keys]);
-    }
     file->tensors = gguf_allocate(file, n_tensors, sizeof *file->tensors);
-    for (; file->n_tensors < n_tensors && !file->error[0]; file->n_tensors++) {
+    for (; file->n_tensors < n_tensors && !file->error[0]; file->n_tensors++)
         gguf_take_tensor(file, &file->tensors[file->n_tensors]);
-    }
-    if (file->error[0]) {
+    if (file->error[0])
         return;
-    }
     int64_t alignment = 32;
     gguf_sort(file, file->keys, n_keys, sizeof *file->keys);
     gguf_get_int(file, "general.alignment", &alignment);
@@ -436,9 +428,8 @@ static void gguf_parse_checkpoint(struct gguf *file) {
                 layers <= 1024 && heads > 0 && dim % heads == 0 && kv_heads > 0 &&
                 kv_heads <= heads && vocab > 0 && vocab <= 1 << 24 && context > 0 &&
                 context <= 1 << 24;
-    if (!gguf_expect(file, sane, "is neither a GGUF file nor a llama2.c checkpoint")) {
+    if (!gguf_expect(file, sane, "is neither a GGUF file nor a llama2.c checkpoint"))
         return;
-    }
     int64_t head_dim = dim / heads, kv_dim = head_dim * kv_heads;
     const struct gguf_run runs[] = {
         {"token_embd.weight", 1, vocab, dim, false},
@@ -462,20 +453,17 @@ static void gguf_parse_checkpoint(struct gguf *file) {
     }
     if (!gguf_expect(file, file->size == expected,
                      "is not GGUF; as a llama2.c checkpoint it would have %zu bytes, not %zu",
-                     expected, file->size)) {
+                     expected, file->size))
         return;
-    }
     file->names = gguf_allocate(file, n_tensors, sizeof *file->names);
     file->tensors = gguf_allocate(file, n_tensors, sizeof *file->tensors);
     file->keys = gguf_allocate(file, GGUF_HEADER_NUMBERS + 2, sizeof *file->keys);
-    if (file->error[0]) {
+    if (file->error[0])
         return;
-    }
     gguf_add_header_keys(file);
     file->at = sizeof header;
-    for (size_t i = 0; i < n_runs; i++) {
+    for (size_t i = 0; i < n_runs; i++)
         gguf_add_run(file, &runs[i]);
-    }
     gguf_sort(file, file->keys, file->n_keys, sizeof *file->keys);
     gguf_sort(file, file->tensors, file->n_tensors, sizeof *file->tensors);
 }
@@ -487,9 +475,8 @@ static const struct gguf_array *gguf_find(struct gguf *file, const char *name, b
     struct gguf_string wanted = gguf_text(name);
     const struct gguf_key *key =
         bsearch(&wanted, file->keys, file->n_keys, sizeof *file->keys, gguf_compare_names);
-    if (!key) {
+    if (!key)
         return NULL;
-    }
     bool fits = key->is_array == is_array && types >> key->value.type & 1;
     file->item = key->name;
     gguf_expect(file, fits, "got %s%s, expected %s", key->is_array ? "an array of " : "",
@@ -501,9 +488,8 @@ bool gguf_get_int(struct gguf *file, const char *key, int64_t *value) {
     unsigned integers = 1 << GGUF_U8 | 1 << GGUF_I8 | 1 << GGUF_U16 | 1 << GGUF_I16 |
                         1 << GGUF_U32 | 1 << GGUF_I32 | 1 << GGUF_U64 | 1 << GGUF_I64;
     const struct gguf_array *found = gguf_find(file, key, false, integers, "an integer");
-    if (!found) {
+    if (!found)
         return false;
-    }
     uint64_t bits = 0;
     size_t bytes = gguf_values[found->type].bytes;
     memcpy(&bits, found->values, bytes);
@@ -532,25 +518,22 @@ bool gguf_get_float(struct gguf *file, const char *key, double *value) {
 
 bool gguf_get_bool(struct gguf *file, const char *key, bool *value) {
     const struct gguf_array *found = gguf_find(file, key, false, 1 << GGUF_BOOL, "a bool");
-    if (found) {
+    if (found)
         *value = *(const uint8_t *)found->values != 0;
-    }
     return found;
 }
 
 bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *value) {
     const struct gguf_array *found = gguf_find(file, key, false, 1 << GGUF_STRING, "a string");
-    if (found) {
+    if (found)
         *value = found->strings[0];
-    }
     return found;
 }
 
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value) {
     const struct gguf_array *found = gguf_find(file, key, true, ~0u, "an array");
-    if (found) {
+    if (found)
         *value = *found;
-    }
     return found;
 }
 
@@ -572,21 +555,17 @@ static void gguf_map(struct gguf *file, const char *path) {
             file->size = size;
         }
     }
-    if (descriptor >= 0) {
+    if (descriptor >= 0)
         close(descriptor);
-    }
 }
 
 void gguf_close(struct gguf *file) {
-    if (!file) {
+    if (!file)
         return;
-    }
-    for (size_t i = 0; i < file->n_keys && !file->names; i++) {
+    for (size_t i = 0; i < file->n_keys && !file->names; i++)
         free((void *)file->keys[i].value.strings);
-    }
-    if (file->map) {
+    if (file->map)
         munmap((void *)file->map, file->size);
-    }
     free(file->keys);
     free(file->tensors);
     free(file->names);
@@ -603,15 +582,13 @@ struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]) {
     memcpy(file->path, path + (length > most ? length - most : 0), length > most ? most : length);
     file->item = gguf_text("");
     gguf_map(file, path);
-    if (file->size >= 4 && !memcmp(file->map, "GGUF", 4)) {
+    if (file->size >= 4 && !memcmp(file->map, "GGUF", 4))
         gguf_parse(file);
-    } else if (file->map) {
+    else if (file->map)
         gguf_parse_checkpoint(file);
-    }
     snprintf(error, GGUF_ERROR_LENGTH, "%s", file->error);
-    if (!file->error[0]) {
+    if (!file->error[0])
         return file;
-    }
     gguf_close(file);
     return NULL;
 }
@@ -682,9 +659,8 @@ static const struct tensor *model_tensor(struct gguf *file, int layer, const cha
 /* A norm, a bias or frequencies; NULL if it is not there and need not be. */
 static const struct tensor *model_vector(struct gguf *file, int layer, const char *name,
                                          int64_t cols, bool required) {
-    if (!required && !model_find(file, layer, name)) {
+    if (!required && !model_find(file, layer, name))
         return NULL;
-    }
     const struct tensor *vector = model_tensor(file, layer, name, 1, cols);
     gguf_expect(file, vector && vector->type == TYPE_F32, "expected a vector of type F32");
     return vector;
@@ -695,17 +671,14 @@ static void model_read_names(struct gguf *file, struct model_config *config) {
     struct gguf_string architecture = gguf_text("(missing)"), name = gguf_text("");
     gguf_get_string(file, "general.architecture", &architecture);
     gguf_get_string(file, "general.name", &name);
-    for (size_t i = 0; i < sizeof architectures / sizeof *architectures; i++) {
-        if (gguf_equals(architecture, architectures[i])) {
+    for (size_t i = 0; i < sizeof architectures / sizeof *architectures; i++)
+        if (gguf_equals(architecture, architectures[i]))
             snprintf(config->architecture, sizeof config->architecture, "%s", architectures[i]);
-        }
-    }
     file->item = gguf_text("general.architecture");
     gguf_expect(file, config->architecture[0], "got %.*s, expected llama, qwen2 or qwen3",
                 architecture.length < 64 ? (int)architecture.length : 64, architecture.data);
-    for (size_t i = 0; i < name.length && i < sizeof config->name - 1; i++) {
+    for (size_t i = 0; i < name.length && i < sizeof config->name - 1; i++)
         config->name[i] = (unsigned char)name.data[i] < ' ' ? '?' : name.data[i];
-    }
 }
 
 static void model_read_rope(struct gguf *file, struct model_config *config) {
@@ -785,9 +758,8 @@ static void model_read_layer(struct gguf *file, const struct model_config *confi
     layer->ffn_down = model_tensor(file, i, "ffn_down.weight", d_model, d_ff);
     static const char *const biases[] = {"attn_output.bias", "ffn_gate.bias", "ffn_up.bias",
                                          "ffn_down.bias"};
-    for (size_t j = 0; j < 4; j++) { /* to leave one out in silence would give wrong text */
+    for (size_t j = 0; j < 4; j++) /* to leave one out in silence would give wrong text */
         gguf_expect(file, !model_find(file, i, biases[j]), "is not supported");
-    }
 }
 
 static void model_read_tensors(struct gguf *file, struct model *model) {
@@ -800,9 +772,8 @@ static void model_read_tensors(struct gguf *file, struct model *model) {
         model->output =
             model_tensor(file, -1, "output.weight", config->vocab_size, config->d_model);
     }
-    for (int i = 0; i < config->n_layers && !file->error[0]; i++) {
+    for (int i = 0; i < config->n_layers && !file->error[0]; i++)
         model_read_layer(file, config, i, &model->layers[i]);
-    }
     int n_pairs = config->rope_dim / 2;
     model->rope_freqs = model_vector(file, -1, "rope_freqs.weight", n_pairs, false);
     for (int i = 0; i < n_pairs && model->rope_freqs && !file->error[0]; i++) {

@@ -134,9 +134,8 @@ __attribute__((format(printf, 2, 3))) static bool vocab_fail(char *error, const 
     va_start(arguments, format);
     vsnprintf(error, TOK_ERROR_LENGTH, format, arguments);
     va_end(arguments);
-    for (char *at = error; *at; at++) { /* names come from files: one line it stays */
+    for (char *at = error; *at; at++) /* names come from files: one line it stays */
         *at = (unsigned char)*at < ' ' || *at == 127 ? '?' : *at;
-    }
     return false;
 }
 
@@ -144,9 +143,8 @@ __attribute__((format(printf, 2, 3))) static bool vocab_fail(char *error, const 
 
 static bool table_new(struct table *table, size_t n) {
     size_t slots = 2;
-    while (slots < 2 * n) {
+    while (slots < 2 * n)
         slots *= 2;
-    }
     table->mask = slots - 1;
     table->slots = calloc(slots, sizeof *table->slots);
     return table->slots;
@@ -155,14 +153,12 @@ static bool table_new(struct table *table, size_t n) {
 /* The slot of a key, or the empty slot where it belongs. */
 static struct slot *table_slot(const struct table *table, const void *key, size_t length) {
     uint32_t hash = 2166136261u; /* FNV-1a */
-    for (size_t i = 0; i < length; i++) {
+    for (size_t i = 0; i < length; i++)
         hash = (hash ^ ((const unsigned char *)key)[i]) * 16777619u;
-    }
     for (size_t i = hash & table->mask;; i = (i + 1) & table->mask) {
         struct slot *slot = &table->slots[i];
-        if (!slot->key || ((size_t)slot->length == length && !memcmp(slot->key, key, length))) {
+        if (!slot->key || ((size_t)slot->length == length && !memcmp(slot->key, key, length)))
             return slot;
-        }
     }
 }
 
@@ -173,9 +169,8 @@ static int table_find(const struct table *table, const void *key, size_t length)
 
 static void table_add(struct table *table, const void *key, size_t length, int value) {
     struct slot *slot = table_slot(table, key, length);
-    if (!slot->key) { /* of several equal keys the first counts */
+    if (!slot->key) /* of several equal keys the first counts */
         *slot = (struct slot){key, (int)length, value};
-    }
 }
 
 /* ---- characters ---- */
@@ -185,18 +180,16 @@ static void table_add(struct table *table, const void *key, size_t length, int v
 static int utf8_read(const char *text, size_t length, uint32_t *code) {
     uint32_t lead = length ? (unsigned char)text[0] : 0;
     int size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    if (size == 0 || lead > 0xF4) {
+    if (size == 0 || lead > 0xF4)
         return -1;
-    }
     /* the second byte's range excludes overlong forms, surrogates and what lies past U+10FFFF */
     unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
     *code = size == 1 ? lead : lead & (0x7Fu >> size);
     for (int i = 1; i < size && (size_t)i < length; i++) {
         unsigned char byte = (unsigned char)text[i];
-        if (byte < low || byte > high) {
+        if (byte < low || byte > high)
             return -i;
-        }
         *code = *code << 6 | (byte & 0x3Fu);
         low = 0x80;
         high = 0xBF;
@@ -214,17 +207,15 @@ static size_t char_size(const char *text, size_t length, uint32_t *code) {
 /* GPT-2 writes bytes as printable characters: themselves, or, for the others, from U+0100 on. */
 static int byte_of_char(uint32_t code) {
     bool printable = (code > 32 && code < 127) || (code > 160 && code < 256 && code != 173);
-    if (code < 256) {
+    if (code < 256)
         return printable ? (int)code : -1;
-    }
     return code <= 288 ? (int)code - 256 : code <= 322 ? (int)code - 162 : code == 323 ? 173 : -1;
 }
 
 static int byte_of_spelling(const char *text, size_t length) { /* `<0x41>` is 65 */
     static const char digits[] = "0123456789ABCDEF";
-    if (length != 6 || memcmp(text, "<0x", 3) || text[5] != '>') {
+    if (length != 6 || memcmp(text, "<0x", 3) || text[5] != '>')
         return -1;
-    }
     const char *high = memchr(digits, text[3], 16), *low = memchr(digits, text[4], 16);
     return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
 }
@@ -255,9 +246,8 @@ static size_t run_of(const char *text, size_t length, enum unicode_class kind, s
     *last = 0;
     while (run < length) {
         size_t size = char_size(text + run, length - run, &code);
-        if (unicode_class_of(code) != kind) {
+        if (unicode_class_of(code) != kind)
             break;
-        }
         run += size;
         *last = size;
     }
@@ -269,16 +259,14 @@ static size_t split_gpt2(const char *text, size_t length) {
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
         size_t size = strlen(endings[i]);
-        if (length >= size && memcmp(text, endings[i], size) == 0) {
+        if (length >= size && memcmp(text, endings[i], size) == 0)
             return size;
-        }
     }
     size_t last, space = text[0] == ' ' && length > 1;
     uint32_t code;
     char_size(text + space, length - space, &code);
-    if (unicode_class_of(code) != UNICODE_SPACE) {
+    if (unicode_class_of(code) != UNICODE_SPACE)
         return space + run_of(text + space, length - space, unicode_class_of(code), &last);
-    }
     size_t run = run_of(text, length, UNICODE_SPACE, &last);
     /* the last space of several belongs to the word behind them */
     return run == length || run == last ? run : run - last;
@@ -331,9 +319,8 @@ static struct candidate heap_pop(struct encoder *e) {
     int at = 0;
     for (int child = 1; child < e->n_heap; child = 2 * at + 1) {
         child += child + 1 < e->n_heap && goes_before(&e->heap[child + 1], &e->heap[child]);
-        if (!goes_before(&e->heap[child], &moved)) {
+        if (!goes_before(&e->heap[child], &moved))
             break;
-        }
         e->heap[at] = e->heap[child];
         at = child;
     }
@@ -342,9 +329,8 @@ static struct candidate heap_pop(struct encoder *e) {
 }
 
 static void add_candidate(struct encoder *e, int left) {
-    if (left < 0 || e->symbols[left].next < 0) {
+    if (left < 0 || e->symbols[left].next < 0)
         return;
-    }
     const struct symbol *symbol = &e->symbols[left];
     int pair[2] = {symbol->token, e->symbols[symbol->next].token};
     int found = table_find(&e->tokenizer->pairs, pair, sizeof pair);
@@ -357,28 +343,24 @@ static void add_candidate(struct encoder *e, int left) {
 static void add_symbol(struct encoder *e, int token) {
     int at = e->n_symbols++;
     e->symbols[at] = (struct symbol){token, at - 1, -1};
-    if (at > 0) {
+    if (at > 0)
         e->symbols[at - 1].next = at;
-    }
 }
 
 static void merge_symbols(struct encoder *e) {
-    for (int i = 0; i < e->n_symbols; i++) {
+    for (int i = 0; i < e->n_symbols; i++)
         add_candidate(e, i);
-    }
     while (e->n_heap > 0) {
         struct candidate best = heap_pop(e);
         struct symbol *left = &e->symbols[best.left];
         struct symbol *right = left->next < 0 ? left : &e->symbols[left->next];
-        if (left->token != best.merge->left || right->token != best.merge->right || right == left) {
+        if (left->token != best.merge->left || right->token != best.merge->right || right == left)
             continue;
-        }
         left->token = best.merge->result;
         left->next = right->next;
         right->token = -1;
-        if (left->next >= 0) {
+        if (left->next >= 0)
             e->symbols[left->next].previous = best.left;
-        }
         add_candidate(e, left->previous);
         add_candidate(e, best.left);
     }
@@ -391,26 +373,22 @@ static void encode_word(struct encoder *e, const char *text, size_t length) {
         uint32_t code;
         size = t->split ? 1 : char_size(text + at, length - at, &code);
         int token = table_find(&t->plain, text + at, size);
-        if (token >= 0) {
+        if (token >= 0)
             add_symbol(e, token);
-        }
-        for (size_t i = 0; token < 0 && i < size; i++) {
+        for (size_t i = 0; token < 0 && i < size; i++)
             add_symbol(e, t->byte_tokens[(unsigned char)text[at + i]]);
-        }
     }
     merge_symbols(e);
-    for (int i = 0; i >= 0; i = e->symbols[i].next) {
+    for (int i = 0; i >= 0; i = e->symbols[i].next)
         e->tokens[e->n_tokens++] = e->symbols[i].token;
-    }
 }
 
 int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int *n_tokens) {
     size_t prefix = t->adds_prefix && length > 0, n = prefix + length;
     struct encoder e = {.tokenizer = t};
     *n_tokens = 0;
-    if (length > TOK_TEXT_LENGTH) {
+    if (length > TOK_TEXT_LENGTH)
         return NULL;
-    }
     char *whole = malloc(n + 1);
     e.symbols = malloc((n + 1) * sizeof *e.symbols);
     e.heap = malloc((n + 1) * 2 * sizeof *e.heap);
@@ -418,11 +396,10 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
     if (whole && e.symbols && e.heap && e.tokens) {
         whole[0] = ' ';
         /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
-        if (t->split) {
+        if (t->split)
             memcpy(whole, text, length);
-        } else {
+        else
             n = prefix + (size_t)unspell(t, text, length, whole + prefix);
-        }
         for (size_t at = 0, size; at < n; at += size) {
             size = t->split ? t->split(whole + at, n - at) : n;
             encode_word(&e, whole + at, size);
@@ -446,9 +423,8 @@ static size_t release_held(struct tok_stream *stream, bool at_end, char *out) {
     while (stream->n_held > 0) {
         uint32_t code;
         int size = utf8_read(stream->held, (size_t)stream->n_held, &code);
-        if (size == 0 && !at_end) {
+        if (size == 0 && !at_end)
             break;
-        }
         int used = size > 0 ? size : size < 0 ? -size : stream->n_held;
         memcpy(out + written, size > 0 ? stream->held : "\xEF\xBF\xBD",
                size > 0 ? (size_t)size : 3);
@@ -462,9 +438,8 @@ static size_t release_held(struct tok_stream *stream, bool at_end, char *out) {
 size_t tok_decode(const struct tokenizer *t, struct tok_stream *stream, int token,
                   char out[TOK_TEXT_SIZE]) {
     size_t written = 0;
-    if (token < 0 || token >= t->n_tokens || t->tokens[token].type == TOKEN_CONTROL) {
+    if (token < 0 || token >= t->n_tokens || t->tokens[token].type == TOKEN_CONTROL)
         return 0;
-    }
     const struct vocab_token *piece = &t->tokens[token];
     for (int i = 0; i < piece->length; i++) {
         if (stream->begun || !t->adds_prefix || piece->text[i] != ' ') {
@@ -516,9 +491,8 @@ static int add_token(struct tokenizer *t, struct gguf_string spelling, int type,
             token->ends_text |= length == spelling.length && !memcmp(text, ends[i], length);
         }
     } else {
-        if (type != TOKEN_USER_DEFINED) {
+        if (type != TOKEN_USER_DEFINED)
             token->length = unspell(t, spelling.data, spelling.length, text);
-        }
         table_add(&t->plain, text, (size_t)token->length, t->n_tokens);
     }
     t->n_tokens++;
@@ -538,23 +512,20 @@ static bool add_tokens(struct tokenizer *t, const struct gguf_string *spellings,
     }
     t->tokens = calloc(n, sizeof *t->tokens);
     t->texts = malloc(bytes + 1);
-    if (!t->tokens || !t->texts || !table_new(&t->plain, n) || !table_new(&t->special, n)) {
+    if (!t->tokens || !t->texts || !table_new(&t->plain, n) || !table_new(&t->special, n))
         return vocab_fail(error, "%s: out of memory for %zu tokens", where, n);
-    }
     memset(t->byte_tokens, -1, sizeof t->byte_tokens);
     char *end = t->texts;
     for (size_t i = 0; i < n; i++) {
         int32_t type = TOKEN_NORMAL;
-        if (types) {
+        if (types)
             memcpy(&type, types + i * sizeof type, sizeof type);
-        }
         end += add_token(t, spellings[i], type, end);
     }
     for (int i = 0; i < 256; i++) {
         char byte = (char)i;
-        if (t->byte_tokens[i] < 0 && (!t->split || table_find(&t->plain, &byte, 1) < 0)) {
+        if (t->byte_tokens[i] < 0 && (!t->split || table_find(&t->plain, &byte, 1) < 0))
             return vocab_fail(error, "%s: no token for byte 0x%02X", where, (unsigned)i);
-        }
     }
     return true;
 }
@@ -572,9 +543,8 @@ static bool add_merge(struct tokenizer *t, const char *text, int cut, int length
     merge->right = table_find(&t->plain, text + cut, (size_t)(length - cut));
     merge->result = table_find(&t->plain, text, (size_t)length);
     merge->priority = priority;
-    if (merge->left < 0 || merge->right < 0 || merge->result < 0) {
+    if (merge->left < 0 || merge->right < 0 || merge->result < 0)
         return false;
-    }
     table_add(&t->pairs, merge, 2 * sizeof merge->left, t->n_merges++);
     return true;
 }
@@ -583,32 +553,27 @@ static bool add_merge(struct tokenizer *t, const char *text, int cut, int length
 static bool add_score_merges(struct tokenizer *t, const char *scores, const char *where,
                              char *error) {
     size_t cuts = 0;
-    for (int i = 0; i < t->n_tokens; i++) {
+    for (int i = 0; i < t->n_tokens; i++)
         cuts += (size_t)t->tokens[i].length;
-    }
-    if (!new_merges(t, cuts, where, error)) {
+    if (!new_merges(t, cuts, where, error))
         return false;
-    }
     for (int i = 0; i < t->n_tokens; i++) {
         const struct vocab_token *token = &t->tokens[i];
         float score;
         memcpy(&score, scores + (size_t)i * sizeof score, sizeof score);
-        if (!isfinite(score)) {
+        if (!isfinite(score))
             return vocab_fail(error, "%s: the score of token %d is not finite", where, i);
-        }
         bool plain = table_find(&t->plain, token->text, (size_t)token->length) == i;
-        for (int cut = 1; plain && cut < token->length; cut++) {
+        for (int cut = 1; plain && cut < token->length; cut++)
             add_merge(t, token->text, cut, token->length, score);
-        }
     }
     return true;
 }
 
 static bool read_array(struct gguf *file, const char *key, enum gguf_value_type type, size_t least,
                        size_t most, struct gguf_array *array, char *error) {
-    if (!gguf_get_array(file, key, array)) {
+    if (!gguf_get_array(file, key, array))
         return vocab_fail(error, "%s: not there, expected an array", key);
-    }
     if (array->type != type || array->count < least || array->count > most) {
         return vocab_fail(error, "%s: got %zu of type %d, expected %zu to %zu of type %d", key,
                           array->count, (int)array->type, least, most, (int)type);
@@ -621,22 +586,19 @@ static bool add_listed_merges(struct tokenizer *t, struct gguf *file, char *erro
     static const char key[] = "tokenizer.ggml.merges";
     struct gguf_array lines = {0};
     if (!read_array(file, key, GGUF_STRING, 0, TOK_LIMIT, &lines, error) ||
-        !new_merges(t, lines.count, key, error)) {
+        !new_merges(t, lines.count, key, error))
         return false;
-    }
     for (size_t i = 0; i < lines.count; i++) {
         char text[TOK_TOKEN_LENGTH];
         struct gguf_string line = lines.strings[i];
         const char *space = line.length > 0 ? memchr(line.data + 1, ' ', line.length - 1) : NULL;
-        if (!space || line.length > sizeof text) {
+        if (!space || line.length > sizeof text)
             return vocab_fail(error, "%s: %zu is not two tokens with a space between", key, i);
-        }
         size_t cut = (size_t)(space - line.data);
         int left = unspell(t, line.data, cut, text);
         int right = unspell(t, space + 1, line.length - cut - 1, text + left);
-        if (!add_merge(t, text, left, left + right, -(float)i)) {
+        if (!add_merge(t, text, left, left + right, -(float)i))
             return vocab_fail(error, "%s: %zu names or makes something that is no token", key, i);
-        }
     }
     return true;
 }
@@ -649,16 +611,14 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     struct gguf_string model = {"", 0}, pre = {"", 0};
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
-    if (string_is(model, "llama")) {
+    if (string_is(model, "llama"))
         return true;
-    }
     if (!string_is(model, "gpt2")) {
         return vocab_fail(error, "tokenizer.ggml.model: got `%.*s`, expected `llama` or `gpt2`",
                           (int)model.length, model.data);
     }
-    for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++) {
+    for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
         t->split = string_is(pre, split_patterns[i].name) ? split_patterns[i].split : t->split;
-    }
     return t->split || vocab_fail(error, "tokenizer.ggml.pre: got `%.*s`, expected `gpt-2`",
                                   (int)pre.length, pre.data);
 }
@@ -681,30 +641,24 @@ static bool read_vocab(struct tokenizer *t, struct gguf *file, char *error) {
                                            "tokenizer.ggml.eos_token_id"};
     struct gguf_array tokens = {0}, scores = {0}, types = {0};
     if (!read_family(t, file, error) ||
-        !read_array(file, key, GGUF_STRING, 1, TOK_LIMIT, &tokens, error)) {
+        !read_array(file, key, GGUF_STRING, 1, TOK_LIMIT, &tokens, error))
         return false;
-    }
     size_t n = tokens.count;
     if (gguf_get_array(file, "tokenizer.ggml.token_type", &types) &&
-        !read_array(file, "tokenizer.ggml.token_type", GGUF_I32, n, n, &types, error)) {
+        !read_array(file, "tokenizer.ggml.token_type", GGUF_I32, n, n, &types, error))
         return false;
-    }
-    if (!t->split && !read_array(file, "tokenizer.ggml.scores", GGUF_F32, n, n, &scores, error)) {
+    if (!t->split && !read_array(file, "tokenizer.ggml.scores", GGUF_F32, n, n, &scores, error))
         return false;
-    }
     if (!add_tokens(t, tokens.strings, n, types.values, key, error) ||
         !(t->split ? add_listed_merges(t, file, error)
                    : add_score_merges(t, scores.values, "tokenizer.ggml.scores", error)) ||
-        !read_id(t, file, "tokenizer.ggml.bos_token_id", &t->bos, error)) {
+        !read_id(t, file, "tokenizer.ggml.bos_token_id", &t->bos, error))
         return false;
-    }
     for (size_t i = 0; i < sizeof end_keys / sizeof *end_keys; i++) {
-        if (!read_id(t, file, end_keys[i], &t->eos, error)) {
+        if (!read_id(t, file, end_keys[i], &t->eos, error))
             return false;
-        }
-        if (t->eos >= 0) {
+        if (t->eos >= 0)
             t->tokens[t->eos].ends_text = true;
-        }
     }
     t->adds_prefix = t->adds_bos = !t->split;
     gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
@@ -731,9 +685,8 @@ static char *read_whole(const char *path, size_t *length, char *error) {
     char *data = size >= 0 && size <= TOK_TEXT_LENGTH ? malloc((size_t)size + 1) : NULL;
     bool ok = data && fseek(stream, 0, SEEK_SET) == 0 &&
               fread(data, 1, (size_t)size, stream) == (size_t)size;
-    if (stream) {
+    if (stream)
         fclose(stream);
-    }
     if (!ok) {
         vocab_fail(error, "%s: cannot be read; is the tokenizer beside the model?", path);
         free(data);
@@ -756,9 +709,8 @@ static bool parse_checkpoint(struct tokenizer *t, const char *data, size_t lengt
         memcpy(types + i * sizeof type, &type, sizeof type);
         memcpy(&size, data + at + 4, sizeof size);
         at += 8;
-        if (size < 0 || (size_t)size > length - at) {
+        if (size < 0 || (size_t)size > length - at)
             break;
-        }
         texts[i] = (struct gguf_string){data + at, (size_t)size};
         at += (size_t)size;
     }
@@ -781,9 +733,8 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
     size_t length;
     char *data = read_whole(path, &length, error);
     bool ok = t && data && vocab_size >= 259 && vocab_size <= TOK_LIMIT;
-    if (data && !ok) {
+    if (data && !ok)
         vocab_fail(error, "%s: got a model of %d tokens, expected at least 259", path, vocab_size);
-    }
     ok = ok && parse_checkpoint(t, data, length, (size_t)vocab_size, path, error);
     free(data);
     if (!ok) {

@@ -43,9 +43,8 @@ struct test {
 static inline int check_run(const struct test *tests, size_t n_tests, int argc, char **argv) {
     int passed = 0, failed = 0;
     for (size_t i = 0; i < n_tests; i++) {
-        if (argc > 1 && !strstr(tests[i].name, argv[1])) {
+        if (argc > 1 && !strstr(tests[i].name, argv[1]))
             continue;
-        }
         struct check check = {0, 0};
         tests[i].function(&check);
         bool ok = check.failed == 0 && check.checked > 0;
