@@ -18,9 +18,11 @@
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
 #define ANSWERS_IMPLEMENTATION
+#define EVALUATE_IMPLEMENTATION
 #include "answers.h"
 #include "cli.h"
 #include "dynamo.h"
+#include "evaluate.h"
 #include "gguf.h"
 #include "json.h"
 #include "tokenizer.h"
@@ -584,159 +586,38 @@ static bool open_engine(struct engine *engine, struct options *options) {
     return ok;
 }
 
-/* ---- logits and perplexity: the model without the scheduler ---- */
+/* ---- every row's logits, without the scheduler ---- */
 
-/* Runs tokens[start, start + n) of a text through worker 0, whose blocks 0, 1, … hold the text.
- * logits: host (n, vocab_size). */
-static void run_rows(struct engine *engine, const int *tokens, int start, int n, float *logits) {
-    struct worker *worker = &engine->workers[0];
+/* Runs tokens[start, start + n) of a text through worker 0, whose blocks 0, 1, … hold the text. */
+static void run_rows(void *argument, const int *tokens, int start, int n, float *logits) {
+    struct engine *engine = argument;
     int n_blocks = blocks_of(start + n);
-    int *numbers = calloc(4 * (size_t)n + (size_t)n_blocks, sizeof *numbers);
-    struct sampling *sampling = calloc((size_t)n, sizeof *sampling);
-    assert(numbers && sampling);
-    int *position = numbers, *row = numbers + n, *zero = row + n, *out = zero + n;
-    int *table = out + n;
+    int *numbers = calloc(5 * (size_t)n + (size_t)n_blocks, sizeof *numbers);
+    struct sampling *greedy = calloc((size_t)n, sizeof *greedy);
+    assert(numbers && greedy);
+    struct sequence sequence = {.n_rows = n, .start = start, .n_blocks = n_blocks};
+    struct batch batch = {.n_rows = n,
+                          .n_sequences = 1,
+                          .n_samples = n,
+                          .n_blocks = n_blocks,
+                          .token = numbers,
+                          .position = numbers + n,
+                          .row_sequence = numbers + 2 * n, /* all 0 */
+                          .sequence = &sequence,
+                          .sample_row = numbers + 3 * n,
+                          .sampling = greedy,
+                          .sampled = numbers + 4 * n,
+                          .block_table = numbers + 5 * n};
     for (int i = 0; i < n; i++) {
-        position[i] = start + i;
-        row[i] = i;
+        batch.token[i] = tokens[start + i];
+        batch.position[i] = start + i;
+        batch.sample_row[i] = i;
     }
     for (int i = 0; i < n_blocks; i++)
-        table[i] = i;
-    struct sequence sequence = {.n_rows = n, .start = start, .n_blocks = n_blocks};
-    int *copy = malloc((size_t)n * sizeof *copy);
-    assert(copy);
-    memcpy(copy, tokens + start, (size_t)n * sizeof *copy);
-    struct batch batch = {n,    1,         n,     n_blocks, copy,     position,
-                          zero, &sequence, table, row,      sampling, out};
-    forward(worker, &batch, out, logits);
-    free(copy);
-    free(sampling);
+        batch.block_table[i] = i;
+    forward(&engine->workers[0], &batch, batch.sampled, logits);
+    free(greedy);
     free(numbers);
-}
-
-/* Calls `take` with the logits of each chunk of a text, which fits into the context. */
-static bool each_logits(struct engine *engine, const int *tokens, int n,
-                        bool (*take)(void *state, const float *logits, int start, int n_rows),
-                        void *state) {
-    int vocab_size = engine->model.config.vocab_size;
-    float *logits = malloc((size_t)engine->chunk * (size_t)vocab_size * sizeof *logits);
-    bool ok = logits != NULL;
-    for (int start = 0; start < n && ok; start += engine->chunk) {
-        int n_rows = n - start < engine->chunk ? n - start : engine->chunk;
-        run_rows(engine, tokens, start, n_rows, logits);
-        ok = take(state, logits, start, n_rows);
-    }
-    free(logits);
-    return ok;
-}
-
-struct logits_file {
-    FILE *file;
-    size_t vocab_size;
-};
-
-static bool write_logits(void *state, const float *logits, int start, int n_rows) {
-    struct logits_file *to = state;
-    (void)start;
-    size_t n = (size_t)n_rows * to->vocab_size;
-    return fwrite(logits, sizeof *logits, n, to->file) == n;
-}
-
-struct perplexity {
-    const int *tokens;
-    int n_tokens, vocab_size;
-    double sum; /* of negative log-likelihoods */
-    int64_t n;
-};
-
-static bool add_likelihood(void *state, const float *logits, int start, int n_rows) {
-    struct perplexity *p = state;
-    for (int i = 0; i < n_rows && start + i + 1 < p->n_tokens; i++) {
-        const float *row = logits + (size_t)i * (size_t)p->vocab_size;
-        double largest = row[0], sum = 0;
-        for (int t = 1; t < p->vocab_size; t++)
-            largest = row[t] > largest ? row[t] : largest;
-        for (int t = 0; t < p->vocab_size; t++)
-            sum += exp(row[t] - largest);
-        p->sum += log(sum) + largest - row[p->tokens[start + i + 1]];
-        p->n++;
-    }
-    return true;
-}
-
-/* Each window begins a text: with the beginning-of-text token, if the model has one. */
-static int show_perplexity(struct engine *engine, const int *ids, int n_ids) {
-    int window = sched_max_length(engine->sched);
-    int bos =
-        engine->tokenizer && tok_adds_bos(engine->tokenizer) ? tok_bos(engine->tokenizer) : -1;
-    int *tokens = malloc((size_t)window * sizeof *tokens);
-    struct perplexity p = {tokens, 0, engine->model.config.vocab_size, 0, 0};
-    bool ok = tokens != NULL;
-    for (int start = 0; start < n_ids && ok; start += p.n_tokens - (bos >= 0)) {
-        p.n_tokens = 0;
-        if (bos >= 0)
-            tokens[p.n_tokens++] = bos;
-        for (int i = start; i < n_ids && p.n_tokens < window; i++)
-            tokens[p.n_tokens++] = ids[i];
-        ok = each_logits(engine, tokens, p.n_tokens, add_likelihood, &p);
-    }
-    free(tokens);
-    if (!ok || p.n == 0) {
-        complain("%s: %s", engine->options->perplexity, ok ? "too short" : "out of memory");
-        return EXIT_FILE;
-    }
-    double mean = p.sum / (double)p.n;
-    printf("tokens %lld  nll %.6f  perplexity %.4f\n", (long long)p.n, mean, exp(mean));
-    return 0;
-}
-
-/* ---- tokenize ---- */
-
-static int tokenize_file(const struct options *options, const struct tokenizer *tokenizer) {
-    static const char end[] = "__ggml_vocab_test__\n";
-    char error[CLI_ERROR_LENGTH];
-    size_t length;
-    char *text = cli_read_file(options->tokenize, &length, error);
-    if (!text) {
-        complain("%s", error);
-        return EXIT_FILE;
-    }
-    for (char *at = text; at < text + length;) {
-        char *stop = memmem(at, (size_t)(text + length - at), end, sizeof end - 1);
-        char *next = stop ? stop + sizeof end - 1 : text + length;
-        size_t n = (size_t)((stop ? stop : next) - at);
-        int n_ids = 0;
-        int *ids = tok_encode(tokenizer, at, stop && n > 0 ? n - 1 : n, &n_ids);
-        for (int i = 0; i < n_ids; i++)
-            printf(" %d", ids[i]);
-        (void)putchar('\n');
-        free(ids);
-        at = next;
-    }
-    free(text);
-    return 0;
-}
-
-/* Needs no weights: a file with a vocabulary alone will do. */
-static int run_tokenize(const struct options *options) {
-    char error[GGUF_ERROR_LENGTH];
-    struct gguf *file = gguf_open(options->model, error);
-    struct tokenizer *tokenizer = NULL;
-    if (file && options->tokenizer) {
-        const struct tensor *embedding = gguf_tensor(file, "token_embd.weight");
-        tokenizer =
-            tok_open_checkpoint(options->tokenizer, embedding ? (int)embedding->rows : 0, error);
-    } else if (file) {
-        tokenizer = tok_open(file, error);
-    }
-    int status = EXIT_FILE;
-    if (tokenizer)
-        status = tokenize_file(options, tokenizer);
-    else
-        complain("%s%s%s", file ? options->model : "", file ? ": " : "", error);
-    tok_close(tokenizer);
-    gguf_close(file);
-    return status;
 }
 
 /* ---- main ---- */
@@ -758,44 +639,6 @@ static void *interrupt_main(void *argument) {
         pthread_mutex_unlock(&engine->lock);
     }
     return NULL;
-}
-
-static int run_logits(struct engine *engine, const struct answers *answers) {
-    const struct options *o = engine->options;
-    char error[CLI_ERROR_LENGTH];
-    int n_ids = 0;
-    int *ids = NULL;
-    if (o->perplexity) {
-        struct request_spec spec = {0};
-        spec.prompt = cli_read_file(o->perplexity, &spec.prompt_length, error);
-        ids = spec.prompt ? answers_encode(answers, &spec, &n_ids, error) : NULL;
-        free(spec.prompt);
-    } else {
-        ids = answers_encode(answers, &o->request, &n_ids, error);
-    }
-    if (ids && !o->perplexity && (n_ids < 1 || n_ids > sched_max_length(engine->sched))) {
-        (void)snprintf(error, sizeof error,
-                       "--logits: a prompt of %d tokens; context and --kv-device allow 1 to %d",
-                       n_ids, sched_max_length(engine->sched));
-        free(ids);
-        ids = NULL;
-    }
-    int status = EXIT_FILE;
-    if (!ids) {
-        complain("%s", error);
-    } else if (o->perplexity) {
-        int skip = n_ids > 0 && engine->tokenizer && tok_adds_bos(engine->tokenizer);
-        status = show_perplexity(engine, ids + skip, n_ids - skip);
-    } else {
-        struct logits_file to = {fopen(o->logits, "wb"), (size_t)engine->model.config.vocab_size};
-        bool ok = to.file && each_logits(engine, ids, n_ids, write_logits, &to);
-        ok = to.file && fclose(to.file) == 0 && ok;
-        if (!ok)
-            complain("%s: %s", o->logits, strerror(errno));
-        status = ok ? 0 : EXIT_FILE;
-    }
-    free(ids);
-    return status;
 }
 
 /* Prompt after prompt from the terminal; or all of a piped stdin as one prompt. */
@@ -898,8 +741,14 @@ static int run_model(struct options *options) {
                                   .news = &engine->news,
                                   .interrupted = &engine->interrupted,
                                   .now = now};
-        status = options->logits || options->perplexity ? run_logits(engine, &answers)
-                                                        : serve(engine, &answers);
+        struct evaluation evaluation = {&answers, run_rows, engine, engine->chunk,
+                                        sched_max_length(engine->sched)};
+        if (options->logits)
+            status = evaluate_logits(&evaluation, options->logits);
+        else if (options->perplexity)
+            status = evaluate_perplexity(&evaluation, options->perplexity);
+        else
+            status = serve(engine, &answers);
     }
     close_engine(engine);
     return status;
@@ -919,7 +768,7 @@ int main(int argc, char **argv) {
     else if (options.version)
         printf("dynamo %s\n", CLI_VERSION);
     else if (options.tokenize)
-        status = run_tokenize(&options);
+        status = evaluate_tokenize(&options, options.tokenize);
     else
         status = run_model(&options);
     cli_free(&options);

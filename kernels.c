@@ -74,12 +74,17 @@ INLINE void store(float *to, vec value) {
 
 INLINE vec load_part(const float *from, int count) { /* missing elements are 0 */
     vec value = {0};
-    memcpy(&value, from, sizeof(float) * (size_t)(count < LANES ? count : LANES));
+    if (count >= LANES)
+        return load(from);
+    memcpy(&value, from, sizeof(float) * (size_t)count);
     return value;
 }
 
 INLINE void store_part(float *to, vec value, int count) {
-    memcpy(to, &value, sizeof(float) * (size_t)(count < LANES ? count : LANES));
+    if (count >= LANES)
+        store(to, value);
+    else
+        memcpy(to, &value, sizeof(float) * (size_t)count);
 }
 
 INLINE vec select_vec(ivec mask, vec yes, vec no) {
@@ -93,22 +98,18 @@ INLINE vec max_vec(vec a, vec b) {
 INLINE float sum_lanes(vec value) {
     float lanes[LANES];
     store(lanes, value);
-    for (int step = LANES / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; i++) {
+    for (int step = LANES / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++)
             lanes[i] += lanes[i + step];
-        }
-    }
     return lanes[0];
 }
 
 INLINE float max_lanes(vec value) {
     float lanes[LANES];
     store(lanes, value);
-    for (int step = LANES / 2; step > 0; step /= 2) {
-        for (int i = 0; i < step; i++) {
+    for (int step = LANES / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; i++)
             lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-        }
-    }
     return lanes[0];
 }
 
@@ -145,9 +146,8 @@ INLINE vec widen_f16(const uint16_t *from) {
 static uint16_t to_bf16(float value) { /* to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    if (value != value) {
+    if (value != value)
         return (uint16_t)(bits >> 16 | 0x40);
-    }
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -263,17 +263,15 @@ static void pause_thread(int spins) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    if (spins > YIELD_SPINS) {
+    if (spins > YIELD_SPINS)
         sched_yield();
-    }
 }
 
 static bool run_tile(struct job *job, struct scratch *scratch) {
     int left = atomic_load_explicit(&job->left, memory_order_relaxed);
     do {
-        if (left == 0) {
+        if (left == 0)
             return false;
-        }
     } while (!atomic_compare_exchange_weak_explicit(&job->left, &left, left - 1,
                                                     memory_order_acquire, memory_order_relaxed));
     job->run(job->argument, job->n_tiles - left, scratch);
@@ -286,20 +284,17 @@ static bool run_any(struct cpu_backend *cpu, bool urgent, struct scratch *scratc
     for (int i = 0; i < n_slots; i++) {
         struct job *job = &cpu->jobs[i];
         if (atomic_load_explicit(&job->urgent, memory_order_relaxed) == urgent &&
-            run_tile(job, scratch)) {
+            run_tile(job, scratch))
             return true;
-        }
     }
     return false;
 }
 
 static bool work_waits(struct cpu_backend *cpu) {
     int n_slots = atomic_load(&cpu->n_slots);
-    for (int i = 0; i < n_slots; i++) {
-        if (atomic_load(&cpu->jobs[i].left) > 0) {
+    for (int i = 0; i < n_slots; i++)
+        if (atomic_load(&cpu->jobs[i].left) > 0)
             return true;
-        }
-    }
     return false;
 }
 
@@ -307,9 +302,8 @@ static bool work_waits(struct cpu_backend *cpu) {
 static bool change_active(struct cpu_backend *cpu, int step) {
     int active = atomic_load(&cpu->active);
     do {
-        if (step > 0 ? active >= cpu->n_threads : active <= cpu->n_threads) {
+        if (step > 0 ? active >= cpu->n_threads : active <= cpu->n_threads)
             return false;
-        }
     } while (!atomic_compare_exchange_weak(&cpu->active, &active, active + step));
     return true;
 }
@@ -318,9 +312,8 @@ static bool change_active(struct cpu_backend *cpu, int step) {
 static void park(struct cpu_backend *cpu) {
     pthread_mutex_lock(&cpu->pool_mutex);
     atomic_fetch_add(&cpu->sleepers, 1);
-    while (!atomic_load(&cpu->stop) && !(work_waits(cpu) && change_active(cpu, 1))) {
+    while (!atomic_load(&cpu->stop) && !(work_waits(cpu) && change_active(cpu, 1)))
         pthread_cond_wait(&cpu->wake, &cpu->pool_mutex);
-    }
     atomic_fetch_sub(&cpu->sleepers, 1);
     pthread_mutex_unlock(&cpu->pool_mutex);
 }
@@ -350,13 +343,11 @@ static void *helper_main(void *argument) {
 static void wake_helpers(struct cpu_backend *cpu, int n_wanted) {
     int sleepers = atomic_load(&cpu->sleepers);
     int room = cpu->n_threads - atomic_load(&cpu->active);
-    if (sleepers == 0 || room <= 0) {
+    if (sleepers == 0 || room <= 0)
         return;
-    }
     pthread_mutex_lock(&cpu->pool_mutex);
-    for (int i = 0; i < n_wanted && i < room && i < sleepers; i++) {
+    for (int i = 0; i < n_wanted && i < room && i < sleepers; i++)
         pthread_cond_signal(&cpu->wake);
-    }
     pthread_mutex_unlock(&cpu->pool_mutex);
 }
 
@@ -380,11 +371,9 @@ static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *
     while ((!urgent && run_any(cpu, true, device->scratch)) || run_tile(job, device->scratch)) {
     }
     int spins = 0;
-    while (atomic_load_explicit(&job->done, memory_order_acquire) < n_tiles) {
-        if (urgent || !run_any(cpu, true, device->scratch)) {
+    while (atomic_load_explicit(&job->done, memory_order_acquire) < n_tiles)
+        if (urgent || !run_any(cpu, true, device->scratch))
             pause_thread(spins++);
-        }
-    }
 }
 
 /* ---- weights ---- */
@@ -432,9 +421,8 @@ INLINE void load_weights(enum tensor_type type, const char *panel, int k, const 
 }
 
 INLINE void load_scales(enum tensor_type type, const char *panel, int k, vec scale[4]) {
-    for (size_t i = 0; i < 4 && type == TYPE_Q8_0; i++) {
+    for (size_t i = 0; i < 4 && type == TYPE_Q8_0; i++)
         scale[i] = widen_f16((const uint16_t *)(const void *)q8_block(panel, k) + i * LANES);
-    }
 }
 
 INLINE int block_end(enum tensor_type type, int k, int end) { /* where the scale changes */
@@ -454,9 +442,8 @@ static void pack_q8(const struct weight *weight, int first, int n, char *panel) 
             const char *from = (const char *)weight->tensor->data +
                                ((size_t)(first + row) * n_blocks + block) * bytes;
             memcpy(panel + row * 2, from, 2);
-            for (int k = 0; k < Q8_BLOCK; k++) {
+            for (int k = 0; k < Q8_BLOCK; k++)
                 panel[2 * PANEL + k * PANEL + row] = from[2 + k];
-            }
         }
     }
 }
@@ -468,9 +455,8 @@ static void pack_panel(const void *argument, int index, struct scratch *scratch)
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
     int first = index * PANEL, n = job->rows - first < PANEL ? job->rows - first : PANEL;
     size_t cols = (size_t)weight->cols;
-    if (n < PANEL || (cols & 1)) {
+    if (n < PANEL || (cols & 1))
         memset(panel, 0, weight->panel_bytes);
-    }
     if (weight->type == TYPE_Q8_0) {
         pack_q8(weight, first, n, panel);
         return;
@@ -497,9 +483,8 @@ static bool fill_vector(struct weight *weight) {
     const struct tensor *tensor = weight->tensor;
     size_t padded = round_up((size_t)weight->cols, PAD);
     weight->vector = calloc(padded, sizeof(float));
-    if (!weight->vector) {
+    if (!weight->vector)
         return false;
-    }
     for (int i = 0; i < weight->cols; i++) {
         if (tensor->type == TYPE_F32) {
             memcpy(&weight->vector[i], (const float *)tensor->data + i, sizeof(float));
@@ -513,9 +498,8 @@ static bool fill_vector(struct weight *weight) {
 
 static struct weight *pack(struct cpu_device *device, const struct tensor *tensor) {
     struct weight *weight = calloc(1, sizeof *weight);
-    if (!weight) {
+    if (!weight)
         return NULL;
-    }
     *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
     weight->n_rows = (int)tensor->rows;
     weight->n_cols = weight->cols = (int)tensor->cols;
@@ -555,9 +539,8 @@ static void cut(struct weight *view, struct slice slice) {
     int *count = columns ? &view->n_cols : &view->n_rows;
     *count /= slice.count;
     *first = slice.rank * *count;
-    if (view->vector) {
+    if (view->vector)
         view->vector += *first;
-    }
     view->owner = false;
 }
 
@@ -567,12 +550,10 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
     struct cpu_backend *cpu = device->cpu;
     pthread_mutex_lock(&cpu->upload_mutex);
     struct weight *weight = cpu->weights;
-    while (weight && !(weight->owner && weight->tensor == tensor)) {
+    while (weight && !(weight->owner && weight->tensor == tensor))
         weight = weight->next;
-    }
-    if (!weight) {
+    if (!weight)
         weight = add_weight(cpu, pack(device, tensor));
-    }
     if (weight && slice.kind != SLICE_WHOLE) {
         struct weight *view = malloc(sizeof *view);
         if (view) {
@@ -604,12 +585,11 @@ struct tile {
 /* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
  * constants where it is inlined; each sum is one chain over k, whatever they are. */
 INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
-    vec sum[TILE_ROWS][4] = {{{0}}};
-    for (int row = 0; tile->add && row < n_rows; row++) {
-        for (int i = 0; i < 4; i++) {
-            sum[row][i] = load(tile->out + row * PANEL + i * LANES);
-        }
-    }
+    vec sum[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
     const float *input = tile->input;
     const char *panel = tile->panel;
     size_t stride = tile->stride;
@@ -622,18 +602,15 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
                 load_weights(type, panel, k + odd, scale, weights);
                 for (int row = 0; row < n_rows; row++) {
                     float factor = input[(size_t)row * stride + (size_t)odd];
-                    for (int i = 0; i < 4; i++) {
+                    for (int i = 0; i < 4; i++)
                         sum[row][i] += factor * weights[i];
-                    }
                 }
             }
         }
     }
-    for (int row = 0; row < n_rows; row++) {
-        for (int i = 0; i < 4; i++) {
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
             store(tile->out + row * PANEL + i * LANES, sum[row][i]);
-        }
-    }
 }
 
 #define TILE_KERNEL(type, rows)                                                                    \
@@ -678,21 +655,19 @@ INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int en
         load_scales(type, panel, k, scale);
         for (; k < stop; k++, slab += PANEL) {
             load_weights(type, panel, k, scale, weights);
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i++)
                 store(slab + i * LANES, weights[i]);
-            }
         }
     }
 }
 
 static void widen(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
-    if (type == TYPE_BF16) {
+    if (type == TYPE_BF16)
         widen_as(TYPE_BF16, panel, begin, end, slab);
-    } else if (type == TYPE_F16) {
+    else if (type == TYPE_F16)
         widen_as(TYPE_F16, panel, begin, end, slab);
-    } else {
+    else
         widen_as(TYPE_Q8_0, panel, begin, end, slab);
-    }
 }
 
 /* out (n_rows, PANEL) = input . weights over k in [begin, end) of a panel. Many rows first turn a
@@ -733,9 +708,8 @@ static void segment_product(const struct weight *matrix, int unit, int first, in
         float *sum = tile.out;
         tile.out = scratch->tile[depth + 1];
         segment_product(matrix, unit, first + half, half, tile, n_rows, scratch, depth + 1);
-        for (int i = 0; i < n_rows * PANEL; i += LANES) {
+        for (int i = 0; i < n_rows * PANEL; i += LANES)
             store(sum + i, load(sum + i) + load(tile.out + i));
-        }
         return;
     }
     int64_t n_units = divide_up(matrix->cols, unit);
@@ -768,12 +742,10 @@ static void finish_row(const struct product *product, int which, int row, int be
     for (int i = 0; i < end - begin; i += LANES) {
         int n = end - begin - i;
         vec value = load(sums + i);
-        if (bias) {
+        if (bias)
             value += load_part(bias->vector + begin + i, n);
-        }
-        if (product->add) {
+        if (product->add)
             value += load_part(out + begin + i, n);
-        }
         store_part(out + begin + i, value, n);
     }
 }
@@ -789,9 +761,8 @@ static void silu_multiply(float *gate, const float *up, int count) { /* gate = s
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
     const struct product *product = argument;
     int which = 0;
-    while (index >= product->first_tile[which + 1]) {
+    while (index >= product->first_tile[which + 1])
         which++;
-    }
     index -= product->first_tile[which];
     const struct weight *matrix = product->matrix[which];
     int panel = matrix->first_row / PANEL + index / product->n_chunks;
@@ -821,16 +792,14 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
     int begin = panel * PANEL - matrix->first_row, end = begin + PANEL;
     int from = begin < 0 ? -begin : 0;
     end = end < matrix->n_rows ? end : matrix->n_rows;
-    for (int i = 0; i < n_rows; i++) {
+    for (int i = 0; i < n_rows; i++)
         finish_row(product, which, row + i, begin + from, end, scratch->tile[0] + i * PANEL + from);
-    }
 }
 
 static void run_product(struct cpu_device *device, struct product *product, int n_matrices) {
     int n_chunks = divide_up(product->n_rows, ROW_CHUNK);
-    if (n_chunks == 0) {
+    if (n_chunks == 0)
         return;
-    }
     int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), TILE_ROWS);
     product->chunk_rows = rows;
     product->n_chunks = divide_up(product->n_rows, rows);
@@ -875,16 +844,14 @@ static void row_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct row_job *job = argument;
     (void)scratch;
     int end = (tile + 1) * NORM_ROWS < job->n_rows ? (tile + 1) * NORM_ROWS : job->n_rows;
-    for (int row = tile * NORM_ROWS; row < end; row++) {
+    for (int row = tile * NORM_ROWS; row < end; row++)
         job->run(job, row);
-    }
 }
 
 static void for_rows(const struct row_job *job) {
     int n_tiles = divide_up(job->n_rows, NORM_ROWS);
-    if (n_tiles > 0) {
+    if (n_tiles > 0)
         parallel_for(job->device, n_tiles, row_tile, job);
-    }
 }
 
 static void norm_row(const struct row_job *job, int row) {
@@ -965,9 +932,8 @@ static void append_head(const struct cpu_device *device, size_t to, const float 
         memcpy((float *)device->device.kv + to, from, dim * sizeof(float));
         return;
     }
-    for (size_t i = 0; i < dim; i++) {
+    for (size_t i = 0; i < dim; i++)
         ((uint16_t *)device->device.kv)[to + i] = to_bf16(from[i]);
-    }
 }
 
 static void rope_append_row(const struct row_job *job, int row) {
@@ -978,9 +944,8 @@ static void rope_append_row(const struct row_job *job, int row) {
     const struct weight *q_norm = job->layer->attn_q_norm, *k_norm = job->layer->attn_k_norm;
     float *q = device->q + (size_t)row * device->q_stride;
     for (int head = 0; head < device->n_heads; head++, q += config->head_dim) {
-        if (q_norm) {
+        if (q_norm)
             rmsnorm(q, q, q_norm->vector, config->head_dim, config->norm_epsilon);
-        }
         rope(device, q, row);
     }
     float *k = device->k + (size_t)row * device->kv_stride;
@@ -988,9 +953,8 @@ static void rope_append_row(const struct row_job *job, int row) {
     int token = batch->position[row] % BLOCK_TOKENS;
     int slot = batch->block_table[sequence->first_block + batch->position[row] / BLOCK_TOKENS];
     for (int head = 0; head < device->n_kv_heads; head++) {
-        if (k_norm) {
+        if (k_norm)
             rmsnorm(k, k, k_norm->vector, config->head_dim, config->norm_epsilon);
-        }
         rope(device, k, row);
         append_head(device, kv_offset(device, slot, job->layer_index, 0, head, token), k);
         append_head(device, kv_offset(device, slot, job->layer_index, 1, head, token), v);
@@ -1061,26 +1025,21 @@ static void reduce_row(const struct row_job *job, int row) {
     size_t at = (size_t)row * job->device->x_stride;
     for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
         vec sum[MAX_SHARDS];
-        for (int shard = 0; shard < job->n_shards; shard++) {
+        for (int shard = 0; shard < job->n_shards; shard++)
             sum[shard] = load(job->shards[shard]->partial + at);
-        }
-        for (int n = job->n_shards; n > 1; n /= 2) {
-            for (int j = 0; j < n / 2; j++) {
+        for (int n = job->n_shards; n > 1; n /= 2)
+            for (int j = 0; j < n / 2; j++)
                 sum[j] = sum[2 * j] + sum[2 * j + 1];
-            }
-        }
         vec total = load(job->device->x + at) + sum[0];
-        for (int shard = 0; shard < job->n_shards; shard++) {
+        for (int shard = 0; shard < job->n_shards; shard++)
             store(job->shards[shard]->x + at, total);
-        }
     }
 }
 
 static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     struct cpu_device *device = (struct cpu_device *)shards[0];
-    if (n_shards == 1) {
+    if (n_shards == 1)
         return; /* project_add has done it */
-    }
     struct row_job job = {.device = device,
                           .shards = (struct cpu_device **)shards,
                           .n_shards = n_shards,
@@ -1115,12 +1074,13 @@ struct softmax {      /* of one query, over the tokens seen so far */
 };
 
 INLINE vec load_kv(const struct cpu_device *device, size_t at, int n) {
-    if (device->device.kv_type == KV_F32) {
+    if (device->device.kv_type == KV_F32)
         return load_part((const float *)device->device.kv + at, n);
-    }
+    const uint16_t *from = (const uint16_t *)device->device.kv + at;
     uint16_t bits[LANES] = {0};
-    memcpy(bits, (const uint16_t *)device->device.kv + at,
-           sizeof *bits * (size_t)(n < LANES ? n : LANES));
+    if (n >= LANES)
+        return widen_bf16(from);
+    memcpy(bits, from, sizeof *bits * (size_t)n);
     return widen_bf16(bits);
 }
 
@@ -1130,7 +1090,8 @@ static void gather(const struct attention_job *job, const int *table, int head, 
                    struct scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim;
-    memset(scratch->value, 0, sizeof *scratch->value * (size_t)divide_up(dim, PANEL));
+    for (int panel = 0; panel * PANEL < dim && n < CHUNK; panel++)
+        memset(scratch->value[panel] + n * PANEL, 0, sizeof(float) * PANEL); /* n may be odd */
     for (int first = 0; first < n; first += BLOCK_TOKENS) {
         int slot = table[(start + first) / BLOCK_TOKENS];
         int tokens = n - first < BLOCK_TOKENS ? n - first : BLOCK_TOKENS;
@@ -1145,9 +1106,8 @@ static void gather(const struct attention_job *job, const int *table, int head, 
                       load_kv(device, value + offset, dim - at));
             }
             transpose(rows);
-            for (int i = 0; i < LANES; i++) {
+            for (int i = 0; i < LANES; i++)
                 store(scratch->key + (at + i) * PANEL + first, rows[i]);
-            }
         }
     }
 }
@@ -1212,9 +1172,8 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
     int head = index % device->n_kv_heads, which = 0;
     index =
         device->first_tile[batch->n_sequences] - 1 - index / device->n_kv_heads; /* long first */
-    while (index >= device->first_tile[which + 1]) {
+    while (index >= device->first_tile[which + 1])
         which++;
-    }
     const struct sequence *sequence = &batch->sequence[which];
     int first = (index - device->first_tile[which]) * QUERIES;
     int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
@@ -1227,11 +1186,11 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
         position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         state[i] = (struct softmax){.max = -INFINITY};
-        for (int j = 0; j < dim; j++) {
+        for (int j = 0; j < dim; j++)
             scratch->query[i * MAX_HEAD_DIM + j] = device->q[at[i] + (size_t)j] * scale;
-        }
     }
-    memset(scratch->output, 0, sizeof scratch->output);
+    for (int panel = 0; panel * PANEL < dim; panel++)
+        memset(scratch->output[panel], 0, sizeof(float) * (size_t)n * PANEL);
     for (int start = 0; start <= position[n - 1]; start += CHUNK) {
         int tokens = position[n - 1] + 1 - start;
         gather(job, batch->block_table + sequence->first_block, head, start,
@@ -1251,9 +1210,8 @@ static void cpu_attention(struct device *base, int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
     struct attention_job job = {device, layer_index};
     int n_tiles = device->first_tile[device->batch->n_sequences] * device->n_kv_heads;
-    if (n_tiles > 0) {
+    if (n_tiles > 0)
         parallel_for(device, n_tiles, attention_tile, &job);
-    }
 }
 
 /* ---- sampling ---- */
@@ -1287,14 +1245,12 @@ static float temper(const float *logits, float *scaled, int n, float temperature
         vec value = max_vec(load_part(logits + i, n - i) / divisor, low);
         value = select_vec(value < high, value, high);
         store_part(scaled + i, value, n - i);
-        if (n - i >= LANES) {
+        if (n - i >= LANES)
             largest = max_vec(value, largest);
-        }
     }
     float max = max_lanes(largest);
-    for (int i = n / LANES * LANES; i < n; i++) {
+    for (int i = n / LANES * LANES; i < n; i++)
         max = scaled[i] > max ? scaled[i] : max;
-    }
     return max;
 }
 
@@ -1304,12 +1260,10 @@ static bool before(const float *scaled, int a, int b) { /* the order of candidat
 
 static void sift_down(const float *scaled, int *heap, int count, int at) {
     for (int child = 2 * at + 1; child < count; child = 2 * at + 1) {
-        if (child + 1 < count && before(scaled, heap[child + 1], heap[child])) {
+        if (child + 1 < count && before(scaled, heap[child + 1], heap[child]))
             child++;
-        }
-        if (!before(scaled, heap[child], heap[at])) {
+        if (!before(scaled, heap[child], heap[at]))
             return;
-        }
         int token = heap[at];
         heap[at] = heap[child];
         heap[child] = token;
@@ -1325,11 +1279,9 @@ static double sum_of_weights(const float *scaled, int n, float max) {
     vec sum = {0};
     for (int i = 0; i < n; i += LANES) {
         vec value = exp_vec(load_part(scaled + i, n - i) - max);
-        if (n - i < LANES) {
-            for (int lane = n - i; lane < LANES; lane++) {
+        if (n - i < LANES)
+            for (int lane = n - i; lane < LANES; lane++)
                 value[lane] = 0.0f;
-            }
-        }
         sum += value;
     }
     return (double)sum_lanes(sum);
@@ -1344,14 +1296,11 @@ static int keep_top(const struct sampling *sampling, const float *scaled, float 
     /* tokens this improbable make up less than what top_p leaves out, all together */
     double least = by_count ? -1.0 : 0.5 * (1.0 - (double)sampling->top_p) * total / n;
     int count = 0;
-    for (int i = 0; i < n; i++) {
-        if (least < 0.0 || weight_of(scaled[i], max) >= least) {
+    for (int i = 0; i < n; i++)
+        if (least < 0.0 || weight_of(scaled[i], max) >= least)
             list[count++] = i;
-        }
-    }
-    for (int i = count / 2 - 1; i >= 0; i--) {
+    for (int i = count / 2 - 1; i >= 0; i--)
         sift_down(scaled, list, count, i);
-    }
     int limit = by_count ? sampling->top_k : count, kept = 0;
     double sum = 0.0;
     while (kept < limit && (by_count || sum < (double)sampling->top_p * total)) {
@@ -1364,9 +1313,8 @@ static int keep_top(const struct sampling *sampling, const float *scaled, float 
     if (by_count && sampling->top_p < 1.0f) { /* of these, by their share of their own sum */
         double enough = (double)sampling->top_p * sum;
         sum = 0.0;
-        for (limit = kept, kept = 0; kept < limit && (kept == 0 || sum < enough); kept++) {
+        for (limit = kept, kept = 0; kept < limit && (kept == 0 || sum < enough); kept++)
             sum += weight_of(scaled[list[count - 1 - kept]], max);
-        }
     }
     kept = kept > 0 ? kept : 1;
     memmove(list, list + count - kept, sizeof *list * (size_t)kept);
@@ -1382,13 +1330,11 @@ static int race(const struct sampling *sampling, int position, const float *scal
     int winner = list ? list[n - 1] : 0;
     for (int i = 0; i < n; i++) {
         int token = list ? list[i] : i;
-        if ((double)scaled[token] < least) {
+        if ((double)scaled[token] < least)
             continue;
-        }
         double u = uniform(sampling->seed, position, token);
-        if (1.0 - u > weight_of(scaled[token], max) * scale) {
+        if (1.0 - u > weight_of(scaled[token], max) * scale)
             continue;
-        }
         double value = (double)scaled[token] - log(-log(u));
         if (value > best || (value == best && token < winner)) {
             best = value;
@@ -1411,9 +1357,8 @@ static void sample_tile(const void *argument, int index, struct scratch *scratch
     float max = temper(device->logits + at, scaled, n, sampling->temperature);
     if (!(sampling->temperature > 0.0f)) {
         int token = 0;
-        while (token < n - 1 && scaled[token] != max) {
+        while (token < n - 1 && scaled[token] != max)
             token++;
-        }
         device->sampled[index] = token;
         return;
     }
@@ -1427,9 +1372,8 @@ static void sample_tile(const void *argument, int index, struct scratch *scratch
 
 static void cpu_sample(struct device *base) {
     struct cpu_device *device = (struct cpu_device *)base;
-    if (device->batch->n_samples > 0) {
+    if (device->batch->n_samples > 0)
         parallel_for(device, device->batch->n_samples, sample_tile, device);
-    }
 }
 
 static void cpu_read_logits(struct device *base, float *logits) {
@@ -1443,9 +1387,8 @@ static void cpu_read_logits(struct device *base, float *logits) {
 static bool cpu_step_begin(struct device *base, const struct batch *batch) {
     struct cpu_device *device = (struct cpu_device *)base;
     assert(batch->n_rows <= base->max_rows && batch->n_samples <= base->max_samples);
-    if (base->rank == 0) { /* one thread drives all shards of a worker */
+    if (base->rank == 0) /* one thread drives all shards of a worker */
         atomic_fetch_add(&device->cpu->active, 1);
-    }
     device->batch = batch;
     int group = device->n_heads / device->n_kv_heads;
     for (int i = 0; i < batch->n_sequences; i++) {
@@ -1459,13 +1402,11 @@ static bool cpu_step_begin(struct device *base, const struct batch *batch) {
 
 static void cpu_step_end(struct device *base, int *sampled) {
     struct cpu_device *device = (struct cpu_device *)base;
-    if (sampled && base->rank == 0) {
+    if (sampled && base->rank == 0)
         memcpy(sampled, device->sampled, sizeof *sampled * (size_t)device->batch->n_samples);
-    }
     device->batch = NULL;
-    if (base->rank == 0) {
+    if (base->rank == 0)
         atomic_fetch_sub(&device->cpu->active, 1);
-    }
 }
 
 /* ---- memory and copies ---- */
@@ -1479,17 +1420,15 @@ static size_t cpu_free_memory(struct device *device, bool pinned) {
     while (file && fgets(line, sizeof line, file) &&
            sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
     }
-    if (file) {
+    if (file)
         fclose(file);
-    }
     long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
     return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
 }
 
 static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
-    if (bytes > cpu_free_memory(device, pinned)) {
+    if (bytes > cpu_free_memory(device, pinned))
         return NULL;
-    }
     return aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
 }
 
@@ -1509,20 +1448,16 @@ static void copy_now(const struct copy2d *copy) {
 /* The first copy in the queue; or, where copies are delayed, of a random device and stream: those
  * are in order only among themselves. */
 static struct copy_order *pick_copy(struct cpu_backend *cpu, uint64_t random) {
-    if (cpu->copy_delay_seed == 0) {
+    if (cpu->copy_delay_seed == 0)
         return cpu->first_copy;
-    }
     uint64_t count = 0;
-    for (struct copy_order *order = cpu->first_copy; order; order = order->next) {
+    for (struct copy_order *order = cpu->first_copy; order; order = order->next)
         count++;
-    }
     struct copy_order *chosen = cpu->first_copy, *first = cpu->first_copy;
-    for (uint64_t i = random % count; i > 0; i--) {
+    for (uint64_t i = random % count; i > 0; i--)
         chosen = chosen->next;
-    }
-    while (first->device != chosen->device || first->stream != chosen->stream) {
+    while (first->device != chosen->device || first->stream != chosen->stream)
         first = first->next;
-    }
     return first;
 }
 
@@ -1531,25 +1466,21 @@ static void *copier_main(void *argument) {
     uint32_t turn = 0;
     pthread_mutex_lock(&cpu->copy_mutex);
     for (;;) {
-        while (!cpu->first_copy && !atomic_load(&cpu->stop)) {
+        while (!cpu->first_copy && !atomic_load(&cpu->stop))
             pthread_cond_wait(&cpu->copy_wake, &cpu->copy_mutex);
-        }
-        if (!cpu->first_copy) {
+        if (!cpu->first_copy)
             break;
-        }
         uint32_t random[4] = {turn++, 0, 0, 0};
         philox(random, (uint32_t)cpu->copy_delay_seed, (uint32_t)(cpu->copy_delay_seed >> 32));
         struct copy_order *order = pick_copy(cpu, random[0]), **link = &cpu->first_copy;
         pthread_mutex_unlock(&cpu->copy_mutex);
-        if (cpu->copy_delay_seed) {
+        if (cpu->copy_delay_seed)
             nanosleep(&(struct timespec){0, (long)(random[1] % MAX_COPY_DELAY) * 1000}, NULL);
-        }
         copy_now(&order->copy);
         pthread_mutex_lock(&cpu->copy_mutex);
         atomic_fetch_add_explicit(&order->device->copied[order->stream], 1, memory_order_release);
-        while (*link != order) {
+        while (*link != order)
             link = &(*link)->next;
-        }
         *link = order->next;
         free(order);
         pthread_cond_broadcast(&cpu->copy_idle);
@@ -1568,9 +1499,8 @@ static uint64_t cpu_copy(struct device *base, enum stream stream, const struct c
     }
     *order = (struct copy_order){device, stream, *copy, NULL};
     pthread_mutex_lock(&cpu->copy_mutex);
-    while (*link) {
+    while (*link)
         link = &(*link)->next;
-    }
     *link = order;
     uint64_t ticket = atomic_fetch_add(&device->copies[stream], 1) + 1;
     pthread_cond_signal(&cpu->copy_wake);
@@ -1626,9 +1556,8 @@ static size_t stride_of(int n) {
 static void *zeros(size_t rows, size_t stride) { /* (rows, stride) of 4 bytes */
     size_t bytes = round_up((rows * stride + LANES) * 4, 64);
     void *memory = aligned_alloc(64, bytes);
-    if (memory) {
+    if (memory)
         memset(memory, 0, bytes);
-    }
     return memory;
 }
 
@@ -1640,9 +1569,8 @@ static struct job *take_slot(struct cpu_backend *cpu, bool urgent) {
             job = &cpu->jobs[i];
             cpu->slot_used[i] = true;
             atomic_store(&job->urgent, urgent);
-            if (i >= atomic_load(&cpu->n_slots)) {
+            if (i >= atomic_load(&cpu->n_slots))
                 atomic_store(&cpu->n_slots, i + 1);
-            }
         }
     }
     pthread_mutex_unlock(&cpu->mutex);
@@ -1653,11 +1581,9 @@ static void cpu_device_close(struct device *base) {
     struct cpu_device *device = (struct cpu_device *)base;
     struct cpu_backend *cpu = device->cpu;
     pthread_mutex_lock(&cpu->copy_mutex);
-    for (int stream = 0; stream < N_STREAMS; stream++) {
-        while (atomic_load(&device->copied[stream]) < atomic_load(&device->copies[stream])) {
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        while (atomic_load(&device->copied[stream]) < atomic_load(&device->copies[stream]))
             pthread_cond_wait(&cpu->copy_idle, &cpu->copy_mutex);
-        }
-    }
     pthread_mutex_unlock(&cpu->copy_mutex);
     if (device->job) {
         pthread_mutex_lock(&cpu->mutex);
@@ -1668,9 +1594,8 @@ static void cpu_device_close(struct device *base) {
                       device->k,       device->v,          device->ffn,     device->attention,
                       device->turn,    device->logits,     device->scaled,  device->candidates,
                       device->sampled, device->first_tile, device->scratch};
-    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) {
+    for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
         free(memory[i]);
-    }
     free(device);
 }
 
@@ -1707,9 +1632,8 @@ static bool allocate_activations(struct cpu_device *device) {
 static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
                                       char *error) {
     struct cpu_backend *cpu = (struct cpu_backend *)backend;
-    if (!check_wanted(wanted, error)) {
+    if (!check_wanted(wanted, error))
         return NULL;
-    }
     struct cpu_device *device = calloc(1, sizeof *device);
     if (device) {
         device->device = *wanted;
@@ -1719,9 +1643,8 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
         device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
         device->d_ff = wanted->config->d_ff / wanted->n_shards;
         device->job = take_slot(cpu, wanted->urgent);
-        if (device->job && allocate_activations(device)) {
+        if (device->job && allocate_activations(device))
             return &device->device;
-        }
         cpu_device_close(&device->device);
     }
     snprintf(error, GGUF_ERROR_LENGTH, "no memory for a device of %d rows and %d samples",
@@ -1738,9 +1661,8 @@ static void cpu_close(struct backend *backend) {
     pthread_cond_broadcast(&cpu->copy_wake);
     pthread_mutex_unlock(&cpu->copy_mutex);
     pthread_mutex_unlock(&cpu->pool_mutex);
-    for (int i = 0; i < cpu->n_helpers; i++) {
+    for (int i = 0; i < cpu->n_helpers; i++)
         pthread_join(cpu->helpers[i], NULL);
-    }
     pthread_join(cpu->copier, NULL);
     while (cpu->weights) {
         struct weight *weight = cpu->weights;
@@ -1805,9 +1727,8 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
         return NULL;
     }
     while (cpu->n_helpers < cpu->n_threads - 1 &&
-           pthread_create(&cpu->helpers[cpu->n_helpers], NULL, helper_main, cpu) == 0) {
+           pthread_create(&cpu->helpers[cpu->n_helpers], NULL, helper_main, cpu) == 0)
         cpu->n_helpers++;
-    }
     if (cpu->n_helpers < cpu->n_threads - 1) {
         snprintf(error, GGUF_ERROR_LENGTH, "%d threads: only %d did start", cpu->n_threads,
                  cpu->n_helpers + 1);

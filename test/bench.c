@@ -39,29 +39,22 @@ static void read_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct probe *probe = argument;
     const char *from = probe->memory + (size_t)tile * (1 << 20);
     vec sum[4] = {{0}};
-    for (size_t i = 0; i < 1 << 20; i += 256) {
-        for (size_t j = 0; j < 4; j++) {
+    for (size_t i = 0; i < 1 << 20; i += 256)
+        for (size_t j = 0; j < 4; j++)
             sum[j] += load((const float *)(const void *)(from + i + j * 64));
-        }
-    }
     scratch->slab[0] = sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
 }
 
 static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
     (void)argument;
     vec sum[24], factor = load(scratch->slab) * 0.0f + 0.999f;
-    for (int i = 0; i < 24; i++) {
+    for (int i = 0; i < 24; i++)
         sum[i] = factor * (float)(i + tile);
-    }
-    for (int k = 0; k < 20000; k++) {
-        for (int i = 0; i < 24; i++) {
+    for (int k = 0; k < 20000; k++)
+        for (int i = 0; i < 24; i++)
             sum[i] = sum[i] * factor + factor;
-        }
-        __asm__ volatile("" ::: "memory");
-    }
-    for (int i = 1; i < 24; i++) {
+    for (int i = 1; i < 24; i++)
         sum[0] += sum[i];
-    }
     store(scratch->slab, sum[0]);
 }
 
@@ -86,9 +79,8 @@ static double probe_rate(struct cpu_device *device, tile_function *run, const vo
         times[i] = seconds() - start;
     }
     qsort(times, REPEATS, sizeof *times, by_size);
-    if (median) {
+    if (median)
         *median = work * n_tiles / times[REPEATS / 2] * 1e-9;
-    }
     return work * n_tiles / times[0] * 1e-9;
 }
 
@@ -165,9 +157,8 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
 static const struct weight *make_norm(struct bench *bench) {
     double packed = bench->weight_bytes;
     const struct weight *weight = make_weight(bench, TYPE_F32, 1, D_MODEL);
-    for (int i = 0; i < D_MODEL; i++) {
+    for (int i = 0; i < D_MODEL; i++)
         weight->vector[i] = 1.0f;
-    }
     bench->weight_bytes = packed;
     return weight;
 }
@@ -196,9 +187,8 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
                                        .rope_dim = HEAD_DIM,
                                        .rope_adjacent = true,
                                        .norm_epsilon = 1e-5f}};
-    for (int i = 0; i < HEAD_DIM / 2; i++) {
+    for (int i = 0; i < HEAD_DIM / 2; i++)
         bench->frequency[i] = (float)pow(10000.0, -2.0 * i / HEAD_DIM);
-    }
     struct backend_options options = {N_THREADS, 0};
     bench->backend = cpu_backend_open(&options, error);
     struct device wanted = {.config = &bench->config,
@@ -208,7 +198,7 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
                             .max_samples = STREAMS};
     bench->device =
         bench->backend ? bench->backend->device_open(bench->backend, &wanted, error) : NULL;
-    size_t n_blocks = STREAMS * blocks_of(CONTEXT + 1) + blocks_of(PROMPT);
+    size_t n_blocks = (size_t)(STREAMS * blocks_of(CONTEXT + 1) + blocks_of(PROMPT));
     size_t bytes = n_blocks * block_bytes(&bench->config, 1, KV_F32);
     bench->probe_memory = malloc(PROBE_BYTES);
     if (!bench->device || !bench->probe_memory ||
@@ -221,18 +211,16 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
     bench->weights.layers = calloc(N_LAYERS, sizeof *bench->weights.layers);
     bench->weights.token_embd = bench->weights.output = make_weight(bench, type, VOCAB, D_MODEL);
     bench->weights.output_norm = make_norm(bench);
-    for (int i = 0; i < N_LAYERS; i++) {
+    for (int i = 0; i < N_LAYERS; i++)
         make_layer(bench, type, &bench->weights.layers[i]);
-    }
 }
 
 static void close_bench(struct bench *bench) {
     bench->backend->release(bench->device, bench->device->kv, false);
     bench->backend->device_close(bench->device);
     bench->backend->close(bench->backend);
-    for (int i = 0; i < bench->n_tensors; i++) {
+    for (int i = 0; i < bench->n_tensors; i++)
         free(bench->tensors[i]);
-    }
     free(bench->weights.layers);
     free(bench->probe_memory);
 }
@@ -273,9 +261,8 @@ static double best_step(struct bench *bench, int n, int start, int rows, double 
     for (int i = 0; i < n; i++) {
         int blocks = blocks_of(start + rows);
         sequences[i] = (struct sequence){i * rows, rows, start, batch.n_blocks, blocks, rows == 1};
-        for (int j = 0; j < blocks; j++, batch.n_blocks++) {
+        for (int j = 0; j < blocks; j++, batch.n_blocks++)
             table[batch.n_blocks] = batch.n_blocks;
-        }
         for (int j = 0; j < rows; j++) {
             token[i * rows + j] = (i * 37 + j * 11) % VOCAB;
             position[i * rows + j] = start + j;
@@ -301,7 +288,7 @@ static void bench_decode(struct bench *bench, const char *type) {
     struct cpu_device *device = (struct cpu_device *)bench->device;
     static const int streams[] = {1, 8, 32};
     for (int i = 0; i < 3; i++) {
-        double attention, median, probe = probe_read(device, bench->probe_memory, &median);
+        double attention = 0, median, probe = probe_read(device, bench->probe_memory, &median);
         double time = best_step(bench, streams[i], CONTEXT, 1, &attention);
         double again = probe_read(device, bench->probe_memory, NULL);
         probe = probe > again ? probe : again;
@@ -315,7 +302,7 @@ static void bench_decode(struct bench *bench, const char *type) {
 
 static void bench_prefill(struct bench *bench, const char *type) {
     struct cpu_device *device = (struct cpu_device *)bench->device;
-    double attention, probe = probe_multiply(device);
+    double attention = 0, probe = probe_multiply(device);
     double time = best_step(bench, 1, 0, PROMPT, &attention), again = probe_multiply(device);
     probe = probe > again ? probe : again;
     double layer = 4.0 * D_MODEL * D_MODEL + 3.0 * D_MODEL * D_FF;
@@ -335,9 +322,8 @@ int main(int argc, char **argv) {
     } types[] = {{"F32", TYPE_F32}, {"BF16", TYPE_BF16}, {"F16", TYPE_F16}, {"Q8_0", TYPE_Q8_0}};
     const char *part = argc > 2 ? argv[2] : "";
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
-        if (argc > 1 && strcmp(argv[1], types[i].name) != 0) {
+        if (argc > 1 && strcmp(argv[1], types[i].name) != 0)
             continue;
-        }
         static struct bench bench;
         open_bench(&bench, types[i].type);
         struct cpu_device *device = (struct cpu_device *)bench.device;
@@ -345,12 +331,10 @@ int main(int argc, char **argv) {
         double jobs = probe_rate(device, empty_tile, NULL, 2, 1.0, NULL);
         printf("%-5s packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
                bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
-        if (!*part || !strcmp(part, "decode")) {
+        if (!*part || !strcmp(part, "decode"))
             bench_decode(&bench, types[i].name);
-        }
-        if (!*part || !strcmp(part, "prefill")) {
+        if (!*part || !strcmp(part, "prefill"))
             bench_prefill(&bench, types[i].name);
-        }
         fflush(stdout);
         atomic_fetch_sub(&device->cpu->active, 1);
         close_bench(&bench);
