@@ -39,7 +39,7 @@ enum {
     CLEAN_SHARE = 8  /* on small devices: a share of the blocks instead */
 };
 
-enum list_kind { UNLISTED = -1, MAIN, DUPLICATES, N_LISTS };
+enum list_kind { UNLISTED, MAIN, DUPLICATES, N_LISTS };
 
 struct copy {
     enum kv_state state;
@@ -118,7 +118,7 @@ static int choose_device_victim(const struct kv *kv, int worker) {
 
 /* ---- lists and slots ---- */
 
-static void list_remove(struct kv *kv, int node, int place) {
+static void lru_remove(struct kv *kv, int node, int place) {
     struct copy *copy = copy_at(kv, node, place);
     struct lru *list = &kv->places[place].lists[copy->list];
     *(copy->newer == NONE ? &list->newest : &copy_at(kv, copy->newer, place)->older) = copy->older;
@@ -127,7 +127,7 @@ static void list_remove(struct kv *kv, int node, int place) {
     copy->list = UNLISTED;
 }
 
-static void list_push(struct kv *kv, int node, int place, enum list_kind kind) {
+static void lru_push(struct kv *kv, int node, int place, enum list_kind kind) {
     struct copy *copy = copy_at(kv, node, place);
     struct lru *list = &kv->places[place].lists[kind];
     copy->list = kind;
@@ -143,11 +143,10 @@ static void free_slot(struct kv *kv, int node, int place) {
     struct place *at = &kv->places[place];
     assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
     if (copy->list != UNLISTED) {
-        list_remove(kv, node, place);
+        lru_remove(kv, node, place);
     }
     at->free_slots[at->n_free++] = copy->slot;
-    copy->state = KV_ABSENT;
-    copy->slot = NONE;
+    *copy = (struct copy){.state = KV_ABSENT};
 }
 
 /* ---- the tree ---- */
@@ -271,10 +270,10 @@ static void end_change(struct kv *kv, int id) {
             kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
         }
         if (copy->list != kind && copy->list != UNLISTED) {
-            list_remove(kv, id, place);
+            lru_remove(kv, id, place);
         }
         if (copy->list != kind) {
-            list_push(kv, id, place, kind);
+            lru_push(kv, id, place, kind);
         }
         if (place != kv->host) {
             kv->places[place].n_clean += is_clean(kv, id, place);
@@ -522,9 +521,6 @@ int kv_new(struct kv *kv, int worker) {
                                   .next_sibling = NONE,
                                   .previous_sibling = NONE,
                                   .next_in_bucket = NONE};
-    for (int place = 0; place < kv->n_places; place++) {
-        *copy_at(kv, id, place) = (struct copy){KV_ABSENT, UNLISTED, NONE, 0, 0, NONE, NONE};
-    }
     *copy_at(kv, id, worker) = (struct copy){KV_VALID, UNLISTED, slot, 1, 0, NONE, NONE};
     return id;
 }

@@ -101,10 +101,15 @@ static int choose_decode_worker(const struct sched *s, const struct request *r, 
     return best;
 }
 
+/* Prompt tokens that it has still to compute; an answer's tokens are none. */
+static int prefill_left(const struct request *r) {
+    return r->prefill_end > r->filled ? r->prefill_end - r->filled : 0;
+}
+
 static int prefill_backlog(const struct sched *s, int worker) {
     int tokens = 0;
     for (const struct request *r = s->admitted.first; r; r = r->next) {
-        tokens += r->prefill_worker == worker ? r->prefill_end - r->filled : 0;
+        tokens += r->prefill_worker == worker ? prefill_left(r) : 0;
     }
     return tokens;
 }
@@ -484,15 +489,14 @@ static void add_prefill(struct sched *s, int worker, double now) {
     struct request *next;
     for (struct request *r = s->admitted.first; r && budget > 0; r = next) {
         next = r->next;
-        if (r->prefill_worker != worker || r->filled == r->prefill_end) {
+        if (r->prefill_worker != worker || prefill_left(r) == 0) {
             continue;
         }
         if (blocks_ready(s, r, worker, now)) {
             if (r->state == REQUEST_LOADING) {
                 set_state(s, r, REQUEST_PREFILL);
             }
-            int left = r->prefill_end - r->filled;
-            int n_rows = left < budget ? left : budget;
+            int n_rows = prefill_left(r) < budget ? prefill_left(r) : budget;
             add_rows(w, r, worker, s->kv, n_rows);
             budget -= n_rows;
         }

@@ -28,7 +28,7 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
     BROKEN(place == kv->host && copy->pins != 0, "a pin on the host");
     switch (copy->state) {
     case KV_ABSENT:
-        BROKEN(in_use || copy->slot != -1, "an absent copy is in use");
+        BROKEN(in_use, "an absent copy is in use");
         return NULL;
     case KV_RESERVED:
         BROKEN(copy->pins == 0, "a reserved slot that nobody waits for");
@@ -161,7 +161,7 @@ const char *kv_check(const struct kv *kv) {
     }
     for (int place = 0; place < kv->n_places && !broken; place++) {
         broken = check_place(kv, place);
-        for (int kind = 0; kind < N_LISTS && !broken; kind++) {
+        for (int kind = MAIN; kind < N_LISTS && !broken; kind++) {
             broken = check_list(kv, place, (enum list_kind)kind);
         }
     }

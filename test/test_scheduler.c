@@ -1,0 +1,622 @@
+/* test_scheduler.c: the cache and the scheduler against an oracle.
+ *
+ * A simulated machine stands in for devices: each slot of each place holds a fingerprint per token
+ * row, the hash of the whole text up to that token. A step writes fingerprints, after it has found
+ * the right one at every earlier position of its block table; so a block that is lost, stale,
+ * reused too early or not yet arrived is caught by the first step that reads it. Copies are carried
+ * out late and out of order: the source must stay as it is until the end is reported, and the
+ * target holds garbage until then. The next token is a function of the text, so the answer to each
+ * request is known before it is submitted, and must be the same in every schedule.
+ *
+ *     test_scheduler              the directed tests, and 10^5 random operations
+ *     test_scheduler soak [seed]  10^7 random operations */
+#include "../kvcache.c"
+/* both files have their own NONE */
+#define NONE NO_ONE
+#define list_remove requests_remove
+#include "../scheduler.c"
+#undef list_remove
+#undef NONE
+
+#include "check.h"
+#include "invariants.h"
+
+enum {
+    MAX_TEXT = 1024,
+    MAX_JOBS = 48,
+    MAX_FLIGHTS = 2048,
+    MAX_HISTORY = 64,
+    VOCABULARY = 64,
+    N_ENDS = 2, /* tokens 0 and 1 end an answer */
+    EPISODE = 800,
+    MAX_ROUNDS = 20000
+};
+
+static const bool ends_text[VOCABULARY] = {[0] = true, [1] = true};
+
+struct job {
+    bool live, cancelled, stopped;
+    struct request request;
+    int tokens[MAX_TEXT];
+    int text[MAX_TEXT], n_text; /* what tokens must be in the end */
+    uint64_t chain[MAX_TEXT];   /* the fingerprint of each position of text */
+    enum finish_reason reason;
+};
+
+struct flight { /* a copy that has been handed out */
+    struct kv_copy_order order;
+    uint64_t before[BLOCK_TOKENS]; /* the source at the start */
+};
+
+struct machine {
+    uint64_t random;
+    struct sched_config config;
+    struct sched *s;
+    uint64_t *memory[MAX_WORKERS + 1]; /* (slots, BLOCK_TOKENS) */
+    struct step *running[MAX_WORKERS];
+    struct job *jobs; /* (MAX_JOBS) */
+    struct flight *flights;
+    int n_flights;
+    int (*history)[MAX_TEXT]; /* (MAX_HISTORY) texts that may be asked again */
+    int history_length[MAX_HISTORY];
+    int64_t n_submitted, next_id;
+    bool copies_fail, full_check;
+    double now;
+    const char *broken;
+    char broken_text[256];
+};
+
+struct totals {
+    int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests;
+    struct kv_stats kv;
+    struct sched_stats sched;
+};
+
+/* ---- randomness and the model ---- */
+
+static uint64_t scramble(uint64_t x) {
+    x = (x ^ (x >> 31)) * 0x7fb5d329728ea185u;
+    x = (x ^ (x >> 27)) * 0x81dadef4bc2dd44du;
+    return x ^ (x >> 33);
+}
+
+static int below(struct machine *m, int n) {
+    m->random += 0x9e3779b97f4a7c15u;
+    return (int)(scramble(m->random) % (uint64_t)n);
+}
+
+static int between(struct machine *m, int low, int high) {
+    return low + below(m, high - low + 1);
+}
+
+static uint64_t fingerprint(uint64_t before, int token) {
+    return scramble(before * 31 + (uint64_t)token + 7);
+}
+
+static int model(uint64_t fingerprint_of_text) {
+    return (int)(scramble(fingerprint_of_text + 99) % VOCABULARY);
+}
+
+static void fail(struct machine *m, const char *text) {
+    if (!m->broken) {
+        (void)snprintf(m->broken_text, sizeof m->broken_text, "%s", text);
+        m->broken = m->broken_text;
+    }
+}
+
+/* Writes the whole text that a job must come to. */
+static void foresee(struct machine *m, struct job *job) {
+    struct request *r = &job->request;
+    int limit = sched_max_length(m->s);
+    uint64_t print = 0;
+    job->n_text = 0;
+    job->reason = FINISH_NONE;
+    while (job->reason == FINISH_NONE) {
+        int n = job->n_text, token = n < r->n_prompt ? r->tokens[n] : model(print);
+        if (n >= r->n_prompt && ends_text[token]) {
+            job->reason = FINISH_STOP;
+            break;
+        }
+        job->text[n] = token;
+        job->chain[n] = print = fingerprint(print, token);
+        job->n_text = n + 1;
+        if (n >= r->n_prompt && (n + 1 - r->n_prompt >= r->max_new || n + 1 >= limit)) {
+            job->reason = FINISH_LENGTH;
+        }
+    }
+}
+
+/* ---- the machine ---- */
+
+static uint64_t *row_at(const struct machine *m, int place, int slot, int row) {
+    return &m->memory[place][(size_t)slot * BLOCK_TOKENS + (size_t)row];
+}
+
+static struct job *job_of(struct machine *m, const struct request *r) {
+    for (int i = 0; i < MAX_JOBS; i++) {
+        if (&m->jobs[i].request == r) {
+            return &m->jobs[i];
+        }
+    }
+    fail(m, "a step with a request that does not exist");
+    return &m->jobs[0];
+}
+
+static void check_now(struct machine *m) {
+    if (m->broken || !(m->full_check || below(m, 8) == 0)) {
+        return;
+    }
+    const char *broken = kv_check(sched_kv(m->s));
+    broken = broken ? broken : sched_check(m->s);
+    int64_t in_flight = m->n_flights;
+    for (int i = 0; i < m->s->kv->n_places; i++) {
+        in_flight += m->s->kv->places[i].n_orders - m->s->kv->places[i].n_arriving;
+    }
+    if (broken || in_flight != 0) {
+        fail(m, broken ? broken : "copies in flight and orders differ");
+    }
+}
+
+/* Positions [0, n) of a sequence, through its block table. */
+static void check_prefix(struct machine *m, int worker, const struct batch *batch,
+                         const struct sequence *sequence, const struct job *job, int n) {
+    for (int i = 0; i < n; i++) {
+        int slot = batch->block_table[sequence->first_block + i / BLOCK_TOKENS];
+        if (slot < 0 || slot >= m->config.kv.device_blocks[worker]) {
+            fail(m, "a slot outside the device");
+            return;
+        }
+        if (*row_at(m, worker, slot, i % BLOCK_TOKENS) != job->chain[i]) {
+            fail(m, "a step reads what is not its text");
+            return;
+        }
+    }
+}
+
+/* The rows of one sequence: computed if `done`, else in the making. */
+static void compute(struct machine *m, int worker, struct step *step, int index, bool done) {
+    struct batch *batch = &step->batch;
+    const struct sequence *sequence = &batch->sequence[index];
+    const struct job *job = job_of(m, step->requests[index]);
+    int end = sequence->start + sequence->n_rows;
+    if (sequence->n_rows < 1 || end > job->n_text || sequence->n_blocks != blocks_of(end)) {
+        fail(m, "a sequence beyond its text");
+        return;
+    }
+    check_prefix(m, worker, batch, sequence, job, sequence->start);
+    for (int i = 0; i < sequence->n_rows; i++) {
+        int row = sequence->first_row + i, position = sequence->start + i;
+        int slot = batch->block_table[sequence->first_block + position / BLOCK_TOKENS];
+        if (batch->token[row] != job->text[position] || batch->position[row] != position ||
+            batch->row_sequence[row] != index) {
+            fail(m, "a row of other tokens");
+        }
+        *row_at(m, worker, slot, position % BLOCK_TOKENS) = done ? job->chain[position] : 1;
+    }
+    if (done) {
+        check_prefix(m, worker, batch, sequence, job, end);
+    }
+}
+
+static void check_step(struct machine *m, int worker, struct step *step) {
+    const struct batch *batch = &step->batch;
+    int n_generated = 0, n_prompt = 0, n_rows = 0;
+    for (int i = 0; i < batch->n_sequences; i++) {
+        const struct sequence *sequence = &batch->sequence[i];
+        const struct request *r = step->requests[i];
+        n_generated += sequence->generated;
+        n_prompt += sequence->generated ? 0 : sequence->n_rows;
+        if (sequence->first_row != n_rows || (sequence->generated && sequence->n_rows != 1)) {
+            fail(m, "rows of a sequence");
+        }
+        if ((sequence->generated ? r->decode_worker : r->prefill_worker) != worker) {
+            fail(m, "a sequence on another's worker");
+        }
+        n_rows += sequence->n_rows;
+    }
+    if (n_rows != batch->n_rows || n_prompt > m->config.chunk ||
+        n_generated > m->config.max_batch) {
+        fail(m, "a step that is too large");
+    }
+}
+
+static void start_copy(struct machine *m, const struct kv_copy_order *order) {
+    if (m->n_flights == MAX_FLIGHTS) {
+        fail(m, "too many copies in flight");
+        return;
+    }
+    struct flight *flight = &m->flights[m->n_flights++];
+    flight->order = *order;
+    memcpy(flight->before, row_at(m, order->from, order->from_slot, 0), sizeof flight->before);
+    for (int i = 0; i < BLOCK_TOKENS; i++) {
+        *row_at(m, order->to, order->to_slot, i) = 2;
+    }
+}
+
+/* Ends a copy. Its source must have stayed as it was, its target must be untouched. */
+static void end_copy(struct machine *m, int index, struct totals *totals) {
+    struct flight flight = m->flights[index];
+    const struct kv_copy_order *order = &flight.order;
+    m->flights[index] = m->flights[--m->n_flights];
+    uint64_t *source = row_at(m, order->from, order->from_slot, 0);
+    uint64_t *target = row_at(m, order->to, order->to_slot, 0);
+    if (memcmp(source, flight.before, sizeof flight.before) != 0) {
+        fail(m, "the source of a copy has changed before its end");
+    }
+    for (int i = 0; i < BLOCK_TOKENS; i++) {
+        if (target[i] != 2) {
+            fail(m, "the target of a copy was written meanwhile");
+        }
+    }
+    bool ok = !m->copies_fail || below(m, 16) != 0;
+    if (ok) {
+        memcpy(target, source, sizeof flight.before);
+    }
+    totals->failed_copies += !ok;
+    sched_copied(m->s, order, ok, m->now);
+    check_now(m);
+}
+
+static bool start_step(struct machine *m, int worker) {
+    struct step *step = sched_next(m->s, worker, m->now);
+    for (int i = 0; step && i < step->n_copies; i++) {
+        start_copy(m, &step->copies[i]);
+    }
+    check_now(m);
+    if (!step) {
+        return false;
+    }
+    check_step(m, worker, step);
+    for (int i = 0; i < step->batch.n_sequences && !m->broken; i++) {
+        compute(m, worker, step, i, false);
+    }
+    m->running[worker] = step;
+    return true;
+}
+
+static void end_step(struct machine *m, int worker) {
+    struct step *step = m->running[worker];
+    struct batch *batch = &step->batch;
+    for (int i = 0, sample = 0; i < batch->n_sequences && !m->broken; i++) {
+        compute(m, worker, step, i, true);
+        const struct job *job = job_of(m, step->requests[i]);
+        int end = batch->sequence[i].start + batch->sequence[i].n_rows;
+        if (end != job->request.length) {
+            continue;
+        }
+        if (sample >= batch->n_samples || batch->sampling[sample].seed != job->request.sampling.seed ||
+            batch->sample_row[sample] != batch->sequence[i].first_row + batch->sequence[i].n_rows - 1) {
+            fail(m, "a row that should be sampled is not");
+            return;
+        }
+        batch->sampled[sample++] = model(job->chain[end - 1]);
+    }
+    m->running[worker] = NULL;
+    if (!m->broken) {
+        sched_done(m->s, worker, step, m->now);
+        check_now(m);
+    }
+}
+
+/* ---- requests ---- */
+
+/* A prompt that begins like an earlier text, whole or in part, and goes on at random. */
+static int make_prompt(struct machine *m, int *tokens) {
+    int n = 0, limit = sched_max_length(m->s);
+    int known = m->n_submitted < MAX_HISTORY ? (int)m->n_submitted : MAX_HISTORY;
+    if (below(m, 100) == 0) {
+        return 0;
+    }
+    int wanted = below(m, 50) == 0 ? limit + below(m, 20) : 1 + below(m, limit);
+    wanted = below(m, 3) ? 1 + below(m, wanted) : wanted;
+    if (known > 0 && below(m, 4)) {
+        int past = below(m, below(m, 2) ? known : (known < 4 ? known : 4));
+        int i = (int)((m->n_submitted - 1 - past) % MAX_HISTORY);
+        int length = m->history_length[i];
+        n = below(m, 2) ? length : below(m, length + 1);
+        memcpy(tokens, m->history[i], (size_t)n * sizeof *tokens);
+        wanted = below(m, 3) ? n + below(m, 20) : wanted;
+    }
+    wanted = wanted > limit + 20 ? limit + 20 : wanted;
+    wanted = wanted < 1 ? 1 : wanted;
+    for (; n < wanted; n++) {
+        tokens[n] = 2 + below(m, VOCABULARY - 2);
+    }
+    return n < limit + 20 ? n : limit + 20;
+}
+
+static void submit(struct machine *m) {
+    struct job *job = NULL;
+    for (int i = 0; i < MAX_JOBS && !job; i++) {
+        job = m->jobs[i].live ? NULL : &m->jobs[i];
+    }
+    if (!job) {
+        return;
+    }
+    *job = (struct job){.live = true};
+    struct request *r = &job->request;
+    r->tokens = job->tokens;
+    r->id = m->next_id++;
+    r->n_prompt = make_prompt(m, job->tokens);
+    r->max_new = below(m, 4) ? 1 + below(m, 60) : 1 + below(m, 4);
+    r->sampling.seed = (uint64_t)r->id;
+    if (r->n_prompt >= 1 && r->n_prompt <= sched_max_length(m->s)) {
+        foresee(m, job);
+        int i = (int)(m->n_submitted++ % MAX_HISTORY);
+        memcpy(m->history[i], job->text, (size_t)job->n_text * sizeof(int));
+        m->history_length[i] = job->n_text;
+    } else {
+        job->reason = FINISH_ERROR;
+    }
+    sched_submit(m->s, r, m->now);
+    check_now(m);
+}
+
+static void cancel(struct machine *m) {
+    struct job *job = &m->jobs[below(m, MAX_JOBS)];
+    if (job->live && job->request.state != REQUEST_FINISHED) {
+        job->stopped = below(m, 2);
+        job->cancelled = true;
+        sched_cancel(m->s, &job->request, job->stopped, m->now);
+        check_now(m);
+    }
+}
+
+/* Checks the answers of the requests that have ended, and makes room for others. */
+static int collect(struct machine *m, struct totals *totals) {
+    int n_live = 0;
+    for (int i = 0; i < MAX_JOBS; i++) {
+        struct job *job = &m->jobs[i];
+        const struct request *r = &job->request;
+        if (!job->live || r->state != REQUEST_FINISHED) {
+            n_live += job->live;
+            continue;
+        }
+        job->live = false;
+        bool given_up = m->copies_fail && r->reason == FINISH_ERROR && job->reason != FINISH_ERROR;
+        totals->cancelled += job->cancelled;
+        totals->refused += job->reason == FINISH_ERROR;
+        totals->failed_requests += given_up;
+        if (job->reason == FINISH_ERROR) {
+            if (r->reason != FINISH_ERROR || !r->error[0] || r->length != r->n_prompt) {
+                fail(m, "a prompt that cannot run was not refused");
+            }
+            continue;
+        }
+        if (given_up && r->copy_failures <= MAX_COPY_FAILURES) {
+            fail(m, "a request was given up too early");
+        }
+        if (memcmp(r->tokens, job->text, (size_t)r->length * sizeof(int)) != 0) {
+            fail(m, "the wrong answer");
+        }
+        if (job->cancelled) {
+            if (!given_up && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED)) {
+                fail(m, "a cancelled request ended otherwise");
+            }
+        } else if (!given_up && (r->reason != job->reason || r->length != job->n_text)) {
+            fail(m, "an answer that ends too early, or for the wrong reason");
+        }
+    }
+    return n_live;
+}
+
+/* ---- episodes ---- */
+
+static void choose_config(struct machine *m) {
+    struct sched_config *config = &m->config;
+    static const int hosts[] = {0, 0, 1, 2, 4, 16, 64, 256};
+    *config = (struct sched_config){.max_batch = below(m, 3) ? 1 + below(m, 8) : 32,
+                                    .chunk = below(m, 2) ? 1 + below(m, 64) : 16,
+                                    .context_length = 8 + below(m, 500),
+                                    .vocab_size = VOCABULARY,
+                                    .ends_text = ends_text};
+    config->kv.n_workers = between(m, 1, 4);
+    config->kv.host_blocks = hosts[below(m, 8)];
+    config->kv.policy = below(m, 3) ? KV_ON_EVICT : KV_WRITE_THROUGH;
+    int size = below(m, 3) ? between(m, 1, 12) : between(m, 1, 40);
+    bool any_prefills = false, any_decodes = false;
+    bool colocated = below(m, 4) == 0;
+    for (int w = 0; w < config->kv.n_workers; w++) {
+        config->kv.device_blocks[w] = below(m, 2) ? size : between(m, 1, 40);
+        int role = colocated ? 2 : below(m, 5);
+        config->prefills[w] = role == 0 || role >= 3 ? w % 2 == 0 : role == 2;
+        config->decodes[w] = !config->prefills[w] || role == 2;
+        any_prefills |= config->prefills[w];
+        any_decodes |= config->decodes[w];
+    }
+    config->prefills[0] |= !any_prefills;
+    config->decodes[config->kv.n_workers - 1] |= !any_decodes;
+    m->copies_fail = below(m, 6) == 0;
+    m->full_check = below(m, 4) == 0;
+}
+
+static void print_config(const struct machine *m) {
+    const struct sched_config *config = &m->config;
+    printf("    %d workers:", config->kv.n_workers);
+    for (int w = 0; w < config->kv.n_workers; w++) {
+        printf(" %s%s%d", config->prefills[w] ? "p" : "", config->decodes[w] ? "d" : "",
+               config->kv.device_blocks[w]);
+    }
+    printf(", host %d, %s, max_batch %d, chunk %d, context %d%s\n", config->kv.host_blocks,
+           config->kv.policy == KV_ON_EVICT ? "on-evict" : "write-through", config->max_batch,
+           config->chunk, config->context_length, m->copies_fail ? ", copies fail" : "");
+}
+
+static void operate(struct machine *m, const int *weights, struct totals *totals) {
+    int worker = below(m, m->config.kv.n_workers);
+    int choice = below(m, weights[0] + weights[1] + weights[2] + weights[3]);
+    m->now += 0.001;
+    if ((choice -= weights[0]) < 0) {
+        submit(m);
+    } else if ((choice -= weights[1]) < 0) {
+        if (m->running[worker]) {
+            end_step(m, worker);
+        } else {
+            (void)start_step(m, worker);
+        }
+    } else if ((choice -= weights[2]) < 0) {
+        if (m->n_flights > 0) {
+            end_copy(m, below(m, m->n_flights), totals);
+        }
+    } else {
+        cancel(m);
+    }
+    (void)collect(m, totals);
+}
+
+/* Drives everything to its end; then nothing may be left in use. */
+static void drain(struct machine *m, struct totals *totals) {
+    bool active = true;
+    int round = 0, quiet_since = 0;
+    while (active && !m->broken) {
+        active = false;
+        for (int w = 0; w < m->config.kv.n_workers && !m->broken; w++) {
+            active = (m->running[w] || start_step(m, w)) || active;
+            if (m->running[w]) {
+                end_step(m, w);
+            }
+        }
+        while (m->n_flights > 0 && !m->broken) {
+            active = true;
+            end_copy(m, below(m, m->n_flights), totals);
+        }
+        int n_live = collect(m, totals);
+        quiet_since = n_live > 0 ? round : quiet_since;
+        if (++round > MAX_ROUNDS || round - quiet_since > 500) {
+            fail(m, n_live > 0 ? "requests that never end" : "copies that never end");
+        }
+        if (!active && n_live > 0) {
+            fail(m, "requests wait for nothing");
+        }
+    }
+    struct kv *kv = sched_kv(m->s);
+    if (!m->broken && (!sched_idle(m->s) || kv_pins(kv) != 0)) {
+        fail(m, "something is in use after the end");
+    }
+    for (int place = 0; place < kv->n_places && !m->broken; place++) {
+        int n_cached = kv->places[place].lists[MAIN].length;
+        n_cached += kv->places[place].lists[DUPLICATES].length;
+        if (kv_used(kv, place) != n_cached || kv_pending(kv, place) > 0) {
+            fail(m, "slots in use after the end");
+        }
+    }
+}
+
+static bool machine_create(struct machine *m) {
+    m->s = sched_create(&m->config);
+    for (int i = 0; i <= m->config.kv.n_workers; i++) {
+        int n = i < m->config.kv.n_workers ? m->config.kv.device_blocks[i] : m->config.kv.host_blocks;
+        m->memory[i] = calloc((size_t)n * BLOCK_TOKENS + 1, sizeof(uint64_t));
+    }
+    m->jobs = calloc(MAX_JOBS, sizeof *m->jobs);
+    m->flights = calloc(MAX_FLIGHTS, sizeof *m->flights);
+    m->history = calloc(MAX_HISTORY, sizeof *m->history);
+    return m->s != NULL;
+}
+
+static void machine_destroy(struct machine *m) {
+    for (int i = 0; i < MAX_JOBS; i++) {
+        free(m->broken && m->jobs[i].live ? m->jobs[i].request.blocks : NULL);
+    }
+    for (int i = 0; i <= m->config.kv.n_workers; i++) {
+        free(m->memory[i]);
+    }
+    free(m->jobs);
+    free(m->flights);
+    free(m->history);
+    sched_destroy(m->s);
+}
+
+static void add_totals(const struct machine *m, struct totals *totals) {
+    struct kv_stats kv = kv_stats(sched_kv(m->s));
+    struct sched_stats sched = sched_stats(m->s);
+    totals->kv.pages_out += kv.pages_out;
+    totals->kv.pages_in += kv.pages_in;
+    totals->kv.transfers += kv.transfers;
+    totals->kv.evictions += kv.evictions;
+    totals->kv.host_evictions += kv.host_evictions;
+    totals->kv.lost += kv.lost;
+    totals->sched.submitted += sched.submitted;
+    totals->sched.finished += sched.finished;
+    totals->sched.preemptions += sched.preemptions;
+    totals->sched.hand_overs += sched.hand_overs;
+    totals->sched.prefix_hit_tokens += sched.prefix_hit_tokens;
+    totals->sched.recomputed_tokens += sched.recomputed_tokens;
+    totals->sched.local_prefills += sched.local_prefills;
+    totals->sched.decode_tokens += sched.decode_tokens;
+    totals->episodes++;
+}
+
+static bool run_episode(uint64_t seed, struct totals *totals) {
+    struct machine m = {.random = scramble(seed)};
+    choose_config(&m);
+    if (!machine_create(&m)) {
+        return false;
+    }
+    int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40), below(&m, 3)};
+    int operation = 0;
+    for (; operation < EPISODE && !m.broken; operation++) {
+        operate(&m, weights, totals);
+    }
+    totals->operations += operation;
+    drain(&m, totals);
+    add_totals(&m, totals);
+    if (m.broken) {
+        printf("    seed %llu, operation %d: %s\n", (unsigned long long)seed, operation, m.broken);
+        print_config(&m);
+    }
+    bool ok = !m.broken;
+    machine_destroy(&m);
+    return ok;
+}
+
+static void run_random(struct check *check, uint64_t seed, int64_t n_operations) {
+    struct totals totals = {0};
+    printf("    from seed %llu\n", (unsigned long long)seed);
+    for (int n_failed = 0; totals.operations < n_operations && n_failed < 10;) {
+        bool ok = run_episode(seed, &totals);
+        CHECK(ok, "seed %llu", (unsigned long long)seed);
+        n_failed += !ok;
+        seed++;
+    }
+    const struct {
+        const char *name;
+        int64_t count;
+    } counts[] = {{"pages out", totals.kv.pages_out},
+                  {"pages in", totals.kv.pages_in},
+                  {"transfers", totals.kv.transfers},
+                  {"evictions", totals.kv.evictions},
+                  {"host evictions", totals.kv.host_evictions},
+                  {"blocks lost", totals.kv.lost},
+                  {"preemptions", totals.sched.preemptions},
+                  {"hand-overs", totals.sched.hand_overs},
+                  {"prefix hit tokens", totals.sched.prefix_hit_tokens},
+                  {"recomputed tokens", totals.sched.recomputed_tokens},
+                  {"local prefills", totals.sched.local_prefills},
+                  {"failed copies", totals.failed_copies}};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        CHECK(counts[i].count > 300, "only %lld %s", (long long)counts[i].count, counts[i].name);
+        printf("    %lld %s\n", (long long)counts[i].count, counts[i].name);
+    }
+    CHECK(totals.sched.submitted == totals.sched.finished, "requests are left");
+    printf("    %lld operations, %lld requests (%lld cancelled, %lld refused, %lld given up), %lld "
+           "tokens\n",
+           (long long)totals.operations, (long long)totals.sched.submitted,
+           (long long)totals.cancelled, (long long)totals.refused,
+           (long long)totals.failed_requests, (long long)totals.sched.decode_tokens);
+}
+
+static void random_operations(struct check *check) {
+    run_random(check, 1, 100000);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {{"random_operations", random_operations}};
+    if (argc > 1 && strcmp(argv[1], "soak") == 0) {
+        struct check check = {0, 0};
+        run_random(&check, argc > 2 ? strtoull(argv[2], NULL, 10) : 1000000, 10000000);
+        printf("%d passed, %d failed\n", check.failed == 0, check.failed != 0);
+        return check.failed != 0;
+    }
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
