@@ -450,15 +450,15 @@ static bool open_kv(struct engine *engine, char *error) {
     size_t all_bytes = block_bytes(config, 1, engine->kv_type);
     int64_t wanted =
         (int64_t)CACHED_ANSWERS * engine->max_batch * blocks_of(config->context_length);
-    int64_t pinned_blocks = (int64_t)(backend->free_memory(device, true) / 4 / all_bytes);
-    int64_t free_blocks = (int64_t)(backend->free_memory(device, false) / 10 * 9 / shard_bytes) /
-                              (engine->n_workers * engine->tp) -
-                          pinned_blocks;
-    int64_t host_wanted = wanted * HOST_FACTOR;
-    engine->device_blocks = blocks_from(engine->options->kv_device, shard_bytes,
-                                        wanted < free_blocks ? wanted : free_blocks);
-    engine->host_blocks = blocks_from(engine->options->kv_host, all_bytes,
-                                      host_wanted < pinned_blocks ? host_wanted : pinned_blocks);
+    int64_t most = (int64_t)(backend->free_memory(device, true) / 4 / all_bytes);
+    int64_t host_wanted = wanted * HOST_FACTOR < most ? wanted * HOST_FACTOR : most;
+    engine->host_blocks = blocks_from(engine->options->kv_host, all_bytes, host_wanted);
+    size_t taken = all_bytes * (size_t)engine->host_blocks; /* a CPU's host and devices are one */
+    size_t left = backend->free_memory(device, false) / 10 * 9;
+    left = left > taken ? left - taken : 0;
+    most = (int64_t)(left / shard_bytes) / (engine->n_workers * engine->tp);
+    engine->device_blocks =
+        blocks_from(engine->options->kv_device, shard_bytes, wanted < most ? wanted : most);
     if (engine->device_blocks < 1) {
         (void)snprintf(error, GGUF_ERROR_LENGTH,
                        "--kv-device: room for no block; one has %zu bytes", shard_bytes);

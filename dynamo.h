@@ -261,9 +261,7 @@ void kv_destroy(struct kv *kv);
 /* The longest cached prefix: nodes of full blocks equal to tokens[0, 16), [16, 32), …, at most
  * max_blocks of them. Returns their number. Nothing is pinned. */
 int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes);
-/* Blocks that kv_new or kv_fetch could take on `worker` now, one by one. */
-int kv_available(const struct kv *kv, int worker);
-/* Blocks that could be taken there sooner or later, if all unpinned ones are written back. */
+/* Blocks that could be taken on `worker` sooner or later, if all unpinned ones are paged out. */
 int kv_reclaimable(const struct kv *kv, int worker);
 /* A private node with a pinned, writable copy on worker; -1: nothing is available. */
 int kv_new(struct kv *kv, int worker);
@@ -285,9 +283,11 @@ int kv_register(struct kv *kv, int node, int parent, const int *tokens);
  */
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
-/* The cleaner: orders page-outs until the coldest `demand` blocks of worker (or the watermark's
- * number) could be reused at once. */
-void kv_clean(struct kv *kv, int worker, int demand);
+/* Makes n slots of a worker free: drops the coldest copies of what is also elsewhere (without a
+ * host tier: any). False: not yet; page-outs are on their way, after which it will be true. */
+bool kv_make_room(struct kv *kv, int worker, int n);
+/* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
+void kv_clean(struct kv *kv, int worker);
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);

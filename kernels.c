@@ -29,8 +29,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
@@ -49,6 +53,7 @@ enum {
     Q8_BLOCK = 32,        /* k that share a scale */
     SPINS = 3000,         /* pauses (about 50 us) before an idle helper sleeps */
     YIELD_SPINS = 20000,  /* pauses before a waiting thread suspects that it is in the way */
+    HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
     MAX_COPY_DELAY = 2000 /* microseconds */
 };
 enum { Q8_PANEL_BYTES = PANEL * (2 + Q8_BLOCK), MAX_SLOTS = MAX_WORKERS * MAX_SHARDS };
@@ -62,6 +67,7 @@ typedef int32_t ivec __attribute__((vector_size(64)));
 typedef float vec_any __attribute__((vector_size(64), aligned(4), may_alias)); /* unaligned */
 typedef int32_t ivec_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t half_vec __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int16_t short_vec __attribute__((vector_size(32)));
 typedef int8_t byte_vec __attribute__((vector_size(16), aligned(1), may_alias));
 
 INLINE vec load(const float *from) {
@@ -136,11 +142,25 @@ INLINE vec widen_bf16(const uint16_t *from) {
     return (vec)(__builtin_convertvector(*(const half_vec *)from, ivec) << 16);
 }
 
-/* Exact for all but infinities and NaN, which no weight has. */
+/* One instruction where there is one: compilers take the general forms apart. Both are exact, but
+ * for infinities and NaN, which no weight is. */
 INLINE vec widen_f16(const uint16_t *from) {
+#ifdef __AVX512F__
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#else
     ivec bits = __builtin_convertvector(*(const half_vec *)from, ivec);
     vec magnitude = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
     return (vec)((ivec)magnitude | ((bits & 0x8000) << 16));
+#endif
+}
+
+INLINE vec widen_int8(const char *from) {
+#ifdef __AVX512F__
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+#else
+    short_vec half = __builtin_convertvector(*(const byte_vec *)(const void *)from, short_vec);
+    return __builtin_convertvector(__builtin_convertvector(half, ivec), vec);
+#endif
 }
 
 static uint16_t to_bf16(float value) { /* to nearest, ties to even */
@@ -151,19 +171,23 @@ static uint16_t to_bf16(float value) { /* to nearest, ties to even */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Four rounds of interleaving row i with row i + 8 transpose a 16 x 16 matrix. */
-INLINE void transpose(vec rows[LANES]) {
-    for (int round = 0; round < 4; round++) {
-        vec next[LANES];
-        for (int i = 0; i < 8; i++) {
-            vec a = rows[i], b = rows[i + 8];
-            next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
-                                                  22, 7, 23);
-            next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28,
-                                                      13, 29, 14, 30, 15, 31);
-        }
-        memcpy(rows, next, sizeof next);
+INLINE void interleave(const vec from[LANES], vec to[LANES]) { /* row i with row i + 8 */
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        vec a = from[i], b = from[i + 8];
+        to[2 * i] =
+            __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        to[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                                14, 30, 15, 31);
     }
+}
+
+INLINE void transpose(vec rows[LANES]) { /* four rounds turn a 16 x 16 matrix */
+    vec next[LANES];
+    interleave(rows, next);
+    interleave(next, rows);
+    interleave(rows, next);
+    interleave(next, rows);
 }
 
 static size_t round_up(size_t value, size_t unit) {
@@ -414,8 +438,7 @@ INLINE void load_weights(enum tensor_type type, const char *panel, int k, const 
             out[i] = widen_f16((const uint16_t *)(const void *)panel + at + i * LANES);
         } else {
             const char *bytes = q8_block(panel, k) + 2 * PANEL + k % Q8_BLOCK * PANEL;
-            ivec whole = __builtin_convertvector(*(const byte_vec *)(bytes + i * LANES), ivec);
-            out[i] = __builtin_convertvector(whole, vec) * scale[i];
+            out[i] = widen_int8(bytes + i * LANES) * scale[i];
         }
     }
 }
@@ -1084,6 +1107,14 @@ INLINE vec load_kv(const struct cpu_device *device, size_t at, int n) {
     return widen_bf16(bits);
 }
 
+/* Planes lie a block apart, too short for the hardware to see what is wanted next. */
+INLINE void prefetch_plane(const struct cpu_device *device, size_t at) {
+    size_t element = kv_element_bytes(device->device.kv_type);
+    size_t bytes = BLOCK_TOKENS * (size_t)device->device.config->head_dim * element;
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const char *)device->device.kv + at * element + i);
+}
+
 /* Brings tokens [start, start + n) of a head from their blocks into a panel of keys [dim][64] and
  * panels of values [dim / 64][token][64]. What lies beyond the last token may be anything. */
 static void gather(const struct attention_job *job, const int *table, int head, int start, int n,
@@ -1097,17 +1128,24 @@ static void gather(const struct attention_job *job, const int *table, int head, 
         int tokens = n - first < BLOCK_TOKENS ? n - first : BLOCK_TOKENS;
         size_t key = kv_offset(device, slot, job->layer, 0, head, 0);
         size_t value = kv_offset(device, slot, job->layer, 1, head, 0);
+        prefetch_plane(device, value);
+        if (first + BLOCK_TOKENS < n) {
+            int next = table[(start + first) / BLOCK_TOKENS + 1];
+            prefetch_plane(device, kv_offset(device, next, job->layer, 0, head, 0));
+        }
         for (int at = 0; at < dim; at += LANES) {
-            vec rows[LANES] = {{0}};
-            for (int i = 0; i < tokens; i++) {
-                size_t offset = (size_t)(i * dim + at);
-                rows[i] = load_kv(device, key + offset, dim - at);
-                store(scratch->value[at / PANEL] + (first + i) * PANEL + at % PANEL,
-                      load_kv(device, value + offset, dim - at));
+            vec rows[LANES];
+            for (int i = 0; i < LANES; i++) {
+                int token = i < tokens ? i : 0; /* the block may end here */
+                rows[i] = load_kv(device, key + (size_t)(token * dim + at), dim - at);
             }
             transpose(rows);
             for (int i = 0; i < LANES; i++)
                 store(scratch->key + (at + i) * PANEL + first, rows[i]);
+            float *values = scratch->value[at / PANEL] + first * PANEL + at % PANEL;
+            for (int i = 0; i < tokens; i++)
+                store(values + i * PANEL,
+                      load_kv(device, value + (size_t)(i * dim + at), dim - at));
         }
     }
 }
@@ -1177,7 +1215,7 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
     const struct sequence *sequence = &batch->sequence[which];
     int first = (index - device->first_tile[which]) * QUERIES;
     int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
-    int position[QUERIES];
+    int position[QUERIES] = {0};
     size_t at[QUERIES];
     struct softmax state[QUERIES];
     float scale = 1.0f / sqrtf((float)dim);
@@ -1294,11 +1332,13 @@ static int keep_top(const struct sampling *sampling, const float *scaled, float 
     bool by_count = sampling->top_k > 0 && sampling->top_k < n;
     double total = sum_of_weights(scaled, n, max);
     /* tokens this improbable make up less than what top_p leaves out, all together */
-    double least = by_count ? -1.0 : 0.5 * (1.0 - (double)sampling->top_p) * total / n;
+    double share = 0.5 * (1.0 - (double)sampling->top_p) * total / n;
+    float least = by_count || share <= 0.0 ? -FLT_MAX : max + (float)log(share);
     int count = 0;
-    for (int i = 0; i < n; i++)
-        if (least < 0.0 || weight_of(scaled[i], max) >= least)
-            list[count++] = i;
+    for (int i = 0; i < n; i++) {
+        list[count] = i;
+        count += scaled[i] >= least;
+    }
     for (int i = count / 2 - 1; i >= 0; i--)
         sift_down(scaled, list, count, i);
     int limit = by_count ? sampling->top_k : count, kept = 0;
@@ -1429,7 +1469,12 @@ static size_t cpu_free_memory(struct device *device, bool pinned) {
 static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
     if (bytes > cpu_free_memory(device, pinned))
         return NULL;
-    return aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+    if (bytes < HUGE_PAGE)
+        return aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+    void *memory = aligned_alloc(HUGE_PAGE, round_up(bytes, HUGE_PAGE));
+    if (memory)
+        madvise(memory, round_up(bytes, HUGE_PAGE), MADV_HUGEPAGE);
+    return memory;
 }
 
 static void cpu_release(struct device *device, void *memory, bool pinned) {

@@ -1,28 +1,29 @@
 /* kvcache.c: where each KV block is, and which block makes room for another.
  *
- * Owns the slots of every place (each worker's device memory, and the host's), the tree of blocks
+ * Owns the slots of every place (each worker's device memory, and the host's), the index of blocks
  * that can be found again by content, and the LRU order. Refuses to touch memory: it deals in slot
  * numbers, and what is to be moved leaves as copy orders that somebody else carries out.
  *
  * A *node* is the content of one block. It has a *copy* at some of the places. A copy is
- *     KV_RESERVED   a slot without content, waiting for a copy to be ordered
+ *     KV_RESERVED   a slot without content; its copy is not ordered yet, or has failed
  *     KV_ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
- *     KV_VALID      complete. With pins it is in use; while `reads` copies are made from it, it
- * stays A private node belongs to one request. A registered node is in the tree: its name is the
- * hash of its parent's name and its own 16 tokens, and a hit compares parent and tokens, so that
- * two different texts with one hash stay two texts. Unpinned copies of registered nodes are on the
- * LRU list of their place (the words of virtual memory: cached; clean if another valid copy exists,
- * else dirty); unpinned copies of private nodes are freed, unless their owner keeps them.
+ *     KV_VALID      complete. With pins it is in use; with `reads`, copies are being made from it
+ * A private node belongs to one request. A registered node is in the index: it is found by its
+ * parent and its own 16 tokens, through a chained hash, but compared in full, so that two texts
+ * with one hash stay two texts. Unpinned copies of registered nodes are on the LRU list of their
+ * place (in the words of virtual memory: cached; clean if another valid copy exists, else dirty);
+ * unpinned copies of private nodes are freed, unless their owner keeps them.
  *
- * Every change to a node goes through begin_change / end_change: end_change looks at what the node
- * has become and puts each copy where it belongs (on a list, or back among the free slots). So no
- * caller can forget a list, and the rules stand in one function.
+ * Whoever changes a node calls `settle` in the end, which puts each of its copies where it now
+ * belongs: on a list, or back among the free slots. So the rules stand in one function.
  *
- * Invariants (kv_check counts them anew):
- *   - every registered node has a valid copy somewhere, and its parent is registered;
+ * Invariants (test/invariants.h counts them anew):
+ *   - every registered node has a valid copy somewhere;
  *   - a slot is free or belongs to exactly one copy; in-flight copies = reads = orders not ended;
  *   - a request pins the whole path of its blocks on its worker, last block released first, so a
- *     child is always colder than its parent, and leaves go first.
+ *     child is colder than its parent and leaves go first. Should a parent go before its child,
+ *     the child cannot be found any more (a parent's serial number is never used again), and LRU
+ *     takes it in its turn.
  * Chained hashing of full blocks as in vLLM (Kwon et al., "PagedAttention", SOSP 2023).
  * Read next: scheduler.c, the only caller. */
 #include "dynamo.h"
@@ -49,11 +50,10 @@ struct copy {
 };
 
 struct node {
-    bool used, registered;
     int *keeper; /* private and kept while unpinned: set to -1 when the last copy is lost */
-    int parent, first_child, next_sibling, previous_sibling;
     int next_in_bucket;
-    uint64_t hash;
+    uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
+    uint64_t hash;           /* of all tokens up to the end of the block */
     int tokens[BLOCK_TOKENS];
 };
 
@@ -65,20 +65,22 @@ struct place {
     int n_slots, n_free;
     int *free_slots; /* (n_free) */
     struct lru lists[N_LISTS];
-    int n_clean; /* devices: listed copies that could be dropped at once */
-    int n_arriving;
-    struct kv_copy_order *orders; /* ring (capacity of all slots) for this worker to carry out */
+    struct kv_copy_order *orders; /* ring (n_nodes) of copies for this worker to carry out */
     int first_order, n_orders;
 };
 
 struct kv {
     int n_places, host; /* host == n_places - 1 */
     enum kv_policy policy;
-    int n_nodes, n_free_nodes, n_buckets;
-    struct node *nodes;  /* (n_nodes) */
-    struct copy *copies; /* (n_nodes, n_places) */
-    int *free_nodes;     /* (n_free_nodes) */
-    int *buckets;        /* (n_buckets) first node of each chain; a power of two */
+    int n_nodes, n_buckets;
+    int first_free; /* free nodes are chained by next_in_bucket */
+    int n_spare;    /* duplicates on the host that the cleaners may need */
+    uint64_t last_serial;
+    struct node *nodes;           /* (n_nodes): as many as slots, so a slot is never without one */
+    struct copy *copies;          /* (n_nodes, n_places) */
+    int *buckets;                 /* (n_buckets) first node of each chain; a power of two */
+    int *slots;                   /* (n_nodes) the places' free_slots, one after another */
+    struct kv_copy_order *orders; /* (n_places, n_nodes) the places' orders */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
@@ -89,67 +91,85 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) {
 
 static int count_valid(const struct kv *kv, int node) {
     int n = 0;
-    for (int place = 0; place < kv->n_places; place++) {
+    for (int place = 0; place < kv->n_places; place++)
         n += copy_at(kv, node, place)->state == KV_VALID;
-    }
     return n;
+}
+
+/* Whether a copy is still to be ordered, or ordered again: a source must stay. */
+static bool is_awaited(const struct kv *kv, int node) {
+    bool awaited = false;
+    for (int place = 0; place < kv->n_places; place++) {
+        const struct copy *copy = copy_at(kv, node, place);
+        awaited = awaited || (copy->state == KV_RESERVED && copy->pins > 0);
+    }
+    return awaited;
 }
 
 /* ---- decisions: change these to try another policy ---- */
 
 /* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
 static int choose_source(const struct kv *kv, int node) {
-    for (int place = 0; place < kv->n_places; place++) {
-        if (copy_at(kv, node, place)->state == KV_VALID) {
+    for (int place = 0; place < kv->n_places; place++)
+        if (copy_at(kv, node, place)->state == KV_VALID)
             return place;
-        }
-    }
     return NONE;
 }
 
-/* Which block leaves a device: the coldest of which another copy exists. */
-static int choose_device_victim(const struct kv *kv, int worker) {
-    int node = kv->places[worker].lists[MAIN].oldest;
-    while (node != NONE && (copy_at(kv, node, worker)->reads > 0 || count_valid(kv, node) < 2)) {
-        node = copy_at(kv, node, worker)->newer;
-    }
+/* Which block leaves a place: the coldest of which another copy exists, or, if blocks may be lost,
+ * the coldest. */
+static int choose_victim(const struct kv *kv, int place, enum list_kind kind, bool may_lose) {
+    int node = kv->places[place].lists[kind].oldest;
+    while (node != NONE && (copy_at(kv, node, place)->reads > 0 || is_awaited(kv, node) ||
+                            (count_valid(kv, node) < 2 && !may_lose)))
+        node = copy_at(kv, node, place)->newer;
     return node;
 }
 
 /* ---- lists and slots ---- */
 
-static void lru_remove(struct kv *kv, int node, int place) {
+/* Moves a copy to the newest end of a list of its place, or to none. */
+static void list_move(struct kv *kv, int node, int place, enum list_kind kind) {
     struct copy *copy = copy_at(kv, node, place);
     struct lru *list = &kv->places[place].lists[copy->list];
-    *(copy->newer == NONE ? &list->newest : &copy_at(kv, copy->newer, place)->older) = copy->older;
-    *(copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer) = copy->newer;
-    list->length--;
-    copy->list = UNLISTED;
+    if (copy->list != UNLISTED) {
+        int *above = copy->newer == NONE ? &list->newest : &copy_at(kv, copy->newer, place)->older;
+        int *below = copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer;
+        *above = copy->older;
+        *below = copy->newer;
+        list->length--;
+    }
+    list = &kv->places[place].lists[kind];
+    copy->list = kind;
+    if (kind != UNLISTED) {
+        copy->newer = NONE;
+        copy->older = list->newest;
+        *(copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer) = node;
+        list->newest = node;
+        list->length++;
+    }
 }
 
-static void lru_push(struct kv *kv, int node, int place, enum list_kind kind) {
-    struct copy *copy = copy_at(kv, node, place);
-    struct lru *list = &kv->places[place].lists[kind];
-    copy->list = kind;
-    copy->newer = NONE;
-    copy->older = list->newest;
-    *(list->newest == NONE ? &list->oldest : &copy_at(kv, list->newest, place)->newer) = node;
-    list->newest = node;
-    list->length++;
+/* Gives a node a slot at a place, with one pin. False: none is free. */
+static bool occupy(struct kv *kv, int node, int place, enum kv_state state) {
+    struct place *at = &kv->places[place];
+    if (at->n_free == 0)
+        return false;
+    int slot = at->free_slots[--at->n_free];
+    *copy_at(kv, node, place) = (struct copy){.state = state, .slot = slot, .pins = 1};
+    return true;
 }
 
 static void free_slot(struct kv *kv, int node, int place) {
     struct copy *copy = copy_at(kv, node, place);
     struct place *at = &kv->places[place];
     assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
-    if (copy->list != UNLISTED) {
-        lru_remove(kv, node, place);
-    }
+    list_move(kv, node, place, UNLISTED);
     at->free_slots[at->n_free++] = copy->slot;
     *copy = (struct copy){.state = KV_ABSENT};
 }
 
-/* ---- the tree ---- */
+/* ---- the index ---- */
 
 /* Mixes one value into a chained hash (the finalizer of SplitMix64, Steele et al. 2014). */
 static uint64_t mix(uint64_t hash, uint64_t value) {
@@ -159,11 +179,9 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     return hash ^ (hash >> 31);
 }
 
-static uint64_t block_hash(const struct kv *kv, int parent, const int *tokens) {
-    uint64_t hash = parent == NONE ? 0 : kv->nodes[parent].hash;
-    for (int i = 0; i < BLOCK_TOKENS; i++) {
+static uint64_t block_hash(uint64_t hash, const int *tokens) {
+    for (int i = 0; i < BLOCK_TOKENS; i++)
         hash = mix(hash, (uint64_t)tokens[i]);
-    }
     return hash;
 }
 
@@ -171,217 +189,84 @@ static int *bucket_of(const struct kv *kv, uint64_t hash) {
     return &kv->buckets[hash & (uint64_t)(kv->n_buckets - 1)];
 }
 
-static int find_child(const struct kv *kv, int parent, const int *tokens, uint64_t hash) {
+static int find_child(const struct kv *kv, uint64_t parent, uint64_t hash, const int *tokens) {
     int id = *bucket_of(kv, hash);
     while (id != NONE) {
         const struct node *node = &kv->nodes[id];
         if (node->parent == parent && node->hash == hash &&
-            memcmp(node->tokens, tokens, sizeof node->tokens) == 0) {
+            memcmp(node->tokens, tokens, sizeof node->tokens) == 0)
             break;
-        }
         id = node->next_in_bucket;
     }
     return id;
 }
 
-static void tree_insert(struct kv *kv, int id, int parent, const int *tokens, uint64_t hash) {
-    struct node *node = &kv->nodes[id];
-    node->registered = true;
-    node->hash = hash;
-    node->parent = parent;
-    memcpy(node->tokens, tokens, sizeof node->tokens);
-    node->next_in_bucket = *bucket_of(kv, hash);
-    *bucket_of(kv, hash) = id;
-    if (parent != NONE) {
-        node->next_sibling = kv->nodes[parent].first_child;
-        if (node->next_sibling != NONE) {
-            kv->nodes[node->next_sibling].previous_sibling = id;
-        }
-        kv->nodes[parent].first_child = id;
-    }
-}
-
-static void tree_remove(struct kv *kv, int id) {
-    struct node *node = &kv->nodes[id];
-    assert(node->first_child == NONE); /* or its children could never be found again */
-    int *link = bucket_of(kv, node->hash);
-    while (*link != id) {
-        link = &kv->nodes[*link].next_in_bucket;
-    }
-    *link = node->next_in_bucket;
-    if (node->next_sibling != NONE) {
-        kv->nodes[node->next_sibling].previous_sibling = node->previous_sibling;
-    }
-    if (node->previous_sibling != NONE) {
-        kv->nodes[node->previous_sibling].next_sibling = node->next_sibling;
-    } else if (node->parent != NONE) {
-        kv->nodes[node->parent].first_child = node->next_sibling;
-    }
-    node->registered = false;
-}
-
 /* ---- changing a node ---- */
-
-static bool is_clean(const struct kv *kv, int node, int place) {
-    const struct copy *copy = copy_at(kv, node, place);
-    return copy->list != UNLISTED && copy->reads == 0 && count_valid(kv, node) >= 2;
-}
-
-static void begin_change(struct kv *kv, int node) {
-    assert(kv->nodes[node].used);
-    for (int worker = 0; worker < kv->host; worker++) {
-        kv->places[worker].n_clean -= is_clean(kv, node, worker);
-    }
-}
 
 static void free_node(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
-    if (node->registered) {
-        tree_remove(kv, id);
-        kv->stats.lost++;
+    kv->stats.lost += node->serial || node->keeper;
+    if (node->serial) {
+        int *link = bucket_of(kv, node->hash);
+        while (*link != id)
+            link = &kv->nodes[*link].next_in_bucket;
+        *link = node->next_in_bucket;
     }
-    if (node->keeper) {
+    if (node->keeper)
         *node->keeper = NONE;
-        node->keeper = NULL;
-        kv->stats.lost++;
-    }
-    node->used = false;
-    kv->free_nodes[kv->n_free_nodes++] = id;
+    *node = (struct node){.next_in_bucket = kv->first_free};
+    kv->first_free = id;
 }
 
 /* Puts each copy of a changed node where it now belongs; frees a node without copies. */
-static void end_change(struct kv *kv, int id) {
+static void settle(struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
-    bool cached = node->registered || node->keeper;
+    bool cached = node->serial || node->keeper, awaited = is_awaited(kv, id);
     int n_copies = 0;
     for (int place = 0; place < kv->n_places; place++) {
-        struct copy *copy = copy_at(kv, id, place);
+        const struct copy *copy = copy_at(kv, id, place);
         bool idle = copy->pins == 0 && copy->reads == 0;
-        if (idle && (copy->state == KV_RESERVED || (copy->state == KV_VALID && !cached))) {
+        bool useless = copy->state == KV_VALID && !cached && !awaited;
+        if (idle && (copy->state == KV_RESERVED || useless))
             free_slot(kv, id, place);
-        }
         n_copies += copy->state != KV_ABSENT;
     }
     bool duplicate = count_valid(kv, id) >= 2;
     for (int place = 0; place < kv->n_places; place++) {
-        struct copy *copy = copy_at(kv, id, place);
+        const struct copy *copy = copy_at(kv, id, place);
         enum list_kind kind = UNLISTED;
-        if (copy->state == KV_VALID && copy->pins == 0 && cached) {
+        if (copy->state == KV_VALID && copy->pins == 0 && cached)
             kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
-        }
-        if (copy->list != kind && copy->list != UNLISTED) {
-            lru_remove(kv, id, place);
-        }
-        if (copy->list != kind) {
-            lru_push(kv, id, place, kind);
-        }
-        if (place != kv->host) {
-            kv->places[place].n_clean += is_clean(kv, id, place);
-        }
+        if (copy->list != kind)
+            list_move(kv, id, place, kind);
     }
-    if (n_copies == 0) {
+    if (n_copies == 0)
         free_node(kv, id);
-    }
-}
-
-static void drop_copy(struct kv *kv, int node, int place) {
-    begin_change(kv, node);
-    free_slot(kv, node, place);
-    *(place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
-    end_change(kv, node);
 }
 
 /* ---- making room ---- */
 
-static bool is_idle(const struct kv *kv, int node) {
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, node, place);
-        if (copy->state != KV_ABSENT &&
-            (copy->state != KV_VALID || copy->pins > 0 || copy->reads > 0)) {
+/* Frees slots of a place until there are n; see choose_victim. */
+static bool drop_coldest(struct kv *kv, int place, enum list_kind kind, bool may_lose, int n) {
+    while (kv->places[place].n_free < n) {
+        int victim = choose_victim(kv, place, kind, may_lose);
+        if (victim == NONE)
             return false;
-        }
+        free_slot(kv, victim, place);
+        *(place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
+        settle(kv, victim);
     }
     return true;
 }
 
-/* The node after `node` in a walk over all descendants of `top`, parents first; NONE: the end. */
-static int next_below(const struct kv *kv, int node, int top) {
-    if (kv->nodes[node].first_child != NONE) {
-        return kv->nodes[node].first_child;
-    }
-    while (node != top && kv->nodes[node].next_sibling == NONE) {
-        node = kv->nodes[node].parent;
-    }
-    return node == top ? NONE : kv->nodes[node].next_sibling;
-}
-
-/* Drops the last copy of a block for good, and with it what could not be found without it (as a
- * rule nothing: children are colder, and gone before). False: something there is in use. */
-static bool drop_subtree(struct kv *kv, int top) {
-    for (int node = top; node != NONE; node = next_below(kv, node, top)) {
-        if (!is_idle(kv, node)) {
-            return false;
-        }
-    }
-    int node = top;
-    for (;;) {
-        while (kv->nodes[node].first_child != NONE) {
-            node = kv->nodes[node].first_child;
-        }
-        int parent = kv->nodes[node].parent;
-        for (int place = 0; place < kv->n_places && kv->nodes[node].used; place++) {
-            if (copy_at(kv, node, place)->state == KV_VALID) {
-                drop_copy(kv, node, place);
-            }
-        }
-        if (node == top) {
-            return true;
-        }
-        node = parent;
-    }
-}
-
-/* Drops the coldest blocks of a list until a slot of the place is free. */
-static bool drop_coldest(struct kv *kv, int place, enum list_kind kind) {
-    int node = kv->places[place].lists[kind].oldest;
-    while (node != NONE && kv->places[place].n_free == 0) {
-        int newer = copy_at(kv, node, place)->newer;
-        if (copy_at(kv, node, place)->reads > 0) {
-            node = newer;
-        } else if (count_valid(kv, node) >= 2) {
-            drop_copy(kv, node, place);
-        } else if (!drop_subtree(kv, node)) {
-            node = newer;
-        }
-    }
-    return kv->places[place].n_free > 0;
-}
-
-/* A free slot; room is made if there is a block that can go at once. NONE: not now. */
-static int take_slot(struct kv *kv, int place) {
-    struct place *at = &kv->places[place];
-    if (at->n_free == 0 && place == kv->host) {
-        (void)(drop_coldest(kv, place, DUPLICATES) || drop_coldest(kv, place, MAIN));
-    } else if (at->n_free == 0) {
-        int victim = choose_device_victim(kv, place);
-        if (victim != NONE) {
-            drop_copy(kv, victim, place);
-        } else if (kv->places[kv->host].n_slots == 0) {
-            (void)drop_coldest(kv, place, MAIN);
-        }
-    }
-    return at->n_free > 0 ? at->free_slots[--at->n_free] : NONE;
-}
-
-/* Gives `node` a slot at `place`, with one pin. The caller brackets the change. */
-static bool occupy(struct kv *kv, int node, int place, enum kv_state state) {
-    int slot = take_slot(kv, place);
-    if (slot == NONE) {
-        return false;
-    }
-    struct copy *copy = copy_at(kv, node, place);
-    *copy = (struct copy){state, UNLISTED, slot, 1, 0, NONE, NONE};
-    return true;
+/* A free slot on the host. The first to go are duplicates, except as many as the cleaners need:
+ * if they took each other's, blocks would go to and fro for ever. */
+static bool make_host_room(struct kv *kv, bool urgent) {
+    const struct place *host = &kv->places[kv->host];
+    bool many = host->lists[DUPLICATES].length > kv->n_spare;
+    return (many && drop_coldest(kv, kv->host, DUPLICATES, false, 1)) ||
+           drop_coldest(kv, kv->host, MAIN, true, 1) ||
+           (urgent && drop_coldest(kv, kv->host, DUPLICATES, false, 1));
 }
 
 /* Orders a copy between two places of a node; `to` must be KV_RESERVED. */
@@ -391,229 +276,230 @@ static void order_copy(struct kv *kv, int node, int from, int to) {
     struct place *at = &kv->places[worker];
     assert(source->state == KV_VALID && target->state == KV_RESERVED);
     target->state = KV_ARRIVING;
-    kv->places[to].n_arriving++;
     source->reads++;
     int last = (at->first_order + at->n_orders++) % kv->n_nodes;
     at->orders[last] = (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
 }
 
 /* Orders a copy of a device's block to host. False: the host has no room for it now. */
-static bool page_out(struct kv *kv, int node, int worker) {
-    struct copy *source = copy_at(kv, node, worker);
-    begin_change(kv, node);
-    source->reads++; /* or making room on the host could drop this very block */
-    bool ok = occupy(kv, node, kv->host, KV_RESERVED);
-    source->reads--;
-    if (ok) {
-        order_copy(kv, node, worker, kv->host);
-        copy_at(kv, node, kv->host)->pins = 0;
+static bool page_out(struct kv *kv, int node, int worker, bool urgent) {
+    if (!make_host_room(kv, urgent) || !occupy(kv, node, kv->host, KV_RESERVED))
+        return false;
+    order_copy(kv, node, worker, kv->host);
+    copy_at(kv, node, kv->host)->pins = 0;
+    settle(kv, node);
+    return true;
+}
+
+static bool is_dirty(const struct kv *kv, int node, int worker) {
+    return count_valid(kv, node) < 2 && copy_at(kv, node, worker)->reads == 0;
+}
+
+/* Orders page-outs of the coldest blocks until, when they have ended, n can be reused at once. */
+static void page_out_coldest(struct kv *kv, int worker, bool urgent, int n) {
+    int n_ready = kv->places[worker].n_free;
+    int node = kv->places[worker].lists[MAIN].oldest;
+    for (; node != NONE && n_ready < n; node = copy_at(kv, node, worker)->newer) {
+        if (is_dirty(kv, node, worker) && !page_out(kv, node, worker, urgent))
+            return; /* the host's blocks are all on their way: their end will be heard of */
+        n_ready++;
     }
-    end_change(kv, node);
-    return ok;
 }
 
 /* ---- the public functions: see dynamo.h ---- */
 
-static void *array(size_t n, size_t bytes) {
-    return calloc(n ? n : 1, bytes);
+static bool allocate(struct kv *kv) {
+    size_t n_nodes = (size_t)kv->n_nodes, n_places = (size_t)kv->n_places;
+    kv->nodes = calloc(n_nodes, sizeof *kv->nodes);
+    kv->copies = calloc(n_nodes * n_places, sizeof *kv->copies);
+    kv->buckets = calloc((size_t)kv->n_buckets, sizeof *kv->buckets);
+    kv->slots = calloc(n_nodes, sizeof *kv->slots);
+    kv->orders = calloc(n_nodes * n_places, sizeof *kv->orders);
+    return kv->nodes && kv->copies && kv->buckets && kv->slots && kv->orders;
 }
 
-static bool place_create(struct place *place, int n_slots, int n_all) {
-    place->n_slots = place->n_free = n_slots;
-    place->free_slots = array((size_t)n_slots, sizeof(int));
-    place->orders = array((size_t)n_all, sizeof *place->orders);
-    if (!place->free_slots || !place->orders) {
-        return false;
-    }
-    for (int i = 0; i < n_slots; i++) {
-        place->free_slots[i] = n_slots - 1 - i; /* slot 0 is taken first */
-    }
-    for (int i = 0; i < N_LISTS; i++) {
+static int watermark(const struct place *place, int most) {
+    int share = place->n_slots / CLEAN_SHARE;
+    return share < most ? share : most;
+}
+
+/* Sets up place number `index`, whose slots begin at `first` of all slots. */
+static void place_create(struct kv *kv, int index, int first) {
+    struct place *place = &kv->places[index];
+    place->free_slots = kv->slots + first;
+    place->orders = kv->orders + (size_t)index * (size_t)kv->n_nodes;
+    for (int i = 0; i < place->n_slots; i++)
+        place->free_slots[i] = place->n_slots - 1 - i; /* slot 0 is taken first */
+    place->n_free = place->n_slots;
+    for (int i = 0; i < N_LISTS; i++)
         place->lists[i] = (struct lru){NONE, NONE, 0};
-    }
-    return true;
-}
-
-struct kv *kv_create(const struct kv_config *config) {
-    struct kv *kv = calloc(1, sizeof *kv);
-    if (!kv) {
-        return NULL;
-    }
-    kv->host = config->n_workers;
-    kv->n_places = config->n_workers + 1;
-    kv->policy = config->policy;
-    kv->n_nodes = config->host_blocks;
-    for (int i = 0; i < config->n_workers; i++) {
-        kv->n_nodes += config->device_blocks[i];
-    }
-    for (kv->n_buckets = 16; kv->n_buckets < kv->n_nodes;) {
-        kv->n_buckets *= 2;
-    }
-    size_t n_nodes = (size_t)kv->n_nodes;
-    kv->nodes = array(n_nodes, sizeof *kv->nodes);
-    kv->copies = array(n_nodes * (size_t)kv->n_places, sizeof *kv->copies);
-    kv->free_nodes = array(n_nodes, sizeof *kv->free_nodes);
-    kv->buckets = array((size_t)kv->n_buckets, sizeof *kv->buckets);
-    bool ok = kv->nodes && kv->copies && kv->free_nodes && kv->buckets;
-    for (int i = 0; i < kv->n_places; i++) {
-        int n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
-        ok = place_create(&kv->places[i], n_slots, kv->n_nodes) && ok;
-    }
-    if (!ok) {
-        kv_destroy(kv);
-        return NULL;
-    }
-    for (int i = kv->n_nodes - 1; i >= 0; i--) {
-        kv->free_nodes[kv->n_free_nodes++] = i;
-    }
-    for (int i = 0; i < kv->n_buckets; i++) {
-        kv->buckets[i] = NONE;
-    }
-    return kv;
+    kv->n_spare += index == kv->host ? 0 : watermark(place, CLEAN_HIGH);
 }
 
 void kv_destroy(struct kv *kv) {
-    for (int i = 0; kv && i < kv->n_places; i++) {
-        free(kv->places[i].free_slots);
-        free(kv->places[i].orders);
-    }
     if (kv) {
         free(kv->nodes);
         free(kv->copies);
-        free(kv->free_nodes);
         free(kv->buckets);
+        free(kv->slots);
+        free(kv->orders);
     }
     free(kv);
 }
 
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes) {
-    int n = 0;
-    for (int parent = NONE; n < max_blocks; n++) {
-        const int *block = tokens + (size_t)n * BLOCK_TOKENS;
-        parent = find_child(kv, parent, block, block_hash(kv, parent, block));
-        if (parent == NONE) {
-            break;
-        }
-        nodes[n] = parent;
+struct kv *kv_create(const struct kv_config *config) {
+    struct kv *kv = calloc(1, sizeof *kv);
+    if (!kv)
+        return NULL;
+    kv->host = config->n_workers;
+    kv->n_places = config->n_workers + 1;
+    kv->policy = config->policy;
+    for (int i = 0; i < kv->n_places; i++) {
+        kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
+        kv->n_nodes += kv->places[i].n_slots;
     }
-    return n;
+    for (kv->n_buckets = 16; kv->n_buckets < kv->n_nodes;)
+        kv->n_buckets *= 2;
+    if (!allocate(kv)) {
+        kv_destroy(kv);
+        return NULL;
+    }
+    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots)
+        place_create(kv, i, first);
+    for (int i = 0; i < kv->n_nodes; i++)
+        kv->nodes[i].next_in_bucket = i + 1 < kv->n_nodes ? i + 1 : NONE;
+    for (int i = 0; i < kv->n_buckets; i++)
+        kv->buckets[i] = NONE;
+    return kv;
 }
 
-int kv_available(const struct kv *kv, int worker) {
-    const struct place *at = &kv->places[worker];
-    bool has_host = kv->places[kv->host].n_slots > 0;
-    return at->n_free + (has_host ? at->n_clean : at->lists[MAIN].length);
+int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes) {
+    uint64_t parent = 0, hash = 0;
+    int n = 0;
+    for (; n < max_blocks; n++) {
+        const int *block = tokens + (size_t)n * BLOCK_TOKENS;
+        hash = block_hash(hash, block);
+        nodes[n] = find_child(kv, parent, hash, block);
+        if (nodes[n] == NONE)
+            break;
+        parent = kv->nodes[nodes[n]].serial;
+    }
+    return n;
 }
 
 int kv_reclaimable(const struct kv *kv, int worker) {
     return kv->places[worker].n_free + kv->places[worker].lists[MAIN].length;
 }
 
-int kv_new(struct kv *kv, int worker) {
-    int slot = take_slot(kv, worker);
-    if (slot == NONE) {
-        return NONE;
+bool kv_make_room(struct kv *kv, int worker, int n) {
+    bool has_host = kv->places[kv->host].n_slots > 0;
+    if (drop_coldest(kv, worker, MAIN, !has_host, n))
+        return true;
+    if (has_host)
+        page_out_coldest(kv, worker, true, n);
+    return false;
+}
+
+void kv_clean(struct kv *kv, int worker) {
+    const struct place *at = &kv->places[worker];
+    int n_ready = at->n_free, low = watermark(at, CLEAN_LOW);
+    int node = at->lists[MAIN].oldest;
+    while (node != NONE && n_ready < low && !is_dirty(kv, node, worker)) {
+        node = copy_at(kv, node, worker)->newer;
+        n_ready++;
     }
-    int id = kv->free_nodes[--kv->n_free_nodes];
-    kv->nodes[id] = (struct node){.used = true,
-                                  .parent = NONE,
-                                  .first_child = NONE,
-                                  .next_sibling = NONE,
-                                  .previous_sibling = NONE,
-                                  .next_in_bucket = NONE};
-    *copy_at(kv, id, worker) = (struct copy){KV_VALID, UNLISTED, slot, 1, 0, NONE, NONE};
+    if (node != NONE && n_ready < low)
+        page_out_coldest(kv, worker, false, watermark(at, CLEAN_HIGH));
+}
+
+int kv_new(struct kv *kv, int worker) {
+    int id = kv->first_free;
+    if (id == NONE || !occupy(kv, id, worker, KV_VALID))
+        return NONE;
+    kv->first_free = kv->nodes[id].next_in_bucket;
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
     assert(copy_at(kv, node, worker)->state == KV_ABSENT);
-    begin_change(kv, node);
-    bool ok = occupy(kv, node, worker, KV_RESERVED);
-    end_change(kv, node);
-    return ok;
+    return occupy(kv, node, worker, KV_RESERVED);
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
     int from = choose_source(kv, node);
     if (copy_at(kv, node, worker)->state == KV_RESERVED && from != NONE) {
-        begin_change(kv, node);
         order_copy(kv, node, from, worker);
-        end_change(kv, node);
+        settle(kv, node);
     }
     return from != NONE;
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
     struct copy *copy = copy_at(kv, node, worker);
-    int from = choose_source(kv, node);
-    if (from == NONE) {
+    if (copy->state != KV_ABSENT) {
+        copy->pins++;
+        settle(kv, node);
+    } else if (choose_source(kv, node) == NONE || !occupy(kv, node, worker, KV_RESERVED)) {
         return false;
     }
-    begin_change(kv, node);
-    bool ok = true;
-    copy_at(kv, node, from)->reads++; /* or making room could drop the source */
-    if (copy->state == KV_ABSENT) {
-        ok = occupy(kv, node, worker, KV_RESERVED);
-    } else {
-        copy->pins++;
-    }
-    copy_at(kv, node, from)->reads--;
-    if (copy->state == KV_RESERVED) {
-        order_copy(kv, node, from, worker);
-    }
-    end_change(kv, node);
-    return ok;
+    return kv_send(kv, node, worker);
 }
 
 void kv_unpin(struct kv *kv, int node, int worker) {
     assert(copy_at(kv, node, worker)->pins > 0);
-    begin_change(kv, node);
     copy_at(kv, node, worker)->pins--;
-    end_change(kv, node);
+    settle(kv, node);
 }
 
 enum kv_state kv_state(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->state;
+    enum kv_state state = copy_at(kv, node, worker)->state;
+    for (int place = 0; place < kv->n_places && !kv->nodes[node].serial; place++)
+        if (state == KV_VALID && copy_at(kv, node, place)->reads > 0)
+            state = KV_ARRIVING; /* its owner must not write it while it is being copied */
+    return state;
 }
 
 int kv_slot(const struct kv *kv, int node, int worker) {
     return copy_at(kv, node, worker)->slot;
 }
 
-/* Moves the pins of a private node to the node that was registered first with its content. */
+/* Moves the pins of a private node to the node that was registered first with its content, and
+ * with them its slots where the other has none, or one that is still empty. */
 static void merge(struct kv *kv, int private, int winner) {
-    begin_change(kv, private);
-    begin_change(kv, winner);
     for (int place = 0; place < kv->n_places; place++) {
         struct copy *mine = copy_at(kv, private, place), *other = copy_at(kv, winner, place);
         assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->list == UNLISTED);
         bool better = mine->state == KV_VALID && other->state == KV_RESERVED;
         if (mine->state != KV_ABSENT && (other->state == KV_ABSENT || better)) {
             struct copy swapped = *other;
-            other->state = mine->state;
-            other->slot = mine->slot;
-            *mine = (struct copy){swapped.state, UNLISTED, swapped.slot, mine->pins, 0, NONE, NONE};
+            *other = (struct copy){.state = mine->state, .slot = mine->slot, .pins = other->pins};
+            *mine = (struct copy){.state = swapped.state, .slot = swapped.slot, .pins = mine->pins};
         }
         other->pins += mine->pins;
         mine->pins = 0;
     }
-    end_change(kv, winner);
-    end_change(kv, private);
+    settle(kv, winner);
+    settle(kv, private);
 }
 
-int kv_register(struct kv *kv, int node, int parent, const int *tokens) {
-    assert(!kv->nodes[node].registered && (parent == NONE || kv->nodes[parent].registered));
-    uint64_t hash = block_hash(kv, parent, tokens);
-    int winner = find_child(kv, parent, tokens, hash);
+int kv_register(struct kv *kv, int id, int parent, const int *tokens) {
+    struct node *node = &kv->nodes[id];
+    const struct node *before = parent == NONE ? NULL : &kv->nodes[parent];
+    assert(!node->serial && (!before || before->serial));
+    node->parent = before ? before->serial : 0;
+    node->hash = block_hash(before ? before->hash : 0, tokens);
+    int winner = find_child(kv, node->parent, node->hash, tokens);
     if (winner != NONE) {
-        merge(kv, node, winner);
+        merge(kv, id, winner);
         return winner;
     }
-    tree_insert(kv, node, parent, tokens, hash);
-    if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0) {
-        (void)page_out(kv, node, choose_source(kv, node));
-    }
-    return node;
+    node->serial = ++kv->last_serial;
+    memcpy(node->tokens, tokens, sizeof node->tokens);
+    node->next_in_bucket = *bucket_of(kv, node->hash);
+    *bucket_of(kv, node->hash) = id;
+    if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0)
+        (void)page_out(kv, id, choose_source(kv, id), true);
+    return id;
 }
 
 void kv_keep(struct kv *kv, int node, int *keeper) {
@@ -622,52 +508,15 @@ void kv_keep(struct kv *kv, int node, int *keeper) {
 }
 
 void kv_unkeep(struct kv *kv, int node) {
-    begin_change(kv, node);
     *kv->nodes[node].keeper = NONE;
     kv->nodes[node].keeper = NULL;
-    end_change(kv, node);
-}
-
-void kv_clean(struct kv *kv, int worker, int demand) {
-    struct place *at = &kv->places[worker];
-    int share = at->n_slots / CLEAN_SHARE;
-    int low = share < CLEAN_LOW ? share : CLEAN_LOW;
-    int goal = share < CLEAN_HIGH ? share : CLEAN_HIGH;
-    int ready = at->n_free;
-    bool cleaning = false;
-    goal = goal > demand ? goal : demand;
-    low = low > demand ? low : demand;
-    int node = kv->places[kv->host].n_slots > 0 ? at->lists[MAIN].oldest : NONE;
-    while (node != NONE && ready < goal) {
-        int newer = copy_at(kv, node, worker)->newer;
-        bool dirty = count_valid(kv, node) < 2 && copy_at(kv, node, worker)->reads == 0;
-        if (!dirty) {
-            ready++;
-            node = newer;
-            continue;
-        }
-        cleaning = cleaning || ready < low;
-        if (!cleaning) {
-            break;
-        }
-        if (page_out(kv, node, worker)) {
-            ready++;
-            node = newer;
-        } else if (ready < demand && kv->places[kv->host].n_arriving == 0 &&
-                   drop_subtree(kv, node)) {
-            node = at->lists[MAIN].oldest; /* what stood beside it may be gone too */
-            ready = at->n_free;
-        } else {
-            break;
-        }
-    }
+    settle(kv, node);
 }
 
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
-    if (at->n_orders == 0) {
+    if (at->n_orders == 0)
         return false;
-    }
     *order = at->orders[at->first_order];
     at->first_order = (at->first_order + 1) % kv->n_nodes;
     at->n_orders--;
@@ -678,17 +527,13 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     struct copy *source = copy_at(kv, order->node, order->from);
     struct copy *target = copy_at(kv, order->node, order->to);
     assert(target->state == KV_ARRIVING && source->reads > 0);
-    begin_change(kv, order->node);
     source->reads--;
     target->state = ok ? KV_VALID : KV_RESERVED;
-    kv->places[order->to].n_arriving--;
-    if (ok) {
-        int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
-                         : order->from == kv->host ? &kv->stats.pages_in
-                                                   : &kv->stats.transfers;
-        *count += 1;
-    }
-    end_change(kv, order->node);
+    int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
+                     : order->from == kv->host ? &kv->stats.pages_in
+                                               : &kv->stats.transfers;
+    *count += ok;
+    settle(kv, order->node);
 }
 
 int kv_pending(const struct kv *kv, int worker) {

@@ -45,8 +45,6 @@ struct list { /* of requests, oldest first */
 struct worker {
     struct step step;
     int n_admitted; /* requests that decode here, or will */
-    int n_stalled;  /* running requests that wait for a block */
-    int n_wanted;   /* blocks that the oldest waiting request lacks here */
 };
 
 struct sched {
@@ -76,9 +74,8 @@ static struct request *choose_request(const struct sched *s) {
 
 static int missing_blocks(const struct sched *s, const struct request *r, int n_hits, int worker) {
     int n = 0;
-    for (int i = 0; i < n_hits; i++) {
+    for (int i = 0; i < n_hits; i++)
         n += kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
-    }
     return n;
 }
 
@@ -86,13 +83,11 @@ static int missing_blocks(const struct sched *s, const struct request *r, int n_
 static int choose_decode_worker(const struct sched *s, const struct request *r, int n_hits) {
     int best = NONE, least = 0;
     for (int w = 0; w < s->config.kv.n_workers; w++) {
-        if (!s->config.decodes[w] || s->workers[w].n_admitted >= s->config.max_batch) {
+        if (!s->config.decodes[w] || s->workers[w].n_admitted >= s->config.max_batch)
             continue;
-        }
         int cost = missing_blocks(s, r, n_hits, w);
-        for (const struct request *other = s->admitted.first; other; other = other->next) {
+        for (const struct request *other = s->admitted.first; other; other = other->next)
             cost += other->decode_worker == w ? other->n_blocks : 0;
-        }
         if (best == NONE || cost < least) {
             best = w;
             least = cost;
@@ -108,9 +103,8 @@ static int prefill_left(const struct request *r) {
 
 static int prefill_backlog(const struct sched *s, int worker) {
     int tokens = 0;
-    for (const struct request *r = s->admitted.first; r; r = r->next) {
+    for (const struct request *r = s->admitted.first; r; r = r->next)
         tokens += r->prefill_worker == worker ? prefill_left(r) : 0;
-    }
     return tokens;
 }
 
@@ -118,9 +112,8 @@ static int prefill_backlog(const struct sched *s, int worker) {
 static int choose_prefill_worker(const struct sched *s, const struct request *r, int n_hits) {
     int best = NONE, least = 0;
     for (int w = 0; w < s->config.kv.n_workers; w++) {
-        if (!s->config.prefills[w]) {
+        if (!s->config.prefills[w])
             continue;
-        }
         int cost = prefill_backlog(s, w) + missing_blocks(s, r, n_hits, w);
         if (best == NONE || cost < least) {
             best = w;
@@ -141,11 +134,10 @@ static bool prefills_locally(const struct sched *s, const struct plan *plan, int
 }
 
 /* Which running request makes room: the youngest on that worker. */
-static struct request *choose_victim(const struct sched *s, int worker) {
+static struct request *choose_preempted(const struct sched *s, int worker) {
     struct request *r = s->admitted.last;
-    while (r && (r->state != REQUEST_RUNNING || r->decode_worker != worker)) {
+    while (r && (r->state != REQUEST_RUNNING || r->decode_worker != worker))
         r = r->previous;
-    }
     return r;
 }
 
@@ -159,9 +151,8 @@ static void list_remove(struct list *list, struct request *r) {
 
 static void list_insert(struct list *list, struct request *r) {
     struct request *before = list->last;
-    while (before && before->id > r->id) {
+    while (before && before->id > r->id)
         before = before->previous;
-    }
     r->previous = before;
     r->next = before ? before->next : list->first;
     *(r->previous ? &r->previous->next : &list->first) = r;
@@ -188,39 +179,38 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
     r->state = state;
     if (from != to) {
         list_remove(from, r);
-        if (to) {
+        if (to)
             list_insert(to, r);
-        }
     }
 }
 
 /* ---- blocks of a request ---- */
 
+static bool lacks_block(const struct request *r) { /* for the token that it computes next */
+    return r->state == REQUEST_RUNNING && r->n_blocks * BLOCK_TOKENS <= r->filled;
+}
+
 static void release_prefill_blocks(struct sched *s, struct request *r) {
-    while (r->n_prefill_blocks > 0) {
+    while (r->n_prefill_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_prefill_blocks], r->prefill_worker);
-    }
 }
 
 /* Lets go of all blocks, the last first: so it is colder than what stands before it. */
 static void release_blocks(struct sched *s, struct request *r) {
     for (int i = r->n_blocks - 1; i >= 0; i--) {
-        if (i < r->n_prefill_blocks) {
+        if (i < r->n_prefill_blocks)
             kv_unpin(s->kv, r->blocks[i], r->prefill_worker);
-        }
         kv_unpin(s->kv, r->blocks[i], r->decode_worker);
     }
-    if (r->decode_worker != NONE) {
+    if (r->decode_worker != NONE)
         s->workers[r->decode_worker].n_admitted--;
-    }
     r->n_blocks = r->n_prefill_blocks = r->n_registered = r->n_ready = 0;
     r->prefill_worker = r->decode_worker = NONE;
 }
 
 static void finish(struct sched *s, struct request *r, enum finish_reason reason, double now) {
-    if (r->saved != NONE) {
+    if (r->saved != NONE)
         kv_unkeep(s->kv, r->saved);
-    }
     release_blocks(s, r);
     set_state(s, r, REQUEST_FINISHED);
     free(r->blocks);
@@ -233,9 +223,8 @@ static void finish(struct sched *s, struct request *r, enum finish_reason reason
 /* Puts a running request back into the queue. Its full blocks stay findable in the cache; the
  * last, partly filled one is kept for it, so that nothing need be computed again. */
 static void preempt(struct sched *s, struct request *r) {
-    if (r->filled % BLOCK_TOKENS != 0) {
+    if (r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
-    }
     release_blocks(s, r);
     r->preempted = true;
     set_state(s, r, REQUEST_WAITING);
@@ -264,9 +253,8 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
             (void)snprintf(r->error, sizeof r->error, "its KV blocks could not be copied");
             finish(s, r, FINISH_ERROR, now);
         }
-        if (state != KV_VALID) {
+        if (state != KV_VALID)
             return false;
-        }
         r->n_ready++;
     }
     return true;
@@ -286,106 +274,88 @@ static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
         r->blocks[plan->n_hits++] = r->saved;
     }
     plan->decode_worker = choose_decode_worker(s, r, plan->n_hits);
-    if (plan->decode_worker == NONE) {
+    if (plan->decode_worker == NONE)
         return false;
-    }
     plan->prefill_worker = choose_prefill_worker(s, r, plan->n_hits);
-    if (prefills_locally(s, plan, plan->prefill_worker)) {
+    if (prefills_locally(s, plan, plan->prefill_worker))
         plan->prefill_worker = plan->decode_worker;
-    }
     int first_answer = end < s->max_length ? end + 1 : end;
     plan->n_decode = blocks_of(first_answer);
     plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(end);
     return true;
 }
 
-/* Pins the hits that are on worker (`present`), or fetches those that are not. */
-static bool fetch_hits(struct sched *s, const struct request *r, const struct plan *plan,
-                       int worker, bool present) {
-    for (int i = 0; i < plan->n_hits; i++) {
-        bool here = kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT;
-        if (present ? here && !kv_fetch(s->kv, r->blocks[i], worker)
-                    : !here && !kv_fetch(s->kv, r->blocks[i], worker)) {
-            return false;
-        }
-    }
-    return true;
+/* Running requests of a worker that lack a block for their next token, of those before `end`. */
+static int count_stalled(const struct sched *s, int worker, const struct request *end) {
+    int n = 0;
+    for (const struct request *r = s->admitted.first; r != end; r = r->next)
+        n += r->decode_worker == worker && lacks_block(r);
+    return n;
 }
 
-/* Undoes a reservation that did not succeed, of the first n blocks. A hit has a copy on a worker
- * exactly if it was pinned there, because those that were present were pinned first. */
-static void unreserve(struct sched *s, const struct request *r, const struct plan *plan, int n) {
-    for (int i = n - 1; i >= 0; i--) {
-        int node = r->blocks[i];
-        bool prefill_side =
-            i < plan->n_prefill && kv_state(s->kv, node, plan->prefill_worker) != KV_ABSENT;
-        bool decode_side = kv_state(s->kv, node, plan->decode_worker) != KV_ABSENT;
-        if (prefill_side) {
-            kv_unpin(s->kv, node, plan->prefill_worker);
-        }
-        if (decode_side) {
-            kv_unpin(s->kv, node, plan->decode_worker);
-        }
-    }
-}
-
-/* Whether a worker has room for what the request lacks there; if not, room is asked for. */
-static bool has_room(struct sched *s, const struct request *r, const struct plan *plan, int worker,
-                     int n_blocks) {
-    struct worker *w = &s->workers[worker];
+/* Whether a worker has room for what the request lacks there, and for older requests that wait for
+ * a block. If not, the cache has begun to make it. */
+static bool make_room(struct sched *s, const struct request *r, const struct plan *plan, int worker,
+                      int n_blocks) {
     int lacks = missing_blocks(s, r, plan->n_hits, worker) + n_blocks - plan->n_hits;
-    w->n_wanted = lacks > kv_available(s->kv, worker) - w->n_stalled ? lacks : 0;
-    if (w->n_wanted > 0) {
-        kv_clean(s->kv, worker, w->n_wanted + w->n_stalled);
-    }
-    return w->n_wanted == 0;
+    return kv_make_room(s->kv, worker, lacks + count_stalled(s, worker, NULL));
 }
 
-/* Makes the blocks that come after the hits. Returns how many there are now. */
-static int make_blocks(struct sched *s, struct request *r, const struct plan *plan) {
-    int i = plan->n_hits;
-    for (; i < plan->n_decode; i++) {
-        bool both = i < plan->n_prefill;
-        int node = kv_new(s->kv, both ? plan->prefill_worker : plan->decode_worker);
-        if (node == NONE) {
-            break;
-        }
-        r->blocks[i] = node;
-        if (both && !kv_reserve(s->kv, node, plan->decode_worker)) {
-            return i + 1;
+/* Pins the hits that are on a worker, so that they stay, or fetches those that are not. */
+static void take_hits(struct sched *s, const struct request *r, const struct plan *plan, int worker,
+                      bool fetch) {
+    for (int i = 0; i < plan->n_hits; i++) {
+        bool absent = kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
+        if (absent == fetch) {
+            bool ok = kv_fetch(s->kv, r->blocks[i], worker);
+            assert(ok);
+            (void)ok;
         }
     }
-    return i;
+}
+
+static void release_hits(struct sched *s, const struct request *r, const struct plan *plan,
+                         int worker) {
+    for (int i = plan->n_hits - 1; i >= 0; i--)
+        if (kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT)
+            kv_unpin(s->kv, r->blocks[i], worker);
 }
 
 /* Takes all blocks of a plan, on both sides, or none. */
 static bool reserve(struct sched *s, struct request *r, const struct plan *plan) {
-    int p = plan->prefill_worker, d = plan->decode_worker;
-    bool apart = plan->n_prefill > 0;
-    bool ok = fetch_hits(s, r, plan, d, true) && (!apart || fetch_hits(s, r, plan, p, true));
-    ok = ok && has_room(s, r, plan, d, plan->n_decode);
-    ok = (!apart || has_room(s, r, plan, p, plan->n_prefill)) && ok;
-    ok = ok && fetch_hits(s, r, plan, d, false) && (!apart || fetch_hits(s, r, plan, p, false));
-    int n = ok ? make_blocks(s, r, plan) : plan->n_hits;
-    bool reserved = !apart || (n > 0 && kv_state(s->kv, r->blocks[n - 1], d) != KV_ABSENT);
-    if (ok && n == plan->n_decode && reserved) {
-        return true;
+    int prefill = plan->prefill_worker, decode = plan->decode_worker;
+    bool apart = prefill != decode;
+    take_hits(s, r, plan, decode, false);
+    if (apart)
+        take_hits(s, r, plan, prefill, false);
+    bool ok = make_room(s, r, plan, decode, plan->n_decode);
+    ok = (!apart || make_room(s, r, plan, prefill, plan->n_prefill)) && ok;
+    if (!ok) {
+        release_hits(s, r, plan, decode);
+        if (apart)
+            release_hits(s, r, plan, prefill);
+        return false;
     }
-    unreserve(s, r, plan, n);
-    return false;
+    take_hits(s, r, plan, decode, true);
+    if (apart)
+        take_hits(s, r, plan, prefill, true);
+    for (int i = plan->n_hits; i < plan->n_decode; i++) {
+        bool both = i < plan->n_prefill;
+        r->blocks[i] = kv_new(s->kv, both ? prefill : decode);
+        ok = r->blocks[i] != NONE && (!both || kv_reserve(s->kv, r->blocks[i], decode));
+        assert(ok);
+    }
+    return true;
 }
 
 /* Admits the next request if `worker` is the one that starts it. False: not now. */
 static bool admit(struct sched *s, int worker) {
     struct request *r = choose_request(s);
     struct plan plan;
-    s->workers[worker].n_wanted = 0;
-    if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan)) {
+    if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan))
         return false;
-    }
-    if (r->saved != NONE) {
+    if (r->saved != NONE)
         kv_unkeep(s->kv, r->saved); /* in the table again, or of no use: its tokens come anew */
-    }
     r->prefill_worker = plan.prefill_worker;
     r->decode_worker = plan.decode_worker;
     r->n_blocks = plan.n_decode;
@@ -409,9 +379,9 @@ static bool admit(struct sched *s, int worker) {
 /* ---- composing a step ---- */
 
 /* Appends rows [r->filled, r->filled + n_rows) of a request to a worker's step. */
-static void add_rows(struct worker *w, struct request *r, int worker, const struct kv *kv,
-                     int n_rows) {
-    struct batch *batch = &w->step.batch;
+static void add_rows(struct sched *s, struct request *r, int worker, int n_rows) {
+    struct step *step = &s->workers[worker].step;
+    struct batch *batch = &step->batch;
     struct sequence *sequence = &batch->sequence[batch->n_sequences];
     bool samples = r->filled + n_rows == r->length;
     int n_blocks = blocks_of(r->filled + n_rows);
@@ -426,78 +396,64 @@ static void add_rows(struct worker *w, struct request *r, int worker, const stru
         batch->position[batch->n_rows] = r->filled + i;
         batch->row_sequence[batch->n_rows++] = batch->n_sequences;
     }
-    for (int i = 0; i < n_blocks; i++) {
-        batch->block_table[batch->n_blocks++] = kv_slot(kv, r->blocks[i], worker);
-    }
+    for (int i = 0; i < n_blocks; i++)
+        batch->block_table[batch->n_blocks++] = kv_slot(s->kv, r->blocks[i], worker);
     if (samples) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
-    w->step.requests[batch->n_sequences++] = r;
+    step->requests[batch->n_sequences++] = r;
     r->in_step = true;
 }
 
 /* Gives a running request the block for its next token. If none can be freed, the youngest is
  * preempted; the youngest itself waits for the others to end. */
 static bool grow(struct sched *s, struct request *r, int worker) {
-    struct worker *w = &s->workers[worker];
-    if (r->n_blocks * BLOCK_TOKENS > r->filled) {
+    if (!lacks_block(r))
         return true;
-    }
-    struct request *victim = choose_victim(s, worker);
-    if (kv_reclaimable(s->kv, worker) <= w->n_stalled && victim != r) {
+    int n = count_stalled(s, worker, r) + 1; /* those before it come first */
+    struct request *victim = choose_preempted(s, worker);
+    if (kv_reclaimable(s->kv, worker) < n && victim != r)
         preempt(s, victim);
-    }
-    int node = kv_available(s->kv, worker) > w->n_stalled ? kv_new(s->kv, worker) : NONE;
-    if (node == NONE) {
-        w->n_stalled++; /* what was freed must be written to host first */
+    if (!kv_make_room(s->kv, worker, n))
         return false;
-    }
-    r->blocks[r->n_blocks++] = node;
+    r->blocks[r->n_blocks++] = kv_new(s->kv, worker);
     return true;
 }
 
-static void add_running(struct sched *s, int worker, double now) {
-    struct worker *w = &s->workers[worker];
-    w->n_stalled = 0;
+/* Requests whose last blocks have arrived begin to run; all, before one looks for a victim. */
+static void start_arrived(struct sched *s, int worker, double now) {
     struct request *next;
     for (struct request *r = s->admitted.first; r; r = next) {
         next = r->next;
-        if (r->decode_worker != worker) {
-            continue;
-        }
         bool decodes = r->state == REQUEST_HAND_OVER || r->state == REQUEST_RUNNING ||
-                       (r->state == REQUEST_LOADING && r->filled == r->prefill_end);
-        if (decodes && blocks_ready(s, r, worker, now)) {
-            if (r->state != REQUEST_RUNNING) {
-                set_state(s, r, REQUEST_RUNNING);
-            }
-            if (grow(s, r, worker)) {
-                add_rows(w, r, worker, s->kv, 1);
-            }
-        }
-        next = r->state == REQUEST_FINISHED || r->state == REQUEST_WAITING ? next : r->next;
+                       (r->state == REQUEST_LOADING && prefill_left(r) == 0);
+        if (r->decode_worker == worker && decodes && blocks_ready(s, r, worker, now) &&
+            r->state != REQUEST_RUNNING)
+            set_state(s, r, REQUEST_RUNNING);
     }
 }
 
-/* Adds chunks of prompts, the oldest first, at most `chunk` tokens in all; admits what fits. */
+static void add_running(struct sched *s, int worker) {
+    for (struct request *r = s->admitted.first; r; r = r->next) /* grow may preempt a later one */
+        if (r->decode_worker == worker && r->state == REQUEST_RUNNING &&
+            r->n_ready == blocks_of(r->filled) && grow(s, r, worker))
+            add_rows(s, r, worker, 1);
+}
+
+/* Adds chunks of prompts, the oldest first, at most `chunk` tokens in all. */
 static void add_prefill(struct sched *s, int worker, double now) {
-    struct worker *w = &s->workers[worker];
     int budget = s->config.chunk;
-    while (admit(s, worker)) {
-    }
     struct request *next;
     for (struct request *r = s->admitted.first; r && budget > 0; r = next) {
         next = r->next;
-        if (r->prefill_worker != worker || prefill_left(r) == 0) {
+        if (r->prefill_worker != worker || prefill_left(r) == 0)
             continue;
-        }
         if (blocks_ready(s, r, worker, now)) {
-            if (r->state == REQUEST_LOADING) {
+            if (r->state == REQUEST_LOADING)
                 set_state(s, r, REQUEST_PREFILL);
-            }
             int n_rows = prefill_left(r) < budget ? prefill_left(r) : budget;
-            add_rows(w, r, worker, s->kv, n_rows);
+            add_rows(s, r, worker, n_rows);
             budget -= n_rows;
         }
     }
@@ -508,13 +464,15 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     struct batch *batch = &step->batch;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
     step->n_copies = 0;
-    add_running(s, worker, now);
-    add_prefill(s, worker, now);
-    kv_clean(s->kv, worker, s->workers[worker].n_stalled + s->workers[worker].n_wanted);
-    while (step->n_copies < MAX_COPIES &&
-           kv_next_copy(s->kv, worker, &step->copies[step->n_copies])) {
-        step->n_copies++;
+    while (admit(s, worker)) {
     }
+    start_arrived(s, worker, now);
+    add_running(s, worker);
+    add_prefill(s, worker, now);
+    kv_clean(s->kv, worker);
+    while (step->n_copies < MAX_COPIES &&
+           kv_next_copy(s->kv, worker, &step->copies[step->n_copies]))
+        step->n_copies++;
     s->stats.steps += batch->n_rows > 0;
     return batch->n_rows > 0 || step->n_copies > 0 ? step : NULL;
 }
@@ -530,9 +488,8 @@ static void take_token(struct sched *s, struct request *r, int token, double now
         return;
     }
     r->tokens[r->length++] = token;
-    if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length) {
+    if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length)
         finish(s, r, FINISH_LENGTH, now);
-    }
 }
 
 /* The prompt is done: hands the request over, or goes on where it is. */
@@ -541,9 +498,8 @@ static void end_prefill(struct sched *s, struct request *r) {
         set_state(s, r, REQUEST_RUNNING);
         return;
     }
-    if (r->filled % BLOCK_TOKENS != 0) {
+    if (r->filled % BLOCK_TOKENS != 0)
         (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
-    }
     release_prefill_blocks(s, r);
     r->n_ready = 0;
     s->stats.hand_overs++;
@@ -568,12 +524,10 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
             finish(s, r, r->ending, now);
             continue;
         }
-        if (sampled) {
+        if (sampled)
             take_token(s, r, token, now);
-        }
-        if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end) {
+        if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
             end_prefill(s, r);
-        }
     }
 }
 
@@ -611,22 +565,19 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                        r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
     } else {
         r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
-        if (!r->blocks) {
+        if (!r->blocks)
             (void)snprintf(r->error, sizeof r->error, "out of memory");
-        }
     }
-    if (!r->blocks) {
+    if (!r->blocks)
         finish(s, r, FINISH_ERROR, now);
-    }
 }
 
 void sched_cancel(struct sched *s, struct request *r, bool stop_found, double now) {
     enum finish_reason reason = stop_found ? FINISH_STOP : FINISH_CANCELLED;
-    if (r->in_step) {
+    if (r->in_step)
         r->ending = reason;
-    } else if (r->state != REQUEST_FINISHED) {
+    else if (r->state != REQUEST_FINISHED)
         finish(s, r, reason, now);
-    }
 }
 
 bool sched_idle(const struct sched *s) {
@@ -669,9 +620,8 @@ static void worker_destroy(struct worker *w) {
 
 struct sched *sched_create(const struct sched_config *config) {
     struct sched *s = calloc(1, sizeof *s);
-    if (!s) {
+    if (!s)
         return NULL;
-    }
     s->config = *config;
     s->max_length = config->context_length;
     for (int i = 0; i < config->kv.n_workers; i++) {
@@ -680,9 +630,8 @@ struct sched *sched_create(const struct sched_config *config) {
     }
     s->kv = kv_create(&config->kv);
     bool ok = s->kv != NULL;
-    for (int i = 0; i < config->kv.n_workers; i++) {
+    for (int i = 0; i < config->kv.n_workers; i++)
         ok = worker_create(&s->workers[i], s) && ok;
-    }
     if (!ok) {
         sched_destroy(s);
         return NULL;
@@ -691,12 +640,10 @@ struct sched *sched_create(const struct sched_config *config) {
 }
 
 void sched_destroy(struct sched *s) {
-    for (int i = 0; s && i < s->config.kv.n_workers; i++) {
+    for (int i = 0; s && i < s->config.kv.n_workers; i++)
         worker_destroy(&s->workers[i]);
-    }
-    if (s) {
+    if (s)
         kv_destroy(s->kv);
-    }
     free(s);
 }
 

@@ -50,9 +50,11 @@ static void multiply_tile(const void *argument, int tile, struct scratch *scratc
     vec sum[24], factor = load(scratch->slab) * 0.0f + 0.999f;
     for (int i = 0; i < 24; i++)
         sum[i] = factor * (float)(i + tile);
-    for (int k = 0; k < 20000; k++)
+    for (int k = 0; k < 20000; k++) {
+#pragma GCC unroll 24
         for (int i = 0; i < 24; i++)
             sum[i] = sum[i] * factor + factor;
+    }
     for (int i = 1; i < 24; i++)
         sum[0] += sum[i];
     store(scratch->slab, sum[0]);
@@ -269,7 +271,7 @@ static double best_step(struct bench *bench, int n, int start, int rows, double 
             row_sequence[i * rows + j] = i;
         }
         sample_row[i] = (i + 1) * rows - 1;
-        sampling[i] = (struct sampling){0.8f, 0.95f, 0.0f, 0, 1};
+        sampling[i] = (struct sampling){.top_p = 1.0f}; /* greedy: random weights are no language */
     }
     double best = 1e9;
     for (int i = 0; i < REPEATS * (rows > 1 ? 1 : 3); i++) {

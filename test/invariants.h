@@ -27,9 +27,7 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
     BROKEN(place == kv->host && copy->pins != 0, "a pin on the host");
     switch (copy->state) {
-    case KV_ABSENT:
-        BROKEN(in_use, "an absent copy is in use");
-        return NULL;
+    case KV_ABSENT: BROKEN(in_use, "an absent copy is in use"); return NULL;
     case KV_RESERVED:
         BROKEN(copy->pins == 0, "a reserved slot that nobody waits for");
         BROKEN(copy->reads > 0 || copy->list != UNLISTED, "a reserved slot is read or listed");
@@ -38,9 +36,9 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
         BROKEN(copy->reads > 0 || copy->list != UNLISTED, "an arriving copy is read or listed");
         break;
     case KV_VALID:
-        BROKEN(!in_use, "a valid copy is nowhere");
+        BROKEN(!in_use && !is_awaited(kv, id), "a valid copy is nowhere");
         BROKEN(copy->pins > 0 && copy->list != UNLISTED, "a pinned copy is listed");
-        BROKEN(copy->pins == 0 && node->registered && copy->list == UNLISTED, "cached, unlisted");
+        BROKEN(copy->pins == 0 && node->serial && copy->list == UNLISTED, "cached, unlisted");
         BROKEN(copy->list == DUPLICATES && (place != kv->host || count_valid(kv, id) < 2),
                "not a duplicate");
         BROKEN(copy->list == MAIN && place == kv->host && count_valid(kv, id) >= 2,
@@ -51,30 +49,20 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
     return NULL;
 }
 
-static const char *check_tree(const struct kv *kv, int id) {
+static const char *check_index(const struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
-    if (!node->registered) {
-        BROKEN(node->first_child != -1, "a private node has children");
+    if (!node->serial)
         return NULL;
-    }
     BROKEN(node->keeper, "a registered node is kept");
     BROKEN(count_valid(kv, id) == 0, "a registered node has no valid copy");
-    BROKEN(node->hash != block_hash(kv, node->parent, node->tokens), "a wrong hash");
-    BROKEN(find_child(kv, node->parent, node->tokens, node->hash) != id, "not findable");
-    if (node->parent != -1) {
-        const struct node *parent = &kv->nodes[node->parent];
-        BROKEN(!parent->used || !parent->registered, "a registered node has lost its parent");
-        int child = parent->first_child;
-        while (child != -1 && child != id) {
-            child = kv->nodes[child].next_sibling;
-        }
-        BROKEN(child != id, "a node is not among its parent's children");
+    BROKEN(find_child(kv, node->parent, node->hash, node->tokens) != id, "not findable, or twice");
+    for (int parent = 0; parent < kv->n_nodes; parent++) {
+        BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
+        BROKEN(node->parent && kv->nodes[parent].serial == node->parent &&
+                   node->hash != block_hash(kv->nodes[parent].hash, node->tokens),
+               "a wrong hash");
     }
-    for (int child = node->first_child; child != -1; child = kv->nodes[child].next_sibling) {
-        BROKEN(!kv->nodes[child].registered || kv->nodes[child].parent != id, "a false child");
-        int next = kv->nodes[child].next_sibling;
-        BROKEN(next != -1 && kv->nodes[next].previous_sibling != child, "broken sibling links");
-    }
+    BROKEN(!node->parent && node->hash != block_hash(0, node->tokens), "a wrong hash");
     return NULL;
 }
 
@@ -84,22 +72,20 @@ static const char *check_node(const struct kv *kv, int id) {
     for (int place = 0; place < kv->n_places; place++) {
         const struct copy *copy = copy_at(kv, id, place);
         const char *broken = check_copy(kv, id, place);
-        if (broken) {
+        if (broken)
             return broken;
-        }
         n_copies += copy->state != KV_ABSENT;
         n_arriving += copy->state == KV_ARRIVING;
         n_reads += copy->reads;
         n_pins += copy->pins;
     }
-    BROKEN(!node->used && n_copies > 0, "a free node has copies");
-    BROKEN(node->used && n_copies == 0, "a node without copies");
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
     BROKEN(node->keeper && count_valid(kv, id) == 0, "a kept node has no valid copy");
-    BROKEN(node->used && !node->registered && !node->keeper && n_pins + n_reads == 0,
+    BROKEN(n_copies == 0 && (node->serial || node->keeper), "a node without copies");
+    BROKEN(n_copies > 0 && !node->serial && !node->keeper && n_pins + n_reads == 0,
            "a private node that nobody owns");
-    return node->used ? check_tree(kv, id) : NULL;
+    return check_index(kv, id);
 }
 
 static const char *check_list(const struct kv *kv, int place, enum list_kind kind) {
@@ -113,9 +99,8 @@ static const char *check_list(const struct kv *kv, int place, enum list_kind kin
     }
     BROKEN(list->newest != older, "a list ends early");
     BROKEN(list->length != length, "a list's length");
-    for (int id = 0; id < kv->n_nodes; id++) {
+    for (int id = 0; id < kv->n_nodes; id++)
         length -= copy_at(kv, id, place)->list == kind;
-    }
     BROKEN(length != 0, "a copy says that it is on a list and is not");
     return NULL;
 }
@@ -123,7 +108,7 @@ static const char *check_list(const struct kv *kv, int place, enum list_kind kin
 static const char *check_place(const struct kv *kv, int place) {
     const struct place *at = &kv->places[place];
     bool taken[CHECK_SLOTS] = {false};
-    int n_taken = at->n_free, n_arriving = 0, n_clean = 0;
+    int n_taken = at->n_free;
     for (int i = 0; i < at->n_free; i++) {
         BROKEN(taken[at->free_slots[i]], "a slot is free twice");
         taken[at->free_slots[i]] = true;
@@ -135,12 +120,8 @@ static const char *check_place(const struct kv *kv, int place) {
             taken[copy->slot] = true;
             n_taken++;
         }
-        n_arriving += copy->state == KV_ARRIVING;
-        n_clean += place != kv->host && is_clean(kv, id, place);
     }
     BROKEN(n_taken != at->n_slots, "a slot is lost");
-    BROKEN(n_arriving != at->n_arriving, "n_arriving");
-    BROKEN(n_clean != at->n_clean, "n_clean");
     for (int i = 0; i < at->n_orders; i++) {
         const struct kv_copy_order *order = &at->orders[(at->first_order + i) % kv->n_nodes];
         const struct copy *source = copy_at(kv, order->node, order->from);
@@ -157,25 +138,29 @@ const char *kv_check(const struct kv *kv) {
     int n_used = 0;
     for (int id = 0; id < kv->n_nodes && !broken; id++) {
         broken = check_node(kv, id);
-        n_used += kv->nodes[id].used;
+        for (int place = 0; place < kv->n_places; place++) {
+            if (copy_at(kv, id, place)->state != KV_ABSENT) {
+                n_used++;
+                break;
+            }
+        }
     }
     for (int place = 0; place < kv->n_places && !broken; place++) {
         broken = check_place(kv, place);
-        for (int kind = MAIN; kind < N_LISTS && !broken; kind++) {
+        for (int kind = MAIN; kind < N_LISTS && !broken; kind++)
             broken = check_list(kv, place, (enum list_kind)kind);
-        }
     }
-    if (!broken && n_used + kv->n_free_nodes != kv->n_nodes) {
+    for (int id = kv->first_free; id != -1 && n_used <= kv->n_nodes; n_used++)
+        id = kv->nodes[id].next_in_bucket;
+    if (!broken && n_used != kv->n_nodes)
         broken = "a node is lost";
-    }
     return broken;
 }
 
 int64_t kv_pins(const struct kv *kv) {
     int64_t n = 0;
-    for (int i = 0; i < kv->n_nodes * kv->n_places; i++) {
+    for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
         n += kv->copies[i].pins;
-    }
     return n;
 }
 
@@ -187,26 +172,24 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
     for (int i = 0; i < r->n_blocks; i++) {
         int id = r->blocks[i];
         const struct node *node = &kv->nodes[id];
-        BROKEN(!node->used, "a request's block is gone");
-        BROKEN(node->registered != (i < r->n_registered), "a block is registered, or is not");
+        BROKEN((node->serial != 0) != (i < r->n_registered), "a block is registered, or is not");
         BROKEN(node->keeper, "a block of a table is kept");
         BROKEN(copy_at(kv, id, r->decode_worker)->state == KV_ABSENT, "a block is not there");
-        if (node->registered) {
-            BROKEN(node->parent != (i > 0 ? r->blocks[i - 1] : -1), "blocks of another text");
+        if (node->serial) {
+            BROKEN(node->parent != (i > 0 ? kv->nodes[r->blocks[i - 1]].serial : 0),
+                   "blocks of another text");
             BROKEN(memcmp(node->tokens, r->tokens + (size_t)i * BLOCK_TOKENS,
                           sizeof node->tokens) != 0,
                    "a block of other tokens");
         }
         pins[id * kv->n_places + r->decode_worker]--;
-        if (i < r->n_prefill_blocks) {
+        if (i < r->n_prefill_blocks)
             pins[id * kv->n_places + r->prefill_worker]--;
-        }
     }
     int worker = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL ? r->prefill_worker
                                                                             : r->decode_worker;
-    for (int i = 0; r->in_step && i < blocks_of(r->filled); i++) {
+    for (int i = 0; r->in_step && i < blocks_of(r->filled); i++)
         BROKEN(copy_at(kv, r->blocks[i], worker)->state != KV_VALID, "a step reads a lost block");
-    }
     return NULL;
 }
 
@@ -217,9 +200,8 @@ static const char *check_request(const struct sched *s, const struct request *r,
     BROKEN(r->saved != -1 && (!waits || !r->preempted), "saved, but not preempted");
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE, "a finished request is on a list");
-    if (waits) {
+    if (waits)
         return NULL;
-    }
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
     BROKEN(!s->config.decodes[r->decode_worker], "it decodes on a worker that does not");
     BROKEN(r->prefill_worker != r->decode_worker && !s->config.prefills[r->prefill_worker],
@@ -239,15 +221,13 @@ static const char *check_requests(const struct sched *s, const struct list *list
     const struct request *previous = NULL;
     for (const struct request *r = list->first; r; previous = r, r = r->next) {
         const char *broken = check_request(s, r, pins);
-        if (broken) {
+        if (broken)
             return broken;
-        }
         BROKEN(r->previous != previous, "broken links between requests");
         BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
         BROKEN((r->state == REQUEST_WAITING) != (list == &s->waiting), "on the wrong list");
-        if (r->decode_worker != -1) {
+        if (r->decode_worker != -1)
             n_admitted[r->decode_worker]++;
-        }
     }
     BROKEN(list->last != previous, "the last request");
     return NULL;
@@ -257,14 +237,12 @@ const char *sched_check(const struct sched *s) {
     const struct kv *kv = s->kv;
     int n = kv->n_nodes * kv->n_places, n_admitted[MAX_WORKERS] = {0};
     int *pins = malloc((size_t)n * sizeof *pins);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         pins[i] = kv->copies[i].pins;
-    }
     const char *broken = check_requests(s, &s->waiting, pins, n_admitted);
     broken = broken ? broken : check_requests(s, &s->admitted, pins, n_admitted);
-    for (int i = 0; i < n && !broken; i++) {
+    for (int i = 0; i < n && !broken; i++)
         broken = pins[i] != 0 ? "pins and requests do not add up" : NULL;
-    }
     for (int w = 0; w < s->config.kv.n_workers && !broken; w++) {
         broken = n_admitted[w] != s->workers[w].n_admitted ? "n_admitted" : NULL;
         broken = n_admitted[w] > s->config.max_batch ? "more than max_batch" : broken;

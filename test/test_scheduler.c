@@ -12,7 +12,7 @@
  *     test_scheduler soak [seed]  10^7 random operations */
 #include "../kvcache.c"
 /* both files have their own NONE */
-#define NONE NO_ONE
+#define NONE        NO_ONE
 #define list_remove requests_remove
 #include "../scheduler.c"
 #undef list_remove
@@ -94,7 +94,8 @@ static uint64_t fingerprint(uint64_t before, int token) {
 }
 
 static int model(uint64_t fingerprint_of_text) {
-    return (int)(scramble(fingerprint_of_text + 99) % VOCABULARY);
+    int token = (int)(scramble(fingerprint_of_text + 99) % 256);
+    return token < VOCABULARY ? token : N_ENDS + token % (VOCABULARY - N_ENDS);
 }
 
 static void fail(struct machine *m, const char *text) {
@@ -120,9 +121,8 @@ static void foresee(struct machine *m, struct job *job) {
         job->text[n] = token;
         job->chain[n] = print = fingerprint(print, token);
         job->n_text = n + 1;
-        if (n >= r->n_prompt && (n + 1 - r->n_prompt >= r->max_new || n + 1 >= limit)) {
+        if (n >= r->n_prompt && (n + 1 - r->n_prompt >= r->max_new || n + 1 >= limit))
             job->reason = FINISH_LENGTH;
-        }
     }
 }
 
@@ -133,28 +133,26 @@ static uint64_t *row_at(const struct machine *m, int place, int slot, int row) {
 }
 
 static struct job *job_of(struct machine *m, const struct request *r) {
-    for (int i = 0; i < MAX_JOBS; i++) {
-        if (&m->jobs[i].request == r) {
+    for (int i = 0; i < MAX_JOBS; i++)
+        if (&m->jobs[i].request == r)
             return &m->jobs[i];
-        }
-    }
     fail(m, "a step with a request that does not exist");
     return &m->jobs[0];
 }
 
 static void check_now(struct machine *m) {
-    if (m->broken || !(m->full_check || below(m, 8) == 0)) {
+    if (m->broken || !(m->full_check || below(m, 8) == 0))
         return;
-    }
     const char *broken = kv_check(sched_kv(m->s));
     broken = broken ? broken : sched_check(m->s);
-    int64_t in_flight = m->n_flights;
-    for (int i = 0; i < m->s->kv->n_places; i++) {
-        in_flight += m->s->kv->places[i].n_orders - m->s->kv->places[i].n_arriving;
-    }
-    if (broken || in_flight != 0) {
+    const struct kv *kv = sched_kv(m->s);
+    int in_flight = m->n_flights;
+    for (int i = 0; i < kv->n_places; i++)
+        in_flight += kv->places[i].n_orders;
+    for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
+        in_flight -= kv->copies[i].state == KV_ARRIVING;
+    if (broken || in_flight != 0)
         fail(m, broken ? broken : "copies in flight and orders differ");
-    }
 }
 
 /* Positions [0, n) of a sequence, through its block table. */
@@ -188,14 +186,12 @@ static void compute(struct machine *m, int worker, struct step *step, int index,
         int row = sequence->first_row + i, position = sequence->start + i;
         int slot = batch->block_table[sequence->first_block + position / BLOCK_TOKENS];
         if (batch->token[row] != job->text[position] || batch->position[row] != position ||
-            batch->row_sequence[row] != index) {
+            batch->row_sequence[row] != index)
             fail(m, "a row of other tokens");
-        }
         *row_at(m, worker, slot, position % BLOCK_TOKENS) = done ? job->chain[position] : 1;
     }
-    if (done) {
+    if (done)
         check_prefix(m, worker, batch, sequence, job, end);
-    }
 }
 
 static void check_step(struct machine *m, int worker, struct step *step) {
@@ -206,18 +202,14 @@ static void check_step(struct machine *m, int worker, struct step *step) {
         const struct request *r = step->requests[i];
         n_generated += sequence->generated;
         n_prompt += sequence->generated ? 0 : sequence->n_rows;
-        if (sequence->first_row != n_rows || (sequence->generated && sequence->n_rows != 1)) {
+        if (sequence->first_row != n_rows || (sequence->generated && sequence->n_rows != 1))
             fail(m, "rows of a sequence");
-        }
-        if ((sequence->generated ? r->decode_worker : r->prefill_worker) != worker) {
+        if ((sequence->generated ? r->decode_worker : r->prefill_worker) != worker)
             fail(m, "a sequence on another's worker");
-        }
         n_rows += sequence->n_rows;
     }
-    if (n_rows != batch->n_rows || n_prompt > m->config.chunk ||
-        n_generated > m->config.max_batch) {
+    if (n_rows != batch->n_rows || n_prompt > m->config.chunk || n_generated > m->config.max_batch)
         fail(m, "a step that is too large");
-    }
 }
 
 static void start_copy(struct machine *m, const struct kv_copy_order *order) {
@@ -228,9 +220,8 @@ static void start_copy(struct machine *m, const struct kv_copy_order *order) {
     struct flight *flight = &m->flights[m->n_flights++];
     flight->order = *order;
     memcpy(flight->before, row_at(m, order->from, order->from_slot, 0), sizeof flight->before);
-    for (int i = 0; i < BLOCK_TOKENS; i++) {
+    for (int i = 0; i < BLOCK_TOKENS; i++)
         *row_at(m, order->to, order->to_slot, i) = 2;
-    }
 }
 
 /* Ends a copy. Its source must have stayed as it was, its target must be untouched. */
@@ -240,18 +231,14 @@ static void end_copy(struct machine *m, int index, struct totals *totals) {
     m->flights[index] = m->flights[--m->n_flights];
     uint64_t *source = row_at(m, order->from, order->from_slot, 0);
     uint64_t *target = row_at(m, order->to, order->to_slot, 0);
-    if (memcmp(source, flight.before, sizeof flight.before) != 0) {
+    if (memcmp(source, flight.before, sizeof flight.before) != 0)
         fail(m, "the source of a copy has changed before its end");
-    }
-    for (int i = 0; i < BLOCK_TOKENS; i++) {
-        if (target[i] != 2) {
+    for (int i = 0; i < BLOCK_TOKENS; i++)
+        if (target[i] != 2)
             fail(m, "the target of a copy was written meanwhile");
-        }
-    }
-    bool ok = !m->copies_fail || below(m, 16) != 0;
-    if (ok) {
+    bool ok = !m->copies_fail || below(m, 10) != 0;
+    if (ok)
         memcpy(target, source, sizeof flight.before);
-    }
     totals->failed_copies += !ok;
     sched_copied(m->s, order, ok, m->now);
     check_now(m);
@@ -259,17 +246,14 @@ static void end_copy(struct machine *m, int index, struct totals *totals) {
 
 static bool start_step(struct machine *m, int worker) {
     struct step *step = sched_next(m->s, worker, m->now);
-    for (int i = 0; step && i < step->n_copies; i++) {
+    for (int i = 0; step && i < step->n_copies; i++)
         start_copy(m, &step->copies[i]);
-    }
     check_now(m);
-    if (!step) {
+    if (!step)
         return false;
-    }
     check_step(m, worker, step);
-    for (int i = 0; i < step->batch.n_sequences && !m->broken; i++) {
+    for (int i = 0; i < step->batch.n_sequences && !m->broken; i++)
         compute(m, worker, step, i, false);
-    }
     m->running[worker] = step;
     return true;
 }
@@ -281,11 +265,12 @@ static void end_step(struct machine *m, int worker) {
         compute(m, worker, step, i, true);
         const struct job *job = job_of(m, step->requests[i]);
         int end = batch->sequence[i].start + batch->sequence[i].n_rows;
-        if (end != job->request.length) {
+        if (end != job->request.length)
             continue;
-        }
-        if (sample >= batch->n_samples || batch->sampling[sample].seed != job->request.sampling.seed ||
-            batch->sample_row[sample] != batch->sequence[i].first_row + batch->sequence[i].n_rows - 1) {
+        if (sample >= batch->n_samples ||
+            batch->sampling[sample].seed != job->request.sampling.seed ||
+            batch->sample_row[sample] !=
+                batch->sequence[i].first_row + batch->sequence[i].n_rows - 1) {
             fail(m, "a row that should be sampled is not");
             return;
         }
@@ -304,9 +289,8 @@ static void end_step(struct machine *m, int worker) {
 static int make_prompt(struct machine *m, int *tokens) {
     int n = 0, limit = sched_max_length(m->s);
     int known = m->n_submitted < MAX_HISTORY ? (int)m->n_submitted : MAX_HISTORY;
-    if (below(m, 100) == 0) {
+    if (below(m, 100) == 0)
         return 0;
-    }
     int wanted = below(m, 50) == 0 ? limit + below(m, 20) : 1 + below(m, limit);
     wanted = below(m, 3) ? 1 + below(m, wanted) : wanted;
     if (known > 0 && below(m, 4)) {
@@ -319,26 +303,23 @@ static int make_prompt(struct machine *m, int *tokens) {
     }
     wanted = wanted > limit + 20 ? limit + 20 : wanted;
     wanted = wanted < 1 ? 1 : wanted;
-    for (; n < wanted; n++) {
-        tokens[n] = 2 + below(m, VOCABULARY - 2);
-    }
+    for (; n < wanted; n++)
+        tokens[n] = N_ENDS + below(m, VOCABULARY - N_ENDS);
     return n < limit + 20 ? n : limit + 20;
 }
 
 static void submit(struct machine *m) {
     struct job *job = NULL;
-    for (int i = 0; i < MAX_JOBS && !job; i++) {
+    for (int i = 0; i < MAX_JOBS && !job; i++)
         job = m->jobs[i].live ? NULL : &m->jobs[i];
-    }
-    if (!job) {
+    if (!job)
         return;
-    }
     *job = (struct job){.live = true};
     struct request *r = &job->request;
     r->tokens = job->tokens;
     r->id = m->next_id++;
     r->n_prompt = make_prompt(m, job->tokens);
-    r->max_new = below(m, 4) ? 1 + below(m, 60) : 1 + below(m, 4);
+    r->max_new = below(m, 4) ? 1 + below(m, 120) : 1 + below(m, 4);
     r->sampling.seed = (uint64_t)r->id;
     if (r->n_prompt >= 1 && r->n_prompt <= sched_max_length(m->s)) {
         foresee(m, job);
@@ -378,21 +359,17 @@ static int collect(struct machine *m, struct totals *totals) {
         totals->refused += job->reason == FINISH_ERROR;
         totals->failed_requests += given_up;
         if (job->reason == FINISH_ERROR) {
-            if (r->reason != FINISH_ERROR || !r->error[0] || r->length != r->n_prompt) {
+            if (r->reason != FINISH_ERROR || !r->error[0] || r->length != r->n_prompt)
                 fail(m, "a prompt that cannot run was not refused");
-            }
             continue;
         }
-        if (given_up && r->copy_failures <= MAX_COPY_FAILURES) {
+        if (given_up && r->copy_failures <= MAX_COPY_FAILURES)
             fail(m, "a request was given up too early");
-        }
-        if (memcmp(r->tokens, job->text, (size_t)r->length * sizeof(int)) != 0) {
+        if (memcmp(r->tokens, job->text, (size_t)r->length * sizeof(int)) != 0)
             fail(m, "the wrong answer");
-        }
         if (job->cancelled) {
-            if (!given_up && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED)) {
+            if (!given_up && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
                 fail(m, "a cancelled request ended otherwise");
-            }
         } else if (!given_up && (r->reason != job->reason || r->length != job->n_text)) {
             fail(m, "an answer that ends too early, or for the wrong reason");
         }
@@ -430,7 +407,8 @@ static void choose_config(struct machine *m) {
     m->full_check = below(m, 4) == 0;
 }
 
-static void print_config(const struct machine *m) {
+/* What the machine looks like when it has failed. */
+static void print_machine(const struct machine *m) {
     const struct sched_config *config = &m->config;
     printf("    %d workers:", config->kv.n_workers);
     for (int w = 0; w < config->kv.n_workers; w++) {
@@ -440,6 +418,20 @@ static void print_config(const struct machine *m) {
     printf(", host %d, %s, max_batch %d, chunk %d, context %d%s\n", config->kv.host_blocks,
            config->kv.policy == KV_ON_EVICT ? "on-evict" : "write-through", config->max_batch,
            config->chunk, config->context_length, m->copies_fail ? ", copies fail" : "");
+    for (int i = 0; i < MAX_JOBS; i++) {
+        const struct request *r = &m->jobs[i].request;
+        if (m->jobs[i].live) {
+            printf(
+                "    request %d: state %d, workers %d %d, filled %d of %d, %d blocks, %d ready%s\n",
+                (int)r->id, (int)r->state, r->prefill_worker, r->decode_worker, r->filled,
+                r->length, r->n_blocks, r->n_ready, r->in_step ? ", in a step" : "");
+        }
+    }
+    for (int place = 0; place < m->s->kv->n_places; place++) {
+        const struct place *at = &m->s->kv->places[place];
+        printf("    place %d: %d slots, %d free, %d cached, %d orders\n", place, at->n_slots,
+               at->n_free, at->lists[MAIN].length + at->lists[DUPLICATES].length, at->n_orders);
+    }
 }
 
 static void operate(struct machine *m, const int *weights, struct totals *totals) {
@@ -449,63 +441,81 @@ static void operate(struct machine *m, const int *weights, struct totals *totals
     if ((choice -= weights[0]) < 0) {
         submit(m);
     } else if ((choice -= weights[1]) < 0) {
-        if (m->running[worker]) {
+        if (m->running[worker])
             end_step(m, worker);
-        } else {
+        else
             (void)start_step(m, worker);
-        }
     } else if ((choice -= weights[2]) < 0) {
-        if (m->n_flights > 0) {
+        if (m->n_flights > 0)
             end_copy(m, below(m, m->n_flights), totals);
-        }
     } else {
         cancel(m);
     }
     (void)collect(m, totals);
 }
 
-/* Drives everything to its end; then nothing may be left in use. */
+/* Asks one worker; true: it had something to do. Copies that others must carry out wake them. */
+static bool drive_worker(struct machine *m, int worker, bool *awake, struct totals *totals) {
+    int64_t n_finished = sched_stats(m->s).finished;
+    bool active = m->running[worker] || start_step(m, worker);
+    awake[worker] = active;
+    if (sched_stats(m->s).finished != n_finished)
+        memset(awake, true, MAX_WORKERS);
+    if (m->running[worker] && below(m, 4)) {
+        end_step(m, worker);
+        memset(awake, true, MAX_WORKERS);
+    }
+    while (m->n_flights > 0 && !m->broken && below(m, 8)) {
+        end_copy(m, below(m, m->n_flights), totals);
+        memset(awake, true, MAX_WORKERS);
+    }
+    for (int w = 0; w < m->config.kv.n_workers; w++)
+        awake[w] = awake[w] || m->running[w] || kv_pending(sched_kv(m->s), w) > 0;
+    return active || m->n_flights > 0;
+}
+
+/* Drives everything to its end, as a thread per worker does it: one that had nothing to do sleeps
+ * until a step, a copy or a request has ended, or a copy is ordered from it. */
 static void drain(struct machine *m, struct totals *totals) {
-    bool active = true;
-    int round = 0, quiet_since = 0;
+    bool active = true, awake[MAX_WORKERS];
+    int round = 0, quiet_since = 0, first = below(m, m->config.kv.n_workers);
+    memset(awake, true, sizeof awake);
     while (active && !m->broken) {
         active = false;
-        for (int w = 0; w < m->config.kv.n_workers && !m->broken; w++) {
-            active = (m->running[w] || start_step(m, w)) || active;
-            if (m->running[w]) {
-                end_step(m, w);
-            }
+        for (int i = 0; i < m->config.kv.n_workers && !m->broken; i++) {
+            int w = (first + i) % m->config.kv.n_workers;
+            active = (awake[w] && drive_worker(m, w, awake, totals)) || active;
         }
-        while (m->n_flights > 0 && !m->broken) {
-            active = true;
+        for (int w = 0; w < m->config.kv.n_workers; w++)
+            active = active || awake[w];
+        while (!active && m->n_flights > 0 && !m->broken) {
             end_copy(m, below(m, m->n_flights), totals);
+            memset(awake, true, sizeof awake);
+            active = true;
         }
         int n_live = collect(m, totals);
         quiet_since = n_live > 0 ? round : quiet_since;
-        if (++round > MAX_ROUNDS || round - quiet_since > 500) {
+        if (++round > MAX_ROUNDS || round - quiet_since > 500)
             fail(m, n_live > 0 ? "requests that never end" : "copies that never end");
-        }
-        if (!active && n_live > 0) {
+        if (!active && n_live > 0)
             fail(m, "requests wait for nothing");
-        }
     }
     struct kv *kv = sched_kv(m->s);
-    if (!m->broken && (!sched_idle(m->s) || kv_pins(kv) != 0)) {
+    if (!m->broken && (!sched_idle(m->s) || kv_pins(kv) != 0))
         fail(m, "something is in use after the end");
-    }
     for (int place = 0; place < kv->n_places && !m->broken; place++) {
         int n_cached = kv->places[place].lists[MAIN].length;
         n_cached += kv->places[place].lists[DUPLICATES].length;
-        if (kv_used(kv, place) != n_cached || kv_pending(kv, place) > 0) {
+        if (kv_used(kv, place) != n_cached || kv_pending(kv, place) > 0)
             fail(m, "slots in use after the end");
-        }
     }
 }
 
 static bool machine_create(struct machine *m) {
     m->s = sched_create(&m->config);
     for (int i = 0; i <= m->config.kv.n_workers; i++) {
-        int n = i < m->config.kv.n_workers ? m->config.kv.device_blocks[i] : m->config.kv.host_blocks;
+        int n =
+            i < m->config.kv.n_workers ? m->config.kv.device_blocks[i] : m->config.kv.host_blocks;
         m->memory[i] = calloc((size_t)n * BLOCK_TOKENS + 1, sizeof(uint64_t));
     }
     m->jobs = calloc(MAX_JOBS, sizeof *m->jobs);
@@ -515,12 +525,10 @@ static bool machine_create(struct machine *m) {
 }
 
 static void machine_destroy(struct machine *m) {
-    for (int i = 0; i < MAX_JOBS; i++) {
+    for (int i = 0; i < MAX_JOBS; i++)
         free(m->broken && m->jobs[i].live ? m->jobs[i].request.blocks : NULL);
-    }
-    for (int i = 0; i <= m->config.kv.n_workers; i++) {
+    for (int i = 0; i <= m->config.kv.n_workers; i++)
         free(m->memory[i]);
-    }
     free(m->jobs);
     free(m->flights);
     free(m->history);
@@ -550,20 +558,18 @@ static void add_totals(const struct machine *m, struct totals *totals) {
 static bool run_episode(uint64_t seed, struct totals *totals) {
     struct machine m = {.random = scramble(seed)};
     choose_config(&m);
-    if (!machine_create(&m)) {
+    if (!machine_create(&m))
         return false;
-    }
     int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40), below(&m, 3)};
     int operation = 0;
-    for (; operation < EPISODE && !m.broken; operation++) {
+    for (; operation < EPISODE && !m.broken; operation++)
         operate(&m, weights, totals);
-    }
     totals->operations += operation;
     drain(&m, totals);
     add_totals(&m, totals);
     if (m.broken) {
         printf("    seed %llu, operation %d: %s\n", (unsigned long long)seed, operation, m.broken);
-        print_config(&m);
+        print_machine(&m);
     }
     bool ok = !m.broken;
     machine_destroy(&m);
