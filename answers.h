@@ -19,6 +19,8 @@
 #include "tokenizer.h"
 #include <pthread.h>
 
+enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
+
 struct answers {
     const struct options *options;
     const struct tokenizer *tokenizer; /* NULL: ids only */
@@ -28,7 +30,7 @@ struct answers {
     struct sched *sched;
     pthread_mutex_t *lock;
     pthread_cond_t *work, *news; /* tells the workers; told by them */
-    bool *interrupted;           /* under the lock: Ctrl-C was pressed */
+    enum activity *activity;     /* under the lock */
     double (*now)(void);
     int64_t next_id;
     /* sums over all requests that ended, for answers_stats */
@@ -326,6 +328,7 @@ static void follow(struct answers *a, struct answer *all, int n) {
     int n_ended = 0, first_shown = 0;
     bool cancelled = false;
     pthread_mutex_lock(a->lock);
+    *a->activity = ANSWERING;
     while (n_ended < n) {
         bool any = false;
         for (int i = 0; i < n; i++) {
@@ -333,7 +336,7 @@ static void follow(struct answers *a, struct answer *all, int n) {
             any = advance(a, &all[i]) || any;
             n_ended += all[i].ended && !before;
         }
-        if (*a->interrupted && !cancelled) {
+        if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
             for (int i = 0; i < n; i++)
                 sched_cancel(a->sched, &all[i].request, false, a->now());
@@ -349,7 +352,7 @@ static void follow(struct answers *a, struct answer *all, int n) {
             (void)fflush(stdout);
         }
     }
-    *a->interrupted = false;
+    *a->activity = IDLE;
     pthread_mutex_unlock(a->lock);
 }
 

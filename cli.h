@@ -547,8 +547,9 @@ void cli_help(FILE *stream) {
             fprintf(stream, "\n%s:\n", row->help);
         } else if (row->help) {
             int printed = fprintf(stream, "  %s %s", row->name, row->argument ? row->argument : "");
-            fprintf(stream, "%*s%s\n", printed < 23 ? 23 - printed : 24, printed < 23 ? "" : "\n",
-                    row->help);
+            if (printed >= 23)
+                fputc('\n', stream);
+            fprintf(stream, "%*s%s\n", printed < 23 ? 23 - printed : 23, "", row->help);
         }
     }
 }

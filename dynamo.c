@@ -14,6 +14,7 @@
  * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
 #define _GNU_SOURCE
 #define GGUF_IMPLEMENTATION
+#define MODEL_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
@@ -89,7 +90,8 @@ struct engine {
     struct sched *sched;
     pthread_mutex_t lock;
     pthread_cond_t work, news; /* something to do for workers; something to show for main */
-    bool stopping, interrupted;
+    bool stopping;
+    enum activity activity;
 };
 
 static double now(void) {
@@ -461,7 +463,8 @@ static bool open_kv(struct engine *engine, char *error) {
         blocks_from(engine->options->kv_device, shard_bytes, wanted < most ? wanted : most);
     if (engine->device_blocks < 1) {
         (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "--kv-device: room for no block; one has %zu bytes", shard_bytes);
+                       "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
+                       shard_bytes);
         return false;
     }
     bool ok = true;
@@ -520,7 +523,7 @@ static void open_tokenizer(struct engine *engine) {
     const char *slash = strrchr(o->model, '/');
     int folder = slash ? (int)(slash - o->model) + 1 : 0;
     (void)snprintf(beside, sizeof beside, "%.*stokenizer.bin", folder, o->model);
-    if (o->tokenizer || gguf_is_checkpoint(engine->file)) {
+    if (o->tokenizer || engine->model.placed) {
         engine->tokenizer =
             tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside,
                                 engine->model.config.vocab_size, engine->no_tokenizer);
@@ -569,13 +572,13 @@ static bool open_engine(struct engine *engine, struct options *options) {
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
     engine->chunk = options->chunk > 0 ? options->chunk : DEFAULT_CHUNK;
     engine->kv_type = options->kv_type == CLI_KV_BF16 ? KV_BF16 : KV_F32;
-    pthread_mutex_init(&engine->lock, NULL);
-    pthread_cond_init(&engine->work, NULL);
-    pthread_cond_init(&engine->news, NULL);
     engine->file = gguf_open(options->model, error);
     bool ok = engine->file && model_open(&engine->model, engine->file, error);
     if (ok) {
         open_tokenizer(engine);
+        ok = engine->tokenizer || !options->tokenizer; /* what was asked for must be there */
+        if (!ok)
+            (void)snprintf(error, sizeof error, "%.500s", engine->no_tokenizer);
         engine->rope_frequency = rope_frequencies(&engine->model);
         engine->backend = cpu_backend_open(&backend, error);
     }
@@ -622,7 +625,7 @@ static void run_rows(void *argument, const int *tokens, int start, int n, float 
 
 /* ---- main ---- */
 
-/* Ctrl-C stops the answers; a second one, before they have ended, the program. */
+/* Ctrl-C stops the answers; where there are none, or a second time, the program. */
 static void *interrupt_main(void *argument) {
     struct engine *engine = argument;
     sigset_t signals;
@@ -632,9 +635,9 @@ static void *interrupt_main(void *argument) {
         int number;
         (void)sigwait(&signals, &number);
         pthread_mutex_lock(&engine->lock);
-        if (engine->interrupted)
+        if (engine->activity != ANSWERING)
             _exit(128 + SIGINT);
-        engine->interrupted = true;
+        engine->activity = INTERRUPTED;
         pthread_cond_broadcast(&engine->news);
         pthread_mutex_unlock(&engine->lock);
     }
@@ -686,19 +689,16 @@ static int run_requests(struct engine *engine, struct answers *answers) {
 }
 
 static int serve(struct engine *engine, struct answers *answers) {
-    pthread_t interrupts;
     int n_started = 0, status = EXIT_FILE;
-    bool ok = pthread_create(&interrupts, NULL, interrupt_main, engine) == 0;
+    bool ok = true;
     for (; ok && n_started < engine->n_workers; n_started += ok) {
         struct worker *worker = &engine->workers[n_started];
         ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
     }
-    if (ok) {
-        pthread_detach(interrupts);
+    if (ok)
         status = run_requests(engine, answers);
-    } else {
-        complain("cannot start threads: %s", strerror(errno));
-    }
+    else
+        complain("cannot start threads");
     pthread_mutex_lock(&engine->lock);
     engine->stopping = true;
     pthread_cond_broadcast(&engine->work);
@@ -708,19 +708,26 @@ static int serve(struct engine *engine, struct answers *answers) {
     return status;
 }
 
-/* Signals are for interrupt_main alone; a closed stdout is an error of fflush, not a death. */
-static void block_signals(void) {
+/* Signals are for interrupt_main alone; a closed stdout is an error of fflush, not a death. Before
+ * any other thread is started, so that none of them takes one. */
+static bool watch_signals(struct engine *engine) {
     sigset_t signals;
+    pthread_t interrupts;
     sigemptyset(&signals);
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    return pthread_mutex_init(&engine->lock, NULL) == 0 &&
+           pthread_cond_init(&engine->work, NULL) == 0 &&
+           pthread_cond_init(&engine->news, NULL) == 0 &&
+           pthread_create(&interrupts, NULL, interrupt_main, engine) == 0 &&
+           pthread_detach(interrupts) == 0;
 }
 
 static int run_model(struct options *options) {
     struct engine *engine = calloc(1, sizeof *engine);
-    if (!engine) {
-        complain("out of memory");
+    if (!engine || !watch_signals(engine)) {
+        complain("out of memory, or of threads");
         return EXIT_FILE;
     }
     if (!cli_given(options->given, "--seed"))
@@ -739,7 +746,7 @@ static int run_model(struct options *options) {
                                   .lock = &engine->lock,
                                   .work = &engine->work,
                                   .news = &engine->news,
-                                  .interrupted = &engine->interrupted,
+                                  .activity = &engine->activity,
                                   .now = now};
         struct evaluation evaluation = {&answers, run_rows, engine, engine->chunk,
                                         sched_max_length(engine->sched)};
@@ -758,7 +765,6 @@ int main(int argc, char **argv) {
     struct options options;
     char error[CLI_ERROR_LENGTH];
     int status = 0;
-    block_signals();
     if (!cli_parse(&options, argc, argv, error)) {
         complain("%s", error);
         return EXIT_USAGE;

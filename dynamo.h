@@ -39,7 +39,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "gguf.h"
+#include "model.h"
 
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */

@@ -176,11 +176,13 @@ int evaluate_tokenize(const struct options *options, const char *path) {
     struct gguf *file = gguf_open(options->model, error);
     if (!file)
         return evaluate_failed("", error);
-    const struct tensor *embedding = gguf_tensor(file, "token_embd.weight");
-    struct tokenizer *tokenizer =
-        options->tokenizer
-            ? tok_open_checkpoint(options->tokenizer, embedding ? (int)embedding->rows : 0, error)
-            : tok_open(file, error);
+    struct model model = {0};
+    struct tokenizer *tokenizer = NULL;
+    if (!options->tokenizer)
+        tokenizer = tok_open(file, error);
+    else if (model_open(&model, file, error))
+        tokenizer = tok_open_checkpoint(options->tokenizer, model.config.vocab_size, error);
+    model_close(&model);
     gguf_close(file);
     if (!tokenizer)
         return evaluate_failed(options->tokenizer ? "" : options->model, error);

@@ -1107,14 +1107,6 @@ INLINE vec load_kv(const struct cpu_device *device, size_t at, int n) {
     return widen_bf16(bits);
 }
 
-/* Planes lie a block apart, too short for the hardware to see what is wanted next. */
-INLINE void prefetch_plane(const struct cpu_device *device, size_t at) {
-    size_t element = kv_element_bytes(device->device.kv_type);
-    size_t bytes = BLOCK_TOKENS * (size_t)device->device.config->head_dim * element;
-    for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const char *)device->device.kv + at * element + i);
-}
-
 /* Brings tokens [start, start + n) of a head from their blocks into a panel of keys [dim][64] and
  * panels of values [dim / 64][token][64]. What lies beyond the last token may be anything. */
 static void gather(const struct attention_job *job, const int *table, int head, int start, int n,
@@ -1128,11 +1120,6 @@ static void gather(const struct attention_job *job, const int *table, int head, 
         int tokens = n - first < BLOCK_TOKENS ? n - first : BLOCK_TOKENS;
         size_t key = kv_offset(device, slot, job->layer, 0, head, 0);
         size_t value = kv_offset(device, slot, job->layer, 1, head, 0);
-        prefetch_plane(device, value);
-        if (first + BLOCK_TOKENS < n) {
-            int next = table[(start + first) / BLOCK_TOKENS + 1];
-            prefetch_plane(device, kv_offset(device, next, job->layer, 0, head, 0));
-        }
         for (int at = 0; at < dim; at += LANES) {
             vec rows[LANES];
             for (int i = 0; i < LANES; i++) {
@@ -1333,17 +1320,19 @@ static int keep_top(const struct sampling *sampling, const float *scaled, float 
     double total = sum_of_weights(scaled, n, max);
     /* tokens this improbable make up less than what top_p leaves out, all together */
     double share = 0.5 * (1.0 - (double)sampling->top_p) * total / n;
-    float least = by_count || share <= 0.0 ? -FLT_MAX : max + (float)log(share);
+    float least = by_count || !(share > 0.0) ? -FLT_MAX : max + (float)log(share);
     int count = 0;
     for (int i = 0; i < n; i++) {
         list[count] = i;
         count += scaled[i] >= least;
     }
+    if (count == 0) /* no logit is a number */
+        list[count++] = 0;
     for (int i = count / 2 - 1; i >= 0; i--)
         sift_down(scaled, list, count, i);
-    int limit = by_count ? sampling->top_k : count, kept = 0;
+    int limit = by_count && sampling->top_k < count ? sampling->top_k : count, kept = 0;
     double sum = 0.0;
-    while (kept < limit && (by_count || sum < (double)sampling->top_p * total)) {
+    while (kept < limit && (by_count || kept == 0 || sum < (double)sampling->top_p * total)) {
         int token = list[0];
         list[0] = list[count - 1 - kept];
         list[count - 1 - kept++] = token;
@@ -1356,7 +1345,6 @@ static int keep_top(const struct sampling *sampling, const float *scaled, float 
         for (limit = kept, kept = 0; kept < limit && (kept == 0 || sum < enough); kept++)
             sum += weight_of(scaled[list[count - 1 - kept]], max);
     }
-    kept = kept > 0 ? kept : 1;
     memmove(list, list + count - kept, sizeof *list * (size_t)kept);
     return kept;
 }

@@ -202,7 +202,8 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
         bench->backend ? bench->backend->device_open(bench->backend, &wanted, error) : NULL;
     size_t n_blocks = (size_t)(STREAMS * blocks_of(CONTEXT + 1) + blocks_of(PROMPT));
     size_t bytes = n_blocks * block_bytes(&bench->config, 1, KV_F32);
-    bench->probe_memory = malloc(PROBE_BYTES);
+    bench->probe_memory =
+        bench->device ? bench->backend->alloc(bench->device, PROBE_BYTES, false) : NULL;
     if (!bench->device || !bench->probe_memory ||
         !(bench->device->kv = bench->backend->alloc(bench->device, bytes, false))) {
         fprintf(stderr, "bench: no memory, or %s\n", error);
@@ -218,13 +219,13 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
 }
 
 static void close_bench(struct bench *bench) {
+    bench->backend->release(bench->device, bench->probe_memory, false);
     bench->backend->release(bench->device, bench->device->kv, false);
     bench->backend->device_close(bench->device);
     bench->backend->close(bench->backend);
     for (int i = 0; i < bench->n_tensors; i++)
         free(bench->tensors[i]);
     free(bench->weights.layers);
-    free(bench->probe_memory);
 }
 
 /* ---- steps ---- */

@@ -1,13 +1,16 @@
-/* invariants.h: kv_check and sched_check, which recount everything that kvcache.c and scheduler.c
- * keep track of. Include it after the text of both files: it looks inside their structs.
+/* invariants.h: kvcache.c and scheduler.c as one text, and kv_check and sched_check, which recount
+ * everything that they keep track of. A test that includes it can look inside.
  *
- *     #include "../kvcache.c"
- *     #include "../scheduler.c"
  *     #include "invariants.h"
  *     const char *broken = kv_check(kv);   NULL: all is well
  */
 #ifndef INVARIANTS_H
 #define INVARIANTS_H
+
+#include "../kvcache.c"
+#define NONE NO_ONE /* both files have their own */
+#include "../scheduler.c"
+#undef NONE
 
 #define BROKEN(condition, text)                                                                    \
     do {                                                                                           \

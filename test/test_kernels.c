@@ -28,9 +28,8 @@ static int below(struct random *random, int n) {
 
 static float normal(struct random *random) { /* near enough to one */
     double sum = -6.0;
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 12; i++)
         sum += draw(random) * 0x1p-32;
-    }
     return (float)sum;
 }
 
@@ -141,9 +140,8 @@ static struct model_under_test *make_model(struct random *random, enum tensor_ty
     config->head_dim = dims[below(random, 6)];
     config->n_kv_heads = 4;
     config->n_heads = 4 * model->group;
-    if (blocks && config->head_dim < 16) {
+    if (blocks && config->head_dim < 16)
         config->head_dim = 16;
-    }
     config->n_layers = 2;
     config->d_model = blocks ? 96 : 60 + below(random, 60);
     config->d_ff = blocks ? 352 : 8 * (20 + below(random, 30));
@@ -151,12 +149,10 @@ static struct model_under_test *make_model(struct random *random, enum tensor_ty
     config->rope_dim = config->head_dim;
     config->rope_adjacent = draw(random) & 1;
     config->norm_epsilon = 1e-5f;
-    for (int i = 0; i < config->rope_dim / 2; i++) {
+    for (int i = 0; i < config->rope_dim / 2; i++)
         model->frequency[i] = (float)pow(10000.0, -2.0 * i / config->rope_dim);
-    }
-    for (int i = 0; i < config->n_layers; i++) {
+    for (int i = 0; i < config->n_layers; i++)
         make_layer(random, config, type, &model->layer[i]);
-    }
     model->token_embd = make_tensor(random, type, config->vocab_size, config->d_model, 1, 0);
     model->output_norm = make_tensor(random, TYPE_F32, 1, config->d_model, 0.2f, 1.0f);
     return model;
@@ -170,9 +166,8 @@ static void free_model(struct model_under_test *model) {
                                           layer->v_bias,    layer->attn_q_norm, layer->ffn_norm,
                                           layer->ffn_gate,  layer->attn_k_norm, layer->attn_output,
                                           layer->ffn_up,    layer->ffn_down};
-        for (size_t j = 0; j < sizeof tensors / sizeof *tensors; j++) {
+        for (size_t j = 0; j < sizeof tensors / sizeof *tensors; j++)
             free_tensor(tensors[j]);
-        }
     }
     free_tensor(model->token_embd);
     free_tensor(model->output_norm);
@@ -274,9 +269,8 @@ static void forward(struct worker *worker, const struct batch *batch, float *log
     }
     backend->norm_logits(worker->shards[0], &worker->weights[0]);
     backend->sample(worker->shards[0]);
-    if (logits) {
+    if (logits)
         backend->read_logits(worker->shards[0], logits);
-    }
     ON_SHARDS(step_end(device, batch->sampled))
 }
 
@@ -342,9 +336,8 @@ struct worst {
 static void compare(struct worst *worst, int row, int col, double got, double expected,
                     double scale) {
     double error = fabs(got - expected) / scale;
-    if (!(error <= worst->error)) {
+    if (!(error <= worst->error))
         *worst = (struct worst){error == error ? error : INFINITY, row, col};
-    }
 }
 
 #define CHECK_WORST(worst, limit, what)                                                            \
@@ -352,28 +345,23 @@ static void compare(struct worst *worst, int row, int col, double got, double ex
           (worst).row, (worst).col)
 
 static void poison(float *values, size_t rows, size_t stride, int n) { /* all but the padding */
-    for (size_t i = 0; i < rows; i++) {
-        for (size_t j = 0; j < (size_t)n; j++) {
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < (size_t)n; j++)
             values[i * stride + j] = NAN;
-        }
-    }
 }
 
 static void reference_norm(const float *x, const struct tensor *weight, int n, double *out) {
     double squares = 0.0;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         squares += (double)x[i] * (double)x[i];
-    }
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         out[i] = (double)x[i] / sqrt(squares / n + 1e-5) * (weight ? element(weight, 0, i) : 1.0);
-    }
 }
 
 static double dot(const struct tensor *matrix, int row, const double *input) {
     double sum = 0.0;
-    for (int i = 0; i < (int)matrix->cols; i++) {
+    for (int i = 0; i < (int)matrix->cols; i++)
         sum += element(matrix, row, i) * input[i];
-    }
     return sum;
 }
 
@@ -415,12 +403,10 @@ static void reference_rope(const struct model_under_test *model, const float *he
     const struct model_config *config = &model->config;
     double normed[MAX_HEAD_DIM];
     int half = config->rope_dim / 2;
-    for (int i = 0; i < config->head_dim; i++) {
+    for (int i = 0; i < config->head_dim; i++)
         normed[i] = (double)head[i];
-    }
-    if (norm) {
+    if (norm)
         reference_norm(head, norm, config->head_dim, normed);
-    }
     for (int i = 0; i < half; i++) {
         int a = config->rope_adjacent ? 2 * i : i, b = config->rope_adjacent ? 2 * i + 1 : i + half;
         double angle = position * (double)model->frequency[i];
@@ -435,9 +421,8 @@ static double kv_at(const struct cpu_device *device, int slot, int layer, int va
     size_t at = (size_t)slot * (size_t)config->n_layers + (size_t)layer;
     at = (at * 2 + (size_t)value) * (size_t)config->n_kv_heads + (size_t)head;
     at = (at * BLOCK_TOKENS + (size_t)token) * (size_t)config->head_dim + (size_t)i;
-    if (device->device.kv_type == KV_F32) {
+    if (device->device.kv_type == KV_F32)
         return (double)((const float *)device->device.kv)[at];
-    }
     uint32_t bits = (uint32_t)((const uint16_t *)device->device.kv)[at] << 16;
     float result;
     memcpy(&result, &bits, 4);
@@ -463,9 +448,8 @@ static void check_rope(struct check *check, struct cpu_device *device,
         for (int head = 0; head < config->n_heads; head++) {
             size_t at = row * device->q_stride + (size_t)head * dim;
             reference_rope(model, q + at, model->layer[layer].attn_q_norm, position, expected);
-            for (int i = 0; i < (int)dim; i++) {
+            for (int i = 0; i < (int)dim; i++)
                 compare(&worst_q, (int)row, i, (double)device->q[at + (size_t)i], expected[i], 4);
-            }
         }
         for (int head = 0; head < config->n_kv_heads; head++) {
             size_t at = row * device->kv_stride + (size_t)head * dim;
@@ -498,15 +482,13 @@ static void reference_attention(const struct cpu_device *device, int layer, int 
     memset(out, 0, sizeof *out * MAX_HEAD_DIM);
     for (int t = 0; t < n; t++) {
         score[t] = 0.0;
-        for (int i = 0; i < config->head_dim; i++) {
+        for (int i = 0; i < config->head_dim; i++)
             score[t] += (double)q[i] * kv_at(device, table[t / 16], layer, 0, kv_head, t % 16, i);
-        }
         score[t] /= sqrt(config->head_dim);
         max = score[t] > max ? score[t] : max;
     }
-    for (int t = 0; t < n; t++) {
+    for (int t = 0; t < n; t++)
         sum += exp(score[t] - max);
-    }
     for (int t = 0; t < n; t++) {
         for (int i = 0; i < config->head_dim; i++) {
             out[i] += exp(score[t] - max) / sum *
@@ -638,9 +620,8 @@ static void check_ops(struct check *check, enum tensor_type type, enum kv_type k
     open_worker(&worker, backend, model, 1, kv_type);
     int slots[MAX_BLOCKS], text[256];
     shuffled(&random, slots, MAX_BLOCKS);
-    for (int i = 0; i < 256; i++) {
+    for (int i = 0; i < 256; i++)
         text[i] = below(&random, model->config.vocab_size);
-    }
     struct test_batch test;
     int half = 20 + below(&random, 60); /* a prompt in two steps, beside two short ones */
     batch_start(&test);
@@ -659,9 +640,8 @@ static void check_ops(struct check *check, enum tensor_type type, enum kv_type k
 }
 
 static void ops_f32(struct check *check) {
-    for (uint64_t seed = 1; seed < 6; seed++) {
+    for (uint64_t seed = 1; seed < 6; seed++)
         check_ops(check, TYPE_F32, seed % 2 ? KV_F32 : KV_BF16, seed);
-    }
 }
 
 static void ops_f16(struct check *check) {
@@ -670,15 +650,13 @@ static void ops_f16(struct check *check) {
 }
 
 static void ops_bf16(struct check *check) {
-    for (uint64_t seed = 21; seed < 25; seed++) {
+    for (uint64_t seed = 21; seed < 25; seed++)
         check_ops(check, TYPE_BF16, seed % 2 ? KV_F32 : KV_BF16, seed);
-    }
 }
 
 static void ops_q8_0(struct check *check) {
-    for (uint64_t seed = 31; seed < 34; seed++) {
+    for (uint64_t seed = 31; seed < 34; seed++)
         check_ops(check, TYPE_Q8_0, seed % 2 ? KV_F32 : KV_BF16, seed);
-    }
 }
 
 /* ---- the same bits, however the work is cut ---- */
@@ -696,9 +674,8 @@ static void run_text(struct worker *worker, const int *text, int chunk, int besi
     for (int start = 0; start < TEXT_LENGTH; start += chunk) {
         int end = start + chunk < TEXT_LENGTH ? start + chunk : TEXT_LENGTH;
         batch_start(&test);
-        for (int i = 0; i < beside; i++) {
+        for (int i = 0; i < beside; i++)
             batch_add(&test, text + i + 1, slots + 10 + 2 * i, 0, 1 + (i * 7 + start) % 20);
-        }
         batch_add(&test, text, slots, start, end);
         forward(worker, &test.batch, all);
         memcpy(logits, all + beside * vocab, sizeof(float) * (size_t)vocab);
@@ -710,9 +687,8 @@ static void check_bits(struct check *check, enum tensor_type type, enum kv_type 
     struct random random = {seed};
     struct model_under_test *model = make_model(&random, type);
     int text[TEXT_LENGTH + 32];
-    for (int i = 0; i < TEXT_LENGTH + 32; i++) {
+    for (int i = 0; i < TEXT_LENGTH + 32; i++)
         text[i] = below(&random, model->config.vocab_size);
-    }
     size_t bytes = sizeof(float) * (size_t)model->config.vocab_size;
     float *expected = NULL, *logits = malloc(bytes);
     static const int cuts[][4] = {
@@ -724,9 +700,8 @@ static void check_bits(struct check *check, enum tensor_type type, enum kv_type 
         struct worker worker;
         open_worker(&worker, backend, model, cuts[i][1], kv);
         run_text(&worker, text, cuts[i][2], cuts[i][3], logits);
-        if (!expected) {
+        if (!expected)
             expected = memcpy(malloc(bytes), logits, bytes);
-        }
         CHECK(memcmp(logits, expected, bytes) == 0,
               "type %d, seed %d: %d threads, %d shards, %d %d", (int)type, (int)seed, cuts[i][0],
               cuts[i][1], cuts[i][2], cuts[i][3]);
@@ -778,22 +753,19 @@ static int by_rank(const void *a, const void *b) {
 static int brute_force(const float *logits, int n, const struct sampling *sampling, int position) {
     int order[512], kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
     double p[512], sum = 0.0, reached = 0.0, best = -INFINITY;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         order[i] = i;
-    }
     sort_by = logits;
     qsort(order, (size_t)n, sizeof *order, by_rank);
-    if (sampling->temperature <= 0.0f) {
+    if (sampling->temperature <= 0.0f)
         return order[0];
-    }
     for (int i = 0; i < kept; i++) {
         p[i] = exp((double)((logits[order[i]] - logits[order[0]]) / sampling->temperature));
         sum += p[i];
     }
     int nucleus = 0;
-    while (nucleus < kept && (nucleus == 0 || reached < (double)sampling->top_p * sum)) {
+    while (nucleus < kept && (nucleus == 0 || reached < (double)sampling->top_p * sum))
         reached += p[nucleus++];
-    }
     nucleus = sampling->top_p < 1.0f ? nucleus : kept;
     int winner = -1;
     for (int i = 0; i < nucleus && p[i] >= (double)sampling->min_p; i++) {
@@ -893,9 +865,8 @@ static void sampler_distribution(struct check *check) {
         float value = 2.0f * normal(&random);
         p[j] = exp((double)value);
         sum += p[j];
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 16; i++)
             logits[i * 397 + j] = value;
-        }
     }
     for (int first = 0; first < DRAWS; first += 16) {
         struct sampling sampling[16];
@@ -905,9 +876,8 @@ static void sampler_distribution(struct check *check) {
             position[i] = first + i + 1;
         }
         sample_rows(&sampler, logits, 16, position, sampling, sampled);
-        for (int i = 0; i < 16; i++) {
+        for (int i = 0; i < 16; i++)
             count[sampled[i]]++;
-        }
     }
     for (int j = 0; j < 397; j++) {
         double expected = p[j] / sum * DRAWS;
@@ -937,12 +907,10 @@ static void sampler_odd_logits(struct check *check) {
                                     kind & 4 ? 10 : 0, 3};
         sample_rows(&sampler, logits, 1, &position, &sampling, &sampled);
         CHECK(sampled >= 0 && sampled < 397, "kind %d: token %d", kind, sampled);
-        if (kind >= 12 && kind % 3 != 1) {
+        if (kind >= 12 && kind % 3 != 1)
             CHECK(sampled % 2 == 0, "kind %d: a token without a probability", kind);
-        }
-        if (kind >= 12 && kind % 3 != 1 && !(kind & 1)) {
+        if (kind >= 12 && kind % 3 != 1 && !(kind & 1))
             CHECK(sampled == 396, "the largest number, not %d", sampled);
-        }
     }
     close_sampler(&sampler);
 }
@@ -958,9 +926,8 @@ static void copies(struct check *check) {
         open_worker(&worker, backend, model, 1, KV_F32);
         struct device *device = worker.shards[0];
         char from[64 * 40], to[2][64 * 48];
-        for (size_t i = 0; i < sizeof from; i++) {
+        for (size_t i = 0; i < sizeof from; i++)
             from[i] = (char)draw(&random);
-        }
         memset(to, 0, sizeof to);
         bool was_in_flight = false;
         uint64_t tickets[2][64];
@@ -976,9 +943,8 @@ static void copies(struct check *check) {
         for (size_t i = 64; i-- > 0;) {
             for (size_t j = 0; j < 2; j++) {
                 enum stream stream = j ? STREAM_PAGE_OUT : STREAM_TRANSFER;
-                while (!backend->copy_done(device, stream, tickets[j][i])) {
+                while (!backend->copy_done(device, stream, tickets[j][i]))
                     sched_yield();
-                }
                 bool same = true;
                 for (size_t row = 0; row < 5; row++) {
                     same &= !memcmp(to[j] + i * 48 + row * 9, from + i * 40 + row * 8, 7);
@@ -1014,9 +980,8 @@ static void refusals(struct check *check) {
         bool fits = n_shards == 1 || n_shards == 2 || n_shards == 4;
         CHECK((device != NULL) == fits, "%d shards of 4 key-value heads", n_shards);
         CHECK(fits || (strstr(error, "got") && !strchr(error, '\n')), "%s", error);
-        if (device) {
+        if (device)
             backend->device_close(device);
-        }
     }
     backend->close(backend);
     free_model(model);
@@ -1031,9 +996,8 @@ struct driver {
 
 static void *drive(void *argument) {
     struct driver *driver = argument;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++)
         run_text(&driver->worker, driver->text, 20 + i, 2, driver->logits);
-    }
     return NULL;
 }
 
@@ -1042,9 +1006,8 @@ static void many_devices(struct check *check) { /* at once, more threads than th
     struct random random = {81};
     struct model_under_test *model = make_model(&random, TYPE_F32);
     int text[TEXT_LENGTH + 32];
-    for (int i = 0; i < TEXT_LENGTH + 32; i++) {
+    for (int i = 0; i < TEXT_LENGTH + 32; i++)
         text[i] = below(&random, model->config.vocab_size);
-    }
     size_t bytes = sizeof(float) * (size_t)model->config.vocab_size;
     for (int n_threads = 1; n_threads <= 4; n_threads++) {
         struct backend *backend = open_backend(n_threads, 0);
@@ -1059,9 +1022,8 @@ static void many_devices(struct check *check) { /* at once, more threads than th
             drivers[i].text = text;
             drivers[i].logits = malloc(bytes);
         }
-        for (int i = 0; i < DRIVERS; i++) {
+        for (int i = 0; i < DRIVERS; i++)
             CHECK(!pthread_create(&drivers[i].thread, NULL, drive, &drivers[i]), "a thread");
-        }
         for (int i = 0; i < DRIVERS; i++) {
             pthread_join(drivers[i].thread, NULL);
             CHECK(!memcmp(drivers[i].logits, drivers[0].logits, bytes), "driver %d", i);

@@ -650,10 +650,10 @@ static void bad_commands_are_refused(struct check *check) {
         {"model.bin -p a --devices cpu:2 --prefill 0 --decode 0", 2, "in use already"},
         {"model.bin -p a --colocate --prefill 0 --decode 1", 2, "exclude each other"},
         {"model.bin -p a --kv-device 0", 2, "--kv-device: got 0"},
-        {"model.bin -p a --kv-device 1", 1, "--kv-device: room for no block"},
+        {"model.bin -p a --kv-device 1", 1, "raise --kv-device"},
         {"model.bin -p a --kv-device 8x", 2, "--kv-device: got 8x"},
         {"model.bin -p a --kv-device 900000G", 1, "lower --kv-device"},
-        {"model.bin -p a --kv-host 900000G", 1, "lower --kv-device or --kv-host"},
+        {"model.bin -p a --kv-host 900000G", 1, "lower --kv-host"},
         {"model.bin -p a --kv-type f8", 2, "--kv-type: got f8"},
         {"model.bin -p a --kv-policy lru", 2, "--kv-policy: got lru"},
         {"model.bin -p a --max-batch 0", 2, "--max-batch: got 0"},
@@ -735,6 +735,31 @@ static void long_prompts_are_refused(struct check *check) {
 
 /* ---- broken model files ---- */
 
+enum { LONG_CONTEXT = 32768 };
+
+/* A llama2.c checkpoint of random weights whose greedy text does not end for a long time: the rows
+ * of the tokens that could end it are zero. Its weights are at most scale / 2. */
+static void write_endless_model(struct check *check, const char *folder, float scale) {
+    enum { DIM = 64, HIDDEN = 128, LAYERS = 2, HEADS = 2, VOCAB = 512 };
+    static const int32_t header[] = {DIM, HIDDEN, LAYERS, HEADS, HEADS, VOCAB, LONG_CONTEXT};
+    size_t layer = 2 * DIM + 4 * DIM * DIM + 3 * DIM * HIDDEN;
+    size_t n = VOCAB * DIM + LAYERS * layer + DIM + LONG_CONTEXT * (DIM / HEADS);
+    size_t length = sizeof header + n * sizeof(float);
+    char path[PATH_LENGTH], command[PATH_LENGTH], *bytes = malloc(length);
+    uint32_t random = 1;
+    memcpy(bytes, header, sizeof header);
+    for (size_t i = 0; i < n; i++) {
+        random = random * 1664525 + 1013904223;
+        float weight = i < 3 * DIM ? 0 : scale * ((float)(random >> 8) / (1 << 24) - 0.5f);
+        memcpy(bytes + sizeof header + i * sizeof weight, &weight, sizeof weight);
+    }
+    snprintf(path, sizeof path, "%s/endless", folder);
+    write_file(check, path, bytes, length);
+    free(bytes);
+    snprintf(command, sizeof command, "cp " AIDREAMS_TOKENIZER " %s/tokenizer.bin", folder);
+    CHECK(system(command) == 0, "%s", command);
+}
+
 /* Runs a file that may be broken: any exit status will do, if a refusal says why. */
 static void check_survives(struct check *check, const char *path, const char *options,
                            const char *what, size_t at) {
@@ -765,9 +790,9 @@ static void truncated_files_are_refused(struct check *check) {
     for (size_t v = 0; v < sizeof victims / sizeof *victims; v++) {
         size_t length;
         char *bytes = read_file(check, victims[v].path, &length);
-        for (size_t i = 0; i < 16; i++) { /* in the header, in the data, and the last byte */
+        for (size_t i = 0; i < 16; i++) { /* in the header, in the data, and near the end */
             size_t at = i < 10 ? victims[v].header * i / 10 : length / 6 * (i - 10) + length / 7;
-            at = i == 15 ? length - 1 : at;
+            at = i == 15 ? length - 100 : at; /* more than padding */
             write_file(check, path, bytes, at);
             struct outcome o = run(check, "%s %s", path, victims[v].options);
             char what[PATH_LENGTH];
@@ -817,8 +842,8 @@ static void lying_files_are_refused(struct check *check) {
     /* behind a key: u32 type, value; behind a tensor's name: u32 n, u64 sizes, u32 type, u64 at */
     static const struct patch patches[] = {
         {"GGUF", 0, 4, 99, "version"},
-        {"GGUF", 4, 8, UINT64_MAX, "tensor"},
-        {"GGUF", 4, 8, (uint64_t)1 << 40, "tensor"},
+        {"GGUF", 4, 8, UINT64_MAX, "have room"},
+        {"GGUF", 4, 8, (uint64_t)1 << 40, "have room"},
         {"GGUF", 12, 8, UINT64_MAX, ""},
         {"GGUF", 12, 8, (uint64_t)1 << 40, ""},
         {"llama.block_count", 0, 4, 8, ""},
@@ -829,7 +854,7 @@ static void lying_files_are_refused(struct check *check) {
         {"llama.context_length", 4, 4, 0, "llama.context_length"},
         {"llama.attention.head_count", 4, 4, 0, "llama.attention.head_count"},
         {"llama.attention.head_count", 4, 4, 7, "head_count"},
-        {"llama.embedding_length", 4, 4, 193, "embedding_length"},
+        {"llama.embedding_length", 4, 4, 193, "193"},
         {"general.architecture", 12, 5, 0x616161616D, "general.architecture"},
         {"token_embd.weight", 0, 4, 9, "token_embd.weight"},
         {"token_embd.weight", 4, 8, UINT64_MAX, "token_embd.weight"},
@@ -870,39 +895,34 @@ static void lying_files_are_refused(struct check *check) {
     remove_folder(check, folder);
 }
 
-/* ---- Ctrl-C ---- */
-
-enum { LONG_CONTEXT = 32768 };
-
-/* A llama2.c checkpoint of random weights whose greedy text does not end for a long time: the rows
- * of the tokens that could end it are zero. */
-static void write_endless_model(struct check *check, const char *folder) {
-    enum { DIM = 64, HIDDEN = 128, LAYERS = 2, HEADS = 2, VOCAB = 512 };
-    static const int32_t header[] = {DIM, HIDDEN, LAYERS, HEADS, HEADS, VOCAB, LONG_CONTEXT};
-    size_t layer = 2 * DIM + 4 * DIM * DIM + 3 * DIM * HIDDEN;
-    size_t n = VOCAB * DIM + LAYERS * layer + DIM + LONG_CONTEXT * (DIM / HEADS);
-    size_t length = sizeof header + n * sizeof(float);
-    char path[PATH_LENGTH], command[PATH_LENGTH], *bytes = malloc(length);
-    uint32_t random = 1;
-    memcpy(bytes, header, sizeof header);
-    for (size_t i = 0; i < n; i++) {
-        random = random * 1664525 + 1013904223;
-        float weight = i < 3 * DIM ? 0 : (float)(random >> 8) / (1 << 24) - 0.5f;
-        memcpy(bytes + sizeof header + i * sizeof weight, &weight, sizeof weight);
+/* Weights that are no numbers, or make none: any text will do. */
+static void absurd_weights_are_survived(struct check *check) {
+    static const float scales[] = {NAN, INFINITY, 1e38f, 1e20f, 0, 1e-40f};
+    static const char *const options[] = {"-t 0", "-t 0.8", "--top-k 5", "--top-p 0",
+                                          "--min-p 0.1"};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    for (size_t i = 0; i < sizeof scales / sizeof *scales; i++) {
+        write_endless_model(check, folder, scales[i]);
+        for (size_t k = 0; k < sizeof options / sizeof *options; k++) {
+            snprintf(path, sizeof path, "%s/endless", folder);
+            struct outcome o = run(check, "%s --ids 1,5,6 -n 3 %s --json", path, options[k]);
+            CHECK(o.status == 0 && strstr(o.out, "\"ids\":["), "%g, %s: status %d: %s%s",
+                  (double)scales[i], options[k], o.status, o.out, o.err);
+            outcome_free(&o);
+        }
     }
-    snprintf(path, sizeof path, "%s/endless", folder);
-    write_file(check, path, bytes, length);
-    free(bytes);
-    snprintf(command, sizeof command, "cp " AIDREAMS_TOKENIZER " %s/tokenizer.bin", folder);
-    CHECK(system(command) == 0, "%s", command);
+    remove_folder(check, folder);
 }
+
+/* ---- Ctrl-C ---- */
 
 #define ENDLESS "%s/endless -t 0 --kv-device 2048b --kv-host 0 "
 
 static void an_interrupt_stops_the_answer(struct check *check) {
     char folder[FOLDER_LENGTH];
     make_folder(check, folder);
-    write_endless_model(check, folder);
+    write_endless_model(check, folder, 1);
     struct live live = live_start(check, false, ENDLESS "--ids 1,5,6", folder);
     CHECK(live_bytes(&live, 100, 10), "no text: %s", live.text);
     double start = child_clock();
@@ -936,7 +956,7 @@ static void an_interrupt_stops_the_answer(struct check *check) {
 static void an_interrupt_ends_other_work(struct check *check) {
     char folder[FOLDER_LENGTH], path[PATH_LENGTH];
     make_folder(check, folder);
-    write_endless_model(check, folder);
+    write_endless_model(check, folder, 1);
     snprintf(path, sizeof path, "%s/text", folder);
     size_t length = 1 << 20;
     char *text = malloc(length);
@@ -957,7 +977,7 @@ static void an_interrupt_ends_other_work(struct check *check) {
 static void a_closed_pipe_ends_the_answer(struct check *check) {
     char folder[FOLDER_LENGTH];
     make_folder(check, folder);
-    write_endless_model(check, folder);
+    write_endless_model(check, folder, 1);
     struct live live = live_start(check, false, ENDLESS "--ids 1,5,6", folder);
     CHECK(live_bytes(&live, 100, 10), "no text: %s", live.text);
     close(live.output);
@@ -991,7 +1011,7 @@ static void talks_at_a_terminal(struct check *check) {
 static void ctrl_c_at_a_terminal(struct check *check) {
     char folder[FOLDER_LENGTH];
     make_folder(check, folder);
-    write_endless_model(check, folder);
+    write_endless_model(check, folder, 1);
     struct live live = live_start(check, true, ENDLESS, folder);
     CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
     for (int i = 0; i < 2; i++) { /* it must not strike the answer after it as well */
@@ -1030,6 +1050,7 @@ int main(int argc, char **argv) {
         {"truncated_files_are_refused", truncated_files_are_refused},
         {"mutated_files_are_survived", mutated_files_are_survived},
         {"lying_files_are_refused", lying_files_are_refused},
+        {"absurd_weights_are_survived", absurd_weights_are_survived},
         {"an_interrupt_stops_the_answer", an_interrupt_stops_the_answer},
         {"an_interrupt_ends_other_work", an_interrupt_ends_other_work},
         {"a_closed_pipe_ends_the_answer", a_closed_pipe_ends_the_answer},

@@ -10,14 +10,6 @@
  *
  *     test_scheduler              the directed tests, and 10^5 random operations
  *     test_scheduler soak [seed]  10^7 random operations */
-#include "../kvcache.c"
-/* both files have their own NONE */
-#define NONE        NO_ONE
-#define list_remove requests_remove
-#include "../scheduler.c"
-#undef list_remove
-#undef NONE
-
 #include "check.h"
 #include "invariants.h"
 
@@ -616,8 +608,229 @@ static void random_operations(struct check *check) {
     run_random(check, 1, 100000);
 }
 
+/* ---- directed tests ---- */
+
+enum { ANSWER = 7 }; /* the token that is always sampled there */
+
+static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_batch, int chunk) {
+    struct sched_config config = {
+        .kv = {.n_workers = 2, .device_blocks = {prefill_blocks, decode_blocks}},
+        .prefills = {true, false},
+        .decodes = {false, true},
+        .max_batch = max_batch,
+        .chunk = chunk,
+        .context_length = 4096,
+        .vocab_size = VOCABULARY,
+        .ends_text = ends_text};
+    return sched_create(&config);
+}
+
+static struct sched *open_one(int device_blocks, int host_blocks, int max_batch) {
+    struct sched_config config = {
+        .kv = {.n_workers = 1, .device_blocks = {device_blocks}, .host_blocks = host_blocks},
+        .prefills = {true},
+        .decodes = {true},
+        .max_batch = max_batch,
+        .chunk = 64,
+        .context_length = 4096,
+        .vocab_size = VOCABULARY,
+        .ends_text = ends_text};
+    return sched_create(&config);
+}
+
+/* Submits a prompt of its own text. */
+static void ask(struct sched *s, struct job *job, int id, int n_prompt, int max_new) {
+    *job = (struct job){.request = {.id = id, .n_prompt = n_prompt, .max_new = max_new}};
+    job->request.tokens = job->tokens;
+    for (int i = 0; i < n_prompt; i++)
+        job->tokens[i] = 2 + (i == 0 ? id : i % 50);
+    sched_submit(s, &job->request, 0);
+}
+
+/* One step of a worker with its copies. Returns how many rows it had; -1: none, and no copies. */
+static int step_once(struct sched *s, int worker) {
+    struct step *step = sched_next(s, worker, 0);
+    if (!step)
+        return -1;
+    for (int i = 0; i < step->batch.n_samples; i++)
+        step->batch.sampled[i] = ANSWER;
+    for (int i = 0; i < step->n_copies; i++)
+        sched_copied(s, &step->copies[i], true, 0);
+    sched_done(s, worker, step, 0);
+    return step->batch.n_rows;
+}
+
+/* The walk at the top of dynamo.h. */
+static void one_request(struct check *check) {
+    struct sched *s = open_pools(4, 4, 4, 64);
+    struct kv *kv = sched_kv(s);
+    static struct job job;
+    const struct request *r = &job.request;
+    ask(s, &job, 0, 20, 13);
+    CHECK(r->state == REQUEST_WAITING && !sched_idle(s), "it waits");
+    CHECK(!sched_next(s, 1, 0) && r->state == REQUEST_WAITING, "the decode worker starts it");
+    struct step *step = sched_next(s, 0, 0);
+    CHECK(step && step->batch.n_rows == 20 && step->n_copies == 0, "20 rows");
+    CHECK(step->batch.block_table[0] == 0 && step->batch.block_table[1] == 1, "the table");
+    CHECK(step->batch.n_samples == 1 && step->batch.sample_row[0] == 19, "the sample");
+    CHECK(!step->batch.sequence[0].generated && step->batch.sequence[0].start == 0, "a prompt");
+    CHECK(r->state == REQUEST_PREFILL && kv_used(kv, 0) == 2 && kv_used(kv, 1) == 2, "reserved");
+    CHECK(!sched_next(s, 1, 0), "nothing to copy yet");
+    step->batch.sampled[0] = ANSWER;
+    sched_done(s, 0, step, 1);
+    CHECK(r->state == REQUEST_HAND_OVER && r->length == 21 && r->filled == 20, "handed over");
+    CHECK(r->n_registered == 1 && kv_pending(kv, 1) == 2, "both blocks are sent");
+    CHECK(r->first_token == 1, "the time of the first token");
+    step = sched_next(s, 1, 2);
+    CHECK(step && step->batch.n_rows == 0 && step->n_copies == 2, "two orders");
+    struct kv_copy_order orders[2] = {step->copies[0], step->copies[1]};
+    for (int i = 0; i < 2; i++) {
+        CHECK(orders[i].from == 0 && orders[i].to == 1 && orders[i].worker == 1, "order %d", i);
+        CHECK(orders[i].from_slot == i && orders[i].to_slot == i, "slots of order %d", i);
+    }
+    sched_copied(s, &orders[1], true, 2);
+    CHECK(!sched_next(s, 1, 2) && kv_used(kv, 0) == 1, "A is on its way, B's source is free");
+    sched_copied(s, &orders[0], true, 2);
+    step = sched_next(s, 1, 3);
+    CHECK(step && step->batch.n_rows == 1 && r->state == REQUEST_RUNNING, "it runs");
+    CHECK(step->batch.token[0] == ANSWER && step->batch.position[0] == 20, "the row");
+    CHECK(step->batch.sequence[0].generated && step->batch.sequence[0].n_blocks == 2, "decode");
+    step->batch.sampled[0] = ANSWER;
+    sched_done(s, 1, step, 3);
+    for (int i = 0; i < 11; i++)
+        CHECK(r->state == REQUEST_RUNNING && step_once(s, 1) == 1, "token %d", i);
+    CHECK(r->state == REQUEST_FINISHED && r->reason == FINISH_LENGTH && r->length == 33, "the end");
+    int nodes[2];
+    CHECK(kv_find(kv, r->tokens, 2, nodes) == 2 && kv_used(kv, 1) == 2, "both are cached");
+    CHECK(kv_pins(kv) == 0 && sched_idle(s) && !sched_next(s, 0, 4) && !sched_next(s, 1, 4),
+          "idle");
+    CHECK(kv_make_room(kv, 1, 3) && kv_state(kv, nodes[0], 1) == KV_VALID, "B goes first");
+    CHECK(sched_stats(s).hand_overs == 1 && kv_stats(kv).transfers == 2, "counters");
+    sched_destroy(s);
+}
+
+static void refusals(struct check *check) {
+    struct sched *s = open_one(4, 0, 4);
+    static struct job job;
+    static const struct {
+        int n_prompt;
+        const char *text;
+    } cases[] = {{0, "empty"}, {65, "--kv-device"}, {65, "5 KV blocks, a device holds 4"}};
+    for (int i = 0; i < 3; i++) {
+        ask(s, &job, i, cases[i].n_prompt, 1);
+        CHECK(job.request.state == REQUEST_FINISHED && job.request.reason == FINISH_ERROR, "%d", i);
+        CHECK(strstr(job.request.error, cases[i].text), "%s", job.request.error);
+    }
+    ask(s, &job, 3, 64, 10);
+    CHECK(step_once(s, 0) == 64 && job.request.reason == FINISH_LENGTH, "as long as the device");
+    CHECK(job.request.length == 65 && sched_idle(s), "one token");
+    sched_destroy(s);
+}
+
+static void cancel_in_mid_step(struct check *check) {
+    struct sched *s = open_one(8, 0, 4);
+    static struct job jobs[2];
+    ask(s, &jobs[0], 0, 20, 9);
+    ask(s, &jobs[1], 1, 20, 9);
+    struct step *step = sched_next(s, 0, 0);
+    CHECK(step->batch.n_sequences == 2, "two sequences");
+    sched_cancel(s, &jobs[0].request, false, 0);
+    sched_cancel(s, &jobs[1].request, true, 0);
+    CHECK(jobs[0].request.state == REQUEST_PREFILL && kv_used(sched_kv(s), 0) == 4, "too early");
+    sched_done(s, 0, step, 0);
+    CHECK(jobs[0].request.reason == FINISH_CANCELLED, "cancelled");
+    CHECK(jobs[1].request.reason == FINISH_STOP && jobs[1].request.length == 20, "stopped");
+    CHECK(sched_idle(s) && kv_used(sched_kv(s), 0) == 2, "what was computed stays cached");
+    sched_destroy(s);
+}
+
+static void youngest_is_preempted(struct check *check) {
+    static const int hosts[] = {0, 4, 32}; /* none, too small for all, large enough */
+    for (int host = 0; host < 3; host++) {
+        struct sched *s = open_one(8, hosts[host], 4);
+        static struct job jobs[4];
+        for (int i = 0; i < 4; i++)
+            ask(s, &jobs[i], i, 10, 100);
+        int n_steps = 0, first_end = 4, last_preempted = 4;
+        for (; !sched_idle(s) && n_steps < 2000; n_steps++) {
+            (void)step_once(s, 0);
+            for (int i = 0; i < 4; i++) {
+                bool ended = jobs[i].request.state == REQUEST_FINISHED;
+                if (jobs[i].request.preempted && i < last_preempted) {
+                    CHECK(i == last_preempted - 1, "request %d before younger ones", i);
+                    last_preempted = i;
+                }
+                first_end = ended && i < first_end ? i : first_end;
+                CHECK(!ended || first_end == 0, "request %d ended before the oldest", i);
+            }
+        }
+        CHECK(sched_idle(s), "they never end");
+        CHECK(!jobs[0].request.preempted, "the oldest was preempted");
+        CHECK(sched_stats(s).preemptions >= 3 && jobs[3].request.preempted, "no preemption");
+        CHECK((kv_stats(sched_kv(s)).pages_in > 0) == (host > 0), "pages in");
+        CHECK((sched_stats(s).recomputed_tokens == 0) == (host == 2), "%d recomputed",
+              (int)sched_stats(s).recomputed_tokens);
+        sched_destroy(s);
+    }
+}
+
+/* A small request does not overtake a large one that waits for room, nor a full batch. */
+static void first_come_first_served(struct check *check) {
+    struct sched *s = open_one(6, 0, 4);
+    static struct job jobs[3];
+    ask(s, &jobs[0], 0, 40, 5);
+    CHECK(step_once(s, 0) == 40, "the first");
+    ask(s, &jobs[1], 1, 70, 5);
+    ask(s, &jobs[2], 2, 3, 5);
+    while (jobs[0].request.state != REQUEST_FINISHED) {
+        CHECK(step_once(s, 0) == 1, "the first alone");
+        CHECK(jobs[2].request.state == REQUEST_WAITING, "overtaken");
+    }
+    CHECK(step_once(s, 0) == 64 && step_once(s, 0) == 9, "chunks of the second, then the third");
+    while (!sched_idle(s))
+        CHECK(step_once(s, 0) >= 0, "stuck");
+    sched_destroy(s);
+    s = open_one(6, 0, 1);
+    for (int i = 0; i < 3; i++)
+        ask(s, &jobs[i], i, 5, 3);
+    for (int i = 0; i < 3; i++) {
+        for (int rows = 0; rows < 3; rows++)
+            CHECK(step_once(s, 0) == (rows == 0 ? 5 : 1), "one at a time");
+        CHECK(jobs[i].request.state == REQUEST_FINISHED, "in order");
+    }
+    sched_destroy(s);
+}
+
+static void where_prompts_are_computed(struct check *check) {
+    struct sched *s = open_pools(200, 200, 8, 16);
+    static struct job jobs[4];
+    ask(s, &jobs[0], 0, 200, 2);
+    while (!sched_idle(s))
+        CHECK(step_once(s, 0) >= 0 || step_once(s, 1) >= 0, "stuck");
+    CHECK(sched_stats(s).hand_overs == 1 && sched_stats(s).local_prefills == 0, "a cold prompt");
+    ask(s, &jobs[1], 1, 220, 1); /* the next turn: 192 tokens are cached, 28 are not */
+    memcpy(jobs[1].tokens, jobs[0].tokens, 200 * sizeof(int));
+    CHECK(step_once(s, 0) == -1 && step_once(s, 1) == 16, "the decode worker does the rest");
+    CHECK(step_once(s, 1) == 12 && sched_stats(s).local_prefills == 1, "to the end");
+    CHECK(jobs[1].request.cached_tokens == 192, "%d cached", jobs[1].request.cached_tokens);
+    ask(s, &jobs[2], 2, 16 * (BUSY_CHUNKS + 2), 1);
+    CHECK(step_once(s, 0) == 16, "a long prompt, not cached");
+    ask(s, &jobs[3], 3, 16, 1);
+    CHECK(step_once(s, 1) == 16, "the prefill pool is far behind, the decode worker helps");
+    CHECK(sched_stats(s).local_prefills == 2 && jobs[3].request.length == 17, "done");
+    sched_destroy(s);
+}
+
 int main(int argc, char **argv) {
-    static const struct test tests[] = {{"random_operations", random_operations}};
+    static const struct test tests[] = {
+        {"one_request", one_request},
+        {"refusals", refusals},
+        {"cancel_in_mid_step", cancel_in_mid_step},
+        {"youngest_is_preempted", youngest_is_preempted},
+        {"first_come_first_served", first_come_first_served},
+        {"where_prompts_are_computed", where_prompts_are_computed},
+        {"random_operations", random_operations},
+    };
     if (argc > 1 && strcmp(argv[1], "soak") == 0) {
         struct check check = {0, 0};
         run_random(&check, argc > 2 ? strtoull(argv[2], NULL, 10) : 1000000, 10000000);

@@ -1,0 +1,339 @@
+/* test_kvcache.c: the rules of the cache, one by one, on caches of a few blocks. What becomes of
+ * them under all orders of events is the matter of test_scheduler.c. */
+#include "check.h"
+#include "invariants.h"
+
+#include <stdlib.h>
+
+enum { HOST_OF_ONE = 1 /* the host's place beside one worker */ };
+
+static struct kv *create(int device_blocks, int host_blocks, enum kv_policy policy) {
+    struct kv_config config = {.n_workers = 1,
+                               .device_blocks = {device_blocks},
+                               .host_blocks = host_blocks,
+                               .policy = policy};
+    return kv_create(&config);
+}
+
+/* Tokens of a text of its own: `text` first, then the position. */
+static void write_text(int *tokens, int n_blocks, int text) {
+    for (int i = 0; i < n_blocks * BLOCK_TOKENS; i++)
+        tokens[i] = i == 0 ? 1000 + text : i;
+}
+
+/* Computes a text on a worker, registers its blocks and lets them go, the last first. */
+static void store(struct check *check, struct kv *kv, int worker, int text, int n_blocks) {
+    int tokens[8 * BLOCK_TOKENS], nodes[8];
+    write_text(tokens, n_blocks, text);
+    for (int i = 0; i < n_blocks; i++) {
+        CHECK(kv_make_room(kv, worker, 1), "no room for text %d, block %d", text, i);
+        int node = kv_new(kv, worker);
+        nodes[i] = kv_register(kv, node, i > 0 ? nodes[i - 1] : -1, tokens + i * BLOCK_TOKENS);
+    }
+    for (int i = n_blocks - 1; i >= 0; i--)
+        kv_unpin(kv, nodes[i], worker);
+    CHECK(!kv_check(kv), "%s", kv_check(kv));
+}
+
+static int find(const struct kv *kv, int text, int n_blocks) {
+    int tokens[8 * BLOCK_TOKENS], nodes[8];
+    write_text(tokens, n_blocks, text);
+    return kv_find(kv, tokens, n_blocks, nodes);
+}
+
+/* Carries out all orders of a worker; returns how many there were. */
+static int copy_all(struct kv *kv, int worker, bool ok) {
+    struct kv_copy_order order;
+    int n = 0;
+    for (; kv_next_copy(kv, worker, &order); n++)
+        kv_copied(kv, &order, ok);
+    return n;
+}
+
+static void tail_goes_first(struct check *check) {
+    struct kv *kv = create(3, 0, KV_ON_EVICT);
+    store(check, kv, 0, 1, 3);
+    for (int left = 2; left >= 0; left--) {
+        CHECK(kv_make_room(kv, 0, 3 - left), "no room");
+        CHECK(find(kv, 1, 3) == left, "%d blocks are left, expected %d", find(kv, 1, 3), left);
+    }
+    CHECK(kv_stats(kv).lost == 3 && kv_stats(kv).evictions == 3, "counters");
+    CHECK(kv_used(kv, 0) == 0, "used");
+    kv_destroy(kv);
+}
+
+static void least_recently_used_goes_first(struct check *check) {
+    struct kv *kv = create(4, 0, KV_ON_EVICT);
+    int tokens[BLOCK_TOKENS], node = -1;
+    for (int text = 0; text < 4; text++)
+        store(check, kv, 0, text, 1);
+    write_text(tokens, 1, 0);
+    CHECK(kv_find(kv, tokens, 1, &node) == 1, "text 0 is not found");
+    CHECK(kv_fetch(kv, node, 0), "fetch");
+    kv_unpin(kv, node, 0); /* now 1 is the coldest, 0 the warmest */
+    static const int order[] = {1, 2, 3, 0};
+    for (int i = 0; i < 4; i++) {
+        CHECK(find(kv, order[i], 1) == 1, "text %d has gone too early", order[i]);
+        CHECK(kv_make_room(kv, 0, i + 1), "no room");
+        CHECK(find(kv, order[i], 1) == 0, "text %d has not gone", order[i]);
+    }
+    kv_destroy(kv);
+}
+
+static void pinned_blocks_stay(struct check *check) {
+    struct kv *kv = create(2, 0, KV_ON_EVICT);
+    int tokens[BLOCK_TOKENS], node = -1;
+    store(check, kv, 0, 1, 1);
+    store(check, kv, 0, 2, 1);
+    write_text(tokens, 1, 1);
+    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(kv_make_room(kv, 0, 1), "the other one could go");
+    CHECK(!kv_make_room(kv, 0, 2), "a pinned block was dropped");
+    CHECK(find(kv, 1, 1) == 1 && find(kv, 2, 1) == 0, "the wrong one has gone");
+    kv_destroy(kv);
+}
+
+static void page_out_and_in(struct check *check) {
+    struct kv *kv = create(2, 4, KV_ON_EVICT);
+    int tokens[2 * BLOCK_TOKENS], nodes[2];
+    store(check, kv, 0, 1, 2);
+    CHECK(!kv_make_room(kv, 0, 2), "dirty blocks were dropped");
+    CHECK(kv_pending(kv, 0) == 2 && !kv_make_room(kv, 0, 2), "two page-outs are wanted");
+    struct kv_copy_order order;
+    CHECK(kv_next_copy(kv, 0, &order), "no order");
+    CHECK(order.worker == 0 && order.from == 0 && order.to == HOST_OF_ONE, "the order");
+    CHECK(order.from_slot == 1, "the tail is in slot 1, ordered was %d", order.from_slot);
+    CHECK(kv_used(kv, 0) == 2 && !kv_make_room(kv, 0, 1), "in flight, and dropped");
+    kv_copied(kv, &order, true);
+    CHECK(kv_make_room(kv, 0, 1) && kv_used(kv, 0) == 1, "clean, and not dropped");
+    CHECK(copy_all(kv, 0, true) == 1 && kv_make_room(kv, 0, 2), "the second one");
+    write_text(tokens, 2, 1);
+    CHECK(kv_find(kv, tokens, 2, nodes) == 2, "not found on the host");
+    CHECK(kv_fetch(kv, nodes[0], 0) && kv_state(kv, nodes[0], 0) == KV_ARRIVING, "page in");
+    CHECK(copy_all(kv, 0, false) == 1 && kv_state(kv, nodes[0], 0) == KV_RESERVED, "a failure");
+    CHECK(kv_send(kv, nodes[0], 0) && copy_all(kv, 0, true) == 1, "ordered again");
+    CHECK(kv_state(kv, nodes[0], 0) == KV_VALID, "arrived");
+    CHECK(kv_stats(kv).pages_out == 2 && kv_stats(kv).pages_in == 1, "counters");
+    CHECK(kv_used(kv, HOST_OF_ONE) == 2, "a page-in keeps the host's copy");
+    CHECK(!kv_check(kv), "%s", kv_check(kv));
+    kv_destroy(kv);
+}
+
+/* A host of 3: texts 1 and 2 are there alone, 3 is on the device too. Text 4 takes the place of 3,
+ * though 1 is colder. */
+static void duplicates_go_first(struct check *check) {
+    struct kv *kv = create(2, 3, KV_ON_EVICT);
+    int tokens[BLOCK_TOKENS], node = -1;
+    for (int text = 1; text <= 3; text++) {
+        store(check, kv, 0, text, 1);
+        (void)kv_make_room(kv, 0, 2);
+        (void)copy_all(kv, 0, true);
+        CHECK(kv_make_room(kv, 0, 2), "no room");
+    }
+    write_text(tokens, 1, 3);
+    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(copy_all(kv, 0, true) == 1, "page in");
+    store(check, kv, 0, 4, 1);
+    CHECK(!kv_make_room(kv, 0, 1) && copy_all(kv, 0, true) == 1, "page out");
+    CHECK(find(kv, 1, 1) && find(kv, 2, 1) && find(kv, 3, 1) && find(kv, 4, 1), "one is lost");
+    CHECK(kv_stats(kv).lost == 0 && kv_stats(kv).host_evictions == 1, "counters");
+    kv_unpin(kv, node, 0);
+    kv_destroy(kv);
+}
+
+static void full_host_loses_the_coldest(struct check *check) {
+    struct kv *kv = create(1, 2, KV_ON_EVICT);
+    for (int text = 1; text <= 4; text++) {
+        store(check, kv, 0, text, 1);
+        (void)kv_make_room(kv, 0, 1);
+        (void)copy_all(kv, 0, true);
+        CHECK(kv_make_room(kv, 0, 1), "no room");
+    }
+    CHECK(!find(kv, 1, 1) && !find(kv, 2, 1) && find(kv, 3, 1) && find(kv, 4, 1), "LRU");
+    CHECK(kv_stats(kv).lost == 2, "%d lost", (int)kv_stats(kv).lost);
+    kv_destroy(kv);
+}
+
+static void write_through_copies_at_once(struct check *check) {
+    struct kv *kv = create(4, 16, KV_WRITE_THROUGH);
+    for (int text = 0; text < 4; text++) {
+        store(check, kv, 0, text, 3);
+        (void)copy_all(kv, 0, true);
+        CHECK(kv_used(kv, HOST_OF_ONE) == 3 * (text + 1), "%d on the host",
+              kv_used(kv, HOST_OF_ONE));
+        (void)kv_make_room(kv, 0, 4);
+        CHECK(kv_pending(kv, 0) == 0 && kv_used(kv, 0) == 0, "all were clean");
+    }
+    for (int text = 0; text < 4; text++)
+        CHECK(find(kv, text, 3) == 3, "text %d is lost", text);
+    kv_destroy(kv);
+}
+
+/* The cleaner works between its watermarks, and stops when a small host cannot help. */
+static void cleaner_stops(struct check *check) {
+    for (int host_blocks = 0; host_blocks <= 80; host_blocks++) {
+        struct kv *kv = create(64, host_blocks, KV_ON_EVICT);
+        for (int text = 0; text < 64; text++)
+            store(check, kv, 0, text, 1);
+        int n = 0, n_rounds = 0;
+        for (int copied = 1; copied > 0 && n_rounds < 100; n_rounds++) {
+            kv_clean(kv, 0);
+            copied = copy_all(kv, 0, true);
+            n += copied;
+        }
+        CHECK(n_rounds < 100, "host %d: it never stops", host_blocks);
+        CHECK(n == (host_blocks < 8 ? host_blocks : 8), "host %d: %d copies", host_blocks, n);
+        kv_destroy(kv);
+    }
+}
+
+/* Two blocks with one 64-bit hash, found as a collision of the upper halves before the last token,
+ * which then makes the lower halves equal. */
+static void make_collision(int *one, int *other) {
+    enum { N = 1 << 18 };
+    int *table = calloc(N, sizeof *table); /* candidates by hash of the upper half; 0: none */
+    for (int i = 0; i < BLOCK_TOKENS; i++)
+        one[i] = other[i] = i;
+    uint64_t before = 0;
+    for (int i = 0; i < BLOCK_TOKENS - 2; i++)
+        before = mix(before, (uint64_t)one[i]);
+    bool found = false;
+    for (int t = 1; !found && t < 1 << 24; t++) {
+        uint64_t hash = mix(before, (uint64_t)t);
+        int *entry = &table[(hash >> 32) % N];
+        uint64_t rival = mix(before, (uint64_t)*entry);
+        found = *entry && (hash ^ rival) >> 31 == 0;
+        one[BLOCK_TOKENS - 2] = t;
+        other[BLOCK_TOKENS - 2] = *entry;
+        other[BLOCK_TOKENS - 1] = one[BLOCK_TOKENS - 1] ^ (int)((hash ^ rival) & 0x7fffffff);
+        *entry = t;
+    }
+    free(table);
+}
+
+static void collision_is_no_hit(struct check *check) {
+    int one[BLOCK_TOKENS], other[BLOCK_TOKENS], found = -1;
+    make_collision(one, other);
+    CHECK(memcmp(one, other, sizeof one) != 0, "the blocks are equal");
+    CHECK(block_hash(0, one) == block_hash(0, other), "the hashes differ");
+    struct kv *kv = create(4, 0, KV_ON_EVICT);
+    int first = kv_register(kv, kv_new(kv, 0), -1, one);
+    CHECK(kv_find(kv, other, 1, &found) == 0, "a wrong hit");
+    int second = kv_register(kv, kv_new(kv, 0), -1, other);
+    CHECK(first != second, "two texts became one");
+    CHECK(kv_find(kv, one, 1, &found) == 1 && found == first, "the first is not found");
+    CHECK(kv_find(kv, other, 1, &found) == 1 && found == second, "the second is not found");
+    int below[2][BLOCK_TOKENS] = {{0}};
+    (void)kv_register(kv, kv_new(kv, 0), second, below[0]);
+    int path[2 * BLOCK_TOKENS];
+    memcpy(path, one, sizeof one);
+    memcpy(path + BLOCK_TOKENS, below[0], sizeof below[0]);
+    int nodes[2];
+    CHECK(kv_find(kv, path, 2, nodes) == 1, "the child of another parent was found");
+    memcpy(path, other, sizeof other);
+    CHECK(kv_find(kv, path, 2, nodes) == 2, "the child is not found");
+    CHECK(!kv_check(kv), "%s", kv_check(kv));
+    kv_destroy(kv);
+}
+
+static void first_registered_wins(struct check *check) {
+    struct kv_config config = {.n_workers = 2, .device_blocks = {4, 4}};
+    struct kv *kv = kv_create(&config);
+    int tokens[BLOCK_TOKENS];
+    write_text(tokens, 1, 1);
+    int first = kv_new(kv, 0), second = kv_new(kv, 1);
+    CHECK(kv_register(kv, first, -1, tokens) == first, "the first");
+    CHECK(kv_register(kv, second, -1, tokens) == first, "the second has not given way");
+    CHECK(kv_state(kv, first, 1) == KV_VALID, "its copy, on another worker, was of use");
+    int third = kv_new(kv, 0);
+    CHECK(kv_used(kv, 0) == 2, "two slots");
+    CHECK(kv_register(kv, third, -1, tokens) == first && kv_used(kv, 0) == 1, "a copy too many");
+    kv_unpin(kv, first, 0);
+    CHECK(!kv_make_room(kv, 0, 4), "it has two pins there");
+    kv_unpin(kv, first, 0);
+    CHECK(kv_make_room(kv, 0, 4), "it has none now");
+    kv_unpin(kv, first, 1);
+    CHECK(find(kv, 1, 1) == 1, "lost");
+    kv_destroy(kv);
+}
+
+/* A parent that goes before its child takes the way to it; the child is dropped in its turn, and a
+ * parent that is computed again does not find it. */
+static void orphans_are_not_found(struct check *check) {
+    struct kv_config config = {.n_workers = 2, .device_blocks = {2, 2}};
+    struct kv *kv = kv_create(&config);
+    int tokens[2 * BLOCK_TOKENS], nodes[2];
+    write_text(tokens, 2, 1);
+    nodes[0] = kv_register(kv, kv_new(kv, 0), -1, tokens);
+    nodes[1] = kv_register(kv, kv_new(kv, 1), nodes[0], tokens + BLOCK_TOKENS);
+    kv_unpin(kv, nodes[1], 1);
+    kv_unpin(kv, nodes[0], 0);
+    CHECK(find(kv, 1, 2) == 2, "not found");
+    CHECK(kv_make_room(kv, 0, 2) && find(kv, 1, 2) == 0, "the parent is found");
+    store(check, kv, 0, 1, 1);
+    CHECK(find(kv, 1, 2) == 1, "an orphan was found under another parent");
+    CHECK(kv_used(kv, 1) == 1 && kv_make_room(kv, 1, 2), "the orphan cannot go");
+    kv_destroy(kv);
+}
+
+static void kept_blocks(struct check *check) {
+    struct kv *kv = create(2, 2, KV_ON_EVICT);
+    int keeper = -1, node = kv_new(kv, 0);
+    kv_keep(kv, node, &keeper);
+    kv_unpin(kv, node, 0);
+    CHECK(keeper == node && kv_used(kv, 0) == 1, "it is not kept");
+    CHECK(!kv_make_room(kv, 0, 2) && kv_pending(kv, 0) == 1, "it is paged out like any other");
+    struct kv_copy_order order;
+    CHECK(kv_next_copy(kv, 0, &order), "no order");
+    CHECK(kv_fetch(kv, node, 0), "pinned again, while it is copied");
+    kv_unkeep(kv, node);
+    CHECK(keeper == -1 && kv_state(kv, node, 0) == KV_ARRIVING, "it may not be written yet");
+    kv_copied(kv, &order, true);
+    CHECK(kv_state(kv, node, 0) == KV_VALID, "now it may");
+    CHECK(kv_used(kv, HOST_OF_ONE) == 0, "what is going to be stale must go");
+    kv_keep(kv, node, &keeper);
+    kv_unpin(kv, node, 0);
+    for (int text = 0; text < 8; text++) { /* it becomes the coldest, first here, then there */
+        (void)kv_make_room(kv, 0, 1);
+        (void)copy_all(kv, 0, true);
+        store(check, kv, 0, text, 1);
+    }
+    CHECK(keeper == -1, "its owner was not told that it is lost");
+    kv_destroy(kv);
+}
+
+/* The source of a hand-over that failed must stay until it has succeeded. */
+static void failed_hand_over(struct check *check) {
+    struct kv_config config = {.n_workers = 2, .device_blocks = {2, 2}};
+    struct kv *kv = kv_create(&config);
+    int node = kv_new(kv, 0);
+    CHECK(kv_reserve(kv, node, 1) && kv_send(kv, node, 1), "send");
+    kv_unpin(kv, node, 0);
+    CHECK(copy_all(kv, 1, false) == 1, "one copy");
+    CHECK(kv_state(kv, node, 1) == KV_RESERVED && kv_used(kv, 0) == 1, "the source is gone");
+    CHECK(!kv_make_room(kv, 0, 2), "the source was dropped");
+    CHECK(kv_send(kv, node, 1) && copy_all(kv, 1, true) == 1, "again");
+    CHECK(kv_state(kv, node, 1) == KV_VALID && kv_used(kv, 0) == 0, "the source is of no use now");
+    kv_unpin(kv, node, 1);
+    CHECK(kv_used(kv, 1) == 0 && !kv_check(kv), "it was private");
+    kv_destroy(kv);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"tail_goes_first", tail_goes_first},
+        {"least_recently_used_goes_first", least_recently_used_goes_first},
+        {"pinned_blocks_stay", pinned_blocks_stay},
+        {"page_out_and_in", page_out_and_in},
+        {"duplicates_go_first", duplicates_go_first},
+        {"full_host_loses_the_coldest", full_host_loses_the_coldest},
+        {"write_through_copies_at_once", write_through_copies_at_once},
+        {"cleaner_stops", cleaner_stops},
+        {"collision_is_no_hit", collision_is_no_hit},
+        {"first_registered_wins", first_registered_wins},
+        {"orphans_are_not_found", orphans_are_not_found},
+        {"kept_blocks", kept_blocks},
+        {"failed_hand_over", failed_hand_over},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
