@@ -11,7 +11,6 @@ LIBS = -lm -pthread
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(wildcard test/test_*.c))
-HEADERS = gguf.h tokenizer.h cli.h json.h answers.h evaluate.h
 SOURCES = $(wildcard *.c *.h test/*.c test/*.h)
 PROGRAM = $(if $(VARIANT),$(B)/dynamo,dynamo)
 

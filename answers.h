@@ -10,12 +10,12 @@
  *
  * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
  * [safe, length) held back, because it could be the beginning of a stop text.
- * Read next: tokenizer.h, cli.h (cli_stop). */
+ * Read next: tokenizer.h, requests.h. */
 #ifndef ANSWERS_H
 #define ANSWERS_H
 
-#include "cli.h"
 #include "dynamo.h"
+#include "requests.h"
 #include "tokenizer.h"
 #include <pthread.h>
 
@@ -58,6 +58,7 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 struct answer {
     const struct request_spec *spec;
@@ -65,11 +66,16 @@ struct answer {
     struct tok_stream stream;
     char *text; /* generated (length bytes) */
     size_t length, capacity, shown, safe;
-    int n_decoded; /* generated tokens that are in text */
+    int n_seen; /* tokens, the prompt's included, that went through stream */
     bool echoed, stopped, ended;
 };
 
 static const char *const reason_names[] = {"none", "stop", "length", "cancelled", "error"};
+
+static int n_generated(const struct answer *answer) {
+    int n = answer->n_seen - answer->request.n_prompt;
+    return n > 0 ? n : 0;
+}
 
 /* ---- prompts ---- */
 
@@ -77,54 +83,54 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
                      char *error) {
     for (int i = 0; i < spec->n_ids; i++) {
         if (spec->ids[i] < 0 || spec->ids[i] >= a->vocab_size) {
-            (void)snprintf(error, CLI_ERROR_LENGTH, "ids: %d is no token; the model has 0 to %d",
-                           spec->ids[i], a->vocab_size - 1);
+            (void)cli_refuse(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
+                             a->vocab_size - 1);
             return NULL;
         }
     }
-    int *ids = malloc(((size_t)spec->n_ids + 1) * sizeof *ids);
-    if (ids && spec->n_ids > 0)
-        memcpy(ids, spec->ids, (size_t)spec->n_ids * sizeof *ids);
-    *n_ids = spec->n_ids;
-    return ids;
+    size_t bytes = (size_t)spec->n_ids * sizeof *spec->ids;
+    int *ids = malloc(bytes);
+    *n_ids = ids ? spec->n_ids : 0;
+    return ids ? memcpy(ids, spec->ids, bytes) : NULL;
 }
 
 /* A base model has no place for instructions: the system text stands before the prompt. */
 static char *whole_prompt(const struct request_spec *spec, size_t *length) {
-    size_t n_system = spec->system ? strlen(spec->system) : 0;
-    size_t n_between = n_system > 0 ? 1 : 0;
-    *length = n_system + n_between + spec->prompt_length;
-    char *text = malloc(*length + 1);
-    if (text) {
-        memcpy(text, spec->system ? spec->system : "", n_system);
-        memset(text + n_system, '\n', n_between);
-        memcpy(text + n_system + n_between, spec->prompt, spec->prompt_length);
-        text[*length] = 0;
-    }
+    char *text = NULL;
+    FILE *stream = open_memstream(&text, length);
+    if (!stream)
+        return NULL;
+    if (spec->system && *spec->system)
+        (void)fprintf(stream, "%s\n", spec->system);
+    (void)fwrite(spec->prompt, 1, spec->prompt_length, stream);
+    (void)fclose(stream);
     return text;
 }
 
 int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
                     char error[CLI_ERROR_LENGTH]) {
-    (void)snprintf(error, CLI_ERROR_LENGTH, "out of memory, or a prompt too long to tokenize");
+    (void)cli_refuse(error, "out of memory, or a prompt too long to tokenize");
+    *n_ids = 0;
     if (!spec->prompt)
         return copy_ids(a, spec, n_ids, error);
     if (!a->tokenizer) {
-        (void)snprintf(error, CLI_ERROR_LENGTH, "no tokenizer: %.400s", a->no_tokenizer);
+        (void)cli_refuse(error, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
     }
     size_t length;
     char *text = whole_prompt(spec, &length);
-    int n = 0, bos = tok_adds_bos(a->tokenizer) ? tok_bos(a->tokenizer) : -1;
-    int *encoded = text ? tok_encode(a->tokenizer, text, length, &n) : NULL;
-    int *ids = encoded ? malloc(((size_t)n + 1) * sizeof *ids) : NULL;
-    *n_ids = 0;
-    if (ids && bos >= 0)
-        ids[(*n_ids)++] = bos;
-    for (int i = 0; ids && i < n; i++)
-        ids[(*n_ids)++] = encoded[i];
-    free(encoded);
+    int *encoded = text ? tok_encode(a->tokenizer, text, length, n_ids) : NULL;
     free(text);
+    int bos = tok_adds_bos(a->tokenizer) ? tok_bos(a->tokenizer) : -1;
+    if (!encoded || bos < 0)
+        return encoded;
+    int *ids = realloc(encoded, ((size_t)*n_ids + 1) * sizeof *ids);
+    if (!ids) {
+        free(encoded);
+        return NULL;
+    }
+    memmove(ids + 1, ids, (size_t)(*n_ids)++ * sizeof *ids);
+    ids[0] = bos;
     return ids;
 }
 
@@ -151,26 +157,23 @@ static void prepare(struct answers *a, struct answer *answer, const struct reque
 
 /* ---- answers ---- */
 
-static void append(struct answer *answer, const char *bytes, size_t n) {
+/* Appends bytes, and looks for the stop texts in what is there. */
+static void append(struct answer *answer, const char *bytes, size_t n, bool last) {
+    const struct request_spec *spec = answer->spec;
     if (answer->length + n > answer->capacity) {
         answer->capacity = (answer->length + n) * 2;
         answer->text = realloc(answer->text, answer->capacity);
         if (!answer->text)
             abort();
     }
-    memcpy(answer->text + answer->length, bytes, n);
+    if (n > 0)
+        memcpy(answer->text + answer->length, bytes, n);
     answer->length += n;
-}
-
-static void look_for_stop(struct answer *answer, bool at_end) {
-    const struct request_spec *spec = answer->spec;
-    if (answer->length == 0)
-        return;
     answer->stopped =
-        cli_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
+        requests_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
     if (answer->stopped)
         answer->length = answer->safe;
-    else if (at_end || spec->n_stop == 0)
+    else if (last)
         answer->safe = answer->length;
 }
 
@@ -178,65 +181,44 @@ static void look_for_stop(struct answer *answer, bool at_end) {
 static void take_tokens(const struct answers *a, struct answer *answer, int length, bool finished) {
     char out[TOK_TEXT_SIZE];
     const struct request *r = &answer->request;
-    for (int i = answer->n_decoded; a->tokenizer && r->tokens && i == 0 && i < r->n_prompt; i++) {
-        for (int p = 0; p < r->n_prompt; p++) /* the stream must have seen what it continues */
-            (void)tok_decode(a->tokenizer, &answer->stream, r->tokens[p], out);
-        break;
+    while (!answer->stopped && answer->n_seen < length) {
+        int token = r->tokens[answer->n_seen++];
+        size_t n = a->tokenizer ? tok_decode(a->tokenizer, &answer->stream, token, out) : 0;
+        if (answer->n_seen > r->n_prompt) /* the stream must see the prompt that it continues */
+            append(answer, out, n, false);
     }
-    while (!answer->stopped && r->n_prompt + answer->n_decoded < length) {
-        int token = r->tokens[r->n_prompt + answer->n_decoded++];
-        if (a->tokenizer) {
-            append(answer, out, tok_decode(a->tokenizer, &answer->stream, token, out));
-            look_for_stop(answer, false);
-        }
-    }
-    if (finished && !answer->stopped) {
-        append(answer, out, tok_flush(&answer->stream, out));
-        look_for_stop(answer, true);
-    }
+    if (finished && !answer->stopped)
+        append(answer, out, tok_flush(&answer->stream, out), true);
 }
 
 /* ---- showing ---- */
 
 static void show_json(const struct answer *answer) {
     const struct request *r = &answer->request;
-    struct json_buffer out = {0};
-    char id[32];
-    (void)snprintf(id, sizeof id, "%" PRId64, r->id);
-    const char *name = answer->spec->id ? answer->spec->id : id;
-    int n = answer->n_decoded;
-    json_put(&out, "{");
-    json_key(&out, "id");
-    json_string(&out, name, strlen(name));
-    json_key(&out, "text");
-    json_string(&out, answer->text ? answer->text : "", answer->length);
-    json_key(&out, "ids");
-    json_put(&out, "[");
+    int n = n_generated(answer);
+    char number[32];
+    (void)snprintf(number, sizeof number, "%" PRId64, r->id);
+    const char *id = answer->spec->id ? answer->spec->id : number;
+    (void)fputs("{\"id\":", stdout);
+    json_string(stdout, id, strlen(id));
+    (void)fputs(",\"text\":", stdout);
+    json_string(stdout, answer->text, answer->length);
+    (void)fputs(",\"ids\":[", stdout);
     for (int i = 0; i < n; i++)
-        json_int(&out, r->tokens[r->n_prompt + i]);
-    json_put(&out, "]");
-    json_key(&out, "finish_reason");
-    json_string(&out, reason_names[r->reason], strlen(reason_names[r->reason]));
-    if (r->reason == FINISH_ERROR) {
-        json_key(&out, "error");
-        json_string(&out, r->error, strlen(r->error));
+        printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
+    /* a stop text may have been found after the last token was made */
+    enum finish_reason reason = answer->stopped ? FINISH_STOP : r->reason;
+    printf("],\"finish_reason\":\"%s\"", reason_names[reason]);
+    if (reason == FINISH_ERROR) {
+        (void)fputs(",\"error\":", stdout);
+        json_string(stdout, r->error, strlen(r->error));
     }
-    json_key(&out, "prompt_tokens");
-    json_int(&out, r->n_prompt);
-    json_key(&out, "cached_tokens");
-    json_int(&out, r->cached_tokens);
-    json_key(&out, "completion_tokens");
-    json_int(&out, n);
-    if (r->first_token > 0) {
-        json_key(&out, "ttft_ms");
-        json_double(&out, 1e3 * (r->first_token - r->submitted));
-        json_key(&out, "itl_ms");
-        json_double(&out, n > 1 ? 1e3 * (r->last_token - r->first_token) / (n - 1) : 0);
-    }
-    json_put(&out, "}");
-    json_put(&out, "\n");
-    (void)fwrite(out.data, 1, out.length, stdout);
-    free(out.data);
+    printf(",\"prompt_tokens\":%d,\"cached_tokens\":%d,\"completion_tokens\":%d", r->n_prompt,
+           r->cached_tokens, n);
+    if (r->first_token > 0)
+        printf(",\"ttft_ms\":%.15g,\"itl_ms\":%.15g", 1e3 * (r->first_token - r->submitted),
+               n > 1 ? 1e3 * (r->last_token - r->first_token) / (n - 1) : 0);
+    (void)fputs("}\n", stdout);
 }
 
 /* A base model continues its prompt, so the prompt is shown with it. */
@@ -268,21 +250,21 @@ static int show_text(const struct answers *a, struct answer *all, int n, int fir
         if (r->reason == FINISH_ERROR)
             (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", r->id, r->error);
     }
-    (void)fflush(stdout);
     return first;
 }
 
 static void count_ended(struct answers *a, const struct answer *answer) {
     const struct request *r = &answer->request;
     a->n_ended++;
-    a->n_tokens += answer->n_decoded;
+    int n = n_generated(answer);
+    a->n_tokens += n;
     if (r->first_token > 0) {
         double ttft = r->first_token - r->submitted;
         a->ttft_sum += ttft;
         a->ttft_max = ttft > a->ttft_max ? ttft : a->ttft_max;
     }
-    if (answer->n_decoded > 1) {
-        a->n_intervals += answer->n_decoded - 1;
+    if (n > 1) {
+        a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
     }
 }
@@ -295,7 +277,7 @@ static bool advance(struct answers *a, struct answer *answer) {
     struct request *r = &answer->request;
     int length = r->length;
     bool finished = r->state == REQUEST_FINISHED;
-    if (answer->ended || (!finished && r->n_prompt + answer->n_decoded >= length))
+    if (answer->ended || (!finished && r->n_prompt + n_generated(answer) >= length))
         return false;
     bool was_stopped = answer->stopped;
     pthread_mutex_unlock(a->lock);
@@ -314,13 +296,14 @@ static bool advance(struct answers *a, struct answer *answer) {
     return !answer->stopped || finished;
 }
 
-static void submit_all(struct answers *a, struct answer *all, int n) {
-    pthread_mutex_lock(a->lock);
+/* Submits all requests, or cancels them. Called with the lock held. */
+static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) {
     for (int i = 0; i < n; i++)
-        if (all[i].request.state != REQUEST_FINISHED)
+        if (cancel)
+            sched_cancel(a->sched, &all[i].request, false, a->now());
+        else if (all[i].request.state != REQUEST_FINISHED)
             sched_submit(a->sched, &all[i].request, a->now());
     pthread_cond_broadcast(a->work);
-    pthread_mutex_unlock(a->lock);
 }
 
 /* Follows all requests until each has ended. */
@@ -329,6 +312,7 @@ static void follow(struct answers *a, struct answer *all, int n) {
     bool cancelled = false;
     pthread_mutex_lock(a->lock);
     *a->activity = ANSWERING;
+    tell_all(a, all, n, false);
     while (n_ended < n) {
         bool any = false;
         for (int i = 0; i < n; i++) {
@@ -338,19 +322,17 @@ static void follow(struct answers *a, struct answer *all, int n) {
         }
         if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
-            for (int i = 0; i < n; i++)
-                sched_cancel(a->sched, &all[i].request, false, a->now());
-            pthread_cond_broadcast(a->work);
+            tell_all(a, all, n, true);
         }
         if (!any) {
             pthread_cond_wait(a->news, a->lock);
-        } else if (!a->options->json) {
-            pthread_mutex_unlock(a->lock);
-            first_shown = show_text(a, all, n, first_shown);
-            pthread_mutex_lock(a->lock);
-        } else {
-            (void)fflush(stdout);
+            continue;
         }
+        pthread_mutex_unlock(a->lock);
+        if (!a->options->json)
+            first_shown = show_text(a, all, n, first_shown);
+        (void)fflush(stdout);
+        pthread_mutex_lock(a->lock);
     }
     *a->activity = IDLE;
     pthread_mutex_unlock(a->lock);
@@ -363,7 +345,6 @@ int answers_run(struct answers *a, const struct request_spec *specs, int n_specs
     for (int i = 0; i < n_specs; i++)
         prepare(a, &all[i], &specs[i]);
     double start = a->now();
-    submit_all(a, all, n_specs);
     follow(a, all, n_specs);
     a->busy_seconds += a->now() - start;
     int n_failed = 0;
@@ -385,7 +366,28 @@ struct number {
     bool whole;
 };
 
-static int collect(const struct answers *a, struct number *rows) {
+static void stats_json(const struct answers *a, const struct number *numbers, size_t n) {
+    printf("{\"stats\":{\"backend\":\"%s\"", a->backend->name);
+    for (size_t i = 0; i < n; i++)
+        printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
+    (void)fputs("}}\n", stdout);
+}
+
+static void stats_table(const struct answers *a, const struct number *numbers, size_t n) {
+    bool colour = isatty(STDERR_FILENO);
+    const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
+    (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);
+    (void)fprintf(stderr, label, "backend");
+    (void)fprintf(stderr, "%s\n", a->backend->name);
+    (void)fprintf(stderr, label, "seed");
+    (void)fprintf(stderr, "%" PRIu64 "\n", a->options->request.sampling.seed);
+    for (size_t i = 0; i < n; i++) {
+        (void)fprintf(stderr, label, numbers[i].label);
+        (void)fprintf(stderr, "%.*f\n", numbers[i].whole ? 0 : 2, numbers[i].value);
+    }
+}
+
+void answers_stats(const struct answers *a) {
     struct sched_stats s = sched_stats(a->sched);
     struct kv_stats k = kv_stats(sched_kv(a->sched));
     int64_t device_used = 0;
@@ -420,55 +422,10 @@ static int collect(const struct answers *a, struct number *rows) {
         {"host_blocks_used", "blocks cached on the host",
          (double)kv_used(sched_kv(a->sched), a->n_workers), true},
         {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
-    if (rows)
-        memcpy(rows, all, sizeof all);
-    return (int)(sizeof all / sizeof *all);
-}
-
-static void stats_json(const struct answers *a, const struct number *numbers, int n) {
-    struct json_buffer out = {0};
-    json_put(&out, "{");
-    json_key(&out, "stats");
-    json_put(&out, "{");
-    json_key(&out, "backend");
-    json_string(&out, a->backend->name, strlen(a->backend->name));
-    for (int i = 0; i < n; i++) {
-        json_key(&out, numbers[i].key);
-        if (numbers[i].whole)
-            json_int(&out, (int64_t)numbers[i].value);
-        else
-            json_double(&out, numbers[i].value);
-    }
-    json_put(&out, "}");
-    json_put(&out, "}");
-    json_put(&out, "\n");
-    (void)fwrite(out.data, 1, out.length, stdout);
-    free(out.data);
-}
-
-static void stats_table(const struct answers *a, const struct number *numbers, int n) {
-    char values[64][CLI_NUMBER_LENGTH], seed[CLI_NUMBER_LENGTH];
-    struct cli_row rows[64];
-    (void)snprintf(seed, sizeof seed, "%" PRIu64, a->options->request.sampling.seed);
-    rows[0] = (struct cli_row){"backend", a->backend->name};
-    rows[1] = (struct cli_row){"seed", seed};
-    for (int i = 0; i < n; i++) {
-        if (numbers[i].whole)
-            (void)cli_count(values[i], (int64_t)numbers[i].value);
-        else
-            (void)snprintf(values[i], sizeof values[i], "%.2f", numbers[i].value);
-        rows[i + 2] = (struct cli_row){numbers[i].label, values[i]};
-    }
-    cli_table(stderr, "stats", rows, n + 2);
-}
-
-void answers_stats(const struct answers *a) {
-    struct number numbers[62];
-    int n = collect(a, numbers);
     if (a->options->json)
-        stats_json(a, numbers, n);
+        stats_json(a, all, sizeof all / sizeof *all);
     else
-        stats_table(a, numbers, n);
+        stats_table(a, all, sizeof all / sizeof *all);
 }
 
 void answers_summary(const struct answers *a) {

@@ -18,6 +18,7 @@
 #define TOKENIZER_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define REQUESTS_IMPLEMENTATION
 #define ANSWERS_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #include "answers.h"
@@ -26,6 +27,7 @@
 #include "evaluate.h"
 #include "gguf.h"
 #include "json.h"
+#include "requests.h"
 #include "tokenizer.h"
 
 #include <assert.h>
@@ -669,13 +671,13 @@ static int run_requests(struct engine *engine, struct answers *answers) {
     char error[CLI_ERROR_LENGTH];
     int status = 0;
     if (o->file) {
-        struct request_spec *specs;
-        int n_specs;
-        if (!cli_requests(o, &specs, &n_specs, error)) {
+        struct requests requests;
+        if (!requests_read(&requests, o, error)) {
             complain("%s", error);
             return EXIT_FILE;
         }
-        status = answers_run(answers, specs, n_specs) > 0 ? EXIT_REQUESTS : 0;
+        status = answers_run(answers, requests.specs, requests.n) > 0 ? EXIT_REQUESTS : 0;
+        requests_free(&requests);
     } else if (o->request.prompt || o->request.ids) {
         status = answers_run(answers, &o->request, 1) > 0 ? EXIT_REQUESTS : 0;
     } else {
@@ -767,9 +769,8 @@ int main(int argc, char **argv) {
     int status = 0;
     if (!cli_parse(&options, argc, argv, error)) {
         complain("%s", error);
-        return EXIT_USAGE;
-    }
-    if (options.help)
+        status = EXIT_USAGE;
+    } else if (options.help)
         cli_help(stdout);
     else if (options.version)
         printf("dynamo %s\n", CLI_VERSION);

@@ -27,11 +27,12 @@
  *                    at [layer 5][k][kv_head][3][head_dim]; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
  *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_next(1)  hands out the two copy orders; worker 1 carries them out, reports
- * sched_copied. sched_next(1)  all blocks have arrived: a step of one row, token 20 at position 20,
- * in B. sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A. the
- * end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If worker 1
- * needs room, its coldest block is copied to host, then dropped. */
+ *     sched_next(1)  hands out the two copy orders; worker 1 carries them out.
+ *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
+ *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
+ *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
+ *     the end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If
+ *                    it needs room, its coldest block is copied to host, then dropped. */
 #ifndef DYNAMO_H
 #define DYNAMO_H
 
@@ -328,7 +329,9 @@ struct sched *sched_create(const struct sched_config *config); /* NULL: out of m
 void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
-/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. */
+/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. A worker that
+ * got NULL is asked again after sched_submit, sched_cancel, sched_done or sched_copied, after any
+ * call in which a request ended, and as soon as kv_pending has a copy for it. */
 /* A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */

@@ -404,8 +404,9 @@ static void gguf_map(struct gguf *file, const char *path) {
     int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     bool open_ok = descriptor >= 0 && fstat(descriptor, &status) == 0;
     if (gguf_expect(file, open_ok, "%s", strerror(errno)) &&
-        gguf_expect(file, S_ISREG(status.st_mode) && status.st_size > 0,
-                    "is not a regular file, or is empty; a folder? name the file inside")) {
+        gguf_expect(file, !S_ISDIR(status.st_mode), "is a folder; name the file inside") &&
+        gguf_expect(file, S_ISREG(status.st_mode), "is not a regular file") &&
+        gguf_expect(file, status.st_size > 0, "is empty")) {
         size_t size = (size_t)status.st_size;
         void *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
         if (gguf_expect(file, map != MAP_FAILED, "cannot be mapped: %s", strerror(errno))) {

@@ -89,21 +89,12 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) {
     return &kv->copies[(size_t)node * (size_t)kv->n_places + (size_t)place];
 }
 
-static int count_valid(const struct kv *kv, int node) {
+/* Copies of a node in a state. While one is KV_RESERVED, a source for it must stay. */
+static int count(const struct kv *kv, int node, enum kv_state state) {
     int n = 0;
     for (int place = 0; place < kv->n_places; place++)
-        n += copy_at(kv, node, place)->state == KV_VALID;
+        n += copy_at(kv, node, place)->state == state;
     return n;
-}
-
-/* Whether a copy is still to be ordered, or ordered again: a source must stay. */
-static bool is_awaited(const struct kv *kv, int node) {
-    bool awaited = false;
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, node, place);
-        awaited = awaited || (copy->state == KV_RESERVED && copy->pins > 0);
-    }
-    return awaited;
 }
 
 /* ---- decisions: change these to try another policy ---- */
@@ -120,8 +111,9 @@ static int choose_source(const struct kv *kv, int node) {
  * the coldest. */
 static int choose_victim(const struct kv *kv, int place, enum list_kind kind, bool may_lose) {
     int node = kv->places[place].lists[kind].oldest;
-    while (node != NONE && (copy_at(kv, node, place)->reads > 0 || is_awaited(kv, node) ||
-                            (count_valid(kv, node) < 2 && !may_lose)))
+    while (node != NONE &&
+           (copy_at(kv, node, place)->reads > 0 || count(kv, node, KV_RESERVED) > 0 ||
+            (count(kv, node, KV_VALID) < 2 && !may_lose)))
         node = copy_at(kv, node, place)->newer;
     return node;
 }
@@ -220,27 +212,23 @@ static void free_node(struct kv *kv, int id) {
 
 /* Puts each copy of a changed node where it now belongs; frees a node without copies. */
 static void settle(struct kv *kv, int id) {
-    const struct node *node = &kv->nodes[id];
-    bool cached = node->serial || node->keeper, awaited = is_awaited(kv, id);
-    int n_copies = 0;
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, id, place);
-        bool idle = copy->pins == 0 && copy->reads == 0;
-        bool useless = copy->state == KV_VALID && !cached && !awaited;
-        if (idle && (copy->state == KV_RESERVED || useless))
+    for (int place = 0; place < kv->n_places; place++)
+        if (copy_at(kv, id, place)->state == KV_RESERVED && copy_at(kv, id, place)->pins == 0)
             free_slot(kv, id, place);
-        n_copies += copy->state != KV_ABSENT;
-    }
-    bool duplicate = count_valid(kv, id) >= 2;
+    bool cached = kv->nodes[id].serial || kv->nodes[id].keeper;
+    bool useless = !cached && count(kv, id, KV_RESERVED) == 0;
+    bool duplicate = count(kv, id, KV_VALID) >= 2;
     for (int place = 0; place < kv->n_places; place++) {
         const struct copy *copy = copy_at(kv, id, place);
-        enum list_kind kind = UNLISTED;
-        if (copy->state == KV_VALID && copy->pins == 0 && cached)
-            kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
+        bool unpinned = copy->state == KV_VALID && copy->pins == 0;
+        enum list_kind kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
+        kind = unpinned && cached ? kind : UNLISTED;
         if (copy->list != kind)
             list_move(kv, id, place, kind);
+        if (unpinned && useless && copy->reads == 0)
+            free_slot(kv, id, place);
     }
-    if (n_copies == 0)
+    if (count(kv, id, KV_ABSENT) == kv->n_places)
         free_node(kv, id);
 }
 
@@ -292,7 +280,7 @@ static bool page_out(struct kv *kv, int node, int worker, bool urgent) {
 }
 
 static bool is_dirty(const struct kv *kv, int node, int worker) {
-    return count_valid(kv, node) < 2 && copy_at(kv, node, worker)->reads == 0;
+    return count(kv, node, KV_VALID) < 2 && copy_at(kv, node, worker)->reads == 0;
 }
 
 /* Orders page-outs of the coldest blocks until, when they have ended, n can be reused at once. */
@@ -464,16 +452,14 @@ int kv_slot(const struct kv *kv, int node, int worker) {
 }
 
 /* Moves the pins of a private node to the node that was registered first with its content, and
- * with them its slots where the other has none, or one that is still empty. */
+ * with them its slots where that one has none. */
 static void merge(struct kv *kv, int private, int winner) {
     for (int place = 0; place < kv->n_places; place++) {
         struct copy *mine = copy_at(kv, private, place), *other = copy_at(kv, winner, place);
         assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->list == UNLISTED);
-        bool better = mine->state == KV_VALID && other->state == KV_RESERVED;
-        if (mine->state != KV_ABSENT && (other->state == KV_ABSENT || better)) {
-            struct copy swapped = *other;
-            *other = (struct copy){.state = mine->state, .slot = mine->slot, .pins = other->pins};
-            *mine = (struct copy){.state = swapped.state, .slot = swapped.slot, .pins = mine->pins};
+        if (other->state == KV_ABSENT) {
+            *other = *mine;
+            *mine = (struct copy){.state = KV_ABSENT};
         }
         other->pins += mine->pins;
         mine->pins = 0;

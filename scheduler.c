@@ -309,7 +309,6 @@ static void take_hits(struct sched *s, const struct request *r, const struct pla
         if (absent == fetch) {
             bool ok = kv_fetch(s->kv, r->blocks[i], worker);
             assert(ok);
-            (void)ok;
         }
     }
 }

@@ -4,20 +4,19 @@
  *     int *ids = tok_encode(tokenizer, "Once upon", 9, &n_ids);
  *     struct tok_stream stream = {0};
  *     char out[TOK_TEXT_SIZE];
- *     for (int i = 0; i < n_ids; i++) {
+ *     for (int i = 0; i < n_ids; i++)
  *         fwrite(out, 1, tok_decode(tokenizer, &stream, ids[i], out), stdout);
- *     }
  *     fwrite(out, 1, tok_flush(&stream, out), stdout);
  *
  * Two families of vocabularies (tokenizer.ggml.model):
  * - `llama`, and llama2.c's tokenizer.bin: SentencePiece BPE. A text is characters; of all
- *   neighbours that together spell a token the pair of the highest score merges first; a character
- *   that is no token becomes bytes. Spaces are U+2581 in the file.
+ *   neighbours that together spell a token the pair of the highest score merges first; what is no
+ *   token in the end becomes bytes. Spaces are U+2581 in the file.
  * - `gpt2`: byte-level BPE. A pattern (tokenizer.ggml.pre) splits a text into words; a word is
  *   bytes, and pairs merge in the order of the file's list. Bytes are printable stand-ins there.
- * On opening, tokens are copied and become the bytes they stand for, so that both families share
- * all that follows. Merging is one loop: symbols in a linked list, candidate pairs in a heap, so n
- * bytes take O(n log n) whatever they are.
+ * vocabulary.h makes one table of both. Merging is one loop: the symbols of a word, and a heap of
+ * the pairs that could merge, so n bytes take O(n log n) whatever they are. User-defined tokens are
+ * cut out of a text before all this.
  *
  * What it refuses: to find control tokens in a text (`<s>` is three characters; a chat template
  * asks tok_find), vocabularies that cannot spell every byte, patterns it does not know. It adds no
@@ -25,7 +24,7 @@
  *
  * Invariants: nothing changes after opening, so threads may share a tokenizer; every byte has a
  * token, so no text is lost (U+2581 in a text of `llama` comes back as the space it means there);
- * what is decoded is valid UTF-8. Read next: gguf.h. */
+ * what is decoded is valid UTF-8. Read next: vocabulary.h. */
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
@@ -82,96 +81,12 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #undef TOKENIZER_IMPLEMENTATION
 
 #include "unicode_table.h"
-#include <assert.h>
-#include <math.h>
-#include <stdarg.h>
+#include "vocabulary.h"
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
-
-/* The numbers are GGUF's. */
-enum { TOKEN_NORMAL = 1, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_BYTE = 6 };
-
-struct vocab_token {
-    const char *text; /* (length) in tokenizer.texts */
-    int length, type;
-    bool ends_text;
-};
-
-struct vocab_merge {
-    int left, right; /* tokens: the key in tokenizer.pairs */
-    int result;
-    float priority; /* score, or -rank */
-};
-
-/* Open addressing, at most half full. Keys are not copied. */
-struct table {
-    struct slot {
-        const void *key; /* (length) bytes; NULL: the slot is empty */
-        int length, value;
-    } * slots;
-    size_t mask;
-};
-
-struct tokenizer {
-    struct vocab_token *tokens; /* (n_tokens) */
-    struct vocab_merge *merges; /* (n_merges) */
-    char *texts;                /* of all tokens */
-    struct table plain;         /* text -> token that may come out of a user's text */
-    struct table special;       /* text -> control or unknown token */
-    struct table pairs;         /* left, right -> merge */
-    size_t (*split)(const char *text, size_t length); /* bytes of the next word; NULL: `llama` */
-    int n_tokens, n_merges, bos, eos;
-    int byte_tokens[256];
-    bool adds_prefix, adds_bos;
-};
-
-__attribute__((format(printf, 2, 3))) static bool vocab_fail(char *error, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(error, TOK_ERROR_LENGTH, format, arguments);
-    va_end(arguments);
-    for (char *at = error; *at; at++) /* names come from files: one line it stays */
-        *at = (unsigned char)*at < ' ' || *at == 127 ? '?' : *at;
-    return false;
-}
-
-/* ---- tables ---- */
-
-static bool table_new(struct table *table, size_t n) {
-    size_t slots = 2;
-    while (slots < 2 * n)
-        slots *= 2;
-    table->mask = slots - 1;
-    table->slots = calloc(slots, sizeof *table->slots);
-    return table->slots;
-}
-
-/* The slot of a key, or the empty slot where it belongs. */
-static struct slot *table_slot(const struct table *table, const void *key, size_t length) {
-    uint32_t hash = 2166136261u; /* FNV-1a */
-    for (size_t i = 0; i < length; i++)
-        hash = (hash ^ ((const unsigned char *)key)[i]) * 16777619u;
-    for (size_t i = hash & table->mask;; i = (i + 1) & table->mask) {
-        struct slot *slot = &table->slots[i];
-        if (!slot->key || ((size_t)slot->length == length && !memcmp(slot->key, key, length)))
-            return slot;
-    }
-}
-
-static int table_find(const struct table *table, const void *key, size_t length) {
-    const struct slot *slot = table_slot(table, key, length);
-    return slot->key ? slot->value : -1;
-}
-
-static void table_add(struct table *table, const void *key, size_t length, int value) {
-    struct slot *slot = table_slot(table, key, length);
-    if (!slot->key) /* of several equal keys the first counts */
-        *slot = (struct slot){key, (int)length, value};
-}
 
 /* ---- characters ---- */
 
@@ -200,58 +115,9 @@ static int utf8_read(const char *text, size_t length, uint32_t *code) {
 /* Bytes of the first character; a byte that is not UTF-8 is a character of its own. */
 static size_t char_size(const char *text, size_t length, uint32_t *code) {
     int size = utf8_read(text, length, code);
-    *code = size > 0 ? *code : UINT32_MAX;
-    return size > 0 ? (size_t)size : length > 0;
-}
-
-/* GPT-2 writes bytes as printable characters: themselves, or, for the others, from U+0100 on. */
-static int byte_of_char(uint32_t code) {
-    bool printable = (code > 32 && code < 127) || (code > 160 && code < 256 && code != 173);
-    if (code < 256)
-        return printable ? (int)code : -1;
-    return code <= 288 ? (int)code - 256 : code <= 322 ? (int)code - 162 : code == 323 ? 173 : -1;
-}
-
-static int byte_of_spelling(const char *text, size_t length) { /* `<0x41>` is 65 */
-    static const char digits[] = "0123456789ABCDEF";
-    if (length != 6 || memcmp(text, "<0x", 3) || text[5] != '>')
-        return -1;
-    const char *high = memchr(digits, text[3], 16), *low = memchr(digits, text[4], 16);
-    return high && low ? (int)(high - digits) * 16 + (int)(low - digits) : -1;
-}
-
-/* The bytes that a spelling in the file stands for: never more than it has. */
-static int unspell(const struct tokenizer *t, const char *text, size_t length, char *out) {
-    char *end = out;
-    uint32_t code;
-    for (size_t at = 0, size; at < length; at += size) {
-        size = char_size(text + at, length - at, &code);
-        int byte = t->split ? byte_of_char(code) : code == 0x2581 ? ' ' : -1;
-        if (byte >= 0) {
-            *end++ = (char)byte;
-        } else {
-            memcpy(end, text + at, size);
-            end += size;
-        }
-    }
-    return (int)(end - out);
-}
-
-/* ---- splitting patterns ---- */
-
-/* Bytes of the characters of one class at the start of a text, and of the last of them. */
-static size_t run_of(const char *text, size_t length, enum unicode_class kind, size_t *last) {
-    size_t run = 0;
-    uint32_t code;
-    *last = 0;
-    while (run < length) {
-        size_t size = char_size(text + run, length - run, &code);
-        if (unicode_class_of(code) != kind)
-            break;
-        run += size;
-        *last = size;
-    }
-    return run;
+    if (size <= 0)
+        *code = UINT32_MAX;
+    return size > 0 ? (size_t)size : 1;
 }
 
 /* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
@@ -262,42 +128,42 @@ static size_t split_gpt2(const char *text, size_t length) {
         if (length >= size && memcmp(text, endings[i], size) == 0)
             return size;
     }
-    size_t last, space = text[0] == ' ' && length > 1;
+    size_t at = text[0] == ' ' && length > 1, last = 0;
     uint32_t code;
-    char_size(text + space, length - space, &code);
-    if (unicode_class_of(code) != UNICODE_SPACE)
-        return space + run_of(text + space, length - space, unicode_class_of(code), &last);
-    size_t run = run_of(text, length, UNICODE_SPACE, &last);
+    char_size(text + at, length - at, &code);
+    enum unicode_class kind = unicode_class_of(code);
+    for (size_t size; at < length; at += size) {
+        size = char_size(text + at, length - at, &code);
+        if (unicode_class_of(code) != kind)
+            break;
+        last = at;
+    }
     /* the last space of several belongs to the word behind them */
-    return run == length || run == last ? run : run - last;
+    return kind == UNICODE_SPACE && at < length && last > 0 ? last : at;
 }
-
-static const struct {
-    const char *name; /* tokenizer.ggml.pre */
-    size_t (*split)(const char *text, size_t length);
-} split_patterns[] = {{"gpt-2", split_gpt2}};
 
 /* ---- encoding ---- */
 
-/* A token of the word that is being merged. */
-struct symbol {
-    int token;          /* -1: merged into its left neighbour */
-    int previous, next; /* symbols; -1: none */
+/* Two neighbours that could merge; outdated once they are no longer `size` bytes together. */
+struct candidate {
+    float priority; /* score, or -rank */
+    int left, size;
 };
 
-/* Two neighbours that could merge; outdated once they are no longer merge->left and ->right. */
-struct candidate {
-    const struct vocab_merge *merge;
-    float priority; /* the merge's: the heap compares it often */
-    int left;
+/* A part of a word that is a token, or a single character. */
+struct symbol {
+    int size;     /* bytes; 0: it is merged into its left neighbour, or the end of the word */
+    int previous; /* -1: none */
 };
 
 struct encoder {
     const struct tokenizer *tokenizer;
-    struct symbol *symbols; /* (n_symbols) of one word */
+    const char *word;       /* what is being merged */
+    struct symbol *symbols; /* of the word: [n] is the one that begins at byte n */
     struct candidate *heap; /* (n_heap) the best first */
+    char *text;             /* a fragment with the spaces that `llama` has */
     int *tokens;            /* (n_tokens) the result */
-    int n_symbols, n_heap, n_tokens;
+    int n_heap, n_tokens;
 };
 
 static bool goes_before(const struct candidate *a, const struct candidate *b) {
@@ -306,7 +172,6 @@ static bool goes_before(const struct candidate *a, const struct candidate *b) {
 
 static void heap_push(struct encoder *e, struct candidate added) {
     int at = e->n_heap++;
-    assert(e->n_heap < 2 * e->n_symbols); /* one a pair; a merge takes one and adds at most two */
     while (at > 0 && goes_before(&added, &e->heap[(at - 1) / 2])) {
         e->heap[at] = e->heap[(at - 1) / 2];
         at = (at - 1) / 2;
@@ -329,90 +194,116 @@ static struct candidate heap_pop(struct encoder *e) {
 }
 
 static void add_candidate(struct encoder *e, int left) {
-    if (left < 0 || e->symbols[left].next < 0)
+    const struct tokenizer *t = e->tokenizer;
+    int size = e->symbols[left].size, right_size = e->symbols[left + size].size;
+    if (right_size == 0)
         return;
-    const struct symbol *symbol = &e->symbols[left];
-    int pair[2] = {symbol->token, e->symbols[symbol->next].token};
-    int found = table_find(&e->tokenizer->pairs, pair, sizeof pair);
+    size_t both = (size_t)size + (size_t)right_size;
+    int found = find_key(t, e->word + left, both, t->byte_level ? size : KEY_TOKEN);
     if (found >= 0) {
-        const struct vocab_merge *merge = &e->tokenizer->merges[found];
-        heap_push(e, (struct candidate){merge, merge->priority, left});
+        float priority = t->byte_level ? -(float)found : t->tokens[found].score;
+        heap_push(e, (struct candidate){priority, left, (int)both});
     }
 }
 
-static void add_symbol(struct encoder *e, int token) {
-    int at = e->n_symbols++;
-    e->symbols[at] = (struct symbol){token, at - 1, -1};
-    if (at > 0)
-        e->symbols[at - 1].next = at;
-}
-
 static void merge_symbols(struct encoder *e) {
-    for (int i = 0; i < e->n_symbols; i++)
-        add_candidate(e, i);
     while (e->n_heap > 0) {
         struct candidate best = heap_pop(e);
         struct symbol *left = &e->symbols[best.left];
-        struct symbol *right = left->next < 0 ? left : &e->symbols[left->next];
-        if (left->token != best.merge->left || right->token != best.merge->right || right == left)
+        struct symbol *right = left + left->size;
+        if (left->size + right->size != best.size)
             continue;
-        left->token = best.merge->result;
-        left->next = right->next;
-        right->token = -1;
-        if (left->next >= 0)
-            e->symbols[left->next].previous = best.left;
-        add_candidate(e, left->previous);
+        right->size = 0;
+        left->size = best.size;
+        left[best.size].previous = best.left;
+        if (left->previous >= 0)
+            add_candidate(e, left->previous);
         add_candidate(e, best.left);
     }
 }
 
-static void encode_word(struct encoder *e, const char *text, size_t length) {
+static void encode_word(struct encoder *e, const char *word, size_t length) {
     const struct tokenizer *t = e->tokenizer;
-    e->n_symbols = 0;
+    int previous = -1;
+    e->word = word;
     for (size_t at = 0, size; at < length; at += size) {
         uint32_t code;
-        size = t->split ? 1 : char_size(text + at, length - at, &code);
-        int token = table_find(&t->plain, text + at, size);
-        if (token >= 0)
-            add_symbol(e, token);
-        for (size_t i = 0; token < 0 && i < size; i++)
-            add_symbol(e, t->byte_tokens[(unsigned char)text[at + i]]);
+        size = t->byte_level ? 1 : char_size(word + at, length - at, &code);
+        e->symbols[at] = (struct symbol){(int)size, previous};
+        previous = (int)at;
     }
+    e->symbols[length] = (struct symbol){0, previous};
+    for (size_t at = 0; at < length; at += (size_t)e->symbols[at].size)
+        add_candidate(e, (int)at);
     merge_symbols(e);
-    for (int i = 0; i >= 0; i = e->symbols[i].next)
-        e->tokens[e->n_tokens++] = e->symbols[i].token;
+    for (size_t at = 0, size; at < length; at += size) {
+        size = (size_t)e->symbols[at].size;
+        int token = find_key(t, word + at, size, KEY_TOKEN);
+        if (token >= 0)
+            e->tokens[e->n_tokens++] = token;
+        for (size_t i = 0; token < 0 && i < size; i++)
+            e->tokens[e->n_tokens++] = find_key(t, word + at + i, 1, KEY_BYTE);
+    }
+}
+
+/* A text, or what user-defined tokens leave of it: as in llama.cpp, each part has the prefix. */
+static void encode_fragment(struct encoder *e, const char *text, size_t length) {
+    const struct tokenizer *t = e->tokenizer;
+    if (!t->byte_level && length > 0) {
+        /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
+        size_t n = unspell(t, text, length, e->text + t->adds_prefix);
+        e->text[0] = t->adds_prefix ? ' ' : e->text[0];
+        encode_word(e, e->text, n + t->adds_prefix);
+        return;
+    }
+    for (size_t at = 0, size; at < length; at += size) {
+        size = split_gpt2(text + at, length - at);
+        encode_word(e, text + at, size);
+    }
+}
+
+/* The longest user-defined token at the start of a text; -1: none. */
+static int user_token(const struct tokenizer *t, const char *text, size_t length) {
+    size_t size = length < t->longest_user ? length : t->longest_user;
+    for (; size > 0 && t->starts_user[(unsigned char)text[0]]; size--) {
+        int token = find_key(t, text, size, KEY_TOKEN);
+        if (token >= 0 && t->tokens[token].type == TOKEN_USER_DEFINED)
+            return token;
+    }
+    return -1;
 }
 
 int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int *n_tokens) {
-    size_t prefix = t->adds_prefix && length > 0, n = prefix + length;
-    struct encoder e = {.tokenizer = t};
+    size_t begin = 0, n = length + 2; /* with a prefix and the end of a word */
     *n_tokens = 0;
     if (length > TOK_TEXT_LENGTH)
         return NULL;
-    char *whole = malloc(n + 1);
-    e.symbols = malloc((n + 1) * sizeof *e.symbols);
-    e.heap = malloc((n + 1) * 2 * sizeof *e.heap);
-    e.tokens = malloc((n + 1) * sizeof *e.tokens);
-    if (whole && e.symbols && e.heap && e.tokens) {
-        whole[0] = ' ';
-        /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
-        if (t->split)
-            memcpy(whole, text, length);
-        else
-            n = prefix + (size_t)unspell(t, text, length, whole + prefix);
-        for (size_t at = 0, size; at < n; at += size) {
-            size = t->split ? t->split(whole + at, n - at) : n;
-            encode_word(&e, whole + at, size);
+    struct encoder e = {.tokenizer = t,
+                        .symbols = malloc(n * sizeof *e.symbols),
+                        .heap = malloc(n * 2 * sizeof *e.heap), /* a merge takes 1, adds 2 */
+                        .text = malloc(n),
+                        .tokens = malloc(n * 2 * sizeof *e.tokens)}; /* a prefix a fragment */
+    bool ok = e.symbols && e.heap && e.text && e.tokens;
+    for (size_t at = 0; ok && at < length;) {
+        int token = user_token(t, text + at, length - at);
+        size_t size = token >= 0 ? (size_t)t->tokens[token].length : 1;
+        if (token >= 0) {
+            encode_fragment(&e, text + begin, at - begin);
+            e.tokens[e.n_tokens++] = token;
+            begin = at + size;
         }
+        at += size;
+    }
+    if (ok) {
+        encode_fragment(&e, text + begin, length - begin);
         *n_tokens = e.n_tokens;
     } else {
         free(e.tokens);
-        e.tokens = NULL;
     }
-    free(whole);
     free(e.symbols);
     free(e.heap);
-    return e.tokens;
+    free(e.text);
+    return ok ? e.tokens : NULL;
 }
 
 /* ---- decoding ---- */
@@ -426,9 +317,9 @@ static size_t release_held(struct tok_stream *stream, bool at_end, char *out) {
         if (size == 0 && !at_end)
             break;
         int used = size > 0 ? size : size < 0 ? -size : stream->n_held;
-        memcpy(out + written, size > 0 ? stream->held : "\xEF\xBF\xBD",
-               size > 0 ? (size_t)size : 3);
-        written += size > 0 ? (size_t)size : 3;
+        size_t added = size > 0 ? (size_t)size : 3;
+        memcpy(out + written, size > 0 ? stream->held : "\xEF\xBF\xBD", added);
+        written += added;
         stream->n_held -= used;
         memmove(stream->held, stream->held + used, (size_t)stream->n_held);
     }
@@ -457,286 +348,38 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]) {
     return written;
 }
 
-/* ---- opening ---- */
+/* ---- opening and asking ---- */
 
 void tok_close(struct tokenizer *t) {
+    for (int i = 0; t && i < t->n_tokens; i++)
+        free(t->tokens[i].text);
     if (t) {
         free(t->tokens);
-        free(t->merges);
-        free(t->texts);
-        free(t->plain.slots);
-        free(t->special.slots);
-        free(t->pairs.slots);
-        free(t);
+        free(t->slots);
     }
-}
-
-/* One more token, its text written to `text`. Returns the bytes of its text. */
-static int add_token(struct tokenizer *t, struct gguf_string spelling, int type, char *text) {
-    static const char *const ends[] = {"<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
-                                       "<|im_end|>",    "<|end|>",    "<end_of_turn>"};
-    struct vocab_token *token = &t->tokens[t->n_tokens];
-    int byte = t->split ? -1 : byte_of_spelling(spelling.data, spelling.length);
-    *token = (struct vocab_token){text, (int)spelling.length, type, false};
-    memcpy(text, spelling.data, spelling.length);
-    if (byte >= 0) {
-        *text = (char)byte;
-        token->length = 1;
-        token->type = TOKEN_BYTE;
-        t->byte_tokens[byte] = t->n_tokens;
-    } else if (type == TOKEN_CONTROL || type == TOKEN_UNKNOWN) {
-        table_add(&t->special, text, spelling.length, t->n_tokens);
-        for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
-            size_t length = strlen(ends[i]);
-            token->ends_text |= length == spelling.length && !memcmp(text, ends[i], length);
-        }
-    } else {
-        if (type != TOKEN_USER_DEFINED)
-            token->length = unspell(t, spelling.data, spelling.length, text);
-        table_add(&t->plain, text, (size_t)token->length, t->n_tokens);
-    }
-    t->n_tokens++;
-    return token->length;
-}
-
-/* `where` begins messages; types are raw int32, NULL: all TOKEN_NORMAL. */
-static bool add_tokens(struct tokenizer *t, const struct gguf_string *spellings, size_t n,
-                       const char *types, const char *where, char *error) {
-    size_t bytes = 0;
-    for (size_t i = 0; i < n; i++) {
-        bytes += spellings[i].length;
-        if (spellings[i].length > TOK_TOKEN_LENGTH || bytes > TOK_TEXT_LENGTH) {
-            return vocab_fail(error, "%s: token %zu has %zu bytes, expected at most %d", where, i,
-                              spellings[i].length, TOK_TOKEN_LENGTH);
-        }
-    }
-    t->tokens = calloc(n, sizeof *t->tokens);
-    t->texts = malloc(bytes + 1);
-    if (!t->tokens || !t->texts || !table_new(&t->plain, n) || !table_new(&t->special, n))
-        return vocab_fail(error, "%s: out of memory for %zu tokens", where, n);
-    memset(t->byte_tokens, -1, sizeof t->byte_tokens);
-    char *end = t->texts;
-    for (size_t i = 0; i < n; i++) {
-        int32_t type = TOKEN_NORMAL;
-        if (types)
-            memcpy(&type, types + i * sizeof type, sizeof type);
-        end += add_token(t, spellings[i], type, end);
-    }
-    for (int i = 0; i < 256; i++) {
-        char byte = (char)i;
-        if (t->byte_tokens[i] < 0 && (!t->split || table_find(&t->plain, &byte, 1) < 0))
-            return vocab_fail(error, "%s: no token for byte 0x%02X", where, (unsigned)i);
-    }
-    return true;
-}
-
-static bool new_merges(struct tokenizer *t, size_t n, const char *where, char *error) {
-    t->merges = malloc((n + 1) * sizeof *t->merges);
-    return (t->merges && table_new(&t->pairs, n)) ||
-           vocab_fail(error, "%s: out of memory for %zu merges", where, n);
-}
-
-/* The merge that makes a text out of its first `cut` bytes and the rest. False: not all tokens. */
-static bool add_merge(struct tokenizer *t, const char *text, int cut, int length, float priority) {
-    struct vocab_merge *merge = &t->merges[t->n_merges];
-    merge->left = table_find(&t->plain, text, (size_t)cut);
-    merge->right = table_find(&t->plain, text + cut, (size_t)(length - cut));
-    merge->result = table_find(&t->plain, text, (size_t)length);
-    merge->priority = priority;
-    if (merge->left < 0 || merge->right < 0 || merge->result < 0)
-        return false;
-    table_add(&t->pairs, merge, 2 * sizeof merge->left, t->n_merges++);
-    return true;
-}
-
-/* `llama`: any two tokens that make a token merge, by its score. Scores are raw float32. */
-static bool add_score_merges(struct tokenizer *t, const char *scores, const char *where,
-                             char *error) {
-    size_t cuts = 0;
-    for (int i = 0; i < t->n_tokens; i++)
-        cuts += (size_t)t->tokens[i].length;
-    if (!new_merges(t, cuts, where, error))
-        return false;
-    for (int i = 0; i < t->n_tokens; i++) {
-        const struct vocab_token *token = &t->tokens[i];
-        float score;
-        memcpy(&score, scores + (size_t)i * sizeof score, sizeof score);
-        if (!isfinite(score))
-            return vocab_fail(error, "%s: the score of token %d is not finite", where, i);
-        bool plain = table_find(&t->plain, token->text, (size_t)token->length) == i;
-        for (int cut = 1; plain && cut < token->length; cut++)
-            add_merge(t, token->text, cut, token->length, score);
-    }
-    return true;
-}
-
-static bool read_array(struct gguf *file, const char *key, enum gguf_value_type type, size_t least,
-                       size_t most, struct gguf_array *array, char *error) {
-    if (!gguf_get_array(file, key, array))
-        return vocab_fail(error, "%s: not there, expected an array", key);
-    if (array->type != type || array->count < least || array->count > most) {
-        return vocab_fail(error, "%s: got %zu of type %d, expected %zu to %zu of type %d", key,
-                          array->count, (int)array->type, least, most, (int)type);
-    }
-    return true;
-}
-
-/* `gpt2`: merges are listed, best first, as `left right`. */
-static bool add_listed_merges(struct tokenizer *t, struct gguf *file, char *error) {
-    static const char key[] = "tokenizer.ggml.merges";
-    struct gguf_array lines = {0};
-    if (!read_array(file, key, GGUF_STRING, 0, TOK_LIMIT, &lines, error) ||
-        !new_merges(t, lines.count, key, error))
-        return false;
-    for (size_t i = 0; i < lines.count; i++) {
-        char text[TOK_TOKEN_LENGTH];
-        struct gguf_string line = lines.strings[i];
-        const char *space = line.length > 0 ? memchr(line.data + 1, ' ', line.length - 1) : NULL;
-        if (!space || line.length > sizeof text)
-            return vocab_fail(error, "%s: %zu is not two tokens with a space between", key, i);
-        size_t cut = (size_t)(space - line.data);
-        int left = unspell(t, line.data, cut, text);
-        int right = unspell(t, space + 1, line.length - cut - 1, text + left);
-        if (!add_merge(t, text, left, left + right, -(float)i))
-            return vocab_fail(error, "%s: %zu names or makes something that is no token", key, i);
-    }
-    return true;
-}
-
-static bool string_is(struct gguf_string string, const char *text) {
-    return string.length == strlen(text) && memcmp(string.data, text, string.length) == 0;
-}
-
-static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
-    struct gguf_string model = {"", 0}, pre = {"", 0};
-    gguf_get_string(file, "tokenizer.ggml.model", &model);
-    gguf_get_string(file, "tokenizer.ggml.pre", &pre);
-    if (string_is(model, "llama"))
-        return true;
-    if (!string_is(model, "gpt2")) {
-        return vocab_fail(error, "tokenizer.ggml.model: got `%.*s`, expected `llama` or `gpt2`",
-                          (int)model.length, model.data);
-    }
-    for (size_t i = 0; i < sizeof split_patterns / sizeof *split_patterns; i++)
-        t->split = string_is(pre, split_patterns[i].name) ? split_patterns[i].split : t->split;
-    return t->split || vocab_fail(error, "tokenizer.ggml.pre: got `%.*s`, expected `gpt-2`",
-                                  (int)pre.length, pre.data);
-}
-
-/* -1 if the key is not there. */
-static bool read_id(struct tokenizer *t, struct gguf *file, const char *key, int *id, char *error) {
-    int64_t value = -1;
-    if (gguf_get_int(file, key, &value) && (value < 0 || value >= t->n_tokens)) {
-        return vocab_fail(error, "%s: got %lld, expected 0 to %d", key, (long long)value,
-                          t->n_tokens - 1);
-    }
-    *id = (int)value;
-    return true;
-}
-
-static bool read_vocab(struct tokenizer *t, struct gguf *file, char *error) {
-    static const char key[] = "tokenizer.ggml.tokens";
-    static const char *const end_keys[] = {"tokenizer.ggml.eot_token_id",
-                                           "tokenizer.ggml.eom_token_id",
-                                           "tokenizer.ggml.eos_token_id"};
-    struct gguf_array tokens = {0}, scores = {0}, types = {0};
-    if (!read_family(t, file, error) ||
-        !read_array(file, key, GGUF_STRING, 1, TOK_LIMIT, &tokens, error))
-        return false;
-    size_t n = tokens.count;
-    if (gguf_get_array(file, "tokenizer.ggml.token_type", &types) &&
-        !read_array(file, "tokenizer.ggml.token_type", GGUF_I32, n, n, &types, error))
-        return false;
-    if (!t->split && !read_array(file, "tokenizer.ggml.scores", GGUF_F32, n, n, &scores, error))
-        return false;
-    if (!add_tokens(t, tokens.strings, n, types.values, key, error) ||
-        !(t->split ? add_listed_merges(t, file, error)
-                   : add_score_merges(t, scores.values, "tokenizer.ggml.scores", error)) ||
-        !read_id(t, file, "tokenizer.ggml.bos_token_id", &t->bos, error))
-        return false;
-    for (size_t i = 0; i < sizeof end_keys / sizeof *end_keys; i++) {
-        if (!read_id(t, file, end_keys[i], &t->eos, error))
-            return false;
-        if (t->eos >= 0)
-            t->tokens[t->eos].ends_text = true;
-    }
-    t->adds_prefix = t->adds_bos = !t->split;
-    gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
-    gguf_get_bool(file, "tokenizer.ggml.add_bos_token", &t->adds_bos);
-    t->adds_prefix = t->adds_prefix && !t->split;
-    return gguf_error(file)[0] == 0 || vocab_fail(error, "%s", gguf_error(file));
+    free(t);
 }
 
 struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
-    if (!t) {
-        vocab_fail(error, "tokenizer.ggml: out of memory");
-    } else if (!read_vocab(t, file, error)) {
-        tok_close(t);
-        t = NULL;
-    }
-    return t;
-}
-
-/* Reads a whole file; freed by the caller. */
-static char *read_whole(const char *path, size_t *length, char *error) {
-    FILE *stream = fopen(path, "rb");
-    long size = stream && fseek(stream, 0, SEEK_END) == 0 ? ftell(stream) : -1;
-    char *data = size >= 0 && size <= TOK_TEXT_LENGTH ? malloc((size_t)size + 1) : NULL;
-    bool ok = data && fseek(stream, 0, SEEK_SET) == 0 &&
-              fread(data, 1, (size_t)size, stream) == (size_t)size;
-    if (stream)
-        fclose(stream);
-    if (!ok) {
-        vocab_fail(error, "%s: cannot be read; is the tokenizer beside the model?", path);
-        free(data);
-        return NULL;
-    }
-    *length = (size_t)size;
-    return data;
-}
-
-/* tokenizer.bin: a uint32, then for each token a float32 score, an int32 length and its text. */
-static bool parse_checkpoint(struct tokenizer *t, const char *data, size_t length, size_t n,
-                             const char *path, char *error) {
-    struct gguf_string *texts = calloc(n, sizeof *texts);
-    char *scores = calloc(n, 2 * sizeof(float)), *types = scores + n * sizeof(float);
-    size_t at = sizeof(uint32_t), i = 0;
-    bool ok = texts && scores;
-    for (; ok && i < n && at + 8 <= length; i++) {
-        int32_t size, type = i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL;
-        memcpy(scores + i * sizeof(float), data + at, sizeof(float));
-        memcpy(types + i * sizeof type, &type, sizeof type);
-        memcpy(&size, data + at + 4, sizeof size);
-        at += 8;
-        if (size < 0 || (size_t)size > length - at)
-            break;
-        texts[i] = (struct gguf_string){data + at, (size_t)size};
-        at += (size_t)size;
-    }
-    if (!ok) {
-        vocab_fail(error, "%s: out of memory for %zu tokens", path, n);
-    } else if (i < n || at != length) {
-        ok = vocab_fail(error, "%s: got %zu bytes and %s tokens, expected %zu; is it this model's?",
-                        path, length, i < n ? "fewer" : "more", n);
-    }
-    ok = ok && add_tokens(t, texts, n, types, path, error) &&
-         add_score_merges(t, scores, path, error);
-    free(texts);
-    free(scores);
-    return ok;
+    vocab_fail(error, "tokenizer.ggml: out of memory");
+    if (t && read_family(t, file, error) && read_tokens(t, file, error) &&
+        read_settings(t, file, error))
+        return t;
+    tok_close(t);
+    return NULL;
 }
 
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
                                       char error[TOK_ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
-    size_t length;
-    char *data = read_whole(path, &length, error);
-    bool ok = t && data && vocab_size >= 259 && vocab_size <= TOK_LIMIT;
-    if (data && !ok)
-        vocab_fail(error, "%s: got a model of %d tokens, expected at least 259", path, vocab_size);
-    ok = ok && parse_checkpoint(t, data, length, (size_t)vocab_size, path, error);
-    free(data);
+    FILE *stream = fopen(path, "rb");
+    vocab_fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
+               stream ? "out of memory" : strerror(errno));
+    bool ok = t && stream && vocab_size > 0 && make_room(t, (size_t)vocab_size, 0) &&
+              read_checkpoint(t, stream, vocab_size, path, error);
+    if (stream)
+        fclose(stream);
     if (!ok) {
         tok_close(t);
         return NULL;
@@ -747,8 +390,6 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
     t->tokens[1].ends_text = t->tokens[2].ends_text = true;
     return t;
 }
-
-/* ---- asking ---- */
 
 int tok_vocab_size(const struct tokenizer *t) {
     return t->n_tokens;
@@ -775,8 +416,8 @@ bool tok_is_control(const struct tokenizer *t, int token) {
 }
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {
-    int token = table_find(&t->special, text, length);
-    return token >= 0 ? token : table_find(&t->plain, text, length);
+    int token = find_key(t, text, length, KEY_SPECIAL);
+    return token >= 0 ? token : find_key(t, text, length, KEY_TOKEN);
 }
 
 #endif /* TOKENIZER_IMPLEMENTATION */

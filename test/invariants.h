@@ -39,12 +39,12 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
         BROKEN(copy->reads > 0 || copy->list != UNLISTED, "an arriving copy is read or listed");
         break;
     case KV_VALID:
-        BROKEN(!in_use && !is_awaited(kv, id), "a valid copy is nowhere");
+        BROKEN(!in_use && count(kv, id, KV_RESERVED) == 0, "a valid copy is nowhere");
         BROKEN(copy->pins > 0 && copy->list != UNLISTED, "a pinned copy is listed");
         BROKEN(copy->pins == 0 && node->serial && copy->list == UNLISTED, "cached, unlisted");
-        BROKEN(copy->list == DUPLICATES && (place != kv->host || count_valid(kv, id) < 2),
+        BROKEN(copy->list == DUPLICATES && (place != kv->host || count(kv, id, KV_VALID) < 2),
                "not a duplicate");
-        BROKEN(copy->list == MAIN && place == kv->host && count_valid(kv, id) >= 2,
+        BROKEN(copy->list == MAIN && place == kv->host && count(kv, id, KV_VALID) >= 2,
                "a duplicate on the main list");
         break;
     }
@@ -57,7 +57,7 @@ static const char *check_index(const struct kv *kv, int id) {
     if (!node->serial)
         return NULL;
     BROKEN(node->keeper, "a registered node is kept");
-    BROKEN(count_valid(kv, id) == 0, "a registered node has no valid copy");
+    BROKEN(count(kv, id, KV_VALID) == 0, "a registered node has no valid copy");
     BROKEN(find_child(kv, node->parent, node->hash, node->tokens) != id, "not findable, or twice");
     for (int parent = 0; parent < kv->n_nodes; parent++) {
         BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
@@ -84,7 +84,7 @@ static const char *check_node(const struct kv *kv, int id) {
     }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
-    BROKEN(node->keeper && count_valid(kv, id) == 0, "a kept node has no valid copy");
+    BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
     BROKEN(n_copies == 0 && (node->serial || node->keeper), "a node without copies");
     BROKEN(n_copies > 0 && !node->serial && !node->keeper && n_pins + n_reads == 0,
            "a private node that nobody owns");

@@ -1,26 +1,43 @@
 #!/bin/sh
-# Lines of each file against its budget, and the longest function. Exit status 1: over budget.
-# Budgets count comments. The longest function is measured on formatted code, where a function
-# begins with an unindented line that ends in `{` and ends with an unindented `}`.
+# Lines of each file against its budget, comments included, and its longest function (at most 60
+# lines; the forward pass 160). Exit status 1: a file is over budget, or has a line over 100 columns.
+#
+# The third column is what the first design allowed. Where a file could not be both clear and that
+# short, clear won, and its budget here is what a simpler design was brought down to; it may fall,
+# never rise. The spine is what a reader takes in one sitting: dynamo.h, the forward pass,
+# kvcache.c, scheduler.c and the product kernel.
 over=0
-total=0
+spine=0
+
+# The longest function of formatted code: it starts at an unindented line and ends with `}`.
 longest() {
-    awk '/^[a-z].*\) \{$/ || /^        *.*\) \{$/ && !open { if (!open) { open = 1; start = FNR; name = $0 } }
-         /^\}/ { if (open && FNR - start + 1 > best) { best = FNR - start + 1; which = name } open = 0 }
-         END { sub(/\(.*/, "", which); sub(/.*[ *]/, "", which); print best + 0, which }' "$1"
+    awk '/^[a-zA-Z].*\($|^[a-zA-Z].*\(.*[,{]$/ { start = FNR; name = $0; sub(/\(.*/, "", name) }
+         /^}/ && start { n = FNR - start + 1; if (n > most) { most = n; which = name } start = 0 }
+         /;$/ && /^[a-zA-Z]/ { start = 0 }
+         END { sub(/.*[ *]/, "", which); print most + 0, which }' "$1"
 }
-check() {
-    file=$1
-    budget=$2
-    function_budget=${3:-60}
-    [ -f "$file" ] || return
-    n=$(wc -l < "$file")
-    found=$(longest "$file")
-    wide=$(awk 'length($0) > 100' "$file" | wc -l)
+
+check() { # FILE BUDGET DESIGN
+    n=$(wc -l < "$1")
+    found=$(longest "$1")
+    wide=$(awk 'length($0) > 100' "$1" | wc -l)
     mark=""
-    if [ "$n" -gt "$budget" ] || [ "${found% *}" -gt "$function_budget" ] || [ "$wide" -gt 0 ]; then
+    if [ "$n" -gt "$2" ] || [ "${found%% *}" -gt 60 ] || [ "$wide" -gt 0 ]; then
         mark="  OVER"
         over=1
     fi
-    printf '%-16s %5d of %5d   longest function %3d  %s%s\n' "$file" "$n" "$budget" $found "$mark"
+    printf '%-12s %5d of %5d   design %5s   longest function %2d %s%s\n' \
+        "$1" "$n" "$2" "$3" ${found%% *} "${found#* }" "$mark"
 }
+@@CHECKS@@
+part() { # lines of the function $2 of file $1
+    awk -v name="$2" '$0 ~ "[ *]" name "\\(" && /^[a-zA-Z]/ { on = 1 } on { n++ } on && /^}/ { exit }
+                      END { print n + 0 }' "$1"
+}
+for file in dynamo.h kvcache.c scheduler.c; do
+    spine=$((spine + $(wc -l < "$file")))
+done
+spine=$((spine + $(part dynamo.c forward) + $(part kernels.c tile_product)))
+echo "the spine    $spine of  1900"
+[ "$spine" -le 1900 ] || over=1
+exit $over

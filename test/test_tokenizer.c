@@ -1,9 +1,10 @@
 /* test_tokenizer.c: tokenizer.h against ids that others computed, against a naive encoder written
  * here, and against files and token streams that nobody would want.
  *
- * The ids in test/data/vocab-*.gguf.out are llama.cpp's. Those of tokenizer.bin below were computed
- * with a transcription of llama2.c's quadratic encoder to Python (look up characters, else byte +
- * 3; then merge the best pair of the whole list until there is none). */
+ * The ids in test/data/vocab-*.gguf.out and of user-defined tokens are llama.cpp's. Those of
+ * tokenizer.bin below were computed with a transcription of llama2.c's quadratic encoder to Python
+ * (look up characters, else byte + 3; then merge the best pair of the whole list until there is
+ * none). */
 #define GGUF_IMPLEMENTATION
 #include "../gguf.h"
 #undef GGUF_IMPLEMENTATION
@@ -36,9 +37,8 @@ static struct tokenizer *open_path(struct check *check, const char *path) {
     CHECK(file, "%s", error);
     struct tokenizer *tokenizer = file ? tok_open(file, error) : NULL;
     CHECK(tokenizer, "%s", error);
-    if (file) {
+    if (file)
         gguf_close(file); /* the tokenizer must not need it */
-    }
     return tokenizer;
 }
 
@@ -65,12 +65,27 @@ static bool same_ids(const int *a, int n_a, const int *b, int n_b) {
 
 /* ---- against other implementations ---- */
 
-static char *read_text(const char *path, size_t *length) {
-    char error[TOK_ERROR_LENGTH] = "", *data = read_whole(path, length, error);
-    if (data) {
+/* A whole file, ended by a zero byte; freed by the caller. */
+static char *read_file(const char *path, size_t *length) {
+    enum { MOST = 1 << 22 };
+    char *data = malloc(MOST);
+    FILE *stream = fopen(path, "rb");
+    *length = data && stream ? fread(data, 1, MOST, stream) : MOST;
+    if (stream)
+        fclose(stream);
+    if (*length < MOST) {
         data[*length] = 0;
+        return data;
     }
-    return data;
+    free(data);
+    return NULL;
+}
+
+/* Writes bytes to a new file that the caller removes; `path` ends in XXXXXX. */
+static bool write_file(char *path, const void *data, size_t length) {
+    int descriptor = mkstemp(path);
+    bool ok = descriptor >= 0 && write(descriptor, data, length) == (ssize_t)length;
+    return descriptor >= 0 && close(descriptor) == 0 && ok;
 }
 
 static void check_cases(struct check *check, const char *path) {
@@ -78,18 +93,17 @@ static void check_cases(struct check *check, const char *path) {
     char name[128];
     size_t length;
     snprintf(name, sizeof name, "%s.inp", path);
-    char *texts = read_text(name, &length);
+    char *texts = read_file(name, &length);
     snprintf(name, sizeof name, "%s.out", path);
-    char *answers = read_text(name, &length), *answer = answers;
+    char *answers = read_file(name, &length), *answer = answers;
     struct tokenizer *tokenizer = open_path(check, path);
     int cases = 0;
     CHECK(texts && answers, "%s: its cases are not there", path);
     for (char *text = texts, *end; text && answers && (end = strstr(text, mark)); cases++) {
         int expected[4096], n = 0, n_ids;
         char *line_end = answer + strcspn(answer, "\n");
-        for (char *next = answer; next < line_end && n < 4096; n++) {
+        for (char *next = answer; next < line_end && n < 4096; n++)
             expected[n] = (int)strtol(next, &next, 10);
-        }
         int *ids = tok_encode(tokenizer, text, (size_t)(end - text), &n_ids);
         CHECK(same_ids(ids, n_ids, expected, n), "%s: case %d: %d ids, not %d", path, cases, n_ids,
               n);
@@ -130,9 +144,8 @@ static void special_tokens(struct check *check) {
         const struct tokenizer *tokenizer = round ? spm : gpt2;
         int n;
         int *ids = tok_encode(tokenizer, text, sizeof text - 1, &n);
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < n; i++)
             CHECK(!tok_is_control(tokenizer, ids[i]) && ids[i] != 0, "id %d in text", ids[i]);
-        }
         CHECK(n > 12, "only %d ids", n);
         free(ids);
     }
@@ -169,20 +182,84 @@ static void checkpoint_ids(struct check *check) {
     CHECK(tok_ends_text(tokenizer, 1) && tok_ends_text(tokenizer, 2), "bos and eos end a text");
     CHECK(tok_adds_bos(tokenizer) && tok_bos(tokenizer) == 1, "begins with token 1");
     tok_close(tokenizer);
-    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 511, error) && strstr(error, "more"), "%s", error);
-    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 513, error) && strstr(error, "fewer"), "%s", error);
+    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 511, error) && strstr(error, "from token 511"),
+          "%s", error);
+    CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 513, error) && strstr(error, "from token 512"),
+          "%s", error);
     CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, -1, error), "a negative vocabulary");
     CHECK(!tok_open_checkpoint("test/data/none.bin", 512, error) && strstr(error, "none.bin"), "%s",
           error);
 }
-/* ---- against a naive encoder ---- */
 
-/* Writes bytes to a new file that the caller removes; `path` ends in XXXXXX. */
-static bool write_file(char *path, const void *data, size_t length) {
-    int descriptor = mkstemp(path);
-    bool ok = descriptor >= 0 && write(descriptor, data, length) == (ssize_t)length;
-    return descriptor >= 0 && close(descriptor) == 0 && ok;
+/* The same vocabularies with four tokens made user-defined; the ids are llama.cpp's again. */
+static void user_defined_tokens(struct check *check) {
+    static const struct {
+        const char *path;
+        int tokens[4]; /* story, qu, z, ing */
+        int ids[18], n;
+    } cases[] = {{SPM_PATH,
+                  {24098, 339, 29920, 292},
+                  {450, 29871, 339, 29871, 860, 29871, 24098, 584, 29871, 29896, 29992, 29920, 292,
+                   29871, 529, 29879, 29958, 540},
+                  18},
+                 {GPT2_PATH,
+                  {13571, 421, 89, 278},
+                  {464, 220, 421, 624, 220, 13571, 25, 352, 31, 89, 278, 1279, 82, 29, 339},
+                  15}};
+    static const char text[] = "The quick story: 1@zing <s> he",
+                      key[] = "tokenizer.ggml.token_type";
+    for (int i = 0; i < 2; i++) {
+        char path[] = "/tmp/test_tokenizer_XXXXXX";
+        size_t length, key_length = sizeof key - 1;
+        char *data = read_file(cases[i].path, &length), *types = NULL;
+        for (size_t at = 0; data && at + key_length < length && !types; at++)
+            types = memcmp(data + at, key, key_length) ? NULL : data + at + key_length + 16;
+        CHECK(types, "%s has no %s", cases[i].path, key);
+        for (int j = 0; types && j < 4; j++)
+            memcpy(types + 4 * cases[i].tokens[j], &(int32_t){TOKEN_USER_DEFINED}, 4);
+        CHECK(types && write_file(path, data, length), "%s cannot be written", path);
+        struct tokenizer *tokenizer = open_path(check, path);
+        int n = 0;
+        int *ids = tokenizer ? tok_encode(tokenizer, text, sizeof text - 1, &n) : NULL;
+        CHECK(same_ids(ids, n, cases[i].ids, cases[i].n), "%s: %d ids", cases[i].path, n);
+        free(ids);
+        free(data);
+        unlink(path);
+        tok_close(tokenizer);
+    }
 }
+
+/* No cut or changed byte may crash, and none that is refused goes without its path. */
+static void damaged_checkpoints(struct check *check) {
+    uint64_t state = 5;
+    size_t length;
+    char *data = read_file(CHECKPOINT_PATH, &length);
+    CHECK(data, "%s is not there", CHECKPOINT_PATH);
+    for (int round = 0, refused = 0; data && round < 400; round++) {
+        char path[] = "/tmp/test_tokenizer_XXXXXX", error[TOK_ERROR_LENGTH] = "";
+        size_t at = (size_t)random_below(&state, (int)length);
+        char kept = data[at];
+        data[at] = (char)random_next(&state);
+        CHECK(write_file(path, data, round % 2 ? at : length), "%s cannot be written", path);
+        data[at] = kept;
+        struct tokenizer *tokenizer = tok_open_checkpoint(path, CHECKPOINT_TOKENS, error);
+        CHECK(!tokenizer || round % 2 == 0, "cut at byte %zu and accepted", at);
+        CHECK(tokenizer || (strstr(error, path) == error && !strchr(error, '\n')), "%s", error);
+        refused += !tokenizer;
+        if (tokenizer) {
+            int n;
+            int *ids = tok_encode(tokenizer, "Once upon a time", 16, &n);
+            CHECK(ids && n > 0 && n <= 17, "%d ids", n);
+            free(ids);
+        }
+        CHECK(round < 399 || (refused > 200 && refused < 400), "%d refused", refused);
+        tok_close(tokenizer);
+        unlink(path);
+    }
+    free(data);
+}
+
+/* ---- against a naive encoder ---- */
 
 /* A random vocabulary over a space and the letters a to d. Scores are few, so that ties are many.
  */
@@ -194,15 +271,13 @@ struct naive_vocab {
 
 static void naive_new(struct naive_vocab *vocab, uint64_t *state) {
     memset(vocab, 0, sizeof *vocab);
-    for (int byte = 0; byte < 256; byte++) {
+    for (int byte = 0; byte < 256; byte++)
         snprintf(vocab->texts[3 + byte], 64, "<0x%02X>", (unsigned)byte);
-    }
     strcpy(vocab->texts[0], "<unk>");
     strcpy(vocab->texts[1], "<s>");
     strcpy(vocab->texts[2], "</s>");
-    for (vocab->n = 259; vocab->n < 264; vocab->n++) {
+    for (vocab->n = 259; vocab->n < 264; vocab->n++)
         vocab->texts[vocab->n][0] = " abcd"[vocab->n - 259];
-    }
     int limit = 270 + random_below(state, 60);
     while (vocab->n < limit) {
         const char *left = vocab->texts[259 + random_below(state, vocab->n - 259)];
@@ -219,11 +294,9 @@ static void naive_new(struct naive_vocab *vocab, uint64_t *state) {
 static int naive_find(const struct naive_vocab *vocab, const char *left, const char *right) {
     char text[128];
     snprintf(text, sizeof text, "%s%s", left, right);
-    for (int i = 259; i < vocab->n; i++) {
-        if (strcmp(vocab->texts[i], text) == 0) {
+    for (int i = 259; i < vocab->n; i++)
+        if (strcmp(vocab->texts[i], text) == 0)
             return i;
-        }
-    }
     return -1;
 }
 
@@ -245,9 +318,8 @@ static int naive_encode(const struct naive_vocab *vocab, const char *text, int *
                 made = token;
             }
         }
-        if (best < 0) {
+        if (best < 0)
             return n;
-        }
         ids[best] = made;
         n--;
         memmove(ids + best + 1, ids + best + 2, (size_t)(n - best - 1) * sizeof *ids);
@@ -281,9 +353,8 @@ static void naive_ids(struct check *check) {
         CHECK(tokenizer, "%s", error);
         for (int i = 0; tokenizer && i < 20; i++) {
             int expected[128], n, length = 1 + random_below(&state, 100);
-            for (int j = 0; j < length; j++) {
+            for (int j = 0; j < length; j++)
                 text[j] = " abcde"[random_below(&state, 6)];
-            }
             text[length] = 0;
             int *ids = tok_encode(tokenizer, text, (size_t)length, &n);
             int n_expected = naive_encode(&vocab, text, expected);
@@ -304,17 +375,16 @@ static bool valid_utf8(const unsigned char *s, size_t n) {
         bool b_ok = b >> 6 == 2, c_ok = c >> 6 == 2, d_ok = d >> 6 == 2;
         uint32_t three = (a & 15) << 12 | (b & 63) << 6 | (c & 63);
         uint32_t four = (a & 7) << 18 | (b & 63) << 12 | (c & 63) << 6 | (d & 63);
-        if (a < 0x80) {
+        if (a < 0x80)
             i += 1;
-        } else if (a >> 5 == 6 && a >= 0xC2 && b_ok) {
+        else if (a >> 5 == 6 && a >= 0xC2 && b_ok)
             i += 2;
-        } else if (a >> 4 == 14 && b_ok && c_ok && three >= 0x800 && three >> 11 != 27) {
+        else if (a >> 4 == 14 && b_ok && c_ok && three >= 0x800 && three >> 11 != 27)
             i += 3;
-        } else if (a >> 3 == 30 && b_ok && c_ok && d_ok && four >= 0x10000 && four < 0x110000) {
+        else if (a >> 3 == 30 && b_ok && c_ok && d_ok && four >= 0x10000 && four < 0x110000)
             i += 4;
-        } else {
+        else
             return false;
-        }
     }
     return true;
 }
@@ -324,18 +394,16 @@ static size_t random_utf8(uint64_t *state, char *out, int n) {
     char *at = out;
     while (n-- > 0) {
         uint32_t code = (uint32_t)random_next(state) % limits[random_below(state, 5)];
-        if (code >> 11 == 27 || code == 0x2581) { /* no surrogates; U+2581 means a space */
+        if (code >> 11 == 27 || code == 0x2581) /* no surrogates; U+2581 means a space */
             code = ' ';
-        }
         if (code < 0x80) {
             *at++ = (char)code;
             continue;
         }
         int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
         *at++ = (char)((0xFF00u >> (more + 1)) | code >> 6 * more);
-        while (more-- > 0) {
+        while (more-- > 0)
             *at++ = (char)(0x80 | (code >> 6 * more & 63));
-        }
     }
     return (size_t)(at - out);
 }
@@ -411,9 +479,8 @@ static void bad_bytes(struct check *check) {
     free(ids);
     ids = tok_encode(gpt2, text, sizeof text - 1, &n);
     size_t bytes = 0;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         bytes += (size_t)gpt2->tokens[ids[i]].length;
-    }
     CHECK(bytes == sizeof text - 1, "%zu bytes are spelled", bytes);
     free(ids);
     tok_close(spm);
@@ -547,12 +614,10 @@ static void put_vocab(struct writer *w, enum fault fault) {
                  : gpt2               ? "gpt2"
                                       : "llama");
     }
-    if (gpt2 && fault != NO_PRE) {
+    if (gpt2 && fault != NO_PRE)
         put_text(w, "tokenizer.ggml.pre", fault == OTHER_PRE ? "default" : "gpt-2");
-    }
-    if (fault != NO_TOKENS) {
+    if (fault != NO_TOKENS)
         put_tokens(w, fault, gpt2);
-    }
     if (fault != NO_SCORES) {
         put_array(w, "tokenizer.ggml.scores", GGUF_F32, fault == FEW_SCORES ? 262 : 263);
         for (int i = 0; i < (fault == FEW_SCORES ? 262 : 263); i++) {
@@ -572,11 +637,10 @@ static void put_vocab(struct writer *w, enum fault fault) {
                       : fault == MERGE_EMPTY ? ""
                                              : "a a");
     }
-    if (fault == EOS_TEXT) {
+    if (fault == EOS_TEXT)
         put_text(w, "tokenizer.ggml.eos_token_id", "2");
-    } else {
+    else
         put_int(w, "tokenizer.ggml.eos_token_id", fault == EOS_RANGE ? 263 : 2);
-    }
 }
 
 static struct tokenizer *open_vocab(struct check *check, enum fault fault, char *error) {
@@ -594,9 +658,8 @@ static struct tokenizer *open_vocab(struct check *check, enum fault fault, char 
     struct gguf *gguf = gguf_open(path, error);
     CHECK(gguf, "%s", error);
     struct tokenizer *tokenizer = gguf ? tok_open(gguf, error) : NULL;
-    if (gguf) {
+    if (gguf)
         gguf_close(gguf);
-    }
     unlink(path);
     free(keys);
     free(file);
@@ -643,11 +706,17 @@ static void malformed(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        {"llama_cpp_ids", llama_cpp_ids},   {"special_tokens", special_tokens},
-        {"checkpoint_ids", checkpoint_ids}, {"naive_ids", naive_ids},
-        {"round_trips", round_trips},       {"streams_stay_valid", streams_stay_valid},
-        {"stream_details", stream_details}, {"bad_bytes", bad_bytes},
-        {"a_megabyte", a_megabyte},         {"malformed", malformed}};
+    static const struct test tests[] = {{"llama_cpp_ids", llama_cpp_ids},
+                                        {"special_tokens", special_tokens},
+                                        {"user_defined_tokens", user_defined_tokens},
+                                        {"damaged_checkpoints", damaged_checkpoints},
+                                        {"checkpoint_ids", checkpoint_ids},
+                                        {"naive_ids", naive_ids},
+                                        {"round_trips", round_trips},
+                                        {"streams_stay_valid", streams_stay_valid},
+                                        {"stream_details", stream_details},
+                                        {"bad_bytes", bad_bytes},
+                                        {"a_megabyte", a_megabyte},
+                                        {"malformed", malformed}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }
