@@ -906,7 +906,9 @@ static void absurd_weights_are_survived(struct check *check) {
         write_endless_model(check, folder, scales[i]);
         for (size_t k = 0; k < sizeof options / sizeof *options; k++) {
             snprintf(path, sizeof path, "%s/endless", folder);
-            struct outcome o = run(check, "%s --ids 1,5,6 -n 3 %s --json", path, options[k]);
+            struct outcome o =
+                run(check, "%s --ids 1,5,6 -n 3 --kv-device 8b --kv-host 0 %s --json", path,
+                    options[k]);
             CHECK(o.status == 0 && strstr(o.out, "\"ids\":["), "%g, %s: status %d: %s%s",
                   (double)scales[i], options[k], o.status, o.out, o.err);
             outcome_free(&o);
