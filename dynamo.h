@@ -60,8 +60,7 @@ struct sampling {
 
 enum request_state {
     REQUEST_WAITING,   /* in the queue: new, or preempted */
-    REQUEST_LOADING,   /* blocks are reserved; its cached prefix is on its way to the prefill worker
-                        */
+    REQUEST_LOADING,   /* blocks are reserved; its cached prefix is on its way */
     REQUEST_PREFILL,   /* chunks of its prompt are computed */
     REQUEST_HAND_OVER, /* its last blocks are on their way to the decode worker */
     REQUEST_RUNNING,   /* one token a step */
@@ -211,7 +210,7 @@ struct backend {
     /* logits (n_samples, vocab_size) of the sampled rows; called on the first shard alone */
     void (*norm_logits)(struct device *device, const struct weights *weights);
     /* one token for each row of logits. Logits are divided by the temperature; kept are the top_k
-     * largest (ties: lower ids), of these the smallest set whose probability reaches top_p, of
+     * largest (ties: lower ids), of these the smallest set whose share of them reaches top_p, of
      * these the ones of at least min_p times the largest probability; of these the largest
      * logit + g wins, g = -log(-log(u)), u from a counter-based generator (Philox4x32-10, Salmon et
      * al. 2011) keyed by (seed, position of the new token, token id). */
@@ -294,10 +293,6 @@ int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
 struct kv_stats kv_stats(const struct kv *kv);
-/* NULL, or the broken invariant. Counts every list anew: for tests. */
-const char *kv_check(const struct kv *kv);
-/* For tests: the sum of pins of requests at all places, without those of copies. */
-int64_t kv_pins(const struct kv *kv);
 
 /* ---- scheduler.c: who computes what next ---- */
 
@@ -342,7 +337,6 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
 bool sched_idle(const struct sched *sched); /* every request is finished */
 struct sched_stats sched_stats(const struct sched *sched);
-const char *sched_check(const struct sched *sched); /* as kv_check */
 
 /* ---- small things that several files need ---- */
 

@@ -136,7 +136,7 @@ static const char *check_place(const struct kv *kv, int place) {
     return NULL;
 }
 
-const char *kv_check(const struct kv *kv) {
+static inline const char *kv_check(const struct kv *kv) {
     const char *broken = NULL;
     int n_used = 0;
     for (int id = 0; id < kv->n_nodes && !broken; id++) {
@@ -160,7 +160,7 @@ const char *kv_check(const struct kv *kv) {
     return broken;
 }
 
-int64_t kv_pins(const struct kv *kv) {
+static inline int64_t kv_pins(const struct kv *kv) {
     int64_t n = 0;
     for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
         n += kv->copies[i].pins;
@@ -236,7 +236,7 @@ static const char *check_requests(const struct sched *s, const struct list *list
     return NULL;
 }
 
-const char *sched_check(const struct sched *s) {
+static inline const char *sched_check(const struct sched *s) {
     const struct kv *kv = s->kv;
     int n = kv->n_nodes * kv->n_places, n_admitted[MAX_WORKERS] = {0};
     int *pins = malloc((size_t)n * sizeof *pins);
