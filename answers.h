@@ -387,12 +387,28 @@ static void stats_table(const struct answers *a, const struct number *numbers, s
     }
 }
 
-void answers_stats(const struct answers *a) {
-    struct sched_stats s = sched_stats(a->sched);
-    struct kv_stats k = kv_stats(sched_kv(a->sched));
-    int64_t device_used = 0;
+/* What the scheduler and the cache counted; the workers may still be copying. */
+struct counters {
+    struct sched_stats sched;
+    struct kv_stats kv;
+    int device_used, host_used; /* blocks, in use or cached */
+};
+
+static struct counters read_counters(const struct answers *a) {
+    pthread_mutex_lock(a->lock);
+    const struct kv *kv = sched_kv(a->sched);
+    struct counters counters = {.sched = sched_stats(a->sched), .kv = kv_stats(kv)};
     for (int i = 0; i < a->n_workers; i++)
-        device_used += kv_used(sched_kv(a->sched), i);
+        counters.device_used += kv_used(kv, i);
+    counters.host_used = kv_used(kv, a->n_workers);
+    pthread_mutex_unlock(a->lock);
+    return counters;
+}
+
+void answers_stats(const struct answers *a) {
+    struct counters counters = read_counters(a);
+    struct sched_stats s = counters.sched;
+    struct kv_stats k = counters.kv;
     double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
@@ -417,10 +433,10 @@ void answers_stats(const struct answers *a) {
         {"host_evictions", "host copies evicted", (double)k.host_evictions, true},
         {"blocks_lost", "blocks dropped for good", (double)k.lost, true},
         {"device_blocks", "blocks a worker holds", (double)a->device_blocks, true},
-        {"device_blocks_used", "blocks in use or cached on workers", (double)device_used, true},
+        {"device_blocks_used", "blocks in use or cached on workers", (double)counters.device_used,
+         true},
         {"host_blocks", "blocks the host holds", (double)a->host_blocks, true},
-        {"host_blocks_used", "blocks cached on the host",
-         (double)kv_used(sched_kv(a->sched), a->n_workers), true},
+        {"host_blocks_used", "blocks cached on the host", (double)counters.host_used, true},
         {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
     if (a->options->json)
         stats_json(a, all, sizeof all / sizeof *all);
@@ -429,8 +445,9 @@ void answers_stats(const struct answers *a) {
 }
 
 void answers_summary(const struct answers *a) {
-    struct sched_stats s = sched_stats(a->sched);
-    struct kv_stats k = kv_stats(sched_kv(a->sched));
+    struct counters counters = read_counters(a);
+    struct sched_stats s = counters.sched;
+    struct kv_stats k = counters.kv;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     (void)fprintf(stderr,
                   "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64

@@ -330,7 +330,7 @@ int main(int argc, char **argv) {
         static struct bench bench;
         open_bench(&bench, types[i].type);
         struct cpu_device *device = (struct cpu_device *)bench.device;
-        atomic_fetch_add(&device->cpu->active, 1);
+        pool_enter(&device->cpu->pool);
         double jobs = probe_rate(device, empty_tile, NULL, 2, 1.0, NULL);
         printf("%-5s packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
                bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
@@ -339,7 +339,7 @@ int main(int argc, char **argv) {
         if (!*part || !strcmp(part, "prefill"))
             bench_prefill(&bench, types[i].name);
         fflush(stdout);
-        atomic_fetch_sub(&device->cpu->active, 1);
+        pool_leave(&device->cpu->pool);
         close_bench(&bench);
     }
     return 0;

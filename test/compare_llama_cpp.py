@@ -32,7 +32,8 @@ HARD_TEXTS = [
 
 
 def open_model(path):
-    return Llama(model_path=path, n_ctx=512, n_threads=2, verbose=False)
+    return Llama(model_path=path, n_ctx=512, n_threads=1, n_threads_batch=1,
+                 verbose=False)
 
 
 def greedy(model, beginning, count):

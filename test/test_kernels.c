@@ -1032,7 +1032,8 @@ static void many_devices(struct check *check) { /* at once, more threads than th
             close_worker(&drivers[i].worker);
             free(drivers[i].logits);
         }
-        int helpers = n_threads - 1, awake = atomic_load(&((struct cpu_backend *)backend)->active);
+        int helpers = n_threads - 1,
+            awake = atomic_load(&((struct cpu_backend *)backend)->pool.active);
         CHECK(awake >= 0 && awake <= helpers, "%d threads still counted", awake);
         backend->close(backend);
     }

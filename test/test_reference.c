@@ -59,15 +59,13 @@ static bool read_line(struct reference *reference, const char *line) {
     int ids_at = 0;
     int n_fields = sscanf(line, "%63s %63s %lf %d %n", reference->model, reference->logits,
                           &reference->tolerance, &reference->widest_tp, &ids_at);
-    if (n_fields != 4 || ids_at == 0) {
+    if (n_fields != 4 || ids_at == 0)
         return false;
-    }
     size_t length = strspn(line + ids_at, "0123456789,");
     reference->ids = strndup(line + ids_at, length);
     reference->n_tokens = 1;
-    for (const char *c = reference->ids; *c; c++) {
+    for (const char *c = reference->ids; *c; c++)
         reference->n_tokens += *c == ',';
-    }
     return length > 0;
 }
 
@@ -75,9 +73,8 @@ static void index_open(struct check *check, struct index *index) {
     index->count = 0;
     FILE *file = fopen(FOLDER "index.txt", "r");
     CHECK(file, "no %sindex.txt: is this the repository's root?", FOLDER);
-    if (!file) {
+    if (!file)
         return;
-    }
     char *line = NULL;
     size_t capacity = 0;
     while (index->count < MAX_REFERENCES && getline(&line, &capacity, file) > 0) {
@@ -90,18 +87,16 @@ static void index_open(struct check *check, struct index *index) {
 }
 
 static void index_close(struct index *index) {
-    for (size_t i = 0; i < index->count; i++) {
+    for (size_t i = 0; i < index->count; i++)
         free(index->references[i].ids);
-    }
 }
 
 /* The float32 matrix of `rows` rows that makes up the whole file. */
 static struct matrix read_matrix(const char *path, size_t rows) {
     struct matrix matrix = {NULL, rows, 0};
     FILE *file = fopen(path, "rb");
-    if (!file) {
+    if (!file)
         return matrix;
-    }
     fseek(file, 0, SEEK_END);
     long bytes = ftell(file);
     rewind(file);
@@ -143,9 +138,8 @@ static struct matrix engine_logits(struct check *check, const struct reference *
     char output[] = "/tmp/dynamo_logits_XXXXXX";
     int descriptor = mkstemp(output);
     CHECK(descriptor >= 0, "cannot make a file like %s", output);
-    if (descriptor < 0) {
+    if (descriptor < 0)
         return (struct matrix){NULL, 0, 0};
-    }
     close(descriptor);
     snprintf(model, sizeof model, FOLDER "%s", reference->model);
     snprintf(devices, sizeof devices, "cpu:%d", n_devices);
@@ -169,9 +163,8 @@ static void check_close(struct check *check, const struct reference *reference, 
                         struct matrix expected) {
     CHECK(got.cols == expected.cols, "%s: vocabulary of %zu, expected %zu", reference->model,
           got.cols, expected.cols);
-    if (got.cols != expected.cols) {
+    if (got.cols != expected.cols)
         return;
-    }
     double largest = 0, worst = -1;
     size_t worst_at = 0;
     for (size_t i = 0; i < expected.rows * expected.cols; i++) {
@@ -200,13 +193,11 @@ static void check_same_bits(struct check *check, const struct reference *referen
                             struct matrix expected) {
     CHECK(got.cols == expected.cols, "%s %s %s: vocabulary of %zu, without it %zu",
           reference->model, option, value, got.cols, expected.cols);
-    if (got.cols != expected.cols) {
+    if (got.cols != expected.cols)
         return;
-    }
     size_t count = expected.rows * expected.cols, same = 0;
-    while (same < count && !memcmp(got.values + same, expected.values + same, sizeof(float))) {
+    while (same < count && !memcmp(got.values + same, expected.values + same, sizeof(float)))
         same++;
-    }
     size_t at = same < count ? same : 0;
     CHECK(same == count, "%s %s %s: position %zu, token %zu: %.9g, without it %.9g",
           reference->model, option, value, at / expected.cols, at % expected.cols,
@@ -217,9 +208,8 @@ static void check_same_bits(struct check *check, const struct reference *referen
 static void check_option(struct check *check, const struct reference *reference,
                          struct matrix expected, int n_devices, char *option, char *value) {
     struct matrix got = engine_logits(check, reference, n_devices, option, value);
-    if (got.values && expected.values) {
+    if (got.values && expected.values)
         check_same_bits(check, reference, option, value, got, expected);
-    }
     free(got.values);
 }
 
@@ -235,9 +225,8 @@ static void agrees_with_the_original(struct check *check) {
         struct matrix expected = read_matrix(path, reference->n_tokens);
         CHECK(expected.values, "%s: cannot be read", path);
         struct matrix got = engine_logits(check, reference, 1, NULL, NULL);
-        if (got.values && expected.values) {
+        if (got.values && expected.values)
             check_close(check, reference, got, expected);
-        }
         free(expected.values);
         free(got.values);
     }
@@ -263,9 +252,8 @@ static void shards_change_no_bit(struct check *check) {
     int n_wide = 0;
     for (size_t i = 0; i < index.count; i++) {
         const struct reference *reference = &index.references[i];
-        if (reference->widest_tp < 2) {
+        if (reference->widest_tp < 2)
             continue;
-        }
         struct matrix expected = engine_logits(check, reference, 1, NULL, NULL);
         check_option(check, reference, expected, 2, "--tp", "2");
         if (reference->widest_tp >= 4) {

@@ -1,0 +1,186 @@
+/* product.h: rows times a panel of packed weights, the heart of the arithmetic.
+ *
+ * One kernel, tile_product, keeps 64 outputs of 1 to 6 rows in registers over all of k. It is
+ * compiled for each type and number of rows. The functions below put larger products together.
+ *
+ *     struct tile tile = {.panel = weight->panels, .end = weight->cols, .input = x,
+ *                         .stride = x_stride, .out = out};
+ *     panel_product(weight->type, tile, n_rows, slab); // outputs 0 to 63 of each row of x
+ *
+ * Invariant: each output is one chain of sums over k, which does not depend on the other rows, on
+ * their number or on slabs. It knows nothing of threads: a call computes a tile on its own. */
+#ifndef PRODUCT_H
+#define PRODUCT_H
+#include "pack.h"
+
+enum {
+    TILE_ROWS = 6,    /* rows that one call of the kernel computes at most */
+    DIRECT_ROWS = 12, /* up to so many rows read a panel in its stored type */
+    SLAB = 256,       /* k of a panel that are kept as f32 in L2 while many rows use them */
+    ROW_CHUNK = 96    /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
+};
+
+/* out[row][64] (+)= sum over k in [begin, end) of input[row][k] * weight[k][64] */
+struct tile {
+    const char *panel;
+    int begin, end;     /* k of the panel; begin is even */
+    const float *input; /* (rows, stride), the first column is k = begin */
+    size_t stride;
+    float *out; /* (rows, PANEL) */
+    bool add;
+};
+
+/* Any number of rows, in groups of like size. */
+void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
+/* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
+void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
+/* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. Segments
+ * end at multiples of `unit`; spare: a tile for each level of the tree. */
+void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
+                     int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]);
+void silu_multiply(float *gate, const float *up, int count); /* gate = silu(gate) * up */
+#endif                                                       /* PRODUCT_H */
+#ifdef PRODUCT_IMPLEMENTATION
+#undef PRODUCT_IMPLEMENTATION
+/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
+ * constants where it is inlined; each sum is one chain over k, whatever they are. */
+INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
+    vec sum[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
+    const float *input = tile->input;
+    const char *panel = tile->panel;
+    size_t stride = tile->stride;
+    for (int k = tile->begin; k < tile->end;) {
+        int end = block_end(type, k, tile->end);
+        vec scale[4], weights[4];
+        load_scales(type, panel, k, scale);
+        for (; k < end; k += 2, input += 2) {
+            for (int odd = 0; odd < 2; odd++) {
+                load_weights(type, panel, k + odd, scale, weights);
+                for (int row = 0; row < n_rows; row++) {
+                    float factor = input[(size_t)row * stride + (size_t)odd];
+                    for (int i = 0; i < 4; i++)
+                        sum[row][i] += factor * weights[i];
+                }
+            }
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+}
+
+#define TILE_KERNEL(type, rows)                                                                    \
+    static void tile_##type##_##rows(const struct tile *tile) {                                    \
+        tile_product(TYPE_##type, rows, tile);                                                     \
+    }
+#define TILE_KERNELS(type)                                                                         \
+    TILE_KERNEL(type, 1)                                                                           \
+    TILE_KERNEL(type, 2)                                                                           \
+    TILE_KERNEL(type, 3)                                                                           \
+    TILE_KERNEL(type, 4)                                                                           \
+    TILE_KERNEL(type, 5)                                                                           \
+    TILE_KERNEL(type, 6)                                                                           \
+    static void (*const tile_##type[])(const struct tile *) = {tile_##type##_1, tile_##type##_2,   \
+                                                               tile_##type##_3, tile_##type##_4,   \
+                                                               tile_##type##_5, tile_##type##_6};
+
+TILE_KERNELS(F32)
+TILE_KERNELS(F16)
+TILE_KERNELS(BF16)
+TILE_KERNELS(Q8_0)
+
+void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
+    void (*const *kernels)(const struct tile *) = type == TYPE_F32    ? tile_F32
+                                                  : type == TYPE_F16  ? tile_F16
+                                                  : type == TYPE_BF16 ? tile_BF16
+                                                                      : tile_Q8_0;
+    for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
+        int n = divide_up(n_rows, groups);
+        kernels[n - 1](&tile);
+        tile.input += (size_t)n * tile.stride;
+        tile.out += n * PANEL;
+        n_rows -= n;
+    }
+}
+
+INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    for (int k = begin; k < end;) {
+        int stop = block_end(type, k, end);
+        vec scale[4], weights[4];
+        load_scales(type, panel, k, scale);
+        for (; k < stop; k++, slab += PANEL) {
+            load_weights(type, panel, k, scale, weights);
+            for (int i = 0; i < 4; i++)
+                store(slab + i * LANES, weights[i]);
+        }
+    }
+}
+
+static void widen(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    if (type == TYPE_BF16)
+        widen_as(TYPE_BF16, panel, begin, end, slab);
+    else if (type == TYPE_F16)
+        widen_as(TYPE_F16, panel, begin, end, slab);
+    else
+        widen_as(TYPE_Q8_0, panel, begin, end, slab);
+}
+
+/* Many rows first turn a slab of the panel into f32, and keep their sums in `out` from slab to
+ * slab: the same bits. */
+void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
+    int begin = tile.begin, end = tile.end;
+    const char *panel = tile.panel;
+    if (begin >= end) {
+        memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
+    } else if (n_rows <= TILE_ROWS) {
+        tile_rows(type, tile, n_rows);
+        return;
+    }
+    for (int k = begin; k < end; k += SLAB) {
+        tile.begin = k;
+        tile.end = k + SLAB < end ? k + SLAB : end;
+        tile.add = k > begin;
+        if (type == TYPE_F32 || n_rows <= DIRECT_ROWS) {
+            tile_rows(type, tile, n_rows);
+        } else {
+            widen(type, panel, tile.begin, tile.end + (tile.end & 1), slab);
+            tile.panel = (const char *)slab;
+            tile.end -= tile.begin;
+            tile.begin = 0;
+            tile_rows(TYPE_F32, tile, n_rows);
+        }
+        tile.input += SLAB;
+    }
+}
+
+void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
+                     int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]) {
+    if (count > 1) {
+        int half = count / 2;
+        segment_product(matrix, unit, first, half, tile, n_rows, slab, spare);
+        float *sum = tile.out;
+        tile.out = *spare;
+        segment_product(matrix, unit, first + half, half, tile, n_rows, slab, spare + 1);
+        for (int i = 0; i < n_rows * PANEL; i += LANES)
+            store(sum + i, load(sum + i) + load(tile.out + i));
+        return;
+    }
+    int64_t n_units = divide_up(matrix->cols, unit);
+    tile.begin = (int)(first * n_units / K_SEGMENTS) * unit;
+    tile.end = (int)((first + 1) * n_units / K_SEGMENTS) * unit;
+    tile.end = tile.end < matrix->cols ? tile.end : matrix->cols;
+    tile.input += tile.begin - matrix->first_col;
+    panel_product(matrix->type, tile, n_rows, slab);
+}
+
+void silu_multiply(float *gate, const float *up, int count) {
+    for (int i = 0; i < count; i += LANES) {
+        vec value = load(gate + i);
+        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+    }
+}
+#endif /* PRODUCT_IMPLEMENTATION */
