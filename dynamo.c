@@ -266,7 +266,7 @@ static void *worker_main(void *argument) {
 
 /* ---- every row's logits, without the scheduler ---- */
 
-/* Runs tokens[start, start + n) of a text through worker 0, whose blocks 0, 1, … hold the text. */
+/* Runs tokens[start, start + n) of a text through worker 0, which its first blocks hold. */
 static void run_rows(void *argument, const int *tokens, int start, int n, float *logits) {
     struct engine *engine = argument;
     int n_blocks = blocks_of(start + n);

@@ -75,11 +75,13 @@ static int by_size(const void *a, const void *b) {
 static double probe_rate(struct cpu_device *device, tile_function *run, const void *argument,
                          int n_tiles, double work, double *median) {
     double times[REPEATS];
+    pool_enter(&device->cpu->pool);
     for (int i = 0; i < REPEATS; i++) {
         double start = seconds();
         parallel_for(device, n_tiles, run, argument);
         times[i] = seconds() - start;
     }
+    pool_leave(&device->cpu->pool);
     qsort(times, REPEATS, sizeof *times, by_size);
     if (median)
         *median = work * n_tiles / times[REPEATS / 2] * 1e-9;
@@ -330,7 +332,6 @@ int main(int argc, char **argv) {
         static struct bench bench;
         open_bench(&bench, types[i].type);
         struct cpu_device *device = (struct cpu_device *)bench.device;
-        pool_enter(&device->cpu->pool);
         double jobs = probe_rate(device, empty_tile, NULL, 2, 1.0, NULL);
         printf("%-5s packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
                bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
@@ -339,7 +340,6 @@ int main(int argc, char **argv) {
         if (!*part || !strcmp(part, "prefill"))
             bench_prefill(&bench, types[i].name);
         fflush(stdout);
-        pool_leave(&device->cpu->pool);
         close_bench(&bench);
     }
     return 0;

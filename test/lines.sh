@@ -20,7 +20,8 @@ longest() {
 check() { # FILE BUDGET DESIGN
     n=$(wc -l < "$1")
     found=$(longest "$1")
-    wide=$(awk 'length($0) > 100' "$1" | wc -l)
+    wide=0
+    case $1 in *.[ch]) wide=$(awk 'length($0) > 100' "$1" | wc -l) ;; esac
     mark=""
     if [ "$n" -gt "$2" ] || [ "${found%% *}" -gt 60 ] || [ "$wide" -gt 0 ]; then
         mark="  OVER"
@@ -29,7 +30,30 @@ check() { # FILE BUDGET DESIGN
     printf '%-12s %5d of %5d   design %5s   longest function %2d %s%s\n' \
         "$1" "$n" "$2" "$3" ${found%% *} "${found#* }" "$mark"
 }
-@@CHECKS@@
+check dynamo.h 360 300
+check dynamo.c 700 700
+check engine.h 400 -
+check scheduler.c 700 700
+check kvcache.c 540 500
+check kernels.c 900 650
+check product.h 190 -
+check pack.h 230 -
+check pool.h 250 -
+check copier.h 160 -
+check sampler.h 180 -
+check vector.h 155 -
+check model.h 340 -
+check gguf.h 460 400
+check tokenizer.h 450 450
+check vocabulary.h 300 -
+check cli.h 425 400
+check values.h 225 -
+check requests.h 140 -
+check answers.h 470 -
+check evaluate.h 200 -
+check json.h 200 120
+check Makefile 90 90
+check README.md 280 280
 part() { # lines of the function $2 of file $1
     awk -v name="$2" '$0 ~ "[ *]" name "\\(" && /^[a-zA-Z]/ { on = 1 } on { n++ } on && /^}/ { exit }
                       END { print n + 0 }' "$1"
@@ -37,7 +61,7 @@ part() { # lines of the function $2 of file $1
 for file in dynamo.h kvcache.c scheduler.c; do
     spine=$((spine + $(wc -l < "$file")))
 done
-spine=$((spine + $(part dynamo.c forward) + $(part kernels.c tile_product)))
+spine=$((spine + $(part dynamo.c forward) + $(part product.h tile_product)))
 echo "the spine    $spine of  1900"
 [ "$spine" -le 1900 ] || over=1
 exit $over

@@ -3,10 +3,12 @@
 passed=0
 failed=0
 for program in "$@"; do
+    start=$(date +%s)
     echo "== $(basename "$program")"
     output=$("$program" 2>&1)
     status=$?
     echo "$output"
+    echo "   $(($(date +%s) - start)) s"
     counts=$(echo "$output" | tail -n 1 | sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p')
     if [ -n "$counts" ]; then
         passed=$((passed + ${counts% *}))

@@ -3,8 +3,7 @@
 A story is drawn from a small world: a hero, a friend, an elder, a place, a sky, a thing, and one
 of the PLOTS below, which says what goes wrong, what is tried, who helps and how it ends. Who and
 where are drawn once per story, so that names, pronouns, places and objects stay the same in it;
-every step of a plot has several wordings (its own, and those of REWORDINGS), and one of the ASIDES
-may stand between two steps, so that no two stories are alike.
+every sentence has several wordings, so that no two stories are alike.
 
 All sentences are our own. The generator needs only the standard library; the same seed gives
 the same stories.
@@ -72,8 +71,7 @@ SPACE_BEFORE_MARK = re.compile(r" +([,.!?])")
 SENTENCE_START = re.compile(r'(^|[.!?] |\n)("?)([a-z])')
 # What follows a quotation is a new sentence, except "... he said" after an exclamation or question.
 AFTER_QUOTE = re.compile(r'(\."|[!?]"(?! (?:[\w.]+ ){0,5}?'
-                         r"(?:said|asked|answered|cried|called|shouted|whispered|thought|added"
-                         r"|wanted)\b)) ([a-z])")
+                         r"(?:said|asked|cried|called|shouted|whispered|thought|added)\b)) ([a-z])")
 SAID_I = re.compile(r'" (said|asked|cried|whispered|thought) (I|we)\b')
 DOUBLE_END = re.compile(r'([.!?]")\.')
 FORCED_CAPITAL = re.compile(r"\^(\"?)(\w)")
@@ -94,15 +92,20 @@ def polish(text):
 # ---------------------------------------------------------------------------------------------
 # The world: who, where, what
 
-# One fixed list of short names: a small model can learn to copy each of them.
-GIRLS = """Lily Mia Anna Rose Clara Ivy Maya Sara Alice Hana Iris Kate Molly Olive Penny Tara Wendy
-Amy Sue Jane Mary Bella Grace Elsa Amina Yuki Priya Ella Nora Zoe Emma Ruby Nina Lena Lucy Eva June
-Sophie Daisy Leila Freya Greta""".split()
-BOYS = """Tom Ben Max Sam Jack Tim Finn Oscar Peter Hugo Adam David Eli Felix Henry Ivan Jonas Karl
-Marco Nick Otto Paul Ravi Simon Theo Victor Toby Omar Anton Kenji Mateo John Leo Billy Luke Emil Bob
-Jim Joe Noah Charlie George""".split()
-PETS = """Pip Bo Momo Tiki Pebble Bean Sunny Rusty Tuffy Berry Dot Fern Olly Zip Kiki Coco Pepper
-Hazel Clover Biscuit Button Poppy Rex Spot Whiskers Snowy""".split()
+GIRLS = """Lily Mia Anna Ella Rose Nora Zoe Clara Emma Lucy Ruby Ivy Maya Sara Alice Daisy Eva
+Hana Iris June Kate Leila Molly Nina Olive Penny Sophie Tara Wendy Amy Sue Jane Mary Bella Grace
+Hope Lena Freya Elsa Greta Amina Yuki Priya""".split()
+BOYS = """Tom Ben Max Sam Leo Jack Tim Noah Finn Oscar Peter Hugo Adam Billy Charlie David Eli
+Felix George Henry Ivan Jonas Karl Luke Marco Nick Otto Paul Ravi Simon Theo Victor Will Toby
+Omar Emil Anton Kenji Mateo John Bob Jim Joe""".split()
+PETS = """Pip Bo Momo Tiki Coco Biscuit Pepper Fuzzy Button Hazel Nutmeg Pebble Bramble Clover
+Twig Maple Bean Sunny Misty Rusty Patch Snowy Tuffy Ginger Acorn Berry Dot Mossy Poppy Rex Spot
+Whiskers Puddle Fern Olly Zip Jojo Kiki Bubbles Cookie""".split()
+
+# Made-up names teach the model to copy a name that it has never seen.
+NAME_STARTS = "B Br D F Fl G H J K L M N P Qu R S T Tr V W Z Sh Al El Or Ar".split()
+NAME_MIDDLES = "a e i o u ee oo ai an er il ol im un".split()
+NAME_ENDS = "bo na li ko mi do ra ti lo my za x k rik lin do ga bby ppo tta ster bert".split()
 
 ANIMALS = """fox rabbit bear hedgehog mouse squirrel cat dog kitten puppy frog duck owl turtle pig
 goat lamb deer badger mole raccoon beaver otter penguin elephant monkey lion tiger horse pony donkey
@@ -198,122 +201,27 @@ SKIES = {
 }
 
 PHRASES = {
-    "smiled": "[smiled|laughed|grinned|beamed|nodded|smiled warmly]",
-    "sadly": "[sadly|in a small voice|with a sigh|quietly|and looked down|with wet eyes]",
-    "gladly": "[happily|with a smile|with a big smile|gladly|with shining eyes]",
-    "kindly": "[kindly|gently|softly|in a warm voice|with a smile]",
-    "thought": "[thought for a while|thought hard|sat down to think|thought about it|closed {his} "
-               "eyes and thought|scratched {his} head]",
-    "hurried": "[ran|hurried|rushed|walked quickly|raced]",
-    "suddenly": "[suddenly|all at once|just then|at that moment|in that moment|then]",
-    "soon": "[soon|after a while|a little later|before long|not much later|in a short time]",
-    "thanks": "[thank you|thank you so much|thank you, my friend|oh, thank you|how can I thank you"
-              "|thank you, thank you|thanks to you]",
-    "looked": "[looked around|looked left and right|looked everywhere|searched everywhere]",
-    "near_tears": "[a tear rolled down {his} cheek|{H} wanted to cry|{H} felt very small|{he} did "
-                  "not know what to do|{H} felt a lump in {his} throat|{H} sighed|{H} sat down and "
-                  "sighed|tears came to {his} eyes|what a [bad|sad|terrible] day it was|{H} had "
-                  "never felt so [small|sad|alone]|everything seemed [grey|hopeless|wrong]]",
-    "glad_end": "[{H} had never been so happy|{he} felt warm inside|{H} felt as light as a "
-                "feather|{H} could not stop smiling|{H} jumped for joy|{H} wanted to sing|{his} "
-                "heart was full of joy|it was the best day of the year|{H} smiled all the way "
-                "home]",
+    "smiled": "[smiled|laughed|grinned|beamed]",
+    "sadly": "[sadly|in a small voice|with a sigh|quietly]",
+    "gladly": "[happily|with a smile|with a big smile|gladly]",
+    "kindly": "[kindly|gently|softly|in a warm voice]",
+    "thought": "[thought for a while|thought hard|sat down to think|thought about it]",
+    "hurried": "[ran|hurried|rushed|walked quickly]",
+    "suddenly": "[suddenly|all at once|just then|at that moment|in that moment]",
+    "soon": "[soon|after a while|a little later|before long]",
+    "thanks": "[thank you|thank you so much|thank you, my friend|oh, thank you]",
+    "looked": "[looked around|looked left and right|looked everywhere]",
+    "near_tears": "[a tear rolled down {his} cheek|{he} wanted to cry|{he} felt very small|{he} "
+                  "did not know what to do|{he} felt a lump in {his} throat]",
+    "glad_end": "[{he} had never been so happy|{he} felt warm inside|{he} felt as light as a "
+                "feather|{he} could not stop smiling|{he} jumped for joy]",
     "night_end": "[that night, {H} slept well|that night, {H} fell asleep with a smile|when the "
                  "moon came up, {H} {was} already asleep|that evening, {H} told {G} the whole story"
-                 "|at bedtime, {H} thought about the day and smiled|later, under the stars, {H} "
-                 "whispered, \"Good night, {F_name}\"|when {H} lay in bed, {he} could still hear "
-                 "how {F} laughed|and {H} dreamed of {F} and the {place}|the next morning, {F} "
-                 "was already waiting at the door|and that was the end of a very long day]",
+                 "|at bedtime, {H} thought about the day and smiled]",
     "ever_after": "[and they stayed friends for a long, long time|and they were friends ever after"
                   "|and nobody ever forgot that day|and that is how it has been ever since"
-                  "|and the story is still told today|{H} and {F} never forgot it|and if you go "
-                  "to the {place}, you may still see them there|to this day, {F} and {H} laugh "
-                  "about it|and so a bad day became a good one|since then, {H} and {F} {have_met}]",
-    "have_met": "[have been the best of friends|have shared everything|always help each other]",
+                  "|and the story is still told today]",
 }
-
-# Words of the plots that may be said in another way; a capital stays a capital.
-REWORDINGS = [(re.compile(rf"(?<!\{{)\b{old}", re.I), f"[{new}]") for old, new in [
-    (r"began to\b", "began to|started to"),
-    (r"very\b(?! early| much| slowly)(?= [a-z])", "very|really|very"),
-    (r"sad\b", "sad|unhappy|sad"),
-    (r"saw\b", "saw|noticed|saw"),
-    (r"a small\b", "a small|a little|a tiny"),
-    (r"came by\b", "came by|came along|passed by"),
-    (r"came back\b", "came back|returned"),
-    (r"looked at\b", "looked at|gazed at|stared at"),
-    (r"a long time\b", "a long time|quite a while"),
-    (r"met (?=\{a_friend)", "met |came across |ran into "),
-    (r"gave (?=\{(?:them|F|Ho)\})", "gave |handed |gave "),
-    (r"went away\b", "went away|walked away|left"),
-    (r"at once\b", "at once|right away|straight away"),
-    (r"everyone\b", "everyone|everybody"),
-    (r"nobody\b", "nobody|no one"),
-    (r"wonderful\b", "wonderful|lovely"),
-    (r"beautiful\b", "beautiful|lovely|beautiful"),
-    (r"every (?=day\b|morning\b)", "every |each "),
-    (r"in the end\b", "in the end|at last|finally"),
-    (r"at last\b", "at last|finally"),
-    (r"one day,", "one day,|then, one day,|and then one day,"),
-    (r"the next day,", "the next day,|the day after,|on the following day,"),
-    (r"that night,", "that night,|that evening,|when night came,"),
-    (r"from that day on,", "from that day on,|after that day,|since that day,"),
-    (r"after that,", "after that,|from then on,|afterwards,"),
-    (r"learned that\b", "learned that|found out that|understood that"),
-    (r"again and again\b", "again and again|over and over"),
-    (r"happy\b", "happy|glad"),
-    (r"afraid\b", "afraid|scared|afraid"),
-    (r"shouted\b", "shouted|called|cried"),
-    (r"must\b", "must|have to"),
-    (r"fell down\b", "fell down|tumbled down|fell over"),
-    (r"ran to\b", "ran to|hurried to|raced to"),
-    (r"put down\b", "put down|dropped|laid down"),
-    (r"took a deep breath\b", "took a deep breath|breathed in and out"),
-    (r"hugged\b", "hugged|put both arms around|hugged"),
-    (r"wanted to (?=run|turn|dig|throw|stop)", "wanted to |was about to "),
-    (r"first \{he\}", "first {he}|at first {he}|first {H}|to begin with, {he}"),
-    (r"so \{H\}", "so {H}|and so {H}|that is why {H}"),
-    (r"but \{H\}", "but {H}|yet {H}|only {H}|but {H}"),
-    (r"do not worry\b", "do not worry|do not be sad|cheer up|dry your eyes"),
-    (r"do not give up\b", "do not give up|we will not give up|do not lose heart"),
-    (r"\{they\} (?=shared|ate|sat|worked|played)",
-     "{they} |together {they} |side by side, {they} "),
-    (r"said \{F\}(?=\.)", "said {F}|said {F}|said {F} {kindly}|said {F} and nodded|answered {F}"
-                          "|said {F} after a moment"),
-    (r"said \{H\}(?=\.)", "said {H}|said {H}|said {H} after a moment|said {H} at last|said {H}, "
-                          "and {he} meant it|answered {H}"),
-    (r"said \{G\}(?=\.)", "said {G}|said {G} {kindly}|{G} said|said {G} after a while"),
-    (r"asked \{F\}(?=\.)", "asked {F}|asked {F} {kindly}|{F} asked|{F} wanted to know"),
-    (r"(?<=\. )\{he\} (?=\w)", "{he} |{H} "),
-]] + [
-    (re.compile(r"^then (?=\{he\}|\{H\})"), "[then |after that, |a little later, |not long after, "
-                                            "|and then ]"),
-    (re.compile(r"^\{he\} (?=\w|\[)"), "[{he} |{H} |{H} ]"),
-]
-
-# One of these may stand between two steps of the middle.
-ASIDES = [
-    "{H} [scratched {his} head|blinked|rubbed {his} eyes|bit {his} lip|stood still for a moment].",
-    "for a moment, [everything was quiet|there was no sound at all|time seemed to stand still].",
-    "somewhere [far away|nearby|behind the hill], a [dog barked|bell rang|bird called"
-    "|door creaked].",
-    "the air smelled of [grass|rain|smoke|honey|wet leaves|bread|pine needles].",
-    "{H} counted to [three|five|ten|twenty], [slowly|without a sound|as {G} had taught {him}].",
-    "a [leaf|feather|ladybug|drop of water] landed on {H}, but {he} did not notice it.",
-    "{H} thought of {G} [and felt a little better|and of the kitchen at home|for a moment].",
-    "\"[one thing after another|everything has its time|it could be worse],\" {G} always said.",
-    "the [light|wind|shadows] [changed|moved slowly|played among the leaves].",
-    "{H} [could hear {his} own heart|felt the wind on {his} face|put {his} hands together].",
-    "a [curious|cheeky|sleepy] [sparrow|beetle|moth|cat|lizard] watched [it all|from a wall].",
-    "it was [almost noon|late already|time for supper, but {H} did not think of that].",
-    "[if only it were easier|what a strange day|well, well], thought {H}.",
-    "{H} remembered a [song|rhyme|joke] from [long ago|last winter|school] and hummed it.",
-    "{his} [nose was cold|legs were tired|hair was full of leaves|ears were red] by now.",
-    "from the {place} came the [smell of flowers|sound of laughter|call of a bird].",
-    "[up above|high in the sky], a [cloud|kite|flock of birds] went by, [white|slow] and "
-    "[small|quiet].",
-    "{H} told {self} to [be patient|stay calm|keep going|be brave].",
-]
 
 # ---------------------------------------------------------------------------------------------
 # How stories begin. {who}: "a little fox named Pip"; {H}: "Pip", "the fox"; {name}: "Pip".
@@ -451,18 +359,6 @@ def plot(name, mood, because, problem, middle, end, **own_slots):
                       parts=[step_lines(part) for part in (problem, middle, end)]))
 
 
-def capital_choice(choice):
-    return re.sub(r"([\[|])([a-z])", lambda match: match[1] + match[2].upper(), choice)
-
-
-def reworded(line):
-    """A step with choices in place of the words that REWORDINGS knows other words for."""
-    for pattern, choice in REWORDINGS:
-        line = pattern.sub(lambda match, choice=choice: capital_choice(choice)
-                           if match[0][0].isupper() else choice, line)
-    return line
-
-
 def step_lines(text):
     """The lines of a plot's part, continuation lines joined."""
     lines = []
@@ -471,7 +367,7 @@ def step_lines(text):
             lines[-1] += " " + line.strip()
         else:
             lines.append(line)
-    return [reworded(line) for line in lines]
+    return lines
 
 
 plot(
@@ -489,14 +385,14 @@ then {he} [went back to|{hurried} to] the {place}, because {he} had [played|been
 there {he} met {a_friend}. "[Why are you so sad|What is wrong|What are you looking for]?" asked
  {F}. "{I} lost {my} {color} {thing}," said {H}.
 "[Do not worry|Do not give up]," said {F}. "[Two can look better than one|{I_F_help}]."
-? {HF} looked [near the path|on the left|up and down], and [then on the right|in all the dark
+{HF} looked [near the path|on the left|up and down], and [then on the right|in all the dark
  places]. {they} found [an old shoe|a rusty nail|a broken cup|a funny stone], but no {thing}.
 ? "[Think|Think hard]," said {F}. "[Where did you sit|Where did you stop] the last time?"
  {H} {thought}. "[I know|I remember now]!" {he} said.
 {suddenly}, {F} saw something {color} {spot}. "Look!" {fhe} called. It was the {thing}!
 """, """
 {H} [picked it up and held it tight|hugged the {thing} and then hugged {F}]. "{thanks}!" {he} said.
-? [the wind had carried it there|it had fallen out of {his} [pocket|bag]|a bird had dropped it
+[the wind had carried it there|it had fallen out of {his} [pocket|bag]|a bird had dropped it
  there], and {nobody_saw}.
 ? {H} gave {F} {snack}, and {they} ate it together.
 [from that day on, {H} took better care of {his} {thing}|from then on, {H} kept the {thing} in a
@@ -515,7 +411,7 @@ plot(
 one day, [someone new came to the {place}|{he} heard a soft voice {at_place}]. It was {a_friend}.
 """, """
 {H} wanted to say hello, but [{he} {was} too shy|no word came out]. So {he} [hid|looked away].
-? {F} [sat down alone|was shy too] and [looked at {fhis} feet|looked at {sight}].
+{F} [sat down alone|was shy too] and [looked at {fhis} feet|looked at {sight}].
 ? "{I_wonder}," thought {H}.
 the next day, {F} was there again. {fhe} was [trying to fly a kite|building a tower of stones
  |singing a song], but [it fell down|it went wrong] every time.
@@ -547,7 +443,7 @@ the wind [pulled at the trees|howled] and the rain [began to fall|came down hard
 """, """
 {H} wanted to run home, but [the road was under water|the bridge was gone|{he} could not see the
  way]. {near_tears}.
-? first {he} hid under [a big tree|a bush|an old cart], but [the rain came through|the wind was
+first {he} hid under [a big tree|a bush|an old cart], but [the rain came through|the wind was
  too strong|it was too cold there].
 then {he} heard a voice. "[Over here|Come here|This way]!" It was {a_friend}. {fhe} was
  {in_shelter}.
@@ -582,13 +478,13 @@ but [that {daytime}|on that day], {H} [saw something fun {at_place}|began to pla
 when {H} remembered, [the moon was already up|it was too late]. {he} {hurried} to {F}.
 "[You forgot|You did not come]," said {F} {sadly}. [{fhe} turned away|{fhe} closed the door].
 {H} felt terrible. {near_tears}. "[Saying sorry is not enough|A word is not enough]," {he} thought.
-? first {he} brought {F} {snack}. But {F} shook {fhis} head. "[I do not want a gift|That is not what
+first {he} brought {F} {snack}. But {F} shook {fhis} head. "[I do not want a gift|That is not what
  I wanted]," {fhe} said. "I wanted you to keep your word."
 {H} went to {G} and [told {ghim} everything|asked what to do]. "[A broken promise is mended by
  keeping the next one|Do what you said you would do]," said {G}.
 so [the next morning|very early the next day], {H} got up before the sun. {he} [worked without a
  rest|did not stop to play|did not look left or right].
-? {he} did all that {he} had promised, and [a little more|then {he} swept the yard too].
+{he} did all that {he} had promised, and [a little more|then {he} swept the yard too].
 """, """
 when {F} [came out|woke up], {fhe} could not believe {fhis} eyes. "You did it!" {fhe} said.
 "[{I_am} sorry that {I} forgot|{I_am} sorry]," said {H}. "{I} will not forget again."
@@ -659,7 +555,7 @@ slowly, [arm in arm|side by side], {they} walked to the finish. {they} came in l
 """, """
 but everyone [clapped and cheered|cheered louder than ever]. {G} gave {them} {snack}. "[This is
  for the kindest runners|A good heart wins too]," {ghe} said.
-? "[I am sorry that I laughed at you|You are a true friend]," said {F}. "{thanks}."
+"[I am sorry that I laughed at you|You are a true friend]," said {F}. "{thanks}."
 [{H} did not win the race, but {he} won a friend|{H} had lost the race and {was} happy all the
  same|the next year, {they} ran together, and nobody cared who was first].
 ? {night_end}.
@@ -678,7 +574,7 @@ but one {daytime}, {H} [{was} playing with a ball in the house|wanted to look at
 {H} stood very still. {near_tears}. "[What have {I} done|Oh no]," {he} whispered.
 first {he} [hid the pieces under the bed|pushed the pieces under the rug]. But [the secret felt
  heavy|{he} could not eat and {he} could not play].
-? {he} tried to [glue it alone|put it together alone], but [the pieces did not fit|the glue ran
+{he} tried to [glue it alone|put it together alone], but [the pieces did not fit|the glue ran
  everywhere].
 then {he} met {a_friend} and told {fhim} everything. "[You must tell the truth|Tell {ghim} the
  truth]," said {F}. "[It is hard, but only for a minute|A lie only grows]."
@@ -692,7 +588,7 @@ so {H} went to {G} [with the pieces in {his} hands|with a beating heart]. "{I} b
 """, """
 [the {fragile} had a few cracks now|one could still see the cracks], but {G} [liked it even more
  than before|put it back on the shelf].
-? "[The cracks tell a story|Every crack is a memory]," {ghe} said and {smiled}.
+"[The cracks tell a story|Every crack is a memory]," {ghe} said and {smiled}.
 [{H} felt light again|{H} had learned that the truth is lighter than a secret|from then on, {H}
  always told the truth at once].
 ? {night_end}.
@@ -723,7 +619,7 @@ one step, two steps, three steps. [{his} heart beat loudly|{he} {was} still shak
 {they} found the {thing} [right away|at once|after a short look]. "You did it!" {F} {shouted}.
 """, """
 {H} {looked_round}. [It was not so bad after all|It was even a little beautiful|{he} saw {nice}].
-? "[{I} did it|Look at {me}]!" {he} [shouted|said] {gladly}. {glad_end}.
+"[{I} did it|Look at {me}]!" {he} [shouted|said] {gladly}. {glad_end}.
 [from that day on, {H} {was} only a little afraid|after that, {he} went there often, and each time
  it was easier|{H} {was} still afraid sometimes, but {he} knew what to do: one step, and then
  one more].
@@ -755,17 +651,17 @@ every day {he} went there alone. At first it was [wonderful|like a dream]. But {
 one {daytime}, {a_friend} [followed {him}|saw {him} go]. "[Where do you go every day|What are you
  hiding]?" asked {F}.
 "[Nothing|Nowhere]," said {H} and [turned red|looked away]. {F} [was hurt|went away sadly].
-that night, {H} could not sleep. "[Why is a secret only half as nice alone|What is a treasure that
+that night, {H} could not sleep. "[A secret is only half as nice alone|What is a treasure that
  nobody sees]?" {he} thought.
 the next day, the {door} was stuck. {H} pulled and pushed, but [it would not open|it did not
  move]. {near_tears}.
-there was only one thing to do. {he} {hurried} to {F}. "[{I} want to show you something|{I} need
- your help]," {he} said. "[It is {my} secret|It is a secret], but now it can be ours."
+there was only one thing to do. {he} {hurried} to {F}. "[{I} want to show you something|Can you
+ help {me}]," {he} said. "[It is {my} secret|It is a secret], but now it can be ours."
 {HF} pulled together. One, two, three! The {door} [flew open|opened with a loud creak].
 """, """
 "[It is beautiful|How wonderful]!" said {F}. [{Fs} eyes shone like stars|{F} could not stop
  looking].
-? {they} [cleaned it and put flowers everywhere|made a table out of a log and ate {snack} there].
+{they} [cleaned it and put flowers everywhere|made a table out of a log and ate {snack} there].
 [the secret was bigger now, because two of them kept it|from then on, it was their secret place,
  and it was never lonely again|{H} had thought that sharing makes a secret smaller, but it grew].
 ? {ever_after}.
@@ -781,8 +677,8 @@ plot(
 """, """
 first {he} went to [the shop|the market]. There was a {color} {thing} in the window. {H} counted
  {his} coins. [There were only two|It was not enough].
-? {he} tried to bake a cake, but [it burned black|it fell flat|the cat ate it].
-? then {he} tried to [paint a picture|write a song], but [the paint ran|{he} did not like it].
+{he} tried to bake a cake, but [it burned black|it fell flat|the cat ate it].
+then {he} tried to [paint a picture|write a song], but [the paint ran|{he} did not like it].
  {near_tears}.
 then, {at_place}, {he} met {a_friend}. "[Why such a long face|What is the matter]?" asked {F}.
  {H} told {fhim} about the birthday.
@@ -790,13 +686,13 @@ then, {at_place}, {he} met {a_friend}. "[Why such a long face|What is the matter
  {likes}|I think {ghe} likes {likes}]," {he} said.
 "[Then you do not need money|That costs nothing]," said {F} and {smiled}. {HF} [worked all
  afternoon|worked until it was dark].
-? {they} [gathered|looked for] all that {they} needed {at_place}, and {they} kept it a secret.
+{they} [gathered|looked for] all that {they} needed {at_place}, and {they} kept it a secret.
 """, """
 in the morning, {H} [took {G} by the hand|knocked on the door]. "Close your eyes," {he} said. "Now
  look!" There {was_were} {likes}, [all for {ghim}|more than {ghe} had ever seen].
 {G} [put {ghis} hands on {ghis} heart|could not say a word]. "[This is the best gift of all|You
  made this for me]," {ghe} said.
-? [they all ate {snack} and danced|{F} came too, and they sang until late].
+[they all ate {snack} and danced|{F} came too, and they sang until late].
 [{H} had learned that the best gifts cannot be bought|and {H} {was} the happiest of all, because
  giving is as nice as getting|nobody missed the {color} {thing}].
 ? {night_end}.
@@ -813,7 +709,7 @@ plot(
 """, """
 the first time, {he} [fell on {his} nose|made a big mess|gave up after a minute]. The others
  laughed. {near_tears}.
-? "[{I} will never learn it|It is too hard for {me}]," {H} said and [sat down {at_place}|kicked a
+"[{I} will never learn it|It is too hard for {me}]," {H} said and [sat down {at_place}|kicked a
  stone].
 {a_friend} had seen it all. "[I could not {skill} at first|It took me a whole year]," said {F}.
  "[Shall I show you|Do you want to try again]?"
@@ -827,7 +723,7 @@ then, one {weather} {daytime}, something [wonderful|new] happened. {H} tried it 
  thinking], and it worked!
 "[{I} can {skill}|Look, {I} can {skill}]!" {he} shouted. {F} [clapped {fhis} hands|danced with joy].
 """, """
-? [{H} showed it to everyone|everybody came to watch]. Even those who had laughed [said "Well done!"
+[{H} showed it to everyone|everybody came to watch]. Even those who had laughed [said "Well done!"
  |clapped]. {glad_end}.
 ? "{thanks}," {he} said to {F}. "[You did it yourself|I only showed you the way]," said {F}.
 [soon a small {kid} came to {Ho} and said, "I cannot {skill}." {H} {smiled}. "[Not yet|Let {me}
@@ -850,7 +746,7 @@ plot(
 """, """
 "[Do not be afraid|Hold on]," said {H}. "{I} will get you out." {he} reached out {his} hand, but [it
  was too far|{he} could not reach {F}].
-? then {he} pulled with all {his} strength, but [{F} did not move|it was no use].
+then {he} pulled with all {his} strength, but [{F} did not move|it was no use].
 ? [the sky was getting dark|the water was rising|it was getting cold]. "[Hurry|Please hurry],"
  {F} {whispered}.
 {H} {thought}. Then {he} saw {tool}. "[{I} have an idea|{I} know what to do]!" {he} said.
@@ -902,8 +798,7 @@ then {he} saw a small light. [It was a lantern|It came closer]. Behind the light
 {soon}, {H} saw {landmark}. "[There it is|{I_am} home]!" {he} shouted.
 {G} [was standing at the door|ran out of the house] and [hugged {him}|took {him} in {ghis} arms].
  "[I was so worried|I looked for you everywhere]," {ghe} said.
-? "[Stay and eat with us|Come in]," said {G} to {F}. So {F} stayed, and they all
- [ate warm soup|drank
+"[Stay and eat with us|Come in]," said {G} to {F}. So {F} stayed, and they all [ate warm soup|drank
  hot milk].
 [after that, {H} never left the path without a friend|{F} gave {Ho} the lantern, and it stood in
  the window every night|{H} had lost the way and found a friend].
@@ -929,7 +824,7 @@ one day, {G} gave {Ho} a [tiny|small] seed. "[Take care of it|Plant it and wait]
  said {F}.
 so {H} waited. {he} gave it water every morning. When it was hot, {he} [made a little roof|gave it
  shade]. When it was cold, {he} covered it with [leaves|straw].
-? then a [snail|crow|storm] came and [nearly ruined|almost broke] everything. {H} and {Fo} [built a
+then a [snail|crow|storm] came and [nearly ruined|almost broke] everything. {H} and {Fo} [built a
  small
  fence of sticks|put stones around it].
 and then, one {weather} {daytime}, there was a green [tip|leaf]! {H} [danced around it|called {G}
@@ -1017,8 +912,7 @@ plot(
  the
  blanket over {his} head].
 """, """
-? first {he} thought that it was [a monster|a ghost|a thief]. {he} tried to sleep, but the noise
- [came
+first {he} thought that it was [a monster|a ghost|a thief]. {he} tried to sleep, but the noise [came
  back|did not stop].
 {he} [woke {G}|called {G}], but when {ghe} came, everything was quiet. "[It was only a dream|It was
  only the wind]," {ghe} said.
@@ -1064,8 +958,7 @@ then {a_friend} came along. "[Where are you going|Why are you here all alone]?" 
  {fhim} about {G}.
 "[Climb on my back|I know a way]," said {F}. [{they} crossed slowly and carefully|{F} showed {him} a
  hidden path], and {soon} {they} were on the other side.
-? next, {they} came to a dark [cave|wood]. {F} was afraid, but now {H} {was} the brave one.
- "[Hold my
+next, {they} came to a dark [cave|wood]. {F} was afraid, but now {H} {was} the brave one. "[Hold my
  hand|Stay close to {me}]," {he} said.
 and at last, there it was, [shining in the light|right in front of {them}]. {H} took only as much as
  {he} needed, and {they} {hurried} home.
@@ -1074,7 +967,7 @@ and at last, there it was, [shining in the light|right in front of {them}]. {H} 
  fire going|{F} waited by the door].
 in the morning, {G} opened {ghis} eyes. [{ghis} face was rosy again|{ghe} {smiled}]. "[I feel much
  better|I am well again]," {ghe} said. "[You went so far for me|How brave you are]."
-? "[{I} was not alone|{I} had help]," said {H} and looked at {F}.
+"[{I} was not alone|{I} had help]," said {H} and looked at {F}.
 [they all ate {snack} together|that day there was {snack} for everyone]. [{H} knew now how strong
  love can be|{glad_end}|when you love someone, no way is too long].
 ? {ever_after}.
@@ -1103,7 +996,7 @@ but after the third crash, {H} [sat down and sighed|put down the hammer]. "[Mayb
  {ghe} helped too.
 at sunset, it was done. It was [a little crooked|not perfect], but it was strong.
 """, """
-? {they} painted it {color} and [wrote both names on it|put a flag on top].
+{they} painted it {color} and [wrote both names on it|put a flag on top].
 "{We_did_it}!" said {H}. "[Not {I}, we|All of us]," {he} added and {laughed_soft}.
 [the next day, {they} {use_it}|all summer long, {they} {use_it}], and [everyone in {the_region}
  came to
@@ -1141,7 +1034,7 @@ then {he} took the {magic} and said, "[^{I} wish that everything is as it was|Pl
 the {magic} [turned to dust|was only a stone now]. {H} had no wishes left, but {he} {was} not sad.
 "[Do you want to play|Shall we go to the {place}]?" asked {F}. "[Yes|Very much]," said {H}. "That is
  just what {I} wanted."
-? {they} [shared {snack} and looked at {sight}|played until the stars came out].
+{they} [shared {snack} and looked at {sight}|played until the stars came out].
 [{H} had learned that the best things do not come from magic|a friend is better than three wishes,
  {H} thought|and if {he} ever found another {magic}, {he} would leave it there].
 ? {night_end}.
@@ -1173,7 +1066,7 @@ then {H} met {a_friend}, who was crying. "[My {thing} fell into a hole|My {color
 """, """
 "{thanks}!" cried {F} and [hugged {him}|danced around {him}]. "[You are the best helper in the
  world|Nobody else could do that]!"
-? {soon} [everybody|everyone in {the_region}] heard about it. When something small was lost, or
+{soon} [everybody|everyone in {the_region}] heard about it. When something small was lost, or
  somebody was
  sad, they said, "[Let us ask {Ho_name}|We know who can help]."
 ? {G} gave {Ho} {snack}. "[I always knew it|I am proud of you]," {ghe} said.
@@ -1214,8 +1107,6 @@ class Storyteller:
         chosen = rng.choice(PLOTS)
         slots = self.cast(chosen)
         problem, middle, end = [self.lines(part, slots) for part in chosen["parts"]]
-        if rng.random() < 0.7:
-            middle.insert(rng.randrange(1, len(middle)), "^" + self.text(rng.choice(ASIDES), slots))
         problem = self.beginning(slots) + problem
         separator = "\n" if rng.random() < 0.85 else " "
         return polish(separator.join(" ".join(part) for part in (problem, middle, end)))
@@ -1225,7 +1116,7 @@ class Storyteller:
 
     def lines(self, part, slots):
         """The sentences of one part of a plot, some of the optional ones left out."""
-        kept = [line for line in part if line[0] != "?" or self.rng.random() < 0.3]
+        kept = [line for line in part if line[0] != "?" or self.rng.random() < 0.6]
         return ["^" + self.text(line.lstrip("? "), slots).lstrip() for line in kept]
 
     def beginning(self, slots):
@@ -1243,7 +1134,7 @@ class Storyteller:
         if not opening:
             return []
         chosen = [opening]
-        count = 1 + rng.choice([0, 0, 0, 1, 1])
+        count = 1 + rng.choice([0, 0, 1, 1, 2])
         for trait in rng.sample(TRAITS, len(TRAITS)):
             told = {fact for fact in ONCE_ONLY if any(fact in each for each in chosen)}
             if len(chosen) < count and not any(fact in trait for fact in told):
@@ -1299,10 +1190,11 @@ class Storyteller:
         mod = rng.choice(MODS[slots["sort"]])
         slots.update(PRONOUNS[pronoun], kind=f"{mod} {kind}", a_kind=f"a {mod} {kind}", plain=kind)
         if slots["sort"] != "child" and rng.random() < 0.25:  # a hero without a name
-            slots.update(name=f"the {mod} {kind}", H=f"the {kind}",
+            slots.update(name=f"the {mod} {kind}", H=f"[the {kind}|the {kind}|the {mod} {kind}]",
                          who=f"a {mod} {kind}", call=CALLS, named="everyone liked {him}")
             return
-        slots.update(name=name, H=name, call=f"[{name}|{name}|my dear]",
+        others = f"|{name}|{name}|the {kind}" if slots["sort"] != "child" else ""
+        slots.update(name=name, H=f"[{name}{others}]", call=f"[{name}|{name}|my dear]",
                      who=f"a {mod} {kind} [named|called] {name}", named=f"{{his}} name was {name}")
 
     def hero_of_two(self, slots):
@@ -1318,7 +1210,7 @@ class Storyteller:
             group = group.replace("ys", "ies").replace("onkies", "onkeys")
         both = f"{first} and {second}"
         slots.update(PRONOUNS["they"], kind=f"two {group}", a_kind=f"two {group}", plain=kind,
-                     name=both, H=both,
+                     name=both, H=f"[{both}|{both}|the two {group}]",
                      named=f"they were called {both}",
                      who=f"two {group} [named|called] {both}", call=f"[you two|{both}]")
 
@@ -1340,10 +1232,10 @@ class Storyteller:
         pronoun, _, name = self.character("animal")
         slots.update(PRONOUNS[pronoun], kind=kind, a_kind=f"a {kind}", plain=kind)
         if rng.random() < 0.4:
-            slots.update(name=f"my {kind}", H=f"my {kind}", call=CALLS,
+            slots.update(name=f"my {kind}", H=f"[my {kind}|the {kind}]", call=CALLS,
                          named="everyone liked {him}")
         else:
-            slots.update(name=f"my {kind} {name}", H=name, call=name,
+            slots.update(name=f"my {kind} {name}", H=f"[{name}|{name}|my {kind}]", call=name,
                          named=f"{{his}} name was {name}")
         slots["who"] = slots["name"]
 
@@ -1361,8 +1253,21 @@ class Storyteller:
             if kind in ("robot", "train", "cloud", "star", "boat") and rng.random() < 0.3:
                 pronoun = "it"
         names = GIRLS if pronoun == "she" else BOYS
-        of_animals = sort == "animal" and rng.random() < 0.4
-        return pronoun, kind, rng.choice(PETS if of_animals else names)
+        draw = rng.random()
+        if draw < 0.12:
+            name = self.made_up_name()
+        elif sort == "animal" and draw < 0.65:
+            name = rng.choice(PETS)
+        else:
+            name = rng.choice(names)
+        return pronoun, kind, name
+
+    def made_up_name(self):
+        rng = self.rng
+        middle = rng.choice(NAME_MIDDLES)
+        if rng.random() < 0.3:
+            middle += rng.choice("lrnmt") + rng.choice("aeiou")
+        return rng.choice(NAME_STARTS) + middle + rng.choice(NAME_ENDS)
 
     def cast_friend(self, slots, locals_):
         """Someone of another kind and with another name than the hero."""
@@ -1382,7 +1287,8 @@ class Storyteller:
             slots.update(F=f"the {kind}", F_name="little one", a_friend=f"a {mod} {kind}",
                          F_am=f"a {kind}")
         else:
-            slots.update(F=name, F_name=name, F_am=name,
+            refs = f"[{name}|{name}|{name}|the {kind}]"
+            slots.update(F=refs, F_name=name, F_am=name,
                          a_friend=f"a {mod} {kind} [named|called] {name}")
         slots.update(Fs="{F}'s", Fo="{F}")
 

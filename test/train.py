@@ -47,13 +47,9 @@ FFN = 448
 ROPE_THETA = 10000.0
 NORM_EPSILON = 1e-5
 
-BATCH = 4
-PEAK_RATE = 2e-3  # AdamW: embedding and norms
-MUON_RATE = 1e-2  # Muon: the matrices of the layers
-MUON_MOMENTUM = 0.95
-MUON_DECAY = 0.1
+BATCH = 8
+PEAK_RATE = 2e-3
 WARMUP_STEPS = 60
-KEPT_FRACTION = 0.4  # of the time, before the rate falls
 TOKENIZER_STORIES = 20000
 
 BEGINNINGS = [
@@ -193,79 +189,40 @@ def loss_of(weights, inputs, targets):
 # ---------------------------------------------------------------------------------------------
 # Training
 
-def rate_share(step, fraction):
-    """Linear warm-up by steps, full for a while, then a line to zero at the end of the time."""
+def rate_at(step, fraction):
+    """Linear warm-up by steps, then a cosine to zero by the fraction of time that has passed."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warmup * max(0.0, min(1.0, (1 - fraction) / (1 - KEPT_FRACTION)))
+    return PEAK_RATE * warmup * (1 - 0.5 * min(1.0, fraction))
 
 
-def orthogonal(matrices):
-    """About the nearest orthogonal matrices (count, rows <= columns), by Newton and Schulz."""
-    x = matrices.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.float()
-
-
-class Muon:
-    """Momentum whose step is made orthogonal: learns faster per token than AdamW."""
-
-    def __init__(self, weights):
-        self.groups = {}  # by shape, so that one call works on all matrices of a shape
-        for weight in weights:
-            self.groups.setdefault(tuple(weight.shape), []).append(weight)
-        self.momentum = {shape: torch.zeros(len(group), *shape)
-                         for shape, group in self.groups.items()}
-
-    @torch.no_grad()
-    def step(self, rate):
-        for shape, group in self.groups.items():
-            gradient = torch.stack([weight.grad for weight in group])
-            momentum = self.momentum[shape].lerp_(gradient, 1 - MUON_MOMENTUM)
-            ahead = gradient.lerp(momentum, MUON_MOMENTUM)
-            tall = shape[0] > shape[1]
-            update = orthogonal(ahead.mT if tall else ahead)
-            update = update.mT if tall else update
-            scale = math.sqrt(max(1.0, shape[0] / shape[1]))
-            for weight, change in zip(group, update):
-                weight.mul_(1 - rate * MUON_DECAY).add_(change, alpha=-rate * scale)
-                weight.grad = None
-
-
-def new_optimizers(weights):
-    """(AdamW for the embedding and the norms, Muon for the rest)."""
-    of_layers = [w for name, w in weights.items() if w.dim() == 2 and name.startswith("blk.")]
+def new_optimizer(weights):
+    """AdamW; only matrices decay."""
     groups = [
-        dict(params=[weights["token_embd.weight"]], weight_decay=0.1),
+        dict(params=[w for w in weights.values() if w.dim() == 2], weight_decay=0.1),
         dict(params=[w for w in weights.values() if w.dim() == 1], weight_decay=0.0)]
-    adam = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
-    return adam, Muon(of_layers)
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
 
 
 def train(tokenizer, weights, minutes, seed, save):
     """Trains for some minutes of wall-clock time; save() is called every two minutes.
 
     Returns (steps, training loss over the last 50 steps)."""
-    adam, muon = new_optimizers(weights)
+    optimizer = new_optimizer(weights)
     stream = batches(tokenizer, seed)
     step_loss = torch.compile(loss_of)
     started = saved = time.time()
     recent = []
     step = 0
     while (fraction := (time.time() - started) / (60 * minutes)) < 1:
-        share = rate_share(step, fraction)
-        for group in adam.param_groups:
-            group["lr"] = PEAK_RATE * share
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, fraction)
         inputs, targets = next(stream)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = step_loss(weights, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        muon.step(MUON_RATE * share)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         recent = recent[-49:] + [loss.item()]
         step += 1
         if step % 50 == 0:
@@ -393,36 +350,6 @@ def read_gguf_weights(path):
     return weights
 
 
-def protobuf_field(number, value):
-    """One field of a protocol buffer; numbers here are below 2 ** 14."""
-    def variable(number):
-        return bytes([number]) if number < 128 else bytes([number & 127 | 128, number >> 7])
-
-    if isinstance(value, float):
-        return variable(number << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, int):
-        return variable(number << 3) + variable(value)
-    return variable(number << 3 | 2) + variable(len(value)) + value
-
-
-def read_gguf_tokenizer(path):
-    """The tokenizer of a model.bin, in the form of a SentencePiece model file."""
-    import gguf
-    fields = gguf.GGUFReader(path).fields
-    tokens, scores, types = (
-        [fields["tokenizer.ggml." + name].parts[index] for index in
-         fields["tokenizer.ggml." + name].data] for name in ("tokens", "scores", "token_type"))
-    model = b"".join(
-        protobuf_field(1, protobuf_field(1, bytes(token)) + protobuf_field(2, float(score[0]))
-                       + protobuf_field(3, int(kind[0])))  # GGUF numbers the types as these do
-        for token, score, kind in zip(tokens, scores, types))
-    bpe = [(3, 2), (4, len(tokens)), (35, 1), (40, UNKNOWN), (41, BEGIN), (42, END)]
-    normalizer = [(1, b"identity"), (3, 1), (4, 0), (5, 1)]  # a space before, none removed
-    model += protobuf_field(2, b"".join(protobuf_field(*field) for field in bpe))
-    model += protobuf_field(3, b"".join(protobuf_field(*field) for field in normalizer))
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
 # ---------------------------------------------------------------------------------------------
 # Samples
 
@@ -458,8 +385,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=50, help="wall-clock time to train for")
     parser.add_argument("--out", default="model.bin", help="the GGUF file to write")
     parser.add_argument("--work", default="train_work", help="folder for the tokenizer's files")
-    parser.add_argument("--go-on-from", metavar="GGUF",
-                        help="start from this model's weights and keep its tokenizer")
+    parser.add_argument("--go-on-from", metavar="GGUF", help="start from this model's weights")
     parser.add_argument("--story-seed", type=int, default=SEED + 1,
                         help="seed of the stories; take a new one when you go on")
     parser.add_argument("--threads", type=int, default=2)
@@ -467,8 +393,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
     os.makedirs(arguments.work, exist_ok=True)
-    tokenizer = (read_gguf_tokenizer(arguments.go_on_from) if arguments.go_on_from
-                 else train_tokenizer(arguments.work))
+    tokenizer = train_tokenizer(arguments.work)
     weights = new_weights()
     if arguments.go_on_from:
         for name, weight in read_gguf_weights(arguments.go_on_from).items():
