@@ -37,11 +37,14 @@ enum {
     SANITIZER_STATUS = 99
 };
 
-/* How much longer everything takes than in an optimized build, at most. */
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { SLOWER = 10 };
+/* SLOWER: how much longer everything takes than in an optimized build, at most. SHARE: of a long
+ * list of schedules, one in SHARE is run. */
+#if defined(__SANITIZE_THREAD__)
+enum { SLOWER = 10, SHARE = 5, TSAN = 1 };
+#elif defined(__SANITIZE_ADDRESS__)
+enum { SLOWER = 10, SHARE = 2, TSAN = 0 };
 #else
-enum { SLOWER = 1 };
+enum { SLOWER = 1, SHARE = 1, TSAN = 0 };
 #endif
 
 struct outcome {
@@ -74,9 +77,9 @@ static inline int child_status(int status) {
 static inline void child_exec(const char *arguments) {
     char command[COMMAND_LENGTH + 256];
     snprintf(command, sizeof command, "exec %s %s", DYNAMO_PROGRAM, arguments);
-    setenv("ASAN_OPTIONS", "exitcode=99:allocator_may_return_null=1", 1);
+    setenv("ASAN_OPTIONS", "exitcode=99:allocator_may_return_null=1:atexit_sleep_ms=0", 1);
     setenv("UBSAN_OPTIONS", "exitcode=99:print_stacktrace=1", 1);
-    setenv("TSAN_OPTIONS", "exitcode=99:allocator_may_return_null=1", 1);
+    setenv("TSAN_OPTIONS", "exitcode=99:allocator_may_return_null=1:atexit_sleep_ms=0", 1);
     alarm(CHILD_LIMIT);
     execl("/bin/sh", "sh", "-c", command, (char *)NULL);
     _exit(127);
