@@ -452,11 +452,11 @@ void answers_summary(const struct answers *a) {
     (void)fprintf(stderr,
                   "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64
                   " found cached, %" PRId64 " blocks handed over | %" PRId64
-                  " tokens decoded, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
+                  " tokens generated, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
                   " in, %" PRId64 " preemptions]\n",
                   a->n_workers, a->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
-                  k.transfers, s.decode_tokens, (double)a->n_tokens / seconds, k.pages_out,
-                  k.pages_in, s.preemptions);
+                  k.transfers, a->n_tokens, (double)a->n_tokens / seconds, k.pages_out, k.pages_in,
+                  s.preemptions);
 }
 
 #endif /* ANSWERS_IMPLEMENTATION */
