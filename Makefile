@@ -4,7 +4,8 @@
 # make lines      counts lines against the budget; format: applies .clang-format; clean
 CC ?= gcc
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
-ARCH_FLAGS = $(if $(PORTABLE),,-march=native)
+# (no note that vectors wider than the machine are passed differently by other compilers)
+ARCH_FLAGS = $(if $(PORTABLE),-Wno-psabi,-march=native)
 FLAGS = -std=gnu11 -O3 -g $(ARCH_FLAGS) $(WARNINGS) -pthread -MMD -MP $(SANITIZE) $(CFLAGS)
 LIBS = -lm -pthread
 # each kind of build has a folder, so that none is made of another's objects
