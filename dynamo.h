@@ -226,6 +226,7 @@ struct backend {
 struct backend_options {
     int n_threads;            /* of the CPU backend: so many run at once */
     uint64_t copy_delay_seed; /* tests: not 0 delays each copy by a random time */
+    bool plain;               /* no instructions that only some processors have */
 };
 
 struct backend *cpu_backend_open(const struct backend_options *options, char *error);

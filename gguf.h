@@ -25,7 +25,15 @@
 enum { GGUF_ERROR_LENGTH = 512 };
 
 /* Types of tensor elements; the numbers are GGUF's. */
-enum tensor_type { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 };
+enum tensor_type { /* as GGUF numbers them */
+                   TYPE_F32 = 0,
+                   TYPE_F16 = 1,
+                   TYPE_Q4_0 = 2,
+                   TYPE_Q8_0 = 8,
+                   TYPE_Q4_K = 12,
+                   TYPE_Q6_K = 14,
+                   TYPE_BF16 = 30
+};
 
 /* Types of key values; the numbers are GGUF's, which also has u8, i8, u16, i16 and u64, i64, f64.
  */
@@ -140,9 +148,12 @@ static const char *const gguf_types[] = {
     "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",        "Q5_K",
     "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4"};
 
-/* Of an element; of 32 in Q8_0: an f16 scale and 32 int8. 0: a type of no use here. */
-static const uint8_t gguf_bytes[] = {
-    [TYPE_F32] = 4, [TYPE_F16] = 2, [TYPE_Q8_0] = 34, [TYPE_BF16] = 2};
+/* Blocks of elements, which share scales in a quantized type. No bytes: a type of no use here. */
+static const struct {
+    uint16_t elements, bytes;
+} gguf_blocks[] = {[TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
+                   [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
+                   [TYPE_BF16] = {1, 2}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};
@@ -280,7 +291,8 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     gguf_expect(file, flat && sane, "got %ju dimensions, (%ju, %ju), expected 1 or 2 of 1 to 2^30",
                 (uintmax_t)n_dims, (uintmax_t)extents[1], (uintmax_t)extents[0]);
     uint64_t type = gguf_take_int(file, 4), offset = gguf_take_int(file, 8);
-    size_t elements = type == TYPE_Q8_0 ? 32 : 1;
+    bool known = type < sizeof gguf_blocks / sizeof *gguf_blocks && gguf_blocks[type].bytes;
+    size_t elements = known ? gguf_blocks[type].elements : 1;
     gguf_expect(file, extents[0] % elements == 0, "got %ju columns, expected a multiple of %zu",
                 (uintmax_t)extents[0], elements);
     if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= file->size,
@@ -290,8 +302,7 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     tensor->type = (enum tensor_type)type;
     tensor->rows = (int64_t)extents[1];
     tensor->cols = (int64_t)extents[0];
-    tensor->bytes =
-        type < sizeof gguf_bytes ? gguf_bytes[type] * (extents[0] / elements) * extents[1] : 0;
+    tensor->bytes = known ? gguf_blocks[type].bytes * (extents[0] / elements) * extents[1] : 0;
     tensor->data = file->map + offset;
     *end = offset + tensor->bytes;
 }

@@ -7,8 +7,9 @@
  *
  * How data flows: `upload` packs a matrix once into *panels* of 64 outputs side by side for each k.
  * One small product kernel (64 outputs x 1 to 6 rows, held in registers) reads panels, and serves
- * decode, prefill and, on keys and values gathered into panels, attention too. An op cuts its work
- * into tiles, which the threads of the pool take one by one, those of decoding devices first.
+ * decode and prefill alike; processors that can multiply pairs of bf16 or quads of bytes have one
+ * each. An op cuts its work into tiles, which the threads of the pool take one by one, those of
+ * decoding devices first.
  *
  * Invariants:
  *   - Each output element is summed over k in one fixed order that depends on its own row alone,
@@ -16,7 +17,7 @@
  *     the batch, on chunking, on the number of threads or of shards.
  *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
  *
- * Read next: pack.h, product.h, then `attention_tile`. */
+ * Read next: pack.h, product.h, dot.h, attention.h. */
 #include "dynamo.h"
 
 #include <assert.h>
@@ -33,27 +34,24 @@
 #include "copier.h"
 #define PACK_IMPLEMENTATION
 #include "pack.h"
+#define ATTENTION_IMPLEMENTATION
+#include "attention.h"
 #define PRODUCT_IMPLEMENTATION
 #include "product.h"
 #define SAMPLER_IMPLEMENTATION
 #include "sampler.h"
 
 enum {
-    QUERIES = 48,         /* queries of an attention tile */
-    CHUNK = 64,           /* tokens whose scores are computed at a time: a panel of keys */
-    MAX_HEAD_DIM = 256,   /* sizes the scratch of a thread */
     NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
-    MAX_ACTIVATIONS = 16, /* arrays of a device */
+    MAX_ACTIVATIONS = 20, /* arrays of a device */
     HUGE_PAGE = 2 << 20   /* bytes: fewer misses of the TLB */
 };
 
 struct scratch { /* of one thread */
     alignas(64) float slab[SLAB * PANEL];
     float tile[5][ROW_CHUNK * PANEL];
-    float query[QUERIES * MAX_HEAD_DIM], key[MAX_HEAD_DIM * PANEL];
-    float value[MAX_HEAD_DIM / PANEL][CHUNK * PANEL];
-    float output[MAX_HEAD_DIM / PANEL][QUERIES * PANEL];
+    struct attention_scratch attention;
 };
 
 struct cpu_backend {
@@ -62,6 +60,7 @@ struct cpu_backend {
     struct copier copier;
     pthread_mutex_t upload_mutex;
     struct weight *weights; /* a list, under upload_mutex */
+    bool plain;             /* no fast paths */
 };
 
 struct cpu_device {
@@ -72,14 +71,16 @@ struct cpu_device {
     const struct batch *batch;
     int n_heads, n_kv_heads, d_ff; /* of this shard */
     size_t x_stride, q_stride, kv_stride, ffn_stride;
-    float *x, *h, *partial;        /* (max_rows, x_stride); h: the normed rows */
-    float *q, *attention, *k, *v;  /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
-    float *ffn;                    /* (max_rows, ffn_stride) */
-    float *turn;                   /* (max_rows, rope_dim / 2, {cos, sin}) */
-    float *logits;                 /* (max_samples, vocab_size) */
-    float *scaled;                 /* (max_samples, vocab_size) logits / temperature */
-    int *candidates;               /* (max_samples, vocab_size) of the sampler */
-    int *sampled;                  /* (max_samples) */
+    float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
+    float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
+    float *ffn;                   /* (max_rows, ffn_stride) */
+    char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
+    size_t converted_stride[N_FORMS]; /* bytes */
+    float *turn;                      /* (max_rows, rope_dim / 2, {cos, sin}) */
+    float *logits;                    /* (max_samples, vocab_size) */
+    float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
+    int *candidates;                  /* (max_samples, vocab_size) of the sampler */
+    int *sampled;                     /* (max_samples) */
     int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
     void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
     int n_memory;
@@ -187,13 +188,16 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
 enum product_kind { PRODUCT_STORE, PRODUCT_SILU, PRODUCT_SEGMENTS };
 
 struct product { /* up to three matrices times the same rows */
+    const struct cpu_device *device;
     enum product_kind kind;
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
     float *out[3];                            /* (n_rows, out_stride) */
     size_t out_stride[3];
-    int first_tile[4];  /* tiles before each matrix */
-    const float *input; /* (n_rows, stride) */
+    int first_tile[4]; /* tiles before each matrix */
+    const float *rows; /* (n_rows, stride) the input as it is */
     size_t stride;
+    const char *input[N_FORMS];   /* (n_rows) the same in the forms that the matrices want */
+    size_t input_stride[N_FORMS]; /* bytes */
     int n_rows, chunk_rows, n_chunks;
     int unit, first_segment, n_segments; /* PRODUCT_SEGMENTS */
     bool add;                            /* out += */
@@ -214,6 +218,13 @@ static void finish_row(const struct product *product, int which, int row, int be
     }
 }
 
+static void take_rows(const struct product *product, const struct weight *matrix, int row,
+                      struct tile *tile) {
+    tile->form = dot_form(matrix->type, product->device->cpu->plain);
+    tile->stride = product->input_stride[tile->form];
+    tile->input = product->input[tile->form] + (size_t)row * tile->stride;
+}
+
 /* One panel (of gate and of up, for PRODUCT_SILU) times one chunk of rows. */
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
     const struct product *product = argument;
@@ -227,11 +238,9 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
     int n_rows = product->n_rows - row;
     n_rows = n_rows < product->chunk_rows ? n_rows : product->chunk_rows;
     size_t offset = (size_t)panel * matrix->panel_bytes;
-    struct tile tile = {.panel = matrix->panels + offset,
-                        .end = matrix->cols,
-                        .input = product->input + (size_t)row * product->stride,
-                        .stride = product->stride,
-                        .out = scratch->tile[0]};
+    struct tile tile = {
+        .panel = matrix->panels + offset, .end = matrix->cols, .out = scratch->tile[0]};
+    take_rows(product, matrix, row, &tile);
     if (product->kind == PRODUCT_SEGMENTS) {
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
                         n_rows, scratch->slab, scratch->tile + 1);
@@ -242,6 +251,7 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
         const struct weight *up = product->matrix[1];
         tile.panel = up->panels + (size_t)panel * up->panel_bytes;
         tile.out = scratch->tile[1];
+        take_rows(product, up, row, &tile);
         panel_product(up->type, tile, n_rows, scratch->slab);
         silu_multiply(scratch->tile[0], scratch->tile[1], n_rows * PANEL);
     }
@@ -253,10 +263,59 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
         finish_row(product, which, row + i, begin + from, end, scratch->tile[0] + i * PANEL + from);
 }
 
+struct conversion {
+    const struct product *product;
+    enum row_form form;
+};
+
+/* Rows into a form, segment by segment where K is cut. */
+static void convert_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct conversion *conversion = argument;
+    const struct product *product = conversion->product;
+    const struct weight *matrix = product->matrix[0];
+    (void)scratch;
+    int n_segments = product->kind == PRODUCT_SEGMENTS ? product->n_segments : 1;
+    int end_row =
+        (tile + 1) * NORM_ROWS < product->n_rows ? (tile + 1) * NORM_ROWS : product->n_rows;
+    for (int row = tile * NORM_ROWS; row < end_row; row++) {
+        const float *from = product->rows + (size_t)row * product->stride;
+        char *to = product->device->converted[conversion->form] +
+                   (size_t)row * product->input_stride[conversion->form];
+        for (int i = 0; i < n_segments; i++) {
+            int segment = product->first_segment + i, begin = 0, end = matrix->cols;
+            if (product->kind == PRODUCT_SEGMENTS) {
+                begin = segment_begin(matrix->cols, product->unit, segment);
+                end = segment_begin(matrix->cols, product->unit, segment + 1);
+            }
+            dot_convert(conversion->form, from, begin, end, to);
+            from += end - begin;
+            to += dot_form_bytes(conversion->form, begin, end);
+        }
+    }
+}
+
+/* The input in each form that one of the matrices wants. */
+static void convert_rows(struct cpu_device *device, struct product *product, int n_matrices) {
+    product->input[FORM_F32] = (const char *)product->rows;
+    product->input_stride[FORM_F32] = product->stride * sizeof(float);
+    for (int i = 0; i < n_matrices; i++) {
+        enum row_form form = dot_form(product->matrix[i]->type, device->cpu->plain);
+        if (product->input[form])
+            continue;
+        struct conversion conversion = {product, form};
+        product->input[form] = device->converted[form];
+        product->input_stride[form] = device->converted_stride[form];
+        parallel_for(device, divide_up(product->n_rows, NORM_ROWS), convert_tile, &conversion);
+    }
+}
+
+/* n_matrices side by side, but for PRODUCT_SILU, which makes one of two. */
 static void run_product(struct cpu_device *device, struct product *product, int n_matrices) {
     int n_chunks = divide_up(product->n_rows, ROW_CHUNK);
     if (n_chunks == 0)
         return;
+    product->device = device;
+    convert_rows(device, product, product->kind == PRODUCT_SILU ? 2 : n_matrices);
     int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), TILE_ROWS);
     product->chunk_rows = rows;
     product->n_chunks = divide_up(product->n_rows, rows);
@@ -364,26 +423,21 @@ static void rope(const struct cpu_device *device, float *head, int row) {
     }
 }
 
-/* Where (head_dim) of a token begin, in elements: its block is (n_layers, {k, v}, heads, 16, dim)
- */
-static size_t kv_offset(const struct cpu_device *device, int slot, int layer, int value, int head,
-                        int token) {
+/* A head's keys and values in the blocks of a sequence: (n_layers, {k, v}, heads, 16 * dim) */
+static struct kv_view kv_view(const struct cpu_device *device, const struct sequence *sequence,
+                              int layer, int head) {
     const struct model_config *config = device->device.config;
     enum kv_type type = device->device.kv_type;
-    size_t dim = (size_t)config->head_dim, heads = (size_t)device->n_kv_heads;
     size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
-    size_t plane = (size_t)(layer * 2 + value) * heads + (size_t)head;
-    return (size_t)slot * block + (plane * BLOCK_TOKENS + (size_t)token) * dim;
-}
-
-static void append_head(const struct cpu_device *device, size_t to, const float *from) {
-    size_t dim = (size_t)device->device.config->head_dim;
-    if (device->device.kv_type == KV_F32) {
-        memcpy((float *)device->device.kv + to, from, dim * sizeof(float));
-        return;
-    }
-    for (size_t i = 0; i < dim; i++)
-        ((uint16_t *)device->device.kv)[to + i] = to_bf16(from[i]);
+    size_t plane = (size_t)BLOCK_TOKENS * (size_t)config->head_dim;
+    size_t key = ((size_t)(layer * 2) * (size_t)device->n_kv_heads + (size_t)head) * plane;
+    return (struct kv_view){.type = type,
+                            .dim = config->head_dim,
+                            .kv = device->device.kv,
+                            .block_elements = block,
+                            .key = key,
+                            .value = key + (size_t)device->n_kv_heads * plane,
+                            .table = device->batch->block_table + sequence->first_block};
 }
 
 static void rope_append_row(const struct row_job *job, int row) {
@@ -400,14 +454,12 @@ static void rope_append_row(const struct row_job *job, int row) {
     }
     float *k = device->k + (size_t)row * device->kv_stride;
     float *v = device->v + (size_t)row * device->kv_stride;
-    int token = batch->position[row] % BLOCK_TOKENS;
-    int slot = batch->block_table[sequence->first_block + batch->position[row] / BLOCK_TOKENS];
     for (int head = 0; head < device->n_kv_heads; head++) {
         if (k_norm)
             rmsnorm(k, k, k_norm->vector, config->head_dim, config->norm_epsilon);
         rope(device, k, row);
-        append_head(device, kv_offset(device, slot, job->layer_index, 0, head, token), k);
-        append_head(device, kv_offset(device, slot, job->layer_index, 1, head, token), v);
+        struct kv_view view = kv_view(device, sequence, job->layer_index, head);
+        attention_write(&view, batch->position[row], k, v);
         k += config->head_dim;
         v += config->head_dim;
     }
@@ -432,7 +484,7 @@ static void cpu_norm_qkv(struct device *base, const struct layer_weights *layer)
         .bias = {layer->q_bias, layer->k_bias, layer->v_bias},
         .out = {device->q, device->k, device->v},
         .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
-        .input = device->h,
+        .rows = device->h,
         .stride = device->x_stride,
         .n_rows = device->batch->n_rows};
     run_product(device, &product, 3);
@@ -445,7 +497,7 @@ static void cpu_norm_gate_up(struct device *base, const struct layer_weights *la
                               .matrix = {layer->ffn_gate, layer->ffn_up},
                               .out = {device->ffn},
                               .out_stride = {device->ffn_stride},
-                              .input = device->h,
+                              .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = device->batch->n_rows};
     run_product(device, &product, 1);
@@ -461,7 +513,7 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
                               .matrix = {matrix},
                               .out = {base->n_shards == 1 ? device->x : device->partial},
                               .out_stride = {device->x_stride},
-                              .input = attends ? device->attention : device->ffn,
+                              .rows = attends ? device->attention : device->ffn,
                               .stride = attends ? device->q_stride : device->ffn_stride,
                               .n_rows = device->batch->n_rows,
                               .unit = attends ? base->config->head_dim : 2,
@@ -505,7 +557,7 @@ static void cpu_norm_logits(struct device *base, const struct weights *weights) 
     struct product product = {.matrix = {weights->output},
                               .out = {device->logits},
                               .out_stride = {(size_t)base->config->vocab_size},
-                              .input = device->h,
+                              .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = batch->n_samples};
     run_product(device, &product, 1);
@@ -518,104 +570,7 @@ struct attention_job {
     int layer;
 };
 
-struct softmax {      /* of one query, over the tokens seen so far */
-    float max, scale; /* scale: what the sums of earlier chunks must be multiplied by */
-    vec sum;          /* lane by lane; lanes are added at the end */
-};
-
-INLINE vec load_kv(const struct cpu_device *device, size_t at, int n) {
-    if (device->device.kv_type == KV_F32)
-        return load_part((const float *)device->device.kv + at, n);
-    const uint16_t *from = (const uint16_t *)device->device.kv + at;
-    uint16_t bits[LANES] = {0};
-    if (n >= LANES)
-        return widen_bf16(from);
-    memcpy(bits, from, sizeof *bits * (size_t)n);
-    return widen_bf16(bits);
-}
-
-/* Brings tokens [start, start + n) of a head from their blocks into a panel of keys [dim][64] and
- * panels of values [dim / 64][token][64]. What lies beyond the last token may be anything. */
-static void gather(const struct attention_job *job, const int *table, int head, int start, int n,
-                   struct scratch *scratch) {
-    const struct cpu_device *device = job->device;
-    int dim = device->device.config->head_dim;
-    for (int panel = 0; panel * PANEL < dim && n < CHUNK; panel++)
-        memset(scratch->value[panel] + n * PANEL, 0, sizeof(float) * PANEL); /* n may be odd */
-    for (int first = 0; first < n; first += BLOCK_TOKENS) {
-        int slot = table[(start + first) / BLOCK_TOKENS];
-        int tokens = n - first < BLOCK_TOKENS ? n - first : BLOCK_TOKENS;
-        size_t key = kv_offset(device, slot, job->layer, 0, head, 0);
-        size_t value = kv_offset(device, slot, job->layer, 1, head, 0);
-        for (int at = 0; at < dim; at += LANES) {
-            vec rows[LANES];
-            for (int i = 0; i < LANES; i++) {
-                int token = i < tokens ? i : 0; /* the block may end here */
-                rows[i] = load_kv(device, key + (size_t)(token * dim + at), dim - at);
-            }
-            transpose(rows);
-            for (int i = 0; i < LANES; i++)
-                store(scratch->key + (at + i) * PANEL + first, rows[i]);
-            float *values = scratch->value[at / PANEL] + first * PANEL + at % PANEL;
-            for (int i = 0; i < tokens; i++)
-                store(values + i * PANEL,
-                      load_kv(device, value + (size_t)(i * dim + at), dim - at));
-        }
-    }
-}
-
-/* scores (64) become exp(score - max) of the first `visible` of them, and 0. */
-static void softmax_chunk(float *scores, int visible, struct softmax *state) {
-    const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const vec zero = {0}, none = zero - INFINITY;
-    vec value[CHUNK / LANES], largest = none;
-    for (int i = 0; i < CHUNK / LANES; i++) {
-        value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
-        largest = max_vec(value[i], largest);
-    }
-    float max = max_lanes(largest);
-    max = max > state->max ? max : state->max;
-    state->scale = exp_vec(zero + (state->max - max))[0];
-    state->max = max;
-    state->sum = state->sum * state->scale;
-    for (int i = 0; i < CHUNK / LANES; i++) {
-        vec part = exp_vec(value[i] - max);
-        store(scores + i * LANES, part);
-        state->sum += part;
-    }
-}
-
-/* Scores of one chunk of tokens for n queries, then their share of the output. */
-static void attend_chunk(int start, int dim, int n, const int *position, struct softmax *state,
-                         struct scratch *scratch) {
-    float *scores = scratch->tile[0];
-    struct tile tile = {.panel = (const char *)scratch->key,
-                        .end = dim,
-                        .input = scratch->query,
-                        .stride = MAX_HEAD_DIM,
-                        .out = scores};
-    tile_rows(TYPE_F32, tile, n);
-    int last = position[n - 1] - start + 1;
-    for (int i = 0; i < n; i++) {
-        softmax_chunk(scores + i * PANEL, position[i] - start + 1, &state[i]);
-        for (int at = 0; at < dim; at += LANES) {
-            float *output = scratch->output[at / PANEL] + i * PANEL + at % PANEL;
-            store(output, load(output) * state[i].scale + 0.0f); /* + 0: never -0 */
-        }
-    }
-    for (int panel = 0; panel * PANEL < dim; panel++) {
-        struct tile values = {.panel = (const char *)scratch->value[panel],
-                              .end = last < CHUNK ? last : CHUNK,
-                              .input = scores,
-                              .stride = PANEL,
-                              .out = scratch->output[panel],
-                              .add = true};
-        tile_rows(TYPE_F32, values, n);
-    }
-}
-
-/* Queries of one sequence and one KV head: (row, head of the group), flattened. A softmax over
- * chunks of 64 tokens, in order from token 0: what a row sees does not depend on its neighbours. */
+/* Queries of one sequence and one KV head: (row, head of the group), flattened. */
 static void attention_tile(const void *argument, int index, struct scratch *scratch) {
     const struct attention_job *job = argument;
     const struct cpu_device *device = job->device;
@@ -631,31 +586,20 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
     int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
     int position[QUERIES] = {0};
     size_t at[QUERIES];
-    struct softmax state[QUERIES];
     float scale = 1.0f / sqrtf((float)dim);
     for (int i = 0; i < n; i++) {
         int row = (first + i) / group, own_head = head * group + (first + i) % group;
         position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
-        state[i] = (struct softmax){.max = -INFINITY};
         for (int j = 0; j < dim; j++)
-            scratch->query[i * MAX_HEAD_DIM + j] = device->q[at[i] + (size_t)j] * scale;
+            scratch->attention.query[i * ATTENTION_STRIDE + j] =
+                device->q[at[i] + (size_t)j] * scale;
     }
-    for (int panel = 0; panel * PANEL < dim; panel++)
-        memset(scratch->output[panel], 0, sizeof(float) * (size_t)n * PANEL);
-    for (int start = 0; start <= position[n - 1]; start += CHUNK) {
-        int tokens = position[n - 1] + 1 - start;
-        gather(job, batch->block_table + sequence->first_block, head, start,
-               tokens < CHUNK ? tokens : CHUNK, scratch);
-        attend_chunk(start, dim, n, position, state, scratch);
-    }
-    for (int i = 0; i < n; i++) {
-        float sum = sum_lanes(state[i].sum);
-        for (int j = 0; j < dim; j += LANES) {
-            vec value = load(scratch->output[j / PANEL] + i * PANEL + j % PANEL);
-            store_part(device->attention + at[i] + j, value / sum, dim - j);
-        }
-    }
+    struct kv_view view = kv_view(device, sequence, job->layer, head);
+    attention_rows(&view, n, position, &scratch->attention);
+    for (int i = 0; i < n; i++)
+        memcpy(device->attention + at[i], scratch->attention.output + i * ATTENTION_STRIDE,
+               sizeof(float) * (size_t)dim);
 }
 
 static void cpu_attention(struct device *base, int layer_index) {
@@ -798,6 +742,14 @@ static bool allocate_activations(struct cpu_device *device) {
     device->k = zeros(device, rows, device->kv_stride);
     device->v = zeros(device, rows, device->kv_stride);
     device->ffn = zeros(device, rows, device->ffn_stride);
+    size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
+    widest = device->ffn_stride > widest ? device->ffn_stride : widest;
+    for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
+        device->converted_stride[form] =
+            dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
+        device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
+        device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
+    }
     device->turn = zeros(device, rows, (size_t)config->rope_dim);
     device->logits = zeros(device, samples, vocab);
     device->scaled = zeros(device, samples, vocab);
@@ -881,6 +833,7 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
     }
     memset(cpu, 0, sizeof *cpu);
     cpu->backend = operations;
+    cpu->plain = options->plain;
     pthread_mutex_init(&cpu->upload_mutex, NULL);
     if (!copier_open(&cpu->copier, options->copy_delay_seed)) {
         snprintf(error, GGUF_ERROR_LENGTH, "the copier thread of the CPU backend did not start");

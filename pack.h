@@ -1,8 +1,9 @@
-/* pack.h: weights in the order in which the product kernel reads them.
+/* pack.h: weights in the order in which the product kernels read them.
  *
  * A tensor of the model file is packed once, into *panels* of 64 outputs side by side for each k,
- * in its own type; a vector becomes plain f32. Shards are views of the whole. The kernel reads a
- * panel 64 weights at a time, as f32, with load_scales and load_weights.
+ * in its own type; a vector becomes plain f32. Shards are views of the whole. The kernels read a
+ * panel 64 weights at a time: as f32 with load_scales and load_weight, or as whole numbers with
+ * load_quad, for dot products of bytes.
  *
  *     struct weight *weight = pack_open(tensor);
  *     weight->panels = malloc(pack_bytes(weight)); // 0: a vector has none
@@ -13,21 +14,21 @@
  *     pack_close(shard); // frees no panels: they are the caller's
  *     pack_close(weight);
  *
- * A panel holds, for 64 outputs (those past the last row are 0):
- *     F32, F16   [k][64]
- *     BF16       [k / 2][64][2]: also what a dot product of bf16 pairs wants
- *     Q8_0       [k / 32] { f16 scale[64]; int8 [32][64] }
- * An odd k is padded with zeros. Every type is exact in f32. */
+ * What lies in 4 bytes of a row of the file lies in 4 bytes of the panel too, those of 64 outputs
+ * side by side: packing is a transposition of 4-byte words, [row][word] to [word][64]. So there are
+ * two k side by side in F16 and BF16, four in Q8_0, and eight in the low and high halves of the
+ * bytes of a 4-bit type. What a block of such a type has besides (scales) stands before its words:
+ *     Q8_0, 32 k     f16 d[64];                             weight = d * (byte - 128)
+ *     Q4_0, 32 k     f16 d[64];                             weight = d * (bits - 8)
+ *     Q4_K, 256 k    f16 d[64], m[64]; u8 s[8][64], t[8][64];  weight = d * s * bits - m * t
+ *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];             weight = d * s * (bits - 32)
+ * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. */
 #ifndef PACK_H
 #define PACK_H
 #include "dynamo.h"
 #include "vector.h"
 
-enum {
-    PANEL = 64,    /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
-    Q8_BLOCK = 32, /* k that share a scale */
-    Q8_PANEL_BYTES = PANEL * (2 + Q8_BLOCK)
-};
+enum { PANEL = 64 /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */ };
 
 /* A matrix, or a part of one: rows [first_row, first_row + n_rows) and columns alike of the packed
  * whole, `panels`, which the weight of the whole tensor owns. A vector is plain f32. */
@@ -36,7 +37,7 @@ struct weight {
     enum tensor_type type;
     int first_row, n_rows, first_col, n_cols, cols; /* cols: of the whole */
     size_t panel_bytes;
-    char *panels;  /* (rows / PANEL) panels; see below */
+    char *panels;  /* (rows / PANEL) panels */
     float *vector; /* (n_cols), padded with zeros */
     bool owner;
     struct weight *next; /* for the caller */
@@ -58,94 +59,180 @@ static inline int divide_up(int value, int unit) {
     return (value + unit - 1) / unit;
 }
 
-INLINE const char *q8_block(const char *panel, int k) {
-    return panel + (size_t)(k / Q8_BLOCK) * Q8_PANEL_BYTES;
+/* ---- blocks of k that share scales; for F32, F16 and BF16 one word is a block ---- */
+
+struct pack_block {
+    int n_k, n_part; /* of a block; of the parts of a block that have scales of their own */
+    int bytes, payload, n_words; /* in the file: of a block; where its n_words 4-byte words begin */
+    int header;                  /* in a panel: bytes before the words */
+    int offset;                  /* of the whole numbers: 0 stands for minus this */
+};
+
+INLINE struct pack_block pack_block(enum tensor_type type) {
+    switch (type) {
+    case TYPE_F32: return (struct pack_block){1, 1, 4, 0, 1, 0, 0};
+    case TYPE_F16:
+    case TYPE_BF16: return (struct pack_block){2, 2, 4, 0, 1, 0, 0};
+    case TYPE_Q8_0: return (struct pack_block){32, 32, 34, 2, 8, 2 * PANEL, 128};
+    case TYPE_Q4_0: return (struct pack_block){32, 32, 18, 2, 4, 2 * PANEL, 8};
+    case TYPE_Q4_K: return (struct pack_block){256, 32, 144, 16, 32, 20 * PANEL, 0};
+    case TYPE_Q6_K: return (struct pack_block){256, 16, 210, 0, 48, 18 * PANEL, 32};
+    }
+    return (struct pack_block){1, 1, 0, 0, 0, 0, 0};
 }
 
-/* 64 weights of k as f32: vectors 0 to 3. `scale`: of k's block, for Q8_0. All types are exact. */
-INLINE void load_weights(enum tensor_type type, const char *panel, int k, const vec scale[4],
-                         vec out[4]) {
-    size_t at = (size_t)k * PANEL;
-    for (size_t i = 0; i < 4; i++) {
-        if (type == TYPE_F32) {
-            out[i] = load((const float *)(const void *)panel + at + i * LANES);
-        } else if (type == TYPE_BF16) {
-            const uint16_t *pairs = (const uint16_t *)(const void *)panel + (at & ~(size_t)PANEL);
-            ivec pair = *(const ivec_any *)(const void *)(pairs + i * 2 * LANES);
-            ivec value = k & 1 ? pair & (int32_t)0xffff0000 : pair << 16;
-            out[i] = (vec)value;
-        } else if (type == TYPE_F16) {
-            out[i] = widen_f16((const uint16_t *)(const void *)panel + at + i * LANES);
-        } else {
-            const char *bytes = q8_block(panel, k) + 2 * PANEL + k % Q8_BLOCK * PANEL;
-            out[i] = widen_int8(bytes + i * LANES) * scale[i];
+INLINE bool pack_quantized(enum tensor_type type) {
+    return pack_block(type).header > 0;
+}
+
+INLINE const char *block_of(enum tensor_type type, const char *panel, int k) {
+    struct pack_block block = pack_block(type);
+    return panel + (size_t)(k / block.n_k) * (size_t)(block.header + block.n_words * 4 * PANEL);
+}
+
+INLINE ivec load_words(const char *words, int word, int i) { /* vector i of the 4 of a word */
+    return *(const ivec_any *)(const void *)(words +
+                                             ((size_t)word * PANEL + (size_t)i * LANES) * 4);
+}
+
+/* Four k of 16 outputs as bytes: [k, k + 4) of a quantized type; k is a multiple of 4. */
+INLINE ivec load_quad(enum tensor_type type, const char *panel, int k, int i) {
+    struct pack_block form = pack_block(type);
+    const char *words = block_of(type, panel, k) + form.header;
+    int quad = k % form.n_k / 4;
+    if (type == TYPE_Q8_0)
+        return load_words(words, quad, i);
+    if (type == TYPE_Q4_0) /* 16 k in the low halves, then 16 in the high ones */
+        return load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
+    if (type == TYPE_Q4_K) /* 32 and 32 */
+        return load_words(words, quad / 16 * 8 + quad % 8, i) >> (quad / 8 % 2 * 4) & 0x0f0f0f0f;
+    /* Q6_K, 128 k: 64 in the low halves of 16 words and 64 in the high ones; then, for every 32 k,
+     * two bits more in each of 8 words */
+    int part = quad / 8 % 4;
+    ivec low = load_words(words, quad / 32 * 16 + quad % 16, i) >> (part / 2 * 4) & 0x0f0f0f0f;
+    ivec high = load_words(words, 32 + quad / 32 * 8 + quad % 8, i) >> (part * 2) & 0x03030303;
+    return low | high << 4;
+}
+
+struct scales { /* of 64 outputs, for one part of a block: weight = scale * number - least */
+    vec scale[4], least[4];
+};
+
+INLINE void load_scales(enum tensor_type type, const char *panel, int k, struct scales *scales) {
+    const char *block = block_of(type, panel, k);
+    int part = k % pack_block(type).n_k / pack_block(type).n_part;
+    for (int i = 0; i < 4 && pack_quantized(type); i++) {
+        const uint16_t *halves = (const uint16_t *)(const void *)block + i * LANES;
+        const char *bytes = block + part * PANEL + i * LANES;
+        scales->scale[i] = widen_f16(halves);
+        scales->least[i] = (vec){0};
+        if (type == TYPE_Q4_K) {
+            scales->scale[i] *= widen_int8(bytes + 4 * PANEL);
+            scales->least[i] = widen_f16(halves + PANEL) * widen_int8(bytes + 12 * PANEL);
+        } else if (type == TYPE_Q6_K) {
+            scales->scale[i] *= widen_int8(bytes + 2 * PANEL);
         }
     }
 }
 
-INLINE void load_scales(enum tensor_type type, const char *panel, int k, vec scale[4]) {
-    for (size_t i = 0; i < 4 && type == TYPE_Q8_0; i++)
-        scale[i] = widen_f16((const uint16_t *)(const void *)q8_block(panel, k) + i * LANES);
+/* 16 weights of k as f32, vector i of 4. `scales`: of k's part of a block. */
+INLINE vec load_weight(enum tensor_type type, const char *panel, int k, int i,
+                       const struct scales *scales) {
+    if (type == TYPE_F32)
+        return (vec)load_words(panel, k, i);
+    if (type == TYPE_BF16) {
+        ivec pair = load_words(panel, k / 2, i);
+        return (vec)(k & 1 ? pair & (int32_t)0xffff0000 : pair << 16);
+    }
+    if (type == TYPE_F16)
+        return widen_f16_words(load_words(panel, k / 2, i) >> (k % 2 * 16));
+    ivec bytes = load_quad(type, panel, k & ~3, i) >> (k % 4 * 8) & 0xff;
+    vec number = __builtin_convertvector(bytes - pack_block(type).offset, vec);
+    return type == TYPE_Q4_K ? number * scales->scale[i] - scales->least[i]
+                             : number * scales->scale[i];
 }
 
-INLINE int block_end(enum tensor_type type, int k, int end) { /* where the scale changes */
-    int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
-    return type == TYPE_Q8_0 && next < end ? next : end;
+INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales change */
+    int next = (k / pack_block(type).n_part + 1) * pack_block(type).n_part;
+    return pack_quantized(type) && next < end ? next : end;
 }
 #endif /* PACK_H */
 #ifdef PACK_IMPLEMENTATION
 #undef PACK_IMPLEMENTATION
 #include <stdlib.h>
 
-static size_t pack_panel_bytes(enum tensor_type type, int cols) {
-    size_t n_k = round_up((size_t)cols, 2);
-    switch (type) {
-    case TYPE_F32: return n_k * PANEL * 4;
-    case TYPE_F16:
-    case TYPE_BF16: return n_k * PANEL * 2;
-    case TYPE_Q8_0: return (size_t)cols / Q8_BLOCK * Q8_PANEL_BYTES;
+/* to[word][64] = from[row][word], for n_rows rows that lie `stride` bytes apart and have n_words
+ * words, the last of which ends where the row does, after `bytes`. */
+static void pack_words(const char *from, size_t stride, int n_rows, size_t bytes, char *to) {
+    for (size_t at = 0; at < bytes; at += 4 * LANES) {
+        size_t left = bytes - at < 4 * LANES ? bytes - at : 4 * LANES;
+        for (int first = 0; first < PANEL; first += LANES) {
+            vec rows[LANES] = {{0}};
+            for (int i = 0; i < LANES && first + i < n_rows; i++)
+                memcpy(&rows[i], from + (size_t)(first + i) * stride + at, left);
+            transpose(rows);
+            for (size_t i = 0; i < (left + 3) / 4; i++)
+                memcpy(to + ((at / 4 + i) * PANEL + (size_t)first) * 4, &rows[i], 4 * LANES);
+        }
     }
-    return 0;
 }
 
-static void pack_q8(const struct weight *weight, int first, int n, char *panel) {
-    size_t n_blocks = (size_t)weight->cols / Q8_BLOCK, bytes = 2 + Q8_BLOCK;
-    for (size_t block = 0; block < n_blocks; block++, panel += Q8_PANEL_BYTES) {
-        for (int row = 0; row < n; row++) {
-            const char *from = (const char *)weight->tensor->data +
-                               ((size_t)(first + row) * n_blocks + block) * bytes;
-            memcpy(panel + row * 2, from, 2);
-            for (int k = 0; k < Q8_BLOCK; k++)
-                panel[2 * PANEL + k * PANEL + row] = from[2 + k];
+/* The scales of one block of one row, which come before the words of a panel. `to`: its column. */
+static void pack_header(enum tensor_type type, const uint8_t *from, char *to, int row) {
+    uint8_t *bytes = (uint8_t *)to;
+    const uint8_t *d = from + (type == TYPE_Q6_K ? 208 : 0);
+    memcpy(bytes + row * 2, d, 2);
+    if (type == TYPE_Q6_K) {
+        for (int part = 0; part < 16; part++)
+            bytes[(2 + part) * PANEL + row] = from[192 + part];
+    } else if (type == TYPE_Q4_K) { /* 6 bits each: the last four have their top bits elsewhere */
+        memcpy(bytes + 2 * PANEL + row * 2, from + 2, 2);
+        const uint8_t *packed = from + 4;
+        for (int part = 0; part < 8; part++) {
+            int low = part % 4, scale = packed[low] & 63, least = packed[low + 4] & 63;
+            if (part >= 4) {
+                scale = (packed[low + 8] & 15) | packed[low] >> 6 << 4;
+                least = packed[low + 8] >> 4 | packed[low + 4] >> 6 << 4;
+            }
+            bytes[(4 + part) * PANEL + row] = (uint8_t)scale;
+            bytes[(12 + part) * PANEL + row] = (uint8_t)least;
         }
+    }
+}
+
+static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
+    struct pack_block form = pack_block(weight->type);
+    return (size_t)weight->cols * (size_t)form.bytes / (size_t)form.n_k;
+}
+
+static void pack_quantized_panel(const struct weight *weight, const char *from, int n_rows,
+                                 char *panel) {
+    struct pack_block form = pack_block(weight->type);
+    size_t payload = (size_t)form.n_words * 4, stride = pack_row_bytes(weight);
+    for (int k = 0; k < weight->cols; k += form.n_k, from += form.bytes) {
+        for (int row = 0; row < n_rows; row++)
+            pack_header(weight->type, (const uint8_t *)from + (size_t)row * stride, panel, row);
+        panel += form.header;
+        pack_words(from + form.payload, stride, n_rows, payload, panel);
+        for (size_t i = 0; i < payload * PANEL && weight->type == TYPE_Q8_0; i++)
+            panel[i] = (char)(panel[i] ^ 0x80);
+        panel += payload * PANEL;
     }
 }
 
 void pack_panel(const struct weight *weight, int index) {
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
     int first = index * PANEL, n = weight->n_rows - first < PANEL ? weight->n_rows - first : PANEL;
-    size_t cols = (size_t)weight->cols;
-    if (n < PANEL || (cols & 1))
-        memset(panel, 0, weight->panel_bytes);
-    if (weight->type == TYPE_Q8_0) {
-        pack_q8(weight, first, n, panel);
-        return;
-    }
-    size_t pair = weight->type == TYPE_BF16 ? 2 : 1;
-    for (size_t start = 0; start < cols; start += 32) { /* so the panel's lines stay in L1 */
-        size_t end = start + 32 < cols ? start + 32 : cols;
-        for (size_t row = 0; row < (size_t)n; row++) {
-            size_t from = ((size_t)first + row) * cols;
-            for (size_t k = start; k < end; k++) {
-                size_t to = (k / pair * PANEL + row) * pair + k % pair;
-                if (weight->type == TYPE_F32) {
-                    ((float *)(void *)panel)[to] = ((const float *)weight->tensor->data)[from + k];
-                } else {
-                    ((uint16_t *)(void *)panel)[to] =
-                        ((const uint16_t *)weight->tensor->data)[from + k];
-                }
-            }
-        }
+    size_t stride = pack_row_bytes(weight);
+    const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
+    if (pack_quantized(weight->type)) {
+        if (n < PANEL)
+            memset(panel, 0, weight->panel_bytes);
+        pack_quantized_panel(weight, from, n, panel);
+    } else {
+        if (weight->cols & 1) /* the next k is read, though as 0 */
+            memset(panel + weight->panel_bytes - 4 * PANEL, 0, 4 * PANEL);
+        pack_words(from, stride, n, stride, panel);
     }
 }
 
@@ -173,8 +260,11 @@ struct weight *pack_open(const struct tensor *tensor) {
     *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
     weight->n_rows = (int)tensor->rows;
     weight->n_cols = weight->cols = (int)tensor->cols;
-    if (weight->n_rows > 1 || tensor->type == TYPE_Q8_0) {
-        weight->panel_bytes = pack_panel_bytes(tensor->type, weight->cols);
+    struct pack_block form = pack_block(tensor->type);
+    if (weight->n_rows > 1 || pack_quantized(tensor->type)) {
+        size_t n_k = round_up((size_t)weight->cols, 2); /* kernels take two k at a time */
+        weight->panel_bytes =
+            n_k / (size_t)form.n_k * (size_t)(form.header + form.n_words * 4 * PANEL);
     } else if (!pack_vector(weight)) {
         free(weight);
         return NULL;
@@ -214,11 +304,13 @@ void pack_close(struct weight *weight) {
 
 void pack_read_row(const struct weight *weight, int row, float *out) {
     const char *panel = weight->panels + (size_t)(row / PANEL) * weight->panel_bytes;
-    for (int k = 0; k < weight->cols; k++) {
-        vec scale[4], weights[4];
-        load_scales(weight->type, panel, k, scale);
-        load_weights(weight->type, panel, k, scale, weights);
-        out[k] = weights[row % PANEL / LANES][row % LANES];
+    int i = row % PANEL / LANES, lane = row % LANES;
+    for (int k = 0; k < weight->cols;) {
+        int end = part_end(weight->type, k, weight->cols);
+        struct scales scales;
+        load_scales(weight->type, panel, k, &scales);
+        for (; k < end; k++)
+            out[k] = load_weight(weight->type, panel, k, i, &scales)[lane];
     }
 }
 #endif /* PACK_IMPLEMENTATION */

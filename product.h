@@ -11,12 +11,13 @@
  * their number or on slabs. It knows nothing of threads: a call computes a tile on its own. */
 #ifndef PRODUCT_H
 #define PRODUCT_H
+#include "dot.h"
 #include "pack.h"
 
 enum {
     TILE_ROWS = 6,    /* rows that one call of the kernel computes at most */
     DIRECT_ROWS = 12, /* up to so many rows read a panel in its stored type */
-    SLAB = 256,       /* k of a panel that are kept as f32 in L2 while many rows use them */
+    SLAB = 256,       /* k of a panel that stay in L2 while many rows use them */
     ROW_CHUNK = 96    /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
 };
 
@@ -24,9 +25,10 @@ enum {
 struct tile {
     const char *panel;
     int begin, end;     /* k of the panel; begin is even */
-    const float *input; /* (rows, stride), the first column is k = begin */
-    size_t stride;
-    float *out; /* (rows, PANEL) */
+    enum row_form form; /* of the rows: dot_form of the panel's type, or FORM_F32 */
+    const char *input;  /* (rows) the first column is k = begin */
+    size_t stride;      /* bytes from row to row */
+    float *out;         /* (rows, PANEL) */
     bool add;
 };
 
@@ -34,14 +36,19 @@ struct tile {
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
 /* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
-/* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. Segments
- * end at multiples of `unit`; spare: a tile for each level of the tree. */
+/* Where segment `index` of the K_SEGMENTS of cols begins; they end at multiples of `unit`. */
+int segment_begin(int cols, int unit, int index);
+/* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. The input
+ * has them one behind the other, each converted on its own. spare: a tile for each level. */
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
                      int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]);
 void silu_multiply(float *gate, const float *up, int count); /* gate = silu(gate) * up */
 #endif                                                       /* PRODUCT_H */
 #ifdef PRODUCT_IMPLEMENTATION
 #undef PRODUCT_IMPLEMENTATION
+#define DOT_IMPLEMENTATION
+#include "dot.h"
+
 /* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
  * constants where it is inlined; each sum is one chain over k, whatever they are. */
 INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
@@ -50,16 +57,17 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < 4; i++)
             sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
-    const float *input = tile->input;
-    const char *panel = tile->panel;
-    size_t stride = tile->stride;
+    const float *input = (const float *)(const void *)tile->input;
+    size_t stride = tile->stride / sizeof(float);
     for (int k = tile->begin; k < tile->end;) {
-        int end = block_end(type, k, tile->end);
-        vec scale[4], weights[4];
-        load_scales(type, panel, k, scale);
+        int end = part_end(type, k, tile->end);
+        struct scales scales;
+        load_scales(type, tile->panel, k, &scales);
         for (; k < end; k += 2, input += 2) {
             for (int odd = 0; odd < 2; odd++) {
-                load_weights(type, panel, k + odd, scale, weights);
+                vec weights[4];
+                for (int i = 0; i < 4; i++)
+                    weights[i] = load_weight(type, tile->panel, k + odd, i, &scales);
                 for (int row = 0; row < n_rows; row++) {
                     float factor = input[(size_t)row * stride + (size_t)odd];
                     for (int i = 0; i < 4; i++)
@@ -92,15 +100,29 @@ TILE_KERNELS(F32)
 TILE_KERNELS(F16)
 TILE_KERNELS(BF16)
 TILE_KERNELS(Q8_0)
+TILE_KERNELS(Q4_0)
+TILE_KERNELS(Q4_K)
+TILE_KERNELS(Q6_K)
+
+static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (type) {
+    case TYPE_F32: tile_F32[n_rows - 1](tile); return;
+    case TYPE_F16: tile_F16[n_rows - 1](tile); return;
+    case TYPE_BF16: tile_BF16[n_rows - 1](tile); return;
+    case TYPE_Q8_0: tile_Q8_0[n_rows - 1](tile); return;
+    case TYPE_Q4_0: tile_Q4_0[n_rows - 1](tile); return;
+    case TYPE_Q4_K: tile_Q4_K[n_rows - 1](tile); return;
+    case TYPE_Q6_K: tile_Q6_K[n_rows - 1](tile); return;
+    }
+}
 
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
-    void (*const *kernels)(const struct tile *) = type == TYPE_F32    ? tile_F32
-                                                  : type == TYPE_F16  ? tile_F16
-                                                  : type == TYPE_BF16 ? tile_BF16
-                                                                      : tile_Q8_0;
     for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
         int n = divide_up(n_rows, groups);
-        kernels[n - 1](&tile);
+        if (tile.form == FORM_F32)
+            plain_tile(type, n, &tile);
+        else
+            dot_tile(type, n, &tile);
         tile.input += (size_t)n * tile.stride;
         tile.out += n * PANEL;
         n_rows -= n;
@@ -109,28 +131,29 @@ void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
 
 INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
     for (int k = begin; k < end;) {
-        int stop = block_end(type, k, end);
-        vec scale[4], weights[4];
-        load_scales(type, panel, k, scale);
-        for (; k < stop; k++, slab += PANEL) {
-            load_weights(type, panel, k, scale, weights);
+        int stop = part_end(type, k, end);
+        struct scales scales;
+        load_scales(type, panel, k, &scales);
+        for (; k < stop; k++, slab += PANEL)
             for (int i = 0; i < 4; i++)
-                store(slab + i * LANES, weights[i]);
-        }
+                store(slab + i * LANES, load_weight(type, panel, k, i, &scales));
     }
 }
 
 static void widen(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
-    if (type == TYPE_BF16)
-        widen_as(TYPE_BF16, panel, begin, end, slab);
-    else if (type == TYPE_F16)
-        widen_as(TYPE_F16, panel, begin, end, slab);
-    else
-        widen_as(TYPE_Q8_0, panel, begin, end, slab);
+    switch (type) {
+    case TYPE_F32: return; /* needs it not */
+    case TYPE_F16: widen_as(TYPE_F16, panel, begin, end, slab); return;
+    case TYPE_BF16: widen_as(TYPE_BF16, panel, begin, end, slab); return;
+    case TYPE_Q8_0: widen_as(TYPE_Q8_0, panel, begin, end, slab); return;
+    case TYPE_Q4_0: widen_as(TYPE_Q4_0, panel, begin, end, slab); return;
+    case TYPE_Q4_K: widen_as(TYPE_Q4_K, panel, begin, end, slab); return;
+    case TYPE_Q6_K: widen_as(TYPE_Q6_K, panel, begin, end, slab); return;
+    }
 }
 
-/* Many rows first turn a slab of the panel into f32, and keep their sums in `out` from slab to
- * slab: the same bits. */
+/* Many rows keep their sums in `out` from slab to slab of the panel, which the plain kernel first
+ * turns into f32: the same bits. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
     int begin = tile.begin, end = tile.end;
     const char *panel = tile.panel;
@@ -140,41 +163,50 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
         tile_rows(type, tile, n_rows);
         return;
     }
-    for (int k = begin; k < end; k += SLAB) {
+    for (int k = begin; k < end;) {
+        int next = (k / SLAB + 1) * SLAB < end ? (k / SLAB + 1) * SLAB : end;
         tile.begin = k;
-        tile.end = k + SLAB < end ? k + SLAB : end;
+        tile.end = next;
         tile.add = k > begin;
-        if (type == TYPE_F32 || n_rows <= DIRECT_ROWS) {
+        if (type == TYPE_F32 || tile.form != FORM_F32 || n_rows <= DIRECT_ROWS) {
             tile_rows(type, tile, n_rows);
         } else {
-            widen(type, panel, tile.begin, tile.end + (tile.end & 1), slab);
+            widen(type, panel, k, next + (next & 1), slab);
             tile.panel = (const char *)slab;
-            tile.end -= tile.begin;
+            tile.end = next - k;
             tile.begin = 0;
             tile_rows(TYPE_F32, tile, n_rows);
         }
-        tile.input += SLAB;
+        tile.panel = panel;
+        tile.input += dot_form_bytes(tile.form, k, next);
+        k = next;
     }
+}
+
+int segment_begin(int cols, int unit, int index) {
+    int64_t n_units = divide_up(cols, unit);
+    int begin = (int)(index * n_units / K_SEGMENTS) * unit;
+    return begin < cols ? begin : cols;
 }
 
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
                      int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]) {
-    if (count > 1) {
-        int half = count / 2;
-        segment_product(matrix, unit, first, half, tile, n_rows, slab, spare);
-        float *sum = tile.out;
-        tile.out = *spare;
-        segment_product(matrix, unit, first + half, half, tile, n_rows, slab, spare + 1);
-        for (int i = 0; i < n_rows * PANEL; i += LANES)
-            store(sum + i, load(sum + i) + load(tile.out + i));
+    if (count == 1) {
+        tile.begin = segment_begin(matrix->cols, unit, first);
+        tile.end = segment_begin(matrix->cols, unit, first + 1);
+        panel_product(matrix->type, tile, n_rows, slab);
         return;
     }
-    int64_t n_units = divide_up(matrix->cols, unit);
-    tile.begin = (int)(first * n_units / K_SEGMENTS) * unit;
-    tile.end = (int)((first + 1) * n_units / K_SEGMENTS) * unit;
-    tile.end = tile.end < matrix->cols ? tile.end : matrix->cols;
-    tile.input += tile.begin - matrix->first_col;
-    panel_product(matrix->type, tile, n_rows, slab);
+    int half = count / 2;
+    segment_product(matrix, unit, first, half, tile, n_rows, slab, spare);
+    for (int i = first; i < first + half; i++)
+        tile.input += dot_form_bytes(tile.form, segment_begin(matrix->cols, unit, i),
+                                     segment_begin(matrix->cols, unit, i + 1));
+    float *sum = tile.out;
+    tile.out = *spare;
+    segment_product(matrix, unit, first + half, half, tile, n_rows, slab, spare + 1);
+    for (int i = 0; i < n_rows * PANEL; i += LANES)
+        store(sum + i, load(sum + i) + load(tile.out + i));
 }
 
 void silu_multiply(float *gate, const float *up, int count) {

@@ -115,6 +115,11 @@ INLINE vec widen_f16(const uint16_t *from) {
 #endif
 }
 
+INLINE vec widen_f16_words(ivec words) { /* the low half of each */
+    half_vec halves = __builtin_convertvector(words, half_vec);
+    return widen_f16((const uint16_t *)&halves);
+}
+
 INLINE vec widen_int8(const char *from) {
 #ifdef __AVX512F__
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));

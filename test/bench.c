@@ -193,7 +193,7 @@ static void open_bench(struct bench *bench, enum tensor_type type) {
                                        .norm_epsilon = 1e-5f}};
     for (int i = 0; i < HEAD_DIM / 2; i++)
         bench->frequency[i] = (float)pow(10000.0, -2.0 * i / HEAD_DIM);
-    struct backend_options options = {N_THREADS, 0};
+    struct backend_options options = {.n_threads = N_THREADS};
     bench->backend = cpu_backend_open(&options, error);
     struct device wanted = {.config = &bench->config,
                             .rope_frequency = bench->frequency,

@@ -46,20 +46,31 @@ static struct tensor *make_tensor(struct random *random, enum tensor_type type, 
     struct tensor *tensor = calloc(1, sizeof *tensor);
     *tensor = (struct tensor){.name = {"t", 1}, .type = type, .rows = rows, .cols = cols};
     size_t n = (size_t)rows * (size_t)cols;
-    tensor->bytes = type == TYPE_Q8_0 ? n / 32 * 34 : n * (type == TYPE_F32 ? 4 : 2);
+    struct pack_block form = pack_block(type);
+    tensor->bytes = n / (size_t)form.n_k * (size_t)form.bytes + (n % (size_t)form.n_k) * 2;
     char *data = malloc(tensor->bytes);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n && !pack_quantized(type); i++) {
         float value = center + scale * normal(random);
         uint16_t bits = type == TYPE_F16 ? to_f16(value) : to_bf16(value);
-        if (type == TYPE_F32) {
+        if (type == TYPE_F32)
             memcpy(data + 4 * i, &value, 4);
-        } else if (type != TYPE_Q8_0) {
+        else
             memcpy(data + 2 * i, &bits, 2);
-        } else {
-            data[i / 32 * 34 + 2 + i % 32] = (char)(int8_t)(below(random, 255) - 127);
-            bits = to_f16(scale / 70.0f * (1.0f + 0.3f * normal(random)));
-            memcpy(data + i / 32 * 34, &bits, 2);
-        }
+    }
+    for (size_t at = 0; at < tensor->bytes && pack_quantized(type); at += (size_t)form.bytes) {
+        /* where the f16 scales lie, and how large a number they multiply usually */
+        size_t first = type == TYPE_Q6_K ? 208 : 0;
+        float usual = type == TYPE_Q8_0   ? 70
+                      : type == TYPE_Q4_0 ? 5
+                      : type == TYPE_Q4_K ? 250
+                                          : 1000;
+        for (int i = 0; i < form.bytes; i++)
+            data[at + (size_t)i] = (char)below(random, 256);
+        uint16_t bits = to_f16(scale / usual * (1.0f + 0.3f * normal(random)));
+        memcpy(data + at + first, &bits, 2);
+        bits = to_f16(scale / 35 * (1.0f + 0.3f * normal(random)));
+        if (type == TYPE_Q4_K)
+            memcpy(data + at + 2, &bits, 2);
     }
     tensor->data = data;
     return tensor;
@@ -79,6 +90,31 @@ static double from_f16(uint16_t half) {
     return half & 0x8000 ? -value : value;
 }
 
+/* The formats as ggml's documentation of them says, element by element. */
+static double element_q4_k(const char *block, int k) {
+    const uint8_t *bytes = (const uint8_t *)block, *packed = bytes + 4;
+    uint16_t d, m;
+    memcpy(&d, bytes, 2);
+    memcpy(&m, bytes + 2, 2);
+    int j = k / 32, scale = packed[j] & 63, least = packed[j + 4] & 63;
+    if (j >= 4) {
+        scale = (packed[j + 4] & 0xf) | (packed[j - 4] >> 6) << 4;
+        least = packed[j + 4] >> 4 | (packed[j] >> 6) << 4;
+    }
+    int bits = bytes[16 + k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4) & 15;
+    return from_f16(d) * scale * bits - from_f16(m) * least;
+}
+
+static double element_q6_k(const char *block, int k) {
+    const uint8_t *bytes = (const uint8_t *)block;
+    uint16_t d;
+    memcpy(&d, bytes + 208, 2);
+    int half = k / 128, quarter = k % 128 / 32, l = k % 32;
+    int low = bytes[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4) & 15;
+    int high = bytes[128 + half * 32 + l] >> (quarter * 2) & 3;
+    return from_f16(d) * (int8_t)bytes[192 + k / 16] * ((low | high << 4) - 32);
+}
+
 static double element(const struct tensor *tensor, int row, int col) {
     size_t i = (size_t)row * (size_t)tensor->cols + (size_t)col;
     const char *data = tensor->data;
@@ -96,6 +132,12 @@ static double element(const struct tensor *tensor, int row, int col) {
     case TYPE_Q8_0:
         memcpy(&half, data + i / 32 * 34, 2);
         return from_f16(half) * (double)(int8_t)data[i / 32 * 34 + 2 + i % 32];
+    case TYPE_Q4_0:
+        memcpy(&half, data + i / 32 * 18, 2);
+        return from_f16(half) *
+               ((((uint8_t)data[i / 32 * 18 + 2 + i % 16]) >> (i % 32 / 16 * 4) & 15) - 8);
+    case TYPE_Q4_K: return element_q4_k(data + i / 256 * 144, (int)(i % 256));
+    case TYPE_Q6_K: return element_q6_k(data + i / 256 * 210, (int)(i % 256));
     }
     return NAN;
 }
@@ -135,7 +177,8 @@ static struct model_under_test *make_model(struct random *random, enum tensor_ty
     static const int dims[] = {8, 16, 48, 64, 80, 128}, groups[] = {1, 4, 7};
     struct model_under_test *model = calloc(1, sizeof *model);
     struct model_config *config = &model->config;
-    bool blocks = type == TYPE_Q8_0; /* its columns come in blocks of 32 */
+    bool blocks = pack_quantized(type); /* their columns come in blocks of 32 or 256 */
+    bool large = pack_block(type).n_k == 256;
     model->group = groups[below(random, 3)];
     config->head_dim = dims[below(random, 6)];
     config->n_kv_heads = 4;
@@ -143,8 +186,12 @@ static struct model_under_test *make_model(struct random *random, enum tensor_ty
     if (blocks && config->head_dim < 16)
         config->head_dim = 16;
     config->n_layers = 2;
-    config->d_model = blocks ? 96 : 60 + below(random, 60);
-    config->d_ff = blocks ? 352 : 8 * (20 + below(random, 30));
+    if (large) /* 4 or 16 heads of 64: blocks of 256 columns */
+        config->n_heads = 4 * (model->group = 1 + below(random, 2) * 3);
+    if (large)
+        config->head_dim = 64;
+    config->d_model = large ? 256 : blocks ? 96 : 60 + below(random, 60);
+    config->d_ff = large ? 512 : blocks ? 352 : 8 * (20 + below(random, 30));
     config->vocab_size = 397;
     config->rope_dim = config->head_dim;
     config->rope_adjacent = draw(random) & 1;
@@ -328,6 +375,8 @@ static void shuffled(struct random *random, int *slots, int n) {
 
 /* ---- each op against float64 ---- */
 
+static bool plain; /* the backends that are opened; fast paths round the rows of a product */
+
 struct worst {
     double error;
     int row, col;
@@ -358,10 +407,15 @@ static void reference_norm(const float *x, const struct tensor *weight, int n, d
         out[i] = (double)x[i] / sqrt(squares / n + 1e-5) * (weight ? element(weight, 0, i) : 1.0);
 }
 
-static double dot(const struct tensor *matrix, int row, const double *input) {
-    double sum = 0.0;
-    for (int i = 0; i < (int)matrix->cols; i++)
-        sum += element(matrix, row, i) * input[i];
+/* size: the sum's error is compared with it, 1 + the root of the sum of squares */
+static double dot(const struct tensor *matrix, int row, const double *input, double *size) {
+    double sum = 0.0, squares = 0.0;
+    for (int i = 0; i < (int)matrix->cols; i++) {
+        double product = element(matrix, row, i) * input[i];
+        sum += product;
+        squares += product * product;
+    }
+    *size = 1.0 + sqrt(squares);
     return sum;
 }
 
@@ -370,10 +424,11 @@ static void check_matrix(struct check *check, const char *what, const struct ten
                          int row) {
     struct worst worst = {0};
     for (int i = 0; i < (int)matrix->rows; i++) {
-        double expected = dot(matrix, i, input) + (bias ? element(bias, 0, i) : 0.0);
-        compare(&worst, row, i, (double)got[i], expected, 1.0 + fabs(expected));
+        double size, expected = dot(matrix, i, input, &size);
+        expected += bias ? element(bias, 0, i) : 0.0;
+        compare(&worst, row, i, (double)got[i], expected, size);
     }
-    CHECK_WORST(worst, 2e-5, what);
+    CHECK_WORST(worst, plain ? 2e-5 : 6e-2, what);
 }
 
 static void check_norm_qkv(struct check *check, struct cpu_device *device,
@@ -420,7 +475,8 @@ static double kv_at(const struct cpu_device *device, int slot, int layer, int va
     const struct model_config *config = device->device.config;
     size_t at = (size_t)slot * (size_t)config->n_layers + (size_t)layer;
     at = (at * 2 + (size_t)value) * (size_t)config->n_kv_heads + (size_t)head;
-    at = (at * BLOCK_TOKENS + (size_t)token) * (size_t)config->head_dim + (size_t)i;
+    at = at * BLOCK_TOKENS * (size_t)config->head_dim; /* keys (dim, 16), values (16, dim) */
+    at += (size_t)(value ? token * config->head_dim + i : i * BLOCK_TOKENS + token);
     if (device->device.kv_type == KV_F32)
         return (double)((const float *)device->device.kv)[at];
     uint32_t bits = (uint32_t)((const uint16_t *)device->device.kv)[at] << 16;
@@ -534,11 +590,11 @@ static void check_project(struct check *check, struct cpu_device *device,
         }
         for (int i = 0; i < (int)tensor->rows; i++) {
             size_t at = row * stride + (size_t)i;
-            double expected = (double)before_add[at] + dot(tensor, i, input);
-            compare(&worst, (int)row, i, (double)device->x[at], expected, 1 + fabs(expected));
+            double size, expected = dot(tensor, i, input, &size) + (double)before_add[at];
+            compare(&worst, (int)row, i, (double)device->x[at], expected, size);
         }
     }
-    CHECK_WORST(worst, 2e-5, attends ? "attn_output" : "ffn_down");
+    CHECK_WORST(worst, plain ? 2e-5 : 6e-2, attends ? "attn_output" : "ffn_down");
     free(before_add);
 }
 
@@ -553,13 +609,13 @@ static void check_gate_up(struct check *check, struct cpu_device *device,
         double input[1024];
         reference_norm(device->x + row * device->x_stride, layer->ffn_norm, config->d_model, input);
         for (int i = 0; i < config->d_ff; i++) {
-            double gate = dot(layer->ffn_gate, i, input);
-            double expected = gate / (1 + exp(-gate)) * dot(layer->ffn_up, i, input);
+            double gate_size, up_size, gate = dot(layer->ffn_gate, i, input, &gate_size);
+            double expected = gate / (1 + exp(-gate)) * dot(layer->ffn_up, i, input, &up_size);
             compare(&worst, (int)row, i, (double)device->ffn[row * device->ffn_stride + (size_t)i],
-                    expected, 1 + fabs(expected));
+                    expected, gate_size * up_size);
         }
     }
-    CHECK_WORST(worst, 4e-5, "gate_up");
+    CHECK_WORST(worst, plain ? 4e-5 : 1e-1, "gate_up");
 }
 
 static void check_logits(struct check *check, struct cpu_device *device,
@@ -607,7 +663,7 @@ static void check_step(struct check *check, struct worker *worker,
 
 static struct backend *open_backend(int n_threads, uint64_t seed) {
     char error[GGUF_ERROR_LENGTH];
-    struct backend_options options = {n_threads, seed};
+    struct backend_options options = {n_threads, seed, plain};
     return cpu_backend_open(&options, error);
 }
 
@@ -639,24 +695,120 @@ static void check_ops(struct check *check, enum tensor_type type, enum kv_type k
     free_model(model);
 }
 
+static void check_type(struct check *check, enum tensor_type type, uint64_t seed, int n) {
+    for (int i = 0; i < 2 * n; i++) {
+        plain = i < n;
+        check_ops(check, type, i % 2 ? KV_F32 : KV_BF16, seed + (uint64_t)(i % n));
+    }
+    plain = false;
+}
+
 static void ops_f32(struct check *check) {
-    for (uint64_t seed = 1; seed < 6; seed++)
-        check_ops(check, TYPE_F32, seed % 2 ? KV_F32 : KV_BF16, seed);
+    check_type(check, TYPE_F32, 1, 5);
 }
 
 static void ops_f16(struct check *check) {
-    check_ops(check, TYPE_F16, KV_F32, 11);
-    check_ops(check, TYPE_F16, KV_BF16, 12);
+    check_type(check, TYPE_F16, 11, 2);
 }
 
 static void ops_bf16(struct check *check) {
-    for (uint64_t seed = 21; seed < 25; seed++)
-        check_ops(check, TYPE_BF16, seed % 2 ? KV_F32 : KV_BF16, seed);
+    check_type(check, TYPE_BF16, 21, 4);
 }
 
 static void ops_q8_0(struct check *check) {
-    for (uint64_t seed = 31; seed < 34; seed++)
-        check_ops(check, TYPE_Q8_0, seed % 2 ? KV_F32 : KV_BF16, seed);
+    check_type(check, TYPE_Q8_0, 31, 3);
+}
+
+static void ops_q4_0(struct check *check) {
+    check_type(check, TYPE_Q4_0, 34, 3);
+}
+
+static void ops_q4_k(struct check *check) {
+    check_type(check, TYPE_Q4_K, 37, 2);
+}
+
+static void ops_q6_k(struct check *check) {
+    check_type(check, TYPE_Q6_K, 39, 2);
+}
+
+/* ---- fast paths: exactly the products of what the rows are rounded to ---- */
+
+static double rounded(enum row_form form, const char *row, int begin, int k) {
+    if (form == FORM_BF16) {
+        uint32_t bits = (uint32_t)((const uint16_t *)(const void *)row)[k - begin] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return (double)value;
+    }
+    const struct q8_block *block = (const struct q8_block *)(const void *)row;
+    block += k / Q8_BLOCK - begin / Q8_BLOCK;
+    return (double)block->scale * block->q[k % Q8_BLOCK];
+}
+
+static void check_dot(struct check *check, struct random *random, const struct weight *weight,
+                      int n_rows) {
+    enum row_form form = dot_form(weight->type, false);
+    int cols = weight->cols, begin = below(random, cols / 2 - 40) * 2;
+    int end = begin + 2 + below(random, (cols - begin) / 2) * 2;
+    char *rows = calloc(6, 16384);
+    float *from = malloc(6 * 2048 * sizeof *from), out[6 * PANEL];
+    double most = form == FORM_BF16 ? 0x1p-8 : 1.0 / 253;
+    for (int row = 0; row < n_rows; row++) {
+        double largest = 0.0;
+        for (int k = begin; k < end; k++) {
+            from[k] = normal(random) * (k / 32 % 3 ? 1.0f : 30.0f);
+            largest = fabs((double)from[k]) > largest ? fabs((double)from[k]) : largest;
+        }
+        dot_convert(form, from + begin, begin, end, rows + row * 16384);
+        for (int k = begin; k < end; k++) {
+            double error = fabs((double)from[k] - rounded(form, rows + row * 16384, begin, k));
+            CHECK(error <= largest * most, "element %d: %g", k, error);
+        }
+    }
+    struct tile tile = {.panel = weight->panels,
+                        .begin = begin,
+                        .end = end,
+                        .form = form,
+                        .input = rows,
+                        .stride = 16384,
+                        .out = out};
+    tile_rows(weight->type, tile, n_rows);
+    for (int row = 0; row < n_rows; row++) {
+        for (int i = 0; i < weight->n_rows; i++) {
+            double sum = 0.0, size = 1e-3;
+            for (int k = begin; k < end; k++) {
+                double product =
+                    element(weight->tensor, i, k) * rounded(form, rows + row * 16384, begin, k);
+                sum += product;
+                size += fabs(product);
+            }
+            double error = fabs((double)out[row * PANEL + i] - sum) / size;
+            CHECK(error < 3e-6, "type %d, %d rows, k %d to %d: error %g at %d, %d",
+                  (int)weight->type, n_rows, begin, end, error, row, i);
+        }
+    }
+    free(from);
+    free(rows);
+}
+
+static void fast_paths(struct check *check) {
+    static const enum tensor_type types[] = {TYPE_BF16, TYPE_Q8_0, TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K};
+    struct random random = {77};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        CHECK(dot_form(types[i], true) == FORM_F32, "plain is plain");
+        if (dot_form(types[i], false) == FORM_F32)
+            continue; /* this processor has none; the plain kernels are tested above */
+        struct tensor *tensor = make_tensor(&random, types[i], 50, 512, 0.1f, 0);
+        struct weight *weight = pack_open(tensor);
+        weight->panels = aligned_alloc(64, pack_bytes(weight));
+        pack_panel(weight, 0);
+        for (int n_rows = 1; n_rows <= 6; n_rows++)
+            for (int repeat = 0; repeat < 5; repeat++)
+                check_dot(check, &random, weight, n_rows);
+        free(weight->panels);
+        pack_close(weight);
+        free_tensor(tensor);
+    }
 }
 
 /* ---- the same bits, however the work is cut ---- */
@@ -715,13 +867,15 @@ static void check_bits(struct check *check, enum tensor_type type, enum kv_type 
 }
 
 static void same_bits(struct check *check) {
-    check_bits(check, TYPE_F32, KV_F32, 41);
-    check_bits(check, TYPE_F32, KV_BF16, 42);
-    check_bits(check, TYPE_BF16, KV_F32, 43);
-    check_bits(check, TYPE_BF16, KV_BF16, 44);
-    check_bits(check, TYPE_F16, KV_F32, 45);
-    check_bits(check, TYPE_Q8_0, KV_F32, 46);
-    check_bits(check, TYPE_Q8_0, KV_F32, 47);
+    static const enum tensor_type types[] = {TYPE_F32,  TYPE_BF16, TYPE_F16, TYPE_Q8_0,
+                                             TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        check_bits(check, types[i], KV_F32, 41 + 2 * i);
+        check_bits(check, types[i], KV_BF16, 42 + 2 * i);
+        plain = true;
+        check_bits(check, types[i], i % 2 ? KV_F32 : KV_BF16, 60 + i);
+        plain = false;
+    }
 }
 
 /* ---- sampling ---- */
@@ -1046,6 +1200,10 @@ int main(int argc, char **argv) {
         {"ops_f16", ops_f16},
         {"ops_bf16", ops_bf16},
         {"ops_q8_0", ops_q8_0},
+        {"ops_q4_0", ops_q4_0},
+        {"ops_q4_k", ops_q4_k},
+        {"ops_q6_k", ops_q6_k},
+        {"fast_paths", fast_paths},
         {"same_bits", same_bits},
         {"philox_vectors", philox_vectors},
         {"sampler_definition", sampler_definition},
