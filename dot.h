@@ -61,18 +61,19 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
         ivec whole = __builtin_convertvector(rounded - 12582912.0f, ivec);
         byte_vec bytes = __builtin_convertvector(whole, byte_vec);
         memcpy(to->q + i * LANES, &bytes, sizeof bytes);
-        to->sum[i] = 0;
-        for (int lane = 0; lane < LANES; lane++)
-            to->sum[i] += whole[lane];
+        to->sum[i] = (int32_t)sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
     }
     to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
 }
 
 void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
     if (form == FORM_BF16) {
-        uint16_t *halves = (uint16_t *)(void *)to;
-        for (int k = begin; k < end; k++)
-            halves[k - begin] = to_bf16(from[k - begin]);
+        for (int k = 0; k < end - begin; k += LANES) {
+            ivec bits = (ivec)load_part(from + k, end - begin - k);
+            half_vec halves = narrow_bf16(bits);
+            int n = end - begin - k < LANES ? end - begin - k : LANES;
+            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)n);
+        }
         return;
     }
     struct q8_block *block = (struct q8_block *)(void *)to;

@@ -42,6 +42,7 @@
 #include "sampler.h"
 
 enum {
+    TILES_A_THREAD = 8,   /* so that all end at about the same time */
     NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
     MAX_ACTIVATIONS = 20, /* arrays of a device */
@@ -567,22 +568,14 @@ static void cpu_norm_logits(struct device *base, const struct weights *weights) 
 
 struct attention_job {
     const struct cpu_device *device;
-    int layer;
+    int layer, heads, n_head_groups; /* heads: that a tile takes */
 };
 
 /* Queries of one sequence and one KV head: (row, head of the group), flattened. */
-static void attention_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct attention_job *job = argument;
+static void attend(const struct attention_job *job, const struct sequence *sequence, int first,
+                   int head, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
-    const struct batch *batch = device->batch;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    int head = index % device->n_kv_heads, which = 0;
-    index =
-        device->first_tile[batch->n_sequences] - 1 - index / device->n_kv_heads; /* long first */
-    while (index >= device->first_tile[which + 1])
-        which++;
-    const struct sequence *sequence = &batch->sequence[which];
-    int first = (index - device->first_tile[which]) * QUERIES;
     int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
     int position[QUERIES] = {0};
     size_t at[QUERIES];
@@ -592,22 +585,40 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
         position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         for (int j = 0; j < dim; j++)
-            scratch->attention.query[i * ATTENTION_STRIDE + j] =
-                device->q[at[i] + (size_t)j] * scale;
+            scratch->query[i * ATTENTION_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
     }
     struct kv_view view = kv_view(device, sequence, job->layer, head);
-    attention_rows(&view, n, position, &scratch->attention);
+    attention_rows(&view, n, position, scratch);
     for (int i = 0; i < n; i++)
-        memcpy(device->attention + at[i], scratch->attention.output + i * ATTENTION_STRIDE,
+        memcpy(device->attention + at[i], scratch->output + i * ATTENTION_STRIDE,
                sizeof(float) * (size_t)dim);
+}
+
+/* A thread takes neighbouring heads: their keys are neighbours in a block, and being read ahead. */
+static void attention_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct attention_job *job = argument;
+    const struct cpu_device *device = job->device;
+    const struct batch *batch = device->batch;
+    int which = 0, head = index % job->n_head_groups * job->heads;
+    int last = head + job->heads < device->n_kv_heads ? head + job->heads : device->n_kv_heads;
+    index =
+        device->first_tile[batch->n_sequences] - 1 - index / job->n_head_groups; /* long first */
+    while (index >= device->first_tile[which + 1])
+        which++;
+    int first = (index - device->first_tile[which]) * QUERIES;
+    for (; head < last; head++)
+        attend(job, &batch->sequence[which], first, head, &scratch->attention);
 }
 
 static void cpu_attention(struct device *base, int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct attention_job job = {device, layer_index};
-    int n_tiles = device->first_tile[device->batch->n_sequences] * device->n_kv_heads;
+    int n_tiles = device->first_tile[device->batch->n_sequences], n_heads = device->n_kv_heads;
+    int enough = TILES_A_THREAD * device->cpu->pool.n_threads;
+    int heads = n_tiles * n_heads / enough < n_heads ? n_tiles * n_heads / enough : n_heads;
+    struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
+    job.n_head_groups = divide_up(n_heads, job.heads);
     if (n_tiles > 0)
-        parallel_for(device, n_tiles, attention_tile, &job);
+        parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
 }
 
 /* ---- sampling ---- */

@@ -137,6 +137,12 @@ INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+INLINE half_vec narrow_bf16(ivec bits) { /* the same of 16 numbers; NaN stays one */
+    ivec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), half_vec);
+}
+
 INLINE void interleave(const vec from[LANES], vec to[LANES]) { /* row i with row i + 8 */
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {

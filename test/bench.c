@@ -1,26 +1,33 @@
 /* bench.c: what the CPU backend reaches of what this machine can do.
  *
- *     bench [TYPE] [decode|prefill|pack]      TYPE: F32, F16, BF16, Q8_0; without: all
+ *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain]
+ *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
+ *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
- * A model of the shape of stories-110m with random weights is run through the backend's ops. Each
- * figure is the best of several repetitions and stands beside the machine's own limits, probed
- * right before it: reading memory with two threads, and f32 multiply-adds. */
+ * A model of that shape with random weights is run through the backend's ops. Each figure is the
+ * best of several repetitions and stands beside the machine's own limits, probed right before and
+ * after it: reading memory with two threads, and the arithmetic that the type's kernel uses. */
 #include "../kernels.c"
 
 enum {
-    N_LAYERS = 12,
-    D_MODEL = 768,
-    N_HEADS = 12,
-    HEAD_DIM = 64,
-    D_FF = 2048,
+    MAX_LAYERS = 22,
     VOCAB = 32000,
     PROMPT = 512,
     CONTEXT = 128, /* tokens that a stream has when it is measured */
+    LONG = 8192,
     N_THREADS = 2,
     STREAMS = 32,
     REPEATS = 7,
-    PROBE_BYTES = 256 << 20
+    PROBE_BYTES = 256 << 20,
+    PROBE_STEPS = 20000
 };
+
+static const struct shape {
+    const char *name;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff;
+    bool tied;
+} shapes[] = {{"stories-110m", 12, 768, 12, 12, 64, 2048, true},
+              {"tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, false}};
 
 static double seconds(void) {
     struct timespec now;
@@ -50,7 +57,7 @@ static void multiply_tile(const void *argument, int tile, struct scratch *scratc
     vec sum[24], factor = load(scratch->slab) * 0.0f + 0.999f;
     for (int i = 0; i < 24; i++)
         sum[i] = factor * (float)(i + tile);
-    for (int k = 0; k < 20000; k++) {
+    for (int k = 0; k < PROBE_STEPS; k++) {
 #pragma GCC unroll 24
         for (int i = 0; i < 24; i++)
             sum[i] = sum[i] * factor + factor;
@@ -59,6 +66,42 @@ static void multiply_tile(const void *argument, int tile, struct scratch *scratc
         sum[0] += sum[i];
     store(scratch->slab, sum[0]);
 }
+
+#if defined(__x86_64__)
+static DOT_BF16 void pairs_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)argument;
+    __m512 sum[24];
+    __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+    for (int i = 0; i < 24; i++)
+        sum[i] = _mm512_set1_ps((float)(i + tile));
+    for (int k = 0; k < PROBE_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < 24; i++)
+            sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
+    }
+    for (int i = 1; i < 24; i++)
+        sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    _mm512_storeu_ps(scratch->slab, sum[0]);
+}
+
+static DOT_Q8 void quads_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)argument;
+    __m512i sum[24], factor = _mm512_set1_epi32(0x01020301 + tile);
+    for (int i = 0; i < 24; i++)
+        sum[i] = _mm512_set1_epi32(i);
+    for (int k = 0; k < PROBE_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < 24; i++)
+            sum[i] = _mm512_dpbusd_epi32(sum[i], factor, factor);
+    }
+    for (int i = 1; i < 24; i++)
+        sum[0] = _mm512_add_epi32(sum[0], sum[i]);
+    _mm512_storeu_si512(scratch->slab, sum[0]);
+}
+#else
+#define pairs_tile multiply_tile
+#define quads_tile multiply_tile
+#endif
 
 static void empty_tile(const void *argument, int tile, struct scratch *scratch) {
     (void)argument;
@@ -93,49 +136,58 @@ static double probe_read(struct cpu_device *device, const char *memory, double *
     return probe_rate(device, read_tile, &probe, PROBE_BYTES >> 20, 1 << 20, median);
 }
 
-static double probe_multiply(struct cpu_device *device) {
-    return probe_rate(device, multiply_tile, NULL, 32, 20000.0 * 24 * LANES * 2, NULL);
+/* Of the instruction that the type's kernel lives on; operations, two for a multiply-add. */
+static double probe_multiply(struct cpu_device *device, enum tensor_type type) {
+    enum row_form form = dot_form(type, device->cpu->plain);
+    int wide = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1;
+    tile_function *run = form == FORM_BF16 ? pairs_tile
+                         : form == FORM_Q8 ? quads_tile
+                                           : multiply_tile;
+    return probe_rate(device, run, NULL, 32, 2.0 * PROBE_STEPS * 24 * LANES * wide, NULL);
 }
 
 /* ---- the model ---- */
 
 struct bench {
+    const struct shape *shape;
     struct model_config config;
-    float frequency[HEAD_DIM / 2];
+    float frequency[64];
     struct backend *backend;
     struct device *device;
     struct weights weights;
     double weight_bytes, attention_seconds, pack_seconds, packed_bytes;
-    struct tensor *tensors[16 * N_LAYERS];
+    struct tensor *tensors[16 * MAX_LAYERS];
     int n_tensors;
     char *probe_memory;
 };
 
-/* A tile of 64 KiB of random weights, repeated: small numbers in any type. */
+/* A tile of random weights, repeated: small numbers in any type. */
 static const struct weight *make_weight(struct bench *bench, enum tensor_type type, int rows,
                                         int cols) {
     struct tensor *tensor = calloc(1, sizeof *tensor);
-    size_t n = (size_t)rows * (size_t)cols;
-    size_t bytes = type == TYPE_Q8_0 ? n / 32 * 34 : n * (type == TYPE_F32 ? 4 : 2);
+    struct pack_block form = pack_block(type);
+    size_t bytes = (size_t)rows * (size_t)cols / (size_t)form.n_k * (size_t)form.bytes;
+    size_t unit = (size_t)form.bytes, size = 65536 / unit * unit;
     char *data = malloc(bytes), error[GGUF_ERROR_LENGTH];
     if (!tensor || !data) {
         fprintf(stderr, "bench: no memory for the model\n");
         exit(1);
     }
-    for (size_t i = 0; i < bytes && i < 65536 / 34 * 34; i++) {
-        size_t at = type == TYPE_Q8_0 ? i % 34 : 99, element = type == TYPE_F32 ? i % 4 : i % 2;
+    for (size_t i = 0; i < bytes && i < size; i++) {
         uint32_t hash = (uint32_t)i * 2654435761u;
-        bool top = at == 1 || (at == 99 && element == (type == TYPE_F32 ? 3 : 1));
         data[i] = (char)(hash >> 24);
-        if (top) { /* the byte of the exponent */
-            unsigned low = type == TYPE_F16 ? 0x24 : type == TYPE_Q8_0 ? 0x08 : 0x3c;
-            data[i] = (char)(low | (hash >> 8 & 0x80));
-        }
+        size_t at = i % unit, d = type == TYPE_Q6_K ? 209 : 1;
+        bool top = pack_quantized(type)
+                       ? at == d || (type == TYPE_Q4_K && at == 3)
+                       : i % (type == TYPE_F32 ? 4 : 2) == (type == TYPE_F32 ? 3 : 1);
+        if (top) /* the byte of the exponent */
+            data[i] = (char)((type == TYPE_F16       ? 0x24
+                              : pack_quantized(type) ? 0x08
+                                                     : 0x3c) |
+                             (hash >> 8 & 0x80));
     }
-    for (size_t i = 65536 / 34 * 34; i < bytes; i += 65536 / 34 * 34) {
-        size_t size = 65536 / 34 * 34;
+    for (size_t i = size; i < bytes; i += size)
         memcpy(data + i, data, i + size < bytes ? size : bytes - i);
-    }
     *tensor = (struct tensor){.name = {"bench", 5},
                               .type = type,
                               .rows = rows,
@@ -160,63 +212,81 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
 
 static const struct weight *make_norm(struct bench *bench) {
     double packed = bench->weight_bytes;
-    const struct weight *weight = make_weight(bench, TYPE_F32, 1, D_MODEL);
-    for (int i = 0; i < D_MODEL; i++)
+    const struct weight *weight = make_weight(bench, TYPE_F32, 1, bench->shape->d_model);
+    for (int i = 0; i < bench->shape->d_model; i++)
         weight->vector[i] = 1.0f;
     bench->weight_bytes = packed;
     return weight;
 }
 
 static void make_layer(struct bench *bench, enum tensor_type type, struct layer_weights *layer) {
+    const struct shape *shape = bench->shape;
+    int d = shape->d_model, q = shape->n_heads * shape->head_dim;
+    int kv = shape->n_kv_heads * shape->head_dim;
     layer->attn_norm = make_norm(bench);
-    layer->attn_q = make_weight(bench, type, D_MODEL, D_MODEL);
-    layer->attn_k = make_weight(bench, type, D_MODEL, D_MODEL);
-    layer->attn_v = make_weight(bench, type, D_MODEL, D_MODEL);
-    layer->attn_output = make_weight(bench, type, D_MODEL, D_MODEL);
+    layer->attn_q = make_weight(bench, type, q, d);
+    layer->attn_k = make_weight(bench, type, kv, d);
+    layer->attn_v = make_weight(bench, type, kv, d);
+    layer->attn_output = make_weight(bench, type, d, q);
     layer->ffn_norm = make_norm(bench);
-    layer->ffn_gate = make_weight(bench, type, D_FF, D_MODEL);
-    layer->ffn_up = make_weight(bench, type, D_FF, D_MODEL);
-    layer->ffn_down = make_weight(bench, type, D_MODEL, D_FF);
+    layer->ffn_gate = make_weight(bench, type, shape->d_ff, d);
+    layer->ffn_up = make_weight(bench, type, shape->d_ff, d);
+    layer->ffn_down = make_weight(bench, type, d, shape->d_ff);
 }
 
-static void open_bench(struct bench *bench, enum tensor_type type) {
+static void *memory_of(struct bench *bench, size_t bytes) {
+    void *memory = bench->backend->alloc(bench->device, bytes, false);
+    if (!memory) {
+        fprintf(stderr, "bench: no memory for %zu bytes\n", bytes);
+        exit(1);
+    }
+    return memset(memory, 0, bytes);
+}
+
+static void open_bench(struct bench *bench, const struct shape *shape, enum tensor_type type,
+                       enum kv_type kv_type, bool plain) {
     char error[GGUF_ERROR_LENGTH];
-    *bench = (struct bench){.config = {.n_layers = N_LAYERS,
-                                       .d_model = D_MODEL,
-                                       .n_heads = N_HEADS,
-                                       .n_kv_heads = N_HEADS,
-                                       .head_dim = HEAD_DIM,
-                                       .d_ff = D_FF,
+    *bench = (struct bench){.shape = shape,
+                            .config = {.n_layers = shape->n_layers,
+                                       .d_model = shape->d_model,
+                                       .n_heads = shape->n_heads,
+                                       .n_kv_heads = shape->n_kv_heads,
+                                       .head_dim = shape->head_dim,
+                                       .d_ff = shape->d_ff,
                                        .vocab_size = VOCAB,
-                                       .rope_dim = HEAD_DIM,
+                                       .rope_dim = shape->head_dim,
                                        .rope_adjacent = true,
                                        .norm_epsilon = 1e-5f}};
-    for (int i = 0; i < HEAD_DIM / 2; i++)
-        bench->frequency[i] = (float)pow(10000.0, -2.0 * i / HEAD_DIM);
-    struct backend_options options = {.n_threads = N_THREADS};
+    for (int i = 0; i < shape->head_dim / 2; i++)
+        bench->frequency[i] = (float)pow(10000.0, -2.0 * i / shape->head_dim);
+    struct backend_options options = {.n_threads = N_THREADS, .plain = plain};
     bench->backend = cpu_backend_open(&options, error);
     struct device wanted = {.config = &bench->config,
                             .rope_frequency = bench->frequency,
                             .n_shards = 1,
                             .max_rows = PROMPT,
-                            .max_samples = STREAMS};
+                            .max_samples = STREAMS,
+                            .kv_type = kv_type};
     bench->device =
         bench->backend ? bench->backend->device_open(bench->backend, &wanted, error) : NULL;
-    size_t n_blocks = (size_t)(STREAMS * blocks_of(CONTEXT + 1) + blocks_of(PROMPT));
-    size_t bytes = n_blocks * block_bytes(&bench->config, 1, KV_F32);
-    bench->probe_memory =
-        bench->device ? bench->backend->alloc(bench->device, PROBE_BYTES, false) : NULL;
-    if (!bench->device || !bench->probe_memory ||
-        !(bench->device->kv = bench->backend->alloc(bench->device, bytes, false))) {
-        fprintf(stderr, "bench: no memory, or %s\n", error);
+    if (!bench->device) {
+        fprintf(stderr, "bench: %s\n", error);
         exit(1);
     }
-    memset(bench->device->kv, 0, bytes);
-    memset(bench->probe_memory, 1, PROBE_BYTES);
-    bench->weights.layers = calloc(N_LAYERS, sizeof *bench->weights.layers);
-    bench->weights.token_embd = bench->weights.output = make_weight(bench, type, VOCAB, D_MODEL);
+    int n_blocks = STREAMS * blocks_of(CONTEXT + 1);
+    n_blocks = n_blocks < blocks_of(LONG + 1) ? blocks_of(LONG + 1) : n_blocks;
+    bench->probe_memory = memory_of(bench, PROBE_BYTES);
+    bench->device->kv =
+        memory_of(bench, (size_t)n_blocks * block_bytes(&bench->config, 1, kv_type));
+    bench->weights.layers = calloc(MAX_LAYERS, sizeof *bench->weights.layers);
+    bench->weights.token_embd = bench->weights.output =
+        make_weight(bench, type, VOCAB, shape->d_model);
+    if (!shape->tied) {
+        bench->weight_bytes = 0; /* of what a step reads */
+        bench->weights.output = make_weight(bench, type, VOCAB, shape->d_model);
+    }
     bench->weights.output_norm = make_norm(bench);
-    for (int i = 0; i < N_LAYERS; i++)
+    for (int i = 0; i < shape->n_layers; i++)
         make_layer(bench, type, &bench->weights.layers[i]);
 }
 
@@ -238,7 +308,7 @@ static void forward(struct bench *bench, const struct batch *batch) {
     backend->step_begin(device, batch);
     backend->embed(device, bench->weights.token_embd);
     bench->attention_seconds = 0.0;
-    for (int i = 0; i < N_LAYERS; i++) {
+    for (int i = 0; i < bench->shape->n_layers; i++) {
         const struct layer_weights *layer = &bench->weights.layers[i];
         backend->norm_qkv(device, layer);
         backend->rope_append(device, layer, i);
@@ -257,7 +327,8 @@ static void forward(struct bench *bench, const struct batch *batch) {
 /* The best time of a step of n sequences, each of `rows` rows from position `start`; the time of
  * attention in it. */
 static double best_step(struct bench *bench, int n, int start, int rows, double *attention) {
-    static int token[PROMPT], position[PROMPT], row_sequence[PROMPT], table[STREAMS * 64];
+    static int token[PROMPT], position[PROMPT], row_sequence[PROMPT],
+        table[LONG / BLOCK_TOKENS + STREAMS * 64];
     static int sample_row[STREAMS], sampled[STREAMS];
     static struct sequence sequences[STREAMS];
     static struct sampling sampling[STREAMS];
@@ -291,8 +362,8 @@ static double best_step(struct bench *bench, int n, int start, int rows, double 
 
 static void bench_decode(struct bench *bench, const char *type) {
     struct cpu_device *device = (struct cpu_device *)bench->device;
-    static const int streams[] = {1, 8, 32};
-    for (int i = 0; i < 3; i++) {
+    static const int streams[] = {1, 8, 16, 32};
+    for (int i = 0; i < 4; i++) {
         double attention = 0, median, probe = probe_read(device, bench->probe_memory, &median);
         double time = best_step(bench, streams[i], CONTEXT, 1, &attention);
         double again = probe_read(device, bench->probe_memory, NULL);
@@ -305,14 +376,33 @@ static void bench_decode(struct bench *bench, const char *type) {
     }
 }
 
-static void bench_prefill(struct bench *bench, const char *type) {
+/* One stream far into a text: the keys and values are read at so many GB/s. */
+static void bench_long(struct bench *bench, const char *type) {
     struct cpu_device *device = (struct cpu_device *)bench->device;
-    double attention = 0, probe = probe_multiply(device);
-    double time = best_step(bench, 1, 0, PROMPT, &attention), again = probe_multiply(device);
+    for (int context = 1024; context <= LONG; context *= 8) {
+        double attention = 0, probe = probe_read(device, bench->probe_memory, NULL);
+        double time = best_step(bench, 1, context, 1, &attention);
+        double bytes =
+            (double)block_bytes(&bench->config, 1, bench->device->kv_type) * blocks_of(context + 1);
+        printf("%-5s context %d: %6.1f tok/s, attention %4.1f %% of the time, %.1f GB/s = %.0f %% "
+               "of %.1f\n",
+               type, context, 1 / time, 100 * attention / time, bytes / attention * 1e-9,
+               100 * bytes / attention * 1e-9 / probe, probe);
+    }
+}
+
+static void bench_prefill(struct bench *bench, const char *type, enum tensor_type tensor_type) {
+    struct cpu_device *device = (struct cpu_device *)bench->device;
+    const struct shape *shape = bench->shape;
+    double attention = 0, probe = probe_multiply(device, tensor_type);
+    double time = best_step(bench, 1, 0, PROMPT, &attention);
+    double again = probe_multiply(device, tensor_type);
     probe = probe > again ? probe : again;
-    double layer = 4.0 * D_MODEL * D_MODEL + 3.0 * D_MODEL * D_FF;
-    double work = 2.0 * (PROMPT * N_LAYERS * layer + (double)VOCAB * D_MODEL);
-    double scores = 4.0 * N_LAYERS * N_HEADS * HEAD_DIM * PROMPT * (PROMPT + 1) / 2;
+    double heads = shape->n_heads * shape->head_dim, d = shape->d_model;
+    double layer =
+        2 * d * heads + 2 * d * shape->n_kv_heads * shape->head_dim + 3 * d * shape->d_ff;
+    double work = 2.0 * (PROMPT * shape->n_layers * layer + VOCAB * d);
+    double scores = 4.0 * shape->n_layers * heads * PROMPT * (PROMPT + 1) / 2;
     printf("%-5s prefill %d: %7.1f tok/s  %5.1f GFLOP/s = %3.0f %% of %.1f  attention %4.1f %% of "
            "the time, %5.1f GFLOP/s\n",
            type, PROMPT, PROMPT / time, (work + scores) / time * 1e-9,
@@ -320,25 +410,79 @@ static void bench_prefill(struct bench *bench, const char *type) {
            scores / attention * 1e-9);
 }
 
+/* The product of a matrix of (5632, 2048) with some rows, alone. */
+static void bench_kernel(struct bench *bench, const char *type, enum tensor_type tensor_type) {
+    enum { ROWS = 5632, COLS = 2048 };
+    struct cpu_device *device = (struct cpu_device *)bench->device;
+    static const int counts[] = {1, 8, 16, 32, 512};
+    double bytes = bench->weight_bytes;
+    const struct weight *weight = make_weight(bench, tensor_type, ROWS, COLS);
+    bytes = bench->weight_bytes - bytes;
+    bench->weight_bytes -= bytes;
+    float *rows = memory_of(bench, (size_t)512 * (COLS + PAD) * sizeof *rows);
+    float *out = memory_of(bench, (size_t)512 * ROWS * sizeof *out);
+    for (size_t i = 0; i < (size_t)512 * (COLS + PAD); i++)
+        rows[i] = (float)(i % 7) - 3.0f;
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        double best = 1e9, peak = probe_multiply(device, tensor_type);
+        pool_enter(&device->cpu->pool);
+        for (int repeat = 0; repeat < 3 * REPEATS; repeat++) {
+            struct product product = {.matrix = {weight},
+                                      .out = {out},
+                                      .out_stride = {ROWS},
+                                      .rows = rows,
+                                      .stride = COLS + PAD,
+                                      .n_rows = counts[i]};
+            double start = seconds();
+            run_product(device, &product, 1);
+            best = seconds() - start < best ? seconds() - start : best;
+        }
+        pool_leave(&device->cpu->pool);
+        double rate = 2.0 * ROWS * COLS * counts[i] / best * 1e-9;
+        printf("%-5s product, %3d rows: %6.1f Gop/s = %3.0f %% of %.1f, %5.1f GB/s of weights\n",
+               type, counts[i], rate, 100 * rate / peak, peak, bytes / best * 1e-9);
+    }
+    bench->backend->release(bench->device, rows, false);
+    bench->backend->release(bench->device, out, false);
+}
+
+static bool asked(int argc, char **argv, const char *word) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], word))
+            return true;
+    return false;
+}
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
         enum tensor_type type;
-    } types[] = {{"F32", TYPE_F32}, {"BF16", TYPE_BF16}, {"F16", TYPE_F16}, {"Q8_0", TYPE_Q8_0}};
-    const char *part = argc > 2 ? argv[2] : "";
-    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
-        if (argc > 1 && strcmp(argv[1], types[i].name) != 0)
+    } types[] = {{"F32", TYPE_F32},   {"BF16", TYPE_BF16}, {"F16", TYPE_F16},  {"Q8_0", TYPE_Q8_0},
+                 {"Q4_0", TYPE_Q4_0}, {"Q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}};
+    enum { N_TYPES = sizeof types / sizeof *types, USUAL_TYPES = 4 };
+    bool some_type = false, part = asked(argc, argv, "kernel") || asked(argc, argv, "long") ||
+                                   asked(argc, argv, "decode") || asked(argc, argv, "prefill");
+    for (int i = 0; i < N_TYPES; i++)
+        some_type = some_type || asked(argc, argv, types[i].name);
+    const struct shape *shape = &shapes[asked(argc, argv, shapes[1].name)];
+    for (int i = 0; i < N_TYPES; i++) {
+        if (some_type ? !asked(argc, argv, types[i].name) : i >= USUAL_TYPES)
             continue;
         static struct bench bench;
-        open_bench(&bench, types[i].type);
+        open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
+                   asked(argc, argv, "plain"));
         struct cpu_device *device = (struct cpu_device *)bench.device;
         double jobs = probe_rate(device, empty_tile, NULL, 2, 1.0, NULL);
-        printf("%-5s packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
-               bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
-        if (!*part || !strcmp(part, "decode"))
+        printf("%-5s %s, packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
+               shape->name, bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
+        if (!part || asked(argc, argv, "kernel"))
+            bench_kernel(&bench, types[i].name, types[i].type);
+        if (!part || asked(argc, argv, "decode"))
             bench_decode(&bench, types[i].name);
-        if (!*part || !strcmp(part, "prefill"))
-            bench_prefill(&bench, types[i].name);
+        if (!part || asked(argc, argv, "prefill"))
+            bench_prefill(&bench, types[i].name, types[i].type);
+        if (asked(argc, argv, "long"))
+            bench_long(&bench, types[i].name);
         fflush(stdout);
         close_bench(&bench);
     }
