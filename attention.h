@@ -25,6 +25,7 @@ enum {
     CHUNK = 64,   /* tokens whose scores are computed at a time */
     CHUNK_BLOCKS = CHUNK / BLOCK_TOKENS,
     MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
+    FETCH_LINES = 12,
     ATTENTION_ROWS = 6, /* queries that one call of a kernel computes: 24 registers of sums */
     ATTENTION_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
@@ -193,6 +194,14 @@ static void find_blocks(const struct kv_view *view, int start, struct chunk *chu
     }
 }
 
+/* Starts the reading of planes, which the processor then goes on with: each is a page of its own.
+ */
+static void fetch_planes(const char *const plane[CHUNK_BLOCKS]) {
+    for (int line = 0; line < FETCH_LINES; line++)
+        for (int i = 0; i < CHUNK_BLOCKS; i++)
+            __builtin_prefetch(plane[i] + line * 64);
+}
+
 void attention_rows(const struct kv_view *view, int n, const int *position,
                     struct attention_scratch *scratch) {
     struct softmax state[QUERIES];
@@ -205,6 +214,7 @@ void attention_rows(const struct kv_view *view, int n, const int *position,
     for (int start = 0; start < end; start += CHUNK) {
         chunk.n_tokens = end - start < CHUNK ? end - start : CHUNK;
         find_blocks(view, start, &chunk);
+        fetch_planes(chunk.value);
         for (int first = 0, rows; first < n; first += rows) {
             rows = n - first < ATTENTION_ROWS ? n - first : ATTENTION_ROWS;
             float *scores = scratch->scores + first * CHUNK;
@@ -218,6 +228,12 @@ void attention_rows(const struct kv_view *view, int n, const int *position,
                 for (float *o = output + i * ATTENTION_STRIDE, *stop = o + padded; o < stop;
                      o += LANES)
                     store(o, load(o) * own->scale + 0.0f); /* + 0: never -0 */
+            }
+            if (first == 0 && start + CHUNK < end) {
+                struct chunk next = {.n_tokens =
+                                         end - start - CHUNK < CHUNK ? end - start - CHUNK : CHUNK};
+                find_blocks(view, start + CHUNK, &next);
+                fetch_planes(next.key);
             }
             chunk.input = scores;
             chunk.output = output;

@@ -103,7 +103,7 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
     for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
         __m512bh weights[4];
         for (int i = 0; i < 4; i++)
-            weights[i] = (__m512bh)load_words(tile->panel, k / 2, i);
+            weights[i] = (__m512bh)load_words(tile->panel, (unsigned)k / 2, i);
         for (int row = 0; row < n_rows; row++) {
             int32_t pair;
             memcpy(&pair, input + (size_t)row * tile->stride, sizeof pair);
@@ -118,41 +118,47 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
 }
 
 /* n_rows x n_vectors sums, from vector `first` of a panel's 4. The products of the bytes of a part
- * of a block are summed as whole numbers, then scaled. */
+ * of a block are summed as whole numbers, then scaled. All loops over rows and vectors are
+ * unrolled, or the sums would not stay in registers. */
 INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_vectors,
                           const struct tile *tile) {
-    struct pack_block form = pack_block(type);
+    const int n_part = pack_block(type).n_part, offset = pack_block(type).offset;
+    const size_t stride = tile->stride;
     __m512 sum[TILE_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
         for (int i = 0; i < n_vectors; i++)
             sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
                                     : _mm512_setzero_ps();
-    int begin = tile->begin / form.n_part * form.n_part;
-    const char *input = tile->input;
-    for (int k = begin; k < tile->end; k += form.n_part) {
-        const char *rows =
-            input + (size_t)(k / Q8_BLOCK - tile->begin / Q8_BLOCK) * sizeof(struct q8_block);
+    unsigned k = (unsigned)(tile->begin / n_part * n_part), end = (unsigned)tile->end;
+    const char *block = tile->input;
+    for (; k < end; k += (unsigned)n_part) {
         struct scales scales;
         load_scales(type, tile->panel, k, &scales);
         __m512i whole[TILE_ROWS][4];
+        const int32_t *total =
+            (const int32_t *)(const void *)(block + Q8_BLOCK) + k % Q8_BLOCK / 16;
 #pragma GCC unroll 6
         for (int row = 0; row < n_rows; row++) {
-            const struct q8_block *block =
-                (const struct q8_block *)(const void *)(rows + (size_t)row * tile->stride);
-            int32_t total = form.n_part == Q8_BLOCK ? block->sum[0] + block->sum[1]
-                                                    : block->sum[k / form.n_part % 2];
+            const int32_t *of_row = total + (size_t)row * stride / 4;
+            int32_t all = n_part == Q8_BLOCK ? of_row[0] + of_row[1] : of_row[0];
+#pragma GCC unroll 4
             for (int i = 0; i < n_vectors; i++)
-                whole[row][i] = _mm512_set1_epi32(-form.offset * total);
+                whole[row][i] = _mm512_set1_epi32(-offset * all);
         }
+        const char *quads = block + k % Q8_BLOCK;
 #pragma GCC unroll 8
-        for (int at = 0; at < form.n_part; at += 4) {
+        for (unsigned at = 0; at < (unsigned)n_part; at += 4) {
             __m512i weights[4];
+#pragma GCC unroll 4
             for (int i = 0; i < n_vectors; i++)
-                weights[i] = (__m512i)load_quad(type, tile->panel, k + at, first + i);
+                weights[i] = (__m512i)load_quad(type, tile->panel, k, at, first + i);
+#pragma GCC unroll 6
             for (int row = 0; row < n_rows; row++) {
                 int32_t quad;
-                memcpy(&quad, rows + (size_t)row * tile->stride + (k + at) % Q8_BLOCK, sizeof quad);
+                memcpy(&quad, quads + (size_t)row * stride + at, sizeof quad);
+#pragma GCC unroll 4
                 for (int i = 0; i < n_vectors; i++)
                     whole[row][i] =
                         _mm512_dpbusd_epi32(whole[row][i], weights[i], _mm512_set1_epi32(quad));
@@ -160,19 +166,24 @@ INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_ve
         }
 #pragma GCC unroll 6
         for (int row = 0; row < n_rows; row++) {
-            const struct q8_block *block =
-                (const struct q8_block *)(const void *)(rows + (size_t)row * tile->stride);
-            __m512 scale = _mm512_set1_ps(block->scale);
+            const struct q8_block *of_row =
+                (const struct q8_block *)(const void *)(block + (size_t)row * stride);
+            __m512 scale = _mm512_set1_ps(of_row->scale);
+#pragma GCC unroll 4
             for (int i = 0; i < n_vectors; i++) {
                 __m512 both = _mm512_mul_ps((__m512)scales.scale[first + i], scale);
                 sum[row][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[row][i]), both, sum[row][i]);
                 if (type == TYPE_Q4_K)
                     sum[row][i] = _mm512_fnmadd_ps((__m512)scales.least[first + i],
-                                                   _mm512_set1_ps(block->scaled_sum), sum[row][i]);
+                                                   _mm512_set1_ps(of_row->scaled_sum), sum[row][i]);
             }
         }
+        if ((k + (unsigned)n_part) % Q8_BLOCK == 0)
+            block += sizeof(struct q8_block);
     }
+#pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
         for (int i = 0; i < n_vectors; i++)
             _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
 }

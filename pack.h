@@ -85,32 +85,34 @@ INLINE bool pack_quantized(enum tensor_type type) {
     return pack_block(type).header > 0;
 }
 
-INLINE const char *block_of(enum tensor_type type, const char *panel, int k) {
+INLINE const char *block_of(enum tensor_type type, const char *panel, unsigned k) {
     struct pack_block block = pack_block(type);
-    return panel + (size_t)(k / block.n_k) * (size_t)(block.header + block.n_words * 4 * PANEL);
+    unsigned bytes = (unsigned)(block.header + block.n_words * 4 * PANEL);
+    return panel + (size_t)(k / (unsigned)block.n_k) * bytes;
 }
 
-INLINE ivec load_words(const char *words, int word, int i) { /* vector i of the 4 of a word */
+INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of the 4 of a word */
     return *(const ivec_any *)(const void *)(words +
                                              ((size_t)word * PANEL + (size_t)i * LANES) * 4);
 }
 
-/* Four k of 16 outputs as bytes: [k, k + 4) of a quantized type; k is a multiple of 4. */
-INLINE ivec load_quad(enum tensor_type type, const char *panel, int k, int i) {
+/* Four k of 16 outputs as bytes, of a quantized type: [k + at, k + at + 4), where k begins a part
+ * of a block and `at` is a multiple of 4. */
+INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsigned at, int i) {
     struct pack_block form = pack_block(type);
     const char *words = block_of(type, panel, k) + form.header;
-    int quad = k % form.n_k / 4;
+    unsigned quad = at / 4, half = k % 256 / 128, part = k % 128 / 32;
     if (type == TYPE_Q8_0)
         return load_words(words, quad, i);
     if (type == TYPE_Q4_0) /* 16 k in the low halves, then 16 in the high ones */
         return load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
     if (type == TYPE_Q4_K) /* 32 and 32 */
-        return load_words(words, quad / 16 * 8 + quad % 8, i) >> (quad / 8 % 2 * 4) & 0x0f0f0f0f;
+        return load_words(words, k % 256 / 64 * 8 + quad, i) >> (part % 2 * 4) & 0x0f0f0f0f;
     /* Q6_K, 128 k: 64 in the low halves of 16 words and 64 in the high ones; then, for every 32 k,
      * two bits more in each of 8 words */
-    int part = quad / 8 % 4;
-    ivec low = load_words(words, quad / 32 * 16 + quad % 16, i) >> (part / 2 * 4) & 0x0f0f0f0f;
-    ivec high = load_words(words, 32 + quad / 32 * 8 + quad % 8, i) >> (part * 2) & 0x03030303;
+    quad += k % 32 / 4;
+    ivec low = load_words(words, half * 16 + part % 2 * 8 + quad, i) >> (part / 2 * 4) & 0x0f0f0f0f;
+    ivec high = load_words(words, 32 + half * 8 + quad, i) >> (part * 2) & 0x03030303;
     return low | high << 4;
 }
 
@@ -118,12 +120,13 @@ struct scales { /* of 64 outputs, for one part of a block: weight = scale * numb
     vec scale[4], least[4];
 };
 
-INLINE void load_scales(enum tensor_type type, const char *panel, int k, struct scales *scales) {
+INLINE void load_scales(enum tensor_type type, const char *panel, unsigned k,
+                        struct scales *scales) {
     const char *block = block_of(type, panel, k);
-    int part = k % pack_block(type).n_k / pack_block(type).n_part;
+    unsigned part = k % (unsigned)pack_block(type).n_k / (unsigned)pack_block(type).n_part;
     for (int i = 0; i < 4 && pack_quantized(type); i++) {
         const uint16_t *halves = (const uint16_t *)(const void *)block + i * LANES;
-        const char *bytes = block + part * PANEL + i * LANES;
+        const char *bytes = block + part * PANEL + (unsigned)i * LANES;
         scales->scale[i] = widen_f16(halves);
         scales->least[i] = (vec){0};
         if (type == TYPE_Q4_K) {
@@ -136,7 +139,7 @@ INLINE void load_scales(enum tensor_type type, const char *panel, int k, struct 
 }
 
 /* 16 weights of k as f32, vector i of 4. `scales`: of k's part of a block. */
-INLINE vec load_weight(enum tensor_type type, const char *panel, int k, int i,
+INLINE vec load_weight(enum tensor_type type, const char *panel, unsigned k, int i,
                        const struct scales *scales) {
     if (type == TYPE_F32)
         return (vec)load_words(panel, k, i);
@@ -146,7 +149,8 @@ INLINE vec load_weight(enum tensor_type type, const char *panel, int k, int i,
     }
     if (type == TYPE_F16)
         return widen_f16_words(load_words(panel, k / 2, i) >> (k % 2 * 16));
-    ivec bytes = load_quad(type, panel, k & ~3, i) >> (k % 4 * 8) & 0xff;
+    unsigned at = k % (unsigned)pack_block(type).n_part;
+    ivec bytes = load_quad(type, panel, k - at, at & ~3u, i) >> (k % 4 * 8) & 0xff;
     vec number = __builtin_convertvector(bytes - pack_block(type).offset, vec);
     return type == TYPE_Q4_K ? number * scales->scale[i] - scales->least[i]
                              : number * scales->scale[i];
@@ -308,9 +312,9 @@ void pack_read_row(const struct weight *weight, int row, float *out) {
     for (int k = 0; k < weight->cols;) {
         int end = part_end(weight->type, k, weight->cols);
         struct scales scales;
-        load_scales(weight->type, panel, k, &scales);
+        load_scales(weight->type, panel, (unsigned)k, &scales);
         for (; k < end; k++)
-            out[k] = load_weight(weight->type, panel, k, i, &scales)[lane];
+            out[k] = load_weight(weight->type, panel, (unsigned)k, i, &scales)[lane];
     }
 }
 #endif /* PACK_IMPLEMENTATION */

@@ -62,12 +62,12 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
     for (int k = tile->begin; k < tile->end;) {
         int end = part_end(type, k, tile->end);
         struct scales scales;
-        load_scales(type, tile->panel, k, &scales);
+        load_scales(type, tile->panel, (unsigned)k, &scales);
         for (; k < end; k += 2, input += 2) {
             for (int odd = 0; odd < 2; odd++) {
                 vec weights[4];
                 for (int i = 0; i < 4; i++)
-                    weights[i] = load_weight(type, tile->panel, k + odd, i, &scales);
+                    weights[i] = load_weight(type, tile->panel, (unsigned)(k + odd), i, &scales);
                 for (int row = 0; row < n_rows; row++) {
                     float factor = input[(size_t)row * stride + (size_t)odd];
                     for (int i = 0; i < 4; i++)
@@ -133,10 +133,10 @@ INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int en
     for (int k = begin; k < end;) {
         int stop = part_end(type, k, end);
         struct scales scales;
-        load_scales(type, panel, k, &scales);
+        load_scales(type, panel, (unsigned)k, &scales);
         for (; k < stop; k++, slab += PANEL)
             for (int i = 0; i < 4; i++)
-                store(slab + i * LANES, load_weight(type, panel, k, i, &scales));
+                store(slab + i * LANES, load_weight(type, panel, (unsigned)k, i, &scales));
     }
 }
 

@@ -87,6 +87,7 @@ static DOT_BF16 void pairs_tile(const void *argument, int tile, struct scratch *
 static DOT_Q8 void quads_tile(const void *argument, int tile, struct scratch *scratch) {
     (void)argument;
     __m512i sum[24], factor = _mm512_set1_epi32(0x01020301 + tile);
+#pragma GCC unroll 24
     for (int i = 0; i < 24; i++)
         sum[i] = _mm512_set1_epi32(i);
     for (int k = 0; k < PROBE_STEPS; k++) {
@@ -94,6 +95,7 @@ static DOT_Q8 void quads_tile(const void *argument, int tile, struct scratch *sc
         for (int i = 0; i < 24; i++)
             sum[i] = _mm512_dpbusd_epi32(sum[i], factor, factor);
     }
+#pragma GCC unroll 24
     for (int i = 1; i < 24; i++)
         sum[0] = _mm512_add_epi32(sum[0], sum[i]);
     _mm512_storeu_si512(scratch->slab, sum[0]);
