@@ -17,7 +17,8 @@
 enum {
     TILE_ROWS = 6,    /* rows that one call of the kernel computes at most */
     DIRECT_ROWS = 12, /* up to so many rows read a panel in its stored type */
-    SLAB = 256,       /* k of a panel that stay in L2 while many rows use them */
+    SLAB = 256,       /* k of a panel that are kept as f32 in L2 while many rows use them */
+    DOT_SLAB = 1024,  /* the same for fast paths, which read them in the stored type */
     ROW_CHUNK = 96    /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
 };
 
@@ -155,7 +156,7 @@ static void widen(enum tensor_type type, const char *panel, int begin, int end, 
 /* Many rows keep their sums in `out` from slab to slab of the panel, which the plain kernel first
  * turns into f32: the same bits. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
-    int begin = tile.begin, end = tile.end;
+    int begin = tile.begin, end = tile.end, slab_k = tile.form == FORM_F32 ? SLAB : DOT_SLAB;
     const char *panel = tile.panel;
     if (begin >= end) {
         memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
@@ -164,7 +165,7 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
         return;
     }
     for (int k = begin; k < end;) {
-        int next = (k / SLAB + 1) * SLAB < end ? (k / SLAB + 1) * SLAB : end;
+        int next = (k / slab_k + 1) * slab_k < end ? (k / slab_k + 1) * slab_k : end;
         tile.begin = k;
         tile.end = next;
         tile.add = k > begin;

@@ -86,19 +86,19 @@ static DOT_BF16 void pairs_tile(const void *argument, int tile, struct scratch *
 
 static DOT_Q8 void quads_tile(const void *argument, int tile, struct scratch *scratch) {
     (void)argument;
-    __m512i sum[24], factor = _mm512_set1_epi32(0x01020301 + tile);
+    ivec sum[24], none = {0}, factor = none + 0x01020301 + tile;
 #pragma GCC unroll 24
     for (int i = 0; i < 24; i++)
-        sum[i] = _mm512_set1_epi32(i);
+        sum[i] = none + i;
     for (int k = 0; k < PROBE_STEPS; k++) {
 #pragma GCC unroll 24
         for (int i = 0; i < 24; i++)
-            sum[i] = _mm512_dpbusd_epi32(sum[i], factor, factor);
+            sum[i] = (ivec)_mm512_dpbusd_epi32((__m512i)sum[i], (__m512i)factor, (__m512i)factor);
     }
 #pragma GCC unroll 24
     for (int i = 1; i < 24; i++)
-        sum[0] = _mm512_add_epi32(sum[0], sum[i]);
-    _mm512_storeu_si512(scratch->slab, sum[0]);
+        sum[0] += sum[i];
+    memcpy(scratch->slab, &sum[0], sizeof sum[0]);
 }
 #else
 #define pairs_tile multiply_tile
