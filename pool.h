@@ -186,7 +186,7 @@ void pool_run(struct pool *pool, struct job *job, struct scratch *scratch, int n
     atomic_store_explicit(&job->done, 0, memory_order_relaxed);
     atomic_store(&job->left, n_tiles);
     pool_wake(pool, n_tiles - 1);
-    while ((!urgent && pool_run_any(pool, true, scratch)) || pool_run_tile(job, scratch)) {
+    while (pool_run_tile(job, scratch)) {
     }
     int spins = 0;
     while (atomic_load_explicit(&job->done, memory_order_acquire) < n_tiles)
