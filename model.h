@@ -72,6 +72,9 @@ enum { REQUIRED = -1 }; /* in place of a default */
 /* What rows and columns count; CONTEXT is the last. */
 enum extent { NONE, ONE, VOCAB, D_MODEL, Q_ROWS, KV_ROWS, D_FF, HEAD_DIM, ROPE_PAIRS, CONTEXT };
 
+/* Those that gguf.h knows the size of. */
+#define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
+
 #define IN_MODEL(field) false, offsetof(struct model, field)
 #define IN_LAYER(field) true, offsetof(struct model_layer, field)
 
@@ -265,7 +268,7 @@ static const struct tensor *model_find(struct model_reader *reader,
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                wanted->rows == ONE ? "F32" : "F32, F16, BF16 or Q8_0", rows, cols);
+                wanted->rows == ONE ? "F32" : MATRIX_TYPES, rows, cols);
     return tensor;
 }
 

@@ -14,9 +14,9 @@
  *   token in the end becomes bytes. Spaces are U+2581 in the file.
  * - `gpt2`: byte-level BPE. A pattern (tokenizer.ggml.pre) splits a text into words; a word is
  *   bytes, and pairs merge in the order of the file's list. Bytes are printable stand-ins there.
- * vocabulary.h makes one table of both. Merging is one loop: the symbols of a word, and a heap of
- * the pairs that could merge, so n bytes take O(n log n) whatever they are. User-defined tokens are
- * cut out of a text before all this.
+ * words.h has the patterns; vocabulary.h makes one table of both. Merging is one loop: the symbols
+ * of a word, and a heap of the pairs that could merge, so n bytes take O(n log n) whatever they
+ * are. User-defined tokens are cut out of a text before all this.
  *
  * What it refuses: to find control tokens in a text (`<s>` is three characters; a chat template
  * asks tok_find), vocabularies that cannot spell every byte, patterns it does not know. It adds no
@@ -80,67 +80,13 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #ifdef TOKENIZER_IMPLEMENTATION
 #undef TOKENIZER_IMPLEMENTATION
 
-#include "unicode_table.h"
 #include "vocabulary.h"
+#include "words.h"
 #include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* ---- characters ---- */
-
-/* Reads one UTF-8 character. > 0: its bytes. 0: all `length` bytes begin one. < 0: so many bytes
- * can never be part of one (the longest such prefix, as Unicode recommends replacing it). */
-static int utf8_read(const char *text, size_t length, uint32_t *code) {
-    uint32_t lead = length ? (unsigned char)text[0] : 0;
-    int size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    if (size == 0 || lead > 0xF4)
-        return -1;
-    /* the second byte's range excludes overlong forms, surrogates and what lies past U+10FFFF */
-    unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
-    unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
-    *code = size == 1 ? lead : lead & (0x7Fu >> size);
-    for (int i = 1; i < size && (size_t)i < length; i++) {
-        unsigned char byte = (unsigned char)text[i];
-        if (byte < low || byte > high)
-            return -i;
-        *code = *code << 6 | (byte & 0x3Fu);
-        low = 0x80;
-        high = 0xBF;
-    }
-    return (size_t)size <= length ? size : 0;
-}
-
-/* Bytes of the first character; a byte that is not UTF-8 is a character of its own. */
-static size_t char_size(const char *text, size_t length, uint32_t *code) {
-    int size = utf8_read(text, length, code);
-    if (size <= 0)
-        *code = UINT32_MAX;
-    return size > 0 ? (size_t)size : 1;
-}
-
-/* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
-static size_t split_gpt2(const char *text, size_t length) {
-    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
-        size_t size = strlen(endings[i]);
-        if (length >= size && memcmp(text, endings[i], size) == 0)
-            return size;
-    }
-    size_t at = text[0] == ' ' && length > 1, last = 0;
-    uint32_t code;
-    char_size(text + at, length - at, &code);
-    enum unicode_class kind = unicode_class_of(code);
-    for (size_t size; at < length; at += size) {
-        size = char_size(text + at, length - at, &code);
-        if (unicode_class_of(code) != kind)
-            break;
-        last = at;
-    }
-    /* the last space of several belongs to the word behind them */
-    return kind == UNICODE_SPACE && at < length && last > 0 ? last : at;
-}
 
 /* ---- encoding ---- */
 
@@ -224,7 +170,13 @@ static void merge_symbols(struct encoder *e) {
 
 static void encode_word(struct encoder *e, const char *word, size_t length) {
     const struct tokenizer *t = e->tokenizer;
-    int previous = -1;
+    int previous = -1, whole = -1;
+    if (t->byte_level && t->pattern->whole_words)
+        whole = find_key(t, word, length, KEY_TOKEN);
+    if (whole >= 0) {
+        e->tokens[e->n_tokens++] = whole;
+        return;
+    }
     e->word = word;
     for (size_t at = 0, size; at < length; at += size) {
         uint32_t code;
@@ -257,7 +209,7 @@ static void encode_fragment(struct encoder *e, const char *text, size_t length) 
         return;
     }
     for (size_t at = 0, size; at < length; at += size) {
-        size = split_gpt2(text + at, length - at);
+        size = word_size(t->pattern, text + at, length - at);
         encode_word(e, text + at, size);
     }
 }

@@ -10,6 +10,7 @@
 #ifndef VOCABULARY_H
 #define VOCABULARY_H
 
+#include "words.h"
 #include <assert.h>
 #include <math.h>
 #include <stdarg.h>
@@ -44,7 +45,8 @@ struct tokenizer {
     struct slot *slots;         /* (mask + 1) open addressing, at most half full */
     size_t mask;
     int n_tokens, bos, eos;
-    bool byte_level; /* `gpt2`; else `llama` */
+    bool byte_level;               /* `gpt2`; else `llama` */
+    const struct pattern *pattern; /* of `gpt2` */
     bool adds_prefix, adds_bos;
     bool starts_user[256]; /* bytes that begin a user-defined token */
     size_t longest_user;   /* bytes of the longest one */
@@ -214,12 +216,14 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
     t->byte_level = is_text(model, "gpt2");
-    if (t->byte_level ? is_text(pre, "gpt-2") : is_text(model, "llama"))
+    t->pattern = t->byte_level ? pattern_find(pre.data, pre.length) : NULL;
+    if (t->byte_level ? t->pattern != NULL : is_text(model, "llama"))
         return true;
     struct gguf_string got = t->byte_level ? pre : model;
-    return vocab_fail(error, "tokenizer.ggml.%s: got `%.*s`, expected %s",
-                      t->byte_level ? "pre" : "model", (int)(got.length < 64 ? got.length : 64),
-                      got.data, t->byte_level ? "`gpt-2`" : "`llama` or `gpt2`");
+    return vocab_fail(
+        error, "tokenizer.ggml.%s: got `%.*s`, expected %s", t->byte_level ? "pre" : "model",
+        (int)(got.length < 64 ? got.length : 64), got.data,
+        t->byte_level ? "`gpt-2`, `llama-bpe`, `qwen2` or `gpt-4o`" : "`llama` or `gpt2`");
 }
 
 static bool read_tokens(struct tokenizer *t, struct gguf *file, char *error) {
@@ -263,7 +267,8 @@ static bool read_settings(struct tokenizer *t, struct gguf *file, char *error) {
     }
     t->bos = ids[0];
     t->eos = ids[1];
-    t->adds_prefix = t->adds_bos = !t->byte_level;
+    t->adds_prefix = !t->byte_level;
+    t->adds_bos = !t->byte_level || t->pattern->adds_bos;
     gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
     gguf_get_bool(file, "tokenizer.ggml.add_bos_token", &t->adds_bos);
     t->adds_prefix = t->adds_prefix && !t->byte_level;

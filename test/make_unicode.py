@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes unicode_table.h: which code points are letters, numbers and white space.
+"""Writes unicode_table.h: which code points are letters, marks, numbers, spaces.
 
     python3 test/make_unicode.py > unicode_table.h
 
 Python's own unicodedata is the source, so the table has the Unicode version of the Python that ran
-this; the version is written into the file. Letters are the categories L*, numbers N*, and white
-space is the property White_Space: the separators Z* and six control characters.
+this; the version is written into the file. Letters are the categories L*: capitals (Lu, Lt), small
+ones (Ll) and those without case (Lm, Lo); marks are M*, numbers N*, and white space is the property
+White_Space: the separators Z* and six control characters.
 """
 
 import sys
@@ -13,13 +14,17 @@ import unicodedata
 
 WHITE_CONTROLS = (0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x85)
 LINE_LENGTH = 100
-CLASS_OF_CATEGORY = {"L": "LETTER", "N": "NUMBER", "Z": "SPACE"}
+CLASS_OF_CATEGORY = {
+    "Lu": "UPPER", "Lt": "UPPER", "Ll": "LOWER", "Lm": "LETTER", "Lo": "LETTER",
+    "Mn": "MARK", "Mc": "MARK", "Me": "MARK", "Nd": "NUMBER", "Nl": "NUMBER", "No": "NUMBER",
+    "Zs": "SPACE", "Zl": "SPACE", "Zp": "SPACE",
+}
 
 
 def class_of(code):
     if code in WHITE_CONTROLS:
         return "SPACE"
-    return CLASS_OF_CATEGORY.get(unicodedata.category(chr(code))[0])
+    return CLASS_OF_CATEGORY.get(unicodedata.category(chr(code)))
 
 
 def ranges():
@@ -38,14 +43,22 @@ def main():
     entries = [f"{{0x{a:x}, 0x{b:x}, UNICODE_{kind}}}," for a, b, kind in ranges()]
     version = unicodedata.unidata_version
     print(
-        f"""/* unicode_table.h: letters, numbers and white space of Unicode {version}.
+        f"""/* unicode_table.h: letters, marks, numbers and white space of Unicode {version}.
  * Written by test/make_unicode.py; a code point in no range is of class UNICODE_OTHER. */
 #ifndef UNICODE_TABLE_H
 #define UNICODE_TABLE_H
 
 #include <stdint.h>
 
-enum unicode_class {{ UNICODE_OTHER, UNICODE_LETTER, UNICODE_NUMBER, UNICODE_SPACE }};
+enum unicode_class {{
+    UNICODE_OTHER,
+    UNICODE_UPPER,
+    UNICODE_LOWER,
+    UNICODE_LETTER, /* without case */
+    UNICODE_MARK,
+    UNICODE_NUMBER,
+    UNICODE_SPACE
+}};
 
 struct unicode_range {{
     uint32_t first, last; /* both are inside */

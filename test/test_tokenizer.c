@@ -489,29 +489,94 @@ static void bad_bytes(struct check *check) {
 
 /* ---- large texts ---- */
 
+/* ---- words: what the `tokenizers` package makes of the published patterns ---- */
+
+static size_t from_hex(const char *hex, char *out) {
+    size_t n = 0;
+    for (unsigned byte; sscanf(hex + 2 * n, "%2x", &byte) == 1; n++)
+        out[n] = (char)byte;
+    return n;
+}
+
+static void check_splits(struct check *check, const char *path) {
+    static char line[1 << 14], text[1 << 13];
+    size_t length = 0, n_lines = 0;
+    FILE *file = fopen(path, "r");
+    CHECK(file != NULL, "%s", path);
+    while (file && fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\n")] = 0;
+        char *rest = strchr(line, ' ');
+        *rest++ = 0;
+        if (!strcmp(line, "text")) {
+            length = from_hex(rest, text);
+            continue;
+        }
+        const struct pattern *pattern = pattern_find(line, strlen(line));
+        CHECK(pattern != NULL, "%s", line);
+        size_t at = 0;
+        n_lines++;
+        for (char *end; pattern && at < length; rest = end + (*end == ',')) {
+            size_t expected = strtoul(rest, &end, 10);
+            size_t got = word_size(pattern, text + at, length - at);
+            CHECK(got == expected, "%s: `%.*s`: %zu bytes of `%.*s`, expected %zu", line,
+                  (int)length, text, got, (int)(length - at), text + at, expected);
+            if (got != expected)
+                break;
+            at += got;
+        }
+    }
+    CHECK(n_lines > 800, "%zu lines", n_lines);
+    if (file)
+        fclose(file);
+}
+
+static void published_splits(struct check *check) {
+    check_splits(check, getenv("SPLITS") ? getenv("SPLITS") : "test/data/splits.txt");
+}
+
 static void a_megabyte(struct check *check) {
-    static const char *const paths[] = {SPM_PATH, GPT2_PATH};
     static const char words[] = "It was a bright cold day in April, and the clocks were striking. ";
+    static const char *const repeated[] = {words, "a", " ", "7", "\u6587", "A", "\n ", "\u0301"};
+    enum { N_TEXTS = sizeof repeated / sizeof *repeated + 1 };
     char *text = malloc(MEGABYTE);
     uint64_t state = 4;
-    for (int i = 0; i < 8; i++) {
-        struct tokenizer *tokenizer = open_path(check, paths[i % 2]);
-        for (size_t j = 0; j < MEGABYTE; j++) {
-            text[j] = i / 2 == 0   ? words[j % (sizeof words - 1)]
-                      : i / 2 == 1 ? 'a'
-                      : i / 2 == 2 ? ' '
-                                   : (char)random_next(&state);
-        }
+    struct tokenizer *tokenizers[] = {open_path(check, SPM_PATH), open_path(check, GPT2_PATH)};
+    for (int i = 0; i < N_TEXTS * 5; i++) {
+        int kind = i / 5, which = i % 5;
+        struct tokenizer *tokenizer = tokenizers[which > 0];
+        if (which > 0)
+            tokenizer->pattern = &patterns[(int[]){0, 1, 4, 6}[which - 1]];
+        size_t unit = kind < N_TEXTS - 1 ? strlen(repeated[kind]) : 1;
+        for (size_t j = 0; j < MEGABYTE; j++)
+            text[j] = kind < N_TEXTS - 1 ? repeated[kind][j % unit] : (char)random_next(&state);
         int n;
         clock_t start = clock();
         int *ids = tok_encode(tokenizer, text, MEGABYTE, &n);
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
         /* 0.02 to 0.6 s in an optimized build; quadratic time would be an hour */
-        CHECK(ids && n > 0 && seconds < 10, "text %d: %.2f s", i / 2, seconds);
+        CHECK(ids && n > 0 && seconds < 10, "text %d, vocabulary %d: %.2f s", kind, which, seconds);
         free(ids);
-        tok_close(tokenizer);
     }
+    tok_close(tokenizers[0]);
+    tok_close(tokenizers[1]);
     free(text);
+}
+
+static void whole_words(struct check *check) { /* with no merges left */
+    struct tokenizer *t = open_path(check, GPT2_PATH);
+    for (size_t i = 0; i <= t->mask; i++)
+        if (t->slots[i].kind > 0 && t->slots[i].kind != KEY_TOKEN)
+            t->slots[i].kind = TOK_TOKEN_LENGTH + 1;
+    static const char *const names[] = {"llama-bpe", "qwen2", "llama3", "gpt-4o"};
+    for (int i = 0; i < 4; i++) {
+        int n = 0, *ids;
+        t->pattern = pattern_find(names[i], strlen(names[i]));
+        ids = tok_encode(t, "Hello", 5, &n);
+        CHECK(n == (i % 2 ? 5 : 1), "%s: %d tokens", names[i], n);
+        free(ids);
+    }
+    CHECK(!pattern_find("llama", 5) && !pattern_find("", 0), "no such patterns");
+    tok_close(t);
 }
 
 /* ---- malformed vocabularies ---- */
@@ -716,6 +781,8 @@ int main(int argc, char **argv) {
                                         {"streams_stay_valid", streams_stay_valid},
                                         {"stream_details", stream_details},
                                         {"bad_bytes", bad_bytes},
+                                        {"published_splits", published_splits},
+                                        {"whole_words", whole_words},
                                         {"a_megabyte", a_megabyte},
                                         {"malformed", malformed}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
