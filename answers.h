@@ -16,6 +16,7 @@
 
 #include "dynamo.h"
 #include "requests.h"
+#include "template.h"
 #include "tokenizer.h"
 #include <pthread.h>
 
@@ -25,6 +26,10 @@ struct answers {
     const struct options *options;
     const struct tokenizer *tokenizer; /* NULL: ids only */
     const char *no_tokenizer;          /* why there is none */
+    enum template_kind template;       /* of prompts; TEMPLATE_NONE: they are continued */
+    bool converses;                    /* each prompt follows the one before and its answer */
+    int *history;                      /* (n_history) what was said; see answers_forget */
+    int n_history;
     int vocab_size, n_workers, device_blocks, host_blocks;
     const struct backend *backend;
     struct sched *sched;
@@ -40,6 +45,8 @@ struct answers {
 
 /* Runs requests to their ends. Returns how many of them failed or were cancelled. */
 int answers_run(struct answers *answers, const struct request_spec *specs, int n_specs);
+/* Begins a new conversation. */
+void answers_forget(struct answers *answers);
 /* The table of --stats on stderr, or with --json the last object on stdout. */
 void answers_stats(const struct answers *answers);
 /* One line on stderr: what pools and pager did. */
@@ -94,19 +101,6 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
     return ids ? memcpy(ids, spec->ids, bytes) : NULL;
 }
 
-/* A base model has no place for instructions: the system text stands before the prompt. */
-static char *whole_prompt(const struct request_spec *spec, size_t *length) {
-    char *text = NULL;
-    FILE *stream = open_memstream(&text, length);
-    if (!stream)
-        return NULL;
-    if (spec->system && *spec->system)
-        (void)fprintf(stream, "%s\n", spec->system);
-    (void)fwrite(spec->prompt, 1, spec->prompt_length, stream);
-    (void)fclose(stream);
-    return text;
-}
-
 int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
                     char error[CLI_ERROR_LENGTH]) {
     (void)cli_refuse(error, "out of memory, or a prompt too long to tokenize");
@@ -117,21 +111,12 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, in
         (void)cli_refuse(error, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
     }
-    size_t length;
-    char *text = whole_prompt(spec, &length);
-    int *encoded = text ? tok_encode(a->tokenizer, text, length, n_ids) : NULL;
-    free(text);
-    int bos = tok_adds_bos(a->tokenizer) ? tok_bos(a->tokenizer) : -1;
-    if (!encoded || bos < 0)
-        return encoded;
-    int *ids = realloc(encoded, ((size_t)*n_ids + 1) * sizeof *ids);
-    if (!ids) {
-        free(encoded);
-        return NULL;
-    }
-    memmove(ids + 1, ids, (size_t)(*n_ids)++ * sizeof *ids);
-    ids[0] = bos;
-    return ids;
+    struct turn turn = {.history = a->history,
+                        .n_history = a->n_history,
+                        .system = spec->system,
+                        .user = spec->prompt,
+                        .user_length = spec->prompt_length};
+    return template_ids(a->template, a->tokenizer, &turn, n_ids);
 }
 
 /* Fills in the request; with an error set if it can not even be submitted. */
@@ -221,12 +206,14 @@ static void show_json(const struct answer *answer) {
     (void)fputs("}\n", stdout);
 }
 
-/* A base model continues its prompt, so the prompt is shown with it. */
+/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. */
 static void echo(const struct answers *a, struct answer *answer) {
     const struct request *r = &answer->request;
     struct tok_stream stream = {0};
     char out[TOK_TEXT_SIZE];
     answer->echoed = true;
+    if (answer->spec->prompt && a->template != TEMPLATE_NONE)
+        return;
     if (answer->spec->prompt)
         (void)fwrite(answer->spec->prompt, 1, answer->spec->prompt_length, stdout);
     for (int i = 0; i < r->n_prompt && !answer->spec->prompt && a->tokenizer; i++)
@@ -338,6 +325,22 @@ static void follow(struct answers *a, struct answer *all, int n) {
     pthread_mutex_unlock(a->lock);
 }
 
+void answers_forget(struct answers *a) {
+    free(a->history);
+    a->history = NULL;
+    a->n_history = 0;
+}
+
+/* The tokens of a request that ran are what was said so far. */
+static void remember(struct answers *a, struct request *r) {
+    if (r->reason == FINISH_ERROR || a->template == TEMPLATE_NONE)
+        return;
+    free(a->history);
+    a->history = r->tokens;
+    a->n_history = r->length;
+    r->tokens = NULL;
+}
+
 int answers_run(struct answers *a, const struct request_spec *specs, int n_specs) {
     struct answer *all = calloc((size_t)n_specs + 1, sizeof *all);
     if (!all)
@@ -351,6 +354,8 @@ int answers_run(struct answers *a, const struct request_spec *specs, int n_specs
     for (int i = 0; i < n_specs; i++) {
         enum finish_reason reason = all[i].request.reason;
         n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
+        if (a->converses)
+            remember(a, &all[i].request);
         free(all[i].request.tokens);
         free(all[i].text);
     }

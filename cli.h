@@ -26,7 +26,11 @@
 
 #define CLI_VERSION "0.1.0"
 
-enum { CLI_ERROR_LENGTH = 512 };
+enum {
+    CLI_ERROR_LENGTH = 512,
+    PROGRESS_MS = 300, /* what takes less needs no bar */
+    PROGRESS_COLUMNS = 30
+};
 
 enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
 enum cli_kv_policy { CLI_ON_EVICT = 1, CLI_WRITE_THROUGH };
@@ -37,6 +41,7 @@ struct options {
     const char *file, *tokenizer, *tokenize, *perplexity, *logits;
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
+    int template;                  /* enum template_kind; 0: as the file says */
     int kv_type, kv_policy;        /* enum cli_kv_type; enum cli_kv_policy, never 0 */
     int tp;                        /* 1, 2, 4 or 8 */
     int max_batch, chunk, threads; /* 0: not given */
@@ -60,10 +65,8 @@ __attribute__((format(printf, 2, 3))) bool cli_refuse(char *error, const char *f
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
 char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGTH]);
-/* One line from stdin without its newline, with a `> ` on stderr if a terminal is there; freed by
- * the caller. NULL: the end of input. */
-char *cli_ask(size_t *length);
-/* `label 42%` on stderr if that is a terminal; erased when done == total. */
+/* A bar on stderr if that is a terminal and it takes long; done == 0 begins it, and done == total
+ * erases it. */
 void cli_progress(const char *label, int64_t done, int64_t total);
 
 #endif /* CLI_H */
@@ -78,6 +81,7 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 bool cli_refuse(char *error, const char *format, ...) {
@@ -132,6 +136,8 @@ static const struct option_row option_rows[] = {
      "end before this text; may be given several times"},
     {"--system", "TEXT", "system", &TEXT, AT(request.system), 0, 0,
      "what a chat model is told first"},
+    {"--template", "auto|chatml|llama3|llama2|mistral|none", 0, &CHOICE, AT(template), 0, 0,
+     "how a chat model is spoken to (default: as the file says)"},
     {.help = "Where to compute"},
     {"--devices", "LIST", 0, &DEVICES, AT(devices), 0, 0,
      "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0"},
@@ -340,19 +346,27 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ER
 }
 
 void cli_help(FILE *stream) {
-    fputs("usage: dynamo MODEL [options]\n\n"
-          "Runs a language model as a datacenter does: one pool of devices reads prompts\n"
-          "(prefill), another writes answers (decode). The KV cache moves between them in\n"
-          "blocks; when a device is full, cold blocks are paged to host memory. MODEL is a GGUF\n"
-          "file or a llama2.c checkpoint. Text goes to stdout, all else to stderr. Three ways to\n"
-          "begin:\n\n"
-          "  dynamo model.bin\n"
-          "      completes what you type, prompt after prompt; the model is a base model\n"
-          "  dynamo model.bin -p \"Once upon a time\" -n 64 --stats\n"
-          "      one prompt, then a table of what the pools and the pager did\n"
-          "  dynamo model.bin -f prompts.txt --devices cpu:4 --kv-device 64b --kv-host 1G\n"
-          "      many prompts at once on four small devices: blocks are paged out and in\n",
-          stream);
+    fputs(
+        "usage: dynamo MODEL [options]\n\n"
+        "Runs a language model as a datacenter does: one pool of devices reads prompts\n"
+        "(prefill), another writes answers (decode). The KV cache moves between them in\n"
+        "blocks; when a device is full, cold blocks are paged to host memory. MODEL is a GGUF\n"
+        "file or a llama2.c checkpoint. Text goes to stdout, all else to stderr. Ways to begin:\n\n"
+        "  dynamo model.bin\n"
+        "      talks with a chat model, completes what you type with a base model; /help\n"
+        "  dynamo model.bin -p \"Once upon a time\" -n 64 --stats\n"
+        "      one prompt, then a table of what the pools and the pager did\n"
+        "  echo \"One day, a fox\" | dynamo model.bin -t 0\n"
+        "      the same from a pipe; the likeliest text, the same every time\n"
+        "  dynamo model.bin -f prompts.txt --devices cpu:4 --kv-device 64b --kv-host 1G\n"
+        "      many prompts at once on four small devices: blocks are paged out and in\n"
+        "  dynamo model.bin -f requests.jsonl --json --stats > answers.jsonl\n"
+        "      one request a line, each with options of its own: {\"prompt\": \"Hi\", \"n\": 9}\n"
+        "  dynamo model.bin -p \"Once\" --seed 7 --colocate\n"
+        "      the same text as without --colocate: no schedule changes a text\n"
+        "  dynamo model.bin --perplexity story.txt\n"
+        "      how well the model predicts a text\n",
+        stream);
     for (int i = 0; i < N_ROWS; i++) {
         const struct option_row *row = &option_rows[i];
         if (!row->kind) {
@@ -393,29 +407,24 @@ char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGT
     return good ? text : NULL;
 }
 
-char *cli_ask(size_t *length) {
-    char *line = NULL;
-    size_t capacity = 0;
-    if (isatty(0) && isatty(2))
-        fputs("> ", stderr);
-    ssize_t bytes = getline(&line, &capacity, stdin);
-    if (bytes < 0) {
-        free(line);
-        return NULL;
-    }
-    bytes -= line[bytes - 1] == '\n';
-    line[bytes] = 0;
-    *length = (size_t)bytes;
-    return line;
-}
-
 void cli_progress(const char *label, int64_t done, int64_t total) {
-    if (!isatty(2))
+    static struct timespec begun;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (done == 0)
+        begun = now;
+    int64_t ms = (now.tv_sec - begun.tv_sec) * 1000 + (now.tv_nsec - begun.tv_nsec) / 1000000;
+    if (ms < PROGRESS_MS || !isatty(2))
         return;
+    char bar[PROGRESS_COLUMNS + 1];
+    int filled = (int)(PROGRESS_COLUMNS * done / total);
+    for (int i = 0; i < PROGRESS_COLUMNS; i++)
+        bar[i] = i < filled ? '#' : '.';
+    bar[PROGRESS_COLUMNS] = 0;
     if (done >= total)
         fputs("\r\033[K", stderr);
     else
-        fprintf(stderr, "\r%s %d%%\033[K", label, (int)(100 * done / total));
+        fprintf(stderr, "\r%s [%s] %d%%\033[K", label, bar, (int)(100 * done / total));
 }
 
 #endif /* CLI_IMPLEMENTATION */

@@ -19,17 +19,23 @@
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
 #define REQUESTS_IMPLEMENTATION
+#define TEMPLATE_IMPLEMENTATION
 #define ANSWERS_IMPLEMENTATION
+#define EDITOR_IMPLEMENTATION
+#define CHAT_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define ENGINE_IMPLEMENTATION
 #include "answers.h"
+#include "chat.h"
 #include "cli.h"
 #include "dynamo.h"
+#include "editor.h"
 #include "engine.h"
 #include "evaluate.h"
 #include "gguf.h"
 #include "json.h"
 #include "requests.h"
+#include "template.h"
 #include "tokenizer.h"
 
 #include <assert.h>
@@ -310,8 +316,10 @@ static void *interrupt_main(void *argument) {
         int number;
         (void)sigwait(&signals, &number);
         pthread_mutex_lock(&engine->lock);
-        if (engine->activity != ANSWERING)
+        if (engine->activity != ANSWERING) {
+            editor_restore();
             _exit(128 + SIGINT);
+        }
         engine->activity = INTERRUPTED;
         pthread_cond_broadcast(&engine->news);
         pthread_mutex_unlock(&engine->lock);
@@ -319,24 +327,25 @@ static void *interrupt_main(void *argument) {
     return NULL;
 }
 
-/* Prompt after prompt from the terminal; or all of a piped stdin as one prompt. */
+/* A conversation at the terminal; or all of a piped stdin as one prompt. */
 static int run_stdin(struct answers *answers, struct options *options) {
-    bool terminal = isatty(STDIN_FILENO);
     char error[CLI_ERROR_LENGTH];
-    for (;;) {
-        struct request_spec spec = options->request;
-        spec.prompt = terminal ? cli_ask(&spec.prompt_length)
-                               : cli_read_file("-", &spec.prompt_length, error);
-        if (!spec.prompt) {
-            if (!terminal)
-                complain("%s", error);
-            return terminal ? 0 : EXIT_FILE;
-        }
-        int n_failed = spec.prompt_length > 0 || !terminal ? answers_run(answers, &spec, 1) : 0;
-        free(spec.prompt);
-        if (!terminal)
-            return n_failed > 0 ? EXIT_REQUESTS : 0;
+    if (isatty(STDIN_FILENO)) {
+        struct chat chat = {.answers = answers, .options = options};
+        answers->converses = true;
+        chat_run(&chat);
+        answers_forget(answers);
+        return 0;
     }
+    struct request_spec spec = options->request;
+    spec.prompt = cli_read_file("-", &spec.prompt_length, error);
+    if (!spec.prompt) {
+        complain("%s", error);
+        return EXIT_FILE;
+    }
+    int n_failed = answers_run(answers, &spec, 1);
+    free(spec.prompt);
+    return n_failed > 0 ? EXIT_REQUESTS : 0;
 }
 
 static int run_requests(struct engine *engine, struct answers *answers) {
@@ -399,6 +408,22 @@ static bool watch_signals(struct engine *engine) {
            pthread_detach(interrupts) == 0;
 }
 
+/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
+static bool choose_template(const struct engine *engine, struct answers *answers) {
+    const struct options *o = engine->options;
+    char note[TOK_ERROR_LENGTH] = "";
+    bool asked = o->template > TEMPLATE_AUTO;
+    answers->template = TEMPLATE_NONE;
+    if (o->logits || o->perplexity || !engine->tokenizer)
+        return true;
+    answers->template = asked ? (enum template_kind)o->template
+                              : template_of(engine->file, engine->tokenizer, note);
+    bool fits = !asked || template_fits(answers->template, engine->tokenizer, note);
+    if (*note)
+        complain("%s: %s", o->model, note);
+    return fits;
+}
+
 static int run_model(struct options *options) {
     struct engine *engine = calloc(1, sizeof *engine);
     if (!engine || !watch_signals(engine)) {
@@ -428,7 +453,9 @@ static int run_model(struct options *options) {
                                   .now = now};
         struct evaluation evaluation = {&answers, run_rows, engine, engine->chunk,
                                         sched_max_length(engine->sched)};
-        if (options->logits)
+        if (!choose_template(engine, &answers))
+            status = EXIT_USAGE;
+        else if (options->logits)
             status = evaluate_logits(&evaluation, options->logits);
         else if (options->perplexity)
             status = evaluate_perplexity(&evaluation, options->perplexity);

@@ -96,12 +96,14 @@ static const struct weight *load(struct loader *loader, const struct tensor *ten
     const struct weight *weight =
         loader->engine->backend->upload(loader->device, tensor, slice, loader->error);
     loader->ok = weight != NULL;
+    gguf_release(tensor); /* the backend has a copy */
     return weight;
 }
 
 /* A shard's heads are rows of q, k, v and columns of attn_output; its part of d_ff, likewise. */
 static bool load_weights(struct loader *loader, const struct model *model, struct weights *out) {
     int n_layers = model->config.n_layers;
+    cli_progress("loading", 0, n_layers);
     out->token_embd = load(loader, model->token_embd, SLICE_WHOLE);
     out->output_norm = load(loader, model->output_norm, SLICE_WHOLE);
     out->output = load(loader, model->output, SLICE_WHOLE);

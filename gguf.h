@@ -79,7 +79,10 @@ bool gguf_get_bool(struct gguf *file, const char *key, bool *value);
 bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *value);
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value);
 
-const struct tensor *gguf_tensor(const struct gguf *file, const char *name); /* NULL: not there */
+const struct tensor *gguf_tensor(const struct gguf *file, const char *name);
+/* Its data will not be needed soon: their memory is given back, and they are read again if touched.
+ */
+void gguf_release(const struct tensor *tensor); /* NULL: not there */
 const char *gguf_type_name(enum tensor_type type);
 const void *gguf_raw(const struct gguf *file, size_t *size); /* all bytes; NULL: it is GGUF */
 bool gguf_equals(struct gguf_string string, const char *text);
@@ -401,6 +404,13 @@ bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value
     if (found)
         *value = *found;
     return found;
+}
+
+void gguf_release(const struct tensor *tensor) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)tensor->data;
+    uintptr_t first = (from + page - 1) / page * page, end = (from + tensor->bytes) / page * page;
+    if (end > first)
+        (void)madvise((void *)first, end - first, MADV_DONTNEED);
 }
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name) {

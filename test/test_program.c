@@ -993,7 +993,123 @@ static void a_closed_pipe_ends_the_answer(struct check *check) {
 
 /* ---- at a terminal ---- */
 
+/* model.bin with one key more, so that it has a chat template. The key takes a multiple of the
+ * data's alignment, so nothing else moves. */
+static void write_chat_model(struct check *check, const char *folder) {
+    static const char key[] = "tokenizer.chat_template", jinja[] = "[INST] <<SYS>> {{ messages }}";
+    char path[FOLDER_LENGTH + 32];
+    size_t size;
+    char *model = read_file(check, "model.bin", &size);
+    snprintf(path, sizeof path, "%s/chat.gguf", folder);
+    FILE *file = fopen(path, "wb");
+    CHECK(file && size > 32, "%s", path);
+    uint64_t n_keys, key_length = sizeof key - 1, length = 256 - 8 - key_length - 4 - 8;
+    uint32_t type = 8; /* a string */
+    char text[256];
+    memset(text, ' ', sizeof text);
+    memcpy(text, jinja, sizeof jinja - 1);
+    memcpy(&n_keys, model + 16, 8);
+    n_keys++;
+    fwrite(model, 1, 16, file);
+    fwrite(&n_keys, 8, 1, file);
+    fwrite(&key_length, 8, 1, file);
+    fwrite(key, 1, key_length, file);
+    fwrite(&type, 4, 1, file);
+    fwrite(&length, 8, 1, file);
+    fwrite(text, 1, length, file);
+    fwrite(model + 24, 1, size - 24, file);
+    fclose(file);
+    free(model);
+}
+
+static void chat_models_answer(struct check *check) {
+    char folder[FOLDER_LENGTH];
+    make_folder(check, folder);
+    write_chat_model(check, folder);
+    struct outcome plain = run(check, "model.bin -p '[INST] Once upon a time [/INST]' -t 0 -n 20");
+    struct outcome chat = run(check, "%s/chat.gguf -p 'Once upon a time' -t 0 -n 20", folder);
+    CHECK(chat.status == 0 && !strstr(chat.out, "Once upon a time"), "not echoed: %s", chat.out);
+    CHECK(chat.out_length > 10 && strstr(plain.out, chat.out), "`%s` is not the end of `%s`",
+          chat.out, plain.out);
+    struct outcome none =
+        run(check, "%s/chat.gguf -p 'Once upon a time' -t 0 -n 20 --template none", folder);
+    struct outcome base = run(check, "model.bin -p 'Once upon a time' -t 0 -n 20");
+    CHECK(!strcmp(none.out, base.out), "`%s`, not `%s`", none.out, base.out);
+    struct outcome wrong = run(check, "%s/chat.gguf -p Once --template chatml", folder);
+    CHECK(wrong.status == 2 && strstr(wrong.err, "<|im_start|>"), "%d %s", wrong.status, wrong.err);
+    outcome_free(&plain);
+    outcome_free(&chat);
+    outcome_free(&none);
+    outcome_free(&base);
+    outcome_free(&wrong);
+    remove_folder(check, folder);
+}
+
+static void chats_at_a_terminal(struct check *check) {
+    char folder[FOLDER_LENGTH];
+    setenv("TERM", "dumb", 1);
+    make_folder(check, folder);
+    write_chat_model(check, folder);
+    struct live live = live_start(check, true, "%s/chat.gguf -n 30 -t 0", folder);
+    CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
+    live_write(&live, "Tell me about the old fox and the long way home\n");
+    CHECK(live_until(&live, "\n> ", 5), "no answer: %s", live.text);
+    live_write(&live, "And then?\n");
+    CHECK(live_until(&live, "\n> ", 5), "no second answer: %s", live.text);
+    live_write(&live, "/stats\n");
+    CHECK(live_until(&live, "prompt tokens found cached", 5), "no stats: %s", live.text);
+    live_until(&live, "\n", 5);
+    int cached = 0;
+    const char *line = strstr(live.text, "prompt tokens found cached");
+    line = line ? strstr(line, "[0m") : NULL; /* it is in colour */
+    CHECK(line && sscanf(line, "[0m %d", &cached) == 1 && cached >= 32, "%d tokens cached: %s",
+          cached, live.text);
+    live_until(&live, "\n> ", 5);
+    live_write(&live, "/clear\n");
+    CHECK(live_until(&live, "A new conversation begins", 5), "not cleared: %s", live.text);
+    live_write(&live, "/system Be a pirate.\n");
+    CHECK(live_until(&live, "A new conversation begins with it", 5), "no system: %s", live.text);
+    live_write(&live, "/hlep\n");
+    CHECK(live_until(&live, "/hlep: unknown command; /help lists all", 5), "%s", live.text);
+    live_write(&live, "/help\n");
+    CHECK(live_until(&live, "/exit", 5), "no help: %s", live.text);
+    live_write(&live, "/exit\n");
+    CHECK(live_end(&live, 5) == 0, "it did not end: %s", live.text);
+    live_close(&live);
+    remove_folder(check, folder);
+}
+
+/* Keys as a terminal sends them: the line that is entered is seen in the echo of the prompt. */
+static void edits_a_line(struct check *check) {
+    static const struct {
+        const char *keys, *line;
+    } cases[] = {
+        {"Onc a time\001\033[C\033[C\033[Ce upon\n", "\nOnce upon a time"},
+        {"x\177\033[H\033[F\033[3~The bear wrong\027cat\n", "\nThe bear cat"},
+        {"lost\025Tom\004\n", "\nTom"},
+        {"\303\251\303\251\033[D\177A\n", "\nA\303\251"},
+        {"\033[A\033[A\n", "\nTom"}, /* the last line but one */
+        {"one\\\ntwo\n", "\none\r\ntwo"},
+        {"end\001\013Mia\n", "\nMia"},
+    };
+    setenv("TERM", "xterm", 1);
+    struct live live = live_start(check, true, "model.bin -n 3");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
+        live_write(&live, cases[i].keys);
+        CHECK(live_until(&live, cases[i].line, 5), "%d: no `%s` in %s", (int)i, cases[i].line,
+              live.text);
+        live_until(&live, "\n", 5);
+    }
+    CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
+    live_write(&live, "\004");
+    CHECK(live_end(&live, 5) == 0, "it did not end: %s", live.text);
+    live_close(&live);
+    setenv("TERM", "dumb", 1);
+}
+
 static void talks_at_a_terminal(struct check *check) {
+    setenv("TERM", "dumb", 1);
     struct live live = live_start(check, true, "model.bin -n 30");
     CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
     live_write(&live, "Once upon a time\n");
@@ -1015,6 +1131,7 @@ static void ctrl_c_at_a_terminal(struct check *check) {
     char folder[FOLDER_LENGTH];
     make_folder(check, folder);
     write_endless_model(check, folder, 1);
+    setenv("TERM", "dumb", 1);
     struct live live = live_start(check, true, ENDLESS, folder);
     CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
     for (int i = 0; i < 2; i++) { /* it must not strike the answer after it as well */
@@ -1059,6 +1176,9 @@ int main(int argc, char **argv) {
         {"a_closed_pipe_ends_the_answer", a_closed_pipe_ends_the_answer},
         {"talks_at_a_terminal", talks_at_a_terminal},
         {"ctrl_c_at_a_terminal", ctrl_c_at_a_terminal},
+        {"chat_models_answer", chat_models_answer},
+        {"chats_at_a_terminal", chats_at_a_terminal},
+        {"edits_a_line", edits_a_line},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -1,0 +1,309 @@
+/* editor.h: a line of text from a terminal, with editing and history.
+ *
+ *     struct editor editor = {0};
+ *     char *line = editor_read(&editor, "> ", &length);  // to be freed; NULL: the end of input
+ *     editor_close(&editor);
+ *
+ * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
+ * L (clear the screen), D (delete; on an empty line: the end). A line that ends with \ goes on in
+ * the next. If stdin or stderr is no terminal, or a dumb one, lines are read as they are.
+ * The terminal is in raw mode only while a line is read; editor_restore sets it back from any
+ * thread, for who ends the program in between. Text is UTF-8; the cursor moves by characters, of
+ * which East Asian ones take two columns and marks none. A line longer than the screen is wide
+ * shows the part around the cursor. */
+#ifndef EDITOR_H
+#define EDITOR_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+enum { EDITOR_LINES = 100 /* of history */ };
+
+struct editor {
+    char *line; /* (length) what is typed, a zero byte behind it */
+    size_t length, capacity, at;
+    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
+    int n_history, shown;        /* shown == n_history: the new line */
+    const char *prompt;
+};
+
+char *editor_read(struct editor *editor, const char *prompt, size_t *length);
+void editor_close(struct editor *editor);
+void editor_restore(void);
+
+#endif /* EDITOR_H */
+
+#ifdef EDITOR_IMPLEMENTATION
+#undef EDITOR_IMPLEMENTATION
+
+#include "words.h"
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <termios.h>
+#include <unistd.h>
+
+static struct termios editor_before;
+static atomic_bool editor_is_raw;
+
+void editor_restore(void) {
+    if (atomic_exchange(&editor_is_raw, false))
+        (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &editor_before);
+}
+
+static bool editor_raw(void) {
+    const char *kind = getenv("TERM");
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO) || !kind || !strcmp(kind, "dumb") ||
+        tcgetattr(STDIN_FILENO, &editor_before) != 0)
+        return false;
+    struct termios raw = editor_before;
+    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN); /* signals stay: Ctrl-C is one */
+    raw.c_iflag &= ~(tcflag_t)(IXON);
+    raw.c_cc[VMIN] = 1;
+    raw.c_cc[VTIME] = 0;
+    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) != 0)
+        return false;
+    atomic_store(&editor_is_raw, true);
+    return true;
+}
+
+static int columns_of(uint32_t code) {
+    enum unicode_class kind = unicode_class_of(code);
+    bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
+                (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
+                (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
+                (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
+    return kind == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
+}
+
+/* Bytes of the character behind `at`, or before it. */
+static size_t editor_next(const struct editor *e, size_t at) {
+    uint32_t code;
+    return at < e->length ? char_size(e->line + at, e->length - at, &code) : 0;
+}
+
+static size_t editor_previous(const struct editor *e, size_t at) {
+    size_t size = at > 0;
+    while (size > 0 && size < 4 && size < at && (e->line[at - size] & 0xC0) == 0x80)
+        size++;
+    return size;
+}
+
+/* Writes the line again, and the cursor where it is. */
+static void editor_show(const struct editor *e) {
+    struct winsize size;
+    int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 8 ? size.ws_col : 80;
+    int room = width - (int)strlen(e->prompt) - 1, before = 0, used = 0;
+    uint32_t code;
+    size_t first = e->at, last;
+    for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
+        n = editor_previous(e, first);
+        (void)char_size(e->line + first - n, n, &code);
+        before += columns_of(code);
+    }
+    (void)fprintf(stderr, "\r\033[K%s", e->prompt);
+    for (last = first; last < e->length; last += editor_next(e, last)) {
+        (void)char_size(e->line + last, e->length - last, &code);
+        used += columns_of(code);
+        if (used > room)
+            break;
+        bool printable = code >= ' ' && code != 127 && code != UINT32_MAX;
+        (void)fwrite(printable ? e->line + last : "?", 1, printable ? editor_next(e, last) : 1,
+                     stderr);
+    }
+    if (e->at < e->length)
+        (void)fprintf(stderr, "\r\033[%dC", (int)strlen(e->prompt) + before);
+    (void)fflush(stderr);
+}
+
+static void editor_insert(struct editor *e, const char *bytes, size_t n) {
+    if (e->length + n + 1 > e->capacity) {
+        e->capacity = (e->length + n + 1) * 2;
+        e->line = realloc(e->line, e->capacity);
+        if (!e->line)
+            abort();
+    }
+    memmove(e->line + e->at + n, e->line + e->at, e->length - e->at);
+    memcpy(e->line + e->at, bytes, n);
+    e->at += n;
+    e->length += n;
+    e->line[e->length] = 0;
+}
+
+static void editor_cut(struct editor *e, size_t from, size_t to) {
+    memmove(e->line + from, e->line + to, e->length - to);
+    e->length -= to - from;
+    e->at = from;
+    e->line[e->length] = 0;
+}
+
+/* What an escape sequence stands for, as the Ctrl key that does the same; 0: nothing. */
+static int editor_escape(void) {
+    char byte = 0, number = 0;
+    if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
+        return 0;
+    while (read(STDIN_FILENO, &byte, 1) == 1 && ((byte >= '0' && byte <= '9') || byte == ';'))
+        number = number ? number : byte;
+    static const char keys[] = "AP"
+                               "BN"
+                               "CF"
+                               "DB"
+                               "HA"
+                               "FE",
+                      numbers[] = "1A"
+                                  "7A"
+                                  "4E"
+                                  "8E"
+                                  "3D";
+    const char *pairs = byte == '~' ? numbers : keys;
+    for (char wanted = byte == '~' ? number : byte; *pairs; pairs += 2)
+        if (*pairs == wanted)
+            return pairs[1] - '@';
+    return 0;
+}
+
+static void editor_recall(struct editor *e, int step) {
+    int wanted = e->shown + step;
+    if (wanted < 0 || wanted > e->n_history)
+        return;
+    editor_cut(e, 0, e->length);
+    e->shown = wanted;
+    if (wanted < e->n_history)
+        editor_insert(e, e->history[wanted], strlen(e->history[wanted]));
+}
+
+enum editor_state { EDITING, ENTERED, ENDED };
+
+static enum editor_state editor_key(struct editor *e, int key) {
+    size_t word = e->at;
+    switch (key) {
+    case '\r':
+    case '\n': return ENTERED;
+    case 'A' - '@': e->at = 0; break;
+    case 'E' - '@': e->at = e->length; break;
+    case 'B' - '@': e->at -= editor_previous(e, e->at); break;
+    case 'F' - '@': e->at += editor_next(e, e->at); break;
+    case 'P' - '@': editor_recall(e, -1); break;
+    case 'N' - '@': editor_recall(e, 1); break;
+    case 'K' - '@': editor_cut(e, e->at, e->length); break;
+    case 'U' - '@': editor_cut(e, 0, e->at); break;
+    case 'L' - '@': (void)fputs("\033[H\033[2J", stderr); break;
+    case 127:
+    case 'H' - '@': editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
+    case 'D' - '@':
+        if (e->length == 0)
+            return ENDED;
+        editor_cut(e, e->at, e->at + editor_next(e, e->at));
+        break;
+    case 'W' - '@':
+        while (word > 0 && e->line[word - 1] == ' ')
+            word--;
+        while (word > 0 && e->line[word - 1] != ' ')
+            word--;
+        editor_cut(e, word, e->at);
+        break;
+    default: break;
+    }
+    return EDITING;
+}
+
+static enum editor_state editor_line(struct editor *e) {
+    char bytes[256];
+    enum editor_state state = EDITING;
+    editor_show(e);
+    while (state == EDITING) {
+        ssize_t n = read(STDIN_FILENO, bytes, 1);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return ENDED;
+        unsigned char byte = (unsigned char)*bytes;
+        int key = byte == 27 ? editor_escape() : byte;
+        if (byte == 27 && key == 'D' - '@' && e->length == 0)
+            continue; /* Delete, where Ctrl-D would end it */
+        if (byte == '\t' || (byte >= ' ' && byte != 127))
+            editor_insert(e, bytes, 1);
+        else
+            state = editor_key(e, key);
+        int more = 0;
+        if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
+            editor_show(e); /* once for all that was pasted */
+    }
+    return state;
+}
+
+static void editor_remember(struct editor *e, const char *line) {
+    if (!*line || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
+        return;
+    if (e->n_history == EDITOR_LINES) {
+        free(e->history[0]);
+        memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
+        e->n_history--;
+    }
+    e->history[e->n_history] = strdup(line);
+    e->n_history += e->history[e->n_history] != NULL;
+}
+
+/* One line as it comes, without its newline. */
+static char *editor_plain(const char *prompt, size_t *length) {
+    char *line = NULL;
+    size_t capacity = 0;
+    if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
+        (void)fputs(prompt, stderr);
+    ssize_t bytes = getline(&line, &capacity, stdin);
+    if (bytes < 0) {
+        free(line);
+        return NULL;
+    }
+    bytes -= line[bytes - 1] == '\n';
+    line[bytes] = 0;
+    *length = (size_t)bytes;
+    return line;
+}
+
+static char *editor_one(struct editor *e, const char *prompt, size_t *length) {
+    if (!editor_raw())
+        return editor_plain(prompt, length);
+    e->length = e->at = 0;
+    e->shown = e->n_history;
+    e->prompt = prompt;
+    editor_insert(e, "", 0);
+    enum editor_state state = editor_line(e);
+    (void)fputc('\n', stderr);
+    editor_restore();
+    if (state == ENDED)
+        return NULL;
+    editor_remember(e, e->line);
+    *length = e->length;
+    return strndup(e->line, e->length);
+}
+
+char *editor_read(struct editor *e, const char *prompt, size_t *length) {
+    char *text = editor_one(e, prompt, length);
+    while (text && *length > 0 && text[*length - 1] == '\\') {
+        size_t more = 0;
+        char *next = editor_one(e, ". ", &more);
+        char *both = next ? realloc(text, *length + more + 1) : NULL;
+        if (!both) {
+            free(next);
+            break;
+        }
+        text = both;
+        text[*length - 1] = '\n';
+        memcpy(text + *length, next, more + 1);
+        *length += more;
+        free(next);
+    }
+    return text;
+}
+
+void editor_close(struct editor *e) {
+    for (int i = 0; i < e->n_history; i++)
+        free(e->history[i]);
+    free(e->line);
+    *e = (struct editor){0};
+}
+#endif /* EDITOR_IMPLEMENTATION */
