@@ -26,11 +26,7 @@
 
 #define CLI_VERSION "0.1.0"
 
-enum {
-    CLI_ERROR_LENGTH = 512,
-    PROGRESS_MS = 300, /* what takes less needs no bar */
-    PROGRESS_COLUMNS = 30
-};
+enum { CLI_ERROR_LENGTH = 512, PROGRESS_MS = 300 /* what takes less needs no bar */ };
 
 enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
 enum cli_kv_policy { CLI_ON_EVICT = 1, CLI_WRITE_THROUGH };
@@ -416,15 +412,13 @@ void cli_progress(const char *label, int64_t done, int64_t total) {
     int64_t ms = (now.tv_sec - begun.tv_sec) * 1000 + (now.tv_nsec - begun.tv_nsec) / 1000000;
     if (ms < PROGRESS_MS || !isatty(2))
         return;
-    char bar[PROGRESS_COLUMNS + 1];
-    int filled = (int)(PROGRESS_COLUMNS * done / total);
-    for (int i = 0; i < PROGRESS_COLUMNS; i++)
-        bar[i] = i < filled ? '#' : '.';
-    bar[PROGRESS_COLUMNS] = 0;
+    static const char full[] = "##############################";
+    int filled = (int)((int64_t)(sizeof full - 1) * done / total);
     if (done >= total)
         fputs("\r\033[K", stderr);
     else
-        fprintf(stderr, "\r%s [%s] %d%%\033[K", label, bar, (int)(100 * done / total));
+        fprintf(stderr, "\r%s [%-30.*s] %d%%\033[K", label, filled, full,
+                (int)(100 * done / total));
 }
 
 #endif /* CLI_IMPLEMENTATION */

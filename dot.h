@@ -117,6 +117,21 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
             _mm512_storeu_ps(tile->out + row * PANEL + i * LANES, sum[row][i]);
 }
 
+/* Adds the whole numbers of one part of a block and one row, which begins at `row`. */
+INLINE DOT_Q8 void dot_scale(enum tensor_type type, int first, int n_vectors,
+                             const struct scales *scales, const char *row, const __m512i whole[4],
+                             __m512 sum[4]) {
+    const struct q8_block *block = (const struct q8_block *)(const void *)row;
+    __m512 scale = _mm512_set1_ps(block->scale), total = _mm512_set1_ps(block->scaled_sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < n_vectors; i++) {
+        __m512 both = _mm512_mul_ps((__m512)scales->scale[first + i], scale);
+        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[i]), both, sum[i]);
+        if (type == TYPE_Q4_K)
+            sum[i] = _mm512_fnmadd_ps((__m512)scales->least[first + i], total, sum[i]);
+    }
+}
+
 /* n_rows x n_vectors sums, from vector `first` of a panel's 4. The products of the bytes of a part
  * of a block are summed as whole numbers, then scaled. All loops over rows and vectors are
  * unrolled, or the sums would not stay in registers. */
@@ -165,19 +180,9 @@ INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_ve
             }
         }
 #pragma GCC unroll 6
-        for (int row = 0; row < n_rows; row++) {
-            const struct q8_block *of_row =
-                (const struct q8_block *)(const void *)(block + (size_t)row * stride);
-            __m512 scale = _mm512_set1_ps(of_row->scale);
-#pragma GCC unroll 4
-            for (int i = 0; i < n_vectors; i++) {
-                __m512 both = _mm512_mul_ps((__m512)scales.scale[first + i], scale);
-                sum[row][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[row][i]), both, sum[row][i]);
-                if (type == TYPE_Q4_K)
-                    sum[row][i] = _mm512_fnmadd_ps((__m512)scales.least[first + i],
-                                                   _mm512_set1_ps(of_row->scaled_sum), sum[row][i]);
-            }
-        }
+        for (int row = 0; row < n_rows; row++)
+            dot_scale(type, first, n_vectors, &scales, block + (size_t)row * stride, whole[row],
+                      sum[row]);
         if ((k + (unsigned)n_part) % Q8_BLOCK == 0)
             block += sizeof(struct q8_block);
     }

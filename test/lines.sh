@@ -36,10 +36,10 @@ check engine.h 400 -
 check scheduler.c 700 700
 check kvcache.c 540 500
 check kernels.c 900 650
-check attention.h 240 -
+check attention.h 270 -
 check product.h 240 -
-check dot.h 260 -
-check pack.h 300 -
+check dot.h 265 -
+check pack.h 320 -
 check pool.h 250 -
 check copier.h 160 -
 check sampler.h 180 -

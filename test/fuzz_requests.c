@@ -1,0 +1,47 @@
+/* fuzz_requests.c: a request file of any bytes becomes requests, each with a prompt, ids, or one
+ * line that refuses it; and a command line of any words is taken or refused. Run by test/fuzz.sh.
+ */
+#define JSON_IMPLEMENTATION
+#define CLI_IMPLEMENTATION
+#define REQUESTS_IMPLEMENTATION
+#include "requests.h"
+#include "fuzz.h"
+
+static void parse_words(const uint8_t *data, size_t size) {
+    char *text = malloc(size + 1), *words[17] = {(char[]){"dynamo"}};
+    FUZZ_CHECK(text);
+    memcpy(text, data, size);
+    text[size] = 0;
+    int n = 1;
+    for (char *word = strtok(text, "\n"); word && n < 16; word = strtok(NULL, "\n"))
+        words[n++] = word;
+    struct options options;
+    char error[CLI_ERROR_LENGTH] = "";
+    bool good = cli_parse(&options, n, words, error);
+    FUZZ_CHECK(good || (error[0] && !strchr(error, '\n')));
+    cli_free(&options);
+    free(text);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    char path[64], error[CLI_ERROR_LENGTH] = "";
+    char *words[] = {(char[]){"dynamo"}, (char[]){"m"}, (char[]){"-f"}, path, NULL};
+    struct options options;
+    struct requests requests;
+    fuzz_file(path, sizeof path, data, size);
+    FUZZ_CHECK(cli_parse(&options, 4, words, error));
+    FUZZ_CHECK(requests_read(&requests, &options, error));
+    for (int i = 0; i < requests.n; i++) {
+        const struct request_spec *spec = &requests.specs[i];
+        FUZZ_CHECK(spec->error ? !strchr(spec->error, '\n') : !spec->prompt != !spec->ids);
+        FUZZ_CHECK(spec->error || spec->sampling.temperature >= 0);
+        size_t safe = 0;
+        if (spec->prompt && !spec->error)
+            (void)requests_stop((const char *)data, size, spec->stop, spec->n_stop, &safe);
+        FUZZ_CHECK(safe <= size);
+    }
+    requests_free(&requests);
+    cli_free(&options);
+    parse_words(data, size);
+    return 0;
+}
