@@ -1,39 +1,69 @@
-# make            ./dynamo, tuned for this machine (PORTABLE=1: for any x86-64 or arm64)
+# make            ./dynamo, tuned for this machine (PORTABLE=1: for any x86-64 or arm64); with CUDA
+#                 if nvcc is there (NVCC= without; ARCH=sm_90: for other chips than the one found)
 # make test       builds and runs all tests; asan, tsan: the same under sanitizers
+# make emu        ./dynamo-emu, the CUDA kernels on the CPU; gpu-test: their tests on a GPU
 # make bench      measures; soak: the long form of the randomized tests
 # make lines      counts lines against the budget; format: applies .clang-format; clean
 CC ?= gcc
+CXX ?= g++
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
 # (no note that vectors wider than the machine are passed differently by other compilers)
 ARCH_FLAGS = $(if $(PORTABLE),-Wno-psabi,-march=native)
-FLAGS = -std=gnu11 -O3 -g $(ARCH_FLAGS) $(WARNINGS) -pthread -MMD -MP $(SANITIZE) $(CFLAGS)
+COMMON = -O3 -g $(ARCH_FLAGS) -pthread -MMD -MP $(SANITIZE)
+FLAGS = -std=gnu11 $(COMMON) $(WARNINGS) $(CFLAGS)
 LIBS = -lm -pthread
 # each kind of build has a folder, so that none is made of another's objects
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(wildcard test/test_*.c))
-SOURCES = $(wildcard *.c *.h test/*.c test/*.h)
-PROGRAM = $(if $(VARIANT),$(B)/dynamo,dynamo)
+SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
+# what tests run is a build without CUDA, so that they are the same on every machine
+TESTED = $(B)/dynamo
+EMU = $(if $(VARIANT),$(B)/dynamo-emu,dynamo-emu)
 
-all: $(PROGRAM)
+# CUDA: for the chips of this machine, else for two generations; sanitizers have none
+CUDA = $(if $(VARIANT),,$(if $(NVCC),$(B)/kernels.cuda.o))
+CHIPS = $(or $(ARCH),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| sort -u | sed 's/^/sm_/;s/\.//'),sm_80 sm_90)
+NVCC_FLAGS = -std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
+	$(foreach chip,$(CHIPS),-gencode arch=compute_$(chip:sm_%=%),code=$(chip)) $(NVCCFLAGS)
+# (g++ does not know nvcc's pragmas)
+EMU_FLAGS = -std=gnu++17 $(COMMON) -Wall -Wextra -Wno-unknown-pragmas -DCUDA_EMULATED -I.
 
-# the program stands in the root; sanitized ones stay in their folder
-$(PROGRAM): $(OBJECTS)
+all: dynamo
+
+dynamo: $(OBJECTS) $(CUDA)
+	$(if $(CUDA),$(NVCC) $^ -lm -Xcompiler -pthread,$(CC) $(FLAGS) $^ $(LIBS)) -o $@
+
+$(TESTED): $(OBJECTS)
 	$(CC) $(FLAGS) $^ $(LIBS) -o $@
 
 $(B)/%.o: %.c $(B)/flags
 	$(CC) $(FLAGS) -c $< -o $@
 
+# the assembler's report beside it says what each kernel takes: test/spills.sh reads it
+$(B)/kernels.cuda.o: kernels.cu $(wildcard *.cuh) dynamo.h $(B)/flags
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@ 2> $(B)/kernels.cuda.txt || { cat $(B)/kernels.cuda.txt; false; }
+	@grep -E 'warning|error' $(B)/kernels.cuda.txt || true
+
+emu: $(EMU)
+$(EMU): $(OBJECTS) $(B)/kernels.emu.o
+	$(CXX) $(EMU_FLAGS) $^ $(LIBS) -o $@
+
+$(B)/kernels.emu.o: kernels.cu $(B)/flags
+	$(CXX) -x c++ $(EMU_FLAGS) -c $< -o $@
+
 # a test includes what it looks into; the program under test is given by name
 $(B)/test_%: test/test_%.c $(B)/flags
-	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(PROGRAM)"' $< $(LIBS) -o $@
+	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(LIBS) -o $@
 
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE
 	@mkdir -p $(B)
-	@echo '$(CC) $(FLAGS)' | cmp -s - $@ || echo '$(CC) $(FLAGS)' > $@
+	@echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' > $@
 
-test: $(PROGRAM) $(TESTS)
+test: $(TESTED) $(TESTS)
 	@test/run.sh $(TESTS)
 
 asan:
@@ -58,8 +88,8 @@ format:
 	clang-format -i $(filter-out unicode_table.h,$(SOURCES))
 
 clean:
-	rm -rf build dynamo
+	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test asan tsan soak bench lines format clean FORCE
+.PHONY: all test asan tsan emu soak bench lines format clean FORCE
 -include $(wildcard $(B)/*.d)

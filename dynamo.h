@@ -220,6 +220,9 @@ struct backend {
     /* waits for the step and writes the sampled tokens (n_samples), if norm_logits was called */
     void (*step_end)(struct device *device, int *sampled);
 
+    enum kv_type kv_type;     /* what it keeps keys and values in, unless told otherwise */
+    int chunk;                /* prompt tokens in one step that suit it */
+    int n_gpus;               /* device.index is below; 0: devices are the CPU, memory the host's */
     uint64_t kernel_launches; /* a CUDA backend counts; 0 on the CPU */
 };
 
@@ -227,9 +230,14 @@ struct backend_options {
     int n_threads;            /* of the CPU backend: so many run at once */
     uint64_t copy_delay_seed; /* tests: not 0 delays each copy by a random time */
     bool plain;               /* no instructions that only some processors have */
+    void (*lost)(void *context); /* called before a device's fault ends the program; or NULL */
+    void *context;
 };
 
 struct backend *cpu_backend_open(const struct backend_options *options, char *error);
+/* NULL: no GPU that it can use. In a build without nvcc the function itself is NULL. */
+__attribute__((weak)) struct backend *cuda_backend_open(const struct backend_options *options,
+                                                        char *error);
 
 /* ---- kvcache.c: where each block is ---- */
 

@@ -72,9 +72,8 @@ void engine_close(struct engine *engine);
 #include <unistd.h>
 
 enum {
-    DEFAULT_CPU_DEVICES = 2, /* one prefills, one decodes */
+    DEFAULT_DEVICES = 2, /* one prefills, one decodes */
     DEFAULT_BATCH = 32,
-    DEFAULT_CHUNK = 256, /* large enough for full tiles, small enough to be preempted soon */
     CACHED_ANSWERS = 2,  /* default device KV: so many full contexts for each running request */
     HOST_FACTOR = 4      /* default host KV: so many times that */
 };
@@ -169,20 +168,24 @@ static bool open_worker(struct engine *engine, struct worker *worker, const int 
 
 /* ---- which devices do what ---- */
 
-/* Sets the workers' roles and opens them. Without options: two CPU devices, one of each role. */
+/* The devices that --prefill and --decode count: those of --devices; else all GPUs, of which a lone
+ * one stands for two devices, or as many CPU devices. */
+static struct device_list list_devices(const struct engine *engine) {
+    const struct options *o = engine->options;
+    int n_gpus = engine->backend->n_gpus, named = o->prefill.n + o->decode.n;
+    struct device_list all = o->devices;
+    if (all.n > 0)
+        return all;
+    all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : DEFAULT_DEVICES * engine->tp;
+    for (int i = 0; i < all.n; i++)
+        all.index[i] = n_gpus > 0 ? i % n_gpus : i;
+    return all;
+}
+
+/* Sets the workers' roles and opens them. */
 static bool open_workers(struct engine *engine, char *error) {
     const struct options *o = engine->options;
-    struct device_list all = o->devices, empty = {0};
-    if (all.n == 0 && o->prefill.n == 0) {
-        all = (struct device_list){.cpu = true, .n = DEFAULT_CPU_DEVICES * engine->tp};
-        for (int i = 0; i < all.n; i++)
-            all.index[i] = i;
-    }
-    if (!all.cpu) {
-        (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "--devices: this build has no CUDA backend; give cpu:N");
-        return false;
-    }
+    struct device_list all = list_devices(engine), empty = {0};
     struct device_list prefill = o->prefill, decode = o->prefill.n > 0 ? o->decode : empty;
     if (prefill.n == 0) { /* the first half prefills */
         int n_prefill = all.n / engine->tp / 2 * engine->tp;
@@ -205,8 +208,11 @@ static bool open_workers(struct engine *engine, char *error) {
         worker->index = i;
         worker->decodes = first >= prefill.n;
         worker->prefills = first < prefill.n || prefill.n == 0;
-        const int *devices =
+        const int *places =
             first < prefill.n ? &prefill.index[first] : &decode.index[first - prefill.n];
+        int devices[MAX_SHARDS];
+        for (int s = 0; s < engine->tp; s++)
+            devices[s] = all.index[places[s]];
         if (!open_worker(engine, worker, devices, error))
             return false;
     }
@@ -221,6 +227,31 @@ static int blocks_from(struct size size, size_t bytes_per_block, int64_t otherwi
     return n > INT32_MAX / 64 ? INT32_MAX / 64 : (int)n;
 }
 
+/* How many devices share the memory of one: those on its GPU, or, of the CPU, all. */
+static int count_sharing(const struct engine *engine, const struct device *device) {
+    int n = 0;
+    for (int i = 0; i < engine->n_workers * engine->tp; i++)
+        n += engine->backend->n_gpus == 0 ||
+             engine->workers[i / engine->tp].shards[i % engine->tp]->index == device->index;
+    return n;
+}
+
+/* Blocks that each device can hold at most, if nine tenths of what is free there are taken. */
+static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
+    const struct backend *backend = engine->backend;
+    size_t bytes = block_bytes(&engine->model.config, engine->tp, engine->kv_type);
+    int64_t most = INT32_MAX;
+    for (int i = 0; i < engine->n_workers * engine->tp; i++) {
+        struct device *device = engine->workers[i / engine->tp].shards[i % engine->tp];
+        size_t left = backend->free_memory(device, false) / 10 * 9;
+        size_t taken = backend->n_gpus > 0 ? 0 : taken_on_host;
+        left = left > taken ? left - taken : 0;
+        int64_t blocks = (int64_t)(left / bytes) / count_sharing(engine, device);
+        most = blocks < most ? blocks : most;
+    }
+    return most;
+}
+
 /* Sizes both tiers and allocates them. What the machine has free is never exceeded by default. */
 static bool open_kv(struct engine *engine, char *error) {
     const struct backend *backend = engine->backend;
@@ -233,10 +264,7 @@ static bool open_kv(struct engine *engine, char *error) {
     int64_t most = (int64_t)(backend->free_memory(device, true) / 4 / all_bytes);
     int64_t host_wanted = wanted * HOST_FACTOR < most ? wanted * HOST_FACTOR : most;
     engine->host_blocks = blocks_from(engine->options->kv_host, all_bytes, host_wanted);
-    size_t taken = all_bytes * (size_t)engine->host_blocks; /* a CPU's host and devices are one */
-    size_t left = backend->free_memory(device, false) / 10 * 9;
-    left = left > taken ? left - taken : 0;
-    most = (int64_t)(left / shard_bytes) / (engine->n_workers * engine->tp);
+    most = most_blocks(engine, all_bytes * (size_t)engine->host_blocks);
     engine->device_blocks =
         blocks_from(engine->options->kv_device, shard_bytes, wanted < most ? wanted : most);
     if (engine->device_blocks < 1) {
@@ -339,16 +367,39 @@ void engine_close(struct engine *engine) {
     free(engine->ends_text);
 }
 
+/* CUDA where there is a GPU, unless the CPU is asked for. */
+static bool open_backend(struct engine *engine, char *error) {
+    const struct options *o = engine->options;
+    struct backend_options options = {
+        .n_threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN),
+        .copy_delay_seed = o->copy_delay};
+    bool cuda = o->devices.n > 0 && !o->devices.cpu;
+    if (cuda && !cuda_backend_open) {
+        (void)snprintf(error, GGUF_ERROR_LENGTH,
+                       "--devices: this build has no CUDA backend; give cpu:N");
+        return false;
+    }
+    if (cuda_backend_open && !o->devices.cpu) {
+        engine->backend = cuda_backend_open(&options, error);
+        if (!engine->backend && !cuda)
+            (void)fprintf(stderr, "dynamo: %s; using the CPU\n", error);
+    }
+    if (!engine->backend && !cuda)
+        engine->backend = cpu_backend_open(&options, error);
+    if (!engine->backend)
+        return false;
+    engine->chunk = o->chunk > 0 ? o->chunk : engine->backend->chunk;
+    engine->kv_type = o->kv_type == CLI_KV_DEFAULT ? engine->backend->kv_type
+                      : o->kv_type == CLI_KV_BF16  ? KV_BF16
+                                                   : KV_F32;
+    return true;
+}
+
 bool engine_open(struct engine *engine, struct options *options, char error[GGUF_ERROR_LENGTH]) {
-    struct backend_options backend = {
-        .n_threads = options->threads > 0 ? options->threads : (int)sysconf(_SC_NPROCESSORS_ONLN),
-        .copy_delay_seed = options->copy_delay};
     (void)snprintf(error, GGUF_ERROR_LENGTH, "out of memory");
     engine->options = options;
     engine->tp = options->tp;
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
-    engine->chunk = options->chunk > 0 ? options->chunk : DEFAULT_CHUNK;
-    engine->kv_type = options->kv_type == CLI_KV_BF16 ? KV_BF16 : KV_F32;
     engine->file = gguf_open(options->model, error);
     bool ok = engine->file && model_open(&engine->model, engine->file, error);
     if (ok) {
@@ -357,10 +408,9 @@ bool engine_open(struct engine *engine, struct options *options, char error[GGUF
         if (!ok)
             (void)snprintf(error, GGUF_ERROR_LENGTH, "%.500s", engine->no_tokenizer);
         engine->rope_frequency = rope_frequencies(&engine->model);
-        engine->backend = cpu_backend_open(&backend, error);
     }
-    return ok && engine->rope_frequency && engine->backend && open_workers(engine, error) &&
-           open_kv(engine, error) && open_sched(engine);
+    return ok && engine->rope_frequency && open_backend(engine, error) &&
+           open_workers(engine, error) && open_kv(engine, error) && open_sched(engine);
 }
 
 #endif /* ENGINE_IMPLEMENTATION */

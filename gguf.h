@@ -62,6 +62,7 @@ struct tensor {
     int64_t rows, cols;
     size_t bytes;
     const void *data;
+    size_t period; /* bytes after which data repeats; 0: it does not */
 };
 
 struct gguf; /* an open file: owns the map, the table of keys and the table of tensors */

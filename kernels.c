@@ -43,6 +43,7 @@
 
 enum {
     TILES_A_THREAD = 8,   /* so that all end at about the same time */
+    CHUNK_ROWS = 256,     /* of a step: enough for full tiles, and soon done */
     NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
     MAX_ACTIVATIONS = 20, /* arrays of a device */
@@ -834,6 +835,8 @@ static const struct backend operations = {
     .sample = cpu_sample,
     .read_logits = cpu_read_logits,
     .step_end = cpu_step_end,
+    .kv_type = KV_F32,
+    .chunk = CHUNK_ROWS,
 };
 
 struct backend *cpu_backend_open(const struct backend_options *options, char *error) {

@@ -663,7 +663,8 @@ static void check_step(struct check *check, struct worker *worker,
 
 static struct backend *open_backend(int n_threads, uint64_t seed) {
     char error[GGUF_ERROR_LENGTH];
-    struct backend_options options = {n_threads, seed, plain};
+    struct backend_options options = {
+        .n_threads = n_threads, .copy_delay_seed = seed, .plain = plain};
     return cpu_backend_open(&options, error);
 }
 
