@@ -16,7 +16,8 @@ LIBS = -lm -pthread
 # each kind of build has a folder, so that none is made of another's objects
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
-TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(wildcard test/test_*.c))
+TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
+EMU_TESTS = $(B)/test_emu_schedules
 SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
 TESTED = $(B)/dynamo
@@ -58,13 +59,18 @@ $(B)/kernels.emu.o: kernels.cu $(B)/flags
 $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(LIBS) -o $@
 
+# the same tests of the emulated CUDA backend, and of the real one
+$(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/flags
+	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(if $(findstring emu,$@),$(EMU),dynamo)"' \
+		$(if $(findstring emu,$@),-DMANY_GPUS) $< $(LIBS) -o $@
+
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE
 	@mkdir -p $(B)
 	@echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' > $@
 
-test: $(TESTED) $(TESTS)
-	@test/run.sh $(TESTS)
+test: $(TESTED) $(EMU) $(TESTS) $(EMU_TESTS)
+	@test/run.sh $(TESTS) $(EMU_TESTS)
 
 asan:
 	$(MAKE) test VARIANT=asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'

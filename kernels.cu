@@ -162,6 +162,7 @@ static void launch(struct cuda_device *d, const char *name, void (*kernel)(Param
     config.attrs = &overlap;
     config.numAttrs = d->gpu->properties.major >= 9;
     emu_next_kernel(name);
+    TRY(d, cudaSetDevice(d->device.index));
     if (shared > 48 << 10)
         check_call(
             d,

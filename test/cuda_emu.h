@@ -1323,7 +1323,7 @@ void emu_devices(int n, size_t memory_each, int multiprocessors) {
     }
     emu_host.device = 0;
 }
-static const bool emu_one_device = (emu_devices(1, (size_t)256 << 20, 4), true);
+static const bool emu_one_device = (emu_devices(4, (size_t)256 << 20, 4), true);
 
 const char *cudaGetErrorName(cudaError_t error) {
     switch (error) {

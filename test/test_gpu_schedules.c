@@ -1,0 +1,149 @@
+/* test_gpu_schedules.c: the CUDA backend from outside: the same text in every schedule, bit for bit
+ * (see schedules.h), and logits as the models' original implementations have them.
+ *
+ * DYNAMO_PROGRAM is ./dynamo on a machine with a GPU, whose one device stands for several here, or
+ * ./dynamo-emu, which has several (MANY_GPUS). What differs from test_schedules.c: tokens that were
+ * generated get their keys and values from other kernels than tokens of prompts do, so a text that
+ * was generated and is then read again as a prompt, or computed again after a drop, is outside the
+ * promise: no second turns, and no schedule drops generated tokens. */
+#define _GNU_SOURCE
+#define JSON_IMPLEMENTATION
+#define GGUF_IMPLEMENTATION
+enum { LAST_BIT = 1 << 8 /* of an f32, which the backend keeps as two bf16 */ };
+#include "schedules.h"
+
+#include <math.h>
+
+#define IN(model) (1 << (model))
+enum { FEW = IN(TWIN), ALL = IN(TWIN) | IN(BF16) | IN(Q8), REQUESTS = 13 };
+
+static const struct {
+    int models;
+    bool many; /* needs several GPUs */
+    const char *options, *proof;
+} schedules[] = {
+    /* one worker: batches, chunks, shards */
+    {ALL, false, "--devices 0", "steps<=130 hand_overs<=0 kernel_launches>=1000"},
+    {FEW, false, "--devices 0 --max-batch 3 --copy-delay 1", "steps>=130 prefix_hit_tokens>=50"},
+    {FEW, false, "--devices 0 --chunk 7", "steps>=100"},
+    {FEW, false, "--devices 0,0 --tp 2 --kv-device 1000b", "hand_overs<=0 kernel_launches>=1000"},
+    {ALL, false, "--devices 0,0,0,0 --tp 4 --kv-device 1000b --chunk 64", "steps<=200"},
+    /* two pools */
+    {ALL, false, "--devices 0,0 --copy-delay 2", "hand_overs>=8 blocks_transferred>=15"},
+    {FEW, false, "--devices 0,0,0 --copy-delay 3 --chunk 7", "hand_overs>=5"},
+    {FEW, true, "--devices 0,1,2 --prefill 0,2 --decode 1 --chunk 16", "hand_overs>=5"},
+    {FEW, true, "--devices 0-3 --tp 2 --copy-delay 4", "hand_overs>=8 blocks_transferred>=15"},
+    {FEW, false, "--devices 0,0,0 --colocate --kv-device 100b", "hand_overs<=0"},
+    /* little memory: paged out and in */
+    {ALL, false, "--devices 0,0 --kv-device 20b --copy-delay 5", "pages_out>=10 evictions>=10"},
+    {FEW, true, "--devices 0,1,2,3 --tp 2 --kv-device 20b --copy-delay 6", "pages_out>=10"},
+    {FEW, false, "--devices 0 --kv-device 20b",
+     "pages_out>=10 pages_in>=1 preemptions>=1 recomputed_tokens<=0"},
+    {FEW, false, "--devices 0,0 --kv-policy write-through --kv-device 20b --copy-delay 7",
+     "pages_out>=30 evictions>=10"},
+};
+enum { N_SCHEDULES = sizeof schedules / sizeof *schedules };
+
+#ifdef MANY_GPUS
+static const bool many_gpus = true;
+#else
+static const bool many_gpus = false;
+#endif
+
+static void run_matrix(struct check *check, int model) {
+    struct turns *turns = turns_open(check, model, "--devices 0", REQUESTS, 0);
+    for (int i = 0; i < N_SCHEDULES; i++)
+        if ((schedules[i].models & IN(model)) && (many_gpus || !schedules[i].many))
+            run_schedule(check, turns, schedules[i].options, schedules[i].proof);
+    turns_close(turns);
+}
+
+static void same_text_where_bits_count(struct check *check) {
+    run_matrix(check, TWIN);
+}
+
+static void same_text_of_bf16(struct check *check) {
+    run_matrix(check, BF16);
+}
+
+static void same_text_of_q8_0(struct check *check) {
+    run_matrix(check, Q8);
+}
+
+/* ---- logits ---- */
+
+enum { TOLERANCE_PERCENT = 2, IDS_LENGTH = 4096 };
+
+/* One run's logits; NULL: it failed. */
+static float *run_logits(struct check *check, const char *model, const char *ids,
+                         const char *options, size_t *n) {
+    char path[] = "/tmp/dynamo_logits_XXXXXX";
+    close(mkstemp(path));
+    struct outcome o = run(check, REF "%s --ids %s --logits %s %s", model, ids, path, options);
+    CHECK(o.status == 0, "%s %s: exit status %d: %s", model, options, o.status, o.err);
+    outcome_free(&o);
+    FILE *file = fopen(path, "rb");
+    size_t length;
+    float *logits = (float *)(void *)child_output(file, &length);
+    *n = length / sizeof *logits;
+    unlink(path);
+    return logits;
+}
+
+static void check_logits(struct check *check, const char *model, const char *logits, int widest_tp,
+                         const char *ids) {
+    char path[PATH_LENGTH + 32];
+    size_t n, n_expected, length;
+    float *got = run_logits(check, model, ids, "--devices 0 --chunk 4096", &n);
+    snprintf(path, sizeof path, REF "%s", logits);
+    FILE *file = fopen(path, "rb");
+    CHECK(file, "%s is missing", path);
+    char *bytes = file ? child_output(file, &length) : NULL;
+    n_expected = file ? length / sizeof *got : 0;
+    CHECK(n > 0 && n == n_expected, "%s: %zu logits, expected %zu", model, n, n_expected);
+    double largest = 0, worst = 0;
+    for (size_t i = 0; i < n && n == n_expected; i++) {
+        float value;
+        memcpy(&value, bytes + i * sizeof value, sizeof value);
+        double difference = fabs((double)got[i] - (double)value);
+        largest = fmax(largest, fabs((double)value));
+        worst = difference <= worst ? worst : difference;
+    }
+    CHECK(worst * 100 <= TOLERANCE_PERCENT * largest, "%s: off by %g of %g", model, worst, largest);
+    static const char *const ways[] = {"--devices 0 --chunk 5", "--devices 0,0 --tp 2 --colocate",
+                                       "--devices 0,0,0,0 --tp 4 --colocate --chunk 9"};
+    for (int i = 0; i < 3; i++) {
+        size_t n_again;
+        if (i > 0 && widest_tp < 2 * i)
+            continue;
+        float *again = run_logits(check, model, ids, ways[i], &n_again);
+        CHECK(n_again == n && memcmp(again, got, n * sizeof *got) == 0, "%s: other bits with %s",
+              model, ways[i]);
+        free(again);
+    }
+    free(got);
+    free(bytes);
+}
+
+static void logits_of_the_originals(struct check *check) {
+    FILE *index = fopen(REF "index.txt", "r");
+    char model[64], logits[64], ids[IDS_LENGTH];
+    double tolerance;
+    int widest_tp;
+    CHECK(index, "no " REF "index.txt");
+    while (index && fscanf(index, "%63s %63s %lf %d %4095s", model, logits, &tolerance, &widest_tp,
+                           ids) == 5)
+        check_logits(check, model, logits, widest_tp, ids);
+    if (index)
+        fclose(index);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"logits_of_the_originals", logits_of_the_originals},
+        {"same_text_where_bits_count", same_text_where_bits_count},
+        {"same_text_of_bf16", same_text_of_bf16},
+        {"same_text_of_q8_0", same_text_of_q8_0},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
