@@ -227,9 +227,9 @@ struct backend {
 };
 
 struct backend_options {
-    int n_threads;            /* of the CPU backend: so many run at once */
-    uint64_t copy_delay_seed; /* tests: not 0 delays each copy by a random time */
-    bool plain;               /* no instructions that only some processors have */
+    int n_threads;               /* of the CPU backend: so many run at once */
+    uint64_t copy_delay_seed;    /* tests: not 0 delays each copy by a random time */
+    bool plain;                  /* no instructions that only some processors have */
     void (*lost)(void *context); /* called before a device's fault ends the program; or NULL */
     void *context;
 };
@@ -345,6 +345,8 @@ struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
 bool sched_idle(const struct sched *sched); /* every request is finished */
+/* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
+int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);
 
 /* ---- small things that several files need ---- */

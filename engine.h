@@ -65,6 +65,7 @@ void engine_close(struct engine *engine);
 #ifdef ENGINE_IMPLEMENTATION
 #undef ENGINE_IMPLEMENTATION
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,8 +75,9 @@ void engine_close(struct engine *engine);
 enum {
     DEFAULT_DEVICES = 2, /* one prefills, one decodes */
     DEFAULT_BATCH = 32,
-    CACHED_ANSWERS = 2,  /* default device KV: so many full contexts for each running request */
-    HOST_FACTOR = 4      /* default host KV: so many times that */
+    LOST_SHOWN = 32,    /* requests that a fault names */
+    CACHED_ANSWERS = 2, /* default device KV: so many full contexts for each running request */
+    HOST_FACTOR = 4     /* default host KV: so many times that */
 };
 
 /* ---- loading ---- */
@@ -367,12 +369,28 @@ void engine_close(struct engine *engine) {
     free(engine->ends_text);
 }
 
+/* Before a device's fault ends the program. Its thread may hold the lock, or another's may. */
+static void tell_lost(void *context) {
+    struct engine *engine = context;
+    int64_t ids[LOST_SHOWN];
+    (void)pthread_mutex_trylock(&engine->lock);
+    int n = engine->sched ? sched_unfinished(engine->sched, ids, LOST_SHOWN) : 0;
+    if (n > 0)
+        (void)fprintf(stderr, "dynamo: %d request%s lost:", n, n == 1 ? " is" : "s are");
+    for (int i = 0; i < n && i < LOST_SHOWN; i++)
+        (void)fprintf(stderr, " %" PRId64, ids[i]);
+    if (n > 0)
+        (void)fputs(n > LOST_SHOWN ? " …\n" : "\n", stderr);
+}
+
 /* CUDA where there is a GPU, unless the CPU is asked for. */
 static bool open_backend(struct engine *engine, char *error) {
     const struct options *o = engine->options;
     struct backend_options options = {
         .n_threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN),
-        .copy_delay_seed = o->copy_delay};
+        .copy_delay_seed = o->copy_delay,
+        .lost = tell_lost,
+        .context = engine};
     bool cuda = o->devices.n > 0 && !o->devices.cpu;
     if (cuda && !cuda_backend_open) {
         (void)snprintf(error, GGUF_ERROR_LENGTH,

@@ -41,10 +41,12 @@ enum {
     RING = 1024,              /* copies of a stream that can be under way */
     STAGING_BYTES = 32 << 20, /* of weights on their way up; two of them */
     CHUNK_ROWS = 2048,        /* prompt tokens of a step that fill the chip */
-    CHAIN_ROWS = 256,         /* prompt rows that a shard hands to the next at a time */
-    BLOCKS_A_PROCESSOR = 4,   /* of generated_attention, whose list of work may be long */
-    MIN_MAJOR = 8,            /* compute capability: mma of bf16, cp.async */
-    PIECES = 64               /* memory blocks of a device */
+    LOGIT_ROWS = 64,          /* rows of logits at a time */
+    ALL_ROWS = -1,
+    CHAIN_ROWS = 256,       /* prompt rows that a shard hands to the next at a time */
+    BLOCKS_A_PROCESSOR = 4, /* of generated_attention, whose list of work may be long */
+    MIN_MAJOR = 8,          /* compute capability: mma of bf16, cp.async */
+    PIECES = 64             /* memory blocks of a device */
 };
 
 struct weight { /* a matrix, or a vector of f32 */
@@ -95,13 +97,14 @@ struct cuda_device {
     size_t padded_rows;            /* of the inputs of products */
     int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
     struct segments attention_places, ffn_places;
-    float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (max_samples, …) */
+    float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
+    const struct weights *output;
     uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
     uint16_t *h_low;                   /* what bf16 leaves out of h; NULL: no weight is F32 */
     float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */
     float *rope_frequency;             /* (rope_dim / 2) */
     int *arrived;                      /* (max_rows, n_kv_heads, chunks) of attention */
-    key_type *keys;                    /* (max_samples, vocab_size) of the sampler */
+    key_type *keys;                    /* (LOGIT_ROWS, vocab_size) of the sampler */
     int *sampled, *sampled_host;       /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
@@ -216,13 +219,14 @@ DEVICE float sum_of_block(float value, float *shared) {
 }
 
 /* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample; h_low: may be NULL. */
-__global__ void norm_kernel(const struct step_header *step, bool samples, const float *x,
+__global__ void norm_kernel(const struct step_header *step, int first_sample, const float *x,
                             int x_stride, int d_model, const float *weight, float epsilon,
                             uint16_t *h, uint16_t *h_low, int h_stride) {
     DYNAMIC_SHARED(float, shared);
     grid_wait();
     grid_launch_dependents();
-    int row = (int)blockIdx.x;
+    bool samples = first_sample != ALL_ROWS;
+    int row = (int)blockIdx.x + (samples ? first_sample : 0);
     if (row >= (samples ? step->n_samples : step->n_rows))
         return;
     row = samples ? array_of<int>(step, step->sample_row)[row] : row;
@@ -457,8 +461,9 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
                         int n_rows, const struct matrix *m) {
     size_t row_bytes = tensor->bytes / (size_t)tensor->rows, tile_bytes = TILE * row_bytes;
     size_t period = tensor->period;
-    size_t staging = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
-    if (!open_staging(d, period > 0 ? period : staging))
+    size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
+    size_t all = tile_bytes * (size_t)m->n_tiles;
+    if (!open_staging(d, period > 0 ? period : all < most ? all : most))
         return false;
     int band = (int)(period > 0 ? (size_t)m->n_tiles : d->gpu->staging_bytes / tile_bytes);
     for (int tile = 0, i = 0; tile < m->n_tiles; tile += band, i++) {
@@ -522,8 +527,7 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
     if (w->slice.kind != SLICE_WHOLE)
         from += (size_t)w->slice.rank * n * sizeof(float);
     size_t bytes = (size_t)n * sizeof(float);
-    if (!open_staging(d, bytes > STAGING_BYTES ? bytes : (size_t)STAGING_BYTES) ||
-        cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
+    if (!open_staging(d, bytes) || cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
         return false;
     const char *raw = stage_up(d, 0, from, bytes);
     TRY(d, cudaMemcpyAsync(w->vector, raw, bytes, cudaMemcpyDeviceToDevice, d->gpu->stream));
@@ -580,11 +584,11 @@ static void cuda_embed(struct device *device, const struct weight *token_embd) {
            d->rope_frequency, device->config->rope_dim / 2);
 }
 
-static void norm(struct cuda_device *d, const struct weight *weight, bool samples) {
-    launch(d, "norm_kernel", norm_kernel, grid_of(samples ? d->n_samples : d->n_rows), THREADS,
-           THREADS / WARP * sizeof(float), d->step, samples, d->x, d->x_stride,
-           d->device.config->d_model, weight->vector, d->device.config->norm_epsilon, d->h,
-           d->h_low, d->h_stride);
+/* Of all rows: first_sample ALL_ROWS; or of n samples from that one on. */
+static void norm(struct cuda_device *d, const struct weight *weight, int first_sample, int n) {
+    launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
+           d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
+           d->device.config->norm_epsilon, d->h, d->h_low, d->h_stride);
 }
 
 /* Blocks of outputs if each has `tiles` of them. */
@@ -660,7 +664,7 @@ static void cuda_norm_qkv(struct device *device, const struct layer_weights *lay
     struct cuda_device *d = (struct cuda_device *)device;
     const struct weight *const matrices[3] = {layer->attn_q, layer->attn_k, layer->attn_v};
     const struct weight *const biases[3] = {layer->q_bias, layer->k_bias, layer->v_bias};
-    norm(d, layer->attn_norm, false);
+    norm(d, layer->attn_norm, ALL_ROWS, d->n_rows);
     struct product p = product_of(d, d->h, d->h_stride);
     float *out = d->qkv;
     for (int i = 0; i < 3; i++) {
@@ -777,7 +781,7 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
 
 static void cuda_norm_gate_up(struct device *device, const struct layer_weights *layer) {
     struct cuda_device *d = (struct cuda_device *)device;
-    norm(d, layer->ffn_norm, false);
+    norm(d, layer->ffn_norm, ALL_ROWS, d->n_rows);
     struct product p = product_of(d, d->h, d->h_stride);
     p.matrix[0] = layer->ffn_gate->matrix;
     p.matrix[1] = layer->ffn_up->matrix;
@@ -876,34 +880,56 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 
 /* ---- logits and samples ---- */
 
-/* Rows that sample take the kernel of generated rows, whatever they are: they are few. */
-static void cuda_norm_logits(struct device *device, const struct weights *weights) {
-    struct cuda_device *d = enter(device, "computing logits");
-    norm(d, weights->output_norm, true);
+/* Logits of samples [first, first + n) of the step. They take the kernel of generated rows,
+ * whatever rows they are: there are few. At most LOGIT_ROWS at a time, for a row is half a
+ * megabyte. */
+static void compute_logits(struct cuda_device *d, int first, int n) {
+    const struct weights *weights = d->output;
+    norm(d, weights->output_norm, first, n);
     struct product p = product_of(d, d->h, d->h_stride);
     p.matrix[0] = weights->output->matrix;
     p.n_matrices = 1;
     p.out[0] = d->logits;
     p.out_stride = d->logits_stride;
     p.n_generated = &d->step->n_samples;
+    p.n_before = first;
     p.n_rows = 0;
-    launch_product<STORE>(d, p, d->n_samples);
+    launch_product<STORE>(d, p, n);
+}
+
+static int piece_of(const struct cuda_device *d, int first) {
+    return d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
+}
+
+static void cuda_norm_logits(struct device *device, const struct weights *weights) {
+    struct cuda_device *d = enter(device, "computing logits");
+    d->output = weights;
+    if (d->n_samples <= LOGIT_ROWS)
+        compute_logits(d, 0, d->n_samples);
 }
 
 static void cuda_sample(struct device *device) {
-    struct cuda_device *d = (struct cuda_device *)device;
-    struct sampler s = {d->logits, d->logits_stride, device->config->vocab_size,
-                        d->step,   d->keys,          d->sampled};
-    launch(d, "sample_kernel", sample_kernel, grid_of(d->n_samples), SAMPLER_THREADS,
-           SAMPLER_SHARED, s);
+    struct cuda_device *d = enter(device, "sampling");
+    for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
+        int n = piece_of(d, first);
+        if (d->n_samples > LOGIT_ROWS)
+            compute_logits(d, first, n);
+        struct sampler s = {d->logits, d->logits_stride, device->config->vocab_size, first, d->step,
+                            d->keys,   d->sampled};
+        launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, s);
+    }
 }
 
 static void cuda_read_logits(struct device *device, float *logits) {
     struct cuda_device *d = enter(device, "reading logits");
-    size_t width = (size_t)device->config->vocab_size * sizeof(float);
-    TRY(d,
-        cudaMemcpy2DAsync(logits, width, d->logits, (size_t)d->logits_stride * sizeof(float), width,
-                          (size_t)d->n_samples, cudaMemcpyDefault, d->streams[STREAM_COMPUTE]));
+    size_t width = (size_t)device->config->vocab_size;
+    for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
+        int n = piece_of(d, first);
+        compute_logits(d, first, n);
+        TRY(d, cudaMemcpy2DAsync(logits + (size_t)first * width, width * sizeof(float), d->logits,
+                                 (size_t)d->logits_stride * sizeof(float), width * sizeof(float),
+                                 (size_t)n, cudaMemcpyDefault, d->streams[STREAM_COMPUTE]));
+    }
     TRY(d, cudaStreamSynchronize(d->streams[STREAM_COMPUTE]));
 }
 
@@ -1107,8 +1133,9 @@ static bool allocate_activations(struct cuda_device *d) {
     take(d, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
     take(d, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
     take(d, &d->arrived, rows * (size_t)d->n_heads, &ok);
-    take(d, &d->logits, d->device.rank == 0 ? samples * (size_t)d->logits_stride : 0, &ok);
-    take(d, &d->keys, d->device.rank == 0 ? samples * (size_t)c->vocab_size : 0, &ok);
+    size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
+    take(d, &d->logits, logit_rows * (size_t)d->logits_stride, &ok);
+    take(d, &d->keys, logit_rows * (size_t)c->vocab_size, &ok);
     take(d, &d->sampled, samples, &ok);
     take(d, &d->sums[0], many ? rows * (size_t)d->x_stride : 0, &ok);
     take(d, &d->sums[1], many ? rows * (size_t)d->x_stride : 0, &ok);

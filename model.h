@@ -244,7 +244,7 @@ static struct tensor *model_place(struct model_reader *reader, const char *name,
     size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
     if (bytes > reader->size - reader->at)
         return NULL;
-    *reader->placed = (struct tensor){{name, strlen(name)},      TYPE_F32, rows, cols, bytes,
+    *reader->placed = (struct tensor){{name, strlen(name)},       TYPE_F32, rows, cols, bytes,
                                       reader->bytes + reader->at, 0};
     reader->at += bytes;
     return reader->placed++;

@@ -36,10 +36,11 @@ struct product {
     const uint16_t *input;      /* bf16 (n_rows, input_stride) */
     const uint16_t *input_low;  /* the same: what bf16 leaves out of it; counts for F32 alone */
     int input_stride, n_passes; /* n_passes: see struct pass */
-    const int *n_generated;     /* device: generated_product has rows [0, *n_generated) */
-    int first_row, n_rows;      /* prompt_product's */
-    const float *initial;       /* (n_rows, out_stride) where its chains begin; NULL: at 0 */
-    uint16_t *ffn;              /* SILU: bf16 (n_rows, ffn_stride) */
+    const int *n_generated; /* device: generated_product has rows [0, *n_generated - n_before) */
+    int n_before;
+    int first_row, n_rows; /* prompt_product's */
+    const float *initial;  /* (n_rows, out_stride) where its chains begin; NULL: at 0 */
+    uint16_t *ffn;         /* SILU: bf16 (n_rows, ffn_stride) */
     int ffn_stride;
     struct segments ffn_places; /* the K of ffn_down */
 };
@@ -138,7 +139,7 @@ DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
     return value[0];
 }
 
-/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, *n_generated).
+/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, n_generated).
  * Grid: (blocks of tiles, blocks of 8 * COLUMNS rows); a warp per segment of K. The weights are the
  * 16-row operand and the rows the 8-column operand: one row and 64 take the same instructions.
  * Shared: (kinds, segments, 8 * COLUMNS rows, SUM_STRIDE) floats. Bound by memory. */
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct
     fetch(at);
     grid_wait();
     grid_launch_dependents();
-    int n_rows = *p.n_generated;
+    int n_rows = *p.n_generated - p.n_before;
     if (first_row >= n_rows)
         return;
     size_t first_element = (size_t)(first_row + group) * p.input_stride + lane % 4 * 8;

@@ -20,11 +20,11 @@ enum { SAMPLER_SHARED = (DIGITS + 2) * 8 /* bytes */ };
 typedef unsigned long long key_type; /* 64 bits, as the atomic functions call them */
 
 struct sampler {
-    const float *logits; /* (n_samples, stride) */
-    int stride, vocab_size;
+    const float *logits;            /* (n_samples, stride) */
+    int stride, vocab_size, first;  /* first: of the samples at hand */
     const struct step_header *step; /* device */
     key_type *keys;                 /* (n_samples, vocab_size) of tokens that are still possible */
-    int *sampled;                   /* (n_samples) out */
+    int *sampled;                   /* (all samples) out */
 };
 
 struct draw { /* one block's work; all threads have the same */
@@ -227,11 +227,11 @@ __global__ void __launch_bounds__(SAMPLER_THREADS) sample_kernel(const struct sa
     DYNAMIC_SHARED(key_type, shared);
     grid_wait();
     grid_launch_dependents();
-    if ((int)blockIdx.x >= s.step->n_samples)
+    int sample = s.first + (int)blockIdx.x;
+    if (sample >= s.step->n_samples)
         return;
-    const struct sampling sampling =
-        array_of<struct sampling>(s.step, s.step->sampling)[blockIdx.x];
-    int row = array_of<int>(s.step, s.step->sample_row)[blockIdx.x];
+    const struct sampling sampling = array_of<struct sampling>(s.step, s.step->sampling)[sample];
+    int row = array_of<int>(s.step, s.step->sample_row)[sample];
     int position = array_of<int>(s.step, s.step->position)[row] + 1;
     struct draw d = {s.logits + (size_t)blockIdx.x * s.stride,
                      s.keys + (size_t)blockIdx.x * s.vocab_size,
@@ -260,6 +260,6 @@ __global__ void __launch_bounds__(SAMPLER_THREADS) sample_kernel(const struct sa
         token = race(d, sampling, position, least, listed);
     }
     if (threadIdx.x == 0)
-        s.sampled[blockIdx.x] = token;
+        s.sampled[sample] = token;
 }
 #endif /* SAMPLER_CUH */

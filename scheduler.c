@@ -583,6 +583,16 @@ bool sched_idle(const struct sched *s) {
     return !s->waiting.first && !s->admitted.first;
 }
 
+int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
+    const struct list *lists[] = {&s->admitted, &s->waiting};
+    int n = 0;
+    for (int i = 0; i < 2; i++)
+        for (const struct request *r = lists[i]->first; r; r = r->next, n++)
+            if (n < most)
+                ids[n] = r->id;
+    return n;
+}
+
 /* ---- creation ---- */
 
 static bool worker_create(struct worker *w, const struct sched *s) {

@@ -1,4 +1,5 @@
-/* schedules.h: a model's requests, the answers that each gets alone, and those it gets among others.
+/* schedules.h: a model's requests, the answers that each gets alone, and those it gets among
+ * others.
  *
  * What test_schedules.c (CPU) and test_gpu_schedules.c (CUDA, or its emulation) share: requests
  * greedy and sampled, prompts of 1 to 200 tokens, many with a long common beginning, and second
@@ -111,8 +112,8 @@ static int draw_below(uint64_t stream, uint64_t i, int limit) {
 
 /* ---- the model whose last bits matter ---- */
 
-/* Makes each row of the output matrix (rows, cols) the first of its group, with `bit`, the last that
- * the backend keeps, added to about every other element. */
+/* Makes each row of the output matrix (rows, cols) the first of its group, with `bit`, the last
+ * that the backend keeps, added to about every other element. */
 static void make_twins(float *output, int64_t rows, int64_t cols, uint32_t bit) {
     for (int64_t row = 0; row < rows; row++) {
         const float *first = output + (row - row % TWINS) * cols;
