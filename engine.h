@@ -12,6 +12,7 @@
 
 #include "answers.h"
 #include "dynamo.h"
+#include "source.h"
 #include <pthread.h>
 
 /* A block on its way: one piece for each pair of shards that share heads. */
@@ -400,7 +401,7 @@ bool engine_open(struct engine *engine, struct options *options, char error[GGUF
     engine->options = options;
     engine->tp = options->tp;
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
-    engine->file = gguf_open(options->model, error);
+    engine->file = source_open(options->model, error);
     bool ok = engine->file && model_open(&engine->model, engine->file, error);
     if (ok) {
         open_tokenizer(engine);
