@@ -1,4 +1,4 @@
-/* source.h: what a MODEL argument names: a file, or all parts of a split one.
+/* source.h: what a MODEL argument names: a file, all parts of a split one, or random weights.
  *
  *     struct gguf *file = source_open("llama-70b-00001-of-00003.gguf", error);
  *     if (!file)
@@ -14,7 +14,7 @@
  * Any part may be named: its name gives those of the others, which lie beside it. A part must fit
  * its name and the first part, and have no tensor that another has; if not, an error names it.
  * Define GGUF_IMPLEMENTATION and SOURCE_IMPLEMENTATION in one file, before including this.
- * Read next: model.h. */
+ * Read next: random.h, model.h. */
 #ifndef SOURCE_H
 #define SOURCE_H
 
@@ -27,6 +27,8 @@ struct gguf *source_open(const char *name, char error[GGUF_ERROR_LENGTH]);
 
 #ifdef SOURCE_IMPLEMENTATION
 #undef SOURCE_IMPLEMENTATION
+#define RANDOM_IMPLEMENTATION
+#include "random.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -145,6 +147,8 @@ static bool source_join(struct source *source, char *error) {
 }
 
 struct gguf *source_open(const char *name, char error[GGUF_ERROR_LENGTH]) {
+    if (random_named(name))
+        return random_open(name, error);
     struct source source = {.file = gguf_open(name, error), .path = name};
     int64_t n_parts = 1;
     if (source.file)
