@@ -76,8 +76,8 @@ void engine_close(struct engine *engine);
 enum {
     DEFAULT_DEVICES = 2, /* one prefills, one decodes */
     DEFAULT_BATCH = 32,
-    CACHED_ANSWERS = 2,  /* default device KV: so many full contexts for each running request */
-    HOST_FACTOR = 4      /* default host KV: so many times that */
+    CACHED_ANSWERS = 2, /* default device KV: so many full contexts for each running request */
+    HOST_FACTOR = 4     /* default host KV: so many times that */
 };
 
 /* ---- loading ---- */

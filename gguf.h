@@ -62,7 +62,7 @@ struct tensor {
     int64_t rows, cols;
     size_t bytes;
     const void *data;
-    size_t period; /* less than `bytes`: byte i equals byte i % period (random.h); 0: it need not */
+    size_t period; /* 0, or less than `bytes`: byte i is byte i % period, whole blocks apart */
 };
 
 struct gguf_block { /* elements that share scales, or one; no bytes: a type of no use here */
