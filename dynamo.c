@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
+#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
@@ -35,6 +36,7 @@
 #include "gguf.h"
 #include "json.h"
 #include "requests.h"
+#include "source.h"
 #include "template.h"
 #include "tokenizer.h"
 

@@ -12,6 +12,8 @@
 
 #include "answers.h"
 #include "dynamo.h"
+#include "random.h"
+#include "source.h"
 #include <pthread.h>
 
 /* A block on its way: one piece for each pair of shards that share heads. */
@@ -341,7 +343,8 @@ static void open_tokenizer(struct engine *engine) {
     engine->tokenizer = tok_open(engine->file, error);
     if (!engine->tokenizer) {
         (void)snprintf(engine->no_tokenizer, sizeof engine->no_tokenizer, "%.200s: %.300s",
-                       o->model, error);
+                       o->model,
+                       random_named(o->model) ? "random weights have none; give --ids" : error);
     }
 }
 
@@ -418,13 +421,14 @@ bool engine_open(struct engine *engine, struct options *options, char error[GGUF
     engine->options = options;
     engine->tp = options->tp;
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
-    engine->file = gguf_open(options->model, error);
+    engine->file = source_open(options->model, error);
     bool ok = engine->file && model_open(&engine->model, engine->file, error);
     if (ok) {
         open_tokenizer(engine);
-        ok = engine->tokenizer || !options->tokenizer; /* what was asked for must be there */
+        /* what was asked for must be there; before all the weights are loaded for nothing */
+        ok = engine->tokenizer || !(options->tokenizer || options->request.prompt);
         if (!ok)
-            (void)snprintf(error, GGUF_ERROR_LENGTH, "%.500s", engine->no_tokenizer);
+            (void)snprintf(error, GGUF_ERROR_LENGTH, "no tokenizer: %.480s", engine->no_tokenizer);
         engine->rope_frequency = rope_frequencies(&engine->model);
     }
     return ok && engine->rope_frequency && open_backend(engine, error) &&

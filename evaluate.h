@@ -10,6 +10,7 @@
 #define EVALUATE_H
 
 #include "answers.h"
+#include "source.h"
 
 struct evaluation {
     const struct answers *answers; /* for prompts and the tokenizer */
@@ -173,7 +174,7 @@ static void tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 
 int evaluate_tokenize(const struct options *options, const char *path) {
     char error[GGUF_ERROR_LENGTH], why[CLI_ERROR_LENGTH];
-    struct gguf *file = gguf_open(options->model, error);
+    struct gguf *file = source_open(options->model, error);
     if (!file)
         return evaluate_failed("", error);
     struct model model = {0};

@@ -14,7 +14,7 @@
  * The first thing that is wrong is kept as one line; what follows reads zeros and stops.
  * Refuses: big-endian files, and to know what keys and tensors mean. Not thread-safe, except for
  * reading tensors.
- * Define GGUF_IMPLEMENTATION in one file, before including this. Read next: model.h. */
+ * Define GGUF_IMPLEMENTATION in one file, before including this. Read next: source.h, model.h. */
 #ifndef GGUF_H
 #define GGUF_H
 
@@ -62,7 +62,11 @@ struct tensor {
     int64_t rows, cols;
     size_t bytes;
     const void *data;
-    size_t period; /* bytes after which data repeats; 0: it does not */
+    size_t period; /* 0, or less than `bytes`: byte i is byte i % period, whole blocks apart */
+};
+
+struct gguf_block { /* elements that share scales, or one; no bytes: a type of no use here */
+    uint16_t elements, bytes;
 };
 
 struct gguf; /* an open file: owns the map, the table of keys and the table of tensors */
@@ -70,6 +74,13 @@ struct gguf; /* an open file: owns the map, the table of keys and the table of t
 /* Opens a GGUF v2/v3 file. A file of another format opens too, without keys and tensors: gguf_raw.
  * NULL: `error` holds one line: path, key or tensor, what was found, what was expected, a hint. */
 struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]);
+/* The same for bytes that are mapped already, and unmapped by gguf_close, or at once if it fails.
+ * What repeats does so after `period` bytes; 0: nothing does. */
+struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
+                           char error[GGUF_ERROR_LENGTH]);
+/* Adds the tensors of a part to the file's, whose close now closes the part too. False: gguf_error
+ * of the part. Tensors that were looked up before must be looked up again. */
+bool gguf_join(struct gguf *file, struct gguf *part);
 void gguf_close(struct gguf *file);
 
 /* Values by key. False: the key is not there, or has another type (integers of any width and sign
@@ -80,11 +91,13 @@ bool gguf_get_bool(struct gguf *file, const char *key, bool *value);
 bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *value);
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value);
 
-const struct tensor *gguf_tensor(const struct gguf *file, const char *name);
+const struct tensor *gguf_tensor(const struct gguf *file, const char *name); /* NULL: not there */
+size_t gguf_n_tensors(const struct gguf *file);
 /* Its data will not be needed soon: their memory is given back, and they are read again if touched.
  */
-void gguf_release(const struct tensor *tensor); /* NULL: not there */
+void gguf_release(const struct tensor *tensor);
 const char *gguf_type_name(enum tensor_type type);
+struct gguf_block gguf_block(enum tensor_type type);
 const void *gguf_raw(const struct gguf *file, size_t *size); /* all bytes; NULL: it is GGUF */
 bool gguf_equals(struct gguf_string string, const char *text);
 
@@ -136,6 +149,7 @@ struct gguf {
     struct gguf_key *keys;         /* (n_keys) by name */
     struct tensor *tensors;        /* (n_tensors) by name */
     size_t n_keys, n_tensors;
+    struct gguf *next; /* a part that was joined */
 };
 
 static const struct {
@@ -152,12 +166,10 @@ static const char *const gguf_types[] = {
     "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",        "Q5_K",
     "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4"};
 
-/* Blocks of elements, which share scales in a quantized type. No bytes: a type of no use here. */
-static const struct {
-    uint16_t elements, bytes;
-} gguf_blocks[] = {[TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
-                   [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
-                   [TYPE_BF16] = {1, 2}};
+static const struct gguf_block gguf_blocks[] = {
+    [TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
+    [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
+    [TYPE_BF16] = {1, 2}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};
@@ -170,6 +182,11 @@ bool gguf_equals(struct gguf_string string, const char *text) {
 const char *gguf_type_name(enum tensor_type type) {
     bool known = (size_t)type < sizeof gguf_types / sizeof *gguf_types && gguf_types[type];
     return known ? gguf_types[type] : "a type unknown here";
+}
+
+struct gguf_block gguf_block(enum tensor_type type) {
+    bool known = (size_t)type < sizeof gguf_blocks / sizeof *gguf_blocks;
+    return known ? gguf_blocks[type] : (struct gguf_block){0, 0};
 }
 
 const char *gguf_error(const struct gguf *file) {
@@ -295,8 +312,8 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     gguf_expect(file, flat && sane, "got %ju dimensions, (%ju, %ju), expected 1 or 2 of 1 to 2^30",
                 (uintmax_t)n_dims, (uintmax_t)extents[1], (uintmax_t)extents[0]);
     uint64_t type = gguf_take_int(file, 4), offset = gguf_take_int(file, 8);
-    bool known = type < sizeof gguf_blocks / sizeof *gguf_blocks && gguf_blocks[type].bytes;
-    size_t elements = known ? gguf_blocks[type].elements : 1;
+    struct gguf_block block = gguf_block((enum tensor_type)type);
+    size_t elements = block.bytes ? block.elements : 1;
     gguf_expect(file, extents[0] % elements == 0, "got %ju columns, expected a multiple of %zu",
                 (uintmax_t)extents[0], elements);
     if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= file->size,
@@ -306,7 +323,7 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     tensor->type = (enum tensor_type)type;
     tensor->rows = (int64_t)extents[1];
     tensor->cols = (int64_t)extents[0];
-    tensor->bytes = known ? gguf_blocks[type].bytes * (extents[0] / elements) * extents[1] : 0;
+    tensor->bytes = block.bytes * (extents[0] / elements) * extents[1];
     tensor->data = file->map + offset;
     *end = offset + tensor->bytes;
 }
@@ -418,6 +435,10 @@ const struct tensor *gguf_tensor(const struct gguf *file, const char *name) {
     return gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
 }
 
+size_t gguf_n_tensors(const struct gguf *file) {
+    return file->n_tensors;
+}
+
 /* ---- opening ---- */
 
 static void gguf_map(struct gguf *file, const char *path) {
@@ -446,33 +467,62 @@ const void *gguf_raw(const struct gguf *file, size_t *size) {
 }
 
 void gguf_close(struct gguf *file) {
-    if (!file)
-        return;
-    for (size_t i = 0; i < file->n_keys; i++)
-        free((void *)file->keys[i].value.strings);
-    if (file->map)
-        munmap((void *)file->map, file->size);
-    free(file->keys);
-    free(file->tensors);
-    free(file);
+    while (file) {
+        struct gguf *next = file->next;
+        for (size_t i = 0; i < file->n_keys; i++)
+            free((void *)file->keys[i].value.strings);
+        if (file->map)
+            munmap((void *)file->map, file->size);
+        free(file->keys);
+        free(file->tensors);
+        free(file);
+        file = next;
+    }
 }
 
-struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]) {
+struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
+                           char error[GGUF_ERROR_LENGTH]) {
     struct gguf *file = calloc(1, sizeof *file);
     snprintf(error, GGUF_ERROR_LENGTH, "%s: out of memory", path);
-    if (!file)
+    if (!file) {
+        if (map)
+            munmap((void *)map, size);
         return NULL;
-    size_t length = strlen(path), most = sizeof file->path - 1, size;
+    }
+    size_t length = strlen(path), most = sizeof file->path - 1;
     snprintf(file->path, sizeof file->path, "%s", path + (length > most ? length - most : 0));
     gguf_about(file, "%s", "");
-    gguf_map(file, path);
+    file->map = map;
+    file->size = size;
+    if (!map)
+        gguf_map(file, path);
     if (file->map && !gguf_raw(file, &size))
         gguf_parse(file);
+    for (size_t i = 0; i < file->n_tensors; i++)
+        file->tensors[i].period = file->tensors[i].bytes > period ? period : 0;
     snprintf(error, GGUF_ERROR_LENGTH, "%s", file->error);
     if (!file->error[0])
         return file;
     gguf_close(file);
     return NULL;
+}
+
+struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]) {
+    return gguf_open_map(path, NULL, 0, 0, error);
+}
+
+bool gguf_join(struct gguf *file, struct gguf *part) {
+    size_t n_own = file->n_tensors, n = n_own + part->n_tensors;
+    struct tensor *tensors = realloc(file->tensors, (n + 1) * sizeof *tensors);
+    part->next = file->next;
+    file->next = part;
+    file->tensors = tensors ? tensors : file->tensors;
+    if (!gguf_expect(part, tensors, "out of memory"))
+        return false;
+    memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
+    file->n_tensors = n;
+    gguf_sort(part, tensors, n, sizeof *tensors);
+    return !gguf_error(part)[0];
 }
 
 #endif /* GGUF_IMPLEMENTATION */

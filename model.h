@@ -168,10 +168,6 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
     static const char *const architectures[] = {"llama", "qwen2", "qwen3"};
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
-    int64_t n_parts = 1;
-    gguf_get_int(file, gguf_about(file, "split.count"), &n_parts);
-    gguf_expect(file, n_parts == 1, "got %jd, expected 1; join the parts: llama-gguf-split --merge",
-                (intmax_t)n_parts);
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
     config->architecture = architectures[0];
     for (unsigned i = 0; i < 3; i++)
@@ -244,8 +240,12 @@ static struct tensor *model_place(struct model_reader *reader, const char *name,
     size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
     if (bytes > reader->size - reader->at)
         return NULL;
-    *reader->placed = (struct tensor){{name, strlen(name)},       TYPE_F32, rows, cols, bytes,
-                                      reader->bytes + reader->at, 0};
+    *reader->placed = (struct tensor){.name = {name, strlen(name)},
+                                      .type = TYPE_F32,
+                                      .rows = rows,
+                                      .cols = cols,
+                                      .bytes = bytes,
+                                      .data = reader->bytes + reader->at};
     reader->at += bytes;
     return reader->placed++;
 }

@@ -31,7 +31,7 @@ for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.
     llama.attention.head_count llama.context_length llama.feed_forward_length general.alignment \
     tokenizer.ggml.model gpt2 tokenizer.ggml.pre llama-bpe tokenizer.ggml.tokens tokenizer.ggml.scores \
     tokenizer.ggml.merges tokenizer.ggml.token_type tokenizer.chat_template token_embd.weight \
-    output.weight blk.0.attn_q.weight split.count; do
+    output.weight blk.0.attn_q.weight split.count split.no split.tensors.count; do
     echo "\"$word\""
 done > $folder/model.dict
 printf '"prompt"\n"ids"\n"temperature"\n"top_p"\n"--kv-device"\n"--devices"\n"cpu:"\n"\\\\ud83e"\n' > $folder/text.dict

@@ -2,11 +2,13 @@
  * tokenizer read, and its smallest matrices packed. Run by test/fuzz.sh. */
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
+#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #include "../pack.h"
 #include "dynamo.h"
 #include "gguf.h"
+#include "source.h"
 #include "template.h"
 #include "tokenizer.h"
 #define PACK_IMPLEMENTATION
@@ -35,7 +37,7 @@ static void pack_all(const struct gguf *file) {
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char path[64], error[GGUF_ERROR_LENGTH] = "", note[TOK_ERROR_LENGTH];
     fuzz_file(path, sizeof path, data, size);
-    struct gguf *file = gguf_open(path, error);
+    struct gguf *file = source_open(path, error);
     FUZZ_CHECK(!file == !!error[0] && !strchr(error, '\n'));
     if (file) {
         struct model model;

@@ -45,7 +45,9 @@ check copier.h 160 -
 check sampler.h 180 -
 check vector.h 170 -
 check model.h 340 -
-check gguf.h 485 400
+check gguf.h 530 400
+check source.h 165 -
+check random.h 440 -
 check tokenizer.h 450 450
 check vocabulary.h 305 -
 check words.h 240 -

@@ -35,15 +35,23 @@ static void *watched_calloc(size_t count, size_t size) {
     return --requests_until_fail == 0 ? NULL : calloc(count, size);
 }
 
-#define mmap(...)   exact_map(__VA_ARGS__)
-#define munmap(...) exact_unmap(__VA_ARGS__)
-#define calloc(...) watched_calloc(__VA_ARGS__)
+static void *watched_realloc(void *memory, size_t size) {
+    return --requests_until_fail == 0 ? NULL : realloc(memory, size);
+}
+
+#define mmap(...)    exact_map(__VA_ARGS__)
+#define munmap(...)  exact_unmap(__VA_ARGS__)
+#define calloc(...)  watched_calloc(__VA_ARGS__)
+#define realloc(...) watched_realloc(__VA_ARGS__)
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
+#define SOURCE_IMPLEMENTATION
 #include "../model.h"
+#include "../source.h"
 #undef mmap
 #undef munmap
 #undef calloc
+#undef realloc
 
 /* GGUF's other types of values. */
 enum { GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U64 = 10, GGUF_I64, GGUF_F64 };
@@ -51,7 +59,7 @@ enum { GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U64 = 10, GGUF_I64, GGUF_F64 }
 /* ---- the writer ---- */
 
 struct bytes {
-    uint8_t data[16384];
+    uint8_t data[1 << 17];
     size_t size;
 };
 
@@ -218,7 +226,7 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
     int descriptor = mkstemp(path);
     CHECK(descriptor >= 0 && write(descriptor, data, size) == (ssize_t)size, "cannot write");
     struct model model;
-    struct gguf *file = gguf_open(path, error);
+    struct gguf *file = source_open(path, error);
     if (file && model_open(&model, file, error)) {
         CHECK(model.layers[0].attn_q->rows == 8, "an open model must be the model");
         model_close(&model);
@@ -350,7 +358,8 @@ static const struct variant variants[] = {
     {"rope_freqs.weight: entry 0 is 0", WEIGHT("rope_freqs.weight", {2})},
     {"rope_freqs.weight: got F32 (1, 3)", WEIGHT("rope_freqs.weight", {3})},
     {NULL, KEY("split.count", GGUF_U16, 1, NULL)},
-    {"split.count: got 3, expected 1; join the parts", KEY("split.count", GGUF_U16, 3, NULL)},
+    {"split.count: got string, expected an integer", KEY("split.count", GGUF_STRING, 0, "2")},
+    {"split.tensors.count: is missing", KEY("split.count", GGUF_U16, 3, NULL)},
     {"attn_output.bias: is not supported", WEIGHT("blk.0.attn_output.bias", {8})},
     {"ffn_down.bias: is not supported", WEIGHT("blk.0.ffn_down.bias", {8})},
     {"attn_q.bias: got F32 (1, 4)", WEIGHT("blk.0.attn_q.bias", {4})},
@@ -664,12 +673,215 @@ static void opens_checkpoint(struct check *check) {
     free(copy);
 }
 
+/* ---- files in parts ---- */
+
+enum { N_PARTS = 3 };
+
+/* A split model, changed in one part. Numbers are added to what is right. */
+struct split {
+    const char *expected; /* the message must contain it; NULL: it opens */
+    int named, at;        /* the part that is opened; the one that is changed, or -1: all */
+    int no, count, total, first, last;
+    const char *drop;           /* this key is not there */
+    const char *key, *text;     /* this one is, too */
+    int cut;                    /* bytes that are missing at its end; -1: there is no file */
+    bool two_bytes, plain_name; /* the file has only so many, or is named like a whole model */
+    bool no_first;              /* the first part has no tensors */
+};
+
+static void put_text(struct bytes *bytes, struct gguf_string text) {
+    put_int(bytes, text.length, 8);
+    put(bytes, text.data, text.length);
+}
+
+/* A key as it was read. */
+static void put_read_key(struct bytes *bytes, const struct gguf_key *key) {
+    put_text(bytes, key->name);
+    if (key->is_array)
+        put_int(bytes, GGUF_ARRAY, 4);
+    put_int(bytes, key->value.type, 4);
+    if (key->is_array)
+        put_int(bytes, key->value.count, 8);
+    for (size_t i = 0; i < key->value.count && key->value.strings; i++)
+        put_text(bytes, key->value.strings[i]);
+    if (!key->value.strings)
+        put(bytes, key->value.values, key->value.count * gguf_values[key->value.type].bytes);
+}
+
+/* The header and data of the tensors [first, last) of `from`, and its keys if this is part 0. */
+static void build_part(struct bytes *to, const struct gguf *from, int part,
+                       const struct split *split) {
+    bool changed = split->at == part || split->at < 0;
+    size_t first = from->n_tensors * (size_t)part / N_PARTS;
+    size_t last = from->n_tensors * (size_t)(part + 1) / N_PARTS, offset = 0;
+    first = split->no_first && part <= 1 ? 0 : first + (size_t)(changed ? split->first : 0);
+    last = split->no_first && part == 0 ? 0 : last + (size_t)(changed ? split->last : 0);
+    const struct key keys[] = {
+        {"split.no", GGUF_U16, part + (changed ? split->no : 0), NULL},
+        {"split.count", GGUF_I32, N_PARTS + (changed ? split->count : 0), NULL},
+        {"split.tensors.count", GGUF_I32, (double)from->n_tensors + (changed ? split->total : 0),
+         NULL},
+        {split->key, GGUF_STRING, 0, split->text}};
+    struct bytes *body = calloc(1, sizeof *body);
+    uint64_t n_keys = 0;
+    for (size_t i = 0; i < from->n_keys && part == 0; i++, n_keys++)
+        put_read_key(body, &from->keys[i]);
+    for (size_t i = 0; i < 4; i++) {
+        if (!keys[i].name || (changed && same(keys[i].name, split->drop)) || (i == 3 && !changed))
+            continue;
+        put_key(body, &keys[i]);
+        n_keys++;
+    }
+    to->size = 0;
+    put(to, "GGUF\3\0\0\0", 8);
+    put_int(to, last - first, 8);
+    put_int(to, n_keys, 8);
+    put(to, body->data, body->size);
+    for (size_t i = first; i < last; i++) {
+        const struct tensor *tensor = &from->tensors[i];
+        put_text(to, tensor->name);
+        put_int(to, 2, 4);
+        put_int(to, (uint64_t)tensor->cols, 8);
+        put_int(to, (uint64_t)tensor->rows, 8);
+        put_int(to, tensor->type, 4);
+        put_int(to, offset, 8);
+        offset += (tensor->bytes + 31) / 32 * 32;
+    }
+    for (size_t i = first; i < last; i++) {
+        to->size = (to->size + 31) / 32 * 32;
+        put(to, from->tensors[i].data, from->tensors[i].bytes);
+    }
+    free(body);
+}
+
+/* Writes all parts into a folder; path: of the part that is to be opened. */
+static void write_parts(struct check *check, const char *folder, const struct gguf *from,
+                        const struct split *split, char path[64]) {
+    struct bytes *bytes = calloc(1, sizeof *bytes);
+    for (int part = 0; part < N_PARTS; part++) {
+        char name[64];
+        bool changed = split->at == part;
+        bool plain = changed && split->plain_name;
+        snprintf(name, sizeof name, plain ? "%s/m.gguf" : "%s/m-%05d-of-%05d.gguf", folder,
+                 part + 1, N_PARTS);
+        if (part == split->named)
+            strcpy(path, name);
+        unlink(name);
+        memset(bytes, 0, sizeof *bytes);
+        build_part(bytes, from, part, split);
+        size_t size = changed && split->two_bytes ? 2 : bytes->size;
+        if (changed && split->cut < 0)
+            continue;
+        FILE *file = fopen(name, "wb");
+        size -= (size_t)(changed ? split->cut : 0);
+        CHECK(file && fwrite(bytes->data, 1, size, file) == size, "cannot write %s", name);
+        fclose(file);
+    }
+    free(bytes);
+}
+
+static void check_same_tensors(struct check *check, const struct gguf *whole,
+                               const struct gguf *split) {
+    CHECK(gguf_n_tensors(split) == whole->n_tensors, "got %zu tensors", gguf_n_tensors(split));
+    for (size_t i = 0; i < whole->n_tensors; i++) {
+        const struct tensor *expected = &whole->tensors[i];
+        char name[64];
+        snprintf(name, sizeof name, "%.*s", (int)expected->name.length, expected->name.data);
+        const struct tensor *got = gguf_tensor(split, name);
+        CHECK(got && got->type == expected->type && got->rows == expected->rows &&
+                  got->cols == expected->cols && got->bytes == expected->bytes &&
+                  got->period == 0 && !memcmp(got->data, expected->data, expected->bytes),
+              "%s differs", name);
+    }
+}
+
+#define SECOND "m-00002-of-00003.gguf: "
+#define FIRST  "m-00001-of-00003.gguf: "
+
+static const struct split splits[] = {
+    {.expected = NULL},
+    {NULL, .named = 1},
+    {NULL, .named = 2},
+    {NULL, .no_first = true},
+    {NULL, .at = 1, .key = "general.architecture", .text = "llama"},
+    {SECOND "No such file or directory; it is part 2 of 3", .at = 1, .cut = -1},
+    {FIRST "No such file or directory; it is part 1 of 3", .named = 2, .cut = -1},
+    {SECOND "split.no: got 2, expected 1; is it of another model?", .at = 1, .no = 1},
+    {SECOND "split.no: got 2, expected a name that ends in -00003-of-00003.gguf", .named = 1,
+     .at = 1, .no = 1},
+    {FIRST "split.no: got 1, expected a name that ends in -00002-of-00003.gguf", .no = 1},
+    {FIRST "split.no: got 1, expected 0; is it", .named = 1, .no = 1},
+    {FIRST "split.no: got 9, expected 0 to 2", .no = 9},
+    {"m.gguf: split.no: got 0, expected a name that ends in -00001-of-00003", .plain_name = true},
+    {SECOND "split.count: got 4, expected 3; is it", .at = 1, .count = 1},
+    {SECOND "split.count: got 1, expected 3; is it", .at = 1, .count = -2},
+    {FIRST "split.no: got 0, expected a name that ends in -00001-of-00004.gguf", .count = 1},
+    {FIRST "split.count: got 0, expected 1 to 99999", .count = -3},
+    {FIRST "split.count: got -1, expected 1 to 99999", .count = -4},
+    {FIRST "split.count: got 100000, expected 1 to 99999", .count = 99997},
+    {SECOND "split.tensors.count: got 22, expected 21; is it", .at = 1, .total = 1},
+    {FIRST "split.tensors.count: got 22, but the parts hold 21", .at = -1, .total = 1},
+    {FIRST "split.tensors.count: got -1, but the parts hold 21", .at = -1, .total = -22},
+    {FIRST "split.tensors.count: got 21, but the parts hold 20", .at = 1, .last = -1},
+    {SECOND "blk.0.ffn_gate.weight: is there twice", .at = 1, .first = -1},
+    {"m-00003-of-00003.gguf: blk.1.ffn_down.weight: is there twice", .at = 1, .last = 1},
+    {SECOND "split.no: is missing", .at = 1, .drop = "split.no"},
+    {SECOND "split.count: is missing", .at = 1, .drop = "split.count"},
+    {SECOND "split.tensors.count: is missing", .at = 1, .drop = "split.tensors.count"},
+    {FIRST "split.no: is missing", .drop = "split.no"},
+    {FIRST "split.tensors.count: is missing", .drop = "split.tensors.count"},
+    {FIRST "split.count: is missing", .named = 2, .drop = "split.count"},
+    {FIRST "token_embd.weight: is missing", .drop = "split.count"},
+    {FIRST "token_embd.weight: is missing", .count = -2},
+    {SECOND "general.architecture: got qwen2, expected llama; is it of another model?", .at = 1,
+     .key = "general.architecture", .text = "qwen2"},
+    {"m-00003-of-00003.gguf: ", .at = 2, .cut = 1},
+    {SECOND "split.count: is missing", .at = 1, .two_bytes = true},
+};
+
+static void parts_are_one_model(struct check *check) {
+    char folder[] = "/tmp/test_gguf_XXXXXX", error[GGUF_ERROR_LENGTH], path[64], name[64];
+    CHECK(mkdtemp(folder), "cannot make %s", folder);
+    struct gguf *whole = gguf_open("test/data/ref/llama-q8_0.gguf", error);
+    CHECK(whole, "%s", error);
+    for (size_t i = 0; i < sizeof splits / sizeof *splits && whole; i++) {
+        const char *expected = splits[i].expected;
+        write_parts(check, folder, whole, &splits[i], path);
+        struct model model;
+        struct gguf *file = source_open(path, error);
+        if (file && !expected)
+            check_same_tensors(check, whole, file);
+        if (file && model_open(&model, file, error))
+            model_close(&model);
+        gguf_close(file);
+        CHECK(expected ? strstr(error, expected) != NULL : !error[0],
+              "split %zu: got `%s`, not `%s`", i, error, expected ? expected : "");
+        CHECK(!strchr(error, '\n'), "more than one line: %s", error);
+    }
+    write_parts(check, folder, whole, &splits[2], path);
+    long allowed = 0;
+    do {
+        requests_until_fail = ++allowed;
+        gguf_close(source_open(path, error));
+        CHECK(!error[0] || strstr(error, "out of memory"), "got %s", error);
+    } while (error[0] && allowed < 1000);
+    requests_until_fail = 0;
+    CHECK(allowed > 15 && !error[0], "only %ld allocations failed", allowed - 1);
+    gguf_close(whole);
+    for (int part = 0; part <= N_PARTS; part++) {
+        snprintf(name, sizeof name, part < N_PARTS ? "%s/m-%05d-of-%05d.gguf" : "%s/m.gguf", folder,
+                 part + 1, N_PARTS);
+        unlink(name);
+    }
+    CHECK(rmdir(folder) == 0, "cannot remove %s", folder);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
-        {"values", reads_values},           {"real files", opens_real_files},
-        {"checkpoint", opens_checkpoint},   {"architectures", opens_architectures},
-        {"formats agree", formats_agree},   {"variants", refuses_variants},
-        {"prefixes", refuses_prefixes},     {"mutations", survives_mutations},
-        {"memory", survives_lack_of_memory}};
+        {"values", reads_values},          {"real files", opens_real_files},
+        {"checkpoint", opens_checkpoint},  {"architectures", opens_architectures},
+        {"formats agree", formats_agree},  {"parts", parts_are_one_model},
+        {"variants", refuses_variants},    {"prefixes", refuses_prefixes},
+        {"mutations", survives_mutations}, {"memory", survives_lack_of_memory}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -588,6 +588,38 @@ static void schedules_change_no_text(struct check *check) {
     remove_folder(check, folder);
 }
 
+/* Their logits are neither equal nor wild, and the same on two devices that share the model. */
+static void random_weights_run(struct check *check) {
+    static const char *const types[] = {"bf16", "q8_0", "q4_0"};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/logits", folder);
+    for (int i = 0; i < 3; i++) {
+        struct outcome o =
+            run(check, "random:stories-15m:%s --ids 1,2,3 --logits %s", types[i], path);
+        CHECK(o.status == 0, "%s: status %d: %s", types[i], o.status, o.err);
+        outcome_free(&o);
+        size_t length;
+        float *logits = (float *)(void *)read_file(check, path, &length);
+        double squares = 0, n = (double)(length / sizeof *logits);
+        CHECK(n == 3 * 32000, "%s: %zu bytes", types[i], length);
+        for (size_t j = 0; j < length / sizeof *logits; j++)
+            squares += (double)logits[j] * (double)logits[j];
+        double deviation = sqrt(squares / n);
+        CHECK(deviation > 0.2 && deviation < 2, "%s: deviation %g", types[i], deviation);
+        free(logits);
+    }
+    static const char words[] = "random:stories-15m:q8_0 --ids 1,2,3 -n 20 -t 0 --json";
+    char ids[2][VALUE_LENGTH];
+    struct outcome a = run(check, "%s", words);
+    struct outcome b = run(check, "%s --tp 2 --devices cpu:4", words);
+    const char *one = answer_of(ids[0], &a, "0", "ids"), *two = answer_of(ids[1], &b, "0", "ids");
+    CHECK(strlen(one) > 40 && !strcmp(one, two), "%s\n%s\n%s%s", one, two, a.err, b.err);
+    outcome_free(&a);
+    outcome_free(&b);
+    remove_folder(check, folder);
+}
+
 /* ---- what it refuses ---- */
 
 /* Exactly one line begins with `dynamo: `, and holds the words. */
@@ -681,15 +713,20 @@ static void bad_commands_are_refused(struct check *check) {
         {"model.bin --ids 1,999999", 3, "999999 is no token"},
         {"model.bin --ids 1 --logits /dev/full", 1, "/dev/full"},
         {"model.bin --ids 999999 --logits /dev/null", 1, "999999 is no token"},
-        {NO_TOKENIZER " -p a", 3, "no tokenizer"},
+        {NO_TOKENIZER " -p a", 1, "no tokenizer"},
+        {NO_TOKENIZER " < Makefile", 3, "no tokenizer"},
         {NO_TOKENIZER " -p a --logits /dev/null", 1, "no tokenizer"},
         {NO_TOKENIZER " --perplexity Makefile", 1, "no tokenizer"},
         {NO_TOKENIZER " --tokenize Makefile", 1, "tokenizer.ggml.model"},
-        {AIDREAMS " -p a", 3, "tokenizer.bin: cannot be read"},
+        {AIDREAMS " -p a", 1, "tokenizer.bin: cannot be read"},
         {AIDREAMS " -p a --tokenizer /nowhere/t", 1, "/nowhere/t: cannot be read"},
         {AIDREAMS " -p a --tokenizer test", 1, "test: "},
         {AIDREAMS " -p a --tokenizer Makefile", 1, "Makefile: "},
         {AIDREAMS " -p a --tokenizer model.bin", 1, "model.bin: "},
+        {"random:llama-3.1-70b -p a", 1, "random weights have none; give --ids"},
+        {"random:stories-15m:q8_0 < Makefile", 3, "random weights have none; give --ids"},
+        {"random:stories-15 --ids 1", 1, "random:stories-15: expected random:NAME"},
+        {"random:stories-15m:q4_k --ids 1", 1, "288 columns, expected a multiple of 256"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         if (TSAN && strstr(cases[i].arguments, "900000G"))
@@ -1165,6 +1202,7 @@ int main(int argc, char **argv) {
         {"tells_about_itself", tells_about_itself},
         {"the_first_token_comes_soon", the_first_token_comes_soon},
         {"schedules_change_no_text", schedules_change_no_text},
+        {"random_weights_run", random_weights_run},
         {"bad_commands_are_refused", bad_commands_are_refused},
         {"long_prompts_are_refused", long_prompts_are_refused},
         {"truncated_files_are_refused", truncated_files_are_refused},

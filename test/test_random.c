@@ -1,0 +1,355 @@
+/* test_random.c: models of random weights: the shapes are the published ones, the numbers sensible
+ * and always the same, and what looks like many gigabytes takes none. */
+#define _GNU_SOURCE
+#define GGUF_IMPLEMENTATION
+#define MODEL_IMPLEMENTATION
+#define SOURCE_IMPLEMENTATION
+#include "dynamo.h"
+#include "source.h"
+#define PACK_IMPLEMENTATION
+#include "../pack.h"
+#include "check.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static const char *const types[] = {"f32", "F16", "bf16", "q8_0", "Q4_0", "q4_K", "Q6_K"};
+
+enum { N_TYPES = sizeof types / sizeof *types };
+
+/* Sizes as those who trained the models give them; n_weights: without rope_freqs. */
+static const struct fact {
+    const char *name, *architecture;
+    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, context_length;
+    float theta, epsilon;
+    bool tied, scaled;
+    int64_t n_weights;
+} facts[] = {
+    {"stories-15m", "llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 1e4f, 1e-5f, true, false,
+     15191712},
+    {"stories-110m", "llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 1e4f, 1e-5f, true, false,
+     109529856},
+    {"tinyllama-1.1b", "llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 1e4f, 1e-5f, false, false,
+     1100048384},
+    {"qwen3-0.6b", "qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6f, 1e-6f, true, false,
+     596049920},
+    {"llama-3.1-8b", "llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5f, 1e-5f, false, true,
+     8030261248},
+    {"llama-3.1-70b", "llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5f, 1e-5f, false,
+     true, 70553706496},
+};
+
+enum { N_FACTS = sizeof facts / sizeof *facts };
+
+/* NULL after a failed check; else model_close and gguf_close follow. */
+static struct gguf *open_model(struct check *check, const char *shape, const char *type,
+                               struct model *model) {
+    char name[64], error[GGUF_ERROR_LENGTH];
+    snprintf(name, sizeof name, "random:%s%s%s", shape, *type ? ":" : "", type);
+    struct gguf *file = source_open(name, error);
+    bool ok = file && model_open(model, file, error);
+    CHECK(ok, "%s: %s", name, error);
+    if (ok)
+        return file;
+    gguf_close(file);
+    return NULL;
+}
+
+static void close_model(struct gguf *file, struct model *model) {
+    model_close(model);
+    gguf_close(file);
+}
+
+/* ---- shapes ---- */
+
+static void shapes_are_as_published(struct check *check) {
+    for (size_t i = 0; i < N_FACTS; i++) {
+        const struct fact *fact = &facts[i];
+        struct model model;
+        struct gguf *file = open_model(check, fact->name, "", &model);
+        if (!file)
+            continue;
+        const struct model_config *config = &model.config;
+        CHECK(!strcmp(config->architecture, fact->architecture), "got %s", config->architecture);
+        CHECK(config->n_layers == fact->n_layers && config->d_model == fact->d_model &&
+                  config->n_heads == fact->n_heads && config->n_kv_heads == fact->n_kv_heads &&
+                  config->head_dim == fact->head_dim && config->d_ff == fact->d_ff &&
+                  config->vocab_size == fact->vocab_size &&
+                  config->context_length == fact->context_length &&
+                  config->rope_dim == fact->head_dim,
+              "%s: wrong shape", fact->name);
+        CHECK(config->rope_theta == fact->theta && config->norm_epsilon == fact->epsilon,
+              "%s: theta %g, epsilon %g", fact->name, (double)config->rope_theta,
+              (double)config->norm_epsilon);
+        CHECK((model.output == model.token_embd) == fact->tied, "%s: tied", fact->name);
+        CHECK(!model.rope_freqs == !fact->scaled, "%s: rope_freqs", fact->name);
+        CHECK(!model.layers[0].attn_q_norm == !!strcmp(fact->architecture, "qwen3"), "%s: norms",
+              fact->name);
+        int64_t n_weights = model.rope_freqs ? -model.rope_freqs->cols : 0;
+        for (size_t j = 0; j < file->n_tensors; j++)
+            n_weights += file->tensors[j].rows * file->tensors[j].cols;
+        CHECK(n_weights == fact->n_weights, "%s: got %jd weights, expected %jd", fact->name,
+              (intmax_t)n_weights, (intmax_t)fact->n_weights);
+        CHECK(model.token_embd->type == TYPE_BF16, "%s: not BF16 by default", fact->name);
+        close_model(file, &model);
+    }
+}
+
+/* A byte of a matrix is the byte one period before, wherever the matrix begins in the tile. */
+static void check_period(struct check *check, const struct tensor *tensor) {
+    const uint8_t *data = tensor->data;
+    const char *name = tensor->name.data;
+    int length = (int)tensor->name.length;
+    CHECK(tensor->period == 0 || tensor->period < tensor->bytes, "%.*s", length, name);
+    if (tensor->rows == 1) {
+        CHECK(tensor->type == TYPE_F32 && tensor->period == 0, "%.*s", length, name);
+        return;
+    }
+    size_t last = tensor->bytes - 1, middle = tensor->bytes / 2;
+    const size_t places[] = {0, 1, 4097, middle, last};
+    for (size_t i = 0; i < 5 && tensor->period; i++) {
+        size_t at = places[i] < tensor->period ? places[i] + tensor->period : places[i];
+        if (at <= last)
+            CHECK(data[at] == data[at % tensor->period], "%.*s: byte %zu", length, name, at);
+    }
+}
+
+static void every_type_opens(struct check *check) {
+    static const enum tensor_type numbers[] = {TYPE_F32,  TYPE_F16,  TYPE_BF16, TYPE_Q8_0,
+                                               TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K};
+    for (size_t i = 0; i < N_FACTS; i++) {
+        for (size_t j = 0; j < N_TYPES; j++) {
+            struct model model;
+            if (i == 0 && j >= 5)
+                continue; /* 288 columns: refuses_the_rest */
+            if (i == 5 && j != 3)
+                continue; /* the largest once */
+            struct gguf *file = open_model(check, facts[i].name, types[j], &model);
+            size_t n_repeating = 0;
+            for (size_t k = 0; file && k < file->n_tensors; k++) {
+                const struct tensor *tensor = &file->tensors[k];
+                check_period(check, tensor);
+                CHECK(tensor->rows == 1 || tensor->type == numbers[j], "%s %s: tensor %zu",
+                      facts[i].name, types[j], k);
+                n_repeating += tensor->period > 0;
+            }
+            CHECK(!file || n_repeating > 0 || i <= 1, "%s %s: nothing repeats", facts[i].name,
+                  types[j]);
+            if (file)
+                close_model(file, &model);
+        }
+    }
+}
+
+static void refuses_the_rest(struct check *check) {
+    static const char all[] =
+        "random:NAME:TYPE (default BF16); NAME: stories-15m, stories-110m, tinyllama-1.1b, "
+        "qwen3-0.6b, llama-3.1-8b, llama-3.1-70b; TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K";
+    static const char *const cases[][2] = {
+        {"random:", all},
+        {"random::", all},
+        {"random:stories", all},
+        {"random:stories-15m:", all},
+        {"random:stories-15m:q5_1", all},
+        {"random:stories-15m:f32:", all},
+        {"random::f32", all},
+        {"random:a\nb", "random:a?b: expected"},
+        {"random:stories-15m:q4_k", "288 columns, expected a multiple of 256, the block of Q4_K"},
+        {"random:stories-15m:q6_k", "288 columns, expected a multiple of 256, the block of Q6_K"},
+        {"random", "No such file"}};
+    char error[GGUF_ERROR_LENGTH], name[1024];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        CHECK(!source_open(cases[i][0], error) && strstr(error, cases[i][1]), "%s: got `%s`",
+              cases[i][0], error);
+        CHECK(!strncmp(error, "random", 6) && !strchr(error, '\n'), "got `%s`", error);
+    }
+    memset(name, 'x', sizeof name);
+    memcpy(name, "random:", 7);
+    name[sizeof name - 1] = 0;
+    CHECK(!source_open(name, error) && strstr(error, all), "a long name: got `%s`", error);
+}
+
+/* ---- weights ---- */
+
+static uint64_t hash(const void *data, size_t bytes) { /* FNV-1a */
+    uint64_t value = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < bytes; i++)
+        value = (value ^ ((const uint8_t *)data)[i]) * 0x100000001b3u;
+    return value;
+}
+
+/* What was measured with a model today must be the same model tomorrow. */
+static void weights_are_always_the_same(struct check *check) {
+    static const uint64_t expected[N_TYPES] = {
+        0xd54196c70b48497a, 0xe8acaeec6a02b9be, 0x4a9fcb90dcd338e6, 0x22990862e8c979d9,
+        0x7ad183bbf255806d, 0xd9f47506da1b060b, 0x22ba1c1cee17a52c};
+    for (size_t i = 0; i < N_TYPES; i++) {
+        struct model models[2];
+        struct gguf *files[2];
+        for (size_t j = 0; j < 2; j++)
+            files[j] = open_model(check, "stories-110m", types[i], &models[j]);
+        if (!files[0] || !files[1])
+            return;
+        const struct tensor *a = models[0].layers[5].attn_q, *b = models[1].layers[5].attn_q;
+        CHECK(a->bytes == b->bytes && !memcmp(a->data, b->data, a->bytes), "%s: differs", types[i]);
+        uint64_t got = hash(a->data, a->bytes);
+        CHECK(got == expected[i], "%s: got 0x%jx", types[i], (uintmax_t)got);
+        for (size_t j = 0; j < 2; j++)
+            close_model(files[j], &models[j]);
+    }
+}
+
+static int by_data(const void *a, const void *b) {
+    return memcmp((*(const struct tensor *const *)a)->data,
+                  (*(const struct tensor *const *)b)->data, 512);
+}
+
+static void matrices_differ(struct check *check) {
+    static const char *const cases[][2] = {{"llama-3.1-8b", "bf16"},   {"llama-3.1-70b", "q8_0"},
+                                           {"llama-3.1-8b", "q6_k"},   {"qwen3-0.6b", "f32"},
+                                           {"tinyllama-1.1b", "q4_k"}, {"stories-15m", "q4_0"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct model model;
+        struct gguf *file = open_model(check, cases[i][0], cases[i][1], &model);
+        if (!file)
+            continue;
+        const struct tensor **matrices = calloc(file->n_tensors, sizeof *matrices);
+        size_t n = 0;
+        for (size_t j = 0; j < file->n_tensors; j++)
+            if (file->tensors[j].rows > 1)
+                matrices[n++] = &file->tensors[j];
+        qsort(matrices, n, sizeof *matrices, by_data);
+        for (size_t j = 1; j < n; j++)
+            CHECK(by_data(&matrices[j - 1], &matrices[j]) != 0, "%s %s: %.*s and %.*s begin alike",
+                  cases[i][0], cases[i][1], (int)matrices[j]->name.length, matrices[j]->name.data,
+                  (int)matrices[j - 1]->name.length, matrices[j - 1]->name.data);
+        CHECK(n > 40, "got %zu matrices", n);
+        free(matrices);
+        close_model(file, &model);
+    }
+}
+
+/* Read as the CPU backend reads them, the first 64 rows of a matrix. */
+static void weights_have_sensible_sizes(struct check *check) {
+    for (size_t i = 0; i < N_TYPES; i++) {
+        struct model model;
+        struct gguf *file = open_model(check, "tinyllama-1.1b", types[i], &model);
+        if (!file)
+            continue;
+        struct tensor rows = *model.layers[3].ffn_down;
+        rows.rows = PANEL;
+        struct weight *weight = pack_open(&rows);
+        float *row = calloc((size_t)rows.cols, sizeof *row);
+        weight->panels = aligned_alloc(64, round_up(pack_bytes(weight), 64));
+        pack_panel(weight, 0);
+        double sum = 0, squares = 0, largest = 0, n = PANEL * (double)rows.cols;
+        for (int r = 0; r < PANEL; r++) {
+            pack_read_row(weight, r, row);
+            double row_sum = 0;
+            for (int64_t c = 0; c < rows.cols; c++) {
+                row_sum += (double)row[c];
+                squares += (double)row[c] * (double)row[c];
+                largest = fabs((double)row[c]) > largest ? fabs((double)row[c]) : largest;
+            }
+            sum += row_sum;
+        }
+        double deviation = sqrt(squares / n);
+        CHECK(deviation > 0.018 && deviation < 0.022, "%s: deviation %g", types[i], deviation);
+        CHECK(fabs(sum / n) < 5 * deviation / sqrt(n) * sqrt(32), "%s: mean %g", types[i], sum / n);
+        CHECK(largest > 0.03 && largest < 0.2, "%s: largest %g", types[i], largest);
+        free(row);
+        free(weight->panels);
+        pack_close(weight);
+        close_model(file, &model);
+    }
+}
+
+/* Norms are 1. Of Llama 3.1's 64 frequencies the first 29 keep their size, those from 35 on are
+ * divided by 8, and those between by more and more: its config says so, with wave lengths of 2048
+ * and 8192 tokens as limits. All of it again after the pages were given back. */
+static void vectors_are_exact(struct check *check) {
+    struct model model;
+    struct gguf *file = open_model(check, "llama-3.1-70b", "q8_0", &model);
+    if (!file)
+        return;
+    for (int turn = 0; turn < 2; turn++) {
+        const float *divisor = model.rope_freqs->data;
+        CHECK(model.rope_freqs->cols == 64, "got %jd", (intmax_t)model.rope_freqs->cols);
+        for (int i = 0; i < 64; i++) {
+            CHECK(i > 28 || divisor[i] == 1, "divisor %d: %g", i, (double)divisor[i]);
+            CHECK(i < 35 || divisor[i] == 8, "divisor %d: %g", i, (double)divisor[i]);
+            CHECK(i <= 28 || i >= 36 || divisor[i] > divisor[i - 1] || divisor[i] == 8,
+                  "divisor %d: %g", i, (double)divisor[i]);
+        }
+        for (int i = 0; i < model.config.n_layers; i++) {
+            const float *norms[] = {model.layers[i].attn_norm->data, model.layers[i].ffn_norm->data,
+                                    model.output_norm->data};
+            for (int j = 0; j < 3; j++)
+                for (int k = 0; k < model.config.d_model; k++)
+                    if (norms[j][k] != 1)
+                        CHECK(false, "layer %d, norm %d: entry %d is %g", i, j, k,
+                              (double)norms[j][k]);
+        }
+        const struct tensor *matrix = model.layers[79].ffn_up;
+        uint64_t before = hash(matrix->data, 100000);
+        for (size_t i = 0; i < file->n_tensors; i++)
+            gguf_release(&file->tensors[i]);
+        CHECK(hash(matrix->data, 100000) == before, "other weights after their release");
+    }
+    close_model(file, &model);
+}
+
+/* ---- memory ---- */
+
+static size_t memory_of(const char *field) { /* of this process, in KiB */
+    char line[256];
+    size_t value = 0, length = strlen(field);
+    FILE *file = fopen("/proc/self/status", "r");
+    while (file && fgets(line, sizeof line, file))
+        if (strncmp(line, field, length) == 0)
+            value = strtoul(line + length, NULL, 10);
+    if (file)
+        fclose(file);
+    return value;
+}
+
+#if defined(__SANITIZE_THREAD__)
+enum { SHADOWED = 1 }; /* ThreadSanitizer keeps memory for each byte that was read */
+#else
+enum { SHADOWED = 0 };
+#endif
+
+static void large_models_take_no_memory(struct check *check) {
+    struct model model;
+    size_t resident = memory_of("VmRSS:"), mapped = memory_of("VmSize:");
+    CHECK(resident > 0 && mapped > 0, "/proc/self/status cannot be read");
+    struct gguf *file = open_model(check, "llama-3.1-70b", "q8_0", &model);
+    if (!file)
+        return;
+    CHECK(memory_of("VmSize:") - mapped > 70553706496 / 1024, "where is it?");
+    CHECK(memory_of("VmRSS:") - resident < 32 << 10, "takes %zu KiB",
+          memory_of("VmRSS:") - resident);
+    const struct tensor *output = model.output; /* more than a gigabyte */
+    size_t sum = 0, anonymous = memory_of("RssAnon:");
+    for (size_t at = 0; at < output->bytes; at += SHADOWED ? 1 << 24 : 4096)
+        sum += ((const uint8_t *)output->data)[at];
+    CHECK(sum > 0 && output->bytes > 1 << 30, "got %zu bytes", output->bytes);
+    CHECK(memory_of("RssAnon:") < anonymous + (8 << 10), "reading takes memory");
+    gguf_release(output);
+    size_t left = memory_of("VmRSS:") - resident;
+    CHECK(left < 64 << 10, "%zu KiB are left after the release", left);
+    close_model(file, &model);
+    CHECK(memory_of("VmSize:") < mapped + (64 << 10), "still mapped");
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {{"memory", large_models_take_no_memory},
+                                        {"shapes", shapes_are_as_published},
+                                        {"types", every_type_opens},
+                                        {"refusals", refuses_the_rest},
+                                        {"always the same", weights_are_always_the_same},
+                                        {"matrices differ", matrices_differ},
+                                        {"sizes", weights_have_sensible_sizes},
+                                        {"vectors", vectors_are_exact}};
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
