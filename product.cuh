@@ -139,58 +139,51 @@ DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
     return value[0];
 }
 
-/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, n_generated).
- * Grid: (blocks of tiles, blocks of 8 * COLUMNS rows); a warp per segment of K. The weights are the
- * 16-row operand and the rows the 8-column operand: one row and 64 take the same instructions.
- * Shared: (kinds, segments, 8 * COLUMNS rows, SUM_STRIDE) floats. Bound by memory. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-__global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct product p) {
-    constexpr int TILES = tiles_a_block(COLUMNS), KINDS = EPILOGUE == SILU ? 2 : 1;
-    constexpr int SLOTS = TILES * KINDS, AHEAD = SLOTS < 4 ? 4 / SLOTS : 1, ROWS = 8 * COLUMNS;
-    DYNAMIC_SHARED(float, sums);
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, group = lane / 4;
-    int which, first_tile = find_tile<EPILOGUE>(p, (int)blockIdx.x, TILES, &which);
-    const struct matrix &m = p.matrix[which];
-    int at = m.segments.unit[warp] * count_passes<TYPE>(p);
-    int end = m.segments.unit[warp + 1] * count_passes<TYPE>(p);
-    int first_row = (int)blockIdx.y * ROWS;
+/* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
+ * for each warp its passes [at, end) over the units of its segment. */
+template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
+    static constexpr int KINDS = EPILOGUE == SILU ? 2 : 1, TILES = tiles_a_block(COLUMNS);
+    static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
+    static constexpr int AHEAD = SLOTS < 4 ? 4 / SLOTS : 1; /* units in registers while they come */
+    int which, first_tile, first_row, warp, lane, at, end;
     struct fragment<TYPE> next[AHEAD][SLOTS];
-    float sum[SLOTS][COLUMNS][4] = {};
+    float sum[SLOTS][COLUMNS][4];
+};
 
-    auto fetch = [&](int from) { /* weights do not depend on the kernel before: read them at once */
+template <int TYPE, int EPILOGUE, int COLUMNS>
+DEVICE void fetch_weights(const struct product &p, int from,
+                          struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
 #pragma unroll
-                                 for (int ahead = 0; ahead < AHEAD; ahead++)
-#pragma unroll
-                                     for (int slot = 0; slot < SLOTS; slot++)
-                                         if (from + ahead < end) {
-                                             const struct matrix &own =
-                                                 p.matrix[which + slot % KINDS];
-                                             int tile = first_tile + slot / KINDS;
-                                             tile = tile < own.n_tiles ? tile : own.n_tiles - 1;
-                                             matrix_fragment<TYPE>(own, tile,
-                                                                   find_pass<TYPE>(p, from + ahead),
-                                                                   lane, &next[ahead][slot]);
-                                         }
-    };
-    fetch(at);
-    grid_wait();
-    grid_launch_dependents();
-    int n_rows = *p.n_generated - p.n_before;
-    if (first_row >= n_rows)
-        return;
-    size_t first_element = (size_t)(first_row + group) * p.input_stride + lane % 4 * 8;
-    for (; at < end; at += AHEAD) {
+    for (int i = 0; i < b->AHEAD * b->SLOTS; i++) {
+        int at = from + i / b->SLOTS, slot = i % b->SLOTS;
+        const struct matrix &m = p.matrix[b->which + slot % b->KINDS];
+        int tile = b->first_tile + slot / b->KINDS;
+        tile = tile < m.n_tiles ? tile : m.n_tiles - 1;
+        if (at < b->end)
+            matrix_fragment<TYPE>(m, tile, find_pass<TYPE>(p, at), b->lane,
+                                  &b->next[i / b->SLOTS][slot]);
+    }
+}
+
+/* The sums of a warp's segment: the weights are the 16-row operand and the rows the 8-column one,
+ * so one row and 64 take the same instructions. */
+template <int TYPE, int EPILOGUE, int COLUMNS>
+DEVICE void multiply_segment(const struct product &p,
+                             struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
+    constexpr int AHEAD = b->AHEAD, SLOTS = b->SLOTS;
+    size_t first = (size_t)(b->first_row + b->lane / 4) * p.input_stride + b->lane % 4 * 8;
+    for (; b->at < b->end; b->at += AHEAD) {
         struct fragment<TYPE> now[AHEAD][SLOTS];
 #pragma unroll
         for (int i = 0; i < AHEAD * SLOTS; i++)
-            now[i / SLOTS][i % SLOTS] = next[i / SLOTS][i % SLOTS];
-        fetch(at + AHEAD);
+            now[i / SLOTS][i % SLOTS] = b->next[i / SLOTS][i % SLOTS];
+        fetch_weights(p, b->at + AHEAD, b);
 #pragma unroll
         for (int ahead = 0; ahead < AHEAD; ahead++) {
-            if (at + ahead >= end)
+            if (b->at + ahead >= b->end)
                 break;
-            const struct pass pass = find_pass<TYPE>(p, at + ahead);
-            const uint16_t *input = (pass.low_input ? p.input_low : p.input) + first_element;
+            const struct pass pass = find_pass<TYPE>(p, b->at + ahead);
+            const uint16_t *input = (pass.low_input ? p.input_low : p.input) + first;
             uint32_t a[SLOTS][2][4];
 #pragma unroll
             for (int slot = 0; slot < SLOTS; slot++)
@@ -201,36 +194,68 @@ __global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct
                 uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; slot++) {
-                    mma_bf16(sum[slot][column], a[slot][0], low);
-                    mma_bf16(sum[slot][column], a[slot][1], high);
+                    mma_bf16(b->sum[slot][column], a[slot][0], low);
+                    mma_bf16(b->sum[slot][column], a[slot][1], high);
                 }
             }
         }
     }
-    int n_segments = (int)blockDim.x / WARP, stride = ROWS * SUM_STRIDE;
+}
+
+/* Adds the segments of one of the block's tiles, and finishes its outputs. */
+template <int TYPE, int EPILOGUE, int COLUMNS>
+DEVICE void finish_tile(const struct product &p,
+                        const struct generated_block<TYPE, EPILOGUE, COLUMNS> &b, int tile,
+                        int n_rows, float *sums) {
+    int n_segments = (int)blockDim.x / WARP, stride = b.ROWS * SUM_STRIDE;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-        for (int kind = 0; kind < KINDS; kind++)
-#pragma unroll
-            for (int i = 0; i < COLUMNS * 4; i++) { /* sum[…][i]: row 2 quad + i % 2 */
-                int row = i / 4 * 8 + lane % 4 * 2 + i % 2, output = group + i % 4 / 2 * 8;
-                sums[(kind * n_segments + warp) * stride + row * SUM_STRIDE + output] =
-                    sum[tile * KINDS + kind][i / 4][i % 4];
-            }
-        __syncthreads();
-        for (int i = (int)threadIdx.x * 2; i < ROWS * TILE; i += (int)blockDim.x * 2) {
-            int row = i / TILE, output = (first_tile + tile) * TILE + i % TILE;
-            float value[2][2] = {};
-            for (int j = 0; j < 2 * KINDS; j++) {
-                const float *from = sums + j / 2 * n_segments * stride + row * SUM_STRIDE;
-                value[j / 2][j % 2] = tree_sum(from + i % TILE + j % 2, n_segments, stride);
-            }
-            if (first_row + row < n_rows)
-                finish<EPILOGUE>(p, which, first_row + row, output, value[0], value[1]);
-        }
-        __syncthreads();
+    for (int i = 0; i < b.KINDS * COLUMNS * 4; i++) { /* element i % 4: row 2 quad + i % 2 */
+        int kind = i / (COLUMNS * 4), column = i / 4 % COLUMNS;
+        int row = column * 8 + b.lane % 4 * 2 + i % 2, output = b.lane / 4 + i % 4 / 2 * 8;
+        sums[(kind * n_segments + b.warp) * stride + row * SUM_STRIDE + output] =
+            b.sum[tile * b.KINDS + kind][column][i % 4];
     }
+    __syncthreads();
+    for (int i = (int)threadIdx.x * 2; i < b.ROWS * TILE; i += (int)blockDim.x * 2) {
+        int row = i / TILE, output = (b.first_tile + tile) * TILE + i % TILE;
+        float value[2][2] = {};
+        for (int j = 0; j < 2 * b.KINDS; j++) {
+            const float *from = sums + j / 2 * n_segments * stride + row * SUM_STRIDE;
+            value[j / 2][j % 2] = tree_sum(from + i % TILE + j % 2, n_segments, stride);
+        }
+        if (b.first_row + row < n_rows)
+            finish<EPILOGUE>(p, b.which, b.first_row + row, output, value[0], value[1]);
+    }
+    __syncthreads();
+}
+
+/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, n_generated).
+ * Grid: (blocks of tiles, blocks of 8 * COLUMNS rows); a warp per segment of K. Shared: (kinds,
+ * segments, 8 * COLUMNS rows, SUM_STRIDE) floats. Bound by memory. */
+template <int TYPE, int EPILOGUE, int COLUMNS>
+__global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(float, sums);
+    struct generated_block<TYPE, EPILOGUE, COLUMNS> b;
+    b.first_tile = find_tile<EPILOGUE>(p, (int)blockIdx.x, b.TILES, &b.which);
+    b.first_row = (int)blockIdx.y * b.ROWS;
+    b.warp = (int)threadIdx.x / WARP;
+    b.lane = (int)threadIdx.x % WARP;
+    const struct segments &segments = p.matrix[b.which].segments;
+    b.at = segments.unit[b.warp] * count_passes<TYPE>(p);
+    b.end = segments.unit[b.warp + 1] * count_passes<TYPE>(p);
+#pragma unroll
+    for (int i = 0; i < b.SLOTS * COLUMNS * 4; i++)
+        b.sum[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0.0f;
+    fetch_weights(p, b.at, &b); /* they do not depend on the kernel before */
+    grid_wait();
+    grid_launch_dependents();
+    int n_rows = *p.n_generated - p.n_before;
+    if (b.first_row >= n_rows)
+        return;
+    multiply_segment(p, &b);
+#pragma unroll
+    for (int tile = 0; tile < b.TILES; tile++)
+        finish_tile(p, b, tile, n_rows, sums);
 }
 
 static inline size_t generated_product_shared(int kinds, int n_segments, int columns) {
