@@ -3,6 +3,7 @@
 # make bench      measures; soak: the long form of the randomized tests
 # make lines      counts lines against the budget; format: applies .clang-format; clean
 CC ?= gcc
+CXX ?= g++
 WARNINGS = -Wall -Wextra -Wshadow -Wconversion
 # (no note that vectors wider than the machine are passed differently by other compilers)
 ARCH_FLAGS = $(if $(PORTABLE),-Wno-psabi,-march=native)
@@ -11,8 +12,8 @@ LIBS = -lm -pthread
 # each kind of build has a folder, so that none is made of another's objects
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
-TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(wildcard test/test_*.c))
-SOURCES = $(wildcard *.c *.h test/*.c test/*.h)
+TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(wildcard test/test_*.c)) $(B)/test_emu
+SOURCES = $(wildcard *.c *.h test/*.c test/*.h test/*.cpp)
 PROGRAM = $(if $(VARIANT),$(B)/dynamo,dynamo)
 
 all: $(PROGRAM)
@@ -27,6 +28,9 @@ $(B)/%.o: %.c $(B)/flags
 # a test includes what it looks into; the program under test is given by name
 $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(PROGRAM)"' $< $(LIBS) -o $@
+
+$(B)/test_emu: test/test_emu.cpp $(B)/flags
+	$(CXX) $(FLAGS:-std=gnu11=-std=gnu++17) $< $(LIBS) -o $@
 
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE

@@ -864,7 +864,7 @@ static void emu_complete(emu_warp *warp, emu_op op, uint32_t mask) {
         if (lanes[lane].op != op || lanes[lane].mask != mask)
             emu_report("%s with mask %08x, but lane %d is at %s with mask %08x", emu_op_names[op],
                        mask, lane, emu_op_names[lanes[lane].op], lanes[lane].mask);
-        if (!(mask >> lanes[lane].source & 1))
+        if (op >= EMU_SHFL && op <= EMU_SHFL_UP && !(mask >> lanes[lane].source & 1))
             emu_report("%s: lane %d reads lane %d, which is not in the mask %08x", emu_op_names[op],
                        lane, lanes[lane].source, mask);
         votes |= (uint32_t)(lanes[lane].value & 1) << lane;

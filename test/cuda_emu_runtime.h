@@ -24,6 +24,7 @@
     X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                          \
     X(cudaErrorInvalidPitchValue, 12, "invalid pitch argument")                                    \
     X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                    \
+    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient")                      \
     X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                       \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                              \
@@ -42,13 +43,13 @@
     X(cudaErrorCapturedEvent, 907, "event was last recorded in a capturing stream")                \
     X(cudaErrorUnknown, 999, "unknown error")
 
-enum cudaError_t {
+enum cudaError_t : int {
 #define EMU_ERROR(name, value, text) name = value,
     EMU_ERRORS(EMU_ERROR)
 #undef EMU_ERROR
 };
 
-enum cudaMemcpyKind {
+enum cudaMemcpyKind : int {
     cudaMemcpyHostToHost,
     cudaMemcpyHostToDevice,
     cudaMemcpyDeviceToHost,
@@ -56,7 +57,7 @@ enum cudaMemcpyKind {
     cudaMemcpyDefault
 };
 
-enum cudaDeviceAttr {
+enum cudaDeviceAttr : int {
     cudaDevAttrMaxThreadsPerBlock = 1,
     cudaDevAttrMaxSharedMemoryPerBlock = 8,
     cudaDevAttrWarpSize = 10,
