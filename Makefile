@@ -30,7 +30,7 @@ $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(PROGRAM)"' $< $(LIBS) -o $@
 
 $(B)/test_emu: test/test_emu.cpp $(B)/flags
-	$(CXX) $(FLAGS:-std=gnu11=-std=gnu++17) $< $(LIBS) -o $@
+	$(CXX) $(subst gnu11,gnu++17,$(FLAGS)) $< $(LIBS) -o $@
 
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE
