@@ -17,7 +17,7 @@ LIBS = -lm -pthread
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
-EMU_TESTS = $(B)/test_emu_schedules
+EMU_TESTS = $(B)/test_emu $(B)/test_emu_schedules
 SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
 TESTED = $(B)/dynamo
@@ -63,6 +63,9 @@ $(B)/test_%: test/test_%.c $(B)/flags
 $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(if $(findstring emu,$@),$(EMU),dynamo)"' \
 		$(if $(findstring emu,$@),-DMANY_GPUS) $< $(LIBS) -o $@
+
+$(B)/test_emu: test/test_emu.cpp $(B)/flags
+	$(CXX) $(subst gnu11,gnu++17,$(FLAGS)) $< $(LIBS) -o $@
 
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE
