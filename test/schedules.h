@@ -184,7 +184,7 @@ static void set_first_turn(struct wish *wish, const struct subject *model, int n
     static const int lengths[] = {1, 16, 17, 40, 2, 90, 33, 64, 150, 15, 200, 48, 120};
     static const int answers[] = {60, 120, 33, 1, 90, 16, 75};
     int length = lengths[number % 13] * model->longest_prompt / 200;
-    *wish = (struct wish){.n = answers[number % 7] * model->longest_answer / 120};
+    *wish = (struct wish){.n = answers[number % 7] * model->longest_answer / 120 / SHORTER};
     wish->n = wish->n < 1 ? 1 : wish->n;
     length = length < 1 ? 1 : length;
     snprintf(wish->id, ID_LENGTH, "first%d", number);

@@ -7,7 +7,7 @@
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #define GGUF_IMPLEMENTATION
-enum { LAST_BIT = 1 /* of an f32 */ };
+enum { LAST_BIT = 1 /* of an f32 */, SHORTER = 1 };
 #include "schedules.h"
 
 static const char one_device[] = "--devices cpu:1";
