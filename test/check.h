@@ -18,6 +18,12 @@
 #include <stdio.h>
 #include <string.h>
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SANITIZED = 1 }; /* everything takes ten times as long */
+#else
+enum { SANITIZED = 0 };
+#endif
+
 enum { CHECK_SHOWN = 10 }; /* failures of one test that are printed in full */
 
 struct check {

@@ -541,7 +541,7 @@ static void a_megabyte(struct check *check) {
     char *text = malloc(MEGABYTE);
     uint64_t state = 4;
     struct tokenizer *tokenizers[] = {open_path(check, SPM_PATH), open_path(check, GPT2_PATH)};
-    for (int i = 0; i < N_TEXTS * 5; i++) {
+    for (int i = 0; i < N_TEXTS * 5; i += SANITIZED ? 3 : 1) {
         int kind = i / 5, which = i % 5;
         struct tokenizer *tokenizer = tokenizers[which > 0];
         if (which > 0)
@@ -554,7 +554,7 @@ static void a_megabyte(struct check *check) {
         int *ids = tok_encode(tokenizer, text, MEGABYTE, &n);
         double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
         /* 0.02 to 0.6 s in an optimized build; quadratic time would be an hour */
-        CHECK(ids && n > 0 && seconds < 10, "text %d, vocabulary %d: %.2f s", kind, which, seconds);
+        CHECK(ids && n > 0 && seconds < 60, "text %d, vocabulary %d: %.2f s", kind, which, seconds);
         free(ids);
     }
     tok_close(tokenizers[0]);
