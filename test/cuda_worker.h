@@ -296,8 +296,8 @@ static struct test_model *make_model(struct random *random, struct model_config 
         model->frequency[i] = (float)pow(10000.0, -2.0 * i / config.rope_dim);
     for (int i = 0; i < config.n_layers; i++)
         make_layer(random, model, types, &model->layers[i]);
-    model->token_embd = add_tensor(model, random, types.embedding, config.vocab_size,
-                                   config.d_model, 1.0f, 0.0f);
+    model->token_embd =
+        add_tensor(model, random, types.embedding, config.vocab_size, config.d_model, 1.0f, 0.0f);
     model->output_norm = add_tensor(model, random, TYPE_F32, 1, config.d_model, 0.2f, 1.0f);
     return model;
 }
@@ -321,6 +321,7 @@ struct worker {
 static void need(bool condition, const char *what) { /* of the tests themselves */
     if (!condition) {
         printf("test_cuda: %s\n", what);
+        fflush(stdout);
         abort();
     }
 }
@@ -439,8 +440,7 @@ template <typename T> static std::vector<T> peek(struct device *device, const T 
     return values;
 }
 
-template <typename T>
-static void poke(struct device *device, T *to, const std::vector<T> &values) {
+template <typename T> static void poke(struct device *device, T *to, const std::vector<T> &values) {
     struct cuda_device *d = cuda_of(device);
     need_success(cudaSetDevice(device->index), "cudaSetDevice");
     need_success(cudaStreamSynchronize(d->streams[STREAM_COMPUTE]), "cudaStreamSynchronize");
@@ -518,8 +518,8 @@ struct test_batch {
 /* Rows [start, end) of a text whose blocks are `slots`: of a prompt, or one generated token. */
 static void add_text(struct test_batch *b, const int *text, const int *slots, int start, int end,
                      bool generated) {
-    struct sequence s = {(int)b->token.size(), end - start,    start, (int)b->table.size(),
-                         blocks_of(end),       generated};
+    struct sequence s = {(int)b->token.size(), end - start,    start,
+                         (int)b->table.size(), blocks_of(end), generated};
     for (int i = start; i < end; i++) {
         b->token.push_back(text[i]);
         b->position.push_back(i);
@@ -552,7 +552,7 @@ static const struct batch *seal(struct test_batch *b) { /* it points into itself
 }
 
 /* One forward pass, as dynamo.c has it. */
-static void forward(struct worker *worker, const struct batch *batch) {
+__attribute__((unused)) static void forward(struct worker *worker, const struct batch *batch) {
     struct backend *backend = worker->backend;
     int n = worker->n_shards;
     bool record = true;

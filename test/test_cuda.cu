@@ -38,8 +38,8 @@ static cudaError_t pretended_properties(cudaDeviceProp *properties, int device) 
     return error;
 }
 
-#define cudaGetDeviceCount      pretended_count
-#define cudaDriverGetVersion    pretended_driver
+#define cudaGetDeviceCount   pretended_count
+#define cudaDriverGetVersion pretended_driver
 #undef cudaGetDeviceProperties /* a macro in some versions of CUDA */
 #define cudaGetDeviceProperties pretended_properties
 #include "../kernels.cu"
@@ -96,10 +96,10 @@ static void compare(struct worst *worst, int row, int col, double got, double ex
 
 #define CHECK_WORST(worst, ...)                                                                    \
     do {                                                                                           \
-        char message[300];                                                                          \
+        char message[300];                                                                         \
         snprintf(message, sizeof message, __VA_ARGS__);                                            \
-        CHECK((worst).error <= 1.0, "%s: %g times the error allowed at row %d, column %d", message, \
-              (worst).error, (worst).row, (worst).col);                                            \
+        CHECK((worst).error <= 1.0, "%s: %g times the error allowed at row %d, column %d",         \
+              message, (worst).error, (worst).row, (worst).col);                                   \
     } while (0)
 
 /* ---- packing ---- */
@@ -161,8 +161,8 @@ static void check_matrix(struct check *check, struct device *device, const struc
     for (int row = 0; row < m.n_tiles * TILE; row++) {
         std::vector<double> expected((size_t)width), allowed((size_t)width);
         for (size_t i = 0; i < places.size() && row < rows; i++)
-            expected[places[i]] = packed_element(tensor, first_row + row, first_k + (int)i,
-                                                 &allowed[places[i]]);
+            expected[places[i]] =
+                packed_element(tensor, first_row + row, first_k + (int)i, &allowed[places[i]]);
         for (int i = 0; i < width; i++)
             compare(&worst, row, i, got[(size_t)row * width + i], expected[i], allowed[i]);
     }
@@ -400,10 +400,10 @@ static void check_norm_qkv(struct check *check, struct worker *worker,
         rows.push_back(row);
     check_norm(check, device, model->layers[0].attn_norm, x, rows);
     int q = l->attn_q->matrix.n_outputs, kv = l->attn_k->matrix.n_outputs;
-    check_outputs(check, "norm_qkv", device,
-                  {{l->attn_q, l->q_bias, 0}, {l->attn_k, l->k_bias, q},
-                   {l->attn_v, l->v_bias, q + kv}},
-                  normed_inputs(device), d->n_rows, qkv, d->qkv_stride, {});
+    check_outputs(
+        check, "norm_qkv", device,
+        {{l->attn_q, l->q_bias, 0}, {l->attn_k, l->k_bias, q}, {l->attn_v, l->v_bias, q + kv}},
+        normed_inputs(device), d->n_rows, qkv, d->qkv_stride, {});
     for (size_t i = (size_t)d->n_rows * d->qkv_stride; i < n; i++)
         CHECK(qkv[i] != qkv[i], "norm_qkv wrote behind the last row");
 }
@@ -442,8 +442,8 @@ static void check_gate_up(struct check *check, struct worker *worker,
     struct cuda_device *d = cuda_of(device);
     const struct layer_weights *l = &worker->layers[0][0];
     std::vector<int> places = places_of(d->ffn_places), rows;
-    std::vector<uint16_t> nans = at_places(places, d->padded_rows, d->ffn_stride,
-                                           [](size_t, size_t) { return (uint16_t)0xffff; });
+    std::vector<uint16_t> nans = at_places(
+        places, d->padded_rows, d->ffn_stride, [](size_t, size_t) { return (uint16_t)0xffff; });
     std::vector<uint16_t> ffn = in_orders(
         check, "norm_gate_up",
         [&] {
@@ -469,8 +469,7 @@ static void check_gate_up(struct check *check, struct worker *worker,
             double silu = g.value / (1.0 + exp(-g.value));
             expected[places[i]] = silu * u.value;
             allowed[places[i]] = 1.1 * allowed_of(g, 0.0) * fabs(u.value) +
-                                 fabs(silu) * allowed_of(u, 0.0) +
-                                 0x1.02p-8 * fabs(silu * u.value);
+                                 fabs(silu) * allowed_of(u, 0.0) + 0x1.02p-8 * fabs(silu * u.value);
         }
         for (int i = 0; i < d->ffn_stride; i++)
             compare(&worst, row, i, from_bf16(ffn[(size_t)row * d->ffn_stride + i]), expected[i],
@@ -480,9 +479,8 @@ static void check_gate_up(struct check *check, struct worker *worker,
                 d->n_rows, d->d_ff, device->config->d_model);
 }
 
-static void check_logits(struct check *check, struct worker *worker,
-                         const struct test_model *model, const std::vector<float> &x,
-                         const std::vector<int> &rows) {
+static void check_logits(struct check *check, struct worker *worker, const struct test_model *model,
+                         const std::vector<float> &x, const std::vector<int> &rows) {
     struct device *device = worker->shards[0];
     struct cuda_device *d = cuda_of(device);
     size_t n = rows.size() * (size_t)d->logits_stride;
@@ -501,7 +499,7 @@ static void check_logits(struct check *check, struct worker *worker,
                   normed_inputs(device), (int)rows.size(), logits, d->logits_stride, {});
     size_t width = (size_t)model->config.vocab_size;
     std::vector<float> host(rows.size() * width, NAN);
-    worker->backend->read_logits(device, host.data());
+    worker->backend->read_logits(device, host.data()); /* it computes them again */
     for (size_t i = 0; i < rows.size(); i++)
         CHECK(!memcmp(&host[i * width], &logits[i * d->logits_stride], width * sizeof(float)),
               "read_logits: row %zu", i);
@@ -524,8 +522,9 @@ static void check_products(struct check *check, struct random *random,
         add_text(&batch, text.data(), slots.data(), 0, n, false);
         done += n;
     }
-    for (int i = n_rows < 2 ? 1 : between(random, 1, std::min(n_rows - 1, 70)); i < n_rows; i++)
-        if (rows.size() < 70)
+    for (int i = n_rows < 2 ? 1 : between(random, 1, std::min<int>(n_rows - 1, LOGIT_ROWS));
+         i < n_rows; i++)
+        if (rows.size() < LOGIT_ROWS)
             rows.push_back(below(random, n_rows));
     for (int row : rows)
         add_sample(&batch, row, {});
@@ -606,6 +605,14 @@ int main(int argc, char **argv) {
     clock_gettime(CLOCK_REALTIME, &now);
     seed = argc > 2 ? strtoull(argv[2], NULL, 10)
                     : ((uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000) % 1000000000;
+    char error[GGUF_ERROR_LENGTH] = "";
+    struct backend_options options = {};
+    struct backend *backend = cuda_backend_open(&options, error);
+    if (!backend) {
+        printf("test_cuda: %s\n", error);
+        return 1;
+    }
+    backend->close(backend);
     printf("  seed %llu\n", (unsigned long long)seed);
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }
