@@ -17,7 +17,7 @@ LIBS = -lm -pthread
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
-EMU_TESTS = $(B)/test_emu $(B)/test_emu_schedules
+EMU_TESTS = $(B)/test_emu $(B)/test_cuda $(B)/test_emu_schedules
 SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
 TESTED = $(B)/dynamo
@@ -64,6 +64,13 @@ $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(if $(findstring emu,$@),$(EMU),dynamo)"' \
 		$(if $(findstring emu,$@),-DMANY_GPUS) $< $(LIBS) -o $@
 
+# the kernels' tests on the CPU, beside the CPU backend, whose sampler is their model
+$(B)/test_cuda: test/test_cuda.cu $(B)/kernels.o $(B)/flags
+	$(CXX) -x c++ $(EMU_FLAGS) $< -x none $(B)/kernels.o $(LIBS) -o $@
+
+$(B)/test_cuda_gpu: test/test_cuda.cu test/cuda_worker.h kernels.cu $(wildcard *.cuh) $(B)/kernels.o
+	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o -lm -Xcompiler -pthread -o $@
+
 $(B)/test_emu: test/test_emu.cpp $(B)/flags
 	$(CXX) $(subst gnu11,gnu++17,$(FLAGS)) $< $(LIBS) -o $@
 
@@ -72,8 +79,14 @@ $(B)/flags: FORCE
 	@mkdir -p $(B)
 	@echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' > $@
 
-test: $(TESTED) $(EMU) $(TESTS) $(EMU_TESTS)
-	@test/run.sh $(TESTS) $(EMU_TESTS)
+test: $(TESTED) $(EMU) $(TESTS) $(EMU_TESTS) $(CUDA)
+	@test/run.sh $(TESTS) $(EMU_TESTS) $(if $(VARIANT),,test/spills.sh)
+
+gpu-test:
+	@nvidia-smi -L > /dev/null 2>&1 || { echo 'gpu-test: this machine has no GPU'; exit 1; }
+	@test -n '$(NVCC)' || { echo 'gpu-test: nvcc is not installed'; exit 1; }
+	$(MAKE) $(B)/test_cuda_gpu
+	test/run.sh $(B)/test_cuda_gpu
 
 asan:
 	$(MAKE) test VARIANT=asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'
@@ -100,5 +113,5 @@ clean:
 	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test asan tsan emu soak bench lines format clean FORCE
+.PHONY: all test gpu-test asan tsan emu soak bench lines format clean FORCE
 -include $(wildcard $(B)/*.d)

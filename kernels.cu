@@ -40,8 +40,11 @@ __global__ void embed_kernel(const struct step_header *step, const struct matrix
     for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
         x[(size_t)row * x_stride + i] = matrix_element(embedding, token, i);
     for (int i = (int)threadIdx.x; i < n_pairs; i += THREADS) {
-        double angle = (double)position * (double)frequency[i];
-        turn[(size_t)row * n_pairs + i] = make_float2((float)cos(angle), (float)sin(angle));
+        /* cos would need a stack for large angles */
+        double half_turns =
+            (double)position * (double)frequency[i] * 0.31830988618379067; /* 1/pi */
+        turn[(size_t)row * n_pairs + i] =
+            make_float2((float)cospi(half_turns), (float)sinpi(half_turns));
     }
 }
 

@@ -110,5 +110,7 @@ DEVICE uint4 load16_once(const void *from) {
 #define DEVICE            static inline
 #define load16_once(from) load16(from)
 #define exp2_approx(x)    exp2f(x)
+#define cospi(x)          cos(3.14159265358979324 * (x))
+#define sinpi(x)          sin(3.14159265358979324 * (x))
 #endif
 #endif /* PTX_CUH */
