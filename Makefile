@@ -1,6 +1,6 @@
 # make            ./dynamo, tuned for this machine (PORTABLE=1: for any x86-64 or arm64); with CUDA
 #                 if nvcc is there (NVCC= without; ARCH=sm_90: for other chips than the one found)
-# make test       builds and runs all tests; asan, tsan: the same under sanitizers
+# make test       builds and runs all tests; asan, tsan: the same under sanitizers; fuzz
 # make emu        ./dynamo-emu, the CUDA kernels on the CPU; gpu-test: their tests on a GPU
 # make bench      measures; soak: the long form of the randomized tests
 # make lines      counts lines against the budget; format: applies .clang-format; clean
@@ -91,8 +91,14 @@ gpu-test:
 asan:
 	$(MAKE) test VARIANT=asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'
 
+# the programs that have threads
 tsan:
-	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread'
+	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS= EMU= \
+		TESTS='$(addprefix build/tsan/test_,kernels program reference schedules)'
+
+# what reads bytes that others made, a minute each; needs clang
+fuzz:
+	test/fuzz.sh
 
 soak: $(B)/test_scheduler
 	$(B)/test_scheduler soak
@@ -113,5 +119,5 @@ clean:
 	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test gpu-test asan tsan emu soak bench lines format clean FORCE
+.PHONY: all test gpu-test asan tsan fuzz emu soak bench lines format clean FORCE
 -include $(wildcard $(B)/*.d)

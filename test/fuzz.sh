@@ -4,7 +4,7 @@
 #     test/fuzz.sh [SECONDS]
 # Seeds are files of this repository, in pieces small enough to be mutated.
 seconds=${1:-60}
-clang=$(command -v clang || command -v clang-14) || {
+clang=$(command -v clang-14 || command -v clang) || {
     echo "fuzz.sh: needs clang"
     exit 1
 }
