@@ -295,17 +295,18 @@ static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) 
 
 /* Follows all requests until each has ended. */
 static void follow(struct answers *a, struct answer *all, int n) {
-    int n_ended = 0, first_shown = 0;
+    int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
     pthread_mutex_lock(a->lock);
     *a->activity = ANSWERING;
     tell_all(a, all, n, false);
     while (n_ended < n) {
         bool any = false;
-        for (int i = 0; i < n; i++) {
+        for (int i = first; i < n; i++) {
             bool before = all[i].ended;
             any = advance(a, &all[i]) || any;
             n_ended += all[i].ended && !before;
+            first += i == first && all[i].ended;
         }
         if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;

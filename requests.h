@@ -38,9 +38,10 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 #undef REQUESTS_IMPLEMENTATION
 
 #include "json.h"
-#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { MAX_LINES = 1 << 16 /* of a file: all are in flight together */ };
 
 /* text[length] is 0. */
 static bool read_request(struct options *options, char *text, size_t length, char *error) {
@@ -70,8 +71,12 @@ bool requests_read(struct requests *requests, const struct options *options,
     char *text_end = requests->text + length;
     for (char *at = requests->text; at < text_end; at++)
         n_lines += *at == '\n';
-    if (n_lines < INT_MAX)
-        requests->specs = calloc(n_lines, sizeof *requests->specs);
+    if (n_lines > MAX_LINES) {
+        requests_free(requests);
+        return cli_refuse(error, "%.400s: got %zu lines, expected at most %d; split it", name,
+                          n_lines, (int)MAX_LINES);
+    }
+    requests->specs = calloc(n_lines, sizeof *requests->specs);
     if (!requests->specs) {
         requests_free(requests);
         return cli_refuse(error, "%.400s: out of memory", name);

@@ -933,6 +933,46 @@ static void lying_files_are_refused(struct check *check) {
     remove_folder(check, folder);
 }
 
+/* 512 MB that nobody meant for us, wherever a file is read: one line, soon, and no hang. */
+static void half_a_gigabyte_is_refused(struct check *check) {
+    enum { MEGABYTE = 1 << 20, MEGABYTES = 512 };
+    char folder[FOLDER_LENGTH], zeros[PATH_LENGTH], noise[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(zeros, sizeof zeros, "%s/zeros", folder);
+    snprintf(noise, sizeof noise, "%s/noise", folder);
+    write_file(check, zeros, "", 0);
+    CHECK(truncate(zeros, (off_t)MEGABYTES * MEGABYTE) == 0, "cannot make %s", zeros);
+    char *bytes = malloc(MEGABYTE);
+    uint32_t random = 1;
+    FILE *file = fopen(noise, "wb");
+    for (int i = 0; i < MEGABYTES; i++) {
+        for (int at = 0; at < MEGABYTE && i % 64 == 0; at++)
+            bytes[at] = (char)((random = random * 1664525 + 1013904223) >> 24);
+        memcpy(bytes, "GGUF\3\0\0\0", i == 0 ? 8 : 0); /* then counts of noise */
+        CHECK(fwrite(bytes, 1, MEGABYTE, file) == MEGABYTE, "cannot write %s", noise);
+    }
+    fclose(file);
+    const struct {
+        const char *format, *path, *words;
+        int status;
+    } uses[] = {{"%s -p a", zeros, "/zeros: ", 1},
+                {"%s -p a", noise, "/noise: ", 1},
+                {"model.bin -n 2 -f %s", noise, "/noise: got ", 1},
+                {"model.bin -n 2 -f %s", zeros, "request 0: ", 3},
+                {"model.bin --perplexity %s", zeros, "/zeros: ", 1},
+                {"model.bin -n 2 < %s", noise, "request 0: ", 3}};
+    for (size_t i = 0; i < sizeof uses / sizeof *uses; i++) {
+        char arguments[2 * PATH_LENGTH];
+        snprintf(arguments, sizeof arguments, uses[i].format, uses[i].path);
+        struct outcome o = run(check, "%s", arguments);
+        check_refusal(check, arguments, &o, uses[i].status, uses[i].words);
+        CHECK(o.seconds < 10 * SLOWER, "%s: %.1f s", arguments, o.seconds);
+        outcome_free(&o);
+    }
+    free(bytes);
+    remove_folder(check, folder);
+}
+
 /* Weights that are no numbers, or make none: any text will do. */
 static void absurd_weights_are_survived(struct check *check) {
     static const float scales[] = {NAN, INFINITY, 1e38f, 1e20f, 0, 1e-40f};
@@ -1208,6 +1248,7 @@ int main(int argc, char **argv) {
         {"truncated_files_are_refused", truncated_files_are_refused},
         {"mutated_files_are_survived", mutated_files_are_survived},
         {"lying_files_are_refused", lying_files_are_refused},
+        {"half_a_gigabyte_is_refused", half_a_gigabyte_is_refused},
         {"absurd_weights_are_survived", absurd_weights_are_survived},
         {"an_interrupt_stops_the_answer", an_interrupt_stops_the_answer},
         {"an_interrupt_ends_other_work", an_interrupt_ends_other_work},
