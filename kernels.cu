@@ -864,33 +864,32 @@ static void cuda_close(struct backend *backend) {
     free(cuda);
 }
 
-/* In the order of struct backend. */
-static const struct backend operations = {"cuda",
-                                          cuda_close,
-                                          cuda_device_open,
-                                          cuda_device_close,
-                                          cuda_alloc,
-                                          cuda_release,
-                                          cuda_free_memory,
-                                          cuda_upload,
-                                          cuda_copy,
-                                          cuda_copy_done,
-                                          cuda_step_begin,
-                                          cuda_embed,
-                                          cuda_norm_qkv,
-                                          cuda_rope_append,
-                                          cuda_attention,
-                                          cuda_project_add,
-                                          cuda_norm_gate_up,
-                                          cuda_all_reduce_add,
-                                          cuda_norm_logits,
-                                          cuda_sample,
-                                          cuda_read_logits,
-                                          cuda_step_end,
-                                          KV_BF16,
-                                          CHUNK_ROWS,
-                                          0,
-                                          0};
+static void set_operations(struct backend *backend) {
+    backend->name = "cuda";
+    backend->close = cuda_close;
+    backend->device_open = cuda_device_open;
+    backend->device_close = cuda_device_close;
+    backend->alloc = cuda_alloc;
+    backend->release = cuda_release;
+    backend->free_memory = cuda_free_memory;
+    backend->upload = cuda_upload;
+    backend->copy = cuda_copy;
+    backend->copy_done = cuda_copy_done;
+    backend->step_begin = cuda_step_begin;
+    backend->embed = cuda_embed;
+    backend->norm_qkv = cuda_norm_qkv;
+    backend->rope_append = cuda_rope_append;
+    backend->attention = cuda_attention;
+    backend->project_add = cuda_project_add;
+    backend->norm_gate_up = cuda_norm_gate_up;
+    backend->all_reduce_add = cuda_all_reduce_add;
+    backend->norm_logits = cuda_norm_logits;
+    backend->sample = cuda_sample;
+    backend->read_logits = cuda_read_logits;
+    backend->step_end = cuda_step_end;
+    backend->kv_type = KV_BF16;
+    backend->chunk = CHUNK_ROWS;
+}
 
 /* Why there is no GPU, in one line. */
 static void explain_absence(cudaError_t status, char *error) {
@@ -922,7 +921,7 @@ extern "C" struct backend *cuda_backend_open(const struct backend_options *optio
         return NULL;
     }
     emu_seed(options->copy_delay_seed);
-    cuda->backend = operations;
+    set_operations(&cuda->backend);
     cuda->options = *options;
     cuda->n_gpus = n_gpus < MAX_GPUS ? n_gpus : MAX_GPUS;
     cuda->backend.n_gpus = cuda->n_gpus;
