@@ -873,6 +873,7 @@ static const struct backend operations = {"cuda",
                                           cuda_release,
                                           cuda_free_memory,
                                           cuda_upload,
+                                          NULL, /* limits */
                                           cuda_copy,
                                           cuda_copy_done,
                                           cuda_step_begin,
