@@ -2,7 +2,6 @@
  *
  *     struct answers answers = {.options = …, .tokenizer = …, .sched = …, …};
  *     int n_failed = answers_run(&answers, specs, n_specs);
- *     answers_stats(&answers);
  *
  * Turns request_specs into requests, submits them all, and shows their text as it comes: without
  * --json the answers in the order of the requests, the first unfinished one streaming; with --json
@@ -10,11 +9,12 @@
  *
  * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
  * [safe, length) held back, because it could be the beginning of a stop text.
- * Read next: tokenizer.h, requests.h. */
+ * Read next: tokenizer.h, requests.h, stats.h. */
 #ifndef ANSWERS_H
 #define ANSWERS_H
 
 #include "dynamo.h"
+#include "pace.h"
 #include "requests.h"
 #include "template.h"
 #include "tokenizer.h"
@@ -30,15 +30,17 @@ struct answers {
     bool converses;                    /* each prompt follows the one before and its answer */
     int *history;                      /* (n_history) what was said; see answers_forget */
     int n_history;
-    int vocab_size, n_workers, device_blocks, host_blocks;
+    int vocab_size, n_workers, n_shards, device_blocks, host_blocks;
     const struct backend *backend;
+    struct device **shards; /* (n_shards) of the first worker */
+    struct pace *pace;      /* under the lock */
     struct sched *sched;
     pthread_mutex_t *lock;
     pthread_cond_t *work, *news; /* tells the workers; told by them */
     enum activity *activity;     /* under the lock */
     double (*now)(void);
     int64_t next_id;
-    /* sums over all requests that ended, for answers_stats */
+    /* sums over all requests that ended, for stats.h */
     int64_t n_ended, n_tokens, n_intervals;
     double ttft_sum, ttft_max, interval_sum, busy_seconds;
 };
@@ -47,10 +49,6 @@ struct answers {
 int answers_run(struct answers *answers, const struct request_spec *specs, int n_specs);
 /* Begins a new conversation. */
 void answers_forget(struct answers *answers);
-/* The table of --stats on stderr, or with --json the last object on stdout. */
-void answers_stats(const struct answers *answers);
-/* One line on stderr: what pools and pager did. */
-void answers_summary(const struct answers *answers);
 /* The ids of a prompt as a request would have them. NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec, int *n_ids,
                     char error[CLI_ERROR_LENGTH]);
@@ -362,107 +360,6 @@ int answers_run(struct answers *a, const struct request_spec *specs, int n_specs
     }
     free(all);
     return n_failed;
-}
-
-/* ---- statistics ---- */
-
-struct number {
-    const char *key, *label; /* of JSON, of the table */
-    double value;
-    bool whole;
-};
-
-static void stats_json(const struct answers *a, const struct number *numbers, size_t n) {
-    printf("{\"stats\":{\"backend\":\"%s\"", a->backend->name);
-    for (size_t i = 0; i < n; i++)
-        printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
-    (void)fputs("}}\n", stdout);
-}
-
-static void stats_table(const struct answers *a, const struct number *numbers, size_t n) {
-    bool colour = isatty(STDERR_FILENO);
-    const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
-    (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);
-    (void)fprintf(stderr, label, "backend");
-    (void)fprintf(stderr, "%s\n", a->backend->name);
-    (void)fprintf(stderr, label, "seed");
-    (void)fprintf(stderr, "%" PRIu64 "\n", a->options->request.sampling.seed);
-    for (size_t i = 0; i < n; i++) {
-        (void)fprintf(stderr, label, numbers[i].label);
-        (void)fprintf(stderr, "%.*f\n", numbers[i].whole ? 0 : 2, numbers[i].value);
-    }
-}
-
-/* What the scheduler and the cache counted; the workers may still be copying. */
-struct counters {
-    struct sched_stats sched;
-    struct kv_stats kv;
-    int device_used, host_used; /* blocks, in use or cached */
-};
-
-static struct counters read_counters(const struct answers *a) {
-    pthread_mutex_lock(a->lock);
-    const struct kv *kv = sched_kv(a->sched);
-    struct counters counters = {.sched = sched_stats(a->sched), .kv = kv_stats(kv)};
-    for (int i = 0; i < a->n_workers; i++)
-        counters.device_used += kv_used(kv, i);
-    counters.host_used = kv_used(kv, a->n_workers);
-    pthread_mutex_unlock(a->lock);
-    return counters;
-}
-
-void answers_stats(const struct answers *a) {
-    struct counters counters = read_counters(a);
-    struct sched_stats s = counters.sched;
-    struct kv_stats k = counters.kv;
-    double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
-    double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
-    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
-    const struct number all[] = {
-        {"requests", "requests", (double)s.submitted, true},
-        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, false},
-        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, false},
-        {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, false},
-        {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, false},
-        {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, true},
-        {"decode_tokens", "tokens decoded", (double)s.decode_tokens, true},
-        {"steps", "steps", (double)s.steps, true},
-        {"prefix_hit_tokens", "prompt tokens found cached", (double)s.prefix_hit_tokens, true},
-        {"recomputed_tokens", "tokens computed again", (double)s.recomputed_tokens, true},
-        {"hand_overs", "requests handed over", (double)s.hand_overs, true},
-        {"local_prefills", "prompts prefilled by decoders", (double)s.local_prefills, true},
-        {"blocks_transferred", "blocks moved between workers", (double)k.transfers, true},
-        {"preemptions", "preemptions", (double)s.preemptions, true},
-        {"pages_out", "blocks paged out", (double)k.pages_out, true},
-        {"pages_in", "blocks paged in", (double)k.pages_in, true},
-        {"evictions", "device copies evicted", (double)k.evictions, true},
-        {"host_evictions", "host copies evicted", (double)k.host_evictions, true},
-        {"blocks_lost", "blocks dropped for good", (double)k.lost, true},
-        {"device_blocks", "blocks a worker holds", (double)a->device_blocks, true},
-        {"device_blocks_used", "blocks in use or cached on workers", (double)counters.device_used,
-         true},
-        {"host_blocks", "blocks the host holds", (double)a->host_blocks, true},
-        {"host_blocks_used", "blocks cached on the host", (double)counters.host_used, true},
-        {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
-    if (a->options->json)
-        stats_json(a, all, sizeof all / sizeof *all);
-    else
-        stats_table(a, all, sizeof all / sizeof *all);
-}
-
-void answers_summary(const struct answers *a) {
-    struct counters counters = read_counters(a);
-    struct sched_stats s = counters.sched;
-    struct kv_stats k = counters.kv;
-    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
-    (void)fprintf(stderr,
-                  "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64
-                  " found cached, %" PRId64 " blocks handed over | %" PRId64
-                  " tokens generated, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
-                  " in, %" PRId64 " preemptions]\n",
-                  a->n_workers, a->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
-                  k.transfers, a->n_tokens, (double)a->n_tokens / seconds, k.pages_out, k.pages_in,
-                  s.preemptions);
 }
 
 #endif /* ANSWERS_IMPLEMENTATION */

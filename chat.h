@@ -26,6 +26,7 @@ void chat_run(struct chat *chat);
 #undef CHAT_IMPLEMENTATION
 
 #include "editor.h"
+#include "stats.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +35,7 @@ static bool chat_help(struct chat *chat, const char *argument);
 
 static bool chat_stats(struct chat *chat, const char *argument) {
     (void)argument;
-    answers_stats(chat->answers);
+    stats_print(chat->answers);
     return true;
 }
 

@@ -31,6 +31,7 @@ enum {
     CHUNK_ROWS = 2048,        /* prompt tokens of a step that fill the chip */
     LOGIT_ROWS = 64,          /* rows of logits at a time */
     ALL_ROWS = -1,
+    PROBE_MS = 1,           /* that a probe takes at least */
     CHAIN_ROWS = 256,       /* prompt rows that a shard hands to the next at a time */
     BLOCKS_A_PROCESSOR = 4, /* of generated_attention, whose list of work may be long */
     MIN_MAJOR = 8,          /* compute capability: mma of bf16, cp.async */

@@ -22,6 +22,8 @@
 #define REQUESTS_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #define ANSWERS_IMPLEMENTATION
+#define PACE_IMPLEMENTATION
+#define STATS_IMPLEMENTATION
 #define EDITOR_IMPLEMENTATION
 #define CHAT_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
@@ -37,6 +39,7 @@
 #include "json.h"
 #include "requests.h"
 #include "source.h"
+#include "stats.h"
 #include "template.h"
 #include "tokenizer.h"
 
@@ -208,13 +211,17 @@ static void show_step(const struct worker *worker, const struct step *step) {
                   step->batch.n_rows, step->batch.n_sequences, step->n_copies);
 }
 
-static void do_step(struct worker *worker, struct step *step) {
+/* Returns the seconds that it computed for. */
+static double do_step(struct worker *worker, struct step *step) {
     for (int i = 0; i < step->n_copies; i++)
         copy_block(worker, &step->copies[i]);
+    double start = now();
     if (step->batch.n_rows > 0)
         forward(worker, &step->batch, step->batch.sampled, NULL);
+    double seconds = now() - start;
     if (worker->engine->options->verbose)
         show_step(worker, step);
+    return seconds;
 }
 
 /* Whether this worker's turn changed what others could do: it ended a request (n_finished were
@@ -260,8 +267,9 @@ static void *worker_main(void *argument) {
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        do_step(worker, step);
+        double seconds = do_step(worker, step);
         pthread_mutex_lock(&engine->lock);
+        pace_count(&engine->pace, &step->batch, seconds);
         sched_done(engine->sched, worker->index, step, now());
         pthread_cond_broadcast(&engine->work);
         pthread_cond_broadcast(&engine->news);
@@ -368,9 +376,9 @@ static int run_requests(struct engine *engine, struct answers *answers) {
         status = run_stdin(answers, o);
     }
     if (o->stats)
-        answers_stats(answers);
+        stats_print(answers);
     else if (!o->json)
-        answers_summary(answers);
+        stats_summary(answers);
     return status;
 }
 
@@ -447,6 +455,9 @@ static int run_model(struct options *options) {
                                   .device_blocks = engine->device_blocks,
                                   .host_blocks = engine->host_blocks,
                                   .backend = engine->backend,
+                                  .shards = engine->workers[0].shards,
+                                  .n_shards = engine->workers[0].n_shards,
+                                  .pace = &engine->pace,
                                   .sched = engine->sched,
                                   .lock = &engine->lock,
                                   .work = &engine->work,

@@ -186,6 +186,9 @@ struct backend {
     size_t (*free_memory)(struct device *device, bool pinned); /* bytes that alloc could give */
     const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
                                    struct slice slice, char *error);
+    /* measures, between steps and in 0.1 s, what a worker's n devices reach at most: bytes read and
+     * operations (a multiply-add is two) in products of `type`, both a second; 0: unknown */
+    void (*limits)(struct device **shards, int n, enum tensor_type type, double *read, double *ops);
     /* copies run beside the ops; a ticket is polled, never waited for */
     uint64_t (*copy)(struct device *device, enum stream stream, const struct copy2d *copy);
     bool (*copy_done)(struct device *device, enum stream stream, uint64_t ticket);
@@ -219,7 +222,6 @@ struct backend {
     void (*read_logits)(struct device *device, float *logits);
     /* waits for the step and writes the sampled tokens (n_samples), if norm_logits was called */
     void (*step_end)(struct device *device, int *sampled);
-
     enum kv_type kv_type;     /* what it keeps keys and values in, unless told otherwise */
     int chunk;                /* prompt tokens in one step that suit it */
     int n_gpus;               /* device.index is below; 0: devices are the CPU, memory the host's */
@@ -288,12 +290,11 @@ int kv_slot(const struct kv *kv, int node, int worker);
  * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
 int kv_register(struct kv *kv, int node, int parent, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
- * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (once it is fetched again).
- */
+ * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
 /* Makes n slots of a worker free: drops the coldest copies of what is also elsewhere (without a
- * host tier: any). False: not yet; page-outs are on their way, after which it will be true. */
+ * host tier: any). False: not yet; page-outs that are on their way will make it true. */
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
@@ -335,8 +336,8 @@ struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
 /* All calls are made under one lock of the caller; `now` is in seconds, of any clock. A worker that
  * got NULL is asked again after sched_submit, sched_cancel, sched_done or sched_copied, after any
- * call in which a request ended, and as soon as kv_pending has a copy for it. */
-/* A request that can never run is finished at once, with FINISH_ERROR and a reason. */
+ * call in which a request ended, and as soon as kv_pending has a copy for it.
+ * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
 void sched_cancel(struct sched *sched, struct request *request, bool stop_found, double now);

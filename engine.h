@@ -52,6 +52,7 @@ struct engine {
     char *host_kv; /* pinned (host_blocks, block_bytes of all heads) */
     bool *ends_text;
     struct sched *sched;
+    struct pace pace; /* under the lock */
     pthread_mutex_t lock;
     pthread_cond_t work, news; /* something to do for workers; something to show for main */
     bool stopping;
@@ -413,6 +414,7 @@ static bool open_backend(struct engine *engine, char *error) {
     engine->kv_type = o->kv_type == CLI_KV_DEFAULT ? engine->backend->kv_type
                       : o->kv_type == CLI_KV_BF16  ? KV_BF16
                                                    : KV_F32;
+    pace_open(&engine->pace, &engine->model, engine->kv_type);
     return true;
 }
 

@@ -17,7 +17,7 @@
  *     the batch, on chunking, on the number of threads or of shards.
  *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
  *
- * Read next: pack.h, product.h, dot.h, attention.h. */
+ * Read next: pack.h, product.h, dot.h, attention.h, probe.h. */
 #include "dynamo.h"
 
 #include <assert.h>
@@ -38,6 +38,8 @@
 #include "attention.h"
 #define PRODUCT_IMPLEMENTATION
 #include "product.h"
+#define PROBE_IMPLEMENTATION
+#include "probe.h"
 #define SAMPLER_IMPLEMENTATION
 #include "sampler.h"
 
@@ -47,7 +49,9 @@ enum {
     NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
     MAX_ACTIVATIONS = 20, /* arrays of a device */
-    HUGE_PAGE = 2 << 20   /* bytes: fewer misses of the TLB */
+    HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
+    PROBE_PIECES = 256,   /* of the weights are read to measure the memory, */
+    PROBE_BYTES = 1 << 20 /* so many bytes each */
 };
 
 struct scratch { /* of one thread */
@@ -183,6 +187,27 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
                  (int)tensor->name.length, tensor->name.data, tensor->bytes);
     }
     return weight;
+}
+
+/* All devices share the pool: n make no difference. */
+static void cpu_limits(struct device **shards, int n, enum tensor_type type, double *read,
+                       double *ops) {
+    struct cpu_device *device = (struct cpu_device *)shards[0];
+    struct cpu_backend *cpu = device->cpu;
+    struct probe probe = {&cpu->pool, device->job, device->scratch};
+    struct probe_piece pieces[PROBE_PIECES];
+    int n_pieces = 0;
+    (void)n;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    for (const struct weight *weight = cpu->weights; weight; weight = weight->next) {
+        size_t bytes = weight->owner ? pack_bytes(weight) : 0;
+        for (size_t at = 0; at < bytes && n_pieces < PROBE_PIECES; at += PROBE_BYTES)
+            pieces[n_pieces++] = (struct probe_piece){
+                weight->panels + at, bytes - at < PROBE_BYTES ? bytes - at : PROBE_BYTES};
+    }
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    *read = probe_read(&probe, pieces, n_pieces);
+    *ops = probe_multiply(&probe, dot_form(type, cpu->plain));
 }
 
 /* ---- products ---- */
@@ -821,6 +846,7 @@ static const struct backend operations = {
     .release = cpu_release,
     .free_memory = cpu_free_memory,
     .upload = cpu_upload,
+    .limits = cpu_limits,
     .copy = cpu_copy,
     .copy_done = cpu_copy_done,
     .step_begin = cpu_step_begin,

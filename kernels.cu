@@ -670,6 +670,84 @@ static void cuda_step_end(struct device *device, int *sampled) {
         memcpy(sampled, d->sampled_host, bytes);
 }
 
+/* ---- what the chip can do at most ---- */
+
+/* Operations of 8 independent mma a step and warp. `sink` keeps them from being removed. */
+__global__ void mma_probe_kernel(int n_steps, float *sink) {
+    grid_wait();
+    grid_launch_dependents();
+    const uint32_t a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00}, b[2] = {a[0], a[0]};
+    float sum[8][4] = {};
+    for (int step = 0; step < n_steps; step++)
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            mma_bf16(sum[i], a, b);
+    for (int i = 1; i < 8; i++)
+        sum[0][0] += sum[i][0];
+    if (sum[0][0] < 0.0f)
+        *sink = sum[0][0];
+}
+
+/* Reads n times 16 bytes; `sink` keeps the reads from being removed. */
+__global__ void read_probe_kernel(const uint4 *memory, size_t n, uint32_t *sink) {
+    grid_wait();
+    grid_launch_dependents();
+    size_t stride = (size_t)gridDim.x * THREADS, i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    uint32_t sum = 0;
+#pragma unroll 4
+    for (size_t at = i; at < n; at += stride) {
+        uint4 value = load16_once(memory + at);
+        sum += value.x ^ value.y ^ value.z ^ value.w;
+    }
+    if (sum == 0x5eed5eed)
+        *sink = sum;
+}
+
+/* Milliseconds of the compute stream from one call to the next with the same events. */
+static float lap(struct cuda_device *d, cudaEvent_t events[2]) {
+    float ms = 0.0f;
+    TRY(d, cudaEventRecord(events[1], d->streams[STREAM_COMPUTE]));
+    TRY(d, cudaEventSynchronize(events[1]));
+    TRY(d, cudaEventElapsedTime(&ms, events[0], events[1]));
+    TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
+    return ms;
+}
+
+/* Reads the largest weight, which no cache holds, if it is one of a real model; multiplies on all
+ * tensor cores. Both grow until they take a millisecond. Of n shards each has a GPU's limits. */
+static void cuda_limits(struct device **shards, int n, enum tensor_type type, double *read,
+                        double *ops) {
+    struct cuda_device *d = enter(shards[0], "probing the limits");
+    const struct weight *largest = NULL;
+    (void)type; /* all types multiply as bf16 */
+    for (const struct weight *w = d->cuda->weights; w; w = w->next)
+        if (w->gpu == shards[0]->index && !w->vector &&
+            (!largest || w->tensor->bytes > largest->tensor->bytes))
+            largest = w;
+    cudaEvent_t events[2];
+    for (int i = 0; i < 2; i++)
+        TRY(d, cudaEventCreateWithFlags(&events[i], cudaEventDefault));
+    TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
+    int blocks = d->gpu->properties.multiProcessorCount * 2, steps = 16, repeats = 1;
+    float ms = 0.0f;
+    for (; ms < PROBE_MS && steps < 1 << 20; steps *= 4) {
+        launch(d, "mma_probe_kernel", mma_probe_kernel, grid_of(blocks), THREADS, 0, steps, d->x);
+        ms = lap(d, events);
+        *ops = 8.0 * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 / (ms * 1e-3) * n;
+    }
+    const struct matrix *m = largest ? &largest->matrix : NULL;
+    size_t bytes = m ? (size_t)m->n_tiles * m->n_units * packed_bytes(m->type) : 0;
+    for (ms = 0.0f; ms < PROBE_MS && bytes > 0 && repeats < 1 << 12; repeats *= 4) {
+        for (int i = 0; i < repeats; i++)
+            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
+                   (const uint4 *)m->packed, bytes / sizeof(uint4), (uint32_t *)d->x);
+        ms = lap(d, events);
+        *read = (double)bytes * repeats / (ms * 1e-3) * n;
+    }
+    for (int i = 0; i < 2; i++)
+        TRY(d, cudaEventDestroy(events[i]));
+}
+
 /* ---- devices ---- */
 
 static bool check_wanted(const struct cuda_backend *cuda, const struct device *wanted,
@@ -873,6 +951,7 @@ static void set_operations(struct backend *backend) {
     backend->release = cuda_release;
     backend->free_memory = cuda_free_memory;
     backend->upload = cuda_upload;
+    backend->limits = cuda_limits;
     backend->copy = cuda_copy;
     backend->copy_done = cuda_copy_done;
     backend->step_begin = cuda_step_begin;

@@ -5,8 +5,8 @@
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
  * A model of that shape with random weights is run through the backend's ops. Each figure is the
- * best of several repetitions and stands beside the machine's own limits, probed right before and
- * after it: reading memory with two threads, and the arithmetic that the type's kernel uses. */
+ * best of several repetitions and stands beside the machine's own limits (probe.h), measured right
+ * before and after it: reading those weights, and the arithmetic that the type's kernel uses. */
 #include "../kernels.c"
 
 enum {
@@ -17,9 +17,7 @@ enum {
     LONG = 8192,
     N_THREADS = 2,
     STREAMS = 32,
-    REPEATS = 7,
-    PROBE_BYTES = 256 << 20,
-    PROBE_STEPS = 20000
+    REPEATS = 7
 };
 
 static const struct shape {
@@ -35,117 +33,10 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* ---- probes ---- */
-
-struct probe {
-    const char *memory;
-    _Atomic float sink; /* keeps the work from being removed */
-};
-
-static void read_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct probe *probe = argument;
-    const char *from = probe->memory + (size_t)tile * (1 << 20);
-    vec sum[4] = {{0}};
-    for (size_t i = 0; i < 1 << 20; i += 256)
-        for (size_t j = 0; j < 4; j++)
-            sum[j] += load((const float *)(const void *)(from + i + j * 64));
-    scratch->slab[0] = sum_lanes(sum[0] + sum[1] + sum[2] + sum[3]);
-}
-
-static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
-    (void)argument;
-    vec sum[24], factor = load(scratch->slab) * 0.0f + 0.999f;
-    for (int i = 0; i < 24; i++)
-        sum[i] = factor * (float)(i + tile);
-    for (int k = 0; k < PROBE_STEPS; k++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < 24; i++)
-            sum[i] = sum[i] * factor + factor;
-    }
-    for (int i = 1; i < 24; i++)
-        sum[0] += sum[i];
-    store(scratch->slab, sum[0]);
-}
-
-#if defined(__x86_64__)
-static DOT_BF16 void pairs_tile(const void *argument, int tile, struct scratch *scratch) {
-    (void)argument;
-    __m512 sum[24];
-    __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3c003c00);
-    for (int i = 0; i < 24; i++)
-        sum[i] = _mm512_set1_ps((float)(i + tile));
-    for (int k = 0; k < PROBE_STEPS; k++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < 24; i++)
-            sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
-    }
-    for (int i = 1; i < 24; i++)
-        sum[0] = _mm512_add_ps(sum[0], sum[i]);
-    _mm512_storeu_ps(scratch->slab, sum[0]);
-}
-
-static DOT_Q8 void quads_tile(const void *argument, int tile, struct scratch *scratch) {
-    (void)argument;
-    ivec sum[24], none = {0}, factor = none + 0x01020301 + tile;
-#pragma GCC unroll 24
-    for (int i = 0; i < 24; i++)
-        sum[i] = none + i;
-    for (int k = 0; k < PROBE_STEPS; k++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < 24; i++)
-            sum[i] = (ivec)_mm512_dpbusd_epi32((__m512i)sum[i], (__m512i)factor, (__m512i)factor);
-    }
-#pragma GCC unroll 24
-    for (int i = 1; i < 24; i++)
-        sum[0] += sum[i];
-    memcpy(scratch->slab, &sum[0], sizeof sum[0]);
-}
-#else
-#define pairs_tile multiply_tile
-#define quads_tile multiply_tile
-#endif
-
 static void empty_tile(const void *argument, int tile, struct scratch *scratch) {
     (void)argument;
     (void)tile;
     (void)scratch;
-}
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* The best and the median rate of n tiles that do `work` each; per 1e9. */
-static double probe_rate(struct cpu_device *device, tile_function *run, const void *argument,
-                         int n_tiles, double work, double *median) {
-    double times[REPEATS];
-    pool_enter(&device->cpu->pool);
-    for (int i = 0; i < REPEATS; i++) {
-        double start = seconds();
-        parallel_for(device, n_tiles, run, argument);
-        times[i] = seconds() - start;
-    }
-    pool_leave(&device->cpu->pool);
-    qsort(times, REPEATS, sizeof *times, by_size);
-    if (median)
-        *median = work * n_tiles / times[REPEATS / 2] * 1e-9;
-    return work * n_tiles / times[0] * 1e-9;
-}
-
-static double probe_read(struct cpu_device *device, const char *memory, double *median) {
-    struct probe probe = {.memory = memory};
-    return probe_rate(device, read_tile, &probe, PROBE_BYTES >> 20, 1 << 20, median);
-}
-
-/* Of the instruction that the type's kernel lives on; operations, two for a multiply-add. */
-static double probe_multiply(struct cpu_device *device, enum tensor_type type) {
-    enum row_form form = dot_form(type, device->cpu->plain);
-    int wide = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1;
-    tile_function *run = form == FORM_BF16 ? pairs_tile
-                         : form == FORM_Q8 ? quads_tile
-                                           : multiply_tile;
-    return probe_rate(device, run, NULL, 32, 2.0 * PROBE_STEPS * 24 * LANES * wide, NULL);
 }
 
 /* ---- the model ---- */
@@ -160,7 +51,6 @@ struct bench {
     double weight_bytes, attention_seconds, pack_seconds, packed_bytes;
     struct tensor *tensors[16 * MAX_LAYERS];
     int n_tensors;
-    char *probe_memory;
 };
 
 /* A tile of random weights, repeated: small numbers in any type. */
@@ -277,7 +167,6 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
     }
     int n_blocks = STREAMS * blocks_of(CONTEXT + 1);
     n_blocks = n_blocks < blocks_of(LONG + 1) ? blocks_of(LONG + 1) : n_blocks;
-    bench->probe_memory = memory_of(bench, PROBE_BYTES);
     bench->device->kv =
         memory_of(bench, (size_t)n_blocks * block_bytes(&bench->config, 1, kv_type));
     bench->weights.layers = calloc(MAX_LAYERS, sizeof *bench->weights.layers);
@@ -293,7 +182,6 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
 }
 
 static void close_bench(struct bench *bench) {
-    bench->backend->release(bench->device, bench->probe_memory, false);
     bench->backend->release(bench->device, bench->device->kv, false);
     bench->backend->device_close(bench->device);
     bench->backend->close(bench->backend);
@@ -362,44 +250,53 @@ static double best_step(struct bench *bench, int n, int start, int rows, double 
     return best;
 }
 
-static void bench_decode(struct bench *bench, const char *type) {
-    struct cpu_device *device = (struct cpu_device *)bench->device;
+/* What the machine can do now: bytes read and operations a second, times 1e-9. */
+static void limits(struct bench *bench, enum tensor_type type, double *read, double *ops) {
+    bench->backend->limits(&bench->device, 1, type, read, ops);
+    *read *= 1e-9;
+    *ops *= 1e-9;
+}
+
+static double larger(double a, double b) {
+    return a > b ? a : b;
+}
+
+static void bench_decode(struct bench *bench, const char *type, enum tensor_type tensor_type) {
     static const int streams[] = {1, 8, 16, 32};
     for (int i = 0; i < 4; i++) {
-        double attention = 0, median, probe = probe_read(device, bench->probe_memory, &median);
+        double attention = 0, read, again, ops;
+        limits(bench, tensor_type, &read, &ops);
         double time = best_step(bench, streams[i], CONTEXT, 1, &attention);
-        double again = probe_read(device, bench->probe_memory, NULL);
-        probe = probe > again ? probe : again;
-        double rate = bench->weight_bytes / time * 1e-9;
-        printf("%-5s decode %2d: %7.1f tok/s  %5.1f GB/s = %3.0f %% of %.1f (median %.1f)  "
-               "attention %4.1f %%\n",
-               type, streams[i], streams[i] / time, rate, 100 * rate / probe, probe, median,
+        limits(bench, tensor_type, &again, &ops);
+        double rate = bench->weight_bytes / time * 1e-9, most = larger(read, again);
+        printf("%-5s decode %2d: %7.1f tok/s  %5.1f GB/s = %3.0f %% of %.1f  attention %4.1f %%\n",
+               type, streams[i], streams[i] / time, rate, 100 * rate / most, most,
                100 * attention / time);
     }
 }
 
 /* One stream far into a text: the keys and values are read at so many GB/s. */
-static void bench_long(struct bench *bench, const char *type) {
-    struct cpu_device *device = (struct cpu_device *)bench->device;
+static void bench_long(struct bench *bench, const char *type, enum tensor_type tensor_type) {
     for (int context = 1024; context <= LONG; context *= 8) {
-        double attention = 0, probe = probe_read(device, bench->probe_memory, NULL);
+        double attention = 0, read, ops;
+        limits(bench, tensor_type, &read, &ops);
         double time = best_step(bench, 1, context, 1, &attention);
         double bytes =
             (double)block_bytes(&bench->config, 1, bench->device->kv_type) * blocks_of(context + 1);
         printf("%-5s context %d: %6.1f tok/s, attention %4.1f %% of the time, %.1f GB/s = %.0f %% "
                "of %.1f\n",
                type, context, 1 / time, 100 * attention / time, bytes / attention * 1e-9,
-               100 * bytes / attention * 1e-9 / probe, probe);
+               100 * bytes / attention * 1e-9 / read, read);
     }
 }
 
 static void bench_prefill(struct bench *bench, const char *type, enum tensor_type tensor_type) {
-    struct cpu_device *device = (struct cpu_device *)bench->device;
     const struct shape *shape = bench->shape;
-    double attention = 0, probe = probe_multiply(device, tensor_type);
+    double attention = 0, read, ops, again;
+    limits(bench, tensor_type, &read, &ops);
     double time = best_step(bench, 1, 0, PROMPT, &attention);
-    double again = probe_multiply(device, tensor_type);
-    probe = probe > again ? probe : again;
+    limits(bench, tensor_type, &read, &again);
+    double most = larger(ops, again);
     double heads = shape->n_heads * shape->head_dim, d = shape->d_model;
     double layer =
         2 * d * heads + 2 * d * shape->n_kv_heads * shape->head_dim + 3 * d * shape->d_ff;
@@ -408,7 +305,7 @@ static void bench_prefill(struct bench *bench, const char *type, enum tensor_typ
     printf("%-5s prefill %d: %7.1f tok/s  %5.1f GFLOP/s = %3.0f %% of %.1f  attention %4.1f %% of "
            "the time, %5.1f GFLOP/s\n",
            type, PROMPT, PROMPT / time, (work + scores) / time * 1e-9,
-           100 * (work + scores) / time * 1e-9 / probe, probe, 100 * attention / time,
+           100 * (work + scores) / time * 1e-9 / most, most, 100 * attention / time,
            scores / attention * 1e-9);
 }
 
@@ -426,7 +323,8 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
     for (size_t i = 0; i < (size_t)512 * (COLS + PAD); i++)
         rows[i] = (float)(i % 7) - 3.0f;
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        double best = 1e9, peak = probe_multiply(device, tensor_type);
+        double best = 1e9, read, peak;
+        limits(bench, tensor_type, &read, &peak);
         pool_enter(&device->cpu->pool);
         for (int repeat = 0; repeat < 3 * REPEATS; repeat++) {
             struct product product = {.matrix = {weight},
@@ -474,17 +372,18 @@ int main(int argc, char **argv) {
         open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
                    asked(argc, argv, "plain"));
         struct cpu_device *device = (struct cpu_device *)bench.device;
-        double jobs = probe_rate(device, empty_tile, NULL, 2, 1.0, NULL);
+        struct probe probe = {&device->cpu->pool, device->job, device->scratch};
+        double empty = probe_time(&probe, 2, empty_tile, NULL);
         printf("%-5s %s, packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
-               shape->name, bench.packed_bytes / bench.pack_seconds * 1e-9, 2e-3 / jobs);
+               shape->name, bench.packed_bytes / bench.pack_seconds * 1e-9, empty * 1e6);
         if (!part || asked(argc, argv, "kernel"))
             bench_kernel(&bench, types[i].name, types[i].type);
         if (!part || asked(argc, argv, "decode"))
-            bench_decode(&bench, types[i].name);
+            bench_decode(&bench, types[i].name, types[i].type);
         if (!part || asked(argc, argv, "prefill"))
             bench_prefill(&bench, types[i].name, types[i].type);
         if (asked(argc, argv, "long"))
-            bench_long(&bench, types[i].name);
+            bench_long(&bench, types[i].name, types[i].type);
         fflush(stdout);
         close_bench(&bench);
     }

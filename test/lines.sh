@@ -49,6 +49,7 @@ check product.h 240 -
 check dot.h 265 -
 check pack.h 320 -
 check pool.h 250 -
+check probe.h 150 -
 check copier.h 160 -
 check sampler.h 180 -
 check vector.h 170 -
@@ -65,7 +66,9 @@ check editor.h 310 -
 check cli.h 425 400
 check values.h 225 -
 check requests.h 140 -
-check answers.h 470 -
+check answers.h 370 -
+check stats.h 150 -
+check pace.h 80 -
 check evaluate.h 200 -
 check json.h 200 120
 check Makefile 90 90

@@ -97,14 +97,19 @@ static const char *answer_of(char value[VALUE_LENGTH], const struct outcome *o, 
     return "(none)";
 }
 
-/* A number of the last line, the statistics; -1 if there is none. */
-static long stat_of(const struct outcome *o, const char *key) {
-    char value[VALUE_LENGTH];
+/* A number of the last line, the statistics; NULL if there is none. */
+static const char *stat_text(char value[VALUE_LENGTH], const struct outcome *o, const char *key) {
     const char *last = o->out;
     for (const char *at = o->out; *at; at++)
         last = *at == '\n' && at[1] ? at + 1 : last;
     const char *found = member(value, last, strcspn(last, "\n"), key);
-    return found && !strncmp(last, "{\"stats\":", 9) ? atol(found) : -1;
+    return found && !strncmp(last, "{\"stats\":", 9) ? found : NULL;
+}
+
+static long stat_of(const struct outcome *o, const char *key) { /* -1 if there is none */
+    char value[VALUE_LENGTH];
+    const char *found = stat_text(value, o, key);
+    return found ? atol(found) : -1;
 }
 
 static int count_lines(const char *text) {
@@ -462,7 +467,11 @@ static void statistics_add_up(struct check *check) {
     static const char *const keys[] = {"kernel_launches",   "pages_out",   "pages_in",
                                        "evictions",         "preemptions", "prefix_hit_tokens",
                                        "recomputed_tokens", "hand_overs",  "blocks_transferred",
-                                       "device_blocks",     "host_blocks"};
+                                       "device_blocks",     "host_blocks", "decode_share",
+                                       "prefill_share"};
+    static const char *const rates[] = {"decode_tokens_per_second", "decode_gb_per_second",
+                                        "read_gb_per_second",       "prefill_tokens_per_second",
+                                        "prefill_gflops",           "peak_gflops"};
     struct outcome o = run(check,
                            "model.bin -p '%s' -n 20 --json --stats --kv-device 9b "
                            "--kv-host 5b",
@@ -472,6 +481,10 @@ static void statistics_add_up(struct check *check) {
     CHECK(strstr(o.out, "\"backend\":\""), "no backend: %s", o.out);
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         CHECK(stat_of(&o, keys[i]) >= 0, "no %s: %s", keys[i], o.out);
+    for (size_t i = 0; i < sizeof rates / sizeof *rates; i++) {
+        const char *rate = stat_text(value, &o, rates[i]);
+        CHECK(rate && atof(rate) > 0, "%s: %s", rates[i], o.out);
+    }
     long n_prompt = atol(answer_of(value, &o, "0", "prompt_tokens"));
     CHECK(n_prompt > 20 && stat_of(&o, "prefill_tokens") == n_prompt, "%ld: %s", n_prompt, o.out);
     CHECK(stat_of(&o, "decode_tokens") == 19, "20, of which prefill gives one: %s", o.out);

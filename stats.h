@@ -1,0 +1,150 @@
+/* stats.h: what --stats tells when all is done: what was counted, and how fast steps were beside
+ * what the machine can do, which is measured for it.
+ *
+ *     stats_print(&answers);   // no step is running; takes 0.1 s
+ *     stats_summary(&answers); // a line, without
+ *
+ * Steps of workers that share a machine are each held against the whole of it. Read next: pace.h,
+ * and probe.h for the CPU's limits. */
+#ifndef STATS_H
+#define STATS_H
+
+#include "answers.h"
+
+/* The table of --stats on stderr, or with --json the last object on stdout. */
+void stats_print(const struct answers *answers);
+/* One line on stderr: what pools and pager did. */
+void stats_summary(const struct answers *answers);
+
+#endif /* STATS_H */
+
+#ifdef STATS_IMPLEMENTATION
+#undef STATS_IMPLEMENTATION
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <unistd.h>
+
+static double stats_rate(double amount, double seconds) {
+    return seconds > 0 ? amount / seconds : 0;
+}
+
+struct number {
+    const char *key, *label; /* of JSON, of the table */
+    double value;
+    bool whole;
+};
+
+static void stats_json(const struct answers *a, const struct number *numbers, size_t n) {
+    printf("{\"stats\":{\"backend\":\"%s\"", a->backend->name);
+    for (size_t i = 0; i < n; i++)
+        printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
+    (void)fputs("}}\n", stdout);
+}
+
+static void stats_table(const struct answers *a, const struct number *numbers, size_t n) {
+    bool colour = isatty(STDERR_FILENO);
+    const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
+    (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);
+    (void)fprintf(stderr, label, "backend");
+    (void)fprintf(stderr, "%s\n", a->backend->name);
+    (void)fprintf(stderr, label, "seed");
+    (void)fprintf(stderr, "%" PRIu64 "\n", a->options->request.sampling.seed);
+    for (size_t i = 0; i < n; i++) {
+        (void)fprintf(stderr, label, numbers[i].label);
+        (void)fprintf(stderr, "%.*f\n", numbers[i].whole ? 0 : 2, numbers[i].value);
+    }
+}
+
+/* What the scheduler and the cache counted; the workers may still be copying. */
+struct counters {
+    struct sched_stats sched;
+    struct kv_stats kv;
+    struct pace pace;
+    int device_used, host_used; /* blocks, in use or cached */
+};
+
+static struct counters read_counters(const struct answers *a) {
+    pthread_mutex_lock(a->lock);
+    const struct kv *kv = sched_kv(a->sched);
+    struct counters counters = {
+        .sched = sched_stats(a->sched), .kv = kv_stats(kv), .pace = *a->pace};
+    for (int i = 0; i < a->n_workers; i++)
+        counters.device_used += kv_used(kv, i);
+    counters.host_used = kv_used(kv, a->n_workers);
+    pthread_mutex_unlock(a->lock);
+    return counters;
+}
+
+void stats_print(const struct answers *a) {
+    struct counters counters = read_counters(a);
+    struct sched_stats s = counters.sched;
+    struct kv_stats k = counters.kv;
+    double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
+    double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
+    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
+    struct paced decode = counters.pace.decode, prefill = counters.pace.prefill;
+    double read = 0, ops = 0;
+    enum tensor_type type = counters.pace.model->layers[0].ffn_gate->type;
+    if (a->backend->limits) /* a backend need not know */
+        a->backend->limits(a->shards, a->n_shards, type, &read, &ops);
+    double reading = stats_rate(decode.bytes, decode.seconds);
+    double multiplying = stats_rate(prefill.operations, prefill.seconds);
+    const struct number all[] = {
+        {"requests", "requests", (double)s.submitted, true},
+        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, false},
+        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, false},
+        {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, false},
+        {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, false},
+        {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, true},
+        {"decode_tokens", "tokens decoded", (double)s.decode_tokens, true},
+        {"steps", "steps", (double)s.steps, true},
+        {"prefix_hit_tokens", "prompt tokens found cached", (double)s.prefix_hit_tokens, true},
+        {"recomputed_tokens", "tokens computed again", (double)s.recomputed_tokens, true},
+        {"hand_overs", "requests handed over", (double)s.hand_overs, true},
+        {"local_prefills", "prompts prefilled by decoders", (double)s.local_prefills, true},
+        {"blocks_transferred", "blocks moved between workers", (double)k.transfers, true},
+        {"preemptions", "preemptions", (double)s.preemptions, true},
+        {"pages_out", "blocks paged out", (double)k.pages_out, true},
+        {"pages_in", "blocks paged in", (double)k.pages_in, true},
+        {"evictions", "device copies evicted", (double)k.evictions, true},
+        {"host_evictions", "host copies evicted", (double)k.host_evictions, true},
+        {"blocks_lost", "blocks dropped for good", (double)k.lost, true},
+        {"device_blocks", "blocks a worker holds", (double)a->device_blocks, true},
+        {"device_blocks_used", "blocks in use or cached on workers", (double)counters.device_used,
+         true},
+        {"host_blocks", "blocks the host holds", (double)a->host_blocks, true},
+        {"host_blocks_used", "blocks cached on the host", (double)counters.host_used, true},
+        {"decode_tokens_per_second", "decode steps: tokens/s",
+         stats_rate((double)decode.tokens, decode.seconds), false},
+        {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, false},
+        {"read_gb_per_second", "the devices read at most (GB/s)", read * 1e-9, false},
+        {"decode_share", "decode steps: share of that", stats_rate(reading, read), false},
+        {"prefill_tokens_per_second", "prefill steps: tokens/s",
+         stats_rate((double)prefill.tokens, prefill.seconds), false},
+        {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, false},
+        {"peak_gflops", "the devices multiply at most", ops * 1e-9, false},
+        {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), false},
+        {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
+    if (a->options->json)
+        stats_json(a, all, sizeof all / sizeof *all);
+    else
+        stats_table(a, all, sizeof all / sizeof *all);
+}
+
+void stats_summary(const struct answers *a) {
+    struct counters counters = read_counters(a);
+    struct sched_stats s = counters.sched;
+    struct kv_stats k = counters.kv;
+    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
+    (void)fprintf(stderr,
+                  "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64
+                  " found cached, %" PRId64 " blocks handed over | %" PRId64
+                  " tokens generated, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
+                  " in, %" PRId64 " preemptions]\n",
+                  a->n_workers, a->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
+                  k.transfers, a->n_tokens, (double)a->n_tokens / seconds, k.pages_out, k.pages_in,
+                  s.preemptions);
+}
+
+#endif /* STATS_IMPLEMENTATION */

@@ -1,0 +1,83 @@
+/* test_pace.c: the work that pace.h counts in a step, against sums done by hand. */
+#define PACE_IMPLEMENTATION
+#include "pace.h"
+#include "check.h"
+
+enum { ROWS = 4, MATRICES = 7 };
+
+/* Two layers of seven matrices of 10 x 3 in 120 bytes each, and an output of 50 x 3 in 600. */
+static void open_pace(struct pace *pace) {
+    static struct tensor matrix = {.rows = 10, .cols = 3, .bytes = 120};
+    static struct tensor output = {.rows = 50, .cols = 3, .bytes = 600};
+    static struct model_layer layers[2];
+    static struct model model = {.config = {.n_layers = 2,
+                                            .d_model = 3,
+                                            .n_heads = 6,
+                                            .n_kv_heads = 2,
+                                            .head_dim = 4,
+                                            .vocab_size = 50},
+                                 .output = &output,
+                                 .layers = layers};
+    for (int i = 0; i < 2; i++)
+        layers[i] = (struct model_layer){.attn_q = &matrix,
+                                         .attn_k = &matrix,
+                                         .attn_v = &matrix,
+                                         .attn_output = &matrix,
+                                         .ffn_gate = &matrix,
+                                         .ffn_up = &matrix,
+                                         .ffn_down = &matrix};
+    pace_open(pace, &model, KV_BF16);
+}
+
+/* Two sequences, of 3 rows from position 5 on and of one row at 100. */
+static struct batch make_batch(bool first_generated, bool second_generated) {
+    static int position[ROWS] = {5, 6, 7, 100};
+    static struct sequence sequences[2];
+    sequences[0] = (struct sequence){.n_rows = 3, .start = 5, .generated = first_generated};
+    sequences[1] =
+        (struct sequence){.first_row = 3, .n_rows = 1, .start = 100, .generated = second_generated};
+    return (struct batch){.n_rows = ROWS,
+                          .n_sequences = 2,
+                          .n_samples = 2,
+                          .n_blocks = 8,
+                          .position = position,
+                          .sequence = sequences};
+}
+
+static void work_of_a_step(struct check *check) {
+    /* 2 layers of keys and values, 2 heads of 4, 16 tokens in bf16: 1024 bytes a block */
+    const double bytes = 2 * MATRICES * 120 + 600 + 8 * 1024.0;
+    const double products = 2.0 * (ROWS * 2 * MATRICES * 30 + 2 * 150);
+    const double attention = 4.0 * (6 + 7 + 8 + 101) * 2 * 6 * 4; /* two products, layers, heads */
+    struct pace pace;
+    open_pace(&pace);
+    for (int generated = 0; generated < 2; generated++) {
+        struct paced *sum = generated ? &pace.decode : &pace.prefill;
+        struct batch batch = make_batch(generated, generated);
+        pace_count(&pace, &batch, 0.5);
+        pace_count(&pace, &batch, 0.25);
+        CHECK(sum->tokens == 2 * ROWS, "%d tokens", (int)sum->tokens);
+        CHECK(sum->seconds == 0.75, "%g seconds", sum->seconds);
+        CHECK(sum->bytes == 2 * bytes, "%g bytes, expected %g", sum->bytes, 2 * bytes);
+        CHECK(sum->operations == 2 * (products + attention), "%g operations, expected %g",
+              sum->operations, 2 * (products + attention));
+    }
+}
+
+static void other_steps_count_for_neither(struct check *check) {
+    struct pace pace;
+    open_pace(&pace);
+    struct batch mixed = make_batch(false, true), none = {0};
+    pace_count(&pace, &mixed, 0.5);
+    pace_count(&pace, &none, 0.5);
+    CHECK(pace.decode.tokens == 0 && pace.decode.seconds == 0, "decode");
+    CHECK(pace.prefill.tokens == 0 && pace.prefill.seconds == 0, "prefill");
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"work_of_a_step", work_of_a_step},
+        {"other_steps_count_for_neither", other_steps_count_for_neither},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
