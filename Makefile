@@ -17,7 +17,7 @@ LIBS = -lm -pthread
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
-EMU_TESTS = $(B)/test_emu $(B)/test_cuda $(B)/test_emu_schedules
+EMU_TESTS = $(B)/test_emu_schedules $(B)/test_cuda $(B)/test_emu
 SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
 TESTED = $(B)/dynamo
@@ -80,7 +80,7 @@ $(B)/flags: FORCE
 	@echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' > $@
 
 test: $(TESTED) $(EMU) $(TESTS) $(EMU_TESTS) $(CUDA)
-	@test/run.sh $(TESTS) $(EMU_TESTS) $(if $(VARIANT),,test/spills.sh)
+	@test/run.sh $(EMU_TESTS) $(TESTS) $(if $(VARIANT),,test/spills.sh)
 
 gpu-test:
 	@nvidia-smi -L > /dev/null 2>&1 || { echo 'gpu-test: this machine has no GPU'; exit 1; }

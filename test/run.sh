@@ -1,26 +1,26 @@
 #!/bin/sh
-# Runs test programs one after another and adds up their counts. Last line: N passed, N failed.
-passed=0
-failed=0
-for program in "$@"; do
+# Runs test programs, two at a time, shows what each printed when it has ended, and adds up their
+# counts. Last line: N passed, N failed. Give the longest first.
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export folder
+# shellcheck disable=SC2016  # the inner shell expands these
+printf '%s\n' "$@" | xargs -P 2 -I '{}' sh -c '
+    name=$(basename "$1")
     start=$(date +%s)
-    echo "== $(basename "$program")"
-    output=$("$program" 2>&1)
+    "$1" > "$folder/$name" 2>&1
     status=$?
-    echo "$output"
-    echo "   $(($(date +%s) - start)) s"
-    counts=$(echo "$output" | tail -n 1 | sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed$/\1 \2/p')
-    if [ -n "$counts" ]; then
-        passed=$((passed + ${counts% *}))
-        failed=$((failed + ${counts#* }))
-        if [ "$status" -ne 0 ] && [ "${counts#* }" -eq 0 ]; then
-            echo "$program: exit status $status"
-            failed=$((failed + 1))
-        fi
-    else
-        echo "$program: ended without a result, exit status $status"
-        failed=$((failed + 1))
+    counts=$(tail -n 1 "$folder/$name" | sed -n "s/^\([0-9]*\) passed, \([0-9]*\) failed\$/\1 \2/p")
+    if [ -z "$counts" ]; then
+        echo "$1: ended without a result, exit status $status" >> "$folder/$name"
+        counts="0 1"
+    elif [ "$status" -ne 0 ] && [ "${counts#* }" -eq 0 ]; then
+        echo "$1: exit status $status" >> "$folder/$name"
+        counts="${counts% *} 1"
     fi
-done
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+    echo "$counts" >> "$folder/counts"
+    printf "== %s, %d s\n%s\n" "$name" $(($(date +%s) - start)) "$(cat "$folder/$name")"
+' sh '{}'
+awk '{ passed += $1; failed += $2 }
+     END { print passed + 0 " passed, " failed + 0 " failed"; exit failed > 0 || !passed }' \
+    "$folder/counts"
