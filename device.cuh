@@ -235,7 +235,7 @@ static bool cuda_copy_done(struct device *device, enum stream stream, uint64_t t
         cudaError_t error = cudaEventQuery(ring->event[ring->done % RING]);
         if (error == cudaErrorNotReady)
             return false;
-        TRY(d, error);
+        check_call(d, error, "cudaEventQuery", __LINE__);
         ring->done++;
     }
     return true;

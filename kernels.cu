@@ -758,6 +758,8 @@ static bool check_wanted(const struct cuda_backend *cuda, const struct device *w
     if (wanted->index < 0 || wanted->index >= cuda->n_gpus)
         snprintf(error, GGUF_ERROR_LENGTH, "--devices: got device %d, there are %d GPUs (0 to %d)",
                  wanted->index, cuda->n_gpus, cuda->n_gpus - 1);
+    else if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
+        snprintf(error, GGUF_ERROR_LENGTH, "--tp: got %d, expected 1, 2, 4 or 8", n);
     else if (config->n_heads % n || config->n_kv_heads % n || config->d_ff % (n > 1 ? 2 * n : 1))
         snprintf(error, GGUF_ERROR_LENGTH,
                  "--tp %d: it does not divide %d heads, %d key-value heads and %d rows of the FFN",

@@ -551,8 +551,8 @@ static const struct batch *seal(struct test_batch *b) { /* it points into itself
     return &b->batch;
 }
 
-/* One forward pass, as dynamo.c has it. */
-__attribute__((unused)) static void forward(struct worker *worker, const struct batch *batch) {
+/* One forward pass, as dynamo.c has it. False: it was a recording. */
+static bool forward(struct worker *worker, const struct batch *batch) {
     struct backend *backend = worker->backend;
     int n = worker->n_shards;
     bool record = true;
@@ -583,5 +583,6 @@ __attribute__((unused)) static void forward(struct worker *worker, const struct 
     }
     for (int s = 0; s < n; s++)
         backend->step_end(worker->shards[s], s == 0 ? batch->sampled : NULL);
+    return record;
 }
 #endif /* CUDA_WORKER_H */

@@ -47,6 +47,10 @@ static cudaError_t pretended_properties(cudaDeviceProp *properties, int device) 
 #include "check.h"
 #include "cuda_worker.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -589,6 +593,1218 @@ static void products_q6_k(struct check *check) {
     products_of(check, "q6_k", TYPE_Q6_K);
 }
 
+static void products_of_mixed_types(struct check *check) {
+    static const enum tensor_type types[] = {TYPE_F32, TYPE_BF16, TYPE_F16, TYPE_Q8_0, TYPE_Q4_0};
+    struct random random = start("mixed");
+    for (int i = 0; i < (SLOWER ? 1 : 3); i++) {
+        struct types mixed = like_types(TYPE_F32);
+        mixed.k = pick(&random, types);
+        mixed.v = pick(&random, types);
+        mixed.up = i % 2 ? TYPE_F32 : TYPE_Q4_0;
+        mixed.gate = i % 2 ? pick(&random, types) : TYPE_Q8_0;
+        mixed.down = pick(&random, types);
+        struct test_model *model = make_model(&random, draw_config(&random, 32, 1), mixed);
+        check_products(check, &random, model, between(&random, 1, 40), between(&random, 1, 70));
+        free_model(model);
+    }
+}
+
+/* More row tiles than a band has, and more than one block of outputs. */
+static void products_of_many_rows(struct check *check) {
+    struct random random = start("many rows");
+    struct model_config config = draw_config(&random, 1, 1);
+    config.n_kv_heads = config.n_heads = 1;
+    config.head_dim = config.rope_dim = 8;
+    config.d_ff = between(&random, 20, 31);
+    config.d_model = between(&random, 129, 140);
+    struct test_model *model = make_model(&random, config, like_types(TYPE_BF16));
+    int rows = SLOWER ? 300 : ROW_BAND * ROW_TILE + between(&random, 1, 40);
+    struct worker worker = open_worker(open_backend(), model, 1, rows + 3);
+    struct test_batch batch;
+    std::vector<int> text((size_t)rows), slots = shuffled(&random, KV_BLOCKS);
+    for (int i = 0; i < 3; i++)
+        add_text(&batch, text.data(), slots.data(), 0, 1, true);
+    for (int done = 0; done < rows; done += 1000)
+        add_text(&batch, text.data(), slots.data(), 0, std::min(rows - done, 1000), false);
+    worker.backend->step_begin(worker.shards[0], seal(&batch));
+    check_project(check, &worker, worker.layers[0][0].ffn_down, INPUT_FFN, &random);
+    worker.backend->step_end(worker.shards[0], NULL);
+    close_worker(&worker);
+    free_model(model);
+}
+
+/* ---- embedding and rope ---- */
+
+static void embedding(struct check *check) {
+    struct random random = start("embedding");
+    for (enum tensor_type type : all_types) {
+        struct model_config config = draw_config(&random, form_of(type).n_k, 1);
+        struct test_model *model = make_model(&random, config, like_types(type));
+        int n = between(&random, 1, 30), pairs = config.rope_dim / 2;
+        struct worker worker = open_worker(open_backend(), model, 1, n + 2);
+        struct device *device = worker.shards[0];
+        struct cuda_device *d = cuda_of(device);
+        struct test_batch batch;
+        std::vector<int> text((size_t)n), slots((size_t)n);
+        add_text(&batch, text.data(), slots.data(), 0, n, false);
+        for (int i = 0; i < n; i++) {
+            batch.token[i] = below(&random, config.vocab_size);
+            batch.position[i] = below(&random, 1 << between(&random, 1, 20));
+        }
+        worker.backend->step_begin(device, seal(&batch));
+        size_t n_turns = (size_t)n * (size_t)pairs;
+        std::vector<float> x = in_orders(
+            check, "embed",
+            [&] {
+                poison(device, d->x, (size_t)n + 2, d->x_stride, d->x_stride);
+                poison(device, (float *)d->turn, (size_t)n + 2, 2 * pairs, 2 * pairs);
+                worker.backend->embed(device, worker.weights[0].token_embd);
+            },
+            [&] { return peek(device, d->x, ((size_t)n + 2) * d->x_stride); });
+        const struct matrix &m = worker.weights[0].token_embd->matrix;
+        std::vector<float> table = elements(device, m),
+                           turn = peek(device, (float *)d->turn, 2 * n_turns);
+        struct worst worst = {};
+        for (int row = 0; row < n; row++) {
+            CHECK(!memcmp(&x[(size_t)row * d->x_stride],
+                          &table[(size_t)batch.token[row] * m.n_units * UNIT],
+                          (size_t)config.d_model * sizeof(float)),
+                  "embed: type %d, token %d", (int)type, batch.token[row]);
+            for (int i = 0; i < pairs; i++) {
+                double angle = (double)batch.position[row] * (double)model->frequency[i];
+                const float *got = &turn[2 * ((size_t)row * pairs + i)];
+                compare(&worst, row, i, got[0], cos(angle), 1e-7);
+                compare(&worst, row, i, got[1], sin(angle), 1e-7);
+            }
+        }
+        for (size_t i = (size_t)n * d->x_stride; i < x.size(); i++)
+            CHECK(x[i] != x[i], "embed wrote behind the last row");
+        CHECK_WORST(worst, "angles of %d pairs", pairs);
+        worker.backend->step_end(device, NULL);
+        close_worker(&worker);
+        free_model(model);
+    }
+}
+
+/* Texts with blocks of their own, in random order: generated tokens, then parts of prompts. */
+static void add_texts(struct test_batch *batch, struct random *random, int n_generated,
+                      int n_prompts, int longest) {
+    std::vector<int> slots = shuffled(random, KV_BLOCKS), text((size_t)longest + 64);
+    size_t used = 0;
+    for (int i = 0; i < n_generated + n_prompts; i++) {
+        bool generated = i < n_generated;
+        int begin = between(random, 0, longest - 1);
+        int end = generated ? begin + 1 : between(random, begin + 1, longest);
+        if (!generated && below(random, 2))
+            begin = 0;
+        if (used + (size_t)blocks_of(end) > KV_BLOCKS)
+            break;
+        add_text(batch, text.data(), &slots[used], begin, end, generated);
+        used += (size_t)blocks_of(end);
+    }
+}
+
+/* Where an element of a key (value 0) or value (1) lies: the layout of dynamo.h, spelt out. */
+static size_t kv_at(const struct model_config *c, int slot, int layer, int value, int head,
+                    int token, int i) {
+    size_t at = (size_t)slot * c->n_layers + layer;
+    at = (at * 2 + value) * c->n_kv_heads + head;
+    at = at * BLOCK_TOKENS * c->head_dim; /* keys (16, dim), values (dim, 16) */
+    return at + (size_t)(value ? i * BLOCK_TOKENS + token : token * c->head_dim + i);
+}
+
+static size_t kv_elements(const struct model_config *c) {
+    return KV_BLOCKS * block_bytes(c, 1, KV_BF16) / sizeof(uint16_t);
+}
+
+/* A head of q or k, normed if there is a norm, and turned. */
+static std::vector<double> reference_rope(const struct model_config *c, const float *frequency,
+                                          const float *head, const struct tensor *norm,
+                                          int position) {
+    std::vector<double> in(head, head + c->head_dim);
+    double squares = 0.0;
+    for (double value : in)
+        squares += value * value;
+    for (int i = 0; i < c->head_dim && norm; i++)
+        in[i] = in[i] / sqrt(squares / c->head_dim + c->norm_epsilon) * element(norm, 0, i);
+    std::vector<double> out = in;
+    for (int i = 0; i < c->rope_dim / 2; i++) {
+        int a = c->rope_adjacent ? 2 * i : i;
+        int b = c->rope_adjacent ? a + 1 : a + c->rope_dim / 2;
+        double angle = position * (double)frequency[i];
+        out[a] = in[a] * cos(angle) - in[b] * sin(angle);
+        out[b] = in[a] * sin(angle) + in[b] * cos(angle);
+    }
+    return out;
+}
+
+struct rope_case {
+    struct model_config config;
+    float frequency[128];
+    const struct tensor *q_norm, *k_norm; /* or NULL */
+    struct device *device;
+    struct test_batch batch;
+    std::vector<float> qkv;
+};
+
+/* q as the device has it, and keys and values in their blocks, where nothing else has changed. */
+static void check_rope(struct check *check, const struct rope_case &r, int layer,
+                       const std::vector<uint16_t> &q, const std::vector<uint16_t> &kv) {
+    const struct model_config *c = &r.config;
+    int stride = cuda_of(r.device)->qkv_stride;
+    std::vector<bool> written(kv.size());
+    struct worst worst_q = {}, worst_kv = {};
+    for (int row = 0; row < (int)r.batch.token.size(); row++) {
+        const struct sequence &s = r.batch.sequence[r.batch.row_sequence[row]];
+        int position = r.batch.position[row];
+        int slot = r.batch.table[s.first_block + position / BLOCK_TOKENS];
+        for (int head = 0; head < c->n_heads + 2 * c->n_kv_heads; head++) {
+            const float *from = &r.qkv[(size_t)row * stride + (size_t)head * c->head_dim];
+            int kv_head = head - c->n_heads, value = kv_head >= c->n_kv_heads;
+            const struct tensor *norm = kv_head < 0 ? r.q_norm : r.k_norm;
+            std::vector<double> expected(from, from + c->head_dim);
+            if (!value)
+                expected = reference_rope(c, r.frequency, from, norm, position);
+            for (int i = 0; i < c->head_dim; i++) {
+                size_t at = kv_at(c, slot, layer, value, kv_head - value * c->n_kv_heads,
+                                  position % BLOCK_TOKENS, i);
+                if (kv_head < 0)
+                    at = ((size_t)row * c->n_heads + head) * c->head_dim + i;
+                else
+                    written[at] = true;
+                compare(kv_head < 0 ? &worst_q : &worst_kv, row, head * c->head_dim + i,
+                        from_bf16(kv_head < 0 ? q[at] : kv[at]), expected[i],
+                        0x1.01p-8 * fabs(expected[i]) + 3e-6);
+            }
+        }
+    }
+    size_t strange = 0;
+    while (strange < kv.size() && (written[strange] || kv[strange] == 0xffff))
+        strange++;
+    CHECK(strange == kv.size(), "rope_append wrote to element %zu, which has no token", strange);
+    CHECK_WORST(worst_q, "q of heads of %d, %d turned", c->head_dim, c->rope_dim);
+    CHECK_WORST(worst_kv, "k and v of heads of %d, %d turned", c->head_dim, c->rope_dim);
+}
+
+static void run_rope(struct check *check, struct random *random, struct rope_case *r) {
+    struct device *device = r->device;
+    struct cuda_device *d = cuda_of(device);
+    int n = (int)r->batch.token.size(), pairs = r->config.rope_dim / 2, layer = below(random, 2);
+    struct layer_weights weights = {};
+    weights.attn_q_norm = upload(device, r->q_norm, SLICE_WHOLE);
+    weights.attn_k_norm = upload(device, r->k_norm, SLICE_WHOLE);
+    device->backend->step_begin(device, seal(&r->batch));
+    std::vector<float2> turn;
+    for (int row = 0; row < n; row++)
+        for (int i = 0; i < pairs; i++) {
+            double angle = (double)r->batch.position[row] * (double)r->frequency[i];
+            turn.push_back(make_float2((float)cos(angle), (float)sin(angle)));
+        }
+    r->qkv.resize((size_t)n * d->qkv_stride);
+    for (float &value : r->qkv)
+        value = normal(random);
+    poke(device, d->turn, turn);
+    poke(device, d->qkv, r->qkv);
+    size_t n_q = (size_t)n * r->config.n_heads * r->config.head_dim;
+    std::vector<uint16_t> nans(kv_elements(&r->config), 0xffff);
+    std::vector<uint16_t> both = in_orders(
+        check, "rope_append",
+        [&] {
+            poke(device, (uint16_t *)device->kv, nans);
+            poke(device, d->q, std::vector<uint16_t>(n_q, 0xffff));
+            device->backend->rope_append(device, &weights, layer);
+        },
+        [&] {
+            std::vector<uint16_t> out = peek(device, d->q, n_q);
+            std::vector<uint16_t> kv = peek(device, (uint16_t *)device->kv, nans.size());
+            out.insert(out.end(), kv.begin(), kv.end());
+            return out;
+        });
+    std::vector<uint16_t> q(both.begin(), both.begin() + (ptrdiff_t)n_q);
+    check_rope(check, *r, layer, q,
+               std::vector<uint16_t>(both.begin() + (ptrdiff_t)n_q, both.end()));
+    device->backend->step_end(device, NULL);
+}
+
+static void rope(struct check *check) {
+    static const int heads[] = {8, 16, 24, 40, 64, 80, 96, 128, 136, 192, 256};
+    struct random random = start("rope");
+    for (int i = 0; i < (SLOWER ? 3 : 11); i++) {
+        struct rope_case r = {};
+        r.config = draw_config(&random, 1, 1);
+        r.config.head_dim = SLOWER ? pick(&random, heads) : heads[i];
+        r.config.n_heads = r.config.n_kv_heads * between(&random, 1, 5);
+        r.config.rope_dim = 2 * (below(&random, 3) ? r.config.head_dim / 2
+                                                   : between(&random, 1, r.config.head_dim / 2));
+        r.config.norm_epsilon = below(&random, 2) ? 1e-5f : 0.1f;
+        for (int j = 0; j < r.config.rope_dim / 2; j++)
+            r.frequency[j] = (float)pow(10000.0, -2.0 * j / r.config.rope_dim);
+        if (below(&random, 2))
+            r.q_norm = make_tensor(&random, TYPE_F32, 1, r.config.head_dim, 0.2f, 1.0f);
+        if (below(&random, 2))
+            r.k_norm = make_tensor(&random, TYPE_F32, 1, r.config.head_dim, 0.2f, 1.0f);
+        add_texts(&r.batch, &random, between(&random, 0, 9), between(&random, 1, 4), 70);
+        struct device wanted = wanted_device(&r.config, r.frequency, 0, 1, 400);
+        r.device = open_device(open_backend(), &wanted, KV_BLOCKS);
+        struct backend *backend = r.device->backend;
+        run_rope(check, &random, &r);
+        close_device(r.device);
+        backend->close(backend);
+        free_tensor(r.q_norm);
+        free_tensor(r.k_norm);
+    }
+}
+
+/* ---- attention ---- */
+
+/* Random keys and values where the batch's texts have them, and NaN everywhere else. */
+static std::vector<uint16_t> random_kv(struct random *random, const struct model_config *c,
+                                       const struct test_batch &batch, int layer) {
+    std::vector<uint16_t> kv(kv_elements(c), 0xffff);
+    for (const struct sequence &s : batch.sequence)
+        for (int t = 0; t < s.start + s.n_rows; t++)
+            for (int at = 0; at < 2 * c->n_kv_heads * c->head_dim; at++) {
+                int value = at % 2, head = at / 2 % c->n_kv_heads, i = at / 2 / c->n_kv_heads;
+                int slot = batch.table[s.first_block + t / BLOCK_TOKENS];
+                kv[kv_at(c, slot, layer, value, head, t % BLOCK_TOKENS, i)] =
+                    bf16_of(normal(random));
+            }
+    return kv;
+}
+
+/* softmax(q . k) . v for one row and head: out, and how exact it can be if weights are bf16. */
+static void reference_attention(const struct model_config *c, const struct test_batch &batch,
+                                int layer, int row, int head, const std::vector<uint16_t> &kv,
+                                const uint16_t *q, std::vector<double> *out,
+                                std::vector<double> *allowed) {
+    const struct sequence &s = batch.sequence[batch.row_sequence[row]];
+    int kv_head = head / (c->n_heads / c->n_kv_heads), n = batch.position[row] + 1;
+    std::vector<double> weight((size_t)n), squares((size_t)c->head_dim);
+    double largest = -INFINITY, sum = 0.0;
+    auto at = [&](int value, int t, int i) {
+        int slot = batch.table[s.first_block + t / BLOCK_TOKENS];
+        return (double)from_bf16(kv[kv_at(c, slot, layer, value, kv_head, t % BLOCK_TOKENS, i)]);
+    };
+    for (int t = 0; t < n; t++) {
+        for (int i = 0; i < c->head_dim; i++)
+            weight[t] += from_bf16(q[i]) * at(0, t, i);
+        weight[t] /= sqrt(c->head_dim);
+        largest = std::max(largest, weight[t]);
+    }
+    for (double &w : weight) {
+        w = exp(w - largest);
+        sum += w;
+    }
+    out->assign((size_t)c->head_dim, 0.0);
+    allowed->assign((size_t)c->head_dim, 0.0);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < c->head_dim; i++) {
+            double part = weight[t] / sum * at(1, t, i);
+            (*out)[i] += part;
+            squares[i] += part * part;
+            (*allowed)[i] += 1e-4 * fabs(part);
+        }
+    for (int i = 0; i < c->head_dim; i++)
+        (*allowed)[i] += 0x1p-8 * (3.0 * sqrt(squares[i]) + 1.01 * fabs((*out)[i]));
+}
+
+/* Attention of a batch, some rows and heads of it compared. */
+static void check_attention(struct check *check, struct random *random,
+                            const struct model_config *c, struct test_batch *batch) {
+    struct device wanted = wanted_device(c, NULL, 0, 1, (int)batch->token.size() + 1);
+    struct device *device = open_device(open_backend(), &wanted, KV_BLOCKS);
+    struct backend *backend = device->backend;
+    struct cuda_device *d = cuda_of(device);
+    int layer = below(random, 2), n = (int)batch->token.size();
+    std::vector<uint16_t> kv = random_kv(random, c, *batch, layer);
+    std::vector<uint16_t> q((size_t)n * c->n_heads * c->head_dim);
+    for (size_t i = 0, head = 0; head < (size_t)n * c->n_heads; head++) {
+        static const float widths[] = {0.2f, 1.0f, 5.0f}; /* even and peaked weights */
+        for (float width = pick(random, widths); i < (head + 1) * c->head_dim; i++)
+            q[i] = bf16_of(width * normal(random));
+    }
+    std::vector<int> places = places_of(d->attention_places);
+    std::vector<uint16_t> nans = at_places(places, d->padded_rows, d->attention_stride,
+                                           [](size_t, size_t) { return (uint16_t)0xffff; });
+    backend->step_begin(device, seal(batch));
+    poke(device, d->q, q);
+    poke(device, (uint16_t *)device->kv, kv);
+    std::vector<uint16_t> got = in_orders(
+        check, "attention",
+        [&] {
+            poke(device, d->attention, nans);
+            backend->attention(device, layer);
+        },
+        [&] { return peek(device, d->attention, nans.size()); });
+    struct worst worst = {};
+    for (int i = 0; i < (SLOWER ? 40 : 150); i++) {
+        std::vector<double> expected, allowed;
+        int row = below(random, n), head = below(random, c->n_heads);
+        reference_attention(c, *batch, layer, row, head, kv,
+                            &q[((size_t)row * c->n_heads + head) * c->head_dim], &expected,
+                            &allowed);
+        for (int j = 0; j < c->head_dim; j++) {
+            size_t at = (size_t)row * d->attention_stride + places[head * c->head_dim + j];
+            compare(&worst, row, head * c->head_dim + j, from_bf16(got[at]), expected[j],
+                    allowed[j]);
+        }
+    }
+    CHECK_WORST(worst, "attention: %d rows, %d heads of %d, %d for keys", n, c->n_heads,
+                c->head_dim, c->n_kv_heads);
+    for (int row = 0; row < n; row++)
+        for (int place : places)
+            CHECK(got[(size_t)row * d->attention_stride + place] != 0xffff,
+                  "attention: nothing at row %d, %d", row, place);
+    CHECK(std::equal(got.begin() + (ptrdiff_t)n * d->attention_stride, got.end(),
+                     nans.begin() + (ptrdiff_t)n * d->attention_stride),
+          "attention wrote behind the last row");
+    for (int counter : peek(device, d->arrived, (size_t)device->max_rows * d->n_heads))
+        CHECK(counter == 0, "a counter of splits is %d after the step", counter);
+    backend->step_end(device, NULL);
+    close_device(device);
+    backend->close(backend);
+}
+
+static struct model_config attention_config(struct random *random, int head_dim, int group) {
+    struct model_config c = draw_config(random, 1, 1);
+    c.head_dim = head_dim;
+    c.rope_dim = 0;
+    c.n_kv_heads = group > 4 ? 1 : between(random, 1, 2);
+    c.n_heads = group * c.n_kv_heads;
+    return c;
+}
+
+static void attention_of_all_heads(struct check *check) {
+    static const int groups[] = {1, 4, 7, 8, 20};
+    struct random random = start("heads");
+    for (int i = 0; i < (SLOWER ? 4 : 12); i++) {
+        int head_dim =
+            8 * between(&random, i % 3 < 2 ? i % 3 * 8 + 1 : 17, i % 3 < 2 ? i % 3 * 8 + 8 : 32);
+        struct model_config c = attention_config(&random, head_dim, groups[i % 5]);
+        struct test_batch batch;
+        add_texts(&batch, &random, between(&random, 0, 6), between(&random, 0, 3) + (i % 2), 90);
+        if (batch.token.empty())
+            add_texts(&batch, &random, 1, 1, 40);
+        check_attention(check, &random, &c, &batch);
+    }
+}
+
+/* Texts of several splits, at and beside their ends; a prompt far into its text. */
+static void attention_of_long_texts(struct check *check) {
+    static const int lengths[] = {255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 1279, 1500};
+    struct random random = start("long texts");
+    for (int i = 0; i < (SLOWER ? 1 : 4); i++) {
+        struct model_config c = attention_config(&random, i % 2 ? 64 : 128, i % 2 ? 4 : 1);
+        std::vector<int> slots = shuffled(&random, KV_BLOCKS), text(2000);
+        int length = pick(&random, lengths), other = between(&random, 1, 600);
+        struct test_batch batch;
+        add_text(&batch, text.data(), &slots[0], other - 1, other, true);
+        add_text(&batch, text.data(), &slots[50], length - 1, length, true);
+        add_text(&batch, text.data(), &slots[146], 0, between(&random, 1, 40), false);
+        check_attention(check, &random, &c, &batch);
+        struct test_batch prompt;
+        int begin = between(&random, 1, 700);
+        add_text(&prompt, text.data(), &slots[10], begin, begin + between(&random, 1, 70), false);
+        check_attention(check, &random, &c, &prompt);
+    }
+}
+
+/* ---- the same bits, however the work is cut ---- */
+
+static struct sampling warm(uint64_t seed_of_draw) {
+    struct sampling sampling = {0.9f, 0.95f, 0.0f, 0, seed_of_draw};
+    return sampling;
+}
+
+struct story { /* a text: [0, n_prompt) is a prompt, the rest is generated */
+    std::vector<int> text;
+    int n_prompt;
+};
+
+static struct story draw_story(struct random *random, int n_prompt, int n_generated, int vocab) {
+    struct story story = {{}, n_prompt};
+    for (int i = 0; i < n_prompt + n_generated; i++)
+        story.text.push_back(below(random, vocab));
+    return story;
+}
+
+/* Others that share a step: `generated` come first. Their blocks may hold anything. */
+static void add_crowd(struct test_batch *batch, struct random *random, const struct story &story,
+                      const std::vector<int> &slots, int n, bool generated) {
+    for (int i = 0; i < n; i++) {
+        int begin = below(random, 40), rows = generated ? 1 : between(random, 1, 20);
+        int first = below(random, (int)slots.size() - 5);
+        begin = std::min(begin, (int)story.text.size() - rows);
+        add_text(batch, story.text.data(), &slots[(size_t)first], begin, begin + rows, generated);
+    }
+}
+
+/* Tells a story in steps of up to `chunk` prompt tokens among up to `crowd` others. Returns the
+ * logits of each step's last own row, and the tokens drawn. */
+static std::vector<float> tell(struct worker *worker, struct random *random,
+                               const struct story &story, int chunk, int crowd) {
+    struct cuda_device *d = cuda_of(worker->shards[0]);
+    int vocab = d->device.config->vocab_size, end = (int)story.text.size();
+    std::vector<int> slots = shuffled(random, KV_BLOCKS);
+    size_t own = (size_t)blocks_of(end); /* the first are the story's */
+    std::vector<int> others(slots.begin() + (ptrdiff_t)own, slots.end());
+    std::vector<float> told;
+    for (int at = 0; at < end;) {
+        bool generated = at >= story.n_prompt;
+        int next = generated ? at + 1 : std::min(story.n_prompt, at + between(random, 1, chunk));
+        int n = below(random, crowd + 1), before = below(random, n + 1);
+        struct test_batch batch;
+        add_crowd(&batch, random, story, others, before, true);
+        if (!generated)
+            add_crowd(&batch, random, story, others, (n - before) / 4, false);
+        int row = (int)batch.token.size() + next - at - 1;
+        add_text(&batch, story.text.data(), slots.data(), at, next, generated);
+        add_crowd(&batch, random, story, others, generated ? n - before : (n - before) / 8,
+                  generated);
+        int sample = 0, n_rows = (int)batch.token.size();
+        for (int i = 0; i < n_rows; i++)
+            if (i == row || (n_rows <= LOGIT_ROWS && generated)) {
+                sample = i == row ? (int)batch.sample_row.size() : sample;
+                add_sample(&batch, i, warm(7));
+            }
+        forward(worker, seal(&batch));
+        std::vector<float> logits =
+            peek(&d->device, d->logits + (size_t)sample * d->logits_stride, (size_t)vocab);
+        if (generated || next == story.n_prompt) {
+            told.insert(told.end(), logits.begin(), logits.end());
+            told.push_back((float)batch.sampled[sample]);
+        }
+        at = next;
+    }
+    return told;
+}
+
+static bool same_bits(const std::vector<float> &a, const std::vector<float> &b) {
+    return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * sizeof a[0]);
+}
+
+/* A row's bits depend on its role and its own text alone. */
+static void rows_alone_and_in_crowds(struct check *check) {
+    struct random random = start("crowds");
+    for (int i = 0; i < (SLOWER ? 1 : 2); i++) {
+        enum tensor_type type = i == 0 ? TYPE_F32 : pick(&random, all_types);
+        struct model_config config = draw_config(&random, form_of(type).n_k, 1);
+        struct test_model *model = make_model(&random, config, like_types(type));
+        struct worker worker = open_worker(open_backend(), model, 1, 600);
+        struct story story = draw_story(&random, between(&random, 2, 40), 4, config.vocab_size);
+        std::vector<float> alone = tell(&worker, &random, story, 100, 0);
+        for (float value : alone)
+            CHECK(value == value, "logits are numbers");
+        static const int cuts[][2] = {{9, 3}, {100, 12}, {30, 80}}; /* chunk, crowd */
+        for (const int *cut : cuts) {
+            emu_seed(word(&random));
+            std::vector<float> told = tell(&worker, &random, story, cut[0], cut[1]);
+            CHECK(same_bits(told, alone), "type %d, %d tokens: chunks of %d among %d", (int)type,
+                  (int)story.text.size(), cut[0], cut[1]);
+        }
+        close_worker(&worker);
+        free_model(model);
+    }
+}
+
+/* Steps with prompts of several pieces (CHAIN_ROWS) and more generated rows than shards add up at
+ * once. Returns x and the logits after each. */
+static std::vector<float> step_shards(struct check *check, struct random random,
+                                      struct worker *worker, int n_rows) {
+    struct cuda_device *d = cuda_of(worker->shards[0]);
+    std::vector<int> slots = shuffled(&random, KV_BLOCKS), text((size_t)n_rows + 60);
+    std::vector<float> out;
+    int texts = between(&random, 30, 44), rows = n_rows - texts;
+    for (int &token : text)
+        token = below(&random, d->device.config->vocab_size);
+    for (int step = 0; step < 2; step++) {
+        struct test_batch batch;
+        for (int i = 0; i < (step ? texts : 4); i++) /* of these four have a token before */
+            add_text(&batch, &text[i], &slots[i], i < 4 ? step : 0, i < 4 ? step + 1 : 1, step > 0);
+        int begin = step ? rows : 0, end = step ? rows + 11 : rows;
+        add_text(&batch, text.data(), &slots[texts], begin, end, false);
+        for (int i = 0; i < 9; i++)
+            add_sample(&batch, below(&random, (int)batch.token.size()), warm(word(&random)));
+        forward(worker, seal(&batch));
+        size_t n = batch.token.size() * (size_t)d->x_stride;
+        std::vector<float> x = peek(&d->device, d->x, n);
+        std::vector<float> logits = peek(&d->device, d->logits, 9 * (size_t)d->logits_stride);
+        for (int s = 1; s < worker->n_shards; s++)
+            CHECK(same_bits(x, peek(worker->shards[s], cuda_of(worker->shards[s])->x, n)),
+                  "step %d: x of shard %d of %d", step, s, worker->n_shards);
+        out.insert(out.end(), x.begin(), x.end());
+        out.insert(out.end(), logits.begin(), logits.end());
+        for (int i = 0; i < 9; i++)
+            out.push_back((float)batch.sampled[i]);
+    }
+    return out;
+}
+
+static void shards(struct check *check) {
+    struct random random = start("shards");
+    for (int i = 0; i < (SLOWER ? 1 : 2); i++) {
+        enum tensor_type type = all_types[(int)(seed % N_TYPES + i) % N_TYPES];
+        struct model_config config = draw_config(&random, form_of(type).n_k, 8);
+        int step = form_of(type).n_k > 16 ? form_of(type).n_k : 16;
+        config.d_ff = divide(config.d_ff, step) * step;
+        config.n_layers = 1;
+        struct test_model *model = make_model(&random, config, like_types(type));
+        int n_rows = between(&random, CHAIN_ROWS + 50, CHAIN_ROWS + 80);
+        std::vector<float> one;
+        struct random same = random; /* draws for each number of shards */
+        for (int n_shards = 1; n_shards <= MAX_SHARDS; n_shards *= 2) {
+            emu_seed(word(&random));
+            struct worker worker = open_worker(open_backend(), model, n_shards, n_rows);
+            std::vector<float> bits = step_shards(check, same, &worker, n_rows);
+            one = n_shards == 1 ? bits : one;
+            CHECK(same_bits(bits, one), "type %d, d_ff %d, %d heads of %d: %d shards", (int)type,
+                  config.d_ff, config.n_heads, config.head_dim, n_shards);
+            close_worker(&worker);
+        }
+        for (float value : one)
+            CHECK(value == value, "x and logits are numbers");
+        free_model(model);
+    }
+}
+
+/* ---- recorded steps ---- */
+
+/* Which elements of the keys and values a batch of generated rows writes. */
+static std::vector<bool> own_elements(const struct model_config *c,
+                                      const struct test_batch &batch) {
+    std::vector<bool> own(kv_elements(c));
+    for (const struct sequence &s : batch.sequence)
+        for (int layer = 0; layer < c->n_layers; layer++)
+            for (int at = 0; at < 2 * c->n_kv_heads * c->head_dim; at++)
+                own[kv_at(c, batch.table[s.first_block + s.start / BLOCK_TOKENS], layer, at % 2,
+                          at / 2 % c->n_kv_heads, s.start % BLOCK_TOKENS, at / 2 / c->n_kv_heads)] =
+                    true;
+    return own;
+}
+
+/* Generated rows of texts up to `longest`, all of them sampled: a step that is recorded. */
+static void add_decode(struct test_batch *batch, struct random *random, int n, int longest,
+                       int vocab) {
+    std::vector<int> slots = shuffled(random, KV_BLOCKS), text((size_t)longest + 40);
+    int used = 0;
+    for (int i = 0; i < n; i++) {
+        int length = i == 0 ? longest : between(random, 1, 40);
+        text[length - 1] = below(random, vocab);
+        need(used + blocks_of(length) <= KV_BLOCKS, "blocks for all texts");
+        add_text(batch, text.data(), &slots[used], length - 1, length, true);
+        used += blocks_of(length);
+        add_sample(batch, i, warm(word(random)));
+    }
+}
+
+struct decoded {
+    bool ran; /* false: replayed */
+    std::vector<float> logits;
+    std::vector<uint16_t> kv;
+};
+
+static struct decoded decode(struct worker *worker, struct test_batch *batch,
+                             const std::vector<uint16_t> &kv) {
+    struct device *device = worker->shards[0];
+    struct cuda_device *d = cuda_of(device);
+    poke(device, (uint16_t *)device->kv, kv);
+    bool ran = forward(worker, seal(batch));
+    size_t n = batch->token.size() * (size_t)d->logits_stride;
+    return {ran, peek(device, d->logits, n), peek(device, (uint16_t *)device->kv, kv.size())};
+}
+
+/* Steps of other sizes and lengths on one device, each against a device that has recorded nothing.
+ */
+static void recorded_steps(struct check *check) {
+    struct random random = start("recorded");
+    struct model_config config = draw_config(&random, 1, 1);
+    struct test_model *model = make_model(&random, config, like_types(TYPE_BF16));
+    struct worker worker = open_worker(open_backend(), model, 1, 70);
+    struct cuda_device *d = cuda_of(worker.shards[0]);
+    static const int rows[] = {8, 1, 5, 8, 13, 9, 3, 16, 40, 6};
+    int replays = 0, growths = 0;
+    for (int i = 0; i < (SLOWER ? 5 : 10); i++) {
+        struct test_batch batch;
+        bool grows = i == (SLOWER ? 3 : 6); /* a text of several splits needs more room */
+        add_decode(&batch, &random, rows[i], grows ? 1400 : between(&random, 1, 200),
+                   config.vocab_size);
+        std::vector<uint16_t> kv(kv_elements(&config));
+        for (uint16_t &element : kv)
+            element = bf16_of(normal(&random));
+        emu_seed(word(&random));
+        size_t step_bytes = d->step_bytes, capacity = d->split_capacity;
+        struct decoded got = decode(&worker, &batch, kv);
+        std::vector<int> sampled = batch.sampled;
+        replays += !got.ran;
+        growths += i > 0 && d->step_bytes > step_bytes && d->split_capacity > capacity;
+        struct worker fresh = open_worker(open_backend(), model, 1, 70);
+        struct decoded expected = decode(&fresh, &batch, kv);
+        close_worker(&fresh);
+        CHECK(expected.ran, "a device's first step is no replay");
+        CHECK(same_bits(got.logits, expected.logits) && got.kv == expected.kv &&
+                  sampled == batch.sampled,
+              "step %d of %d rows, %s", i, rows[i], got.ran ? "recorded" : "replayed");
+        std::vector<bool> own = own_elements(&config, batch);
+        size_t strange = 0;
+        while (strange < kv.size() && (own[strange] || got.kv[strange] == kv[strange]))
+            strange++;
+        CHECK(strange == kv.size(), "step %d of %d rows wrote to element %zu of others' blocks", i,
+              rows[i], strange);
+    }
+    CHECK(replays >= 2 && growths >= 1, "%d replays, %d growths", replays, growths);
+    close_worker(&worker);
+    free_model(model);
+}
+
+/* Tokens drawn for rows [first, end) of a prompt that is only embedded, and their logits. */
+static std::vector<int> draw_samples(struct worker *worker, const std::vector<int> &text,
+                                     const std::vector<struct sampling> &sampling, int first,
+                                     int end, std::vector<float> *logits) {
+    struct device *device = worker->shards[0];
+    struct test_batch batch;
+    std::vector<int> slots(KV_BLOCKS);
+    add_text(&batch, text.data(), slots.data(), 0, (int)text.size(), false);
+    for (int i = first; i < end; i++)
+        add_sample(&batch, i, sampling[i]);
+    logits->resize((size_t)(end - first) * (size_t)device->config->vocab_size);
+    worker->backend->step_begin(device, seal(&batch));
+    worker->backend->embed(device, worker->weights[0].token_embd);
+    worker->backend->norm_logits(device, &worker->weights[0]);
+    worker->backend->read_logits(device, logits->data());
+    worker->backend->sample(device);
+    worker->backend->step_end(device, batch.batch.sampled);
+    batch.sampled.pop_back();
+    return batch.sampled;
+}
+
+/* More samples than logits are kept of: they are computed in pieces. */
+static void many_samples(struct check *check) {
+    struct random random = start("many samples");
+    struct model_config config = draw_config(&random, 1, 1);
+    struct test_model *model = make_model(&random, config, like_types(TYPE_BF16));
+    int n = LOGIT_ROWS + between(&random, 1, LOGIT_ROWS + 20), vocab = config.vocab_size;
+    struct worker worker = open_worker(open_backend(), model, 1, n);
+    std::vector<int> text((size_t)n);
+    std::vector<struct sampling> sampling;
+    for (int &token : text) {
+        token = below(&random, vocab);
+        sampling.push_back(warm(word(&random)));
+    }
+    std::vector<float> logits, some;
+    std::vector<int> sampled = draw_samples(&worker, text, sampling, 0, n, &logits);
+    for (int first = 0, end; first < n; first = end) {
+        end = between(&random, first + 1, std::min<int>(n, first + LOGIT_ROWS));
+        std::vector<int> alone = draw_samples(&worker, text, sampling, first, end, &some);
+        CHECK(!memcmp(&logits[(size_t)first * vocab], some.data(), some.size() * sizeof(float)),
+              "logits of samples %d to %d of %d", first, end, n);
+        CHECK(std::equal(alone.begin(), alone.end(), sampled.begin() + first),
+              "samples %d to %d of %d", first, end, n);
+    }
+    close_worker(&worker);
+    free_model(model);
+}
+
+/* ---- sampling ---- */
+
+static float tempered(float logit, float temperature) { /* what is no number is the least one */
+    float value = logit / (temperature > 0.0f ? temperature : 1.0f);
+    return value >= -FLT_MAX ? std::min(value, FLT_MAX) : -FLT_MAX;
+}
+
+static double noisy(const struct sampling &sampling, int position, int token, float scaled) {
+    uint32_t words[4] = {(uint32_t)position, (uint32_t)token, 0, 0};
+    philox(words, (uint32_t)sampling.seed, (uint32_t)(sampling.seed >> 32));
+    return scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
+}
+
+/* Can `token` be drawn, by the definition in dynamo.h? Where rounding decides whether a token is
+ * among those that reach top_p, both answers are right. `slack`: of sums of weights. */
+static bool can_be_drawn(const struct sampling &sampling, int position, const float *logits, int n,
+                         int token, double slack) {
+    std::vector<float> scaled((size_t)n);
+    std::vector<int> order((size_t)n);
+    for (int i = 0; i < n; i++) {
+        scaled[i] = tempered(logits[i], sampling.temperature);
+        order[i] = i;
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return scaled[a] > scaled[b]; });
+    if (!(sampling.temperature > 0.0f))
+        return token == order[0];
+    int kept = sampling.top_k > 0 && sampling.top_k < n ? sampling.top_k : n;
+    double max = scaled[order[0]], total = 0.0, before = 0.0;
+    for (int i = 0; i < kept; i++)
+        total += exp(scaled[order[i]] - max);
+    double least = sampling.min_p > 0.0f ? max + log((double)sampling.min_p) : -INFINITY;
+    double enough = sampling.top_p < 1.0f ? sampling.top_p * total : INFINITY;
+    double best = -INFINITY; /* of those that are kept for sure */
+    bool possible = false;
+    int best_token = n;
+    for (int i = 0; i < kept && (i == 0 || before < enough + slack * total); i++) {
+        int id = order[i];
+        bool sure = i == 0 || before < enough - slack * total;
+        before += exp(scaled[id] - max);
+        if (scaled[id] < least)
+            continue;
+        possible |= id == token;
+        double value = noisy(sampling, position, id, scaled[id]);
+        if (sure && (value > best || (value == best && id < best_token))) {
+            best = value;
+            best_token = id;
+        }
+    }
+    double value = noisy(sampling, position, token, scaled[token]);
+    if (value == best) /* of equals the lower id */
+        return possible && token <= best_token;
+    return possible && value > best - 1e-12 * fabs(best);
+}
+
+static float draw_logit(struct random *random, int kind, float width) {
+    float value = width * normal(random);
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-40f};
+    if (kind == 1) /* ties are common */
+        return floorf(value);
+    if (kind == 2 && below(random, 4) == 0)
+        return pick(random, odd);
+    if (kind == 3) /* nothing else than these */
+        return odd[below(random, 3)];
+    return kind == 4 ? 1.0f : value;
+}
+
+static struct sampling draw_sampling(struct random *random, int n) {
+    static const float temperatures[] = {0.0f, 1e-3f, 0.5f, 0.8f, 1.0f, 3.0f};
+    static const float tops[] = {0.0f, 1e-6f, 0.1f, 0.5f, 0.95f, 0.999999f, 1.0f, 1.0f};
+    static const float least[] = {0.0f, 0.0f, 0.05f, 1.0f};
+    const int counts[] = {0, 0, 1, 2, n / 3, n - 1, n, n + 1, 1000};
+    struct sampling sampling = {pick(random, temperatures), pick(random, tops), pick(random, least),
+                                pick(random, counts), (uint64_t)word(random) << 32 | word(random)};
+    return sampling;
+}
+
+struct draws { /* how many, and in how many the device and its twin do not agree */
+    int all, different;
+};
+
+static void check_sampler(struct check *check, struct random *random, struct device *device,
+                          int n_rows, struct draws *draws) {
+    struct cuda_device *d = cuda_of(device);
+    int n = device->config->vocab_size, kind = below(random, 7);
+    std::vector<float> logits((size_t)n_rows * d->logits_stride, NAN), scaled((size_t)n);
+    std::vector<int> list((size_t)n), text(1), slots(1);
+    struct test_batch batch;
+    for (int i = 0; i < n_rows; i++) {
+        float width = (float)between(random, 1, 7);
+        for (int j = 0; j < n; j++)
+            logits[(size_t)i * d->logits_stride + j] = draw_logit(random, kind, width);
+        add_text(&batch, text.data(), slots.data(), 0, 1, false);
+        batch.position[i] = below(random, 1 << 20);
+        add_sample(&batch, i, draw_sampling(random, n));
+    }
+    std::vector<int> sampled = in_orders(
+        check, "sample",
+        [&] {
+            device->backend->step_begin(device, seal(&batch));
+            poke(device, d->logits, logits);
+            device->backend->sample(device);
+            device->backend->step_end(device, batch.batch.sampled);
+        },
+        [&] { return batch.sampled; });
+    for (int i = 0; i < n_rows; i++) {
+        const struct sampling &s = batch.sampling[i];
+        const float *row = &logits[(size_t)i * d->logits_stride];
+        int position = batch.position[i] + 1, token = sampled[i];
+        int twin = sampler_draw(&s, position, row, n, scaled.data(), list.data());
+        draws->all++;
+        draws->different += token != twin;
+        bool right = token >= 0 && token < n && can_be_drawn(s, position, row, n, token, 1e-6) &&
+                     (token == twin || can_be_drawn(s, position, row, n, twin, 1e-4));
+        CHECK(right, "%d of %d, the twin %d: kind %d, t %g, p %g, min_p %g, k %d, seed %llu", token,
+              n, twin, kind, (double)s.temperature, (double)s.top_p, (double)s.min_p, s.top_k,
+              (unsigned long long)s.seed);
+    }
+}
+
+static void sampling(struct check *check) {
+    struct random random = start("sampling");
+    const int sizes[] = {1, 2, 300, between(&random, 3, 1100), 33000};
+    struct draws draws = {};
+    for (int n : sizes) {
+        struct model_config config = draw_config(&random, 1, 1);
+        config.rope_dim = 0;
+        config.vocab_size = n;
+        struct device wanted = wanted_device(&config, NULL, 0, 1, LOGIT_ROWS);
+        struct device *device = open_device(open_backend(), &wanted, 1);
+        struct backend *backend = device->backend;
+        for (int i = 0; i < (SLOWER ? 1 : n > 2000 ? 2 : 7); i++)
+            check_sampler(check, &random, device, n > 2000 ? 4 : LOGIT_ROWS, &draws);
+        close_device(device);
+        backend->close(backend);
+    }
+    CHECK(draws.different * 200 <= draws.all, "%d of %d draws are not the twin's", draws.different,
+          draws.all);
+}
+
+/* ---- copies ---- */
+
+struct place {             /* `bytes` of memory that a copy can have to do with */
+    struct device *device; /* NULL: pinned host memory */
+    uint8_t *memory;
+};
+
+static void wait_for(struct device *device, enum stream stream, uint64_t ticket) {
+    while (!device->backend->copy_done(device, stream, ticket))
+        continue;
+}
+
+/* Pieces of 40 bytes, a random part of each copied, two places further along a chain of places: the
+ * next copy of a piece is ordered when the one before is reported, on the device that fetches. */
+static void check_copies(struct check *check, struct random *random, struct device **devices,
+                         const struct place *chain, int n_places) {
+    enum { PIECE = 40, PIECES_COPIED = RING + 300 };
+    struct backend *backend = devices[0]->backend;
+    std::vector<uint8_t> from(PIECE * PIECES_COPIED), to(from.size());
+    for (uint8_t &byte : from)
+        byte = (uint8_t)word(random);
+    memcpy(chain[0].memory, from.data(), from.size());
+    enum stream stream = (enum stream)between(random, STREAM_PAGE_OUT, STREAM_TRANSFER);
+    bool late = false;
+    for (int i = 1; i < n_places; i++) {
+        struct device *by = chain[i].device ? chain[i].device : chain[i - 1].device;
+        std::vector<uint64_t> tickets;
+        for (int piece : shuffled(random, PIECES_COPIED)) {
+            struct copy2d copy = {chain[i].memory + piece * PIECE,
+                                  chain[i - 1].memory + piece * PIECE,
+                                  PIECE,
+                                  PIECE,
+                                  PIECE,
+                                  1};
+            if (piece % 3 == 0) /* four rows of ten bytes */
+                copy = {copy.to, copy.from, 10, 10, 10, 4};
+            tickets.push_back(backend->copy(by, stream, &copy));
+            CHECK(tickets.size() == 1 || tickets.back() == tickets[tickets.size() - 2] + 1,
+                  "ticket %llu", (unsigned long long)tickets.back());
+        }
+        late |= !backend->copy_done(by, stream, tickets.back());
+        wait_for(by, stream, tickets[tickets.size() / 2]);
+        CHECK(backend->copy_done(by, stream, tickets[0]), "copies end in their order");
+        wait_for(by, stream, tickets.back());
+    }
+    memcpy(to.data(), chain[n_places - 1].memory, to.size());
+    CHECK(from == to, "bytes went through %d places", n_places);
+#ifdef CUDA_EMULATED
+    CHECK(late, "a copy is not done as soon as it is ordered");
+#else
+    (void)late;
+#endif
+}
+
+/* Runs of bytes with a pitch, to the device and back: nothing beside them is touched. */
+static void check_pitches(struct check *check, struct random *random, struct device *device,
+                          uint8_t *host, uint8_t *on_device) {
+    struct backend *backend = device->backend;
+    size_t width = (size_t)between(random, 1, 60), height = (size_t)between(random, 1, 30);
+    size_t pitch = width + (size_t)below(random, 20), other = width + (size_t)below(random, 20);
+    for (size_t i = 0; i < 8000; i++)
+        host[i] = (uint8_t)word(random);
+    std::vector<uint8_t> before(host, host + 8000);
+    struct copy2d up = {on_device, host, other, pitch, width, height};
+    struct copy2d down = {host + 4000, on_device, pitch, other, width, height};
+    wait_for(device, STREAM_PAGE_IN, backend->copy(device, STREAM_PAGE_IN, &up));
+    wait_for(device, STREAM_PAGE_OUT, backend->copy(device, STREAM_PAGE_OUT, &down));
+    bool right = true;
+    for (size_t i = 0; i < 8000; i++) {
+        size_t at = i - 4000;
+        bool copied = i >= 4000 && at / pitch < height && at % pitch < width;
+        right &= host[i] == before[copied ? at : i];
+    }
+    CHECK(right, "%zu runs of %zu bytes, %zu and %zu apart", height, width, pitch, other);
+}
+
+static void copies(struct check *check) {
+    struct random random = start("copies");
+    struct model_config config = draw_config(&random, 1, 1);
+    config.rope_dim = 0;
+    struct backend *backend = open_backend();
+    struct device *devices[2];
+    uint8_t *memory[4];
+    size_t bytes = 64 * 2048;
+    for (int i = 0; i < 2; i++) {
+        struct device wanted = wanted_device(&config, NULL, 0, 1, 1);
+        wanted.index = i % backend->n_gpus;
+        devices[i] = open_device(backend, &wanted, 1);
+        memory[i] = (uint8_t *)backend->alloc(devices[i], bytes, false);
+        memory[2 + i] = (uint8_t *)backend->alloc(devices[i], bytes, true);
+        need(memory[i] && memory[2 + i], "memory for copies");
+    }
+    const struct place chain[] = {
+        {NULL, memory[2]}, {devices[0], memory[0]}, {devices[1], memory[1]}, {NULL, memory[3]}};
+    check_copies(check, &random, devices, chain, 4);
+    for (int i = 0; i < 20; i++)
+        check_pitches(check, &random, devices[i % 2], memory[2 + i % 2], memory[i % 2]);
+    for (int pinned = 0; pinned < 2; pinned++) {
+        CHECK(!backend->alloc(devices[0], (size_t)1 << 60, pinned), "more than there is");
+        CHECK(backend->free_memory(devices[0], pinned) > bytes, "some memory is free");
+    }
+    CHECK(cudaGetLastError() == cudaSuccess, "no room is no fault");
+    for (int i = 0; i < 2; i++) {
+        backend->release(devices[i], memory[i], false);
+        backend->release(devices[i], memory[2 + i], true);
+        close_device(devices[i]);
+    }
+    backend->close(backend);
+}
+
+/* ---- refusals: one line that says what to do ---- */
+
+/* The message with which a device is refused. */
+static const char *refusal(struct check *check, struct backend *backend,
+                           const struct device *wanted) {
+    static char error[GGUF_ERROR_LENGTH];
+    error[0] = 0;
+    struct device *device = backend->device_open(backend, wanted, error);
+    CHECK(!device, "a device that should be refused");
+    CHECK(error[0] && !strchr(error, '\n'), "one line: %s", error);
+    if (device)
+        backend->device_close(device);
+    return error;
+}
+
+#define CHECK_REFUSAL(words, wanted)                                                               \
+    do {                                                                                           \
+        const char *message = refusal(check, backend, wanted);                                     \
+        CHECK(strstr(message, words), "%s", message);                                              \
+    } while (0)
+
+static void refused_devices(struct check *check) {
+    struct random random = start("refused");
+    struct model_config config = draw_config(&random, 1, 8);
+    config.rope_dim = 0;
+    struct backend *backend = open_backend();
+    const struct device good = wanted_device(&config, NULL, 0, 1, 4);
+    struct device wanted = good;
+    wanted.index = backend->n_gpus;
+    CHECK_REFUSAL("there are", &wanted);
+    wanted.index = -1;
+    CHECK_REFUSAL("got device -1", &wanted);
+    wanted = good;
+    wanted.kv_type = KV_F32;
+    CHECK_REFUSAL("--kv-type", &wanted);
+    for (int n_shards = 0; n_shards <= 16; n_shards++) {
+        struct model_config odd = config;
+        odd.n_heads = odd.n_kv_heads = n_shards == 4 ? 18 : 3 * 5 * 7 * 16; /* 4: not of these */
+        odd.head_dim = 8;
+        odd.d_ff = n_shards == 8 ? 8 : 3 * 5 * 7 * 32; /* 8: one row each is not enough */
+        wanted = wanted_device(&odd, NULL, 0, n_shards, 4);
+        if (n_shards != 1 && n_shards != 2)
+            CHECK_REFUSAL("--tp", &wanted);
+    }
+    wanted = good;
+    static const int dims[] = {4, 20, 250, 257, 264, 512};
+    for (int dim : dims) {
+        config.head_dim = dim;
+        CHECK_REFUSAL("multiples of 8 up to 256", &wanted);
+    }
+    config.head_dim = 8;
+    pretended.major = 7;
+    CHECK_REFUSAL("expected 8.0 or newer", &wanted);
+    pretended.major = 0;
+    close_device(open_device(backend, &wanted, 1)); /* nothing of that is left */
+    backend->close(backend);
+}
+
+static void no_gpu(struct check *check) {
+    static const struct {
+        cudaError_t count;
+        int driver;
+        const char *words;
+    } cases[] = {{cudaErrorInsufficientDriver, 11080, "the driver knows CUDA 11.8"},
+                 {cudaErrorInsufficientDriver, 0, "no driver is installed"},
+                 {cudaErrorNoDevice, 13000, "no GPU: "}};
+    for (const auto &machine : cases) {
+        char error[GGUF_ERROR_LENGTH] = "";
+        struct backend_options options = {};
+        pretended.count = machine.count;
+        pretended.driver = machine.driver;
+        struct backend *backend = cuda_backend_open(&options, error);
+        CHECK(!backend && strstr(error, machine.words) && !strchr(error, '\n'), "%s", error);
+    }
+    pretended.count = cudaSuccess;
+    pretended.driver = -1;
+    CHECK(cudaGetLastError() == cudaSuccess, "no GPU is no fault");
+}
+
+#ifdef CUDA_EMULATED
+/* ---- what only an emulated machine can be made to do ---- */
+
+enum { GPUS = 4, MEMORY = 256 << 20, PROCESSORS = 4 };
+
+static size_t free_bytes() {
+    size_t available = 0, total = 0;
+    need_success(cudaSetDevice(0), "cudaSetDevice");
+    need_success(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+    return available;
+}
+
+/* Opens a worker of one shard as engine.h does, until something fails: false, and why. */
+static bool try_worker(struct backend *backend, const struct test_model *model, char *error) {
+    struct device wanted = wanted_device(&model->config, model->frequency, 0, 1, 40);
+    struct device *device = backend->device_open(backend, &wanted, error);
+    if (!device)
+        return false;
+    bool ok = true;
+    for (const struct tensor *tensor : model->tensors) {
+        struct slice slice = {SLICE_WHOLE, 0, 1};
+        ok = ok && backend->upload(device, tensor, slice, error);
+    }
+    void *kv = ok ? backend->alloc(device, 1000, false) : NULL;
+    void *host = ok ? backend->alloc(device, 1000, true) : NULL;
+    if (ok && !(kv && host))
+        snprintf(error, GGUF_ERROR_LENGTH, "no room for blocks");
+    ok = ok && kv && host;
+    backend->release(device, kv, false);
+    backend->release(device, host, true);
+    backend->device_close(device);
+    return ok;
+}
+
+/* Every allocation of a worker fails once: there is a message each time, and nothing is left. */
+static void memory_that_is_missing(struct check *check) {
+    struct random random = start("memory");
+    struct test_model *model =
+        make_model(&random, draw_config(&random, 32, 1), like_types(TYPE_Q8_0));
+    static const char *const calls[] = {"cudaMalloc", "cudaHostAlloc"};
+    size_t before = free_bytes();
+    for (const char *call : calls) {
+        bool ok = false;
+        int after = 0;
+        for (; !ok && after < 200; after++) {
+            char error[GGUF_ERROR_LENGTH] = "";
+            struct backend *backend = open_backend();
+            emu_fail(call, after);
+            ok = try_worker(backend, model, error);
+            CHECK(ok || (error[0] && !strchr(error, '\n')), "%s %d: %s", call, after, error);
+            backend->close(backend);
+            CHECK(free_bytes() == before, "%s %d: %zu bytes are left behind", call, after,
+                  before - free_bytes());
+        }
+        CHECK(ok && after > 3, "%s failed %d times", call, after - 1);
+        emu_devices(GPUS, MEMORY, PROCESSORS);
+    }
+    free_model(model);
+}
+
+static void models_that_do_not_fit(struct check *check) {
+    struct random random = start("too large");
+    char error[GGUF_ERROR_LENGTH] = "";
+    emu_devices(1, 20 << 20, PROCESSORS);
+    struct model_config config = draw_config(&random, 1, 1);
+    config.rope_dim = 0;
+    struct backend *backend = open_backend();
+    struct device wanted = wanted_device(&config, NULL, 0, 1, 4);
+    struct device *device = open_device(backend, &wanted, 1);
+    struct tensor *small = make_tensor(&random, TYPE_BF16, 100, 100, 1.0f, 0.0f);
+    struct tensor *large = make_tensor(&random, TYPE_BF16, 1200, 10000, 1.0f, 0.0f);
+    struct slice whole = {SLICE_WHOLE, 0, 1};
+    CHECK(!backend->upload(device, large, whole, error), "24 MB of 20");
+    int left = 0, total = 0, needed = 0;
+    CHECK(sscanf(error, "t: device 0 (%*[^)]) has %d MB left of %d and needs %d for this tensor",
+                 &left, &total, &needed) == 3,
+          "%s", error);
+    CHECK(left > 10 && left < 20 && total == 20 && needed == 23 && strstr(error, "smaller type"),
+          "%s", error);
+    CHECK(backend->upload(device, small, whole, error), "%s", error);
+    wanted.max_rows = 1000000;
+    CHECK_REFUSAL("lower --chunk or --max-batch", &wanted);
+    close_device(device);
+    backend->close(backend);
+    CHECK(free_bytes() == 20 << 20, "memory is left behind");
+    free_tensor(small);
+    free_tensor(large);
+    emu_devices(GPUS, MEMORY, PROCESSORS);
+}
+
+/* Runs `act` in a child process. Returns its status, 128 + N for signal N, and what it wrote. */
+template <typename Act> static int in_child(Act act, char *text, size_t size) {
+    FILE *file = tmpfile();
+    need(file != NULL, "a temporary file");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(fileno(file), STDERR_FILENO);
+        act();
+        _exit(0);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    rewind(file);
+    text[fread(text, 1, size - 1, file)] = 0;
+    fclose(file);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+static void tell_of_loss(void *) {
+    fprintf(stderr, "the requests are lost\n");
+}
+
+/* Steps and copies on a worker, so that each kind of call is made. */
+static void work(struct worker *worker, struct random *random) {
+    struct device *device = worker->shards[0];
+    struct story story = draw_story(random, 20, 4, device->config->vocab_size);
+    tell(worker, random, story, 10, 0);
+    uint8_t *host = (uint8_t *)worker->backend->alloc(device, 1000, true);
+    struct copy2d copy = {host, device->kv, 10, 10, 10, 10},
+                  rows = {host, device->kv, 20, 10, 5, 9};
+    wait_for(device, STREAM_PAGE_OUT, worker->backend->copy(device, STREAM_PAGE_OUT, &copy));
+    wait_for(device, STREAM_PAGE_OUT, worker->backend->copy(device, STREAM_PAGE_OUT, &rows));
+}
+
+/* A call fails in the middle: one line says where and what, and the requests that are lost. */
+static void faults(struct check *check) {
+    static const struct {
+        const char *call, *doing;
+        int n_shards;
+    } cases[] = {{"cudaLaunchKernelEx", "computing a step", 1},
+                 {"cudaMemcpyAsync", "computing a step", 1},
+                 {"cudaStreamSynchronize", "ending a step", 1},
+                 {"cudaStreamBeginCapture", "computing a step", 1},
+                 {"cudaStreamEndCapture", "ending a step", 1},
+                 {"cudaGraphInstantiate", "ending a step", 1},
+                 {"cudaGraphLaunch", "ending a step", 1},
+                 {"cudaMemcpy2DAsync", "paging out", 1},
+                 {"cudaEventRecord", "paging out", 1},
+                 {"cudaEventQuery", "polling a copy", 1},
+                 {"cudaMemcpyPeerAsync", "adding up shards", 2},
+                 {"cudaStreamWaitEvent", "adding up shards", 2}};
+    struct random random = start("faults");
+    struct test_model *model =
+        make_model(&random, draw_config(&random, 1, 2), like_types(TYPE_BF16));
+    for (const auto &fault : cases) {
+        char text[2000], where[100] = "", call[100] = "", why[100] = "", doing[100] = "";
+        struct worker worker = open_worker(open_backend(tell_of_loss), model, fault.n_shards, 60);
+        int line = 0, device = -1;
+        int status = in_child(
+            [&] {
+                emu_fail(fault.call, 0);
+                work(&worker, &random);
+            },
+            text, sizeof text);
+        int found =
+            sscanf(text, "dynamo: %99[^:]:%d: device %d (%*[^)]): %99[^:]: %99[^,], while %99[^\n]",
+                   where, &line, &device, call, why, doing);
+        CHECK(status == 128 + SIGABRT && found == 6, "%s: status %d: %s", fault.call, status, text);
+        bool launches = !strcmp(fault.call, "cudaLaunchKernelEx");
+        CHECK(strstr(where, ".cu") && line > 0 && device >= 0 && device < fault.n_shards &&
+                  !strcmp(call, launches ? "embed_kernel" : fault.call) &&
+                  !strcmp(doing, fault.doing),
+              "%s", text);
+        const char *rest = strchr(text, '\n');
+        CHECK(rest && !strcmp(rest, "\nthe requests are lost\n"), "%s", text);
+        close_worker(&worker);
+    }
+    free_model(model);
+}
+#endif
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"packing", packing},
@@ -600,6 +1816,25 @@ int main(int argc, char **argv) {
         {"products_q4_0", products_q4_0},
         {"products_q4_k", products_q4_k},
         {"products_q6_k", products_q6_k},
+        {"products_of_mixed_types", products_of_mixed_types},
+        {"products_of_many_rows", products_of_many_rows},
+        {"embedding", embedding},
+        {"rope", rope},
+        {"attention_of_all_heads", attention_of_all_heads},
+        {"attention_of_long_texts", attention_of_long_texts},
+        {"rows_alone_and_in_crowds", rows_alone_and_in_crowds},
+        {"shards", shards},
+        {"recorded_steps", recorded_steps},
+        {"many_samples", many_samples},
+        {"sampling", sampling},
+        {"copies", copies},
+        {"refused_devices", refused_devices},
+        {"no_gpu", no_gpu},
+#ifdef CUDA_EMULATED
+        {"memory_that_is_missing", memory_that_is_missing},
+        {"models_that_do_not_fit", models_that_do_not_fit},
+        {"faults", faults},
+#endif
     };
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
