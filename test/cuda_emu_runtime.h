@@ -713,6 +713,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
         s->queue.back().wait = moment;
         return cudaSuccess;
     }
+    auto found = std::find(cuda.captures.begin(), cuda.captures.end(), moment->graph);
+    EMU_CHECK(found != cuda.captures.end(), cudaErrorCapturedEvent)
     EMU_CHECK(!s->graph || s->graph == moment->graph, cudaErrorStreamCaptureMerge)
     s->graph = moment->graph;
     s->tails.insert(s->tails.end(), moment->nodes.begin(), moment->nodes.end());
@@ -865,7 +867,8 @@ static cudaError_t emu_free(void *memory, bool pinned) {
     if (!emu_allowed_in_capture())
         return cudaErrorStreamCaptureUnsupported;
     for (int device = 0; device < cuda.n_devices; device++)
-        emu_finish_device(device);
+        if (pinned || device == found->second.place)
+            emu_finish_device(device);
     if (!pinned)
         cuda.used[(size_t)found->second.place] -= found->second.bytes;
     cuda.allocations.erase(found);

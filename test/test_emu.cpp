@@ -21,7 +21,10 @@ static const bool under_tsan = true;
 static const bool under_tsan = false;
 #endif
 
-enum { SEEDS = 60 };
+enum {
+    SEEDS = 60,
+    MOST = under_tsan ? 256 : 1024 /* threads of a block; there each takes a megabyte */
+};
 
 #define OK(call) CHECK((call) == cudaSuccess, "%s", cudaGetErrorName(cudaPeekAtLastError()))
 #define FAILS(call, error)                                                                         \
@@ -127,7 +130,7 @@ static __global__ void places_kernel(unsigned *out) {
 }
 
 static void every_thread_runs_once(struct check *check) {
-    dim3 grids[] = {{1}, {7}, {3, 2, 5}}, blocks[] = {{1}, {1024}, {5, 3, 4}, {2, 2, 64}};
+    dim3 grids[] = {{1}, {7}, {3, 2, 5}}, blocks[] = {{1}, {MOST}, {5, 3, 4}, {2, 2, 64}};
     for (dim3 grid : grids)
         for (dim3 block : blocks) {
             size_t n_threads = block.x * block.y * block.z;
@@ -264,7 +267,7 @@ static int wrong_mirrors(bool barrier, int threads) {
 }
 
 static void barriers(struct check *check) {
-    for (int threads : {1, 31, 32, 33, 256, 1000, 1024})
+    for (int threads : {1, 31, 32, 33, 250, (int)MOST})
         CHECK(wrong_mirrors(true, threads) == 0, "%d threads", threads);
     if (!under_tsan) /* which reports it */
         CHECK(wrong_mirrors(false, 256) > 0, "a missing barrier does not show");
@@ -507,7 +510,8 @@ static __global__ void nothing_kernel(void) {}
 
 static __global__ void shared_ends_kernel(int bytes) {
     DYNAMIC_SHARED(char, shared);
-    shared[0] = shared[bytes - 1] = 0;
+    if (threadIdx.x == 0)
+        shared[0] = shared[bytes - 1] = 0;
 }
 
 static void launch_limits(struct check *check) {
@@ -838,8 +842,14 @@ static void captures_forbid(struct check *check) {
     OK(cudaEventRecord(streams.event, streams.a));
     FAILS(cudaEventSynchronize(streams.event), cudaErrorCapturedEvent);
     FAILS(cudaStreamEndCapture(streams.b, &graph), cudaErrorStreamCaptureUnmatched);
+    OK(cudaStreamBeginCapture(others.b, cudaStreamCaptureModeRelaxed));
+    FAILS(cudaStreamWaitEvent(others.b, streams.event), cudaErrorStreamCaptureMerge);
+    cudaGraph_t other_graph;
+    OK(cudaStreamEndCapture(others.b, &other_graph));
+    OK(cudaGraphDestroy(other_graph));
     OK(cudaStreamEndCapture(streams.a, &graph));
     OK(cudaGraphDestroy(graph));
+    FAILS(cudaStreamWaitEvent(streams.b, streams.event), cudaErrorCapturedEvent);
     OK(cudaFree(memory));
 }
 
@@ -999,6 +1009,45 @@ static __global__ void races_kernel(int *out, bool same_warp) {
         *out = shared[1];
 }
 
+/* The last block to arrive sees what the others wrote, if there are fences. */
+static __global__ void last_block_kernel(int *parts, unsigned *arrived, int *out, bool fences) {
+    DYNAMIC_SHARED(unsigned, before);
+    parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+    if (fences)
+        __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *before = atomicAdd(arrived, 1u);
+    __syncthreads();
+    if (fences)
+        __threadfence();
+    for (unsigned i = 0; *before == gridDim.x - 1 && i < gridDim.x; i++)
+        atomicAdd(out, parts[i * blockDim.x + (threadIdx.x + i) % blockDim.x]);
+}
+
+static int last_block(bool fences) {
+    device_array<int> parts(256), out(2);
+    out[0] = out[1] = 0;
+    with(4, 64, 4)(last_block_kernel, parts.data, (unsigned *)&out[1], &out[0], fences);
+    cudaDeviceSynchronize();
+    return out[0];
+}
+
+static void last_block_sums(struct check *check) {
+    for (int round = 0; round < 20; round++)
+        CHECK(last_block(true) == 256, "another sum");
+}
+
+static __global__ void same_place_kernel(int *out) {
+    out[threadIdx.x] = 1;
+}
+
+static void write_from_all_blocks(void) {
+    device_array<int> out(64);
+    with(8, 64, 0)(same_place_kernel, out.data);
+    cudaDeviceSynchronize();
+}
+
 /* A mistake that a program can make, and words of the message that it must get. */
 struct mistake {
     const char *name;
@@ -1106,6 +1155,8 @@ static std::vector<mistake> mistakes(void) {
     std::vector<mistake> tsan = {
         {"race of warps", [] { race(false); }, {"data race", "races_kernel"}},
         {"race of lanes", [] { race(true); }, {"data race", "races_kernel"}},
+        {"race of blocks", write_from_all_blocks, {"data race", "same_place_kernel"}},
+        {"no fence", [] { last_block(false); }, {"data race", "last_block_kernel"}},
         {"read too early", read_too_early, {"data race", "consume_kernel"}}};
     const std::vector<mistake> &more = under_asan ? asan : plain;
     all.insert(all.end(), more.begin(), more.end());
@@ -1188,6 +1239,7 @@ int main(int argc, char **argv) {
         TEST(graphs),
         TEST(captures_forbid),
         TEST(early_blocks),
+        TEST(last_block_sums),
         TEST(mistakes_are_reported),
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
