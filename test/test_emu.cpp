@@ -329,20 +329,20 @@ static std::vector<int> order_of(uint64_t seed) {
 }
 
 static void orders_follow_the_seed(struct check *check) {
-    int forward = 0, backward = 0, last_thread_first = 0;
+    int forward = 0, backward = 0, last_warp_first = 0, lane_0_first = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         std::vector<int> order = order_of(seed);
         CHECK(order == order_of(seed), "seed %d: two orders", (int)seed);
         CHECK(order != order_of(seed + 1), "seeds %d and the next: one order", (int)seed);
         forward += std::is_sorted(order.begin(), order.begin() + 1024);
         backward += std::is_sorted(order.begin(), order.begin() + 1024, std::greater<int>());
-        last_thread_first += order[1024] >= 32;
+        last_warp_first += order[1024] >= 32;
+        lane_0_first += order[1024] % 32 == 0;
     }
     CHECK(forward > 0 && backward > 0 && forward + backward < SEEDS,
-          "%d of %d grids in order, "
-          "%d backwards",
-          forward, (int)SEEDS, backward);
-    CHECK(last_thread_first > 0 && last_thread_first < SEEDS, "%d", last_thread_first);
+          "%d grids in order, %d backwards", forward, backward);
+    CHECK(last_warp_first > 0 && last_warp_first < SEEDS, "%d", last_warp_first);
+    CHECK(lane_0_first < SEEDS / 2, "%d", lane_0_first);
 }
 
 /* ---- products and copies ---- */
@@ -389,6 +389,7 @@ static void mma_sums_in_order(struct check *check) {
 static __global__ void copies_kernel(const uint4 *from, uint4 *out, int *early) {
     DYNAMIC_SHARED(uint4, shared);
     unsigned i = threadIdx.x, n = blockDim.x;
+    shared[i] = shared[n + i] = make_uint4(9, 9, 9, 9);
     copy_async16(&shared[i], &from[i], true);
     copy_async_commit();
     copy_async16(&shared[n + i], &from[n + i], i & 1);
@@ -537,8 +538,13 @@ static void launch_limits(struct check *check) {
     emu_devices(2, 1 << 20, 4);
     cudaStream_t stream;
     OK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0));
-    OK(cudaSetDevice(1)); /* attributes and streams are a device's */
+    cudaEvent_t event;
+    OK(cudaEventCreateWithFlags(&event, 0));
+    OK(cudaFuncSetAttribute(shared_ends_kernel, attribute, 227 << 10));
+    OK(cudaSetDevice(1)); /* attributes, streams and events are a device's */
     FAILS(with(1, 32, 227 << 10)(shared_ends_kernel, 1), cudaErrorInvalidValue);
+    FAILS(cudaEventRecord(event, nullptr), cudaErrorInvalidResourceHandle);
+    OK(cudaEventDestroy(event));
     FAILS(with(1, 32, 0, stream)(nothing_kernel), cudaErrorInvalidResourceHandle);
     OK(cudaStreamDestroy(stream));
     FAILS(cudaStreamSynchronize(stream), cudaErrorInvalidResourceHandle);
@@ -687,6 +693,26 @@ static void streams_keep_their_order(struct check *check) {
     CHECK(x[0] == 99 && x[1] == 99, "got %d, %d", x[0], x[1]);
 }
 
+/* To wait for one stream may do nothing in others, or something. */
+static void others_may_be_late(struct check *check) {
+    two_streams streams;
+    device_array<int> x(2);
+    int untouched = 0, begun = 0;
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaMemsetAsync(x.data, 0, 8, streams.a));
+        OK(cudaDeviceSynchronize());
+        for (int i = 1; i <= 20; i++) {
+            OK(cudaMemsetAsync(x.data, i, 4, streams.a));
+            OK(cudaMemsetAsync(x.data + 1, i, 4, streams.b));
+        }
+        OK(cudaStreamSynchronize(streams.b));
+        CHECK(x[1] == 20 * 0x01010101, "got %08x", x[1]);
+        untouched += x[0] == 0;
+        begun += x[0] != 0;
+    }
+    CHECK(untouched > SEEDS / 4 && begun > SEEDS / 4, "%d times not, %d times", untouched, begun);
+}
+
 static void polling(struct check *check) {
     two_streams streams;
     device_array<int> x(1);
@@ -800,7 +826,38 @@ static void graphs(struct check *check) {
         expected *= 4;
     CHECK(x[0] == expected, "got %d, expected %d", x[0], expected);
     CHECK(emu_launches() - launches == 60, "%ld kernels ran", emu_launches() - launches);
-    CHECK(!capture_fork(check, &streams, x.data, false), "a graph without an end");
+}
+
+static __global__ void ticket_kernel(int *next, int *mine) {
+    *mine = atomicAdd(next, 1);
+}
+
+static void branches_run_in_any_order(struct check *check) {
+    two_streams streams;
+    device_array<int> x(4);
+    cudaGraph_t graph = capture_fork(check, &streams, x.data, false);
+    CHECK(!graph, "a graph without an end"); /* nothing of it is left in the next capture */
+    cudaGraphExec_t exec;
+    int first[2] = {0, 0};
+    OK(cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeGlobal));
+    OK(cudaMemsetAsync(x.data, 0, 4, streams.a));
+    OK(cudaEventRecord(streams.event, streams.a));
+    OK(cudaStreamWaitEvent(streams.b, streams.event));
+    OK(with(1, 1, 0, streams.a)(ticket_kernel, x.data, x.data + 1));
+    OK(with(1, 1, 0, streams.b)(ticket_kernel, x.data, x.data + 2));
+    OK(cudaEventRecord(streams.event, streams.b));
+    OK(cudaStreamWaitEvent(streams.a, streams.event));
+    OK(cudaStreamEndCapture(streams.a, &graph));
+    OK(cudaGraphInstantiate(&exec, graph));
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaGraphLaunch(exec, streams.a));
+        OK(cudaStreamSynchronize(streams.a));
+        CHECK(x[1] + x[2] == 1, "tickets %d, %d", x[1], x[2]);
+        first[x[1] & 1]++;
+    }
+    CHECK(first[0] > 0 && first[1] > 0, "%d, %d", first[0], first[1]);
+    OK(cudaGraphDestroy(graph));
+    OK(cudaGraphExecDestroy(exec));
 }
 
 static void captures_forbid(struct check *check) {
@@ -861,14 +918,23 @@ static __global__ void produce_kernel(int *x) {
     x[blockIdx.x * blockDim.x + threadIdx.x] = 1;
 }
 
+/* The first warp waits for the grid and then at the barrier, the second one the other way round. */
 static __global__ void consume_kernel(const int *x, int *y, bool too_early) {
     DYNAMIC_SHARED(int, shared);
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), value = too_early ? x[i] : 0;
+    if (threadIdx.x < 32)
+        grid_wait();
     shared[threadIdx.x] = i;
     __syncthreads();
-    grid_wait();
+    if (threadIdx.x >= 32)
+        grid_wait();
     value = too_early ? value : x[i];
     y[i] = value + shared[blockDim.x - 1 - threadIdx.x];
+}
+
+static launch overlapping(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    static cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    return {{grid, block, shared, stream, &overlap, 1}};
 }
 
 /* How many sums are wrong, in a stream or in a graph. */
@@ -879,14 +945,10 @@ static int wrong_sums(struct check *check, bool too_early, bool graph) {
     cudaGraphExec_t exec;
     OK(cudaMemsetAsync(x.data, 0, 1024, streams.a));
     OK(cudaStreamSynchronize(streams.a));
-    cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
-    launch kernel = with(4, 64, 256, streams.a);
-    kernel.config.attrs = &overlap;
-    kernel.config.numAttrs = 1;
     if (graph)
         OK(cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeThreadLocal));
-    OK(kernel(produce_kernel, x.data));
-    OK(kernel(consume_kernel, x.data, y.data, too_early));
+    OK(overlapping(4, 64, 0, streams.a)(produce_kernel, x.data));
+    OK(overlapping(4, 64, 256, streams.a)(consume_kernel, x.data, y.data, too_early));
     if (graph) {
         OK(cudaStreamEndCapture(streams.a, &captured));
         OK(cudaGraphInstantiate(&exec, captured, 0));
@@ -899,6 +961,25 @@ static int wrong_sums(struct check *check, bool too_early, bool graph) {
     for (int i = 0; i < 256; i++)
         wrong += y[(size_t)i] != 1 + i / 64 * 64 + 63 - i % 64;
     return wrong;
+}
+
+/* Of two kernels that could begin early at the same time, one does. */
+static void early_blocks_of_two_streams(struct check *check) {
+    two_streams streams;
+    device_array<int> x(512), y(512);
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaMemsetAsync(x.data, 0, 2048, streams.a));
+        OK(cudaStreamSynchronize(streams.a));
+        for (int i = 0; i < 2; i++) {
+            cudaStream_t stream = i ? streams.b : streams.a;
+            OK(overlapping(4, 64, 0, stream)(produce_kernel, x.data + i * 256));
+            OK(overlapping(4, 64, 256, stream)(consume_kernel, x.data + i * 256, y.data + i * 256,
+                                               false));
+        }
+        OK(cudaDeviceSynchronize());
+        for (int i = 0; i < 512; i++)
+            CHECK(y[(size_t)i] == 1 + i % 256 / 64 * 64 + 63 - i % 64, "thread %d", i);
+    }
 }
 
 static void early_blocks(struct check *check) {
@@ -1071,14 +1152,17 @@ static mistake in_kernel(int kind, std::vector<const char *> words) {
     return {words.back(), make, words};
 }
 
-static void use_freed_memory(void) {
+static void use_freed_memory(bool copy) {
     two_streams streams;
     int *memory;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    cudaMalloc(&memory, 4);
+    cudaMalloc(&memory, 8);
     cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeThreadLocal);
-    cudaMemsetAsync(memory, 0, 4, streams.a);
+    if (copy)
+        cudaMemcpyAsync(memory, memory + 1, 4, cudaMemcpyDeviceToDevice, streams.a);
+    else
+        cudaMemsetAsync(memory, 0, 4, streams.a);
     cudaStreamEndCapture(streams.a, &graph);
     cudaGraphInstantiate(&exec, graph);
     cudaFree(memory);
@@ -1087,12 +1171,8 @@ static void use_freed_memory(void) {
 }
 
 static void never_wait_for_grid(void) {
-    cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
-    launch kernel = with(1, 32, 0);
-    kernel.config.attrs = &overlap;
-    kernel.config.numAttrs = 1;
     emu_next_kernel("nothing_kernel");
-    kernel(nothing_kernel);
+    overlapping(1, 32, 0, nullptr)(nothing_kernel);
     cudaDeviceSynchronize();
 }
 
@@ -1134,7 +1214,12 @@ static std::vector<mistake> mistakes(void) {
         in_kernel(COPY_MISALIGNED, {MEMORY_MISTAKE "copy_async16 from(", "a multiple of 16"}),
         in_kernel(COPY_OUTSIDE, {MEMORY_MISTAKE "copy_async16", "to byte 96 of 100"}),
         {"outside", __syncthreads, {"cuda_emu: __syncthreads outside a kernel"}},
-        {"freed memory", use_freed_memory, {"cuda_emu: a memset runs after its memory was freed"}},
+        {"freed memory",
+         [] { use_freed_memory(false); },
+         {"cuda_emu: a memset runs after its memory was freed"}},
+        {"freed source",
+         [] { use_freed_memory(true); },
+         {"cuda_emu: a copy runs after its memory was freed"}},
         {"no grid_wait",
          never_wait_for_grid,
          {"cuda_emu: nothing_kernel, block (0, 0, 0)", "never calls grid_wait"}}};
@@ -1234,11 +1319,14 @@ int main(int argc, char **argv) {
         TEST(copies_are_late),
         TEST(events_order_streams),
         TEST(streams_keep_their_order),
+        TEST(others_may_be_late),
         TEST(polling),
         TEST(host_threads),
         TEST(graphs),
+        TEST(branches_run_in_any_order),
         TEST(captures_forbid),
         TEST(early_blocks),
+        TEST(early_blocks_of_two_streams),
         TEST(last_block_sums),
         TEST(mistakes_are_reported),
     };
