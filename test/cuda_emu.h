@@ -557,10 +557,15 @@ extern "C" void emu_where(void) {
         return;
     }
     emu_print_waiting();
-    for (int i = 0; i < emu.block->n_threads; i++) {
-        const emu_fiber &fiber = *emu.block->threads[i];
-        fprintf(stderr, "  thread (%u, %u, %u): %s\n", fiber.index.x, fiber.index.y, fiber.index.z,
-                &fiber == emu.current ? "runs" : emu_op_names[emu_waits_at(fiber)]);
+    for (int i = 0, n = 1; i < emu.block->n_threads; i += n) { /* those alike in one line */
+        const emu_fiber &first = *emu.block->threads[i];
+        emu_op op = emu_waits_at(first);
+        for (n = 1; i + n < emu.block->n_threads; n++)
+            if (emu_waits_at(*emu.block->threads[i + n]) != op)
+                break;
+        const uint3 &a = first.index, &b = emu.block->threads[i + n - 1]->index;
+        fprintf(stderr, "  threads (%u, %u, %u) to (%u, %u, %u): %s\n", a.x, a.y, a.z, b.x, b.y,
+                b.z, emu_op_names[op]);
     }
 }
 

@@ -1018,7 +1018,8 @@ enum {
     NULL_POINTER,
     DIVISION,
     STACK,
-    HEAP
+    HEAP,
+    WHERE
 };
 
 __attribute__((noinline)) static int deep(int n) {
@@ -1076,6 +1077,7 @@ static __global__ void memory_mistakes_kernel(int mistake, int *out) {
     case DIVISION: *out = 7 / zero; break;
     case STACK: *out = deep(1000); break;
     case HEAP: out[1000] = 1; break;
+    case WHERE: emu_where(); abort();
     default: break;
     }
 }
@@ -1213,6 +1215,7 @@ static std::vector<mistake> mistakes(void) {
         in_kernel(STORE_MISALIGNED, {MEMORY_MISTAKE "store8(", "not a multiple of 8"}),
         in_kernel(COPY_MISALIGNED, {MEMORY_MISTAKE "copy_async16 from(", "a multiple of 16"}),
         in_kernel(COPY_OUTSIDE, {MEMORY_MISTAKE "copy_async16", "to byte 96 of 100"}),
+        in_kernel(WHERE, {MEMORY_MISTAKE "64 threads: ", "  threads (0, 0, 0) to ("}),
         {"outside", __syncthreads, {"cuda_emu: __syncthreads outside a kernel"}},
         {"freed memory",
          [] { use_freed_memory(false); },
