@@ -26,21 +26,24 @@
  * emu_seed, and where CUDA leaves a value undefined, it puts NaNs: what is missing in a program
  * then shows as a wrong result, here rather than on the GPU.
  *   - The threads of a block run in random order, each until it must wait (__syncthreads, shuffles,
- *     mma); blocks run one after another in random order. A kernel in which a block waits for
- *     another block never ends.
- *   - Shared memory has exactly the size asked for, is filled with NaNs, and ends at a guard page.
- *   - copy_async16 writes when it is waited for, and its target holds NaNs until then.
+ *     mma); blocks run one after another in random order.
+ *   - A block's shared memory is as large as was asked for, full of NaNs, and ends at a guard page.
+ *   - copy_async16 writes when it is waited for; until then its target holds NaNs.
+ *   - Where a launch may overlap the kernel before it, a block of it may run before that one, as
+ *     far as grid_wait.
  *   - Work on streams is late: it is done when somebody synchronizes or polls, and then in any
- * order that streams and events allow. Stream 0 is a stream like others, and orders nothing else.
- *   - Memory is malloc'ed and filled with NaNs; AddressSanitizer sees every access, also in
- * kernels.
- *   - Calls fail as on a GPU: limits of a launch, memory of the device, pointers of copies,
- * capture. What a GPU would answer with a hang or with garbage ends the program with one line that
- * names the kernel, the block and the thread: a barrier that some threads do not reach, a warp
- * operation without all its lanes, a misaligned vector, shared memory out of bounds.
+ *     order that streams and events allow (see cuda_emu_runtime.h).
+ *   - Memory is malloc'ed and full of NaNs: AddressSanitizer checks each access of a kernel.
+ *   - ThreadSanitizer sees threads as CUDA does, ordered by __syncthreads, __syncwarp, grid_wait
+ *     and __threadfence alone: it reports a missing one even where the order hid it.
+ *   - Calls fail as on a GPU: limits of launches, memory of a device, pointers of copies, captures.
+ * What a GPU would answer with a hang or with garbage ends the program with one line that names
+ * the kernel, the block and the thread: a barrier that some threads do not reach, a warp operation
+ * without all its lanes, a misaligned vector, shared memory out of bounds.
  *
- * It does not tell what is fast, nor does it run blocks at the same time.
- * One lock guards it all: host threads may call it together, kernels run one by one. */
+ * What it is not: it does not tell what is fast, and a kernel in which a block waits for another
+ * never ends. One lock guards it all: host threads may
+ * call it together, kernels run one by one. Include the implementation in one file only. */
 #ifndef CUDA_EMU_H
 #define CUDA_EMU_H
 #include <math.h>
@@ -393,9 +396,10 @@ enum {
     EMU_WARP = 32,
     EMU_MAX_THREADS = 1024,
     EMU_SHARED_ALIGN = 128,
-    EMU_ARENA = 232 << 10, /* room for a block's shared memory, in whole pages */
+    EMU_ARENA = 232 << 10, /* room for a block's shared memory and 4 KB more, in whole pages */
     EMU_PAGE = 4096,
     EMU_STACK = EMU_ASAN(4 *) EMU_TSAN(4 *) 64 << 10, /* sanitizers make frames larger */
+    EMU_FIBER_SETS = 1 EMU_TSAN(+1),
     EMU_SIGNAL_STACK = 64 << 10,
     EMU_GARBAGE = 0xFF /* a byte of a NaN, in f32 and in bf16; -1 in int */
 };
@@ -422,16 +426,8 @@ struct emu_lane_state {
     const uint32_t *a, *b;
 };
 
-/* What ThreadSanitizer knows a barrier by: two in turn, since a thread may come to the next one
- * before others have left this. */
-struct emu_barrier {
-    bool turn;
-    char place[2];
-};
-
 struct emu_warp { /* masks of lanes */
     uint32_t all, runnable, at_op;
-    emu_barrier barriers[EMU_WARP]; /* by the first lane of their masks */
     emu_lane_state lanes[EMU_WARP];
 };
 
@@ -460,15 +456,20 @@ struct emu_kernel {
     bool programmatic; /* may begin before the kernel before it ends */
 };
 
+struct emu_turn { /* see emu_arrive */
+    bool odd, used;
+};
+
 struct emu_block {
     const emu_kernel *kernel = nullptr;
     unsigned number = 0;
     int n_threads = 0, n_warps = 0, n_at_barrier = 0, n_returned = 0;
     bool early = false, grid_waited = false;  /* early: the kernel before it has not run */
     char *arena = nullptr, *shared = nullptr; /* shared: what it asked for, at the arena's end */
-    std::unique_ptr<emu_fiber[]> fibers{};    /* one for each thread that a block can have */
+    std::unique_ptr<emu_fiber[]> fibers{};    /* (EMU_FIBER_SETS, n_threads) */
+    emu_fiber *threads[EMU_MAX_THREADS];      /* (n_threads) */
     emu_warp warps[EMU_MAX_THREADS / EMU_WARP];
-    emu_barrier barrier;
+    emu_turn turns[1 + EMU_MAX_THREADS]; /* of barriers */
 };
 
 static struct {
@@ -504,12 +505,19 @@ long emu_launches(void) {
 
 /* ---- reports ---- */
 
-/* The kernel, block and thread that run here; nothing outside kernels. */
-static void emu_print_place(const char *before) {
-    fprintf(stderr, "%scuda_emu: ", before);
-    if (emu.block && pthread_equal(emu.host_thread, pthread_self()))
-        fprintf(stderr, "%s, block (%u, %u, %u), thread (%u, %u, %u): ", emu.block->kernel->name,
-                blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+static bool emu_in_kernel(void) { /* does this host thread run one? */
+    return emu.block && pthread_equal(emu.host_thread, pthread_self());
+}
+
+static void emu_print_place(void) {
+    fprintf(stderr, "cuda_emu: ");
+    if (!emu_in_kernel())
+        return;
+    fprintf(stderr, "%s, block (%u, %u, %u)", emu.block->kernel->name, blockIdx.x, blockIdx.y,
+            blockIdx.z);
+    if (emu.current != &emu.host)
+        fprintf(stderr, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
+    fprintf(stderr, ": ");
 }
 
 static emu_op emu_waits_at(const emu_fiber &fiber) {
@@ -520,7 +528,7 @@ static emu_op emu_waits_at(const emu_fiber &fiber) {
 static void emu_print_waiting(void) { /* where the threads of the block are */
     int count[EMU_RETURNED + 1] = {0};
     for (int i = 0; i < emu.block->n_threads; i++)
-        count[emu_waits_at(emu.block->fibers[i])]++;
+        count[emu_waits_at(*emu.block->threads[i])]++;
     fprintf(stderr, "%d threads:", emu.block->n_threads);
     for (int op = EMU_NONE; op <= EMU_RETURNED; op++)
         if (count[op])
@@ -531,7 +539,7 @@ static void emu_print_waiting(void) { /* where the threads of the block are */
 __attribute__((format(printf, 1, 2), noreturn)) static void emu_report(const char *format, ...) {
     va_list values;
     va_start(values, format);
-    emu_print_place("");
+    emu_print_place();
     vfprintf(stderr, format, values);
     va_end(values);
     fprintf(stderr, "\n");
@@ -543,25 +551,31 @@ void emu_misaligned(const void *p, int bytes, const char *call) {
 }
 
 extern "C" void emu_where(void) {
-    emu_print_place("");
-    if (!emu.block) {
+    emu_print_place();
+    if (!emu_in_kernel()) {
         fprintf(stderr, "no kernel runs\n");
         return;
     }
     emu_print_waiting();
-    for (int i = 0; i < emu.block->n_threads; i++) {
-        const emu_fiber &fiber = emu.block->fibers[i];
-        fprintf(stderr, "  thread (%u, %u, %u): %s\n", fiber.index.x, fiber.index.y, fiber.index.z,
-                &fiber == emu.current ? "runs" : emu_op_names[emu_waits_at(fiber)]);
+    for (int i = 0, n = 1; i < emu.block->n_threads; i += n) { /* those alike in one line */
+        const emu_fiber &first = *emu.block->threads[i];
+        emu_op op = emu_waits_at(first);
+        for (n = 1; i + n < emu.block->n_threads; n++)
+            if (emu_waits_at(*emu.block->threads[i + n]) != op)
+                break;
+        const uint3 &a = first.index, &b = emu.block->threads[i + n - 1]->index;
+        fprintf(stderr, "  threads (%u, %u, %u) to (%u, %u, %u): %s\n", a.x, a.y, a.z, b.x, b.y,
+                b.z, emu_op_names[op]);
     }
 }
 
 /* The sanitizers call these when they report. */
 static void emu_print_sanitized(void) {
-    if (emu.block && pthread_equal(emu.host_thread, pthread_self())) {
-        emu_print_place("\n");
-        fprintf(stderr, "the sanitizer's report is about this thread\n");
-    }
+    if (!emu_in_kernel())
+        return;
+    fprintf(stderr, "\n");
+    emu_print_place();
+    fprintf(stderr, "the sanitizer's report is about this thread\n");
 }
 
 extern "C" void __asan_on_error(void) {
@@ -575,13 +589,13 @@ extern "C" void __ubsan_on_report(void) {
 /* A fault inside a kernel: on a stack of its own, since the fault may be that the stack is full. */
 static void emu_fault(int number, siginfo_t *info, void *) {
     signal(number, SIG_DFL);
-    if (!emu.block || !pthread_equal(emu.host_thread, pthread_self()))
+    if (!emu_in_kernel())
         return; /* to the same fault, which ends the program now */
     const char *at = (const char *)info->si_addr, *stack = emu.current->stack;
     const char *arena = emu.block->arena;
     if (number == SIGFPE)
         emu_report("integer division by zero");
-    if (at >= arena && at < arena + EMU_ARENA + 2 * EMU_PAGE)
+    if (at >= arena - EMU_PAGE && at < arena + EMU_ARENA + EMU_PAGE)
         emu_report("shared memory out of bounds: byte %td of %zu", at - emu.block->shared,
                    emu.block->kernel->shared_bytes);
     if (at >= stack - EMU_PAGE && at < stack)
@@ -624,8 +638,9 @@ static void emu_catch_faults(void) {
 
 /* ---- switching between threads ---- */
 
-/* ThreadSanitizer shall see the kernel's accesses to memory, but not the emulator's. It takes two
- * threads of a block as ordered only where CUDA says so, hence reports a missing __syncthreads. */
+/* ThreadSanitizer shall see the kernel's accesses to memory, but not the emulator's. It takes a
+ * kernel's threads as ordered only where CUDA says so: after what was before the kernel (which they
+ * learn from emu.host), by barriers, and before what comes after it (from emu.launches). */
 struct emu_quiet {
     emu_quiet() {
         EMU_TSAN(AnnotateIgnoreReadsBegin(__FILE__, __LINE__);)
@@ -707,21 +722,21 @@ static emu_fiber *emu_pick(emu_warp *warp) {
     uint32_t shift = emu_random(EMU_WARP);
     uint32_t turned = warp->runnable >> shift | warp->runnable << (-shift & 31);
     uint32_t lane = ((uint32_t)__builtin_ctz(turned) + shift) % EMU_WARP;
-    return &block->fibers[(warp - block->warps) * EMU_WARP + lane];
+    return block->threads[(warp - block->warps) * EMU_WARP + lane];
 }
 
 /* No thread can run. Blames one that waits for other lanes, or else one at the barrier. */
 __attribute__((noreturn)) static void emu_deadlock(void) {
     const emu_fiber *blamed = nullptr;
     for (int i = 0; i < emu.block->n_threads; i++) {
-        const emu_fiber *fiber = &emu.block->fibers[i];
+        const emu_fiber *fiber = emu.block->threads[i];
         emu_op op = fiber->warp->lanes[fiber->lane].op;
         if (op != EMU_RETURNED && (!blamed || op != EMU_SYNCTHREADS))
             blamed = fiber;
     }
     const emu_lane_state &lane = blamed->warp->lanes[blamed->lane];
     threadIdx = blamed->index;
-    emu_print_place("");
+    emu_print_place();
     fprintf(stderr, "waits forever at %s", emu_op_names[lane.op]);
     if (lane.op != EMU_SYNCTHREADS)
         fprintf(stderr, " with mask %08x for lanes %08x", lane.mask,
@@ -745,7 +760,7 @@ static void emu_run_another(emu_warp *warp) {
 }
 
 static emu_fiber *emu_self(const char *call) {
-    if (!emu.block)
+    if (!emu_in_kernel())
         emu_report("%s outside a kernel", call);
     return emu.current;
 }
@@ -764,7 +779,7 @@ extern "C" void emu_fiber_main(void) {
         EMU_TSAN(__tsan_acquire(&emu.host);)
         emu.block->kernel->body();
         emu_quiet quiet;
-        EMU_TSAN(__tsan_release(&emu.host);)
+        EMU_TSAN(__tsan_release(&emu.launches);)
         emu.block->n_returned++;
         emu_wait_at(EMU_RETURNED);
         emu_run_another(emu.current->warp);
@@ -782,26 +797,41 @@ int emu_lane(void) {
     return emu_self("a warp operation")->lane;
 }
 
-static char *emu_arrive(emu_barrier *barrier) {
-    char *place = &barrier->place[barrier->turn];
-    EMU_TSAN(__tsan_release(place);)
-    return place;
+/* ThreadSanitizer knows a barrier by an address, here one in the arena that is nothing else; by two
+ * in turn, since a thread may come to the next barrier before others have left this. Number 0 is
+ * the block's barrier, 1 + i that of lanes of which thread i is the first. */
+static char *emu_arrive(unsigned number) {
+    emu_turn *turn = &emu.block->turns[number];
+    char *barrier = emu.block->arena + 2 * number + turn->odd;
+    turn->used = true;
+    EMU_TSAN(__tsan_release(barrier);)
+    return barrier;
 }
 
-static void emu_leave(char *place) {
-    (void)place;
-    EMU_TSAN(__tsan_acquire(place);)
+static void emu_leave(char *barrier) {
+    (void)barrier;
+    EMU_TSAN(__tsan_acquire(barrier);)
+}
+
+static void emu_forget_barriers(emu_block *block) { /* of the block that ran before */
+    for (unsigned i = 0; i < 1 + EMU_MAX_THREADS; i++) {
+        if (!block->turns[i].used)
+            continue;
+        EMU_TSAN(__tsan_mutex_destroy(block->arena + 2 * i, 0);)
+        EMU_TSAN(__tsan_mutex_destroy(block->arena + 2 * i + 1, 0);)
+        block->turns[i].used = false;
+    }
 }
 
 void __syncthreads(void) {
     emu_quiet quiet;
     emu_fiber *self = emu_self("__syncthreads");
     emu_block *block = emu.block;
-    char *barrier = emu_arrive(&block->barrier);
+    char *barrier = emu_arrive(0);
     emu_wait_at(EMU_SYNCTHREADS);
     if (++block->n_at_barrier == block->n_threads) {
         block->n_at_barrier = 0;
-        block->barrier.turn ^= 1;
+        block->turns[0].odd ^= 1;
         for (int w = 0; w < block->n_warps; w++)
             block->warps[w].runnable = block->warps[w].all;
     }
@@ -809,9 +839,9 @@ void __syncthreads(void) {
     emu_leave(barrier);
 }
 
-void __threadfence(void) { /* ordered among themselves */
-    EMU_TSAN(__tsan_acquire(&emu.current);)
-    EMU_TSAN(__tsan_release(&emu.current);)
+void __threadfence(void) { /* what is before one is before what is after a later one */
+    EMU_TSAN(__tsan_acquire(&emu.random);)
+    EMU_TSAN(__tsan_release(&emu.random);)
 }
 
 /* An early block waits for the kernel before it; for others that has run. */
@@ -897,22 +927,23 @@ uint64_t emu_warp_op(emu_op op, uint32_t mask, uint64_t value, int source) {
     lane->source = source;
     emu_wait_at(op);
     warp->at_op |= bit;
-    emu_barrier *barrier = &warp->barriers[__builtin_ctz(mask)];
-    char *place = op == EMU_SYNCWARP ? emu_arrive(barrier) : nullptr;
+    unsigned first = (unsigned)(warp - emu.block->warps) * EMU_WARP + (unsigned)__builtin_ctz(mask);
+    char *barrier = op == EMU_SYNCWARP ? emu_arrive(1 + first) : nullptr;
     if ((warp->at_op & mask) != mask) {
         emu_run_another(warp);
     } else {
         emu_complete(warp, op, mask);
-        barrier->turn ^= 1;
+        emu.block->turns[1 + first].odd ^= 1;
         if (emu_random(8) == 0)
             emu_run_another(emu_any_warp());
     }
-    if (place)
-        emu_leave(place);
+    if (barrier)
+        emu_leave(barrier);
     return lane->result;
 }
 
 void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+    emu_quiet quiet;
     emu_fiber *self = emu_self("mma_bf16");
     emu_lane_state *lane = &self->warp->lanes[self->lane];
     lane->c = c;
@@ -970,6 +1001,8 @@ static void emu_fill_shared(emu_block *block) {
     char *end = block->arena + EMU_ARENA;
     block->shared = end - (bytes + EMU_SHARED_ALIGN - 1) / EMU_SHARED_ALIGN * EMU_SHARED_ALIGN;
     char *begin = block->shared - EMU_SHARED_ALIGN;
+    EMU_TSAN(mmap(block->arena, EMU_ARENA, PROT_READ | PROT_WRITE, /* knows nothing of others */
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);)
     EMU_ASAN(__asan_unpoison_memory_region(block->arena, EMU_ARENA);)
     memset(begin, EMU_GARBAGE, (size_t)(end - begin));
     EMU_ASAN(__asan_poison_memory_region(block->arena, (size_t)(block->shared - block->arena));)
@@ -1003,9 +1036,20 @@ static void emu_make_fiber(emu_fiber *fiber, unsigned i) {
 #endif
 }
 
+/* ThreadSanitizer sees races of blocks only where they have different fibers: those of one fiber
+ * come one after another, and its later ones know all that the earlier ones knew. */
+static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigned turn) {
+    unsigned set = turn % EMU_FIBER_SETS, index = set * n + (i + turn) % n;
+    emu_fiber *fiber = &block->fibers[index];
+    if (!fiber->stack)
+        emu_make_fiber(fiber, index);
+    return fiber;
+}
+
 static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned number) {
+    emu_quiet quiet;
     const dim3 &dim = kernel->block;
-    unsigned n = dim.x * dim.y * dim.z;
+    unsigned n = dim.x * dim.y * dim.z, turn = emu_random(EMU_FIBER_SETS * n);
     block->kernel = kernel;
     block->number = number;
     block->n_threads = (int)n;
@@ -1014,14 +1058,12 @@ static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned
     block->early = block->grid_waited = false;
     if (!block->arena) {
         block->arena = emu_map(EMU_ARENA);
-        block->fibers.reset(new emu_fiber[EMU_MAX_THREADS]);
+        block->fibers.reset(new emu_fiber[EMU_FIBER_SETS * EMU_MAX_THREADS]);
     }
     for (emu_warp &warp : block->warps)
         warp.all = warp.at_op = 0;
     for (unsigned i = 0; i < n; i++) {
-        emu_fiber *fiber = &block->fibers[i];
-        if (!fiber->stack)
-            emu_make_fiber(fiber, i);
+        emu_fiber *fiber = block->threads[i] = emu_fiber_of(block, i, n, turn);
         fiber->index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
         fiber->warp = &block->warps[i / EMU_WARP];
         fiber->warp->all |= 1u << i % EMU_WARP;
@@ -1030,6 +1072,7 @@ static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned
         fiber->n_groups = 0;
         fiber->copies.clear();
     }
+    emu_forget_barriers(block);
     emu_fill_shared(block);
 }
 
@@ -1048,7 +1091,6 @@ static void emu_go_on(emu_block *block) {
     emu.block = block;
     emu.current = &emu.host;
     emu_run_another(emu_any_warp());
-    EMU_TSAN(__tsan_acquire(&emu.host);)
     emu_check_garbage(block, block->shared - EMU_SHARED_ALIGN, block->shared);
     emu_check_garbage(block, block->shared + kernel->shared_bytes, block->arena + EMU_ARENA);
     if (kernel->programmatic && !block->grid_waited)
@@ -1081,7 +1123,7 @@ static void emu_run_kernel(const emu_kernel *kernel) {
             block = early;
             block->early = false;
             for (int i = 0; i < block->n_threads; i++) {
-                const emu_fiber &fiber = block->fibers[i];
+                const emu_fiber &fiber = *block->threads[i];
                 if (fiber.warp->lanes[fiber.lane].op == EMU_GRID_WAIT)
                     fiber.warp->runnable |= 1u << fiber.lane;
             }
@@ -1090,6 +1132,7 @@ static void emu_run_kernel(const emu_kernel *kernel) {
         }
         emu_go_on(block);
     }
+    EMU_TSAN(__tsan_acquire(&emu.launches);)
     emu.launches++;
 }
 #endif                        /* CUDA_EMU_IMPLEMENTATION */

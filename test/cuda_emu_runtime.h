@@ -303,36 +303,6 @@ static thread_local struct {
     const char *next_kernel = nullptr;
 } emu_thread;
 
-void emu_devices(int n, size_t memory_each, int multiprocessors) {
-    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
-    for (size_t i = cuda.zero.size(); i < cuda.streams.size(); i++)
-        delete cuda.streams[i];
-    for (auto &allocation : cuda.allocations)
-        free((void *)allocation.first);
-    cuda = {};
-    cuda.n_devices = n;
-    cuda.multiprocessors = multiprocessors;
-    cuda.memory_each = memory_each;
-    cuda.used.assign((size_t)n, 0);
-    for (int device = 0; device < n; device++) {
-        cuda.zero.emplace_back(new CUstream_st{device});
-        cuda.streams.push_back(cuda.zero.back().get());
-    }
-    emu_thread.device = 0;
-    emu.blocks[1].early = false;
-}
-
-static const bool emu_four_devices = (emu_devices(4, (size_t)256 << 20, 4), true);
-
-void emu_fail(const char *call, int after) {
-    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
-    cuda.failures[call] = after;
-}
-
-void emu_next_kernel(const char *name) {
-    emu_thread.next_kernel = name;
-}
-
 /* ---- errors ---- */
 
 static cudaError_t emu_result(cudaError_t error) {
@@ -705,7 +675,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     EMU_CHECK(s && event, cudaErrorInvalidResourceHandle)
     EMU_CHECK(flags == 0, cudaErrorInvalidValue)
     const auto &moment = event->moment;
-    if (!moment || moment->done)
+    if (!moment)
         return cudaSuccess;
     if (!moment->graph) {
         EMU_CHECK(!s->graph, cudaErrorStreamCaptureIsolation)
@@ -713,6 +683,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
         s->queue.back().wait = moment;
         return cudaSuccess;
     }
+    auto found = std::find(cuda.captures.begin(), cuda.captures.end(), moment->graph);
+    EMU_CHECK(found != cuda.captures.end(), cudaErrorCapturedEvent)
     EMU_CHECK(!s->graph || s->graph == moment->graph, cudaErrorStreamCaptureMerge)
     s->graph = moment->graph;
     s->tails.insert(s->tails.end(), moment->nodes.begin(), moment->nodes.end());
@@ -865,7 +837,8 @@ static cudaError_t emu_free(void *memory, bool pinned) {
     if (!emu_allowed_in_capture())
         return cudaErrorStreamCaptureUnsupported;
     for (int device = 0; device < cuda.n_devices; device++)
-        emu_finish_device(device);
+        if (pinned || device == found->second.place)
+            emu_finish_device(device);
     if (!pinned)
         cuda.used[(size_t)found->second.place] -= found->second.bytes;
     cuda.allocations.erase(found);
@@ -1071,5 +1044,38 @@ cudaError_t emu_launch(const cudaLaunchConfig_t *config, const void *kernel,
                          programmatic};
     emu_enqueue(stream, {std::make_shared<const emu_kernel>(launch), nullptr});
     return cudaSuccess;
+}
+
+/* ---- controls ---- */
+
+void emu_devices(int n, size_t memory_each, int multiprocessors) {
+    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
+    for (int device = 0; device < cuda.n_devices; device++)
+        emu_finish_device(device);
+    for (size_t i = cuda.zero.size(); i < cuda.streams.size(); i++)
+        delete cuda.streams[i];
+    for (auto &allocation : cuda.allocations)
+        free((void *)allocation.first);
+    cuda = {};
+    cuda.n_devices = n;
+    cuda.multiprocessors = multiprocessors;
+    cuda.memory_each = memory_each;
+    cuda.used.assign((size_t)n, 0);
+    for (int device = 0; device < n; device++) {
+        cuda.zero.emplace_back(new CUstream_st{device});
+        cuda.streams.push_back(cuda.zero.back().get());
+    }
+    emu_thread.device = 0;
+}
+
+[[maybe_unused]] static const bool emu_four_devices = (emu_devices(4, (size_t)256 << 20, 4), true);
+
+void emu_fail(const char *call, int after) {
+    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
+    cuda.failures[call] = after;
+}
+
+void emu_next_kernel(const char *name) {
+    emu_thread.next_kernel = name;
 }
 #endif /* CUDA_EMU_IMPLEMENTATION */

@@ -71,6 +71,8 @@ check stats.h 150 -
 check pace.h 80 -
 check evaluate.h 200 -
 check json.h 200 120
+check test/cuda_emu.h 1150 -
+check test/cuda_emu_runtime.h 1090 -
 check Makefile 90 90
 check README.md 280 280
 part() { # lines of the function $2 of file $1

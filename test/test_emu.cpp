@@ -21,7 +21,10 @@ static const bool under_tsan = true;
 static const bool under_tsan = false;
 #endif
 
-enum { SEEDS = 60 };
+enum {
+    SEEDS = 60,
+    MOST = under_tsan ? 256 : 1024 /* threads of a block; there each takes a megabyte */
+};
 
 #define OK(call) CHECK((call) == cudaSuccess, "%s", cudaGetErrorName(cudaPeekAtLastError()))
 #define FAILS(call, error)                                                                         \
@@ -127,7 +130,7 @@ static __global__ void places_kernel(unsigned *out) {
 }
 
 static void every_thread_runs_once(struct check *check) {
-    dim3 grids[] = {{1}, {7}, {3, 2, 5}}, blocks[] = {{1}, {1024}, {5, 3, 4}, {2, 2, 64}};
+    dim3 grids[] = {{1}, {7}, {3, 2, 5}}, blocks[] = {{1}, {MOST}, {5, 3, 4}, {2, 2, 64}};
     for (dim3 grid : grids)
         for (dim3 block : blocks) {
             size_t n_threads = block.x * block.y * block.z;
@@ -264,7 +267,7 @@ static int wrong_mirrors(bool barrier, int threads) {
 }
 
 static void barriers(struct check *check) {
-    for (int threads : {1, 31, 32, 33, 256, 1000, 1024})
+    for (int threads : {1, 31, 32, 33, 250, (int)MOST})
         CHECK(wrong_mirrors(true, threads) == 0, "%d threads", threads);
     if (!under_tsan) /* which reports it */
         CHECK(wrong_mirrors(false, 256) > 0, "a missing barrier does not show");
@@ -326,20 +329,20 @@ static std::vector<int> order_of(uint64_t seed) {
 }
 
 static void orders_follow_the_seed(struct check *check) {
-    int forward = 0, backward = 0, last_thread_first = 0;
+    int forward = 0, backward = 0, last_warp_first = 0, lane_0_first = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         std::vector<int> order = order_of(seed);
         CHECK(order == order_of(seed), "seed %d: two orders", (int)seed);
         CHECK(order != order_of(seed + 1), "seeds %d and the next: one order", (int)seed);
         forward += std::is_sorted(order.begin(), order.begin() + 1024);
         backward += std::is_sorted(order.begin(), order.begin() + 1024, std::greater<int>());
-        last_thread_first += order[1024] >= 32;
+        last_warp_first += order[1024] >= 32;
+        lane_0_first += order[1024] % 32 == 0;
     }
     CHECK(forward > 0 && backward > 0 && forward + backward < SEEDS,
-          "%d of %d grids in order, "
-          "%d backwards",
-          forward, (int)SEEDS, backward);
-    CHECK(last_thread_first > 0 && last_thread_first < SEEDS, "%d", last_thread_first);
+          "%d grids in order, %d backwards", forward, backward);
+    CHECK(last_warp_first > 0 && last_warp_first < SEEDS, "%d", last_warp_first);
+    CHECK(lane_0_first < SEEDS / 2, "%d", lane_0_first);
 }
 
 /* ---- products and copies ---- */
@@ -386,6 +389,7 @@ static void mma_sums_in_order(struct check *check) {
 static __global__ void copies_kernel(const uint4 *from, uint4 *out, int *early) {
     DYNAMIC_SHARED(uint4, shared);
     unsigned i = threadIdx.x, n = blockDim.x;
+    shared[i] = shared[n + i] = make_uint4(9, 9, 9, 9);
     copy_async16(&shared[i], &from[i], true);
     copy_async_commit();
     copy_async16(&shared[n + i], &from[n + i], i & 1);
@@ -507,7 +511,8 @@ static __global__ void nothing_kernel(void) {}
 
 static __global__ void shared_ends_kernel(int bytes) {
     DYNAMIC_SHARED(char, shared);
-    shared[0] = shared[bytes - 1] = 0;
+    if (threadIdx.x == 0)
+        shared[0] = shared[bytes - 1] = 0;
 }
 
 static void launch_limits(struct check *check) {
@@ -533,8 +538,13 @@ static void launch_limits(struct check *check) {
     emu_devices(2, 1 << 20, 4);
     cudaStream_t stream;
     OK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0));
-    OK(cudaSetDevice(1)); /* attributes and streams are a device's */
+    cudaEvent_t event;
+    OK(cudaEventCreateWithFlags(&event, 0));
+    OK(cudaFuncSetAttribute(shared_ends_kernel, attribute, 227 << 10));
+    OK(cudaSetDevice(1)); /* attributes, streams and events are a device's */
     FAILS(with(1, 32, 227 << 10)(shared_ends_kernel, 1), cudaErrorInvalidValue);
+    FAILS(cudaEventRecord(event, nullptr), cudaErrorInvalidResourceHandle);
+    OK(cudaEventDestroy(event));
     FAILS(with(1, 32, 0, stream)(nothing_kernel), cudaErrorInvalidResourceHandle);
     OK(cudaStreamDestroy(stream));
     FAILS(cudaStreamSynchronize(stream), cudaErrorInvalidResourceHandle);
@@ -683,6 +693,26 @@ static void streams_keep_their_order(struct check *check) {
     CHECK(x[0] == 99 && x[1] == 99, "got %d, %d", x[0], x[1]);
 }
 
+/* To wait for one stream may do nothing in others, or something. */
+static void others_may_be_late(struct check *check) {
+    two_streams streams;
+    device_array<int> x(2);
+    int untouched = 0, begun = 0;
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaMemsetAsync(x.data, 0, 8, streams.a));
+        OK(cudaDeviceSynchronize());
+        for (int i = 1; i <= 20; i++) {
+            OK(cudaMemsetAsync(x.data, i, 4, streams.a));
+            OK(cudaMemsetAsync(x.data + 1, i, 4, streams.b));
+        }
+        OK(cudaStreamSynchronize(streams.b));
+        CHECK(x[1] == 20 * 0x01010101, "got %08x", x[1]);
+        untouched += x[0] == 0;
+        begun += x[0] != 0;
+    }
+    CHECK(untouched > SEEDS / 4 && begun > SEEDS / 4, "%d times not, %d times", untouched, begun);
+}
+
 static void polling(struct check *check) {
     two_streams streams;
     device_array<int> x(1);
@@ -796,7 +826,38 @@ static void graphs(struct check *check) {
         expected *= 4;
     CHECK(x[0] == expected, "got %d, expected %d", x[0], expected);
     CHECK(emu_launches() - launches == 60, "%ld kernels ran", emu_launches() - launches);
-    CHECK(!capture_fork(check, &streams, x.data, false), "a graph without an end");
+}
+
+static __global__ void ticket_kernel(int *next, int *mine) {
+    *mine = atomicAdd(next, 1);
+}
+
+static void branches_run_in_any_order(struct check *check) {
+    two_streams streams;
+    device_array<int> x(4);
+    cudaGraph_t graph = capture_fork(check, &streams, x.data, false);
+    CHECK(!graph, "a graph without an end"); /* nothing of it is left in the next capture */
+    cudaGraphExec_t exec;
+    int first[2] = {0, 0};
+    OK(cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeGlobal));
+    OK(cudaMemsetAsync(x.data, 0, 4, streams.a));
+    OK(cudaEventRecord(streams.event, streams.a));
+    OK(cudaStreamWaitEvent(streams.b, streams.event));
+    OK(with(1, 1, 0, streams.a)(ticket_kernel, x.data, x.data + 1));
+    OK(with(1, 1, 0, streams.b)(ticket_kernel, x.data, x.data + 2));
+    OK(cudaEventRecord(streams.event, streams.b));
+    OK(cudaStreamWaitEvent(streams.a, streams.event));
+    OK(cudaStreamEndCapture(streams.a, &graph));
+    OK(cudaGraphInstantiate(&exec, graph));
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaGraphLaunch(exec, streams.a));
+        OK(cudaStreamSynchronize(streams.a));
+        CHECK(x[1] + x[2] == 1, "tickets %d, %d", x[1], x[2]);
+        first[x[1] & 1]++;
+    }
+    CHECK(first[0] > 0 && first[1] > 0, "%d, %d", first[0], first[1]);
+    OK(cudaGraphDestroy(graph));
+    OK(cudaGraphExecDestroy(exec));
 }
 
 static void captures_forbid(struct check *check) {
@@ -838,8 +899,14 @@ static void captures_forbid(struct check *check) {
     OK(cudaEventRecord(streams.event, streams.a));
     FAILS(cudaEventSynchronize(streams.event), cudaErrorCapturedEvent);
     FAILS(cudaStreamEndCapture(streams.b, &graph), cudaErrorStreamCaptureUnmatched);
+    OK(cudaStreamBeginCapture(others.b, cudaStreamCaptureModeRelaxed));
+    FAILS(cudaStreamWaitEvent(others.b, streams.event), cudaErrorStreamCaptureMerge);
+    cudaGraph_t other_graph;
+    OK(cudaStreamEndCapture(others.b, &other_graph));
+    OK(cudaGraphDestroy(other_graph));
     OK(cudaStreamEndCapture(streams.a, &graph));
     OK(cudaGraphDestroy(graph));
+    FAILS(cudaStreamWaitEvent(streams.b, streams.event), cudaErrorCapturedEvent);
     OK(cudaFree(memory));
 }
 
@@ -851,14 +918,23 @@ static __global__ void produce_kernel(int *x) {
     x[blockIdx.x * blockDim.x + threadIdx.x] = 1;
 }
 
+/* The first warp waits for the grid and then at the barrier, the second one the other way round. */
 static __global__ void consume_kernel(const int *x, int *y, bool too_early) {
     DYNAMIC_SHARED(int, shared);
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), value = too_early ? x[i] : 0;
+    if (threadIdx.x < 32)
+        grid_wait();
     shared[threadIdx.x] = i;
     __syncthreads();
-    grid_wait();
+    if (threadIdx.x >= 32)
+        grid_wait();
     value = too_early ? value : x[i];
     y[i] = value + shared[blockDim.x - 1 - threadIdx.x];
+}
+
+static launch overlapping(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    static cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    return {{grid, block, shared, stream, &overlap, 1}};
 }
 
 /* How many sums are wrong, in a stream or in a graph. */
@@ -869,14 +945,10 @@ static int wrong_sums(struct check *check, bool too_early, bool graph) {
     cudaGraphExec_t exec;
     OK(cudaMemsetAsync(x.data, 0, 1024, streams.a));
     OK(cudaStreamSynchronize(streams.a));
-    cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
-    launch kernel = with(4, 64, 256, streams.a);
-    kernel.config.attrs = &overlap;
-    kernel.config.numAttrs = 1;
     if (graph)
         OK(cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeThreadLocal));
-    OK(kernel(produce_kernel, x.data));
-    OK(kernel(consume_kernel, x.data, y.data, too_early));
+    OK(overlapping(4, 64, 0, streams.a)(produce_kernel, x.data));
+    OK(overlapping(4, 64, 256, streams.a)(consume_kernel, x.data, y.data, too_early));
     if (graph) {
         OK(cudaStreamEndCapture(streams.a, &captured));
         OK(cudaGraphInstantiate(&exec, captured, 0));
@@ -889,6 +961,25 @@ static int wrong_sums(struct check *check, bool too_early, bool graph) {
     for (int i = 0; i < 256; i++)
         wrong += y[(size_t)i] != 1 + i / 64 * 64 + 63 - i % 64;
     return wrong;
+}
+
+/* Of two kernels that could begin early at the same time, one does. */
+static void early_blocks_of_two_streams(struct check *check) {
+    two_streams streams;
+    device_array<int> x(512), y(512);
+    for (int seed = 0; seed < SEEDS; seed++) {
+        OK(cudaMemsetAsync(x.data, 0, 2048, streams.a));
+        OK(cudaStreamSynchronize(streams.a));
+        for (int i = 0; i < 2; i++) {
+            cudaStream_t stream = i ? streams.b : streams.a;
+            OK(overlapping(4, 64, 0, stream)(produce_kernel, x.data + i * 256));
+            OK(overlapping(4, 64, 256, stream)(consume_kernel, x.data + i * 256, y.data + i * 256,
+                                               false));
+        }
+        OK(cudaDeviceSynchronize());
+        for (int i = 0; i < 512; i++)
+            CHECK(y[(size_t)i] == 1 + i % 256 / 64 * 64 + 63 - i % 64, "thread %d", i);
+    }
 }
 
 static void early_blocks(struct check *check) {
@@ -927,7 +1018,8 @@ enum {
     NULL_POINTER,
     DIVISION,
     STACK,
-    HEAP
+    HEAP,
+    WHERE
 };
 
 __attribute__((noinline)) static int deep(int n) {
@@ -985,6 +1077,7 @@ static __global__ void memory_mistakes_kernel(int mistake, int *out) {
     case DIVISION: *out = 7 / zero; break;
     case STACK: *out = deep(1000); break;
     case HEAP: out[1000] = 1; break;
+    case WHERE: emu_where(); abort();
     default: break;
     }
 }
@@ -997,6 +1090,45 @@ static __global__ void races_kernel(int *out, bool same_warp) {
     __syncthreads();
     if (threadIdx.x == 0)
         *out = shared[1];
+}
+
+/* The last block to arrive sees what the others wrote, if there are fences. */
+static __global__ void last_block_kernel(int *parts, unsigned *arrived, int *out, bool fences) {
+    DYNAMIC_SHARED(unsigned, before);
+    parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+    if (fences)
+        __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        *before = atomicAdd(arrived, 1u);
+    __syncthreads();
+    if (fences)
+        __threadfence();
+    for (unsigned i = 0; *before == gridDim.x - 1 && i < gridDim.x; i++)
+        atomicAdd(out, parts[i * blockDim.x + (threadIdx.x + i) % blockDim.x]);
+}
+
+static int last_block(bool fences) {
+    device_array<int> parts(256), out(2);
+    out[0] = out[1] = 0;
+    with(4, 64, 4)(last_block_kernel, parts.data, (unsigned *)&out[1], &out[0], fences);
+    cudaDeviceSynchronize();
+    return out[0];
+}
+
+static void last_block_sums(struct check *check) {
+    for (int round = 0; round < 20; round++)
+        CHECK(last_block(true) == 256, "another sum");
+}
+
+static __global__ void same_place_kernel(int *out) {
+    out[threadIdx.x] = 1;
+}
+
+static void write_from_all_blocks(void) {
+    device_array<int> out(64);
+    with(8, 64, 0)(same_place_kernel, out.data);
+    cudaDeviceSynchronize();
 }
 
 /* A mistake that a program can make, and words of the message that it must get. */
@@ -1022,14 +1154,17 @@ static mistake in_kernel(int kind, std::vector<const char *> words) {
     return {words.back(), make, words};
 }
 
-static void use_freed_memory(void) {
+static void use_freed_memory(bool copy) {
     two_streams streams;
     int *memory;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    cudaMalloc(&memory, 4);
+    cudaMalloc(&memory, 8);
     cudaStreamBeginCapture(streams.a, cudaStreamCaptureModeThreadLocal);
-    cudaMemsetAsync(memory, 0, 4, streams.a);
+    if (copy)
+        cudaMemcpyAsync(memory, memory + 1, 4, cudaMemcpyDeviceToDevice, streams.a);
+    else
+        cudaMemsetAsync(memory, 0, 4, streams.a);
     cudaStreamEndCapture(streams.a, &graph);
     cudaGraphInstantiate(&exec, graph);
     cudaFree(memory);
@@ -1038,12 +1173,8 @@ static void use_freed_memory(void) {
 }
 
 static void never_wait_for_grid(void) {
-    cudaLaunchAttribute overlap = {cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
-    launch kernel = with(1, 32, 0);
-    kernel.config.attrs = &overlap;
-    kernel.config.numAttrs = 1;
     emu_next_kernel("nothing_kernel");
-    kernel(nothing_kernel);
+    overlapping(1, 32, 0, nullptr)(nothing_kernel);
     cudaDeviceSynchronize();
 }
 
@@ -1084,8 +1215,14 @@ static std::vector<mistake> mistakes(void) {
         in_kernel(STORE_MISALIGNED, {MEMORY_MISTAKE "store8(", "not a multiple of 8"}),
         in_kernel(COPY_MISALIGNED, {MEMORY_MISTAKE "copy_async16 from(", "a multiple of 16"}),
         in_kernel(COPY_OUTSIDE, {MEMORY_MISTAKE "copy_async16", "to byte 96 of 100"}),
+        in_kernel(WHERE, {MEMORY_MISTAKE "64 threads: ", "  threads (0, 0, 0) to ("}),
         {"outside", __syncthreads, {"cuda_emu: __syncthreads outside a kernel"}},
-        {"freed memory", use_freed_memory, {"cuda_emu: a memset runs after its memory was freed"}},
+        {"freed memory",
+         [] { use_freed_memory(false); },
+         {"cuda_emu: a memset runs after its memory was freed"}},
+        {"freed source",
+         [] { use_freed_memory(true); },
+         {"cuda_emu: a copy runs after its memory was freed"}},
         {"no grid_wait",
          never_wait_for_grid,
          {"cuda_emu: nothing_kernel, block (0, 0, 0)", "never calls grid_wait"}}};
@@ -1106,6 +1243,8 @@ static std::vector<mistake> mistakes(void) {
     std::vector<mistake> tsan = {
         {"race of warps", [] { race(false); }, {"data race", "races_kernel"}},
         {"race of lanes", [] { race(true); }, {"data race", "races_kernel"}},
+        {"race of blocks", write_from_all_blocks, {"data race", "same_place_kernel"}},
+        {"no fence", [] { last_block(false); }, {"data race", "last_block_kernel"}},
         {"read too early", read_too_early, {"data race", "consume_kernel"}}};
     const std::vector<mistake> &more = under_asan ? asan : plain;
     all.insert(all.end(), more.begin(), more.end());
@@ -1183,11 +1322,15 @@ int main(int argc, char **argv) {
         TEST(copies_are_late),
         TEST(events_order_streams),
         TEST(streams_keep_their_order),
+        TEST(others_may_be_late),
         TEST(polling),
         TEST(host_threads),
         TEST(graphs),
+        TEST(branches_run_in_any_order),
         TEST(captures_forbid),
         TEST(early_blocks),
+        TEST(early_blocks_of_two_streams),
+        TEST(last_block_sums),
         TEST(mistakes_are_reported),
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
