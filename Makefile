@@ -93,7 +93,7 @@ asan:
 
 # the programs that have threads
 tsan:
-	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS= EMU= \
+	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
 		TESTS='$(addprefix build/tsan/test_,kernels program reference schedules)'
 
 # what reads bytes that others made, a minute each; needs clang

@@ -412,8 +412,10 @@ DEVICE void store_part(const struct attention &a, const struct softmax &state, i
                 to[n * 8 + lane % 4 * 2] = output[n][i * 2];
                 to[n * 8 + lane % 4 * 2 + 1] = output[n][i * 2 + 1];
             }
-        to[a.head_dim] = state.max[i];
-        to[a.head_dim + 1] = state.sum[i];
+        if (lane % 4 == 0) {
+            to[a.head_dim] = state.max[i];
+            to[a.head_dim + 1] = state.sum[i];
+        }
     }
 }
 
@@ -438,8 +440,10 @@ DEVICE void merge_parts(const struct attention &a, const struct split &p, const 
         }
         if (to) {
             to[head * width + dim] = value;
-            to[head * width + a.head_dim] = largest; /* alike from all threads of the head */
-            to[head * width + a.head_dim + 1] = sum;
+            if (dim == 0) {
+                to[head * width + a.head_dim] = largest;
+                to[head * width + a.head_dim + 1] = sum;
+            }
         } else {
             uint16_t *out = a.out + (size_t)p.s.first_row * a.out_stride;
             out[place(a.places, (p.first_head + head) * a.head_dim) + dim] =
