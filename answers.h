@@ -20,6 +20,9 @@
 #include "tokenizer.h"
 #include <pthread.h>
 
+#define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
+
+enum { ANSWERS_WINDOW = 4096 /* requests known to the scheduler; more would only be looked at */ };
 enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
 
 struct answers {
@@ -101,7 +104,7 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
 
 int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
                     char error[CLI_ERROR_LENGTH]) {
-    (void)cli_refuse(error, "out of memory, or a prompt too long to tokenize");
+    (void)cli_refuse(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
     *n_ids = 0;
     if (!spec->prompt)
         return copy_ids(a, spec, n_ids, error);
@@ -123,9 +126,13 @@ static void prepare(struct answers *a, struct answer *answer, const struct reque
     struct request *r = &answer->request;
     *answer = (struct answer){.spec = spec};
     *r = (struct request){.id = a->next_id++, .sampling = spec->sampling};
-    int n_ids = 0;
-    int *ids = spec->error ? NULL : answers_encode(a, spec, &n_ids, error);
-    int room = sched_max_length(a->sched) - n_ids;
+    int n_ids = 0, room = sched_max_length(a->sched);
+    bool fits = !spec->prompt || spec->prompt_length / TOK_TOKEN_LENGTH <= (size_t)room;
+    int *ids = fits && !spec->error ? answers_encode(a, spec, &n_ids, error) : NULL;
+    if (!fits) /* no need to encode it */
+        (void)cli_refuse(error, "the prompt has %zu bytes, the context has room for %d tokens",
+                         spec->prompt_length, room);
+    room -= n_ids;
     room = room < 1 ? 1 : room;
     r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
     r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
@@ -281,34 +288,34 @@ static bool advance(struct answers *a, struct answer *answer) {
     return !answer->stopped || finished;
 }
 
-/* Submits all requests, or cancels them. Called with the lock held. */
-static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) {
-    for (int i = 0; i < n; i++)
+/* Submits requests [from, to), or cancels them. Called with the lock held. */
+static void tell(struct answers *a, struct answer *all, int from, int to, bool cancel) {
+    for (int i = from; i < to; i++)
         if (cancel)
             sched_cancel(a->sched, &all[i].request, false, a->now());
         else if (all[i].request.state != REQUEST_FINISHED)
             sched_submit(a->sched, &all[i].request, a->now());
-    pthread_cond_broadcast(a->work);
+    if (from < to)
+        pthread_cond_broadcast(a->work);
 }
 
-/* Follows all requests until each has ended. */
+/* Follows all requests until each has ended: [0, first) have, [first, known) are submitted. */
 static void follow(struct answers *a, struct answer *all, int n) {
-    int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
+    int n_ended = 0, first = 0, known = 0;
     bool cancelled = false;
     pthread_mutex_lock(a->lock);
     *a->activity = ANSWERING;
-    tell_all(a, all, n, false);
     while (n_ended < n) {
-        bool any = false;
-        for (int i = first; i < n; i++) {
+        bool any = (*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled;
+        cancelled = cancelled || any;
+        int end = cancelled || n - first < ANSWERS_WINDOW ? n : first + ANSWERS_WINDOW;
+        tell(a, all, known, end, false);
+        known = end;
+        tell(a, all, first, any ? n : first, true);
+        for (int i = first; i < known; i++) {
             bool before = all[i].ended;
             any = advance(a, &all[i]) || any;
             n_ended += all[i].ended && !before;
-            first += i == first && all[i].ended;
-        }
-        if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
-            cancelled = any = true;
-            tell_all(a, all, n, true);
         }
         if (!any) {
             pthread_cond_wait(a->news, a->lock);
@@ -316,7 +323,9 @@ static void follow(struct answers *a, struct answer *all, int n) {
         }
         pthread_mutex_unlock(a->lock);
         if (!a->options->json)
-            first_shown = show_text(a, all, n, first_shown);
+            first = show_text(a, all, n, first);
+        while (a->options->json && first < n && all[first].ended)
+            first++;
         (void)fflush(stdout);
         pthread_mutex_lock(a->lock);
     }

@@ -26,7 +26,11 @@
 
 #define CLI_VERSION "0.1.0"
 
-enum { CLI_ERROR_LENGTH = 512, PROGRESS_MS = 300 /* what takes less needs no bar */ };
+enum {
+    CLI_ERROR_LENGTH = 512,
+    CLI_FILE_LENGTH = 1 << 28, /* bytes of a text or request file at most: a device has no end */
+    PROGRESS_MS = 300          /* what takes less needs no bar */
+};
 
 enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
 enum cli_kv_policy { CLI_ON_EVICT = 1, CLI_WRITE_THROUGH };
@@ -224,7 +228,7 @@ static bool resembles(const char *a, const char *b, int edits) {
 
 static void refuse_unknown(const char *name, bool key, char *error) {
     const char *what = key ? "key" : "option", *hint = "--help lists all", *similar = "";
-    for (int edits = 1; edits <= 2 && !*similar; edits++)
+    for (int edits = 1; edits <= 2 && !*similar && strlen(name) > 2; edits++)
         for (int row = 0; row < N_ROWS && !*similar; row++)
             if (strlen(name_of(&option_rows[row], key)) > 3 &&
                 resembles(name, name_of(&option_rows[row], key), edits))
@@ -382,9 +386,11 @@ void cli_help(FILE *stream) {
 
 char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGTH]) {
     FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    const char *name = file == stdin ? "stdin" : path;
     char *text = NULL, *larger = NULL;
     *length = 0;
-    for (size_t room = 4096, n = 1; file && n > 0; room = *length + 4096) {
+    for (size_t room = 4096, n = 1; file && n > 0 && *length <= CLI_FILE_LENGTH;
+         room = *length + 4096) {
         larger = realloc(text, *length + room);
         if (!larger)
             break;
@@ -393,10 +399,13 @@ char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGT
         *length += n;
     }
     bool good = larger && !ferror(file);
-    if (good)
-        text[*length] = 0;
+    if (!good)
+        cli_refuse(error, "%.400s: %s", name, strerror(errno));
+    else if (*length > CLI_FILE_LENGTH)
+        good = cli_refuse(error, "%.400s: got more than %d bytes, expected less", name,
+                          CLI_FILE_LENGTH);
     else
-        cli_refuse(error, "%s: %s", path, strerror(errno));
+        text[*length] = 0;
     if (file && file != stdin)
         fclose(file);
     if (!good)

@@ -45,6 +45,7 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -316,19 +317,22 @@ static void run_rows(void *argument, const int *tokens, int start, int n, float 
 
 /* ---- main ---- */
 
-/* Ctrl-C stops the answers; where there are none, or a second time, the program. */
+/* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
+ * finds the terminal as it was. */
 static void *interrupt_main(void *argument) {
     struct engine *engine = argument;
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGHUP);
     for (;;) {
         int number;
         (void)sigwait(&signals, &number);
         pthread_mutex_lock(&engine->lock);
-        if (engine->activity != ANSWERING) {
+        if (number != SIGINT || engine->activity != ANSWERING) {
             editor_restore();
-            _exit(128 + SIGINT);
+            _exit(128 + number);
         }
         engine->activity = INTERRUPTED;
         pthread_cond_broadcast(&engine->news);
@@ -375,6 +379,8 @@ static int run_requests(struct engine *engine, struct answers *answers) {
     } else {
         status = run_stdin(answers, o);
     }
+    if (status == EXIT_FILE)
+        return status;
     if (o->stats)
         stats_print(answers);
     else if (!o->json)
@@ -409,6 +415,8 @@ static bool watch_signals(struct engine *engine) {
     pthread_t interrupts;
     sigemptyset(&signals);
     sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGHUP);
     sigaddset(&signals, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &signals, NULL);
     return pthread_mutex_init(&engine->lock, NULL) == 0 &&
@@ -479,10 +487,19 @@ static int run_model(struct options *options) {
     return status;
 }
 
+/* A stream that the caller closed stays so: else the next file would get its number, and what is
+ * meant for stderr. Opened the wrong way round, it fails with the same error. */
+static void hold_closed_streams(void) {
+    for (int number = 0; number < 3; number++)
+        if (fcntl(number, F_GETFD) < 0)
+            (void)open("/dev/null", number == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+}
+
 int main(int argc, char **argv) {
     struct options options;
     char error[CLI_ERROR_LENGTH];
     int status = 0;
+    hold_closed_streams();
     if (!cli_parse(&options, argc, argv, error)) {
         complain("%s", error);
         status = EXIT_USAGE;

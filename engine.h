@@ -199,15 +199,16 @@ static bool open_workers(struct engine *engine, char *error) {
             list->index[list->n++] = i;
         }
     }
-    engine->n_workers = (prefill.n + decode.n) / engine->tp;
-    if (engine->n_workers > MAX_WORKERS || (prefill.n + decode.n) % engine->tp != 0) {
+    int n_workers = (prefill.n + decode.n) / engine->tp;
+    if (n_workers > MAX_WORKERS || (prefill.n + decode.n) % engine->tp != 0) {
         (void)snprintf(error, GGUF_ERROR_LENGTH,
                        "--devices: %d devices with --tp %d: they make no whole workers, or more "
                        "than %d",
                        prefill.n + decode.n, engine->tp, MAX_WORKERS);
         return false;
     }
-    for (int i = 0; i < engine->n_workers; i++) {
+    engine->n_workers = n_workers;
+    for (int i = 0; i < n_workers; i++) {
         struct worker *worker = &engine->workers[i];
         int first = i * engine->tp;
         worker->index = i;

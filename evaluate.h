@@ -156,7 +156,7 @@ int evaluate_perplexity(const struct evaluation *e, const char *path) {
 
 /* ---- tokenize ---- */
 
-static void tokenize_texts(const struct tokenizer *tokenizer, const char *text, size_t length) {
+static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, size_t length) {
     static const char end[] = "__ggml_vocab_test__\n";
     const char *last = text + length;
     while (text < last) {
@@ -164,12 +164,15 @@ static void tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
         size_t n = (size_t)((stop ? stop : last) - text);
         int n_ids = 0;
         int *ids = tok_encode(tokenizer, text, stop && n > 0 ? n - 1 : n, &n_ids);
+        if (!ids)
+            return false;
         for (int i = 0; i < n_ids; i++)
             printf(" %d", ids[i]);
         (void)putchar('\n');
         free(ids);
         text = stop ? stop + sizeof end - 1 : last;
     }
+    return true;
 }
 
 int evaluate_tokenize(const struct options *options, const char *path) {
@@ -189,11 +192,12 @@ int evaluate_tokenize(const struct options *options, const char *path) {
         return evaluate_failed(options->tokenizer ? "" : options->model, error);
     size_t length;
     char *text = cli_read_file(path, &length, why);
-    if (text)
-        tokenize_texts(tokenizer, text, length);
+    bool ok = text && tokenize_texts(tokenizer, text, length);
+    if (text && !ok)
+        (void)cli_refuse(why, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
     free(text);
     tok_close(tokenizer);
-    return text ? 0 : evaluate_failed("", why);
+    return ok ? 0 : evaluate_failed("", why);
 }
 
 #endif /* EVALUATE_IMPLEMENTATION */

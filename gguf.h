@@ -128,8 +128,10 @@ const char *gguf_error(const struct gguf *file);
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian");
 
 enum {
-    GGUF_ENTRY_BYTES = 13,     /* the least that a key takes in a file; a tensor takes more */
-    GGUF_MAX_EXTENT = 1 << 30, /* of a dimension: two of them and a type stay below 2^63 */
+    GGUF_ENTRY_BYTES = 13,      /* the least that a key takes in a file; a tensor takes more */
+    GGUF_MAX_EXTENT = 1 << 30,  /* of a dimension: two of them and a type stay below 2^63 */
+    GGUF_MAX_ENTRIES = 1 << 16, /* keys, tensors: far more than any model has */
+    GGUF_MAX_STRINGS = 1 << 24, /* in all arrays of a file */
     GGUF_N_VALUES = 13
 };
 
@@ -140,16 +142,16 @@ struct gguf_key {
 };
 
 struct gguf {
-    char path[200];                /* its end, where it is longer */
-    char error[GGUF_ERROR_LENGTH]; /* the first thing that was wrong, or "" */
-    char name[128];                /* what gguf_about composed last */
-    struct gguf_string item;       /* the key or tensor at hand, for messages */
-    const uint8_t *map;            /* (size) */
-    size_t size, at;               /* [0, at) has been read, [at, size) has not */
-    struct gguf_key *keys;         /* (n_keys) by name */
-    struct tensor *tensors;        /* (n_tensors) by name */
-    size_t n_keys, n_tensors;
-    struct gguf *next; /* a part that was joined */
+    char path[200];                      /* its end, where it is longer */
+    char error[GGUF_ERROR_LENGTH];       /* the first thing that was wrong, or "" */
+    char name[128];                      /* what gguf_about composed last */
+    struct gguf_string item;             /* the key or tensor at hand, for messages */
+    const uint8_t *map;                  /* (size) */
+    size_t size, at;                     /* [0, at) has been read, [at, size) has not */
+    struct gguf_key *keys;               /* (n_keys) by name */
+    struct tensor *tensors;              /* (n_tensors) by name */
+    size_t n_keys, n_tensors, n_strings; /* strings: of arrays */
+    struct gguf *next;                   /* a part that was joined */
 };
 
 static const struct {
@@ -263,16 +265,18 @@ static uint64_t gguf_take_int(struct gguf *file, size_t bytes) {
 }
 
 /* A count of things, which must have room in what is left of the file. */
-static size_t gguf_take_count(struct gguf *file, size_t bytes_each) {
+static size_t gguf_take_count(struct gguf *file, size_t bytes_each, size_t most) {
     uint64_t count = gguf_take_int(file, 8);
-    size_t most = (file->size - file->at) / bytes_each;
-    bool fits = gguf_expect(file, count <= most, "got %ju, but only %zu have room; is it complete?",
-                            (uintmax_t)count, most);
+    size_t room = (file->size - file->at) / bytes_each;
+    gguf_expect(file, count <= room, "got %ju, but only %zu have room; is it complete?",
+                (uintmax_t)count, room);
+    bool fits =
+        gguf_expect(file, count <= most, "got %ju, expected at most %zu", (uintmax_t)count, most);
     return fits ? (size_t)count : 0;
 }
 
 static struct gguf_string gguf_take_string(struct gguf *file) {
-    size_t length = gguf_take_count(file, 1);
+    size_t length = gguf_take_count(file, 1, SIZE_MAX);
     return (struct gguf_string){gguf_take(file, length), length};
 }
 
@@ -286,7 +290,8 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
                      "got an unknown value type %ju", (uintmax_t)type))
         return;
     size_t bytes_each = gguf_values[type].bytes;
-    size_t count = key->is_array ? gguf_take_count(file, bytes_each) : 1;
+    size_t most = type == GGUF_STRING ? GGUF_MAX_STRINGS - file->n_strings : SIZE_MAX;
+    size_t count = key->is_array ? gguf_take_count(file, bytes_each, most) : 1;
     key->value = (struct gguf_array){(enum gguf_value_type)type, count, NULL, NULL};
     if (type != GGUF_STRING) {
         key->value.values = gguf_take(file, count * bytes_each);
@@ -295,6 +300,7 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
     struct gguf_string *strings = gguf_allocate(file, count, sizeof *strings);
     for (size_t i = 0; i < count && !file->error[0]; i++)
         strings[i] = gguf_take_string(file);
+    file->n_strings += key->is_array ? count : 0;
     key->value.strings = strings;
 }
 
@@ -346,8 +352,10 @@ static void gguf_parse(struct gguf *file) {
     gguf_expect(file, version == 2 || version == 3,
                 "got GGUF version %u, expected 2 or 3; convert an old or big-endian file again",
                 version);
-    size_t n_tensors = gguf_take_count(file, GGUF_ENTRY_BYTES);
-    size_t n_keys = gguf_take_count(file, GGUF_ENTRY_BYTES);
+    gguf_about(file, "tensors");
+    size_t n_tensors = gguf_take_count(file, GGUF_ENTRY_BYTES, GGUF_MAX_ENTRIES);
+    gguf_about(file, "keys");
+    size_t n_keys = gguf_take_count(file, GGUF_ENTRY_BYTES, GGUF_MAX_ENTRIES);
     file->keys = gguf_allocate(file, n_keys, sizeof *file->keys);
     for (; file->n_keys < n_keys && !file->error[0]; file->n_keys++)
         gguf_take_key(file, &file->keys[file->n_keys]);

@@ -739,15 +739,15 @@ static size_t stride_of(int n) {
     return stride % 64 ? stride : stride + PAD;
 }
 
-/* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device */
+/* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device. What
+ * is never used takes no memory: options may allow for steps that never come. */
 static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
     assert(device->n_memory < MAX_ACTIVATIONS);
-    size_t bytes = round_up((rows * stride + LANES) * 4, 64);
-    void *memory = aligned_alloc(64, bytes);
-    if (memory)
-        memset(memory, 0, bytes);
+    size_t bytes = (rows * stride + LANES) * 4 + 64;
+    bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
+    char *memory = fits ? calloc(1, bytes) : NULL;
     device->memory[device->n_memory++] = memory;
-    return memory;
+    return memory ? memory + (-(uintptr_t)memory & 63) : NULL;
 }
 
 static void cpu_device_close(struct device *base) {

@@ -97,10 +97,11 @@ bool requests_read(struct requests *requests, const struct options *options,
         *spec = line_options.request;
         if (good)
             continue;
-        spec->error = malloc(CLI_ERROR_LENGTH);
+        char line_error[CLI_ERROR_LENGTH];
+        cli_refuse(line_error, "%.200s:%d: %.250s", name, number, wrong);
+        spec->error = strdup(line_error);
         if (!spec->error)
             abort();
-        cli_refuse(spec->error, "%.200s:%d: %.250s", name, number, wrong);
     }
     return true;
 }
@@ -118,7 +119,7 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
     size_t held = length, start = 0, end = SIZE_MAX;
     for (size_t at = *safe; at < length; at++) {
         for (int i = 0; i < n_stop; i++) {
-            size_t size = strlen(stop[i]), left = length - at;
+            size_t left = length - at, size = strnlen(stop[i], left + 1);
             if (memcmp(text + at, stop[i], size < left ? size : left))
                 continue;
             if (size > left) {

@@ -35,7 +35,7 @@
 enum {
     TOK_ERROR_LENGTH = 512,
     TOK_TOKEN_LENGTH = 1024,   /* bytes of a token at most; the longest known ones have 512 */
-    TOK_TEXT_LENGTH = 1 << 28, /* bytes of a text at most, so that an int counts what it becomes */
+    TOK_TEXT_LENGTH = 1 << 26, /* bytes of a text at most: encoding takes 41 times as many */
     TOK_TEXT_SIZE = 3 * (TOK_TOKEN_LENGTH + 4) /* a stray byte becomes the 3 bytes of U+FFFD */
 };
 
@@ -87,6 +87,7 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 /* ---- encoding ---- */
 
@@ -325,6 +326,13 @@ struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]) {
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
                                       char error[TOK_ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
+    struct stat status;
+    if (stat(path, &status) == 0 &&
+        !S_ISREG(status.st_mode)) { /* opening a pipe without a writer would hang */
+        free(t);
+        vocab_fail(error, "%s: is not a regular file", path);
+        return NULL;
+    }
     FILE *stream = fopen(path, "rb");
     vocab_fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
                stream ? "out of memory" : strerror(errno));

@@ -21,6 +21,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -37,8 +38,8 @@ enum {
     SANITIZER_STATUS = 99
 };
 
-/* SLOWER: how much longer everything takes than in an optimized build, at most. SHARE: of a long
- * list of schedules, one in SHARE is run. */
+/* SLOWER: how much longer is waited for something than in an optimized build. SHARE: of a long list
+ * of schedules, one in SHARE is run. */
 #if defined(__SANITIZE_THREAD__)
 enum { SLOWER = 10, SHARE = 5, TSAN = 1 };
 #elif defined(__SANITIZE_ADDRESS__)
@@ -52,6 +53,7 @@ struct outcome {
     char *out, *err; /* with a zero byte behind them; `out` may hold others */
     size_t out_length;
     double seconds;
+    long kibibytes; /* of memory, at most */
 };
 
 /* A child that runs while its output is read. */
@@ -67,6 +69,15 @@ static inline double child_clock(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* No time and no memory is a test under a sanitizer: there, only a hang is (CHILD_LIMIT). */
+static inline bool soon(double seconds, double limit) {
+    return SANITIZED || seconds < limit;
+}
+
+static inline bool small(const struct outcome *o, long mebibytes) {
+    return SANITIZED || o->kibibytes < mebibytes * 1024;
 }
 
 static inline int child_status(int status) {
@@ -118,8 +129,10 @@ __attribute__((format(printf, 2, 3))) static inline struct outcome run(struct ch
         child_exec(arguments);
     }
     int status = -1;
-    waitpid(child, &status, 0);
+    struct rusage usage = {0};
+    wait4(child, &status, 0, &usage);
     size_t err_length;
+    outcome.kibibytes = usage.ru_maxrss;
     outcome.status = child_status(status);
     outcome.seconds = child_clock() - start;
     outcome.out = child_output(out, &outcome.out_length);

@@ -16,7 +16,34 @@
         }                                                                                          \
     } while (0)
 
+enum { FUZZ_POINTS = 8, FUZZ_RUNS = 1000 /* of so many some must reach every point */ };
+
+/* What a target is about, ended by NULL; fuzz_reach(i) counts that an input came there. */
+static const char *const fuzz_points[FUZZ_POINTS];
+static long fuzz_reached[FUZZ_POINTS], fuzz_runs;
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerInitialize(int *argc, char ***argv);
+
+static inline void fuzz_reach(int point) {
+    fuzz_reached[point]++;
+}
+
+static void fuzz_report(void) {
+    fprintf(stderr, "reached");
+    for (int i = 0; fuzz_points[i]; i++)
+        fprintf(stderr, "%s %ld %s", i > 0 ? "," : "", fuzz_reached[i], fuzz_points[i]);
+    fprintf(stderr, "\n");
+    for (int i = 0; fuzz_points[i] && fuzz_runs >= FUZZ_RUNS; i++)
+        if (fuzz_reached[i] == 0)
+            _exit(1);
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+    (void)argc;
+    (void)argv;
+    return atexit(fuzz_report);
+}
 
 /* The input as a file in memory, the same one every time. */
 static inline void fuzz_file(char *path, size_t path_size, const uint8_t *data, size_t size) {

@@ -4,6 +4,9 @@
 #include "json.h"
 #include "fuzz.h"
 
+enum { PARSED, OBJECTS };
+static const char *const fuzz_points[] = {"parsed", "objects", NULL};
+
 static char *copy_of(const void *data, size_t size) { /* without slack behind its zero byte */
     char *copy = malloc(size + 1);
     FUZZ_CHECK(copy);
@@ -33,7 +36,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char error[JSON_ERROR_LENGTH] = "", *text = copy_of(data, size), *printed = NULL;
     struct json_node *nodes = json_parse(text, size, error);
     FUZZ_CHECK(nodes || (error[0] && !strchr(error, '\n')));
+    fuzz_runs++;
     if (nodes) {
+        fuzz_reach(PARSED);
+        if (nodes[0].type == '{' && nodes[0].next > 1)
+            fuzz_reach(OBJECTS);
         size_t length;
         FILE *out = open_memstream(&printed, &length);
         print(out, nodes, 0);

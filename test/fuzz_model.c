@@ -1,5 +1,6 @@
 /* fuzz_model.c: a model file of any bytes is opened, or refused by one line. What opens has its
- * tokenizer read, and its smallest matrices packed. Run by test/fuzz.sh. */
+ * tokenizer read, which then takes and makes text, and its smallest matrices packed. The same bytes
+ * are read as a tokenizer.bin. Run by test/fuzz.sh. */
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
 #define SOURCE_IMPLEMENTATION
@@ -15,6 +16,10 @@
 #include "pack.h"
 #include "fuzz.h"
 
+enum { OPENED, MODELS, VOCABULARIES, CHATS, CHECKPOINTS, TOKENIZER_BINS, PACKED };
+static const char *const fuzz_points[] = {"files",       "models",         "vocabularies", "chats",
+                                          "checkpoints", "tokenizer.bins", "packed",       NULL};
+
 static void pack_all(const struct gguf *file) {
     for (size_t i = 0; i < file->n_tensors; i++) {
         const struct tensor *tensor = &file->tensors[i];
@@ -23,6 +28,7 @@ static void pack_all(const struct gguf *file) {
         struct weight *weight = pack_open(tensor);
         FUZZ_CHECK(weight != NULL);
         if (!weight->vector) {
+            fuzz_reach(PACKED);
             float row[4096];
             weight->panels = aligned_alloc(64, round_up(pack_bytes(weight), 64));
             for (int panel = 0; panel < pack_panels(weight); panel++)
@@ -34,24 +40,77 @@ static void pack_all(const struct gguf *file) {
     }
 }
 
+/* A vocabulary that someone made up spells a text, and is spelled. */
+static void use_tokenizer(const struct tokenizer *t) {
+    static const char text[] = "abc <|im_start|>a <s>\xC3\xA9\xE2\x96\x81\xFF 12'll\n\n  x [INST]";
+    char out[TOK_TEXT_SIZE], note[TOK_ERROR_LENGTH];
+    struct tok_stream stream = {0};
+    int n = 0, *ids = tok_encode(t, text, sizeof text, &n);
+    FUZZ_CHECK(ids && n > 0);
+    for (int i = 0; i < n; i++) {
+        FUZZ_CHECK(ids[i] >= 0 && ids[i] < tok_vocab_size(t) && !tok_is_control(t, ids[i]));
+        FUZZ_CHECK(tok_decode(t, &stream, ids[i], out) <= sizeof out);
+    }
+    free(ids);
+    for (int i = -1; i <= tok_vocab_size(t) && i < 400; i++) {
+        FUZZ_CHECK(tok_decode(t, &stream, i, out) <= sizeof out);
+        (void)tok_ends_text(t, i);
+    }
+    (void)tok_flush(&stream, out);
+    for (enum template_kind kind = TEMPLATE_CHATML; kind <= TEMPLATE_NONE; kind++) {
+        struct turn turn = {NULL, 0, "be <s>", text, sizeof text};
+        if (template_fits(kind, t, note)) {
+            ids = template_ids(kind, t, &turn, &n);
+            FUZZ_CHECK(ids);
+            free(ids);
+        }
+    }
+}
+
+static void read_tokenizer_bin(const char *path) {
+    char error[TOK_ERROR_LENGTH] = "";
+    struct tokenizer *t = tok_open_checkpoint(path, 260, error);
+    FUZZ_CHECK(t || (*error && !strchr(error, '\n')));
+    if (t) {
+        fuzz_reach(TOKENIZER_BINS);
+        use_tokenizer(t);
+    }
+    tok_close(t);
+}
+
+static void read_model(struct gguf *file) {
+    char error[GGUF_ERROR_LENGTH] = "", note[TOK_ERROR_LENGTH] = "";
+    struct model model;
+    if (model_open(&model, file, error)) {
+        fuzz_reach(model.placed ? CHECKPOINTS : MODELS);
+        model_close(&model);
+    } else {
+        FUZZ_CHECK(error[0] && !strchr(error, '\n'));
+    }
+    struct tokenizer *tokenizer = tok_open(file, note);
+    FUZZ_CHECK(tokenizer || (*note && !strchr(note, '\n')));
+    if (tokenizer) {
+        fuzz_reach(VOCABULARIES);
+        use_tokenizer(tokenizer);
+    }
+    if (template_of(file, tokenizer, note) != TEMPLATE_NONE)
+        fuzz_reach(CHATS);
+    FUZZ_CHECK(!strchr(note, '\n'));
+    tok_close(tokenizer);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    char path[64], error[GGUF_ERROR_LENGTH] = "", note[TOK_ERROR_LENGTH];
+    char path[64], error[GGUF_ERROR_LENGTH] = "";
+    fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
     struct gguf *file = source_open(path, error);
     FUZZ_CHECK(!file == !!error[0] && !strchr(error, '\n'));
     if (file) {
-        struct model model;
-        if (model_open(&model, file, error))
-            model_close(&model);
-        else
-            FUZZ_CHECK(error[0] && !strchr(error, '\n'));
-        struct tokenizer *tokenizer = tok_open(file, note);
-        FUZZ_CHECK(tokenizer || !strchr(note, '\n'));
-        (void)template_of(file, tokenizer, note);
-        FUZZ_CHECK(!strchr(note, '\n'));
-        tok_close(tokenizer);
+        fuzz_reach(OPENED);
+        read_model(file);
         pack_all(file);
         gguf_close(file);
     }
+    read_tokenizer_bin(path);
     return 0;
 }

@@ -7,6 +7,10 @@
 #include "requests.h"
 #include "fuzz.h"
 
+enum { TEXTS, OBJECTS, ALL_IDS, STOPS, COMMANDS };
+static const char *const fuzz_points[] = {"texts",      "objects",  "ids",
+                                          "stop texts", "commands", NULL};
+
 static void parse_words(const uint8_t *data, size_t size) {
     char *text = malloc(size + 1), *words[17] = {(char[]){"dynamo"}};
     FUZZ_CHECK(text);
@@ -19,6 +23,8 @@ static void parse_words(const uint8_t *data, size_t size) {
     char error[CLI_ERROR_LENGTH] = "";
     bool good = cli_parse(&options, n, words, error);
     FUZZ_CHECK(good || (error[0] && !strchr(error, '\n')));
+    if (good)
+        fuzz_reach(COMMANDS);
     cli_free(&options);
     free(text);
 }
@@ -28,6 +34,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char *words[] = {(char[]){"dynamo"}, (char[]){"m"}, (char[]){"-f"}, path, NULL};
     struct options options;
     struct requests requests;
+    fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
     FUZZ_CHECK(cli_parse(&options, 4, words, error));
     FUZZ_CHECK(requests_read(&requests, &options, error));
@@ -36,6 +43,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         FUZZ_CHECK(spec->error ? !strchr(spec->error, '\n') : !spec->prompt != !spec->ids);
         FUZZ_CHECK(spec->error || spec->sampling.temperature >= 0);
         size_t safe = 0;
+        if (!spec->error)
+            fuzz_reach(spec->ids ? ALL_IDS : spec->id ? OBJECTS : TEXTS);
+        if (!spec->error && spec->n_stop > 0)
+            fuzz_reach(STOPS);
         if (spec->prompt && !spec->error)
             (void)requests_stop((const char *)data, size, spec->stop, spec->n_stop, &safe);
         FUZZ_CHECK(safe <= size);

@@ -7,6 +7,9 @@
 #include "tokenizer.h"
 #include "fuzz.h"
 
+enum { SPM, BPE, ALL_VALID };
+static const char *const fuzz_points[] = {"spm", "bpe", "valid UTF-8", NULL};
+
 static struct tokenizer *open_vocabulary(const char *path) {
     char error[TOK_ERROR_LENGTH];
     struct gguf *file = gguf_open(path, error);
@@ -31,8 +34,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         vocabularies[0] = open_vocabulary("test/data/vocab-llama-spm.gguf");
         vocabularies[1] = open_vocabulary("test/data/vocab-gpt-2.gguf");
     }
+    fuzz_runs++;
     if (size == 0)
         return 0;
+    fuzz_reach(data[0] & 1 ? BPE : SPM);
     struct tokenizer *t = vocabularies[data[0] & 1];
     t->pattern = &patterns[data[0] / 2 % (sizeof patterns / sizeof *patterns)];
     const char *text = (const char *)data + 1;
@@ -51,6 +56,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     length += tok_flush(&stream, back + length);
     FUZZ_CHECK(is_utf8(back, length));
+    if (is_utf8(text, size))
+        fuzz_reach(ALL_VALID);
     if (t->byte_level) { /* no byte is lost, and valid text comes back as it was */
         FUZZ_CHECK(raw == size);
         FUZZ_CHECK(!is_utf8(text, size) || (length == size && memcmp(back, text, size) == 0));

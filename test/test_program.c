@@ -2,64 +2,24 @@
  *
  * Facts that nobody here made come first: token ids as llama.cpp has them, the text that a
  * published llama2.c model is known to write. Then what every option promises, told by comparing
- * runs: the same text alone, among others, on other devices, with blocks paged out. Then what the
- * program must bear: broken files, prompts and options, a full disk, Ctrl-C. Nothing here looks
- * inside; the program is a child process, so a crash or a hang is one failed check.
+ * runs: the same text alone, among others, on other devices, with blocks paged out. Then absurd
+ * weights, Ctrl-C and the terminal. Nothing here looks inside; the program is a child process, so a
+ * crash or a hang is one failed check. What it must bear besides stands in test_hostile.c.
  *
  * Run from the repository's root. -DDYNAMO_PROGRAM='"path"' tests another binary. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
-#include "child.h"
+#include "files.h"
 #include "json.h"
 
 #include <math.h>
-#include <stdint.h>
-#include <sys/stat.h>
-
-#define DATA               "test/data/"
-#define AIDREAMS           DATA "aidreams260K.bin"
-#define AIDREAMS_TOKENIZER DATA "aidreams_tokenizer.bin"
-#define NO_TOKENIZER       DATA "ref/qwen3-f32.gguf"
 
 enum {
-    PATH_LENGTH = 256,
-    FOLDER_LENGTH = 32,
     VALUE_LENGTH = 8192, /* bytes of a JSON value, at most */
     MAX_IDS = 1024,
     BEGIN_ID = 1,  /* model.bin's beginning-of-text token */
     LIMIT_MS = 100 /* from the start of the program to its first token */
 };
-
-/* ---- files ---- */
-
-static void make_folder(struct check *check, char folder[FOLDER_LENGTH]) {
-    strcpy(folder, "/tmp/dynamo_test_XXXXXX");
-    CHECK(mkdtemp(folder), "cannot make %s", folder);
-}
-
-static void remove_folder(struct check *check, const char *folder) {
-    char command[PATH_LENGTH];
-    snprintf(command, sizeof command, "rm -rf %s", folder);
-    CHECK(system(command) == 0, "%s", command);
-}
-
-static void write_file(struct check *check, const char *path, const void *bytes, size_t length) {
-    FILE *file = fopen(path, "wb");
-    bool ok = file && fwrite(bytes, 1, length, file) == length;
-    ok = file && fclose(file) == 0 && ok;
-    CHECK(ok, "cannot write %s", path);
-}
-
-/* All bytes of a file with a zero byte behind them; an empty text if there is none. */
-static char *read_file(struct check *check, const char *path, size_t *length) {
-    FILE *file = fopen(path, "rb");
-    CHECK(file, "%s: cannot be read; is this the repository's root?", path);
-    if (!file) {
-        *length = 0;
-        return calloc(1, 1);
-    }
-    return child_output(file, length);
-}
 
 /* ---- answers as JSON lines ---- */
 
@@ -110,13 +70,6 @@ static long stat_of(const struct outcome *o, const char *key) { /* -1 if there i
     char value[VALUE_LENGTH];
     const char *found = stat_text(value, o, key);
     return found ? atol(found) : -1;
-}
-
-static int count_lines(const char *text) {
-    int n = 0;
-    for (; *text; text++)
-        n += *text == '\n';
-    return n;
 }
 
 static int count_words(const char *text) {
@@ -550,7 +503,7 @@ static void the_first_token_comes_soon(struct check *check) {
         CHECK(live_end(&live, 10) == 0, "it did not end well");
         live_close(&live);
     }
-    CHECK(best < LIMIT_MS * 1e-3 * SLOWER, "the first token after %.1f ms", 1e3 * best);
+    CHECK(soon(best, LIMIT_MS * 1e-3), "the first token after %.1f ms", 1e3 * best);
 }
 
 /* ---- where it is computed changes no text ---- */
@@ -633,158 +586,7 @@ static void random_weights_run(struct check *check) {
     remove_folder(check, folder);
 }
 
-/* ---- what it refuses ---- */
-
-/* Exactly one line begins with `dynamo: `, and holds the words. */
-static void check_refusal(struct check *check, const char *what, const struct outcome *o,
-                          int status, const char *words) {
-    CHECK(o->status == status, "%s: status %d, expected %d: %s", what, o->status, status, o->err);
-    const char *line = strstr(o->err, "dynamo: ");
-    CHECK(line, "%s: no line that says why: %s", what, o->err);
-    if (!line)
-        return;
-    size_t length = strcspn(line, "\n");
-    CHECK(!strstr(line + length, "dynamo: "), "%s: more than one line: %s", what, o->err);
-    CHECK(line == o->err || line[-1] == '\n', "%s: not at the start of its line: %s", what, o->err);
-    CHECK(length < 600, "%s: a line of %zu bytes", what, length);
-    char *copy = strndup(line, length);
-    CHECK(strstr(copy, words), "%s: %s; expected %s", what, copy, words);
-    free(copy);
-}
-
-static void bad_commands_are_refused(struct check *check) {
-    static const struct {
-        const char *arguments;
-        int status;
-        const char *words;
-    } cases[] = {
-        {"", 2, "no model given"},
-        {"model.bin other.bin -p a", 2, "other.bin: unexpected"},
-        {"model.bin -p a --zap", 2, "--zap: unknown option"},
-        {"model.bin -p a --stat", 2, "did you mean --stats"},
-        {"model.bin -p a -p b", 2, "-p: given twice"},
-        {"model.bin -p a -n", 2, "-n: missing value"},
-        {"model.bin -p a -n 0", 2, "-n: got 0"},
-        {"model.bin -p a -n -5", 2, "-n: got -5"},
-        {"model.bin -p a -n 1.5", 2, "-n: got 1.5"},
-        {"model.bin -p a -n 99999999999", 2, "-n: got 99999999999"},
-        {"model.bin -p a -t -1", 2, "-t: got -1"},
-        {"model.bin -p a -t nan", 2, "-t: got nan"},
-        {"model.bin -p a -t inf", 2, "-t: got inf"},
-        {"model.bin -p a --top-p 1.1", 2, "--top-p: got 1.1"},
-        {"model.bin -p a --min-p x", 2, "--min-p: got x"},
-        {"model.bin -p a --top-k -1", 2, "--top-k: got -1"},
-        {"model.bin -p a --seed -1", 2, "--seed: got -1"},
-        {"model.bin -p a --seed 99999999999999999999", 2, "--seed: got"},
-        {"model.bin -p a --stop ''", 2, "--stop"},
-        {"model.bin -p a --json=1", 2, "--json: got 1, expected no value"},
-        {"model.bin -p a -f b", 2, "-p and -f exclude each other"},
-        {"model.bin -p a --ids 1", 2, "exclude each other"},
-        {"model.bin --ids 1,,2", 2, "--ids: got 1,,2"},
-        {"model.bin --ids ''", 2, "--ids"},
-        {"model.bin --logits x", 2, "--logits: needs -p or --ids"},
-        {"model.bin -p a --tp 3", 2, "--tp: got 3"},
-        {"model.bin -p a --tp 2 --devices cpu:3", 2, "--tp"},
-        {"model.bin -p a --tp 8", 1, "heads"},
-        {"model.bin -p a --devices cpu:0", 2, "--devices: got cpu:0"},
-        {"model.bin -p a --devices cpu:65", 2, "--devices: got cpu:65"},
-        {"model.bin -p a --devices 3-1", 2, "--devices: got 3-1"},
-        {"model.bin -p a --prefill 0", 2, "--prefill: needs --decode"},
-        {"model.bin -p a --devices cpu:2 --prefill 0 --decode 2", 2, "--decode: got device 2"},
-        {"model.bin -p a --devices cpu:2 --prefill 0 --decode 0", 2, "in use already"},
-        {"model.bin -p a --colocate --prefill 0 --decode 1", 2, "exclude each other"},
-        {"model.bin -p a --kv-device 0", 2, "--kv-device: got 0"},
-        {"model.bin -p a --kv-device 1", 1, "raise --kv-device"},
-        {"model.bin -p a --kv-device 8x", 2, "--kv-device: got 8x"},
-        {"model.bin -p a --kv-device 900000G", 1, "lower --kv-device"},
-        {"model.bin -p a --kv-host 900000G", 1, "lower --kv-host"},
-        {"model.bin -p a --kv-type f8", 2, "--kv-type: got f8"},
-        {"model.bin -p a --kv-policy lru", 2, "--kv-policy: got lru"},
-        {"model.bin -p a --max-batch 0", 2, "--max-batch: got 0"},
-        {"model.bin -p a --chunk 0", 2, "--chunk: got 0"},
-        {"model.bin -p a --threads 0", 2, "--threads: got 0"},
-        {"/nowhere/model -p a", 1, "/nowhere/model: No such file"},
-        {"test -p a", 1, "test: is a folder"},
-        {"/dev/null -p a", 1, "/dev/null: is not a regular file"},
-        {"Makefile -p a", 1, "Makefile: "},
-        {AIDREAMS_TOKENIZER " -p a", 1, "aidreams_tokenizer.bin: "},
-        {DATA "vocab-gpt-2.gguf -p a", 1, "vocab-gpt-2.gguf: "},
-        {"model.bin -f /nowhere/f", 1, "/nowhere/f: No such file"},
-        {"model.bin -f test", 1, "test: Is a directory"},
-        {"model.bin --perplexity /nowhere/f", 1, "/nowhere/f: No such file"},
-        {"model.bin --perplexity /dev/null", 1, "/dev/null: too short"},
-        {"model.bin --tokenize /nowhere/f", 1, "/nowhere/f: No such file"},
-        {"model.bin < test", 1, "Is a directory"},
-        {"model.bin -p a --logits /nowhere/f", 1, "/nowhere/f: No such file"},
-        {"model.bin -p a --logits /dev/full", 1, "/dev/full: No space left"},
-        {"model.bin -p a -n 3 > /dev/full", 1, "stdout: No space left"},
-        {"model.bin -p a -n 3 --json > /dev/full", 1, "stdout: No space left"},
-        {"model.bin --tokenize Makefile > /dev/full", 1, "stdout: No space left"},
-        {"--help > /dev/full", 1, "stdout: No space left"},
-        {"model.bin -p a -n 3 >&-", 1, "stdout: Bad file descriptor"},
-        {"model.bin --perplexity Makefile >&-", 1, "stdout: Bad file descriptor"},
-        {"model.bin --ids 1,999999", 3, "999999 is no token"},
-        {"model.bin --ids 1 --logits /dev/full", 1, "/dev/full"},
-        {"model.bin --ids 999999 --logits /dev/null", 1, "999999 is no token"},
-        {NO_TOKENIZER " -p a", 1, "no tokenizer"},
-        {NO_TOKENIZER " < Makefile", 3, "no tokenizer"},
-        {NO_TOKENIZER " -p a --logits /dev/null", 1, "no tokenizer"},
-        {NO_TOKENIZER " --perplexity Makefile", 1, "no tokenizer"},
-        {NO_TOKENIZER " --tokenize Makefile", 1, "tokenizer.ggml.model"},
-        {AIDREAMS " -p a", 1, "tokenizer.bin: cannot be read"},
-        {AIDREAMS " -p a --tokenizer /nowhere/t", 1, "/nowhere/t: cannot be read"},
-        {AIDREAMS " -p a --tokenizer test", 1, "test: "},
-        {AIDREAMS " -p a --tokenizer Makefile", 1, "Makefile: "},
-        {AIDREAMS " -p a --tokenizer model.bin", 1, "model.bin: "},
-        {"random:llama-3.1-70b -p a", 1, "random weights have none; give --ids"},
-        {"random:stories-15m:q8_0 < Makefile", 3, "random weights have none; give --ids"},
-        {"random:stories-15 --ids 1", 1, "random:stories-15: expected random:NAME"},
-        {"random:stories-15m:q4_k --ids 1", 1, "288 columns, expected a multiple of 256"},
-    };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        if (TSAN && strstr(cases[i].arguments, "900000G"))
-            continue; /* ThreadSanitizer itself takes a minute to find that memory short */
-        struct outcome o = run(check, "%s", cases[i].arguments);
-        check_refusal(check, cases[i].arguments, &o, cases[i].status, cases[i].words);
-        CHECK(o.seconds < 3 * SLOWER, "%s: %.1f s", cases[i].arguments, o.seconds);
-        outcome_free(&o);
-    }
-}
-
-static void long_prompts_are_refused(struct check *check) {
-    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
-    make_folder(check, folder);
-    snprintf(path, sizeof path, "%s/prompt", folder);
-    size_t length = 1 << 20;
-    char *text = malloc(length);
-    static const char *const patterns[] = {"a", " ", "Once upon a time ", "\xF0\x9F\x98\x80",
-                                           "\xFF"};
-    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
-        for (size_t at = 0; at < length; at++)
-            text[at] = patterns[i][at % strlen(patterns[i])];
-        write_file(check, path, text, length);
-        struct outcome o = run(check, "model.bin < %s", path);
-        check_refusal(check, patterns[i], &o, 3, "context");
-        CHECK(o.seconds < 2 * SLOWER, "'%s': %.1f s", patterns[i], o.seconds);
-        CHECK(o.out_length == 0, "'%s': %zu bytes on stdout", patterns[i], o.out_length);
-        outcome_free(&o);
-        o = run(check, "model.bin -f %s", path);
-        check_refusal(check, patterns[i], &o, 3, "context");
-        outcome_free(&o);
-    }
-    free(text);
-    remove_folder(check, folder);
-    /* 16 tokens fill the one block, and then there is no room for an answer's second token */
-    static const char ids[] = "1,300,301,302,303,304,305,306,307,308,309,310,311,312,313,314";
-    struct outcome o = run(check, "model.bin --ids %s,315 -n 3 --kv-device 1b", ids);
-    check_refusal(check, "17 tokens in one block", &o, 3, "--kv-device");
-    outcome_free(&o);
-    o = run(check, "model.bin --ids %s -n 3 --kv-device 1b --json", ids);
-    CHECK(o.status == 0 && strstr(o.out, "\"finish_reason\":\"length\""), "%s%s", o.out, o.err);
-    outcome_free(&o);
-}
-
-/* ---- broken model files ---- */
+/* ---- models of made up weights ---- */
 
 enum { LONG_CONTEXT = 32768 };
 
@@ -809,181 +611,6 @@ static void write_endless_model(struct check *check, const char *folder, float s
     free(bytes);
     snprintf(command, sizeof command, "cp " AIDREAMS_TOKENIZER " %s/tokenizer.bin", folder);
     CHECK(system(command) == 0, "%s", command);
-}
-
-/* Runs a file that may be broken: any exit status will do, if a refusal says why. */
-static void check_survives(struct check *check, const char *path, const char *options,
-                           const char *what, size_t at) {
-    struct outcome o = run(check, "%s %s", path, options);
-    CHECK(o.status >= 0 && o.status <= 3, "%s at %zu: status %d: %s", what, at, o.status, o.err);
-    CHECK(o.status == 0 || strstr(o.err, "dynamo: "), "%s at %zu: status %d, no line", what, at,
-          o.status);
-    CHECK(o.seconds < 5 * SLOWER, "%s at %zu: %.1f s", what, at, o.seconds);
-    outcome_free(&o);
-}
-
-struct victim {
-    const char *path, *options;
-    size_t header; /* bytes before the tensors' data, about */
-};
-
-static const struct victim victims[] = {
-    {NO_TOKENIZER, "--ids 1,2,3 -n 3", 2000},
-    {"model.bin", "-p 'Once upon' -n 3", 36000},
-    {DATA "ref/llama-q8_0.gguf", "--ids 1,2,3 -n 3 --kv-device 4b --kv-host 4b", 2000},
-    {AIDREAMS, "-p 'I see' -n 3 --tokenizer " AIDREAMS_TOKENIZER, 28},
-};
-
-static void truncated_files_are_refused(struct check *check) {
-    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
-    make_folder(check, folder);
-    snprintf(path, sizeof path, "%s/broken", folder);
-    for (size_t v = 0; v < sizeof victims / sizeof *victims; v++) {
-        size_t length;
-        char *bytes = read_file(check, victims[v].path, &length);
-        for (size_t i = 0; i < 16; i++) { /* in the header, in the data, and near the end */
-            size_t at = i < 10 ? victims[v].header * i / 10 : length / 6 * (i - 10) + length / 7;
-            at = i == 15 ? length - 100 : at; /* more than padding */
-            write_file(check, path, bytes, at);
-            struct outcome o = run(check, "%s %s", path, victims[v].options);
-            char what[PATH_LENGTH];
-            snprintf(what, sizeof what, "%s, cut after %zu bytes", victims[v].path, at);
-            check_refusal(check, what, &o, 1, "/broken: ");
-            CHECK(o.seconds < 2 * SLOWER, "%s: %.1f s", what, o.seconds);
-            outcome_free(&o);
-        }
-        free(bytes);
-    }
-    remove_folder(check, folder);
-}
-
-/* Not what the numbers then mean, but that each is looked at before it is trusted. */
-static void mutated_files_are_survived(struct check *check) {
-    static const uint8_t values[] = {0, 1, 0x7F, 0x80, 0xFF};
-    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
-    uint32_t random = 12345;
-    make_folder(check, folder);
-    snprintf(path, sizeof path, "%s/broken", folder);
-    for (size_t v = 0; v < sizeof victims / sizeof *victims; v++) {
-        size_t length;
-        char *bytes = read_file(check, victims[v].path, &length);
-        for (int i = 0; i < (v == 3 ? 28 : 60) && length > victims[v].header; i++) {
-            random = random * 1664525 + 1013904223;
-            size_t at = v == 3 ? (size_t)i : (random >> 8) % victims[v].header;
-            char before = bytes[at];
-            bytes[at] = (char)(i % 2 ? values[(random >> 4) % 5] : before ^ (1 << (random >> 29)));
-            write_file(check, path, bytes, length);
-            bytes[at] = before;
-            check_survives(check, path, victims[v].options, victims[v].path, at);
-        }
-        free(bytes);
-    }
-    remove_folder(check, folder);
-}
-
-/* So many bytes of `value` at `offset` behind a name, which stands in the file once. */
-struct patch {
-    const char *name;
-    size_t offset, size;
-    uint64_t value;
-    const char *words; /* of the line that refuses it */
-};
-
-static void lying_files_are_refused(struct check *check) {
-    /* behind a key: u32 type, value; behind a tensor's name: u32 n, u64 sizes, u32 type, u64 at */
-    static const struct patch patches[] = {
-        {"GGUF", 0, 4, 99, "version"},
-        {"GGUF", 4, 8, UINT64_MAX, "have room"},
-        {"GGUF", 4, 8, (uint64_t)1 << 40, "have room"},
-        {"GGUF", 12, 8, UINT64_MAX, ""},
-        {"GGUF", 12, 8, (uint64_t)1 << 40, ""},
-        {"llama.block_count", 0, 4, 8, ""},
-        {"llama.block_count", 0, 4, 6, "llama.block_count"},
-        {"llama.block_count", 4, 4, 0, "llama.block_count"},
-        {"llama.block_count", 4, 4, UINT32_MAX, "llama.block_count"},
-        {"llama.block_count", 4, 4, 5, "blk.4."},
-        {"llama.context_length", 4, 4, 0, "llama.context_length"},
-        {"llama.attention.head_count", 4, 4, 0, "llama.attention.head_count"},
-        {"llama.attention.head_count", 4, 4, 7, "head_count"},
-        {"llama.embedding_length", 4, 4, 193, "193"},
-        {"general.architecture", 12, 5, 0x616161616D, "general.architecture"},
-        {"token_embd.weight", 0, 4, 9, "token_embd.weight"},
-        {"token_embd.weight", 4, 8, UINT64_MAX, "token_embd.weight"},
-        {"token_embd.weight", 4, 8, (uint64_t)1 << 62, "token_embd.weight"},
-        {"token_embd.weight", 12, 8, (uint64_t)1 << 40, "token_embd.weight"},
-        {"token_embd.weight", 20, 4, 1000, "token_embd.weight"},
-        {"token_embd.weight", 24, 8, 1, "token_embd.weight"},
-        {"output_norm.weight", 4, 8, 96, "output_norm.weight"},
-        {"output_norm.weight", 16, 8, (uint64_t)1 << 40, "output_norm.weight"},
-        {"output_norm.weight", 16, 8, (uint64_t)0 - 32, "output_norm.weight"},
-        {"output_norm.weight", 16, 8, 0, "output_norm.weight"},
-    };
-    char folder[FOLDER_LENGTH], path[PATH_LENGTH], what[PATH_LENGTH];
-    make_folder(check, folder);
-    snprintf(path, sizeof path, "%s/broken", folder);
-    size_t length;
-    char *bytes = read_file(check, "model.bin", &length);
-    for (size_t i = 0; i < sizeof patches / sizeof *patches; i++) {
-        const struct patch *p = &patches[i];
-        char saved[8], *at = memmem(bytes, length, p->name, strlen(p->name));
-        CHECK(at, "no %s in model.bin", p->name);
-        if (!at)
-            continue;
-        at += strlen(p->name) + p->offset;
-        memcpy(saved, at, sizeof saved);
-        memcpy(at, &p->value, p->size); /* little-endian */
-        write_file(check, path, bytes, length);
-        memcpy(at, saved, sizeof saved);
-        snprintf(what, sizeof what, "%s + %zu = %#llx", p->name, p->offset,
-                 (unsigned long long)p->value);
-        struct outcome o = run(check, "%s -p a -n 2", path);
-        check_refusal(check, what, &o, 1, "/broken: ");
-        check_refusal(check, what, &o, 1, p->words);
-        CHECK(o.seconds < 2 * SLOWER, "%s: %.1f s", what, o.seconds);
-        outcome_free(&o);
-    }
-    free(bytes);
-    remove_folder(check, folder);
-}
-
-/* 512 MB that nobody meant for us, wherever a file is read: one line, soon, and no hang. */
-static void half_a_gigabyte_is_refused(struct check *check) {
-    enum { MEGABYTE = 1 << 20, MEGABYTES = 512 };
-    char folder[FOLDER_LENGTH], zeros[PATH_LENGTH], noise[PATH_LENGTH];
-    make_folder(check, folder);
-    snprintf(zeros, sizeof zeros, "%s/zeros", folder);
-    snprintf(noise, sizeof noise, "%s/noise", folder);
-    write_file(check, zeros, "", 0);
-    CHECK(truncate(zeros, (off_t)MEGABYTES * MEGABYTE) == 0, "cannot make %s", zeros);
-    char *bytes = malloc(MEGABYTE);
-    uint32_t random = 1;
-    FILE *file = fopen(noise, "wb");
-    for (int i = 0; i < MEGABYTES; i++) {
-        for (int at = 0; at < MEGABYTE && i % 64 == 0; at++)
-            bytes[at] = (char)((random = random * 1664525 + 1013904223) >> 24);
-        memcpy(bytes, "GGUF\3\0\0\0", i == 0 ? 8 : 0); /* then counts of noise */
-        CHECK(fwrite(bytes, 1, MEGABYTE, file) == MEGABYTE, "cannot write %s", noise);
-    }
-    fclose(file);
-    const struct {
-        const char *format, *path, *words;
-        int status;
-    } uses[] = {{"%s -p a", zeros, "/zeros: ", 1},
-                {"%s -p a", noise, "/noise: ", 1},
-                {"model.bin -n 2 -f %s", noise, "/noise: got ", 1},
-                {"model.bin -n 2 -f %s", zeros, "request 0: ", 3},
-                {"model.bin --perplexity %s", zeros, "/zeros: ", 1},
-                {"model.bin -n 2 < %s", noise, "request 0: ", 3}};
-    for (size_t i = 0; i < sizeof uses / sizeof *uses; i++) {
-        char arguments[2 * PATH_LENGTH];
-        snprintf(arguments, sizeof arguments, uses[i].format, uses[i].path);
-        struct outcome o = run(check, "%s", arguments);
-        check_refusal(check, arguments, &o, uses[i].status, uses[i].words);
-        CHECK(o.seconds < 40, "%s: %.1f s", arguments, o.seconds);
-        outcome_free(&o);
-    }
-    free(bytes);
-    remove_folder(check, folder);
 }
 
 /* Weights that are no numbers, or make none: any text will do. */
@@ -1022,7 +649,7 @@ static void an_interrupt_stops_the_answer(struct check *check) {
     kill(live.pid, SIGINT);
     int status = live_end(&live, 5);
     CHECK(status == 3, "status %d, expected 3: some requests failed", status);
-    CHECK(child_clock() - start < 1 * SLOWER, "%.1f s", child_clock() - start);
+    CHECK(soon(child_clock() - start, 1), "%.1f s", child_clock() - start);
     CHECK(live.length > 100 && live.text[live.length - 1] == '\n', "%s", live.text);
     live_close(&live);
     char path[PATH_LENGTH], value[VALUE_LENGTH];
@@ -1256,12 +883,6 @@ int main(int argc, char **argv) {
         {"the_first_token_comes_soon", the_first_token_comes_soon},
         {"schedules_change_no_text", schedules_change_no_text},
         {"random_weights_run", random_weights_run},
-        {"bad_commands_are_refused", bad_commands_are_refused},
-        {"long_prompts_are_refused", long_prompts_are_refused},
-        {"truncated_files_are_refused", truncated_files_are_refused},
-        {"mutated_files_are_survived", mutated_files_are_survived},
-        {"lying_files_are_refused", lying_files_are_refused},
-        {"half_a_gigabyte_is_refused", half_a_gigabyte_is_refused},
         {"absurd_weights_are_survived", absurd_weights_are_survived},
         {"an_interrupt_stops_the_answer", an_interrupt_stops_the_answer},
         {"an_interrupt_ends_other_work", an_interrupt_ends_other_work},

@@ -1,0 +1,719 @@
+/* test_hostile.c: what the program must bear: wrong options, broken and huge files, prompts that
+ * look like commands, closed streams, a full disk.
+ *
+ * It may refuse by one line and the right exit status; a crash, a hang, a sanitizer's report and
+ * memory that grows with the file are failures. Model files are broken at random and field by
+ * field: tiny.h tells where each number of a model stands. Nothing here looks inside; test_gguf.c
+ * does.
+ *
+ * Run from the repository's root. -DDYNAMO_PROGRAM='"path"' tests another binary. */
+#define _GNU_SOURCE
+#include "files.h"
+#include "tiny.h"
+
+/* ---- options and streams ---- */
+
+static void bad_commands_are_refused(struct check *check) {
+    static const struct {
+        const char *arguments;
+        int status;
+        const char *words;
+    } cases[] = {
+        {"", 2, "no model given"},
+        {"model.bin other.bin -p a", 2, "other.bin: unexpected"},
+        {"model.bin -p a --zap", 2, "--zap: unknown option"},
+        {"model.bin -p a --stat", 2, "did you mean --stats"},
+        {"model.bin -p a -p b", 2, "-p: given twice"},
+        {"model.bin -p a -n", 2, "-n: missing value"},
+        {"model.bin -p a -n 0", 2, "-n: got 0"},
+        {"model.bin -p a -n -5", 2, "-n: got -5"},
+        {"model.bin -p a -n 1.5", 2, "-n: got 1.5"},
+        {"model.bin -p a -n 99999999999", 2, "-n: got 99999999999"},
+        {"model.bin -p a -t -1", 2, "-t: got -1"},
+        {"model.bin -p a -t nan", 2, "-t: got nan"},
+        {"model.bin -p a -t inf", 2, "-t: got inf"},
+        {"model.bin -p a --top-p 1.1", 2, "--top-p: got 1.1"},
+        {"model.bin -p a --min-p x", 2, "--min-p: got x"},
+        {"model.bin -p a --top-k -1", 2, "--top-k: got -1"},
+        {"model.bin -p a --seed -1", 2, "--seed: got -1"},
+        {"model.bin -p a --seed 99999999999999999999", 2, "--seed: got"},
+        {"model.bin -p a --stop ''", 2, "--stop"},
+        {"model.bin -p a --json=1", 2, "--json: got 1, expected no value"},
+        {"model.bin -p a -f b", 2, "-p and -f exclude each other"},
+        {"model.bin -p a --ids 1", 2, "exclude each other"},
+        {"model.bin --ids 1,,2", 2, "--ids: got 1,,2"},
+        {"model.bin --ids ''", 2, "--ids"},
+        {"model.bin --logits x", 2, "--logits: needs -p or --ids"},
+        {"model.bin -p a --tp 3", 2, "--tp: got 3"},
+        {"model.bin -p a --tp 2 --devices cpu:3", 2, "--tp"},
+        {"model.bin -p a --tp 8", 1, "heads"},
+        {"model.bin -p a --devices cpu:0", 2, "--devices: got cpu:0"},
+        {"model.bin -p a --devices cpu:65", 2, "--devices: got cpu:65"},
+        {"model.bin -p a --devices cpu:64", 1, "more than 16"},
+        {"model.bin -p a --devices cpu:99999999999", 2, "--devices: got cpu:99999999999"},
+        {"model.bin -p a --devices 0-99999999", 2, "--devices: got 0-99999999"},
+        {"model.bin -p a --devices 3-1", 2, "--devices: got 3-1"},
+        {"model.bin -p a --prefill 0", 2, "--prefill: needs --decode"},
+        {"model.bin -p a --devices cpu:2 --prefill 0 --decode 2", 2, "--decode: got device 2"},
+        {"model.bin -p a --devices cpu:2 --prefill 0 --decode 0", 2, "in use already"},
+        {"model.bin -p a --colocate --prefill 0 --decode 1", 2, "exclude each other"},
+        {"model.bin -p a --kv-device 0", 2, "--kv-device: got 0"},
+        {"model.bin -p a --kv-device 1", 1, "raise --kv-device"},
+        {"model.bin -p a --kv-device 8x", 2, "--kv-device: got 8x"},
+        {"model.bin -p a --kv-device 900000G", 1, "lower --kv-device"},
+        {"model.bin -p a --kv-host 900000G", 1, "lower --kv-host"},
+        {"model.bin -p a --kv-type f8", 2, "--kv-type: got f8"},
+        {"model.bin -p a --kv-policy lru", 2, "--kv-policy: got lru"},
+        {"model.bin -p a --max-batch 0", 2, "--max-batch: got 0"},
+        {"model.bin -p a --chunk 0", 2, "--chunk: got 0"},
+        {"model.bin -p a --threads 0", 2, "--threads: got 0"},
+        {"-- -p a", 2, "--: unknown option"},
+        {"model.bin -", 2, "-: unknown option"},
+        {"'' -p a", 1, "No such file"},
+        {"/dev/zero -p a", 1, "/dev/zero: is not a regular file"},
+        {"/dev/stdin -p a < /dev/zero", 1, "/dev/stdin: is not a regular file"},
+        {"model.bin -f /dev/zero", 1, "/dev/zero: got more than"},
+        {"model.bin -n 3 < /dev/zero", 1, "stdin: got more than"},
+        {"model.bin --ids 1,2147483647", 2, "--ids: got 1,2147483647"},
+        {AIDREAMS " -p a --tokenizer /dev/zero", 1, "/dev/zero: is not a regular file"},
+        {"/nowhere/model -p a", 1, "/nowhere/model: No such file"},
+        {"test -p a", 1, "test: is a folder"},
+        {"/dev/null -p a", 1, "/dev/null: is not a regular file"},
+        {"Makefile -p a", 1, "Makefile: "},
+        {AIDREAMS_TOKENIZER " -p a", 1, "aidreams_tokenizer.bin: "},
+        {DATA "vocab-gpt-2.gguf -p a", 1, "vocab-gpt-2.gguf: "},
+        {"model.bin -f /nowhere/f", 1, "/nowhere/f: No such file"},
+        {"model.bin -f test", 1, "test: Is a directory"},
+        {"model.bin --perplexity /nowhere/f", 1, "/nowhere/f: No such file"},
+        {"model.bin --perplexity /dev/null", 1, "/dev/null: too short"},
+        {"model.bin --tokenize /nowhere/f", 1, "/nowhere/f: No such file"},
+        {"model.bin < test", 1, "Is a directory"},
+        {"model.bin -p a --logits /nowhere/f", 1, "/nowhere/f: No such file"},
+        {"model.bin -p a --logits /proc/logits", 1, "/proc/logits: No such file"},
+        {"model.bin -p a --logits test", 1, "test: Is a directory"},
+        {"model.bin -p a --logits /dev/full", 1, "/dev/full: No space left"},
+        {"model.bin -p a -n 3 > /dev/full", 1, "stdout: No space left"},
+        {"model.bin -p a -n 3 --json > /dev/full", 1, "stdout: No space left"},
+        {"model.bin --tokenize Makefile > /dev/full", 1, "stdout: No space left"},
+        {"--help > /dev/full", 1, "stdout: No space left"},
+        {"model.bin -p a -n 3 >&-", 1, "stdout: Bad file descriptor"},
+        {"model.bin --tokenize Makefile >&-", 1, "stdout: Bad file descriptor"},
+        {"model.bin -p a -n 3 --json >&-", 1, "stdout: Bad file descriptor"},
+        {"--version >&-", 1, "stdout: Bad file descriptor"},
+        {"model.bin <&-", 1, "stdin: Bad file descriptor"},
+        {"model.bin -f - <&-", 1, "stdin: Bad file descriptor"},
+        {"model.bin --perplexity Makefile >&-", 1, "stdout: Bad file descriptor"},
+        {"model.bin --ids 1,999999", 3, "999999 is no token"},
+        {"model.bin --ids 1 --logits /dev/full", 1, "/dev/full"},
+        {"model.bin --ids 999999 --logits /dev/null", 1, "999999 is no token"},
+        {NO_TOKENIZER " -p a", 1, "no tokenizer"},
+        {NO_TOKENIZER " < Makefile", 3, "no tokenizer"},
+        {NO_TOKENIZER " -p a --logits /dev/null", 1, "no tokenizer"},
+        {NO_TOKENIZER " --perplexity Makefile", 1, "no tokenizer"},
+        {NO_TOKENIZER " --tokenize Makefile", 1, "tokenizer.ggml.model"},
+        {AIDREAMS " -p a", 1, "tokenizer.bin: cannot be read"},
+        {AIDREAMS " -p a --tokenizer /nowhere/t", 1, "/nowhere/t: cannot be read"},
+        {AIDREAMS " -p a --tokenizer test", 1, "test: "},
+        {AIDREAMS " -p a --tokenizer Makefile", 1, "Makefile: "},
+        {AIDREAMS " -p a --tokenizer model.bin", 1, "model.bin: "},
+        {"random:llama-3.1-70b -p a", 1, "random weights have none; give --ids"},
+        {"random:stories-15m:q8_0 < Makefile", 3, "random weights have none; give --ids"},
+        {"random:stories-15 --ids 1", 1, "random:stories-15: expected random:NAME"},
+        {"random:stories-15m:q4_k --ids 1", 1, "288 columns, expected a multiple of 256"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (TSAN && strstr(cases[i].arguments, "900000G"))
+            continue; /* ThreadSanitizer itself takes a minute to find that memory short */
+        struct outcome o = run(check, "%s", cases[i].arguments);
+        check_refusal(check, cases[i].arguments, &o, cases[i].status, cases[i].words);
+        CHECK(soon(o.seconds, 3), "%s: %.1f s", cases[i].arguments, o.seconds);
+        outcome_free(&o);
+    }
+}
+
+/* A program without stderr, stdin or all of them does the same; and what is meant for a closed
+ * stream never lands in a file that was opened since. */
+static void closed_streams_are_no_files(struct check *check) {
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    struct outcome whole = run(check, "model.bin -p 'The cat' -n 9 -t 0");
+    static const char *const closed[] = {"2>&-", "<&-", "<&- 2>&-", "2> /dev/full"};
+    for (size_t i = 0; i < sizeof closed / sizeof *closed; i++) {
+        struct outcome o = run(check, "model.bin -p 'The cat' -n 9 -t 0 %s", closed[i]);
+        CHECK(o.status == 0 && !strcmp(o.out, whole.out), "%s: status %d: %s", closed[i], o.status,
+              o.out);
+        outcome_free(&o);
+    }
+    outcome_free(&whole);
+    struct outcome o = run(check, "model.bin --zap 2>&-");
+    CHECK(o.status == 2 && o.out_length == 0, "status %d: %s", o.status, o.out);
+    outcome_free(&o);
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/logits", folder);
+    size_t n[2];
+    for (int i = 0; i < 2; i++) {
+        o = run(check, "model.bin -p 'The cat' --logits %s --verbose %s", path,
+                i ? "<&- >&- 2>&-" : "");
+        CHECK(o.status == 0, "status %d: %s", o.status, o.err);
+        free(read_file(check, path, &n[i]));
+        outcome_free(&o);
+    }
+    CHECK(n[0] > 1000 && n[0] == n[1], "%zu bytes of logits, or %zu", n[0], n[1]);
+    remove_folder(check, folder);
+}
+
+/* Where it waits for nobody: a pipe that has no writer, in place of a file. */
+static void pipes_are_no_models(struct check *check) {
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/pipe", folder);
+    CHECK(mkfifo(path, 0600) == 0, "no pipe %s", path);
+    struct outcome o = run(check, "%s -p a", path);
+    check_refusal(check, "a pipe", &o, 1, "is not a regular file");
+    outcome_free(&o);
+    o = run(check, AIDREAMS " --tokenizer %s -p a", path);
+    check_refusal(check, "a pipe", &o, 1, "is not a regular file");
+    outcome_free(&o);
+    remove_folder(check, folder);
+}
+
+/* Room for what never comes costs nothing, and more than there is, is refused. */
+static void large_options_cost_nothing(struct check *check) {
+    static const char *const options[] = {
+        "--threads 1024",
+        "--chunk 1048576",
+        "--max-batch 65536 --kv-device 64b --kv-host 64b",
+        "-n 2147483647 --kv-device 2b",
+        "--devices cpu:16 --kv-device 1b --kv-host 0 --chunk 1 --max-batch 1",
+        "--top-k 2147483647 --seed 18446744073709551615 --min-p 1e-300 -t 1e-300",
+    };
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
+        struct outcome o = run(check, "model.bin -p a %s --json", options[i]);
+        CHECK(o.status == 0 && strstr(o.out, "\"finish_reason\":\""), "%s: status %d: %s",
+              options[i], o.status, o.err);
+        CHECK(soon(o.seconds, 5) && small(&o, 500), "%s: %.1f s, %ld KiB", options[i], o.seconds,
+              o.kibibytes);
+        outcome_free(&o);
+    }
+}
+
+static void long_prompts_are_refused(struct check *check) {
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/prompt", folder);
+    size_t length = 1 << 20;
+    char *text = malloc(length);
+    static const char *const patterns[] = {"a", " ", "Once upon a time ", "\xF0\x9F\x98\x80",
+                                           "\xFF"};
+    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
+        for (size_t at = 0; at < length; at++)
+            text[at] = patterns[i][at % strlen(patterns[i])];
+        write_file(check, path, text, length); /* too long even if each token had 1024 bytes */
+        struct outcome o = run(check, "model.bin < %s", path);
+        check_refusal(check, patterns[i], &o, 3, "context");
+        CHECK(soon(o.seconds, 2), "'%s': %.1f s", patterns[i], o.seconds);
+        CHECK(o.out_length == 0, "'%s': %zu bytes on stdout", patterns[i], o.out_length);
+        outcome_free(&o);
+        write_file(check, path, text, length / 3);
+        o = run(check, "model.bin -f %s", path);
+        check_refusal(check, patterns[i], &o, 3, "context");
+        outcome_free(&o);
+    }
+    free(text);
+    remove_folder(check, folder);
+    /* 16 tokens fill the one block, and then there is no room for an answer's second token */
+    static const char ids[] = "1,300,301,302,303,304,305,306,307,308,309,310,311,312,313,314";
+    struct outcome o = run(check, "model.bin --ids %s,315 -n 3 --kv-device 1b", ids);
+    check_refusal(check, "17 tokens in one block", &o, 3, "--kv-device");
+    outcome_free(&o);
+    o = run(check, "model.bin --ids %s -n 3 --kv-device 1b --json", ids);
+    CHECK(o.status == 0 && strstr(o.out, "\"finish_reason\":\"length\""), "%s%s", o.out, o.err);
+    outcome_free(&o);
+}
+
+/* ---- half a gigabyte of anything ---- */
+
+enum { HUGE_BYTES = 512 << 20, HUGE_HEAD = 1 << 20 };
+
+/* A file of which only the head takes room on the disk; zeros follow. */
+static void write_huge(struct check *check, const char *path, const void *head, size_t length,
+                       off_t size) {
+    write_file(check, path, head, length);
+    CHECK(truncate(path, size) == 0, "cannot make %s that large", path);
+}
+
+static void huge_model_files_are_refused(struct check *check) {
+    static const struct {
+        const char *what, *head; /* NULL: the byte, repeated; or random ones */
+        size_t length;
+        int byte;
+        const char *words;
+    } kinds[] = {
+#define HEAD(text) text, sizeof(text) - 1, 0
+        {"zeros", HEAD(""), "block_count"},
+        {"0xff", NULL, 0, 0xFF, "checkpoint"},
+        {"random", NULL, 0, -1, "checkpoint"},
+        {"letters", NULL, 0, 'a', "checkpoint"},
+        {"no keys", HEAD("GGUF\3\0\0\0"), "general.architecture"},
+        {"2^64 - 1 tensors", HEAD("GGUF\3\0\0\0\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF"),
+         "tensors: got 1844"},
+        {"2^24 tensors", HEAD("GGUF\3\0\0\0\0\0\0\1\0\0\0\0"), "tensors: got 16777216, expected"},
+        {"2^24 keys", HEAD("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0"),
+         "keys: got 16777216, expected"},
+        {"60000 keys, all alike", HEAD("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\x60\xEA"), "is there twice"},
+        {"a key of 2^28 bytes",
+         HEAD("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0"),
+         "general.architecture"},
+        {"2^25 strings",
+         HEAD("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0t"
+              "\x9\0\0\0\x8\0\0\0\0\0\0\2\0\0\0\0"),
+         "t: got 33554432, expected at most"},
+        {"2^28 bytes",
+         HEAD("GGUF\3\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0t"
+              "\x9\0\0\0\0\0\0\0\0\0\0\x10\0\0\0\0"),
+         "general.architecture"},
+#undef HEAD
+    };
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], *filled = malloc(HUGE_HEAD);
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/huge", folder);
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        uint32_t random = 7;
+        for (size_t at = 0; at < HUGE_HEAD; at++) {
+            random = random * 1664525 + 1013904223;
+            filled[at] = (char)(kinds[i].byte < 0 ? (int)(random >> 24) : kinds[i].byte);
+        }
+        const char *head = kinds[i].head ? kinds[i].head : filled;
+        write_huge(check, path, head, kinds[i].head ? kinds[i].length : HUGE_HEAD, HUGE_BYTES);
+        struct outcome o = run(check, "%s -p a -n 2", path);
+        check_refusal(check, kinds[i].what, &o, 1, "/huge: ");
+        check_refusal(check, kinds[i].what, &o, 1, kinds[i].words);
+        CHECK(soon(o.seconds, 1) && small(&o, 64), "%s: %.1f s, %ld KiB", kinds[i].what, o.seconds,
+              o.kibibytes);
+        outcome_free(&o);
+    }
+    free(filled);
+    remove_folder(check, folder);
+}
+
+static void huge_texts_are_refused(struct check *check) {
+    static const struct {
+        const char *options;
+        int status, status_shorter, skips; /* 1: the whole one, 2: the shorter one, to save time */
+        const char *words;                 /* of the refusal of a shorter one, which is read */
+    } modes[] = {{"model.bin -n 2 -f %s", 1, 3, 0, "context"},
+                 {"model.bin -n 2 < %s", 1, 3, 1, "context"},
+                 {"model.bin -n 2 < %s.pipe", 1, 3, 2, "context"},
+                 {"model.bin --tokenize %s", 1, 1, 2, "a text of more than"},
+                 {"model.bin --perplexity %s", 1, 1, 1, "a text of more than"}};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], words[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/huge.pipe", folder);
+    CHECK(mkfifo(path, 0600) == 0, "no pipe %s", path);
+    for (int shorter = 0; shorter < (SANITIZED ? 1 : 2); shorter++) {
+        snprintf(path, sizeof path, "%s/huge", folder);
+        write_huge(check, path, "\xFF<s>", 4, shorter ? 200 << 20 : HUGE_BYTES);
+        for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+            if (modes[i].skips == 1 + shorter)
+                continue;
+            snprintf(words, sizeof words, "cd %s && cat huge > huge.pipe 2> /dev/null &", folder);
+            CHECK(!strstr(modes[i].options, "pipe") || system(words) == 0, "%s", words);
+            snprintf(words, sizeof words, modes[i].options, path);
+            struct outcome o = run(check, "%s", words);
+            check_refusal(check, words, &o, shorter ? modes[i].status_shorter : modes[i].status,
+                          shorter ? modes[i].words : "got more than 268435456 bytes");
+            CHECK(soon(o.seconds, 4) && small(&o, 700), "%s: %.1f s, %ld KiB", words, o.seconds,
+                  o.kibibytes);
+            outcome_free(&o);
+        }
+    }
+    remove_folder(check, folder);
+}
+
+/* ---- requests ---- */
+
+/* Every key with every kind of value: a line each, answered or refused. */
+static void odd_requests_are_answered(struct check *check) {
+    static const char *const keys[] = {"prompt", "ids",  "n",    "temperature", "top_p",
+                                       "top_k",  "seed", "stop", "system",      "id",
+                                       "min_p",  "zap",  "",     "\\u0000",     "prompt\\u0000"};
+    static const char *const values[] = {"null",       "true",
+                                         "0",          "-1",
+                                         "1e9",        "1e400",
+                                         "-0",         "0.5",
+                                         "2147483648", "\"\"",
+                                         "\"a\"",      "\"\\u0000\"",
+                                         "[]",         "[1]",
+                                         "[1,2.5]",    "[\"a\"]",
+                                         "[[1]]",      "{}",
+                                         "{\"a\":1}",  "\"<s>\"",
+                                         "[-1]",       "[99999]",
+                                         "[1e3]",      "[true]",
+                                         "[null]",     "18446744073709551616"};
+    enum { KEYS = sizeof keys / sizeof *keys, VALUES = sizeof values / sizeof *values };
+    static const char *const rest[] = {"{",
+                                       "{\"",
+                                       "{\"a\"",
+                                       "{\"a\":",
+                                       "{\"prompt\":\"a\",}",
+                                       "{\"prompt\":\"a\"}}",
+                                       "\xEF\xBB\xBF{\"prompt\":\"a\"}",
+                                       "[",
+                                       "\\",
+                                       "\xFF\xFE",
+                                       "{\"prompt\":[[[[[[[[[[[[[["};
+    enum { REST = sizeof rest / sizeof *rest };
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], *text = malloc(1 << 20);
+    int length = 0, n_lines = 0;
+    for (int i = 0; i < KEYS * VALUES * 2 + REST; i++, n_lines++) {
+        const char *key = keys[i / 2 / VALUES % KEYS], *value = values[i / 2 % VALUES];
+        const char *more = i % 2 ? "\"prompt\":\"a\"," : "";
+        length += i < KEYS * VALUES * 2
+                      ? sprintf(text + length, "{%s\"%s\":%s}\n", more, key, value)
+                      : sprintf(text + length, "%s\n", rest[i - KEYS * VALUES * 2]);
+    }
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/requests", folder);
+    write_file(check, path, text, (size_t)length);
+    free(text);
+    struct outcome o = run(check, "model.bin -f %s -n 2 --kv-device 64b --json", path);
+    CHECK(o.status == 3 && count_lines(o.out) == n_lines, "status %d, %d lines of %d: %s", o.status,
+          count_lines(o.out), n_lines, o.err);
+    int n_refused = 0;
+    for (const char *at = o.out; (at = strstr(at, "\"error\":\"")); at++)
+        n_refused++;
+    CHECK(n_refused > n_lines / 2 && n_refused < n_lines, "%d of %d refused", n_refused, n_lines);
+    outcome_free(&o);
+    remove_folder(check, folder);
+}
+
+/* More than the scheduler is told of at once: all are answered, in order. */
+static void many_requests_are_answered(struct check *check) {
+    enum { N = SANITIZED ? 4500 : 12000 };
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], *text = malloc(N * 16);
+    int length = 0;
+    for (int i = 0; i < N; i++)
+        length += sprintf(text + length, i % 1000 == 999 ? "{\"n\":1}\n" : "a %d\n", i);
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/requests", folder);
+    write_file(check, path, text, (size_t)length);
+    free(text);
+    struct outcome o = run(check, "model.bin -f %s -n 1 --kv-device 64b", path);
+    int n = 0;
+    for (const char *at = o.out; *at; at += strcspn(at, "\n"), at += strspn(at, "\n"))
+        for (int wanted = -1; sscanf(at, "a %d", &wanted) == 1; at++) {
+            n += n % 1000 == 999; /* that one was refused */
+            CHECK(wanted == n, "%d comes where %d is expected", wanted, n);
+            n = wanted + 1;
+            break;
+        }
+    CHECK(o.status == 3 && n >= N - 1, "status %d, %d of %d answers", o.status, n, N);
+    outcome_free(&o);
+    remove_folder(check, folder);
+}
+
+/* What is typed is text: whatever it spells, it has as many tokens as bytes in a vocabulary that
+ * merges none of these. Said as a prompt, in a chat, as a system text, in JSON. */
+static void special_tokens_are_typed_as_text(struct check *check) {
+    static const struct tiny_shape shapes[] = {{"llama", TINY_F32, NULL},
+                                               {"qwen2", TINY_F32, "<|im_start|>"},
+                                               {"qwen3", TINY_F32, "<|start_header_id|>"},
+                                               {"llama", TINY_F32, "<<SYS>>"},
+                                               {"llama", TINY_F32, "[INST]"}};
+    static const char *const ways[] = {"-p '%s'", "-p x --system '%s'", "-f %s/requests"};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], words[PATH_LENGTH], line[PATH_LENGTH];
+    static struct tiny tiny;
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/requests", folder);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        CHECK(tiny_make(&tiny, shapes[i]), "a model too large");
+        snprintf(words, sizeof words, "%s/model", folder);
+        write_file(check, words, tiny.bytes, tiny.size);
+        for (size_t way = 0; way < 3; way++) {
+            int n_tokens[11] = {0};
+            for (size_t k = 0; k < 11; k++) { /* the last is the measure: one byte */
+                const char *text = k < 10 ? tiny_special[k] : "x";
+                snprintf(line, sizeof line, "{\"prompt\":\"%s\"}\n", text);
+                write_file(check, path, line, strlen(line));
+                snprintf(words, sizeof words, ways[way], way == 2 ? folder : text);
+                struct outcome o = run(check, "%s/model %s -n 1 --json", folder, words);
+                const char *found = strstr(o.out, "\"prompt_tokens\":");
+                n_tokens[k] = found ? atoi(found + 16) : -1000;
+                CHECK(o.status == 0 && found, "%s: status %d: %s", words, o.status, o.err);
+                outcome_free(&o);
+            }
+            for (size_t k = 0; k < 10; k++)
+                CHECK(n_tokens[k] - n_tokens[10] == (int)strlen(tiny_special[k]) - 1,
+                      "%s: %s in way %zu: %d tokens, x: %d", shapes[i].chat ? shapes[i].chat : "-",
+                      tiny_special[k], way, n_tokens[k], n_tokens[10]);
+        }
+    }
+    remove_folder(check, folder);
+}
+
+/* ---- broken model files ---- */
+
+/* Runs a file that may be broken: any exit status will do, if a refusal says why. */
+static void check_survives(struct check *check, const char *path, const char *options,
+                           const char *what, size_t at) {
+    struct outcome o = run(check, "%s %s", path, options);
+    CHECK(o.status >= 0 && o.status <= 3, "%s at %zu: status %d: %s", what, at, o.status, o.err);
+    CHECK(o.status == 0 || strstr(o.err, "dynamo: "), "%s at %zu: status %d, no line", what, at,
+          o.status);
+    CHECK(soon(o.seconds, 5), "%s at %zu: %.1f s", what, at, o.seconds);
+    outcome_free(&o);
+}
+
+struct victim {
+    const char *path, *options;
+    size_t header; /* bytes before the tensors' data, about */
+};
+
+static const struct victim victims[] = {
+    {NO_TOKENIZER, "--ids 1,2,3 -n 3", 2000},
+    {"model.bin", "-p 'Once upon' -n 3", 36000},
+    {DATA "ref/llama-q8_0.gguf", "--ids 1,2,3 -n 3 --kv-device 4b --kv-host 4b", 2000},
+    {AIDREAMS, "-p 'I see' -n 3 --tokenizer " AIDREAMS_TOKENIZER, 28},
+};
+
+static void truncated_files_are_refused(struct check *check) {
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/broken", folder);
+    for (size_t v = 0; v < sizeof victims / sizeof *victims; v++) {
+        size_t length;
+        char *bytes = read_file(check, victims[v].path, &length);
+        for (size_t i = 0; i < 16; i++) { /* in the header, in the data, and near the end */
+            size_t at = i < 10 ? victims[v].header * i / 10 : length / 6 * (i - 10) + length / 7;
+            at = i == 15 ? length - 100 : at; /* more than padding */
+            write_file(check, path, bytes, at);
+            struct outcome o = run(check, "%s %s", path, victims[v].options);
+            char what[PATH_LENGTH];
+            snprintf(what, sizeof what, "%s, cut after %zu bytes", victims[v].path, at);
+            check_refusal(check, what, &o, 1, "/broken: ");
+            CHECK(soon(o.seconds, 2), "%s: %.1f s", what, o.seconds);
+            outcome_free(&o);
+        }
+        free(bytes);
+    }
+    remove_folder(check, folder);
+}
+
+/* Not what the numbers then mean, but that each is looked at before it is trusted. */
+static void mutated_files_are_survived(struct check *check) {
+    static const uint8_t values[] = {0, 1, 0x7F, 0x80, 0xFF};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    uint32_t random = 12345;
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/broken", folder);
+    for (size_t v = 0; v < sizeof victims / sizeof *victims; v++) {
+        size_t length;
+        char *bytes = read_file(check, victims[v].path, &length);
+        for (int i = 0; i < (v == 3 ? 28 : 30) && length > victims[v].header; i++) {
+            random = random * 1664525 + 1013904223;
+            size_t at = v == 3 ? (size_t)i : (random >> 8) % victims[v].header;
+            char before = bytes[at];
+            bytes[at] = (char)(i % 2 ? values[(random >> 4) % 5] : before ^ (1 << (random >> 29)));
+            write_file(check, path, bytes, length);
+            bytes[at] = before;
+            check_survives(check, path, victims[v].options, victims[v].path, at);
+        }
+        free(bytes);
+    }
+    remove_folder(check, folder);
+}
+
+/* So many bytes of `value` at `offset` behind a name, which stands in the file once. */
+struct patch {
+    const char *name;
+    size_t offset, size;
+    uint64_t value;
+    const char *words; /* of the line that refuses it */
+};
+
+static void lying_files_are_refused(struct check *check) {
+    /* behind a key: u32 type, value; behind a tensor's name: u32 n, u64 sizes, u32 type, u64 at */
+    static const struct patch patches[] = {
+        {"GGUF", 0, 4, 99, "version"},
+        {"GGUF", 4, 8, UINT64_MAX, "have room"},
+        {"GGUF", 4, 8, (uint64_t)1 << 40, "have room"},
+        {"GGUF", 12, 8, UINT64_MAX, ""},
+        {"GGUF", 12, 8, (uint64_t)1 << 40, ""},
+        {"llama.block_count", 0, 4, 8, ""},
+        {"llama.block_count", 0, 4, 6, "llama.block_count"},
+        {"llama.block_count", 4, 4, 0, "llama.block_count"},
+        {"llama.block_count", 4, 4, UINT32_MAX, "llama.block_count"},
+        {"llama.block_count", 4, 4, 5, "blk.4."},
+        {"llama.context_length", 4, 4, 0, "llama.context_length"},
+        {"llama.attention.head_count", 4, 4, 0, "llama.attention.head_count"},
+        {"llama.attention.head_count", 4, 4, 7, "head_count"},
+        {"llama.embedding_length", 4, 4, 193, "193"},
+        {"general.architecture", 12, 5, 0x616161616D, "general.architecture"},
+        {"token_embd.weight", 0, 4, 9, "token_embd.weight"},
+        {"token_embd.weight", 4, 8, UINT64_MAX, "token_embd.weight"},
+        {"token_embd.weight", 4, 8, (uint64_t)1 << 62, "token_embd.weight"},
+        {"token_embd.weight", 12, 8, (uint64_t)1 << 40, "token_embd.weight"},
+        {"token_embd.weight", 20, 4, 1000, "token_embd.weight"},
+        {"token_embd.weight", 24, 8, 1, "token_embd.weight"},
+        {"output_norm.weight", 4, 8, 96, "output_norm.weight"},
+        {"output_norm.weight", 16, 8, (uint64_t)1 << 40, "output_norm.weight"},
+        {"output_norm.weight", 16, 8, (uint64_t)0 - 32, "output_norm.weight"},
+        {"output_norm.weight", 16, 8, 0, "output_norm.weight"},
+    };
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH], what[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/broken", folder);
+    size_t length;
+    char *bytes = read_file(check, "model.bin", &length);
+    for (size_t i = 0; i < sizeof patches / sizeof *patches; i++) {
+        const struct patch *p = &patches[i];
+        char saved[8], *at = memmem(bytes, length, p->name, strlen(p->name));
+        CHECK(at, "no %s in model.bin", p->name);
+        if (!at)
+            continue;
+        at += strlen(p->name) + p->offset;
+        memcpy(saved, at, sizeof saved);
+        memcpy(at, &p->value, p->size); /* little-endian */
+        write_file(check, path, bytes, length);
+        memcpy(at, saved, sizeof saved);
+        snprintf(what, sizeof what, "%s + %zu = %#llx", p->name, p->offset,
+                 (unsigned long long)p->value);
+        struct outcome o = run(check, "%s -p a -n 2", path);
+        check_refusal(check, what, &o, 1, "/broken: ");
+        check_refusal(check, what, &o, 1, p->words);
+        CHECK(soon(o.seconds, 2), "%s: %.1f s", what, o.seconds);
+        outcome_free(&o);
+    }
+    free(bytes);
+    remove_folder(check, folder);
+}
+
+/* A bad value for a field that holds `old`: the i-th of its kind; where it is the old one, none. */
+static uint64_t bad_value(const struct tiny *t, enum tiny_kind kind, uint64_t old, int i) {
+    const uint64_t values[FIELD_NAME + 1][8] = {
+        [FIELD_COUNT] = {0, old - 1, old + 1, old * 2, 1u << 31, old | 1ull << 32, UINT64_MAX,
+                         1ull << 63},
+        [FIELD_LENGTH] = {0, old - 1, old + 1, 1u << 31, t->size, 1ull << 62, UINT64_MAX - 7,
+                          UINT64_MAX},
+        [FIELD_KEY_TYPE] = {0, 3, 6, 8, 9, 12, 13, 0x80000000},
+        [FIELD_VALUE] = {0, 1, old + 1, old * 2, 0x7FFFFFFF, 0x80000000, 0x7FC00000, 0xFFFFFFFF},
+        [FIELD_EXTENT] = {0, 1, old + 1, old * 2, 1u << 30, 1ull << 32, 1ull << 62, UINT64_MAX},
+        [FIELD_TENSOR_TYPE] = {0, 1, 2, 8, 12, 30, 39, 0xFFFFFFFF},
+        [FIELD_OFFSET] = {0, old + 1, old + 32, old - 32, t->size, 1ull << 40, 1ull << 63,
+                          UINT64_MAX - 31},
+        [FIELD_NAME] = {0, '\n', 0xFF, ' ', 'z', 0x1B, '%', '/'}};
+    return values[kind][i];
+}
+
+/* Two fields of one kind and size change places: names, offsets, rows and columns. */
+static void swap_fields(struct tiny *t, const struct tiny_field *a, const struct tiny_field *b) {
+    for (int i = 0; i < a->bytes; i++) {
+        uint8_t kept = t->bytes[a->at + (size_t)i];
+        t->bytes[a->at + (size_t)i] = t->bytes[b->at + (size_t)i];
+        t->bytes[b->at + (size_t)i] = kept;
+    }
+}
+
+struct tally {
+    int n, n_ran, n_refused;
+};
+
+static void try_mutation(struct check *check, const char *path, const struct tiny *t,
+                         struct tally *tally, const char *what) {
+    write_file(check, path, t->bytes, t->size);
+    struct outcome o = run(check, "%s -p 'abc <s>' -n 2 --kv-device 4b --kv-host 0", path);
+    CHECK(o.status == 0 || o.status == 1 || o.status == 3, "%s: status %d: %s", what, o.status,
+          o.err);
+    CHECK(o.status == 0 || strstr(o.err, "dynamo: "), "%s: status %d, no line", what, o.status);
+    for (const char *line = o.err; *line; line += strcspn(line, "\n") + 1)
+        CHECK(!strncmp(line, "dynamo: ", 8) || *line == '[', "%s: a line of its own: %s", what,
+              o.err);
+    for (const char *at = o.err; *at; at++)
+        CHECK((unsigned char)*at >= ' ' || *at == '\n', "%s: a control character", what);
+    CHECK(soon(o.seconds, 5) && small(&o, 300), "%s: %.1f s, %ld KiB", what, o.seconds,
+          o.kibibytes);
+    tally->n++;
+    tally->n_ran += o.status == 0;
+    tally->n_refused += o.status == 1;
+    outcome_free(&o);
+}
+
+/* One in STEP of all changes of one field; then pairs: swapped, or one a copy of the other. */
+static void break_fields(struct check *check, const char *path, struct tiny *t, struct tally *tally,
+                         int first) {
+    enum { STEP = 17, BAD_VALUES = 8 };
+    static struct tiny kept;
+    char what[PATH_LENGTH];
+    kept = *t;
+    for (int i = first; i < t->n_fields * BAD_VALUES; i += STEP) {
+        const struct tiny_field *field = &t->fields[i / BAD_VALUES];
+        size_t bytes = field->kind == FIELD_NAME ? 1 : (size_t)field->bytes;
+        uint64_t old = 0;
+        memcpy(&old, t->bytes + field->at, bytes);
+        uint64_t value = bad_value(t, field->kind, old, i % BAD_VALUES);
+        if (memcmp(&value, &old, bytes) == 0)
+            continue;
+        memcpy(t->bytes + field->at, &value, bytes);
+        snprintf(what, sizeof what, "%s + %zu = %#llx", field->name, field->at,
+                 (unsigned long long)value);
+        try_mutation(check, path, t, tally, what);
+        *t = kept;
+    }
+    for (int i = 0, last[FIELD_NAME + 1] = {0}, n = first; i < t->n_fields; i++) {
+        const struct tiny_field *field = &t->fields[i], *other = &t->fields[last[field->kind]];
+        bool alike = last[field->kind] > 0 && field->bytes == other->bytes &&
+                     memcmp(t->bytes + field->at, t->bytes + other->at, (size_t)field->bytes) != 0;
+        last[field->kind] = i;
+        if (!alike || n++ % 3 != 0)
+            continue;
+        if (n % 2)
+            swap_fields(t, field, other);
+        else
+            memcpy(t->bytes + field->at, t->bytes + other->at, (size_t)field->bytes);
+        snprintf(what, sizeof what, "%s %s %s, kind %d", field->name, n % 2 ? "<->" : "=",
+                 other->name, (int)field->kind);
+        try_mutation(check, path, t, tally, what);
+        *t = kept;
+    }
+}
+
+static void broken_fields_are_survived(struct check *check) {
+    static const struct tiny_shape shapes[] = {{"llama", TINY_Q8_0, "<<SYS>> [INST]"},
+                                               {"qwen2", TINY_Q4_K, "<|im_start|>"},
+                                               {"qwen3", TINY_Q6_K, NULL}};
+    static struct tiny tiny;
+    struct tally tally = {0};
+    char folder[FOLDER_LENGTH], path[PATH_LENGTH];
+    make_folder(check, folder);
+    snprintf(path, sizeof path, "%s/broken", folder);
+    for (int i = 0; i < 3; i++) {
+        CHECK(tiny_make(&tiny, shapes[i]), "a model too large");
+        write_file(check, path, tiny.bytes, tiny.size);
+        struct outcome o = run(check, "%s -p abc -n 2", path);
+        CHECK(o.status == 0, "the whole model: %s", o.err);
+        outcome_free(&o);
+        break_fields(check, path, &tiny, &tally, i);
+    }
+    CHECK(tally.n >= 200 && tally.n_ran >= 10 && tally.n_refused >= 100,
+          "%d different mutations, %d ran, %d refused", tally.n, tally.n_ran, tally.n_refused);
+    remove_folder(check, folder);
+}
+
+int main(int argc, char **argv) {
+    static const struct test tests[] = {
+        {"bad_commands_are_refused", bad_commands_are_refused},
+        {"closed_streams_are_no_files", closed_streams_are_no_files},
+        {"pipes_are_no_models", pipes_are_no_models},
+        {"large_options_cost_nothing", large_options_cost_nothing},
+        {"long_prompts_are_refused", long_prompts_are_refused},
+        {"huge_model_files_are_refused", huge_model_files_are_refused},
+        {"huge_texts_are_refused", huge_texts_are_refused},
+        {"odd_requests_are_answered", odd_requests_are_answered},
+        {"many_requests_are_answered", many_requests_are_answered},
+        {"special_tokens_are_typed_as_text", special_tokens_are_typed_as_text},
+        {"truncated_files_are_refused", truncated_files_are_refused},
+        {"mutated_files_are_survived", mutated_files_are_survived},
+        {"lying_files_are_refused", lying_files_are_refused},
+        {"broken_fields_are_survived", broken_fields_are_survived},
+    };
+    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+}
