@@ -109,6 +109,18 @@ bench: $(B)/bench
 $(B)/bench: test/bench.c $(B)/flags
 	$(CC) $(FLAGS) -I. $< $(LIBS) -o $@
 
+# what the CUDA backend reaches on this GPU (test/gpu.sh: with all else that needs one), beside the
+# vendor's library where it is there; emu-bench: that the benchmark runs
+CUBLAS = $(if $(wildcard $(dir $(NVCC))../include/cublas_v2.h),-DWITH_CUBLAS -lcublas)
+$(B)/bench_cuda: test/bench_cuda.cu kernels.cu $(wildcard *.cuh) dynamo.h $(B)/flags
+	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(CUBLAS) -lm -Xcompiler -pthread -o $@
+
+$(B)/bench_cuda_emu: test/bench_cuda.cu $(B)/flags
+	$(CXX) -x c++ $(EMU_FLAGS) $< $(LIBS) -o $@
+
+emu-bench: $(B)/bench_cuda_emu
+	$(B)/bench_cuda_emu tiny
+
 lines:
 	@test/lines.sh
 
@@ -119,5 +131,5 @@ clean:
 	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test gpu-test asan tsan fuzz emu soak bench lines format clean FORCE
+.PHONY: all test gpu-test asan tsan fuzz emu soak bench emu-bench lines format clean FORCE
 -include $(wildcard $(B)/*.d)
