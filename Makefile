@@ -89,7 +89,7 @@ gpu-test:
 	test/run.sh $(B)/test_cuda_gpu
 
 asan:
-	$(MAKE) test VARIANT=asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=undefined'
+	$(MAKE) test VARIANT=asan SANITIZE='-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined'
 
 # the programs that have threads
 tsan:

@@ -22,7 +22,6 @@
 
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
-enum { ANSWERS_WINDOW = 4096 /* requests known to the scheduler; more would only be looked at */ };
 enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
 
 struct answers {
@@ -288,34 +287,34 @@ static bool advance(struct answers *a, struct answer *answer) {
     return !answer->stopped || finished;
 }
 
-/* Submits requests [from, to), or cancels them. Called with the lock held. */
-static void tell(struct answers *a, struct answer *all, int from, int to, bool cancel) {
-    for (int i = from; i < to; i++)
+/* Submits all requests, or cancels them. Called with the lock held. */
+static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) {
+    for (int i = 0; i < n; i++)
         if (cancel)
             sched_cancel(a->sched, &all[i].request, false, a->now());
         else if (all[i].request.state != REQUEST_FINISHED)
             sched_submit(a->sched, &all[i].request, a->now());
-    if (from < to)
-        pthread_cond_broadcast(a->work);
+    pthread_cond_broadcast(a->work);
 }
 
-/* Follows all requests until each has ended: [0, first) have, [first, known) are submitted. */
+/* Follows all requests until each has ended. */
 static void follow(struct answers *a, struct answer *all, int n) {
-    int n_ended = 0, first = 0, known = 0;
+    int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
     pthread_mutex_lock(a->lock);
     *a->activity = ANSWERING;
+    tell_all(a, all, n, false);
     while (n_ended < n) {
-        bool any = (*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled;
-        cancelled = cancelled || any;
-        int end = cancelled || n - first < ANSWERS_WINDOW ? n : first + ANSWERS_WINDOW;
-        tell(a, all, known, end, false);
-        known = end;
-        tell(a, all, first, any ? n : first, true);
-        for (int i = first; i < known; i++) {
+        bool any = false;
+        for (int i = first; i < n; i++) {
             bool before = all[i].ended;
             any = advance(a, &all[i]) || any;
             n_ended += all[i].ended && !before;
+            first += i == first && all[i].ended;
+        }
+        if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
+            cancelled = any = true;
+            tell_all(a, all, n, true);
         }
         if (!any) {
             pthread_cond_wait(a->news, a->lock);
@@ -323,9 +322,7 @@ static void follow(struct answers *a, struct answer *all, int n) {
         }
         pthread_mutex_unlock(a->lock);
         if (!a->options->json)
-            first = show_text(a, all, n, first);
-        while (a->options->json && first < n && all[first].ended)
-            first++;
+            first_shown = show_text(a, all, n, first_shown);
         (void)fflush(stdout);
         pthread_mutex_lock(a->lock);
     }

@@ -26,11 +26,8 @@
 
 #define CLI_VERSION "0.1.0"
 
-enum {
-    CLI_ERROR_LENGTH = 512,
-    CLI_FILE_LENGTH = 1 << 28, /* bytes of a text or request file at most: a device has no end */
-    PROGRESS_MS = 300          /* what takes less needs no bar */
-};
+enum { CLI_ERROR_LENGTH = 512, PROGRESS_MS = 300 /* what takes less needs no bar */ };
+enum { CLI_FILE_LENGTH = 1 << 28 /* bytes of a text at most: /dev/zero has no end */ };
 
 enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
 enum cli_kv_policy { CLI_ON_EVICT = 1, CLI_WRITE_THROUGH };
@@ -402,8 +399,7 @@ char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGT
     if (!good)
         cli_refuse(error, "%.400s: %s", name, strerror(errno));
     else if (*length > CLI_FILE_LENGTH)
-        good = cli_refuse(error, "%.400s: got more than %d bytes, expected less", name,
-                          CLI_FILE_LENGTH);
+        good = cli_refuse(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
     else
         text[*length] = 0;
     if (file && file != stdin)

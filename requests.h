@@ -97,11 +97,10 @@ bool requests_read(struct requests *requests, const struct options *options,
         *spec = line_options.request;
         if (good)
             continue;
-        char line_error[CLI_ERROR_LENGTH];
-        cli_refuse(line_error, "%.200s:%d: %.250s", name, number, wrong);
-        spec->error = strdup(line_error);
+        spec->error = malloc(CLI_ERROR_LENGTH);
         if (!spec->error)
             abort();
+        cli_refuse(spec->error, "%.200s:%d: %.250s", name, number, wrong);
     }
     return true;
 }

@@ -63,7 +63,7 @@ check words.h 240 -
 check template.h 260 -
 check chat.h 130 -
 check editor.h 310 -
-check cli.h 435 400
+check cli.h 432 400
 check values.h 225 -
 check requests.h 140 -
 check answers.h 375 -
