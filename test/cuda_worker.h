@@ -18,7 +18,10 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <vector>
+
+#include "check.h"
 
 enum { N_TYPES = 7, KV_BLOCKS = 160 };
 
@@ -585,4 +588,67 @@ static bool forward(struct worker *worker, const struct batch *batch) {
         backend->step_end(worker->shards[s], s == 0 ? batch->sampled : NULL);
     return record;
 }
+
+/* ---- what tests share ---- */
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SLOWER = 1 }; /* a sanitizer watches: fewer draws */
+
+extern "C" const char *__asan_default_options(void) { /* what is too large is no room, as usual */
+    return "allocator_may_return_null=1";
+}
+
+extern "C" const char *__tsan_default_options(void) {
+    return "allocator_may_return_null=1";
+}
+#else
+enum { SLOWER = 0 };
+#endif
+
+enum { ORDERS = 3 }; /* of threads, in which everything is run */
+
+static uint64_t seed; /* of this run */
+
+static struct random start(const char *name) { /* each test draws for itself */
+    struct random random = {seed};
+    for (; *name; name++)
+        random.state = random.state * 31 + (unsigned char)*name;
+    return random;
+}
+
+/* Runs `act` in several orders. `read` gives what came out: the same bits each time. */
+template <typename Act, typename Read>
+static auto in_orders(struct check *check, const char *what, Act act, Read read) {
+    decltype(read()) first;
+    for (int order = 1; order <= ORDERS; order++) {
+        emu_seed((uint64_t)order);
+        act();
+        auto again = read();
+        if (order == 1)
+            first = again;
+        CHECK(!memcmp(first.data(), again.data(), first.size() * sizeof first[0]),
+              "%s: other bits in order %d", what, order);
+    }
+    return first;
+}
+
+struct worst { /* error, in units of what is allowed: above 1 is wrong */
+    double error;
+    int row, col;
+};
+
+static void compare(struct worst *worst, int row, int col, double got, double expected,
+                    double allowed) {
+    double error = got == expected ? 0.0 : fabs(got - expected) / allowed;
+    if (!(error <= worst->error))
+        *worst = {error == error ? error : INFINITY, row, col};
+}
+
+#define CHECK_WORST(worst, ...)                                                                    \
+    do {                                                                                           \
+        char message[300];                                                                         \
+        snprintf(message, sizeof message, __VA_ARGS__);                                            \
+        CHECK((worst).error <= 1.0, "%s: %g times the error allowed at row %d, column %d",         \
+              message, (worst).error, (worst).row, (worst).col);                                   \
+    } while (0)
 #endif /* CUDA_WORKER_H */
