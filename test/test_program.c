@@ -516,7 +516,7 @@ static void check_stories(struct check *check, const char *path, const char *opt
         run(check, "model.bin -f %s --seed 6 -n 50 --json --stats %s", path, options);
     CHECK(o.status == 0, "%s: status %d: %s%s", options, o.status, o.err, o.out);
     for (int i = 0; i < N_STORIES; i++) {
-        char id[8], value[VALUE_LENGTH], other[VALUE_LENGTH];
+        char id[16], value[VALUE_LENGTH], other[VALUE_LENGTH];
         snprintf(id, sizeof id, "%d", i);
         const char *a = answer_of(value, &o, id, "text");
         const char *b = answer_of(other, expected, id, "text");
