@@ -30,7 +30,7 @@ CHIPS = $(or $(ARCH),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noh
 NVCC_FLAGS = -std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
 	$(foreach chip,$(CHIPS),-gencode arch=compute_$(chip:sm_%=%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
-EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1) -Wall -Wextra -Wno-unknown-pragmas -DCUDA_EMULATED -I.
+EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra -Wno-unknown-pragmas -DCUDA_EMULATED -I.
 
 all: dynamo
 
