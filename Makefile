@@ -77,7 +77,8 @@ $(B)/test_emu: test/test_emu.cpp $(B)/flags
 # rebuilt when the compiler or its flags change
 $(B)/flags: FORCE
 	@mkdir -p $(B)
-	@echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(NVCC) $(CHIPS)' > $@
+	@echo '$(CC) $(FLAGS) $(EMU_FLAGS) $(NVCC) $(CHIPS)' | cmp -s - $@ || \
+		echo '$(CC) $(FLAGS) $(EMU_FLAGS) $(NVCC) $(CHIPS)' > $@
 
 test: $(TESTED) $(EMU) $(TESTS) $(EMU_TESTS) $(CUDA)
 	@test/run.sh $(EMU_TESTS) $(TESTS) $(if $(VARIANT),,test/spills.sh)
