@@ -7,7 +7,7 @@
  *
  *     struct kv_view view = {.type = KV_F32, .dim = 64, .kv = kv, .block_elements = n,
  *                            .key = offset, .value = offset, .table = blocks};
- *     attention_write(&view, position, k, v);          // each token once, in any order
+ *     append_write(&view, position, 1, k, v, dim);     // append.h: each token once
  *     ... scratch.query (n, ATTENTION_STRIDE), times 1 / sqrt(dim) ...
  *     attention_rows(&view, n, position, &scratch);    // position[n] ascend
  *     ... scratch.output (n, ATTENTION_STRIDE) ...
@@ -25,7 +25,6 @@ enum {
     CHUNK = 64,   /* tokens whose scores are computed at a time */
     CHUNK_BLOCKS = CHUNK / BLOCK_TOKENS,
     MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
-    FETCH_LINES = 12,
     ATTENTION_ROWS = 6, /* queries that one call of a kernel computes: 24 registers of sums */
     ATTENTION_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
@@ -35,16 +34,22 @@ struct kv_view { /* the keys and values of one sequence, layer and head */
     int dim;
     void *kv;
     size_t block_elements, key, value; /* of a block; where the head's planes begin in it */
+    size_t next_key;                   /* where the keys lie that will be read after these */
     const int *table;                  /* (blocks of the sequence) slots */
+};
+
+struct softmax { /* of one query, over the tokens seen so far */
+    float max;
+    vec sum; /* lane by lane; lanes are added at the end */
 };
 
 struct attention_scratch {
     alignas(64) float query[QUERIES * ATTENTION_STRIDE];
     alignas(64) float output[QUERIES * ATTENTION_STRIDE];
     alignas(64) float scores[QUERIES * CHUNK];
+    struct softmax state[QUERIES];
 };
 
-void attention_write(const struct kv_view *view, int position, const float *k, const float *v);
 void attention_rows(const struct kv_view *view, int n, const int *position,
                     struct attention_scratch *scratch);
 #endif /* ATTENTION_H */
@@ -52,13 +57,9 @@ void attention_rows(const struct kv_view *view, int n, const int *position,
 #undef ATTENTION_IMPLEMENTATION
 #include <math.h>
 
-struct softmax {      /* of one query, over the tokens seen so far */
-    float max, scale; /* scale: what the sums of earlier chunks must be multiplied by */
-    vec sum;          /* lane by lane; lanes are added at the end */
-};
-
 struct chunk { /* the blocks of up to 64 tokens, and what is made of them */
-    const char *key[CHUNK_BLOCKS], *value[CHUNK_BLOCKS];
+    const char *key[CHUNK_BLOCKS], *value[CHUNK_BLOCKS], *next_key[CHUNK_BLOCKS];
+    bool ahead;            /* the planes come from memory: ask for those that are read next */
     int dim, n_tokens, at; /* at: first of the output elements */
     const float *input;    /* queries, or weights of tokens */
     float *output;         /* scores, or outputs */
@@ -67,6 +68,11 @@ struct chunk { /* the blocks of up to 64 tokens, and what is made of them */
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
     return type == KV_F32 ? load((const float *)(const void *)plane + at)
                           : widen_bf16((const uint16_t *)(const void *)plane + at);
+}
+
+/* Asks for a vector's line of a plane, as it is read in the plane before. */
+INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
+    __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
 
 static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
@@ -91,6 +97,8 @@ INLINE void score_kernel(enum kv_type type, int n_rows, const struct chunk *chun
         vec keys[CHUNK_BLOCKS];
         for (int i = 0; i < CHUNK_BLOCKS; i++)
             keys[i] = kv_load(type, chunk->key[i], d * BLOCK_TOKENS);
+        for (int i = 0; i < CHUNK_BLOCKS && chunk->ahead; i++)
+            fetch_line(type, chunk->value[i], d * BLOCK_TOKENS);
         for (int row = 0; row < n_rows; row++) {
             float factor = chunk->input[(size_t)row * ATTENTION_STRIDE + d];
             for (int i = 0; i < CHUNK_BLOCKS; i++)
@@ -118,6 +126,8 @@ INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const str
             values[i] = n_vectors > 1 || left >= LANES
                             ? kv_load(type, plane, at + (size_t)i * LANES)
                             : kv_load_part(type, plane, at, left);
+        for (int i = 0; i < n_vectors && chunk->ahead; i++)
+            fetch_line(type, chunk->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
         for (int row = 0; row < n_rows; row++) {
             float factor = chunk->input[row * CHUNK + token];
             for (int i = 0; i < n_vectors; i++)
@@ -161,8 +171,10 @@ static attention_kernel *const score_kernels[][ATTENTION_ROWS] = {
 static attention_kernel *const value_kernels[][ATTENTION_ROWS] = {
     [KV_F32] = ATTENTION_TABLE(value, F32), [KV_BF16] = ATTENTION_TABLE(value, BF16)};
 
-/* scores (64) become exp(score - max) of the first `visible` of them, and 0. */
-static void softmax_chunk(float *scores, int visible, struct softmax *state) {
+/* scores (64) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
+ * before scales what is there of the output, which is padded to whole vectors. */
+static void softmax_chunk(float *scores, int visible, struct softmax *state, float *output,
+                          int padded) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec zero = {0}, none = zero - INFINITY;
     vec value[CHUNK / LANES], largest = none;
@@ -171,96 +183,84 @@ static void softmax_chunk(float *scores, int visible, struct softmax *state) {
         largest = max_vec(value[i], largest);
     }
     float max = max_lanes(largest);
-    max = max > state->max ? max : state->max;
-    state->scale = exp_vec(zero + (state->max - max))[0];
-    state->max = max;
-    state->sum = state->sum * state->scale;
+    if (max > state->max) {
+        vec scale = exp_vec(zero + (state->max - max));
+        state->max = max;
+        state->sum *= scale;
+        for (int at = 0; at < padded; at += LANES)
+            store(output + at, load(output + at) * scale);
+    }
     for (int i = 0; i < CHUNK / LANES; i++) {
-        vec part = exp_vec(value[i] - max);
+        vec part = exp_vec(value[i] - state->max);
         store(scores + i * LANES, part);
         state->sum += part;
     }
 }
 
-/* Where the blocks of a chunk lie; behind the last one it stands again, with the weight 0. */
-static void find_blocks(const struct kv_view *view, int start, struct chunk *chunk) {
-    size_t element = kv_element_bytes(view->type);
-    int n_blocks = blocks_of(chunk->n_tokens);
+/* Where the planes at `offset` of a chunk's blocks begin. Behind the last block it stands again,
+ * with the weight 0. */
+static void find_planes(const struct kv_view *view, int start, int end, size_t offset,
+                        const char *plane[CHUNK_BLOCKS]) {
+    int last = (end - 1) / BLOCK_TOKENS;
     for (int i = 0; i < CHUNK_BLOCKS; i++) {
-        int slot = view->table[start / BLOCK_TOKENS + (i < n_blocks ? i : n_blocks - 1)];
-        const char *block = (const char *)view->kv + (size_t)slot * view->block_elements * element;
-        chunk->key[i] = block + view->key * element;
-        chunk->value[i] = block + view->value * element;
+        int block = start / BLOCK_TOKENS + i < last ? start / BLOCK_TOKENS + i : last;
+        size_t at = (size_t)view->table[block] * view->block_elements + offset;
+        plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
     }
 }
 
-/* Starts the reading of planes, which the processor then goes on with: each is a page of its own.
- */
-static void fetch_planes(const char *const plane[CHUNK_BLOCKS]) {
-    for (int line = 0; line < FETCH_LINES; line++)
-        for (int i = 0; i < CHUNK_BLOCKS; i++)
-            __builtin_prefetch(plane[i] + line * 64);
+/* Adds a chunk, which begins at token `start`, to queries [first, n): those that see of it. */
+static void attention_chunk(const struct kv_view *view, struct chunk *chunk, int start, int first,
+                            int n, const int *position, struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = chunk->n_tokens;
+    for (int rows; first < n; first += rows) {
+        rows = n - first < ATTENTION_ROWS ? n - first : ATTENTION_ROWS;
+        float *scores = scratch->scores + first * CHUNK;
+        float *output = scratch->output + first * ATTENTION_STRIDE;
+        chunk->input = scratch->query + first * ATTENTION_STRIDE;
+        chunk->output = scores;
+        score_kernels[view->type][rows - 1](chunk);
+        for (int i = 0; i < rows; i++) {
+            softmax_chunk(scores + i * CHUNK, position[first + i] - start + 1,
+                          &scratch->state[first + i], output + i * ATTENTION_STRIDE, padded);
+        }
+        int seen = position[first + rows - 1] - start + 1; /* by the last of them */
+        chunk->n_tokens = seen < n_tokens ? seen : n_tokens;
+        chunk->input = scores;
+        chunk->output = output;
+        for (chunk->at = 0; chunk->at < view->dim;
+             chunk->at += view->dim - chunk->at >= 4 * LANES ? 4 * LANES : LANES)
+            value_kernels[view->type][rows - 1](chunk);
+        chunk->ahead = false; /* the next queries find them in a cache */
+    }
 }
 
 void attention_rows(const struct kv_view *view, int n, const int *position,
                     struct attention_scratch *scratch) {
-    struct softmax state[QUERIES];
-    struct chunk chunk = {.dim = view->dim};
-    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1;
+    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
     for (int i = 0; i < n; i++) {
-        state[i] = (struct softmax){.max = -INFINITY};
+        scratch->state[i] = (struct softmax){.max = -INFINITY};
         memset(scratch->output + i * ATTENTION_STRIDE, 0, sizeof(float) * (size_t)padded);
     }
     for (int start = 0; start < end; start += CHUNK) {
-        chunk.n_tokens = end - start < CHUNK ? end - start : CHUNK;
-        find_blocks(view, start, &chunk);
-        fetch_planes(chunk.value);
-        for (int first = 0, rows; first < n; first += rows) {
-            rows = n - first < ATTENTION_ROWS ? n - first : ATTENTION_ROWS;
-            float *scores = scratch->scores + first * CHUNK;
-            chunk.input = scratch->query + first * ATTENTION_STRIDE;
-            chunk.output = scores;
-            score_kernels[view->type][rows - 1](&chunk);
-            float *output = scratch->output + first * ATTENTION_STRIDE;
-            for (int i = 0; i < rows; i++) {
-                struct softmax *own = &state[first + i];
-                softmax_chunk(scores + i * CHUNK, position[first + i] - start + 1, own);
-                for (float *o = output + i * ATTENTION_STRIDE, *stop = o + padded; o < stop;
-                     o += LANES)
-                    store(o, load(o) * own->scale + 0.0f); /* + 0: never -0 */
-            }
-            if (first == 0 && start + CHUNK < end) {
-                struct chunk next = {.n_tokens =
-                                         end - start - CHUNK < CHUNK ? end - start - CHUNK : CHUNK};
-                find_blocks(view, start + CHUNK, &next);
-                fetch_planes(next.key);
-            }
-            chunk.input = scores;
-            chunk.output = output;
-            for (chunk.at = 0; chunk.at < view->dim;
-                 chunk.at += view->dim - chunk.at >= 4 * LANES ? 4 * LANES : LANES)
-                value_kernels[view->type][rows - 1](&chunk);
-        }
+        int next = start + CHUNK, left = end - start;
+        struct chunk chunk = {.dim = view->dim, .n_tokens = left < CHUNK ? left : CHUNK};
+        chunk.ahead = true;
+        find_planes(view, start, end, view->key, chunk.key);
+        find_planes(view, start, end, view->value, chunk.value);
+        if (next < end)
+            find_planes(view, next, end, view->key, chunk.next_key);
+        else
+            find_planes(view, 0, end, view->next_key, chunk.next_key);
+        while (position[first] < start)
+            first++;
+        attention_chunk(view, &chunk, start, first, n, position, scratch);
     }
     for (int i = 0; i < n; i++) {
-        float sum = sum_lanes(state[i].sum), *output = scratch->output + i * ATTENTION_STRIDE;
+        float sum = sum_lanes(scratch->state[i].sum);
+        float *output = scratch->output + i * ATTENTION_STRIDE;
         for (int at = 0; at < padded; at += LANES)
-            store(output + at, load(output + at) / sum);
-    }
-}
-
-void attention_write(const struct kv_view *view, int position, const float *k, const float *v) {
-    size_t block = (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements;
-    size_t token = (size_t)(position % BLOCK_TOKENS), dim = (size_t)view->dim;
-    size_t key = block + view->key + token, value = block + view->value + token * dim;
-    for (size_t i = 0; i < dim; i++) {
-        if (view->type == KV_F32) {
-            ((float *)view->kv)[key + i * BLOCK_TOKENS] = k[i];
-            ((float *)view->kv)[value + i] = v[i];
-        } else {
-            ((uint16_t *)view->kv)[key + i * BLOCK_TOKENS] = to_bf16(k[i]);
-            ((uint16_t *)view->kv)[value + i] = to_bf16(v[i]);
-        }
+            store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
     }
 }
 #endif /* ATTENTION_IMPLEMENTATION */

@@ -102,6 +102,8 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
     const char *input = tile->input;
     for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
         __m512bh weights[4];
+        if (tile->ahead)
+            read_ahead(tile->panel + (size_t)k * 2 * PANEL, 4 * PANEL);
         for (int i = 0; i < 4; i++)
             weights[i] = (__m512bh)load_words(tile->panel, (unsigned)k / 2, i);
         for (int row = 0; row < n_rows; row++) {
@@ -150,6 +152,9 @@ INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_ve
     const char *block = tile->input;
     for (; k < end; k += (unsigned)n_part) {
         struct scales scales;
+        if (tile->ahead && first == 0)
+            read_ahead(tile->panel + k / (unsigned)n_part * pack_part_bytes(type),
+                       pack_part_bytes(type));
         load_scales(type, tile->panel, k, &scales);
         __m512i whole[TILE_ROWS][4];
         const int32_t *total =

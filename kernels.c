@@ -17,7 +17,7 @@
  *     the batch, on chunking, on the number of threads or of shards.
  *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
  *
- * Read next: pack.h, product.h, dot.h, attention.h, probe.h. */
+ * Read next: pack.h, product.h, dot.h, append.h, attention.h, probe.h. */
 #include "dynamo.h"
 
 #include <assert.h>
@@ -36,6 +36,8 @@
 #include "pack.h"
 #define ATTENTION_IMPLEMENTATION
 #include "attention.h"
+#define APPEND_IMPLEMENTATION
+#include "append.h"
 #define PRODUCT_IMPLEMENTATION
 #include "product.h"
 #define PROBE_IMPLEMENTATION
@@ -47,6 +49,8 @@ enum {
     TILES_A_THREAD = 8,   /* so that all end at about the same time */
     CHUNK_ROWS = 256,     /* of a step: enough for full tiles, and soon done */
     NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
+    MANY_ROWS = 64,       /* from here on tiles of whole blocks keep all threads busy, */
+    FEW_ROWS = 4,         /* else so many rows */
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
     MAX_ACTIVATIONS = 20, /* arrays of a device */
     HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
@@ -82,7 +86,7 @@ struct cpu_device {
     float *ffn;                   /* (max_rows, ffn_stride) */
     char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
     size_t converted_stride[N_FORMS]; /* bytes */
-    float *turn;                      /* (max_rows, rope_dim / 2, {cos, sin}) */
+    float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
     float *logits;                    /* (max_samples, vocab_size) */
     float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
     int *candidates;                  /* (max_samples, vocab_size) of the sampler */
@@ -220,8 +224,8 @@ struct product { /* up to three matrices times the same rows */
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
     float *out[3];                            /* (n_rows, out_stride) */
     size_t out_stride[3];
-    int first_tile[4]; /* tiles before each matrix */
-    const float *rows; /* (n_rows, stride) the input as it is */
+    int n_panels[3], first_tile[4]; /* panels of each matrix; tiles before it */
+    const float *rows;              /* (n_rows, stride) the input as it is */
     size_t stride;
     const char *input[N_FORMS];   /* (n_rows) the same in the forms that the matrices want */
     size_t input_stride[N_FORMS]; /* bytes */
@@ -252,6 +256,12 @@ static void take_rows(const struct product *product, const struct weight *matrix
     tile->input = product->input[tile->form] + (size_t)row * tile->stride;
 }
 
+/* Threads take tiles in turn: so each walks through neighbouring panels, and reads ahead. */
+static int walk(int tile, int n_panels, int n_threads) {
+    int own = n_panels / n_threads;
+    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
+}
+
 /* One panel (of gate and of up, for PRODUCT_SILU) times one chunk of rows. */
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
     const struct product *product = argument;
@@ -260,13 +270,18 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
         which++;
     index -= product->first_tile[which];
     const struct weight *matrix = product->matrix[which];
-    int panel = matrix->first_row / PANEL + index / product->n_chunks;
+    int at = index / product->n_chunks;
+    if (product->n_chunks == 1)
+        at = walk(at, product->n_panels[which], product->device->cpu->pool.n_threads);
+    int panel = matrix->first_row / PANEL + at;
     int row = index % product->n_chunks * product->chunk_rows;
     int n_rows = product->n_rows - row;
     n_rows = n_rows < product->chunk_rows ? n_rows : product->chunk_rows;
     size_t offset = (size_t)panel * matrix->panel_bytes;
-    struct tile tile = {
-        .panel = matrix->panels + offset, .end = matrix->cols, .out = scratch->tile[0]};
+    struct tile tile = {.panel = matrix->panels + offset,
+                        .end = matrix->cols,
+                        .out = scratch->tile[0],
+                        .ahead = true};
     take_rows(product, matrix, row, &tile);
     if (product->kind == PRODUCT_SEGMENTS) {
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
@@ -350,8 +365,8 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     for (int i = 0; i < n_matrices; i++) {
         const struct weight *matrix = product->matrix[i];
         int first = matrix->first_row / PANEL;
-        n_tiles +=
-            (divide_up(matrix->first_row + matrix->n_rows, PANEL) - first) * product->n_chunks;
+        product->n_panels[i] = divide_up(matrix->first_row + matrix->n_rows, PANEL) - first;
+        n_tiles += product->n_panels[i] * product->n_chunks;
         product->first_tile[i + 1] = n_tiles;
     }
     parallel_for(device, n_tiles, product_tile, product);
@@ -379,7 +394,7 @@ struct row_job {
     const struct layer_weights *layer;
     const int *rows; /* (n_rows) row of x that each row is made from; NULL: its own */
     struct cpu_device **shards;
-    int n_rows, n_shards, layer_index;
+    int n_rows, n_shards, layer_index, tile_rows;
     void (*run)(const struct row_job *job, int row);
 };
 
@@ -427,32 +442,14 @@ static void cpu_embed(struct device *base, const struct weight *token_embd) {
 
 static void turn_row(const struct row_job *job, int row) { /* the angles of a position */
     const struct device *device = &job->device->device;
-    size_t n = (size_t)device->config->rope_dim / 2;
-    float *turn = job->device->turn + (size_t)row * n * 2;
-    for (size_t i = 0; i < n; i++) {
-        double angle =
-            (double)job->device->batch->position[row] * (double)device->rope_frequency[i];
-        turn[2 * i] = (float)cos(angle);
-        turn[2 * i + 1] = (float)sin(angle);
-    }
+    append_angles(job->device->turn + (size_t)(row * 2 * device->config->rope_dim), device->config,
+                  device->rope_frequency, job->device->batch->position[row]);
 }
 
-static void rope(const struct cpu_device *device, float *head, int row) {
-    const struct model_config *config = device->device.config;
-    int n = config->rope_dim / 2;
-    const float *turn = device->turn + (size_t)row * (size_t)n * 2;
-    for (int i = 0; i < n; i++) {
-        float *a = config->rope_adjacent ? head + 2 * i : head + i;
-        float *b = config->rope_adjacent ? a + 1 : a + n;
-        float first = *a, second = *b, cosine = turn[2 * i], sine = turn[2 * i + 1];
-        *a = first * cosine - second * sine;
-        *b = first * sine + second * cosine;
-    }
-}
-
-/* A head's keys and values in the blocks of a sequence: (n_layers, {k, v}, heads, 16 * dim) */
+/* A head's keys and values in the blocks of a sequence: (n_layers, {k, v}, heads, 16 * dim).
+ * next: the next head's are read after these. */
 static struct kv_view kv_view(const struct cpu_device *device, const struct sequence *sequence,
-                              int layer, int head) {
+                              int layer, int head, bool next) {
     const struct model_config *config = device->device.config;
     enum kv_type type = device->device.kv_type;
     size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
@@ -464,43 +461,66 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                             .block_elements = block,
                             .key = key,
                             .value = key + (size_t)device->n_kv_heads * plane,
+                            .next_key = next ? key + plane : key,
                             .table = device->batch->block_table + sequence->first_block};
 }
 
-static void rope_append_row(const struct row_job *job, int row) {
-    struct cpu_device *device = job->device;
-    const struct batch *batch = device->batch;
+static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
+                       int n_heads, int row) {
     const struct model_config *config = device->device.config;
-    const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
-    const struct weight *q_norm = job->layer->attn_q_norm, *k_norm = job->layer->attn_k_norm;
-    float *q = device->q + (size_t)row * device->q_stride;
-    for (int head = 0; head < device->n_heads; head++, q += config->head_dim) {
-        if (q_norm)
-            rmsnorm(q, q, q_norm->vector, config->head_dim, config->norm_epsilon);
-        rope(device, q, row);
+    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
+    for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
+        if (norm)
+            rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
+        append_turn(heads, turn, config);
     }
-    float *k = device->k + (size_t)row * device->kv_stride;
-    float *v = device->v + (size_t)row * device->kv_stride;
-    for (int head = 0; head < device->n_kv_heads; head++) {
-        if (k_norm)
-            rmsnorm(k, k, k_norm->vector, config->head_dim, config->norm_epsilon);
-        rope(device, k, row);
-        struct kv_view view = kv_view(device, sequence, job->layer_index, head);
-        attention_write(&view, batch->position[row], k, v);
-        k += config->head_dim;
-        v += config->head_dim;
+}
+
+/* Rows that stand in one block are written together. */
+static void append_rows(const struct row_job *job, int row, int end) {
+    const struct cpu_device *device = job->device;
+    const struct batch *batch = device->batch;
+    while (row < end) {
+        const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
+        int position = batch->position[row], n = BLOCK_TOKENS - position % BLOCK_TOKENS;
+        int left = sequence->first_row + sequence->n_rows - row;
+        left = left < end - row ? left : end - row;
+        n = n < left ? n : left;
+        size_t at = (size_t)row * device->kv_stride;
+        for (int head = 0; head < device->n_kv_heads; head++) {
+            struct kv_view view = kv_view(device, sequence, job->layer_index, head, false);
+            append_write(&view, position, n, device->k + at, device->v + at, device->kv_stride);
+            at += (size_t)view.dim;
+        }
+        row += n;
     }
+}
+
+static void append_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct row_job *job = argument;
+    const struct cpu_device *device = job->device;
+    (void)scratch;
+    int first = tile * job->tile_rows, end = first + job->tile_rows;
+    end = end < job->n_rows ? end : job->n_rows;
+    for (int row = first; row < end; row++) {
+        turn_heads(device, job->layer->attn_q_norm, device->q + (size_t)row * device->q_stride,
+                   device->n_heads, row);
+        turn_heads(device, job->layer->attn_k_norm, device->k + (size_t)row * device->kv_stride,
+                   device->n_kv_heads, row);
+    }
+    append_rows(job, first, end);
 }
 
 static void cpu_rope_append(struct device *base, const struct layer_weights *layer,
                             int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
+    int n_rows = device->batch->n_rows;
     struct row_job job = {.device = device,
                           .layer = layer,
                           .layer_index = layer_index,
-                          .n_rows = device->batch->n_rows,
-                          .run = rope_append_row};
-    for_rows(&job);
+                          .n_rows = n_rows,
+                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : FEW_ROWS};
+    parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
 }
 
 static void cpu_norm_qkv(struct device *base, const struct layer_weights *layer) {
@@ -599,7 +619,7 @@ struct attention_job {
 
 /* Queries of one sequence and one KV head: (row, head of the group), flattened. */
 static void attend(const struct attention_job *job, const struct sequence *sequence, int first,
-                   int head, struct attention_scratch *scratch) {
+                   int head, bool next, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
     int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
@@ -613,7 +633,7 @@ static void attend(const struct attention_job *job, const struct sequence *seque
         for (int j = 0; j < dim; j++)
             scratch->query[i * ATTENTION_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
     }
-    struct kv_view view = kv_view(device, sequence, job->layer, head);
+    struct kv_view view = kv_view(device, sequence, job->layer, head, next);
     attention_rows(&view, n, position, scratch);
     for (int i = 0; i < n; i++)
         memcpy(device->attention + at[i], scratch->output + i * ATTENTION_STRIDE,
@@ -633,7 +653,7 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
         which++;
     int first = (index - device->first_tile[which]) * QUERIES;
     for (; head < last; head++)
-        attend(job, &batch->sequence[which], first, head, &scratch->attention);
+        attend(job, &batch->sequence[which], first, head, head + 1 < last, &scratch->attention);
 }
 
 static void cpu_attention(struct device *base, int layer_index) {
@@ -787,8 +807,8 @@ static bool allocate_activations(struct cpu_device *device) {
         device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
         device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
     }
-    device->turn = zeros(device, rows, (size_t)config->rope_dim);
-    device->logits = zeros(device, samples, vocab);
+    device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    device->logits = zeros(device, samples, vocab); /* few steps have so many samples */
     device->scaled = zeros(device, samples, vocab);
     device->candidates = zeros(device, samples, vocab);
     device->sampled = zeros(device, samples, 1);

@@ -28,7 +28,10 @@
 #include "dynamo.h"
 #include "vector.h"
 
-enum { PANEL = 64 /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */ };
+enum {
+    PANEL = 64,       /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
+    READ_AHEAD = 4096 /* bytes of a panel, when few rows share the reading of it */
+};
 
 /* A matrix, or a part of one: rows [first_row, first_row + n_rows) and columns alike of the packed
  * whole, `panels`, which the weight of the whole tensor owns. A vector is plain f32. */
@@ -83,6 +86,18 @@ INLINE struct pack_block pack_block(enum tensor_type type) {
 
 INLINE bool pack_quantized(enum tensor_type type) {
     return pack_block(type).header > 0;
+}
+
+INLINE size_t pack_part_bytes(enum tensor_type type) { /* of a panel: of a part of a block */
+    struct pack_block form = pack_block(type);
+    return (size_t)((form.header + form.n_words * 4 * PANEL) * form.n_part / form.n_k);
+}
+
+/* Asks for what lies READ_AHEAD bytes behind [at, at + bytes): panels are read in their order, and
+ * the processor's own reading ahead ends with each page. Never faults. */
+INLINE void read_ahead(const char *at, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(at + READ_AHEAD + line);
 }
 
 INLINE const char *block_of(enum tensor_type type, const char *panel, unsigned k) {
@@ -168,12 +183,12 @@ INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales
 /* to[word][64] = from[row][word], for n_rows rows that lie `stride` bytes apart and have n_words
  * words, the last of which ends where the row does, after `bytes`. */
 static void pack_words(const char *from, size_t stride, int n_rows, size_t bytes, char *to) {
-    for (size_t at = 0; at < bytes; at += 4 * LANES) {
-        size_t left = bytes - at < 4 * LANES ? bytes - at : 4 * LANES;
-        for (int first = 0; first < PANEL; first += LANES) {
+    for (int first = 0; first < PANEL; first += LANES) { /* few rows at a time are read ahead */
+        for (size_t at = 0; at < bytes; at += 4 * LANES) {
+            size_t left = bytes - at < 4 * LANES ? bytes - at : 4 * LANES;
             vec rows[LANES] = {{0}};
             for (int i = 0; i < LANES && first + i < n_rows; i++)
-                memcpy(&rows[i], from + (size_t)(first + i) * stride + at, left);
+                rows[i] = load_bytes(from + (size_t)(first + i) * stride + at, left);
             transpose(rows);
             for (size_t i = 0; i < (left + 3) / 4; i++)
                 memcpy(to + ((at / 4 + i) * PANEL + (size_t)first) * 4, &rows[i], 4 * LANES);

@@ -16,7 +16,7 @@
 
 enum {
     TILE_ROWS = 6,    /* rows that one call of the kernel computes at most */
-    DIRECT_ROWS = 12, /* up to so many rows read a panel in its stored type */
+    DIRECT_ROWS = 24, /* up to so many rows read a panel in its stored type */
     SLAB = 256,       /* k of a panel that are kept as f32 in L2 while many rows use them */
     DOT_SLAB = 1024,  /* the same for fast paths, which read them in the stored type */
     ROW_CHUNK = 96    /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
@@ -30,7 +30,7 @@ struct tile {
     const char *input;  /* (rows) the first column is k = begin */
     size_t stride;      /* bytes from row to row */
     float *out;         /* (rows, PANEL) */
-    bool add;
+    bool add, ahead;    /* ahead: the panel comes from memory */
 };
 
 /* Any number of rows, in groups of like size. */
@@ -65,6 +65,9 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
         struct scales scales;
         load_scales(type, tile->panel, (unsigned)k, &scales);
         for (; k < end; k += 2, input += 2) {
+            if (tile->ahead && !pack_quantized(type))
+                read_ahead(block_of(type, tile->panel, (unsigned)k),
+                           2 / (size_t)pack_block(type).n_k * pack_part_bytes(type));
             for (int odd = 0; odd < 2; odd++) {
                 vec weights[4];
                 for (int i = 0; i < 4; i++)
@@ -124,6 +127,7 @@ void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
             plain_tile(type, n, &tile);
         else
             dot_tile(type, n, &tile);
+        tile.ahead = false; /* the next rows find it in a cache */
         tile.input += (size_t)n * tile.stride;
         tile.out += n * PANEL;
         n_rows -= n;

@@ -47,6 +47,14 @@ INLINE vec load_part(const float *from, int count) { /* missing elements are 0 *
     return value;
 }
 
+INLINE vec load_bytes(const char *from, size_t count) { /* at most 64; missing ones are 0 */
+    vec value = {0};
+    if (count == sizeof value)
+        return load((const float *)(const void *)from);
+    memcpy(&value, from, count);
+    return value;
+}
+
 INLINE void store_part(float *to, vec value, int count) {
     if (count >= LANES)
         store(to, value);
@@ -58,33 +66,57 @@ INLINE vec select_vec(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-INLINE vec max_vec(vec a, vec b) {
+INLINE vec max_vec(vec a, vec b) { /* b, where one is NaN */
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     return select_vec(a > b, a, b);
+#endif
+}
+
+INLINE vec min_vec(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return select_vec(a < b, a, b);
+#endif
+}
+
+/* The lanes moved down by 8, 4, 2, 1: what is added to them, or compared with them, in turn. */
+INLINE vec lanes_from(vec value, int step) {
+    switch (step) {
+    case 8:
+        return __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5,
+                                       6, 7);
+    case 4:
+        return __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9,
+                                       10, 11);
+    case 2:
+        return __builtin_shufflevector(value, value, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15,
+                                       12, 13);
+    default:
+        return __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12,
+                                       15, 14);
+    }
 }
 
 INLINE float sum_lanes(vec value) {
-    float lanes[LANES];
-    store(lanes, value);
     for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++)
-            lanes[i] += lanes[i + step];
-    return lanes[0];
+        value += lanes_from(value, step);
+    return value[0];
 }
 
 INLINE float max_lanes(vec value) {
-    float lanes[LANES];
-    store(lanes, value);
     for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; i++)
-            lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-    return lanes[0];
+        value = max_vec(value, lanes_from(value, step));
+    return value[0];
 }
 
 /* e^x to 2 ulp (the polynomial of the Cephes library); 0 below -87, no more than e^88. */
 INLINE vec exp_vec(vec x) {
     const vec zero = {0};
     const vec low = zero - 87.0f, high = zero + 88.0f;
-    vec inside = -max_vec(-max_vec(x, low), -high);
+    vec inside = min_vec(max_vec(x, low), high);
     vec shifted = inside * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
     vec whole = shifted - 12582912.0f;
     vec rest = inside - whole * 0.693359375f;

@@ -4,7 +4,8 @@
 #
 # The third column is what the first design allowed. Where a file could not be both clear and that
 # short, clear won, and its budget here is what a simpler design was brought down to; it rises only
-# for what the file did not do before (dynamo.h, Makefile: the CUDA backend, its emulation). The spine is what a reader takes in one sitting: dynamo.h, the forward pass,
+# for what the file did not do before (dynamo.h, Makefile: the CUDA backend, its emulation). The spine
+# is what a reader takes in one sitting: dynamo.h, the forward pass,
 # kvcache.c, scheduler.c and the product kernel.
 over=0
 spine=0
@@ -35,7 +36,7 @@ check dynamo.c 700 700
 check engine.h 445 -
 check scheduler.c 700 700
 check kvcache.c 540 500
-check kernels.c 900 650
+check kernels.c 915 650
 check kernels.cu 1020 1200
 check device.cuh 430 -
 check ptx.cuh 120 -
@@ -45,14 +46,15 @@ check attention.cuh 510 -
 check sampler.cuh 270 -
 check step.cuh 25 -
 check attention.h 270 -
+check append.h 110 -
 check product.h 240 -
 check dot.h 265 -
-check pack.h 320 -
+check pack.h 335 -
 check pool.h 250 -
 check probe.h 150 -
 check copier.h 160 -
 check sampler.h 180 -
-check vector.h 170 -
+check vector.h 200 -
 check model.h 340 -
 check gguf.h 540 400
 check source.h 165 -
