@@ -49,6 +49,12 @@ size_t dot_form_bytes(enum row_form form, int begin, int end) {
     return (size_t)(end - begin) * (form == FORM_BF16 ? 2 : 4);
 }
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
 static void dot_convert_block(const float *from, int count, struct q8_block *to, int at) {
     float part[Q8_BLOCK] = {0};
     memcpy(part + at, from, sizeof(float) * (size_t)count);
@@ -66,16 +72,7 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
     to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
 }
 
-void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
-    if (form == FORM_BF16) {
-        for (int k = 0; k < end - begin; k += LANES) {
-            ivec bits = (ivec)load_part(from + k, end - begin - k);
-            half_vec halves = narrow_bf16(bits);
-            int n = end - begin - k < LANES ? end - begin - k : LANES;
-            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)n);
-        }
-        return;
-    }
+static void dot_convert_q8(const float *from, int begin, int end, char *to) {
     struct q8_block *block = (struct q8_block *)(void *)to;
     for (int k = begin; k < end; block++) {
         int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
@@ -85,11 +82,17 @@ void dot_convert(enum row_form form, const float *from, int begin, int end, char
     }
 }
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+/* To nearest, ties to even; what is below the normal numbers becomes 0. */
+static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
+    for (int k = 0; k < count; k += LANES) {
+        int n = count - k < LANES ? count - k : LANES;
+        __m256bh halves = _mm512_cvtneps_pbh((__m512)load_part(from + k, n));
+        if (n == LANES)
+            memcpy(to + k * 2, &halves, sizeof halves);
+        else
+            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)n);
+    }
+}
 
 /* n_rows x 4 sums of f32; each instruction adds two products to each of 16. */
 INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
@@ -234,6 +237,13 @@ enum row_form dot_form(enum tensor_type type, bool plain) {
     return FORM_F32;
 }
 
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    if (form == FORM_BF16)
+        dot_convert_bf16(from, end - begin, to);
+    else
+        dot_convert_q8(from, begin, end, to);
+}
+
 void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
     case TYPE_BF16: dot_BF16[n_rows - 1](tile); return;
@@ -251,6 +261,14 @@ enum row_form dot_form(enum tensor_type type, bool plain) {
     (void)type;
     (void)plain;
     return FORM_F32;
+}
+
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    (void)form;
+    (void)from;
+    (void)begin;
+    (void)end;
+    (void)to;
 }
 
 void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
