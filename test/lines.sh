@@ -48,7 +48,7 @@ check step.cuh 25 -
 check attention.h 270 -
 check append.h 110 -
 check product.h 240 -
-check dot.h 275 -
+check dot.h 280 -
 check pack.h 335 -
 check pool.h 250 -
 check probe.h 150 -
