@@ -122,11 +122,10 @@ static size_t cpu_free_memory(struct device *device, bool pinned) {
 static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
     if (bytes > cpu_free_memory(device, pinned))
         return NULL;
-    if (bytes < HUGE_PAGE)
-        return aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
-    void *memory = aligned_alloc(HUGE_PAGE, round_up(bytes, HUGE_PAGE));
-    if (memory)
-        madvise(memory, round_up(bytes, HUGE_PAGE), MADV_HUGEPAGE);
+    char *memory = aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+    size_t first = -(uintptr_t)memory & (HUGE_PAGE - 1); /* whole ones: the rest would be wasted */
+    if (memory && first + HUGE_PAGE <= bytes)
+        madvise(memory + first, (bytes - first) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
     return memory;
 }
 

@@ -13,6 +13,9 @@ dynamo's are f32, its own (--kv-type bf16 is the nearer comparison).
   streams   8, 16, 32 streams at once: tokens a second while all decode
   requests  16 requests of 64 tokens in and 64 out, start to end, beside llama.cpp's decoding of
             the same batch without any server
+  load      from the start of the program to its end after one token, with the file in the page
+            cache; and the memory that is resident then, beside the file's size, with one device and
+            with two (dynamo alone)
 """
 import argparse
 import ctypes
@@ -189,6 +192,39 @@ class Dynamo:
         return n / statistics.mean(a["itl_ms"] for a in answers) * 1e3
 
 
+def resident(pid):
+    """MiB of a process now; 0: it has ended."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("VmRSS:")) / 1024
+    except OSError:
+        return 0
+
+
+def load(name, path, n_runs, options):
+    """Seconds to one token, and resident MiB beyond the file's size while more are written: keys
+    and values, activations, the program."""
+    for devices in ("cpu:1", "cpu:2"):
+        command = ["./dynamo", path, "--ids", "1,300,301", "--devices", devices] + options
+        subprocess.run(command + ["-n", "1"], check=True, capture_output=True)  # into the cache
+        seconds, beyond = [], []
+        for _ in range(n_runs):
+            start = time.perf_counter()
+            subprocess.run(command + ["-n", "1"], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+            with subprocess.Popen(command + ["-n", "200"], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL) as child:
+                samples = []
+                while child.poll() is None:
+                    samples.append(resident(child.pid))
+                    time.sleep(0.002)
+            late = samples[len(samples) * 2 // 3:]  # loading is over
+            beyond.append(statistics.median(late) - os.path.getsize(path) / 2**20)
+        print(f"{name + ' load on ' + devices:42s} {statistics.median(seconds):5.2f} s for "
+              f"{os.path.getsize(path) * 1e-9:.2f} GB; {statistics.median(beyond):.1f} MiB resident "
+              "beyond the file's size", flush=True)
+
+
 class Watch:
     """How much of the machine others used: llama.cpp's threads wait for each other by spinning, so
     a few percent of a core taken away can halve what it reaches."""
@@ -232,7 +268,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="stories-110m,tinyllama-1.1b")
     parser.add_argument("--types", default="F32,BF16,Q8_0")
-    parser.add_argument("--parts", default="decode,prefill,streams,requests")
+    parser.add_argument("--parts", default="decode,prefill,streams,requests,load")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--options", default="", help="more options for dynamo")
     parser.add_argument("--work", default="/tmp/compare")
@@ -245,6 +281,10 @@ def main():
             path = os.path.join(o.work, f"{shape}-{kind}.gguf")
             if not os.path.exists(path):
                 make_file(path, shape, kind)
+            if "load" in parts:
+                load(f"{shape} {kind}", path, o.n, ["--threads", str(o.threads)])
+            if parts == ["load"]:
+                continue
             theirs = LlamaCpp(path, o.threads)
             ours = Dynamo(path, ["--threads", str(o.threads)] + o.options.split(), o.work)
             name = f"{shape} {kind}"
