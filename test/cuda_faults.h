@@ -346,10 +346,11 @@ static void faults(struct check *check) {
         make_model(&random, draw_config(&random, 1, 2), like_types(TYPE_BF16));
     for (const auto &fault : cases) {
         char text[2000], where[100] = "", call[100] = "", why[100] = "", doing[100] = "";
-        struct worker worker = open_worker(open_backend(tell_of_loss), model, fault.n_shards, 60);
         int line = 0, device = -1;
         int status = in_child(
             [&] {
+                struct worker worker =
+                    open_worker(open_backend(tell_of_loss), model, fault.n_shards, 60);
                 emu_fail(fault.call, 0);
                 work(&worker, &random);
             },
@@ -365,7 +366,6 @@ static void faults(struct check *check) {
               "%s", text);
         const char *rest = strchr(text, '\n');
         CHECK(rest && !strcmp(rest, "\nthe requests are lost\n"), "%s", text);
-        close_worker(&worker);
     }
     free_model(model);
 }

@@ -26,7 +26,7 @@ static struct story draw_story(struct random *random, int n_prompt, int n_genera
     return story;
 }
 
-/* Others that share a step, with blocks of their own, [*used, …) of slots, that may hold anything.
+/* Others that share a step, with blocks of their own, slots[*used] and on, that may hold anything.
  * Generated ones come first in a step. */
 static void add_crowd(struct test_batch *batch, struct random *random, const struct story &story,
                       const std::vector<int> &slots, size_t *used, int n, bool generated) {
