@@ -13,6 +13,7 @@
 #include "json.h"
 
 #include <math.h>
+#include <termios.h>
 
 enum {
     VALUE_LENGTH = 8192, /* bytes of a JSON value, at most */
@@ -672,6 +673,38 @@ static void an_interrupt_stops_the_answer(struct check *check) {
     remove_folder(check, folder);
 }
 
+/* Whoever asks it to go ends it, answers or not. */
+static void a_termination_ends_it(struct check *check) {
+    static const int signals[] = {SIGTERM, SIGHUP};
+    char folder[FOLDER_LENGTH];
+    make_folder(check, folder);
+    write_endless_model(check, folder, 1);
+    setenv("TERM", "xterm", 1);
+    for (int i = 0; i < 2; i++) {
+        struct live live = live_start(check, false, ENDLESS "--ids 1,5,6", folder);
+        CHECK(live_bytes(&live, 100, 10), "no text: %s", live.text);
+        kill(live.pid, signals[i]);
+        int status = live_end(&live, 5);
+        CHECK(status == 128 + signals[i], "status %d", status);
+        live_close(&live);
+        live = live_start(check, true, ENDLESS, folder); /* its line editor has changed the modes */
+        struct termios before, after;
+        bool known = tcgetattr(live.input, &before) == 0;
+        CHECK(live_until(&live, "> ", 10), "no prompt: %s", live.text);
+        CHECK(known && tcgetattr(live.input, &after) == 0 && !(after.c_lflag & ICANON),
+              "the editor reads lines, not keys");
+        kill(live.pid, signals[i]);
+        usleep(100000 * SLOWER);
+        known = tcgetattr(live.input, &after) == 0;
+        CHECK(known && after.c_lflag == before.c_lflag, "the terminal was left in another mode");
+        status = live_end(&live, 5);
+        CHECK(status == 128 + signals[i], "status %d", status);
+        live_close(&live);
+    }
+    setenv("TERM", "dumb", 1);
+    remove_folder(check, folder);
+}
+
 /* Where there is no answer to stop, Ctrl-C ends the program. */
 static void an_interrupt_ends_other_work(struct check *check) {
     char folder[FOLDER_LENGTH], path[PATH_LENGTH];
@@ -886,6 +919,7 @@ int main(int argc, char **argv) {
         {"absurd_weights_are_survived", absurd_weights_are_survived},
         {"an_interrupt_stops_the_answer", an_interrupt_stops_the_answer},
         {"an_interrupt_ends_other_work", an_interrupt_ends_other_work},
+        {"a_termination_ends_it", a_termination_ends_it},
         {"a_closed_pipe_ends_the_answer", a_closed_pipe_ends_the_answer},
         {"talks_at_a_terminal", talks_at_a_terminal},
         {"ctrl_c_at_a_terminal", ctrl_c_at_a_terminal},
