@@ -79,7 +79,7 @@ check test/test_cuda.cu 100 -
 check test/cuda_worker.h 660 -
 check test/cuda_products.h 550 -
 check test/cuda_attention.h 390 -
-check test/cuda_steps.h 450 -
+check test/cuda_steps.h 470 -
 check test/cuda_faults.h 380 -
 check Makefile 140 90
 check README.md 280 280
