@@ -5,19 +5,26 @@ Temperature 0, no repeat penalty; generation stops at the end token, at -n token
 context is full.
 
     python3 test/compare_llama_cpp.py model.bin                      # a dozen beginnings
+    python3 test/compare_llama_cpp.py model.bin --program ./dynamo   # are its ids the same?
+    python3 test/compare_llama_cpp.py model.bin --save test/data/llama_cpp_greedy.txt
     python3 test/compare_llama_cpp.py model.bin "My dog" -n 100
     python3 test/compare_llama_cpp.py model.bin --tokenizer work/tokenizer.model
 
 With --tokenizer, the ids of a dozen texts are also compared with SentencePiece's own; with
 --against-pytorch, the greedy ids are compared with those of train.py's
 forward pass on the file's weights, and the gap between the two best logits is shown where they
-part. Exits with 1 if a tokenization differs.
+part. --save writes prompts and ids, for tests, up to where the two best logits are less than
+CLOSE apart: rounding may decide there. Exits with 1 if ids or a tokenization differ.
 """
 import argparse
 import json
+import subprocess
 import sys
 
+import numpy as np
 from llama_cpp import Llama
+
+CLOSE = 0.1
 
 BEGINNINGS = [
     "Once upon a time", "One day, a little fox", "Lily was sad because", "The old robot", "My dog",
@@ -32,7 +39,7 @@ HARD_TEXTS = [
 
 
 def open_model(path):
-    return Llama(model_path=path, n_ctx=512, n_threads=1, n_threads_batch=1,
+    return Llama(model_path=path, n_ctx=512, n_threads=1, n_threads_batch=1, logits_all=True,
                  verbose=False)
 
 
@@ -59,6 +66,41 @@ def print_greedy(model, beginnings, count):
         print(json.dumps(dict(beginning=beginning, prompt=prompt, ids=generated, text=text)))
         results.append((prompt, generated))
     return results
+
+
+def sure(model, prompt, generated):
+    """How many of the generated ids come before the first close decision."""
+    model.reset()
+    model.eval(prompt + generated)
+    for i in range(len(generated)):
+        best = np.partition(model.scores[len(prompt) - 1 + i], -2)[-2:]
+        if best[1] - best[0] < CLOSE:
+            return i
+    return len(generated)
+
+
+def save(model, path, results):
+    with open(path, "w", encoding="ascii") as file:
+        for prompt, generated in results:
+            ids = generated[:sure(model, prompt, generated)]
+            file.write(f"{','.join(map(str, prompt))} {','.join(map(str, ids))}\n")
+
+
+def differing_ids(program, path, results):
+    """How many continuations the program writes differently."""
+    differing = 0
+    for prompt, theirs in results:
+        command = [program, path, "--ids", ",".join(map(str, prompt)), "-t", "0", "--json",
+                   "-n", str(len(theirs))]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        ours = json.loads(run.stdout)["ids"]
+        if ours != theirs:
+            differing += 1
+            place = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
+            print(f"differs after {place} tokens: {prompt}", file=sys.stderr)
+    print(f"greedy: {len(results) - differing} of {len(results)} continuations equal {program}'s",
+          file=sys.stderr)
+    return differing
 
 
 def differing_tokenizations(model, tokenizer, texts):
@@ -102,16 +144,24 @@ def main():
     parser.add_argument("-n", type=int, default=200, dest="count")
     parser.add_argument("--tokenizer", help="SentencePiece model to compare the tokens with")
     parser.add_argument("--against-pytorch", action="store_true")
+    parser.add_argument("--program", help="whose greedy ids are compared")
+    parser.add_argument("--save", help="file for prompts and ids that are no close decision")
     arguments = parser.parse_args()
     model = open_model(arguments.model)
     results = print_greedy(model, arguments.beginnings, arguments.count)
     if arguments.against_pytorch:
         compare_with_pytorch(arguments.model, results, arguments.count)
+    differing = 0
+    if arguments.program:
+        differing += differing_ids(arguments.program, arguments.model, results)
+    if arguments.save:
+        save(model, arguments.save, results)
     if arguments.tokenizer:
         import sentencepiece
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=arguments.tokenizer)
         texts = HARD_TEXTS + arguments.beginnings
-        sys.exit(1 if differing_tokenizations(model, tokenizer, texts) else 0)
+        differing += differing_tokenizations(model, tokenizer, texts)
+    sys.exit(1 if differing else 0)
 
 
 if __name__ == "__main__":

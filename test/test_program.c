@@ -120,6 +120,31 @@ static void writes_as_published(struct check *check) {
     remove_folder(check, folder);
 }
 
+/* model.bin's likeliest tokens, as llama.cpp has them: test/compare_llama_cpp.py --save. */
+static void writes_as_llama_cpp(struct check *check) {
+    size_t length;
+    char *text = read_file(check, DATA "llama_cpp_greedy.txt", &length), *rest = NULL;
+    int n_lines = 0;
+    for (char *line = strtok_r(text, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
+        char expected[VALUE_LENGTH], *ids = strchr(line, ' ');
+        CHECK(ids, "line %d: %s", n_lines, line);
+        if (!ids)
+            break;
+        *ids++ = 0;
+        int n = 1;
+        for (const char *at = ids; *at; at++)
+            n += *at == ',';
+        snprintf(expected, sizeof expected, "\"ids\":[%s]", ids);
+        struct outcome o = run(check, "model.bin --ids %s -t 0 -n %d --json", line, n);
+        CHECK(o.status == 0 && strstr(o.out, expected), "expected %s, got %s%s", expected, o.out,
+              o.err);
+        outcome_free(&o);
+        n_lines++;
+    }
+    CHECK(n_lines == 12, "%d lines", n_lines);
+    free(text);
+}
+
 /* ---- what is written ---- */
 
 static void writes_stories(struct check *check) {
@@ -902,6 +927,7 @@ int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"tokenizes_as_published", tokenizes_as_published},
         {"writes_as_published", writes_as_published},
+        {"writes_as_llama_cpp", writes_as_llama_cpp},
         {"writes_stories", writes_stories},
         {"a_seed_is_a_text", a_seed_is_a_text},
         {"options_are_obeyed", options_are_obeyed},
