@@ -525,12 +525,13 @@ static void emu_until(const emu_moment *moment) {
     }
 }
 
-static std::shared_ptr<emu_moment> emu_mark(CUstream_st *stream) {
+/* graph: that the moment is recorded in; null: it comes behind all that was launched. */
+static std::shared_ptr<emu_moment> emu_mark(CUstream_st *stream, CUgraph_st *graph) {
     auto moment = std::make_shared<emu_moment>();
     moment->stream = stream;
-    moment->graph = stream->graph;
+    moment->graph = graph;
     moment->nodes = stream->tails;
-    if (!stream->graph) {
+    if (!graph) {
         stream->queue.emplace_back();
         stream->queue.back().mark = moment;
     }
@@ -538,14 +539,15 @@ static std::shared_ptr<emu_moment> emu_mark(CUstream_st *stream) {
 }
 
 static void emu_finish(CUstream_st *stream) {
-    emu_until(emu_mark(stream).get());
+    emu_until(emu_mark(stream, nullptr).get());
 }
 
+/* Another thread may be recording what one of the streams does next. */
 static void emu_finish_device(int device) {
     std::vector<std::shared_ptr<emu_moment>> moments;
     for (CUstream_st *stream : cuda.streams)
         if (stream->device == device && !stream->queue.empty())
-            moments.push_back(emu_mark(stream));
+            moments.push_back(emu_mark(stream, nullptr));
     for (const auto &moment : moments)
         emu_until(moment.get());
 }
@@ -664,7 +666,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     EMU_CALL(__func__)
     CUstream_st *s = emu_stream(stream);
     EMU_CHECK(s && event && s->device == event->device, cudaErrorInvalidResourceHandle)
-    event->moment = emu_mark(s);
+    event->moment = emu_mark(s, s->graph);
     return cudaSuccess;
 }
 

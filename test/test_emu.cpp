@@ -879,11 +879,15 @@ static void captures_forbid(struct check *check) {
     }
     for (auto mode : {cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeGlobal}) {
         bool local = mode == cudaStreamCaptureModeThreadLocal;
+        device_array<int> x(1);
+        OK(cudaMemsetAsync(x.data, 1, 4, streams.a));
         OK(cudaStreamBeginCapture(streams.a, mode));
+        OK(cudaMemsetAsync(x.data, 2, 4, streams.a)); /* recorded, not done */
         std::thread([&] {
             other = cudaMalloc(&memory, 4);
-            cudaFree(memory);
+            cudaFree(memory); /* waits for what was launched before */
         }).join();
+        CHECK(!local || x.data[0] == 0x01010101, "got %x", (unsigned)x.data[0]);
         CHECK(other == (local ? cudaSuccess : cudaErrorStreamCaptureUnsupported), "got %d", other);
         cudaError_t end = cudaStreamEndCapture(streams.a, &graph);
         CHECK(end == (local ? cudaSuccess : cudaErrorStreamCaptureInvalidated), "got %d", end);
