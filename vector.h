@@ -50,8 +50,9 @@ INLINE vec load_part(const float *from, int count) { /* missing elements are 0 *
 INLINE vec load_bytes(const char *from, size_t count) { /* at most 64; missing ones are 0 */
     vec value = {0};
     if (count == sizeof value)
-        return load((const float *)(const void *)from);
-    memcpy(&value, from, count);
+        memcpy(&value, from, sizeof value); /* one load */
+    else
+        memcpy(&value, from, count);
     return value;
 }
 
