@@ -4,9 +4,9 @@
  * fro. Devices on one GPU share its weights. A device's fault ends the program: with file, line,
  * device, call, and what was being done, after the caller was told (backend_options.lost).
  *
- *     struct cuda_device *d = enter(device, "loading weights"); // from here on it is the current
- * one TRY(d, cudaStreamSynchronize(stream));                    // or the program ends launch(d,
- * "norm_kernel", norm_kernel, grid_of(n), THREADS, 0, x, y, n);
+ *     struct cuda_device *d = enter(device, "loading weights"); // it is the current one now
+ *     TRY(d, cudaStreamSynchronize(stream));                    // or the program ends
+ *     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, 0, x, y, n);
  *
  * Read next: kernels.cu, whose first half this is. */
 #ifndef DEVICE_CUH

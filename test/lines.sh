@@ -36,7 +36,7 @@ check dynamo.c 700 700
 check engine.h 445 -
 check scheduler.c 700 700
 check kvcache.c 540 500
-check kernels.c 915 650
+check kernels.c 650 650
 check kernels.cu 1020 1200
 check device.cuh 430 -
 check ptx.cuh 120 -
@@ -45,6 +45,7 @@ check product.cuh 420 -
 check attention.cuh 510 -
 check sampler.cuh 270 -
 check step.cuh 25 -
+check device.h 330 -
 check attention.h 270 -
 check append.h 110 -
 check product.h 240 -
