@@ -1,5 +1,7 @@
 /* test_cli.c: every option with good and bad values, contradictions, request files line by line,
- * the stop-text matcher against a definition that looks at one byte at a time, and --help. */
+ * the stop-text matcher against a definition that looks at one byte at a time, --help, and the bar
+ * that loading shows. */
+#define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #include "../json.h"
 #define CLI_IMPLEMENTATION
@@ -7,6 +9,9 @@
 #define REQUESTS_IMPLEMENTATION
 #include "../requests.h"
 #include "check.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
 
 /* Parses a command line given as words that `|` separates (a value may hold spaces). */
 static bool parse(struct options *options, const char *line, char error[CLI_ERROR_LENGTH]) {
@@ -592,6 +597,46 @@ static void help_is_whole(struct check *check) {
     free(text);
 }
 
+/* What cli_progress writes to stderr, if that is a terminal or if it is a pipe. */
+static int progress_shown(struct check *check, bool terminal, char *shown, int size) {
+    int ours, theirs, ends[2], kept = dup(2);
+    if (terminal) {
+        ours = posix_openpt(O_RDWR | O_NOCTTY);
+        bool ready = ours >= 0 && grantpt(ours) == 0 && unlockpt(ours) == 0;
+        theirs = ready ? open(ptsname(ours), O_RDWR | O_NOCTTY) : -1;
+    } else {
+        theirs = pipe(ends) == 0 ? ends[1] : -1;
+        ours = ends[0];
+    }
+    CHECK(theirs >= 0, "no %s", terminal ? "terminal" : "pipe");
+    if (theirs < 0)
+        return 0;
+    fcntl(ours, F_SETFL, O_NONBLOCK);
+    fflush(stderr);
+    dup2(theirs, 2);
+    cli_progress("loading", 0, 4);
+    cli_progress("loading", 1, 4); /* too soon for a bar */
+    usleep((PROGRESS_MS + 50) * 1000);
+    cli_progress("loading", 2, 4);
+    cli_progress("loading", 4, 4);
+    fflush(stderr);
+    dup2(kept, 2);
+    int n = (int)read(ours, shown, (size_t)size - 1);
+    shown[n > 0 ? n : 0] = 0;
+    close(kept);
+    close(theirs);
+    close(ours);
+    return n > 0 ? n : 0;
+}
+
+static void loading_shows_a_bar(struct check *check) {
+    char shown[400];
+    progress_shown(check, true, shown, sizeof shown);
+    CHECK(!strcmp(shown, "\rloading [###############               ] 50%\033[K\r\033[K"), "%s",
+          shown);
+    CHECK(progress_shown(check, false, shown, sizeof shown) == 0, "into a pipe: %s", shown);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"defaults_hold", defaults_hold},
@@ -605,6 +650,7 @@ int main(int argc, char **argv) {
         {"stops_are_found", stops_are_found},
         {"stops_match_the_definition", stops_match_the_definition},
         {"help_is_whole", help_is_whole},
+        {"loading_shows_a_bar", loading_shows_a_bar},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -902,6 +902,37 @@ static void talks_at_a_terminal(struct check *check) {
     live_close(&live);
 }
 
+/* Processor time that a process has used, in clock ticks. */
+static long ticks_of(pid_t pid) {
+    char path[64], line[1024] = "";
+    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
+    FILE *file = fopen(path, "r");
+    long user = -1, system = 0;
+    if (file && fgets(line, sizeof line, file) && strrchr(line, ')'))
+        sscanf(strrchr(line, ')') + 1, " %*c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld %ld",
+               &user, &system);
+    if (file)
+        fclose(file);
+    return user + system;
+}
+
+/* While it waits for a line, its threads sleep: workers, helpers, the copier. */
+static void waiting_costs_nothing(struct check *check) {
+    setenv("TERM", "dumb", 1);
+    struct live live = live_start(check, true, "model.bin -n 5 --devices cpu:4 --threads 4");
+    CHECK(live_until(&live, "> ", 5), "no prompt: %s", live.text);
+    live_write(&live, "Once upon a time\n");
+    CHECK(live_until(&live, "\n> ", 5), "no answer: %s", live.text);
+    usleep(200000);
+    long before = ticks_of(live.pid);
+    sleep(1);
+    long used = ticks_of(live.pid) - before;
+    CHECK(before >= 0 && used <= 2, "%ld ticks in a second", used);
+    live_write(&live, "\004");
+    CHECK(live_end(&live, 5) == 0, "it did not end: %s", live.text);
+    live_close(&live);
+}
+
 static void ctrl_c_at_a_terminal(struct check *check) {
     char folder[FOLDER_LENGTH];
     make_folder(check, folder);
@@ -948,6 +979,7 @@ int main(int argc, char **argv) {
         {"a_termination_ends_it", a_termination_ends_it},
         {"a_closed_pipe_ends_the_answer", a_closed_pipe_ends_the_answer},
         {"talks_at_a_terminal", talks_at_a_terminal},
+        {"waiting_costs_nothing", waiting_costs_nothing},
         {"ctrl_c_at_a_terminal", ctrl_c_at_a_terminal},
         {"chat_models_answer", chat_models_answer},
         {"chats_at_a_terminal", chats_at_a_terminal},
