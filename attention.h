@@ -19,6 +19,7 @@
 #define ATTENTION_H
 #include "dynamo.h"
 #include "vector.h"
+#include <stdalign.h>
 
 enum {
     QUERIES = 48, /* queries of a call at most */
@@ -70,7 +71,7 @@ INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
                           : widen_bf16((const uint16_t *)(const void *)plane + at);
 }
 
-/* Asks for a vector's line of a plane, as it is read in the plane before. */
+/* Asks for a line of the plane that is read next, while the same line of this one is used. */
 INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
     __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
@@ -197,8 +198,8 @@ static void softmax_chunk(float *scores, int visible, struct softmax *state, flo
     }
 }
 
-/* Where the planes at `offset` of a chunk's blocks begin. Behind the last block it stands again,
- * with the weight 0. */
+/* Where the planes at `offset` of a chunk's blocks begin. A chunk that the text does not fill has
+ * its last block several times; what it gives there has the weight 0. */
 static void find_planes(const struct kv_view *view, int start, int end, size_t offset,
                         const char *plane[CHUNK_BLOCKS]) {
     int last = (end - 1) / BLOCK_TOKENS;

@@ -14,6 +14,7 @@
 extern "C" {
 #include "dynamo.h"
 }
+#include "host.h"
 #include "pack.cuh"
 #include "product.cuh"
 #include "sampler.cuh"
@@ -175,23 +176,11 @@ static int divide(int value, int unit) {
 
 /* ---- memory and copies ---- */
 
-static size_t host_memory() { /* bytes that are available */
-    FILE *file = fopen("/proc/meminfo", "r");
-    char line[128];
-    size_t kibibytes = 0;
-    while (file && fgets(line, sizeof line, file) &&
-           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
-    }
-    if (file)
-        fclose(file);
-    return kibibytes * 1024;
-}
-
 static size_t cuda_free_memory(struct device *device, bool pinned) {
     struct cuda_device *d = enter(device, "asking for its free memory");
     size_t available = 0, total = 0;
     if (pinned)
-        return host_memory();
+        return host_free_memory();
     TRY(d, cudaMemGetInfo(&available, &total));
     return available;
 }

@@ -8,18 +8,22 @@
  *     parallel_for((struct cpu_device *)device, n_tiles, product_tile, &product);
  *     cpu_device_close(device);
  *
- * Invariant: activation rows are padded with zeros to PAD elements, which no op ever overwrites.
- * It knows nothing of ops. Read next: kernels.c, whose first half this is. */
+ * Invariant: all devices of a backend share one copy of the packed weights; a shard is a view of
+ * it. Knows of ops only how much scratch they need. Read next: kernels.c, whose first half this
+ * is. */
 #ifndef DEVICE_H
 #define DEVICE_H
+#include "attention.h"
 #include "dynamo.h"
+#include "host.h"
+#include "probe.h"
+#include "product.h"
 
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #define POOL_IMPLEMENTATION
 #include "pool.h"
@@ -27,12 +31,6 @@
 #include "copier.h"
 #define PACK_IMPLEMENTATION
 #include "pack.h"
-#define ATTENTION_IMPLEMENTATION
-#include "attention.h"
-#define PRODUCT_IMPLEMENTATION
-#include "product.h"
-#define PROBE_IMPLEMENTATION
-#include "probe.h"
 
 enum {
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
@@ -42,7 +40,7 @@ enum {
     PROBE_BYTES = 1 << 20 /* so many bytes each */
 };
 
-struct scratch { /* of one thread */
+struct scratch { /* of one thread: what a tile of a product or of attention works on */
     alignas(64) float slab[SLAB * PANEL];
     float tile[5][ROW_CHUNK * PANEL];
     struct attention_scratch attention;
@@ -91,16 +89,7 @@ static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *
 static size_t cpu_free_memory(struct device *device, bool pinned) {
     (void)device;
     (void)pinned;
-    FILE *file = fopen("/proc/meminfo", "r");
-    char line[128];
-    size_t kibibytes = 0;
-    while (file && fgets(line, sizeof line, file) &&
-           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
-    }
-    if (file)
-        fclose(file);
-    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
+    return host_free_memory();
 }
 
 static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
@@ -286,7 +275,7 @@ static bool allocate_activations(struct cpu_device *device) {
         device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
     }
     device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
-    device->logits = zeros(device, samples, vocab); /* few steps have so many samples */
+    device->logits = zeros(device, samples, vocab);
     device->scaled = zeros(device, samples, vocab);
     device->candidates = zeros(device, samples, vocab);
     device->sampled = zeros(device, samples, 1);

@@ -1,8 +1,9 @@
 /* kernels.c: the CPU backend, every op of the forward pass in plain C.
  *
- * Owns: what an op does with the activations of a device; the device itself, its memory and its
- * weights are device.h's. Knows nothing of requests, of blocks beyond a step's block table, or of
- * other backends. It is also the specification of kernels.cu: where the two differ, this is right.
+ * Owns: the ops, each a loop over the activations of a device. The device itself, its memory and
+ * its weights are device.h's. Knows nothing of requests, of blocks beyond a step's block table, or
+ * of other backends. It is also the specification of kernels.cu: where the two differ, this file
+ * is right.
  *
  * How data flows: `upload` packs a matrix once into *panels* of 64 outputs side by side for each k.
  * One small product kernel (64 outputs x 1 to 6 rows, held in registers) reads panels, and serves
@@ -26,6 +27,12 @@
 #include <string.h>
 
 #include "device.h"
+#define ATTENTION_IMPLEMENTATION
+#include "attention.h"
+#define PRODUCT_IMPLEMENTATION
+#include "product.h"
+#define PROBE_IMPLEMENTATION
+#include "probe.h"
 #define APPEND_IMPLEMENTATION
 #include "append.h"
 #define SAMPLER_IMPLEMENTATION
@@ -35,8 +42,8 @@ enum {
     TILES_A_THREAD = 8, /* so that all end at about the same time */
     CHUNK_ROWS = 256,   /* of a step: enough for full tiles, and soon done */
     NORM_ROWS = 8,      /* rows of a tile of the cheap ops */
-    MANY_ROWS = 64,     /* from here on tiles of whole blocks keep all threads busy, */
-    FEW_ROWS = 4        /* else so many rows */
+    MANY_ROWS = 64,     /* of a step that appends: then a tile takes the rows of a block, */
+    FEW_ROWS = 4        /* else so many, that every thread gets some */
 };
 
 /* ---- products ---- */
@@ -81,7 +88,8 @@ static void take_rows(const struct product *product, const struct weight *matrix
     tile->input = product->input[tile->form] + (size_t)row * tile->stride;
 }
 
-/* Threads take tiles in turn: so each walks through neighbouring panels, and reads ahead. */
+/* The panel that tile `tile` computes. Threads take tiles in turn, and the processor reads ahead
+ * where memory is read in order: so tiles that one thread is likely to take are neighbours. */
 static int walk(int tile, int n_panels, int n_threads) {
     int own = n_panels / n_threads;
     return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
@@ -96,7 +104,7 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
     index -= product->first_tile[which];
     const struct weight *matrix = product->matrix[which];
     int at = index / product->n_chunks;
-    if (product->n_chunks == 1)
+    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
         at = walk(at, product->n_panels[which], product->device->cpu->pool.n_threads);
     int panel = matrix->first_row / PANEL + at;
     int row = index % product->n_chunks * product->chunk_rows;

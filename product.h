@@ -65,7 +65,7 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
         struct scales scales;
         load_scales(type, tile->panel, (unsigned)k, &scales);
         for (; k < end; k += 2, input += 2) {
-            if (tile->ahead && !pack_quantized(type))
+            if (tile->ahead && !pack_quantized(type)) /* of two k: one or two blocks */
                 read_ahead(block_of(type, tile->panel, (unsigned)k),
                            2 / (size_t)pack_block(type).n_k * pack_part_bytes(type));
             for (int odd = 0; odd < 2; odd++) {
@@ -178,6 +178,7 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
         } else {
             widen(type, panel, k, next + (next & 1), slab);
             tile.panel = (const char *)slab;
+            tile.ahead = false;
             tile.end = next - k;
             tile.begin = 0;
             tile_rows(TYPE_F32, tile, n_rows);

@@ -83,7 +83,7 @@ INLINE vec min_vec(vec a, vec b) {
 #endif
 }
 
-/* The lanes moved down by 8, 4, 2, 1: what is added to them, or compared with them, in turn. */
+/* Each lane takes its partner's value: the one `step` lanes away, in the other half of a group. */
 INLINE vec lanes_from(vec value, int step) {
     switch (step) {
     case 8:

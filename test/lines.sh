@@ -45,7 +45,8 @@ check product.cuh 420 -
 check attention.cuh 510 -
 check sampler.cuh 270 -
 check step.cuh 25 -
-check device.h 330 -
+check device.h 320 -
+check host.h 30 -
 check attention.h 270 -
 check append.h 110 -
 check product.h 240 -

@@ -8,10 +8,7 @@
 #include "../cli.h"
 #define REQUESTS_IMPLEMENTATION
 #include "../requests.h"
-#include "check.h"
-
-#include <fcntl.h>
-#include <stdlib.h>
+#include "child.h"
 
 /* Parses a command line given as words that `|` separates (a value may hold spaces). */
 static bool parse(struct options *options, const char *line, char error[CLI_ERROR_LENGTH]) {
@@ -601,9 +598,7 @@ static void help_is_whole(struct check *check) {
 static int progress_shown(struct check *check, bool terminal, char *shown, int size) {
     int ours, theirs, ends[2], kept = dup(2);
     if (terminal) {
-        ours = posix_openpt(O_RDWR | O_NOCTTY);
-        bool ready = ours >= 0 && grantpt(ours) == 0 && unlockpt(ours) == 0;
-        theirs = ready ? open(ptsname(ours), O_RDWR | O_NOCTTY) : -1;
+        theirs = child_terminal(&ours) ? open(ptsname(ours), O_RDWR | O_NOCTTY) : -1;
     } else {
         theirs = pipe(ends) == 0 ? ends[1] : -1;
         ours = ends[0];
