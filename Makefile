@@ -18,7 +18,7 @@ B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
 TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
 EMU_TESTS = $(B)/test_emu_schedules $(B)/test_cuda $(B)/test_emu
-SOURCES = $(wildcard *.c *.h *.cu *.cuh test/*.c test/*.h test/*.cu test/*.cpp)
+SOURCES = $(wildcard *.c *.h *.cu *.cuh lib/*.h app/*.h test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
 TESTED = $(B)/dynamo
 EMU = $(if $(VARIANT),$(B)/dynamo-emu,dynamo-emu)
@@ -126,7 +126,7 @@ lines:
 	@test/lines.sh
 
 format:
-	clang-format -i $(filter-out unicode_table.h,$(SOURCES))
+	clang-format -i $(filter-out lib/unicode.h,$(SOURCES))
 
 clean:
 	rm -rf build dynamo dynamo-emu

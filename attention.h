@@ -18,7 +18,7 @@
 #ifndef ATTENTION_H
 #define ATTENTION_H
 #include "dynamo.h"
-#include "vector.h"
+#include "lib/simd.h"
 #include <stdalign.h>
 
 enum {

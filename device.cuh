@@ -88,7 +88,7 @@ struct cuda_device {
     int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    const struct weights *output;
+    const struct weight *const *output;
     uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
     uint16_t *h_low;                   /* what bf16 leaves out of h; NULL: no weight is F32 */
     float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */
@@ -399,11 +399,12 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
         size_t available = 0, total = 0;
         (void)cudaGetLastError();
         (void)cudaMemGetInfo(&available, &total);
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "%.*s: device %d (%s) has %zu MB left of %zu and needs %zu for this tensor; "
-                 "take a model of a smaller type, or more GPUs and --tp",
-                 (int)tensor->name.length, tensor->name.data, device->index,
-                 d->gpu->properties.name, available >> 20, total >> 20, (tensor->bytes >> 20) + 1);
+        (void)fail(error,
+                   "%.*s: device %d (%s) has %zu MB left of %zu and needs %zu for this tensor; "
+                   "take a model of a smaller type, or more GPUs and --tp",
+                   (int)tensor->name.length, tensor->name.data, device->index,
+                   d->gpu->properties.name, available >> 20, total >> 20,
+                   (tensor->bytes >> 20) + 1);
     }
     return ok ? w : NULL;
 }

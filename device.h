@@ -16,8 +16,8 @@
 #include "attention.h"
 #include "dynamo.h"
 #include "host.h"
-#include "probe.h"
-#include "product.h"
+#include "lib/probe.h"
+#include "lib/product.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -26,11 +26,11 @@
 #include <sys/mman.h>
 
 #define POOL_IMPLEMENTATION
-#include "pool.h"
+#include "lib/pool.h"
 #define COPIER_IMPLEMENTATION
 #include "copier.h"
 #define PACK_IMPLEMENTATION
-#include "pack.h"
+#include "lib/pack.h"
 
 enum {
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
@@ -159,8 +159,8 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
         weight = add_weight(cpu, pack_view(weight, slice));
     pthread_mutex_unlock(&cpu->upload_mutex);
     if (!weight) {
-        snprintf(error, GGUF_ERROR_LENGTH, "%.*s: no memory for %zu bytes of weights",
-                 (int)tensor->name.length, tensor->name.data, tensor->bytes);
+        (void)fail(error, "%.*s: no memory for %zu bytes of weights", (int)tensor->name.length,
+                   tensor->name.data, tensor->bytes);
     }
     return weight;
 }
@@ -198,24 +198,18 @@ static bool check_wanted(const struct device *wanted, char *error) {
                 {"key-value heads", config->n_kv_heads, n},
                 {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
                 {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
-    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n) {
-        snprintf(error, GGUF_ERROR_LENGTH, "got %d shards, expected 1, 2, 4 or 8", n);
-        return false;
-    }
+    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
+        return fail(error, "got %d shards, expected 1, 2, 4 or 8", n);
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
         if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit) {
-            snprintf(error, GGUF_ERROR_LENGTH,
-                     "%s: got %d, expected a multiple of %d for %d shards", cuts[i].name,
-                     cuts[i].value, cuts[i].unit, n);
-            return false;
+            return fail(error, "%s: got %d, expected a multiple of %d for %d shards", cuts[i].name,
+                        cuts[i].value, cuts[i].unit, n);
         }
     }
     if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
         config->rope_dim > config->head_dim) {
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "heads of %d, %d of them turned: expected even numbers up to %d", config->head_dim,
-                 config->rope_dim, MAX_HEAD_DIM);
-        return false;
+        return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
+                    config->head_dim, config->rope_dim, MAX_HEAD_DIM);
     }
     return true;
 }
@@ -305,8 +299,8 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
             return &device->device;
         cpu_device_close(&device->device);
     }
-    snprintf(error, GGUF_ERROR_LENGTH, "no memory for a device of %d rows and %d samples",
-             wanted->max_rows, wanted->max_samples);
+    (void)fail(error, "no memory for a device of %d rows and %d samples", wanted->max_rows,
+               wanted->max_samples);
     return NULL;
 }
 #endif /* DEVICE_H */

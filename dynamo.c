@@ -28,20 +28,20 @@
 #define CHAT_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define ENGINE_IMPLEMENTATION
-#include "answers.h"
-#include "chat.h"
-#include "cli.h"
+#include "app/terminal.h"
+#include "app/chat.h"
+#include "lib/cli.h"
 #include "dynamo.h"
-#include "editor.h"
+#include "app/editor.h"
 #include "engine.h"
-#include "evaluate.h"
-#include "gguf.h"
-#include "json.h"
-#include "requests.h"
-#include "source.h"
-#include "stats.h"
-#include "template.h"
-#include "tokenizer.h"
+#include "app/evaluate.h"
+#include "lib/gguf.h"
+#include "lib/json.h"
+#include "lib/requests.h"
+#include "lib/source.h"
+#include "app/stats.h"
+#include "lib/template.h"
+#include "lib/tokenizer.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -87,32 +87,31 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
     const struct backend *backend = worker->engine->backend;
     int n_layers = worker->engine->model.config.n_layers, n_shards = worker->n_shards;
     struct device **shards = worker->shards;
-    const struct weights *weights = worker->weights;
     bool record = true;
     for (int s = 0; s < n_shards; s++)
         record = backend->step_begin(shards[s], batch) && record;
     for (int s = 0; s < n_shards && record; s++)
-        backend->embed(shards[s], weights[s].token_embd);
+        backend->embed(shards[s], worker->layers[s][0][TOKEN_EMBD]);
     for (int layer = 0; layer < n_layers && record; layer++) {
         for (int s = 0; s < n_shards; s++) {
-            const struct layer_weights *w = &weights[s].layers[layer];
+            const struct weight *const *w = worker->layers[s][layer];
             backend->norm_qkv(shards[s], w);
             backend->rope_append(shards[s], w, layer);
             backend->attention(shards[s], layer);
-            backend->project_add(shards[s], w->attn_output, INPUT_ATTENTION);
+            backend->project_add(shards[s], w[ATTN_OUTPUT], INPUT_ATTENTION);
         }
         if (n_shards > 1)
             backend->all_reduce_add(shards, n_shards);
         for (int s = 0; s < n_shards; s++) {
-            const struct layer_weights *w = &weights[s].layers[layer];
+            const struct weight *const *w = worker->layers[s][layer];
             backend->norm_gate_up(shards[s], w);
-            backend->project_add(shards[s], w->ffn_down, INPUT_FFN);
+            backend->project_add(shards[s], w[FFN_DOWN], INPUT_FFN);
         }
         if (n_shards > 1)
             backend->all_reduce_add(shards, n_shards);
     }
     if (record && batch->n_samples > 0) {
-        backend->norm_logits(shards[0], &weights[0]);
+        backend->norm_logits(shards[0], worker->layers[0][0]);
         backend->sample(shards[0]);
     }
     if (logits)
@@ -343,7 +342,7 @@ static void *interrupt_main(void *argument) {
 
 /* A conversation at the terminal; or all of a piped stdin as one prompt. */
 static int run_stdin(struct answers *answers, struct options *options) {
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     if (isatty(STDIN_FILENO)) {
         struct chat chat = {.answers = answers, .options = options};
         answers->converses = true;
@@ -364,7 +363,7 @@ static int run_stdin(struct answers *answers, struct options *options) {
 
 static int run_requests(struct engine *engine, struct answers *answers) {
     struct options *o = engine->options;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     int status = 0;
     if (o->file) {
         struct requests requests;
@@ -429,7 +428,7 @@ static bool watch_signals(struct engine *engine) {
 /* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
 static bool choose_template(const struct engine *engine, struct answers *answers) {
     const struct options *o = engine->options;
-    char note[TOK_ERROR_LENGTH] = "";
+    char note[ERROR_LENGTH] = "";
     bool asked = o->template > TEMPLATE_AUTO;
     answers->template = TEMPLATE_NONE;
     if (o->logits || o->perplexity || !engine->tokenizer)
@@ -451,7 +450,7 @@ static int run_model(struct options *options) {
     if (!cli_given(options->given, "--seed"))
         options->request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     int status = EXIT_FILE;
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     if (!engine_open(engine, options, error)) {
         complain("%s", error);
     } else {
@@ -497,7 +496,7 @@ static void hold_closed_streams(void) {
 
 int main(int argc, char **argv) {
     struct options options;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     int status = 0;
     hold_closed_streams();
     if (!cli_parse(&options, argc, argv, error)) {

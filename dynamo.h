@@ -40,7 +40,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "model.h"
+#include "lib/model.h"
 
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
@@ -80,7 +80,7 @@ struct request {
 
     enum request_state state;
     enum finish_reason reason;
-    char error[256];
+    char error[ERROR_LENGTH];
     int length, filled;
     int prefill_end;   /* [filled, prefill_end) is to be computed by prefill steps */
     int cached_tokens; /* prompt tokens that the first prefix hit covered */
@@ -117,25 +117,10 @@ struct batch {
 
 /* ---- the backend interface: CPU, CUDA, simulated time ---- */
 
-struct weight; /* a tensor, or a shard's part of one, in the backend's own layout */
-
-struct layer_weights { /* of one shard; absent ones are NULL (see struct model_layer) */
-    const struct weight *attn_norm, *attn_q, *attn_k, *attn_v, *q_bias, *k_bias, *v_bias;
-    const struct weight *attn_q_norm, *attn_k_norm, *attn_output;
-    const struct weight *ffn_norm, *ffn_gate, *ffn_up, *ffn_down;
-};
-
-struct weights {
-    const struct weight *token_embd, *output_norm, *output;
-    struct layer_weights *layers; /* (n_layers) */
-};
-
-enum slice_kind { SLICE_WHOLE, SLICE_ROWS, SLICE_COLS };
-
-struct slice { /* which part of a tensor a shard holds: part `rank` of `count` equal ones */
-    enum slice_kind kind;
-    int rank, count;
-};
+/* A tensor, or a shard's part of one, in the backend's own layout. The ops take a layer's weights
+ * by their roles, `const struct weight *const *layer` (N_ROLES): see enum tensor_role in
+ * lib/model.h. Those that the model does not have are NULL. */
+struct weight;
 
 enum kv_type { KV_F32, KV_BF16 };
 enum stream { STREAM_COMPUTE, STREAM_PAGE_OUT, STREAM_PAGE_IN, STREAM_TRANSFER, N_STREAMS };
@@ -199,19 +184,20 @@ struct backend {
     /* x = token_embd[token] */
     void (*embed)(struct device *device, const struct weight *token_embd);
     /* q, k, v = attn_{q,k,v} . rmsnorm(x) + bias */
-    void (*norm_qkv)(struct device *device, const struct layer_weights *layer);
+    void (*norm_qkv)(struct device *device, const struct weight *const *layer);
     /* q, k: norm over head_dim if the layer has one, then rope; k, v into their blocks */
-    void (*rope_append)(struct device *device, const struct layer_weights *layer, int layer_index);
+    void (*rope_append)(struct device *device, const struct weight *const *layer, int layer_index);
     /* attention = softmax(q . k / sqrt(head_dim)) . v over positions [0, own], through the table */
     void (*attention)(struct device *device, int layer_index);
     /* x += matrix . input; see above for shards */
     void (*project_add)(struct device *device, const struct weight *matrix,
                         enum product_input input);
     /* ffn = silu(ffn_gate . h) * (ffn_up . h), h = rmsnorm(x) */
-    void (*norm_gate_up)(struct device *device, const struct layer_weights *layer);
+    void (*norm_gate_up)(struct device *device, const struct weight *const *layer);
     void (*all_reduce_add)(struct device **shards, int n_shards);
-    /* logits (n_samples, vocab_size) of the sampled rows; called on the first shard alone */
-    void (*norm_logits)(struct device *device, const struct weights *weights);
+    /* logits (n_samples, vocab_size) of the sampled rows; called on the first shard alone, with the
+     * first layer's weights, where the model's own stand */
+    void (*norm_logits)(struct device *device, const struct weight *const *first);
     /* one token for each row of logits. Logits are divided by the temperature; kept are the top_k
      * largest (ties: lower ids), of these the smallest set whose share of them reaches top_p, of
      * these the ones of at least min_p times the largest probability; of these the largest

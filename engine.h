@@ -10,10 +10,10 @@
 #ifndef ENGINE_H
 #define ENGINE_H
 
-#include "answers.h"
+#include "app/terminal.h"
 #include "dynamo.h"
-#include "random.h"
-#include "source.h"
+#include "lib/random.h"
+#include "lib/source.h"
 #include <pthread.h>
 
 /* A block on its way: one piece for each pair of shards that share heads. */
@@ -32,7 +32,7 @@ struct worker { /* a group of devices that hold one copy of the model between th
     int index, n_shards;
     bool prefills, decodes;
     struct device *shards[MAX_SHARDS];
-    struct weights weights[MAX_SHARDS];
+    const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* of each shard (n_layers): see backend */
     struct transfer *transfers; /* (n_transfers, capacity of all the slots a copy could fill) */
     int n_transfers;
     pthread_t thread;
@@ -43,7 +43,7 @@ struct engine {
     struct gguf *file;
     struct model model;
     struct tokenizer *tokenizer; /* NULL: the model file has none; then no_tokenizer says why */
-    char no_tokenizer[TOK_ERROR_LENGTH];
+    char no_tokenizer[ERROR_LENGTH];
     struct backend *backend;
     float *rope_frequency; /* (rope_dim / 2) */
     int n_workers, tp, max_batch, chunk, device_blocks, host_blocks;
@@ -60,7 +60,7 @@ struct engine {
 };
 
 /* False: `error` is one line. The engine's threads are not started yet. */
-bool engine_open(struct engine *engine, struct options *options, char error[GGUF_ERROR_LENGTH]);
+bool engine_open(struct engine *engine, struct options *options, char error[ERROR_LENGTH]);
 void engine_close(struct engine *engine);
 
 #endif /* ENGINE_H */
@@ -104,44 +104,31 @@ static const struct weight *load(struct loader *loader, const struct tensor *ten
     return weight;
 }
 
-/* A shard's heads are rows of q, k, v and columns of attn_output; its part of d_ff, likewise. */
-static bool load_weights(struct loader *loader, const struct model *model, struct weights *out) {
-    int n_layers = model->config.n_layers;
-    cli_progress("loading", 0, n_layers);
-    out->token_embd = load(loader, model->token_embd, SLICE_WHOLE);
-    out->output_norm = load(loader, model->output_norm, SLICE_WHOLE);
-    out->output = load(loader, model->output, SLICE_WHOLE);
-    out->layers = calloc((size_t)n_layers, sizeof *out->layers);
-    for (int i = 0; i < n_layers && loader->ok && out->layers; i++) {
-        const struct model_layer *from = &model->layers[i];
-        out->layers[i] =
-            (struct layer_weights){.attn_norm = load(loader, from->attn_norm, SLICE_WHOLE),
-                                   .attn_q = load(loader, from->attn_q, SLICE_ROWS),
-                                   .attn_k = load(loader, from->attn_k, SLICE_ROWS),
-                                   .attn_v = load(loader, from->attn_v, SLICE_ROWS),
-                                   .q_bias = load(loader, from->q_bias, SLICE_ROWS),
-                                   .k_bias = load(loader, from->k_bias, SLICE_ROWS),
-                                   .v_bias = load(loader, from->v_bias, SLICE_ROWS),
-                                   .attn_q_norm = load(loader, from->attn_q_norm, SLICE_WHOLE),
-                                   .attn_k_norm = load(loader, from->attn_k_norm, SLICE_WHOLE),
-                                   .attn_output = load(loader, from->attn_output, SLICE_COLS),
-                                   .ffn_norm = load(loader, from->ffn_norm, SLICE_WHOLE),
-                                   .ffn_gate = load(loader, from->ffn_gate, SLICE_ROWS),
-                                   .ffn_up = load(loader, from->ffn_up, SLICE_ROWS),
-                                   .ffn_down = load(loader, from->ffn_down, SLICE_COLS)};
-        cli_progress("loading", i + 1, n_layers);
+/* All that the forward pass needs, as the table of tensors says. rope_freqs is not uploaded: what is
+ * made of it stands in the engine. */
+static bool load_weights(struct loader *loader, const struct model *model,
+                         const struct weight *(*to)[N_ROLES]) {
+    for (int layer = 0; layer < model->config.n_layers && loader->ok; layer++) {
+        cli_progress("loading", layer, model->config.n_layers);
+        for (int i = 0; i < n_model_tensors; i++) {
+            int role = model_tensors[i].role;
+            if (role >= 0 && role != ROPE_FREQS)
+                to[layer][role] = load(loader, model->layers[layer][role], model_tensors[i].slice);
+        }
     }
-    return loader->ok && out->layers;
+    cli_progress("loading", model->config.n_layers, model->config.n_layers);
+    return loader->ok;
 }
 
 static float *rope_frequencies(const struct model *model) {
     int n = model->config.rope_dim / 2;
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
     float *frequency = malloc((size_t)n * sizeof *frequency);
     for (int i = 0; i < n && frequency; i++) {
         double exponent = -2.0 * i / model->config.rope_dim;
         float divisor = 1;
-        if (model->rope_freqs)
-            memcpy(&divisor, (const char *)model->rope_freqs->data + 4 * (size_t)i, 4);
+        if (divisors)
+            memcpy(&divisor, (const char *)divisors->data + 4 * (size_t)i, 4);
         frequency[i] = (float)(pow(model->config.rope_theta, exponent) / divisor);
     }
     return frequency;
@@ -165,7 +152,10 @@ static bool open_worker(struct engine *engine, struct worker *worker, const int 
                                 .kv_type = engine->kv_type};
         worker->shards[s] = engine->backend->device_open(engine->backend, &wanted, error);
         struct loader loader = {engine, worker->shards[s], error, worker->shards[s] != NULL};
-        if (!loader.ok || !load_weights(&loader, &engine->model, &worker->weights[s]))
+        worker->layers[s] =
+            calloc((size_t)engine->model.config.n_layers, sizeof *worker->layers[s]);
+        if (!loader.ok || !worker->layers[s] ||
+            !load_weights(&loader, &engine->model, worker->layers[s]))
             return false;
     }
     return true;
@@ -201,11 +191,10 @@ static bool open_workers(struct engine *engine, char *error) {
     }
     int n_workers = (prefill.n + decode.n) / engine->tp;
     if (n_workers > MAX_WORKERS || (prefill.n + decode.n) % engine->tp != 0) {
-        (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "--devices: %d devices with --tp %d: they make no whole workers, or more "
-                       "than %d",
-                       prefill.n + decode.n, engine->tp, MAX_WORKERS);
-        return false;
+        return fail(error,
+                    "--devices: %d devices with --tp %d: they make no whole workers, or more "
+                    "than %d",
+                    prefill.n + decode.n, engine->tp, MAX_WORKERS);
     }
     engine->n_workers = n_workers;
     for (int i = 0; i < n_workers; i++) {
@@ -274,10 +263,9 @@ static bool open_kv(struct engine *engine, char *error) {
     engine->device_blocks =
         blocks_from(engine->options->kv_device, shard_bytes, wanted < most ? wanted : most);
     if (engine->device_blocks < 1) {
-        (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
-                       shard_bytes);
-        return false;
+        return fail(error,
+                    "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
+                    shard_bytes);
     }
     bool ok = true;
     for (int i = 0; i < engine->n_workers; i++) {
@@ -296,10 +284,10 @@ static bool open_kv(struct engine *engine, char *error) {
         ok = ok && engine->host_kv;
     }
     if (!ok) {
-        (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "no memory for %d KV blocks on each of %d devices and %d on the host; "
-                       "lower --kv-device or --kv-host",
-                       engine->device_blocks, engine->n_workers * engine->tp, engine->host_blocks);
+        (void)fail(error,
+                   "no memory for %d KV blocks on each of %d devices and %d on the host; "
+                   "lower --kv-device or --kv-host",
+                   engine->device_blocks, engine->n_workers * engine->tp, engine->host_blocks);
     }
     return ok;
 }
@@ -341,7 +329,7 @@ static void open_tokenizer(struct engine *engine) {
                                 engine->model.config.vocab_size, engine->no_tokenizer);
         return;
     }
-    char error[TOK_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     engine->tokenizer = tok_open(engine->file, error);
     if (!engine->tokenizer) {
         (void)snprintf(engine->no_tokenizer, sizeof engine->no_tokenizer, "%.200s: %.300s",
@@ -357,7 +345,7 @@ void engine_close(struct engine *engine) {
         if (i == 0 && engine->host_kv)
             engine->backend->release(worker->shards[0], engine->host_kv, true);
         for (int s = 0; s < worker->n_shards; s++) {
-            free(worker->weights[s].layers);
+            free(worker->layers[s]);
             if (worker->shards[s]) {
                 engine->backend->release(worker->shards[s], worker->shards[s]->kv, false);
                 engine->backend->device_close(worker->shards[s]);
@@ -397,11 +385,8 @@ static bool open_backend(struct engine *engine, char *error) {
         .lost = tell_lost,
         .context = engine};
     bool cuda = o->devices.n > 0 && !o->devices.cpu;
-    if (cuda && !cuda_backend_open) {
-        (void)snprintf(error, GGUF_ERROR_LENGTH,
-                       "--devices: this build has no CUDA backend; give cpu:N");
-        return false;
-    }
+    if (cuda && !cuda_backend_open)
+        return fail(error, "--devices: this build has no CUDA backend; give cpu:N");
     if (cuda_backend_open && !o->devices.cpu) {
         engine->backend = cuda_backend_open(&options, error);
         if (!engine->backend && !cuda)
@@ -419,8 +404,8 @@ static bool open_backend(struct engine *engine, char *error) {
     return true;
 }
 
-bool engine_open(struct engine *engine, struct options *options, char error[GGUF_ERROR_LENGTH]) {
-    (void)snprintf(error, GGUF_ERROR_LENGTH, "out of memory");
+bool engine_open(struct engine *engine, struct options *options, char error[ERROR_LENGTH]) {
+    (void)fail(error, "out of memory");
     engine->options = options;
     engine->tp = options->tp;
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
@@ -431,7 +416,7 @@ bool engine_open(struct engine *engine, struct options *options, char error[GGUF
         /* what was asked for must be there; before all the weights are loaded for nothing */
         ok = engine->tokenizer || !(options->tokenizer || options->request.prompt);
         if (!ok)
-            (void)snprintf(error, GGUF_ERROR_LENGTH, "no tokenizer: %.480s", engine->no_tokenizer);
+            (void)fail(error, "no tokenizer: %.480s", engine->no_tokenizer);
         engine->rope_frequency = rope_frequencies(&engine->model);
     }
     return ok && engine->rope_frequency && open_backend(engine, error) &&

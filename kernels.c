@@ -30,13 +30,13 @@
 #define ATTENTION_IMPLEMENTATION
 #include "attention.h"
 #define PRODUCT_IMPLEMENTATION
-#include "product.h"
+#include "lib/product.h"
 #define PROBE_IMPLEMENTATION
-#include "probe.h"
+#include "lib/probe.h"
 #define APPEND_IMPLEMENTATION
 #include "append.h"
 #define SAMPLER_IMPLEMENTATION
-#include "sampler.h"
+#include "lib/sampler.h"
 
 enum {
     TILES_A_THREAD = 8, /* so that all end at about the same time */
@@ -224,7 +224,7 @@ static void rmsnorm(float *out, const float *x, const float *weight, int n, floa
 struct row_job {
     struct cpu_device *device;
     const struct weight *weight;
-    const struct layer_weights *layer;
+    const struct weight *const *layer;
     const int *rows; /* (n_rows) row of x that each row is made from; NULL: its own */
     struct cpu_device **shards;
     int n_rows, n_shards, layer_index, tile_rows;
@@ -336,15 +336,15 @@ static void append_tile(const void *argument, int tile, struct scratch *scratch)
     int first = tile * job->tile_rows, end = first + job->tile_rows;
     end = end < job->n_rows ? end : job->n_rows;
     for (int row = first; row < end; row++) {
-        turn_heads(device, job->layer->attn_q_norm, device->q + (size_t)row * device->q_stride,
+        turn_heads(device, job->layer[ATTN_Q_NORM], device->q + (size_t)row * device->q_stride,
                    device->n_heads, row);
-        turn_heads(device, job->layer->attn_k_norm, device->k + (size_t)row * device->kv_stride,
+        turn_heads(device, job->layer[ATTN_K_NORM], device->k + (size_t)row * device->kv_stride,
                    device->n_kv_heads, row);
     }
     append_rows(job, first, end);
 }
 
-static void cpu_rope_append(struct device *base, const struct layer_weights *layer,
+static void cpu_rope_append(struct device *base, const struct weight *const *layer,
                             int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
     int n_rows = device->batch->n_rows;
@@ -356,12 +356,12 @@ static void cpu_rope_append(struct device *base, const struct layer_weights *lay
     parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
 }
 
-static void cpu_norm_qkv(struct device *base, const struct layer_weights *layer) {
+static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer->attn_norm, NULL, device->batch->n_rows);
+    norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
     struct product product = {
-        .matrix = {layer->attn_q, layer->attn_k, layer->attn_v},
-        .bias = {layer->q_bias, layer->k_bias, layer->v_bias},
+        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
+        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
         .out = {device->q, device->k, device->v},
         .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
         .rows = device->h,
@@ -370,11 +370,11 @@ static void cpu_norm_qkv(struct device *base, const struct layer_weights *layer)
     run_product(device, &product, 3);
 }
 
-static void cpu_norm_gate_up(struct device *base, const struct layer_weights *layer) {
+static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer->ffn_norm, NULL, device->batch->n_rows);
+    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
     struct product product = {.kind = PRODUCT_SILU,
-                              .matrix = {layer->ffn_gate, layer->ffn_up},
+                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
                               .out = {device->ffn},
                               .out_stride = {device->ffn_stride},
                               .rows = device->h,
@@ -430,11 +430,11 @@ static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     for_rows(&job);
 }
 
-static void cpu_norm_logits(struct device *base, const struct weights *weights) {
+static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
     struct cpu_device *device = (struct cpu_device *)base;
     const struct batch *batch = device->batch;
-    norm_rows(device, weights->output_norm, batch->sample_row, batch->n_samples);
-    struct product product = {.matrix = {weights->output},
+    norm_rows(device, weights[OUTPUT_NORM], batch->sample_row, batch->n_samples);
+    struct product product = {.matrix = {weights[OUTPUT]},
                               .out = {device->logits},
                               .out_stride = {(size_t)base->config->vocab_size},
                               .rows = device->h,
@@ -599,7 +599,7 @@ static const struct backend operations = {
 struct backend *cpu_backend_open(const struct backend_options *options, char *error) {
     struct cpu_backend *cpu = aligned_alloc(128, round_up(sizeof *cpu, 128));
     if (!cpu) {
-        snprintf(error, GGUF_ERROR_LENGTH, "no memory for the CPU backend");
+        (void)fail(error, "no memory for the CPU backend");
         return NULL;
     }
     memset(cpu, 0, sizeof *cpu);
@@ -607,14 +607,14 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
     cpu->plain = options->plain;
     pthread_mutex_init(&cpu->upload_mutex, NULL);
     if (!copier_open(&cpu->copier, options->copy_delay_seed)) {
-        snprintf(error, GGUF_ERROR_LENGTH, "the copier thread of the CPU backend did not start");
+        (void)fail(error, "the copier thread of the CPU backend did not start");
         free(cpu);
         return NULL;
     }
     int n_threads = options->n_threads > 1 ? options->n_threads : 1;
     int n_started = pool_open(&cpu->pool, n_threads, sizeof(struct scratch));
     if (n_started < n_threads) {
-        snprintf(error, GGUF_ERROR_LENGTH, "%d threads: only %d did start", n_threads, n_started);
+        (void)fail(error, "%d threads: only %d did start", n_threads, n_started);
         cpu_close(&cpu->backend);
         return NULL;
     }

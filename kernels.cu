@@ -257,11 +257,11 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
     return p;
 }
 
-static void cuda_norm_qkv(struct device *device, const struct layer_weights *layer) {
+static void cuda_norm_qkv(struct device *device, const struct weight *const *layer) {
     struct cuda_device *d = (struct cuda_device *)device;
-    const struct weight *const matrices[3] = {layer->attn_q, layer->attn_k, layer->attn_v};
-    const struct weight *const biases[3] = {layer->q_bias, layer->k_bias, layer->v_bias};
-    norm(d, layer->attn_norm, ALL_ROWS, d->n_rows);
+    const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
+    const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
+    norm(d, layer[ATTN_NORM], ALL_ROWS, d->n_rows);
     struct product p = product_of(d, d->h, d->h_stride);
     float *out = d->qkv;
     for (int i = 0; i < 3; i++) {
@@ -275,7 +275,7 @@ static void cuda_norm_qkv(struct device *device, const struct layer_weights *lay
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-static void cuda_rope_append(struct device *device, const struct layer_weights *layer,
+static void cuda_rope_append(struct device *device, const struct weight *const *layer,
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
     const struct model_config *config = device->config;
@@ -289,8 +289,8 @@ static void cuda_rope_append(struct device *device, const struct layer_weights *
     r.layer = layer_index;
     r.adjacent = config->rope_adjacent;
     r.epsilon = config->norm_epsilon;
-    r.q_norm = layer->attn_q_norm ? layer->attn_q_norm->vector : NULL;
-    r.k_norm = layer->attn_k_norm ? layer->attn_k_norm->vector : NULL;
+    r.q_norm = layer[ATTN_Q_NORM] ? layer[ATTN_Q_NORM]->vector : NULL;
+    r.k_norm = layer[ATTN_K_NORM] ? layer[ATTN_K_NORM]->vector : NULL;
     r.turn = d->turn;
     r.q = d->q;
     r.kv = (uint16_t *)device->kv;
@@ -376,12 +376,12 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-static void cuda_norm_gate_up(struct device *device, const struct layer_weights *layer) {
+static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
     struct cuda_device *d = (struct cuda_device *)device;
-    norm(d, layer->ffn_norm, ALL_ROWS, d->n_rows);
+    norm(d, layer[FFN_NORM], ALL_ROWS, d->n_rows);
     struct product p = product_of(d, d->h, d->h_stride);
-    p.matrix[0] = layer->ffn_gate->matrix;
-    p.matrix[1] = layer->ffn_up->matrix;
+    p.matrix[0] = layer[FFN_GATE]->matrix;
+    p.matrix[1] = layer[FFN_UP]->matrix;
     p.n_matrices = 2;
     p.ffn = d->ffn;
     p.ffn_stride = d->ffn_stride;
@@ -481,10 +481,10 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
  * whatever rows they are: there are few. At most LOGIT_ROWS at a time, for a row is half a
  * megabyte. */
 static void compute_logits(struct cuda_device *d, int first, int n) {
-    const struct weights *weights = d->output;
-    norm(d, weights->output_norm, first, n);
+    const struct weight *const *weights = d->output;
+    norm(d, weights[OUTPUT_NORM], first, n);
     struct product p = product_of(d, d->h, d->h_stride);
-    p.matrix[0] = weights->output->matrix;
+    p.matrix[0] = weights[OUTPUT]->matrix;
     p.n_matrices = 1;
     p.out[0] = d->logits;
     p.out_stride = d->logits_stride;
@@ -498,7 +498,7 @@ static int piece_of(const struct cuda_device *d, int first) {
     return d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
 }
 
-static void cuda_norm_logits(struct device *device, const struct weights *weights) {
+static void cuda_norm_logits(struct device *device, const struct weight *const *weights) {
     struct cuda_device *d = enter(device, "computing logits");
     d->output = weights;
     if (d->n_samples <= LOGIT_ROWS)
@@ -754,28 +754,23 @@ static bool check_wanted(const struct cuda_backend *cuda, const struct device *w
                          char *error) {
     const struct model_config *config = wanted->config;
     int n = wanted->n_shards;
-    const char *refusal = NULL;
     if (wanted->index < 0 || wanted->index >= cuda->n_gpus)
-        snprintf(error, GGUF_ERROR_LENGTH, "--devices: got device %d, there are %d GPUs (0 to %d)",
-                 wanted->index, cuda->n_gpus, cuda->n_gpus - 1);
-    else if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
-        snprintf(error, GGUF_ERROR_LENGTH, "--tp: got %d, expected 1, 2, 4 or 8", n);
-    else if (config->n_heads % n || config->n_kv_heads % n || config->d_ff % (n > 1 ? 2 * n : 1))
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "--tp %d: it does not divide %d heads, %d key-value heads and %d rows of the FFN",
-                 n, config->n_heads, config->n_kv_heads, config->d_ff);
-    else if (config->head_dim % 8 || config->head_dim > 256)
-        snprintf(
-            error, GGUF_ERROR_LENGTH,
-            "heads of %d: the CUDA kernels cover multiples of 8 up to 256; use --devices cpu:2",
-            config->head_dim);
-    else if (wanted->kv_type != KV_BF16)
-        refusal = "--kv-type: the CUDA backend keeps keys and values in bf16";
-    else
-        return true;
-    if (refusal)
-        snprintf(error, GGUF_ERROR_LENGTH, "%s", refusal);
-    return false;
+        return fail(error, "--devices: got device %d, there are %d GPUs (0 to %d)", wanted->index,
+                    cuda->n_gpus, cuda->n_gpus - 1);
+    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
+        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
+    if (config->n_heads % n || config->n_kv_heads % n || config->d_ff % (n > 1 ? 2 * n : 1))
+        return fail(error,
+                    "--tp %d: it does not divide %d heads, %d key-value heads and %d rows of the "
+                    "FFN",
+                    n, config->n_heads, config->n_kv_heads, config->d_ff);
+    if (config->head_dim % 8 || config->head_dim > 256)
+        return fail(error,
+                    "heads of %d: the CUDA kernels cover multiples of 8 up to 256; use "
+                    "--devices cpu:2",
+                    config->head_dim);
+    return wanted->kv_type == KV_BF16 ||
+           fail(error, "--kv-type: the CUDA backend keeps keys and values in bf16");
 }
 
 static int stride_of(int n) { /* rows begin at 16 bytes */
@@ -836,18 +831,15 @@ static bool open_gpu(struct cuda_device *d, char *error) {
     TRY(d, cudaGetDeviceProperties(&gpu->properties, index));
     const cudaDeviceProp *p = &gpu->properties;
     if (p->major < MIN_MAJOR) {
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "device %d (%s) has compute capability %d.%d, expected %d.0 or newer", index,
-                 p->name, p->major, p->minor, MIN_MAJOR);
-        return false;
+        return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
+                    index, p->name, p->major, p->minor, MIN_MAJOR);
     }
     if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "device %d (%s): the kernels were built for other chips; make ARCH=sm_%d%d", index,
-                 p->name, p->major, p->minor);
-        return false;
+        return fail(error,
+                    "device %d (%s): the kernels were built for other chips; make ARCH=sm_%d%d",
+                    index, p->name, p->major, p->minor);
     }
     TRY(d, cudaStreamCreateWithPriority(&gpu->stream, cudaStreamNonBlocking, 0));
     for (int i = 0; i < 2; i++)
@@ -889,7 +881,7 @@ static struct device *cuda_device_open(struct backend *backend, const struct dev
         return NULL;
     struct cuda_device *d = (struct cuda_device *)calloc(1, sizeof *d);
     if (!d) {
-        snprintf(error, GGUF_ERROR_LENGTH, "out of memory");
+        (void)fail(error, "out of memory");
         return NULL;
     }
     d->device = *wanted;
@@ -912,8 +904,8 @@ static struct device *cuda_device_open(struct backend *backend, const struct dev
     TRY(d, cudaEventCreateWithFlags(&d->ready, cudaEventDisableTiming));
     if (!allocate_activations(d)) {
         cuda_device_close(&d->device);
-        snprintf(
-            error, GGUF_ERROR_LENGTH,
+        (void)fail(
+            error,
             "device %d: no memory for the activations of %d rows; lower --chunk or --max-batch",
             wanted->index, wanted->max_rows);
         return NULL;
@@ -978,14 +970,14 @@ static void explain_absence(cudaError_t status, char *error) {
     (void)cudaDriverGetVersion(&driver);
     (void)cudaRuntimeGetVersion(&built);
     if (status == cudaErrorInsufficientDriver && driver > 0)
-        snprintf(error, GGUF_ERROR_LENGTH,
-                 "no GPU: the driver knows CUDA %d.%d, this build needs %d.%d; update the driver",
-                 driver / 1000, driver % 1000 / 10, built / 1000, built % 1000 / 10);
+        (void)fail(error,
+                   "no GPU: the driver knows CUDA %d.%d, this build needs %d.%d; update the driver",
+                   driver / 1000, driver % 1000 / 10, built / 1000, built % 1000 / 10);
     else if (status == cudaErrorInsufficientDriver)
-        snprintf(error, GGUF_ERROR_LENGTH, "no GPU: no driver is installed");
+        (void)fail(error, "no GPU: no driver is installed");
     else
-        snprintf(error, GGUF_ERROR_LENGTH, "no GPU: %s",
-                 status == cudaSuccess ? "the machine has none" : cudaGetErrorString(status));
+        (void)fail(error, "no GPU: %s",
+                   status == cudaSuccess ? "the machine has none" : cudaGetErrorString(status));
 }
 
 extern "C" struct backend *cuda_backend_open(const struct backend_options *options, char *error) {
@@ -998,7 +990,7 @@ extern "C" struct backend *cuda_backend_open(const struct backend_options *optio
     }
     struct cuda_backend *cuda = (struct cuda_backend *)calloc(1, sizeof *cuda);
     if (!cuda) {
-        snprintf(error, GGUF_ERROR_LENGTH, "out of memory");
+        (void)fail(error, "out of memory");
         return NULL;
     }
     emu_seed(options->copy_delay_seed);

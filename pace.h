@@ -35,18 +35,20 @@ void pace_count(struct pace *pace, const struct batch *batch, double seconds);
 
 void pace_open(struct pace *pace, const struct model *model, enum kv_type kv_type) {
     *pace = (struct pace){.model = model, .kv_type = kv_type};
-    for (int i = 0; i < model->config.n_layers; i++) {
-        const struct model_layer *layer = &model->layers[i];
-        const struct tensor *matrices[] = {layer->attn_q,      layer->attn_k,   layer->attn_v,
-                                           layer->attn_output, layer->ffn_gate, layer->ffn_up,
-                                           layer->ffn_down};
-        for (size_t j = 0; j < sizeof matrices / sizeof *matrices; j++) {
-            pace->weight_bytes += (double)matrices[j]->bytes;
-            pace->layer_weights += (double)matrices[j]->rows * (double)matrices[j]->cols;
+    for (int i = 0; i < n_model_tensors; i++) {
+        const struct model_tensor *kind = &model_tensors[i];
+        for (int layer = 0; layer < model->config.n_layers; layer++) {
+            const struct tensor *tensor =
+                kind->layered && kind->role >= 0 ? model->layers[layer][kind->role] : NULL;
+            if (tensor && kind->rows != DIM_ONE) {
+                pace->weight_bytes += (double)tensor->bytes;
+                pace->layer_weights += (double)tensor->rows * (double)tensor->cols;
+            }
         }
     }
-    pace->weight_bytes += (double)model->output->bytes;
-    pace->output_weights = (double)model->output->rows * (double)model->output->cols;
+    const struct tensor *output = model->layers[0][OUTPUT];
+    pace->weight_bytes += (double)output->bytes;
+    pace->output_weights = (double)output->rows * (double)output->cols;
 }
 
 void pace_count(struct pace *pace, const struct batch *batch, double seconds) {

@@ -47,7 +47,7 @@ struct bench {
     float frequency[64];
     struct backend *backend;
     struct device *device;
-    struct weights weights;
+    const struct weight *layers[MAX_LAYERS][N_ROLES];
     double weight_bytes, attention_seconds, pack_seconds, packed_bytes;
     struct tensor *tensors[16 * MAX_LAYERS];
     int n_tensors;
@@ -60,7 +60,7 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
     struct pack_block form = pack_block(type);
     size_t bytes = (size_t)rows * (size_t)cols / (size_t)form.n_k * (size_t)form.bytes;
     size_t unit = (size_t)form.bytes, size = 65536 / unit * unit;
-    char *data = malloc(bytes), error[GGUF_ERROR_LENGTH];
+    char *data = malloc(bytes), error[ERROR_LENGTH];
     if (!tensor || !data) {
         fprintf(stderr, "bench: no memory for the model\n");
         exit(1);
@@ -111,19 +111,19 @@ static const struct weight *make_norm(struct bench *bench) {
     return weight;
 }
 
-static void make_layer(struct bench *bench, enum tensor_type type, struct layer_weights *layer) {
+static void make_layer(struct bench *bench, enum tensor_type type, const struct weight **layer) {
     const struct shape *shape = bench->shape;
     int d = shape->d_model, q = shape->n_heads * shape->head_dim;
     int kv = shape->n_kv_heads * shape->head_dim;
-    layer->attn_norm = make_norm(bench);
-    layer->attn_q = make_weight(bench, type, q, d);
-    layer->attn_k = make_weight(bench, type, kv, d);
-    layer->attn_v = make_weight(bench, type, kv, d);
-    layer->attn_output = make_weight(bench, type, d, q);
-    layer->ffn_norm = make_norm(bench);
-    layer->ffn_gate = make_weight(bench, type, shape->d_ff, d);
-    layer->ffn_up = make_weight(bench, type, shape->d_ff, d);
-    layer->ffn_down = make_weight(bench, type, d, shape->d_ff);
+    layer[ATTN_NORM] = make_norm(bench);
+    layer[ATTN_Q] = make_weight(bench, type, q, d);
+    layer[ATTN_K] = make_weight(bench, type, kv, d);
+    layer[ATTN_V] = make_weight(bench, type, kv, d);
+    layer[ATTN_OUTPUT] = make_weight(bench, type, d, q);
+    layer[FFN_NORM] = make_norm(bench);
+    layer[FFN_GATE] = make_weight(bench, type, shape->d_ff, d);
+    layer[FFN_UP] = make_weight(bench, type, shape->d_ff, d);
+    layer[FFN_DOWN] = make_weight(bench, type, d, shape->d_ff);
 }
 
 static void *memory_of(struct bench *bench, size_t bytes) {
@@ -137,7 +137,7 @@ static void *memory_of(struct bench *bench, size_t bytes) {
 
 static void open_bench(struct bench *bench, const struct shape *shape, enum tensor_type type,
                        enum kv_type kv_type, bool plain) {
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     *bench = (struct bench){.shape = shape,
                             .config = {.n_layers = shape->n_layers,
                                        .d_model = shape->d_model,
@@ -169,16 +169,15 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
     n_blocks = n_blocks < blocks_of(LONG + 1) ? blocks_of(LONG + 1) : n_blocks;
     bench->device->kv =
         memory_of(bench, (size_t)n_blocks * block_bytes(&bench->config, 1, kv_type));
-    bench->weights.layers = calloc(MAX_LAYERS, sizeof *bench->weights.layers);
-    bench->weights.token_embd = bench->weights.output =
+    bench->layers[0][TOKEN_EMBD] = bench->layers[0][OUTPUT] =
         make_weight(bench, type, VOCAB, shape->d_model);
     if (!shape->tied) {
         bench->weight_bytes = 0; /* of what a step reads */
-        bench->weights.output = make_weight(bench, type, VOCAB, shape->d_model);
+        bench->layers[0][OUTPUT] = make_weight(bench, type, VOCAB, shape->d_model);
     }
-    bench->weights.output_norm = make_norm(bench);
+    bench->layers[0][OUTPUT_NORM] = make_norm(bench);
     for (int i = 0; i < shape->n_layers; i++)
-        make_layer(bench, type, &bench->weights.layers[i]);
+        make_layer(bench, type, bench->layers[i]);
 }
 
 static void close_bench(struct bench *bench) {
@@ -187,7 +186,6 @@ static void close_bench(struct bench *bench) {
     bench->backend->close(bench->backend);
     for (int i = 0; i < bench->n_tensors; i++)
         free(bench->tensors[i]);
-    free(bench->weights.layers);
 }
 
 /* ---- steps ---- */
@@ -196,20 +194,20 @@ static void forward(struct bench *bench, const struct batch *batch) {
     struct backend *backend = bench->backend;
     struct device *device = bench->device;
     backend->step_begin(device, batch);
-    backend->embed(device, bench->weights.token_embd);
+    backend->embed(device, bench->layers[0][TOKEN_EMBD]);
     bench->attention_seconds = 0.0;
     for (int i = 0; i < bench->shape->n_layers; i++) {
-        const struct layer_weights *layer = &bench->weights.layers[i];
+        const struct weight *const *layer = bench->layers[i];
         backend->norm_qkv(device, layer);
         backend->rope_append(device, layer, i);
         double start = seconds();
         backend->attention(device, i);
         bench->attention_seconds += seconds() - start;
-        backend->project_add(device, layer->attn_output, INPUT_ATTENTION);
+        backend->project_add(device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
         backend->norm_gate_up(device, layer);
-        backend->project_add(device, layer->ffn_down, INPUT_FFN);
+        backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
     }
-    backend->norm_logits(device, &bench->weights);
+    backend->norm_logits(device, bench->layers[0]);
     backend->sample(device);
     backend->step_end(device, batch->sampled);
 }

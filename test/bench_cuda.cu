@@ -62,7 +62,7 @@ struct bench {
     float frequency[128];
     struct backend *backend;
     struct cuda_device *d;
-    struct weights weights;
+    const struct weight *layers[MAX_LAYERS][N_ROLES];
     double weight_bytes; /* that a step reads; `loaded`: with the embedding */
     double loaded, load_seconds;
     char *data; /* (data_bytes) random weights; the next tensor begins at data_at */
@@ -326,7 +326,7 @@ static size_t matrix_bytes(const struct bench *b, int rows, int cols) {
 }
 
 static const struct weight *load(struct bench *b, struct tensor tensor) {
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct tensor *own = (struct tensor *)malloc(sizeof *own); /* the backend knows it by address */
     if (!own)
         quit("out of memory");
@@ -380,23 +380,22 @@ static void load_model(struct bench *b, bool repeats) {
     size_t most = matrix_bytes(b, s->vocab_size > s->d_ff ? s->vocab_size : s->d_ff, d);
     size_t period = (size_t)b->form->bytes * PERIOD_UNITS;
     make_data(b, repeats && period > most ? period : most);
-    b->weights.layers = (struct layer_weights *)calloc(MAX_LAYERS, sizeof *b->weights.layers);
     double start = seconds();
-    b->weights.token_embd = load_matrix(b, s->vocab_size, d, repeats);
+    b->layers[0][TOKEN_EMBD] = load_matrix(b, s->vocab_size, d, repeats);
     b->weight_bytes = 0; /* a step reads a row of it */
-    b->weights.output = load_matrix(b, s->vocab_size, d, repeats);
-    b->weights.output_norm = load_norm(b);
+    b->layers[0][OUTPUT] = load_matrix(b, s->vocab_size, d, repeats);
+    b->layers[0][OUTPUT_NORM] = load_norm(b);
     for (int i = 0; i < s->n_layers; i++) {
-        struct layer_weights *layer = &b->weights.layers[i];
-        layer->attn_norm = load_norm(b);
-        layer->attn_q = load_matrix(b, q, d, repeats);
-        layer->attn_k = load_matrix(b, kv, d, repeats);
-        layer->attn_v = load_matrix(b, kv, d, repeats);
-        layer->attn_output = load_matrix(b, d, q, repeats);
-        layer->ffn_norm = load_norm(b);
-        layer->ffn_gate = load_matrix(b, s->d_ff, d, repeats);
-        layer->ffn_up = load_matrix(b, s->d_ff, d, repeats);
-        layer->ffn_down = load_matrix(b, d, s->d_ff, repeats);
+        const struct weight **layer = b->layers[i];
+        layer[ATTN_NORM] = load_norm(b);
+        layer[ATTN_Q] = load_matrix(b, q, d, repeats);
+        layer[ATTN_K] = load_matrix(b, kv, d, repeats);
+        layer[ATTN_V] = load_matrix(b, kv, d, repeats);
+        layer[ATTN_OUTPUT] = load_matrix(b, d, q, repeats);
+        layer[FFN_NORM] = load_norm(b);
+        layer[FFN_GATE] = load_matrix(b, s->d_ff, d, repeats);
+        layer[FFN_UP] = load_matrix(b, s->d_ff, d, repeats);
+        layer[FFN_DOWN] = load_matrix(b, d, s->d_ff, repeats);
     }
     b->load_seconds = seconds() - start;
     free(b->data);
@@ -418,7 +417,7 @@ static void make_config(struct bench *b) {
 }
 
 static void open_device(struct bench *b) {
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct backend_options options = {};
     struct device wanted = {};
     double start = seconds();
@@ -522,18 +521,18 @@ static void forward(struct bench *b, const struct batch *batch) {
     struct backend *backend = b->backend;
     struct device *device = &b->d->device;
     if (backend->step_begin(device, batch)) {
-        backend->embed(device, b->weights.token_embd);
+        backend->embed(device, b->layers[0][TOKEN_EMBD]);
         for (int i = 0; i < b->shape->n_layers; i++) {
-            const struct layer_weights *layer = &b->weights.layers[i];
+            const struct weight *const *layer = b->layers[i];
             backend->norm_qkv(device, layer);
             backend->rope_append(device, layer, i);
             backend->attention(device, i);
-            backend->project_add(device, layer->attn_output, INPUT_ATTENTION);
+            backend->project_add(device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
             backend->norm_gate_up(device, layer);
-            backend->project_add(device, layer->ffn_down, INPUT_FFN);
+            backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
         }
         if (batch->n_samples > 0) {
-            backend->norm_logits(device, &b->weights);
+            backend->norm_logits(device, b->layers[0]);
             backend->sample(device);
         }
     }
@@ -565,36 +564,36 @@ static double time_recorded(struct bench *b, const struct batch *batch, int n, A
 
 /* ---- kernels ---- */
 
-enum product_name { QKV, ATTN_OUTPUT, GATE_UP, FFN_DOWN, LOGITS };
+enum product_name { QKV, OUT, GATE_UP, DOWN, LOGITS };
 static const char *const product_names[N_PRODUCTS] = {"qkv", "attn_output", "gate_up", "ffn_down",
                                                       "logits"};
 
 /* The product alone, without the norm that an op has before it. */
 static void launch_named(struct bench *b, enum product_name name, int layer_index) {
     struct cuda_device *d = b->d;
-    const struct layer_weights *layer = &b->weights.layers[layer_index];
+    const struct weight *const *layer = b->layers[layer_index];
     struct product p = product_of(d, d->h, d->h_stride);
-    if (name == ATTN_OUTPUT) {
-        b->backend->project_add(&d->device, layer->attn_output, INPUT_ATTENTION);
-    } else if (name == FFN_DOWN) {
-        b->backend->project_add(&d->device, layer->ffn_down, INPUT_FFN);
+    if (name == OUT) {
+        b->backend->project_add(&d->device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
+    } else if (name == DOWN) {
+        b->backend->project_add(&d->device, layer[FFN_DOWN], INPUT_FFN);
     } else if (name == GATE_UP) {
-        p.matrix[0] = layer->ffn_gate->matrix;
-        p.matrix[1] = layer->ffn_up->matrix;
+        p.matrix[0] = layer[FFN_GATE]->matrix;
+        p.matrix[1] = layer[FFN_UP]->matrix;
         p.n_matrices = 2;
         p.ffn = d->ffn;
         p.ffn_stride = d->ffn_stride;
         p.ffn_places = d->ffn_places;
         launch_product<SILU>(d, p, d->n_generated);
     } else if (name == LOGITS) {
-        p.matrix[0] = b->weights.output->matrix;
+        p.matrix[0] = b->layers[0][OUTPUT]->matrix;
         p.n_matrices = 1;
         p.out[0] = d->logits;
         p.out_stride = d->logits_stride;
         p.n_rows = 0;
         launch_product<STORE>(d, p, d->n_generated);
     } else {
-        const struct weight *const matrices[3] = {layer->attn_q, layer->attn_k, layer->attn_v};
+        const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
         float *out = d->qkv;
         for (int i = 0; i < 3; out += matrices[i++]->matrix.n_outputs) {
             p.matrix[i] = matrices[i]->matrix;
@@ -613,7 +612,7 @@ static void extents(const struct bench *b, enum product_name name, int *n, int *
     const int outputs[N_PRODUCTS] = {q + 2 * kv, s->d_model, 2 * s->d_ff, s->d_model,
                                      s->vocab_size};
     *n = outputs[name];
-    *k = name == ATTN_OUTPUT ? q : name == FFN_DOWN ? s->d_ff : s->d_model;
+    *k = name == OUT ? q : name == DOWN ? s->d_ff : s->d_model;
 }
 
 /* The least seconds that so many rows can take: bytes of weights, rows and results, or operations.
@@ -713,12 +712,12 @@ static void bench_small(struct bench *b) {
         struct batch batch = batch_of(b, column);
         double rows = count_of(b, column);
         double time = time_recorded(b, &batch, s->n_layers, [=](int i) {
-            norm(b->d, b->weights.layers[i].attn_norm, ALL_ROWS, b->d->n_rows);
+            norm(b->d, b->layers[i][ATTN_NORM], ALL_ROWS, b->d->n_rows);
         });
         b->layer[column] += 2 * time;
         add_cell(norms, time, rows * s->d_model * 6.0 / b->copy, 0);
         time = time_recorded(b, &batch, s->n_layers, [=](int i) {
-            b->backend->rope_append(&b->d->device, &b->weights.layers[i], i);
+            b->backend->rope_append(&b->d->device, b->layers[i], i);
         });
         b->layer[column] += time;
         add_cell(ropes, time, rows * heads * s->head_dim * 6.0 / b->copy, 0);

@@ -30,10 +30,10 @@ static void embedding(struct check *check) {
             [&] {
                 poison(device, d->x, (size_t)n + 2, d->x_stride, d->x_stride);
                 poison(device, (float *)d->turn, (size_t)n + 2, 2 * pairs, 2 * pairs);
-                worker.backend->embed(device, worker.weights[0].token_embd);
+                worker.backend->embed(device, worker.layers[0][0][TOKEN_EMBD]);
             },
             [&] { return peek(device, d->x, ((size_t)n + 2) * d->x_stride); });
-        const struct matrix &m = worker.weights[0].token_embd->matrix;
+        const struct matrix &m = worker.layers[0][0][TOKEN_EMBD]->matrix;
         std::vector<float> table = elements(device, m),
                            turn = peek(device, (float *)d->turn, 2 * n_turns);
         struct worst worst = {};
@@ -162,9 +162,9 @@ static void run_rope(struct check *check, struct random *random, struct rope_cas
     struct device *device = r->device;
     struct cuda_device *d = cuda_of(device);
     int n = (int)r->batch.token.size(), pairs = r->config.rope_dim / 2, layer = below(random, 2);
-    struct layer_weights weights = {};
-    weights.attn_q_norm = upload(device, r->q_norm, SLICE_WHOLE);
-    weights.attn_k_norm = upload(device, r->k_norm, SLICE_WHOLE);
+    const struct weight *weights[N_ROLES] = {};
+    weights[ATTN_Q_NORM] = upload(device, r->q_norm, SLICE_WHOLE);
+    weights[ATTN_K_NORM] = upload(device, r->k_norm, SLICE_WHOLE);
     device->backend->step_begin(device, seal(&r->batch));
     std::vector<float2> turn;
     for (int row = 0; row < n; row++)
@@ -184,7 +184,7 @@ static void run_rope(struct check *check, struct random *random, struct rope_cas
         [&] {
             poke(device, (uint16_t *)device->kv, nans);
             poke(device, d->q, std::vector<uint16_t>(n_q, 0xffff));
-            device->backend->rope_append(device, &weights, layer);
+            device->backend->rope_append(device, weights, layer);
         },
         [&] {
             std::vector<uint16_t> out = peek(device, d->q, n_q);

@@ -121,7 +121,7 @@ static void copies(struct check *check) {
 /* The message with which a device is refused. */
 static const char *refusal(struct check *check, struct backend *backend,
                            const struct device *wanted) {
-    static char error[GGUF_ERROR_LENGTH];
+    static char error[ERROR_LENGTH];
     error[0] = 0;
     struct device *device = backend->device_open(backend, wanted, error);
     CHECK(!device, "a device that should be refused");
@@ -183,7 +183,7 @@ static void no_gpu(struct check *check) {
                  {cudaErrorInsufficientDriver, 0, "no driver is installed"},
                  {cudaErrorNoDevice, 13000, "no GPU: "}};
     for (const auto &machine : cases) {
-        char error[GGUF_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         struct backend_options options = {};
         pretended.count = machine.count;
         pretended.driver = machine.driver;
@@ -225,7 +225,7 @@ static bool try_worker(struct backend *backend, const struct test_model *model, 
     void *kv = ok ? backend->alloc(device, 1000, false) : NULL;
     void *host = ok ? backend->alloc(device, 1000, true) : NULL;
     if (ok && !(kv && host))
-        snprintf(error, GGUF_ERROR_LENGTH, "no room for blocks");
+        snprintf(error, ERROR_LENGTH, "no room for blocks");
     ok = ok && kv && host;
     backend->release(device, kv, false);
     backend->release(device, host, true);
@@ -244,7 +244,7 @@ static void memory_that_is_missing(struct check *check) {
         bool ok = false;
         int after = 0;
         for (; !ok && after < 200; after++) {
-            char error[GGUF_ERROR_LENGTH] = "";
+            char error[ERROR_LENGTH] = "";
             struct backend *backend = open_backend();
             emu_fail(call, after);
             ok = try_worker(backend, model, error);
@@ -261,7 +261,7 @@ static void memory_that_is_missing(struct check *check) {
 
 static void models_that_do_not_fit(struct check *check) {
     struct random random = start("too large");
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     emu_devices(1, 20 << 20, PROCESSORS);
     struct model_config config = draw_config(&random, 1, 1);
     config.rope_dim = 0;

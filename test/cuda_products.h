@@ -104,7 +104,7 @@ static void check_packing(struct check *check, struct random *random, struct bac
     struct tensor *tensor = make_tensor(random, type, rows + (rows == 1), cols, 0.1f, 0.0f);
     struct slice slice = {kind, rank, count};
     tensor->rows = tensor->rows / count * count;
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     const struct weight *w = backend->upload(device, tensor, slice, error);
     CHECK(w != NULL, "%s", error);
     if (w)
@@ -144,7 +144,7 @@ static void periodic_tensors(struct check *check) {
         struct slice slice = {below(&random, 2) ? SLICE_ROWS : SLICE_WHOLE, 0, 1};
         slice.count = slice.kind == SLICE_ROWS ? 2 : 1;
         slice.rank = slice.count - 1;
-        char error[GGUF_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         const struct weight *one = backend->upload(device, whole, slice, error);
         const struct weight *other = backend->upload(device, &repeated, slice, error);
         CHECK(one && other && one != other, "%s", error);
@@ -298,7 +298,7 @@ static void check_norm_qkv(struct check *check, struct worker *worker,
                            const struct test_model *model, const std::vector<float> &x) {
     struct device *device = worker->shards[0];
     struct cuda_device *d = cuda_of(device);
-    const struct layer_weights *l = &worker->layers[0][0];
+    const struct weight *const *l = worker->layers[0][0];
     size_t n = (size_t)device->max_rows * d->qkv_stride;
     const std::vector<float> nans(n, NAN);
     std::vector<float> qkv = in_orders(
@@ -312,11 +312,11 @@ static void check_norm_qkv(struct check *check, struct worker *worker,
     std::vector<int> rows;
     for (int row = 0; row < d->n_rows; row++)
         rows.push_back(row);
-    check_norm(check, device, model->layers[0].attn_norm, x, rows);
-    int q = l->attn_q->matrix.n_outputs, kv = l->attn_k->matrix.n_outputs;
+    check_norm(check, device, model->layers[0][ATTN_NORM], x, rows);
+    int q = l[ATTN_Q]->matrix.n_outputs, kv = l[ATTN_K]->matrix.n_outputs;
     check_outputs(
         check, "norm_qkv", device,
-        {{l->attn_q, l->q_bias, 0}, {l->attn_k, l->k_bias, q}, {l->attn_v, l->v_bias, q + kv}},
+        {{l[ATTN_Q], l[Q_BIAS], 0}, {l[ATTN_K], l[K_BIAS], q}, {l[ATTN_V], l[V_BIAS], q + kv}},
         normed_inputs(device), d->n_rows, qkv, d->qkv_stride, nans);
 }
 
@@ -350,7 +350,7 @@ static void check_gate_up(struct check *check, struct worker *worker,
                           const struct test_model *model, const std::vector<float> &x) {
     struct device *device = worker->shards[0];
     struct cuda_device *d = cuda_of(device);
-    const struct layer_weights *l = &worker->layers[0][0];
+    const struct weight *const *l = worker->layers[0][0];
     std::vector<int> places = places_of(d->ffn_places), rows;
     std::vector<uint16_t> nans = at_places(
         places, d->padded_rows, d->ffn_stride, [](size_t, size_t) { return (uint16_t)0xffff; });
@@ -364,12 +364,12 @@ static void check_gate_up(struct check *check, struct worker *worker,
         [&] { return peek(device, d->ffn, nans.size()); });
     for (int row = 0; row < d->n_rows; row++)
         rows.push_back(row);
-    check_norm(check, device, model->layers[0].ffn_norm, x, rows);
+    check_norm(check, device, model->layers[0][FFN_NORM], x, rows);
     struct inputs h = normed_inputs(device);
-    if (l->ffn_gate->matrix.type != PACKED_F32 && l->ffn_up->matrix.type != PACKED_F32)
+    if (l[FFN_GATE]->matrix.type != PACKED_F32 && l[FFN_UP]->matrix.type != PACKED_F32)
         h.low.clear();
-    struct dense gate = dense_of(device, l->ffn_gate->matrix);
-    struct dense up = dense_of(device, l->ffn_up->matrix);
+    struct dense gate = dense_of(device, l[FFN_GATE]->matrix);
+    struct dense up = dense_of(device, l[FFN_UP]->matrix);
     struct worst worst = {};
     for (int row = 0; row < d->n_rows; row++) {
         std::vector<double> expected((size_t)d->ffn_stride), allowed((size_t)d->ffn_stride);
@@ -385,7 +385,7 @@ static void check_gate_up(struct check *check, struct worker *worker,
             compare(&worst, row, i, from_bf16(ffn[(size_t)row * d->ffn_stride + i]), expected[i],
                     allowed[i]);
     }
-    CHECK_WORST(worst, "norm_gate_up: type %d, %d rows, %d of %d", l->ffn_gate->matrix.type,
+    CHECK_WORST(worst, "norm_gate_up: type %d, %d rows, %d of %d", l[FFN_GATE]->matrix.type,
                 d->n_rows, d->d_ff, device->config->d_model);
 }
 
@@ -402,11 +402,11 @@ static void check_logits(struct check *check, struct worker *worker, const struc
         [&] {
             poison_h(device);
             poke(device, d->logits, nans);
-            worker->backend->norm_logits(device, &worker->weights[0]);
+            worker->backend->norm_logits(device, worker->layers[0][0]);
         },
         [&] { return peek(device, d->logits, n); });
     check_norm(check, device, model->output_norm, x, rows);
-    check_outputs(check, "norm_logits", device, {{worker->weights[0].output, NULL, 0}},
+    check_outputs(check, "norm_logits", device, {{worker->layers[0][0][OUTPUT], NULL, 0}},
                   normed_inputs(device), (int)rows.size(), logits, d->logits_stride, nans);
     size_t width = (size_t)model->config.vocab_size;
     std::vector<float> host(rows.size() * width, NAN);
@@ -451,8 +451,8 @@ static void check_products(struct check *check, struct random *random,
     check_norm_qkv(check, &worker, model, x);
     check_gate_up(check, &worker, model, x);
     check_logits(check, &worker, model, x, rows);
-    check_project(check, &worker, worker.layers[0][0].attn_output, INPUT_ATTENTION, random);
-    check_project(check, &worker, worker.layers[0][0].ffn_down, INPUT_FFN, random);
+    check_project(check, &worker, worker.layers[0][0][ATTN_OUTPUT], INPUT_ATTENTION, random);
+    check_project(check, &worker, worker.layers[0][0][FFN_DOWN], INPUT_FFN, random);
     worker.backend->step_end(device, NULL);
     close_worker(&worker);
 }
@@ -535,7 +535,7 @@ static void products_of_many_rows(struct check *check) {
     for (int done = 0; done < rows; done += 1000)
         add_text(&batch, text.data(), slots.data(), 0, std::min(rows - done, 1000), false);
     worker.backend->step_begin(worker.shards[0], seal(&batch));
-    check_project(check, &worker, worker.layers[0][0].ffn_down, INPUT_FFN, &random);
+    check_project(check, &worker, worker.layers[0][0][FFN_DOWN], INPUT_FFN, &random);
     worker.backend->step_end(worker.shards[0], NULL);
     close_worker(&worker);
     free_model(model);

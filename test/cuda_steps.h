@@ -288,8 +288,8 @@ static std::vector<int> draw_samples(struct worker *worker, const std::vector<in
         add_sample(&batch, i, sampling[i]);
     logits->resize((size_t)(end - first) * (size_t)device->config->vocab_size);
     worker->backend->step_begin(device, seal(&batch));
-    worker->backend->embed(device, worker->weights[0].token_embd);
-    worker->backend->norm_logits(device, &worker->weights[0]);
+    worker->backend->embed(device, worker->layers[0][0][TOKEN_EMBD]);
+    worker->backend->norm_logits(device, worker->layers[0][0]);
     worker->backend->read_logits(device, logits->data());
     worker->backend->sample(device);
     worker->backend->step_end(device, batch.batch.sampled);

@@ -217,7 +217,7 @@ static double element(const struct tensor *tensor, int row, int col) {
 
 struct test_model {
     struct model_config config;
-    struct model_layer layers[2];
+    const struct tensor *layers[2][N_ROLES];
     const struct tensor *token_embd, *output_norm;
     std::vector<const struct tensor *> tensors; /* all of them */
     float frequency[128];
@@ -260,7 +260,7 @@ static const struct tensor *add_tensor(struct test_model *model, struct random *
 }
 
 static void make_layer(struct random *random, struct test_model *model, struct types types,
-                       struct model_layer *l) {
+                       const struct tensor **l) {
     const struct model_config *c = &model->config;
     int d = c->d_model, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     float scale = 1.0f / sqrtf((float)d);
@@ -270,25 +270,24 @@ static void make_layer(struct random *random, struct test_model *model, struct t
     auto vector = [&](int n, float spread, float center) {
         return add_tensor(model, random, TYPE_F32, 1, n, spread, center);
     };
-    *l = {};
-    l->attn_norm = vector(d, 0.2f, 1.0f);
-    l->attn_q = matrix(types.q, q, d);
-    l->attn_k = matrix(types.k, kv, d);
-    l->attn_v = matrix(types.v, kv, d);
+    l[ATTN_NORM] = vector(d, 0.2f, 1.0f);
+    l[ATTN_Q] = matrix(types.q, q, d);
+    l[ATTN_K] = matrix(types.k, kv, d);
+    l[ATTN_V] = matrix(types.v, kv, d);
     if (below(random, 2)) {
-        l->q_bias = vector(q, 1.0f, 0.0f);
-        l->k_bias = vector(kv, 1.0f, 0.0f);
-        l->v_bias = vector(kv, 1.0f, 0.0f);
+        l[Q_BIAS] = vector(q, 1.0f, 0.0f);
+        l[K_BIAS] = vector(kv, 1.0f, 0.0f);
+        l[V_BIAS] = vector(kv, 1.0f, 0.0f);
     }
     if (below(random, 2)) {
-        l->attn_q_norm = vector(c->head_dim, 0.2f, 1.0f);
-        l->attn_k_norm = vector(c->head_dim, 0.2f, 1.0f);
+        l[ATTN_Q_NORM] = vector(c->head_dim, 0.2f, 1.0f);
+        l[ATTN_K_NORM] = vector(c->head_dim, 0.2f, 1.0f);
     }
-    l->attn_output = matrix(types.output, d, q);
-    l->ffn_norm = vector(d, 0.2f, 1.0f);
-    l->ffn_gate = matrix(types.gate, c->d_ff, d);
-    l->ffn_up = matrix(types.up, c->d_ff, d);
-    l->ffn_down = matrix(types.down, d, c->d_ff);
+    l[ATTN_OUTPUT] = matrix(types.output, d, q);
+    l[FFN_NORM] = vector(d, 0.2f, 1.0f);
+    l[FFN_GATE] = matrix(types.gate, c->d_ff, d);
+    l[FFN_UP] = matrix(types.up, c->d_ff, d);
+    l[FFN_DOWN] = matrix(types.down, d, c->d_ff);
 }
 
 static struct test_model *make_model(struct random *random, struct model_config config,
@@ -298,7 +297,7 @@ static struct test_model *make_model(struct random *random, struct model_config 
     for (int i = 0; i < config.rope_dim / 2; i++)
         model->frequency[i] = (float)pow(10000.0, -2.0 * i / config.rope_dim);
     for (int i = 0; i < config.n_layers; i++)
-        make_layer(random, model, types, &model->layers[i]);
+        make_layer(random, model, types, model->layers[i]);
     model->token_embd =
         add_tensor(model, random, types.embedding, config.vocab_size, config.d_model, 1.0f, 0.0f);
     model->output_norm = add_tensor(model, random, TYPE_F32, 1, config.d_model, 0.2f, 1.0f);
@@ -317,8 +316,7 @@ struct worker {
     struct backend *backend;
     int n_shards;
     struct device *shards[MAX_SHARDS];
-    struct weights weights[MAX_SHARDS];
-    struct layer_weights layers[MAX_SHARDS][2];
+    const struct weight *layers[MAX_SHARDS][2][N_ROLES];
 };
 
 static void need(bool condition, const char *what) { /* of the tests themselves */
@@ -334,7 +332,7 @@ static void need_success(cudaError_t error, const char *call) {
 }
 
 static struct backend *open_backend(void (*lost)(void *) = NULL) {
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct backend_options options = {};
     options.lost = lost;
     struct backend *backend = cuda_backend_open(&options, error);
@@ -361,7 +359,7 @@ static struct device wanted_device(const struct model_config *config, const floa
 
 static const struct weight *upload(struct device *device, const struct tensor *tensor,
                                    enum slice_kind kind) {
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct slice slice = {kind, device->rank, device->n_shards};
     const struct weight *weight =
         tensor ? device->backend->upload(device, tensor, slice, error) : NULL;
@@ -369,28 +367,19 @@ static const struct weight *upload(struct device *device, const struct tensor *t
     return weight;
 }
 
-static void upload_layer(struct device *device, const struct model_layer *from,
-                         struct layer_weights *to) {
-    to->attn_norm = upload(device, from->attn_norm, SLICE_WHOLE);
-    to->attn_q = upload(device, from->attn_q, SLICE_ROWS);
-    to->attn_k = upload(device, from->attn_k, SLICE_ROWS);
-    to->attn_v = upload(device, from->attn_v, SLICE_ROWS);
-    to->q_bias = upload(device, from->q_bias, SLICE_ROWS);
-    to->k_bias = upload(device, from->k_bias, SLICE_ROWS);
-    to->v_bias = upload(device, from->v_bias, SLICE_ROWS);
-    to->attn_q_norm = upload(device, from->attn_q_norm, SLICE_WHOLE);
-    to->attn_k_norm = upload(device, from->attn_k_norm, SLICE_WHOLE);
-    to->attn_output = upload(device, from->attn_output, SLICE_COLS);
-    to->ffn_norm = upload(device, from->ffn_norm, SLICE_WHOLE);
-    to->ffn_gate = upload(device, from->ffn_gate, SLICE_ROWS);
-    to->ffn_up = upload(device, from->ffn_up, SLICE_ROWS);
-    to->ffn_down = upload(device, from->ffn_down, SLICE_COLS);
+static void upload_layer(struct device *device, const struct tensor *const *from,
+                         const struct weight **to) {
+    for (int i = 0; i < n_model_tensors; i++) {
+        int role = model_tensors[i].role;
+        if (role >= ATTN_NORM)
+            to[role] = upload(device, from[role], model_tensors[i].slice);
+    }
 }
 
 /* A device without weights. */
 static struct device *open_device(struct backend *backend, const struct device *wanted,
                                   int kv_blocks) {
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct device *device = backend->device_open(backend, wanted, error);
     need(device != NULL, error);
     size_t bytes = (size_t)kv_blocks * block_bytes(device->config, device->n_shards, KV_BF16);
@@ -412,10 +401,10 @@ static struct worker open_worker(struct backend *backend, const struct test_mode
         wanted.index = i % backend->n_gpus;
         struct device *device = open_device(backend, &wanted, KV_BLOCKS);
         for (int j = 0; j < model->config.n_layers; j++)
-            upload_layer(device, &model->layers[j], &worker.layers[i][j]);
-        worker.weights[i].token_embd = upload(device, model->token_embd, SLICE_WHOLE);
-        worker.weights[i].output_norm = upload(device, model->output_norm, SLICE_WHOLE);
-        worker.weights[i].output = worker.weights[i].token_embd;
+            upload_layer(device, model->layers[j], worker.layers[i][j]);
+        worker.layers[i][0][TOKEN_EMBD] = upload(device, model->token_embd, SLICE_WHOLE);
+        worker.layers[i][0][OUTPUT_NORM] = upload(device, model->output_norm, SLICE_WHOLE);
+        worker.layers[i][0][OUTPUT] = worker.layers[i][0][TOKEN_EMBD];
         worker.shards[i] = device;
     }
     return worker;
@@ -562,26 +551,26 @@ static bool forward(struct worker *worker, const struct batch *batch) {
     for (int s = 0; s < n; s++)
         record = backend->step_begin(worker->shards[s], batch) && record;
     for (int s = 0; s < n && record; s++)
-        backend->embed(worker->shards[s], worker->weights[s].token_embd);
+        backend->embed(worker->shards[s], worker->layers[s][0][TOKEN_EMBD]);
     for (int layer = 0; layer < worker->shards[0]->config->n_layers && record; layer++) {
         for (int s = 0; s < n; s++) {
-            backend->norm_qkv(worker->shards[s], &worker->layers[s][layer]);
-            backend->rope_append(worker->shards[s], &worker->layers[s][layer], layer);
+            backend->norm_qkv(worker->shards[s], worker->layers[s][layer]);
+            backend->rope_append(worker->shards[s], worker->layers[s][layer], layer);
             backend->attention(worker->shards[s], layer);
-            backend->project_add(worker->shards[s], worker->layers[s][layer].attn_output,
+            backend->project_add(worker->shards[s], worker->layers[s][layer][ATTN_OUTPUT],
                                  INPUT_ATTENTION);
         }
         if (n > 1)
             backend->all_reduce_add(worker->shards, n);
         for (int s = 0; s < n; s++) {
-            backend->norm_gate_up(worker->shards[s], &worker->layers[s][layer]);
-            backend->project_add(worker->shards[s], worker->layers[s][layer].ffn_down, INPUT_FFN);
+            backend->norm_gate_up(worker->shards[s], worker->layers[s][layer]);
+            backend->project_add(worker->shards[s], worker->layers[s][layer][FFN_DOWN], INPUT_FFN);
         }
         if (n > 1)
             backend->all_reduce_add(worker->shards, n);
     }
     if (record && batch->n_samples > 0) {
-        backend->norm_logits(worker->shards[0], &worker->weights[0]);
+        backend->norm_logits(worker->shards[0], worker->layers[0][0]);
         backend->sample(worker->shards[0]);
     }
     for (int s = 0; s < n; s++)

@@ -1,7 +1,7 @@
 /* fuzz_json.c: any text is parsed or refused, and what is parsed can be written and parsed again.
  * Run by test/fuzz.sh. */
 #define JSON_IMPLEMENTATION
-#include "json.h"
+#include "../lib/json.h"
 #include "fuzz.h"
 
 enum { PARSED, OBJECTS };
@@ -33,7 +33,7 @@ static void print(FILE *out, const struct json_node *nodes, int at) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    char error[JSON_ERROR_LENGTH] = "", *text = copy_of(data, size), *printed = NULL;
+    char error[ERROR_LENGTH] = "", *text = copy_of(data, size), *printed = NULL;
     struct json_node *nodes = json_parse(text, size, error);
     FUZZ_CHECK(nodes || (error[0] && !strchr(error, '\n')));
     fuzz_runs++;

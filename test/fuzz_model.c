@@ -6,14 +6,14 @@
 #define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
-#include "../pack.h"
+#include "../lib/pack.h"
 #include "dynamo.h"
-#include "gguf.h"
-#include "source.h"
-#include "template.h"
-#include "tokenizer.h"
+#include "../lib/gguf.h"
+#include "../lib/source.h"
+#include "../lib/template.h"
+#include "../lib/tokenizer.h"
 #define PACK_IMPLEMENTATION
-#include "pack.h"
+#include "../lib/pack.h"
 #include "fuzz.h"
 
 enum { OPENED, MODELS, VOCABULARIES, CHATS, CHECKPOINTS, TOKENIZER_BINS, PACKED };
@@ -43,7 +43,7 @@ static void pack_all(const struct gguf *file) {
 /* A vocabulary that someone made up spells a text, and is spelled. */
 static void use_tokenizer(const struct tokenizer *t) {
     static const char text[] = "abc <|im_start|>a <s>\xC3\xA9\xE2\x96\x81\xFF 12'll\n\n  x [INST]";
-    char out[TOK_TEXT_SIZE], note[TOK_ERROR_LENGTH];
+    char out[TOK_TEXT_SIZE], note[ERROR_LENGTH];
     struct tok_stream stream = {0};
     int n = 0, *ids = tok_encode(t, text, sizeof text, &n);
     FUZZ_CHECK(ids && n > 0);
@@ -68,7 +68,7 @@ static void use_tokenizer(const struct tokenizer *t) {
 }
 
 static void read_tokenizer_bin(const char *path) {
-    char error[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct tokenizer *t = tok_open_checkpoint(path, 260, error);
     FUZZ_CHECK(t || (*error && !strchr(error, '\n')));
     if (t) {
@@ -79,7 +79,7 @@ static void read_tokenizer_bin(const char *path) {
 }
 
 static void read_model(struct gguf *file) {
-    char error[GGUF_ERROR_LENGTH] = "", note[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "", note[ERROR_LENGTH] = "";
     struct model model;
     if (model_open(&model, file, error)) {
         fuzz_reach(model.placed ? CHECKPOINTS : MODELS);
@@ -100,7 +100,7 @@ static void read_model(struct gguf *file) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    char path[64], error[GGUF_ERROR_LENGTH] = "";
+    char path[64], error[ERROR_LENGTH] = "";
     fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
     struct gguf *file = source_open(path, error);

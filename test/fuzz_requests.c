@@ -4,7 +4,7 @@
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
 #define REQUESTS_IMPLEMENTATION
-#include "requests.h"
+#include "../lib/requests.h"
 #include "fuzz.h"
 
 enum { TEXTS, OBJECTS, ALL_IDS, STOPS, COMMANDS };
@@ -20,7 +20,7 @@ static void parse_words(const uint8_t *data, size_t size) {
     for (char *word = strtok(text, "\n"); word && n < 16; word = strtok(NULL, "\n"))
         words[n++] = word;
     struct options options;
-    char error[CLI_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     bool good = cli_parse(&options, n, words, error);
     FUZZ_CHECK(good || (error[0] && !strchr(error, '\n')));
     if (good)
@@ -30,7 +30,7 @@ static void parse_words(const uint8_t *data, size_t size) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    char path[64], error[CLI_ERROR_LENGTH] = "";
+    char path[64], error[ERROR_LENGTH] = "";
     char *words[] = {(char[]){"dynamo"}, (char[]){"m"}, (char[]){"-f"}, path, NULL};
     struct options options;
     struct requests requests;

@@ -3,15 +3,15 @@
 #define GGUF_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
-#include "template.h"
-#include "tokenizer.h"
+#include "../lib/template.h"
+#include "../lib/tokenizer.h"
 #include "fuzz.h"
 
 enum { SPM, BPE, ALL_VALID };
 static const char *const fuzz_points[] = {"spm", "bpe", "valid UTF-8", NULL};
 
 static struct tokenizer *open_vocabulary(const char *path) {
-    char error[TOK_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct gguf *file = gguf_open(path, error);
     FUZZ_CHECK(file);
     struct tokenizer *tokenizer = tok_open(file, error);

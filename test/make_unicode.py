@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes unicode_table.h: which code points are letters, marks, numbers, spaces.
+"""Writes lib/unicode.h: which code points are letters, marks, numbers, spaces.
 
-    python3 test/make_unicode.py > unicode_table.h
+    python3 test/make_unicode.py > lib/unicode.h
 
 Python's own unicodedata is the source, so the table has the Unicode version of the Python that ran
 this; the version is written into the file. Letters are the categories L*: capitals (Lu, Lt), small
@@ -43,7 +43,7 @@ def main():
     entries = [f"{{0x{a:x}, 0x{b:x}, UNICODE_{kind}}}," for a, b, kind in ranges()]
     version = unicodedata.unidata_version
     print(
-        f"""/* unicode_table.h: letters, marks, numbers and white space of Unicode {version}.
+        f"""/* unicode.h: letters, marks, numbers and white space of Unicode {version}.
  * Written by test/make_unicode.py; a code point in no range is of class UNICODE_OTHER. */
 #ifndef UNICODE_TABLE_H
 #define UNICODE_TABLE_H

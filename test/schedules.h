@@ -18,8 +18,8 @@
 #ifndef SCHEDULES_H
 #define SCHEDULES_H
 #include "child.h"
-#include "gguf.h"
-#include "json.h"
+#include "../lib/gguf.h"
+#include "../lib/json.h"
 
 #include <inttypes.h>
 #include <stdint.h>
@@ -128,7 +128,7 @@ static void make_twins(float *output, int64_t rows, int64_t cols, uint32_t bit) 
 
 static void write_twin_model(struct check *check, char path[PATH_LENGTH], uint32_t bit) {
     static const char original[] = REF "llama-tp-f32.gguf";
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     snprintf(path, PATH_LENGTH, "/tmp/dynamo_twin_XXXXXX");
     FILE *from = fopen(original, "rb");
     struct gguf *file = gguf_open(original, error);
@@ -288,7 +288,7 @@ static void free_answers(struct answer *answers, int n) {
 
 static void take_line(struct check *check, char *line, const struct wish *wishes, int n,
                       struct answer *answers, struct counters *counters) {
-    char error[JSON_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct json_node *nodes = json_parse(line, strlen(line), error);
     CHECK(nodes && nodes->type == '{', "no JSON object: %s: %.200s", error, line);
     if (!nodes)

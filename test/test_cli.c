@@ -3,15 +3,15 @@
  * that loading shows. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
-#include "../json.h"
+#include "../lib/json.h"
 #define CLI_IMPLEMENTATION
-#include "../cli.h"
+#include "../lib/cli.h"
 #define REQUESTS_IMPLEMENTATION
-#include "../requests.h"
+#include "../lib/requests.h"
 #include "child.h"
 
 /* Parses a command line given as words that `|` separates (a value may hold spaces). */
-static bool parse(struct options *options, const char *line, char error[CLI_ERROR_LENGTH]) {
+static bool parse(struct options *options, const char *line, char error[ERROR_LENGTH]) {
     static char words[2048]; /* options point into it */
     char *argv[80] = {"dynamo"};
     int argc = 1;
@@ -33,7 +33,7 @@ static uint32_t draw(uint64_t *state, uint32_t limit) {
 
 static void defaults_hold(struct check *check) {
     struct options o;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     CHECK(parse(&o, "model.bin", error), "%s", error);
     CHECK(strcmp(o.model, "model.bin") == 0, "%s", o.model);
     CHECK(o.request.n == -1 && o.request.sampling.temperature == 0.8f, "n, temperature");
@@ -46,7 +46,7 @@ static void defaults_hold(struct check *check) {
 
 static void every_option_is_read(struct check *check) {
     struct options o;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     CHECK(parse(&o,
                 "--ids|1,15, 7|-n|5|m.gguf|-t|0.25|--top-p=0.5|--top-k|40|--min-p|1e-2|--seed|"
                 "18446744073709551615|--stop|end|--stop=--json|--system|be brief|--devices|cpu:8|"
@@ -121,7 +121,7 @@ static void good_values(struct check *check) {
                                         "random:llama:q8_0"};
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
         struct options o;
-        char error[CLI_ERROR_LENGTH];
+        char error[ERROR_LENGTH];
         CHECK(parse(&o, lines[i], error), "%s: %s", lines[i], error);
         cli_free(&o);
     }
@@ -265,7 +265,7 @@ static const struct {
 static void bad_lines(struct check *check) {
     for (size_t i = 0; i < sizeof bad_line_cases / sizeof *bad_line_cases; i++) {
         struct options o;
-        char error[CLI_ERROR_LENGTH];
+        char error[ERROR_LENGTH];
         CHECK(!parse(&o, bad_line_cases[i].line, error), "%s", bad_line_cases[i].line);
         CHECK(strstr(error, bad_line_cases[i].words) && !strchr(error, '\n'), "%s: %s",
               bad_line_cases[i].line, error);
@@ -275,18 +275,18 @@ static void bad_lines(struct check *check) {
     for (int i = 1; i <= VALUE_STOPS; i++)
         strcat(line, "|--stop|a");
     struct options o;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     CHECK(!parse(&o, line, error) && strstr(error, "at most 16"), "%s", error);
     cli_free(&o);
 }
 
 /* A file of a line each, written to a temporary file that is gone when it is closed. */
 static bool requests_of(struct options *options, const char *line, const char *text, size_t length,
-                        struct requests *requests, char error[CLI_ERROR_LENGTH]) {
+                        struct requests *requests, char error[ERROR_LENGTH]) {
     static char path[64];
     FILE *file = tmpfile();
     if (!file || fwrite(text, 1, length, file) != length || fflush(file)) {
-        snprintf(error, CLI_ERROR_LENGTH, "no temporary file");
+        snprintf(error, ERROR_LENGTH, "no temporary file");
         return false;
     }
     snprintf(path, sizeof path, "/dev/fd/%d", fileno(file));
@@ -314,7 +314,7 @@ static void requests_are_read(struct check *check) {
         "{\"ids\":[7], \"stop\": []}";
     struct options o;
     struct requests requests;
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     CHECK(requests_of(&o, "m|-n|9|--seed|5|--stop|end|--system|sys", text, sizeof text - 1,
                       &requests, error),
           "%s", error);
@@ -386,7 +386,7 @@ static const struct {
 
 static void bad_requests_stand_alone(struct check *check) {
     for (size_t i = 0; i < sizeof bad_request_cases / sizeof *bad_request_cases; i++) {
-        char text[256], place[64], error[CLI_ERROR_LENGTH];
+        char text[256], place[64], error[ERROR_LENGTH];
         struct options o;
         struct requests requests;
         int length = snprintf(text, sizeof text, "before\n%s\nafter\n", bad_request_cases[i].line);
@@ -414,7 +414,7 @@ static void damaged_requests(struct check *check) {
     uint64_t state = 4;
     int n_good = 0, n_bad = 0;
     for (int round = 0; round < 300; round++) {
-        char text[1024] = "", error[CLI_ERROR_LENGTH];
+        char text[1024] = "", error[ERROR_LENGTH];
         for (int i = 0; i < 8; i++)
             strcat(text, lines[draw(&state, 3)]);
         size_t length = strlen(text) - draw(&state, 20);
@@ -437,7 +437,7 @@ static void damaged_requests(struct check *check) {
 
 static void files_are_read_whole(struct check *check) {
     size_t length = 0;
-    char error[CLI_ERROR_LENGTH] = "", path[64];
+    char error[ERROR_LENGTH] = "", path[64];
     CHECK(!cli_read_file("no/such/file", &length, error), "a file that is not there");
     CHECK(!strcmp(error, "no/such/file: No such file or directory"), "%s", error);
     CHECK(!cli_read_file("test", &length, error), "a folder");

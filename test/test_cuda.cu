@@ -11,7 +11,7 @@
  *     test_cuda products 1234        those with this in their name, from the seed 1234 */
 extern "C" {
 #include "dynamo.h"
-#include "sampler.h"
+#include "../lib/sampler.h"
 }
 #include "ptx.cuh"
 
@@ -84,7 +84,7 @@ int main(int argc, char **argv) {
     clock_gettime(CLOCK_REALTIME, &now);
     seed = argc > 2 ? strtoull(argv[2], NULL, 10)
                     : ((uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000) % 1000000000;
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct backend_options options = {};
     struct backend *backend = cuda_backend_open(&options, error);
     if (!backend) {

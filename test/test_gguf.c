@@ -46,8 +46,8 @@ static void *watched_realloc(void *memory, size_t size) {
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
 #define SOURCE_IMPLEMENTATION
-#include "../model.h"
-#include "../source.h"
+#include "../lib/model.h"
+#include "../lib/source.h"
 #undef mmap
 #undef munmap
 #undef calloc
@@ -228,7 +228,7 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
     struct model model;
     struct gguf *file = source_open(path, error);
     if (file && model_open(&model, file, error)) {
-        CHECK(model.layers[0].attn_q->rows == 8, "an open model must be the model");
+        CHECK(model.layers[0][ATTN_Q]->rows == 8, "an open model must be the model");
         model_close(&model);
     }
     gguf_close(file);
@@ -368,7 +368,7 @@ static const struct variant variants[] = {
 static void refuses_variants(struct check *check) {
     struct bytes *file = calloc(1, sizeof *file);
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) {
-        char error[GGUF_ERROR_LENGTH];
+        char error[ERROR_LENGTH];
         build(file, &variants[i], 2 + i % 2);
         largest_request = 0;
         try_open(check, file->data, file->size, error);
@@ -383,7 +383,7 @@ static void refuses_variants(struct check *check) {
 /* Every prefix is refused: the data ends with the file. */
 static void refuses_prefixes(struct check *check) {
     struct bytes *file = calloc(1, sizeof *file);
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     build(file, &variants[0], 3);
     size_t padding = 0; /* behind output_norm: 8 floats end on a boundary, so there is none */
     for (size_t size = 0; size < file->size - padding; size++) {
@@ -396,7 +396,7 @@ static void refuses_prefixes(struct check *check) {
 static void survives_mutations(struct check *check) {
     static const uint8_t flips[] = {0x01, 0x80, 0xff, 0x20, 0x08};
     struct bytes *file = calloc(1, sizeof *file);
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     size_t header = build(file, &variants[0], 3);
     for (size_t i = 0; i < header * sizeof flips; i++) {
         uint8_t *byte = &file->data[i / sizeof flips], kept = *byte;
@@ -412,7 +412,7 @@ static void survives_mutations(struct check *check) {
 
 static void survives_lack_of_memory(struct check *check) {
     struct bytes *file = calloc(1, sizeof *file);
-    char error[GGUF_ERROR_LENGTH] = "none yet";
+    char error[ERROR_LENGTH] = "none yet";
     build(file, &variants[0], 3);
     long allowed = 0;
     while (error[0] && allowed < 100) {
@@ -442,7 +442,7 @@ static void reads_values(struct check *check) {
                                       {"e", GGUF_U32, 4e9, NULL},   {"f", GGUF_I32, -2e9, NULL},
                                       {"g", GGUF_I64, -9e15, NULL}, {"h", GGUF_U64, 9e15, NULL}};
     struct bytes *bytes = calloc(1, sizeof *bytes);
-    char error[GGUF_ERROR_LENGTH], path[] = "/tmp/test_gguf_XXXXXX";
+    char error[ERROR_LENGTH], path[] = "/tmp/test_gguf_XXXXXX";
     struct key others[] = {{"i", GGUF_F32, 0.5, NULL}, {"j", GGUF_F64, 1e300, NULL},
                            {"k", GGUF_BOOL, 1, NULL},  {"l", GGUF_STRING, 0, "text"},
                            {"m", GGUF_ARRAY, 3, NULL}, {"n", GGUF_ARRAY, 2, "word"}};
@@ -498,7 +498,7 @@ static void opens_real_files(struct check *check) {
                   "general.architecture: got gpt2", 50257, 50256},
                  {"test/data/vocab-llama-spm.gguf", "llama", "</s>",
                   "token_embd.weight: is missing", 32000, 2}};
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct model model;
     for (size_t i = 0; i < 2; i++) {
         struct gguf *file = gguf_open(facts[i].path, error);
@@ -539,7 +539,7 @@ static void opens_architectures(struct check *check) {
         {"qwen3-q8_0", "qwen3", "attn_k_norm.weight", 64, 16, 4, 16, 256, 397, false, TYPE_Q8_0},
         {"llama31-bf16", "llama", "attn_q.weight", 64, 8, 4, 16, 96, 331, true, TYPE_BF16}};
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
-        char error[GGUF_ERROR_LENGTH], path[64], name[64];
+        char error[ERROR_LENGTH], path[64], name[64];
         snprintf(path, sizeof path, "test/data/ref/%s.gguf", facts[i].path);
         snprintf(name, sizeof name, "blk.1.%s", facts[i].needs);
         struct model model = {0};
@@ -550,7 +550,7 @@ static void opens_architectures(struct check *check) {
             continue;
         }
         const struct model_config *config = &model.config;
-        const struct model_layer *layer = &model.layers[1];
+        const struct tensor *const *layer = model.layers[1];
         bool qwen2 = same(facts[i].architecture, "qwen2");
         bool qwen3 = same(facts[i].architecture, "qwen3");
         CHECK(same(config->architecture, facts[i].architecture), "got %s", config->architecture);
@@ -565,12 +565,13 @@ static void opens_architectures(struct check *check) {
         CHECK(config->norm_epsilon == (qwen2 || qwen3 ? 1e-6f : 1e-5f), "%g",
               (double)config->norm_epsilon);
         CHECK(config->rope_adjacent == !(qwen2 || qwen3), "%s: wrong pairs", path);
-        CHECK(!layer->q_bias == !qwen2 && !layer->k_bias == !qwen2 && !layer->v_bias == !qwen2,
+        CHECK(!layer[Q_BIAS] == !qwen2 && !layer[K_BIAS] == !qwen2 && !layer[V_BIAS] == !qwen2,
               "%s: biases", path);
-        CHECK(!layer->attn_q_norm == !qwen3 && !layer->attn_k_norm == !qwen3, "%s: norms", path);
-        CHECK(!model.rope_freqs == (qwen2 || qwen3), "%s: rope_freqs", path);
-        CHECK((model.output == model.token_embd) == facts[i].tied, "%s: tied", path);
-        CHECK(layer->attn_q->type == facts[i].type, "%s: type %d", path, layer->attn_q->type);
+        CHECK(!layer[ATTN_Q_NORM] == !qwen3 && !layer[ATTN_K_NORM] == !qwen3, "%s: norms", path);
+        CHECK(!model.layers[0][ROPE_FREQS] == (qwen2 || qwen3), "%s: rope_freqs", path);
+        CHECK((model.layers[0][OUTPUT] == model.layers[0][TOKEN_EMBD]) == facts[i].tied, "%s: tied",
+              path);
+        CHECK(layer[ATTN_Q]->type == facts[i].type, "%s: type %d", path, layer[ATTN_Q]->type);
         uint8_t *copy = malloc(file->size), *found;
         size_t size = file->size;
         memcpy(copy, file->map, size);
@@ -592,7 +593,7 @@ static void formats_agree(struct check *check) {
         {"test/data/ref/llama-mha-f32.bin", "test/data/ref/llama-mha-f32.gguf"},
         {"test/data/ref/llama-tied-f32.bin", "test/data/ref/llama-tied-f32.gguf"}};
     for (size_t i = 0; i < 2; i++) {
-        char error[GGUF_ERROR_LENGTH];
+        char error[ERROR_LENGTH];
         struct model models[2] = {0};
         struct gguf *files[2] = {0};
         bool ok = true;
@@ -602,18 +603,14 @@ static void formats_agree(struct check *check) {
         }
         CHECK(ok, "%s", error);
         CHECK(ok && models[0].placed && !models[1].placed, "which is the checkpoint?");
-        CHECK(ok && (models[0].output == models[0].token_embd) == (i == 1), "wrongly tied");
+        CHECK(ok && (models[0].layers[0][OUTPUT] == models[0].layers[0][TOKEN_EMBD]) == (i == 1),
+              "wrongly tied");
         int n_layers = ok ? models[0].config.n_layers : 0;
         CHECK(n_layers == 2 && models[1].config.n_layers == 2, "got %d layers", n_layers);
-        enum { PER_LAYER = sizeof(struct model_layer) / sizeof(struct tensor *) };
-        for (int at = -3; at < n_layers * PER_LAYER; at++) {
+        for (int at = 0; at < n_layers * N_ROLES; at++) {
             const struct tensor *tensors[2];
-            for (size_t j = 0; j < 2; j++) {
-                const struct tensor *others[] = {models[j].token_embd, models[j].output_norm,
-                                                 models[j].output};
-                const void *layers = models[j].layers;
-                tensors[j] = at < 0 ? others[at + 3] : ((const struct tensor *const *)layers)[at];
-            }
+            for (size_t j = 0; j < 2; j++)
+                tensors[j] = models[j].layers[at / N_ROLES][at % N_ROLES];
             CHECK(!tensors[0] == !tensors[1] &&
                       (!tensors[0] ||
                        (tensors[0]->rows == tensors[1]->rows &&
@@ -631,7 +628,7 @@ static void formats_agree(struct check *check) {
 
 /* The file's header says 64, 172, 4 layers, 8 and 4 heads, 512 tokens, tied, 512 positions. */
 static void opens_checkpoint(struct check *check) {
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct model model;
     struct gguf *file = gguf_open("test/data/aidreams260K.bin", error);
     size_t size = 0;
@@ -648,13 +645,14 @@ static void opens_checkpoint(struct check *check) {
               model.config.n_kv_heads == header[4] && model.config.vocab_size == header[5] &&
               model.config.context_length == header[6],
           "differs from the header");
-    CHECK(model.config.rope_adjacent && model.output == model.token_embd, "adjacent pairs, tied");
+    CHECK(model.config.rope_adjacent && model.layers[0][OUTPUT] == model.layers[0][TOKEN_EMBD],
+          "adjacent pairs, tied");
     int64_t d = header[0], layers = header[2], kv = d / header[3] * header[4];
     int64_t at = header[5] * d + layers * (d + d * d) + 2 * kv * d; /* wk of layer 2 */
     const float *floats = (const float *)(const void *)(file->map + sizeof header);
-    CHECK(model.layers[2].attn_k->data == floats + at, "attn_k of layer 2 lies elsewhere");
+    CHECK(model.layers[2][ATTN_K]->data == floats + at, "attn_k of layer 2 lies elsewhere");
     at = header[5] * d + layers * (2 * d + 2 * d * d + 2 * kv * d + 3 * header[1] * d);
-    CHECK(model.output_norm->data == floats + at, "output_norm lies elsewhere");
+    CHECK(model.layers[0][OUTPUT_NORM]->data == floats + at, "output_norm lies elsewhere");
     CHECK(file->size == 28 + (size_t)(at + d + header[6] * (d / header[3])) * 4, "wrong size");
     uint8_t *copy = malloc(file->size + 1);
     memcpy(copy, file->map, file->size);
@@ -840,7 +838,7 @@ static const struct split splits[] = {
 };
 
 static void parts_are_one_model(struct check *check) {
-    char folder[] = "/tmp/test_gguf_XXXXXX", error[GGUF_ERROR_LENGTH], path[64], name[64];
+    char folder[] = "/tmp/test_gguf_XXXXXX", error[ERROR_LENGTH], path[64], name[64];
     CHECK(mkdtemp(folder), "cannot make %s", folder);
     struct gguf *whole = gguf_open("test/data/ref/llama-q8_0.gguf", error);
     CHECK(whole, "%s", error);

@@ -3,7 +3,7 @@
  * values, and the reader on damaged texts in buffers without slack, where a sanitizer sees every
  * byte read too far. */
 #define JSON_IMPLEMENTATION
-#include "../json.h"
+#include "../lib/json.h"
 #include "check.h"
 #include <math.h>
 #include <stdlib.h>
@@ -23,7 +23,7 @@ static char *copy_of(const char *text, size_t length) {
     return copy;
 }
 
-static bool accepted(const char *text, size_t length, char error[JSON_ERROR_LENGTH]) {
+static bool accepted(const char *text, size_t length, char error[ERROR_LENGTH]) {
     char *copy = copy_of(text, length);
     struct json_node *nodes = json_parse(copy, length, error);
     bool good = nodes != NULL;
@@ -108,7 +108,7 @@ static const char *const accepted_texts[] = {"[]",
 
 static void accepts(struct check *check) {
     for (size_t i = 0; i < sizeof accepted_texts / sizeof *accepted_texts; i++) {
-        char error[JSON_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         CHECK(accepted(accepted_texts[i], strlen(accepted_texts[i]), error), "%s: %s",
               accepted_texts[i], error);
     }
@@ -263,7 +263,7 @@ static const struct {
 
 static void refuses(struct check *check) {
     for (size_t i = 0; i < sizeof refused_texts / sizeof *refused_texts; i++) {
-        char error[JSON_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         int byte = -2;
         CHECK(!accepted(refused_texts[i].text, strlen(refused_texts[i].text), error), "%s",
               refused_texts[i].text);
@@ -271,7 +271,7 @@ static void refuses(struct check *check) {
         CHECK(placed && (refused_texts[i].byte < 0 || byte == refused_texts[i].byte), "%s: %s",
               refused_texts[i].text, error);
     }
-    char error[JSON_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     CHECK(!accepted("[1]\0", 4, error), "zero byte behind");
     CHECK(!accepted("\0", 1, error), "zero byte alone");
     CHECK(!accepted("\"a\0b\"", 5, error), "zero byte in a string");
@@ -292,7 +292,7 @@ static void decodes(struct check *check) {
                  {"\"\\uD800\\uDC00\\uDBFF\\uDFFF\"", "\xF0\x90\x80\x80\xF4\x8F\xBF\xBF", 8},
                  {"\"\\uFFFF\\\\u0041\"", "\xEF\xBF\xBF\\u0041", 9}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        char error[JSON_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         char *copy = copy_of(cases[i].json, strlen(cases[i].json));
         struct json_node *nodes = json_parse(copy, strlen(copy), error);
         CHECK(nodes && nodes[0].type == '"' && nodes[0].length == cases[i].length &&
@@ -314,7 +314,7 @@ static void nodes_are_in_order(struct check *check) {
                     {'"', 7, "b"},     {'{', 10, NULL},  {'"', 9, "c"},
                     {'n', 10, "null"}, {'"', 11, "d"},   {'0', 12, "-2.5e3"},
                     {'"', 13, "e"},    {'t', 14, "true"}};
-    char error[JSON_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct json_node *nodes = json_parse(text, strlen(text), error);
     CHECK(nodes != NULL, "%s", error);
     for (int i = 0; nodes && i < nodes[0].next; i++) {
@@ -331,7 +331,7 @@ static void nodes_are_in_order(struct check *check) {
 }
 
 static void depth_is_limited(struct check *check) {
-    char error[JSON_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     for (int depth = JSON_DEPTH - 1; depth <= JSON_DEPTH + 1; depth++) {
         char text[2 * JSON_DEPTH + 8] = "";
         memset(text, '[', (size_t)depth);
@@ -400,7 +400,7 @@ static void numbers_and_bytes_come_back(struct check *check) {
             bytes[j] = (char)draw(&state, i % 2 ? 128 : 256);
             ascii = ascii && (unsigned char)bytes[j] < 128;
         }
-        char *text = NULL, error[JSON_ERROR_LENGTH] = "";
+        char *text = NULL, error[ERROR_LENGTH] = "";
         FILE *out = open_memstream(&text, &size);
         fprintf(out, "[%.17g,", value);
         json_string(out, bytes, length);
@@ -478,7 +478,7 @@ static void rewrite(FILE *out, const struct json_node *nodes, int at) {
 static void documents_come_back(struct check *check) {
     uint64_t state = 2;
     for (int i = 0; i < 3000; i++) {
-        char error[JSON_ERROR_LENGTH] = "", *second = NULL;
+        char error[ERROR_LENGTH] = "", *second = NULL;
         size_t length = 0, second_length = 0;
         char *first = random_text(&state, 0, &length), *copy = copy_of(first, length);
         struct json_node *nodes = json_parse(copy, length, error);
@@ -501,7 +501,7 @@ static void survives_damage(struct check *check) {
     static const char bytes[] = "\"\\{}[],:0123456789-+.eEutfn \xE2\x82\xAC\xF0\xFF\x01";
     int n_good = 0, n_bad = 0;
     for (int i = 0; i < 20000; i++) {
-        char error[JSON_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         size_t whole = 0;
         char *text = random_text(&state, 1, &whole);
         for (uint32_t left = 1 + draw(&state, 3); left > 0; left--)

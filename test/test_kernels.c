@@ -144,33 +144,34 @@ static double element(const struct tensor *tensor, int row, int col) {
 
 struct model_under_test {
     struct model_config config;
-    struct model_layer layer[2];
+    const struct tensor *layer[2][N_ROLES];
     const struct tensor *token_embd, *output_norm;
     float frequency[MAX_HEAD_DIM];
     int group;
 };
 
 static void make_layer(struct random *random, const struct model_config *config,
-                       enum tensor_type type, struct model_layer *layer) {
+                       enum tensor_type type, const struct tensor **layer) {
     int d = config->d_model, q = config->n_heads * config->head_dim;
     int kv = config->n_kv_heads * config->head_dim;
     float scale = 1.0f / sqrtf((float)d);
     bool biased = draw(random) & 1, normed = draw(random) & 1;
-    *layer = (struct model_layer){
-        .attn_norm = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
-        .attn_q = make_tensor(random, type, q, d, scale, 0),
-        .attn_k = make_tensor(random, type, kv, d, scale, 0),
-        .attn_v = make_tensor(random, type, kv, d, scale, 0),
-        .q_bias = biased ? make_tensor(random, TYPE_F32, 1, q, 1, 0) : NULL,
-        .k_bias = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
-        .v_bias = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
-        .attn_q_norm = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
-        .attn_k_norm = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
-        .attn_output = make_tensor(random, type, d, q, scale, 0),
-        .ffn_norm = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
-        .ffn_gate = make_tensor(random, type, config->d_ff, d, scale, 0),
-        .ffn_up = make_tensor(random, type, config->d_ff, d, scale, 0),
-        .ffn_down = make_tensor(random, type, d, config->d_ff, scale, 0)};
+    const struct tensor *made[N_ROLES] = {
+        [ATTN_NORM] = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
+        [ATTN_Q] = make_tensor(random, type, q, d, scale, 0),
+        [ATTN_K] = make_tensor(random, type, kv, d, scale, 0),
+        [ATTN_V] = make_tensor(random, type, kv, d, scale, 0),
+        [Q_BIAS] = biased ? make_tensor(random, TYPE_F32, 1, q, 1, 0) : NULL,
+        [K_BIAS] = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
+        [V_BIAS] = biased ? make_tensor(random, TYPE_F32, 1, kv, 1, 0) : NULL,
+        [ATTN_Q_NORM] = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
+        [ATTN_K_NORM] = normed ? make_tensor(random, TYPE_F32, 1, config->head_dim, 0.2f, 1) : NULL,
+        [ATTN_OUTPUT] = make_tensor(random, type, d, q, scale, 0),
+        [FFN_NORM] = make_tensor(random, TYPE_F32, 1, d, 0.2f, 1.0f),
+        [FFN_GATE] = make_tensor(random, type, config->d_ff, d, scale, 0),
+        [FFN_UP] = make_tensor(random, type, config->d_ff, d, scale, 0),
+        [FFN_DOWN] = make_tensor(random, type, d, config->d_ff, scale, 0)};
+    memcpy(layer, made, sizeof made);
 }
 
 static struct model_under_test *make_model(struct random *random, enum tensor_type type) {
@@ -199,23 +200,16 @@ static struct model_under_test *make_model(struct random *random, enum tensor_ty
     for (int i = 0; i < config->rope_dim / 2; i++)
         model->frequency[i] = (float)pow(10000.0, -2.0 * i / config->rope_dim);
     for (int i = 0; i < config->n_layers; i++)
-        make_layer(random, config, type, &model->layer[i]);
+        make_layer(random, config, type, model->layer[i]);
     model->token_embd = make_tensor(random, type, config->vocab_size, config->d_model, 1, 0);
     model->output_norm = make_tensor(random, TYPE_F32, 1, config->d_model, 0.2f, 1.0f);
     return model;
 }
 
 static void free_model(struct model_under_test *model) {
-    for (int i = 0; i < model->config.n_layers; i++) {
-        const struct model_layer *layer = &model->layer[i];
-        const struct tensor *tensors[] = {layer->attn_norm, layer->attn_q,      layer->attn_k,
-                                          layer->attn_v,    layer->q_bias,      layer->k_bias,
-                                          layer->v_bias,    layer->attn_q_norm, layer->ffn_norm,
-                                          layer->ffn_gate,  layer->attn_k_norm, layer->attn_output,
-                                          layer->ffn_up,    layer->ffn_down};
-        for (size_t j = 0; j < sizeof tensors / sizeof *tensors; j++)
-            free_tensor(tensors[j]);
-    }
+    for (int i = 0; i < model->config.n_layers; i++)
+        for (int role = ATTN_NORM; role < N_ROLES; role++)
+            free_tensor(model->layer[i][role]);
     free_tensor(model->token_embd);
     free_tensor(model->output_norm);
     free(model);
@@ -227,13 +221,12 @@ struct worker {
     struct backend *backend;
     int n_shards;
     struct device *shards[MAX_SHARDS];
-    struct weights weights[MAX_SHARDS];
-    struct layer_weights layers[MAX_SHARDS][2];
+    const struct weight *layers[MAX_SHARDS][2][N_ROLES];
 };
 
 static const struct weight *upload(struct device *device, const struct tensor *tensor,
                                    enum slice_kind kind) {
-    char error[GGUF_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct slice slice = {kind, device->rank, device->n_shards};
     return tensor ? device->backend->upload(device, tensor, slice, error) : NULL;
 }
@@ -242,7 +235,7 @@ static void open_worker(struct worker *worker, struct backend *backend,
                         struct model_under_test *model, int n_shards, enum kv_type kv_type) {
     *worker = (struct worker){.backend = backend, .n_shards = n_shards};
     for (int i = 0; i < n_shards; i++) {
-        char error[GGUF_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         struct device wanted = {.config = &model->config,
                                 .rope_frequency = model->frequency,
                                 .rank = i,
@@ -259,28 +252,16 @@ static void open_worker(struct worker *worker, struct backend *backend,
         device->kv = backend->alloc(device, bytes, false);
         memset(device->kv, 0xff, bytes); /* NaN */
         for (int j = 0; j < model->config.n_layers; j++) {
-            const struct model_layer *from = &model->layer[j];
-            worker->layers[i][j] = (struct layer_weights){
-                .attn_norm = upload(device, from->attn_norm, SLICE_WHOLE),
-                .attn_q = upload(device, from->attn_q, SLICE_ROWS),
-                .attn_k = upload(device, from->attn_k, SLICE_ROWS),
-                .attn_v = upload(device, from->attn_v, SLICE_ROWS),
-                .q_bias = upload(device, from->q_bias, SLICE_ROWS),
-                .k_bias = upload(device, from->k_bias, SLICE_ROWS),
-                .v_bias = upload(device, from->v_bias, SLICE_ROWS),
-                .attn_q_norm = upload(device, from->attn_q_norm, SLICE_WHOLE),
-                .attn_k_norm = upload(device, from->attn_k_norm, SLICE_WHOLE),
-                .attn_output = upload(device, from->attn_output, SLICE_COLS),
-                .ffn_norm = upload(device, from->ffn_norm, SLICE_WHOLE),
-                .ffn_gate = upload(device, from->ffn_gate, SLICE_ROWS),
-                .ffn_up = upload(device, from->ffn_up, SLICE_ROWS),
-                .ffn_down = upload(device, from->ffn_down, SLICE_COLS)};
+            for (int k = 0; k < n_model_tensors; k++) {
+                int role = model_tensors[k].role;
+                if (role >= ATTN_NORM)
+                    worker->layers[i][j][role] =
+                        upload(device, model->layer[j][role], model_tensors[k].slice);
+            }
         }
-        worker->weights[i] =
-            (struct weights){.token_embd = upload(device, model->token_embd, SLICE_WHOLE),
-                             .output_norm = upload(device, model->output_norm, SLICE_WHOLE),
-                             .output = upload(device, model->token_embd, SLICE_WHOLE),
-                             .layers = worker->layers[i]};
+        worker->layers[i][0][TOKEN_EMBD] = upload(device, model->token_embd, SLICE_WHOLE);
+        worker->layers[i][0][OUTPUT_NORM] = upload(device, model->output_norm, SLICE_WHOLE);
+        worker->layers[i][0][OUTPUT] = worker->layers[i][0][TOKEN_EMBD];
         worker->shards[i] = device;
     }
 }
@@ -295,26 +276,26 @@ static void close_worker(struct worker *worker) {
 #define ON_SHARDS(call)                                                                            \
     for (int shard = 0; shard < worker->n_shards; shard++) {                                       \
         struct device *device = worker->shards[shard];                                             \
-        const struct weights *weights = &worker->weights[shard];                                   \
-        (void)weights;                                                                             \
+        const struct weight *(*layers)[N_ROLES] = worker->layers[shard];                           \
+        (void)layers;                                                                              \
         worker->backend->call;                                                                     \
     }
 
 static void forward(struct worker *worker, const struct batch *batch, float *logits) {
     struct backend *backend = worker->backend;
     ON_SHARDS(step_begin(device, batch))
-    ON_SHARDS(embed(device, weights->token_embd))
+    ON_SHARDS(embed(device, layers[0][TOKEN_EMBD]))
     for (int i = 0; i < worker->shards[0]->config->n_layers; i++) {
-        ON_SHARDS(norm_qkv(device, &weights->layers[i]))
-        ON_SHARDS(rope_append(device, &weights->layers[i], i))
+        ON_SHARDS(norm_qkv(device, layers[i]))
+        ON_SHARDS(rope_append(device, layers[i], i))
         ON_SHARDS(attention(device, i))
-        ON_SHARDS(project_add(device, weights->layers[i].attn_output, INPUT_ATTENTION))
+        ON_SHARDS(project_add(device, layers[i][ATTN_OUTPUT], INPUT_ATTENTION))
         backend->all_reduce_add(worker->shards, worker->n_shards);
-        ON_SHARDS(norm_gate_up(device, &weights->layers[i]))
-        ON_SHARDS(project_add(device, weights->layers[i].ffn_down, INPUT_FFN))
+        ON_SHARDS(norm_gate_up(device, layers[i]))
+        ON_SHARDS(project_add(device, layers[i][FFN_DOWN], INPUT_FFN))
         backend->all_reduce_add(worker->shards, worker->n_shards);
     }
-    backend->norm_logits(worker->shards[0], &worker->weights[0]);
+    backend->norm_logits(worker->shards[0], worker->layers[0][0]);
     backend->sample(worker->shards[0]);
     if (logits)
         backend->read_logits(worker->shards[0], logits);
@@ -432,7 +413,7 @@ static void check_matrix(struct check *check, const char *what, const struct ten
 }
 
 static void check_norm_qkv(struct check *check, struct cpu_device *device,
-                           const struct model_layer *layer, const struct layer_weights *weights) {
+                           const struct tensor *const *layer, const struct weight *const *weights) {
     const struct model_config *config = device->device.config;
     size_t rows = (size_t)device->batch->n_rows;
     double input[1024];
@@ -442,13 +423,13 @@ static void check_norm_qkv(struct check *check, struct cpu_device *device,
     poison(device->h, rows, device->x_stride, config->d_model);
     cpu_norm_qkv(&device->device, weights);
     for (size_t row = 0; row < rows; row += 5) {
-        reference_norm(device->x + row * device->x_stride, layer->attn_norm, config->d_model,
+        reference_norm(device->x + row * device->x_stride, layer[ATTN_NORM], config->d_model,
                        input);
-        check_matrix(check, "q", layer->attn_q, layer->q_bias, input,
+        check_matrix(check, "q", layer[ATTN_Q], layer[Q_BIAS], input,
                      device->q + row * device->q_stride, (int)row);
-        check_matrix(check, "k", layer->attn_k, layer->k_bias, input,
+        check_matrix(check, "k", layer[ATTN_K], layer[K_BIAS], input,
                      device->k + row * device->kv_stride, (int)row);
-        check_matrix(check, "v", layer->attn_v, layer->v_bias, input,
+        check_matrix(check, "v", layer[ATTN_V], layer[V_BIAS], input,
                      device->v + row * device->kv_stride, (int)row);
     }
 }
@@ -487,7 +468,7 @@ static double kv_at(const struct cpu_device *device, int slot, int layer, int va
 
 static void check_rope(struct check *check, struct cpu_device *device,
                        const struct model_under_test *model, int layer,
-                       const struct layer_weights *weights) {
+                       const struct weight *const *weights) {
     const struct model_config *config = &model->config;
     const struct batch *batch = device->batch;
     size_t n = (size_t)batch->n_rows, dim = (size_t)config->head_dim;
@@ -503,13 +484,13 @@ static void check_rope(struct check *check, struct cpu_device *device,
         int slot = batch->block_table[sequence->first_block + position / 16];
         for (int head = 0; head < config->n_heads; head++) {
             size_t at = row * device->q_stride + (size_t)head * dim;
-            reference_rope(model, q + at, model->layer[layer].attn_q_norm, position, expected);
+            reference_rope(model, q + at, model->layer[layer][ATTN_Q_NORM], position, expected);
             for (int i = 0; i < (int)dim; i++)
                 compare(&worst_q, (int)row, i, (double)device->q[at + (size_t)i], expected[i], 4);
         }
         for (int head = 0; head < config->n_kv_heads; head++) {
             size_t at = row * device->kv_stride + (size_t)head * dim;
-            reference_rope(model, k + at, model->layer[layer].attn_k_norm, position, expected);
+            reference_rope(model, k + at, model->layer[layer][ATTN_K_NORM], position, expected);
             for (int i = 0; i < (int)dim; i++) {
                 double v = (double)device->v[at + (size_t)i];
                 compare(&worst_k, (int)row, i, kv_at(device, slot, layer, 0, head, token, i),
@@ -599,7 +580,7 @@ static void check_project(struct check *check, struct cpu_device *device,
 }
 
 static void check_gate_up(struct check *check, struct cpu_device *device,
-                          const struct model_layer *layer, const struct layer_weights *weights) {
+                          const struct tensor *const *layer, const struct weight *const *weights) {
     const struct model_config *config = device->device.config;
     size_t n = (size_t)device->batch->n_rows;
     poison(device->ffn, n, device->ffn_stride, config->d_ff);
@@ -607,10 +588,10 @@ static void check_gate_up(struct check *check, struct cpu_device *device,
     struct worst worst = {0};
     for (size_t row = 0; row < n; row += 7) {
         double input[1024];
-        reference_norm(device->x + row * device->x_stride, layer->ffn_norm, config->d_model, input);
+        reference_norm(device->x + row * device->x_stride, layer[FFN_NORM], config->d_model, input);
         for (int i = 0; i < config->d_ff; i++) {
-            double gate_size, up_size, gate = dot(layer->ffn_gate, i, input, &gate_size);
-            double expected = gate / (1 + exp(-gate)) * dot(layer->ffn_up, i, input, &up_size);
+            double gate_size, up_size, gate = dot(layer[FFN_GATE], i, input, &gate_size);
+            double expected = gate / (1 + exp(-gate)) * dot(layer[FFN_UP], i, input, &up_size);
             compare(&worst, (int)row, i, (double)device->ffn[row * device->ffn_stride + (size_t)i],
                     expected, gate_size * up_size);
         }
@@ -619,7 +600,8 @@ static void check_gate_up(struct check *check, struct cpu_device *device,
 }
 
 static void check_logits(struct check *check, struct cpu_device *device,
-                         const struct model_under_test *model, const struct weights *weights) {
+                         const struct model_under_test *model,
+                         const struct weight *const *weights) {
     int n = device->batch->n_samples, vocab = model->config.vocab_size;
     poison(device->logits, (size_t)n, (size_t)vocab, vocab);
     cpu_norm_logits(&device->device, weights);
@@ -639,7 +621,7 @@ static void check_step(struct check *check, struct worker *worker,
     struct cpu_device *device = (struct cpu_device *)worker->shards[0];
     CHECK(cpu_step_begin(&device->device, batch), "it replays nothing");
     poison(device->x, (size_t)batch->n_rows, device->x_stride, model->config.d_model);
-    cpu_embed(&device->device, worker->weights[0].token_embd);
+    cpu_embed(&device->device, worker->layers[0][0][TOKEN_EMBD]);
     for (int row = 0; row < batch->n_rows; row++) {
         for (int i = 0; i < model->config.d_model; i++) {
             double got = (double)device->x[(size_t)row * device->x_stride + (size_t)i];
@@ -647,22 +629,22 @@ static void check_step(struct check *check, struct worker *worker,
         }
     }
     for (int i = 0; i < model->config.n_layers; i++) {
-        const struct model_layer *layer = &model->layer[i];
-        const struct layer_weights *weights = &worker->layers[0][i];
+        const struct tensor *const *layer = model->layer[i];
+        const struct weight *const *weights = worker->layers[0][i];
         check_norm_qkv(check, device, layer, weights);
         check_rope(check, device, model, i, weights);
         check_attention(check, device, i);
-        check_project(check, device, layer->attn_output, weights->attn_output, true);
+        check_project(check, device, layer[ATTN_OUTPUT], weights[ATTN_OUTPUT], true);
         check_gate_up(check, device, layer, weights);
-        check_project(check, device, layer->ffn_down, weights->ffn_down, false);
+        check_project(check, device, layer[FFN_DOWN], weights[FFN_DOWN], false);
     }
-    check_logits(check, device, model, &worker->weights[0]);
+    check_logits(check, device, model, worker->layers[0][0]);
     cpu_sample(&device->device);
     cpu_step_end(&device->device, batch->sampled);
 }
 
 static struct backend *open_backend(int n_threads, uint64_t seed) {
-    char error[GGUF_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct backend_options options = {
         .n_threads = n_threads, .copy_delay_seed = seed, .plain = plain};
     return cpu_backend_open(&options, error);
@@ -1125,7 +1107,7 @@ static void refusals(struct check *check) {
     struct backend *backend = open_backend(1, 0);
     struct model_under_test *model = make_model(&random, TYPE_F32);
     for (int n_shards = 0; n_shards < 12; n_shards++) {
-        char error[GGUF_ERROR_LENGTH] = "";
+        char error[ERROR_LENGTH] = "";
         struct device wanted = {.config = &model->config,
                                 .rope_frequency = model->frequency,
                                 .n_shards = n_shards,

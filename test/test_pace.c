@@ -9,23 +9,19 @@ enum { ROWS = 4, MATRICES = 7 };
 static void open_pace(struct pace *pace) {
     static struct tensor matrix = {.rows = 10, .cols = 3, .bytes = 120};
     static struct tensor output = {.rows = 50, .cols = 3, .bytes = 600};
-    static struct model_layer layers[2];
+    static const struct tensor *layers[2][N_ROLES];
     static struct model model = {.config = {.n_layers = 2,
                                             .d_model = 3,
                                             .n_heads = 6,
                                             .n_kv_heads = 2,
                                             .head_dim = 4,
                                             .vocab_size = 50},
-                                 .output = &output,
                                  .layers = layers};
-    for (int i = 0; i < 2; i++)
-        layers[i] = (struct model_layer){.attn_q = &matrix,
-                                         .attn_k = &matrix,
-                                         .attn_v = &matrix,
-                                         .attn_output = &matrix,
-                                         .ffn_gate = &matrix,
-                                         .ffn_up = &matrix,
-                                         .ffn_down = &matrix};
+    static const int matrices[MATRICES] = {ATTN_Q,   ATTN_K, ATTN_V,  ATTN_OUTPUT,
+                                           FFN_GATE, FFN_UP, FFN_DOWN};
+    for (int i = 0; i < 2 * MATRICES; i++)
+        layers[i / MATRICES][matrices[i % MATRICES]] = &matrix;
+    layers[0][OUTPUT] = &output;
     pace_open(pace, &model, KV_BF16);
 }
 

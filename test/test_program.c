@@ -10,7 +10,7 @@
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #include "files.h"
-#include "json.h"
+#include "../lib/json.h"
 
 #include <math.h>
 #include <termios.h>
@@ -27,7 +27,7 @@ enum {
 /* The value of `key` in one line; in `stats` if the line has that. NULL: there is none. */
 static const char *member(char value[VALUE_LENGTH], const char *line, size_t length,
                           const char *key) {
-    char error[JSON_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     char *copy = strndup(line, length);
     struct json_node *nodes = json_parse(copy, length, error);
     const char *found = NULL;

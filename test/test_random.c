@@ -5,9 +5,9 @@
 #define MODEL_IMPLEMENTATION
 #define SOURCE_IMPLEMENTATION
 #include "dynamo.h"
-#include "source.h"
+#include "../lib/source.h"
 #define PACK_IMPLEMENTATION
-#include "../pack.h"
+#include "../lib/pack.h"
 #include "check.h"
 
 #include <math.h>
@@ -44,7 +44,7 @@ enum { N_FACTS = sizeof facts / sizeof *facts };
 /* NULL after a failed check; else model_close and gguf_close follow. */
 static struct gguf *open_model(struct check *check, const char *shape, const char *type,
                                struct model *model) {
-    char name[64], error[GGUF_ERROR_LENGTH];
+    char name[64], error[ERROR_LENGTH];
     snprintf(name, sizeof name, "random:%s%s%s", shape, *type ? ":" : "", type);
     struct gguf *file = source_open(name, error);
     bool ok = file && model_open(model, file, error);
@@ -81,16 +81,18 @@ static void shapes_are_as_published(struct check *check) {
         CHECK(config->rope_theta == fact->theta && config->norm_epsilon == fact->epsilon,
               "%s: theta %g, epsilon %g", fact->name, (double)config->rope_theta,
               (double)config->norm_epsilon);
-        CHECK((model.output == model.token_embd) == fact->tied, "%s: tied", fact->name);
-        CHECK(!model.rope_freqs == !fact->scaled, "%s: rope_freqs", fact->name);
-        CHECK(!model.layers[0].attn_q_norm == !!strcmp(fact->architecture, "qwen3"), "%s: norms",
+        CHECK((model.layers[0][OUTPUT] == model.layers[0][TOKEN_EMBD]) == fact->tied, "%s: tied",
               fact->name);
-        int64_t n_weights = model.rope_freqs ? -model.rope_freqs->cols : 0;
+        CHECK(!model.layers[0][ROPE_FREQS] == !fact->scaled, "%s: rope_freqs", fact->name);
+        CHECK(!model.layers[0][ATTN_Q_NORM] == !!strcmp(fact->architecture, "qwen3"), "%s: norms",
+              fact->name);
+        int64_t n_weights = model.layers[0][ROPE_FREQS] ? -model.layers[0][ROPE_FREQS]->cols : 0;
         for (size_t j = 0; j < file->n_tensors; j++)
             n_weights += file->tensors[j].rows * file->tensors[j].cols;
         CHECK(n_weights == fact->n_weights, "%s: got %jd weights, expected %jd", fact->name,
               (intmax_t)n_weights, (intmax_t)fact->n_weights);
-        CHECK(model.token_embd->type == TYPE_BF16, "%s: not BF16 by default", fact->name);
+        CHECK(model.layers[0][TOKEN_EMBD]->type == TYPE_BF16, "%s: not BF16 by default",
+              fact->name);
         close_model(file, &model);
     }
 }
@@ -157,7 +159,7 @@ static void refuses_the_rest(struct check *check) {
         {"random:stories-15m:q4_k", "288 columns, expected a multiple of 256, the block of Q4_K"},
         {"random:stories-15m:q6_k", "288 columns, expected a multiple of 256, the block of Q6_K"},
         {"random", "No such file"}};
-    char error[GGUF_ERROR_LENGTH], name[1024];
+    char error[ERROR_LENGTH], name[1024];
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         CHECK(!source_open(cases[i][0], error) && strstr(error, cases[i][1]), "%s: got `%s`",
               cases[i][0], error);
@@ -190,7 +192,7 @@ static void weights_are_always_the_same(struct check *check) {
             files[j] = open_model(check, "stories-110m", types[i], &models[j]);
         if (!files[0] || !files[1])
             return;
-        const struct tensor *a = models[0].layers[5].attn_q, *b = models[1].layers[5].attn_q;
+        const struct tensor *a = models[0].layers[5][ATTN_Q], *b = models[1].layers[5][ATTN_Q];
         CHECK(a->bytes == b->bytes && !memcmp(a->data, b->data, a->bytes), "%s: differs", types[i]);
         uint64_t got = hash(a->data, a->bytes);
         CHECK(got == expected[i], "%s: got 0x%jx", types[i], (uintmax_t)got);
@@ -236,7 +238,7 @@ static void weights_have_sensible_sizes(struct check *check) {
         struct gguf *file = open_model(check, "tinyllama-1.1b", types[i], &model);
         if (!file)
             continue;
-        struct tensor rows = *model.layers[3].ffn_down;
+        struct tensor rows = *model.layers[3][FFN_DOWN];
         rows.rows = PANEL;
         struct weight *weight = pack_open(&rows);
         float *row = calloc((size_t)rows.cols, sizeof *row);
@@ -273,8 +275,9 @@ static void vectors_are_exact(struct check *check) {
     if (!file)
         return;
     for (int turn = 0; turn < 2; turn++) {
-        const float *divisor = model.rope_freqs->data;
-        CHECK(model.rope_freqs->cols == 64, "got %jd", (intmax_t)model.rope_freqs->cols);
+        const float *divisor = model.layers[0][ROPE_FREQS]->data;
+        CHECK(model.layers[0][ROPE_FREQS]->cols == 64, "got %jd",
+              (intmax_t)model.layers[0][ROPE_FREQS]->cols);
         for (int i = 0; i < 64; i++) {
             CHECK(i > 28 || divisor[i] == 1, "divisor %d: %g", i, (double)divisor[i]);
             CHECK(i < 35 || divisor[i] == 8, "divisor %d: %g", i, (double)divisor[i]);
@@ -282,15 +285,16 @@ static void vectors_are_exact(struct check *check) {
                   "divisor %d: %g", i, (double)divisor[i]);
         }
         for (int i = 0; i < model.config.n_layers; i++) {
-            const float *norms[] = {model.layers[i].attn_norm->data, model.layers[i].ffn_norm->data,
-                                    model.output_norm->data};
+            const float *norms[] = {model.layers[i][ATTN_NORM]->data,
+                                    model.layers[i][FFN_NORM]->data,
+                                    model.layers[0][OUTPUT_NORM]->data};
             for (int j = 0; j < 3; j++)
                 for (int k = 0; k < model.config.d_model; k++)
                     if (norms[j][k] != 1)
                         CHECK(false, "layer %d, norm %d: entry %d is %g", i, j, k,
                               (double)norms[j][k]);
         }
-        const struct tensor *matrix = model.layers[79].ffn_up;
+        const struct tensor *matrix = model.layers[79][FFN_UP];
         uint64_t before = hash(matrix->data, 100000);
         for (size_t i = 0; i < file->n_tensors; i++)
             gguf_release(&file->tensors[i]);
@@ -329,7 +333,7 @@ static void large_models_take_no_memory(struct check *check) {
     CHECK(memory_of("VmSize:") - mapped > 70553706496 / 1024, "where is it?");
     CHECK(memory_of("VmRSS:") - resident < 32 << 10, "takes %zu KiB",
           memory_of("VmRSS:") - resident);
-    const struct tensor *output = model.output; /* more than a gigabyte */
+    const struct tensor *output = model.layers[0][OUTPUT]; /* more than a gigabyte */
     size_t sum = 0, anonymous = memory_of("RssAnon:");
     for (size_t at = 0; at < output->bytes; at += SHADOWED ? 1 << 24 : 4096)
         sum += ((const uint8_t *)output->data)[at];

@@ -4,12 +4,12 @@
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #include "check.h"
-#include "template.h"
+#include "../lib/template.h"
 
 /* A vocabulary in which some words became special tokens. */
 static struct tokenizer *open_vocabulary(struct check *check, const char *path,
                                          const char *const *special) {
-    char error[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct gguf *file = gguf_open(path, error);
     struct tokenizer *t = file ? tok_open(file, error) : NULL;
     CHECK(t != NULL, "%s", error);
@@ -132,7 +132,7 @@ static void typed_marks_are_text(struct check *check) {
 
 /* The smallest file with a template. */
 static struct gguf *file_with(const char *jinja) {
-    char error[GGUF_ERROR_LENGTH], path[] = "/tmp/test_template_XXXXXX";
+    char error[ERROR_LENGTH], path[] = "/tmp/test_template_XXXXXX";
     FILE *file = fdopen(mkstemp(path), "wb");
     uint32_t version = 3, type = GGUF_STRING;
     uint64_t counts[] = {0, 1}, length = strlen("tokenizer.chat_template"), size = strlen(jinja);
@@ -166,7 +166,7 @@ static void recognised(struct check *check) {
                  {"<start_of_turn>user", spm, TEMPLATE_LLAMA2, "taken is llama2"},
                  {"{{'<|im_start|>' + role}}", spm, TEMPLATE_LLAMA2, "taken is llama2"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        char note[TOK_ERROR_LENGTH];
+        char note[ERROR_LENGTH];
         struct gguf *file = file_with(cases[i].jinja);
         CHECK(file != NULL, "%s", cases[i].jinja);
         enum template_kind kind = template_of(file, cases[i].tokenizer, note);
@@ -174,7 +174,7 @@ static void recognised(struct check *check) {
         CHECK(cases[i].note[0] ? strstr(note, cases[i].note) != NULL : !note[0], "%s", note);
         gguf_close(file);
     }
-    char note[TOK_ERROR_LENGTH] = "";
+    char note[ERROR_LENGTH] = "";
     CHECK(!template_fits(TEMPLATE_CHATML, spm, note) && strstr(note, "no token <|im_start|>"), "%s",
           note);
     CHECK(template_fits(TEMPLATE_NONE, spm, note), "nothing is needed for none");

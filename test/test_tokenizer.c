@@ -6,10 +6,10 @@
  * (look up characters, else byte + 3; then merge the best pair of the whole list until there is
  * none). */
 #define GGUF_IMPLEMENTATION
-#include "../gguf.h"
+#include "../lib/gguf.h"
 #undef GGUF_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
-#include "../tokenizer.h"
+#include "../lib/tokenizer.h"
 #include "check.h"
 #include <time.h>
 #include <unistd.h>
@@ -32,7 +32,7 @@ static int random_below(uint64_t *state, int limit) {
 }
 
 static struct tokenizer *open_path(struct check *check, const char *path) {
-    char error[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct gguf *file = gguf_open(path, error);
     CHECK(file, "%s", error);
     struct tokenizer *tokenizer = file ? tok_open(file, error) : NULL;
@@ -166,7 +166,7 @@ static void checkpoint_ids(struct check *check) {
          {325, 429, 198, 172, 429, 243, 162, 169, 156, 13, 63, 431, 65},
          13},
     };
-    char error[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct tokenizer *tokenizer = tok_open_checkpoint(CHECKPOINT_PATH, CHECKPOINT_TOKENS, error);
     CHECK(tokenizer, "%s", error);
     for (size_t i = 0; tokenizer && i < sizeof cases / sizeof *cases; i++) {
@@ -236,7 +236,7 @@ static void damaged_checkpoints(struct check *check) {
     char *data = read_file(CHECKPOINT_PATH, &length);
     CHECK(data, "%s is not there", CHECKPOINT_PATH);
     for (int round = 0, refused = 0; data && round < 400; round++) {
-        char path[] = "/tmp/test_tokenizer_XXXXXX", error[TOK_ERROR_LENGTH] = "";
+        char path[] = "/tmp/test_tokenizer_XXXXXX", error[ERROR_LENGTH] = "";
         size_t at = (size_t)random_below(&state, (int)length);
         char kept = data[at];
         data[at] = (char)random_next(&state);
@@ -347,7 +347,7 @@ static void naive_ids(struct check *check) {
     uint64_t state = 1;
     for (int round = 0; round < 60; round++) {
         struct naive_vocab vocab;
-        char error[TOK_ERROR_LENGTH] = "", text[101] = "";
+        char error[ERROR_LENGTH] = "", text[101] = "";
         naive_new(&vocab, &state);
         struct tokenizer *tokenizer = naive_open(&vocab, error);
         CHECK(tokenizer, "%s", error);
@@ -749,7 +749,7 @@ static void malformed(struct check *check) {
                                                 [MERGE_SPACE] = "merges",
                                                 [MERGE_TOKEN] = "merges",
                                                 [MERGE_EMPTY] = "merges"};
-    char error[TOK_ERROR_LENGTH] = "";
+    char error[ERROR_LENGTH] = "";
     struct tokenizer *tokenizer = open_vocab(check, FINE, error);
     CHECK(tokenizer, "%s", error);
     if (tokenizer) {

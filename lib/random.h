@@ -24,7 +24,7 @@
 
 bool random_named(const char *name); /* it begins with `random:` */
 /* NULL: `error` is one line. */
-struct gguf *random_open(const char *name, char error[GGUF_ERROR_LENGTH]);
+struct gguf *random_open(const char *name, char error[ERROR_LENGTH]);
 
 #endif /* RANDOM_H */
 
@@ -109,7 +109,7 @@ bool random_named(const char *name) {
 
 /* All that there is, in one line. */
 static void random_list(const char *name, char *error) {
-    size_t room = GGUF_ERROR_LENGTH;
+    size_t room = ERROR_LENGTH;
     size_t used = (size_t)snprintf(
         error, room,
         "%.100s: expected random:NAME or random:NAME:TYPE (default BF16); NAME:", name);
@@ -130,11 +130,11 @@ static bool random_fits(const struct random_file *file, const char *name, char *
     const int cols[] = {shape->d_model, shape->n_heads * shape->head_dim, shape->d_ff};
     for (size_t i = 0; i < 3; i++) {
         if (cols[i] % file->block.elements) {
-            snprintf(error, GGUF_ERROR_LENGTH,
-                     "%s: got matrices of %d columns, expected a multiple of %d, the block of %s; "
-                     "no file could have it either",
-                     name, cols[i], file->block.elements, gguf_type_name(file->type->type));
-            return false;
+            return fail(
+                error,
+                "%s: got matrices of %d columns, expected a multiple of %d, the block of %s; "
+                "no file could have it either",
+                name, cols[i], file->block.elements, gguf_type_name(file->type->type));
         }
     }
     return true;
@@ -417,18 +417,17 @@ static uint8_t *random_map(const struct random_file *file, int memory, size_t si
     return NULL;
 }
 
-struct gguf *random_open(const char *name, char error[GGUF_ERROR_LENGTH]) {
+struct gguf *random_open(const char *name, char error[ERROR_LENGTH]) {
     struct random_file file = {.header = calloc(1, RANDOM_HEADER)};
     uint8_t *range = NULL;
     size_t size = 0;
-    snprintf(error, GGUF_ERROR_LENGTH, "%.100s: out of memory", name);
+    (void)fail(error, "%.100s: out of memory", name);
     if (file.header && random_parse(&file, name, error)) {
         random_plan(&file);
         size = file.tile + file.matrices;
         int memory = memfd_create(name, MFD_CLOEXEC);
         range = random_map(&file, memory, size);
-        snprintf(error, GGUF_ERROR_LENGTH, "%.100s: %zu bytes cannot be mapped: %s", name, size,
-                 strerror(errno));
+        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, size, strerror(errno));
         if (memory >= 0)
             close(memory);
     }

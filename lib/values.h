@@ -7,7 +7,7 @@
 #ifndef VALUES_H
 #define VALUES_H
 
-#include "dynamo.h" /* struct sampling */
+#include "../dynamo.h" /* struct sampling */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

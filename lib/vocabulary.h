@@ -104,16 +104,6 @@ static size_t unspell(const struct tokenizer *t, const char *text, size_t length
     return n;
 }
 
-__attribute__((format(printf, 2, 3))) static bool vocab_fail(char *error, const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(error, TOK_ERROR_LENGTH, format, arguments);
-    va_end(arguments);
-    for (char *at = error; *at; at++) /* names come from files: one line it stays */
-        *at = (unsigned char)*at < ' ' || *at == 127 ? '?' : *at;
-    return false;
-}
-
 /* Room for so many. False: out of memory, as is all that fails below without a message. */
 static bool make_room(struct tokenizer *t, size_t n_tokens, size_t n_merges) {
     size_t n_slots = 2;
@@ -141,10 +131,10 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
     static const char *const ends[] = {"<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
                                        "<|im_end|>",    "<|end|>",    "<end_of_turn>"};
     if (spelling.length > TOK_TOKEN_LENGTH || !isfinite(score))
-        return vocab_fail(error,
-                          "%s: token %d: got %zu bytes and score %g, expected at most %d "
-                          "and a finite score",
-                          where, t->n_tokens, spelling.length, (double)score, TOK_TOKEN_LENGTH);
+        return fail(error,
+                    "%s: token %d: got %zu bytes and score %g, expected at most %d "
+                    "and a finite score",
+                    where, t->n_tokens, spelling.length, (double)score, TOK_TOKEN_LENGTH);
     char *text = malloc(spelling.length + 1);
     if (!text)
         return false;
@@ -175,7 +165,7 @@ static bool spells_all_bytes(const struct tokenizer *t, const char *where, char 
     for (int i = 0; i < 256; i++) {
         char byte = (char)i;
         if (find_key(t, &byte, 1, t->byte_level ? KEY_TOKEN : KEY_BYTE) < 0)
-            return vocab_fail(error, "%s: no token for byte 0x%02X", where, (unsigned)i);
+            return fail(error, "%s: no token for byte 0x%02X", where, (unsigned)i);
     }
     return true;
 }
@@ -194,7 +184,7 @@ static bool add_merges(struct tokenizer *t, struct gguf_array lines, char *error
         }
         int token = both > left ? find_key(t, text, both, KEY_TOKEN) : -1;
         if (token < 0)
-            return vocab_fail(error, "tokenizer.ggml.merges: %zu does not make a token of two", i);
+            return fail(error, "tokenizer.ggml.merges: %zu does not make a token of two", i);
         add_key(t, t->tokens[token].text, (int)both, (int)left, (int)i);
     }
     return true;
@@ -204,11 +194,11 @@ static bool add_merges(struct tokenizer *t, struct gguf_array lines, char *error
 static bool read_array(struct gguf *file, const char *key, enum gguf_value_type type, size_t count,
                        bool required, struct gguf_array *array, char *error) {
     if (!gguf_get_array(file, key, array))
-        return !required || vocab_fail(error, "%s: is missing, expected an array", key);
+        return !required || fail(error, "%s: is missing, expected an array", key);
     size_t most = count ? count : TOK_LIMIT;
     return (array->type == type && array->count >= count && array->count <= most) ||
-           vocab_fail(error, "%s: got %zu elements of type %d, expected %zu%s of type %d", key,
-                      array->count, (int)array->type, most, count ? "" : " at most", (int)type);
+           fail(error, "%s: got %zu elements of type %d, expected %zu%s of type %d", key,
+                array->count, (int)array->type, most, count ? "" : " at most", (int)type);
 }
 
 static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
@@ -220,10 +210,9 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     if (t->byte_level ? t->pattern != NULL : is_text(model, "llama"))
         return true;
     struct gguf_string got = t->byte_level ? pre : model;
-    return vocab_fail(
-        error, "tokenizer.ggml.%s: got `%.*s`, expected %s", t->byte_level ? "pre" : "model",
-        (int)(got.length < 64 ? got.length : 64), got.data,
-        t->byte_level ? "`gpt-2`, `llama-bpe`, `qwen2` or `gpt-4o`" : "`llama` or `gpt2`");
+    return fail(error, "tokenizer.ggml.%s: got `%.*s`, expected %s",
+                t->byte_level ? "pre" : "model", (int)(got.length < 64 ? got.length : 64), got.data,
+                t->byte_level ? "`gpt-2`, `llama-bpe`, `qwen2` or `gpt-4o`" : "`llama` or `gpt2`");
 }
 
 static bool read_tokens(struct tokenizer *t, struct gguf *file, char *error) {
@@ -259,8 +248,8 @@ static bool read_settings(struct tokenizer *t, struct gguf *file, char *error) {
     for (int i = 0; i < 4; i++) {
         int64_t id = -1;
         if (gguf_get_int(file, keys[i], &id) && (id < 0 || id >= t->n_tokens))
-            return vocab_fail(error, "%s: got %lld, expected 0 to %d", keys[i], (long long)id,
-                              t->n_tokens - 1);
+            return fail(error, "%s: got %lld, expected 0 to %d", keys[i], (long long)id,
+                        t->n_tokens - 1);
         ids[i] = (int)id;
         if (i > 0 && id >= 0)
             t->tokens[id].ends_text = true;
@@ -272,7 +261,7 @@ static bool read_settings(struct tokenizer *t, struct gguf *file, char *error) {
     gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
     gguf_get_bool(file, "tokenizer.ggml.add_bos_token", &t->adds_bos);
     t->adds_prefix = t->adds_prefix && !t->byte_level;
-    return gguf_error(file)[0] == 0 || vocab_fail(error, "%s", gguf_error(file));
+    return gguf_error(file)[0] == 0 || fail(error, "%s", gguf_error(file));
 }
 
 /* tokenizer.bin: a uint32, then for each token a float32 score, an int32 length and its text. */
@@ -296,9 +285,9 @@ static bool read_checkpoint(struct tokenizer *t, FILE *stream, int n, const char
             return false;
     }
     if (!ok || fgetc(stream) != EOF)
-        return vocab_fail(
-            error, "%s: wrong from token %d on, expected %d and the end; is it this model's?", path,
-            t->n_tokens, n);
+        return fail(error,
+                    "%s: wrong from token %d on, expected %d and the end; is it this model's?",
+                    path, t->n_tokens, n);
     return spells_all_bytes(t, path, error);
 }
 

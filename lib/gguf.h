@@ -1,6 +1,6 @@
 /* gguf.h: GGUF files, read through one memory map and believed in nothing.
  *
- *     char error[GGUF_ERROR_LENGTH];
+ *     char error[ERROR_LENGTH];
  *     struct gguf *file = gguf_open("model.gguf", error);
  *     if (!file)
  *         fprintf(stderr, "dynamo: %s\n", error);
@@ -18,11 +18,10 @@
 #ifndef GGUF_H
 #define GGUF_H
 
+#include "text.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-enum { GGUF_ERROR_LENGTH = 512 };
 
 /* Types of tensor elements; the numbers are GGUF's. */
 enum tensor_type { /* as GGUF numbers them */
@@ -73,11 +72,11 @@ struct gguf; /* an open file: owns the map, the table of keys and the table of t
 
 /* Opens a GGUF v2/v3 file. A file of another format opens too, without keys and tensors: gguf_raw.
  * NULL: `error` holds one line: path, key or tensor, what was found, what was expected, a hint. */
-struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]);
+struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]);
 /* The same for bytes that are mapped already, and unmapped by gguf_close, or at once if it fails.
  * What repeats does so after `period` bytes; 0: nothing does. */
 struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
-                           char error[GGUF_ERROR_LENGTH]);
+                           char error[ERROR_LENGTH]);
 /* Adds the tensors of a part to the file's, whose close now closes the part too. False: gguf_error
  * of the part. Tensors that were looked up before must be looked up again. */
 bool gguf_join(struct gguf *file, struct gguf *part);
@@ -143,7 +142,7 @@ struct gguf_key {
 
 struct gguf {
     char path[200];                      /* its end, where it is longer */
-    char error[GGUF_ERROR_LENGTH];       /* the first thing that was wrong, or "" */
+    char error[ERROR_LENGTH];            /* the first thing that was wrong, or "" */
     char name[128];                      /* what gguf_about composed last */
     struct gguf_string item;             /* the key or tensor at hand, for messages */
     const uint8_t *map;                  /* (size) */
@@ -214,8 +213,7 @@ bool gguf_expect(struct gguf *file, bool condition, const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(file->error + used, sizeof file->error - (size_t)used, format, arguments);
     va_end(arguments);
-    for (char *c = file->error; *c; c++) /* a file must not control the terminal */
-        *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c;
+    fail_clean(file->error);
     return false;
 }
 
@@ -489,9 +487,9 @@ void gguf_close(struct gguf *file) {
 }
 
 struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
-                           char error[GGUF_ERROR_LENGTH]) {
+                           char error[ERROR_LENGTH]) {
     struct gguf *file = calloc(1, sizeof *file);
-    snprintf(error, GGUF_ERROR_LENGTH, "%s: out of memory", path);
+    (void)fail(error, "%s: out of memory", path);
     if (!file) {
         if (map)
             munmap((void *)map, size);
@@ -508,14 +506,14 @@ struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_
         gguf_parse(file);
     for (size_t i = 0; i < file->n_tensors; i++)
         file->tensors[i].period = file->tensors[i].bytes > period ? period : 0;
-    snprintf(error, GGUF_ERROR_LENGTH, "%s", file->error);
+    (void)fail(error, "%s", file->error);
     if (!file->error[0])
         return file;
     gguf_close(file);
     return NULL;
 }
 
-struct gguf *gguf_open(const char *path, char error[GGUF_ERROR_LENGTH]) {
+struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]) {
     return gguf_open_map(path, NULL, 0, 0, error);
 }
 

@@ -21,7 +21,7 @@
 #include "gguf.h"
 
 /* NULL: `error` is one line. */
-struct gguf *source_open(const char *name, char error[GGUF_ERROR_LENGTH]);
+struct gguf *source_open(const char *name, char error[ERROR_LENGTH]);
 
 #endif /* SOURCE_H */
 
@@ -80,8 +80,8 @@ static struct gguf *source_part(const struct source *source, int64_t no, char *e
     struct gguf *part = gguf_open(path, error);
     size_t length = strlen(error);
     if (!part)
-        snprintf(error + length, GGUF_ERROR_LENGTH - length, "; it is part %jd of %jd",
-                 (intmax_t)no + 1, (intmax_t)source->n_parts);
+        snprintf(error + length, ERROR_LENGTH - length, "; it is part %jd of %jd", (intmax_t)no + 1,
+                 (intmax_t)source->n_parts);
     return part;
 }
 
@@ -114,7 +114,7 @@ static void source_check(const struct source *source, struct gguf *part, int64_t
 }
 
 static bool source_ok(const struct gguf *part, char *error) {
-    snprintf(error, GGUF_ERROR_LENGTH, "%s", gguf_error(part));
+    (void)fail(error, "%s", gguf_error(part));
     return !error[0];
 }
 
@@ -146,7 +146,7 @@ static bool source_join(struct source *source, char *error) {
     return ok && source_ok(source->file, error);
 }
 
-struct gguf *source_open(const char *name, char error[GGUF_ERROR_LENGTH]) {
+struct gguf *source_open(const char *name, char error[ERROR_LENGTH]) {
     if (random_named(name))
         return random_open(name, error);
     struct source source = {.file = gguf_open(name, error), .path = name};

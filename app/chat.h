@@ -10,7 +10,7 @@
 #ifndef CHAT_H
 #define CHAT_H
 
-#include "answers.h"
+#include "terminal.h"
 
 struct chat {
     struct answers *answers;

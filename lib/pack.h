@@ -25,8 +25,8 @@
  * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. */
 #ifndef PACK_H
 #define PACK_H
-#include "dynamo.h"
-#include "vector.h"
+#include "../dynamo.h"
+#include "simd.h"
 
 enum {
     PANEL = 64,       /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */

@@ -14,32 +14,11 @@
 #ifndef WORDS_H
 #define WORDS_H
 
-#include "unicode_table.h"
+#include "text.h"
+#include "unicode.h"
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
-
-/* Reads one UTF-8 character. > 0: its bytes. 0: all `length` bytes begin one. < 0: so many bytes
- * can never be part of one (the longest such prefix, as Unicode recommends replacing it). */
-static int utf8_read(const char *text, size_t length, uint32_t *code) {
-    uint32_t lead = length ? (unsigned char)text[0] : 0;
-    int size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    if (size == 0 || lead > 0xF4)
-        return -1;
-    /* the second byte's range excludes overlong forms, surrogates and what lies past U+10FFFF */
-    unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
-    unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
-    *code = size == 1 ? lead : lead & (0x7Fu >> size);
-    for (int i = 1; i < size && (size_t)i < length; i++) {
-        unsigned char byte = (unsigned char)text[i];
-        if (byte < low || byte > high)
-            return -i;
-        *code = *code << 6 | (byte & 0x3Fu);
-        low = 0x80;
-        high = 0xBF;
-    }
-    return (size_t)size <= length ? size : 0;
-}
 
 /* Bytes of the first character; a byte that is not UTF-8 is a character of its own. */
 static size_t char_size(const char *text, size_t length, uint32_t *code) {

@@ -6,9 +6,10 @@
  *         printf("%s = %s\n", nodes[key].text, nodes[key + 1].text); // then free(nodes) */
 #ifndef JSON_H
 #define JSON_H
+#include "text.h"
 #include <stddef.h>
 #include <stdio.h>
-enum { JSON_ERROR_LENGTH = 128, JSON_DEPTH = 64 };
+enum { JSON_DEPTH = 64 };
 struct json_node {
     char type;     /* its first byte: one of { [ " t f n, or 0 for a number */
     int next;      /* the node after this value and all that is in it */
@@ -16,7 +17,7 @@ struct json_node {
     size_t length; /* bytes; a string may hold zero bytes */
 };
 /* text[length] must be 0. NULL: `error` says what was expected and at which byte. */
-struct json_node *json_parse(char *text, size_t length, char error[JSON_ERROR_LENGTH]);
+struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]);
 void json_string(FILE *out, const char *text, size_t length); /* quoted; bad UTF-8: U+FFFD */
 #endif                                                        /* JSON_H */
 #ifdef JSON_IMPLEMENTATION
@@ -37,18 +38,11 @@ static bool json_digit(char byte) {
     return byte >= '0' && byte <= '9';
 }
 
-/* Bytes of the UTF-8 sequence at `text`; 0: none (overlong, surrogate, too large, cut short). */
+/* Bytes of the UTF-8 sequence at `text`; 0: none. */
 static size_t json_utf8(const char *text, size_t left) {
-    static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
-    unsigned char lead = (unsigned char)*text;
-    size_t length = lead < 0x80 ? 1 : lead < 0xC0 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    uint32_t code = length < 2 ? lead : lead & (0x7Fu >> length);
-    for (size_t i = 1; i < length; i++) {
-        if (i == left || (text[i] & 0xC0) != 0x80)
-            return 0;
-        code = code << 6 | (text[i] & 0x3F);
-    }
-    return lead > 0xF4 || code < least[length] || code > 0x10FFFF || code >> 11 == 27 ? 0 : length;
+    uint32_t code;
+    int length = utf8_read(text, left, &code);
+    return length > 0 ? (size_t)length : 0;
 }
 
 /* The UTF-16 unit of the `\uXXXX` at *at, which moves behind it; -1: there is none. */
@@ -162,7 +156,7 @@ static const char *json_read(struct json_reader *reader, int depth) {
     return wrong;
 }
 
-struct json_node *json_parse(char *text, size_t length, char error[JSON_ERROR_LENGTH]) {
+struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]) {
     size_t most = 1; /* every value but the first follows one of these */
     for (size_t i = 0; i < length; i++)
         most += text[i] == ',' || text[i] == ':' || text[i] == '[' || text[i] == '{';
@@ -175,7 +169,7 @@ struct json_node *json_parse(char *text, size_t length, char error[JSON_ERROR_LE
         wrong = "the end";
     if (!wrong)
         return reader.nodes;
-    snprintf(error, JSON_ERROR_LENGTH, "byte %td: expected %s", reader.at - text, wrong);
+    (void)fail(error, "byte %td: expected %s", reader.at - text, wrong);
     free(reader.nodes);
     return NULL;
 }

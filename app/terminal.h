@@ -1,4 +1,4 @@
-/* answers.h: the text of requests: prompts on their way in, answers on their way out.
+/* terminal.h: the text of requests: prompts on their way in, answers on their way out.
  *
  *     struct answers answers = {.options = …, .tokenizer = …, .sched = …, …};
  *     int n_failed = answers_run(&answers, specs, n_specs);
@@ -13,11 +13,11 @@
 #ifndef ANSWERS_H
 #define ANSWERS_H
 
-#include "dynamo.h"
-#include "pace.h"
-#include "requests.h"
-#include "template.h"
-#include "tokenizer.h"
+#include "../dynamo.h"
+#include "../pace.h"
+#include "../lib/requests.h"
+#include "../lib/template.h"
+#include "../lib/tokenizer.h"
 #include <pthread.h>
 
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
@@ -53,14 +53,14 @@ int answers_run(struct answers *answers, const struct request_spec *specs, int n
 void answers_forget(struct answers *answers);
 /* The ids of a prompt as a request would have them. NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec, int *n_ids,
-                    char error[CLI_ERROR_LENGTH]);
+                    char error[ERROR_LENGTH]);
 
 #endif /* ANSWERS_H */
 
 #ifdef ANSWERS_IMPLEMENTATION
 #undef ANSWERS_IMPLEMENTATION
 
-#include "json.h"
+#include "../lib/json.h"
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -90,8 +90,8 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
                      char *error) {
     for (int i = 0; i < spec->n_ids; i++) {
         if (spec->ids[i] < 0 || spec->ids[i] >= a->vocab_size) {
-            (void)cli_refuse(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
-                             a->vocab_size - 1);
+            (void)fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
+                       a->vocab_size - 1);
             return NULL;
         }
     }
@@ -102,13 +102,13 @@ static int *copy_ids(const struct answers *a, const struct request_spec *spec, i
 }
 
 int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                    char error[CLI_ERROR_LENGTH]) {
-    (void)cli_refuse(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
+                    char error[ERROR_LENGTH]) {
+    (void)fail(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
     *n_ids = 0;
     if (!spec->prompt)
         return copy_ids(a, spec, n_ids, error);
     if (!a->tokenizer) {
-        (void)cli_refuse(error, "no tokenizer: %.400s", a->no_tokenizer);
+        (void)fail(error, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
     }
     struct turn turn = {.history = a->history,
@@ -121,7 +121,7 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, in
 
 /* Fills in the request; with an error set if it can not even be submitted. */
 static void prepare(struct answers *a, struct answer *answer, const struct request_spec *spec) {
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct request *r = &answer->request;
     *answer = (struct answer){.spec = spec};
     *r = (struct request){.id = a->next_id++, .sampling = spec->sampling};
@@ -129,8 +129,8 @@ static void prepare(struct answers *a, struct answer *answer, const struct reque
     bool fits = !spec->prompt || spec->prompt_length / TOK_TOKEN_LENGTH <= (size_t)room;
     int *ids = fits && !spec->error ? answers_encode(a, spec, &n_ids, error) : NULL;
     if (!fits) /* no need to encode it */
-        (void)cli_refuse(error, "the prompt has %zu bytes, the context has room for %d tokens",
-                         spec->prompt_length, room);
+        (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
+                   spec->prompt_length, room);
     room -= n_ids;
     room = room < 1 ? 1 : room;
     r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
@@ -138,7 +138,7 @@ static void prepare(struct answers *a, struct answer *answer, const struct reque
     r->n_prompt = n_ids;
     if (!r->tokens) {
         free(ids);
-        (void)snprintf(r->error, sizeof r->error, "%.250s", spec->error ? spec->error : error);
+        (void)fail(r->error, "%s", spec->error ? spec->error : error);
         r->state = REQUEST_FINISHED;
         r->reason = FINISH_ERROR;
     }

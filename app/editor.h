@@ -36,7 +36,7 @@ void editor_restore(void);
 #ifdef EDITOR_IMPLEMENTATION
 #undef EDITOR_IMPLEMENTATION
 
-#include "words.h"
+#include "../lib/words.h"
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>

@@ -4,7 +4,7 @@
  *     struct gguf *file = gguf_open("model.gguf", error);
  *     if (!file || !model_open(&model, file, error))
  *         fprintf(stderr, "dynamo: %s\n", error);
- *     ... model.layers[3].attn_q->data ...
+ *     ... model.layers[3][ATTN_Q]->data ...
  *     model_close(&model);
  *     gguf_close(file);
  *
@@ -27,32 +27,74 @@ struct model_config {
     float rope_theta, norm_epsilon;
 };
 
-/* One layer's tensors. Optional ones are NULL: biases (qwen2), q/k norms (qwen3). */
-struct model_layer {
-    const struct tensor *attn_norm;                 /* (d_model) */
-    const struct tensor *attn_q;                    /* (n_heads * head_dim, d_model) */
-    const struct tensor *attn_k, *attn_v;           /* (n_kv_heads * head_dim, d_model) */
-    const struct tensor *q_bias, *k_bias, *v_bias;  /* (n_heads * head_dim), (n_kv_heads * ...) */
-    const struct tensor *attn_q_norm, *attn_k_norm; /* (head_dim) */
-    const struct tensor *attn_output;               /* (d_model, n_heads * head_dim) */
-    const struct tensor *ffn_norm;                  /* (d_model) */
-    const struct tensor *ffn_gate, *ffn_up;         /* (d_ff, d_model) */
-    const struct tensor *ffn_down;                  /* (d_model, d_ff) */
+/* What a tensor is for. The model's own come first, and count as the first layer's. */
+enum tensor_role {
+    TOKEN_EMBD,
+    OUTPUT_NORM,
+    OUTPUT,     /* TOKEN_EMBD's tensor again, where the two are tied */
+    ROPE_FREQS, /* divisors of rope's frequencies, or absent */
+    ATTN_NORM,  /* the first of each layer's */
+    ATTN_Q,
+    ATTN_K,
+    ATTN_V,
+    Q_BIAS, /* biases: qwen2 */
+    K_BIAS,
+    V_BIAS,
+    ATTN_Q_NORM, /* norms over head_dim: qwen3 */
+    ATTN_K_NORM,
+    ATTN_OUTPUT,
+    FFN_NORM,
+    FFN_GATE,
+    FFN_UP,
+    FFN_DOWN,
+    N_ROLES
 };
+
+enum slice_kind { SLICE_WHOLE, SLICE_ROWS, SLICE_COLS };
+
+struct slice { /* which part of a tensor a shard holds: part `rank` of `count` equal ones */
+    enum slice_kind kind;
+    int rank, count;
+};
+
+/* What rows and columns of a tensor count; DIM_CONTEXT is the last. */
+enum extent {
+    DIM_NONE,
+    DIM_ONE,
+    DIM_VOCAB,
+    DIM_MODEL,
+    DIM_Q,  /* n_heads * head_dim */
+    DIM_KV, /* n_kv_heads * head_dim */
+    DIM_FF,
+    DIM_HEAD,
+    DIM_ROPE, /* rope_dim / 2 */
+    DIM_CONTEXT
+};
+
+/* One row for each tensor that a model can have: all that loading, sharding, counting and making
+ * random models know of it. In the order of a llama2.c checkpoint, each for all layers. */
+struct model_tensor {
+    const char *name; /* behind `blk.N.`, if each layer has one */
+    bool layered;
+    int role; /* enum tensor_role; -1: not for the forward pass */
+    enum extent rows,
+        cols;              /* a vector has DIM_ONE row, and is F32; DIM_NONE: refused, text would be
+                             * wrong without it */
+    unsigned required_by;  /* kinds of model; optional elsewhere, but in a checkpoint absent */
+    enum slice_kind slice; /* how the shards of a worker cut it: a shard's heads are rows of q, k,
+                             * v and columns of attn_output; its part of d_ff, likewise */
+};
+extern const struct model_tensor model_tensors[];
+extern const int n_model_tensors;
 
 struct model {
     struct model_config config;
-    const struct tensor *token_embd;  /* (vocab_size, d_model) */
-    const struct tensor *output_norm; /* (d_model) */
-    const struct tensor *output;      /* (vocab_size, d_model); token_embd again where tied */
-    const struct tensor *rope_freqs;  /* (rope_dim / 2) divisors of the frequencies, or NULL */
-    struct model_layer *layers;       /* (n_layers) */
-    struct tensor *placed;            /* of a llama2.c checkpoint, which lists none; else NULL */
-    const struct tensor *rope_tables; /* a checkpoint's, obsolete */
+    const struct tensor *(*layers)[N_ROLES]; /* (n_layers) by role; absent ones are NULL */
+    struct tensor *placed; /* of a llama2.c checkpoint, which lists none; else NULL */
 };
 
 /* Fills `model` from the file: every key, shape and type checked. False: `error` is one line. */
-bool model_open(struct model *model, struct gguf *file, char error[GGUF_ERROR_LENGTH]);
+bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]);
 void model_close(struct model *model);
 
 #endif /* MODEL_H */
@@ -69,49 +111,37 @@ void model_close(struct model *model);
 enum { LLAMA = 1, QWEN2 = 2, QWEN3 = 4, TIED = 8, UNTIED = 16, ALL = 31 };
 enum { REQUIRED = -1 }; /* in place of a default */
 
-/* What rows and columns count; CONTEXT is the last. */
-enum extent { NONE, ONE, VOCAB, D_MODEL, Q_ROWS, KV_ROWS, D_FF, HEAD_DIM, ROPE_PAIRS, CONTEXT };
-
 /* Those that gguf.h knows the size of. */
 #define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
 
-#define IN_MODEL(field) false, offsetof(struct model, field)
-#define IN_LAYER(field) true, offsetof(struct model_layer, field)
+enum { NO_ROLE = -1 };
 
-/* In a checkpoint's order, each for all layers. Those of one row are F32 everywhere. */
-static const struct model_tensor {
-    const char *name; /* behind `blk.N.`, if layered */
-    bool layered;
-    size_t field; /* offset in struct model or struct model_layer */
-    enum extent rows, cols;
-    unsigned required_by; /* optional elsewhere, but in a checkpoint absent */
-} model_tensors[] = {
-    {"token_embd.weight", IN_MODEL(token_embd), VOCAB, D_MODEL, ALL},
-    {"attn_norm.weight", IN_LAYER(attn_norm), ONE, D_MODEL, ALL},
-    {"attn_q.weight", IN_LAYER(attn_q), Q_ROWS, D_MODEL, ALL},
-    {"attn_k.weight", IN_LAYER(attn_k), KV_ROWS, D_MODEL, ALL},
-    {"attn_v.weight", IN_LAYER(attn_v), KV_ROWS, D_MODEL, ALL},
-    {"attn_output.weight", IN_LAYER(attn_output), D_MODEL, Q_ROWS, ALL},
-    {"ffn_norm.weight", IN_LAYER(ffn_norm), ONE, D_MODEL, ALL},
-    {"ffn_gate.weight", IN_LAYER(ffn_gate), D_FF, D_MODEL, ALL},
-    {"ffn_down.weight", IN_LAYER(ffn_down), D_MODEL, D_FF, ALL},
-    {"ffn_up.weight", IN_LAYER(ffn_up), D_FF, D_MODEL, ALL},
-    {"output_norm.weight", IN_MODEL(output_norm), ONE, D_MODEL, ALL},
-    {"rope_tables", IN_MODEL(rope_tables), CONTEXT, HEAD_DIM, TIED | UNTIED},
-    {"output.weight", IN_MODEL(output), VOCAB, D_MODEL, UNTIED},
-    {"rope_freqs.weight", IN_MODEL(rope_freqs), ONE, ROPE_PAIRS, 0},
-    {"attn_q.bias", IN_LAYER(q_bias), ONE, Q_ROWS, QWEN2},
-    {"attn_k.bias", IN_LAYER(k_bias), ONE, KV_ROWS, QWEN2},
-    {"attn_v.bias", IN_LAYER(v_bias), ONE, KV_ROWS, QWEN2},
-    {"attn_q_norm.weight", IN_LAYER(attn_q_norm), ONE, HEAD_DIM, QWEN3},
-    {"attn_k_norm.weight", IN_LAYER(attn_k_norm), ONE, HEAD_DIM, QWEN3},
-    {"attn_output.bias", IN_LAYER(attn_output), NONE, NONE, 0}, /* refused: text would be wrong */
-    {"ffn_gate.bias", IN_LAYER(ffn_gate), NONE, NONE, 0},
-    {"ffn_up.bias", IN_LAYER(ffn_up), NONE, NONE, 0},
-    {"ffn_down.bias", IN_LAYER(ffn_down), NONE, NONE, 0},
+const struct model_tensor model_tensors[] = {
+    {"token_embd.weight", false, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, ALL, SLICE_WHOLE},
+    {"attn_norm.weight", true, ATTN_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
+    {"attn_q.weight", true, ATTN_Q, DIM_Q, DIM_MODEL, ALL, SLICE_ROWS},
+    {"attn_k.weight", true, ATTN_K, DIM_KV, DIM_MODEL, ALL, SLICE_ROWS},
+    {"attn_v.weight", true, ATTN_V, DIM_KV, DIM_MODEL, ALL, SLICE_ROWS},
+    {"attn_output.weight", true, ATTN_OUTPUT, DIM_MODEL, DIM_Q, ALL, SLICE_COLS},
+    {"ffn_norm.weight", true, FFN_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
+    {"ffn_gate.weight", true, FFN_GATE, DIM_FF, DIM_MODEL, ALL, SLICE_ROWS},
+    {"ffn_down.weight", true, FFN_DOWN, DIM_MODEL, DIM_FF, ALL, SLICE_COLS},
+    {"ffn_up.weight", true, FFN_UP, DIM_FF, DIM_MODEL, ALL, SLICE_ROWS},
+    {"output_norm.weight", false, OUTPUT_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
+    {"rope_tables", false, NO_ROLE, DIM_CONTEXT, DIM_HEAD, TIED | UNTIED, SLICE_WHOLE},
+    {"output.weight", false, OUTPUT, DIM_VOCAB, DIM_MODEL, UNTIED, SLICE_WHOLE},
+    {"rope_freqs.weight", false, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
+    {"attn_q.bias", true, Q_BIAS, DIM_ONE, DIM_Q, QWEN2, SLICE_ROWS},
+    {"attn_k.bias", true, K_BIAS, DIM_ONE, DIM_KV, QWEN2, SLICE_ROWS},
+    {"attn_v.bias", true, V_BIAS, DIM_ONE, DIM_KV, QWEN2, SLICE_ROWS},
+    {"attn_q_norm.weight", true, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, QWEN3, SLICE_WHOLE},
+    {"attn_k_norm.weight", true, ATTN_K_NORM, DIM_ONE, DIM_HEAD, QWEN3, SLICE_WHOLE},
+    {"attn_output.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_gate.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_up.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_down.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
 };
-
-enum { N_TENSORS = sizeof model_tensors / sizeof *model_tensors };
+const int n_model_tensors = sizeof model_tensors / sizeof *model_tensors;
 
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
@@ -128,7 +158,7 @@ struct model_reader {
     size_t size, at;          /* [0, at) has been laid out */
     int32_t header[N_HEADER]; /* of a checkpoint */
     struct tensor *placed;    /* the next to be laid out */
-    int extents[CONTEXT + 1];
+    int extents[DIM_CONTEXT + 1];
 };
 
 /* The value, or the default where there is none; `least` once anything was wrong. */
@@ -263,12 +293,12 @@ static const struct tensor *model_find(struct model_reader *reader,
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
     if (!tensor)
         return NULL;
-    gguf_expect(file, wanted->rows != NONE, "is not supported");
-    bool typed = wanted->rows == ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    gguf_expect(file, wanted->rows != DIM_NONE, "is not supported");
+    bool typed = wanted->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                wanted->rows == ONE ? "F32" : MATRIX_TYPES, rows, cols);
+                wanted->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
     return tensor;
 }
 
@@ -289,32 +319,35 @@ static void model_read_tensors(struct model_reader *reader, struct model *model)
                            config->rope_dim / 2,
                            config->context_length};
     memcpy(reader->extents, extents, sizeof reader->extents);
+    size_t n_tensors = (size_t)n_model_tensors;
     model->layers = calloc(n_layers, sizeof *model->layers);
     if (reader->bytes)
-        reader->placed = model->placed = calloc((n_layers + 1) * N_TENSORS, sizeof *model->placed);
+        reader->placed = model->placed = calloc((n_layers + 1) * n_tensors, sizeof *model->placed);
     gguf_expect(file, model->layers && (model->placed || !reader->bytes), "out of memory");
-    for (size_t i = 0; i < N_TENSORS; i++) {
+    for (size_t i = 0; i < n_tensors; i++) {
         const struct model_tensor *wanted = &model_tensors[i];
         size_t copies = wanted->layered ? n_layers : 1;
         for (size_t layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
-            char *owner = wanted->layered ? (char *)&model->layers[layer] : (char *)model;
             const struct tensor *tensor = model_find(reader, wanted, (int)layer);
-            if (tensor)
-                *(const struct tensor **)(void *)(owner + wanted->field) = tensor;
+            if (wanted->role != NO_ROLE)
+                model->layers[layer][wanted->role] = tensor;
         }
     }
     gguf_expect(file, !reader->bytes || reader->at == reader->size,
                 "got %zu bytes behind the last tensor, expected none", reader->size - reader->at);
-    if (!model->output)
-        model->output = model->token_embd;
+    if (gguf_error(file)[0])
+        return;
+    const struct tensor **own = model->layers[0];
+    if (!own[OUTPUT])
+        own[OUTPUT] = own[TOKEN_EMBD];
     gguf_about(file, "rope_freqs.weight");
-    for (int i = 0; i < config->rope_dim / 2 && model->rope_freqs && !gguf_error(file)[0]; i++) {
-        float divisor = ((const float *)model->rope_freqs->data)[i];
+    for (int i = 0; i < config->rope_dim / 2 && own[ROPE_FREQS]; i++) {
+        float divisor = ((const float *)own[ROPE_FREQS]->data)[i];
         gguf_expect(file, isfinite(divisor) && divisor > 0, "entry %d is %g", i, (double)divisor);
     }
 }
 
-bool model_open(struct model *model, struct gguf *file, char error[GGUF_ERROR_LENGTH]) {
+bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]) {
     *model = (struct model){0};
     struct model_reader reader = {.file = file, .config = &model->config};
     model_read_kind(&reader, &model->config);
@@ -323,7 +356,7 @@ bool model_open(struct model *model, struct gguf *file, char error[GGUF_ERROR_LE
     const char *hint =
         reader.bytes ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
     bool ok = !gguf_error(file)[0];
-    snprintf(error, GGUF_ERROR_LENGTH, "%.440s%s", gguf_error(file), ok ? "" : hint);
+    (void)fail(error, "%.440s%s", gguf_error(file), ok ? "" : hint);
     if (!ok)
         model_close(model);
     return ok;

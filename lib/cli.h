@@ -6,7 +6,7 @@
  * what is wrong comes back as one line of text.
  *
  *     struct options options;
- *     char error[CLI_ERROR_LENGTH];
+ *     char error[ERROR_LENGTH];
  *     if (!cli_parse(&options, argc, argv, error)) {
  *         fprintf(stderr, "dynamo: %s\n", error);
  *         return 2;
@@ -21,12 +21,13 @@
 #define CLI_H
 
 #include "json.h"
+#include "text.h"
 #include "values.h"
 #include <stdio.h>
 
 #define CLI_VERSION "0.1.0"
 
-enum { CLI_ERROR_LENGTH = 512, PROGRESS_MS = 300 /* what takes less needs no bar */ };
+enum { PROGRESS_MS = 300 /* what takes less needs no bar */ };
 enum { CLI_FILE_LENGTH = 1 << 28 /* bytes of a text at most: /dev/zero has no end */ };
 
 enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
@@ -50,18 +51,15 @@ struct options {
 /* False: `error` is one line, without the program's name; usage errors: exit status 2. With --help
  * or --version nothing else is required; else `model` is not NULL. In any case,
  * cli_free follows. */
-bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ERROR_LENGTH]);
+bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
 /* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
-bool cli_set(struct options *options, struct json_node *nodes, int key,
-             char error[CLI_ERROR_LENGTH]);
+bool cli_set(struct options *options, struct json_node *nodes, int key, char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
 bool cli_given(uint64_t given, const char *option); /* given: options->given */
 void cli_help(FILE *stream);
-/* Writes one line to `error`; false, for the caller to return. */
-__attribute__((format(printf, 2, 3))) bool cli_refuse(char *error, const char *format, ...);
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
-char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGTH]);
+char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]);
 /* A bar on stderr if that is a terminal and it takes long; done == 0 begins it, and done == total
  * erases it. */
 void cli_progress(const char *label, int64_t done, int64_t total);
@@ -80,16 +78,6 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
-
-bool cli_refuse(char *error, const char *format, ...) {
-    va_list values;
-    va_start(values, format);
-    vsnprintf(error, CLI_ERROR_LENGTH, format, values);
-    va_end(values);
-    for (char *byte = error; *byte; byte++)
-        *byte = (unsigned char)*byte < ' ' ? '?' : *byte;
-    return false;
-}
 
 void cli_free(struct options *options) {
     free(options->request.ids);
@@ -189,8 +177,8 @@ static bool refuse_value(const struct option_row *row, const char *name, const c
     char range[64] = "";
     if (row->high > row->low)
         snprintf(range, sizeof range, " from %.10g to %.10g", row->low, row->high);
-    return cli_refuse(error, "%s: got %s%.*s%s, expected %s%s", name, quote,
-                      length < 60 ? (int)length : 60, text, quote, expected, range);
+    return fail(error, "%s: got %s%.*s%s, expected %s%s", name, quote,
+                length < 60 ? (int)length : 60, text, quote, expected, range);
 }
 
 /* The name by which a row is known on the command line, or in a request file. */
@@ -230,8 +218,7 @@ static void refuse_unknown(const char *name, bool key, char *error) {
             if (strlen(name_of(&option_rows[row], key)) > 3 &&
                 resembles(name, name_of(&option_rows[row], key), edits))
                 similar = name_of(&option_rows[row], key);
-    cli_refuse(error, "%.60s: unknown %s; %s%s", name, what, *similar ? "did you mean " : hint,
-               similar);
+    fail(error, "%.60s: unknown %s; %s%s", name, what, *similar ? "did you mean " : hint, similar);
 }
 
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
@@ -242,14 +229,13 @@ static const struct option_row *give(struct options *options, const char *name, 
     if (!row)
         refuse_unknown(name, key, error);
     else if (options->given & bit && (row->kind != &STOP || key))
-        cli_refuse(error, "%s: given twice", name);
+        fail(error, "%s: given twice", name);
     else
         return options->given |= bit, row;
     return NULL;
 }
 
-bool cli_set(struct options *options, struct json_node *nodes, int key,
-             char error[CLI_ERROR_LENGTH]) {
+bool cli_set(struct options *options, struct json_node *nodes, int key, char error[ERROR_LENGTH]) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
     const struct option_row *row =
         give(options, name->length == strlen(name->text) ? name->text : "", true, error);
@@ -281,8 +267,8 @@ static bool check_pools(const struct options *options, char *error) {
         int index =
             prefill ? options->prefill.index[i] : options->decode.index[i - options->prefill.n];
         if (index >= options->devices.n || used[index])
-            return cli_refuse(error, "%s: got device %d, expected 0 to %d, not in use already",
-                              prefill ? "--prefill" : "--decode", index, options->devices.n - 1);
+            return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
+                        prefill ? "--prefill" : "--decode", index, options->devices.n - 1);
         used[index] = true;
     }
     return true;
@@ -290,7 +276,7 @@ static bool check_pools(const struct options *options, char *error) {
 
 static bool check_options(const struct options *options, char *error) {
     if (!options->model)
-        return cli_refuse(error, "no model given; usage: dynamo MODEL [options], see --help");
+        return fail(error, "no model given; usage: dynamo MODEL [options], see --help");
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
         const struct rule *rule = &rules[i];
         const char *first = NULL, *last = NULL;
@@ -301,19 +287,19 @@ static bool check_options(const struct options *options, char *error) {
             }
         }
         if (rule->needs && first == rule->options[0] && last == first && first)
-            return cli_refuse(error, "%s: needs %s", first, rule->needs);
+            return fail(error, "%s: needs %s", first, rule->needs);
         if (!rule->needs && first != last)
-            return cli_refuse(error, "%s and %s exclude each other", first, last);
+            return fail(error, "%s and %s exclude each other", first, last);
     }
     int tp = options->tp;
     if (8 % tp != 0)
-        return cli_refuse(error, "--tp: got %d, expected 1, 2, 4 or 8", tp);
+        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", tp);
     if (options->devices.n % tp || options->prefill.n % tp || options->decode.n % tp)
-        return cli_refuse(error, "--tp: every list of devices must divide into groups of %d", tp);
+        return fail(error, "--tp: every list of devices must divide into groups of %d", tp);
     return check_pools(options, error);
 }
 
-bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ERROR_LENGTH]) {
+bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]) {
     *options = (struct options){.tp = 1, .kv_policy = CLI_ON_EVICT};
     options->request =
         (struct request_spec){.n = -1, .sampling = {.temperature = 0.8f, .top_p = 0.95f}};
@@ -321,8 +307,7 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ER
         char *word = argv[i], *value = strchr(word, '=');
         if (*word != '-') {
             if (options->model)
-                return cli_refuse(error, "%.60s: unexpected; the model is %.60s", word,
-                                  options->model);
+                return fail(error, "%.60s: unexpected; the model is %.60s", word, options->model);
             options->model = word;
             continue;
         }
@@ -334,7 +319,7 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[CLI_ER
         if (row->kind != &FLAG && !value && i + 1 < argc && !find_row(argv[i + 1], false))
             value = argv[++i];
         if (row->kind != &FLAG && !value)
-            return cli_refuse(error, "%s: missing value (%s)", word, row->argument);
+            return fail(error, "%s: missing value (%s)", word, row->argument);
         size_t length = value ? strlen(value) : 0;
         if (!read_value(options, row, value, length))
             return refuse_value(row, word, "", value, length, error);
@@ -381,7 +366,7 @@ void cli_help(FILE *stream) {
 
 /* ---- files and terminal ---- */
 
-char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGTH]) {
+char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
     FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
     const char *name = file == stdin ? "stdin" : path;
     char *text = NULL, *larger = NULL;
@@ -397,9 +382,9 @@ char *cli_read_file(const char *path, size_t *length, char error[CLI_ERROR_LENGT
     }
     bool good = larger && !ferror(file);
     if (!good)
-        cli_refuse(error, "%.400s: %s", name, strerror(errno));
+        fail(error, "%.400s: %s", name, strerror(errno));
     else if (*length > CLI_FILE_LENGTH)
-        good = cli_refuse(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
+        good = fail(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
     else
         text[*length] = 0;
     if (file && file != stdin)

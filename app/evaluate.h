@@ -5,12 +5,12 @@
  *
  * These modes ask for every row's logits, which serving never does, so they go around the
  * scheduler: `run` computes a chunk of one text in blocks 0, 1, … of a worker. Read next:
- * answers.h. */
+ * terminal.h. */
 #ifndef EVALUATE_H
 #define EVALUATE_H
 
-#include "answers.h"
-#include "source.h"
+#include "terminal.h"
+#include "../lib/source.h"
 
 struct evaluation {
     const struct answers *answers; /* for prompts and the tokenizer */
@@ -74,14 +74,13 @@ static bool write_logits(void *state, const float *logits, int start, int n_rows
 }
 
 int evaluate_logits(const struct evaluation *e, const char *path) {
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     int n_ids = 0;
     int *ids = answers_encode(e->answers, &e->answers->options->request, &n_ids, error);
     if (!ids)
         return evaluate_failed("--logits", error);
     if (n_ids < 1 || n_ids > e->max_length) {
-        (void)snprintf(error, sizeof error, "got a prompt of %d tokens, expected 1 to %d", n_ids,
-                       e->max_length);
+        (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, e->max_length);
         free(ids);
         return evaluate_failed("--logits", error);
     }
@@ -123,7 +122,7 @@ static bool add_likelihood(void *state, const float *logits, int start, int n_ro
 /* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
  * with the last token of the window before, so that every token but the first is predicted. */
 int evaluate_perplexity(const struct evaluation *e, const char *path) {
-    char error[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     const struct answers *a = e->answers;
     struct request_spec spec = {0};
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
@@ -176,7 +175,7 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 }
 
 int evaluate_tokenize(const struct options *options, const char *path) {
-    char error[GGUF_ERROR_LENGTH], why[CLI_ERROR_LENGTH];
+    char error[ERROR_LENGTH], why[ERROR_LENGTH];
     struct gguf *file = source_open(options->model, error);
     if (!file)
         return evaluate_failed("", error);
@@ -194,7 +193,7 @@ int evaluate_tokenize(const struct options *options, const char *path) {
     char *text = cli_read_file(path, &length, why);
     bool ok = text && tokenize_texts(tokenizer, text, length);
     if (text && !ok)
-        (void)cli_refuse(why, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
+        (void)fail(why, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
     free(text);
     tok_close(tokenizer);
     return ok ? 0 : evaluate_failed("", why);

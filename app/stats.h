@@ -9,7 +9,7 @@
 #ifndef STATS_H
 #define STATS_H
 
-#include "answers.h"
+#include "terminal.h"
 
 /* The table of --stats on stderr, or with --json the last object on stdout. */
 void stats_print(const struct answers *answers);
@@ -85,7 +85,7 @@ void stats_print(const struct answers *a) {
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     struct paced decode = counters.pace.decode, prefill = counters.pace.prefill;
     double read = 0, ops = 0;
-    enum tensor_type type = counters.pace.model->layers[0].ffn_gate->type;
+    enum tensor_type type = counters.pace.model->layers[0][FFN_GATE]->type;
     if (a->backend->limits) /* a backend need not know */
         a->backend->limits(a->shards, a->n_shards, type, &read, &ops);
     double reading = stats_rate(decode.bytes, decode.seconds);

@@ -9,7 +9,7 @@
  *
  * One request a line: a JSON object if it starts with `{`, else the text itself; empty lines are
  * skipped. What a line does not say is taken from the command line. A bad line becomes a request
- * with `error` set, so that the others go on. Read next: json.h, answers.h. */
+ * with `error` set, so that the others go on. Read next: json.h, terminal.h. */
 #ifndef REQUESTS_H
 #define REQUESTS_H
 
@@ -23,7 +23,7 @@ struct requests {
 
 /* Reads options->file (`-`: stdin). False: it cannot be read, `error` says why. */
 bool requests_read(struct requests *requests, const struct options *options,
-                   char error[CLI_ERROR_LENGTH]);
+                   char error[ERROR_LENGTH]);
 void requests_free(struct requests *requests);
 
 /* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
@@ -57,12 +57,12 @@ static bool read_request(struct options *options, char *text, size_t length, cha
         good = cli_set(options, nodes, key, error);
     free(nodes);
     if (good && !request->prompt == !request->ids)
-        return cli_refuse(error, "expected either prompt or ids");
+        return fail(error, "expected either prompt or ids");
     return good;
 }
 
 bool requests_read(struct requests *requests, const struct options *options,
-                   char error[CLI_ERROR_LENGTH]) {
+                   char error[ERROR_LENGTH]) {
     const char *name = strcmp(options->file, "-") ? options->file : "stdin";
     size_t length, n_lines = 1;
     *requests = (struct requests){.text = cli_read_file(options->file, &length, error)};
@@ -73,17 +73,17 @@ bool requests_read(struct requests *requests, const struct options *options,
         n_lines += *at == '\n';
     if (n_lines > MAX_LINES) {
         requests_free(requests);
-        return cli_refuse(error, "%.400s: got %zu lines, expected at most %d; split it", name,
-                          n_lines, (int)MAX_LINES);
+        return fail(error, "%.400s: got %zu lines, expected at most %d; split it", name, n_lines,
+                    (int)MAX_LINES);
     }
     requests->specs = calloc(n_lines, sizeof *requests->specs);
     if (!requests->specs) {
         requests_free(requests);
-        return cli_refuse(error, "%.400s: out of memory", name);
+        return fail(error, "%.400s: out of memory", name);
     }
     int number = 1;
     for (char *line = requests->text, *end; line < text_end; line = end + 1, number++) {
-        char wrong[CLI_ERROR_LENGTH];
+        char wrong[ERROR_LENGTH];
         struct options line_options = *options;
         line_options.given = 0;
         end = memchr(line, '\n', (size_t)(text_end - line));
@@ -97,10 +97,10 @@ bool requests_read(struct requests *requests, const struct options *options,
         *spec = line_options.request;
         if (good)
             continue;
-        spec->error = malloc(CLI_ERROR_LENGTH);
+        spec->error = malloc(ERROR_LENGTH);
         if (!spec->error)
             abort();
-        cli_refuse(spec->error, "%.200s:%d: %.250s", name, number, wrong);
+        fail(spec->error, "%.200s:%d: %.250s", name, number, wrong);
     }
     return true;
 }

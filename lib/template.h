@@ -1,6 +1,6 @@
 /* template.h: how a chat model wants to be spoken to, in token ids.
  *
- *     char note[TOK_ERROR_LENGTH];
+ *     char note[ERROR_LENGTH];
  *     enum template_kind kind = template_of(file, tokenizer, note);  // note: what must be told, or
  * "" int *ids = template_ids(kind, tokenizer, &turn, &n_ids);       // to be freed
  *
@@ -37,10 +37,10 @@ struct turn {
 
 /* TEMPLATE_NONE: a base model, which continues its prompt. */
 enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
-                               char note[TOK_ERROR_LENGTH]);
+                               char note[ERROR_LENGTH]);
 /* Whether the vocabulary has the special tokens; else `note` names the one that is missing. */
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
-                   char note[TOK_ERROR_LENGTH]);
+                   char note[ERROR_LENGTH]);
 /* The history and the turn; to be freed. NULL: no memory, or longer than an encoder takes. */
 int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids);
@@ -196,14 +196,14 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 }
 
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
-                   char note[TOK_ERROR_LENGTH]) {
+                   char note[ERROR_LENGTH]) {
     const struct template *t = &templates[kind];
     const char *parts[] = {t->before_user, t->after_user, t->end};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         for (const char *at = parts[i]; (at = strstr(at, "<|")) != NULL; at++) {
             size_t length;
             if (template_special(tokenizer, at, &length) < 0) {
-                (void)snprintf(note, TOK_ERROR_LENGTH,
+                (void)snprintf(note, ERROR_LENGTH,
                                "template %s: the vocabulary has no token %.*s; see --template",
                                t->name, (int)length, at);
                 return false;
@@ -214,10 +214,10 @@ bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
 }
 
 enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
-                               char note[TOK_ERROR_LENGTH]) {
+                               char note[ERROR_LENGTH]) {
     struct gguf_string jinja = {NULL, 0};
     enum template_kind nearest = TEMPLATE_NONE;
-    char missing[TOK_ERROR_LENGTH];
+    char missing[ERROR_LENGTH];
     *note = 0;
     if (!tokenizer || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
         return TEMPLATE_NONE;
@@ -230,7 +230,7 @@ enum template_kind template_of(struct gguf *file, const struct tokenizer *tokeni
         if (fits && nearest == TEMPLATE_NONE)
             nearest = kind;
     }
-    (void)snprintf(note, TOK_ERROR_LENGTH,
+    (void)snprintf(note, ERROR_LENGTH,
                    "its chat template is none of chatml, llama3, llama2, mistral; taken is %s, for "
                    "which its vocabulary has the tokens; --template chooses another, or none",
                    templates[nearest].name);

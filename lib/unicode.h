@@ -1,4 +1,4 @@
-/* unicode_table.h: letters, marks, numbers and white space of Unicode 14.0.0.
+/* unicode.h: letters, marks, numbers and white space of Unicode 14.0.0.
  * Written by test/make_unicode.py; a code point in no range is of class UNICODE_OTHER. */
 #ifndef UNICODE_TABLE_H
 #define UNICODE_TABLE_H

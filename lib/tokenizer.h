@@ -29,11 +29,11 @@
 #define TOKENIZER_H
 
 #include "gguf.h"
+#include "text.h"
 #include <stdbool.h>
 #include <stddef.h>
 
 enum {
-    TOK_ERROR_LENGTH = 512,
     TOK_TOKEN_LENGTH = 1024,   /* bytes of a token at most; the longest known ones have 512 */
     TOK_TEXT_LENGTH = 1 << 26, /* bytes of a text at most: encoding takes 41 times as many */
     TOK_TEXT_SIZE = 3 * (TOK_TOKEN_LENGTH + 4) /* a stray byte becomes the 3 bytes of U+FFFD */
@@ -43,9 +43,8 @@ struct tokenizer; /* owns all it needs: the gguf may be closed */
 
 /* NULL: `error` is one line that begins with the key that is wrong (the caller knows the path), or,
  * for a tokenizer.bin, with its path. */
-struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]);
-struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
-                                      char error[TOK_ERROR_LENGTH]);
+struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]);
+struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]);
 void tok_close(struct tokenizer *tokenizer);
 
 int tok_vocab_size(const struct tokenizer *tokenizer);
@@ -313,9 +312,9 @@ void tok_close(struct tokenizer *t) {
     free(t);
 }
 
-struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]) {
+struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
-    vocab_fail(error, "tokenizer.ggml: out of memory");
+    fail(error, "tokenizer.ggml: out of memory");
     if (t && read_family(t, file, error) && read_tokens(t, file, error) &&
         read_settings(t, file, error))
         return t;
@@ -323,19 +322,18 @@ struct tokenizer *tok_open(struct gguf *file, char error[TOK_ERROR_LENGTH]) {
     return NULL;
 }
 
-struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size,
-                                      char error[TOK_ERROR_LENGTH]) {
+struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
     struct stat status;
     if (stat(path, &status) == 0 &&
         !S_ISREG(status.st_mode)) { /* opening a pipe without a writer would hang */
         free(t);
-        vocab_fail(error, "%s: is not a regular file", path);
+        fail(error, "%s: is not a regular file", path);
         return NULL;
     }
     FILE *stream = fopen(path, "rb");
-    vocab_fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
-               stream ? "out of memory" : strerror(errno));
+    fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
+         stream ? "out of memory" : strerror(errno));
     bool ok = t && stream && vocab_size > 0 && make_room(t, (size_t)vocab_size, 0) &&
               read_checkpoint(t, stream, vocab_size, path, error);
     if (stream)

@@ -12,7 +12,7 @@
  * It keeps no state and allocates nothing. Logits that are no number count as the least one. */
 #ifndef SAMPLER_H
 #define SAMPLER_H
-#include "dynamo.h"
+#include "../dynamo.h"
 
 /* Philox4x32-10 (Salmon et al. 2011): 4 random words of a counter and a key, in its place. */
 void philox(uint32_t counter[4], uint32_t key0, uint32_t key1);
@@ -26,7 +26,7 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
 #include <float.h>
 #include <math.h>
 
-#include "vector.h"
+#include "simd.h"
 
 void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; round++) {

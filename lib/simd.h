@@ -1,4 +1,4 @@
-/* vector.h: sixteen floats at a time, in the vector extensions of GCC and clang.
+/* simd.h: sixteen floats at a time, in the vector extensions of GCC and clang.
  *
  * A vec is one register of AVX-512, and several of lesser machines. Loads and stores need no
  * alignment, and the `part` forms stop after `count` elements. Lanes are added in one fixed order

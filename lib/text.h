@@ -1,0 +1,61 @@
+/* text.h: what all that reads needs: one line that says what is wrong, and UTF-8.
+ *
+ *     bool parse(const char *text, char error[ERROR_LENGTH]) {
+ *         if (*text != '{')
+ *             return fail(error, "got %c, expected {", *text);
+ *         ...
+ *
+ * Whoever can fail takes room for one line and writes it there: what is at hand, what was found,
+ * what was expected, a hint. Who prints it puts the program's name before it. A line never holds
+ * control characters, for part of it may come from a file, and a file must not control the
+ * terminal. All of it is inlined, in C and C++. */
+#ifndef TEXT_H
+#define TEXT_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+enum { ERROR_LENGTH = 512 }; /* bytes of a line, with its end */
+
+static inline void fail_clean(char *line) {
+    for (; *line; line++)
+        *line = (unsigned char)*line < ' ' || *line == 127 ? '?' : *line;
+}
+
+/* Writes the line; false, for the caller to return. */
+__attribute__((format(printf, 2, 3))) static inline bool fail(char error[ERROR_LENGTH],
+                                                              const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error, ERROR_LENGTH, format, values);
+    va_end(values);
+    fail_clean(error);
+    return false;
+}
+
+/* Reads one UTF-8 character. > 0: its bytes. 0: all `length` bytes begin one. < 0: so many bytes
+ * can never be part of one (the longest such prefix, as Unicode recommends replacing it). */
+static inline int utf8_read(const char *text, size_t length, uint32_t *code) {
+    uint32_t lead = length ? (unsigned char)text[0] : 0;
+    int size = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    if (size == 0 || lead > 0xF4)
+        return -1;
+    /* the second byte's range excludes overlong forms, surrogates and what lies past U+10FFFF */
+    unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    *code = size == 1 ? lead : lead & (0x7Fu >> size);
+    for (int i = 1; i < size && (size_t)i < length; i++) {
+        unsigned char byte = (unsigned char)text[i];
+        if (byte < low || byte > high)
+            return -i;
+        *code = *code << 6 | (byte & 0x3Fu);
+        low = 0x80;
+        high = 0xBF;
+    }
+    return (size_t)size <= length ? size : 0;
+}
+
+#endif /* TEXT_H */
