@@ -14,7 +14,6 @@
 extern "C" {
 #include "dynamo.h"
 }
-#include "host.h"
 #include "pack.cuh"
 #include "product.cuh"
 #include "sampler.cuh"

@@ -15,7 +15,6 @@
 #define DEVICE_H
 #include "attention.h"
 #include "dynamo.h"
-#include "host.h"
 #include "lib/probe.h"
 #include "lib/product.h"
 
@@ -24,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define POOL_IMPLEMENTATION
 #include "lib/pool.h"
@@ -85,6 +85,20 @@ static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *
 }
 
 /* ---- memory, copies and weights ---- */
+
+/* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
+size_t host_free_memory(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    size_t kibibytes = 0;
+    while (file && fgets(line, sizeof line, file) &&
+           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
+    }
+    if (file)
+        fclose(file);
+    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
+}
 
 static size_t cpu_free_memory(struct device *device, bool pinned) {
     (void)device;
@@ -188,7 +202,7 @@ static void cpu_limits(struct device **shards, int n, enum tensor_type type, dou
 
 /* ---- devices ---- */
 
-static bool check_wanted(const struct device *wanted, char *error) {
+bool device_fits(const struct device *wanted, char *error) {
     const struct model_config *config = wanted->config;
     int n = wanted->n_shards;
     const struct {
@@ -206,6 +220,10 @@ static bool check_wanted(const struct device *wanted, char *error) {
                         cuts[i].value, cuts[i].unit, n);
         }
     }
+    return true;
+}
+
+static bool head_fits(const struct model_config *config, char *error) {
     if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
         config->rope_dim > config->head_dim) {
         return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
@@ -284,7 +302,7 @@ static bool allocate_activations(struct cpu_device *device) {
 static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
                                       char *error) {
     struct cpu_backend *cpu = (struct cpu_backend *)backend;
-    if (!check_wanted(wanted, error))
+    if (!device_fits(wanted, error) || !head_fits(wanted->config, error))
         return NULL;
     struct cpu_device *device = calloc(1, sizeof *device);
     if (device) {

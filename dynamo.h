@@ -45,8 +45,7 @@
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
     MAX_WORKERS = 16,
-    MAX_SHARDS = 8, /* devices of one worker */
-    K_SEGMENTS = 8  /* pieces into which a product that shards cut along K is summed */
+    MAX_SHARDS = 8 /* devices of one worker: those that divide K_SEGMENTS */
 };
 
 /* ---- requests ---- */
@@ -337,6 +336,13 @@ int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);
 
 /* ---- small things that several files need ---- */
+
+/* What both backends ask before they open a device: whether the model can be cut so. False: `error`
+ * says what does not divide. (kernels.c) */
+bool device_fits(const struct device *wanted, char *error);
+/* Bytes of memory that this machine has left, with what its file cache could give back: both
+ * backends ask rather than be ended by the system once memory is used. 0: not known. (kernels.c) */
+size_t host_free_memory(void);
 
 static inline int blocks_of(int n_tokens) { /* blocks that hold so many tokens */
     return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;

@@ -110,7 +110,7 @@ static bool load_weights(struct loader *loader, const struct model *model,
                          const struct weight *(*to)[N_ROLES]) {
     for (int layer = 0; layer < model->config.n_layers && loader->ok; layer++) {
         cli_progress("loading", layer, model->config.n_layers);
-        for (int i = 0; i < n_model_tensors; i++) {
+        for (int i = 0; i < N_MODEL_TENSORS; i++) {
             int role = model_tensors[i].role;
             if (role >= 0 && role != ROPE_FREQS)
                 to[layer][role] = load(loader, model->layers[layer][role], model_tensors[i].slice);

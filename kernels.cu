@@ -753,17 +753,11 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
 static bool check_wanted(const struct cuda_backend *cuda, const struct device *wanted,
                          char *error) {
     const struct model_config *config = wanted->config;
-    int n = wanted->n_shards;
     if (wanted->index < 0 || wanted->index >= cuda->n_gpus)
         return fail(error, "--devices: got device %d, there are %d GPUs (0 to %d)", wanted->index,
                     cuda->n_gpus, cuda->n_gpus - 1);
-    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
-        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
-    if (config->n_heads % n || config->n_kv_heads % n || config->d_ff % (n > 1 ? 2 * n : 1))
-        return fail(error,
-                    "--tp %d: it does not divide %d heads, %d key-value heads and %d rows of the "
-                    "FFN",
-                    n, config->n_heads, config->n_kv_heads, config->d_ff);
+    if (!device_fits(wanted, error))
+        return false;
     if (config->head_dim % 8 || config->head_dim > 256)
         return fail(error,
                     "heads of %d: the CUDA kernels cover multiples of 8 up to 256; use "

@@ -35,7 +35,7 @@ void pace_count(struct pace *pace, const struct batch *batch, double seconds);
 
 void pace_open(struct pace *pace, const struct model *model, enum kv_type kv_type) {
     *pace = (struct pace){.model = model, .kv_type = kv_type};
-    for (int i = 0; i < n_model_tensors; i++) {
+    for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
         for (int layer = 0; layer < model->config.n_layers; layer++) {
             const struct tensor *tensor =

@@ -66,10 +66,7 @@ static inline struct segments make_segments(int cols, int grain, int first, int 
     struct segments s = {};
     s.n = n;
     for (int i = 0; i <= n; i++) {
-        int step = grain > 0 ? grain : UNIT;
-        int64_t n_steps = (cols + step - 1) / step;
-        int k = (int)((first + i) * n_steps / K_SEGMENTS) * step;
-        s.k[i] = k < cols ? k : cols;
+        s.k[i] = segment_begin(cols, grain > 0 ? grain : UNIT, first + i);
         if (i > 0 && s.k[i] > s.k[i - 1])
             s.unit[i] = s.unit[i - 1] + (s.k[i] + UNIT - 1) / UNIT - s.k[i - 1] / UNIT;
         else if (i > 0)
@@ -213,11 +210,8 @@ DEVICE uint16_t read16(const uint8_t *bytes) { /* of any alignment */
 DEVICE float raw_k_quant(int type, const uint8_t *block, int k) {
     if (type == TYPE_Q4_K) { /* f16 d, m; 8 scales and 8 offsets of 6 bits; 4 bits a number */
         const uint8_t *packed = block + 4;
-        int part = k / 32, low = part % 4, scale = packed[low] & 63, least = packed[low + 4] & 63;
-        if (part >= 4) {
-            scale = (packed[low + 8] & 15) | packed[low] >> 6 << 4;
-            least = packed[low + 8] >> 4 | packed[low + 4] >> 6 << 4;
-        }
+        int scale, least;
+        gguf_q4_k_scales(packed, k / 32, &scale, &least);
         int number = block[16 + k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4) & 15;
         return half_to_float(read16(block)) * (float)scale * (float)number -
                half_to_float(read16(block + 2)) * (float)least;

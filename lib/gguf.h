@@ -23,6 +23,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __CUDACC__ /* also on a GPU */
+#define GGUF_INLINE static inline __host__ __device__
+#else
+#define GGUF_INLINE static inline
+#endif
+
 /* Types of tensor elements; the numbers are GGUF's. */
 enum tensor_type { /* as GGUF numbers them */
                    TYPE_F32 = 0,
@@ -99,6 +105,19 @@ const char *gguf_type_name(enum tensor_type type);
 struct gguf_block gguf_block(enum tensor_type type);
 const void *gguf_raw(const struct gguf *file, size_t *size); /* all bytes; NULL: it is GGUF */
 bool gguf_equals(struct gguf_string string, const char *text);
+
+/* The scale and the offset of part [0, 8) of a Q4_K block, 6 bits each, from the 12 bytes that hold
+ * them behind d and m: weight = d * scale * bits - m * least. The last four parts have their top
+ * two bits elsewhere. */
+GGUF_INLINE void gguf_q4_k_scales(const uint8_t *packed, int part, int *scale, int *least) {
+    int low = part % 4;
+    *scale = packed[low] & 63;
+    *least = packed[low + 4] & 63;
+    if (part >= 4) {
+        *scale = (packed[low + 8] & 15) | packed[low] >> 6 << 4;
+        *least = packed[low + 8] >> 4 | packed[low + 4] >> 6 << 4;
+    }
+}
 
 /* For whoever checks what a file says: gguf_about composes the name of the key or tensor at hand,
  * which begins the next message; gguf_expect keeps the first failure and returns whether there is

@@ -29,6 +29,7 @@ struct model_config {
 
 /* What a tensor is for. The model's own come first, and count as the first layer's. */
 enum tensor_role {
+    NO_ROLE = -1, /* not for the forward pass */
     TOKEN_EMBD,
     OUTPUT_NORM,
     OUTPUT,     /* TOKEN_EMBD's tensor again, where the two are tied */
@@ -57,6 +58,17 @@ struct slice { /* which part of a tensor a shard holds: part `rank` of `count` e
     int rank, count;
 };
 
+/* A product whose K shards cut (SLICE_COLS) is summed in so many segments, combined by a binary
+ * tree, so that every number of shards that divides it gives the same bits. */
+enum { K_SEGMENTS = 8 };
+
+/* Where segment `index` of a K of `cols` begins; all end at multiples of `unit`. */
+static inline int segment_begin(int cols, int unit, int index) {
+    int64_t n_units = (cols + unit - 1) / unit;
+    int begin = (int)(index * n_units / K_SEGMENTS) * unit;
+    return begin < cols ? begin : cols;
+}
+
 /* What rows and columns of a tensor count; DIM_CONTEXT is the last. */
 enum extent {
     DIM_NONE,
@@ -69,6 +81,16 @@ enum extent {
     DIM_HEAD,
     DIM_ROPE, /* rope_dim / 2 */
     DIM_CONTEXT
+};
+
+/* What a file can be; a tied checkpoint ends before output.weight. Combined: who needs a tensor. */
+enum {
+    MODEL_LLAMA = 1,
+    MODEL_QWEN2 = 2,
+    MODEL_QWEN3 = 4,
+    MODEL_TIED = 8, /* llama2.c checkpoints */
+    MODEL_UNTIED = 16,
+    MODEL_ALL = 31
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
@@ -84,8 +106,32 @@ struct model_tensor {
     enum slice_kind slice; /* how the shards of a worker cut it: a shard's heads are rows of q, k,
                              * v and columns of attn_output; its part of d_ff, likewise */
 };
-extern const struct model_tensor model_tensors[];
-extern const int n_model_tensors;
+static const struct model_tensor model_tensors[] = {
+    {"token_embd.weight", false, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"attn_norm.weight", true, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"attn_q.weight", true, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_k.weight", true, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_v.weight", true, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_output.weight", true, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, SLICE_COLS},
+    {"ffn_norm.weight", true, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"ffn_gate.weight", true, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"ffn_down.weight", true, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_ALL, SLICE_COLS},
+    {"ffn_up.weight", true, FFN_UP, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"output_norm.weight", false, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"rope_tables", false, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
+    {"output.weight", false, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
+    {"rope_freqs.weight", false, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
+    {"attn_q.bias", true, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_k.bias", true, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_v.bias", true, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_q_norm.weight", true, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
+    {"attn_k_norm.weight", true, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
+    {"attn_output.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_gate.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_up.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_down.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+};
+enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
 
 struct model {
     struct model_config config;
@@ -107,41 +153,10 @@ void model_close(struct model *model);
 #include <stdlib.h>
 #include <string.h>
 
-/* What a file can be; a tied checkpoint ends before output.weight. Combined: who needs a tensor. */
-enum { LLAMA = 1, QWEN2 = 2, QWEN3 = 4, TIED = 8, UNTIED = 16, ALL = 31 };
 enum { REQUIRED = -1 }; /* in place of a default */
 
 /* Those that gguf.h knows the size of. */
 #define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
-
-enum { NO_ROLE = -1 };
-
-const struct model_tensor model_tensors[] = {
-    {"token_embd.weight", false, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, ALL, SLICE_WHOLE},
-    {"attn_norm.weight", true, ATTN_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
-    {"attn_q.weight", true, ATTN_Q, DIM_Q, DIM_MODEL, ALL, SLICE_ROWS},
-    {"attn_k.weight", true, ATTN_K, DIM_KV, DIM_MODEL, ALL, SLICE_ROWS},
-    {"attn_v.weight", true, ATTN_V, DIM_KV, DIM_MODEL, ALL, SLICE_ROWS},
-    {"attn_output.weight", true, ATTN_OUTPUT, DIM_MODEL, DIM_Q, ALL, SLICE_COLS},
-    {"ffn_norm.weight", true, FFN_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
-    {"ffn_gate.weight", true, FFN_GATE, DIM_FF, DIM_MODEL, ALL, SLICE_ROWS},
-    {"ffn_down.weight", true, FFN_DOWN, DIM_MODEL, DIM_FF, ALL, SLICE_COLS},
-    {"ffn_up.weight", true, FFN_UP, DIM_FF, DIM_MODEL, ALL, SLICE_ROWS},
-    {"output_norm.weight", false, OUTPUT_NORM, DIM_ONE, DIM_MODEL, ALL, SLICE_WHOLE},
-    {"rope_tables", false, NO_ROLE, DIM_CONTEXT, DIM_HEAD, TIED | UNTIED, SLICE_WHOLE},
-    {"output.weight", false, OUTPUT, DIM_VOCAB, DIM_MODEL, UNTIED, SLICE_WHOLE},
-    {"rope_freqs.weight", false, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
-    {"attn_q.bias", true, Q_BIAS, DIM_ONE, DIM_Q, QWEN2, SLICE_ROWS},
-    {"attn_k.bias", true, K_BIAS, DIM_ONE, DIM_KV, QWEN2, SLICE_ROWS},
-    {"attn_v.bias", true, V_BIAS, DIM_ONE, DIM_KV, QWEN2, SLICE_ROWS},
-    {"attn_q_norm.weight", true, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, QWEN3, SLICE_WHOLE},
-    {"attn_k_norm.weight", true, ATTN_K_NORM, DIM_ONE, DIM_HEAD, QWEN3, SLICE_WHOLE},
-    {"attn_output.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_gate.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_up.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_down.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-};
-const int n_model_tensors = sizeof model_tensors / sizeof *model_tensors;
 
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
@@ -153,7 +168,7 @@ enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 }
 struct model_reader {
     struct gguf *file;
     struct model_config *config;
-    unsigned kind;            /* LLAMA to UNTIED */
+    unsigned kind;            /* MODEL_LLAMA to MODEL_UNTIED */
     const uint8_t *bytes;     /* (size) of a checkpoint; NULL: GGUF */
     size_t size, at;          /* [0, at) has been laid out */
     int32_t header[N_HEADER]; /* of a checkpoint */
@@ -210,7 +225,7 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
         reader->at = reader->size < sizeof reader->header ? 0 : sizeof reader->header;
         memcpy(reader->header, reader->bytes, reader->at);
         int32_t *vocab_size = &reader->header[HEADER_VOCAB];
-        reader->kind = *vocab_size < 0 ? UNTIED : TIED;
+        reader->kind = *vocab_size < 0 ? MODEL_UNTIED : MODEL_TIED;
         *vocab_size = *vocab_size < -INT32_MAX ? 0 : abs(*vocab_size);
     }
     gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3",
@@ -220,7 +235,7 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
     struct gguf_string scaling = {"linear", 6}; /* the format's default, by a factor of 1 */
     int head_dim = config->head_dim;
-    config->rope_adjacent = !(reader->kind & (QWEN2 | QWEN3));
+    config->rope_adjacent = !(reader->kind & (MODEL_QWEN2 | MODEL_QWEN3));
     config->rope_dim = model_int(reader, "rope.dimension_count", head_dim, 2, head_dim);
     gguf_expect(reader->file, config->rope_dim % 2 == 0, "got an odd number, %d", config->rope_dim);
     config->rope_theta = model_float(reader, "rope.freq_base", 10000, 1, 1e12);
@@ -319,12 +334,12 @@ static void model_read_tensors(struct model_reader *reader, struct model *model)
                            config->rope_dim / 2,
                            config->context_length};
     memcpy(reader->extents, extents, sizeof reader->extents);
-    size_t n_tensors = (size_t)n_model_tensors;
     model->layers = calloc(n_layers, sizeof *model->layers);
     if (reader->bytes)
-        reader->placed = model->placed = calloc((n_layers + 1) * n_tensors, sizeof *model->placed);
+        reader->placed = model->placed =
+            calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
     gguf_expect(file, model->layers && (model->placed || !reader->bytes), "out of memory");
-    for (size_t i = 0; i < n_tensors; i++) {
+    for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *wanted = &model_tensors[i];
         size_t copies = wanted->layered ? n_layers : 1;
         for (size_t layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {

@@ -204,15 +204,12 @@ static void pack_header(enum tensor_type type, const uint8_t *from, char *to, in
     if (type == TYPE_Q6_K) {
         for (int part = 0; part < 16; part++)
             bytes[(2 + part) * PANEL + row] = from[192 + part];
-    } else if (type == TYPE_Q4_K) { /* 6 bits each: the last four have their top bits elsewhere */
+    } else if (type == TYPE_Q4_K) {
         memcpy(bytes + 2 * PANEL + row * 2, from + 2, 2);
         const uint8_t *packed = from + 4;
         for (int part = 0; part < 8; part++) {
-            int low = part % 4, scale = packed[low] & 63, least = packed[low + 4] & 63;
-            if (part >= 4) {
-                scale = (packed[low + 8] & 15) | packed[low] >> 6 << 4;
-                least = packed[low + 8] >> 4 | packed[low + 4] >> 6 << 4;
-            }
+            int scale, least;
+            gguf_q4_k_scales(packed, part, &scale, &least);
             bytes[(4 + part) * PANEL + row] = (uint8_t)scale;
             bytes[(12 + part) * PANEL + row] = (uint8_t)least;
         }

@@ -37,8 +37,6 @@ struct tile {
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
 /* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
-/* Where segment `index` of the K_SEGMENTS of cols begins; they end at multiples of `unit`. */
-int segment_begin(int cols, int unit, int index);
 /* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. The input
  * has them one behind the other, each converted on its own. spare: a tile for each level. */
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
@@ -187,12 +185,6 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
         tile.input += dot_form_bytes(tile.form, k, next);
         k = next;
     }
-}
-
-int segment_begin(int cols, int unit, int index) {
-    int64_t n_units = divide_up(cols, unit);
-    int begin = (int)(index * n_units / K_SEGMENTS) * unit;
-    return begin < cols ? begin : cols;
 }
 
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,

@@ -369,7 +369,7 @@ static const struct weight *upload(struct device *device, const struct tensor *t
 
 static void upload_layer(struct device *device, const struct tensor *const *from,
                          const struct weight **to) {
-    for (int i = 0; i < n_model_tensors; i++) {
+    for (int i = 0; i < N_MODEL_TENSORS; i++) {
         int role = model_tensors[i].role;
         if (role >= ATTN_NORM)
             to[role] = upload(device, from[role], model_tensors[i].slice);

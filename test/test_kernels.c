@@ -252,7 +252,7 @@ static void open_worker(struct worker *worker, struct backend *backend,
         device->kv = backend->alloc(device, bytes, false);
         memset(device->kv, 0xff, bytes); /* NaN */
         for (int j = 0; j < model->config.n_layers; j++) {
-            for (int k = 0; k < n_model_tensors; k++) {
+            for (int k = 0; k < N_MODEL_TENSORS; k++) {
                 int role = model_tensors[k].role;
                 if (role >= ATTN_NORM)
                     worker->layers[i][j][role] =

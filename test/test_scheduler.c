@@ -90,7 +90,7 @@ static int model(uint64_t fingerprint_of_text) {
     return token < VOCABULARY ? token : N_ENDS + token % (VOCABULARY - N_ENDS);
 }
 
-static void fail(struct machine *m, const char *text) {
+static void report(struct machine *m, const char *text) {
     if (!m->broken) {
         (void)snprintf(m->broken_text, sizeof m->broken_text, "%s", text);
         m->broken = m->broken_text;
@@ -128,7 +128,7 @@ static struct job *job_of(struct machine *m, const struct request *r) {
     for (int i = 0; i < MAX_JOBS; i++)
         if (&m->jobs[i].request == r)
             return &m->jobs[i];
-    fail(m, "a step with a request that does not exist");
+    report(m, "a step with a request that does not exist");
     return &m->jobs[0];
 }
 
@@ -144,7 +144,7 @@ static void check_now(struct machine *m) {
     for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
         in_flight -= kv->copies[i].state == KV_ARRIVING;
     if (broken || in_flight != 0)
-        fail(m, broken ? broken : "copies in flight and orders differ");
+        report(m, broken ? broken : "copies in flight and orders differ");
 }
 
 /* Positions [0, n) of a sequence, through its block table. */
@@ -153,11 +153,11 @@ static void check_prefix(struct machine *m, int worker, const struct batch *batc
     for (int i = 0; i < n; i++) {
         int slot = batch->block_table[sequence->first_block + i / BLOCK_TOKENS];
         if (slot < 0 || slot >= m->config.kv.device_blocks[worker]) {
-            fail(m, "a slot outside the device");
+            report(m, "a slot outside the device");
             return;
         }
         if (*row_at(m, worker, slot, i % BLOCK_TOKENS) != job->chain[i]) {
-            fail(m, "a step reads what is not its text");
+            report(m, "a step reads what is not its text");
             return;
         }
     }
@@ -170,7 +170,7 @@ static void compute(struct machine *m, int worker, struct step *step, int index,
     const struct job *job = job_of(m, step->requests[index]);
     int end = sequence->start + sequence->n_rows;
     if (sequence->n_rows < 1 || end > job->n_text || sequence->n_blocks != blocks_of(end)) {
-        fail(m, "a sequence beyond its text");
+        report(m, "a sequence beyond its text");
         return;
     }
     check_prefix(m, worker, batch, sequence, job, sequence->start);
@@ -179,7 +179,7 @@ static void compute(struct machine *m, int worker, struct step *step, int index,
         int slot = batch->block_table[sequence->first_block + position / BLOCK_TOKENS];
         if (batch->token[row] != job->text[position] || batch->position[row] != position ||
             batch->row_sequence[row] != index)
-            fail(m, "a row of other tokens");
+            report(m, "a row of other tokens");
         *row_at(m, worker, slot, position % BLOCK_TOKENS) = done ? job->chain[position] : 1;
     }
     if (done)
@@ -195,18 +195,18 @@ static void check_step(struct machine *m, int worker, struct step *step) {
         n_generated += sequence->generated;
         n_prompt += sequence->generated ? 0 : sequence->n_rows;
         if (sequence->first_row != n_rows || (sequence->generated && sequence->n_rows != 1))
-            fail(m, "rows of a sequence");
+            report(m, "rows of a sequence");
         if ((sequence->generated ? r->decode_worker : r->prefill_worker) != worker)
-            fail(m, "a sequence on another's worker");
+            report(m, "a sequence on another's worker");
         n_rows += sequence->n_rows;
     }
     if (n_rows != batch->n_rows || n_prompt > m->config.chunk || n_generated > m->config.max_batch)
-        fail(m, "a step that is too large");
+        report(m, "a step that is too large");
 }
 
 static void start_copy(struct machine *m, const struct kv_copy_order *order) {
     if (m->n_flights == MAX_FLIGHTS) {
-        fail(m, "too many copies in flight");
+        report(m, "too many copies in flight");
         return;
     }
     struct flight *flight = &m->flights[m->n_flights++];
@@ -224,10 +224,10 @@ static void end_copy(struct machine *m, int index, struct totals *totals) {
     uint64_t *source = row_at(m, order->from, order->from_slot, 0);
     uint64_t *target = row_at(m, order->to, order->to_slot, 0);
     if (memcmp(source, flight.before, sizeof flight.before) != 0)
-        fail(m, "the source of a copy has changed before its end");
+        report(m, "the source of a copy has changed before its end");
     for (int i = 0; i < BLOCK_TOKENS; i++)
         if (target[i] != 2)
-            fail(m, "the target of a copy was written meanwhile");
+            report(m, "the target of a copy was written meanwhile");
     bool ok = !m->copies_fail || below(m, 10) != 0;
     if (ok)
         memcpy(target, source, sizeof flight.before);
@@ -263,7 +263,7 @@ static void end_step(struct machine *m, int worker) {
             batch->sampling[sample].seed != job->request.sampling.seed ||
             batch->sample_row[sample] !=
                 batch->sequence[i].first_row + batch->sequence[i].n_rows - 1) {
-            fail(m, "a row that should be sampled is not");
+            report(m, "a row that should be sampled is not");
             return;
         }
         batch->sampled[sample++] = model(job->chain[end - 1]);
@@ -352,18 +352,18 @@ static int collect(struct machine *m, struct totals *totals) {
         totals->failed_requests += given_up;
         if (job->reason == FINISH_ERROR) {
             if (r->reason != FINISH_ERROR || !r->error[0] || r->length != r->n_prompt)
-                fail(m, "a prompt that cannot run was not refused");
+                report(m, "a prompt that cannot run was not refused");
             continue;
         }
         if (given_up && r->copy_failures <= MAX_COPY_FAILURES)
-            fail(m, "a request was given up too early");
+            report(m, "a request was given up too early");
         if (memcmp(r->tokens, job->text, (size_t)r->length * sizeof(int)) != 0)
-            fail(m, "the wrong answer");
+            report(m, "the wrong answer");
         if (job->cancelled) {
             if (!given_up && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
-                fail(m, "a cancelled request ended otherwise");
+                report(m, "a cancelled request ended otherwise");
         } else if (!given_up && (r->reason != job->reason || r->length != job->n_text)) {
-            fail(m, "an answer that ends too early, or for the wrong reason");
+            report(m, "an answer that ends too early, or for the wrong reason");
         }
     }
     return n_live;
@@ -488,18 +488,18 @@ static void drain(struct machine *m, struct totals *totals) {
         int n_live = collect(m, totals);
         quiet_since = n_live > 0 ? round : quiet_since;
         if (++round > MAX_ROUNDS || round - quiet_since > 500)
-            fail(m, n_live > 0 ? "requests that never end" : "copies that never end");
+            report(m, n_live > 0 ? "requests that never end" : "copies that never end");
         if (!active && n_live > 0)
-            fail(m, "requests wait for nothing");
+            report(m, "requests wait for nothing");
     }
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!sched_idle(m->s) || kv_pins(kv) != 0))
-        fail(m, "something is in use after the end");
+        report(m, "something is in use after the end");
     for (int place = 0; place < kv->n_places && !m->broken; place++) {
         int n_cached = kv->places[place].lists[MAIN].length;
         n_cached += kv->places[place].lists[DUPLICATES].length;
         if (kv_used(kv, place) != n_cached || kv_pending(kv, place) > 0)
-            fail(m, "slots in use after the end");
+            report(m, "slots in use after the end");
     }
 }
 
