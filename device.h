@@ -214,111 +214,109 @@ bool device_fits(const struct device *wanted, char *error) {
                 {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
     if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
         return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
-    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++) {
-        if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit) {
+    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
+        if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit)
             return fail(error, "--tp %d: got %d %s, expected a multiple of %d", n, cuts[i].value,
                         cuts[i].name, cuts[i].unit);
-        }
-        return true;
-    }
+    return true;
+}
 
-    static bool head_fits(const struct model_config *config, char *error) {
-        if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
-            config->rope_dim > config->head_dim) {
-            return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
-                        config->head_dim, config->rope_dim, MAX_HEAD_DIM);
-        }
-        return true;
+static bool head_fits(const struct model_config *config, char *error) {
+    if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
+        config->rope_dim > config->head_dim) {
+        return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
+                    config->head_dim, config->rope_dim, MAX_HEAD_DIM);
     }
+    return true;
+}
 
-    /* Rows of n elements: padded, and never 2^n bytes apart, which would alias in the L1 cache. */
-    static size_t stride_of(int n) {
-        size_t stride = round_up((size_t)n, PAD);
-        return stride % 64 ? stride : stride + PAD;
-    }
+/* Rows of n elements: padded, and never 2^n bytes apart, which would alias in the L1 cache. */
+static size_t stride_of(int n) {
+    size_t stride = round_up((size_t)n, PAD);
+    return stride % 64 ? stride : stride + PAD;
+}
 
-    /* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device. What
+/* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device. What
  * is never used takes no memory: options may allow for steps that never come. */
-    static void *zeros(struct cpu_device * device, size_t rows, size_t stride) {
-        assert(device->n_memory < MAX_ACTIVATIONS);
-        size_t bytes = (rows * stride + LANES) * 4 + 64;
-        bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
-        char *memory = fits ? calloc(1, bytes) : NULL;
-        device->memory[device->n_memory++] = memory;
-        return memory ? memory + (-(uintptr_t)memory & 63) : NULL;
-    }
+static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
+    assert(device->n_memory < MAX_ACTIVATIONS);
+    size_t bytes = (rows * stride + LANES) * 4 + 64;
+    bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
+    char *memory = fits ? calloc(1, bytes) : NULL;
+    device->memory[device->n_memory++] = memory;
+    return memory ? memory + (-(uintptr_t)memory & 63) : NULL;
+}
 
-    static void cpu_device_close(struct device * base) {
-        struct cpu_device *device = (struct cpu_device *)base;
-        struct cpu_backend *cpu = device->cpu;
-        for (int stream = 0; stream < N_STREAMS; stream++)
-            copier_drain(&cpu->copier, &device->copies[stream]);
-        if (device->job)
-            pool_give_job(&cpu->pool, device->job);
-        for (int i = 0; i < device->n_memory; i++)
-            free(device->memory[i]);
-        free(device);
-    }
+static void cpu_device_close(struct device *base) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        copier_drain(&cpu->copier, &device->copies[stream]);
+    if (device->job)
+        pool_give_job(&cpu->pool, device->job);
+    for (int i = 0; i < device->n_memory; i++)
+        free(device->memory[i]);
+    free(device);
+}
 
-    static bool allocate_activations(struct cpu_device * device) {
-        const struct model_config *config = device->device.config;
-        size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
-        size_t vocab = (size_t)config->vocab_size;
-        size_t normed = rows > samples ? rows : samples;
-        device->x_stride = stride_of(config->d_model);
-        device->q_stride = stride_of(device->n_heads * config->head_dim);
-        device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
-        device->ffn_stride = stride_of(device->d_ff);
-        device->x = zeros(device, rows, device->x_stride);
-        device->h = zeros(device, normed, device->x_stride);
-        device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
-        device->q = zeros(device, rows, device->q_stride);
-        device->attention = zeros(device, rows, device->q_stride);
-        device->k = zeros(device, rows, device->kv_stride);
-        device->v = zeros(device, rows, device->kv_stride);
-        device->ffn = zeros(device, rows, device->ffn_stride);
-        size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
-        widest = device->ffn_stride > widest ? device->ffn_stride : widest;
-        for (int form = FORM_F32 + 1; form < N_FORMS;
-             form++) { /* a segment may cut a block in two */
-            device->converted_stride[form] =
-                dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
-            device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
-            device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
-        }
-        device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
-        device->logits = zeros(device, samples, vocab);
-        device->scaled = zeros(device, samples, vocab);
-        device->candidates = zeros(device, samples, vocab);
-        device->sampled = zeros(device, samples, 1);
-        device->first_tile = zeros(device, rows + 1, 1);
-        device->scratch = zeros(device, 1, sizeof *device->scratch / 4);
-        for (int i = 0; i < device->n_memory; i++)
-            if (!device->memory[i])
-                return false;
-        return true;
+static bool allocate_activations(struct cpu_device *device) {
+    const struct model_config *config = device->device.config;
+    size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
+    size_t vocab = (size_t)config->vocab_size;
+    size_t normed = rows > samples ? rows : samples;
+    device->x_stride = stride_of(config->d_model);
+    device->q_stride = stride_of(device->n_heads * config->head_dim);
+    device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
+    device->ffn_stride = stride_of(device->d_ff);
+    device->x = zeros(device, rows, device->x_stride);
+    device->h = zeros(device, normed, device->x_stride);
+    device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
+    device->q = zeros(device, rows, device->q_stride);
+    device->attention = zeros(device, rows, device->q_stride);
+    device->k = zeros(device, rows, device->kv_stride);
+    device->v = zeros(device, rows, device->kv_stride);
+    device->ffn = zeros(device, rows, device->ffn_stride);
+    size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
+    widest = device->ffn_stride > widest ? device->ffn_stride : widest;
+    for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
+        device->converted_stride[form] =
+            dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
+        device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
+        device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
     }
+    device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    device->logits = zeros(device, samples, vocab);
+    device->scaled = zeros(device, samples, vocab);
+    device->candidates = zeros(device, samples, vocab);
+    device->sampled = zeros(device, samples, 1);
+    device->first_tile = zeros(device, rows + 1, 1);
+    device->scratch = zeros(device, 1, sizeof *device->scratch / 4);
+    for (int i = 0; i < device->n_memory; i++)
+        if (!device->memory[i])
+            return false;
+    return true;
+}
 
-    static struct device *cpu_device_open(struct backend * backend, const struct device *wanted,
-                                          char *error) {
-        struct cpu_backend *cpu = (struct cpu_backend *)backend;
-        if (!device_fits(wanted, error) || !head_fits(wanted->config, error))
-            return NULL;
-        struct cpu_device *device = calloc(1, sizeof *device);
-        if (device) {
-            device->device = *wanted;
-            device->device.backend = backend;
-            device->cpu = cpu;
-            device->n_heads = wanted->config->n_heads / wanted->n_shards;
-            device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
-            device->d_ff = wanted->config->d_ff / wanted->n_shards;
-            device->job = pool_take_job(&cpu->pool, wanted->urgent);
-            if (device->job && allocate_activations(device))
-                return &device->device;
-            cpu_device_close(&device->device);
-        }
-        (void)fail(error, "no memory for a device of %d rows and %d samples", wanted->max_rows,
-                   wanted->max_samples);
+static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
+                                      char *error) {
+    struct cpu_backend *cpu = (struct cpu_backend *)backend;
+    if (!device_fits(wanted, error) || !head_fits(wanted->config, error))
         return NULL;
+    struct cpu_device *device = calloc(1, sizeof *device);
+    if (device) {
+        device->device = *wanted;
+        device->device.backend = backend;
+        device->cpu = cpu;
+        device->n_heads = wanted->config->n_heads / wanted->n_shards;
+        device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
+        device->d_ff = wanted->config->d_ff / wanted->n_shards;
+        device->job = pool_take_job(&cpu->pool, wanted->urgent);
+        if (device->job && allocate_activations(device))
+            return &device->device;
+        cpu_device_close(&device->device);
     }
+    (void)fail(error, "no memory for a device of %d rows and %d samples", wanted->max_rows,
+               wanted->max_samples);
+    return NULL;
+}
 #endif /* DEVICE_H */
