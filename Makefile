@@ -45,6 +45,7 @@ $(B)/%.o: %.c $(B)/flags
 
 # the assembler's report beside it says what each kernel takes: test/spills.sh reads it
 $(B)/kernels.cuda.o: kernels.cu $(wildcard *.cuh) dynamo.h $(B)/flags
+	@echo 'nvcc compiles the kernels for $(CHIPS), which takes a while (make NVCC= leaves CUDA out)'
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@ 2> $(B)/kernels.cuda.txt || { cat $(B)/kernels.cuda.txt; false; }
 	@grep -E 'warning|error' $(B)/kernels.cuda.txt || true
 
@@ -58,6 +59,10 @@ $(B)/kernels.emu.o: kernels.cu $(B)/flags
 # a test includes what it looks into; the program under test is given by name
 $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(LIBS) -o $@
+
+# looks into dynamo.c, which calls all others
+$(B)/test_engine: test/test_engine.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)/flags
+	$(CC) $(FLAGS) -I. $< $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(LIBS) -o $@
 
 # the same tests of the emulated CUDA backend, and of the real one
 $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/flags

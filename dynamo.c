@@ -1,82 +1,70 @@
 /* dynamo.c: the program. The model's forward pass, one thread per worker, and main.
  *
- * Owns the devices, the clock, the lock and the requests' text. It turns what the scheduler decides
- * into work: a step becomes a forward pass, a copy order becomes copies between the slots'
- * addresses. Refuses to decide: which request, which worker and which block stand in scheduler.c
- * and kvcache.c.
+ * Owns the devices, the clock and the lock. It turns what the scheduler decides into work: a step
+ * becomes a forward pass, a copy order becomes copies between the slots' addresses. Refuses to
+ * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
+ * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), one that waits for Ctrl-C, and main, which submits
- * requests and shows their text. All that they share is the scheduler, under engine.lock; nothing
- * is computed, copied, printed or waited for while it is held.
+ * Threads: one per worker (worker_main), and whoever called engine_open, who submits requests and
+ * follows them. All that they share is the scheduler, under engine.lock; nothing is computed,
+ * copied, printed or waited for while it is held.
  *
  * Read `forward` first: it is the whole model. Then worker_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
  * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
 #define _GNU_SOURCE
-#define GGUF_IMPLEMENTATION
-#define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
-#define TOKENIZER_IMPLEMENTATION
-#define JSON_IMPLEMENTATION
-#define CLI_IMPLEMENTATION
-#define REQUESTS_IMPLEMENTATION
-#define TEMPLATE_IMPLEMENTATION
-#define ANSWERS_IMPLEMENTATION
-#define PACE_IMPLEMENTATION
-#define STATS_IMPLEMENTATION
-#define EDITOR_IMPLEMENTATION
-#define CHAT_IMPLEMENTATION
-#define EVALUATE_IMPLEMENTATION
-#define ENGINE_IMPLEMENTATION
-#include "app/terminal.h"
-#include "app/chat.h"
-#include "lib/cli.h"
 #include "dynamo.h"
-#include "app/editor.h"
-#include "engine.h"
-#include "app/evaluate.h"
-#include "lib/gguf.h"
-#include "lib/json.h"
-#include "lib/requests.h"
-#include "lib/source.h"
-#include "app/stats.h"
-#include "lib/template.h"
-#include "lib/tokenizer.h"
 
 #include <assert.h>
-#include <errno.h>
-#include <fcntl.h>
+#include <inttypes.h>
 #include <math.h>
 #include <pthread.h>
-#include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 enum {
-    EXIT_FILE = 1,
-    EXIT_USAGE = 2,
-    EXIT_REQUESTS = 3,
-    COPY_POLL_NS = 50000 /* an idle worker looks after its copies so often */
+    COPY_POLL_NS = 50000, /* an idle worker looks after its copies so often */
+    LOST_SHOWN = 32,      /* requests that a fault names */
+    CACHED_ANSWERS = 2,   /* device KV by default: so many full contexts for each running request */
+    HOST_FACTOR = 4       /* host KV by default: so many times that */
 };
 
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
+/* A block on its way: one piece for each pair of shards that share heads. */
+struct transfer {
+    struct kv_copy_order order;
+    int n_pieces;
+    struct {
+        struct device *device;
+        enum stream stream;
+        uint64_t ticket;
+    } pieces[2 * MAX_SHARDS];
+};
 
-static void complain(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    (void)fputs("dynamo: ", stderr);
-    (void)vfprintf(stderr, format, arguments);
-    (void)fputc('\n', stderr);
-    va_end(arguments);
-}
+struct worker { /* a group of devices that hold one copy of the model between them */
+    struct engine *engine;
+    int index;
+    struct device *shards[MAX_SHARDS];
+    const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* of each shard (n_layers): see backend */
+    struct transfer *transfers; /* (n_transfers, capacity of all the slots a copy could fill) */
+    int n_transfers;
+    pthread_t thread;
+};
+
+struct engine {
+    struct engine_config config;
+    float *rope_frequency; /* (rope_dim / 2) */
+    struct worker workers[MAX_WORKERS];
+    char *host_kv; /* pinned (host_blocks, block_bytes of all heads) */
+    struct sched *sched;
+    struct model_cost cost;
+    struct pace prefill, decode; /* under the lock */
+    pthread_mutex_t lock;
+    pthread_cond_t work, news; /* something to do for workers; something to show for callers */
+    int n_started;             /* workers whose threads run */
+    bool stopping;
+};
 
 /* ---- the model ---- */
 
@@ -84,8 +72,9 @@ static void complain(const char *format, ...) {
  * wanted, (n_samples, vocab_size). Every op is given to each shard in turn; the shards work side by
  * side where the backend can. */
 static void forward(struct worker *worker, const struct batch *batch, int *sampled, float *logits) {
-    const struct backend *backend = worker->engine->backend;
-    int n_layers = worker->engine->model.config.n_layers, n_shards = worker->n_shards;
+    const struct backend *backend = worker->engine->config.backend;
+    int n_layers = worker->engine->config.model->config.n_layers;
+    int n_shards = worker->engine->config.n_shards;
     struct device **shards = worker->shards;
     bool record = true;
     for (int s = 0; s < n_shards; s++)
@@ -120,6 +109,55 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
         backend->step_end(shards[s], s == 0 ? sampled : NULL);
 }
 
+/* ---- what a step costs ---- */
+
+struct model_cost model_cost(const struct model *model) {
+    struct model_cost cost = {0};
+    for (int i = 0; i < N_MODEL_TENSORS; i++) {
+        const struct model_tensor *kind = &model_tensors[i];
+        if (!kind->layered || kind->role == NO_ROLE || kind->rows == DIM_ONE)
+            continue;
+        for (int layer = 0; layer < model->config.n_layers; layer++) {
+            const struct tensor *tensor = model->layers[layer][kind->role];
+            cost.bytes += tensor ? (double)tensor->bytes : 0;
+            cost.row_weights += tensor ? (double)tensor->rows * (double)tensor->cols : 0;
+        }
+    }
+    const struct tensor *output = model->layers[0][OUTPUT];
+    cost.bytes += (double)output->bytes;
+    cost.sample_weights = (double)output->rows * (double)output->cols;
+    return cost;
+}
+
+void step_work(const struct model_cost *cost, const struct model_config *config,
+               enum kv_type kv_type, const struct batch *batch, double *bytes, double *operations) {
+    double seen = 0; /* tokens that rows attend to */
+    for (int i = 0; i < batch->n_rows; i++)
+        seen += batch->position[i] + 1;
+    *bytes = cost->bytes + (double)batch->n_blocks * (double)block_bytes(config, 1, kv_type);
+    *operations =
+        2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
+        4 * seen * config->n_layers * config->n_heads * config->head_dim;
+}
+
+/* A step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed
+ * for itself, and one with rows of both kinds not at all. */
+static void count_pace(struct engine *engine, const struct batch *batch, double seconds) {
+    int n_generated = 0;
+    for (int i = 0; i < batch->n_sequences; i++)
+        n_generated += batch->sequence[i].generated;
+    if (batch->n_rows == 0 || (n_generated > 0 && n_generated < batch->n_sequences))
+        return;
+    struct pace *sum = n_generated > 0 ? &engine->decode : &engine->prefill;
+    double bytes, operations;
+    step_work(&engine->cost, &engine->config.model->config, engine->config.kv_type, batch, &bytes,
+              &operations);
+    sum->tokens += batch->n_rows;
+    sum->seconds += seconds;
+    sum->bytes += bytes;
+    sum->operations += operations;
+}
+
 /* ---- copies ---- */
 
 /* Where the heads of one shard's part of a block lie; the host is one shard with all heads. */
@@ -128,53 +166,60 @@ struct block_part {
     int first_head, n_heads;
 };
 
+static int shards_of(const struct engine *engine, int place) {
+    return place == engine->config.n_workers ? 1 : engine->config.n_shards;
+}
+
 static struct block_part block_part(const struct engine *engine, int place, int slot, int shard) {
-    const struct model_config *config = &engine->model.config;
-    bool host = place == engine->n_workers;
-    int n_shards = host ? 1 : engine->workers[place].n_shards;
+    const struct model_config *config = &engine->config.model->config;
+    bool host = place == engine->config.n_workers;
+    int n_shards = shards_of(engine, place), n_heads = config->n_kv_heads / n_shards;
     char *base = host ? engine->host_kv : engine->workers[place].shards[shard]->kv;
-    int n_heads = config->n_kv_heads / n_shards;
-    size_t bytes = block_bytes(config, n_shards, engine->kv_type);
+    size_t bytes = block_bytes(config, n_shards, engine->config.kv_type);
     return (struct block_part){base + (size_t)slot * bytes, shard * n_heads, n_heads};
 }
 
-static int shards_of(const struct engine *engine, int place) {
-    return place == engine->n_workers ? 1 : engine->workers[place].n_shards;
+/* The heads that two parts of a block both hold, of all layers. False: they share none. */
+static bool shared_heads(const struct engine *engine, struct block_part from, struct block_part to,
+                         struct copy2d *copy) {
+    const struct model_config *config = &engine->config.model->config;
+    size_t head_bytes =
+        (size_t)BLOCK_TOKENS * (size_t)config->head_dim * kv_element_bytes(engine->config.kv_type);
+    int first = to.first_head > from.first_head ? to.first_head : from.first_head;
+    int to_end = to.first_head + to.n_heads, from_end = from.first_head + from.n_heads;
+    int end = to_end < from_end ? to_end : from_end;
+    if (first >= end)
+        return false;
+    *copy = (struct copy2d){.to = to.address + (size_t)(first - to.first_head) * head_bytes,
+                            .from = from.address + (size_t)(first - from.first_head) * head_bytes,
+                            .to_pitch = (size_t)to.n_heads * head_bytes,
+                            .from_pitch = (size_t)from.n_heads * head_bytes,
+                            .width = (size_t)(end - first) * head_bytes,
+                            .height = (size_t)config->n_layers * 2};
+    return true;
 }
 
 /* Starts the copies that an order asks for: every pair of shards copies the heads both hold. */
 static void copy_block(struct worker *worker, const struct kv_copy_order *order) {
     const struct engine *engine = worker->engine;
-    const struct model_config *config = &engine->model.config;
-    size_t head_bytes =
-        (size_t)BLOCK_TOKENS * (size_t)config->head_dim * kv_element_bytes(engine->kv_type);
-    bool out = order->to == engine->n_workers;
-    enum stream stream = out                                ? STREAM_PAGE_OUT
-                         : order->from == engine->n_workers ? STREAM_PAGE_IN
-                                                            : STREAM_TRANSFER;
+    bool out = order->to == engine->config.n_workers;
+    enum stream stream = out                                       ? STREAM_PAGE_OUT
+                         : order->from == engine->config.n_workers ? STREAM_PAGE_IN
+                                                                   : STREAM_TRANSFER;
     struct transfer *transfer = &worker->transfers[worker->n_transfers++];
     *transfer = (struct transfer){.order = *order};
     for (int t = 0; t < shards_of(engine, order->to); t++) {
         struct block_part to = block_part(engine, order->to, order->to_slot, t);
         for (int f = 0; f < shards_of(engine, order->from); f++) {
             struct block_part from = block_part(engine, order->from, order->from_slot, f);
-            int first = to.first_head > from.first_head ? to.first_head : from.first_head;
-            int to_end = to.first_head + to.n_heads, from_end = from.first_head + from.n_heads;
-            int end = to_end < from_end ? to_end : from_end;
-            if (first >= end)
+            struct copy2d copy;
+            if (!shared_heads(engine, from, to, &copy))
                 continue;
-            struct copy2d copy = {.to = to.address + (size_t)(first - to.first_head) * head_bytes,
-                                  .from =
-                                      from.address + (size_t)(first - from.first_head) * head_bytes,
-                                  .to_pitch = (size_t)to.n_heads * head_bytes,
-                                  .from_pitch = (size_t)from.n_heads * head_bytes,
-                                  .width = (size_t)(end - first) * head_bytes,
-                                  .height = (size_t)config->n_layers * 2};
             struct device *device = worker->shards[out ? f : t];
             int piece = transfer->n_pieces++;
             transfer->pieces[piece].device = device;
             transfer->pieces[piece].stream = stream;
-            transfer->pieces[piece].ticket = engine->backend->copy(device, stream, &copy);
+            transfer->pieces[piece].ticket = engine->config.backend->copy(device, stream, &copy);
         }
     }
 }
@@ -187,15 +232,15 @@ static bool collect_copies(struct worker *worker) {
         struct transfer *transfer = &worker->transfers[i];
         bool done = true;
         for (int p = 0; p < transfer->n_pieces; p++) {
-            done = done && engine->backend->copy_done(transfer->pieces[p].device,
-                                                      transfer->pieces[p].stream,
-                                                      transfer->pieces[p].ticket);
+            done = done && engine->config.backend->copy_done(transfer->pieces[p].device,
+                                                             transfer->pieces[p].stream,
+                                                             transfer->pieces[p].ticket);
         }
         if (!done) {
             i++;
             continue;
         }
-        sched_copied(engine->sched, &transfer->order, true, now());
+        sched_copied(engine->sched, &transfer->order, true, engine_now());
         *transfer = worker->transfers[--worker->n_transfers];
         any = true;
     }
@@ -205,21 +250,23 @@ static bool collect_copies(struct worker *worker) {
 /* ---- workers ---- */
 
 static void show_step(const struct worker *worker, const struct step *step) {
+    bool prefills = worker->engine->config.workers[worker->index].prefills;
+    bool decodes = worker->engine->config.workers[worker->index].decodes;
     (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests, %d copies started\n",
-                  worker->index, worker->prefills ? "prefill" : "",
-                  worker->prefills && worker->decodes ? "+" : "", worker->decodes ? "decode" : "",
-                  step->batch.n_rows, step->batch.n_sequences, step->n_copies);
+                  worker->index, prefills ? "prefill" : "", prefills && decodes ? "+" : "",
+                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences,
+                  step->n_copies);
 }
 
 /* Returns the seconds that it computed for. */
 static double do_step(struct worker *worker, struct step *step) {
     for (int i = 0; i < step->n_copies; i++)
         copy_block(worker, &step->copies[i]);
-    double start = now();
+    double start = engine_now();
     if (step->batch.n_rows > 0)
         forward(worker, &step->batch, step->batch.sampled, NULL);
-    double seconds = now() - start;
-    if (worker->engine->options->verbose)
+    double seconds = engine_now() - start;
+    if (worker->engine->config.verbose)
         show_step(worker, step);
     return seconds;
 }
@@ -230,7 +277,7 @@ static bool concerns_others(const struct worker *worker, int64_t n_finished) {
     const struct engine *engine = worker->engine;
     if (sched_stats(engine->sched).finished != n_finished)
         return true;
-    for (int i = 0; i < engine->n_workers; i++)
+    for (int i = 0; i < engine->config.n_workers; i++)
         if (i != worker->index && kv_pending(sched_kv(engine->sched), i) > 0)
             return true;
     return false;
@@ -250,6 +297,11 @@ static void wait_for_work(struct worker *worker) {
     (void)pthread_cond_timedwait(&engine->work, &engine->lock, &until);
 }
 
+static void wake_all(struct engine *engine) {
+    pthread_cond_broadcast(&engine->work);
+    pthread_cond_broadcast(&engine->news);
+}
+
 static void *worker_main(void *argument) {
     struct worker *worker = argument;
     struct engine *engine = worker->engine;
@@ -257,11 +309,9 @@ static void *worker_main(void *argument) {
     while (!engine->stopping) {
         bool changed = collect_copies(worker);
         int64_t n_finished = sched_stats(engine->sched).finished;
-        struct step *step = sched_next(engine->sched, worker->index, now());
-        if (concerns_others(worker, n_finished) || changed) {
-            pthread_cond_broadcast(&engine->work);
-            pthread_cond_broadcast(&engine->news);
-        }
+        struct step *step = sched_next(engine->sched, worker->index, engine_now());
+        if (concerns_others(worker, n_finished) || changed)
+            wake_all(engine);
         if (!step) {
             wait_for_work(worker);
             continue;
@@ -269,10 +319,9 @@ static void *worker_main(void *argument) {
         pthread_mutex_unlock(&engine->lock);
         double seconds = do_step(worker, step);
         pthread_mutex_lock(&engine->lock);
-        pace_count(&engine->pace, &step->batch, seconds);
-        sched_done(engine->sched, worker->index, step, now());
-        pthread_cond_broadcast(&engine->work);
-        pthread_cond_broadcast(&engine->news);
+        count_pace(engine, &step->batch, seconds);
+        sched_done(engine->sched, worker->index, step, engine_now());
+        wake_all(engine);
     }
     while (worker->n_transfers > 0) /* their memory must not go before they are done */
         (void)collect_copies(worker);
@@ -280,11 +329,293 @@ static void *worker_main(void *argument) {
     return NULL;
 }
 
-/* ---- every row's logits, without the scheduler ---- */
+/* ---- opening: weights ---- */
 
-/* Runs tokens[start, start + n) of a text through worker 0, which its first blocks hold. */
-static void run_rows(void *argument, const int *tokens, int start, int n, float *logits) {
-    struct engine *engine = argument;
+/* Uploads all that the forward pass needs of one shard, as the table of tensors says. rope_freqs is
+ * not uploaded: what is made of it stands in the engine. */
+static bool load_weights(const struct engine *engine, struct device *device,
+                         const struct weight *(*to)[N_ROLES], char *error) {
+    const struct model *model = engine->config.model;
+    int n_layers = model->config.n_layers;
+    for (int layer = 0; layer < n_layers; layer++) {
+        if (engine->config.progress)
+            engine->config.progress(layer, n_layers);
+        for (int i = 0; i < N_MODEL_TENSORS; i++) {
+            int role = model_tensors[i].role;
+            const struct tensor *tensor = role == NO_ROLE ? NULL : model->layers[layer][role];
+            if (!tensor || role == ROPE_FREQS)
+                continue;
+            struct slice slice = {model_tensors[i].slice, device->rank, device->n_shards};
+            to[layer][role] = engine->config.backend->upload(device, tensor, slice, error);
+            if (!to[layer][role])
+                return false;
+            gguf_release(tensor); /* the backend has a copy */
+        }
+    }
+    if (engine->config.progress)
+        engine->config.progress(n_layers, n_layers);
+    return true;
+}
+
+static float *rope_frequencies(const struct model *model) {
+    int n = model->config.rope_dim / 2;
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
+    float *frequency = malloc((size_t)n * sizeof *frequency);
+    for (int i = 0; i < n && frequency; i++) {
+        double exponent = -2.0 * i / model->config.rope_dim;
+        float divisor = 1;
+        if (divisors)
+            memcpy(&divisor, (const char *)divisors->data + 4 * (size_t)i, 4);
+        frequency[i] = (float)(pow(model->config.rope_theta, exponent) / divisor);
+    }
+    return frequency;
+}
+
+/* Opens one worker's devices, and puts its shards of the model on them. */
+static bool open_worker(struct engine *engine, int index, char *error) {
+    const struct engine_config *config = &engine->config;
+    struct worker *worker = &engine->workers[index];
+    worker->engine = engine;
+    worker->index = index;
+    for (int s = 0; s < config->n_shards; s++) {
+        struct device wanted = {.backend = config->backend,
+                                .config = &config->model->config,
+                                .rope_frequency = engine->rope_frequency,
+                                .index = config->workers[index].devices[s],
+                                .rank = s,
+                                .n_shards = config->n_shards,
+                                .urgent = config->workers[index].decodes,
+                                .max_rows = config->max_batch + config->chunk,
+                                .max_samples = config->max_batch + config->chunk,
+                                .kv_type = config->kv_type};
+        worker->shards[s] = config->backend->device_open(config->backend, &wanted, error);
+        worker->layers[s] =
+            calloc((size_t)config->model->config.n_layers, sizeof *worker->layers[s]);
+        if (!worker->shards[s] || !worker->layers[s] ||
+            !load_weights(engine, worker->shards[s], worker->layers[s], error))
+            return false;
+    }
+    return true;
+}
+
+/* ---- opening: both tiers of KV blocks ---- */
+
+/* How many devices share the memory of one: those on its GPU, or, of the CPU, all. */
+static int count_sharing(const struct engine *engine, const struct device *device) {
+    int n = 0, n_shards = engine->config.n_shards;
+    for (int i = 0; i < engine->config.n_workers * n_shards; i++)
+        n += engine->config.backend->n_gpus == 0 ||
+             engine->workers[i / n_shards].shards[i % n_shards]->index == device->index;
+    return n;
+}
+
+/* Blocks that each device can hold at most, if nine tenths of what is free there are taken. */
+static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
+    const struct backend *backend = engine->config.backend;
+    int n_shards = engine->config.n_shards;
+    size_t bytes = block_bytes(&engine->config.model->config, n_shards, engine->config.kv_type);
+    int64_t most = INT32_MAX;
+    for (int i = 0; i < engine->config.n_workers * n_shards; i++) {
+        struct device *device = engine->workers[i / n_shards].shards[i % n_shards];
+        size_t left = backend->free_memory(device, false) / 10 * 9;
+        size_t taken = backend->n_gpus > 0 ? 0 : taken_on_host;
+        left = left > taken ? left - taken : 0;
+        int64_t blocks = (int64_t)(left / bytes) / count_sharing(engine, device);
+        most = blocks < most ? blocks : most;
+    }
+    return most;
+}
+
+static int fewer(int64_t wanted, int64_t most) { /* blocks; slots are numbered by ints */
+    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
+    return (int)(n < limit ? n : limit);
+}
+
+/* Chooses how many blocks each tier holds, where nobody said it: full contexts for all that can
+ * run, and never more than the machine has free. */
+static bool size_tiers(struct engine *engine, char *error) {
+    struct engine_config *config = &engine->config;
+    const struct model_config *model = &config->model->config;
+    size_t shard_bytes = block_bytes(model, config->n_shards, config->kv_type);
+    size_t all_bytes = block_bytes(model, 1, config->kv_type);
+    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * blocks_of(model->context_length);
+    size_t pinnable = config->backend->free_memory(engine->workers[0].shards[0], true);
+    if (config->host_blocks < 0)
+        config->host_blocks = fewer(wanted * HOST_FACTOR, (int64_t)(pinnable / 4 / all_bytes));
+    if (config->device_blocks < 0)
+        config->device_blocks =
+            fewer(wanted, most_blocks(engine, all_bytes * (size_t)config->host_blocks));
+    if (config->device_blocks < 1)
+        return fail(error,
+                    "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
+                    shard_bytes);
+    return true;
+}
+
+static bool open_tiers(struct engine *engine, char *error) {
+    const struct engine_config *config = &engine->config;
+    const struct backend *backend = config->backend;
+    const struct model_config *model = &config->model->config;
+    size_t n_device = (size_t)config->device_blocks, n_host = (size_t)config->host_blocks;
+    bool ok = true;
+    for (int i = 0; i < config->n_workers; i++) {
+        struct worker *worker = &engine->workers[i];
+        for (int s = 0; s < config->n_shards; s++) {
+            size_t bytes = n_device * block_bytes(model, config->n_shards, config->kv_type);
+            worker->shards[s]->kv = backend->alloc(worker->shards[s], bytes, false);
+            ok = ok && worker->shards[s]->kv;
+        }
+        worker->transfers = calloc(n_device + n_host, sizeof *worker->transfers);
+        ok = ok && worker->transfers;
+    }
+    if (n_host > 0) {
+        size_t bytes = n_host * block_bytes(model, 1, config->kv_type);
+        engine->host_kv = backend->alloc(engine->workers[0].shards[0], bytes, true);
+        ok = ok && engine->host_kv;
+    }
+    return ok ||
+           fail(error,
+                "no memory for %d KV blocks on each of %d devices and %d on the host; lower "
+                "--kv-device or --kv-host",
+                config->device_blocks, config->n_workers * config->n_shards, config->host_blocks);
+}
+
+static bool open_sched(struct engine *engine) {
+    const struct engine_config *config = &engine->config;
+    struct sched_config sched = {.kv = {.n_workers = config->n_workers,
+                                        .host_blocks = config->host_blocks,
+                                        .policy = config->policy},
+                                 .max_batch = config->max_batch,
+                                 .chunk = config->chunk,
+                                 .context_length = config->model->config.context_length,
+                                 .vocab_size = config->model->config.vocab_size,
+                                 .ends_text = config->ends_text};
+    for (int i = 0; i < config->n_workers; i++) {
+        sched.kv.device_blocks[i] = config->device_blocks;
+        sched.prefills[i] = config->workers[i].prefills;
+        sched.decodes[i] = config->workers[i].decodes;
+    }
+    engine->sched = sched_create(&sched);
+    return engine->sched != NULL;
+}
+
+/* ---- the engine ---- */
+
+struct engine *engine_open(const struct engine_config *config, char *error) {
+    (void)fail(error, "out of memory");
+    struct engine *engine = calloc(1, sizeof *engine);
+    if (!engine)
+        return NULL;
+    engine->config = *config;
+    engine->cost = model_cost(config->model);
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_cond_init(&engine->work, NULL);
+    pthread_cond_init(&engine->news, NULL);
+    engine->rope_frequency = rope_frequencies(config->model);
+    bool ok = engine->rope_frequency;
+    for (int i = 0; i < config->n_workers && ok; i++)
+        ok = open_worker(engine, i, error);
+    if (ok && size_tiers(engine, error) && open_tiers(engine, error) && open_sched(engine))
+        return engine;
+    engine_close(engine);
+    return NULL;
+}
+
+bool engine_start(struct engine *engine) {
+    for (bool ok = true; ok && engine->n_started < engine->config.n_workers;) {
+        struct worker *worker = &engine->workers[engine->n_started];
+        ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
+        engine->n_started += ok;
+    }
+    return engine->n_started == engine->config.n_workers;
+}
+
+static void close_worker(const struct engine *engine, struct worker *worker) {
+    const struct backend *backend = engine->config.backend;
+    for (int s = 0; s < engine->config.n_shards; s++) {
+        free(worker->layers[s]);
+        if (worker->shards[s]) {
+            backend->release(worker->shards[s], worker->shards[s]->kv, false);
+            backend->device_close(worker->shards[s]);
+        }
+    }
+    free(worker->transfers);
+}
+
+void engine_close(struct engine *engine) {
+    if (!engine)
+        return;
+    engine_lock(engine);
+    engine->stopping = true;
+    engine_wake(engine);
+    engine_unlock(engine);
+    for (int i = 0; i < engine->n_started; i++)
+        pthread_join(engine->workers[i].thread, NULL);
+    sched_destroy(engine->sched);
+    if (engine->host_kv)
+        engine->config.backend->release(engine->workers[0].shards[0], engine->host_kv, true);
+    for (int i = 0; i < engine->config.n_workers; i++)
+        close_worker(engine, &engine->workers[i]);
+    free(engine->rope_frequency);
+    pthread_cond_destroy(&engine->news);
+    pthread_cond_destroy(&engine->work);
+    pthread_mutex_destroy(&engine->lock);
+    free(engine);
+}
+
+const struct engine_config *engine_config_of(const struct engine *engine) {
+    return &engine->config;
+}
+
+void engine_lock(struct engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+}
+
+void engine_unlock(struct engine *engine) {
+    pthread_mutex_unlock(&engine->lock);
+}
+
+struct sched *engine_sched(struct engine *engine) {
+    return engine->sched;
+}
+
+void engine_wait(struct engine *engine) {
+    pthread_cond_wait(&engine->news, &engine->lock);
+}
+
+void engine_wake(struct engine *engine) {
+    wake_all(engine);
+}
+
+double engine_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+struct engine_stats engine_stats(struct engine *engine) {
+    engine_lock(engine);
+    const struct kv *kv = sched_kv(engine->sched);
+    struct engine_stats stats = {.sched = sched_stats(engine->sched),
+                                 .kv = kv_stats(kv),
+                                 .prefill = engine->prefill,
+                                 .decode = engine->decode,
+                                 .host_used = kv_used(kv, engine->config.n_workers)};
+    for (int i = 0; i < engine->config.n_workers; i++)
+        stats.device_used += kv_used(kv, i);
+    engine_unlock(engine);
+    return stats;
+}
+
+void engine_limits(struct engine *engine, double *read, double *ops) {
+    const struct engine_config *config = &engine->config;
+    *read = *ops = 0;
+    if (config->backend->limits) /* a backend need not know */
+        config->backend->limits(engine->workers[0].shards, config->n_shards,
+                                config->model->layers[0][FFN_GATE]->type, read, ops);
+}
+
+void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {
     int n_blocks = blocks_of(start + n);
     int *numbers = calloc(5 * (size_t)n + (size_t)n_blocks, sizeof *numbers);
     struct sampling *greedy = calloc((size_t)n, sizeof *greedy);
@@ -307,213 +638,54 @@ static void run_rows(void *argument, const int *tokens, int start, int n, float 
         batch.position[i] = start + i;
         batch.sample_row[i] = i;
     }
-    for (int i = 0; i < n_blocks; i++)
+    for (int i = 0; i < n_blocks; i++) /* the first of the worker: nobody else uses them */
         batch.block_table[i] = i;
     forward(&engine->workers[0], &batch, batch.sampled, logits);
     free(greedy);
     free(numbers);
 }
 
-/* ---- main ---- */
-
-/* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
- * finds the terminal as it was. */
-static void *interrupt_main(void *argument) {
-    struct engine *engine = argument;
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGHUP);
-    for (;;) {
-        int number;
-        (void)sigwait(&signals, &number);
-        pthread_mutex_lock(&engine->lock);
-        if (number != SIGINT || engine->activity != ANSWERING) {
-            editor_restore();
-            _exit(128 + number);
-        }
-        engine->activity = INTERRUPTED;
-        pthread_cond_broadcast(&engine->news);
-        pthread_mutex_unlock(&engine->lock);
-    }
-    return NULL;
+/* The thread of the fault may hold the lock, or another's may. */
+void engine_tell_lost(struct engine *engine) {
+    int64_t ids[LOST_SHOWN];
+    (void)pthread_mutex_trylock(&engine->lock);
+    int n = engine->sched ? sched_unfinished(engine->sched, ids, LOST_SHOWN) : 0;
+    if (n > 0)
+        (void)fprintf(stderr, "dynamo: %d request%s lost:", n, n == 1 ? " is" : "s are");
+    for (int i = 0; i < n && i < LOST_SHOWN; i++)
+        (void)fprintf(stderr, " %" PRId64, ids[i]);
+    if (n > 0)
+        (void)fputs(n > LOST_SHOWN ? " …\n" : "\n", stderr);
 }
 
-/* A conversation at the terminal; or all of a piped stdin as one prompt. */
-static int run_stdin(struct answers *answers, struct options *options) {
-    char error[ERROR_LENGTH];
-    if (isatty(STDIN_FILENO)) {
-        struct chat chat = {.answers = answers, .options = options};
-        answers->converses = true;
-        chat_run(&chat);
-        answers_forget(answers);
-        return 0;
-    }
-    struct request_spec spec = options->request;
-    spec.prompt = cli_read_file("-", &spec.prompt_length, error);
-    if (!spec.prompt) {
-        complain("%s", error);
-        return EXIT_FILE;
-    }
-    int n_failed = answers_run(answers, &spec, 1);
-    free(spec.prompt);
-    return n_failed > 0 ? EXIT_REQUESTS : 0;
-}
+/* ---- main: the code of the headers that stand around the engine is compiled here ---- */
 
-static int run_requests(struct engine *engine, struct answers *answers) {
-    struct options *o = engine->options;
-    char error[ERROR_LENGTH];
-    int status = 0;
-    if (o->file) {
-        struct requests requests;
-        if (!requests_read(&requests, o, error)) {
-            complain("%s", error);
-            return EXIT_FILE;
-        }
-        status = answers_run(answers, requests.specs, requests.n) > 0 ? EXIT_REQUESTS : 0;
-        requests_free(&requests);
-    } else if (o->request.prompt || o->request.ids) {
-        status = answers_run(answers, &o->request, 1) > 0 ? EXIT_REQUESTS : 0;
-    } else {
-        status = run_stdin(answers, o);
-    }
-    if (status == EXIT_FILE)
-        return status;
-    if (o->stats)
-        stats_print(answers);
-    else if (!o->json)
-        stats_summary(answers);
-    return status;
-}
+#define GGUF_IMPLEMENTATION
+#define MODEL_IMPLEMENTATION
+#define SOURCE_IMPLEMENTATION
+#define TOKENIZER_IMPLEMENTATION
+#define TEMPLATE_IMPLEMENTATION
+#define JSON_IMPLEMENTATION
+#define CLI_IMPLEMENTATION
+#include "lib/cli.h"
+#include "lib/gguf.h"
+#include "lib/json.h"
+#include "lib/model.h"
+#include "lib/source.h"
+#include "lib/template.h"
+#include "lib/tokenizer.h"
 
-static int serve(struct engine *engine, struct answers *answers) {
-    int n_started = 0, status = EXIT_FILE;
-    bool ok = true;
-    for (; ok && n_started < engine->n_workers; n_started += ok) {
-        struct worker *worker = &engine->workers[n_started];
-        ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
-    }
-    if (ok)
-        status = run_requests(engine, answers);
-    else
-        complain("cannot start threads");
-    pthread_mutex_lock(&engine->lock);
-    engine->stopping = true;
-    pthread_cond_broadcast(&engine->work);
-    pthread_mutex_unlock(&engine->lock);
-    for (int i = 0; i < n_started; i++)
-        pthread_join(engine->workers[i].thread, NULL);
-    return status;
-}
-
-/* Signals are for interrupt_main alone; a closed stdout is an error of fflush, not a death. Before
- * any other thread is started, so that none of them takes one. */
-static bool watch_signals(struct engine *engine) {
-    sigset_t signals;
-    pthread_t interrupts;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGHUP);
-    sigaddset(&signals, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    return pthread_mutex_init(&engine->lock, NULL) == 0 &&
-           pthread_cond_init(&engine->work, NULL) == 0 &&
-           pthread_cond_init(&engine->news, NULL) == 0 &&
-           pthread_create(&interrupts, NULL, interrupt_main, engine) == 0 &&
-           pthread_detach(interrupts) == 0;
-}
-
-/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
-static bool choose_template(const struct engine *engine, struct answers *answers) {
-    const struct options *o = engine->options;
-    char note[ERROR_LENGTH] = "";
-    bool asked = o->template > TEMPLATE_AUTO;
-    answers->template = TEMPLATE_NONE;
-    if (o->logits || o->perplexity || !engine->tokenizer)
-        return true;
-    answers->template = asked ? (enum template_kind)o->template
-                              : template_of(engine->file, engine->tokenizer, note);
-    bool fits = !asked || template_fits(answers->template, engine->tokenizer, note);
-    if (*note)
-        complain("%s: %s", o->model, note);
-    return fits;
-}
-
-static int run_model(struct options *options) {
-    struct engine *engine = calloc(1, sizeof *engine);
-    if (!engine || !watch_signals(engine)) {
-        complain("out of memory, or of threads");
-        return EXIT_FILE;
-    }
-    if (!cli_given(options->given, "--seed"))
-        options->request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    int status = EXIT_FILE;
-    char error[ERROR_LENGTH];
-    if (!engine_open(engine, options, error)) {
-        complain("%s", error);
-    } else {
-        struct answers answers = {.options = options,
-                                  .tokenizer = engine->tokenizer,
-                                  .no_tokenizer = engine->no_tokenizer,
-                                  .vocab_size = engine->model.config.vocab_size,
-                                  .n_workers = engine->n_workers,
-                                  .device_blocks = engine->device_blocks,
-                                  .host_blocks = engine->host_blocks,
-                                  .backend = engine->backend,
-                                  .shards = engine->workers[0].shards,
-                                  .n_shards = engine->workers[0].n_shards,
-                                  .pace = &engine->pace,
-                                  .sched = engine->sched,
-                                  .lock = &engine->lock,
-                                  .work = &engine->work,
-                                  .news = &engine->news,
-                                  .activity = &engine->activity,
-                                  .now = now};
-        struct evaluation evaluation = {&answers, run_rows, engine, engine->chunk,
-                                        sched_max_length(engine->sched)};
-        if (!choose_template(engine, &answers))
-            status = EXIT_USAGE;
-        else if (options->logits)
-            status = evaluate_logits(&evaluation, options->logits);
-        else if (options->perplexity)
-            status = evaluate_perplexity(&evaluation, options->perplexity);
-        else
-            status = serve(engine, &answers);
-    }
-    engine_close(engine);
-    return status;
-}
-
-/* A stream that the caller closed stays so: else the next file would get its number, and what is
- * meant for stderr. Opened the wrong way round, it fails with the same error. */
-static void hold_closed_streams(void) {
-    for (int number = 0; number < 3; number++)
-        if (fcntl(number, F_GETFD) < 0)
-            (void)open("/dev/null", number == STDIN_FILENO ? O_WRONLY : O_RDONLY);
-}
+#define ANSWERS_IMPLEMENTATION
+#define TERMINAL_IMPLEMENTATION
+#define STATS_IMPLEMENTATION
+#define EVALUATE_IMPLEMENTATION
+#define RUN_IMPLEMENTATION
+#include "app/answers.h"
+#include "app/evaluate.h"
+#include "app/run.h"
+#include "app/stats.h"
+#include "app/terminal.h"
 
 int main(int argc, char **argv) {
-    struct options options;
-    char error[ERROR_LENGTH];
-    int status = 0;
-    hold_closed_streams();
-    if (!cli_parse(&options, argc, argv, error)) {
-        complain("%s", error);
-        status = EXIT_USAGE;
-    } else if (options.help)
-        cli_help(stdout);
-    else if (options.version)
-        printf("dynamo %s\n", CLI_VERSION);
-    else if (options.tokenize)
-        status = evaluate_tokenize(&options, options.tokenize);
-    else
-        status = run_model(&options);
-    cli_free(&options);
-    if (fflush(stdout) != 0 || ferror(stdout)) {
-        complain("stdout: %s", strerror(errno));
-        status = EXIT_FILE;
-    }
-    return status;
+    return run_program(argc, argv);
 }

@@ -2,7 +2,7 @@
  *
  * A request travels through these files, and each part of this header belongs to one of them:
  *
- *     dynamo.c     main, the model's forward pass, one thread per worker      (calls all below)
+ *     dynamo.c     the model's forward pass, one thread per worker, main     (calls all below)
  *     scheduler.c  who computes what next: a state machine over requests     -> kvcache.c
  *     kvcache.c    where each KV block is: slots, the global index, LRU
  *     kernels.c    the CPU backend: every op of the forward pass, the copies (kernels.cu: CUDA)
@@ -114,7 +114,7 @@ struct batch {
     int *sampled;                         /* (n_samples) out: the token for position + 1 */
 };
 
-/* ---- the backend interface: CPU, CUDA, simulated time ---- */
+/* ---- the backend interface: CPU, CUDA ---- */
 
 /* A tensor, or a shard's part of one, in the backend's own layout. The ops take a layer's weights
  * by their roles, `const struct weight *const *layer` (N_ROLES): see enum tensor_role in
@@ -334,6 +334,73 @@ bool sched_idle(const struct sched *sched); /* every request is finished */
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);
+
+/* ---- dynamo.c: an open engine, a model on its devices with both tiers of KV blocks ---- */
+
+struct engine_config {
+    const struct model *model; /* open; model, backend and ends_text outlive the engine */
+    struct backend *backend;
+    const bool *ends_text;   /* (vocab_size) tokens that end an answer */
+    int n_workers, n_shards; /* n_shards: devices of each worker */
+    struct {
+        int devices[MAX_SHARDS]; /* (n_shards) the index of each */
+        bool prefills, decodes;
+    } workers[MAX_WORKERS];
+    int max_batch, chunk;           /* see struct sched_config */
+    int device_blocks, host_blocks; /* KV blocks of each device, of the host; -1: what suits the
+                                     * model and the memory that is left */
+    enum kv_type kv_type;
+    enum kv_policy policy;
+    bool verbose;                                  /* a line on stderr for each step */
+    void (*progress)(int64_t done, int64_t total); /* of loading; NULL: nobody asks */
+};
+
+struct pace { /* steps of one kind: of prompts, or of generated tokens */
+    int64_t tokens;
+    double seconds, bytes, operations; /* what step_work says of them */
+};
+
+struct engine_stats {
+    struct sched_stats sched;
+    struct kv_stats kv;
+    struct pace prefill, decode; /* steps with rows of both kinds count for neither */
+    int device_used, host_used;  /* blocks in use or cached, on all workers and on the host */
+};
+
+struct engine;
+/* Loads the weights and takes both tiers; no thread runs yet. NULL: `error` is one line. */
+struct engine *engine_open(const struct engine_config *config, char *error);
+bool engine_start(struct engine *engine); /* starts the workers' threads; false: it cannot */
+void engine_close(struct engine *engine); /* ends them; NULL: nothing is done */
+/* As it was given, with the numbers of blocks that were chosen. */
+const struct engine_config *engine_config_of(const struct engine *engine);
+/* Requests are submitted and read under the lock. engine_wait lets go of it until something has
+ * changed or someone called engine_wake, which is called after sched_submit and sched_cancel (with
+ * the lock held), so that the workers look again. */
+void engine_lock(struct engine *engine);
+void engine_unlock(struct engine *engine);
+struct sched *engine_sched(struct engine *engine);
+void engine_wait(struct engine *engine);
+void engine_wake(struct engine *engine);
+double engine_now(void); /* seconds; the clock of requests' times */
+struct engine_stats engine_stats(struct engine *engine);
+/* What the devices of the first worker reach at most, measured now: see `limits` above. */
+void engine_limits(struct engine *engine, double *read, double *ops);
+/* Logits (n, vocab_size) of tokens [start, start + n) of a text, whose rows [0, start) were computed
+ * by such calls before; n is at most `chunk`. Goes around the scheduler: before engine_start. */
+void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
+/* Names the requests that end with the program on stderr: for backend_options.lost. */
+void engine_tell_lost(struct engine *engine);
+/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
+ * each row, and each sample, is multiplied. */
+struct model_cost {
+    double bytes, row_weights, sample_weights;
+};
+struct model_cost model_cost(const struct model *model);
+/* The bytes that a step reads and the operations that it computes at least (a multiply-add is two):
+ * the matrices, and the keys and values of its texts. */
+void step_work(const struct model_cost *cost, const struct model_config *config,
+               enum kv_type kv_type, const struct batch *batch, double *bytes, double *operations);
 
 /* ---- small things that several files need ---- */
 

@@ -3,12 +3,8 @@
  * Owns the queue of requests, their life (enum request_state) and their block tables. Refuses to
  * know of time, threads, devices and addresses: a driver asks sched_next for an idle worker's next
  * step, carries it out, and reports sched_done and sched_copied. Every call is a function of the
- * state and its arguments, so the same code runs under tests, on devices, and in simulated time.
- *
- *     WAITING --admit--> LOADING --prefix arrived--> PREFILL --last chunk--> HAND_OVER --> RUNNING
- *        ^                  '--nothing to compute or prefilled where it is decoded--------^  |  |
- *        '-------------------------------- preempt ------------------------------------------'  |
- *     (any) --end token, length, cancel, error--> FINISHED <------------------------------------'
+ * state and its arguments, so the same code runs under tests as on devices. README.md has a picture
+ * of a request's life; set_state is the one function that changes it.
  *
  * Admission takes the oldest waiting request, looks for its longest cached prefix, picks a prefill
  * and a decode worker, and reserves all blocks of its prompt on both: what is admitted can reach
@@ -44,6 +40,7 @@ struct list { /* of requests, oldest first */
 
 struct worker {
     struct step step;
+    char *arena;    /* all arrays of the step */
     int n_admitted; /* requests that decode here, or will */
 };
 
@@ -108,7 +105,8 @@ static int prefill_backlog(const struct sched *s, int worker) {
     return tokens;
 }
 
-/* Which worker prefills it: the one that would be done first, fetches counted as tokens. */
+/* Which worker prefills it: the one with the least to do: prompt tokens, and a block to be fetched
+ * for each that is not there. */
 static int choose_prefill_worker(const struct sched *s, const struct request *r, int n_hits) {
     int best = NONE, least = 0;
     for (int w = 0; w < s->config.kv.n_workers; w++) {
@@ -595,36 +593,37 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
 
 /* ---- creation ---- */
 
-static bool worker_create(struct worker *w, const struct sched *s) {
-    size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
-    struct batch *batch = &w->step.batch;
-    batch->token = calloc(n_rows, sizeof *batch->token);
-    batch->position = calloc(n_rows, sizeof *batch->position);
-    batch->row_sequence = calloc(n_rows, sizeof *batch->row_sequence);
-    batch->sequence = calloc(n_rows, sizeof *batch->sequence);
-    batch->block_table = calloc(n_rows * (size_t)blocks_of(s->max_length), sizeof(int));
-    batch->sample_row = calloc(n_rows, sizeof *batch->sample_row);
-    batch->sampling = calloc(n_rows, sizeof *batch->sampling);
-    batch->sampled = calloc(n_rows, sizeof *batch->sampled);
-    w->step.requests = calloc(n_rows, sizeof(struct request *));
-    w->step.copies = calloc(MAX_COPIES, sizeof *w->step.copies);
-    return batch->token && batch->position && batch->row_sequence && batch->sequence &&
-           batch->block_table && batch->sample_row && batch->sampling && batch->sampled &&
-           w->step.requests && w->step.copies;
+static void *carve(char *arena, size_t *end, size_t n, size_t bytes_each) {
+    void *array = arena ? arena + *end : NULL;
+    *end += (n * bytes_each + 15) / 16 * 16;
+    return array;
 }
 
-static void worker_destroy(struct worker *w) {
-    struct batch *batch = &w->step.batch;
-    free(batch->token);
-    free(batch->position);
-    free(batch->row_sequence);
-    free(batch->sequence);
-    free(batch->block_table);
-    free(batch->sample_row);
-    free(batch->sampling);
-    free(batch->sampled);
-    free(w->step.requests);
-    free(w->step.copies);
+/* Lays the arrays of a worker's step into its arena, one behind the other; returns the bytes that
+ * they take. arena NULL: that alone. */
+static size_t lay_out_step(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
+    struct batch *batch = &step->batch;
+    size_t end = 0;
+    step->requests = carve(arena, &end, n_rows, sizeof *step->requests);
+    step->copies = carve(arena, &end, MAX_COPIES, sizeof *step->copies);
+    batch->sequence = carve(arena, &end, n_rows, sizeof *batch->sequence);
+    batch->sampling = carve(arena, &end, n_rows, sizeof *batch->sampling);
+    batch->token = carve(arena, &end, n_rows, sizeof *batch->token);
+    batch->position = carve(arena, &end, n_rows, sizeof *batch->position);
+    batch->row_sequence = carve(arena, &end, n_rows, sizeof *batch->row_sequence);
+    batch->sample_row = carve(arena, &end, n_rows, sizeof *batch->sample_row);
+    batch->sampled = carve(arena, &end, n_rows, sizeof *batch->sampled);
+    batch->block_table = carve(arena, &end, n_rows * n_blocks, sizeof *batch->block_table);
+    return end;
+}
+
+static bool worker_create(struct worker *w, const struct sched *s) {
+    size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
+    size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
+    w->arena = calloc(1, lay_out_step(&w->step, NULL, n_rows, n_blocks));
+    if (w->arena)
+        (void)lay_out_step(&w->step, w->arena, n_rows, n_blocks);
+    return w->arena;
 }
 
 struct sched *sched_create(const struct sched_config *config) {
@@ -650,7 +649,7 @@ struct sched *sched_create(const struct sched_config *config) {
 
 void sched_destroy(struct sched *s) {
     for (int i = 0; s && i < s->config.kv.n_workers; i++)
-        worker_destroy(&s->workers[i]);
+        free(s->workers[i].arena);
     if (s)
         kv_destroy(s->kv);
     free(s);

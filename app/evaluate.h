@@ -1,31 +1,22 @@
 /* evaluate.h: what a model makes of a given text: its ids, its logits, its perplexity.
  *
- *     struct evaluation e = {.answers = &answers, .run = run_rows, .engine = engine, …};
- *     status = evaluate_logits(&e, "logits.f32");
+ *     status = evaluate_logits(&answers, &options.request, "logits.f32");
  *
- * These modes ask for every row's logits, which serving never does, so they go around the
- * scheduler: `run` computes a chunk of one text in blocks 0, 1, … of a worker. Read next:
- * terminal.h. */
+ * The last two ask for every row's logits, which serving never does, so they go around the
+ * scheduler: engine_logits computes a chunk of one text after the other. Read next: answers.h. */
 #ifndef EVALUATE_H
 #define EVALUATE_H
 
-#include "terminal.h"
 #include "../lib/source.h"
-
-struct evaluation {
-    const struct answers *answers; /* for prompts and the tokenizer */
-    /* tokens[start, start + n) of a text whose earlier rows were run; logits: (n, vocab_size) */
-    void (*run)(void *engine, const int *tokens, int start, int n, float *logits);
-    void *engine;
-    int chunk, max_length; /* rows of one run; tokens of one text */
-};
+#include "answers.h"
 
 /* Each returns an exit status, after a line on stderr if it is not 0. */
-int evaluate_logits(const struct evaluation *e, const char *path);
-int evaluate_perplexity(const struct evaluation *e, const char *path);
+int evaluate_logits(const struct answers *answers, const struct request_spec *spec,
+                    const char *path);
+int evaluate_perplexity(const struct answers *answers, const char *path);
 /* Prints the ids of each text in `path`, which end with a line `__ggml_vocab_test__` each. Needs no
- * weights: a model file with a vocabulary alone will do. */
-int evaluate_tokenize(const struct options *options, const char *path);
+ * weights: a model file with a vocabulary alone will do. tokenizer: a tokenizer.bin, or NULL. */
+int evaluate_tokenize(const char *model, const char *tokenizer, const char *path);
 
 #endif /* EVALUATE_H */
 
@@ -43,16 +34,24 @@ static int evaluate_failed(const char *subject, const char *why) {
     return 1;
 }
 
+static int evaluate_longest(const struct answers *a) { /* tokens of one text */
+    return sched_max_length(engine_sched(a->engine));
+}
+
+static int evaluate_vocab(const struct answers *a) {
+    return engine_config_of(a->engine)->model->config.vocab_size;
+}
+
 /* Calls `take` with the logits of each chunk of a text that fits into a worker's blocks. */
-static bool each_logits(const struct evaluation *e, const int *tokens, int n,
+static bool each_logits(const struct answers *a, const int *tokens, int n,
                         bool (*take)(void *state, const float *logits, int start, int n_rows),
                         void *state) {
-    size_t row_bytes = (size_t)e->answers->vocab_size * sizeof(float);
-    float *logits = malloc((size_t)e->chunk * row_bytes);
+    int chunk = engine_config_of(a->engine)->chunk;
+    float *logits = malloc((size_t)chunk * (size_t)evaluate_vocab(a) * sizeof *logits);
     bool ok = logits != NULL;
-    for (int start = 0; start < n && ok; start += e->chunk) {
-        int n_rows = n - start < e->chunk ? n - start : e->chunk;
-        e->run(e->engine, tokens, start, n_rows, logits);
+    for (int start = 0; start < n && ok; start += chunk) {
+        int n_rows = n - start < chunk ? n - start : chunk;
+        engine_logits(a->engine, tokens, start, n_rows, logits);
         ok = take(state, logits, start, n_rows);
     }
     free(logits);
@@ -73,19 +72,20 @@ static bool write_logits(void *state, const float *logits, int start, int n_rows
     return fwrite(logits, sizeof *logits, n, to->file) == n;
 }
 
-int evaluate_logits(const struct evaluation *e, const char *path) {
+int evaluate_logits(const struct answers *a, const struct request_spec *spec, const char *path) {
+    int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
     int n_ids = 0;
-    int *ids = answers_encode(e->answers, &e->answers->options->request, &n_ids, error);
+    int *ids = answers_encode(a, spec, &n_ids, error);
     if (!ids)
         return evaluate_failed("--logits", error);
-    if (n_ids < 1 || n_ids > e->max_length) {
-        (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, e->max_length);
+    if (n_ids < 1 || n_ids > longest) {
+        (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, longest);
         free(ids);
         return evaluate_failed("--logits", error);
     }
-    struct logits_file to = {fopen(path, "wb"), (size_t)e->answers->vocab_size};
-    bool ok = to.file && each_logits(e, ids, n_ids, write_logits, &to);
+    struct logits_file to = {fopen(path, "wb"), (size_t)evaluate_vocab(a)};
+    bool ok = to.file && each_logits(a, ids, n_ids, write_logits, &to);
     ok = to.file && fclose(to.file) == 0 && ok;
     free(ids);
     return ok ? 0 : evaluate_failed(path, strerror(errno));
@@ -121,9 +121,9 @@ static bool add_likelihood(void *state, const float *logits, int start, int n_ro
 
 /* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
  * with the last token of the window before, so that every token but the first is predicted. */
-int evaluate_perplexity(const struct evaluation *e, const char *path) {
+int evaluate_perplexity(const struct answers *a, const char *path) {
+    int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
-    const struct answers *a = e->answers;
     struct request_spec spec = {0};
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
     if (!spec.prompt)
@@ -131,7 +131,7 @@ int evaluate_perplexity(const struct evaluation *e, const char *path) {
     int n_ids = 0, first_id = -1;
     int *ids = answers_encode(a, &spec, &n_ids, error);
     free(spec.prompt);
-    struct perplexity p = {malloc((size_t)e->max_length * sizeof(int)), 0, a->vocab_size, 0, 0};
+    struct perplexity p = {malloc((size_t)longest * sizeof(int)), 0, evaluate_vocab(a), 0, 0};
     bool ok = ids && p.tokens;
     if (ids && a->tokenizer && tok_adds_bos(a->tokenizer))
         first_id = tok_bos(a->tokenizer);
@@ -139,9 +139,9 @@ int evaluate_perplexity(const struct evaluation *e, const char *path) {
         p.n_tokens = 0;
         if (first_id >= 0)
             p.tokens[p.n_tokens++] = first_id;
-        while (next < n_ids && p.n_tokens < e->max_length)
+        while (next < n_ids && p.n_tokens < longest)
             p.tokens[p.n_tokens++] = ids[next++];
-        ok = each_logits(e, p.tokens, p.n_tokens, add_likelihood, &p);
+        ok = each_logits(a, p.tokens, p.n_tokens, add_likelihood, &p);
         next -= first_id < 0 && next < n_ids;
     }
     free(ids);
@@ -174,21 +174,21 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
     return true;
 }
 
-int evaluate_tokenize(const struct options *options, const char *path) {
+int evaluate_tokenize(const char *name, const char *beside, const char *path) {
     char error[ERROR_LENGTH], why[ERROR_LENGTH];
-    struct gguf *file = source_open(options->model, error);
+    struct gguf *file = source_open(name, error);
     if (!file)
         return evaluate_failed("", error);
     struct model model = {0};
     struct tokenizer *tokenizer = NULL;
-    if (!options->tokenizer)
+    if (!beside)
         tokenizer = tok_open(file, error);
     else if (model_open(&model, file, error))
-        tokenizer = tok_open_checkpoint(options->tokenizer, model.config.vocab_size, error);
+        tokenizer = tok_open_checkpoint(beside, model.config.vocab_size, error);
     model_close(&model);
     gguf_close(file);
     if (!tokenizer)
-        return evaluate_failed(options->tokenizer ? "" : options->model, error);
+        return evaluate_failed(beside ? "" : name, error);
     size_t length;
     char *text = cli_read_file(path, &length, why);
     bool ok = text && tokenize_texts(tokenizer, text, length);

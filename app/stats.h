@@ -35,59 +35,39 @@ struct number {
     bool whole;
 };
 
-static void stats_json(const struct answers *a, const struct number *numbers, size_t n) {
-    printf("{\"stats\":{\"backend\":\"%s\"", a->backend->name);
+static void stats_json(const char *backend, const struct number *numbers, size_t n) {
+    printf("{\"stats\":{\"backend\":\"%s\"", backend);
     for (size_t i = 0; i < n; i++)
         printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
     (void)fputs("}}\n", stdout);
 }
 
-static void stats_table(const struct answers *a, const struct number *numbers, size_t n) {
+static void stats_table(const char *backend, uint64_t seed, const struct number *numbers,
+                        size_t n) {
     bool colour = isatty(STDERR_FILENO);
     const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
     (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);
     (void)fprintf(stderr, label, "backend");
-    (void)fprintf(stderr, "%s\n", a->backend->name);
+    (void)fprintf(stderr, "%s\n", backend);
     (void)fprintf(stderr, label, "seed");
-    (void)fprintf(stderr, "%" PRIu64 "\n", a->options->request.sampling.seed);
+    (void)fprintf(stderr, "%" PRIu64 "\n", seed);
     for (size_t i = 0; i < n; i++) {
         (void)fprintf(stderr, label, numbers[i].label);
         (void)fprintf(stderr, "%.*f\n", numbers[i].whole ? 0 : 2, numbers[i].value);
     }
 }
 
-/* What the scheduler and the cache counted; the workers may still be copying. */
-struct counters {
-    struct sched_stats sched;
-    struct kv_stats kv;
-    struct pace pace;
-    int device_used, host_used; /* blocks, in use or cached */
-};
-
-static struct counters read_counters(const struct answers *a) {
-    pthread_mutex_lock(a->lock);
-    const struct kv *kv = sched_kv(a->sched);
-    struct counters counters = {
-        .sched = sched_stats(a->sched), .kv = kv_stats(kv), .pace = *a->pace};
-    for (int i = 0; i < a->n_workers; i++)
-        counters.device_used += kv_used(kv, i);
-    counters.host_used = kv_used(kv, a->n_workers);
-    pthread_mutex_unlock(a->lock);
-    return counters;
-}
-
 void stats_print(const struct answers *a) {
-    struct counters counters = read_counters(a);
+    const struct engine_config *config = engine_config_of(a->engine);
+    struct engine_stats counters = engine_stats(a->engine);
     struct sched_stats s = counters.sched;
     struct kv_stats k = counters.kv;
     double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
-    struct paced decode = counters.pace.decode, prefill = counters.pace.prefill;
-    double read = 0, ops = 0;
-    enum tensor_type type = counters.pace.model->layers[0][FFN_GATE]->type;
-    if (a->backend->limits) /* a backend need not know */
-        a->backend->limits(a->shards, a->n_shards, type, &read, &ops);
+    struct pace decode = counters.decode, prefill = counters.prefill;
+    double read, ops;
+    engine_limits(a->engine, &read, &ops);
     double reading = stats_rate(decode.bytes, decode.seconds);
     double multiplying = stats_rate(prefill.operations, prefill.seconds);
     const struct number all[] = {
@@ -110,10 +90,10 @@ void stats_print(const struct answers *a) {
         {"evictions", "device copies evicted", (double)k.evictions, true},
         {"host_evictions", "host copies evicted", (double)k.host_evictions, true},
         {"blocks_lost", "blocks dropped for good", (double)k.lost, true},
-        {"device_blocks", "blocks a worker holds", (double)a->device_blocks, true},
+        {"device_blocks", "blocks a worker holds", (double)config->device_blocks, true},
         {"device_blocks_used", "blocks in use or cached on workers", (double)counters.device_used,
          true},
-        {"host_blocks", "blocks the host holds", (double)a->host_blocks, true},
+        {"host_blocks", "blocks the host holds", (double)config->host_blocks, true},
         {"host_blocks_used", "blocks cached on the host", (double)counters.host_used, true},
         {"decode_tokens_per_second", "decode steps: tokens/s",
          stats_rate((double)decode.tokens, decode.seconds), false},
@@ -125,15 +105,16 @@ void stats_print(const struct answers *a) {
         {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, false},
         {"peak_gflops", "the devices multiply at most", ops * 1e-9, false},
         {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), false},
-        {"kernel_launches", "kernel launches", (double)a->backend->kernel_launches, true}};
-    if (a->options->json)
-        stats_json(a, all, sizeof all / sizeof *all);
+        {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, true}};
+    if (a->json)
+        stats_json(config->backend->name, all, sizeof all / sizeof *all);
     else
-        stats_table(a, all, sizeof all / sizeof *all);
+        stats_table(config->backend->name, a->seed, all, sizeof all / sizeof *all);
 }
 
 void stats_summary(const struct answers *a) {
-    struct counters counters = read_counters(a);
+    const struct engine_config *config = engine_config_of(a->engine);
+    struct engine_stats counters = engine_stats(a->engine);
     struct sched_stats s = counters.sched;
     struct kv_stats k = counters.kv;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
@@ -142,9 +123,9 @@ void stats_summary(const struct answers *a) {
                   " found cached, %" PRId64 " blocks handed over | %" PRId64
                   " tokens generated, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
                   " in, %" PRId64 " preemptions]\n",
-                  a->n_workers, a->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
-                  k.transfers, a->n_tokens, (double)a->n_tokens / seconds, k.pages_out, k.pages_in,
-                  s.preemptions);
+                  config->n_workers, config->n_workers == 1 ? "" : "s", s.prefill_tokens,
+                  s.prefix_hit_tokens, k.transfers, a->n_tokens, (double)a->n_tokens / seconds,
+                  k.pages_out, k.pages_in, s.preemptions);
 }
 
 #endif /* STATS_IMPLEMENTATION */

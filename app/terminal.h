@@ -1,371 +1,421 @@
-/* terminal.h: the text of requests: prompts on their way in, answers on their way out.
+/* terminal.h: a conversation at a prompt: a line editor, the commands, and what was said so far.
  *
- *     struct answers answers = {.options = …, .tokenizer = …, .sched = …, …};
- *     int n_failed = answers_run(&answers, specs, n_specs);
+ *     struct chat chat = {.answers = &answers, .defaults = options.request};
+ *     chat_run(&chat);    // until the end of input, or /exit
+ *     editor_restore();   // from any thread, for who ends the program in between
  *
- * Turns request_specs into requests, submits them all, and shows their text as it comes: without
- * --json the answers in the order of the requests, the first unfinished one streaming; with --json
- * one object a request, as it ends. Decides nothing about when they run.
+ * With a chat model each turn follows all turns before it, as token ids: the answers as they were
+ * generated, also those that Ctrl-C cut off. So the next turn's prompt begins with blocks that the
+ * KV cache has. With a base model every prompt stands alone and is continued.
  *
- * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
- * [safe, length) held back, because it could be the beginning of a stop text.
- * Read next: tokenizer.h, requests.h, stats.h. */
-#ifndef ANSWERS_H
-#define ANSWERS_H
+ * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
+ * L (clear the screen), D (delete; on an empty line: the end). A line that ends with \ goes on in
+ * the next. If stdin or stderr is no terminal, or a dumb one, lines are read as they are.
+ * The terminal is in raw mode only while a line is read. Text is UTF-8; the cursor moves by
+ * characters, of which East Asian ones take two columns and marks none. A line longer than the
+ * screen is wide shows the part around the cursor.
+ * Read next: answers.h, lib/template.h. */
+#ifndef TERMINAL_H
+#define TERMINAL_H
 
-#include "../dynamo.h"
-#include "../pace.h"
-#include "../lib/requests.h"
-#include "../lib/template.h"
-#include "../lib/tokenizer.h"
-#include <pthread.h>
+#include "answers.h"
 
-#define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
+enum { EDITOR_LINES = 100 /* of history */ };
 
-enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
-
-struct answers {
-    const struct options *options;
-    const struct tokenizer *tokenizer; /* NULL: ids only */
-    const char *no_tokenizer;          /* why there is none */
-    enum template_kind template;       /* of prompts; TEMPLATE_NONE: they are continued */
-    bool converses;                    /* each prompt follows the one before and its answer */
-    int *history;                      /* (n_history) what was said; see answers_forget */
-    int n_history;
-    int vocab_size, n_workers, n_shards, device_blocks, host_blocks;
-    const struct backend *backend;
-    struct device **shards; /* (n_shards) of the first worker */
-    struct pace *pace;      /* under the lock */
-    struct sched *sched;
-    pthread_mutex_t *lock;
-    pthread_cond_t *work, *news; /* tells the workers; told by them */
-    enum activity *activity;     /* under the lock */
-    double (*now)(void);
-    int64_t next_id;
-    /* sums over all requests that ended, for stats.h */
-    int64_t n_ended, n_tokens, n_intervals;
-    double ttft_sum, ttft_max, interval_sum, busy_seconds;
+struct editor {
+    char *line; /* (length) what is typed, a zero byte behind it */
+    size_t length, capacity, at;
+    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
+    int n_history, shown;        /* shown == n_history: the new line */
+    const char *prompt;
 };
 
-/* Runs requests to their ends. Returns how many of them failed or were cancelled. */
-int answers_run(struct answers *answers, const struct request_spec *specs, int n_specs);
-/* Begins a new conversation. */
-void answers_forget(struct answers *answers);
-/* The ids of a prompt as a request would have them. NULL: `error`. */
-int *answers_encode(const struct answers *answers, const struct request_spec *spec, int *n_ids,
-                    char error[ERROR_LENGTH]);
+char *editor_read(struct editor *editor, const char *prompt, size_t *length);
+void editor_close(struct editor *editor);
+void editor_restore(void);
 
-#endif /* ANSWERS_H */
+struct chat {
+    struct answers *answers;
+    struct request_spec defaults; /* of each turn */
+    char *system;                 /* owned; NULL: that of the defaults */
+};
 
-#ifdef ANSWERS_IMPLEMENTATION
-#undef ANSWERS_IMPLEMENTATION
+void chat_run(struct chat *chat);
 
-#include "../lib/json.h"
-#include <inttypes.h>
+#endif /* TERMINAL_H */
+
+#ifdef TERMINAL_IMPLEMENTATION
+#undef TERMINAL_IMPLEMENTATION
+
+#include "../lib/text.h"
+#include "../lib/unicode.h"
+#include "stats.h"
+#include <errno.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <termios.h>
 #include <unistd.h>
 
-struct answer {
-    const struct request_spec *spec;
-    struct request request;
-    struct tok_stream stream;
-    char *text; /* generated (length bytes) */
-    size_t length, capacity, shown, safe;
-    int n_seen; /* tokens, the prompt's included, that went through stream */
-    bool echoed, stopped, ended;
-};
+/* ---- the line editor ---- */
 
-static const char *const reason_names[] = {"none", "stop", "length", "cancelled", "error"};
+static struct termios editor_before;
+static atomic_bool editor_is_raw;
 
-static int n_generated(const struct answer *answer) {
-    int n = answer->n_seen - answer->request.n_prompt;
-    return n > 0 ? n : 0;
+void editor_restore(void) {
+    if (atomic_exchange(&editor_is_raw, false))
+        (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &editor_before);
 }
 
-/* ---- prompts ---- */
+static bool editor_raw(void) {
+    const char *kind = getenv("TERM");
+    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO) || !kind || !strcmp(kind, "dumb") ||
+        tcgetattr(STDIN_FILENO, &editor_before) != 0)
+        return false;
+    struct termios raw = editor_before;
+    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN); /* signals stay: Ctrl-C is one */
+    raw.c_iflag &= ~(tcflag_t)(IXON);
+    raw.c_cc[VMIN] = 1;
+    raw.c_cc[VTIME] = 0;
+    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) != 0)
+        return false;
+    atomic_store(&editor_is_raw, true);
+    return true;
+}
 
-static int *copy_ids(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                     char *error) {
-    for (int i = 0; i < spec->n_ids; i++) {
-        if (spec->ids[i] < 0 || spec->ids[i] >= a->vocab_size) {
-            (void)fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
-                       a->vocab_size - 1);
-            return NULL;
-        }
+/* Bytes of the first character; a byte that is not UTF-8 is one of its own. */
+static size_t char_at(const char *text, size_t length, uint32_t *code) {
+    int size = utf8_read(text, length, code);
+    if (size <= 0)
+        *code = UINT32_MAX;
+    return size > 0 ? (size_t)size : 1;
+}
+
+static int columns_of(uint32_t code) {
+    enum unicode_class kind = unicode_class_of(code);
+    bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
+                (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
+                (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
+                (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
+    return kind == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
+}
+
+/* Bytes of the character behind `at`, or before it. */
+static size_t editor_next(const struct editor *e, size_t at) {
+    uint32_t code;
+    return at < e->length ? char_at(e->line + at, e->length - at, &code) : 0;
+}
+
+static size_t editor_previous(const struct editor *e, size_t at) {
+    size_t size = at > 0;
+    while (size > 0 && size < 4 && size < at && (e->line[at - size] & 0xC0) == 0x80)
+        size++;
+    return size;
+}
+
+/* Writes the line again, and the cursor where it is. */
+static void editor_show(const struct editor *e) {
+    struct winsize size;
+    int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 8 ? size.ws_col : 80;
+    int room = width - (int)strlen(e->prompt) - 1, before = 0, used = 0;
+    uint32_t code;
+    size_t first = e->at, last;
+    for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
+        n = editor_previous(e, first);
+        (void)char_at(e->line + first - n, n, &code);
+        before += columns_of(code);
     }
-    size_t bytes = (size_t)spec->n_ids * sizeof *spec->ids;
-    int *ids = malloc(bytes);
-    *n_ids = ids ? spec->n_ids : 0;
-    return ids ? memcpy(ids, spec->ids, bytes) : NULL;
-}
-
-int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                    char error[ERROR_LENGTH]) {
-    (void)fail(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
-    *n_ids = 0;
-    if (!spec->prompt)
-        return copy_ids(a, spec, n_ids, error);
-    if (!a->tokenizer) {
-        (void)fail(error, "no tokenizer: %.400s", a->no_tokenizer);
-        return NULL;
+    (void)fprintf(stderr, "\r\033[K%s", e->prompt);
+    for (last = first; last < e->length; last += editor_next(e, last)) {
+        (void)char_at(e->line + last, e->length - last, &code);
+        used += columns_of(code);
+        if (used > room)
+            break;
+        bool printable = code >= ' ' && code != 127 && code != UINT32_MAX;
+        (void)fwrite(printable ? e->line + last : "?", 1, printable ? editor_next(e, last) : 1,
+                     stderr);
     }
-    struct turn turn = {.history = a->history,
-                        .n_history = a->n_history,
-                        .system = spec->system,
-                        .user = spec->prompt,
-                        .user_length = spec->prompt_length};
-    return template_ids(a->template, a->tokenizer, &turn, n_ids);
+    if (e->at < e->length)
+        (void)fprintf(stderr, "\r\033[%dC", (int)strlen(e->prompt) + before);
+    (void)fflush(stderr);
 }
 
-/* Fills in the request; with an error set if it can not even be submitted. */
-static void prepare(struct answers *a, struct answer *answer, const struct request_spec *spec) {
-    char error[ERROR_LENGTH];
-    struct request *r = &answer->request;
-    *answer = (struct answer){.spec = spec};
-    *r = (struct request){.id = a->next_id++, .sampling = spec->sampling};
-    int n_ids = 0, room = sched_max_length(a->sched);
-    bool fits = !spec->prompt || spec->prompt_length / TOK_TOKEN_LENGTH <= (size_t)room;
-    int *ids = fits && !spec->error ? answers_encode(a, spec, &n_ids, error) : NULL;
-    if (!fits) /* no need to encode it */
-        (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
-                   spec->prompt_length, room);
-    room -= n_ids;
-    room = room < 1 ? 1 : room;
-    r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
-    r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
-    r->n_prompt = n_ids;
-    if (!r->tokens) {
-        free(ids);
-        (void)fail(r->error, "%s", spec->error ? spec->error : error);
-        r->state = REQUEST_FINISHED;
-        r->reason = FINISH_ERROR;
-    }
-}
-
-/* ---- answers ---- */
-
-/* Appends bytes, and looks for the stop texts in what is there. */
-static void append(struct answer *answer, const char *bytes, size_t n, bool last) {
-    const struct request_spec *spec = answer->spec;
-    if (answer->length + n > answer->capacity) {
-        answer->capacity = (answer->length + n) * 2;
-        answer->text = realloc(answer->text, answer->capacity);
-        if (!answer->text)
+static void editor_insert(struct editor *e, const char *bytes, size_t n) {
+    if (e->length + n + 1 > e->capacity) {
+        e->capacity = (e->length + n + 1) * 2;
+        e->line = realloc(e->line, e->capacity);
+        if (!e->line)
             abort();
     }
-    if (n > 0)
-        memcpy(answer->text + answer->length, bytes, n);
-    answer->length += n;
-    answer->stopped =
-        requests_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
-    if (answer->stopped)
-        answer->length = answer->safe;
-    else if (last)
-        answer->safe = answer->length;
+    memmove(e->line + e->at + n, e->line + e->at, e->length - e->at);
+    memcpy(e->line + e->at, bytes, n);
+    e->at += n;
+    e->length += n;
+    e->line[e->length] = 0;
 }
 
-/* Turns the tokens that have come, up to `length` of the request's, into text. */
-static void take_tokens(const struct answers *a, struct answer *answer, int length, bool finished) {
-    char out[TOK_TEXT_SIZE];
-    const struct request *r = &answer->request;
-    while (!answer->stopped && answer->n_seen < length) {
-        int token = r->tokens[answer->n_seen++];
-        size_t n = a->tokenizer ? tok_decode(a->tokenizer, &answer->stream, token, out) : 0;
-        if (answer->n_seen > r->n_prompt) /* the stream must see the prompt that it continues */
-            append(answer, out, n, false);
+static void editor_cut(struct editor *e, size_t from, size_t to) {
+    memmove(e->line + from, e->line + to, e->length - to);
+    e->length -= to - from;
+    e->at = from;
+    e->line[e->length] = 0;
+}
+
+/* What an escape sequence stands for, as the Ctrl key that does the same; 0: nothing. */
+static int editor_escape(void) {
+    char byte = 0, number = 0;
+    if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
+        return 0;
+    while (read(STDIN_FILENO, &byte, 1) == 1 && ((byte >= '0' && byte <= '9') || byte == ';'))
+        number = number ? number : byte;
+    switch (byte == '~' ? number : byte) { /* `ESC [ 3 ~`, or `ESC [ A` */
+    case 'A': return 'P' - '@';            /* up */
+    case 'B': return 'N' - '@';            /* down */
+    case 'C': return 'F' - '@';            /* right */
+    case 'D': return 'B' - '@';            /* left */
+    case 'H':
+    case '1':
+    case '7': return 'A' - '@'; /* Home */
+    case 'F':
+    case '4':
+    case '8': return 'E' - '@'; /* End */
+    case '3': return 'D' - '@'; /* Delete */
+    default: return 0;
     }
-    if (finished && !answer->stopped)
-        append(answer, out, tok_flush(&answer->stream, out), true);
 }
 
-/* ---- showing ---- */
-
-static void show_json(const struct answer *answer) {
-    const struct request *r = &answer->request;
-    int n = n_generated(answer);
-    char number[32];
-    (void)snprintf(number, sizeof number, "%" PRId64, r->id);
-    const char *id = answer->spec->id ? answer->spec->id : number;
-    (void)fputs("{\"id\":", stdout);
-    json_string(stdout, id, strlen(id));
-    (void)fputs(",\"text\":", stdout);
-    json_string(stdout, answer->text, answer->length);
-    (void)fputs(",\"ids\":[", stdout);
-    for (int i = 0; i < n; i++)
-        printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
-    /* a stop text may have been found after the last token was made */
-    enum finish_reason reason = answer->stopped ? FINISH_STOP : r->reason;
-    printf("],\"finish_reason\":\"%s\"", reason_names[reason]);
-    if (reason == FINISH_ERROR) {
-        (void)fputs(",\"error\":", stdout);
-        json_string(stdout, r->error, strlen(r->error));
-    }
-    printf(",\"prompt_tokens\":%d,\"cached_tokens\":%d,\"completion_tokens\":%d", r->n_prompt,
-           r->cached_tokens, n);
-    if (r->first_token > 0)
-        printf(",\"ttft_ms\":%.15g,\"itl_ms\":%.15g", 1e3 * (r->first_token - r->submitted),
-               n > 1 ? 1e3 * (r->last_token - r->first_token) / (n - 1) : 0);
-    (void)fputs("}\n", stdout);
-}
-
-/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. */
-static void echo(const struct answers *a, struct answer *answer) {
-    const struct request *r = &answer->request;
-    struct tok_stream stream = {0};
-    char out[TOK_TEXT_SIZE];
-    answer->echoed = true;
-    if (answer->spec->prompt && a->template != TEMPLATE_NONE)
+static void editor_recall(struct editor *e, int step) {
+    int wanted = e->shown + step;
+    if (wanted < 0 || wanted > e->n_history)
         return;
-    if (answer->spec->prompt)
-        (void)fwrite(answer->spec->prompt, 1, answer->spec->prompt_length, stdout);
-    for (int i = 0; i < r->n_prompt && !answer->spec->prompt && a->tokenizer; i++)
-        (void)fwrite(out, 1, tok_decode(a->tokenizer, &stream, r->tokens[i], out), stdout);
+    editor_cut(e, 0, e->length);
+    e->shown = wanted;
+    if (wanted < e->n_history)
+        editor_insert(e, e->history[wanted], strlen(e->history[wanted]));
 }
 
-/* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
-static int show_text(const struct answers *a, struct answer *all, int n, int first) {
-    for (; first < n; first++) {
-        struct answer *answer = &all[first];
-        const struct request *r = &answer->request;
-        bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
-        if (!answer->echoed && !refused)
-            echo(a, answer);
-        if (answer->safe > answer->shown)
-            (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
-        answer->shown = answer->safe;
-        if (!answer->ended)
-            break;
-        (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
-        if (r->reason == FINISH_ERROR)
-            (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", r->id, r->error);
+enum editor_state { EDITING, ENTERED, ENDED };
+
+static enum editor_state editor_key(struct editor *e, int key) {
+    size_t word = e->at;
+    switch (key) {
+    case '\r':
+    case '\n': return ENTERED;
+    case 'A' - '@': e->at = 0; break;
+    case 'E' - '@': e->at = e->length; break;
+    case 'B' - '@': e->at -= editor_previous(e, e->at); break;
+    case 'F' - '@': e->at += editor_next(e, e->at); break;
+    case 'P' - '@': editor_recall(e, -1); break;
+    case 'N' - '@': editor_recall(e, 1); break;
+    case 'K' - '@': editor_cut(e, e->at, e->length); break;
+    case 'U' - '@': editor_cut(e, 0, e->at); break;
+    case 'L' - '@': (void)fputs("\033[H\033[2J", stderr); break;
+    case 127:
+    case 'H' - '@': editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
+    case 'D' - '@':
+        if (e->length == 0)
+            return ENDED;
+        editor_cut(e, e->at, e->at + editor_next(e, e->at));
+        break;
+    case 'W' - '@':
+        while (word > 0 && e->line[word - 1] == ' ')
+            word--;
+        while (word > 0 && e->line[word - 1] != ' ')
+            word--;
+        editor_cut(e, word, e->at);
+        break;
+    default: break;
     }
-    return first;
+    return EDITING;
 }
 
-static void count_ended(struct answers *a, const struct answer *answer) {
-    const struct request *r = &answer->request;
-    a->n_ended++;
-    int n = n_generated(answer);
-    a->n_tokens += n;
-    if (r->first_token > 0) {
-        double ttft = r->first_token - r->submitted;
-        a->ttft_sum += ttft;
-        a->ttft_max = ttft > a->ttft_max ? ttft : a->ttft_max;
-    }
-    if (n > 1) {
-        a->n_intervals += n - 1;
-        a->interval_sum += r->last_token - r->first_token;
-    }
-}
-
-/* ---- running ---- */
-
-/* Takes what is new of one answer; true: something was, or it ended. Called with the lock held,
- * which is let go while text is made. */
-static bool advance(struct answers *a, struct answer *answer) {
-    struct request *r = &answer->request;
-    int length = r->length;
-    bool finished = r->state == REQUEST_FINISHED;
-    if (answer->ended || (!finished && r->n_prompt + n_generated(answer) >= length))
-        return false;
-    bool was_stopped = answer->stopped;
-    pthread_mutex_unlock(a->lock);
-    take_tokens(a, answer, length, finished);
-    if (finished) {
-        answer->ended = true;
-        count_ended(a, answer);
-        if (a->options->json)
-            show_json(answer);
-    }
-    pthread_mutex_lock(a->lock);
-    if (answer->stopped && !was_stopped) {
-        sched_cancel(a->sched, r, true, a->now());
-        pthread_cond_broadcast(a->work);
-    }
-    return !answer->stopped || finished;
-}
-
-/* Submits all requests, or cancels them. Called with the lock held. */
-static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) {
-    for (int i = 0; i < n; i++)
-        if (cancel)
-            sched_cancel(a->sched, &all[i].request, false, a->now());
-        else if (all[i].request.state != REQUEST_FINISHED)
-            sched_submit(a->sched, &all[i].request, a->now());
-    pthread_cond_broadcast(a->work);
-}
-
-/* Follows all requests until each has ended. */
-static void follow(struct answers *a, struct answer *all, int n) {
-    int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
-    bool cancelled = false;
-    pthread_mutex_lock(a->lock);
-    *a->activity = ANSWERING;
-    tell_all(a, all, n, false);
-    while (n_ended < n) {
-        bool any = false;
-        for (int i = first; i < n; i++) {
-            bool before = all[i].ended;
-            any = advance(a, &all[i]) || any;
-            n_ended += all[i].ended && !before;
-            first += i == first && all[i].ended;
-        }
-        if ((*a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
-            cancelled = any = true;
-            tell_all(a, all, n, true);
-        }
-        if (!any) {
-            pthread_cond_wait(a->news, a->lock);
+static enum editor_state editor_line(struct editor *e) {
+    char bytes[256];
+    enum editor_state state = EDITING;
+    editor_show(e);
+    while (state == EDITING) {
+        ssize_t n = read(STDIN_FILENO, bytes, 1);
+        if (n < 0 && errno == EINTR)
             continue;
-        }
-        pthread_mutex_unlock(a->lock);
-        if (!a->options->json)
-            first_shown = show_text(a, all, n, first_shown);
-        (void)fflush(stdout);
-        pthread_mutex_lock(a->lock);
+        if (n <= 0)
+            return ENDED;
+        unsigned char byte = (unsigned char)*bytes;
+        int key = byte == 27 ? editor_escape() : byte;
+        if (byte == 27 && key == 'D' - '@' && e->length == 0)
+            continue; /* Delete, where Ctrl-D would end it */
+        if (byte == '\t' || (byte >= ' ' && byte != 127))
+            editor_insert(e, bytes, 1);
+        else
+            state = editor_key(e, key);
+        int more = 0;
+        if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
+            editor_show(e); /* once for all that was pasted */
     }
-    *a->activity = IDLE;
-    pthread_mutex_unlock(a->lock);
+    return state;
 }
 
-void answers_forget(struct answers *a) {
-    free(a->history);
-    a->history = NULL;
-    a->n_history = 0;
-}
-
-/* The tokens of a request that ran are what was said so far. */
-static void remember(struct answers *a, struct request *r) {
-    if (r->reason == FINISH_ERROR || a->template == TEMPLATE_NONE)
+static void editor_remember(struct editor *e, const char *line) {
+    if (!*line || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
         return;
-    free(a->history);
-    a->history = r->tokens;
-    a->n_history = r->length;
-    r->tokens = NULL;
-}
-
-int answers_run(struct answers *a, const struct request_spec *specs, int n_specs) {
-    struct answer *all = calloc((size_t)n_specs + 1, sizeof *all);
-    if (!all)
-        abort();
-    for (int i = 0; i < n_specs; i++)
-        prepare(a, &all[i], &specs[i]);
-    double start = a->now();
-    follow(a, all, n_specs);
-    a->busy_seconds += a->now() - start;
-    int n_failed = 0;
-    for (int i = 0; i < n_specs; i++) {
-        enum finish_reason reason = all[i].request.reason;
-        n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
-        if (a->converses)
-            remember(a, &all[i].request);
-        free(all[i].request.tokens);
-        free(all[i].text);
+    if (e->n_history == EDITOR_LINES) {
+        free(e->history[0]);
+        memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
+        e->n_history--;
     }
-    free(all);
-    return n_failed;
+    e->history[e->n_history] = strdup(line);
+    e->n_history += e->history[e->n_history] != NULL;
 }
 
-#endif /* ANSWERS_IMPLEMENTATION */
+/* One line as it comes, without its newline. */
+static char *editor_plain(const char *prompt, size_t *length) {
+    char *line = NULL;
+    size_t capacity = 0;
+    if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
+        (void)fputs(prompt, stderr);
+    ssize_t bytes = getline(&line, &capacity, stdin);
+    if (bytes < 0) {
+        free(line);
+        return NULL;
+    }
+    bytes -= line[bytes - 1] == '\n';
+    line[bytes] = 0;
+    *length = (size_t)bytes;
+    return line;
+}
+
+static char *editor_one(struct editor *e, const char *prompt, size_t *length) {
+    if (!editor_raw())
+        return editor_plain(prompt, length);
+    e->length = e->at = 0;
+    e->shown = e->n_history;
+    e->prompt = prompt;
+    editor_insert(e, "", 0);
+    enum editor_state state = editor_line(e);
+    (void)fputc('\n', stderr);
+    editor_restore();
+    if (state == ENDED)
+        return NULL;
+    editor_remember(e, e->line);
+    *length = e->length;
+    return strndup(e->line, e->length);
+}
+
+char *editor_read(struct editor *e, const char *prompt, size_t *length) {
+    char *text = editor_one(e, prompt, length);
+    while (text && *length > 0 && text[*length - 1] == '\\') {
+        size_t more = 0;
+        char *next = editor_one(e, ". ", &more);
+        char *both = next ? realloc(text, *length + more + 1) : NULL;
+        if (!both) {
+            free(next);
+            break;
+        }
+        text = both;
+        text[*length - 1] = '\n';
+        memcpy(text + *length, next, more + 1);
+        *length += more;
+        free(next);
+    }
+    return text;
+}
+
+void editor_close(struct editor *e) {
+    for (int i = 0; i < e->n_history; i++)
+        free(e->history[i]);
+    free(e->line);
+    *e = (struct editor){0};
+}
+
+/* ---- the conversation ---- */
+
+static bool chat_stats(struct chat *chat, const char *argument) {
+    (void)argument;
+    stats_print(chat->answers);
+    return true;
+}
+
+static bool chat_clear(struct chat *chat, const char *argument) {
+    (void)argument;
+    answers_forget(chat->answers);
+    (void)fputs(chat->answers->template == TEMPLATE_NONE
+                    ? "There is nothing to clear: this model continues each prompt by itself.\n"
+                    : "A new conversation begins.\n",
+                stderr);
+    return true;
+}
+
+static bool chat_system(struct chat *chat, const char *argument) {
+    free(chat->system);
+    chat->system = strdup(argument);
+    chat->defaults.system = chat->system;
+    answers_forget(chat->answers);
+    (void)fputs(chat->answers->template == TEMPLATE_NONE
+                    ? "It will stand before each prompt: this model has no place for it.\n"
+                    : "A new conversation begins with it.\n",
+                stderr);
+    return true;
+}
+
+static bool chat_exit(struct chat *chat, const char *argument) {
+    (void)chat;
+    (void)argument;
+    return false;
+}
+
+static const struct chat_command {
+    const char *name, *help;
+    bool (*run)(struct chat *chat, const char *argument); /* false: the end; NULL: help */
+} chat_commands[] = {
+    {"/help", "these commands", NULL},
+    {"/stats", "speeds, and what the pools and the pager did so far", chat_stats},
+    {"/clear", "forget what was said", chat_clear},
+    {"/system", "TEXT: what the model is told first, in a new conversation", chat_system},
+    {"/exit", "leave; so does Ctrl-D", chat_exit},
+};
+
+static void chat_help(void) {
+    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++)
+        (void)fprintf(stderr, "%-8s  %s\n", chat_commands[i].name, chat_commands[i].help);
+    (void)fputs("A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n", stderr);
+}
+
+/* A line that begins with / and is a command's name, alone or with something behind it. */
+static bool chat_command(struct chat *chat, const char *line) {
+    size_t length = strcspn(line, " ");
+    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++) {
+        const struct chat_command *command = &chat_commands[i];
+        if (strlen(command->name) != length || strncmp(line, command->name, length) != 0)
+            continue;
+        if (command->run)
+            return command->run(chat, line + length + strspn(line + length, " "));
+        chat_help();
+        return true;
+    }
+    (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
+    return true;
+}
+
+void chat_run(struct chat *chat) {
+    struct editor editor = {0};
+    bool goes_on = true;
+    while (goes_on) {
+        struct request_spec spec = chat->defaults;
+        spec.prompt = editor_read(&editor, "> ", &spec.prompt_length);
+        if (!spec.prompt)
+            break;
+        if (spec.prompt[0] == '/' && spec.prompt[1] >= 'a' && spec.prompt[1] <= 'z') {
+            goes_on = chat_command(chat, spec.prompt);
+        } else if (spec.prompt_length > 0 && answers_run(chat->answers, &spec, 1) > 0 &&
+                   chat->answers->n_history > 0) {
+            (void)fputs("If the conversation has become too long: /clear begins a new one.\n",
+                        stderr);
+        }
+        free(spec.prompt);
+    }
+    free(chat->system);
+    editor_close(&editor);
+}
+
+#endif /* TERMINAL_IMPLEMENTATION */

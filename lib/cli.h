@@ -1,9 +1,4 @@
-/* cli.h: the command line and the terminal.
- *
- * One table lists every option: its name, its key in a line of a request file, its type, range
- * and help text. The command line, the request files and --help are all read from it, so an option
- * exists everywhere or nowhere. Nothing here runs a model, prints an error or ends the program:
- * what is wrong comes back as one line of text.
+/* cli.h: the command line, the files of requests, and a terminal's progress bar.
  *
  *     struct options options;
  *     char error[ERROR_LENGTH];
@@ -11,18 +6,34 @@
  *         fprintf(stderr, "dynamo: %s\n", error);
  *         return 2;
  *     }
- *     ...
+ *     struct requests requests;
+ *     if (options.file && requests_read(&requests, options.file, &options.request, error))
+ *         ... requests.specs[0, requests.n) ...
+ *     requests_free(&requests);
  *     cli_free(&options);
  *
- * Texts are not copied: argv must outlive the options. What stands in a struct after parsing is in
- * range; 0, NULL or n == 0 means: not given.
- * Read next: values.h, requests.h. */
+ * One table lists every option: its name, its key in a line of a request file, its kind, range and
+ * help text. The command line, the request files and --help are all read from it, so an option
+ * exists everywhere or nowhere. A kind of value is a function that reads it, and words for what it
+ * expects; it takes all bytes of a value, and stores only what is valid.
+ *
+ * A file has one request a line: a JSON object if it starts with `{`, else the text itself; empty
+ * lines are skipped. What a line does not say is as on the command line. A bad line becomes a
+ * request with `error` set, so that the others go on.
+ *
+ * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
+ * line of text. Texts are not copied: argv, and the text of a file, must outlive what points into
+ * them. What stands in a struct after parsing is in range; 0, NULL or n == 0 means: not given.
+ * Read next: json.h. */
 #ifndef CLI_H
 #define CLI_H
 
+#include "../dynamo.h"
 #include "json.h"
 #include "text.h"
-#include "values.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 
 #define CLI_VERSION "0.1.0"
@@ -30,8 +41,34 @@
 enum { PROGRESS_MS = 300 /* what takes less needs no bar */ };
 enum { CLI_FILE_LENGTH = 1 << 28 /* bytes of a text at most: /dev/zero has no end */ };
 
-enum cli_kv_type { CLI_KV_DEFAULT, CLI_KV_F32, CLI_KV_BF16 }; /* default: the backend's own */
-enum cli_kv_policy { CLI_ON_EVICT = 1, CLI_WRITE_THROUGH };
+enum { VALUE_DEVICES = 64, VALUE_STOPS = 16 };
+
+struct size { /* 512M or 8b: bytes, or KV blocks */
+    int64_t value;
+    bool blocks, given;
+};
+
+/* `cpu:4`: cpu, 0 to 3. `0-2,5`: CUDA devices 0, 1, 2, 5. In --prefill and --decode: positions in
+ * --devices, or CUDA devices where --devices is not given. */
+struct device_list {
+    bool cpu;
+    int n;
+    int index[VALUE_DEVICES];
+};
+
+struct request_spec {
+    const char *id;       /* NULL: the file gave none */
+    char *prompt;         /* NULL if ids are given; may hold zero bytes and invalid UTF-8 */
+    size_t prompt_length; /* bytes */
+    int *ids;             /* (n_ids) token ids; NULL if a prompt is given */
+    int n_ids;
+    int n; /* tokens to write at most; -1: until the end token or the end of the context */
+    struct sampling sampling;
+    char *stop[VALUE_STOPS]; /* (n_stop) none of them empty */
+    int n_stop;
+    const char *system; /* NULL: none */
+    char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
+};
 
 struct options {
     const char *model;
@@ -39,11 +76,10 @@ struct options {
     const char *file, *tokenizer, *tokenize, *perplexity, *logits;
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
-    int template;                  /* enum template_kind; 0: as the file says */
-    int kv_type, kv_policy;        /* enum cli_kv_type; enum cli_kv_policy, never 0 */
-    int tp;                        /* 1, 2, 4 or 8 */
-    int max_batch, chunk, threads; /* 0: not given */
-    uint64_t copy_delay;           /* seed of the CPU backend's copy delays; 0: no delays */
+    int template, kv_type, kv_policy; /* which of the words of --help, from 1; 0: not given */
+    int tp;                           /* 1, 2, 4 or 8 */
+    int max_batch, chunk, threads;    /* 0: not given */
+    uint64_t copy_delay;              /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, version, help;
     uint64_t given; /* for cli_given */
 };
@@ -52,8 +88,10 @@ struct options {
  * or --version nothing else is required; else `model` is not NULL. In any case,
  * cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
-/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
-bool cli_set(struct options *options, struct json_node *nodes, int key, char error[ERROR_LENGTH]);
+/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. given: which keys
+ * were set before, at first 0. */
+bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
+             char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
 bool cli_given(uint64_t given, const char *option); /* given: options->given */
 void cli_help(FILE *stream);
@@ -64,26 +102,206 @@ char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]);
  * erases it. */
 void cli_progress(const char *label, int64_t done, int64_t total);
 
+struct requests {
+    struct request_spec *specs; /* (n) */
+    int n;
+    char *text; /* the file; specs point into it */
+};
+
+/* Reads the requests of a file (`-`: stdin). False: it cannot be read, `error` says why. */
+bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
+                   char error[ERROR_LENGTH]);
+void requests_free(struct requests *requests);
+
+/* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
+ * first 0) and on return how many bytes may be shown: all before the stop text, or, if none
+ * occurred, all that cannot become the beginning of one. The text that ends first counts, so it
+ * does not matter in what pieces the text arrived. */
+bool requests_stop(const char *text, size_t length, char *const *stop, int n_stop, size_t *safe);
+
 #endif /* CLI_H */
 
 #ifdef CLI_IMPLEMENTATION
 #undef CLI_IMPLEMENTATION
-#define VALUES_IMPLEMENTATION
-#include "values.h"
 #include <assert.h>
 #include <errno.h>
 #include <limits.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-void cli_free(struct options *options) {
-    free(options->request.ids);
+/* ---- kinds of values ---- */
+
+struct value {
+    char *text; /* (length); NULL: none was given */
+    size_t length;
+    double low, high;  /* of INT and REAL; low: of SIZE */
+    const char *words; /* of CHOICE: f32|bf16 */
+};
+
+struct kind {
+    bool (*read)(const struct value *value, void *target);
+    char json;            /* the json_node's type */
+    const char *expected; /* NULL: one of the words */
+};
+
+static bool read_flag(const struct value *value, void *target) {
+    return *(bool *)target = !value->text;
 }
 
-/* A row without a name is a key of request files only, one without a kind a heading. */
+static bool read_text(const struct value *value, void *target) {
+    *(const char **)target = value->text;
+    return strlen(value->text) == value->length;
+}
+
+static bool read_prompt(const struct value *value, void *target) {
+    struct request_spec *request = target;
+    request->prompt = value->text;
+    request->prompt_length = value->length;
+    return true;
+}
+
+static bool read_stop(const struct value *value, void *target) {
+    struct request_spec *request = target;
+    if (value->length == 0 || strlen(value->text) != value->length ||
+        request->n_stop == VALUE_STOPS)
+        return false;
+    request->stop[request->n_stop++] = value->text;
+    return true;
+}
+
+/* strtod takes more than we do: `bytes` are what a number may consist of. */
+static bool read_number(const struct value *value, const char *bytes, double *number) {
+    char *end;
+    *number = strtod(value->text, &end);
+    return value->length > 0 && strspn(value->text, bytes) >= value->length &&
+           end == value->text + value->length && *number >= value->low && *number <= value->high;
+}
+
+static bool read_int(const struct value *value, void *target) {
+    double number;
+    bool good = read_number(value, "0123456789-", &number);
+    *(int *)target = good ? (int)number : 0;
+    return good;
+}
+
+static bool read_real(const struct value *value, void *target) {
+    double number;
+    bool good = read_number(value, "0123456789-+.eE", &number);
+    *(float *)target = good ? (float)number : 0;
+    return good;
+}
+
+static bool read_seed(const struct value *value, void *target) {
+    errno = 0;
+    *(uint64_t *)target = strtoull(value->text, NULL, 10);
+    return value->length > 0 && strspn(value->text, "0123456789") >= value->length && errno == 0;
+}
+
+static bool read_size(const struct value *value, void *target) {
+    static const char units[] = "bKMG";
+    const char *last = value->text + value->length - 1;
+    const char *unit = value->length > 0 ? memchr(units, *last, 4) : NULL;
+    int shift = unit ? 10 * (int)(unit - units) : 0;
+    uint64_t number;
+    struct value digits = {.text = value->text, .length = value->length - (unit != NULL)};
+    if (!read_seed(&digits, &number) || (double)number < value->low ||
+        number > (uint64_t)1 << (53 - shift))
+        return false;
+    *(struct size *)target = (struct size){(int64_t)number << shift, unit == units, true};
+    return true;
+}
+
+static bool take_int(const char **at, int *value) {
+    *at += strspn(*at, " \t\r");
+    size_t digits = strspn(*at, "0123456789");
+    *value = digits < 10 ? atoi(*at) : -1;
+    *at += digits;
+    *at += strspn(*at, " \t\r");
+    return digits > 0 && *value >= 0;
+}
+
+/* `1,15,7`, or where `ranges` are allowed `0-3,7`. How many numbers; 0: that is no list of at most
+ * `capacity` numbers. */
+static int read_list(const char *at, size_t length, bool ranges, int *list, int capacity) {
+    const char *end = at + length;
+    int n = 0, first, last;
+    do {
+        if (!take_int(&at, &first))
+            return 0;
+        last = first;
+        if (ranges && *at == '-' && (++at, !take_int(&at, &last)))
+            return 0;
+        if (last < first || last - first >= capacity - n)
+            return 0;
+        while (first <= last)
+            list[n++] = first++;
+    } while (*at++ == ',');
+    return at == end + 1 ? n : 0;
+}
+
+static bool read_ids(const struct value *value, void *target) {
+    struct request_spec *request = target;
+    int capacity = value->length < INT_MAX ? (int)value->length / 2 + 1 : 0;
+    request->ids = malloc((size_t)capacity * sizeof *request->ids);
+    if (request->ids)
+        request->n_ids = read_list(value->text, value->length, false, request->ids, capacity);
+    return request->n_ids > 0;
+}
+
+static bool read_places(const struct value *value, void *target) {
+    struct device_list *list = target;
+    list->n = read_list(value->text, value->length, true, list->index, VALUE_DEVICES);
+    return list->n > 0;
+}
+
+static bool read_devices(const struct value *value, void *target) {
+    struct device_list *list = target;
+    list->cpu = strncmp(value->text, "cpu", 3) == 0;
+    if (!list->cpu)
+        return read_places(value, target);
+    const char *at = value->text + 4;
+    list->n = 1;
+    bool good = value->length == 3 || (at[-1] == ':' && take_int(&at, &list->n) && !*at);
+    for (int i = 0; i < list->n && i < VALUE_DEVICES; i++)
+        list->index[i] = i;
+    return good && list->n >= 1 && list->n <= VALUE_DEVICES;
+}
+
+static bool read_choice(const struct value *value, void *target) {
+    const char *words = value->words;
+    for (int choice = 1;; choice++) {
+        size_t length = strcspn(words, "|");
+        *(int *)target = choice;
+        if (value->length == length && memcmp(value->text, words, length) == 0)
+            return true;
+        words += length;
+        if (!*words++)
+            return false;
+    }
+}
+
+/* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t;
+ * struct size; struct device_list (PLACES: without cpu); int, which of the words, from 1. */
+static const struct kind FLAG = {read_flag, 0, "no value"};
+static const struct kind TEXT = {read_text, '"', "a text without zero bytes"};
+static const struct kind PROMPT = {read_prompt, '"', "a text"};
+static const struct kind STOP = {read_stop, '"',
+                                 "at most 16 texts, none empty or with a zero byte"};
+static const struct kind IDS = {read_ids, '[', "token ids, such as 1,15,7"};
+static const struct kind INT = {read_int, '0', "a whole number"};
+static const struct kind REAL = {read_real, '0', "a number"};
+static const struct kind SEED = {read_seed, '0', "a whole number from 0 to 18446744073709551615"};
+static const struct kind SIZE = {read_size, 0, "bytes such as 512M (K, M, G) or blocks such as 8b"};
+static const struct kind DEVICES = {read_devices, 0,
+                                    "cpu:N, or device numbers such as 0,1 or 0-7; at most 64"};
+static const struct kind PLACES = {read_places, 0, "positions in --devices, such as 0,1 or 0-7"};
+static const struct kind CHOICE = {read_choice, 0, NULL};
+
+/* ---- the table of options ---- */
+
+/* Rows with a key are fields of options.request. A row without a name is a key of request files only, one without a kind a heading. */
 struct option_row {
     const char *name, *argument, *key;
     const struct kind *kind;
@@ -164,10 +382,9 @@ static const struct rule {
     {{"--decode", "--prefill"}, "--prefill"},
 };
 
-static bool read_value(struct options *options, const struct option_row *row, char *text,
-                       size_t length) {
+static bool read_value(void *target, const struct option_row *row, char *text, size_t length) {
     struct value value = {text, length, row->low, row->high, row->argument};
-    return row->kind->read(&value, (char *)options + row->offset);
+    return row->kind->read(&value, target);
 }
 
 /* `name`: the option or the key; `quote`: what stands around the text, or "". */
@@ -222,39 +439,162 @@ static void refuse_unknown(const char *name, bool key, char *error) {
 }
 
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
-static const struct option_row *give(struct options *options, const char *name, bool key,
-                                     char *error) {
+static const struct option_row *give(uint64_t *given, const char *name, bool key, char *error) {
     const struct option_row *row = find_row(name, key);
-    uint64_t bit = row ? (uint64_t)1 << (row - option_rows) : 0;
-    if (!row)
+    if (!row) {
         refuse_unknown(name, key, error);
-    else if (options->given & bit && (row->kind != &STOP || key))
-        fail(error, "%s: given twice", name);
-    else
-        return options->given |= bit, row;
-    return NULL;
+        return NULL;
+    }
+    uint64_t bit = (uint64_t)1 << (row - option_rows);
+    if (*given & bit && (row->kind != &STOP || key)) {
+        (void)fail(error, "%s: given twice", name);
+        return NULL;
+    }
+    *given |= bit;
+    return row;
 }
 
-bool cli_set(struct options *options, struct json_node *nodes, int key, char error[ERROR_LENGTH]) {
+bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
+             char error[ERROR_LENGTH]) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
-    const struct option_row *row =
-        give(options, name->length == strlen(name->text) ? name->text : "", true, error);
+    bool plain = name->length == strlen(name->text); /* no zero byte inside */
+    const struct option_row *row = give(given, plain ? name->text : "", true, error);
     if (!row)
         return false;
     int at = key + 1;
     if (row->kind == &STOP) {
-        options->request.n_stop = 0;
+        request->n_stop = 0;
         at += value->type == '[';
     }
+    char *target = (char *)request + (row->offset - offsetof(struct options, request));
     for (; at < value->next; at = nodes[at].next) {
         struct json_node *node = &nodes[at];
         size_t bracket = node->type == '['; /* of token ids */
         if (node->type != row->kind->json ||
-            !read_value(options, row, node->text + bracket, node->length - 2 * bracket))
+            !read_value(target, row, node->text + bracket, node->length - 2 * bracket))
             return refuse_value(row, row->key, node->type == '"' ? "\"" : "", node->text,
                                 node->length, error);
     }
     return true;
+}
+
+/* ---- files of requests ---- */
+
+char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
+    FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    const char *name = file == stdin ? "stdin" : path;
+    char *text = NULL, *larger = NULL;
+    *length = 0;
+    for (size_t room = 4096, n = 1; file && n > 0 && *length <= CLI_FILE_LENGTH;
+         room = *length + 4096) {
+        larger = realloc(text, *length + room);
+        if (!larger)
+            break;
+        text = larger;
+        n = fread(text + *length, 1, room - 1, file);
+        *length += n;
+    }
+    bool good = larger && !ferror(file);
+    if (!good)
+        fail(error, "%.400s: %s", name, strerror(errno));
+    else if (*length > CLI_FILE_LENGTH)
+        good = fail(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
+    else
+        text[*length] = 0;
+    if (file && file != stdin)
+        fclose(file);
+    if (!good)
+        free(text);
+    return good ? text : NULL;
+}
+
+enum { MAX_LINES = 1 << 16 /* of a file: all are in flight together */ };
+
+/* text[length] is 0. */
+static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
+    if (*text != '{') {
+        request->prompt = text;
+        request->prompt_length = length;
+        return true;
+    }
+    uint64_t given = 0;
+    struct json_node *nodes = json_parse(text, length, error);
+    bool good = nodes != NULL;
+    for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
+        good = cli_set(request, &given, nodes, key, error);
+    free(nodes);
+    if (good && !request->prompt == !request->ids)
+        return fail(error, "expected either prompt or ids");
+    return good;
+}
+
+bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
+                   char error[ERROR_LENGTH]) {
+    const char *name = strcmp(path, "-") ? path : "stdin";
+    size_t length, n_lines = 1;
+    *requests = (struct requests){.text = cli_read_file(path, &length, error)};
+    if (!requests->text)
+        return false;
+    char *text_end = requests->text + length;
+    for (char *at = requests->text; at < text_end; at++)
+        n_lines += *at == '\n';
+    if (n_lines > MAX_LINES) {
+        requests_free(requests);
+        return fail(error, "%.400s: got %zu lines, expected at most %d; split it", name, n_lines,
+                    (int)MAX_LINES);
+    }
+    requests->specs = calloc(n_lines, sizeof *requests->specs);
+    if (!requests->specs) {
+        requests_free(requests);
+        return fail(error, "%.400s: out of memory", name);
+    }
+    int number = 1;
+    for (char *line = requests->text, *end; line < text_end; line = end + 1, number++) {
+        char wrong[ERROR_LENGTH];
+        end = memchr(line, '\n', (size_t)(text_end - line));
+        end = end ? end : text_end;
+        char *stop = end > line && end[-1] == '\r' ? end - 1 : end;
+        *stop = 0;
+        if (stop == line)
+            continue;
+        struct request_spec *spec = &requests->specs[requests->n++];
+        *spec = *defaults;
+        if (read_request(spec, line, (size_t)(stop - line), wrong))
+            continue;
+        spec->error = malloc(ERROR_LENGTH);
+        if (!spec->error)
+            abort();
+        fail(spec->error, "%.200s:%d: %.250s", name, number, wrong);
+    }
+    return true;
+}
+
+void requests_free(struct requests *requests) {
+    for (int i = 0; i < requests->n; i++) {
+        free(requests->specs[i].ids);
+        free(requests->specs[i].error);
+    }
+    free(requests->specs);
+    free(requests->text);
+}
+
+bool requests_stop(const char *text, size_t length, char *const *stop, int n_stop, size_t *safe) {
+    size_t held = length, start = 0, end = SIZE_MAX;
+    for (size_t at = *safe; at < length; at++) {
+        for (int i = 0; i < n_stop; i++) {
+            size_t left = length - at, size = strnlen(stop[i], left + 1);
+            if (memcmp(text + at, stop[i], size < left ? size : left))
+                continue;
+            if (size > left) {
+                held = at < held ? at : held;
+            } else if (at + size < end) {
+                start = at;
+                end = at + size;
+            }
+        }
+    }
+    *safe = end < SIZE_MAX ? start : held;
+    return end < SIZE_MAX;
 }
 
 /* ---- the command line ---- */
@@ -300,7 +640,7 @@ static bool check_options(const struct options *options, char *error) {
 }
 
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]) {
-    *options = (struct options){.tp = 1, .kv_policy = CLI_ON_EVICT};
+    *options = (struct options){.tp = 1};
     options->request =
         (struct request_spec){.n = -1, .sampling = {.temperature = 0.8f, .top_p = 0.95f}};
     for (int i = 1; i < argc; i++) {
@@ -313,7 +653,7 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
         }
         if (value)
             *value++ = 0;
-        const struct option_row *row = give(options, word, false, error);
+        const struct option_row *row = give(&options->given, word, false, error);
         if (!row)
             return false;
         if (row->kind != &FLAG && !value && i + 1 < argc && !find_row(argv[i + 1], false))
@@ -321,10 +661,14 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
         if (row->kind != &FLAG && !value)
             return fail(error, "%s: missing value (%s)", word, row->argument);
         size_t length = value ? strlen(value) : 0;
-        if (!read_value(options, row, value, length))
+        if (!read_value((char *)options + row->offset, row, value, length))
             return refuse_value(row, word, "", value, length, error);
     }
     return options->help || options->version || check_options(options, error);
+}
+
+void cli_free(struct options *options) {
+    free(options->request.ids);
 }
 
 void cli_help(FILE *stream) {
@@ -364,35 +708,7 @@ void cli_help(FILE *stream) {
     }
 }
 
-/* ---- files and terminal ---- */
-
-char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
-    FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    const char *name = file == stdin ? "stdin" : path;
-    char *text = NULL, *larger = NULL;
-    *length = 0;
-    for (size_t room = 4096, n = 1; file && n > 0 && *length <= CLI_FILE_LENGTH;
-         room = *length + 4096) {
-        larger = realloc(text, *length + room);
-        if (!larger)
-            break;
-        text = larger;
-        n = fread(text + *length, 1, room - 1, file);
-        *length += n;
-    }
-    bool good = larger && !ferror(file);
-    if (!good)
-        fail(error, "%.400s: %s", name, strerror(errno));
-    else if (*length > CLI_FILE_LENGTH)
-        good = fail(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
-    else
-        text[*length] = 0;
-    if (file && file != stdin)
-        fclose(file);
-    if (!good)
-        free(text);
-    return good ? text : NULL;
-}
+/* ---- the terminal ---- */
 
 void cli_progress(const char *label, int64_t done, int64_t total) {
     static struct timespec begun;

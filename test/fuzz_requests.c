@@ -3,8 +3,7 @@
  */
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
-#define REQUESTS_IMPLEMENTATION
-#include "../lib/requests.h"
+#include "../lib/cli.h"
 #include "fuzz.h"
 
 enum { TEXTS, OBJECTS, ALL_IDS, STOPS, COMMANDS };
@@ -37,7 +36,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
     FUZZ_CHECK(cli_parse(&options, 4, words, error));
-    FUZZ_CHECK(requests_read(&requests, &options, error));
+    FUZZ_CHECK(requests_read(&requests, options.file, &options.request, error));
     for (int i = 0; i < requests.n; i++) {
         const struct request_spec *spec = &requests.specs[i];
         FUZZ_CHECK(spec->error ? !strchr(spec->error, '\n') : !spec->prompt != !spec->ids);

@@ -6,8 +6,6 @@
 #include "../lib/json.h"
 #define CLI_IMPLEMENTATION
 #include "../lib/cli.h"
-#define REQUESTS_IMPLEMENTATION
-#include "../lib/requests.h"
 #include "child.h"
 
 /* Parses a command line given as words that `|` separates (a value may hold spaces). */
@@ -39,7 +37,7 @@ static void defaults_hold(struct check *check) {
     CHECK(o.request.n == -1 && o.request.sampling.temperature == 0.8f, "n, temperature");
     CHECK(o.request.sampling.top_p == 0.95f && o.request.sampling.top_k == 0, "top_p, top_k");
     CHECK(o.request.sampling.min_p == 0 && !cli_given(o.given, "--seed"), "min_p, seed");
-    CHECK(o.tp == 1 && o.kv_policy == CLI_ON_EVICT && o.kv_type == CLI_KV_DEFAULT, "tp, kv");
+    CHECK(o.tp == 1 && o.kv_policy == 0 && o.kv_type == 0, "tp, kv");
     CHECK(!o.kv_device.given && !o.kv_host.given && o.devices.n == 0 && o.given == 0, "given");
     cli_free(&o);
 }
@@ -68,7 +66,7 @@ static void every_option_is_read(struct check *check) {
     CHECK(o.tp == 2 && o.max_batch == 7 && o.chunk == 64 && o.threads == 3, "%d", o.tp);
     CHECK(o.kv_device.value == 8 && o.kv_device.blocks && o.kv_device.given, "kv-device");
     CHECK(o.kv_host.value == 3ll << 30 && !o.kv_host.blocks && o.kv_host.given, "kv-host");
-    CHECK(o.kv_type == CLI_KV_BF16 && o.kv_policy == CLI_WRITE_THROUGH, "%d", o.kv_type);
+    CHECK(o.kv_type == 2 && o.kv_policy == 2, "%d", o.kv_type);
     CHECK(o.json && o.stats && o.verbose && !o.colocate && !o.help && !o.version, "flags");
     CHECK(!strcmp(o.tokenizer, "t.bin") && !strcmp(o.logits, "out"), "%s", o.tokenizer);
     CHECK(o.copy_delay == 9 && cli_given(o.given, "--seed") && !cli_given(o.given, "-p"), "given");
@@ -76,7 +74,7 @@ static void every_option_is_read(struct check *check) {
     CHECK(parse(&o, "m|-p|-hello|--colocate|--kv-policy|on-evict|--kv-type=f32", error), "%s",
           error);
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
-    CHECK(o.colocate && o.kv_policy == CLI_ON_EVICT && o.kv_type == CLI_KV_F32, "kv");
+    CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
     CHECK(parse(&o, "m|-f|a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
     CHECK(parse(&o, "m|--tokenize|b", error) && !strcmp(o.tokenize, "b"), "%s", error);
@@ -294,7 +292,7 @@ static bool requests_of(struct options *options, const char *line, const char *t
     bool good = parse(options, line, error);
     options->file = path;
     *requests = (struct requests){0};
-    good = good && requests_read(requests, options, error);
+    good = good && requests_read(requests, options->file, &options->request, error);
     fclose(file);
     return good;
 }
@@ -459,7 +457,9 @@ static void files_are_read_whole(struct check *check) {
     }
     struct options o;
     struct requests requests;
-    CHECK(parse(&o, "m|-f|no/such/file", error) && !requests_read(&requests, &o, error), "-f");
+    CHECK(parse(&o, "m|-f|no/such/file", error) &&
+              !requests_read(&requests, o.file, &o.request, error),
+          "-f");
     CHECK(!strncmp(error, "no/such/file: ", 14), "%s", error);
     cli_free(&o);
 }

@@ -1,12 +1,14 @@
-/* test_pace.c: the work that pace.h counts in a step, against sums done by hand. */
-#define PACE_IMPLEMENTATION
-#include "pace.h"
+/* test_engine.c: the work of a step that dynamo.c counts, against sums done by hand. */
+#define main dynamo_main
+#include "../dynamo.c"
+#undef main
 #include "check.h"
 
 enum { ROWS = 4, MATRICES = 7 };
 
 /* Two layers of seven matrices of 10 x 3 in 120 bytes each, and an output of 50 x 3 in 600. */
-static void open_pace(struct pace *pace) {
+static struct engine *open_counts(void) {
+    static struct engine engine;
     static struct tensor matrix = {.rows = 10, .cols = 3, .bytes = 120};
     static struct tensor output = {.rows = 50, .cols = 3, .bytes = 600};
     static const struct tensor *layers[2][N_ROLES];
@@ -22,7 +24,9 @@ static void open_pace(struct pace *pace) {
     for (int i = 0; i < 2 * MATRICES; i++)
         layers[i / MATRICES][matrices[i % MATRICES]] = &matrix;
     layers[0][OUTPUT] = &output;
-    pace_open(pace, &model, KV_BF16);
+    engine = (struct engine){.config = {.model = &model, .kv_type = KV_BF16},
+                             .cost = model_cost(&model)};
+    return &engine;
 }
 
 /* Two sequences, of 3 rows from position 5 on and of one row at 100. */
@@ -45,13 +49,12 @@ static void work_of_a_step(struct check *check) {
     const double bytes = 2 * MATRICES * 120 + 600 + 8 * 1024.0;
     const double products = 2.0 * (ROWS * 2 * MATRICES * 30 + 2 * 150);
     const double attention = 4.0 * (6 + 7 + 8 + 101) * 2 * 6 * 4; /* two products, layers, heads */
-    struct pace pace;
-    open_pace(&pace);
+    struct engine *engine = open_counts();
     for (int generated = 0; generated < 2; generated++) {
-        struct paced *sum = generated ? &pace.decode : &pace.prefill;
+        const struct pace *sum = generated ? &engine->decode : &engine->prefill;
         struct batch batch = make_batch(generated, generated);
-        pace_count(&pace, &batch, 0.5);
-        pace_count(&pace, &batch, 0.25);
+        count_pace(engine, &batch, 0.5);
+        count_pace(engine, &batch, 0.25);
         CHECK(sum->tokens == 2 * ROWS, "%d tokens", (int)sum->tokens);
         CHECK(sum->seconds == 0.75, "%g seconds", sum->seconds);
         CHECK(sum->bytes == 2 * bytes, "%g bytes, expected %g", sum->bytes, 2 * bytes);
@@ -61,13 +64,12 @@ static void work_of_a_step(struct check *check) {
 }
 
 static void other_steps_count_for_neither(struct check *check) {
-    struct pace pace;
-    open_pace(&pace);
+    struct engine *engine = open_counts();
     struct batch mixed = make_batch(false, true), none = {0};
-    pace_count(&pace, &mixed, 0.5);
-    pace_count(&pace, &none, 0.5);
-    CHECK(pace.decode.tokens == 0 && pace.decode.seconds == 0, "decode");
-    CHECK(pace.prefill.tokens == 0 && pace.prefill.seconds == 0, "prefill");
+    count_pace(engine, &mixed, 0.5);
+    count_pace(engine, &none, 0.5);
+    CHECK(engine->decode.tokens == 0 && engine->decode.seconds == 0, "decode");
+    CHECK(engine->prefill.tokens == 0 && engine->prefill.seconds == 0, "prefill");
 }
 
 int main(int argc, char **argv) {

@@ -1,0 +1,398 @@
+/* run.h: from the command line to an open engine, and what then runs on it.
+ *
+ *     int main(int argc, char **argv) {
+ *         return run_program(argc, argv);
+ *     }
+ *
+ * Opens what the options name: the model, its tokenizer, a backend, then the engine; says which
+ * devices form a worker, and which workers prefill and which decode. Then runs one of: an
+ * evaluation, one prompt, a file of requests, a conversation. Here alone signals are taken and exit
+ * statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
+ * Read next: answers.h, and engine_open in dynamo.c. */
+#ifndef RUN_H
+#define RUN_H
+
+int run_program(int argc, char **argv); /* an exit status */
+
+#endif /* RUN_H */
+
+#ifdef RUN_IMPLEMENTATION
+#undef RUN_IMPLEMENTATION
+
+#include "../dynamo.h"
+#include "../lib/cli.h"
+#include "../lib/source.h"
+#include "../lib/template.h"
+#include "../lib/tokenizer.h"
+#include "answers.h"
+#include "evaluate.h"
+#include "stats.h"
+#include "terminal.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    EXIT_FILE = 1,
+    EXIT_USAGE = 2,
+    EXIT_REQUESTS = 3,
+    DEFAULT_DEVICES = 2, /* one prefills, one decodes */
+    DEFAULT_BATCH = 32
+};
+
+struct run { /* all that a run opens */
+    struct options options;
+    struct gguf *file;
+    struct model model;
+    struct tokenizer *tokenizer; /* NULL: there is none; then no_tokenizer says why */
+    char no_tokenizer[ERROR_LENGTH];
+    bool *ends_text; /* (vocab_size) */
+    struct backend *backend;
+    struct engine *engine;
+    pthread_mutex_t closing; /* held by who uses or closes the engine beside the other */
+    struct answers answers;
+};
+
+static void complain(const char *line) {
+    (void)fprintf(stderr, "dynamo: %s\n", line);
+}
+
+/* ---- opening: model, tokenizer, backend ---- */
+
+/* The tokenizer of the model file, or the tokenizer.bin of a llama2.c checkpoint, given or beside
+ * it. A model without one still runs on --ids. */
+static void open_tokenizer(struct run *run) {
+    const struct options *o = &run->options;
+    char beside[4096], error[ERROR_LENGTH];
+    const char *slash = strrchr(o->model, '/');
+    int folder = slash ? (int)(slash - o->model) + 1 : 0;
+    (void)snprintf(beside, sizeof beside, "%.*stokenizer.bin", folder, o->model);
+    if (o->tokenizer || run->model.placed) {
+        run->tokenizer = tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside,
+                                             run->model.config.vocab_size, run->no_tokenizer);
+        return;
+    }
+    run->tokenizer = tok_open(run->file, error);
+    if (!run->tokenizer)
+        (void)fail(run->no_tokenizer, "%.200s: %.300s", o->model,
+                   random_named(o->model) ? "random weights have none; give --ids" : error);
+}
+
+static bool open_model(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    run->file = source_open(o->model, error);
+    if (!run->file || !model_open(&run->model, run->file, error))
+        return false;
+    open_tokenizer(run);
+    /* what was asked for must be there; before all the weights are loaded for nothing */
+    if (!run->tokenizer && (o->tokenizer || o->request.prompt))
+        return fail(error, "no tokenizer: %.480s", run->no_tokenizer);
+    int n = run->model.config.vocab_size;
+    run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
+    for (int i = 0; i < n && run->ends_text && run->tokenizer; i++)
+        run->ends_text[i] = tok_ends_text(run->tokenizer, i);
+    return run->ends_text || fail(error, "out of memory");
+}
+
+static void tell_lost(void *context) {
+    const struct run *run = context;
+    if (run->engine)
+        engine_tell_lost(run->engine);
+}
+
+/* CUDA where there is a GPU, unless the CPU is asked for. */
+static bool open_backend(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    struct backend_options options = {
+        .n_threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN),
+        .copy_delay_seed = o->copy_delay,
+        .lost = tell_lost,
+        .context = run};
+    bool cuda = o->devices.n > 0 && !o->devices.cpu;
+    if (cuda && !cuda_backend_open)
+        return fail(error, "--devices: this build has no CUDA backend; give cpu:N");
+    if (cuda_backend_open && !o->devices.cpu) {
+        run->backend = cuda_backend_open(&options, error);
+        if (!run->backend && !cuda)
+            (void)fprintf(stderr, "dynamo: %s; using the CPU\n", error);
+    }
+    if (!run->backend && !cuda)
+        run->backend = cpu_backend_open(&options, error);
+    return run->backend != NULL;
+}
+
+/* ---- which devices do what ---- */
+
+/* The devices that --prefill and --decode count: those of --devices; else all GPUs, of which a lone
+ * one stands for two devices, or as many CPU devices. */
+static struct device_list list_devices(const struct options *o, int n_gpus) {
+    int named = o->prefill.n + o->decode.n;
+    struct device_list all = o->devices;
+    if (all.n > 0)
+        return all;
+    all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : DEFAULT_DEVICES * o->tp;
+    for (int i = 0; i < all.n; i++)
+        all.index[i] = n_gpus > 0 ? i % n_gpus : i;
+    return all;
+}
+
+/* Gives each worker its devices and its role. */
+static bool plan_workers(const struct options *o, struct engine_config *config, char *error) {
+    struct device_list all = list_devices(o, config->backend->n_gpus), empty = {0};
+    struct device_list prefill = o->prefill, decode = o->prefill.n > 0 ? o->decode : empty;
+    if (prefill.n == 0) { /* the first half prefills */
+        int n_prefill = all.n / o->tp / 2 * o->tp;
+        for (int i = 0; i < all.n; i++) {
+            struct device_list *list = i < n_prefill && !o->colocate ? &prefill : &decode;
+            list->index[list->n++] = i;
+        }
+    }
+    int n = prefill.n + decode.n;
+    if (n / o->tp > MAX_WORKERS || n % o->tp != 0)
+        return fail(error,
+                    "--devices: %d devices with --tp %d: they make no whole workers, or more "
+                    "than %d",
+                    n, o->tp, MAX_WORKERS);
+    config->n_shards = o->tp;
+    config->n_workers = n / o->tp;
+    for (int i = 0; i < n; i++) {
+        int worker = i / o->tp;
+        bool prefills = i < prefill.n;
+        int place = prefills ? prefill.index[i] : decode.index[i - prefill.n];
+        config->workers[worker].devices[i % o->tp] = all.index[place];
+        config->workers[worker].prefills = prefills || prefill.n == 0;
+        config->workers[worker].decodes = !prefills;
+    }
+    return true;
+}
+
+/* Blocks that a size option stands for; -1: the engine chooses. */
+static int blocks_from(struct size size, size_t bytes_per_block) {
+    int64_t n = size.blocks ? size.value : size.value / (int64_t)bytes_per_block;
+    return !size.given ? -1 : n > INT32_MAX / 64 ? INT32_MAX / 64 : (int)n;
+}
+
+static void show_loading(int64_t done, int64_t total) {
+    cli_progress("loading", done, total);
+}
+
+static bool open_engine(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const struct model_config *model = &run->model.config;
+    struct engine_config config = {.model = &run->model,
+                                   .backend = run->backend,
+                                   .ends_text = run->ends_text,
+                                   .max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH,
+                                   .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
+                                   .kv_type = run->backend->kv_type,
+                                   .policy = KV_ON_EVICT,
+                                   .verbose = o->verbose,
+                                   .progress = show_loading};
+    if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
+        config.kv_type = (enum kv_type)(o->kv_type - 1);
+    if (o->kv_policy > 0)
+        config.policy = (enum kv_policy)(o->kv_policy - 1);
+    if (!plan_workers(o, &config, error))
+        return false;
+    int shards = model->n_kv_heads % o->tp == 0 ? o->tp : 1; /* else the device refuses */
+    config.device_blocks = blocks_from(o->kv_device, block_bytes(model, shards, config.kv_type));
+    config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
+    run->engine = engine_open(&config, error);
+    return run->engine != NULL;
+}
+
+/* ---- running ---- */
+
+/* A conversation at the terminal; or all of a piped stdin as one prompt. */
+static int run_stdin(struct run *run) {
+    char error[ERROR_LENGTH];
+    struct request_spec spec = run->options.request;
+    if (isatty(STDIN_FILENO)) {
+        struct chat chat = {.answers = &run->answers, .defaults = spec};
+        run->answers.converses = true;
+        chat_run(&chat);
+        answers_forget(&run->answers);
+        return 0;
+    }
+    spec.prompt = cli_read_file("-", &spec.prompt_length, error);
+    if (!spec.prompt) {
+        complain(error);
+        return EXIT_FILE;
+    }
+    int n_failed = answers_run(&run->answers, &spec, 1);
+    free(spec.prompt);
+    return n_failed > 0 ? EXIT_REQUESTS : 0;
+}
+
+static int run_requests(struct run *run) {
+    const struct options *o = &run->options;
+    char error[ERROR_LENGTH];
+    int status = 0;
+    if (o->file) {
+        struct requests requests;
+        if (!requests_read(&requests, o->file, &o->request, error)) {
+            complain(error);
+            return EXIT_FILE;
+        }
+        status = answers_run(&run->answers, requests.specs, requests.n) > 0 ? EXIT_REQUESTS : 0;
+        requests_free(&requests);
+    } else if (o->request.prompt || o->request.ids) {
+        status = answers_run(&run->answers, &o->request, 1) > 0 ? EXIT_REQUESTS : 0;
+    } else {
+        status = run_stdin(run);
+    }
+    if (status == EXIT_FILE)
+        return status;
+    if (o->stats)
+        stats_print(&run->answers);
+    else if (!o->json)
+        stats_summary(&run->answers);
+    return status;
+}
+
+/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
+static bool choose_template(struct run *run) {
+    const struct options *o = &run->options;
+    char note[ERROR_LENGTH] = "";
+    bool asked = o->template > TEMPLATE_AUTO;
+    run->answers.template = TEMPLATE_NONE;
+    if (o->logits || o->perplexity || !run->tokenizer)
+        return true;
+    run->answers.template =
+        asked ? (enum template_kind)o->template : template_of(run->file, run->tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template, run->tokenizer, note);
+    if (*note)
+        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
+    return fits;
+}
+
+static int run_engine(struct run *run) {
+    const struct options *o = &run->options;
+    struct answers *answers = &run->answers;
+    answers->engine = run->engine;
+    answers->tokenizer = run->tokenizer;
+    answers->no_tokenizer = run->no_tokenizer;
+    answers->json = o->json;
+    answers->seed = o->request.sampling.seed;
+    if (!choose_template(run))
+        return EXIT_USAGE;
+    if (o->logits)
+        return evaluate_logits(answers, &o->request, o->logits);
+    if (o->perplexity)
+        return evaluate_perplexity(answers, o->perplexity);
+    if (engine_start(run->engine))
+        return run_requests(run);
+    complain("cannot start threads");
+    return EXIT_FILE;
+}
+
+/* ---- signals ---- */
+
+static void signals_of_run(sigset_t *signals) {
+    sigemptyset(signals);
+    sigaddset(signals, SIGINT);
+    sigaddset(signals, SIGTERM);
+    sigaddset(signals, SIGHUP);
+}
+
+/* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
+ * finds the terminal as it was. */
+static void *watch_signals(void *argument) {
+    struct run *run = argument;
+    sigset_t signals;
+    signals_of_run(&signals);
+    for (;;) {
+        int number, answering = ANSWERING;
+        (void)sigwait(&signals, &number);
+        if (number != SIGINT ||
+            !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
+            editor_restore();
+            _exit(128 + number);
+        }
+        engine_lock(run->engine); /* it is there: answers come from it */
+        engine_wake(run->engine);
+        engine_unlock(run->engine);
+    }
+    return NULL;
+}
+
+/* Signals are for watch_signals alone; a closed stdout is an error of fflush, not a death. Before
+ * any other thread is started, so that none of them takes one. */
+static bool start_watching(struct run *run) {
+    sigset_t signals;
+    pthread_t watcher;
+    signals_of_run(&signals);
+    sigaddset(&signals, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    return pthread_create(&watcher, NULL, watch_signals, run) == 0 && pthread_detach(watcher) == 0;
+}
+
+/* ---- the program ---- */
+
+static int run_model(struct run *run) {
+    char error[ERROR_LENGTH];
+    int status = EXIT_FILE;
+    if (!start_watching(run)) {
+        complain("out of threads");
+        return status;
+    }
+    if (!cli_given(run->options.given, "--seed"))
+        run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
+    if (open_model(run, error) && open_backend(run, error) && open_engine(run, error))
+        status = run_engine(run);
+    else
+        complain(error);
+    pthread_mutex_lock(&run->closing); /* a late Ctrl-C must not find half an engine */
+    struct engine *engine = run->engine;
+    run->engine = NULL;
+    pthread_mutex_unlock(&run->closing);
+    engine_close(engine);
+    if (run->backend)
+        run->backend->close(run->backend);
+    tok_close(run->tokenizer);
+    model_close(&run->model);
+    gguf_close(run->file);
+    free(run->ends_text);
+    return status;
+}
+
+/* A stream that the caller closed stays so: else the next file would get its number, and what is
+ * meant for stderr. Opened the wrong way round, it fails with the same error. */
+static void hold_closed_streams(void) {
+    for (int number = 0; number < 3; number++)
+        if (fcntl(number, F_GETFD) < 0)
+            (void)open("/dev/null", number == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+}
+
+int run_program(int argc, char **argv) {
+    /* the watcher of signals outlives this call */
+    static struct run run = {.closing = PTHREAD_MUTEX_INITIALIZER};
+    char error[ERROR_LENGTH];
+    int status = 0;
+    hold_closed_streams();
+    if (!cli_parse(&run.options, argc, argv, error)) {
+        complain(error);
+        status = EXIT_USAGE;
+    } else if (run.options.help)
+        cli_help(stdout);
+    else if (run.options.version)
+        printf("dynamo %s\n", CLI_VERSION);
+    else if (run.options.tokenize)
+        status = evaluate_tokenize(run.options.model, run.options.tokenizer, run.options.tokenize);
+    else
+        status = run_model(&run);
+    cli_free(&run.options);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        (void)fprintf(stderr, "dynamo: stdout: %s\n", strerror(errno));
+        status = EXIT_FILE;
+    }
+    return status;
+}
+
+#endif /* RUN_IMPLEMENTATION */
