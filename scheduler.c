@@ -161,7 +161,7 @@ static struct list *list_of(struct sched *s, enum request_state state) {
     return state == REQUEST_WAITING ? &s->waiting : state == REQUEST_FINISHED ? NULL : &s->admitted;
 }
 
-/* The one place where a request's state changes: see the picture above. */
+/* The one place where a request's state changes: see the picture in README.md. */
 static void set_state(struct sched *s, struct request *r, enum request_state state) {
     static const bool allowed[REQUEST_FINISHED + 1][REQUEST_FINISHED + 1] = {
         [REQUEST_WAITING] = {[REQUEST_LOADING] = true, [REQUEST_FINISHED] = true},
@@ -248,7 +248,7 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_RESERVED &&
             (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
-            (void)snprintf(r->error, sizeof r->error, "its KV blocks could not be copied");
+            (void)fail(r->error, "its KV blocks could not be copied");
             finish(s, r, FINISH_ERROR, now);
         }
         if (state != KV_VALID)
@@ -551,19 +551,19 @@ void sched_submit(struct sched *s, struct request *r, double now) {
     list_insert(&s->waiting, r);
     int context = s->config.context_length;
     if (r->n_prompt < 1) {
-        (void)snprintf(r->error, sizeof r->error, "the prompt is empty");
+        (void)fail(r->error, "the prompt is empty");
     } else if (r->n_prompt > context) {
-        (void)snprintf(r->error, sizeof r->error,
-                       "the prompt has %d tokens, the model's context is %d", r->n_prompt, context);
+        (void)fail(r->error, "the prompt has %d tokens, the model's context is %d", r->n_prompt,
+                   context);
     } else if (r->n_prompt > s->max_length) {
-        (void)snprintf(r->error, sizeof r->error,
-                       "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
-                       "raise --kv-device",
-                       r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
+        (void)fail(r->error,
+                   "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
+                   "raise --kv-device",
+                   r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
     } else {
         r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
         if (!r->blocks)
-            (void)snprintf(r->error, sizeof r->error, "out of memory");
+            (void)fail(r->error, "out of memory");
     }
     if (!r->blocks)
         finish(s, r, FINISH_ERROR, now);
