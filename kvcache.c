@@ -29,7 +29,6 @@
 #include "dynamo.h"
 
 #include <assert.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

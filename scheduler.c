@@ -22,7 +22,6 @@
 #include "dynamo.h"
 
 #include <assert.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
