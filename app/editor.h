@@ -36,7 +36,8 @@ void editor_restore(void);
 #ifdef EDITOR_IMPLEMENTATION
 #undef EDITOR_IMPLEMENTATION
 
-#include "../lib/words.h"
+#include "../lib/text.h"
+#include "../lib/unicode.h"
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -82,7 +83,7 @@ static int columns_of(uint32_t code) {
 /* Bytes of the character behind `at`, or before it. */
 static size_t editor_next(const struct editor *e, size_t at) {
     uint32_t code;
-    return at < e->length ? char_size(e->line + at, e->length - at, &code) : 0;
+    return at < e->length ? utf8_char(e->line + at, e->length - at, &code) : 0;
 }
 
 static size_t editor_previous(const struct editor *e, size_t at) {
@@ -101,12 +102,12 @@ static void editor_show(const struct editor *e) {
     size_t first = e->at, last;
     for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
         n = editor_previous(e, first);
-        (void)char_size(e->line + first - n, n, &code);
+        (void)utf8_char(e->line + first - n, n, &code);
         before += columns_of(code);
     }
     (void)fprintf(stderr, "\r\033[K%s", e->prompt);
     for (last = first; last < e->length; last += editor_next(e, last)) {
-        (void)char_size(e->line + last, e->length - last, &code);
+        (void)utf8_char(e->line + last, e->length - last, &code);
         used += columns_of(code);
         if (used > room)
             break;
