@@ -15,7 +15,6 @@
 #define _GNU_SOURCE
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
@@ -38,7 +37,7 @@
 #include "lib/gguf.h"
 #include "lib/json.h"
 #include "lib/requests.h"
-#include "lib/source.h"
+#include "lib/model.h"
 #include "app/stats.h"
 #include "lib/template.h"
 #include "lib/tokenizer.h"

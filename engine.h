@@ -12,8 +12,7 @@
 
 #include "app/terminal.h"
 #include "dynamo.h"
-#include "lib/random.h"
-#include "lib/source.h"
+#include "lib/model.h"
 #include <pthread.h>
 
 /* A block on its way: one piece for each pair of shards that share heads. */

@@ -10,7 +10,7 @@
 #define EVALUATE_H
 
 #include "terminal.h"
-#include "../lib/source.h"
+#include "../lib/model.h"
 
 struct evaluation {
     const struct answers *answers; /* for prompts and the tokenizer */

@@ -3,13 +3,12 @@
  * are read as a tokenizer.bin. Run by test/fuzz.sh. */
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #include "../lib/pack.h"
 #include "dynamo.h"
 #include "../lib/gguf.h"
-#include "../lib/source.h"
+#include "../lib/model.h"
 #include "../lib/template.h"
 #include "../lib/tokenizer.h"
 #define PACK_IMPLEMENTATION

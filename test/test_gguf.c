@@ -45,9 +45,7 @@ static void *watched_realloc(void *memory, size_t size) {
 #define realloc(...) watched_realloc(__VA_ARGS__)
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #include "../lib/model.h"
-#include "../lib/source.h"
 #undef mmap
 #undef munmap
 #undef calloc

@@ -3,9 +3,8 @@
 #define _GNU_SOURCE
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #include "dynamo.h"
-#include "../lib/source.h"
+#include "../lib/model.h"
 #define PACK_IMPLEMENTATION
 #include "../lib/pack.h"
 #include "check.h"
