@@ -433,7 +433,7 @@ static bool choose_template(const struct engine *engine, struct answers *answers
     if (o->logits || o->perplexity || !engine->tokenizer)
         return true;
     answers->template = asked ? (enum template_kind)o->template
-                              : template_of(engine->file, engine->tokenizer, note);
+                              : template_of(engine->model.file, engine->tokenizer, note);
     bool fits = !asked || template_fits(answers->template, engine->tokenizer, note);
     if (*note)
         complain("%s: %s", o->model, note);

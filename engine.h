@@ -39,7 +39,6 @@ struct worker { /* a group of devices that hold one copy of the model between th
 
 struct engine {
     struct options *options;
-    struct gguf *file;
     struct model model;
     struct tokenizer *tokenizer; /* NULL: the model file has none; then no_tokenizer says why */
     char no_tokenizer[ERROR_LENGTH];
@@ -322,18 +321,18 @@ static void open_tokenizer(struct engine *engine) {
     const char *slash = strrchr(o->model, '/');
     int folder = slash ? (int)(slash - o->model) + 1 : 0;
     (void)snprintf(beside, sizeof beside, "%.*stokenizer.bin", folder, o->model);
-    if (o->tokenizer || engine->model.placed) {
+    if (o->tokenizer || engine->model.is_checkpoint) {
         engine->tokenizer =
             tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside,
                                 engine->model.config.vocab_size, engine->no_tokenizer);
         return;
     }
     char error[ERROR_LENGTH];
-    engine->tokenizer = tok_open(engine->file, error);
+    engine->tokenizer = engine->model.file ? tok_open(engine->model.file, error) : NULL;
     if (!engine->tokenizer) {
         (void)snprintf(engine->no_tokenizer, sizeof engine->no_tokenizer, "%.200s: %.300s",
                        o->model,
-                       random_named(o->model) ? "random weights have none; give --ids" : error);
+                       engine->model.file ? error : "random weights have none; give --ids");
     }
 }
 
@@ -356,7 +355,6 @@ void engine_close(struct engine *engine) {
         engine->backend->close(engine->backend);
     tok_close(engine->tokenizer);
     model_close(&engine->model);
-    gguf_close(engine->file);
     free(engine->rope_frequency);
     free(engine->ends_text);
 }
@@ -408,8 +406,7 @@ bool engine_open(struct engine *engine, struct options *options, char error[ERRO
     engine->options = options;
     engine->tp = options->tp;
     engine->max_batch = options->max_batch > 0 ? options->max_batch : DEFAULT_BATCH;
-    engine->file = source_open(options->model, error);
-    bool ok = engine->file && model_open(&engine->model, engine->file, error);
+    bool ok = model_open(&engine->model, options->model, error);
     if (ok) {
         open_tokenizer(engine);
         /* what was asked for must be there; before all the weights are loaded for nothing */

@@ -176,19 +176,20 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 
 int evaluate_tokenize(const struct options *options, const char *path) {
     char error[ERROR_LENGTH], why[ERROR_LENGTH];
-    struct gguf *file = source_open(options->model, error);
-    if (!file)
-        return evaluate_failed("", error);
     struct model model = {0};
+    struct gguf *file = NULL;
     struct tokenizer *tokenizer = NULL;
-    if (!options->tokenizer)
-        tokenizer = tok_open(file, error);
-    else if (model_open(&model, file, error))
+    if (options->tokenizer && model_open(&model, options->model, error))
         tokenizer = tok_open_checkpoint(options->tokenizer, model.config.vocab_size, error);
+    else if (!options->tokenizer && model_is_random(options->model))
+        (void)fail(error, "%.200s: random weights have no tokenizer", options->model);
+    else if (!options->tokenizer && (file = gguf_open(options->model, error)) != NULL)
+        tokenizer = tok_open(file, error);
+    const char *subject = file ? options->model : ""; /* an error that lacks it */
     model_close(&model);
     gguf_close(file);
     if (!tokenizer)
-        return evaluate_failed(options->tokenizer ? "" : options->model, error);
+        return evaluate_failed(subject, error);
     size_t length;
     char *text = cli_read_file(path, &length, why);
     bool ok = text && tokenize_texts(tokenizer, text, length);

@@ -1,22 +1,28 @@
-/* model.h: which model a file holds, a GGUF file or a llama2.c v0 checkpoint, and its tensors.
+/* model.h: a model: what MODEL names is opened, and its tensors are found, checked, or made.
  *
  *     struct model model;
- *     struct gguf *file = gguf_open("model.gguf", error);
- *     if (!file || !model_open(&model, file, error))
+ *     if (!model_open(&model, "model.gguf", error))
  *         fprintf(stderr, "dynamo: %s\n", error);
  *     ... model.layers[3][ATTN_Q]->data ...
  *     model_close(&model);
- *     gguf_close(file);
  *
- * Owns the list of layers. The weights stay in the file's map, which must outlive the model.
- * Data flow: keys, or a checkpoint's header -> config -> extents -> the table model_tensors: each
- * is found by name and compared, or, in a checkpoint, laid out behind the one before. A checkpoint
- * has no mark: it is what is not GGUF and has exactly the size that its header implies.
+ * MODEL is a GGUF file, whole or any of its parts; a llama2.c v0 checkpoint; or `random:NAME:TYPE`,
+ * random weights of a known shape. A checkpoint has no mark: it is what is not GGUF and has exactly
+ * the size that its header implies.
+ * Owns the file, the list of layers, and what tensors there are besides those of the file. Weights
+ * stay in the file's map.
+ * Data flow: keys, a checkpoint's header or a row of random_shapes -> config -> the table
+ * model_tensors: each is found by name and compared; in a checkpoint it is laid out behind the one
+ * before; random ones are laid out over a tile of random weights.
  * Refuses: every model that the forward pass would get wrong.
- * Define MODEL_IMPLEMENTATION in one file, before including this. Read next: dynamo.c. */
+ * Define MODEL_IMPLEMENTATION in one file, before including this (gguf.h's is needed, too).
+ * Read next: dynamo.c. */
 #ifndef MODEL_H
 #define MODEL_H
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* memfd_create; so include this before the system's headers, or define it */
+#endif
 #include "gguf.h"
 
 struct model_config {
@@ -83,27 +89,26 @@ enum extent {
     DIM_CONTEXT
 };
 
-/* What a file can be; a tied checkpoint ends before output.weight. Combined: who needs a tensor. */
+/* What a model can be. Combined: who needs a tensor. */
 enum {
     MODEL_LLAMA = 1,
     MODEL_QWEN2 = 2,
     MODEL_QWEN3 = 4,
-    MODEL_TIED = 8, /* llama2.c checkpoints */
-    MODEL_UNTIED = 16,
+    MODEL_TIED = 8,    /* its output is its embedding: known of checkpoints and random weights */
+    MODEL_UNTIED = 16, /* it is not: likewise */
     MODEL_ALL = 31
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
  * random models know of it. In the order of a llama2.c checkpoint, each for all layers. */
 struct model_tensor {
-    const char *name; /* behind `blk.N.`, if each layer has one */
-    bool layered;
-    int role; /* enum tensor_role; -1: not for the forward pass */
-    enum extent rows,
-        cols;              /* a vector has DIM_ONE row, and is F32; DIM_NONE: refused, text would be
-                             * wrong without it */
-    unsigned required_by;  /* kinds of model; optional elsewhere, but in a checkpoint absent */
-    enum slice_kind slice; /* how the shards of a worker cut it: a shard's heads are rows of q, k,
+    const char *name;       /* behind `blk.N.`, if each layer has one */
+    bool layered;           /* each layer has one */
+    int role;               /* enum tensor_role */
+    enum extent rows, cols; /* DIM_ONE row: a vector, and F32; DIM_NONE: the tensor is refused, for
+                             * text would be wrong without it */
+    unsigned required_by;   /* kinds of model; optional elsewhere, but in a checkpoint absent */
+    enum slice_kind slice;  /* how the shards of a worker cut it: a shard's heads are rows of q, k,
                              * v and columns of attn_output; its part of d_ff, likewise */
 };
 static const struct model_tensor model_tensors[] = {
@@ -136,22 +141,24 @@ enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
 struct model {
     struct model_config config;
     const struct tensor *(*layers)[N_ROLES]; /* (n_layers) by role; absent ones are NULL */
-    struct tensor *placed; /* of a llama2.c checkpoint, which lists none; else NULL */
+    struct gguf *file;                       /* NULL: random weights */
+    bool is_checkpoint;    /* llama2.c's, which has its tokenizer in a file beside it */
+    struct tensor *placed; /* (n_placed) those that no file lists; else NULL */
+    int n_placed;
+    void *random; /* (random_bytes) random weights; else NULL */
+    size_t random_bytes;
 };
 
-bool random_named(const char *name); /* it begins with `random:` */
-/* What a MODEL argument names: a file, all parts of a split one, or random weights. */
-struct gguf *source_open(const char *name, char error[ERROR_LENGTH]);
-/* Fills `model` from the file: every key, shape and type checked. False: `error` is one line. */
-bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]);
+/* Opens what `name` names: every key, shape and type is checked. False: `error` is one line. */
+bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]);
 void model_close(struct model *model);
+bool model_is_random(const char *name); /* it begins with `random:` */
 
 #endif /* MODEL_H */
 
 #ifdef MODEL_IMPLEMENTATION
 #undef MODEL_IMPLEMENTATION
 
-#include <assert.h>
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -166,12 +173,59 @@ enum { REQUIRED = -1 }; /* in place of a default */
 /* Those that gguf.h knows the size of. */
 #define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
 
+static const char *const model_architectures[] = {"llama", "qwen2", "qwen3"}; /* bit i of a kind */
+
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
     "embedding_length",        "feed_forward_length", "block_count",   "attention.head_count",
     "attention.head_count_kv", "vocab_size",          "context_length"};
 
 enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 };
+
+/* ---- tensors, as the table has them ---- */
+
+static int model_extent(const struct model_config *config, enum extent extent) {
+    switch (extent) {
+    case DIM_NONE: return 0;
+    case DIM_ONE: return 1;
+    case DIM_VOCAB: return config->vocab_size;
+    case DIM_MODEL: return config->d_model;
+    case DIM_Q: return config->n_heads * config->head_dim;
+    case DIM_KV: return config->n_kv_heads * config->head_dim;
+    case DIM_FF: return config->d_ff;
+    case DIM_HEAD: return config->head_dim;
+    case DIM_ROPE: return config->rope_dim / 2;
+    case DIM_CONTEXT: return config->context_length;
+    }
+    return 0;
+}
+
+/* Room for what the config says; `places`: also for tensors that no file lists. */
+static bool model_reserve(struct model *model, bool places) {
+    size_t n_layers = (size_t)model->config.n_layers;
+    model->layers = calloc(n_layers, sizeof *model->layers);
+    if (places)
+        model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
+    return model->layers && (model->placed || !places);
+}
+
+/* A tensor that no file lists: it has the shape that the config gives it. */
+static struct tensor *model_place(struct model *model, const struct model_tensor *entry,
+                                  enum tensor_type type, const void *data) {
+    int rows = model_extent(&model->config, entry->rows);
+    int cols = model_extent(&model->config, entry->cols);
+    struct gguf_block block = gguf_block(type);
+    struct tensor *tensor = &model->placed[model->n_placed++];
+    *tensor = (struct tensor){.name = {entry->name, strlen(entry->name)},
+                              .type = type,
+                              .rows = rows,
+                              .cols = cols,
+                              .bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes,
+                              .data = data};
+    return tensor;
+}
+
+/* ---- files ---- */
 
 struct model_reader {
     struct gguf *file;
@@ -180,8 +234,6 @@ struct model_reader {
     const uint8_t *bytes;     /* (size) of a checkpoint; NULL: GGUF */
     size_t size, at;          /* [0, at) has been laid out */
     int32_t header[N_HEADER]; /* of a checkpoint */
-    struct tensor *placed;    /* the next to be laid out */
-    int extents[DIM_CONTEXT + 1];
 };
 
 /* The value, or the default where there is none; `least` once anything was wrong. */
@@ -218,14 +270,13 @@ static float model_float(struct model_reader *reader, const char *key, double fa
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
-    static const char *const architectures[] = {"llama", "qwen2", "qwen3"};
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
-    config->architecture = architectures[0];
+    config->architecture = model_architectures[0]; /* a checkpoint's */
     for (unsigned i = 0; i < 3; i++)
-        if (gguf_equals(name, architectures[i])) {
-            config->architecture = architectures[i];
+        if (gguf_equals(name, model_architectures[i])) {
+            config->architecture = model_architectures[i];
             reader->kind = 1u << i;
         }
     reader->bytes = gguf_raw(file, &reader->size);
@@ -236,8 +287,8 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
         reader->kind = *vocab_size < 0 ? MODEL_UNTIED : MODEL_TIED;
         *vocab_size = *vocab_size < -INT32_MAX ? 0 : abs(*vocab_size);
     }
-    gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3",
-                (int)(name.length < 64 ? name.length : 64), name.data);
+    gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3", gguf_shown(name),
+                name.data);
 }
 
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
@@ -250,7 +301,7 @@ static void model_read_rope(struct model_reader *reader, struct model_config *co
     gguf_get_string(reader->file, model_key(reader, "rope.scaling.type"), &scaling);
     bool linear = gguf_equals(scaling, "linear");
     gguf_expect(reader->file, linear || gguf_equals(scaling, "none"), "got %.*s, expected none",
-                (int)(scaling.length < 64 ? scaling.length : 64), scaling.data);
+                gguf_shown(scaling), scaling.data);
     if (linear) {
         model_float(reader, "rope.scaling.factor", 1, 1, 1);
         model_float(reader, "rope.scale_linear", 1, 1, 1);
@@ -287,148 +338,120 @@ static void model_read_config(struct model_reader *reader, struct model_config *
                 tokens.count, (intmax_t)n_tokens);
 }
 
-/* The next tensor of a checkpoint; NULL: so many bytes are not left. */
-static struct tensor *model_place(struct model_reader *reader, const char *name, int rows,
-                                  int cols) {
-    size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
-    if (bytes > reader->size - reader->at)
-        return NULL;
-    *reader->placed = (struct tensor){.name = {name, strlen(name)},
-                                      .type = TYPE_F32,
-                                      .rows = rows,
-                                      .cols = cols,
-                                      .bytes = bytes,
-                                      .data = reader->bytes + reader->at};
-    reader->at += bytes;
-    return reader->placed++;
-}
-
-static const struct tensor *model_find(struct model_reader *reader,
-                                       const struct model_tensor *wanted, int layer) {
+/* The tensor of a file, or NULL: there is none, or something is wrong. */
+static const struct tensor *model_find(struct model_reader *reader, struct model *model,
+                                       const struct model_tensor *entry, int layer) {
     struct gguf *file = reader->file;
-    int rows = reader->extents[wanted->rows], cols = reader->extents[wanted->cols];
-    bool required = wanted->required_by & reader->kind;
-    const char *name = wanted->layered ? gguf_about(file, "blk.%d.%s", layer, wanted->name)
-                                       : gguf_about(file, "%s", wanted->name);
-    const struct tensor *tensor = required && reader->bytes
-                                      ? model_place(reader, wanted->name, rows, cols)
-                                      : gguf_tensor(file, name);
+    int rows = model_extent(&model->config, entry->rows);
+    int cols = model_extent(&model->config, entry->cols);
+    bool required = entry->required_by & reader->kind;
+    const char *name = entry->layered ? gguf_about(file, "blk.%d.%s", layer, entry->name)
+                                      : gguf_about(file, "%s", entry->name);
+    const struct tensor *tensor;
+    if (required && reader->bytes) { /* the next of a checkpoint */
+        tensor = model_place(model, entry, TYPE_F32, reader->bytes + reader->at);
+        if (tensor->bytes > reader->size - reader->at)
+            tensor = NULL;
+        else
+            reader->at += tensor->bytes;
+    } else {
+        tensor = gguf_tensor(file, name);
+    }
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
     if (!tensor)
         return NULL;
-    gguf_expect(file, wanted->rows != DIM_NONE, "is not supported");
-    bool typed = wanted->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
+    bool typed = entry->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                wanted->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
+                entry->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
     return tensor;
 }
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
-    const struct model_config *config = &model->config;
     struct gguf *file = reader->file;
-    size_t n_layers = (size_t)config->n_layers;
-    int q_rows = config->n_heads * config->head_dim;
-    int kv_rows = config->n_kv_heads * config->head_dim;
-    const int extents[] = {0,
-                           1,
-                           config->vocab_size,
-                           config->d_model,
-                           q_rows,
-                           kv_rows,
-                           config->d_ff,
-                           config->head_dim,
-                           config->rope_dim / 2,
-                           config->context_length};
-    memcpy(reader->extents, extents, sizeof reader->extents);
-    model->layers = calloc(n_layers, sizeof *model->layers);
-    if (reader->bytes)
-        reader->placed = model->placed =
-            calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
-    gguf_expect(file, model->layers && (model->placed || !reader->bytes), "out of memory");
+    gguf_expect(file, model_reserve(model, reader->bytes != NULL), "out of memory");
     for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
-        const struct model_tensor *wanted = &model_tensors[i];
-        size_t copies = wanted->layered ? n_layers : 1;
-        for (size_t layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
-            const struct tensor *tensor = model_find(reader, wanted, (int)layer);
-            if (wanted->role != NO_ROLE)
-                model->layers[layer][wanted->role] = tensor;
+        const struct model_tensor *entry = &model_tensors[i];
+        int copies = entry->layered ? model->config.n_layers : 1;
+        for (int layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
+            const struct tensor *tensor = model_find(reader, model, entry, layer);
+            if (entry->role != NO_ROLE)
+                model->layers[layer][entry->role] = tensor;
         }
     }
     gguf_expect(file, !reader->bytes || reader->at == reader->size,
                 "got %zu bytes behind the last tensor, expected none", reader->size - reader->at);
     if (gguf_error(file)[0])
         return;
-    const struct tensor **own = model->layers[0];
-    if (!own[OUTPUT])
-        own[OUTPUT] = own[TOKEN_EMBD];
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
     gguf_about(file, "rope_freqs.weight");
-    for (int i = 0; i < config->rope_dim / 2 && own[ROPE_FREQS]; i++) {
-        float divisor = ((const float *)own[ROPE_FREQS]->data)[i];
+    for (int i = 0; i < model->config.rope_dim / 2 && divisors; i++) {
+        float divisor = ((const float *)divisors->data)[i];
         gguf_expect(file, isfinite(divisor) && divisor > 0, "entry %d is %g", i, (double)divisor);
     }
 }
 
-bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]) {
-    *model = (struct model){0};
-    struct model_reader reader = {.file = file, .config = &model->config};
+static bool model_read(struct model *model, const char *path, char *error) {
+    model->file = gguf_open(path, error);
+    if (!model->file)
+        return false;
+    struct model_reader reader = {.file = model->file, .config = &model->config};
     model_read_kind(&reader, &model->config);
     model_read_config(&reader, &model->config);
     model_read_tensors(&reader, model);
+    model->is_checkpoint = reader.bytes != NULL;
     const char *hint =
-        reader.bytes ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
-    bool ok = !gguf_error(file)[0];
-    (void)fail(error, "%.440s%s", gguf_error(file), ok ? "" : hint);
-    if (!ok)
-        model_close(model);
-    return ok;
-}
-
-void model_close(struct model *model) {
-    free(model->layers);
-    free(model->placed);
-    *model = (struct model){0};
+        model->is_checkpoint ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
+    const char *wrong = gguf_error(model->file);
+    (void)fail(error, "%.440s%s", wrong, *wrong ? hint : "");
+    return !*wrong;
 }
 
 /* ---- random weights ----
  *
- * Makes what looks like a GGUF file of the shape that the name stands for, in milliseconds and at
- * any size, since its matrices are one *tile* of random weights, mapped again and again:
+ * Models for measuring without a file, in milliseconds and at any size, since their matrices are one
+ * *tile* of random weights, mapped again and again:
  *
- *     in memory that has no file name:  | header, vectors | tile |
- *     address range:                    | header, vectors | tile | tile | tile | ... | part |
+ *     in memory that has no file name:  | vectors | tile |
+ *     address range:                    | vectors | tile | tile | tile | ... | part |
  *
- * Whoever reads the range, gguf.h first, sees a whole file, and every check of a file is made. The
- * matrices lie one behind the other, a gap apart, so that each begins at another place of the tile:
- * those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile (struct
- * tensor: period). The same name gives the same weights, everywhere and always.
+ * The matrices lie one behind the other, a gap apart, so that each begins at another place of the
+ * tile: those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile
+ * (struct tensor: period). The same name gives the same weights, everywhere and always.
  * Sizes are such that activations neither vanish nor explode: matrices have a mean of 0 and a
  * standard deviation of about 0.02, norms are 1. There is no tokenizer: what runs is --ids. */
 
 enum {
     RANDOM_PAGE = 1 << 16, /* a multiple of every page size, so that weights do not depend on it */
     RANDOM_TILE = 1 << 24, /* about so many bytes: few enough to make, and many to repeat */
-    RANDOM_HEADER = 1 << 17, /* more than the header of 80 layers takes */
-    RANDOM_ALIGNMENT = 32
+    RANDOM_ONES = 4096,    /* where the vector that is all norms begins, behind rope's divisors */
+    RANDOM_GRAIN = 32      /* a matrix takes a multiple of so many blocks, and as many are a gap */
 };
 
 #define RANDOM_DEVIATION 0.02
 
+enum { RANDOM_LLAMA = 0, RANDOM_QWEN3 = 2 }; /* of model_architectures */
+
 struct random_shape {
-    const char *name, *architecture;
+    const char *name;
+    int architecture;
     int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, context_length;
     double theta, epsilon;
     bool tied, scaled; /* scaled: rope as in Llama 3.1 */
 };
 
 static const struct random_shape random_shapes[] = {
-    {"stories-15m", "llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 1e4, 1e-5, true, false},
-    {"stories-110m", "llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 1e4, 1e-5, true, false},
-    {"tinyllama-1.1b", "llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 1e4, 1e-5, false, false},
-    {"qwen3-0.6b", "qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, true, false},
-    {"llama-3.1-8b", "llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, 1e-5, false, true},
-    {"llama-3.1-70b", "llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5, 1e-5, false, true},
+    {"stories-15m", RANDOM_LLAMA, 6, 288, 6, 6, 48, 768, 32000, 2048, 1e4, 1e-5, true, false},
+    {"stories-110m", RANDOM_LLAMA, 12, 768, 12, 12, 64, 2048, 32000, 2048, 1e4, 1e-5, true, false},
+    {"tinyllama-1.1b", RANDOM_LLAMA, 22, 2048, 32, 4, 64, 5632, 32000, 2048, 1e4, 1e-5, false,
+     false},
+    {"qwen3-0.6b", RANDOM_QWEN3, 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, true, false},
+    {"llama-3.1-8b", RANDOM_LLAMA, 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, 1e-5, false,
+     true},
+    {"llama-3.1-70b", RANDOM_LLAMA, 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5, 1e-5, false,
+     true},
 };
 
 /* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if
@@ -446,16 +469,12 @@ enum {
     RANDOM_TYPES = sizeof random_types / sizeof *random_types
 };
 
-struct random_file {
+struct random_weights {
     const struct random_shape *shape;
     const struct random_type *type;
     struct gguf_block block; /* of the type */
-    uint8_t *header;         /* [0, size) is written, of RANDOM_HEADER */
-    size_t size;
-    uint64_t n_keys, n_tensors;
-    size_t data, tile;        /* bytes of the file before the vectors, and before the matrices */
-    size_t vectors, matrices; /* bytes that they take */
-    size_t period;            /* of the tile */
+    size_t tile, end;        /* bytes before the tile, and before the end of all matrices */
+    size_t period;           /* of the tile */
 };
 
 static size_t random_round_up(size_t value, size_t unit) {
@@ -466,10 +485,6 @@ static size_t random_round_up(size_t value, size_t unit) {
 
 static bool random_equal(const char *text, size_t length, const char *name) {
     return strlen(name) == length && strncasecmp(text, name, length) == 0;
-}
-
-bool random_named(const char *name) {
-    return strncmp(name, "random:", 7) == 0;
 }
 
 /* All that there is, in one line. */
@@ -485,179 +500,95 @@ static void random_list(const char *name, char *error) {
     for (size_t i = 0; i < RANDOM_TYPES; i++)
         used += (size_t)snprintf(error + used, room - used, "%s %s", i > 0 ? "," : "",
                                  gguf_type_name(random_types[i].type));
-    for (char *c = error; *c; c++)
-        *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c;
+    fail_clean(error);
 }
 
 /* Blocks do not reach beyond a row: all numbers of columns must be multiples of theirs. */
-static bool random_fits(const struct random_file *file, const char *name, char *error) {
-    const struct random_shape *shape = file->shape;
-    const int cols[] = {shape->d_model, shape->n_heads * shape->head_dim, shape->d_ff};
-    for (size_t i = 0; i < 3; i++) {
-        if (cols[i] % file->block.elements) {
-            return fail(
-                error,
-                "%s: got matrices of %d columns, expected a multiple of %d, the block of %s; "
-                "no file could have it either",
-                name, cols[i], file->block.elements, gguf_type_name(file->type->type));
-        }
-    }
+static bool random_fits(const struct random_weights *r, const char *name, char *error) {
+    const int cols[] = {r->shape->d_model, r->shape->n_heads * r->shape->head_dim, r->shape->d_ff};
+    for (size_t i = 0; i < 3; i++)
+        if (cols[i] % r->block.elements)
+            return fail(error,
+                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
+                        "%s; no file could have it either",
+                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
     return true;
 }
 
-static bool random_parse(struct random_file *file, const char *name, char *error) {
+static bool random_parse(struct random_weights *r, const char *name, char *error) {
     const char *shape = strchr(name, ':') + 1, *colon = strchr(shape, ':');
     const char *type = colon ? colon + 1 : "BF16";
     size_t length = colon ? (size_t)(colon - shape) : strlen(shape);
     for (size_t i = 0; i < RANDOM_SHAPES; i++)
         if (random_equal(shape, length, random_shapes[i].name))
-            file->shape = &random_shapes[i];
+            r->shape = &random_shapes[i];
     for (size_t i = 0; i < RANDOM_TYPES; i++)
         if (random_equal(type, strlen(type), gguf_type_name(random_types[i].type)))
-            file->type = &random_types[i];
-    if (!file->shape || !file->type) {
+            r->type = &random_types[i];
+    if (!r->shape || !r->type) {
         random_list(name, error);
         return false;
     }
-    file->block = gguf_block(file->type->type);
-    return random_fits(file, name, error);
+    r->block = gguf_block(r->type->type);
+    return random_fits(r, name, error);
 }
 
-/* ---- the header ---- */
+/* ---- where tensors lie ---- */
 
-static void random_put(struct random_file *file, const void *bytes, size_t n) {
-    assert(n <= RANDOM_HEADER - file->size);
-    memcpy(file->header + file->size, bytes, n);
-    file->size += n;
+static struct model_config random_config(const struct random_shape *shape) {
+    return (struct model_config){.architecture = model_architectures[shape->architecture],
+                                 .n_layers = shape->n_layers,
+                                 .d_model = shape->d_model,
+                                 .n_heads = shape->n_heads,
+                                 .n_kv_heads = shape->n_kv_heads,
+                                 .head_dim = shape->head_dim,
+                                 .d_ff = shape->d_ff,
+                                 .vocab_size = shape->vocab_size,
+                                 .context_length = shape->context_length,
+                                 .rope_dim = shape->head_dim,
+                                 .rope_adjacent = shape->architecture == RANDOM_LLAMA,
+                                 .rope_theta = (float)shape->theta,
+                                 .norm_epsilon = (float)shape->epsilon};
 }
 
-static void random_put_int(struct random_file *file, uint64_t value, size_t bytes) {
-    random_put(file, &value, bytes);
+/* Places the tensor of a role, if this model has one. `data` is left as if the address range began
+ * at 0. */
+static void random_place(struct random_weights *r, struct model *model, int role, int layer) {
+    unsigned kind = 1u << r->shape->architecture | (r->shape->tied ? MODEL_TIED : MODEL_UNTIED);
+    const struct model_tensor *entry = model_tensors;
+    while (entry->role != role)
+        entry++;
+    bool has = role == ROPE_FREQS ? r->shape->scaled : (entry->required_by & kind) != 0;
+    if (!has)
+        return;
+    bool is_vector = entry->rows == DIM_ONE;
+    size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
+    enum tensor_type type = is_vector ? TYPE_F32 : r->type->type;
+    struct tensor *tensor = model_place(model, entry, type, (const void *)(uintptr_t)at);
+    model->layers[layer][role] = tensor;
+    if (is_vector)
+        return;
+    size_t gap = (size_t)r->block.bytes * RANDOM_GRAIN;
+    r->end += random_round_up(tensor->bytes, gap) + gap;
+    tensor->period = tensor->bytes > r->period ? r->period : 0;
 }
 
-static void random_put_text(struct random_file *file, const char *text) {
-    random_put_int(file, strlen(text), 8);
-    random_put(file, text, strlen(text));
-}
-
-static void random_put_key(struct random_file *file, const char *key, enum gguf_value_type type) {
-    random_put_text(file, key);
-    random_put_int(file, type, 4);
-    file->n_keys++;
-}
-
-/* A number, by its key behind the architecture. */
-static void random_number(struct random_file *file, const char *key, enum gguf_value_type type,
-                          double value) {
-    char name[64];
-    float real = (float)value;
-    snprintf(name, sizeof name, "%s.%s", file->shape->architecture, key);
-    random_put_key(file, name, type);
-    if (type == GGUF_F32)
-        random_put(file, &real, 4);
-    else
-        random_put_int(file, (uint64_t)value, 4);
-}
-
-static void random_put_keys(struct random_file *file) {
-    const struct random_shape *shape = file->shape;
-    random_put_key(file, "general.architecture", GGUF_STRING);
-    random_put_text(file, shape->architecture);
-    random_put_key(file, "general.name", GGUF_STRING);
-    random_put_text(file, shape->name);
-    random_number(file, "block_count", GGUF_U32, shape->n_layers);
-    random_number(file, "context_length", GGUF_U32, shape->context_length);
-    random_number(file, "embedding_length", GGUF_U32, shape->d_model);
-    random_number(file, "feed_forward_length", GGUF_U32, shape->d_ff);
-    random_number(file, "attention.head_count", GGUF_U32, shape->n_heads);
-    random_number(file, "attention.head_count_kv", GGUF_U32, shape->n_kv_heads);
-    random_number(file, "attention.key_length", GGUF_U32, shape->head_dim);
-    random_number(file, "attention.value_length", GGUF_U32, shape->head_dim);
-    random_number(file, "attention.layer_norm_rms_epsilon", GGUF_F32, shape->epsilon);
-    random_number(file, "rope.freq_base", GGUF_F32, shape->theta);
-}
-
-static void random_put_name(struct random_file *file, int layer, const char *name) {
-    char full[64];
-    snprintf(full, sizeof full, "blk.%d.%s", layer, name);
-    random_put_text(file, layer < 0 ? name : full);
-    file->n_tensors++;
-}
-
-/* A tensor of a layer; of the model, if that is -1. */
-static void random_vector(struct random_file *file, int layer, const char *name, int n) {
-    random_put_name(file, layer, name);
-    random_put_int(file, 1, 4);
-    random_put_int(file, (uint64_t)n, 8);
-    random_put_int(file, TYPE_F32, 4);
-    random_put_int(file, file->vectors, 8);
-    file->vectors += random_round_up((size_t)n * sizeof(float), RANDOM_ALIGNMENT);
-}
-
-static void random_matrix(struct random_file *file, int layer, const char *name, int rows,
-                          int cols) {
-    size_t unit = (size_t)file->block.bytes * RANDOM_ALIGNMENT;
-    size_t bytes = (size_t)rows * (size_t)(cols / file->block.elements) * file->block.bytes;
-    random_put_name(file, layer, name);
-    random_put_int(file, 2, 4);
-    random_put_int(file, (uint64_t)cols, 8);
-    random_put_int(file, (uint64_t)rows, 8);
-    random_put_int(file, file->type->type, 4);
-    random_put_int(file, file->tile - file->data + file->matrices, 8);
-    file->matrices += random_round_up(bytes, unit) + unit; /* whole blocks, and the gap */
-}
-
-static void random_put_tensors(struct random_file *file) {
-    const struct random_shape *shape = file->shape;
-    int d_model = shape->d_model, d_ff = shape->d_ff, head_dim = shape->head_dim;
-    int q_rows = shape->n_heads * head_dim, kv_rows = shape->n_kv_heads * head_dim;
-    if (shape->scaled)
-        random_vector(file, -1, "rope_freqs.weight", head_dim / 2); /* first: random_write */
-    random_vector(file, -1, "output_norm.weight", d_model);
-    for (int i = 0; i < shape->n_layers; i++) {
-        random_vector(file, i, "attn_norm.weight", d_model);
-        random_vector(file, i, "ffn_norm.weight", d_model);
-        if (strcmp(shape->architecture, "qwen3") == 0) {
-            random_vector(file, i, "attn_q_norm.weight", head_dim);
-            random_vector(file, i, "attn_k_norm.weight", head_dim);
-        }
-    }
-    random_matrix(file, -1, "token_embd.weight", shape->vocab_size, d_model);
-    for (int i = 0; i < shape->n_layers; i++) {
-        random_matrix(file, i, "attn_q.weight", q_rows, d_model);
-        random_matrix(file, i, "attn_k.weight", kv_rows, d_model);
-        random_matrix(file, i, "attn_v.weight", kv_rows, d_model);
-        random_matrix(file, i, "attn_output.weight", d_model, q_rows);
-        random_matrix(file, i, "ffn_gate.weight", d_ff, d_model);
-        random_matrix(file, i, "ffn_up.weight", d_ff, d_model);
-        random_matrix(file, i, "ffn_down.weight", d_model, d_ff);
-    }
-    if (!shape->tied)
-        random_matrix(file, -1, "output.weight", shape->vocab_size, d_model);
-}
-
-static void random_put_header(struct random_file *file) {
-    uint64_t n_keys = file->n_keys, n_tensors = file->n_tensors;
-    file->size = file->vectors = file->matrices = file->n_keys = file->n_tensors = 0;
-    random_put(file, "GGUF\3\0\0\0", 8);
-    random_put_int(file, n_tensors, 8);
-    random_put_int(file, n_keys, 8);
-    random_put_keys(file);
-    random_put_tensors(file);
-}
-
-/* The header is written twice: where the tile begins depends on how long it is. The tile is an odd
- * number of units, so that few matrices are a multiple of it and their heads not all alike. */
-static void random_plan(struct random_file *file) {
-    size_t odd = file->block.bytes;
+/* The tile is an odd number of units, so that few matrices are a multiple of it and their heads not
+ * all alike. The order of the matrices stays: a name's weights depend on it. */
+static void random_lay_out(struct random_weights *r, struct model *model) {
+    size_t odd = r->block.bytes;
     while (odd % 2 == 0)
         odd /= 2;
     size_t unit = odd * RANDOM_PAGE;
-    file->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
-    random_put_header(file);
-    file->data = random_round_up(file->size, RANDOM_ALIGNMENT);
-    file->tile = random_round_up(file->data + file->vectors, RANDOM_PAGE);
-    random_put_header(file);
+    r->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
+    r->tile = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
+    r->end = r->tile = random_round_up(r->tile, RANDOM_PAGE);
+    random_place(r, model, TOKEN_EMBD, 0);
+    for (int layer = 0; layer < model->config.n_layers; layer++)
+        for (int role = ATTN_NORM; role < N_ROLES; role++)
+            random_place(r, model, role, layer);
+    for (int role = OUTPUT_NORM; role <= ROPE_FREQS; role++)
+        random_place(r, model, role, 0);
 }
 
 /* ---- weights ---- */
@@ -708,7 +639,7 @@ static void random_scale(const struct random_type *type, uint8_t *block) {
     if (type->type == TYPE_Q4_K) { /* weight = d * s * bits - m * t: s = t, and m = 7.5 d */
         half = random_half(scale * 7.5f);
         memcpy(block + 2, &half, 2);
-        memcpy(block + 8, block + 4, 4); /* s and t of six bits: see pack_header in pack.h */
+        memcpy(block + 8, block + 4, 4); /* s and t of six bits: gguf_q4_k_scales */
         for (int i = 12; i < 16; i++)
             block[i] = (uint8_t)((block[i] & 15) * 17);
     }
@@ -723,85 +654,114 @@ static float random_rope(double theta, int pair, int head_dim) {
     return (float)(1 / (share + (1 - share) / 8));
 }
 
-/* Writes header, vectors and tile into the memory that stands for the file. */
-static void random_write(const struct random_file *file, uint8_t *to) {
-    const struct random_shape *shape = file->shape;
-    size_t bytes = file->block.bytes;
+/* Writes vectors and tile. */
+static void random_write(const struct random_weights *r, uint8_t *to) {
+    const struct random_shape *shape = r->shape;
     const float one = 1;
-    memcpy(to, file->header, file->size);
-    for (size_t at = 0; at < file->vectors; at += sizeof one)
-        memcpy(to + file->data + at, &one, sizeof one);
     for (int i = 0; i < shape->head_dim / 2 && shape->scaled; i++) {
         float divisor = random_rope(shape->theta, i, shape->head_dim);
-        memcpy(to + file->data + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
+        memcpy(to + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
     }
-    to += file->tile;
-    for (size_t at = 0; at < file->period; at += 8) {
+    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof one)
+        memcpy(to + at, &one, sizeof one);
+    to += r->tile;
+    for (size_t at = 0; at < r->period; at += 8) {
         uint64_t bits = random_bits(at / 8);
         memcpy(to + at, &bits, 8);
     }
-    for (size_t at = 0; at < file->period; at += bytes)
-        if (file->block.elements == 1)
-            random_weight(file->type->type, to + at);
+    for (size_t at = 0; at < r->period; at += r->block.bytes)
+        if (r->block.elements == 1)
+            random_weight(r->type->type, to + at);
         else
-            random_scale(file->type, to + at);
+            random_scale(r->type, to + at);
 }
 
 /* ---- the address range ---- */
 
 /* Maps [from, from + bytes) of the memory at `range + at`, over what is reserved there. */
-static bool random_place(uint8_t *range, size_t at, size_t bytes, int memory, size_t from) {
+static bool random_map_at(uint8_t *range, size_t at, size_t bytes, int memory, size_t from) {
     return mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) !=
            MAP_FAILED;
 }
 
-/* NULL: errno. */
-static uint8_t *random_map(const struct random_file *file, int memory, size_t size) {
-    size_t held = file->tile + file->period;
+/* The address range, [0, end) of it; NULL: errno. */
+static uint8_t *random_map(const struct random_weights *r, int memory) {
+    size_t held = r->tile + r->period;
     if (memory < 0 || ftruncate(memory, (off_t)held) != 0)
         return NULL;
     uint8_t *writable = mmap(NULL, held, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
     if (writable == MAP_FAILED)
         return NULL;
-    random_write(file, writable);
+    random_write(r, writable);
     munmap(writable, held);
     uint8_t *range =
-        mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        mmap(NULL, r->end, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED)
         return NULL;
-    bool ok = random_place(range, 0, file->tile, memory, 0);
-    for (size_t at = file->tile; at < size && ok; at += file->period) {
-        size_t left = size - at;
-        ok = random_place(range, at, left < file->period ? left : file->period, memory, file->tile);
+    bool ok = random_map_at(range, 0, r->tile, memory, 0);
+    for (size_t at = r->tile; at < r->end && ok; at += r->period) {
+        size_t left = r->end - at;
+        ok = random_map_at(range, at, left < r->period ? left : r->period, memory, r->tile);
     }
     if (ok)
         return range;
     int why = errno;
-    munmap(range, size);
+    munmap(range, r->end);
     errno = why;
     return NULL;
 }
 
-struct gguf *random_open(const char *name, char error[ERROR_LENGTH]) {
-    struct random_file file = {.header = calloc(1, RANDOM_HEADER)};
-    uint8_t *range = NULL;
-    size_t size = 0;
-    (void)fail(error, "%.100s: out of memory", name);
-    if (file.header && random_parse(&file, name, error)) {
-        random_plan(&file);
-        size = file.tile + file.matrices;
-        int memory = memfd_create(name, MFD_CLOEXEC);
-        range = random_map(&file, memory, size);
-        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, size, strerror(errno));
-        if (memory >= 0)
-            close(memory);
-    }
-    free(file.header);
-    return range ? gguf_open_map(name, range, size, file.period, error) : NULL;
+static bool random_open(struct model *model, const char *name, char *error) {
+    struct random_weights r = {0};
+    if (!random_parse(&r, name, error))
+        return false;
+    model->config = random_config(r.shape);
+    if (!model_reserve(model, true))
+        return fail(error, "%.100s: out of memory", name);
+    random_lay_out(&r, model);
+    int memory = memfd_create(name, MFD_CLOEXEC);
+    uint8_t *range = random_map(&r, memory);
+    if (!range)
+        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, r.end, strerror(errno));
+    if (memory >= 0)
+        close(memory);
+    if (!range)
+        return false;
+    for (int i = 0; i < model->n_placed; i++)
+        model->placed[i].data = range + (uintptr_t)model->placed[i].data;
+    model->random = range;
+    model->random_bytes = r.end;
+    *error = 0;
+    return true;
 }
 
-struct gguf *source_open(const char *name, char error[ERROR_LENGTH]) {
-    return random_named(name) ? random_open(name, error) : source_parts(name, error);
+/* ---- opening and closing ---- */
+
+bool model_is_random(const char *name) {
+    return strncmp(name, "random:", 7) == 0;
+}
+
+bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]) {
+    *model = (struct model){0};
+    bool ok =
+        model_is_random(name) ? random_open(model, name, error) : model_read(model, name, error);
+    if (!ok) {
+        model_close(model);
+        return false;
+    }
+    const struct tensor **own = model->layers[0];
+    if (!own[OUTPUT])
+        own[OUTPUT] = own[TOKEN_EMBD];
+    return true;
+}
+
+void model_close(struct model *model) {
+    free(model->layers);
+    free(model->placed);
+    if (model->random)
+        munmap(model->random, model->random_bytes);
+    gguf_close(model->file);
+    *model = (struct model){0};
 }
 
 #endif /* MODEL_IMPLEMENTATION */

@@ -219,7 +219,7 @@ enum template_kind template_of(struct gguf *file, const struct tokenizer *tokeni
     enum template_kind nearest = TEMPLATE_NONE;
     char missing[ERROR_LENGTH];
     *note = 0;
-    if (!tokenizer || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
+    if (!tokenizer || !file || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
         return TEMPLATE_NONE;
     for (enum template_kind kind = TEMPLATE_CHATML; kind < TEMPLATE_NONE; kind++) {
         bool fits = template_fits(kind, tokenizer, missing);

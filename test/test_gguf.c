@@ -224,12 +224,10 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
     int descriptor = mkstemp(path);
     CHECK(descriptor >= 0 && write(descriptor, data, size) == (ssize_t)size, "cannot write");
     struct model model;
-    struct gguf *file = source_open(path, error);
-    if (file && model_open(&model, file, error)) {
+    if (model_open(&model, path, error)) {
         CHECK(model.layers[0][ATTN_Q]->rows == 8, "an open model must be the model");
         model_close(&model);
     }
-    gguf_close(file);
     close(descriptor);
     unlink(path);
     CHECK(!error[0] || !strncmp(error, path, strlen(path)), "the file is not named: %s", error);
@@ -419,10 +417,8 @@ static void survives_lack_of_memory(struct check *check) {
         int descriptor = mkstemp(path);
         CHECK(write(descriptor, file->data, file->size) == (ssize_t)file->size, "cannot write");
         struct model model;
-        struct gguf *opened = gguf_open(path, error);
-        if (opened && model_open(&model, opened, error))
+        if (model_open(&model, path, error))
             model_close(&model);
-        gguf_close(opened);
         close(descriptor);
         unlink(path);
         CHECK(!error[0] || strstr(error, "out of memory"), "got %s", error);
@@ -509,9 +505,9 @@ static void opens_real_files(struct check *check) {
                   tokens.count == facts[i].n_tokens &&
                   gguf_equals(tokens.strings[facts[i].token_at], facts[i].token),
               "wrong tokens");
-        CHECK(file && !model_open(&model, file, error) && strstr(error, facts[i].refused), "%s",
-              error);
         gguf_close(file);
+        CHECK(!model_open(&model, facts[i].path, error) && strstr(error, facts[i].refused), "%s",
+              error);
     }
     static const char *const refused[][2] = {
         {"test/data", "folder"}, {"test/absent.gguf", "No such file"}, {"/dev/null", "regular"}};
@@ -519,8 +515,10 @@ static void opens_real_files(struct check *check) {
         CHECK(!gguf_open(refused[i][0], error) && strstr(error, refused[i][1]), "%s", error);
     struct gguf *file = gguf_open("test/data/aidreams_tokenizer.bin", error);
     CHECK(file && !gguf_tensor(file, "token_embd.weight"), "%s", error);
-    CHECK(file && !model_open(&model, file, error) && strstr(error, "not GGUF"), "%s", error);
     gguf_close(file);
+    CHECK(!model_open(&model, "test/data/aidreams_tokenizer.bin", error) &&
+              strstr(error, "not GGUF"),
+          "%s", error);
 }
 
 /* The shapes are those that test/make_reference.py asked the original implementations for. */
@@ -541,10 +539,8 @@ static void opens_architectures(struct check *check) {
         snprintf(path, sizeof path, "test/data/ref/%s.gguf", facts[i].path);
         snprintf(name, sizeof name, "blk.1.%s", facts[i].needs);
         struct model model = {0};
-        struct gguf *file = gguf_open(path, error);
-        if (!file || !model_open(&model, file, error)) {
+        if (!model_open(&model, path, error)) {
             CHECK(false, "%s", error);
-            gguf_close(file);
             continue;
         }
         const struct model_config *config = &model.config;
@@ -570,15 +566,14 @@ static void opens_architectures(struct check *check) {
         CHECK((model.layers[0][OUTPUT] == model.layers[0][TOKEN_EMBD]) == facts[i].tied, "%s: tied",
               path);
         CHECK(layer[ATTN_Q]->type == facts[i].type, "%s: type %d", path, layer[ATTN_Q]->type);
-        uint8_t *copy = malloc(file->size), *found;
-        size_t size = file->size;
-        memcpy(copy, file->map, size);
+        size_t size = model.file->size;
+        uint8_t *copy = malloc(size), *found;
+        memcpy(copy, model.file->map, size);
         found = memmem(copy, size, name, strlen(name));
         CHECK(found, "%s is not there", name);
         if (found)
             found[strlen(name) - 1] = '_';
         model_close(&model);
-        gguf_close(file);
         try_open(check, copy, size, error);
         CHECK(strstr(error, name) && strstr(error, "is missing"), "got `%s`", error);
         free(copy);
@@ -593,14 +588,12 @@ static void formats_agree(struct check *check) {
     for (size_t i = 0; i < 2; i++) {
         char error[ERROR_LENGTH];
         struct model models[2] = {0};
-        struct gguf *files[2] = {0};
         bool ok = true;
-        for (size_t j = 0; j < 2; j++) {
-            files[j] = gguf_open(paths[i][j], error);
-            ok = ok && files[j] && model_open(&models[j], files[j], error);
-        }
+        for (size_t j = 0; j < 2; j++)
+            ok = ok && model_open(&models[j], paths[i][j], error);
         CHECK(ok, "%s", error);
-        CHECK(ok && models[0].placed && !models[1].placed, "which is the checkpoint?");
+        CHECK(ok && models[0].is_checkpoint && !models[1].is_checkpoint,
+              "which is the checkpoint?");
         CHECK(ok && (models[0].layers[0][OUTPUT] == models[0].layers[0][TOKEN_EMBD]) == (i == 1),
               "wrongly tied");
         int n_layers = ok ? models[0].config.n_layers : 0;
@@ -617,10 +610,8 @@ static void formats_agree(struct check *check) {
                         !memcmp(tensors[0]->data, tensors[1]->data, tensors[0]->bytes))),
                   "%s: tensor %d differs", paths[i][0], at);
         }
-        for (size_t j = 0; j < 2; j++) {
+        for (size_t j = 0; j < 2; j++)
             model_close(&models[j]);
-            gguf_close(files[j]);
-        }
     }
 }
 
@@ -628,14 +619,13 @@ static void formats_agree(struct check *check) {
 static void opens_checkpoint(struct check *check) {
     char error[ERROR_LENGTH];
     struct model model;
-    struct gguf *file = gguf_open("test/data/aidreams260K.bin", error);
-    size_t size = 0;
-    CHECK(file && gguf_raw(file, &size) && size == file->size, "%s", error);
-    if (!file || !model_open(&model, file, error)) {
+    if (!model_open(&model, "test/data/aidreams260K.bin", error)) {
         CHECK(false, "%s", error);
-        gguf_close(file);
         return;
     }
+    struct gguf *file = model.file;
+    size_t size = 0;
+    CHECK(gguf_raw(file, &size) && size == file->size, "%zu bytes", size);
     int32_t header[7];
     memcpy(header, file->map, sizeof header);
     CHECK(model.config.d_model == header[0] && model.config.d_ff == header[1] &&
@@ -655,7 +645,6 @@ static void opens_checkpoint(struct check *check) {
     uint8_t *copy = malloc(file->size + 1);
     memcpy(copy, file->map, file->size);
     model_close(&model);
-    gguf_close(file);
     for (size_t cut = 0; cut < size + 2; cut += cut < 30 ? 1 : 9973) {
         try_open(check, copy, cut == size ? size + 1 : cut, error);
         CHECK(error[0], "opened at %zu bytes", cut);
@@ -674,7 +663,7 @@ static void opens_checkpoint(struct check *check) {
 enum { N_PARTS = 3 };
 
 /* A split model, changed in one part. Numbers are added to what is right. */
-struct split {
+struct split_case {
     const char *expected; /* the message must contain it; NULL: it opens */
     int named, at;        /* the part that is opened; the one that is changed, or -1: all */
     int no, count, total, first, last;
@@ -706,7 +695,7 @@ static void put_read_key(struct bytes *bytes, const struct gguf_key *key) {
 
 /* The header and data of the tensors [first, last) of `from`, and its keys if this is part 0. */
 static void build_part(struct bytes *to, const struct gguf *from, int part,
-                       const struct split *split) {
+                       const struct split_case *split) {
     bool changed = split->at == part || split->at < 0;
     size_t first = from->n_tensors * (size_t)part / N_PARTS;
     size_t last = from->n_tensors * (size_t)(part + 1) / N_PARTS, offset = 0;
@@ -752,7 +741,7 @@ static void build_part(struct bytes *to, const struct gguf *from, int part,
 
 /* Writes all parts into a folder; path: of the part that is to be opened. */
 static void write_parts(struct check *check, const char *folder, const struct gguf *from,
-                        const struct split *split, char path[64]) {
+                        const struct split_case *split, char path[64]) {
     struct bytes *bytes = calloc(1, sizeof *bytes);
     for (int part = 0; part < N_PARTS; part++) {
         char name[64];
@@ -778,7 +767,7 @@ static void write_parts(struct check *check, const char *folder, const struct gg
 
 static void check_same_tensors(struct check *check, const struct gguf *whole,
                                const struct gguf *split) {
-    CHECK(gguf_n_tensors(split) == whole->n_tensors, "got %zu tensors", gguf_n_tensors(split));
+    CHECK(split->n_tensors == whole->n_tensors, "got %zu tensors", split->n_tensors);
     for (size_t i = 0; i < whole->n_tensors; i++) {
         const struct tensor *expected = &whole->tensors[i];
         char name[64];
@@ -794,7 +783,7 @@ static void check_same_tensors(struct check *check, const struct gguf *whole,
 #define SECOND "m-00002-of-00003.gguf: "
 #define FIRST  "m-00001-of-00003.gguf: "
 
-static const struct split splits[] = {
+static const struct split_case splits[] = {
     {.expected = NULL},
     {NULL, .named = 1},
     {NULL, .named = 2},
@@ -844,12 +833,10 @@ static void parts_are_one_model(struct check *check) {
         const char *expected = splits[i].expected;
         write_parts(check, folder, whole, &splits[i], path);
         struct model model;
-        struct gguf *file = source_open(path, error);
-        if (file && !expected)
-            check_same_tensors(check, whole, file);
-        if (file && model_open(&model, file, error))
+        if (model_open(&model, path, error)) {
+            check_same_tensors(check, whole, model.file);
             model_close(&model);
-        gguf_close(file);
+        }
         CHECK(expected ? strstr(error, expected) != NULL : !error[0],
               "split %zu: got `%s`, not `%s`", i, error, expected ? expected : "");
         CHECK(!strchr(error, '\n'), "more than one line: %s", error);
@@ -858,7 +845,7 @@ static void parts_are_one_model(struct check *check) {
     long allowed = 0;
     do {
         requests_until_fail = ++allowed;
-        gguf_close(source_open(path, error));
+        gguf_close(gguf_open(path, error));
         CHECK(!error[0] || strstr(error, "out of memory"), "got %s", error);
     } while (error[0] && allowed < 1000);
     requests_until_fail = 0;

@@ -40,23 +40,14 @@ static const struct fact {
 
 enum { N_FACTS = sizeof facts / sizeof *facts };
 
-/* NULL after a failed check; else model_close and gguf_close follow. */
-static struct gguf *open_model(struct check *check, const char *shape, const char *type,
-                               struct model *model) {
+/* False after a failed check. */
+static bool open_model(struct check *check, const char *shape, const char *type,
+                       struct model *model) {
     char name[64], error[ERROR_LENGTH];
     snprintf(name, sizeof name, "random:%s%s%s", shape, *type ? ":" : "", type);
-    struct gguf *file = source_open(name, error);
-    bool ok = file && model_open(model, file, error);
+    bool ok = model_open(model, name, error);
     CHECK(ok, "%s: %s", name, error);
-    if (ok)
-        return file;
-    gguf_close(file);
-    return NULL;
-}
-
-static void close_model(struct gguf *file, struct model *model) {
-    model_close(model);
-    gguf_close(file);
+    return ok;
 }
 
 /* ---- shapes ---- */
@@ -65,8 +56,7 @@ static void shapes_are_as_published(struct check *check) {
     for (size_t i = 0; i < N_FACTS; i++) {
         const struct fact *fact = &facts[i];
         struct model model;
-        struct gguf *file = open_model(check, fact->name, "", &model);
-        if (!file)
+        if (!open_model(check, fact->name, "", &model))
             continue;
         const struct model_config *config = &model.config;
         CHECK(!strcmp(config->architecture, fact->architecture), "got %s", config->architecture);
@@ -86,13 +76,13 @@ static void shapes_are_as_published(struct check *check) {
         CHECK(!model.layers[0][ATTN_Q_NORM] == !!strcmp(fact->architecture, "qwen3"), "%s: norms",
               fact->name);
         int64_t n_weights = model.layers[0][ROPE_FREQS] ? -model.layers[0][ROPE_FREQS]->cols : 0;
-        for (size_t j = 0; j < file->n_tensors; j++)
-            n_weights += file->tensors[j].rows * file->tensors[j].cols;
+        for (size_t j = 0; j < (size_t)model.n_placed; j++)
+            n_weights += model.placed[j].rows * model.placed[j].cols;
         CHECK(n_weights == fact->n_weights, "%s: got %jd weights, expected %jd", fact->name,
               (intmax_t)n_weights, (intmax_t)fact->n_weights);
         CHECK(model.layers[0][TOKEN_EMBD]->type == TYPE_BF16, "%s: not BF16 by default",
               fact->name);
-        close_model(file, &model);
+        model_close(&model);
     }
 }
 
@@ -125,19 +115,18 @@ static void every_type_opens(struct check *check) {
                 continue; /* 288 columns: refuses_the_rest */
             if (i == 5 && j != 3)
                 continue; /* the largest once */
-            struct gguf *file = open_model(check, facts[i].name, types[j], &model);
+            if (!open_model(check, facts[i].name, types[j], &model))
+                continue;
             size_t n_repeating = 0;
-            for (size_t k = 0; file && k < file->n_tensors; k++) {
-                const struct tensor *tensor = &file->tensors[k];
+            for (size_t k = 0; k < (size_t)model.n_placed; k++) {
+                const struct tensor *tensor = &model.placed[k];
                 check_period(check, tensor);
                 CHECK(tensor->rows == 1 || tensor->type == numbers[j], "%s %s: tensor %zu",
                       facts[i].name, types[j], k);
                 n_repeating += tensor->period > 0;
             }
-            CHECK(!file || n_repeating > 0 || i <= 1, "%s %s: nothing repeats", facts[i].name,
-                  types[j]);
-            if (file)
-                close_model(file, &model);
+            CHECK(n_repeating > 0 || i <= 1, "%s %s: nothing repeats", facts[i].name, types[j]);
+            model_close(&model);
         }
     }
 }
@@ -159,15 +148,16 @@ static void refuses_the_rest(struct check *check) {
         {"random:stories-15m:q6_k", "288 columns, expected a multiple of 256, the block of Q6_K"},
         {"random", "No such file"}};
     char error[ERROR_LENGTH], name[1024];
+    struct model model;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        CHECK(!source_open(cases[i][0], error) && strstr(error, cases[i][1]), "%s: got `%s`",
+        CHECK(!model_open(&model, cases[i][0], error) && strstr(error, cases[i][1]), "%s: got `%s`",
               cases[i][0], error);
         CHECK(!strncmp(error, "random", 6) && !strchr(error, '\n'), "got `%s`", error);
     }
     memset(name, 'x', sizeof name);
     memcpy(name, "random:", 7);
     name[sizeof name - 1] = 0;
-    CHECK(!source_open(name, error) && strstr(error, all), "a long name: got `%s`", error);
+    CHECK(!model_open(&model, name, error) && strstr(error, all), "a long name: got `%s`", error);
 }
 
 /* ---- weights ---- */
@@ -186,17 +176,17 @@ static void weights_are_always_the_same(struct check *check) {
         0x7ad183bbf255806d, 0xd9f47506da1b060b, 0x22ba1c1cee17a52c};
     for (size_t i = 0; i < N_TYPES; i++) {
         struct model models[2];
-        struct gguf *files[2];
+        bool ok = true;
         for (size_t j = 0; j < 2; j++)
-            files[j] = open_model(check, "stories-110m", types[i], &models[j]);
-        if (!files[0] || !files[1])
+            ok = open_model(check, "stories-110m", types[i], &models[j]) && ok;
+        if (!ok)
             return;
         const struct tensor *a = models[0].layers[5][ATTN_Q], *b = models[1].layers[5][ATTN_Q];
         CHECK(a->bytes == b->bytes && !memcmp(a->data, b->data, a->bytes), "%s: differs", types[i]);
         uint64_t got = hash(a->data, a->bytes);
         CHECK(got == expected[i], "%s: got 0x%jx", types[i], (uintmax_t)got);
         for (size_t j = 0; j < 2; j++)
-            close_model(files[j], &models[j]);
+            model_close(&models[j]);
     }
 }
 
@@ -211,14 +201,13 @@ static void matrices_differ(struct check *check) {
                                            {"tinyllama-1.1b", "q4_k"}, {"stories-15m", "q4_0"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct model model;
-        struct gguf *file = open_model(check, cases[i][0], cases[i][1], &model);
-        if (!file)
+        if (!open_model(check, cases[i][0], cases[i][1], &model))
             continue;
-        const struct tensor **matrices = calloc(file->n_tensors, sizeof *matrices);
+        const struct tensor **matrices = calloc((size_t)model.n_placed, sizeof *matrices);
         size_t n = 0;
-        for (size_t j = 0; j < file->n_tensors; j++)
-            if (file->tensors[j].rows > 1)
-                matrices[n++] = &file->tensors[j];
+        for (size_t j = 0; j < (size_t)model.n_placed; j++)
+            if (model.placed[j].rows > 1)
+                matrices[n++] = &model.placed[j];
         qsort(matrices, n, sizeof *matrices, by_data);
         for (size_t j = 1; j < n; j++)
             CHECK(by_data(&matrices[j - 1], &matrices[j]) != 0, "%s %s: %.*s and %.*s begin alike",
@@ -226,7 +215,7 @@ static void matrices_differ(struct check *check) {
                   (int)matrices[j - 1]->name.length, matrices[j - 1]->name.data);
         CHECK(n > 40, "got %zu matrices", n);
         free(matrices);
-        close_model(file, &model);
+        model_close(&model);
     }
 }
 
@@ -234,8 +223,7 @@ static void matrices_differ(struct check *check) {
 static void weights_have_sensible_sizes(struct check *check) {
     for (size_t i = 0; i < N_TYPES; i++) {
         struct model model;
-        struct gguf *file = open_model(check, "tinyllama-1.1b", types[i], &model);
-        if (!file)
+        if (!open_model(check, "tinyllama-1.1b", types[i], &model))
             continue;
         struct tensor rows = *model.layers[3][FFN_DOWN];
         rows.rows = PANEL;
@@ -261,7 +249,7 @@ static void weights_have_sensible_sizes(struct check *check) {
         free(row);
         free(weight->panels);
         pack_close(weight);
-        close_model(file, &model);
+        model_close(&model);
     }
 }
 
@@ -270,8 +258,7 @@ static void weights_have_sensible_sizes(struct check *check) {
  * and 8192 tokens as limits. All of it again after the pages were given back. */
 static void vectors_are_exact(struct check *check) {
     struct model model;
-    struct gguf *file = open_model(check, "llama-3.1-70b", "q8_0", &model);
-    if (!file)
+    if (!open_model(check, "llama-3.1-70b", "q8_0", &model))
         return;
     for (int turn = 0; turn < 2; turn++) {
         const float *divisor = model.layers[0][ROPE_FREQS]->data;
@@ -295,11 +282,11 @@ static void vectors_are_exact(struct check *check) {
         }
         const struct tensor *matrix = model.layers[79][FFN_UP];
         uint64_t before = hash(matrix->data, 100000);
-        for (size_t i = 0; i < file->n_tensors; i++)
-            gguf_release(&file->tensors[i]);
+        for (size_t i = 0; i < (size_t)model.n_placed; i++)
+            gguf_release(&model.placed[i]);
         CHECK(hash(matrix->data, 100000) == before, "other weights after their release");
     }
-    close_model(file, &model);
+    model_close(&model);
 }
 
 /* ---- memory ---- */
@@ -326,8 +313,7 @@ static void large_models_take_no_memory(struct check *check) {
     struct model model;
     size_t resident = memory_of("VmRSS:"), mapped = memory_of("VmSize:");
     CHECK(resident > 0 && mapped > 0, "/proc/self/status cannot be read");
-    struct gguf *file = open_model(check, "llama-3.1-70b", "q8_0", &model);
-    if (!file)
+    if (!open_model(check, "llama-3.1-70b", "q8_0", &model))
         return;
     CHECK(memory_of("VmSize:") - mapped > 70553706496 / 1024, "where is it?");
     CHECK(memory_of("VmRSS:") - resident < 32 << 10, "takes %zu KiB",
@@ -341,7 +327,7 @@ static void large_models_take_no_memory(struct check *check) {
     gguf_release(output);
     size_t left = memory_of("VmRSS:") - resident;
     CHECK(left < 64 << 10, "%zu KiB are left after the release", left);
-    close_model(file, &model);
+    model_close(&model);
     CHECK(memory_of("VmSize:") < mapped + (64 << 10), "still mapped");
 }
 
