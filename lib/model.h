@@ -144,9 +144,9 @@ struct model {
     struct gguf *file;                       /* NULL: random weights */
     bool is_checkpoint;    /* llama2.c's, which has its tokenizer in a file beside it */
     struct tensor *placed; /* (n_placed) those that no file lists; else NULL */
-    int n_placed;
-    void *random; /* (random_bytes) random weights; else NULL */
+    void *random;          /* (random_bytes) random weights; else NULL */
     size_t random_bytes;
+    int n_placed;
 };
 
 /* Opens what `name` names: every key, shape and type is checked. False: `error` is one line. */
@@ -172,8 +172,6 @@ enum { REQUIRED = -1 }; /* in place of a default */
 
 /* Those that gguf.h knows the size of. */
 #define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
-
-static const char *const model_architectures[] = {"llama", "qwen2", "qwen3"}; /* bit i of a kind */
 
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
@@ -270,13 +268,14 @@ static float model_float(struct model_reader *reader, const char *key, double fa
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
+    static const char *const architectures[] = {"llama", "qwen2", "qwen3"}; /* bit i of a kind */
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
-    config->architecture = model_architectures[0]; /* a checkpoint's */
+    config->architecture = architectures[0]; /* a checkpoint's */
     for (unsigned i = 0; i < 3; i++)
-        if (gguf_equals(name, model_architectures[i])) {
-            config->architecture = model_architectures[i];
+        if (gguf_equals(name, architectures[i])) {
+            config->architecture = architectures[i];
             reader->kind = 1u << i;
         }
     reader->bytes = gguf_raw(file, &reader->size);
@@ -432,26 +431,40 @@ enum {
 
 #define RANDOM_DEVIATION 0.02
 
-enum { RANDOM_LLAMA = 0, RANDOM_QWEN3 = 2 }; /* of model_architectures */
-
 struct random_shape {
     const char *name;
-    int architecture;
-    int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, context_length;
-    double theta, epsilon;
-    bool tied, scaled; /* scaled: rope as in Llama 3.1 */
+    unsigned kind; /* MODEL_LLAMA to MODEL_UNTIED */
+    bool scaled;   /* rope as in Llama 3.1 */
+    struct model_config config;
 };
 
+/* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
+ * context, rope_dim, rope_adjacent, theta, epsilon; as those who trained the models give them. */
 static const struct random_shape random_shapes[] = {
-    {"stories-15m", RANDOM_LLAMA, 6, 288, 6, 6, 48, 768, 32000, 2048, 1e4, 1e-5, true, false},
-    {"stories-110m", RANDOM_LLAMA, 12, 768, 12, 12, 64, 2048, 32000, 2048, 1e4, 1e-5, true, false},
-    {"tinyllama-1.1b", RANDOM_LLAMA, 22, 2048, 32, 4, 64, 5632, 32000, 2048, 1e4, 1e-5, false,
-     false},
-    {"qwen3-0.6b", RANDOM_QWEN3, 28, 1024, 16, 8, 128, 3072, 151936, 40960, 1e6, 1e-6, true, false},
-    {"llama-3.1-8b", RANDOM_LLAMA, 32, 4096, 32, 8, 128, 14336, 128256, 131072, 5e5, 1e-5, false,
-     true},
-    {"llama-3.1-70b", RANDOM_LLAMA, 80, 8192, 64, 8, 128, 28672, 128256, 131072, 5e5, 1e-5, false,
-     true},
+    {"stories-15m",
+     MODEL_LLAMA | MODEL_TIED,
+     false,
+     {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
+    {"stories-110m",
+     MODEL_LLAMA | MODEL_TIED,
+     false,
+     {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"tinyllama-1.1b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     false,
+     {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"qwen3-0.6b",
+     MODEL_QWEN3 | MODEL_TIED,
+     false,
+     {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
+    {"llama-3.1-8b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     true,
+     {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"llama-3.1-70b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     true,
+     {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
 /* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if
@@ -505,7 +518,8 @@ static void random_list(const char *name, char *error) {
 
 /* Blocks do not reach beyond a row: all numbers of columns must be multiples of theirs. */
 static bool random_fits(const struct random_weights *r, const char *name, char *error) {
-    const int cols[] = {r->shape->d_model, r->shape->n_heads * r->shape->head_dim, r->shape->d_ff};
+    const struct model_config *config = &r->shape->config;
+    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
     for (size_t i = 0; i < 3; i++)
         if (cols[i] % r->block.elements)
             return fail(error,
@@ -535,31 +549,13 @@ static bool random_parse(struct random_weights *r, const char *name, char *error
 
 /* ---- where tensors lie ---- */
 
-static struct model_config random_config(const struct random_shape *shape) {
-    return (struct model_config){.architecture = model_architectures[shape->architecture],
-                                 .n_layers = shape->n_layers,
-                                 .d_model = shape->d_model,
-                                 .n_heads = shape->n_heads,
-                                 .n_kv_heads = shape->n_kv_heads,
-                                 .head_dim = shape->head_dim,
-                                 .d_ff = shape->d_ff,
-                                 .vocab_size = shape->vocab_size,
-                                 .context_length = shape->context_length,
-                                 .rope_dim = shape->head_dim,
-                                 .rope_adjacent = shape->architecture == RANDOM_LLAMA,
-                                 .rope_theta = (float)shape->theta,
-                                 .norm_epsilon = (float)shape->epsilon};
-}
-
 /* Places the tensor of a role, if this model has one. `data` is left as if the address range began
  * at 0. */
 static void random_place(struct random_weights *r, struct model *model, int role, int layer) {
-    unsigned kind = 1u << r->shape->architecture | (r->shape->tied ? MODEL_TIED : MODEL_UNTIED);
     const struct model_tensor *entry = model_tensors;
     while (entry->role != role)
         entry++;
-    bool has = role == ROPE_FREQS ? r->shape->scaled : (entry->required_by & kind) != 0;
-    if (!has)
+    if (!(entry->required_by & r->shape->kind) && !(role == ROPE_FREQS && r->shape->scaled))
         return;
     bool is_vector = entry->rows == DIM_ONE;
     size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
@@ -647,8 +643,8 @@ static void random_scale(const struct random_type *type, uint8_t *block) {
 
 /* What a frequency of Llama 3.1 is divided by: 1 if its wave is much shorter than the 8192 tokens
  * that the model was trained on first, 8 if it is longer, and something between. */
-static float random_rope(double theta, int pair, int head_dim) {
-    double wave = 2 * M_PI * pow(theta, 2.0 * pair / head_dim), waves = 8192 / wave;
+static float random_rope(double theta, int pair, int rope_dim) {
+    double wave = 2 * M_PI * pow(theta, 2.0 * pair / rope_dim), waves = 8192 / wave;
     double share = (waves - 1) / (4 - 1);
     share = share < 0 ? 0 : share > 1 ? 1 : share;
     return (float)(1 / (share + (1 - share) / 8));
@@ -656,10 +652,10 @@ static float random_rope(double theta, int pair, int head_dim) {
 
 /* Writes vectors and tile. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
-    const struct random_shape *shape = r->shape;
+    const struct model_config *config = &r->shape->config;
     const float one = 1;
-    for (int i = 0; i < shape->head_dim / 2 && shape->scaled; i++) {
-        float divisor = random_rope(shape->theta, i, shape->head_dim);
+    for (int i = 0; i < config->rope_dim / 2 && r->shape->scaled; i++) {
+        float divisor = random_rope(config->rope_theta, i, config->rope_dim);
         memcpy(to + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
     }
     for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof one)
@@ -715,7 +711,7 @@ static bool random_open(struct model *model, const char *name, char *error) {
     struct random_weights r = {0};
     if (!random_parse(&r, name, error))
         return false;
-    model->config = random_config(r.shape);
+    model->config = r.shape->config;
     if (!model_reserve(model, true))
         return fail(error, "%.100s: out of memory", name);
     random_lay_out(&r, model);

@@ -365,10 +365,6 @@ static void add_key(struct tokenizer *t, const char *text, int length, int kind,
         *slot = (struct slot){text, length, kind, value};
 }
 
-static bool is_text(struct gguf_string string, const char *text) {
-    return string.length == strlen(text) && memcmp(string.data, text, string.length) == 0;
-}
-
 /* The next token; `where` begins the message. */
 static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type, float score,
                       const char *where, char *error) {
@@ -393,7 +389,7 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
     } else if (type == TOKEN_CONTROL || type == TOKEN_UNKNOWN) {
         kind = KEY_SPECIAL;
         for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
-            token.ends_text |= is_text(spelling, ends[i]);
+            token.ends_text |= gguf_equals(spelling, ends[i]);
     } else if (type == TOKEN_USER_DEFINED && spelling.length > 0) {
         t->starts_user[(unsigned char)text[0]] = true;
         t->longest_user = spelling.length > t->longest_user ? spelling.length : t->longest_user;
@@ -449,13 +445,13 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     struct gguf_string model = {"", 0}, pre = {"", 0};
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
-    t->byte_level = is_text(model, "gpt2");
+    t->byte_level = gguf_equals(model, "gpt2");
     t->pattern = t->byte_level ? pattern_find(pre.data, pre.length) : NULL;
-    if (t->byte_level ? t->pattern != NULL : is_text(model, "llama"))
+    if (t->byte_level ? t->pattern != NULL : gguf_equals(model, "llama"))
         return true;
     struct gguf_string got = t->byte_level ? pre : model;
     return fail(error, "tokenizer.ggml.%s: got `%.*s`, expected %s",
-                t->byte_level ? "pre" : "model", (int)(got.length < 64 ? got.length : 64), got.data,
+                t->byte_level ? "pre" : "model", gguf_shown(got), got.data,
                 t->byte_level ? "`gpt-2`, `llama-bpe`, `qwen2` or `gpt-4o`" : "`llama` or `gpt2`");
 }
 
