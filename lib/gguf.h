@@ -622,7 +622,8 @@ static void split_add(struct gguf *file, struct gguf *part) {
         gguf_expect(part, false, "out of memory");
         return;
     }
-    memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
+    if (part->n_tensors > 0)
+        memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
     file->tensors = tensors;
     file->n_tensors = n;
     gguf_sort(part, tensors, n, sizeof *tensors);
