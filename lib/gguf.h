@@ -59,7 +59,7 @@ struct gguf_array {
 };
 
 /* A tensor: a matrix of `rows` rows (outputs) of `cols` contiguous elements (inputs); a vector
- * has one row. `data` points into the mapped file. `bytes` is 0 for a type not listed above. */
+ * has one row. `data` points into mapped memory. `bytes` is 0 for a type not listed above. */
 struct tensor {
     struct gguf_string name;
     enum tensor_type type;
@@ -73,7 +73,7 @@ struct gguf_block { /* elements that share scales, or one; no bytes: a type of n
     uint16_t elements, bytes;
 };
 
-struct gguf; /* an open file: owns the map, the table of keys and the table of tensors */
+struct gguf; /* an open file, with all its parts */
 
 /* Opens a GGUF v2/v3 file; of a split one all parts, whichever is named. A file of another format
  * opens too, without keys and tensors: gguf_raw. NULL: `error` holds one line: path, key or tensor,
@@ -81,8 +81,8 @@ struct gguf; /* an open file: owns the map, the table of keys and the table of t
 struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]);
 void gguf_close(struct gguf *file);
 
-/* Values by key. False: the key is not there, or has another type (integers of any width and sign
- * are accepted if the value fits; then a line lands in gguf_error, once). */
+/* Values by key; integers of any width and sign, if the value fits. False: the key is not there; or
+ * it has another type, and then a line lands in gguf_error. */
 bool gguf_get_int(struct gguf *file, const char *key, int64_t *value);
 bool gguf_get_float(struct gguf *file, const char *key, double *value);
 bool gguf_get_bool(struct gguf *file, const char *key, bool *value);

@@ -158,18 +158,24 @@ static size_t run_end(const char *text, size_t length, size_t at, unsigned set) 
     return at;
 }
 
+static char small_letter(char byte) { /* of ASCII */
+    return (char)(byte >= 'A' && byte <= 'Z' ? byte - 'A' + 'a' : byte);
+}
+
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
 static size_t ending_size(const char *text, size_t length, bool any_case) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    for (size_t i = 0; length > 1 && text[0] == '\'' && i < sizeof endings / sizeof *endings; i++) {
-        size_t size = strlen(endings[i]), same = 0;
-        while (same < size && same + 1 < length &&
-               (text[same + 1] |
-                (any_case && text[same + 1] >= 'A' && text[same + 1] <= 'Z' ? 'a' - 'A' : 0)) ==
-                   endings[i][same])
-            same++;
-        if (same == size)
-            return size + 1;
+    if (length == 0 || text[0] != '\'')
+        return 0;
+    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
+        size_t size = 1; /* so many bytes are alike */
+        for (const char *letter = endings[i]; *letter && size < length; letter++, size++) {
+            char byte = any_case ? small_letter(text[size]) : text[size];
+            if (byte != *letter)
+                break;
+        }
+        if (size == strlen(endings[i]) + 1)
+            return size;
     }
     return 0;
 }
@@ -236,7 +242,9 @@ static size_t word_size(const struct pattern *pattern, const char *text, size_t 
     if (!pattern->modern)
         return gpt2_size(text, length);
     size_t size = pattern->cased ? 0 : ending_size(text, length, true);
-    if (size > 0 || (size = letters_end(pattern, text, length)) > 0)
+    if (size == 0)
+        size = letters_end(pattern, text, length);
+    if (size > 0)
         return size;
     uint32_t code;
     for (int i = 0; i < pattern->digits && size < length; i++) {
