@@ -20,8 +20,8 @@
 #ifndef MODEL_H
 #define MODEL_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* memfd_create; so include this before the system's headers, or define it */
+#if defined MODEL_IMPLEMENTATION && !defined _GNU_SOURCE
+#define _GNU_SOURCE /* memfd_create; too late behind a header of the system */
 #endif
 #include "gguf.h"
 

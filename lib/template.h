@@ -17,8 +17,8 @@
 #ifndef TEMPLATE_H
 #define TEMPLATE_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* memmem; so include this before the system's headers, or define it */
+#if defined TEMPLATE_IMPLEMENTATION && !defined _GNU_SOURCE
+#define _GNU_SOURCE /* memmem; too late behind a header of the system */
 #endif
 #include "gguf.h"
 #include "tokenizer.h"
