@@ -754,12 +754,12 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]) {
 /* ---- opening and asking ---- */
 
 void tok_close(struct tokenizer *t) {
-    for (int i = 0; t && i < t->n_tokens; i++)
+    if (!t)
+        return;
+    for (int i = 0; i < t->n_tokens; i++)
         free(t->tokens[i].text);
-    if (t) {
-        free(t->tokens);
-        free(t->slots);
-    }
+    free(t->tokens);
+    free(t->slots);
     free(t);
 }
 
@@ -774,21 +774,22 @@ struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]) {
 }
 
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]) {
-    struct tokenizer *t = calloc(1, sizeof *t);
     struct stat status;
-    if (stat(path, &status) == 0 &&
-        !S_ISREG(status.st_mode)) { /* opening a pipe without a writer would hang */
-        free(t);
-        fail(error, "%s: is not a regular file", path);
+    if (stat(path, &status) == 0 && !S_ISREG(status.st_mode)) {
+        fail(error, "%s: is not a regular file", path); /* a pipe without a writer would hang */
         return NULL;
     }
     FILE *stream = fopen(path, "rb");
-    fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
-         stream ? "out of memory" : strerror(errno));
-    bool ok = t && stream && vocab_size > 0 && make_room(t, (size_t)vocab_size, 0) &&
+    if (!stream) {
+        fail(error, "%s: cannot be read: %s; is the tokenizer beside the model?", path,
+             strerror(errno));
+        return NULL;
+    }
+    fail(error, "%s: out of memory", path);
+    struct tokenizer *t = calloc(1, sizeof *t);
+    bool ok = t && vocab_size > 0 && make_room(t, (size_t)vocab_size, 0) &&
               read_checkpoint(t, stream, vocab_size, path, error);
-    if (stream)
-        fclose(stream);
+    fclose(stream);
     if (!ok) {
         tok_close(t);
         return NULL;
