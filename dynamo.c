@@ -662,7 +662,6 @@ void engine_tell_lost(struct engine *engine) {
 
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
@@ -671,7 +670,6 @@ void engine_tell_lost(struct engine *engine) {
 #include "lib/gguf.h"
 #include "lib/json.h"
 #include "lib/model.h"
-#include "lib/source.h"
 #include "lib/template.h"
 #include "lib/tokenizer.h"
 

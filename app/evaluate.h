@@ -7,7 +7,7 @@
 #ifndef EVALUATE_H
 #define EVALUATE_H
 
-#include "../lib/source.h"
+#include "../lib/model.h"
 #include "answers.h"
 
 /* Each returns an exit status, after a line on stderr if it is not 0. */
@@ -176,19 +176,20 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 
 int evaluate_tokenize(const char *name, const char *beside, const char *path) {
     char error[ERROR_LENGTH], why[ERROR_LENGTH];
-    struct gguf *file = source_open(name, error);
-    if (!file)
-        return evaluate_failed("", error);
     struct model model = {0};
+    struct gguf *file = NULL;
     struct tokenizer *tokenizer = NULL;
-    if (!beside)
-        tokenizer = tok_open(file, error);
-    else if (model_open(&model, file, error))
+    if (beside && model_open(&model, name, error))
         tokenizer = tok_open_checkpoint(beside, model.config.vocab_size, error);
+    else if (!beside && model_is_random(name))
+        (void)fail(error, "%.200s: random weights have no tokenizer", name);
+    else if (!beside && (file = gguf_open(name, error)) != NULL)
+        tokenizer = tok_open(file, error);
+    const char *subject = file ? name : ""; /* of an error that does not name it */
     model_close(&model);
     gguf_close(file);
     if (!tokenizer)
-        return evaluate_failed(beside ? "" : name, error);
+        return evaluate_failed(subject, error);
     size_t length;
     char *text = cli_read_file(path, &length, why);
     bool ok = text && tokenize_texts(tokenizer, text, length);

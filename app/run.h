@@ -21,7 +21,7 @@ int run_program(int argc, char **argv); /* an exit status */
 
 #include "../dynamo.h"
 #include "../lib/cli.h"
-#include "../lib/source.h"
+#include "../lib/model.h"
 #include "../lib/template.h"
 #include "../lib/tokenizer.h"
 #include "answers.h"
@@ -48,7 +48,6 @@ enum {
 
 struct run { /* all that a run opens */
     struct options options;
-    struct gguf *file;
     struct model model;
     struct tokenizer *tokenizer; /* NULL: there is none; then no_tokenizer says why */
     char no_tokenizer[ERROR_LENGTH];
@@ -73,21 +72,20 @@ static void open_tokenizer(struct run *run) {
     const char *slash = strrchr(o->model, '/');
     int folder = slash ? (int)(slash - o->model) + 1 : 0;
     (void)snprintf(beside, sizeof beside, "%.*stokenizer.bin", folder, o->model);
-    if (o->tokenizer || run->model.placed) {
+    if (o->tokenizer || run->model.is_checkpoint) {
         run->tokenizer = tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside,
                                              run->model.config.vocab_size, run->no_tokenizer);
         return;
     }
-    run->tokenizer = tok_open(run->file, error);
+    run->tokenizer = run->model.file ? tok_open(run->model.file, error) : NULL;
     if (!run->tokenizer)
         (void)fail(run->no_tokenizer, "%.200s: %.300s", o->model,
-                   random_named(o->model) ? "random weights have none; give --ids" : error);
+                   run->model.file ? error : "random weights have none; give --ids");
 }
 
 static bool open_model(struct run *run, char *error) {
     const struct options *o = &run->options;
-    run->file = source_open(o->model, error);
-    if (!run->file || !model_open(&run->model, run->file, error))
+    if (!model_open(&run->model, o->model, error))
         return false;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
@@ -264,8 +262,8 @@ static bool choose_template(struct run *run) {
     run->answers.template = TEMPLATE_NONE;
     if (o->logits || o->perplexity || !run->tokenizer)
         return true;
-    run->answers.template =
-        asked ? (enum template_kind)o->template : template_of(run->file, run->tokenizer, note);
+    run->answers.template = asked ? (enum template_kind)o->template
+                                  : template_of(run->model.file, run->tokenizer, note);
     bool fits = !asked || template_fits(run->answers.template, run->tokenizer, note);
     if (*note)
         (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
@@ -357,7 +355,6 @@ static int run_model(struct run *run) {
         run->backend->close(run->backend);
     tok_close(run->tokenizer);
     model_close(&run->model);
-    gguf_close(run->file);
     free(run->ends_text);
     return status;
 }

@@ -85,14 +85,6 @@ static bool editor_raw(void) {
     return true;
 }
 
-/* Bytes of the first character; a byte that is not UTF-8 is one of its own. */
-static size_t char_at(const char *text, size_t length, uint32_t *code) {
-    int size = utf8_read(text, length, code);
-    if (size <= 0)
-        *code = UINT32_MAX;
-    return size > 0 ? (size_t)size : 1;
-}
-
 static int columns_of(uint32_t code) {
     enum unicode_class kind = unicode_class_of(code);
     bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
@@ -105,7 +97,7 @@ static int columns_of(uint32_t code) {
 /* Bytes of the character behind `at`, or before it. */
 static size_t editor_next(const struct editor *e, size_t at) {
     uint32_t code;
-    return at < e->length ? char_at(e->line + at, e->length - at, &code) : 0;
+    return at < e->length ? utf8_char(e->line + at, e->length - at, &code) : 0;
 }
 
 static size_t editor_previous(const struct editor *e, size_t at) {
@@ -124,12 +116,12 @@ static void editor_show(const struct editor *e) {
     size_t first = e->at, last;
     for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
         n = editor_previous(e, first);
-        (void)char_at(e->line + first - n, n, &code);
+        (void)utf8_char(e->line + first - n, n, &code);
         before += columns_of(code);
     }
     (void)fprintf(stderr, "\r\033[K%s", e->prompt);
     for (last = first; last < e->length; last += editor_next(e, last)) {
-        (void)char_at(e->line + last, e->length - last, &code);
+        (void)utf8_char(e->line + last, e->length - last, &code);
         used += columns_of(code);
         if (used > room)
             break;

@@ -1,4 +1,4 @@
-/* gguf.h: GGUF files, read through one memory map and believed in nothing.
+/* gguf.h: GGUF files, whole or in parts, read through memory maps and believed in nothing.
  *
  *     char error[ERROR_LENGTH];
  *     struct gguf *file = gguf_open("model.gguf", error);
@@ -7,14 +7,14 @@
  *     ... gguf_tensor(file, "blk.3.attn_q.weight")->data ...
  *     gguf_close(file);
  *
- * Owns the map and two tables sorted by name: keys and tensors. Names, strings and tensors point
- * into the map and live until gguf_close. The file must not shrink before.
+ * Owns the maps and two tables sorted by name: keys and tensors. Names, strings and tensors point
+ * into the maps and live until gguf_close. The files must not shrink before.
  * Data flow: map -> cursor (gguf_take) -> tables. Every number is checked (gguf_expect) before it
  * is used, and a count against the bytes that are left before anything of its size is allocated.
  * The first thing that is wrong is kept as one line; what follows reads zeros and stops.
  * Refuses: big-endian files, and to know what keys and tensors mean. Not thread-safe, except for
  * reading tensors.
- * Define GGUF_IMPLEMENTATION in one file, before including this. Read next: source.h, model.h. */
+ * Define GGUF_IMPLEMENTATION in one file, before including this. Read next: model.h. */
 #ifndef GGUF_H
 #define GGUF_H
 
@@ -29,19 +29,18 @@
 #define GGUF_INLINE static inline
 #endif
 
-/* Types of tensor elements; the numbers are GGUF's. */
-enum tensor_type { /* as GGUF numbers them */
-                   TYPE_F32 = 0,
-                   TYPE_F16 = 1,
-                   TYPE_Q4_0 = 2,
-                   TYPE_Q8_0 = 8,
-                   TYPE_Q4_K = 12,
-                   TYPE_Q6_K = 14,
-                   TYPE_BF16 = 30
+/* Types of tensor elements, as GGUF numbers them. */
+enum tensor_type {
+    TYPE_F32 = 0,
+    TYPE_F16 = 1,
+    TYPE_Q4_0 = 2,
+    TYPE_Q8_0 = 8,
+    TYPE_Q4_K = 12,
+    TYPE_Q6_K = 14,
+    TYPE_BF16 = 30
 };
 
-/* Types of key values; the numbers are GGUF's, which also has u8, i8, u16, i16 and u64, i64, f64.
- */
+/* Types of key values, as GGUF numbers them; it also has u8, i8, u16, i16, u64, i64 and f64. */
 enum gguf_value_type { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
 
 /* A string inside the mapped file: not ended by a zero byte. */
@@ -60,36 +59,30 @@ struct gguf_array {
 };
 
 /* A tensor: a matrix of `rows` rows (outputs) of `cols` contiguous elements (inputs); a vector
- * has one row. `data` points into the mapped file. `bytes` is 0 for a type not listed above. */
+ * has one row. `data` points into mapped memory. `bytes` is 0 for a type not listed above. */
 struct tensor {
     struct gguf_string name;
     enum tensor_type type;
     int64_t rows, cols;
     size_t bytes;
     const void *data;
-    size_t period; /* 0, or less than `bytes`: byte i is byte i % period, whole blocks apart */
+    size_t period; /* 0; or less than `bytes`, and whole blocks: byte i is byte i % period */
 };
 
 struct gguf_block { /* elements that share scales, or one; no bytes: a type of no use here */
     uint16_t elements, bytes;
 };
 
-struct gguf; /* an open file: owns the map, the table of keys and the table of tensors */
+struct gguf; /* an open file, with all its parts */
 
-/* Opens a GGUF v2/v3 file. A file of another format opens too, without keys and tensors: gguf_raw.
- * NULL: `error` holds one line: path, key or tensor, what was found, what was expected, a hint. */
+/* Opens a GGUF v2/v3 file; of a split one all parts, whichever is named. A file of another format
+ * opens too, without keys and tensors: gguf_raw. NULL: `error` holds one line: path, key or tensor,
+ * what was found, what was expected, a hint. */
 struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]);
-/* The same for bytes that are mapped already, and unmapped by gguf_close, or at once if it fails.
- * What repeats does so after `period` bytes; 0: nothing does. */
-struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
-                           char error[ERROR_LENGTH]);
-/* Adds the tensors of a part to the file's, whose close now closes the part too. False: gguf_error
- * of the part. Tensors that were looked up before must be looked up again. */
-bool gguf_join(struct gguf *file, struct gguf *part);
 void gguf_close(struct gguf *file);
 
-/* Values by key. False: the key is not there, or has another type (integers of any width and sign
- * are accepted if the value fits; then a line lands in gguf_error, once). */
+/* Values by key; integers of any width and sign, if the value fits. False: the key is not there; or
+ * it has another type, and then a line lands in gguf_error. */
 bool gguf_get_int(struct gguf *file, const char *key, int64_t *value);
 bool gguf_get_float(struct gguf *file, const char *key, double *value);
 bool gguf_get_bool(struct gguf *file, const char *key, bool *value);
@@ -97,14 +90,13 @@ bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *val
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value);
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name); /* NULL: not there */
-size_t gguf_n_tensors(const struct gguf *file);
-/* Its data will not be needed soon: their memory is given back, and they are read again if touched.
- */
+/* Its data will not be needed soon: its memory is given back, and it is read again if touched. */
 void gguf_release(const struct tensor *tensor);
 const char *gguf_type_name(enum tensor_type type);
 struct gguf_block gguf_block(enum tensor_type type);
 const void *gguf_raw(const struct gguf *file, size_t *size); /* all bytes; NULL: it is GGUF */
 bool gguf_equals(struct gguf_string string, const char *text);
+int gguf_shown(struct gguf_string string); /* bytes of it in a message, for "%.*s" */
 
 /* The scale and the offset of part [0, 8) of a Q4_K block, 6 bits each, from the 12 bytes that hold
  * them behind d and m: weight = d * scale * bits - m * least. The last four parts have their top
@@ -197,6 +189,10 @@ static struct gguf_string gguf_text(const char *text) {
 
 bool gguf_equals(struct gguf_string string, const char *text) {
     return string.length == strlen(text) && !memcmp(string.data, text, string.length);
+}
+
+int gguf_shown(struct gguf_string string) {
+    return (int)(string.length < 64 ? string.length : 64);
 }
 
 const char *gguf_type_name(enum tensor_type type) {
@@ -460,10 +456,6 @@ const struct tensor *gguf_tensor(const struct gguf *file, const char *name) {
     return gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
 }
 
-size_t gguf_n_tensors(const struct gguf *file) {
-    return file->n_tensors;
-}
-
 /* ---- opening ---- */
 
 static void gguf_map(struct gguf *file, const char *path) {
@@ -505,49 +497,176 @@ void gguf_close(struct gguf *file) {
     }
 }
 
-struct gguf *gguf_open_map(const char *path, const void *map, size_t size, size_t period,
-                           char error[ERROR_LENGTH]) {
+/* Leaves what was wrong with the file in `error`; whether nothing was. */
+static bool gguf_is_fine(const struct gguf *file, char *error) {
+    (void)fail(error, "%s", file->error);
+    return !error[0];
+}
+
+/* A file by itself, be it a part or whole. */
+static struct gguf *gguf_open_one(const char *path, char *error) {
     struct gguf *file = calloc(1, sizeof *file);
     (void)fail(error, "%s: out of memory", path);
-    if (!file) {
-        if (map)
-            munmap((void *)map, size);
+    if (!file)
         return NULL;
-    }
-    size_t length = strlen(path), most = sizeof file->path - 1;
+    size_t size, length = strlen(path), most = sizeof file->path - 1;
     snprintf(file->path, sizeof file->path, "%s", path + (length > most ? length - most : 0));
     gguf_about(file, "%s", "");
-    file->map = map;
-    file->size = size;
-    if (!map)
-        gguf_map(file, path);
+    gguf_map(file, path);
     if (file->map && !gguf_raw(file, &size))
         gguf_parse(file);
-    for (size_t i = 0; i < file->n_tensors; i++)
-        file->tensors[i].period = file->tensors[i].bytes > period ? period : 0;
-    (void)fail(error, "%s", file->error);
-    if (!file->error[0])
+    if (gguf_is_fine(file, error))
         return file;
     gguf_close(file);
     return NULL;
 }
 
-struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]) {
-    return gguf_open_map(path, NULL, 0, 0, error);
+/* ---- files in parts ----
+ *
+ * A large model often comes as several GGUF files, NAME-00001-of-00003.gguf and so on. The first
+ * has all that the model's keys say, the others tensors and three keys that every part has:
+ *     split.no             which part it is, counted from 0 (in names: from 1)
+ *     split.count          how many parts there are
+ *     split.tensors.count  tensors of all parts together
+ * Any part may be named: its name gives those of the others, which lie beside it. A part must fit
+ * its name and the first part, and have no tensor that another has; if not, an error names it. */
+
+enum { SPLIT_ENDING = 32, SPLIT_MAX_PARTS = 99999 /* a name has five digits for it */ };
+
+struct split {         /* a split model while it is put together */
+    struct gguf *file; /* the first part, joined by those that were checked */
+    const char *path;  /* of the part that was named */
+    size_t stem;       /* bytes of the path before the ending that tells the part */
+    int64_t n_parts, n_tensors;
+};
+
+static int64_t split_key(struct gguf *part, const char *key) {
+    int64_t value = 0;
+    bool found = gguf_get_int(part, gguf_about(part, "split.%s", key), &value);
+    gguf_expect(part, found, "is missing; every part of a split model has it");
+    return value;
 }
 
-bool gguf_join(struct gguf *file, struct gguf *part) {
+static void split_ending(char ending[SPLIT_ENDING], int64_t no, int64_t n_parts) {
+    snprintf(ending, SPLIT_ENDING, "-%05d-of-%05d.gguf", (int)no + 1, (int)n_parts);
+}
+
+/* Reads the keys of the part that was named, which its name must fit. Returns its number. */
+static int64_t split_read(struct split *split) {
+    struct gguf *file = split->file;
+    char ending[SPLIT_ENDING];
+    split->n_tensors = split_key(file, "tensors.count");
+    split->n_parts = split_key(file, "count");
+    gguf_expect(file, split->n_parts >= 1 && split->n_parts <= SPLIT_MAX_PARTS,
+                "got %jd, expected 1 to %d", (intmax_t)split->n_parts, SPLIT_MAX_PARTS);
+    int64_t no = split_key(file, "no");
+    if (!gguf_expect(file, no >= 0 && no < split->n_parts, "got %jd, expected 0 to %jd",
+                     (intmax_t)no, (intmax_t)split->n_parts - 1))
+        return 0;
+    split_ending(ending, no, split->n_parts);
+    size_t length = strlen(split->path), tail = strlen(ending);
+    bool fits = length >= tail && !strcmp(split->path + length - tail, ending);
+    gguf_expect(file, fits, "got %jd, expected a name that ends in %s", (intmax_t)no, ending);
+    split->stem = fits ? length - tail : 0;
+    return no;
+}
+
+/* Leaves gguf_error in the part if its keys tell that it is not this part of this model. */
+static void split_check(const struct split *split, struct gguf *part, int64_t no) {
+    static const char *const texts[] = {"general.architecture", "general.name"};
+    static const char hint[] = "is it of another model?";
+    const struct {
+        const char *key;
+        int64_t expected;
+    } numbers[] = {{"count", split->n_parts}, {"no", no}, {"tensors.count", split->n_tensors}};
+    for (size_t i = 0; i < 3; i++) {
+        int64_t value = split_key(part, numbers[i].key);
+        gguf_expect(part, value == numbers[i].expected, "got %jd, expected %jd; %s",
+                    (intmax_t)value, (intmax_t)numbers[i].expected, hint);
+    }
+    for (size_t i = 0; i < 2; i++) { /* the first part has these, the others may */
+        struct gguf_string text = {"", 0}, first = text;
+        bool both = gguf_get_string(split->file, texts[i], &first) &&
+                    gguf_get_string(part, gguf_about(part, "%s", texts[i]), &text);
+        gguf_expect(part, !both || gguf_compare_names(&text, &first) == 0,
+                    "got %.*s, expected %.*s; %s", gguf_shown(text), text.data, gguf_shown(first),
+                    first.data, hint);
+    }
+}
+
+/* Opens a part and checks it, against itself if it is the first. */
+static struct gguf *split_open(struct split *split, int64_t no, char *error) {
+    char path[4096], ending[SPLIT_ENDING]; /* no path that is longer can be opened */
+    split_ending(ending, no, split->n_parts);
+    snprintf(path, sizeof path, "%.*s%s", (int)split->stem, split->path, ending);
+    struct gguf *part = gguf_open_one(path, error);
+    size_t length = strlen(error);
+    if (!part) {
+        snprintf(error + length, ERROR_LENGTH - length, "; it is part %jd of %jd", (intmax_t)no + 1,
+                 (intmax_t)split->n_parts);
+        return NULL;
+    }
+    if (no == 0)
+        split->file = part;
+    split_check(split, part, no);
+    return part;
+}
+
+/* Adds the tensors of a part to the file's, which owns the part from now on. */
+static void split_add(struct gguf *file, struct gguf *part) {
     size_t n_own = file->n_tensors, n = n_own + part->n_tensors;
     struct tensor *tensors = realloc(file->tensors, (n + 1) * sizeof *tensors);
     part->next = file->next;
     file->next = part;
-    file->tensors = tensors ? tensors : file->tensors;
-    if (!gguf_expect(part, tensors, "out of memory"))
-        return false;
-    memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
+    if (!tensors) {
+        gguf_expect(part, false, "out of memory");
+        return;
+    }
+    if (part->n_tensors > 0)
+        memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
+    file->tensors = tensors;
     file->n_tensors = n;
     gguf_sort(part, tensors, n, sizeof *tensors);
-    return !gguf_error(part)[0];
+}
+
+/* Joins all parts to the first, whichever was named. */
+static bool split_join(struct split *split, char *error) {
+    int64_t named = split_read(split);
+    if (!gguf_is_fine(split->file, error))
+        return false;
+    if (named > 0) {
+        gguf_close(split->file);
+        split->file = NULL;
+        if (!split_open(split, 0, error))
+            return false;
+    }
+    struct gguf *file = split->file;
+    bool ok = gguf_is_fine(file, error);
+    for (int64_t no = 1; no < split->n_parts && ok; no++) {
+        struct gguf *part = split_open(split, no, error);
+        if (!part)
+            return false;
+        split_add(file, part);
+        ok = gguf_is_fine(part, error);
+    }
+    if (!ok)
+        return false;
+    gguf_about(file, "split.tensors.count");
+    gguf_expect(file, file->n_tensors == (uint64_t)split->n_tensors,
+                "got %jd, but the parts hold %zu", (intmax_t)split->n_tensors, file->n_tensors);
+    return gguf_is_fine(file, error);
+}
+
+struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]) {
+    struct split split = {.file = gguf_open_one(path, error), .path = path};
+    int64_t n_parts = 1;
+    if (!split.file)
+        return NULL;
+    gguf_get_int(split.file, gguf_about(split.file, "split.count"), &n_parts);
+    if (n_parts == 1 ? gguf_is_fine(split.file, error) : split_join(&split, error))
+        return split.file;
+    gguf_close(split.file);
+    return NULL;
 }
 
 #endif /* GGUF_IMPLEMENTATION */

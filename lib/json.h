@@ -1,94 +1,120 @@
 /* json.h: a strict reader (RFC 8259), and of writing what printf cannot do: strings.
- * The reader makes an array of nodes, in the order of the text; strings are decoded in place, so
- * the text must outlive them. Node 0 is the whole; children start at the node after a container:
+ *
  *     struct json_node *nodes = json_parse(text, length, error);
  *     for (int key = 1; nodes && key < nodes[0].next; key = nodes[key + 1].next)
- *         printf("%s = %s\n", nodes[key].text, nodes[key + 1].text); // then free(nodes) */
+ *         printf("%s = %s\n", nodes[key].text, nodes[key + 1].text);
+ *     free(nodes);
+ *
+ * The reader makes an array of nodes, in the order of the text: node 0 is the whole, the first child
+ * of a container is the node after it, and `next` leads past a value and all that is in it. In an
+ * object keys and values take turns. Strings are decoded in place, since none gets longer by that:
+ * so the text must be writable, and outlive the nodes.
+ * Refuses whatever the grammar does not have: comments, commas at the end, NaN, numbers that begin
+ * with 0 or +, text that is not UTF-8, halves of surrogate pairs, and more than 64 levels.
+ * Define JSON_IMPLEMENTATION in one file, before including this. */
 #ifndef JSON_H
 #define JSON_H
+
 #include "text.h"
 #include <stddef.h>
 #include <stdio.h>
+
 enum { JSON_DEPTH = 64 };
+
 struct json_node {
     char type;     /* its first byte: one of { [ " t f n, or 0 for a number */
     int next;      /* the node after this value and all that is in it */
     char *text;    /* a string: decoded, ended by a zero byte; else as it stands in the text */
     size_t length; /* bytes; a string may hold zero bytes */
 };
+
 /* text[length] must be 0. NULL: `error` says what was expected and at which byte. */
 struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]);
-void json_string(FILE *out, const char *text, size_t length); /* quoted; bad UTF-8: U+FFFD */
-#endif                                                        /* JSON_H */
+/* Writes it quoted; what is not UTF-8 comes out as U+FFFD, one for each byte. */
+void json_string(FILE *out, const char *text, size_t length);
+
+#endif /* JSON_H */
+
 #ifdef JSON_IMPLEMENTATION
-#undef JSON_IMPLEMENTATION /* json.h may be included again */
+#undef JSON_IMPLEMENTATION
+
 #include <limits.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* What may follow a backslash, and what it stands for; \/ is read, but never written. */
+static const char json_letters[] = "\"\\bfnrt/", json_meanings[] = "\"\\\b\f\n\r\t/";
+
+/* Functions that return a text return NULL, or what was expected at `at`. */
 struct json_reader {
-    char *at;
+    char *at;                /* the text is read up to here */
     struct json_node *nodes; /* (n_nodes) */
     int n_nodes;
 };
-static const char json_letters[] = "\"\\bfnrt/", json_meanings[] = "\"\\\b\f\n\r\t/";
 
-static bool json_digit(char byte) {
-    return byte >= '0' && byte <= '9';
-}
+/* ---- strings ---- */
 
-/* Bytes of the UTF-8 sequence at `text`; 0: none. */
-static size_t json_utf8(const char *text, size_t left) {
-    uint32_t code;
-    int length = utf8_read(text, left, &code);
-    return length > 0 ? (size_t)length : 0;
-}
-
-/* The UTF-16 unit of the `\uXXXX` at *at, which moves behind it; -1: there is none. */
-static long json_unit(char **at) {
-    if (strncmp(*at, "\\u", 2) != 0 || strspn(*at + 2, "0123456789abcdefABCDEF") < 4)
+/* The UTF-16 unit of the `\uXXXX` at reader->at, which moves behind it; -1: there is none. */
+static long json_unit(struct json_reader *reader) {
+    const char *at = reader->at;
+    if (strncmp(at, "\\u", 2) != 0 || strspn(at + 2, "0123456789abcdefABCDEF") < 4)
         return -1;
-    char digits[] = {(*at)[2], (*at)[3], (*at)[4], (*at)[5], 0};
-    *at += 6;
+    char digits[] = {at[2], at[3], at[4], at[5], 0};
+    reader->at += 6;
     return strtol(digits, NULL, 16);
 }
 
-/* Decodes `\uXXXX`, or two for a surrogate pair, to `to`; the end of what it wrote, NULL: bad. */
-static char *json_unicode(char **at, char *to) {
-    long code = json_unit(at);
-    if (code >> 10 == 0x36) {
-        long low = json_unit(at);
-        code = low >> 10 == 0x37 ? 0x10000 + (code - 0xD800) * 0x400 + (low - 0xDC00) : -1;
-    }
-    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    *to++ = (char)(code >> 6 * more | (more ? 0xF0 << (3 - more) & 0xFF : 0));
-    while (more-- > 0)
-        *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
-    return code < 0 || code >> 11 == 27 ? NULL : to;
+/* The code point of one `\uXXXX`, or of two that are a surrogate pair; -1: it is neither. */
+static long json_code(struct json_reader *reader) {
+    long code = json_unit(reader);
+    if (code >= 0xDC00 && code < 0xE000)
+        return -1; /* a second half without the first */
+    if (code < 0xD800 || code >= 0xE000)
+        return code;
+    long low = json_unit(reader);
+    return low >= 0xDC00 && low < 0xE000 ? 0x10000 + (code - 0xD800) * 0x400 + (low - 0xDC00) : -1;
 }
 
-/* These return NULL, or what was expected at reader->at. */
+/* Writes a code point as UTF-8; returns the end of it. */
+static char *json_put(char *to, long code) {
+    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3; /* bytes after it */
+    static const int leads[] = {0, 0xC0, 0xE0, 0xF0};
+    *to++ = (char)(leads[more] | code >> 6 * more);
+    while (more-- > 0)
+        *to++ = (char)(0x80 | (code >> 6 * more & 0x3F));
+    return to;
+}
+
+/* Decodes the escape at reader->at, which moves behind it; NULL: it is none. */
+static char *json_escape(struct json_reader *reader, char *to) {
+    const char *letter = memchr(json_letters, reader->at[1], sizeof json_letters - 1);
+    if (letter) {
+        *to = json_meanings[letter - json_letters];
+        reader->at += 2;
+        return to + 1;
+    }
+    long code = json_code(reader);
+    return code < 0 ? NULL : json_put(to, code);
+}
+
 static const char *json_read_string(struct json_reader *reader, struct json_node *node) {
     char *to = node->text = ++reader->at;
     while (*reader->at != '"') {
-        size_t length = json_utf8(reader->at, SIZE_MAX); /* the zero byte behind all ends it */
-        if (!length || (unsigned char)*reader->at < ' ')
+        uint32_t code;
+        int bytes = utf8_read(reader->at, SIZE_MAX, &code); /* the zero byte behind all ends it */
+        if (bytes < 1 || (unsigned char)*reader->at < ' ')
             return "UTF-8 without control characters, or the end of the string";
-        bool escape = *reader->at == '\\';
-        const char *letter = memchr(json_letters, reader->at[1], sizeof json_letters - 1);
-        if (escape && !letter) {
-            to = json_unicode(&reader->at, to);
+        if (*reader->at == '\\') {
+            to = json_escape(reader, to);
             if (!to)
                 return "an escape";
-            continue;
+        } else {
+            memmove(to, reader->at, (size_t)bytes);
+            to += bytes;
+            reader->at += bytes;
         }
-        if (escape)
-            *to = json_meanings[letter - json_letters];
-        else
-            memmove(to, reader->at, length);
-        to += length;
-        reader->at += length + escape;
     }
     reader->at++;
     *to = 0;
@@ -96,16 +122,35 @@ static const char *json_read_string(struct json_reader *reader, struct json_node
     return NULL;
 }
 
+/* ---- values ---- */
+
+static char json_skip_space(struct json_reader *reader) { /* returns what comes then */
+    reader->at += strspn(reader->at, " \t\r\n");
+    return *reader->at;
+}
+
+static size_t json_digits(const char *text) {
+    return strspn(text, "0123456789");
+}
+
+/* -? (0 | [1-9][0-9]*) ([.][0-9]+)? ([eE][+-]?[0-9]+)? */
 static const char *json_read_number(struct json_reader *reader) {
-    char *start = reader->at + (*reader->at == '-'), *end;
-    size_t length = strspn(start, "0123456789+-.eE");
-    const char *point = memchr(start, '.', length);
-    if (!json_digit(*start) || (*start == '0' && json_digit(start[1])) ||
-        (point && !json_digit(point[1])))
+    char *at = reader->at + (*reader->at == '-');
+    size_t whole = json_digits(at), digits = whole;
+    if (whole == 0 || (*at == '0' && whole > 1))
         return "a value";
-    strtod(start, &end); /* takes all that JSON does; what it takes besides is ruled out */
-    reader->at = end < start + length ? end : start + length;
-    return end == start + length ? NULL : "a number";
+    at += whole;
+    if (*at == '.') {
+        digits = json_digits(at + 1);
+        at += 1 + digits;
+    }
+    if (digits > 0 && (*at == 'e' || *at == 'E')) {
+        at += 1 + (at[1] == '+' || at[1] == '-');
+        digits = json_digits(at);
+        at += digits;
+    }
+    reader->at = at;
+    return digits > 0 ? NULL : "a digit";
 }
 
 static const char *json_read_scalar(struct json_reader *reader, struct json_node *node) {
@@ -113,8 +158,9 @@ static const char *json_read_scalar(struct json_reader *reader, struct json_node
     if (node->type == '"')
         return json_read_string(reader, node);
     for (int i = 0; i < 3; i++) {
-        if (strncmp(reader->at, words[i], strlen(words[i])) == 0) {
-            reader->at += strlen(words[i]);
+        size_t length = strlen(words[i]);
+        if (strncmp(reader->at, words[i], length) == 0) {
+            reader->at += length;
             return NULL;
         }
     }
@@ -122,34 +168,48 @@ static const char *json_read_scalar(struct json_reader *reader, struct json_node
     return json_read_number(reader);
 }
 
-static char json_space(struct json_reader *reader) {
-    reader->at += strspn(reader->at, " \t\r\n");
-    return *reader->at;
-}
+static const char *json_read(struct json_reader *reader, int depth); /* values hold values */
 
-static const char *json_read(struct json_reader *reader, int depth) {
-    struct json_node *node = &reader->nodes[reader->n_nodes++];
-    *node = (struct json_node){.type = json_space(reader), .text = reader->at};
-    char close = node->type == '{' ? '}' : ']';
-    bool container = node->type == '{' || node->type == '[';
-    if (container && depth == JSON_DEPTH)
-        return "less nesting";
-    const char *wrong = container ? NULL : json_read_scalar(reader, node);
-    reader->at += container;
-    bool more = container && json_space(reader) != close;
-    while (more && !wrong) {
-        if (close == '}') {
-            wrong = json_space(reader) == '"' ? json_read(reader, depth + 1) : "a key";
-            if (wrong || json_space(reader) != ':')
-                return wrong ? wrong : "':'";
+/* What stands between the brackets, and the closing one. */
+static const char *json_read_children(struct json_reader *reader, bool is_object, int depth) {
+    char close = is_object ? '}' : ']';
+    bool more = json_skip_space(reader) != close;
+    while (more) {
+        const char *wrong = NULL;
+        if (is_object) {
+            wrong = json_skip_space(reader) == '"' ? json_read(reader, depth) : "a key";
+            if (wrong)
+                return wrong;
+            if (json_skip_space(reader) != ':')
+                return "':'";
             reader->at++;
         }
-        wrong = json_read(reader, depth + 1);
-        more = !wrong && json_space(reader) == ',';
+        wrong = json_read(reader, depth);
+        if (wrong)
+            return wrong;
+        more = json_skip_space(reader) == ',';
         reader->at += more;
     }
-    if (container && !wrong && *reader->at++ != close)
-        return reader->at--, close == '}' ? "',' or '}'" : "',' or ']'";
+    if (*reader->at != close)
+        return is_object ? "',' or '}'" : "',' or ']'";
+    reader->at++;
+    return NULL;
+}
+
+/* A value inside `depth` others. */
+static const char *json_read(struct json_reader *reader, int depth) {
+    int index = reader->n_nodes++;
+    struct json_node *node = &reader->nodes[index];
+    *node = (struct json_node){.type = json_skip_space(reader), .text = reader->at};
+    const char *wrong;
+    if (node->type == '{' || node->type == '[') {
+        if (depth == JSON_DEPTH)
+            return "less nesting";
+        reader->at++;
+        wrong = json_read_children(reader, node->type == '{', depth + 1);
+    } else {
+        wrong = json_read_scalar(reader, node);
+    }
     if (node->type != '"')
         node->length = (size_t)(reader->at - node->text);
     node->next = reader->n_nodes;
@@ -162,10 +222,8 @@ struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]
         most += text[i] == ',' || text[i] == ':' || text[i] == '[' || text[i] == '{';
     struct json_reader reader = {.at = text};
     reader.nodes = most < INT_MAX ? malloc(most * sizeof *reader.nodes) : NULL;
-    const char *wrong = reader.nodes ? NULL : "less (out of memory)";
-    if (!wrong)
-        wrong = json_read(&reader, 0);
-    if (!wrong && (json_space(&reader) || reader.at != text + length))
+    const char *wrong = reader.nodes ? json_read(&reader, 0) : "less (out of memory)";
+    if (!wrong && (json_skip_space(&reader) || reader.at != text + length))
         wrong = "the end";
     if (!wrong)
         return reader.nodes;
@@ -174,18 +232,26 @@ struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]
     return NULL;
 }
 
+/* ---- writing ---- */
+
 void json_string(FILE *out, const char *text, size_t length) {
+    int bytes;
     fputc('"', out);
-    for (size_t at = 0, bytes; at < length; at += bytes ? bytes : 1) {
-        bytes = json_utf8(text + at, length - at);
+    for (size_t at = 0; at < length; at += (size_t)bytes) {
+        uint32_t code;
+        bytes = utf8_read(text + at, length - at, &code);
         const char *letter = memchr(json_meanings, text[at], sizeof json_meanings - 2);
         if (letter)
             fprintf(out, "\\%c", json_letters[letter - json_meanings]);
         else if ((unsigned char)text[at] < ' ')
             fprintf(out, "\\u%04x", (unsigned)text[at]);
+        else if (bytes > 0)
+            fwrite(text + at, 1, (size_t)bytes, out);
         else
-            fwrite(bytes ? text + at : "\xEF\xBF\xBD", 1, bytes ? bytes : 3, out);
+            fputs("\xEF\xBF\xBD", out);
+        bytes = bytes > 0 ? bytes : 1;
     }
     fputc('"', out);
 }
+
 #endif /* JSON_IMPLEMENTATION */

@@ -1,22 +1,28 @@
-/* model.h: which model a file holds, a GGUF file or a llama2.c v0 checkpoint, and its tensors.
+/* model.h: a model: what MODEL names is opened, and its tensors are found, checked, or made.
  *
  *     struct model model;
- *     struct gguf *file = gguf_open("model.gguf", error);
- *     if (!file || !model_open(&model, file, error))
+ *     if (!model_open(&model, "model.gguf", error))
  *         fprintf(stderr, "dynamo: %s\n", error);
  *     ... model.layers[3][ATTN_Q]->data ...
  *     model_close(&model);
- *     gguf_close(file);
  *
- * Owns the list of layers. The weights stay in the file's map, which must outlive the model.
- * Data flow: keys, or a checkpoint's header -> config -> extents -> the table model_tensors: each
- * is found by name and compared, or, in a checkpoint, laid out behind the one before. A checkpoint
- * has no mark: it is what is not GGUF and has exactly the size that its header implies.
+ * MODEL is a GGUF file, whole or any of its parts; a llama2.c v0 checkpoint; or `random:NAME:TYPE`,
+ * random weights of a known shape. A checkpoint has no mark: it is what is not GGUF and has exactly
+ * the size that its header implies.
+ * Owns the file, the list of layers, and what tensors there are besides those of the file. Weights
+ * stay in the file's map.
+ * Data flow: keys, a checkpoint's header or a row of random_shapes -> config -> the table
+ * model_tensors: each is found by name and compared; in a checkpoint it is laid out behind the one
+ * before; random ones are laid out over a tile of random weights.
  * Refuses: every model that the forward pass would get wrong.
- * Define MODEL_IMPLEMENTATION in one file, before including this. Read next: dynamo.c. */
+ * Define MODEL_IMPLEMENTATION in one file, before including this (gguf.h's is needed, too).
+ * Read next: dynamo.c. */
 #ifndef MODEL_H
 #define MODEL_H
 
+#if defined MODEL_IMPLEMENTATION && !defined _GNU_SOURCE
+#define _GNU_SOURCE /* memfd_create; too late behind a header of the system */
+#endif
 #include "gguf.h"
 
 struct model_config {
@@ -83,27 +89,26 @@ enum extent {
     DIM_CONTEXT
 };
 
-/* What a file can be; a tied checkpoint ends before output.weight. Combined: who needs a tensor. */
+/* What a model can be. Combined: who needs a tensor. */
 enum {
     MODEL_LLAMA = 1,
     MODEL_QWEN2 = 2,
     MODEL_QWEN3 = 4,
-    MODEL_TIED = 8, /* llama2.c checkpoints */
-    MODEL_UNTIED = 16,
+    MODEL_TIED = 8,    /* its output is its embedding: known of checkpoints and random weights */
+    MODEL_UNTIED = 16, /* it is not: likewise */
     MODEL_ALL = 31
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
  * random models know of it. In the order of a llama2.c checkpoint, each for all layers. */
 struct model_tensor {
-    const char *name; /* behind `blk.N.`, if each layer has one */
-    bool layered;
-    int role; /* enum tensor_role; -1: not for the forward pass */
-    enum extent rows,
-        cols;              /* a vector has DIM_ONE row, and is F32; DIM_NONE: refused, text would be
-                             * wrong without it */
-    unsigned required_by;  /* kinds of model; optional elsewhere, but in a checkpoint absent */
-    enum slice_kind slice; /* how the shards of a worker cut it: a shard's heads are rows of q, k,
+    const char *name;       /* behind `blk.N.`, if each layer has one */
+    bool layered;           /* each layer has one */
+    int role;               /* enum tensor_role */
+    enum extent rows, cols; /* DIM_ONE row: a vector, and F32; DIM_NONE: the tensor is refused, for
+                             * text would be wrong without it */
+    unsigned required_by;   /* kinds of model; optional elsewhere, but in a checkpoint absent */
+    enum slice_kind slice;  /* how the shards of a worker cut it: a shard's heads are rows of q, k,
                              * v and columns of attn_output; its part of d_ff, likewise */
 };
 static const struct model_tensor model_tensors[] = {
@@ -136,22 +141,32 @@ enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
 struct model {
     struct model_config config;
     const struct tensor *(*layers)[N_ROLES]; /* (n_layers) by role; absent ones are NULL */
-    struct tensor *placed; /* of a llama2.c checkpoint, which lists none; else NULL */
+    struct gguf *file;                       /* NULL: random weights */
+    bool is_checkpoint;    /* llama2.c's, which has its tokenizer in a file beside it */
+    struct tensor *placed; /* (n_placed) those that no file lists; else NULL */
+    void *random;          /* (random_bytes) random weights; else NULL */
+    size_t random_bytes;
+    int n_placed;
 };
 
-/* Fills `model` from the file: every key, shape and type checked. False: `error` is one line. */
-bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]);
+/* Opens what `name` names: every key, shape and type is checked. False: `error` is one line. */
+bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]);
 void model_close(struct model *model);
+bool model_is_random(const char *name); /* it begins with `random:` */
 
 #endif /* MODEL_H */
 
 #ifdef MODEL_IMPLEMENTATION
 #undef MODEL_IMPLEMENTATION
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { REQUIRED = -1 }; /* in place of a default */
 
@@ -165,6 +180,51 @@ static const char *const model_header[] = {
 
 enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 };
 
+/* ---- tensors, as the table has them ---- */
+
+static int model_extent(const struct model_config *config, enum extent extent) {
+    switch (extent) {
+    case DIM_NONE: return 0;
+    case DIM_ONE: return 1;
+    case DIM_VOCAB: return config->vocab_size;
+    case DIM_MODEL: return config->d_model;
+    case DIM_Q: return config->n_heads * config->head_dim;
+    case DIM_KV: return config->n_kv_heads * config->head_dim;
+    case DIM_FF: return config->d_ff;
+    case DIM_HEAD: return config->head_dim;
+    case DIM_ROPE: return config->rope_dim / 2;
+    case DIM_CONTEXT: return config->context_length;
+    }
+    return 0;
+}
+
+/* Room for what the config says; `places`: also for tensors that no file lists. */
+static bool model_reserve(struct model *model, bool places) {
+    size_t n_layers = (size_t)model->config.n_layers;
+    model->layers = calloc(n_layers, sizeof *model->layers);
+    if (places)
+        model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
+    return model->layers && (model->placed || !places);
+}
+
+/* A tensor that no file lists: it has the shape that the config gives it. */
+static struct tensor *model_place(struct model *model, const struct model_tensor *entry,
+                                  enum tensor_type type, const void *data) {
+    int rows = model_extent(&model->config, entry->rows);
+    int cols = model_extent(&model->config, entry->cols);
+    struct gguf_block block = gguf_block(type);
+    struct tensor *tensor = &model->placed[model->n_placed++];
+    *tensor = (struct tensor){.name = {entry->name, strlen(entry->name)},
+                              .type = type,
+                              .rows = rows,
+                              .cols = cols,
+                              .bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes,
+                              .data = data};
+    return tensor;
+}
+
+/* ---- files ---- */
+
 struct model_reader {
     struct gguf *file;
     struct model_config *config;
@@ -172,8 +232,6 @@ struct model_reader {
     const uint8_t *bytes;     /* (size) of a checkpoint; NULL: GGUF */
     size_t size, at;          /* [0, at) has been laid out */
     int32_t header[N_HEADER]; /* of a checkpoint */
-    struct tensor *placed;    /* the next to be laid out */
-    int extents[DIM_CONTEXT + 1];
 };
 
 /* The value, or the default where there is none; `least` once anything was wrong. */
@@ -210,11 +268,11 @@ static float model_float(struct model_reader *reader, const char *key, double fa
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
-    static const char *const architectures[] = {"llama", "qwen2", "qwen3"};
+    static const char *const architectures[] = {"llama", "qwen2", "qwen3"}; /* bit i of a kind */
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
-    config->architecture = architectures[0];
+    config->architecture = architectures[0]; /* a checkpoint's */
     for (unsigned i = 0; i < 3; i++)
         if (gguf_equals(name, architectures[i])) {
             config->architecture = architectures[i];
@@ -228,8 +286,8 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
         reader->kind = *vocab_size < 0 ? MODEL_UNTIED : MODEL_TIED;
         *vocab_size = *vocab_size < -INT32_MAX ? 0 : abs(*vocab_size);
     }
-    gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3",
-                (int)(name.length < 64 ? name.length : 64), name.data);
+    gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3", gguf_shown(name),
+                name.data);
 }
 
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
@@ -242,7 +300,7 @@ static void model_read_rope(struct model_reader *reader, struct model_config *co
     gguf_get_string(reader->file, model_key(reader, "rope.scaling.type"), &scaling);
     bool linear = gguf_equals(scaling, "linear");
     gguf_expect(reader->file, linear || gguf_equals(scaling, "none"), "got %.*s, expected none",
-                (int)(scaling.length < 64 ? scaling.length : 64), scaling.data);
+                gguf_shown(scaling), scaling.data);
     if (linear) {
         model_float(reader, "rope.scaling.factor", 1, 1, 1);
         model_float(reader, "rope.scale_linear", 1, 1, 1);
@@ -279,107 +337,426 @@ static void model_read_config(struct model_reader *reader, struct model_config *
                 tokens.count, (intmax_t)n_tokens);
 }
 
-/* The next tensor of a checkpoint; NULL: so many bytes are not left. */
-static struct tensor *model_place(struct model_reader *reader, const char *name, int rows,
-                                  int cols) {
-    size_t bytes = (size_t)rows * (size_t)cols * sizeof(float);
-    if (bytes > reader->size - reader->at)
-        return NULL;
-    *reader->placed = (struct tensor){.name = {name, strlen(name)},
-                                      .type = TYPE_F32,
-                                      .rows = rows,
-                                      .cols = cols,
-                                      .bytes = bytes,
-                                      .data = reader->bytes + reader->at};
-    reader->at += bytes;
-    return reader->placed++;
-}
-
-static const struct tensor *model_find(struct model_reader *reader,
-                                       const struct model_tensor *wanted, int layer) {
+/* The tensor of a file, or NULL: there is none, or something is wrong. */
+static const struct tensor *model_find(struct model_reader *reader, struct model *model,
+                                       const struct model_tensor *entry, int layer) {
     struct gguf *file = reader->file;
-    int rows = reader->extents[wanted->rows], cols = reader->extents[wanted->cols];
-    bool required = wanted->required_by & reader->kind;
-    const char *name = wanted->layered ? gguf_about(file, "blk.%d.%s", layer, wanted->name)
-                                       : gguf_about(file, "%s", wanted->name);
-    const struct tensor *tensor = required && reader->bytes
-                                      ? model_place(reader, wanted->name, rows, cols)
-                                      : gguf_tensor(file, name);
+    int rows = model_extent(&model->config, entry->rows);
+    int cols = model_extent(&model->config, entry->cols);
+    bool required = entry->required_by & reader->kind;
+    const char *name = entry->layered ? gguf_about(file, "blk.%d.%s", layer, entry->name)
+                                      : gguf_about(file, "%s", entry->name);
+    const struct tensor *tensor;
+    if (required && reader->bytes) { /* the next of a checkpoint */
+        tensor = model_place(model, entry, TYPE_F32, reader->bytes + reader->at);
+        if (tensor->bytes > reader->size - reader->at)
+            tensor = NULL;
+        else
+            reader->at += tensor->bytes;
+    } else {
+        tensor = gguf_tensor(file, name);
+    }
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
     if (!tensor)
         return NULL;
-    gguf_expect(file, wanted->rows != DIM_NONE, "is not supported");
-    bool typed = wanted->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
+    bool typed = entry->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                wanted->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
+                entry->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
     return tensor;
 }
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
-    const struct model_config *config = &model->config;
     struct gguf *file = reader->file;
-    size_t n_layers = (size_t)config->n_layers;
-    int q_rows = config->n_heads * config->head_dim;
-    int kv_rows = config->n_kv_heads * config->head_dim;
-    const int extents[] = {0,
-                           1,
-                           config->vocab_size,
-                           config->d_model,
-                           q_rows,
-                           kv_rows,
-                           config->d_ff,
-                           config->head_dim,
-                           config->rope_dim / 2,
-                           config->context_length};
-    memcpy(reader->extents, extents, sizeof reader->extents);
-    model->layers = calloc(n_layers, sizeof *model->layers);
-    if (reader->bytes)
-        reader->placed = model->placed =
-            calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
-    gguf_expect(file, model->layers && (model->placed || !reader->bytes), "out of memory");
+    gguf_expect(file, model_reserve(model, reader->bytes != NULL), "out of memory");
     for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
-        const struct model_tensor *wanted = &model_tensors[i];
-        size_t copies = wanted->layered ? n_layers : 1;
-        for (size_t layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
-            const struct tensor *tensor = model_find(reader, wanted, (int)layer);
-            if (wanted->role != NO_ROLE)
-                model->layers[layer][wanted->role] = tensor;
+        const struct model_tensor *entry = &model_tensors[i];
+        int copies = entry->layered ? model->config.n_layers : 1;
+        for (int layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
+            const struct tensor *tensor = model_find(reader, model, entry, layer);
+            if (entry->role != NO_ROLE)
+                model->layers[layer][entry->role] = tensor;
         }
     }
     gguf_expect(file, !reader->bytes || reader->at == reader->size,
                 "got %zu bytes behind the last tensor, expected none", reader->size - reader->at);
     if (gguf_error(file)[0])
         return;
-    const struct tensor **own = model->layers[0];
-    if (!own[OUTPUT])
-        own[OUTPUT] = own[TOKEN_EMBD];
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
     gguf_about(file, "rope_freqs.weight");
-    for (int i = 0; i < config->rope_dim / 2 && own[ROPE_FREQS]; i++) {
-        float divisor = ((const float *)own[ROPE_FREQS]->data)[i];
+    for (int i = 0; i < model->config.rope_dim / 2 && divisors; i++) {
+        float divisor = ((const float *)divisors->data)[i];
         gguf_expect(file, isfinite(divisor) && divisor > 0, "entry %d is %g", i, (double)divisor);
     }
 }
 
-bool model_open(struct model *model, struct gguf *file, char error[ERROR_LENGTH]) {
-    *model = (struct model){0};
-    struct model_reader reader = {.file = file, .config = &model->config};
+static bool model_read(struct model *model, const char *path, char *error) {
+    model->file = gguf_open(path, error);
+    if (!model->file)
+        return false;
+    struct model_reader reader = {.file = model->file, .config = &model->config};
     model_read_kind(&reader, &model->config);
     model_read_config(&reader, &model->config);
     model_read_tensors(&reader, model);
+    model->is_checkpoint = reader.bytes != NULL;
     const char *hint =
-        reader.bytes ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
-    bool ok = !gguf_error(file)[0];
-    (void)fail(error, "%.440s%s", gguf_error(file), ok ? "" : hint);
-    if (!ok)
+        model->is_checkpoint ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
+    const char *wrong = gguf_error(model->file);
+    (void)fail(error, "%.440s%s", wrong, *wrong ? hint : "");
+    return !*wrong;
+}
+
+/* ---- random weights ----
+ *
+ * Models for measuring without a file, in milliseconds and at any size, since their matrices are one
+ * *tile* of random weights, mapped again and again:
+ *
+ *     in memory that has no file name:  | vectors | tile |
+ *     address range:                    | vectors | tile | tile | tile | ... | part |
+ *
+ * The matrices lie one behind the other, a gap apart, so that each begins at another place of the
+ * tile: those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile
+ * (struct tensor: period). The same name gives the same weights, everywhere and always.
+ * Sizes are such that activations neither vanish nor explode: matrices have a mean of 0 and a
+ * standard deviation of about 0.02, norms are 1. There is no tokenizer: what runs is --ids. */
+
+enum {
+    RANDOM_PAGE = 1 << 16, /* a multiple of every page size, so that weights do not depend on it */
+    RANDOM_TILE = 1 << 24, /* about so many bytes: few enough to make, and many to repeat */
+    RANDOM_ONES = 4096,    /* where the vector that is all norms begins, behind rope's divisors */
+    RANDOM_GRAIN = 32      /* a matrix takes a multiple of so many blocks, and as many are a gap */
+};
+
+#define RANDOM_DEVIATION 0.02
+
+struct random_shape {
+    const char *name;
+    unsigned kind; /* MODEL_LLAMA to MODEL_UNTIED */
+    bool scaled;   /* rope as in Llama 3.1 */
+    struct model_config config;
+};
+
+/* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
+ * context, rope_dim, rope_adjacent, theta, epsilon; as those who trained the models give them. */
+static const struct random_shape random_shapes[] = {
+    {"stories-15m",
+     MODEL_LLAMA | MODEL_TIED,
+     false,
+     {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
+    {"stories-110m",
+     MODEL_LLAMA | MODEL_TIED,
+     false,
+     {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"tinyllama-1.1b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     false,
+     {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"qwen3-0.6b",
+     MODEL_QWEN3 | MODEL_TIED,
+     false,
+     {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
+    {"llama-3.1-8b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     true,
+     {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"llama-3.1-70b",
+     MODEL_LLAMA | MODEL_UNTIED,
+     true,
+     {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+};
+
+/* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if
+ * all other bytes are random. No scale: each weight is a number of its own. */
+static const struct random_type {
+    enum tensor_type type;
+    size_t scale_at;
+    double spread;
+} random_types[] = {{TYPE_F32, 0, 0},      {TYPE_F16, 0, 0},     {TYPE_BF16, 0, 0},
+                    {TYPE_Q8_0, 0, 73.9},  {TYPE_Q4_0, 0, 4.61}, {TYPE_Q4_K, 0, 168},
+                    {TYPE_Q6_K, 208, 1366}};
+
+enum {
+    RANDOM_SHAPES = sizeof random_shapes / sizeof *random_shapes,
+    RANDOM_TYPES = sizeof random_types / sizeof *random_types
+};
+
+struct random_weights {
+    const struct random_shape *shape;
+    const struct random_type *type;
+    struct gguf_block block; /* of the type */
+    size_t tile, end;        /* bytes before the tile, and before the end of all matrices */
+    size_t period;           /* of the tile */
+};
+
+static size_t random_round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+/* ---- what a name stands for ---- */
+
+static bool random_equal(const char *text, size_t length, const char *name) {
+    return strlen(name) == length && strncasecmp(text, name, length) == 0;
+}
+
+/* All that there is, in one line. */
+static void random_list(const char *name, char *error) {
+    size_t room = ERROR_LENGTH;
+    size_t used = (size_t)snprintf(
+        error, room,
+        "%.100s: expected random:NAME or random:NAME:TYPE (default BF16); NAME:", name);
+    for (size_t i = 0; i < RANDOM_SHAPES; i++)
+        used += (size_t)snprintf(error + used, room - used, "%s %s", i > 0 ? "," : "",
+                                 random_shapes[i].name);
+    used += (size_t)snprintf(error + used, room - used, "; TYPE:");
+    for (size_t i = 0; i < RANDOM_TYPES; i++)
+        used += (size_t)snprintf(error + used, room - used, "%s %s", i > 0 ? "," : "",
+                                 gguf_type_name(random_types[i].type));
+    fail_clean(error);
+}
+
+/* Blocks do not reach beyond a row: all numbers of columns must be multiples of theirs. */
+static bool random_fits(const struct random_weights *r, const char *name, char *error) {
+    const struct model_config *config = &r->shape->config;
+    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
+    for (size_t i = 0; i < 3; i++)
+        if (cols[i] % r->block.elements)
+            return fail(error,
+                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
+                        "%s; no file could have it either",
+                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
+    return true;
+}
+
+static bool random_parse(struct random_weights *r, const char *name, char *error) {
+    const char *shape = strchr(name, ':') + 1, *colon = strchr(shape, ':');
+    const char *type = colon ? colon + 1 : "BF16";
+    size_t length = colon ? (size_t)(colon - shape) : strlen(shape);
+    for (size_t i = 0; i < RANDOM_SHAPES; i++)
+        if (random_equal(shape, length, random_shapes[i].name))
+            r->shape = &random_shapes[i];
+    for (size_t i = 0; i < RANDOM_TYPES; i++)
+        if (random_equal(type, strlen(type), gguf_type_name(random_types[i].type)))
+            r->type = &random_types[i];
+    if (!r->shape || !r->type) {
+        random_list(name, error);
+        return false;
+    }
+    r->block = gguf_block(r->type->type);
+    return random_fits(r, name, error);
+}
+
+/* ---- where tensors lie ---- */
+
+/* Places the tensor of a role, if this model has one. `data` is left as if the address range began
+ * at 0. */
+static void random_place(struct random_weights *r, struct model *model, int role, int layer) {
+    const struct model_tensor *entry = model_tensors;
+    while (entry->role != role)
+        entry++;
+    if (!(entry->required_by & r->shape->kind) && !(role == ROPE_FREQS && r->shape->scaled))
+        return;
+    bool is_vector = entry->rows == DIM_ONE;
+    size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
+    enum tensor_type type = is_vector ? TYPE_F32 : r->type->type;
+    struct tensor *tensor = model_place(model, entry, type, (const void *)(uintptr_t)at);
+    model->layers[layer][role] = tensor;
+    if (is_vector)
+        return;
+    size_t gap = (size_t)r->block.bytes * RANDOM_GRAIN;
+    r->end += random_round_up(tensor->bytes, gap) + gap;
+    tensor->period = tensor->bytes > r->period ? r->period : 0;
+}
+
+/* The tile is an odd number of units, so that few matrices are a multiple of it and their heads not
+ * all alike. The order of the matrices stays: a name's weights depend on it. */
+static void random_lay_out(struct random_weights *r, struct model *model) {
+    size_t odd = r->block.bytes;
+    while (odd % 2 == 0)
+        odd /= 2;
+    size_t unit = odd * RANDOM_PAGE;
+    r->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
+    r->tile = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
+    r->end = r->tile = random_round_up(r->tile, RANDOM_PAGE);
+    random_place(r, model, TOKEN_EMBD, 0);
+    for (int layer = 0; layer < model->config.n_layers; layer++)
+        for (int role = ATTN_NORM; role < N_ROLES; role++)
+            random_place(r, model, role, layer);
+    for (int role = OUTPUT_NORM; role <= ROPE_FREQS; role++)
+        random_place(r, model, role, 0);
+}
+
+/* ---- weights ---- */
+
+/* SplitMix64 (Steele, Lea and Flood 2014): 64 random bits for each n. */
+static uint64_t random_bits(uint64_t n) {
+    uint64_t bits = (n + 1) * 0x9e3779b97f4a7c15u;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
+    return bits ^ bits >> 31;
+}
+
+/* Rounded towards 0; less than 65536. The factor turns one format's exponent into the other's. */
+static uint16_t random_half(float value) {
+    float small = fabsf(value) * 0x1p-112f;
+    uint32_t bits;
+    memcpy(&bits, &small, 4);
+    return (uint16_t)(bits >> 13 | (value < 0 ? 0x8000u : 0));
+}
+
+/* Random bits become a number from -deviation * sqrt(3) to as much, of the type's size. */
+static void random_weight(enum tensor_type type, uint8_t *weight) {
+    const float largest = (float)(RANDOM_DEVIATION * sqrt(3));
+    int32_t wide;
+    int16_t narrow;
+    float value;
+    if (type == TYPE_F32) {
+        memcpy(&wide, weight, 4);
+        value = (float)wide * 0x1p-31f * largest;
+        memcpy(weight, &value, 4);
+        return;
+    }
+    memcpy(&narrow, weight, 2);
+    value = (float)narrow * 0x1p-15f * largest;
+    uint16_t half = random_half(value);
+    memcpy(weight, type == TYPE_F16 ? (uint8_t *)&half : (uint8_t *)&value + 2, 2);
+}
+
+/* The random bytes of a block stay, but for its scales, which are made such that the mean is 0. */
+static void random_scale(const struct random_type *type, uint8_t *block) {
+    uint16_t bits, half;
+    memcpy(&bits, block + type->scale_at, 2);
+    float scale = (float)(RANDOM_DEVIATION / type->spread * (0.75 + bits * 0x1p-17));
+    if (type->type == TYPE_Q4_0 && bits & 1) /* from -8 to 7: the mean is not 0 */
+        scale = -scale;
+    half = random_half(scale);
+    memcpy(block + type->scale_at, &half, 2);
+    if (type->type == TYPE_Q4_K) { /* weight = d * s * bits - m * t: s = t, and m = 7.5 d */
+        half = random_half(scale * 7.5f);
+        memcpy(block + 2, &half, 2);
+        memcpy(block + 8, block + 4, 4); /* s and t of six bits: gguf_q4_k_scales */
+        for (int i = 12; i < 16; i++)
+            block[i] = (uint8_t)((block[i] & 15) * 17);
+    }
+}
+
+/* What a frequency of Llama 3.1 is divided by: 1 if its wave is much shorter than the 8192 tokens
+ * that the model was trained on first, 8 if it is longer, and something between. */
+static float random_rope(double theta, int pair, int rope_dim) {
+    double wave = 2 * M_PI * pow(theta, 2.0 * pair / rope_dim), waves = 8192 / wave;
+    double share = (waves - 1) / (4 - 1);
+    share = share < 0 ? 0 : share > 1 ? 1 : share;
+    return (float)(1 / (share + (1 - share) / 8));
+}
+
+/* Writes vectors and tile. */
+static void random_write(const struct random_weights *r, uint8_t *to) {
+    const struct model_config *config = &r->shape->config;
+    const float one = 1;
+    for (int i = 0; i < config->rope_dim / 2 && r->shape->scaled; i++) {
+        float divisor = random_rope(config->rope_theta, i, config->rope_dim);
+        memcpy(to + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
+    }
+    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof one)
+        memcpy(to + at, &one, sizeof one);
+    to += r->tile;
+    for (size_t at = 0; at < r->period; at += 8) {
+        uint64_t bits = random_bits(at / 8);
+        memcpy(to + at, &bits, 8);
+    }
+    for (size_t at = 0; at < r->period; at += r->block.bytes)
+        if (r->block.elements == 1)
+            random_weight(r->type->type, to + at);
+        else
+            random_scale(r->type, to + at);
+}
+
+/* ---- the address range ---- */
+
+/* Maps [from, from + bytes) of the memory at `range + at`, over what is reserved there. */
+static bool random_map_at(uint8_t *range, size_t at, size_t bytes, int memory, size_t from) {
+    return mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) !=
+           MAP_FAILED;
+}
+
+/* The address range, [0, end) of it; NULL: errno. */
+static uint8_t *random_map(const struct random_weights *r, int memory) {
+    size_t held = r->tile + r->period;
+    if (memory < 0 || ftruncate(memory, (off_t)held) != 0)
+        return NULL;
+    uint8_t *writable = mmap(NULL, held, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    if (writable == MAP_FAILED)
+        return NULL;
+    random_write(r, writable);
+    munmap(writable, held);
+    uint8_t *range =
+        mmap(NULL, r->end, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED)
+        return NULL;
+    bool ok = random_map_at(range, 0, r->tile, memory, 0);
+    for (size_t at = r->tile; at < r->end && ok; at += r->period) {
+        size_t left = r->end - at;
+        ok = random_map_at(range, at, left < r->period ? left : r->period, memory, r->tile);
+    }
+    if (ok)
+        return range;
+    int why = errno;
+    munmap(range, r->end);
+    errno = why;
+    return NULL;
+}
+
+static bool random_open(struct model *model, const char *name, char *error) {
+    struct random_weights r = {0};
+    if (!random_parse(&r, name, error))
+        return false;
+    model->config = r.shape->config;
+    if (!model_reserve(model, true))
+        return fail(error, "%.100s: out of memory", name);
+    random_lay_out(&r, model);
+    int memory = memfd_create(name, MFD_CLOEXEC);
+    uint8_t *range = random_map(&r, memory);
+    if (!range)
+        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, r.end, strerror(errno));
+    if (memory >= 0)
+        close(memory);
+    if (!range)
+        return false;
+    for (int i = 0; i < model->n_placed; i++)
+        model->placed[i].data = range + (uintptr_t)model->placed[i].data;
+    model->random = range;
+    model->random_bytes = r.end;
+    *error = 0;
+    return true;
+}
+
+/* ---- opening and closing ---- */
+
+bool model_is_random(const char *name) {
+    return strncmp(name, "random:", 7) == 0;
+}
+
+bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]) {
+    *model = (struct model){0};
+    bool ok =
+        model_is_random(name) ? random_open(model, name, error) : model_read(model, name, error);
+    if (!ok) {
         model_close(model);
-    return ok;
+        return false;
+    }
+    const struct tensor **own = model->layers[0];
+    if (!own[OUTPUT])
+        own[OUTPUT] = own[TOKEN_EMBD];
+    return true;
 }
 
 void model_close(struct model *model) {
     free(model->layers);
     free(model->placed);
+    if (model->random)
+        munmap(model->random, model->random_bytes);
+    gguf_close(model->file);
     *model = (struct model){0};
 }
 

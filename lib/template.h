@@ -1,8 +1,9 @@
 /* template.h: how a chat model wants to be spoken to, in token ids.
  *
- *     char note[ERROR_LENGTH];
- *     enum template_kind kind = template_of(file, tokenizer, note);  // note: what must be told, or
- * "" int *ids = template_ids(kind, tokenizer, &turn, &n_ids);       // to be freed
+ *     char note[ERROR_LENGTH]; // what whoever chats must be told, or ""
+ *     enum template_kind kind = template_of(file, tokenizer, note);
+ *     struct turn turn = {.user = "Hi!", .user_length = 3};
+ *     int *ids = template_ids(kind, tokenizer, &turn, &n_ids); // to be freed
  *
  * A GGUF file has its template as a program in Jinja (tokenizer.chat_template). There is no
  * interpreter here: four families are told apart by the marks that the program contains, and each
@@ -10,10 +11,15 @@
  * grows, and its beginning stays in the KV cache.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
- * as one. Left out: a template's own default system text, tools, and dates. */
+ * as one. Left out: a template's own default system text, tools, and dates.
+ * Define TEMPLATE_IMPLEMENTATION in one file, before including this (those of gguf.h and
+ * tokenizer.h are needed, too). */
 #ifndef TEMPLATE_H
 #define TEMPLATE_H
 
+#if defined TEMPLATE_IMPLEMENTATION && !defined _GNU_SOURCE
+#define _GNU_SOURCE /* memmem; too late behind a header of the system */
+#endif
 #include "gguf.h"
 #include "tokenizer.h"
 
@@ -35,7 +41,7 @@ struct turn {
     size_t user_length;
 };
 
-/* TEMPLATE_NONE: a base model, which continues its prompt. */
+/* The template of a file, NULL: of none. TEMPLATE_NONE: a base model, which continues its prompt. */
 enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
                                char note[ERROR_LENGTH]);
 /* Whether the vocabulary has the special tokens; else `note` names the one that is missing. */
@@ -57,27 +63,58 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 #define BOS "\001"
 #define EOS "\002"
 
-/* begin (SYSTEM) user, answer; then end next user, answer; ... Of Llama 2 and Mistral the system
- * text stands inside the first user's turn. */
-static const struct template {
+/* A conversation is
+ *     <s> before_system SYSTEM after_system before_user USER after_user ANSWER
+ *     end next before_user USER after_user ANSWER
+ *     end next ...
+ * without the three of the system where there is no such text, or with them behind the first
+ * before_user: `system_inside`. A part that is not there is NULL. */
+static const struct template_row {
     const char *name, *mark; /* mark: in the Jinja program */
-    const char *begin, *before_system, *after_system, *before_user, *after_user, *end, *next;
-    bool system_inside, trims; /* trims: white space around what was typed */
-}
-templates[] = {[TEMPLATE_CHATML] = {"chatml", "<|im_start|>", "", "<|im_start|>system\n",
-                                    "<|im_end|>\n", "<|im_start|>user\n",
-                                    "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n",
-                                    false, false},
-               [TEMPLATE_LLAMA3] = {"llama3", "<|start_header_id|>", BOS,
-                                    "<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>",
-                                    "<|start_header_id|>user<|end_header_id|>\n\n",
-                                    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                                    "<|eot_id|>", "", false, true},
-               [TEMPLATE_LLAMA2] = {"llama2", "<<SYS>>", BOS, "<<SYS>>\n", "\n<</SYS>>\n\n",
-                                    "[INST] ", " [/INST]", EOS, BOS, true, true},
-               [TEMPLATE_MISTRAL] = {"mistral", "[INST]", BOS, "", "\n\n", "[INST] ", " [/INST]",
-                                     EOS, "", true, false},
-               [TEMPLATE_NONE] = {"none", NULL, BOS, "", "\n", "", "", "", "", false, false}};
+    const char *before_system, *after_system, *before_user, *after_user, *end, *next;
+    bool begins;        /* with the beginning-of-text token, whatever the vocabulary says */
+    bool system_inside; /* as above */
+    bool trims;         /* white space around what was typed */
+} templates[] = {
+    [TEMPLATE_CHATML] = {.name = "chatml",
+                         .mark = "<|im_start|>",
+                         .before_system = "<|im_start|>system\n",
+                         .after_system = "<|im_end|>\n",
+                         .before_user = "<|im_start|>user\n",
+                         .after_user = "<|im_end|>\n<|im_start|>assistant\n",
+                         .end = "<|im_end|>",
+                         .next = "\n"},
+    [TEMPLATE_LLAMA3] = {.name = "llama3",
+                         .mark = "<|start_header_id|>",
+                         .begins = true,
+                         .before_system = "<|start_header_id|>system<|end_header_id|>\n\n",
+                         .after_system = "<|eot_id|>",
+                         .before_user = "<|start_header_id|>user<|end_header_id|>\n\n",
+                         .after_user = "<|eot_id|>"
+                                       "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                         .end = "<|eot_id|>",
+                         .trims = true},
+    [TEMPLATE_LLAMA2] = {.name = "llama2",
+                         .mark = "<<SYS>>",
+                         .begins = true,
+                         .before_system = "<<SYS>>\n",
+                         .after_system = "\n<</SYS>>\n\n",
+                         .before_user = "[INST] ",
+                         .after_user = " [/INST]",
+                         .end = EOS,
+                         .next = BOS,
+                         .system_inside = true,
+                         .trims = true},
+    [TEMPLATE_MISTRAL] = {.name = "mistral",
+                          .mark = "[INST]",
+                          .begins = true,
+                          .after_system = "\n\n",
+                          .before_user = "[INST] ",
+                          .after_user = " [/INST]",
+                          .end = EOS,
+                          .system_inside = true},
+    [TEMPLATE_NONE] = {.name = "none", .after_system = "\n"},
+};
 
 struct template_writer {
     const struct tokenizer *tokenizer;
@@ -137,7 +174,7 @@ static int template_special(const struct tokenizer *tokenizer, const char *text,
 }
 
 static void template_write(struct template_writer *w, const char *text) {
-    while (*text && w->ok) {
+    while (text && *text && w->ok) {
         size_t length;
         int token = template_special(w->tokenizer, text, &length);
         if (token >= 0)
@@ -148,29 +185,31 @@ static void template_write(struct template_writer *w, const char *text) {
     }
 }
 
+/* What someone typed: no word of it is special. */
 static void template_write_typed(struct template_writer *w, const char *text, size_t length,
                                  bool trims) {
-    for (; trims && length > 0 && strchr(" \t\n\r\v\f", text[length - 1]); length--) {
-    }
-    for (; trims && length > 0 && strchr(" \t\n\r\v\f", *text); length--)
+    static const char space[] = " \t\n\r\v\f";
+    while (trims && length > 0 && strchr(space, text[length - 1]))
+        length--;
+    while (trims && length > 0 && strchr(space, *text)) {
         text++;
+        length--;
+    }
     if (w->ok)
         (void)fwrite(text, 1, length, w->run);
 }
 
 int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids) {
-    const struct template *t = &templates[kind];
+    const struct template_row *t = &templates[kind];
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
     template_start_run(&w);
     template_add(&w, turn->history, turn->n_history);
     if (turn->n_history > 0) {
         template_write(&w, t->end);
         template_write(&w, t->next);
-    } else if (strcmp(t->begin, "") != 0 && kind != TEMPLATE_NONE) {
-        template_write(&w, t->begin);
-    } else if (tok_adds_bos(tokenizer)) {
-        template_write(&w, BOS);
+    } else if (t->begins || tok_adds_bos(tokenizer)) {
+        template_write(&w, BOS); /* as the template says, or the vocabulary */
     }
     const char *system = turn->n_history == 0 ? turn->system : NULL;
     if (t->system_inside)
@@ -197,17 +236,15 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
                    char note[ERROR_LENGTH]) {
-    const struct template *t = &templates[kind];
+    const struct template_row *t = &templates[kind];
     const char *parts[] = {t->before_user, t->after_user, t->end};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        for (const char *at = parts[i]; (at = strstr(at, "<|")) != NULL; at++) {
+        const char *at = parts[i] ? strstr(parts[i], "<|") : NULL;
+        for (; at; at = strstr(at + 1, "<|")) {
             size_t length;
-            if (template_special(tokenizer, at, &length) < 0) {
-                (void)snprintf(note, ERROR_LENGTH,
-                               "template %s: the vocabulary has no token %.*s; see --template",
-                               t->name, (int)length, at);
-                return false;
-            }
+            if (template_special(tokenizer, at, &length) < 0)
+                return fail(note, "template %s: the vocabulary has no token %.*s; see --template",
+                            t->name, (int)length, at);
         }
     }
     return true;
@@ -219,7 +256,7 @@ enum template_kind template_of(struct gguf *file, const struct tokenizer *tokeni
     enum template_kind nearest = TEMPLATE_NONE;
     char missing[ERROR_LENGTH];
     *note = 0;
-    if (!tokenizer || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
+    if (!tokenizer || !file || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
         return TEMPLATE_NONE;
     for (enum template_kind kind = TEMPLATE_CHATML; kind < TEMPLATE_NONE; kind++) {
         bool fits = template_fits(kind, tokenizer, missing);
@@ -230,10 +267,10 @@ enum template_kind template_of(struct gguf *file, const struct tokenizer *tokeni
         if (fits && nearest == TEMPLATE_NONE)
             nearest = kind;
     }
-    (void)snprintf(note, ERROR_LENGTH,
-                   "its chat template is none of chatml, llama3, llama2, mistral; taken is %s, for "
-                   "which its vocabulary has the tokens; --template chooses another, or none",
-                   templates[nearest].name);
+    (void)fail(note,
+               "its chat template is none of chatml, llama3, llama2, mistral; taken is %s, for "
+               "which its vocabulary has the tokens; --template chooses another, or none",
+               templates[nearest].name);
     return nearest;
 }
 #endif /* TEMPLATE_IMPLEMENTATION */

@@ -58,4 +58,12 @@ static inline int utf8_read(const char *text, size_t length, uint32_t *code) {
     return (size_t)size <= length ? size : 0;
 }
 
+/* Bytes of the first character; a byte that is not UTF-8 is a character of its own. */
+static inline size_t utf8_char(const char *text, size_t length, uint32_t *code) {
+    int size = utf8_read(text, length, code);
+    if (size <= 0)
+        *code = UINT32_MAX;
+    return size > 0 ? (size_t)size : 1;
+}
+
 #endif /* TEXT_H */

@@ -1034,7 +1034,7 @@ static const struct unicode_range unicode_ranges[] = {
 };
 /* clang-format on */
 
-static enum unicode_class unicode_class_of(uint32_t code) {
+static inline enum unicode_class unicode_class_of(uint32_t code) {
     int low = 0, high = sizeof unicode_ranges / sizeof *unicode_ranges;
     while (low < high) {
         int middle = (low + high) / 2;

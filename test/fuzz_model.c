@@ -3,13 +3,12 @@
  * are read as a tokenizer.bin. Run by test/fuzz.sh. */
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
-#define SOURCE_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
 #include "../lib/pack.h"
 #include "dynamo.h"
 #include "../lib/gguf.h"
-#include "../lib/source.h"
+#include "../lib/model.h"
 #include "../lib/template.h"
 #include "../lib/tokenizer.h"
 #define PACK_IMPLEMENTATION
@@ -78,15 +77,19 @@ static void read_tokenizer_bin(const char *path) {
     tok_close(t);
 }
 
-static void read_model(struct gguf *file) {
-    char error[ERROR_LENGTH] = "", note[ERROR_LENGTH] = "";
+static void read_model(const char *path) {
+    char error[ERROR_LENGTH] = "";
     struct model model;
-    if (model_open(&model, file, error)) {
-        fuzz_reach(model.placed ? CHECKPOINTS : MODELS);
+    if (model_open(&model, path, error)) {
+        fuzz_reach(model.is_checkpoint ? CHECKPOINTS : MODELS);
         model_close(&model);
     } else {
         FUZZ_CHECK(error[0] && !strchr(error, '\n'));
     }
+}
+
+static void read_vocabulary(struct gguf *file) {
+    char note[ERROR_LENGTH] = "";
     struct tokenizer *tokenizer = tok_open(file, note);
     FUZZ_CHECK(tokenizer || (*note && !strchr(note, '\n')));
     if (tokenizer) {
@@ -103,14 +106,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char path[64], error[ERROR_LENGTH] = "";
     fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
-    struct gguf *file = source_open(path, error);
+    struct gguf *file = gguf_open(path, error);
     FUZZ_CHECK(!file == !!error[0] && !strchr(error, '\n'));
     if (file) {
         fuzz_reach(OPENED);
-        read_model(file);
+        read_vocabulary(file);
         pack_all(file);
         gguf_close(file);
     }
+    read_model(path);
     read_tokenizer_bin(path);
     return 0;
 }

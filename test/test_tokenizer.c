@@ -6,11 +6,10 @@
  * (look up characters, else byte + 3; then merge the best pair of the whole list until there is
  * none). */
 #define GGUF_IMPLEMENTATION
-#include "../lib/gguf.h"
-#undef GGUF_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #include "../lib/tokenizer.h"
 #include "check.h"
+#include "tiny.h"
 #include <time.h>
 #include <unistd.h>
 
@@ -18,7 +17,7 @@
 #define GPT2_PATH       "test/data/vocab-gpt-2.gguf"
 #define CHECKPOINT_PATH "test/data/aidreams_tokenizer.bin"
 
-enum { CHECKPOINT_TOKENS = 512, FILE_SIZE = 1 << 18, MEGABYTE = 1 << 20 };
+enum { CHECKPOINT_TOKENS = 512, MEGABYTE = 1 << 20 };
 
 static uint64_t random_next(uint64_t *state) { /* splitmix64 */
     uint64_t z = *state += 0x9E3779B97F4A7C15u;
@@ -487,8 +486,6 @@ static void bad_bytes(struct check *check) {
     tok_close(gpt2);
 }
 
-/* ---- large texts ---- */
-
 /* ---- words: what the `tokenizers` package makes of the published patterns ---- */
 
 static size_t from_hex(const char *hex, char *out) {
@@ -581,191 +578,108 @@ static void whole_words(struct check *check) { /* with no merges left */
 
 /* ---- malformed vocabularies ---- */
 
-/* A GGUF file in the making: keys only. */
-struct writer {
-    char data[FILE_SIZE];
-    size_t length;
-    uint64_t n_keys;
+/* What is wrong with a vocabulary; of texts that are NULL, and numbers that are 0, nothing. */
+struct fault {
+    const char *expected; /* the message must contain it; NULL: it opens */
+    const char *drop;     /* the key of this ending is not there */
+    bool gpt2;
+    const char *model, *pre, *merge, *eos; /* in place of the right ones */
+    uint32_t eos_id;
+    int scores, types; /* so many are there */
+    int byte;          /* spelled like the next one */
+    float last_score;
+    bool long_token;
 };
 
-static void put(struct writer *w, const void *data, size_t length) {
-    memcpy(w->data + w->length, data, length);
-    w->length += length;
+static const struct fault faults[] = {{.expected = NULL},
+                                      {NULL, .gpt2 = true},
+                                      {"tokenizer.ggml.model", .drop = "model"},
+                                      {"be?rt", .model = "be\nrt"},
+                                      {"tokenizer.ggml.tokens", .drop = "tokens"},
+                                      {"tokenizer.ggml.scores", .drop = "scores"},
+                                      {"got 262", .scores = 262},
+                                      {"token 262", .last_score = NAN},
+                                      {"token_type", .types = 1},
+                                      {"0x4D", .byte = 77},
+                                      {"token 259", .long_token = true},
+                                      {"eos_token_id", .eos_id = 263},
+                                      {"eos_token_id", .eos = "2"},
+                                      {"tokenizer.ggml.pre", .drop = "pre", .gpt2 = true},
+                                      {"default", .pre = "default", .gpt2 = true},
+                                      {"tokenizer.ggml.merges", .drop = "merges", .gpt2 = true},
+                                      {"merges", .merge = "aa", .gpt2 = true},
+                                      {"merges", .merge = "a b", .gpt2 = true},
+                                      {"merges", .merge = "", .gpt2 = true}};
+
+/* The key; where the fault is that it lacks, one that means nothing. */
+static const char *key_of(const struct fault *fault, const char *ending) {
+    static char key[64];
+    snprintf(key, sizeof key, "tokenizer.ggml.%s", ending);
+    return fault->drop && !strcmp(fault->drop, ending) ? "tokenizer.ggml.unknown" : key;
 }
 
-static void put_string(struct writer *w, const char *text) {
-    uint64_t length = strlen(text);
-    put(w, &length, sizeof length);
-    put(w, text, length);
+static const char *either(const char *wrong, const char *right) {
+    return wrong ? wrong : right;
 }
 
-static void put_key(struct writer *w, const char *key, uint32_t type) {
-    put_string(w, key);
-    put(w, &type, sizeof type);
-    w->n_keys++;
-}
-
-static void put_array(struct writer *w, const char *key, uint32_t type, uint64_t count) {
-    put_key(w, key, GGUF_ARRAY);
-    put(w, &type, sizeof type);
-    put(w, &count, sizeof count);
-}
-
-static void put_text(struct writer *w, const char *key, const char *text) {
-    put_key(w, key, GGUF_STRING);
-    put_string(w, text);
-}
-
-static void put_int(struct writer *w, const char *key, uint32_t value) {
-    put_key(w, key, GGUF_U32);
-    put(w, &value, sizeof value);
-}
-
-enum fault {
-    FINE,
-    NO_MODEL,
-    OTHER_MODEL,
-    NO_TOKENS,
-    NO_SCORES,
-    FEW_SCORES,
-    NAN_SCORE,
-    FEW_TYPES,
-    NO_BYTE,
-    LONG_TOKEN,
-    EOS_RANGE,
-    EOS_TEXT,
-    NO_PRE,
-    OTHER_PRE,
-    NO_MERGES,
-    MERGE_SPACE,
-    MERGE_TOKEN,
-    MERGE_EMPTY,
-    N_FAULTS
-};
-
-/* Tokens: <unk>, <s>, </s>, 256 bytes, an empty one, `a` twice, `aa`. `gpt2`: one byte each. */
-static void put_tokens(struct writer *w, enum fault fault, bool gpt2) {
-    char text[2 * TOK_TOKEN_LENGTH] = "";
-    put_array(w, "tokenizer.ggml.tokens", GGUF_STRING, 263);
-    put_string(w, "<unk>");
-    put_string(w, "<s>");
-    put_string(w, "</s>");
-    for (uint32_t byte = 0; byte < 256; byte++) {
-        uint32_t code = byte <= 32    ? 256 + byte
-                        : byte < 127  ? byte
-                        : byte <= 160 ? 162 + byte
-                        : byte == 173 ? 323
-                                      : byte;
-        snprintf(text, sizeof text, "<0x%02X>", byte + (fault == NO_BYTE && byte == 77));
-        if (gpt2) {
-            text[0] = (char)(code < 128 ? code : 0xC0 | code >> 6);
-            text[1] = (char)(code < 128 ? 0 : 0x80 | (code & 63));
-            text[2] = 0;
-        }
-        put_string(w, text);
+/* Tokens: <unk>, <s>, </s>, 256 bytes, an empty one, `a` twice, `aa`. */
+static void put_vocabulary(struct tiny *t, const struct fault *fault) {
+    enum { N = 263 };
+    static char text[2 * TOK_TOKEN_LENGTH];
+    int n_scores = fault->scores ? fault->scores : N, n_types = fault->types ? fault->types : N;
+    tiny_begin(t, 3);
+    tiny_text(t, key_of(fault, "model"), either(fault->model, fault->gpt2 ? "gpt2" : "llama"));
+    if (fault->gpt2)
+        tiny_text(t, key_of(fault, "pre"), either(fault->pre, "gpt-2"));
+    tiny_array(t, key_of(fault, "tokens"), GGUF_STRING, N);
+    tiny_string(t, "<unk>");
+    tiny_string(t, "<s>");
+    tiny_string(t, "</s>");
+    for (int byte = 0; byte < 256; byte++) {
+        size_t length = tiny_spell(fault->gpt2, byte + (byte && byte == fault->byte), text);
+        tiny_raw(t, text, length);
     }
     memset(text, 'x', sizeof text - 1);
-    put_string(w, fault == LONG_TOKEN ? text : "");
-    put_string(w, "a");
-    put_string(w, "a");
-    put_string(w, "aa");
-}
-
-static void put_vocab(struct writer *w, enum fault fault) {
-    bool gpt2 = fault >= NO_PRE;
-    if (fault != NO_MODEL) {
-        put_text(w, "tokenizer.ggml.model",
-                 fault == OTHER_MODEL ? "be\nrt"
-                 : gpt2               ? "gpt2"
-                                      : "llama");
-    }
-    if (gpt2 && fault != NO_PRE)
-        put_text(w, "tokenizer.ggml.pre", fault == OTHER_PRE ? "default" : "gpt-2");
-    if (fault != NO_TOKENS)
-        put_tokens(w, fault, gpt2);
-    if (fault != NO_SCORES) {
-        put_array(w, "tokenizer.ggml.scores", GGUF_F32, fault == FEW_SCORES ? 262 : 263);
-        for (int i = 0; i < (fault == FEW_SCORES ? 262 : 263); i++) {
-            float score = fault == NAN_SCORE && i == 262 ? NAN : 0;
-            put(w, &score, sizeof score);
-        }
-    }
-    put_array(w, "tokenizer.ggml.token_type", GGUF_I32, fault == FEW_TYPES ? 1 : 263);
-    for (int i = 0; i < (fault == FEW_TYPES ? 1 : 263); i++) {
-        int32_t type = i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL;
-        put(w, &type, sizeof type);
-    }
-    if (fault != NO_MERGES) {
-        put_array(w, "tokenizer.ggml.merges", GGUF_STRING, 1);
-        put_string(w, fault == MERGE_SPACE   ? "aa"
-                      : fault == MERGE_TOKEN ? "a b"
-                      : fault == MERGE_EMPTY ? ""
-                                             : "a a");
-    }
-    if (fault == EOS_TEXT)
-        put_text(w, "tokenizer.ggml.eos_token_id", "2");
+    tiny_string(t, fault->long_token ? text : "");
+    tiny_string(t, "a");
+    tiny_string(t, "a");
+    tiny_string(t, "aa");
+    tiny_array(t, key_of(fault, "scores"), GGUF_F32, (uint64_t)n_scores);
+    for (int i = 0; i < n_scores; i++)
+        tiny_put(t, i == N - 1 ? &fault->last_score : &(float){0}, sizeof(float));
+    tiny_array(t, key_of(fault, "token_type"), GGUF_I32, (uint64_t)n_types);
+    for (int i = 0; i < n_types; i++)
+        tiny_put(t, &(int32_t){i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL}, 4);
+    tiny_array(t, key_of(fault, "merges"), GGUF_STRING, 1);
+    tiny_string(t, either(fault->merge, "a a"));
+    if (fault->eos)
+        tiny_text(t, key_of(fault, "eos_token_id"), fault->eos);
     else
-        put_int(w, "tokenizer.ggml.eos_token_id", fault == EOS_RANGE ? 263 : 2);
-}
-
-static struct tokenizer *open_vocab(struct check *check, enum fault fault, char *error) {
-    struct writer *keys = calloc(1, sizeof *keys), *file = calloc(1, sizeof *file);
-    char path[] = "/tmp/test_tokenizer_XXXXXX";
-    uint32_t version = 3;
-    uint64_t n_tensors = 0;
-    put_vocab(keys, fault);
-    put(file, "GGUF", 4);
-    put(file, &version, sizeof version);
-    put(file, &n_tensors, sizeof n_tensors);
-    put(file, &keys->n_keys, sizeof keys->n_keys);
-    put(file, keys->data, keys->length);
-    CHECK(write_file(path, file->data, file->length), "%s cannot be written", path);
-    struct gguf *gguf = gguf_open(path, error);
-    CHECK(gguf, "%s", error);
-    struct tokenizer *tokenizer = gguf ? tok_open(gguf, error) : NULL;
-    if (gguf)
-        gguf_close(gguf);
-    unlink(path);
-    free(keys);
-    free(file);
-    return tokenizer;
+        tiny_int(t, key_of(fault, "eos_token_id"), fault->eos_id ? fault->eos_id : 2);
+    tiny_end(t);
 }
 
 static void malformed(struct check *check) {
-    static const char *const named[N_FAULTS] = {[NO_MODEL] = "tokenizer.ggml.model",
-                                                [OTHER_MODEL] = "be?rt",
-                                                [NO_TOKENS] = "tokenizer.ggml.tokens",
-                                                [NO_SCORES] = "tokenizer.ggml.scores",
-                                                [FEW_SCORES] = "got 262",
-                                                [NAN_SCORE] = "token 262",
-                                                [FEW_TYPES] = "token_type",
-                                                [NO_BYTE] = "0x4D",
-                                                [LONG_TOKEN] = "token 259",
-                                                [EOS_RANGE] = "eos_token_id",
-                                                [EOS_TEXT] = "eos_token_id",
-                                                [NO_PRE] = "tokenizer.ggml.pre",
-                                                [OTHER_PRE] = "default",
-                                                [NO_MERGES] = "tokenizer.ggml.merges",
-                                                [MERGE_SPACE] = "merges",
-                                                [MERGE_TOKEN] = "merges",
-                                                [MERGE_EMPTY] = "merges"};
-    char error[ERROR_LENGTH] = "";
-    struct tokenizer *tokenizer = open_vocab(check, FINE, error);
-    CHECK(tokenizer, "%s", error);
-    if (tokenizer) {
-        static const int expected[] = {3 + ' ', 262, 260}; /* of the two `a` the first */
-        int n;
-        int *ids = tok_encode(tokenizer, "aaa", 3, &n);
-        CHECK(same_ids(ids, n, expected, 3), "%d ids", n);
-        free(ids);
-    }
-    tok_close(tokenizer);
-    for (enum fault fault = FINE + 1; fault < N_FAULTS; fault++) {
-        strcpy(error, "no error");
-        tokenizer = open_vocab(check, fault, error);
-        CHECK(!tokenizer, "fault %d was accepted", (int)fault);
-        CHECK(strstr(error, named[fault]) && !strchr(error, '\n'), "fault %d: %s", (int)fault,
-              error);
+    static struct tiny file;
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
+        const struct fault *fault = &faults[i];
+        char path[] = "/tmp/test_tokenizer_XXXXXX", error[ERROR_LENGTH] = "no error";
+        put_vocabulary(&file, fault);
+        CHECK(write_file(path, file.bytes, file.size), "%s cannot be written", path);
+        struct gguf *gguf = gguf_open(path, error);
+        CHECK(gguf, "%s", error);
+        struct tokenizer *tokenizer = gguf ? tok_open(gguf, error) : NULL;
+        gguf_close(gguf);
+        unlink(path);
+        CHECK(!tokenizer == !!fault->expected, "fault %zu: %s", i, error);
+        CHECK(!fault->expected || (strstr(error, fault->expected) && !strchr(error, '\n')),
+              "fault %zu: %s", i, error);
+        if (tokenizer) { /* of the two `a` the first */
+            const int llama[] = {3 + ' ', 262, 260}, gpt2[] = {262, 3 + 'a'};
+            int n, *ids = tok_encode(tokenizer, "aaa", 3, &n);
+            CHECK(same_ids(ids, n, fault->gpt2 ? gpt2 : llama, fault->gpt2 ? 2 : 3), "%d ids", n);
+            free(ids);
+        }
         tok_close(tokenizer);
     }
 }
