@@ -5,10 +5,10 @@
  *         printf("%s = %s\n", nodes[key].text, nodes[key + 1].text);
  *     free(nodes);
  *
- * The reader makes an array of nodes, in the order of the text: node 0 is the whole, the first child
- * of a container is the node after it, and `next` leads past a value and all that is in it. In an
- * object keys and values take turns. Strings are decoded in place, since none gets longer by that:
- * so the text must be writable, and outlive the nodes.
+ * The reader makes an array of nodes, in the order of the text: node 0 is the whole, the first
+ * child of a container is the node after it, and `next` leads past a value and all that is in it.
+ * In an object keys and values take turns. Strings are decoded in place, since none gets longer by
+ * that: so the text must be writable, and outlive the nodes.
  * Refuses whatever the grammar does not have: comments, commas at the end, NaN, numbers that begin
  * with 0 or +, text that is not UTF-8, halves of surrogate pairs, and more than 64 levels.
  * Define JSON_IMPLEMENTATION in one file, before including this. */

@@ -410,8 +410,8 @@ static bool model_read(struct model *model, const char *path, char *error) {
 
 /* ---- random weights ----
  *
- * Models for measuring without a file, in milliseconds and at any size, since their matrices are one
- * *tile* of random weights, mapped again and again:
+ * Models for measuring without a file, in milliseconds and at any size, since their matrices are
+ * one *tile* of random weights, mapped again and again:
  *
  *     in memory that has no file name:  | vectors | tile |
  *     address range:                    | vectors | tile | tile | tile | ... | part |

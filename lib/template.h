@@ -41,7 +41,8 @@ struct turn {
     size_t user_length;
 };
 
-/* The template of a file, NULL: of none. TEMPLATE_NONE: a base model, which continues its prompt. */
+/* What a file asks for; NULL: there is no file. TEMPLATE_NONE: a base model, which continues its
+ * prompt. */
 enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
                                char note[ERROR_LENGTH]);
 /* Whether the vocabulary has the special tokens; else `note` names the one that is missing. */

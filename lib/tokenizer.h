@@ -92,13 +92,13 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 
 /* ---- words ----
  *
- * How byte-level BPE cuts a text before pairs merge inside each word. A vocabulary names its pattern
- * (tokenizer.ggml.pre), which its makers published as a regular expression. Here each is a row of a
- * table, and the alternatives are tried in the order in which the expressions have them. Where they
- * backtrack, the outcome is said outright; none takes more than one look at a character. Marks are
- * \p{M}, and \s is the property White_Space. Two details follow the engines that read GGUF: text is
- * not normalised (qwen2's own tokenizer makes it NFC), and endings like 's ignore the case of ASCII
- * letters alone. */
+ * How byte-level BPE cuts a text before pairs merge inside each word. A vocabulary names its
+ * pattern (tokenizer.ggml.pre), which its makers published as a regular expression. Here each is a
+ * row of a table, and the alternatives are tried in the order in which the expressions have them.
+ * Where they backtrack, the outcome is said outright; none takes more than one look at a character.
+ * Marks are \p{M}, and \s is the property White_Space. Two details follow the engines that read
+ * GGUF: text is not normalised (qwen2's own tokenizer makes it NFC), and endings like 's ignore the
+ * case of ASCII letters alone. */
 
 /* Sets of classes. */
 enum {
@@ -265,11 +265,11 @@ static size_t word_size(const struct pattern *pattern, const char *text, size_t 
 
 /* ---- the vocabulary ----
  *
- * Tokens are copied and become the bytes they stand for. One hash table has them all, and the merges
- * of `gpt2`: what a merge makes is a token's text, cut in two. In `llama` any two neighbours that
- * spell a token merge, so it needs no entries for them. A file is believed in nothing, and what is
- * wrong with it is one line in `error`. Once it is read, every byte has a token, what a merge makes
- * is a token, scores are finite, ids are in range. */
+ * Tokens are copied and become the bytes they stand for. One hash table has them all, and the
+ * merges of `gpt2`: what a merge makes is a token's text, cut in two. In `llama` any two neighbours
+ * that spell a token merge, so it needs no entries for them. A file is believed in nothing, and
+ * what is wrong with it is one line in `error`. Once it is read, every byte has a token, what a
+ * merge makes is a token, scores are finite, ids are in range. */
 
 enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
 

@@ -187,8 +187,8 @@ static uint64_t hash(const void *data, size_t bytes) { /* FNV-1a */
     return value;
 }
 
-/* What was measured with a model today must be the same model tomorrow: each type; and, of an untied
- * model and of another architecture, the matrices that lie last. */
+/* What was measured with a model today must be the same model tomorrow: each type; and, of an
+ * untied model and of another architecture, the matrices that lie last. */
 static void weights_are_always_the_same(struct check *check) {
     static const struct {
         const char *shape, *type;
