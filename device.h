@@ -15,8 +15,8 @@
 #define DEVICE_H
 #include "attention.h"
 #include "dynamo.h"
+#include "lib/matmul.h"
 #include "lib/probe.h"
-#include "lib/product.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -29,8 +29,6 @@
 #include "lib/pool.h"
 #define COPIER_IMPLEMENTATION
 #include "copier.h"
-#define PACK_IMPLEMENTATION
-#include "lib/pack.h"
 
 enum {
     PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */

@@ -29,8 +29,8 @@
 #include "device.h"
 #define ATTENTION_IMPLEMENTATION
 #include "attention.h"
-#define PRODUCT_IMPLEMENTATION
-#include "lib/product.h"
+#define MATMUL_IMPLEMENTATION
+#include "lib/matmul.h"
 #define PROBE_IMPLEMENTATION
 #include "lib/probe.h"
 #define APPEND_IMPLEMENTATION

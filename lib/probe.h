@@ -14,7 +14,7 @@
  * Nothing else may run in the pool meanwhile. */
 #ifndef PROBE_H
 #define PROBE_H
-#include "dot.h"
+#include "matmul.h"
 #include "pool.h"
 
 struct probe {

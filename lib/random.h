@@ -343,7 +343,7 @@ static void random_scale(const struct random_type *type, uint8_t *block) {
     if (type->type == TYPE_Q4_K) { /* weight = d * s * bits - m * t: s = t, and m = 7.5 d */
         half = random_half(scale * 7.5f);
         memcpy(block + 2, &half, 2);
-        memcpy(block + 8, block + 4, 4); /* s and t of six bits: see pack_header in pack.h */
+        memcpy(block + 8, block + 4, 4); /* s and t of six bits: see pack_header in matmul.h */
         for (int i = 12; i < 16; i++)
             block[i] = (uint8_t)((block[i] & 15) * 17);
     }

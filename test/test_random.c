@@ -6,8 +6,8 @@
 #define SOURCE_IMPLEMENTATION
 #include "dynamo.h"
 #include "../lib/source.h"
-#define PACK_IMPLEMENTATION
-#include "../lib/pack.h"
+#define MATMUL_IMPLEMENTATION
+#include "../lib/matmul.h"
 #include "check.h"
 
 #include <math.h>
