@@ -22,19 +22,21 @@
 
 #include <assert.h>
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
 
-#include "device.h"
-#define ATTENTION_IMPLEMENTATION
-#include "attention.h"
 #define MATMUL_IMPLEMENTATION
 #include "lib/matmul.h"
+#define POOL_IMPLEMENTATION
+#include "lib/pool.h"
 #define PROBE_IMPLEMENTATION
 #include "lib/probe.h"
-#define APPEND_IMPLEMENTATION
-#include "append.h"
 #define SAMPLER_IMPLEMENTATION
 #include "lib/sampler.h"
 
@@ -45,6 +47,453 @@ enum {
     MANY_ROWS = 64,     /* of a step that appends: then a tile takes the rows of a block, */
     FEW_ROWS = 4        /* else so many, that every thread gets some */
 };
+
+enum {
+    PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
+    MAX_ACTIVATIONS = 20, /* arrays of a device */
+    HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
+    PROBE_PIECES = 256,   /* of the weights are read to measure the memory, */
+    PROBE_BYTES = 1 << 20 /* so many bytes each */
+};
+
+enum {
+    QUERIES = 48, /* queries of a call at most */
+    CHUNK = 64,   /* tokens whose scores are computed at a time */
+    CHUNK_BLOCKS = CHUNK / BLOCK_TOKENS,
+    MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
+    ATTENTION_ROWS = 6, /* queries that one call of a kernel computes: 24 registers of sums */
+    ATTENTION_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
+};
+
+enum { MAX_COPY_DELAY = 2000 /* microseconds */ };
+
+/* ---- the copier: a thread that copies memory beside the computation, as a copy engine does ---- */
+
+struct copy_queue {
+    atomic_uint_fast64_t added, done;
+};
+
+struct copier {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, idle;
+    struct copy_order *first; /* the running one stays in the list */
+    bool stop;
+    uint64_t delay_seed;
+};
+
+struct copy_order {
+    struct copy_queue *queue;
+    struct copy2d copy;
+    struct copy_order *next;
+};
+
+static uint32_t copier_random(uint64_t *state) { /* splitmix64 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (uint32_t)(z >> 32);
+}
+
+static void copier_copy(const struct copy2d *copy) {
+    for (size_t row = 0; row < copy->height; row++) {
+        memcpy((char *)copy->to + row * copy->to_pitch,
+               (const char *)copy->from + row * copy->from_pitch, copy->width);
+    }
+}
+
+/* The first copy in the list; or, where copies are delayed, the first of a random queue. */
+static struct copy_order *copier_pick(struct copier *copier, uint32_t random) {
+    if (copier->delay_seed == 0)
+        return copier->first;
+    uint32_t count = 0;
+    for (struct copy_order *order = copier->first; order; order = order->next)
+        count++;
+    struct copy_order *chosen = copier->first, *first = copier->first;
+    for (uint32_t i = random % count; i > 0; i--)
+        chosen = chosen->next;
+    while (first->queue != chosen->queue)
+        first = first->next;
+    return first;
+}
+
+static void *copier_main(void *argument) {
+    struct copier *copier = argument;
+    uint64_t random = copier->delay_seed;
+    pthread_mutex_lock(&copier->mutex);
+    for (;;) {
+        while (!copier->first && !copier->stop)
+            pthread_cond_wait(&copier->wake, &copier->mutex);
+        if (!copier->first)
+            break;
+        struct copy_order *order = copier_pick(copier, copier_random(&random));
+        pthread_mutex_unlock(&copier->mutex);
+        if (copier->delay_seed) {
+            long delay = (long)(copier_random(&random) % MAX_COPY_DELAY);
+            nanosleep(&(struct timespec){0, delay * 1000}, NULL);
+        }
+        copier_copy(&order->copy);
+        pthread_mutex_lock(&copier->mutex);
+        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
+        struct copy_order **link = &copier->first;
+        while (*link != order)
+            link = &(*link)->next;
+        *link = order->next;
+        free(order);
+        pthread_cond_broadcast(&copier->idle);
+    }
+    pthread_mutex_unlock(&copier->mutex);
+    return NULL;
+}
+
+uint64_t copier_add(struct copier *copier, struct copy_queue *queue, const struct copy2d *copy) {
+    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
+    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
+        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
+        abort();
+    }
+    *order = (struct copy_order){queue, *copy, NULL};
+    pthread_mutex_lock(&copier->mutex);
+    while (*link)
+        link = &(*link)->next;
+    *link = order;
+    uint64_t ticket = atomic_fetch_add(&queue->added, 1) + 1;
+    pthread_cond_signal(&copier->wake);
+    pthread_mutex_unlock(&copier->mutex);
+    return ticket;
+}
+
+bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
+    return atomic_load_explicit(&queue->done, memory_order_acquire) >= ticket;
+}
+
+void copier_drain(struct copier *copier, struct copy_queue *queue) {
+    pthread_mutex_lock(&copier->mutex);
+    while (atomic_load(&queue->done) < atomic_load(&queue->added))
+        pthread_cond_wait(&copier->idle, &copier->mutex);
+    pthread_mutex_unlock(&copier->mutex);
+}
+
+bool copier_open(struct copier *copier, uint64_t delay_seed) {
+    *copier = (struct copier){.delay_seed = delay_seed};
+    pthread_mutex_init(&copier->mutex, NULL);
+    pthread_cond_init(&copier->wake, NULL);
+    pthread_cond_init(&copier->idle, NULL);
+    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
+}
+
+void copier_close(struct copier *copier) {
+    pthread_mutex_lock(&copier->mutex);
+    copier->stop = true;
+    pthread_cond_broadcast(&copier->wake);
+    pthread_mutex_unlock(&copier->mutex);
+    pthread_join(copier->thread, NULL);
+}
+
+/* ---- what a device is ---- */
+
+struct kv_view { /* the keys and values of one sequence, layer and head */
+    enum kv_type type;
+    int dim;
+    void *kv;
+    size_t block_elements, key, value; /* of a block; where the head's planes begin in it */
+    size_t next_key;                   /* where the keys lie that will be read after these */
+    const int *table;                  /* (blocks of the sequence) slots */
+};
+
+struct softmax { /* of one query, over the tokens seen so far */
+    float max;
+    vec sum; /* lane by lane; lanes are added at the end */
+};
+
+struct attention_scratch {
+    alignas(64) float query[QUERIES * ATTENTION_STRIDE];
+    alignas(64) float output[QUERIES * ATTENTION_STRIDE];
+    alignas(64) float scores[QUERIES * CHUNK];
+    struct softmax state[QUERIES];
+};
+
+struct scratch { /* of one thread: what a tile of a product or of attention works on */
+    alignas(64) float slab[SLAB * PANEL];
+    float tile[5][ROW_CHUNK * PANEL];
+    struct attention_scratch attention;
+};
+
+struct cpu_backend {
+    struct backend backend;
+    struct pool pool;
+    struct copier copier;
+    pthread_mutex_t upload_mutex;
+    struct weight *weights; /* a list, under upload_mutex */
+    bool plain;             /* no fast paths */
+};
+
+struct cpu_device {
+    struct device device;
+    struct cpu_backend *cpu;
+    struct job *job;
+    struct scratch *scratch; /* of the thread that drives it */
+    const struct batch *batch;
+    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    size_t x_stride, q_stride, kv_stride, ffn_stride;
+    float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
+    float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
+    float *ffn;                   /* (max_rows, ffn_stride) */
+    char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
+    size_t converted_stride[N_FORMS]; /* bytes */
+    float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
+    float *logits;                    /* (max_samples, vocab_size) */
+    float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
+    int *candidates;                  /* (max_samples, vocab_size) of the sampler */
+    int *sampled;                     /* (max_samples) */
+    int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
+    void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
+    int n_memory;
+    struct copy_queue copies[N_STREAMS];
+};
+
+static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *run,
+                         const void *argument) {
+    pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
+}
+
+/* ---- memory, copies and weights ---- */
+
+/* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
+size_t host_free_memory(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    size_t kibibytes = 0;
+    while (file && fgets(line, sizeof line, file) &&
+           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
+    }
+    if (file)
+        fclose(file);
+    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
+}
+
+static size_t cpu_free_memory(struct device *device, bool pinned) {
+    (void)device;
+    (void)pinned;
+    return host_free_memory();
+}
+
+static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
+    if (bytes > cpu_free_memory(device, pinned))
+        return NULL;
+    char *memory = aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+    size_t first = -(uintptr_t)memory & (HUGE_PAGE - 1); /* whole ones: the rest would be wasted */
+    if (memory && first + HUGE_PAGE <= bytes)
+        madvise(memory + first, (bytes - first) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    return memory;
+}
+
+static void cpu_release(struct device *device, void *memory, bool pinned) {
+    (void)device;
+    (void)pinned;
+    free(memory);
+}
+
+static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    return copier_add(&device->cpu->copier, &device->copies[stream], copy);
+}
+
+static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
+    return copier_done(&((struct cpu_device *)base)->copies[stream], ticket);
+}
+
+static void pack_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)scratch;
+    pack_panel(argument, tile);
+}
+
+static struct weight *pack(struct cpu_device *device, const struct tensor *tensor) {
+    struct weight *weight = pack_open(tensor);
+    if (!weight || weight->vector)
+        return weight;
+    weight->panels = cpu_alloc(&device->device, pack_bytes(weight), false);
+    if (!weight->panels) {
+        pack_close(weight);
+        return NULL;
+    }
+    pool_enter(&device->cpu->pool);
+    parallel_for(device, pack_panels(weight), pack_tile, weight);
+    pool_leave(&device->cpu->pool);
+    return weight;
+}
+
+static struct weight *add_weight(struct cpu_backend *cpu, struct weight *weight) {
+    if (weight) {
+        weight->next = cpu->weights;
+        cpu->weights = weight;
+    }
+    return weight;
+}
+
+static const struct weight *cpu_upload(struct device *base, const struct tensor *tensor,
+                                       struct slice slice, char *error) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    struct weight *weight = cpu->weights;
+    while (weight && !(weight->owner && weight->tensor == tensor))
+        weight = weight->next;
+    if (!weight)
+        weight = add_weight(cpu, pack(device, tensor));
+    if (weight && slice.kind != SLICE_WHOLE)
+        weight = add_weight(cpu, pack_view(weight, slice));
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    if (!weight) {
+        (void)fail(error, "%.*s: no memory for %zu bytes of weights", (int)tensor->name.length,
+                   tensor->name.data, tensor->bytes);
+    }
+    return weight;
+}
+
+/* ---- the machine's limits ---- */
+
+/* All devices share the pool: n make no difference. */
+static void cpu_limits(struct device **shards, int n, enum tensor_type type, double *read,
+                       double *ops) {
+    struct cpu_device *device = (struct cpu_device *)shards[0];
+    struct cpu_backend *cpu = device->cpu;
+    struct probe probe = {&cpu->pool, device->job, device->scratch};
+    struct probe_piece pieces[PROBE_PIECES];
+    int n_pieces = 0;
+    (void)n;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    for (const struct weight *weight = cpu->weights; weight; weight = weight->next) {
+        size_t bytes = weight->owner ? pack_bytes(weight) : 0;
+        for (size_t at = 0; at < bytes && n_pieces < PROBE_PIECES; at += PROBE_BYTES)
+            pieces[n_pieces++] = (struct probe_piece){
+                weight->panels + at, bytes - at < PROBE_BYTES ? bytes - at : PROBE_BYTES};
+    }
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    *read = probe_read(&probe, pieces, n_pieces);
+    *ops = probe_multiply(&probe, dot_form(type, cpu->plain));
+}
+
+/* ---- devices ---- */
+
+bool device_fits(const struct device *wanted, char *error) {
+    const struct model_config *config = wanted->config;
+    int n = wanted->n_shards;
+    const struct {
+        const char *name;
+        int value, unit;
+    } cuts[] = {{"attention heads", config->n_heads, n},
+                {"key-value heads", config->n_kv_heads, n},
+                {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
+                {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
+    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
+        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
+    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
+        if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit)
+            return fail(error, "--tp %d: got %d %s, expected a multiple of %d", n, cuts[i].value,
+                        cuts[i].name, cuts[i].unit);
+    return true;
+}
+
+static bool head_fits(const struct model_config *config, char *error) {
+    if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
+        config->rope_dim > config->head_dim) {
+        return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
+                    config->head_dim, config->rope_dim, MAX_HEAD_DIM);
+    }
+    return true;
+}
+
+/* Rows of n elements: padded, and never 2^n bytes apart, which would alias in the L1 cache. */
+static size_t stride_of(int n) {
+    size_t stride = round_up((size_t)n, PAD);
+    return stride % 64 ? stride : stride + PAD;
+}
+
+/* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device. What
+ * is never used takes no memory: options may allow for steps that never come. */
+static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
+    assert(device->n_memory < MAX_ACTIVATIONS);
+    size_t bytes = (rows * stride + LANES) * 4 + 64;
+    bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
+    char *memory = fits ? calloc(1, bytes) : NULL;
+    device->memory[device->n_memory++] = memory;
+    return memory ? memory + (-(uintptr_t)memory & 63) : NULL;
+}
+
+static void cpu_device_close(struct device *base) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        copier_drain(&cpu->copier, &device->copies[stream]);
+    if (device->job)
+        pool_give_job(&cpu->pool, device->job);
+    for (int i = 0; i < device->n_memory; i++)
+        free(device->memory[i]);
+    free(device);
+}
+
+static bool allocate_activations(struct cpu_device *device) {
+    const struct model_config *config = device->device.config;
+    size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
+    size_t vocab = (size_t)config->vocab_size;
+    size_t normed = rows > samples ? rows : samples;
+    device->x_stride = stride_of(config->d_model);
+    device->q_stride = stride_of(device->n_heads * config->head_dim);
+    device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
+    device->ffn_stride = stride_of(device->d_ff);
+    device->x = zeros(device, rows, device->x_stride);
+    device->h = zeros(device, normed, device->x_stride);
+    device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
+    device->q = zeros(device, rows, device->q_stride);
+    device->attention = zeros(device, rows, device->q_stride);
+    device->k = zeros(device, rows, device->kv_stride);
+    device->v = zeros(device, rows, device->kv_stride);
+    device->ffn = zeros(device, rows, device->ffn_stride);
+    size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
+    widest = device->ffn_stride > widest ? device->ffn_stride : widest;
+    for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
+        device->converted_stride[form] =
+            dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
+        device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
+        device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
+    }
+    device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    device->logits = zeros(device, samples, vocab);
+    device->scaled = zeros(device, samples, vocab);
+    device->candidates = zeros(device, samples, vocab);
+    device->sampled = zeros(device, samples, 1);
+    device->first_tile = zeros(device, rows + 1, 1);
+    device->scratch = zeros(device, 1, sizeof *device->scratch / 4);
+    for (int i = 0; i < device->n_memory; i++)
+        if (!device->memory[i])
+            return false;
+    return true;
+}
+
+static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
+                                      char *error) {
+    struct cpu_backend *cpu = (struct cpu_backend *)backend;
+    if (!device_fits(wanted, error) || !head_fits(wanted->config, error))
+        return NULL;
+    struct cpu_device *device = calloc(1, sizeof *device);
+    if (device) {
+        device->device = *wanted;
+        device->device.backend = backend;
+        device->cpu = cpu;
+        device->n_heads = wanted->config->n_heads / wanted->n_shards;
+        device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
+        device->d_ff = wanted->config->d_ff / wanted->n_shards;
+        device->job = pool_take_job(&cpu->pool, wanted->urgent);
+        if (device->job && allocate_activations(device))
+            return &device->device;
+        cpu_device_close(&device->device);
+    }
+    (void)fail(error, "no memory for a device of %d rows and %d samples", wanted->max_rows,
+               wanted->max_samples);
+    return NULL;
+}
 
 /* ---- products ---- */
 
@@ -205,21 +654,7 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- cheap ops over rows ---- */
-
-/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
-static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
-    vec squares = {0};
-    for (int i = 0; i < n; i += LANES) {
-        vec value = load_part(x + i, n - i);
-        squares += value * value;
-    }
-    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
-    for (int i = 0; i < n; i += LANES) {
-        vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
-        store_part(out + i, value, n - i);
-    }
-}
+/* ---- rows ---- */
 
 struct row_job {
     struct cpu_device *device;
@@ -245,6 +680,20 @@ static void for_rows(const struct row_job *job) {
         parallel_for(job->device, n_tiles, row_tile, job);
 }
 
+/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
+static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
+    vec squares = {0};
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i);
+        squares += value * value;
+    }
+    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
+        store_part(out + i, value, n - i);
+    }
+}
+
 static void norm_row(const struct row_job *job, int row) {
     struct cpu_device *device = job->device;
     size_t from = (size_t)(job->rows ? job->rows[row] : row);
@@ -260,6 +709,8 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
     for_rows(&job);
 }
 
+/* ---- embed ---- */
+
 static void embed_row(const struct row_job *job, int row) {
     struct cpu_device *device = job->device;
     pack_read_row(job->weight, device->batch->token[row],
@@ -273,10 +724,71 @@ static void cpu_embed(struct device *base, const struct weight *token_embd) {
     for_rows(&job);
 }
 
+/* ---- norm_qkv ---- */
+
+static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
+    struct product product = {
+        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
+        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
+        .out = {device->q, device->k, device->v},
+        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
+        .rows = device->h,
+        .stride = device->x_stride,
+        .n_rows = device->batch->n_rows};
+    run_product(device, &product, 3);
+}
+
+/* ---- rope_append ---- */
+
+void append_angles(float *turn, const struct model_config *config, const float *frequency,
+                   int position) {
+    int n = config->rope_dim / 2, step = config->rope_adjacent ? 2 : 1;
+    int partner = config->rope_adjacent ? 1 : n;
+    for (int i = 0; i < n; i++) {
+        double angle = (double)position * (double)frequency[i];
+        float *cosine = turn + i * step, *sine = cosine + config->rope_dim;
+        cosine[0] = cosine[partner] = (float)cos(angle);
+        sine[partner] = (float)sin(angle);
+        sine[0] = -sine[partner];
+    }
+}
+
 static void turn_row(const struct row_job *job, int row) { /* the angles of a position */
     const struct device *device = &job->device->device;
     append_angles(job->device->turn + (size_t)(row * 2 * device->config->rope_dim), device->config,
                   device->rope_frequency, job->device->batch->position[row]);
+}
+
+/* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
+void append_turn(float *head, const float *turn, const struct model_config *config) {
+    int dim = config->rope_dim, n = dim / 2;
+    const float *sine = turn + dim;
+    for (int i = 0; i < dim && config->rope_adjacent; i += LANES) {
+        vec own = load_part(head + i, dim - i);
+        vec other =
+            __builtin_shufflevector(own, own, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        own = own * load_part(turn + i, dim - i) + other * load_part(sine + i, dim - i);
+        store_part(head + i, own, dim - i);
+    }
+    for (int i = 0; i < n && !config->rope_adjacent; i += LANES) {
+        vec a = load_part(head + i, n - i), b = load_part(head + n + i, n - i);
+        vec cosine = load_part(turn + i, n - i);
+        store_part(head + i, a * cosine + b * load_part(sine + i, n - i), n - i);
+        store_part(head + n + i, b * cosine + a * load_part(sine + n + i, n - i), n - i);
+    }
+}
+
+static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
+                       int n_heads, int row) {
+    const struct model_config *config = device->device.config;
+    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
+    for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
+        if (norm)
+            rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
+        append_turn(heads, turn, config);
+    }
 }
 
 /* A head's keys and values in the blocks of a sequence: (n_layers, {k, v}, heads, 16 * dim).
@@ -298,14 +810,53 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                             .table = device->batch->block_table + sequence->first_block};
 }
 
-static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
-                       int n_heads, int row) {
-    const struct model_config *config = device->device.config;
-    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
-    for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
-        if (norm)
-            rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
-        append_turn(heads, turn, config);
+static void append_store(enum kv_type type, char *to, vec value, int count) {
+    if (type == KV_F32) {
+        store_part((float *)(void *)to, value, count);
+        return;
+    }
+    half_vec halves = narrow_bf16((ivec)value);
+    memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
+}
+
+/* One row's keys: an element goes into each line of the plane. */
+static void append_key(enum kv_type type, char *key, const float *k, int dim) {
+    for (size_t i = 0; i < (size_t)dim; i++)
+        if (type == KV_F32)
+            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
+        else
+            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
+}
+
+/* A block's keys, 16 elements at a time. */
+static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int dim) {
+    for (int at = 0; at < dim; at += LANES) {
+        vec rows[LANES];
+        for (int row = 0; row < LANES; row++)
+            rows[row] = load_part(k + (size_t)row * stride + at, dim - at);
+        transpose(rows);
+        for (int i = 0; i < LANES && i < dim - at; i++)
+            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i],
+                         LANES);
+    }
+}
+
+void append_write(const struct kv_view *view, int position, int n, const float *k, const float *v,
+                  size_t stride) {
+    size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
+    char *block = (char *)view->kv +
+                  (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements * element;
+    char *key = block + (view->key + token) * element;
+    char *value = block + (view->value + token * (size_t)view->dim) * element;
+    if (n == BLOCK_TOKENS)
+        append_keys(view->type, key, k, stride, view->dim);
+    for (int row = 0; row < n; row++) {
+        if (n < BLOCK_TOKENS)
+            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
+                       view->dim);
+        for (int at = 0; at < view->dim; at += LANES)
+            append_store(view->type, value + (size_t)(row * view->dim + at) * element,
+                         load(v + (size_t)row * stride + at), view->dim - at);
     }
 }
 
@@ -356,94 +907,214 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
     parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
 }
 
-static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
-    struct product product = {
-        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
-        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
-        .out = {device->q, device->k, device->v},
-        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
-        .rows = device->h,
-        .stride = device->x_stride,
-        .n_rows = device->batch->n_rows};
-    run_product(device, &product, 3);
+/* ---- attention ---- */
+
+struct chunk { /* the blocks of up to 64 tokens, and what is made of them */
+    const char *key[CHUNK_BLOCKS], *value[CHUNK_BLOCKS], *next_key[CHUNK_BLOCKS];
+    bool ahead;            /* the planes come from memory: ask for those that are read next */
+    int dim, n_tokens, at; /* at: first of the output elements */
+    const float *input;    /* queries, or weights of tokens */
+    float *output;         /* scores, or outputs */
+};
+
+INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
+    return type == KV_F32 ? load((const float *)(const void *)plane + at)
+                          : widen_bf16((const uint16_t *)(const void *)plane + at);
 }
 
-static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.kind = PRODUCT_SILU,
-                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
-                              .out = {device->ffn},
-                              .out_stride = {device->ffn_stride},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = device->batch->n_rows};
-    run_product(device, &product, 1);
+/* Asks for a line of the plane that is read next, while the same line of this one is used. */
+INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
+    __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
 
-/* Segments end between heads, or at an even k: where any number of shards cuts the matrix. */
-static void cpu_project_add(struct device *base, const struct weight *matrix,
-                            enum product_input input) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    bool attends = input == INPUT_ATTENTION;
-    int n_segments = K_SEGMENTS / base->n_shards;
-    struct product product = {.kind = PRODUCT_SEGMENTS,
-                              .matrix = {matrix},
-                              .out = {base->n_shards == 1 ? device->x : device->partial},
-                              .out_stride = {device->x_stride},
-                              .rows = attends ? device->attention : device->ffn,
-                              .stride = attends ? device->q_stride : device->ffn_stride,
-                              .n_rows = device->batch->n_rows,
-                              .unit = attends ? base->config->head_dim : 2,
-                              .first_segment = base->rank * n_segments,
-                              .n_segments = n_segments,
-                              .add = base->n_shards == 1};
-    run_product(device, &product, 1);
+static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
+    float values[LANES] = {0};
+    uint16_t halves[LANES] = {0};
+    if (type == KV_F32) {
+        memcpy(values, plane + at * sizeof *values, sizeof *values * (size_t)n);
+        return load(values);
+    }
+    memcpy(halves, plane + at * sizeof *halves, sizeof *halves * (size_t)n);
+    return widen_bf16(halves);
 }
 
-static void reduce_row(const struct row_job *job, int row) {
-    size_t at = (size_t)row * job->device->x_stride;
-    for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
-        vec sum[MAX_SHARDS];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            sum[shard] = load(job->shards[shard]->partial + at);
-        for (int n = job->n_shards; n > 1; n /= 2)
-            for (int j = 0; j < n / 2; j++)
-                sum[j] = sum[2 * j] + sum[2 * j + 1];
-        vec total = load(job->device->x + at) + sum[0];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            store(job->shards[shard]->x + at, total);
+/* scores[row][64] = query[row] . key[token]: 16 tokens a vector */
+INLINE void score_kernel(enum kv_type type, int n_rows, const struct chunk *chunk) {
+    vec sum[ATTENTION_ROWS][CHUNK_BLOCKS];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < CHUNK_BLOCKS; i++)
+            sum[row][i] = (vec){0};
+    for (size_t d = 0; d < (size_t)chunk->dim; d++) {
+        vec keys[CHUNK_BLOCKS];
+        for (int i = 0; i < CHUNK_BLOCKS; i++)
+            keys[i] = kv_load(type, chunk->key[i], d * BLOCK_TOKENS);
+        for (int i = 0; i < CHUNK_BLOCKS && chunk->ahead; i++)
+            fetch_line(type, chunk->value[i], d * BLOCK_TOKENS);
+        for (int row = 0; row < n_rows; row++) {
+            float factor = chunk->input[(size_t)row * ATTENTION_STRIDE + d];
+            for (int i = 0; i < CHUNK_BLOCKS; i++)
+                sum[row][i] += factor * keys[i];
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < CHUNK_BLOCKS; i++)
+            store(chunk->output + row * CHUNK + i * LANES, sum[row][i]);
+}
+
+/* output[row][at + 16 * n_vectors] += weight[row][token] * value[token] */
+INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct chunk *chunk) {
+    vec sum[ATTENTION_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] = load(chunk->output + row * ATTENTION_STRIDE + chunk->at + i * LANES);
+    int left = chunk->dim - chunk->at;
+    for (int token = 0; token < chunk->n_tokens; token++) {
+        const char *plane = chunk->value[token / BLOCK_TOKENS];
+        size_t at = (size_t)(token % BLOCK_TOKENS * chunk->dim + chunk->at);
+        vec values[4];
+        for (int i = 0; i < n_vectors; i++)
+            values[i] = n_vectors > 1 || left >= LANES
+                            ? kv_load(type, plane, at + (size_t)i * LANES)
+                            : kv_load_part(type, plane, at, left);
+        for (int i = 0; i < n_vectors && chunk->ahead; i++)
+            fetch_line(type, chunk->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
+        for (int row = 0; row < n_rows; row++) {
+            float factor = chunk->input[row * CHUNK + token];
+            for (int i = 0; i < n_vectors; i++)
+                sum[row][i] += factor * values[i];
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < n_vectors; i++)
+            store(chunk->output + row * ATTENTION_STRIDE + chunk->at + i * LANES, sum[row][i]);
+}
+
+#define ATTENTION_KERNEL(type, rows)                                                               \
+    static void score_##type##_##rows(const struct chunk *chunk) {                                 \
+        score_kernel(KV_##type, rows, chunk);                                                      \
+    }                                                                                              \
+    static void value_##type##_##rows(const struct chunk *chunk) {                                 \
+        if (chunk->dim - chunk->at >= 4 * LANES)                                                   \
+            value_kernel(KV_##type, rows, 4, chunk);                                               \
+        else                                                                                       \
+            value_kernel(KV_##type, rows, 1, chunk);                                               \
+    }
+#define ATTENTION_KERNELS(type)                                                                    \
+    ATTENTION_KERNEL(type, 1)                                                                      \
+    ATTENTION_KERNEL(type, 2)                                                                      \
+    ATTENTION_KERNEL(type, 3)                                                                      \
+    ATTENTION_KERNEL(type, 4)                                                                      \
+    ATTENTION_KERNEL(type, 5)                                                                      \
+    ATTENTION_KERNEL(type, 6)
+#define ATTENTION_TABLE(kernel, type)                                                              \
+    {                                                                                              \
+        kernel##_##type##_1, kernel##_##type##_2, kernel##_##type##_3, kernel##_##type##_4,        \
+            kernel##_##type##_5, kernel##_##type##_6                                               \
+    }
+
+ATTENTION_KERNELS(F32)
+ATTENTION_KERNELS(BF16)
+
+typedef void attention_kernel(const struct chunk *chunk);
+static attention_kernel *const score_kernels[][ATTENTION_ROWS] = {
+    [KV_F32] = ATTENTION_TABLE(score, F32), [KV_BF16] = ATTENTION_TABLE(score, BF16)};
+static attention_kernel *const value_kernels[][ATTENTION_ROWS] = {
+    [KV_F32] = ATTENTION_TABLE(value, F32), [KV_BF16] = ATTENTION_TABLE(value, BF16)};
+
+/* scores (64) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
+ * before scales what is there of the output, which is padded to whole vectors. */
+static void softmax_chunk(float *scores, int visible, struct softmax *state, float *output,
+                          int padded) {
+    const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vec zero = {0}, none = zero - INFINITY;
+    vec value[CHUNK / LANES], largest = none;
+    for (int i = 0; i < CHUNK / LANES; i++) {
+        value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
+        largest = max_vec(value[i], largest);
+    }
+    float max = max_lanes(largest);
+    if (max > state->max) {
+        vec scale = exp_vec(zero + (state->max - max));
+        state->max = max;
+        state->sum *= scale;
+        for (int at = 0; at < padded; at += LANES)
+            store(output + at, load(output + at) * scale);
+    }
+    for (int i = 0; i < CHUNK / LANES; i++) {
+        vec part = exp_vec(value[i] - state->max);
+        store(scores + i * LANES, part);
+        state->sum += part;
     }
 }
 
-static void cpu_all_reduce_add(struct device **shards, int n_shards) {
-    struct cpu_device *device = (struct cpu_device *)shards[0];
-    if (n_shards == 1)
-        return; /* project_add has done it */
-    struct row_job job = {.device = device,
-                          .shards = (struct cpu_device **)shards,
-                          .n_shards = n_shards,
-                          .n_rows = device->batch->n_rows,
-                          .run = reduce_row};
-    for_rows(&job);
+/* Where the planes at `offset` of a chunk's blocks begin. A chunk that the text does not fill has
+ * its last block several times; what it gives there has the weight 0. */
+static void find_planes(const struct kv_view *view, int start, int end, size_t offset,
+                        const char *plane[CHUNK_BLOCKS]) {
+    int last = (end - 1) / BLOCK_TOKENS;
+    for (int i = 0; i < CHUNK_BLOCKS; i++) {
+        int block = start / BLOCK_TOKENS + i < last ? start / BLOCK_TOKENS + i : last;
+        size_t at = (size_t)view->table[block] * view->block_elements + offset;
+        plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
+    }
 }
 
-static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    const struct batch *batch = device->batch;
-    norm_rows(device, weights[OUTPUT_NORM], batch->sample_row, batch->n_samples);
-    struct product product = {.matrix = {weights[OUTPUT]},
-                              .out = {device->logits},
-                              .out_stride = {(size_t)base->config->vocab_size},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = batch->n_samples};
-    run_product(device, &product, 1);
+/* Adds a chunk, which begins at token `start`, to queries [first, n): those that see of it. */
+static void attention_chunk(const struct kv_view *view, struct chunk *chunk, int start, int first,
+                            int n, const int *position, struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = chunk->n_tokens;
+    for (int rows; first < n; first += rows) {
+        rows = n - first < ATTENTION_ROWS ? n - first : ATTENTION_ROWS;
+        float *scores = scratch->scores + first * CHUNK;
+        float *output = scratch->output + first * ATTENTION_STRIDE;
+        chunk->input = scratch->query + first * ATTENTION_STRIDE;
+        chunk->output = scores;
+        score_kernels[view->type][rows - 1](chunk);
+        for (int i = 0; i < rows; i++) {
+            softmax_chunk(scores + i * CHUNK, position[first + i] - start + 1,
+                          &scratch->state[first + i], output + i * ATTENTION_STRIDE, padded);
+        }
+        int seen = position[first + rows - 1] - start + 1; /* by the last of them */
+        chunk->n_tokens = seen < n_tokens ? seen : n_tokens;
+        chunk->input = scores;
+        chunk->output = output;
+        for (chunk->at = 0; chunk->at < view->dim;
+             chunk->at += view->dim - chunk->at >= 4 * LANES ? 4 * LANES : LANES)
+            value_kernels[view->type][rows - 1](chunk);
+        chunk->ahead = false; /* the next queries find them in a cache */
+    }
 }
 
-/* ---- attention ---- */
+void attention_rows(const struct kv_view *view, int n, const int *position,
+                    struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
+    for (int i = 0; i < n; i++) {
+        scratch->state[i] = (struct softmax){.max = -INFINITY};
+        memset(scratch->output + i * ATTENTION_STRIDE, 0, sizeof(float) * (size_t)padded);
+    }
+    for (int start = 0; start < end; start += CHUNK) {
+        int next = start + CHUNK, left = end - start;
+        struct chunk chunk = {.dim = view->dim, .n_tokens = left < CHUNK ? left : CHUNK};
+        chunk.ahead = true;
+        find_planes(view, start, end, view->key, chunk.key);
+        find_planes(view, start, end, view->value, chunk.value);
+        if (next < end)
+            find_planes(view, next, end, view->key, chunk.next_key);
+        else
+            find_planes(view, 0, end, view->next_key, chunk.next_key);
+        while (position[first] < start)
+            first++;
+        attention_chunk(view, &chunk, start, first, n, position, scratch);
+    }
+    for (int i = 0; i < n; i++) {
+        float sum = sum_lanes(scratch->state[i].sum);
+        float *output = scratch->output + i * ATTENTION_STRIDE;
+        for (int at = 0; at < padded; at += LANES)
+            store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
+    }
+}
 
 struct attention_job {
     const struct cpu_device *device;
@@ -500,7 +1171,84 @@ static void cpu_attention(struct device *base, int layer_index) {
         parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
 }
 
-/* ---- sampling ---- */
+/* ---- project_add, all_reduce_add ---- */
+
+/* Segments end between heads, or at an even k: where any number of shards cuts the matrix. */
+static void cpu_project_add(struct device *base, const struct weight *matrix,
+                            enum product_input input) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    bool attends = input == INPUT_ATTENTION;
+    int n_segments = K_SEGMENTS / base->n_shards;
+    struct product product = {.kind = PRODUCT_SEGMENTS,
+                              .matrix = {matrix},
+                              .out = {base->n_shards == 1 ? device->x : device->partial},
+                              .out_stride = {device->x_stride},
+                              .rows = attends ? device->attention : device->ffn,
+                              .stride = attends ? device->q_stride : device->ffn_stride,
+                              .n_rows = device->batch->n_rows,
+                              .unit = attends ? base->config->head_dim : 2,
+                              .first_segment = base->rank * n_segments,
+                              .n_segments = n_segments,
+                              .add = base->n_shards == 1};
+    run_product(device, &product, 1);
+}
+
+static void reduce_row(const struct row_job *job, int row) {
+    size_t at = (size_t)row * job->device->x_stride;
+    for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
+        vec sum[MAX_SHARDS];
+        for (int shard = 0; shard < job->n_shards; shard++)
+            sum[shard] = load(job->shards[shard]->partial + at);
+        for (int n = job->n_shards; n > 1; n /= 2)
+            for (int j = 0; j < n / 2; j++)
+                sum[j] = sum[2 * j] + sum[2 * j + 1];
+        vec total = load(job->device->x + at) + sum[0];
+        for (int shard = 0; shard < job->n_shards; shard++)
+            store(job->shards[shard]->x + at, total);
+    }
+}
+
+static void cpu_all_reduce_add(struct device **shards, int n_shards) {
+    struct cpu_device *device = (struct cpu_device *)shards[0];
+    if (n_shards == 1)
+        return; /* project_add has done it */
+    struct row_job job = {.device = device,
+                          .shards = (struct cpu_device **)shards,
+                          .n_shards = n_shards,
+                          .n_rows = device->batch->n_rows,
+                          .run = reduce_row};
+    for_rows(&job);
+}
+
+/* ---- norm_gate_up ---- */
+
+static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
+    struct product product = {.kind = PRODUCT_SILU,
+                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
+                              .out = {device->ffn},
+                              .out_stride = {device->ffn_stride},
+                              .rows = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = device->batch->n_rows};
+    run_product(device, &product, 1);
+}
+
+/* ---- norm_logits, sample ---- */
+
+static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    const struct batch *batch = device->batch;
+    norm_rows(device, weights[OUTPUT_NORM], batch->sample_row, batch->n_samples);
+    struct product product = {.matrix = {weights[OUTPUT]},
+                              .out = {device->logits},
+                              .out_stride = {(size_t)base->config->vocab_size},
+                              .rows = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = batch->n_samples};
+    run_product(device, &product, 1);
+}
 
 static void sample_tile(const void *argument, int index, struct scratch *scratch) {
     const struct cpu_device *device = argument;
