@@ -537,6 +537,13 @@ static void take_rows(const struct product *product, const struct weight *matrix
     tile->input = product->input[tile->form] + (size_t)row * tile->stride;
 }
 
+static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
+    for (int i = 0; i < count; i += LANES) {
+        vec value = load(gate + i);
+        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+    }
+}
+
 /* The panel that tile `tile` computes. Threads take tiles in turn, and the processor reads ahead
  * where memory is read in order: so tiles that one thread is likely to take are neighbours. */
 static int walk(int tile, int n_panels, int n_threads) {

@@ -1,28 +1,39 @@
-/* matmul.h: weights in the order in which the product kernels read them.
+/* matmul.h: rows times a matrix of weights, in the types in which model files store them.
  *
- * A tensor of the model file is packed once, into *panels* of 64 outputs side by side for each k,
- * in its own type; a vector becomes plain f32. Shards are views of the whole. The kernels read a
- * panel 64 weights at a time: as f32 with load_scales and load_weight, or as whole numbers with
- * load_quad, for dot products of bytes.
+ *     y[row][output] = sum over k of x[row][k] * W[output][k]
  *
- *     struct weight *weight = pack_open(tensor);
- *     weight->panels = malloc(pack_bytes(weight)); // 0: a vector has none
+ * Owns: the order in which weights lie in memory, the forms that rows take, and the kernels that
+ * multiply the two. It knows nothing of threads: each function below computes its part alone, and
+ * the caller hands the parts out. Panels and slabs are the caller's memory.
+ *
+ *     struct weight *weight = pack_open(tensor);               // a matrix; a vector becomes f32
+ *     weight->panels = aligned_alloc(64, pack_bytes(weight));
  *     for (int i = 0; i < pack_panels(weight); i++)
- *         pack_panel(weight, i); // in any order, on any thread
- *     struct weight *shard = pack_view(weight, (struct slice){SLICE_ROWS, rank, n_shards});
- *     pack_read_row(weight, token, x);
- *     pack_close(shard); // frees no panels: they are the caller's
- *     pack_close(weight);
+ *         pack_panel(weight, i);                               // in any order, on any thread
+ *     enum row_form form = dot_form(weight->type, false);      // FORM_F32: x is used as it is
+ *     dot_convert(form, x, 0, weight->cols, rows);             // else each row is converted, once
+ *     struct tile tile = {.panel = weight->panels + i * weight->panel_bytes,
+ *                         .end = weight->cols, .form = form, .input = rows, .stride = row_bytes,
+ *                         .out = y};
+ *     panel_product(weight->type, tile, n_rows, slab);         // y (n_rows, PANEL): 64 outputs
+ *     pack_close(weight);                                      // not the panels: they are yours
  *
- * What lies in 4 bytes of a row of the file lies in 4 bytes of the panel too, those of 64 outputs
- * side by side: packing is a transposition of 4-byte words, [row][word] to [word][64]. So there are
- * two k side by side in F16 and BF16, four in Q8_0, and eight in the low and high halves of the
- * bytes of a 4-bit type. What a block of such a type has besides (scales) stands before its words:
- *     Q8_0, 32 k     f16 d[64];                             weight = d * (byte - 128)
- *     Q4_0, 32 k     f16 d[64];                             weight = d * (bits - 8)
- *     Q4_K, 256 k    f16 d[64], m[64]; u8 s[8][64], t[8][64];  weight = d * s * bits - m * t
- *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];             weight = d * s * (bits - 32)
- * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. */
+ * How data flows: a matrix is packed once into *panels* of 64 outputs side by side for each k, in
+ * its own type, so that a vector of 16 lanes holds 16 outputs and no sum runs across lanes. Shards
+ * are views of the whole (pack_view). A kernel keeps 64 outputs of 1 to 6 rows in registers over
+ * all of k. There are three, each compiled for every type and number of rows it can meet:
+ *     tile_product   in the vectors of simd.h, for all types, on any processor; rows are f32
+ *     dot_bf16       weights in BF16 times rows rounded to bf16 (AVX-512 BF16: vdpbf16ps)
+ *     dot_q8         quantized weights times blocks of 32 bytes with a scale (VNNI: vpdpbusd)
+ * The latter two are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of each
+ * element, Q8 rows 1/254 of a block's largest.
+ *
+ * Invariants: each output is one chain of sums over k, or over blocks of k, in order. It does not
+ * depend on the other rows, on their number or on slabs. A form of a row depends on that row alone;
+ * a block that a segment of K cuts has zeros outside the segment.
+ *
+ * Read next: tile_product, the heart of it; then pool.h, and kernels.c, which hands out the parts.
+ * Define MATMUL_IMPLEMENTATION in one file, before including this. */
 #ifndef MATMUL_H
 #define MATMUL_H
 #include "model.h"
@@ -30,8 +41,16 @@
 
 enum {
     PANEL = 64,       /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
-    READ_AHEAD = 4096 /* bytes of a panel, when few rows share the reading of it */
+    TILE_ROWS = 6,    /* rows that one call of a kernel computes at most, for the same reason */
+    DIRECT_ROWS = 24, /* up to so many rows read a panel as it is; more, once it is turned to f32 */
+    SLAB = 256,       /* k of a panel that many rows use while it is in L2, as f32: 64 KiB */
+    DOT_SLAB = 1024,  /* the same of a panel in its stored type, which the fast kernels read */
+    ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
+    READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
+    Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
 };
+
+/* ---- weights ---- */
 
 /* A matrix, or a part of one: rows [first_row, first_row + n_rows) and columns alike of the packed
  * whole, `panels`, which the weight of the whole tensor owns. A vector is plain f32. */
@@ -54,17 +73,10 @@ struct weight *pack_view(const struct weight *whole, struct slice slice); /* NUL
 void pack_close(struct weight *weight);
 void pack_read_row(const struct weight *weight, int row, float *out); /* out (cols) */
 
-static inline size_t round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
+/* ---- rows ---- */
 
-static inline int divide_up(int value, int unit) {
-    return (value + unit - 1) / unit;
-}
-
+/* What a kernel wants its rows to be. */
 enum row_form { FORM_F32, FORM_BF16, FORM_Q8, N_FORMS };
-
-enum { Q8_BLOCK = 32 };
 
 struct q8_block { /* element = scale * q */
     int8_t q[Q8_BLOCK];
@@ -72,13 +84,14 @@ struct q8_block { /* element = scale * q */
     float scale, scaled_sum; /* of all of q */
 };
 
-enum {
-    TILE_ROWS = 6,    /* rows that one call of the kernel computes at most */
-    DIRECT_ROWS = 24, /* up to so many rows read a panel in its stored type */
-    SLAB = 256,       /* k of a panel that are kept as f32 in L2 while many rows use them */
-    DOT_SLAB = 1024,  /* the same for fast paths, which read them in the stored type */
-    ROW_CHUNK = 96    /* rows of a product's tile: they pay for its slabs; 0.1 to 0.5 ms */
-};
+/* What the kernel for a type wants on this processor; plain: FORM_F32 always. */
+enum row_form dot_form(enum tensor_type type, bool plain);
+/* Bytes of k in [begin, end) of a row. */
+size_t dot_form_bytes(enum row_form form, int begin, int end);
+/* to = k in [begin, end) of a row, in any form but FORM_F32; from: element `begin` of the row. */
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to);
+
+/* ---- products ---- */
 
 /* out[row][64] (+)= sum over k in [begin, end) of input[row][k] * weight[k][64] */
 struct tile {
@@ -91,15 +104,6 @@ struct tile {
     bool add, ahead;    /* ahead: the panel comes from memory */
 };
 
-/* What the kernel for a type wants on this processor; plain: FORM_F32 always. */
-enum row_form dot_form(enum tensor_type type, bool plain);
-/* Bytes of k in [begin, end) of a row. */
-size_t dot_form_bytes(enum row_form form, int begin, int end);
-/* from: element `begin` of a row. */
-void dot_convert(enum row_form form, const float *from, int begin, int end, char *to);
-/* tile->input is in the type's form; 1 to 6 rows. */
-void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile);
-
 /* Any number of rows, in groups of like size. */
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
 /* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
@@ -108,16 +112,34 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
  * has them one behind the other, each converted on its own. spare: a tile for each level. */
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
                      int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]);
-void silu_multiply(float *gate, const float *up, int count); /* gate = silu(gate) * up */
 
+/* ---- for the caller's arithmetic too ---- */
+
+static inline size_t round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+static inline int divide_up(int value, int unit) {
+    return (value + unit - 1) / unit;
+}
 #endif /* MATMUL_H */
 #ifdef MATMUL_IMPLEMENTATION
 #undef MATMUL_IMPLEMENTATION
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- blocks of k that share scales; for F32, F16 and BF16 one word is a block ---- */
+/* ---- weights: blocks of k that share scales, and how a panel holds them ---- */
 
+/* What lies in 4 bytes of a row of the file lies in 4 bytes of the panel too, those of 64 outputs
+ * side by side: packing is a transposition of 4-byte words, [row][word] to [word][64]. So there are
+ * two k side by side in F16 and BF16, four in Q8_0, and eight in the low and high halves of the
+ * bytes of a 4-bit type. What a block of such a type has besides (scales) stands before its words:
+ *     Q8_0, 32 k     f16 d[64];                                weight = d * (byte - 128)
+ *     Q4_0, 32 k     f16 d[64];                                weight = d * (bits - 8)
+ *     Q4_K, 256 k    f16 d[64], m[64]; u8 s[8][64], t[8][64];  weight = d * s * bits - m * t
+ *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];                weight = d * s * (bits - 32)
+ * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. For F32, F16 and
+ * BF16 one word is a block. */
 struct pack_block {
     int n_k, n_part; /* of a block; of the parts of a block that have scales of their own */
     int bytes, payload, n_words; /* in the file: of a block; where its n_words 4-byte words begin */
@@ -230,8 +252,8 @@ INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales
     return pack_quantized(type) && next < end ? next : end;
 }
 
-/* to[word][64] = from[row][word], for n_rows rows that lie `stride` bytes apart and have n_words
- * words, the last of which ends where the row does, after `bytes`. */
+/* to[word][64] = from[row][word], for n_rows rows of `bytes` bytes that lie `stride` bytes apart.
+ * What the last word of a row lacks is 0. */
 static void pack_words(const char *from, size_t stride, int n_rows, size_t bytes, char *to) {
     for (int first = 0; first < PANEL; first += LANES) { /* few rows at a time are read ahead */
         for (size_t at = 0; at < bytes; at += 4 * LANES) {
@@ -380,6 +402,69 @@ void pack_read_row(const struct weight *weight, int row, float *out) {
     }
 }
 
+/* ---- the plain kernel ---- */
+
+/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
+ * constants where it is inlined; each sum is one chain over k, whatever they are. */
+INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
+    vec sum[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
+    const float *input = (const float *)(const void *)tile->input;
+    size_t stride = tile->stride / sizeof(float);
+    for (int k = tile->begin; k < tile->end;) {
+        int end = part_end(type, k, tile->end);
+        struct scales scales;
+        load_scales(type, tile->panel, (unsigned)k, &scales);
+        for (; k < end; k += 2, input += 2) {
+            if (tile->ahead && !pack_quantized(type)) /* of two k: one or two blocks */
+                read_ahead(block_of(type, tile->panel, (unsigned)k),
+                           2 / (size_t)pack_block(type).n_k * pack_part_bytes(type));
+            for (int odd = 0; odd < 2; odd++) {
+                vec weights[4];
+                for (int i = 0; i < 4; i++)
+                    weights[i] = load_weight(type, tile->panel, (unsigned)(k + odd), i, &scales);
+                for (int row = 0; row < n_rows; row++) {
+                    float factor = input[(size_t)row * stride + (size_t)odd];
+                    for (int i = 0; i < 4; i++)
+                        sum[row][i] += factor * weights[i];
+                }
+            }
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+}
+
+/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
+INLINE void tile_product_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: tile_product(type, 1, tile); return;
+    case 2: tile_product(type, 2, tile); return;
+    case 3: tile_product(type, 3, tile); return;
+    case 4: tile_product(type, 4, tile); return;
+    case 5: tile_product(type, 5, tile); return;
+    case 6: tile_product(type, 6, tile); return;
+    }
+}
+
+static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (type) {
+    case TYPE_F32: tile_product_rows(TYPE_F32, n_rows, tile); return;
+    case TYPE_F16: tile_product_rows(TYPE_F16, n_rows, tile); return;
+    case TYPE_BF16: tile_product_rows(TYPE_BF16, n_rows, tile); return;
+    case TYPE_Q8_0: tile_product_rows(TYPE_Q8_0, n_rows, tile); return;
+    case TYPE_Q4_0: tile_product_rows(TYPE_Q4_0, n_rows, tile); return;
+    case TYPE_Q4_K: tile_product_rows(TYPE_Q4_K, n_rows, tile); return;
+    case TYPE_Q6_K: tile_product_rows(TYPE_Q6_K, n_rows, tile); return;
+    }
+}
+
+/* ---- rows in their forms, and the kernels that want them so ---- */
+
 size_t dot_form_bytes(enum row_form form, int begin, int end) {
     if (form == FORM_Q8)
         return (size_t)(divide_up(end, Q8_BLOCK) - begin / Q8_BLOCK) * sizeof(struct q8_block);
@@ -389,8 +474,18 @@ size_t dot_form_bytes(enum row_form form, int begin, int end) {
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#define DOT      __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+enum row_form dot_form(enum tensor_type type, bool plain) {
+    bool wide = !plain && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (wide && type == TYPE_BF16 && __builtin_cpu_supports("avx512bf16"))
+        return FORM_BF16;
+    if (wide && pack_quantized(type) && __builtin_cpu_supports("avx512vnni"))
+        return FORM_Q8;
+    return FORM_F32;
+}
 
 static void dot_convert_block(const float *from, int count, struct q8_block *to, int at) {
     float part[Q8_BLOCK] = {0};
@@ -431,14 +526,38 @@ static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
     }
 }
 
-/* n_rows x 4 sums of f32; each instruction adds two products to each of 16. */
-INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
-    __m512 sum[TILE_ROWS][4];
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    if (form == FORM_BF16)
+        dot_convert_bf16(from, end - begin, to);
+    else
+        dot_convert_q8(from, begin, end, to);
+}
+
+/* n_rows x n_vectors sums, from vector `first` of a panel's 4. Here and below all loops over rows
+ * and vectors are unrolled, or the sums would not stay in registers. */
+INLINE DOT void dot_load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                              __m512 sum[TILE_ROWS][4]) {
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + i * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
                                     : _mm512_setzero_ps();
+}
+
+INLINE DOT void dot_store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                               __m512 sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
+}
+
+/* Each instruction adds two products to each of 16 sums. */
+INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
+    __m512 sum[TILE_ROWS][4];
+    dot_load_sums(tile, n_rows, 0, 4, sum);
     const char *input = tile->input;
     for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
         __m512bh weights[4];
@@ -454,15 +573,55 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
                     _mm512_dpbf16_ps(sum[row][i], weights[i], (__m512bh)_mm512_set1_epi32(pair));
         }
     }
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            _mm512_storeu_ps(tile->out + row * PANEL + i * LANES, sum[row][i]);
+    dot_store_sums(tile, n_rows, 0, 4, sum);
 }
 
-/* Adds the whole numbers of one part of a block and one row, which begins at `row`. */
-INLINE DOT_Q8 void dot_scale(enum tensor_type type, int first, int n_vectors,
-                             const struct scales *scales, const char *row, const __m512i whole[4],
-                             __m512 sum[4]) {
+/* A part of a block that begins at k, of rows whose blocks begin at `block`, `stride` bytes apart:
+ * what the offset of the weights' numbers makes of it, -offset * the sum of a row's bytes. */
+INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vectors,
+                                 const char *block, size_t stride, unsigned k,
+                                 __m512i whole[TILE_ROWS][4]) {
+    const int offset = pack_block(type).offset;
+    const char *sums = block + Q8_BLOCK + k % Q8_BLOCK / 16 * sizeof(int32_t);
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++) {
+        const int32_t *sum = (const int32_t *)(const void *)(sums + (size_t)row * stride);
+        int32_t all = pack_block(type).n_part == Q8_BLOCK ? sum[0] + sum[1] : sum[0];
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            whole[row][i] = _mm512_set1_epi32(-offset * all);
+    }
+}
+
+/* Adds the products of the bytes of that part: each instruction four to each of 16 sums. */
+INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
+                                   const char *panel, const char *block, size_t stride, unsigned k,
+                                   __m512i whole[TILE_ROWS][4]) {
+    const char *quads = block + k % Q8_BLOCK;
+#pragma GCC unroll 8
+    for (unsigned at = 0; at < (unsigned)pack_block(type).n_part; at += 4) {
+        __m512i weights[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++) {
+            weights[i] = (__m512i)load_quad(type, panel, k, at, first + i);
+            __asm__("" : "+v"(weights[i])); /* gcc 12 would load them again for each row */
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < n_rows; row++) {
+            int32_t quad;
+            memcpy(&quad, quads + (size_t)row * stride + at, sizeof quad);
+#pragma GCC unroll 4
+            for (int i = 0; i < n_vectors; i++)
+                whole[row][i] =
+                    _mm512_dpbusd_epi32(whole[row][i], weights[i], _mm512_set1_epi32(quad));
+        }
+    }
+}
+
+/* Adds one row's whole numbers of that part to its sums, scaled. */
+INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
+                                const struct scales *scales, const char *row,
+                                const __m512i whole[4], __m512 sum[4]) {
     const struct q8_block *block = (const struct q8_block *)(const void *)row;
     __m512 scale = _mm512_set1_ps(block->scale), total = _mm512_set1_ps(block->scaled_sum);
 #pragma GCC unroll 4
@@ -474,125 +633,78 @@ INLINE DOT_Q8 void dot_scale(enum tensor_type type, int first, int n_vectors,
     }
 }
 
-/* n_rows x n_vectors sums, from vector `first` of a panel's 4. The products of the bytes of a part
- * of a block are summed as whole numbers, then scaled. All loops over rows and vectors are
- * unrolled, or the sums would not stay in registers. */
 INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_vectors,
                           const struct tile *tile) {
-    const int n_part = pack_block(type).n_part, offset = pack_block(type).offset;
-    const size_t stride = tile->stride;
-    __m512 sum[TILE_ROWS][4];
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
-                                    : _mm512_setzero_ps();
-    unsigned k = (unsigned)(tile->begin / n_part * n_part), end = (unsigned)tile->end;
+    const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
+    const size_t bytes = pack_part_bytes(type), stride = tile->stride;
     const char *block = tile->input;
-    for (; k < end; k += (unsigned)n_part) {
+    __m512 sum[TILE_ROWS][4];
+    dot_load_sums(tile, n_rows, first, n_vectors, sum);
+    for (unsigned k = (unsigned)tile->begin / n_part * n_part; k < end; k += n_part) {
         struct scales scales;
-        if (tile->ahead && first == 0)
-            read_ahead(tile->panel + k / (unsigned)n_part * pack_part_bytes(type),
-                       pack_part_bytes(type));
-        load_scales(type, tile->panel, k, &scales);
         __m512i whole[TILE_ROWS][4];
-        const int32_t *total =
-            (const int32_t *)(const void *)(block + Q8_BLOCK) + k % Q8_BLOCK / 16;
-#pragma GCC unroll 6
-        for (int row = 0; row < n_rows; row++) {
-            const int32_t *of_row = total + (size_t)row * stride / 4;
-            int32_t all = n_part == Q8_BLOCK ? of_row[0] + of_row[1] : of_row[0];
-#pragma GCC unroll 4
-            for (int i = 0; i < n_vectors; i++)
-                whole[row][i] = _mm512_set1_epi32(-offset * all);
-        }
-        const char *quads = block + k % Q8_BLOCK;
-#pragma GCC unroll 8
-        for (unsigned at = 0; at < (unsigned)n_part; at += 4) {
-            __m512i weights[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < n_vectors; i++)
-                weights[i] = (__m512i)load_quad(type, tile->panel, k, at, first + i);
-#pragma GCC unroll 6
-            for (int row = 0; row < n_rows; row++) {
-                int32_t quad;
-                memcpy(&quad, quads + (size_t)row * stride + at, sizeof quad);
-#pragma GCC unroll 4
-                for (int i = 0; i < n_vectors; i++)
-                    whole[row][i] =
-                        _mm512_dpbusd_epi32(whole[row][i], weights[i], _mm512_set1_epi32(quad));
-            }
-        }
+        if (tile->ahead && first == 0)
+            read_ahead(tile->panel + k / n_part * bytes, bytes);
+        load_scales(type, tile->panel, k, &scales);
+        dot_q8_offset(type, n_rows, n_vectors, block, stride, k, whole);
+        dot_q8_multiply(type, n_rows, first, n_vectors, tile->panel, block, stride, k, whole);
 #pragma GCC unroll 6
         for (int row = 0; row < n_rows; row++)
-            dot_scale(type, first, n_vectors, &scales, block + (size_t)row * stride, whole[row],
-                      sum[row]);
-        if ((k + (unsigned)n_part) % Q8_BLOCK == 0)
+            dot_q8_scale(type, first, n_vectors, &scales, block + (size_t)row * stride, whole[row],
+                         sum[row]);
+        if ((k + n_part) % Q8_BLOCK == 0)
             block += sizeof(struct q8_block);
     }
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
+    dot_store_sums(tile, n_rows, first, n_vectors, sum);
 }
 
-/* Up to 3 rows: 4 vectors wide, the panel is read once. More: 2 x 2, so that the sums of both kinds
- * fit into the registers. */
-#define DOT_Q8_KERNEL(type, rows)                                                                  \
-    static DOT_Q8 void dot_##type##_##rows(const struct tile *tile) {                              \
-        if (rows <= 3) {                                                                           \
-            dot_q8(TYPE_##type, rows, 0, 4, tile);                                                 \
-        } else {                                                                                   \
-            dot_q8(TYPE_##type, rows, 0, 2, tile);                                                 \
-            dot_q8(TYPE_##type, rows, 2, 2, tile);                                                 \
-        }                                                                                          \
+/* More than 3 rows: half a panel at a time, so that the sums of both kinds fit into registers. */
+INLINE DOT_Q8 void dot_q8_halves(enum tensor_type type, int n_rows, const struct tile *tile) {
+    dot_q8(type, n_rows, 0, 2, tile);
+    dot_q8(type, n_rows, 2, 2, tile);
+}
+
+/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
+INLINE DOT_Q8 void dot_q8_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: dot_q8(type, 1, 0, 4, tile); return;
+    case 2: dot_q8(type, 2, 0, 4, tile); return;
+    case 3: dot_q8(type, 3, 0, 4, tile); return;
+    case 4: dot_q8_halves(type, 4, tile); return;
+    case 5: dot_q8_halves(type, 5, tile); return;
+    case 6: dot_q8_halves(type, 6, tile); return;
     }
-#define DOT_BF16_KERNEL(type, rows)                                                                \
-    static DOT_BF16 void dot_BF16_##rows(const struct tile *tile) {                                \
-        dot_bf16(rows, tile);                                                                      \
-    }
-#define DOT_KERNELS(kernel, type)                                                                  \
-    kernel(type, 1) kernel(type, 2) kernel(type, 3) kernel(type, 4) kernel(type, 5)                \
-        kernel(type, 6) static void (*const dot_##type[])(const struct tile *) = {                 \
-            dot_##type##_1, dot_##type##_2, dot_##type##_3,                                        \
-            dot_##type##_4, dot_##type##_5, dot_##type##_6};
-
-DOT_KERNELS(DOT_BF16_KERNEL, BF16)
-DOT_KERNELS(DOT_Q8_KERNEL, Q8_0)
-DOT_KERNELS(DOT_Q8_KERNEL, Q4_0)
-DOT_KERNELS(DOT_Q8_KERNEL, Q4_K)
-DOT_KERNELS(DOT_Q8_KERNEL, Q6_K)
-
-enum row_form dot_form(enum tensor_type type, bool plain) {
-    bool wide = !plain && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (wide && type == TYPE_BF16 && __builtin_cpu_supports("avx512bf16"))
-        return FORM_BF16;
-    if (wide && pack_quantized(type) && __builtin_cpu_supports("avx512vnni"))
-        return FORM_Q8;
-    return FORM_F32;
 }
 
-void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
-    if (form == FORM_BF16)
-        dot_convert_bf16(from, end - begin, to);
-    else
-        dot_convert_q8(from, begin, end, to);
-}
-
-void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+static DOT_Q8 void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
-    case TYPE_BF16: dot_BF16[n_rows - 1](tile); return;
-    case TYPE_Q8_0: dot_Q8_0[n_rows - 1](tile); return;
-    case TYPE_Q4_0: dot_Q4_0[n_rows - 1](tile); return;
-    case TYPE_Q4_K: dot_Q4_K[n_rows - 1](tile); return;
-    case TYPE_Q6_K: dot_Q6_K[n_rows - 1](tile); return;
-    default: return; /* they have no such form */
+    case TYPE_Q8_0: dot_q8_rows(TYPE_Q8_0, n_rows, tile); return;
+    case TYPE_Q4_0: dot_q8_rows(TYPE_Q4_0, n_rows, tile); return;
+    case TYPE_Q4_K: dot_q8_rows(TYPE_Q4_K, n_rows, tile); return;
+    case TYPE_Q6_K: dot_q8_rows(TYPE_Q6_K, n_rows, tile); return;
+    default: return; /* not quantized: has no such form */
     }
 }
 
-#else /* other processors: the plain kernel alone */
+static DOT_BF16 void dot_bf16_tile(int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: dot_bf16(1, tile); return;
+    case 2: dot_bf16(2, tile); return;
+    case 3: dot_bf16(3, tile); return;
+    case 4: dot_bf16(4, tile); return;
+    case 5: dot_bf16(5, tile); return;
+    case 6: dot_bf16(6, tile); return;
+    }
+}
+
+static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    if (tile->form == FORM_BF16)
+        dot_bf16_tile(n_rows, tile);
+    else
+        dot_q8_tile(type, n_rows, tile);
+}
+
+#else /* other processors: the plain kernel alone, so nothing is ever converted */
 
 enum row_form dot_form(enum tensor_type type, bool plain) {
     (void)type;
@@ -608,82 +720,12 @@ void dot_convert(enum row_form form, const float *from, int begin, int end, char
     (void)to;
 }
 
-void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    (void)type;
-    (void)n_rows;
-    (void)tile;
+static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    plain_tile(type, n_rows, tile);
 }
 #endif
 
-/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
- * constants where it is inlined; each sum is one chain over k, whatever they are. */
-INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
-    vec sum[TILE_ROWS][4];
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
-    const float *input = (const float *)(const void *)tile->input;
-    size_t stride = tile->stride / sizeof(float);
-    for (int k = tile->begin; k < tile->end;) {
-        int end = part_end(type, k, tile->end);
-        struct scales scales;
-        load_scales(type, tile->panel, (unsigned)k, &scales);
-        for (; k < end; k += 2, input += 2) {
-            if (tile->ahead && !pack_quantized(type)) /* of two k: one or two blocks */
-                read_ahead(block_of(type, tile->panel, (unsigned)k),
-                           2 / (size_t)pack_block(type).n_k * pack_part_bytes(type));
-            for (int odd = 0; odd < 2; odd++) {
-                vec weights[4];
-                for (int i = 0; i < 4; i++)
-                    weights[i] = load_weight(type, tile->panel, (unsigned)(k + odd), i, &scales);
-                for (int row = 0; row < n_rows; row++) {
-                    float factor = input[(size_t)row * stride + (size_t)odd];
-                    for (int i = 0; i < 4; i++)
-                        sum[row][i] += factor * weights[i];
-                }
-            }
-        }
-    }
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
-}
-
-#define TILE_KERNEL(type, rows)                                                                    \
-    static void tile_##type##_##rows(const struct tile *tile) {                                    \
-        tile_product(TYPE_##type, rows, tile);                                                     \
-    }
-#define TILE_KERNELS(type)                                                                         \
-    TILE_KERNEL(type, 1)                                                                           \
-    TILE_KERNEL(type, 2)                                                                           \
-    TILE_KERNEL(type, 3)                                                                           \
-    TILE_KERNEL(type, 4)                                                                           \
-    TILE_KERNEL(type, 5)                                                                           \
-    TILE_KERNEL(type, 6)                                                                           \
-    static void (*const tile_##type[])(const struct tile *) = {tile_##type##_1, tile_##type##_2,   \
-                                                               tile_##type##_3, tile_##type##_4,   \
-                                                               tile_##type##_5, tile_##type##_6};
-
-TILE_KERNELS(F32)
-TILE_KERNELS(F16)
-TILE_KERNELS(BF16)
-TILE_KERNELS(Q8_0)
-TILE_KERNELS(Q4_0)
-TILE_KERNELS(Q4_K)
-TILE_KERNELS(Q6_K)
-
-static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_F32: tile_F32[n_rows - 1](tile); return;
-    case TYPE_F16: tile_F16[n_rows - 1](tile); return;
-    case TYPE_BF16: tile_BF16[n_rows - 1](tile); return;
-    case TYPE_Q8_0: tile_Q8_0[n_rows - 1](tile); return;
-    case TYPE_Q4_0: tile_Q4_0[n_rows - 1](tile); return;
-    case TYPE_Q4_K: tile_Q4_K[n_rows - 1](tile); return;
-    case TYPE_Q6_K: tile_Q6_K[n_rows - 1](tile); return;
-    }
-}
+/* ---- larger products ---- */
 
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
     for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
@@ -774,10 +816,4 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
         store(sum + i, load(sum + i) + load(tile.out + i));
 }
 
-void silu_multiply(float *gate, const float *up, int count) {
-    for (int i = 0; i < count; i += LANES) {
-        vec value = load(gate + i);
-        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
-    }
-}
 #endif /* MATMUL_IMPLEMENTATION */
