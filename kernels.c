@@ -1,23 +1,43 @@
-/* kernels.c: the CPU backend, every op of the forward pass in plain C.
+/* kernels.c: the CPU backend, every op of the forward pass on the cores of this machine.
  *
- * Owns: the ops, each a loop over the activations of a device. The device itself, its memory and
- * its weights are device.h's. Knows nothing of requests, of blocks beyond a step's block table, or
- * of other backends. It is also the specification of kernels.cu: where the two differ, this file
- * is right.
+ * Owns: devices, their memory and activations, the packed weights that they share, the copier and
+ * the ops. Knows nothing of requests, of blocks beyond a step's block table, or of other backends.
+ * What an op computes is said here in plain C loops over vectors; it is the specification of
+ * kernels.cu: where the two differ, this file is right. The products are lib/matmul.h's, whose
+ * kernel in plain C has two faster ones beside it, in instructions that only some processors have.
  *
- * How data flows: `upload` packs a matrix once into *panels* of 64 outputs side by side for each k.
- * One small product kernel (64 outputs x 1 to 6 rows, held in registers) reads panels, and serves
- * decode and prefill alike; processors that can multiply pairs of bf16 or quads of bytes have one
- * each. An op cuts its work into tiles, which the threads of the pool take one by one, those of
- * decoding devices first.
+ *     struct backend *cpu = cpu_backend_open(&options, error);      // NULL: error says why
+ *     struct device *device = cpu->device_open(cpu, &wanted, error);
+ *     const struct weight *weight = cpu->upload(device, tensor, slice, error);
+ *     cpu->step_begin(device, &batch);                              // then the ops, in order
+ *
+ * How data flows: `upload` packs a matrix once into panels of 64 outputs side by side for each k. A
+ * step's rows go through the activations of its device: x -> h -> q, k, v -> blocks -> attention ->
+ * x -> h -> ffn -> x, and those that are sampled -> logits -> sampled. An op cuts its work into
+ * tiles, which the threads of the pool take one by one, those of decoding devices first.
  *
  * Invariants:
- *   - Each output element is summed over k in one fixed order that depends on its own row alone,
- *     and every loop over elements works on whole, padded vectors: so the bits do not depend on
- *     the batch, on chunking, on the number of threads or of shards.
+ *   - Each output element is summed in one fixed order that depends on its own row alone, and every
+ *     loop over elements works on whole, padded vectors: so the bits do not depend on the batch, on
+ *     chunking, on the number of threads or of shards.
  *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
+ *   - All devices of a backend share one copy of the packed weights; a shard is a view of it.
+ *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
- * Read next: device.h, pack.h, product.h, dot.h, append.h, attention.h, probe.h. */
+ * Contents:
+ *     the copier                copies beside the computation
+ *     what a device is          scratch, the backend, a device with its activations
+ *     memory, copies, weights   alloc, release, copy, upload
+ *     devices                   what fits, open and close
+ *     the machine's limits      what memory and arithmetic give at most
+ *     products                  matrices times rows, cut into tiles
+ *     rows                      tiles of the cheap ops; RMS norm
+ *     the ops                   in the order of the forward pass: embed, norm_qkv, rope_append,
+ *                               attention, project_add, all_reduce_add, norm_gate_up, norm_logits,
+ *                               sample
+ *     a step, the backend       step_begin and step_end, the table of operations, open and close
+ *
+ * Read next: lib/matmul.h, and lib/pool.h for the threads. */
 #include "dynamo.h"
 
 #include <assert.h>
@@ -35,39 +55,36 @@
 #include "lib/matmul.h"
 #define POOL_IMPLEMENTATION
 #include "lib/pool.h"
-#define PROBE_IMPLEMENTATION
-#include "lib/probe.h"
 #define SAMPLER_IMPLEMENTATION
 #include "lib/sampler.h"
 
 enum {
-    TILES_A_THREAD = 8, /* so that all end at about the same time */
-    CHUNK_ROWS = 256,   /* of a step: enough for full tiles, and soon done */
-    NORM_ROWS = 8,      /* rows of a tile of the cheap ops */
-    MANY_ROWS = 64,     /* of a step that appends: then a tile takes the rows of a block, */
-    FEW_ROWS = 4        /* else so many, that every thread gets some */
-};
-
-enum {
-    PAD = 16,             /* activation rows are padded so; one more breaks strides of 2^n */
+    PREFILL_CHUNK = 256,  /* prompt tokens in one step: enough for full tiles, and soon done */
+    NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
+    APPEND_ROWS = 4,      /* rows of a tile of rope_append: few, so that every thread gets some */
+    MANY_ROWS = 64,       /* a step of more appends 16 a tile: those of a block are one transpose */
+    TILES_A_THREAD = 8,   /* of attention: threads then end at about the same time */
+    PAD = 16,             /* activation rows are padded to a multiple; see stride_of */
     MAX_ACTIVATIONS = 20, /* arrays of a device */
     HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
-    PROBE_PIECES = 256,   /* of the weights are read to measure the memory, */
-    PROBE_BYTES = 1 << 20 /* so many bytes each */
+    MAX_COPY_DELAY = 2000 /* microseconds, of a copy that a test delays */
 };
 
-enum {
-    QUERIES = 48, /* queries of a call at most */
-    CHUNK = 64,   /* tokens whose scores are computed at a time */
-    CHUNK_BLOCKS = CHUNK / BLOCK_TOKENS,
-    MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
-    ATTENTION_ROWS = 6, /* queries that one call of a kernel computes: 24 registers of sums */
-    ATTENTION_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
+enum {                     /* of attention */
+       QUERIES = 48,       /* of a tile: they share the reading of the keys and values */
+       QUERY_ROWS = 6,     /* that one call of a kernel computes: 24 registers of sums */
+       KV_TILE = 64,       /* tokens whose scores are computed at a time: 4 vectors */
+       MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
+       KV_TILE_BLOCKS = KV_TILE / BLOCK_TOKENS,
+       HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
 
-enum { MAX_COPY_DELAY = 2000 /* microseconds */ };
+/* ---- the copier ---- */
 
-/* ---- the copier: a thread that copies memory beside the computation, as a copy engine does ---- */
+/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
+ * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
+ * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
+ * other: so a test meets orders that are rare. */
 
 struct copy_queue {
     atomic_uint_fast64_t added, done;
@@ -146,7 +163,8 @@ static void *copier_main(void *argument) {
     return NULL;
 }
 
-uint64_t copier_add(struct copier *copier, struct copy_queue *queue, const struct copy2d *copy) {
+static uint64_t copier_add(struct copier *copier, struct copy_queue *queue,
+                           const struct copy2d *copy) {
     struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
     if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
         fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
@@ -163,18 +181,18 @@ uint64_t copier_add(struct copier *copier, struct copy_queue *queue, const struc
     return ticket;
 }
 
-bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
+static bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
     return atomic_load_explicit(&queue->done, memory_order_acquire) >= ticket;
 }
 
-void copier_drain(struct copier *copier, struct copy_queue *queue) {
+static void copier_drain(struct copier *copier, struct copy_queue *queue) {
     pthread_mutex_lock(&copier->mutex);
     while (atomic_load(&queue->done) < atomic_load(&queue->added))
         pthread_cond_wait(&copier->idle, &copier->mutex);
     pthread_mutex_unlock(&copier->mutex);
 }
 
-bool copier_open(struct copier *copier, uint64_t delay_seed) {
+static bool copier_open(struct copier *copier, uint64_t delay_seed) {
     *copier = (struct copier){.delay_seed = delay_seed};
     pthread_mutex_init(&copier->mutex, NULL);
     pthread_cond_init(&copier->wake, NULL);
@@ -182,7 +200,7 @@ bool copier_open(struct copier *copier, uint64_t delay_seed) {
     return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
 }
 
-void copier_close(struct copier *copier) {
+static void copier_close(struct copier *copier) {
     pthread_mutex_lock(&copier->mutex);
     copier->stop = true;
     pthread_cond_broadcast(&copier->wake);
@@ -207,9 +225,9 @@ struct softmax { /* of one query, over the tokens seen so far */
 };
 
 struct attention_scratch {
-    alignas(64) float query[QUERIES * ATTENTION_STRIDE];
-    alignas(64) float output[QUERIES * ATTENTION_STRIDE];
-    alignas(64) float scores[QUERIES * CHUNK];
+    alignas(64) float query[QUERIES * HEAD_STRIDE];
+    alignas(64) float output[QUERIES * HEAD_STRIDE];
+    alignas(64) float scores[QUERIES * KV_TILE];
     struct softmax state[QUERIES];
 };
 
@@ -354,25 +372,79 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
 
 /* ---- the machine's limits ---- */
 
-/* All devices share the pool: n make no difference. */
+/* A step of a model is held against these figures, which must be taken beside it: memory of shared
+ * machines is twice as fast in one minute as in the next. The threads of the pool do nothing else
+ * for some milliseconds, a few times over, and the best time counts. */
+enum {
+    LIMIT_REPEATS = 5,
+    LIMIT_MULTIPLIES = 32,      /* tiles of arithmetic: the cores may differ in speed */
+    LIMIT_PIECES = 256,         /* of the weights that are read, where a step finds them too */
+    LIMIT_PIECE_BYTES = 1 << 20 /* of each at most: all of them are more than the caches hold */
+};
+
+struct piece {
+    const char *from;
+    size_t bytes; /* all but what is left behind a multiple of 256 */
+};
+
+static void read_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct piece *piece = (const struct piece *)argument + tile;
+    vec sum[4] = {{0}};
+    for (size_t i = 0; i + 256 <= piece->bytes; i += 256)
+        for (size_t j = 0; j < 4; j++)
+            sum[j] += load((const float *)(const void *)(piece->from + i + j * 64));
+    store(scratch->slab, sum[0] + sum[1] + sum[2] + sum[3]); /* or nothing would be read */
+}
+
+static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)tile;
+    dot_busy(*(const enum row_form *)argument, scratch->slab);
+}
+
+static double clock_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* The shortest time, in seconds, of n_tiles of a job. */
+static double best_time(struct cpu_device *device, int n_tiles, tile_function *run,
+                        const void *argument) {
+    double best = INFINITY;
+    pool_enter(&device->cpu->pool);
+    for (int i = 0; i < LIMIT_REPEATS; i++) {
+        double start = clock_seconds();
+        parallel_for(device, n_tiles, run, argument);
+        double time = clock_seconds() - start;
+        best = time < best ? time : best;
+    }
+    pool_leave(&device->cpu->pool);
+    return best;
+}
+
+/* All devices share the pool: n makes no difference. Nothing else may run in it meanwhile. */
 static void cpu_limits(struct device **shards, int n, enum tensor_type type, double *read,
                        double *ops) {
     struct cpu_device *device = (struct cpu_device *)shards[0];
     struct cpu_backend *cpu = device->cpu;
-    struct probe probe = {&cpu->pool, device->job, device->scratch};
-    struct probe_piece pieces[PROBE_PIECES];
+    struct piece pieces[LIMIT_PIECES];
     int n_pieces = 0;
+    double n_bytes = 0;
     (void)n;
     pthread_mutex_lock(&cpu->upload_mutex);
     for (const struct weight *weight = cpu->weights; weight; weight = weight->next) {
         size_t bytes = weight->owner ? pack_bytes(weight) : 0;
-        for (size_t at = 0; at < bytes && n_pieces < PROBE_PIECES; at += PROBE_BYTES)
-            pieces[n_pieces++] = (struct probe_piece){
-                weight->panels + at, bytes - at < PROBE_BYTES ? bytes - at : PROBE_BYTES};
+        for (size_t at = 0; at < bytes && n_pieces < LIMIT_PIECES; at += LIMIT_PIECE_BYTES) {
+            size_t left = bytes - at < LIMIT_PIECE_BYTES ? bytes - at : LIMIT_PIECE_BYTES;
+            pieces[n_pieces++] = (struct piece){weight->panels + at, left};
+            n_bytes += (double)(left / 256 * 256);
+        }
     }
     pthread_mutex_unlock(&cpu->upload_mutex);
-    *read = probe_read(&probe, pieces, n_pieces);
-    *ops = probe_multiply(&probe, dot_form(type, cpu->plain));
+    *read = n_pieces > 0 ? n_bytes / best_time(device, n_pieces, read_tile, pieces) : 0;
+    enum row_form form = dot_form(type, cpu->plain);
+    *ops = LIMIT_MULTIPLIES * dot_busy_ops(form) /
+           best_time(device, LIMIT_MULTIPLIES, multiply_tile, &form);
 }
 
 /* ---- devices ---- */
@@ -515,8 +587,61 @@ struct product { /* up to three matrices times the same rows */
     bool add;                            /* out += */
 };
 
-static void finish_row(const struct product *product, int which, int row, int begin, int end,
-                       const float *sums) {
+static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
+    for (int i = 0; i < count; i += LANES) {
+        vec value = load(gate + i);
+        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+    }
+}
+
+struct place { /* of a tile: one panel of one matrix times a chunk of the rows */
+    int which, panel, row, n_rows;
+};
+
+/* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
+ * that one thread is likely to take are neighbours. */
+static int walk(int tile, int n_panels, int n_threads) {
+    int own = n_panels / n_threads;
+    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
+}
+
+static struct place find_tile(const struct product *product, int index) {
+    int which = 0;
+    while (index >= product->first_tile[which + 1])
+        which++;
+    index -= product->first_tile[which];
+    int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
+    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
+        panel = walk(panel, product->n_panels[which], product->device->cpu->pool.n_threads);
+    int left = product->n_rows - row;
+    return (struct place){.which = which,
+                          .panel = product->matrix[which]->first_row / PANEL + panel,
+                          .row = row,
+                          .n_rows = left < product->chunk_rows ? left : product->chunk_rows};
+}
+
+/* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
+static void multiply(const struct product *product, const struct weight *matrix,
+                     const struct place *place, float *out, struct scratch *scratch) {
+    enum row_form form = dot_form(matrix->type, product->device->cpu->plain);
+    size_t stride = product->input_stride[form];
+    struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
+                        .end = matrix->cols,
+                        .form = form,
+                        .input = product->input[form] + (size_t)place->row * stride,
+                        .stride = stride,
+                        .out = out,
+                        .ahead = true};
+    if (product->kind == PRODUCT_SEGMENTS)
+        segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
+                        place->n_rows, scratch->slab, scratch->tile + 1);
+    else
+        panel_product(matrix->type, tile, place->n_rows, scratch->slab);
+}
+
+/* Outputs [begin, end) of one row, with bias, and added to what is there. */
+static void store_row(const struct product *product, int which, int row, int begin, int end,
+                      const float *sums) {
     float *out = product->out[which] + (size_t)row * product->out_stride[which];
     const struct weight *bias = product->bias[which];
     for (int i = 0; i < end - begin; i += LANES) {
@@ -530,68 +655,27 @@ static void finish_row(const struct product *product, int which, int row, int be
     }
 }
 
-static void take_rows(const struct product *product, const struct weight *matrix, int row,
-                      struct tile *tile) {
-    tile->form = dot_form(matrix->type, product->device->cpu->plain);
-    tile->stride = product->input_stride[tile->form];
-    tile->input = product->input[tile->form] + (size_t)row * tile->stride;
-}
-
-static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
-    for (int i = 0; i < count; i += LANES) {
-        vec value = load(gate + i);
-        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
-    }
-}
-
-/* The panel that tile `tile` computes. Threads take tiles in turn, and the processor reads ahead
- * where memory is read in order: so tiles that one thread is likely to take are neighbours. */
-static int walk(int tile, int n_panels, int n_threads) {
-    int own = n_panels / n_threads;
-    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
-}
-
-/* One panel (of gate and of up, for PRODUCT_SILU) times one chunk of rows. */
-static void product_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct product *product = argument;
-    int which = 0;
-    while (index >= product->first_tile[which + 1])
-        which++;
-    index -= product->first_tile[which];
-    const struct weight *matrix = product->matrix[which];
-    int at = index / product->n_chunks;
-    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        at = walk(at, product->n_panels[which], product->device->cpu->pool.n_threads);
-    int panel = matrix->first_row / PANEL + at;
-    int row = index % product->n_chunks * product->chunk_rows;
-    int n_rows = product->n_rows - row;
-    n_rows = n_rows < product->chunk_rows ? n_rows : product->chunk_rows;
-    size_t offset = (size_t)panel * matrix->panel_bytes;
-    struct tile tile = {.panel = matrix->panels + offset,
-                        .end = matrix->cols,
-                        .out = scratch->tile[0],
-                        .ahead = true};
-    take_rows(product, matrix, row, &tile);
-    if (product->kind == PRODUCT_SEGMENTS) {
-        segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
-                        n_rows, scratch->slab, scratch->tile + 1);
-    } else {
-        panel_product(matrix->type, tile, n_rows, scratch->slab);
-    }
-    if (product->kind == PRODUCT_SILU) {
-        const struct weight *up = product->matrix[1];
-        tile.panel = up->panels + (size_t)panel * up->panel_bytes;
-        tile.out = scratch->tile[1];
-        take_rows(product, up, row, &tile);
-        panel_product(up->type, tile, n_rows, scratch->slab);
-        silu_multiply(scratch->tile[0], scratch->tile[1], n_rows * PANEL);
-    }
-    /* a shard may start and end inside a panel */
-    int begin = panel * PANEL - matrix->first_row, end = begin + PANEL;
+/* sums (n_rows, PANEL); a shard may start and end inside a panel. */
+static void store_tile(const struct product *product, const struct place *place,
+                       const float *sums) {
+    const struct weight *matrix = product->matrix[place->which];
+    int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
     int from = begin < 0 ? -begin : 0;
     end = end < matrix->n_rows ? end : matrix->n_rows;
-    for (int i = 0; i < n_rows; i++)
-        finish_row(product, which, row + i, begin + from, end, scratch->tile[0] + i * PANEL + from);
+    for (int i = 0; i < place->n_rows; i++)
+        store_row(product, place->which, place->row + i, begin + from, end,
+                  sums + i * PANEL + from);
+}
+
+static void product_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct product *product = argument;
+    struct place place = find_tile(product, index);
+    multiply(product, product->matrix[place.which], &place, scratch->tile[0], scratch);
+    if (product->kind == PRODUCT_SILU) { /* matrix[0] is the gate */
+        multiply(product, product->matrix[1], &place, scratch->tile[1], scratch);
+        silu_multiply(scratch->tile[0], scratch->tile[1], place.n_rows * PANEL);
+    }
+    store_tile(product, &place, scratch->tile[0]);
 }
 
 struct conversion {
@@ -749,8 +833,8 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* ---- rope_append ---- */
 
-void append_angles(float *turn, const struct model_config *config, const float *frequency,
-                   int position) {
+static void append_angles(float *turn, const struct model_config *config, const float *frequency,
+                          int position) {
     int n = config->rope_dim / 2, step = config->rope_adjacent ? 2 : 1;
     int partner = config->rope_adjacent ? 1 : n;
     for (int i = 0; i < n; i++) {
@@ -769,7 +853,7 @@ static void turn_row(const struct row_job *job, int row) { /* the angles of a po
 }
 
 /* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
-void append_turn(float *head, const float *turn, const struct model_config *config) {
+static void append_turn(float *head, const float *turn, const struct model_config *config) {
     int dim = config->rope_dim, n = dim / 2;
     const float *sine = turn + dim;
     for (int i = 0; i < dim && config->rope_adjacent; i += LANES) {
@@ -848,8 +932,8 @@ static void append_keys(enum kv_type type, char *key, const float *k, size_t str
     }
 }
 
-void append_write(const struct kv_view *view, int position, int n, const float *k, const float *v,
-                  size_t stride) {
+static void append_write(const struct kv_view *view, int position, int n, const float *k,
+                         const float *v, size_t stride) {
     size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
     char *block = (char *)view->kv +
                   (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements * element;
@@ -910,18 +994,27 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
                           .layer = layer,
                           .layer_index = layer_index,
                           .n_rows = n_rows,
-                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : FEW_ROWS};
+                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS};
     parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
 }
 
 /* ---- attention ---- */
 
-struct chunk { /* the blocks of up to 64 tokens, and what is made of them */
-    const char *key[CHUNK_BLOCKS], *value[CHUNK_BLOCKS], *next_key[CHUNK_BLOCKS];
+/* softmax(q . k) . v of some queries over the paged keys and values of one head. Tokens are taken
+ * KV_TILE at a time, in order from token 0, with a running softmax (Milakov and Gimelshein 2018,
+ * and FlashAttention, Dao et al. 2022). Nothing is gathered: a block keeps its keys as
+ * [head_dim][16 tokens] and its values as [16 tokens][head_dim], so that the lanes of a vector are
+ * tokens in the one product and elements of the output in the other.
+ * What a query sees does not depend on its neighbours: each score is one chain over head_dim, each
+ * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
+ * a block that were never written may hold anything. */
+struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
+    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
+    const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
     bool ahead;            /* the planes come from memory: ask for those that are read next */
     int dim, n_tokens, at; /* at: first of the output elements */
-    const float *input;    /* queries, or weights of tokens */
-    float *output;         /* scores, or outputs */
+    const float *input;    /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
+    float *output;         /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
 
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
@@ -945,99 +1038,111 @@ static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) 
     return widen_bf16(halves);
 }
 
-/* scores[row][64] = query[row] . key[token]: 16 tokens a vector */
-INLINE void score_kernel(enum kv_type type, int n_rows, const struct chunk *chunk) {
-    vec sum[ATTENTION_ROWS][CHUNK_BLOCKS];
+/* scores[row][KV_TILE] = query[row] . key[token]: 16 tokens a vector */
+INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    vec sum[QUERY_ROWS][KV_TILE_BLOCKS];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < CHUNK_BLOCKS; i++)
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
             sum[row][i] = (vec){0};
-    for (size_t d = 0; d < (size_t)chunk->dim; d++) {
-        vec keys[CHUNK_BLOCKS];
-        for (int i = 0; i < CHUNK_BLOCKS; i++)
-            keys[i] = kv_load(type, chunk->key[i], d * BLOCK_TOKENS);
-        for (int i = 0; i < CHUNK_BLOCKS && chunk->ahead; i++)
-            fetch_line(type, chunk->value[i], d * BLOCK_TOKENS);
+    for (size_t d = 0; d < (size_t)tile->dim; d++) {
+        vec keys[KV_TILE_BLOCKS];
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
+            keys[i] = kv_load(type, tile->key[i], d * BLOCK_TOKENS);
+        for (int i = 0; i < KV_TILE_BLOCKS && tile->ahead; i++)
+            fetch_line(type, tile->value[i], d * BLOCK_TOKENS);
         for (int row = 0; row < n_rows; row++) {
-            float factor = chunk->input[(size_t)row * ATTENTION_STRIDE + d];
-            for (int i = 0; i < CHUNK_BLOCKS; i++)
+            float factor = tile->input[(size_t)row * HEAD_STRIDE + d];
+            for (int i = 0; i < KV_TILE_BLOCKS; i++)
                 sum[row][i] += factor * keys[i];
         }
     }
     for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < CHUNK_BLOCKS; i++)
-            store(chunk->output + row * CHUNK + i * LANES, sum[row][i]);
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
+            store(tile->output + row * KV_TILE + i * LANES, sum[row][i]);
 }
 
 /* output[row][at + 16 * n_vectors] += weight[row][token] * value[token] */
-INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct chunk *chunk) {
-    vec sum[ATTENTION_ROWS][4];
+INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct kv_tile *tile) {
+    vec sum[QUERY_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = load(chunk->output + row * ATTENTION_STRIDE + chunk->at + i * LANES);
-    int left = chunk->dim - chunk->at;
-    for (int token = 0; token < chunk->n_tokens; token++) {
-        const char *plane = chunk->value[token / BLOCK_TOKENS];
-        size_t at = (size_t)(token % BLOCK_TOKENS * chunk->dim + chunk->at);
+            sum[row][i] = load(tile->output + row * HEAD_STRIDE + tile->at + i * LANES);
+    int left = tile->dim - tile->at;
+    for (int token = 0; token < tile->n_tokens; token++) {
+        const char *plane = tile->value[token / BLOCK_TOKENS];
+        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + tile->at);
         vec values[4];
         for (int i = 0; i < n_vectors; i++)
             values[i] = n_vectors > 1 || left >= LANES
                             ? kv_load(type, plane, at + (size_t)i * LANES)
                             : kv_load_part(type, plane, at, left);
-        for (int i = 0; i < n_vectors && chunk->ahead; i++)
-            fetch_line(type, chunk->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
+        for (int i = 0; i < n_vectors && tile->ahead; i++)
+            fetch_line(type, tile->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
         for (int row = 0; row < n_rows; row++) {
-            float factor = chunk->input[row * CHUNK + token];
+            float factor = tile->input[row * KV_TILE + token];
             for (int i = 0; i < n_vectors; i++)
                 sum[row][i] += factor * values[i];
         }
     }
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            store(chunk->output + row * ATTENTION_STRIDE + chunk->at + i * LANES, sum[row][i]);
+            store(tile->output + row * HEAD_STRIDE + tile->at + i * LANES, sum[row][i]);
 }
 
-#define ATTENTION_KERNEL(type, rows)                                                               \
-    static void score_##type##_##rows(const struct chunk *chunk) {                                 \
-        score_kernel(KV_##type, rows, chunk);                                                      \
-    }                                                                                              \
-    static void value_##type##_##rows(const struct chunk *chunk) {                                 \
-        if (chunk->dim - chunk->at >= 4 * LANES)                                                   \
-            value_kernel(KV_##type, rows, 4, chunk);                                               \
-        else                                                                                       \
-            value_kernel(KV_##type, rows, 1, chunk);                                               \
+/* One kernel for each number of rows; type and n_vectors are constants where this is inlined. */
+INLINE void score_rows(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    switch (n_rows) {
+    case 1: score_kernel(type, 1, tile); return;
+    case 2: score_kernel(type, 2, tile); return;
+    case 3: score_kernel(type, 3, tile); return;
+    case 4: score_kernel(type, 4, tile); return;
+    case 5: score_kernel(type, 5, tile); return;
+    case 6: score_kernel(type, 6, tile); return;
     }
-#define ATTENTION_KERNELS(type)                                                                    \
-    ATTENTION_KERNEL(type, 1)                                                                      \
-    ATTENTION_KERNEL(type, 2)                                                                      \
-    ATTENTION_KERNEL(type, 3)                                                                      \
-    ATTENTION_KERNEL(type, 4)                                                                      \
-    ATTENTION_KERNEL(type, 5)                                                                      \
-    ATTENTION_KERNEL(type, 6)
-#define ATTENTION_TABLE(kernel, type)                                                              \
-    {                                                                                              \
-        kernel##_##type##_1, kernel##_##type##_2, kernel##_##type##_3, kernel##_##type##_4,        \
-            kernel##_##type##_5, kernel##_##type##_6                                               \
+}
+
+INLINE void value_rows(enum kv_type type, int n_vectors, int n_rows, const struct kv_tile *tile) {
+    switch (n_rows) {
+    case 1: value_kernel(type, 1, n_vectors, tile); return;
+    case 2: value_kernel(type, 2, n_vectors, tile); return;
+    case 3: value_kernel(type, 3, n_vectors, tile); return;
+    case 4: value_kernel(type, 4, n_vectors, tile); return;
+    case 5: value_kernel(type, 5, n_vectors, tile); return;
+    case 6: value_kernel(type, 6, n_vectors, tile); return;
     }
+}
 
-ATTENTION_KERNELS(F32)
-ATTENTION_KERNELS(BF16)
+static void compute_scores(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    if (type == KV_F32)
+        score_rows(KV_F32, n_rows, tile);
+    else
+        score_rows(KV_BF16, n_rows, tile);
+}
 
-typedef void attention_kernel(const struct chunk *chunk);
-static attention_kernel *const score_kernels[][ATTENTION_ROWS] = {
-    [KV_F32] = ATTENTION_TABLE(score, F32), [KV_BF16] = ATTENTION_TABLE(score, BF16)};
-static attention_kernel *const value_kernels[][ATTENTION_ROWS] = {
-    [KV_F32] = ATTENTION_TABLE(value, F32), [KV_BF16] = ATTENTION_TABLE(value, BF16)};
+/* All elements of the outputs: 4 vectors at a time, then one. */
+static void add_values(enum kv_type type, int n_rows, struct kv_tile *tile) {
+    for (tile->at = 0; tile->dim - tile->at >= 4 * LANES; tile->at += 4 * LANES)
+        if (type == KV_F32)
+            value_rows(KV_F32, 4, n_rows, tile);
+        else
+            value_rows(KV_BF16, 4, n_rows, tile);
+    for (; tile->at < tile->dim; tile->at += LANES)
+        if (type == KV_F32)
+            value_rows(KV_F32, 1, n_rows, tile);
+        else
+            value_rows(KV_BF16, 1, n_rows, tile);
+}
 
-/* scores (64) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
+/* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
  * before scales what is there of the output, which is padded to whole vectors. */
-static void softmax_chunk(float *scores, int visible, struct softmax *state, float *output,
-                          int padded) {
+static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
+                         int padded) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec zero = {0}, none = zero - INFINITY;
-    vec value[CHUNK / LANES], largest = none;
-    for (int i = 0; i < CHUNK / LANES; i++) {
+    vec value[KV_TILE / LANES], largest = none;
+    for (int i = 0; i < KV_TILE / LANES; i++) {
         value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
         largest = max_vec(value[i], largest);
     }
@@ -1049,75 +1154,75 @@ static void softmax_chunk(float *scores, int visible, struct softmax *state, flo
         for (int at = 0; at < padded; at += LANES)
             store(output + at, load(output + at) * scale);
     }
-    for (int i = 0; i < CHUNK / LANES; i++) {
+    for (int i = 0; i < KV_TILE / LANES; i++) {
         vec part = exp_vec(value[i] - state->max);
         store(scores + i * LANES, part);
         state->sum += part;
     }
 }
 
-/* Where the planes at `offset` of a chunk's blocks begin. A chunk that the text does not fill has
+/* Where the planes at `offset` of a tile's blocks begin. A tile that the text does not fill has
  * its last block several times; what it gives there has the weight 0. */
 static void find_planes(const struct kv_view *view, int start, int end, size_t offset,
-                        const char *plane[CHUNK_BLOCKS]) {
+                        const char *plane[KV_TILE_BLOCKS]) {
     int last = (end - 1) / BLOCK_TOKENS;
-    for (int i = 0; i < CHUNK_BLOCKS; i++) {
+    for (int i = 0; i < KV_TILE_BLOCKS; i++) {
         int block = start / BLOCK_TOKENS + i < last ? start / BLOCK_TOKENS + i : last;
         size_t at = (size_t)view->table[block] * view->block_elements + offset;
         plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
     }
 }
 
-/* Adds a chunk, which begins at token `start`, to queries [first, n): those that see of it. */
-static void attention_chunk(const struct kv_view *view, struct chunk *chunk, int start, int first,
-                            int n, const int *position, struct attention_scratch *scratch) {
-    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = chunk->n_tokens;
+/* Adds a tile, which begins at token `start`, to queries [first, n): those that see of it. */
+static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int start, int first,
+                        int n, const int *position, struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = tile->n_tokens;
     for (int rows; first < n; first += rows) {
-        rows = n - first < ATTENTION_ROWS ? n - first : ATTENTION_ROWS;
-        float *scores = scratch->scores + first * CHUNK;
-        float *output = scratch->output + first * ATTENTION_STRIDE;
-        chunk->input = scratch->query + first * ATTENTION_STRIDE;
-        chunk->output = scores;
-        score_kernels[view->type][rows - 1](chunk);
+        rows = n - first < QUERY_ROWS ? n - first : QUERY_ROWS;
+        float *scores = scratch->scores + first * KV_TILE;
+        float *output = scratch->output + first * HEAD_STRIDE;
+        tile->input = scratch->query + first * HEAD_STRIDE;
+        tile->output = scores;
+        compute_scores(view->type, rows, tile);
         for (int i = 0; i < rows; i++) {
-            softmax_chunk(scores + i * CHUNK, position[first + i] - start + 1,
-                          &scratch->state[first + i], output + i * ATTENTION_STRIDE, padded);
+            softmax_tile(scores + i * KV_TILE, position[first + i] - start + 1,
+                         &scratch->state[first + i], output + i * HEAD_STRIDE, padded);
         }
         int seen = position[first + rows - 1] - start + 1; /* by the last of them */
-        chunk->n_tokens = seen < n_tokens ? seen : n_tokens;
-        chunk->input = scores;
-        chunk->output = output;
-        for (chunk->at = 0; chunk->at < view->dim;
-             chunk->at += view->dim - chunk->at >= 4 * LANES ? 4 * LANES : LANES)
-            value_kernels[view->type][rows - 1](chunk);
-        chunk->ahead = false; /* the next queries find them in a cache */
+        tile->n_tokens = seen < n_tokens ? seen : n_tokens;
+        tile->input = scores;
+        tile->output = output;
+        add_values(view->type, rows, tile);
+        tile->ahead = false; /* the next queries find them in a cache */
     }
 }
 
-void attention_rows(const struct kv_view *view, int n, const int *position,
-                    struct attention_scratch *scratch) {
+/* scratch->query (n, HEAD_STRIDE), divided by sqrt(dim) -> scratch->output (n, HEAD_STRIDE), for
+ * queries at position[n], which ascend. */
+static void attention_rows(const struct kv_view *view, int n, const int *position,
+                           struct attention_scratch *scratch) {
     int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
     for (int i = 0; i < n; i++) {
         scratch->state[i] = (struct softmax){.max = -INFINITY};
-        memset(scratch->output + i * ATTENTION_STRIDE, 0, sizeof(float) * (size_t)padded);
+        memset(scratch->output + i * HEAD_STRIDE, 0, sizeof(float) * (size_t)padded);
     }
-    for (int start = 0; start < end; start += CHUNK) {
-        int next = start + CHUNK, left = end - start;
-        struct chunk chunk = {.dim = view->dim, .n_tokens = left < CHUNK ? left : CHUNK};
-        chunk.ahead = true;
-        find_planes(view, start, end, view->key, chunk.key);
-        find_planes(view, start, end, view->value, chunk.value);
+    for (int start = 0; start < end; start += KV_TILE) {
+        int next = start + KV_TILE, left = end - start;
+        struct kv_tile tile = {
+            .dim = view->dim, .n_tokens = left < KV_TILE ? left : KV_TILE, .ahead = true};
+        find_planes(view, start, end, view->key, tile.key);
+        find_planes(view, start, end, view->value, tile.value);
         if (next < end)
-            find_planes(view, next, end, view->key, chunk.next_key);
+            find_planes(view, next, end, view->key, tile.next_key);
         else
-            find_planes(view, 0, end, view->next_key, chunk.next_key);
+            find_planes(view, 0, end, view->next_key, tile.next_key);
         while (position[first] < start)
             first++;
-        attention_chunk(view, &chunk, start, first, n, position, scratch);
+        attend_tile(view, &tile, start, first, n, position, scratch);
     }
     for (int i = 0; i < n; i++) {
         float sum = sum_lanes(scratch->state[i].sum);
-        float *output = scratch->output + i * ATTENTION_STRIDE;
+        float *output = scratch->output + i * HEAD_STRIDE;
         for (int at = 0; at < padded; at += LANES)
             store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
     }
@@ -1142,12 +1247,12 @@ static void attend(const struct attention_job *job, const struct sequence *seque
         position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         for (int j = 0; j < dim; j++)
-            scratch->query[i * ATTENTION_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
+            scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
     }
     struct kv_view view = kv_view(device, sequence, job->layer, head, next);
     attention_rows(&view, n, position, scratch);
     for (int i = 0; i < n; i++)
-        memcpy(device->attention + at[i], scratch->output + i * ATTENTION_STRIDE,
+        memcpy(device->attention + at[i], scratch->output + i * HEAD_STRIDE,
                sizeof(float) * (size_t)dim);
 }
 
@@ -1348,7 +1453,7 @@ static const struct backend operations = {
     .read_logits = cpu_read_logits,
     .step_end = cpu_step_end,
     .kv_type = KV_F32,
-    .chunk = CHUNK_ROWS,
+    .chunk = PREFILL_CHUNK,
 };
 
 struct backend *cpu_backend_open(const struct backend_options *options, char *error) {

@@ -113,6 +113,13 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
 void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
                      int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]);
 
+/* ---- what a processor can do ---- */
+
+/* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
+ * limit. sink (LANES): what is computed, which nobody wants. */
+void dot_busy(enum row_form form, float *sink);
+double dot_busy_ops(enum row_form form); /* of one such call, two a multiply-add */
+
 /* ---- for the caller's arithmetic too ---- */
 
 static inline size_t round_up(size_t value, size_t unit) {
@@ -816,4 +823,74 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
         store(sum + i, load(sum + i) + load(tile.out + i));
 }
 
+/* ---- what a processor can do ---- */
+
+enum {
+    BUSY_STEPS = 10000, /* a few hundred microseconds */
+    BUSY_SUMS = 24      /* side by side, as many as a kernel has: each waits for the one before */
+};
+
+static void busy_f32(float *sink) {
+    vec sum[BUSY_SUMS], factor = (vec){0} + 0.999f;
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = factor * (float)i;
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            sum[i] = sum[i] * factor + factor;
+    }
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] += sum[i];
+    store(sink, sum[0]);
+}
+
+#if defined(__x86_64__)
+static DOT_BF16 void busy_bf16(float *sink) {
+    __m512 sum[BUSY_SUMS];
+    __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = _mm512_set1_ps((float)i);
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
+    }
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    _mm512_storeu_ps(sink, sum[0]);
+}
+
+/* In assembler: gcc 12 copies sums of this instruction to and fro. */
+static DOT_Q8 void busy_q8(float *sink) {
+    __m512i sum[BUSY_SUMS], factor = _mm512_set1_epi32(0x01020301);
+#pragma GCC unroll 24
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = _mm512_set1_epi32(i);
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
+    }
+#pragma GCC unroll 24
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] = _mm512_add_epi32(sum[0], sum[i]);
+    _mm512_storeu_ps(sink, _mm512_cvtepi32_ps(sum[0]));
+}
+#else /* they have FORM_F32 alone */
+#define busy_bf16 busy_f32
+#define busy_q8   busy_f32
+#endif
+
+void dot_busy(enum row_form form, float *sink) {
+    switch (form) {
+    case FORM_BF16: busy_bf16(sink); return;
+    case FORM_Q8: busy_q8(sink); return;
+    default: busy_f32(sink); return;
+    }
+}
+
+double dot_busy_ops(enum row_form form) {
+    int products = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1; /* of one lane */
+    return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products;
+}
 #endif /* MATMUL_IMPLEMENTATION */
