@@ -1,50 +1,571 @@
-/* kernels.c: the CPU backend, every op of the forward pass in plain C.
+/* kernels.c: the CPU backend, every op of the forward pass on the cores of this machine.
  *
- * Owns: the ops, each a loop over the activations of a device. The device itself, its memory and
- * its weights are device.h's. Knows nothing of requests, of blocks beyond a step's block table, or
- * of other backends. It is also the specification of kernels.cu: where the two differ, this file
- * is right.
+ * Owns: devices, their memory and activations, the packed weights that they share, the copier and
+ * the ops. Knows nothing of requests, of blocks beyond a step's block table, or of other backends.
+ * What an op computes is said here in plain C loops over vectors; it is the specification of
+ * kernels.cu: where the two differ, this file is right. The products are lib/matmul.h's, whose
+ * kernel in plain C has two faster ones beside it, in instructions that only some processors have.
  *
- * How data flows: `upload` packs a matrix once into *panels* of 64 outputs side by side for each k.
- * One small product kernel (64 outputs x 1 to 6 rows, held in registers) reads panels, and serves
- * decode and prefill alike; processors that can multiply pairs of bf16 or quads of bytes have one
- * each. An op cuts its work into tiles, which the threads of the pool take one by one, those of
- * decoding devices first.
+ *     struct backend *cpu = cpu_backend_open(&options, error);      // NULL: error says why
+ *     struct device *device = cpu->device_open(cpu, &wanted, error);
+ *     const struct weight *weight = cpu->upload(device, tensor, slice, error);
+ *     cpu->step_begin(device, &batch);                              // then the ops, in order
+ *
+ * How data flows: `upload` packs a matrix once into panels of 64 outputs side by side for each k. A
+ * step's rows go through the activations of its device: x -> h -> q, k, v -> blocks -> attention ->
+ * x -> h -> ffn -> x, and those that are sampled -> logits -> sampled. An op cuts its work into
+ * tiles, which the threads of the pool take one by one, those of decoding devices first.
  *
  * Invariants:
- *   - Each output element is summed over k in one fixed order that depends on its own row alone,
- *     and every loop over elements works on whole, padded vectors: so the bits do not depend on
- *     the batch, on chunking, on the number of threads or of shards.
+ *   - Each output element is summed in one fixed order that depends on its own row alone, and every
+ *     loop over elements works on whole, padded vectors: so the bits do not depend on the batch, on
+ *     chunking, on the number of threads or of shards.
  *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
+ *   - All devices of a backend share one copy of the packed weights; a shard is a view of it.
+ *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
- * Read next: device.h, pack.h, product.h, dot.h, append.h, attention.h, probe.h. */
+ * Contents:
+ *     the copier                copies beside the computation
+ *     what a device is          scratch, the backend, a device with its activations
+ *     memory, copies, weights   alloc, release, copy, upload
+ *     devices                   what fits, open and close
+ *     the machine's limits      what memory and arithmetic give at most
+ *     products                  matrices times rows, cut into tiles
+ *     rows                      tiles of the cheap ops; RMS norm
+ *     the ops                   in the order of the forward pass: embed, norm_qkv, rope_append,
+ *                               attention, project_add, all_reduce_add, norm_gate_up, norm_logits,
+ *                               sample
+ *     a step, the backend       step_begin and step_end, the table of operations, open and close
+ *
+ * Read next: lib/matmul.h, and lib/pool.h for the threads. */
 #include "dynamo.h"
 
 #include <assert.h>
 #include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
 
-#include "device.h"
-#define ATTENTION_IMPLEMENTATION
-#include "attention.h"
-#define PRODUCT_IMPLEMENTATION
-#include "lib/product.h"
-#define PROBE_IMPLEMENTATION
-#include "lib/probe.h"
-#define APPEND_IMPLEMENTATION
-#include "append.h"
+#define MATMUL_IMPLEMENTATION
+#include "lib/matmul.h"
+#define POOL_IMPLEMENTATION
+#include "lib/pool.h"
 #define SAMPLER_IMPLEMENTATION
 #include "lib/sampler.h"
 
 enum {
-    TILES_A_THREAD = 8, /* so that all end at about the same time */
-    CHUNK_ROWS = 256,   /* of a step: enough for full tiles, and soon done */
-    NORM_ROWS = 8,      /* rows of a tile of the cheap ops */
-    MANY_ROWS = 64,     /* of a step that appends: then a tile takes the rows of a block, */
-    FEW_ROWS = 4        /* else so many, that every thread gets some */
+    PREFILL_CHUNK = 256,  /* prompt tokens in one step: enough for full tiles, and soon done */
+    NORM_ROWS = 8,        /* rows of a tile of the cheap ops */
+    APPEND_ROWS = 4,      /* rows of a tile of rope_append: few, so that every thread gets some */
+    MANY_ROWS = 64,       /* a step of more appends 16 a tile: those of a block are one transpose */
+    TILES_A_THREAD = 8,   /* of attention: threads then end at about the same time */
+    PAD = 16,             /* activation rows are padded to a multiple; see stride_of */
+    MAX_ACTIVATIONS = 20, /* arrays of a device */
+    HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
+    MAX_COPY_DELAY = 2000 /* microseconds, of a copy that a test delays */
 };
+
+enum {                     /* of attention */
+       QUERIES = 48,       /* of a tile: they share the reading of the keys and values */
+       QUERY_ROWS = 6,     /* that one call of a kernel computes: 24 registers of sums */
+       KV_TILE = 64,       /* tokens whose scores are computed at a time: 4 vectors */
+       MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
+       KV_TILE_BLOCKS = KV_TILE / BLOCK_TOKENS,
+       HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
+};
+
+/* ---- the copier ---- */
+
+/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
+ * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
+ * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
+ * other: so a test meets orders that are rare. */
+
+struct copy_queue {
+    atomic_uint_fast64_t added, done;
+};
+
+struct copier {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, idle;
+    struct copy_order *first; /* the running one stays in the list */
+    bool stop;
+    uint64_t delay_seed;
+};
+
+struct copy_order {
+    struct copy_queue *queue;
+    struct copy2d copy;
+    struct copy_order *next;
+};
+
+static uint32_t copier_random(uint64_t *state) { /* splitmix64 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return (uint32_t)(z >> 32);
+}
+
+static void copier_copy(const struct copy2d *copy) {
+    for (size_t row = 0; row < copy->height; row++) {
+        memcpy((char *)copy->to + row * copy->to_pitch,
+               (const char *)copy->from + row * copy->from_pitch, copy->width);
+    }
+}
+
+/* The first copy in the list; or, where copies are delayed, the first of a random queue. */
+static struct copy_order *copier_pick(struct copier *copier, uint32_t random) {
+    if (copier->delay_seed == 0)
+        return copier->first;
+    uint32_t count = 0;
+    for (struct copy_order *order = copier->first; order; order = order->next)
+        count++;
+    struct copy_order *chosen = copier->first, *first = copier->first;
+    for (uint32_t i = random % count; i > 0; i--)
+        chosen = chosen->next;
+    while (first->queue != chosen->queue)
+        first = first->next;
+    return first;
+}
+
+static void *copier_main(void *argument) {
+    struct copier *copier = argument;
+    uint64_t random = copier->delay_seed;
+    pthread_mutex_lock(&copier->mutex);
+    for (;;) {
+        while (!copier->first && !copier->stop)
+            pthread_cond_wait(&copier->wake, &copier->mutex);
+        if (!copier->first)
+            break;
+        struct copy_order *order = copier_pick(copier, copier_random(&random));
+        pthread_mutex_unlock(&copier->mutex);
+        if (copier->delay_seed) {
+            long delay = (long)(copier_random(&random) % MAX_COPY_DELAY);
+            nanosleep(&(struct timespec){0, delay * 1000}, NULL);
+        }
+        copier_copy(&order->copy);
+        pthread_mutex_lock(&copier->mutex);
+        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
+        struct copy_order **link = &copier->first;
+        while (*link != order)
+            link = &(*link)->next;
+        *link = order->next;
+        free(order);
+        pthread_cond_broadcast(&copier->idle);
+    }
+    pthread_mutex_unlock(&copier->mutex);
+    return NULL;
+}
+
+static uint64_t copier_add(struct copier *copier, struct copy_queue *queue,
+                           const struct copy2d *copy) {
+    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
+    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
+        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
+        abort();
+    }
+    *order = (struct copy_order){queue, *copy, NULL};
+    pthread_mutex_lock(&copier->mutex);
+    while (*link)
+        link = &(*link)->next;
+    *link = order;
+    uint64_t ticket = atomic_fetch_add(&queue->added, 1) + 1;
+    pthread_cond_signal(&copier->wake);
+    pthread_mutex_unlock(&copier->mutex);
+    return ticket;
+}
+
+static bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
+    return atomic_load_explicit(&queue->done, memory_order_acquire) >= ticket;
+}
+
+static void copier_drain(struct copier *copier, struct copy_queue *queue) {
+    pthread_mutex_lock(&copier->mutex);
+    while (atomic_load(&queue->done) < atomic_load(&queue->added))
+        pthread_cond_wait(&copier->idle, &copier->mutex);
+    pthread_mutex_unlock(&copier->mutex);
+}
+
+static bool copier_open(struct copier *copier, uint64_t delay_seed) {
+    *copier = (struct copier){.delay_seed = delay_seed};
+    pthread_mutex_init(&copier->mutex, NULL);
+    pthread_cond_init(&copier->wake, NULL);
+    pthread_cond_init(&copier->idle, NULL);
+    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
+}
+
+static void copier_close(struct copier *copier) {
+    pthread_mutex_lock(&copier->mutex);
+    copier->stop = true;
+    pthread_cond_broadcast(&copier->wake);
+    pthread_mutex_unlock(&copier->mutex);
+    pthread_join(copier->thread, NULL);
+}
+
+/* ---- what a device is ---- */
+
+struct kv_view { /* the keys and values of one sequence, layer and head */
+    enum kv_type type;
+    int dim;
+    void *kv;
+    size_t block_elements, key, value; /* of a block; where the head's planes begin in it */
+    size_t next_key;                   /* where the keys lie that will be read after these */
+    const int *table;                  /* (blocks of the sequence) slots */
+};
+
+struct softmax { /* of one query, over the tokens seen so far */
+    float max;
+    vec sum; /* lane by lane; lanes are added at the end */
+};
+
+struct attention_scratch {
+    alignas(64) float query[QUERIES * HEAD_STRIDE];
+    alignas(64) float output[QUERIES * HEAD_STRIDE];
+    alignas(64) float scores[QUERIES * KV_TILE];
+    struct softmax state[QUERIES];
+};
+
+struct scratch { /* of one thread: what a tile of a product or of attention works on */
+    alignas(64) float slab[SLAB * PANEL];
+    float tile[5][ROW_CHUNK * PANEL];
+    struct attention_scratch attention;
+};
+
+struct cpu_backend {
+    struct backend backend;
+    struct pool pool;
+    struct copier copier;
+    pthread_mutex_t upload_mutex;
+    struct weight *weights; /* a list, under upload_mutex */
+    bool plain;             /* no fast paths */
+};
+
+struct cpu_device {
+    struct device device;
+    struct cpu_backend *cpu;
+    struct job *job;
+    struct scratch *scratch; /* of the thread that drives it */
+    const struct batch *batch;
+    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    size_t x_stride, q_stride, kv_stride, ffn_stride;
+    float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
+    float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
+    float *ffn;                   /* (max_rows, ffn_stride) */
+    char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
+    size_t converted_stride[N_FORMS]; /* bytes */
+    float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
+    float *logits;                    /* (max_samples, vocab_size) */
+    float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
+    int *candidates;                  /* (max_samples, vocab_size) of the sampler */
+    int *sampled;                     /* (max_samples) */
+    int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
+    void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
+    int n_memory;
+    struct copy_queue copies[N_STREAMS];
+};
+
+static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *run,
+                         const void *argument) {
+    pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
+}
+
+/* ---- memory, copies and weights ---- */
+
+/* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
+size_t host_free_memory(void) {
+    FILE *file = fopen("/proc/meminfo", "r");
+    char line[128];
+    size_t kibibytes = 0;
+    while (file && fgets(line, sizeof line, file) &&
+           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
+    }
+    if (file)
+        fclose(file);
+    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
+}
+
+static size_t cpu_free_memory(struct device *device, bool pinned) {
+    (void)device;
+    (void)pinned;
+    return host_free_memory();
+}
+
+static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
+    if (bytes > cpu_free_memory(device, pinned))
+        return NULL;
+    char *memory = aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
+    size_t first = -(uintptr_t)memory & (HUGE_PAGE - 1); /* whole ones: the rest would be wasted */
+    if (memory && first + HUGE_PAGE <= bytes)
+        madvise(memory + first, (bytes - first) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    return memory;
+}
+
+static void cpu_release(struct device *device, void *memory, bool pinned) {
+    (void)device;
+    (void)pinned;
+    free(memory);
+}
+
+static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    return copier_add(&device->cpu->copier, &device->copies[stream], copy);
+}
+
+static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
+    return copier_done(&((struct cpu_device *)base)->copies[stream], ticket);
+}
+
+static void pack_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)scratch;
+    pack_panel(argument, tile);
+}
+
+static struct weight *pack(struct cpu_device *device, const struct tensor *tensor) {
+    struct weight *weight = pack_open(tensor);
+    if (!weight || weight->vector)
+        return weight;
+    weight->panels = cpu_alloc(&device->device, pack_bytes(weight), false);
+    if (!weight->panels) {
+        pack_close(weight);
+        return NULL;
+    }
+    pool_enter(&device->cpu->pool);
+    parallel_for(device, pack_panels(weight), pack_tile, weight);
+    pool_leave(&device->cpu->pool);
+    return weight;
+}
+
+static struct weight *add_weight(struct cpu_backend *cpu, struct weight *weight) {
+    if (weight) {
+        weight->next = cpu->weights;
+        cpu->weights = weight;
+    }
+    return weight;
+}
+
+static const struct weight *cpu_upload(struct device *base, const struct tensor *tensor,
+                                       struct slice slice, char *error) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    struct weight *weight = cpu->weights;
+    while (weight && !(weight->owner && weight->tensor == tensor))
+        weight = weight->next;
+    if (!weight)
+        weight = add_weight(cpu, pack(device, tensor));
+    if (weight && slice.kind != SLICE_WHOLE)
+        weight = add_weight(cpu, pack_view(weight, slice));
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    if (!weight) {
+        (void)fail(error, "%.*s: no memory for %zu bytes of weights", (int)tensor->name.length,
+                   tensor->name.data, tensor->bytes);
+    }
+    return weight;
+}
+
+/* ---- the machine's limits ---- */
+
+/* A step of a model is held against these figures, which must be taken beside it: memory of shared
+ * machines is twice as fast in one minute as in the next. The threads of the pool do nothing else
+ * for some milliseconds, a few times over, and the best time counts. */
+enum {
+    LIMIT_REPEATS = 5,
+    LIMIT_MULTIPLIES = 32,      /* tiles of arithmetic: the cores may differ in speed */
+    LIMIT_PIECES = 256,         /* of the weights that are read, where a step finds them too */
+    LIMIT_PIECE_BYTES = 1 << 20 /* of each at most: all of them are more than the caches hold */
+};
+
+struct piece {
+    const char *from;
+    size_t bytes; /* all but what is left behind a multiple of 256 */
+};
+
+static void read_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct piece *piece = (const struct piece *)argument + tile;
+    vec sum[4] = {{0}};
+    for (size_t i = 0; i + 256 <= piece->bytes; i += 256)
+        for (size_t j = 0; j < 4; j++)
+            sum[j] += load((const float *)(const void *)(piece->from + i + j * 64));
+    store(scratch->slab, sum[0] + sum[1] + sum[2] + sum[3]); /* or nothing would be read */
+}
+
+static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
+    (void)tile;
+    dot_busy(*(const enum row_form *)argument, scratch->slab);
+}
+
+static double clock_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* The shortest time, in seconds, of n_tiles of a job. */
+static double best_time(struct cpu_device *device, int n_tiles, tile_function *run,
+                        const void *argument) {
+    double best = INFINITY;
+    pool_enter(&device->cpu->pool);
+    for (int i = 0; i < LIMIT_REPEATS; i++) {
+        double start = clock_seconds();
+        parallel_for(device, n_tiles, run, argument);
+        double time = clock_seconds() - start;
+        best = time < best ? time : best;
+    }
+    pool_leave(&device->cpu->pool);
+    return best;
+}
+
+/* All devices share the pool: n makes no difference. Nothing else may run in it meanwhile. */
+static void cpu_limits(struct device **shards, int n, enum tensor_type type, double *read,
+                       double *ops) {
+    struct cpu_device *device = (struct cpu_device *)shards[0];
+    struct cpu_backend *cpu = device->cpu;
+    struct piece pieces[LIMIT_PIECES];
+    int n_pieces = 0;
+    double n_bytes = 0;
+    (void)n;
+    pthread_mutex_lock(&cpu->upload_mutex);
+    for (const struct weight *weight = cpu->weights; weight; weight = weight->next) {
+        size_t bytes = weight->owner ? pack_bytes(weight) : 0;
+        for (size_t at = 0; at < bytes && n_pieces < LIMIT_PIECES; at += LIMIT_PIECE_BYTES) {
+            size_t left = bytes - at < LIMIT_PIECE_BYTES ? bytes - at : LIMIT_PIECE_BYTES;
+            pieces[n_pieces++] = (struct piece){weight->panels + at, left};
+            n_bytes += (double)(left / 256 * 256);
+        }
+    }
+    pthread_mutex_unlock(&cpu->upload_mutex);
+    *read = n_pieces > 0 ? n_bytes / best_time(device, n_pieces, read_tile, pieces) : 0;
+    enum row_form form = dot_form(type, cpu->plain);
+    *ops = LIMIT_MULTIPLIES * dot_busy_ops(form) /
+           best_time(device, LIMIT_MULTIPLIES, multiply_tile, &form);
+}
+
+/* ---- devices ---- */
+
+bool device_fits(const struct device *wanted, char *error) {
+    const struct model_config *config = wanted->config;
+    int n = wanted->n_shards;
+    const struct {
+        const char *name;
+        int value, unit;
+    } cuts[] = {{"attention heads", config->n_heads, n},
+                {"key-value heads", config->n_kv_heads, n},
+                {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
+                {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
+    if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
+        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
+    for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
+        if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit)
+            return fail(error, "--tp %d: got %d %s, expected a multiple of %d", n, cuts[i].value,
+                        cuts[i].name, cuts[i].unit);
+    return true;
+}
+
+static bool head_fits(const struct model_config *config, char *error) {
+    if (config->head_dim > MAX_HEAD_DIM || config->head_dim % 2 || config->rope_dim % 2 ||
+        config->rope_dim > config->head_dim) {
+        return fail(error, "heads of %d, %d of them turned: expected even numbers up to %d",
+                    config->head_dim, config->rope_dim, MAX_HEAD_DIM);
+    }
+    return true;
+}
+
+/* Rows of n elements: padded, and never 2^n bytes apart, which would alias in the L1 cache. */
+static size_t stride_of(int n) {
+    size_t stride = round_up((size_t)n, PAD);
+    return stride % 64 ? stride : stride + PAD;
+}
+
+/* (rows, stride) of 4 bytes, aligned, with room for one vector more; freed with the device. What
+ * is never used takes no memory: options may allow for steps that never come. */
+static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
+    assert(device->n_memory < MAX_ACTIVATIONS);
+    size_t bytes = (rows * stride + LANES) * 4 + 64;
+    bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
+    char *memory = fits ? calloc(1, bytes) : NULL;
+    device->memory[device->n_memory++] = memory;
+    return memory ? memory + (-(uintptr_t)memory & 63) : NULL;
+}
+
+static void cpu_device_close(struct device *base) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct cpu_backend *cpu = device->cpu;
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        copier_drain(&cpu->copier, &device->copies[stream]);
+    if (device->job)
+        pool_give_job(&cpu->pool, device->job);
+    for (int i = 0; i < device->n_memory; i++)
+        free(device->memory[i]);
+    free(device);
+}
+
+static bool allocate_activations(struct cpu_device *device) {
+    const struct model_config *config = device->device.config;
+    size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
+    size_t vocab = (size_t)config->vocab_size;
+    size_t normed = rows > samples ? rows : samples;
+    device->x_stride = stride_of(config->d_model);
+    device->q_stride = stride_of(device->n_heads * config->head_dim);
+    device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
+    device->ffn_stride = stride_of(device->d_ff);
+    device->x = zeros(device, rows, device->x_stride);
+    device->h = zeros(device, normed, device->x_stride);
+    device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
+    device->q = zeros(device, rows, device->q_stride);
+    device->attention = zeros(device, rows, device->q_stride);
+    device->k = zeros(device, rows, device->kv_stride);
+    device->v = zeros(device, rows, device->kv_stride);
+    device->ffn = zeros(device, rows, device->ffn_stride);
+    size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
+    widest = device->ffn_stride > widest ? device->ffn_stride : widest;
+    for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
+        device->converted_stride[form] =
+            dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
+        device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
+        device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
+    }
+    device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    device->logits = zeros(device, samples, vocab);
+    device->scaled = zeros(device, samples, vocab);
+    device->candidates = zeros(device, samples, vocab);
+    device->sampled = zeros(device, samples, 1);
+    device->first_tile = zeros(device, rows + 1, 1);
+    device->scratch = zeros(device, 1, sizeof *device->scratch / 4);
+    for (int i = 0; i < device->n_memory; i++)
+        if (!device->memory[i])
+            return false;
+    return true;
+}
+
+static struct device *cpu_device_open(struct backend *backend, const struct device *wanted,
+                                      char *error) {
+    struct cpu_backend *cpu = (struct cpu_backend *)backend;
+    if (!device_fits(wanted, error) || !head_fits(wanted->config, error))
+        return NULL;
+    struct cpu_device *device = calloc(1, sizeof *device);
+    if (device) {
+        device->device = *wanted;
+        device->device.backend = backend;
+        device->cpu = cpu;
+        device->n_heads = wanted->config->n_heads / wanted->n_shards;
+        device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
+        device->d_ff = wanted->config->d_ff / wanted->n_shards;
+        device->job = pool_take_job(&cpu->pool, wanted->urgent);
+        if (device->job && allocate_activations(device))
+            return &device->device;
+        cpu_device_close(&device->device);
+    }
+    (void)fail(error, "no memory for a device of %d rows and %d samples", wanted->max_rows,
+               wanted->max_samples);
+    return NULL;
+}
 
 /* ---- products ---- */
 
@@ -66,8 +587,61 @@ struct product { /* up to three matrices times the same rows */
     bool add;                            /* out += */
 };
 
-static void finish_row(const struct product *product, int which, int row, int begin, int end,
-                       const float *sums) {
+static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
+    for (int i = 0; i < count; i += LANES) {
+        vec value = load(gate + i);
+        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+    }
+}
+
+struct place { /* of a tile: one panel of one matrix times a chunk of the rows */
+    int which, panel, row, n_rows;
+};
+
+/* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
+ * that one thread is likely to take are neighbours. */
+static int walk(int tile, int n_panels, int n_threads) {
+    int own = n_panels / n_threads;
+    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
+}
+
+static struct place find_tile(const struct product *product, int index) {
+    int which = 0;
+    while (index >= product->first_tile[which + 1])
+        which++;
+    index -= product->first_tile[which];
+    int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
+    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
+        panel = walk(panel, product->n_panels[which], product->device->cpu->pool.n_threads);
+    int left = product->n_rows - row;
+    return (struct place){.which = which,
+                          .panel = product->matrix[which]->first_row / PANEL + panel,
+                          .row = row,
+                          .n_rows = left < product->chunk_rows ? left : product->chunk_rows};
+}
+
+/* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
+static void multiply(const struct product *product, const struct weight *matrix,
+                     const struct place *place, float *out, struct scratch *scratch) {
+    enum row_form form = dot_form(matrix->type, product->device->cpu->plain);
+    size_t stride = product->input_stride[form];
+    struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
+                        .end = matrix->cols,
+                        .form = form,
+                        .input = product->input[form] + (size_t)place->row * stride,
+                        .stride = stride,
+                        .out = out,
+                        .ahead = true};
+    if (product->kind == PRODUCT_SEGMENTS)
+        segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
+                        place->n_rows, scratch->slab, scratch->tile + 1);
+    else
+        panel_product(matrix->type, tile, place->n_rows, scratch->slab);
+}
+
+/* Outputs [begin, end) of one row, with bias, and added to what is there. */
+static void store_row(const struct product *product, int which, int row, int begin, int end,
+                      const float *sums) {
     float *out = product->out[which] + (size_t)row * product->out_stride[which];
     const struct weight *bias = product->bias[which];
     for (int i = 0; i < end - begin; i += LANES) {
@@ -81,61 +655,27 @@ static void finish_row(const struct product *product, int which, int row, int be
     }
 }
 
-static void take_rows(const struct product *product, const struct weight *matrix, int row,
-                      struct tile *tile) {
-    tile->form = dot_form(matrix->type, product->device->cpu->plain);
-    tile->stride = product->input_stride[tile->form];
-    tile->input = product->input[tile->form] + (size_t)row * tile->stride;
-}
-
-/* The panel that tile `tile` computes. Threads take tiles in turn, and the processor reads ahead
- * where memory is read in order: so tiles that one thread is likely to take are neighbours. */
-static int walk(int tile, int n_panels, int n_threads) {
-    int own = n_panels / n_threads;
-    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
-}
-
-/* One panel (of gate and of up, for PRODUCT_SILU) times one chunk of rows. */
-static void product_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct product *product = argument;
-    int which = 0;
-    while (index >= product->first_tile[which + 1])
-        which++;
-    index -= product->first_tile[which];
-    const struct weight *matrix = product->matrix[which];
-    int at = index / product->n_chunks;
-    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        at = walk(at, product->n_panels[which], product->device->cpu->pool.n_threads);
-    int panel = matrix->first_row / PANEL + at;
-    int row = index % product->n_chunks * product->chunk_rows;
-    int n_rows = product->n_rows - row;
-    n_rows = n_rows < product->chunk_rows ? n_rows : product->chunk_rows;
-    size_t offset = (size_t)panel * matrix->panel_bytes;
-    struct tile tile = {.panel = matrix->panels + offset,
-                        .end = matrix->cols,
-                        .out = scratch->tile[0],
-                        .ahead = true};
-    take_rows(product, matrix, row, &tile);
-    if (product->kind == PRODUCT_SEGMENTS) {
-        segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
-                        n_rows, scratch->slab, scratch->tile + 1);
-    } else {
-        panel_product(matrix->type, tile, n_rows, scratch->slab);
-    }
-    if (product->kind == PRODUCT_SILU) {
-        const struct weight *up = product->matrix[1];
-        tile.panel = up->panels + (size_t)panel * up->panel_bytes;
-        tile.out = scratch->tile[1];
-        take_rows(product, up, row, &tile);
-        panel_product(up->type, tile, n_rows, scratch->slab);
-        silu_multiply(scratch->tile[0], scratch->tile[1], n_rows * PANEL);
-    }
-    /* a shard may start and end inside a panel */
-    int begin = panel * PANEL - matrix->first_row, end = begin + PANEL;
+/* sums (n_rows, PANEL); a shard may start and end inside a panel. */
+static void store_tile(const struct product *product, const struct place *place,
+                       const float *sums) {
+    const struct weight *matrix = product->matrix[place->which];
+    int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
     int from = begin < 0 ? -begin : 0;
     end = end < matrix->n_rows ? end : matrix->n_rows;
-    for (int i = 0; i < n_rows; i++)
-        finish_row(product, which, row + i, begin + from, end, scratch->tile[0] + i * PANEL + from);
+    for (int i = 0; i < place->n_rows; i++)
+        store_row(product, place->which, place->row + i, begin + from, end,
+                  sums + i * PANEL + from);
+}
+
+static void product_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct product *product = argument;
+    struct place place = find_tile(product, index);
+    multiply(product, product->matrix[place.which], &place, scratch->tile[0], scratch);
+    if (product->kind == PRODUCT_SILU) { /* matrix[0] is the gate */
+        multiply(product, product->matrix[1], &place, scratch->tile[1], scratch);
+        silu_multiply(scratch->tile[0], scratch->tile[1], place.n_rows * PANEL);
+    }
+    store_tile(product, &place, scratch->tile[0]);
 }
 
 struct conversion {
@@ -205,21 +745,7 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- cheap ops over rows ---- */
-
-/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
-static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
-    vec squares = {0};
-    for (int i = 0; i < n; i += LANES) {
-        vec value = load_part(x + i, n - i);
-        squares += value * value;
-    }
-    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
-    for (int i = 0; i < n; i += LANES) {
-        vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
-        store_part(out + i, value, n - i);
-    }
-}
+/* ---- rows ---- */
 
 struct row_job {
     struct cpu_device *device;
@@ -245,6 +771,20 @@ static void for_rows(const struct row_job *job) {
         parallel_for(job->device, n_tiles, row_tile, job);
 }
 
+/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
+static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
+    vec squares = {0};
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i);
+        squares += value * value;
+    }
+    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
+    for (int i = 0; i < n; i += LANES) {
+        vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
+        store_part(out + i, value, n - i);
+    }
+}
+
 static void norm_row(const struct row_job *job, int row) {
     struct cpu_device *device = job->device;
     size_t from = (size_t)(job->rows ? job->rows[row] : row);
@@ -260,6 +800,8 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
     for_rows(&job);
 }
 
+/* ---- embed ---- */
+
 static void embed_row(const struct row_job *job, int row) {
     struct cpu_device *device = job->device;
     pack_read_row(job->weight, device->batch->token[row],
@@ -273,10 +815,71 @@ static void cpu_embed(struct device *base, const struct weight *token_embd) {
     for_rows(&job);
 }
 
+/* ---- norm_qkv ---- */
+
+static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
+    struct product product = {
+        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
+        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
+        .out = {device->q, device->k, device->v},
+        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
+        .rows = device->h,
+        .stride = device->x_stride,
+        .n_rows = device->batch->n_rows};
+    run_product(device, &product, 3);
+}
+
+/* ---- rope_append ---- */
+
+static void append_angles(float *turn, const struct model_config *config, const float *frequency,
+                          int position) {
+    int n = config->rope_dim / 2, step = config->rope_adjacent ? 2 : 1;
+    int partner = config->rope_adjacent ? 1 : n;
+    for (int i = 0; i < n; i++) {
+        double angle = (double)position * (double)frequency[i];
+        float *cosine = turn + i * step, *sine = cosine + config->rope_dim;
+        cosine[0] = cosine[partner] = (float)cos(angle);
+        sine[partner] = (float)sin(angle);
+        sine[0] = -sine[partner];
+    }
+}
+
 static void turn_row(const struct row_job *job, int row) { /* the angles of a position */
     const struct device *device = &job->device->device;
     append_angles(job->device->turn + (size_t)(row * 2 * device->config->rope_dim), device->config,
                   device->rope_frequency, job->device->batch->position[row]);
+}
+
+/* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
+static void append_turn(float *head, const float *turn, const struct model_config *config) {
+    int dim = config->rope_dim, n = dim / 2;
+    const float *sine = turn + dim;
+    for (int i = 0; i < dim && config->rope_adjacent; i += LANES) {
+        vec own = load_part(head + i, dim - i);
+        vec other =
+            __builtin_shufflevector(own, own, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        own = own * load_part(turn + i, dim - i) + other * load_part(sine + i, dim - i);
+        store_part(head + i, own, dim - i);
+    }
+    for (int i = 0; i < n && !config->rope_adjacent; i += LANES) {
+        vec a = load_part(head + i, n - i), b = load_part(head + n + i, n - i);
+        vec cosine = load_part(turn + i, n - i);
+        store_part(head + i, a * cosine + b * load_part(sine + i, n - i), n - i);
+        store_part(head + n + i, b * cosine + a * load_part(sine + n + i, n - i), n - i);
+    }
+}
+
+static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
+                       int n_heads, int row) {
+    const struct model_config *config = device->device.config;
+    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
+    for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
+        if (norm)
+            rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
+        append_turn(heads, turn, config);
+    }
 }
 
 /* A head's keys and values in the blocks of a sequence: (n_layers, {k, v}, heads, 16 * dim).
@@ -298,14 +901,53 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                             .table = device->batch->block_table + sequence->first_block};
 }
 
-static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
-                       int n_heads, int row) {
-    const struct model_config *config = device->device.config;
-    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
-    for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
-        if (norm)
-            rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
-        append_turn(heads, turn, config);
+static void append_store(enum kv_type type, char *to, vec value, int count) {
+    if (type == KV_F32) {
+        store_part((float *)(void *)to, value, count);
+        return;
+    }
+    half_vec halves = narrow_bf16((ivec)value);
+    memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
+}
+
+/* One row's keys: an element goes into each line of the plane. */
+static void append_key(enum kv_type type, char *key, const float *k, int dim) {
+    for (size_t i = 0; i < (size_t)dim; i++)
+        if (type == KV_F32)
+            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
+        else
+            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
+}
+
+/* A block's keys, 16 elements at a time. */
+static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int dim) {
+    for (int at = 0; at < dim; at += LANES) {
+        vec rows[LANES];
+        for (int row = 0; row < LANES; row++)
+            rows[row] = load_part(k + (size_t)row * stride + at, dim - at);
+        transpose(rows);
+        for (int i = 0; i < LANES && i < dim - at; i++)
+            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i],
+                         LANES);
+    }
+}
+
+static void append_write(const struct kv_view *view, int position, int n, const float *k,
+                         const float *v, size_t stride) {
+    size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
+    char *block = (char *)view->kv +
+                  (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements * element;
+    char *key = block + (view->key + token) * element;
+    char *value = block + (view->value + token * (size_t)view->dim) * element;
+    if (n == BLOCK_TOKENS)
+        append_keys(view->type, key, k, stride, view->dim);
+    for (int row = 0; row < n; row++) {
+        if (n < BLOCK_TOKENS)
+            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
+                       view->dim);
+        for (int at = 0; at < view->dim; at += LANES)
+            append_store(view->type, value + (size_t)(row * view->dim + at) * element,
+                         load(v + (size_t)row * stride + at), view->dim - at);
     }
 }
 
@@ -352,36 +994,296 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
                           .layer = layer,
                           .layer_index = layer_index,
                           .n_rows = n_rows,
-                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : FEW_ROWS};
+                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS};
     parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
 }
 
-static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
-    struct product product = {
-        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
-        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
-        .out = {device->q, device->k, device->v},
-        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
-        .rows = device->h,
-        .stride = device->x_stride,
-        .n_rows = device->batch->n_rows};
-    run_product(device, &product, 3);
+/* ---- attention ---- */
+
+/* softmax(q . k) . v of some queries over the paged keys and values of one head. Tokens are taken
+ * KV_TILE at a time, in order from token 0, with a running softmax (Milakov and Gimelshein 2018,
+ * and FlashAttention, Dao et al. 2022). Nothing is gathered: a block keeps its keys as
+ * [head_dim][16 tokens] and its values as [16 tokens][head_dim], so that the lanes of a vector are
+ * tokens in the one product and elements of the output in the other.
+ * What a query sees does not depend on its neighbours: each score is one chain over head_dim, each
+ * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
+ * a block that were never written may hold anything. */
+struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
+    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
+    const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
+    bool ahead;            /* the planes come from memory: ask for those that are read next */
+    int dim, n_tokens, at; /* at: first of the output elements */
+    const float *input;    /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
+    float *output;         /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
+};
+
+INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
+    return type == KV_F32 ? load((const float *)(const void *)plane + at)
+                          : widen_bf16((const uint16_t *)(const void *)plane + at);
 }
 
-static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.kind = PRODUCT_SILU,
-                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
-                              .out = {device->ffn},
-                              .out_stride = {device->ffn_stride},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = device->batch->n_rows};
-    run_product(device, &product, 1);
+/* Asks for a line of the plane that is read next, while the same line of this one is used. */
+INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
+    __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
+
+static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
+    float values[LANES] = {0};
+    uint16_t halves[LANES] = {0};
+    if (type == KV_F32) {
+        memcpy(values, plane + at * sizeof *values, sizeof *values * (size_t)n);
+        return load(values);
+    }
+    memcpy(halves, plane + at * sizeof *halves, sizeof *halves * (size_t)n);
+    return widen_bf16(halves);
+}
+
+/* scores[row][KV_TILE] = query[row] . key[token]: 16 tokens a vector */
+INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    vec sum[QUERY_ROWS][KV_TILE_BLOCKS];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
+            sum[row][i] = (vec){0};
+    for (size_t d = 0; d < (size_t)tile->dim; d++) {
+        vec keys[KV_TILE_BLOCKS];
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
+            keys[i] = kv_load(type, tile->key[i], d * BLOCK_TOKENS);
+        for (int i = 0; i < KV_TILE_BLOCKS && tile->ahead; i++)
+            fetch_line(type, tile->value[i], d * BLOCK_TOKENS);
+        for (int row = 0; row < n_rows; row++) {
+            float factor = tile->input[(size_t)row * HEAD_STRIDE + d];
+            for (int i = 0; i < KV_TILE_BLOCKS; i++)
+                sum[row][i] += factor * keys[i];
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < KV_TILE_BLOCKS; i++)
+            store(tile->output + row * KV_TILE + i * LANES, sum[row][i]);
+}
+
+/* output[row][at + 16 * n_vectors] += weight[row][token] * value[token] */
+INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct kv_tile *tile) {
+    vec sum[QUERY_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] = load(tile->output + row * HEAD_STRIDE + tile->at + i * LANES);
+    int left = tile->dim - tile->at;
+    for (int token = 0; token < tile->n_tokens; token++) {
+        const char *plane = tile->value[token / BLOCK_TOKENS];
+        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + tile->at);
+        vec values[4];
+        for (int i = 0; i < n_vectors; i++)
+            values[i] = n_vectors > 1 || left >= LANES
+                            ? kv_load(type, plane, at + (size_t)i * LANES)
+                            : kv_load_part(type, plane, at, left);
+        for (int i = 0; i < n_vectors && tile->ahead; i++)
+            fetch_line(type, tile->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
+        for (int row = 0; row < n_rows; row++) {
+            float factor = tile->input[row * KV_TILE + token];
+            for (int i = 0; i < n_vectors; i++)
+                sum[row][i] += factor * values[i];
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < n_vectors; i++)
+            store(tile->output + row * HEAD_STRIDE + tile->at + i * LANES, sum[row][i]);
+}
+
+/* One kernel for each number of rows; type and n_vectors are constants where this is inlined. */
+INLINE void score_rows(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    switch (n_rows) {
+    case 1: score_kernel(type, 1, tile); return;
+    case 2: score_kernel(type, 2, tile); return;
+    case 3: score_kernel(type, 3, tile); return;
+    case 4: score_kernel(type, 4, tile); return;
+    case 5: score_kernel(type, 5, tile); return;
+    case 6: score_kernel(type, 6, tile); return;
+    }
+}
+
+INLINE void value_rows(enum kv_type type, int n_vectors, int n_rows, const struct kv_tile *tile) {
+    switch (n_rows) {
+    case 1: value_kernel(type, 1, n_vectors, tile); return;
+    case 2: value_kernel(type, 2, n_vectors, tile); return;
+    case 3: value_kernel(type, 3, n_vectors, tile); return;
+    case 4: value_kernel(type, 4, n_vectors, tile); return;
+    case 5: value_kernel(type, 5, n_vectors, tile); return;
+    case 6: value_kernel(type, 6, n_vectors, tile); return;
+    }
+}
+
+static void compute_scores(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    if (type == KV_F32)
+        score_rows(KV_F32, n_rows, tile);
+    else
+        score_rows(KV_BF16, n_rows, tile);
+}
+
+/* All elements of the outputs: 4 vectors at a time, then one. */
+static void add_values(enum kv_type type, int n_rows, struct kv_tile *tile) {
+    for (tile->at = 0; tile->dim - tile->at >= 4 * LANES; tile->at += 4 * LANES)
+        if (type == KV_F32)
+            value_rows(KV_F32, 4, n_rows, tile);
+        else
+            value_rows(KV_BF16, 4, n_rows, tile);
+    for (; tile->at < tile->dim; tile->at += LANES)
+        if (type == KV_F32)
+            value_rows(KV_F32, 1, n_rows, tile);
+        else
+            value_rows(KV_BF16, 1, n_rows, tile);
+}
+
+/* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
+ * before scales what is there of the output, which is padded to whole vectors. */
+static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
+                         int padded) {
+    const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vec zero = {0}, none = zero - INFINITY;
+    vec value[KV_TILE / LANES], largest = none;
+    for (int i = 0; i < KV_TILE / LANES; i++) {
+        value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
+        largest = max_vec(value[i], largest);
+    }
+    float max = max_lanes(largest);
+    if (max > state->max) {
+        vec scale = exp_vec(zero + (state->max - max));
+        state->max = max;
+        state->sum *= scale;
+        for (int at = 0; at < padded; at += LANES)
+            store(output + at, load(output + at) * scale);
+    }
+    for (int i = 0; i < KV_TILE / LANES; i++) {
+        vec part = exp_vec(value[i] - state->max);
+        store(scores + i * LANES, part);
+        state->sum += part;
+    }
+}
+
+/* Where the planes at `offset` of a tile's blocks begin. A tile that the text does not fill has
+ * its last block several times; what it gives there has the weight 0. */
+static void find_planes(const struct kv_view *view, int start, int end, size_t offset,
+                        const char *plane[KV_TILE_BLOCKS]) {
+    int last = (end - 1) / BLOCK_TOKENS;
+    for (int i = 0; i < KV_TILE_BLOCKS; i++) {
+        int block = start / BLOCK_TOKENS + i < last ? start / BLOCK_TOKENS + i : last;
+        size_t at = (size_t)view->table[block] * view->block_elements + offset;
+        plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
+    }
+}
+
+/* Adds a tile, which begins at token `start`, to queries [first, n): those that see of it. */
+static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int start, int first,
+                        int n, const int *position, struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = tile->n_tokens;
+    for (int rows; first < n; first += rows) {
+        rows = n - first < QUERY_ROWS ? n - first : QUERY_ROWS;
+        float *scores = scratch->scores + first * KV_TILE;
+        float *output = scratch->output + first * HEAD_STRIDE;
+        tile->input = scratch->query + first * HEAD_STRIDE;
+        tile->output = scores;
+        compute_scores(view->type, rows, tile);
+        for (int i = 0; i < rows; i++) {
+            softmax_tile(scores + i * KV_TILE, position[first + i] - start + 1,
+                         &scratch->state[first + i], output + i * HEAD_STRIDE, padded);
+        }
+        int seen = position[first + rows - 1] - start + 1; /* by the last of them */
+        tile->n_tokens = seen < n_tokens ? seen : n_tokens;
+        tile->input = scores;
+        tile->output = output;
+        add_values(view->type, rows, tile);
+        tile->ahead = false; /* the next queries find them in a cache */
+    }
+}
+
+/* scratch->query (n, HEAD_STRIDE), divided by sqrt(dim) -> scratch->output (n, HEAD_STRIDE), for
+ * queries at position[n], which ascend. */
+static void attention_rows(const struct kv_view *view, int n, const int *position,
+                           struct attention_scratch *scratch) {
+    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
+    for (int i = 0; i < n; i++) {
+        scratch->state[i] = (struct softmax){.max = -INFINITY};
+        memset(scratch->output + i * HEAD_STRIDE, 0, sizeof(float) * (size_t)padded);
+    }
+    for (int start = 0; start < end; start += KV_TILE) {
+        int next = start + KV_TILE, left = end - start;
+        struct kv_tile tile = {
+            .dim = view->dim, .n_tokens = left < KV_TILE ? left : KV_TILE, .ahead = true};
+        find_planes(view, start, end, view->key, tile.key);
+        find_planes(view, start, end, view->value, tile.value);
+        if (next < end)
+            find_planes(view, next, end, view->key, tile.next_key);
+        else
+            find_planes(view, 0, end, view->next_key, tile.next_key);
+        while (position[first] < start)
+            first++;
+        attend_tile(view, &tile, start, first, n, position, scratch);
+    }
+    for (int i = 0; i < n; i++) {
+        float sum = sum_lanes(scratch->state[i].sum);
+        float *output = scratch->output + i * HEAD_STRIDE;
+        for (int at = 0; at < padded; at += LANES)
+            store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
+    }
+}
+
+struct attention_job {
+    const struct cpu_device *device;
+    int layer, heads, n_head_groups; /* heads: that a tile takes */
+};
+
+/* Queries of one sequence and one KV head: (row, head of the group), flattened. */
+static void attend(const struct attention_job *job, const struct sequence *sequence, int first,
+                   int head, bool next, struct attention_scratch *scratch) {
+    const struct cpu_device *device = job->device;
+    int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
+    int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
+    int position[QUERIES] = {0};
+    size_t at[QUERIES];
+    float scale = 1.0f / sqrtf((float)dim);
+    for (int i = 0; i < n; i++) {
+        int row = (first + i) / group, own_head = head * group + (first + i) % group;
+        position[i] = sequence->start + row;
+        at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
+        for (int j = 0; j < dim; j++)
+            scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
+    }
+    struct kv_view view = kv_view(device, sequence, job->layer, head, next);
+    attention_rows(&view, n, position, scratch);
+    for (int i = 0; i < n; i++)
+        memcpy(device->attention + at[i], scratch->output + i * HEAD_STRIDE,
+               sizeof(float) * (size_t)dim);
+}
+
+/* A thread takes neighbouring heads: their keys are neighbours in a block, and being read ahead. */
+static void attention_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct attention_job *job = argument;
+    const struct cpu_device *device = job->device;
+    const struct batch *batch = device->batch;
+    int which = 0, head = index % job->n_head_groups * job->heads;
+    int last = head + job->heads < device->n_kv_heads ? head + job->heads : device->n_kv_heads;
+    index =
+        device->first_tile[batch->n_sequences] - 1 - index / job->n_head_groups; /* long first */
+    while (index >= device->first_tile[which + 1])
+        which++;
+    int first = (index - device->first_tile[which]) * QUERIES;
+    for (; head < last; head++)
+        attend(job, &batch->sequence[which], first, head, head + 1 < last, &scratch->attention);
+}
+
+static void cpu_attention(struct device *base, int layer_index) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    int n_tiles = device->first_tile[device->batch->n_sequences], n_heads = device->n_kv_heads;
+    int enough = TILES_A_THREAD * device->cpu->pool.n_threads;
+    int heads = n_tiles * n_heads / enough < n_heads ? n_tiles * n_heads / enough : n_heads;
+    struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
+    job.n_head_groups = divide_up(n_heads, job.heads);
+    if (n_tiles > 0)
+        parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
+}
+
+/* ---- project_add, all_reduce_add ---- */
 
 /* Segments end between heads, or at an even k: where any number of shards cuts the matrix. */
 static void cpu_project_add(struct device *base, const struct weight *matrix,
@@ -430,6 +1332,23 @@ static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     for_rows(&job);
 }
 
+/* ---- norm_gate_up ---- */
+
+static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
+    struct product product = {.kind = PRODUCT_SILU,
+                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
+                              .out = {device->ffn},
+                              .out_stride = {device->ffn_stride},
+                              .rows = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = device->batch->n_rows};
+    run_product(device, &product, 1);
+}
+
+/* ---- norm_logits, sample ---- */
+
 static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
     struct cpu_device *device = (struct cpu_device *)base;
     const struct batch *batch = device->batch;
@@ -442,65 +1361,6 @@ static void cpu_norm_logits(struct device *base, const struct weight *const *wei
                               .n_rows = batch->n_samples};
     run_product(device, &product, 1);
 }
-
-/* ---- attention ---- */
-
-struct attention_job {
-    const struct cpu_device *device;
-    int layer, heads, n_head_groups; /* heads: that a tile takes */
-};
-
-/* Queries of one sequence and one KV head: (row, head of the group), flattened. */
-static void attend(const struct attention_job *job, const struct sequence *sequence, int first,
-                   int head, bool next, struct attention_scratch *scratch) {
-    const struct cpu_device *device = job->device;
-    int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
-    int position[QUERIES] = {0};
-    size_t at[QUERIES];
-    float scale = 1.0f / sqrtf((float)dim);
-    for (int i = 0; i < n; i++) {
-        int row = (first + i) / group, own_head = head * group + (first + i) % group;
-        position[i] = sequence->start + row;
-        at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
-        for (int j = 0; j < dim; j++)
-            scratch->query[i * ATTENTION_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
-    }
-    struct kv_view view = kv_view(device, sequence, job->layer, head, next);
-    attention_rows(&view, n, position, scratch);
-    for (int i = 0; i < n; i++)
-        memcpy(device->attention + at[i], scratch->output + i * ATTENTION_STRIDE,
-               sizeof(float) * (size_t)dim);
-}
-
-/* A thread takes neighbouring heads: their keys are neighbours in a block, and being read ahead. */
-static void attention_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct attention_job *job = argument;
-    const struct cpu_device *device = job->device;
-    const struct batch *batch = device->batch;
-    int which = 0, head = index % job->n_head_groups * job->heads;
-    int last = head + job->heads < device->n_kv_heads ? head + job->heads : device->n_kv_heads;
-    index =
-        device->first_tile[batch->n_sequences] - 1 - index / job->n_head_groups; /* long first */
-    while (index >= device->first_tile[which + 1])
-        which++;
-    int first = (index - device->first_tile[which]) * QUERIES;
-    for (; head < last; head++)
-        attend(job, &batch->sequence[which], first, head, head + 1 < last, &scratch->attention);
-}
-
-static void cpu_attention(struct device *base, int layer_index) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    int n_tiles = device->first_tile[device->batch->n_sequences], n_heads = device->n_kv_heads;
-    int enough = TILES_A_THREAD * device->cpu->pool.n_threads;
-    int heads = n_tiles * n_heads / enough < n_heads ? n_tiles * n_heads / enough : n_heads;
-    struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
-    job.n_head_groups = divide_up(n_heads, job.heads);
-    if (n_tiles > 0)
-        parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
-}
-
-/* ---- sampling ---- */
 
 static void sample_tile(const void *argument, int index, struct scratch *scratch) {
     const struct cpu_device *device = argument;
@@ -593,7 +1453,7 @@ static const struct backend operations = {
     .read_logits = cpu_read_logits,
     .step_end = cpu_step_end,
     .kv_type = KV_F32,
-    .chunk = CHUNK_ROWS,
+    .chunk = PREFILL_CHUNK,
 };
 
 struct backend *cpu_backend_open(const struct backend_options *options, char *error) {

@@ -5,7 +5,7 @@
  *     stats_summary(&answers); // a line, without
  *
  * Steps of workers that share a machine are each held against the whole of it. Read next: pace.h,
- * and probe.h for the CPU's limits. */
+ * and kernels.c for the CPU's limits. */
 #ifndef STATS_H
 #define STATS_H
 

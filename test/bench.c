@@ -5,8 +5,8 @@
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
  * A model of that shape with random weights is run through the backend's ops. Each figure is the
- * best of several repetitions and stands beside the machine's own limits (probe.h), measured right
- * before and after it: reading those weights, and the arithmetic that the type's kernel uses. */
+ * best of several repetitions and stands beside the machine's own limits (`limits` of the backend), measured
+ * right before and after it: reading those weights, and the arithmetic that the type's kernel uses. */
 #include "../kernels.c"
 
 enum {
@@ -370,8 +370,7 @@ int main(int argc, char **argv) {
         open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
                    asked(argc, argv, "plain"));
         struct cpu_device *device = (struct cpu_device *)bench.device;
-        struct probe probe = {&device->cpu->pool, device->job, device->scratch};
-        double empty = probe_time(&probe, 2, empty_tile, NULL);
+        double empty = best_time(device, 2, empty_tile, NULL);
         printf("%-5s %s, packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,
                shape->name, bench.packed_bytes / bench.pack_seconds * 1e-9, empty * 1e6);
         if (!part || asked(argc, argv, "kernel"))

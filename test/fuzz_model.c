@@ -5,14 +5,14 @@
 #define MODEL_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
-#include "../lib/pack.h"
+#include "../lib/matmul.h"
 #include "dynamo.h"
 #include "../lib/gguf.h"
 #include "../lib/model.h"
 #include "../lib/template.h"
 #include "../lib/tokenizer.h"
-#define PACK_IMPLEMENTATION
-#include "../lib/pack.h"
+#define MATMUL_IMPLEMENTATION
+#include "../lib/matmul.h"
 #include "fuzz.h"
 
 enum { OPENED, MODELS, VOCABULARIES, CHATS, CHECKPOINTS, TOKENIZER_BINS, PACKED };

@@ -5,8 +5,8 @@
 #define MODEL_IMPLEMENTATION
 #include "dynamo.h"
 #include "../lib/model.h"
-#define PACK_IMPLEMENTATION
-#include "../lib/pack.h"
+#define MATMUL_IMPLEMENTATION
+#include "../lib/matmul.h"
 #include "check.h"
 
 #include <math.h>

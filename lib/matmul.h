@@ -1,0 +1,896 @@
+/* matmul.h: rows times a matrix of weights, in the types in which model files store them.
+ *
+ *     y[row][output] = sum over k of x[row][k] * W[output][k]
+ *
+ * Owns: the order in which weights lie in memory, the forms that rows take, and the kernels that
+ * multiply the two. It knows nothing of threads: each function below computes its part alone, and
+ * the caller hands the parts out. Panels and slabs are the caller's memory.
+ *
+ *     struct weight *weight = pack_open(tensor);               // a matrix; a vector becomes f32
+ *     weight->panels = aligned_alloc(64, pack_bytes(weight));
+ *     for (int i = 0; i < pack_panels(weight); i++)
+ *         pack_panel(weight, i);                               // in any order, on any thread
+ *     enum row_form form = dot_form(weight->type, false);      // FORM_F32: x is used as it is
+ *     dot_convert(form, x, 0, weight->cols, rows);             // else each row is converted, once
+ *     struct tile tile = {.panel = weight->panels + i * weight->panel_bytes,
+ *                         .end = weight->cols, .form = form, .input = rows, .stride = row_bytes,
+ *                         .out = y};
+ *     panel_product(weight->type, tile, n_rows, slab);         // y (n_rows, PANEL): 64 outputs
+ *     pack_close(weight);                                      // not the panels: they are yours
+ *
+ * How data flows: a matrix is packed once into *panels* of 64 outputs side by side for each k, in
+ * its own type, so that a vector of 16 lanes holds 16 outputs and no sum runs across lanes. Shards
+ * are views of the whole (pack_view). A kernel keeps 64 outputs of 1 to 6 rows in registers over
+ * all of k. There are three, each compiled for every type and number of rows it can meet:
+ *     tile_product   in the vectors of simd.h, for all types, on any processor; rows are f32
+ *     dot_bf16       weights in BF16 times rows rounded to bf16 (AVX-512 BF16: vdpbf16ps)
+ *     dot_q8         quantized weights times blocks of 32 bytes with a scale (VNNI: vpdpbusd)
+ * The latter two are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of each
+ * element, Q8 rows 1/254 of a block's largest.
+ *
+ * Invariants: each output is one chain of sums over k, or over blocks of k, in order. It does not
+ * depend on the other rows, on their number or on slabs. A form of a row depends on that row alone;
+ * a block that a segment of K cuts has zeros outside the segment.
+ *
+ * Read next: tile_product, the heart of it; then pool.h, and kernels.c, which hands out the parts.
+ * Define MATMUL_IMPLEMENTATION in one file, before including this. */
+#ifndef MATMUL_H
+#define MATMUL_H
+#include "model.h"
+#include "simd.h"
+
+enum {
+    PANEL = 64,       /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
+    TILE_ROWS = 6,    /* rows that one call of a kernel computes at most, for the same reason */
+    DIRECT_ROWS = 24, /* up to so many rows read a panel as it is; more, once it is turned to f32 */
+    SLAB = 256,       /* k of a panel that many rows use while it is in L2, as f32: 64 KiB */
+    DOT_SLAB = 1024,  /* the same of a panel in its stored type, which the fast kernels read */
+    ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
+    READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
+    Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
+};
+
+/* ---- weights ---- */
+
+/* A matrix, or a part of one: rows [first_row, first_row + n_rows) and columns alike of the packed
+ * whole, `panels`, which the weight of the whole tensor owns. A vector is plain f32. */
+struct weight {
+    const struct tensor *tensor;
+    enum tensor_type type;
+    int first_row, n_rows, first_col, n_cols, cols; /* cols: of the whole */
+    size_t panel_bytes;
+    char *panels;  /* (rows / PANEL) panels */
+    float *vector; /* (n_cols), padded with zeros */
+    bool owner;
+    struct weight *next; /* for the caller */
+};
+
+struct weight *pack_open(const struct tensor *tensor); /* NULL: no memory */
+int pack_panels(const struct weight *weight);          /* 0: a vector */
+size_t pack_bytes(const struct weight *weight);        /* of all panels */
+void pack_panel(const struct weight *weight, int index);
+struct weight *pack_view(const struct weight *whole, struct slice slice); /* NULL: no memory */
+void pack_close(struct weight *weight);
+void pack_read_row(const struct weight *weight, int row, float *out); /* out (cols) */
+
+/* ---- rows ---- */
+
+/* What a kernel wants its rows to be. */
+enum row_form { FORM_F32, FORM_BF16, FORM_Q8, N_FORMS };
+
+struct q8_block { /* element = scale * q */
+    int8_t q[Q8_BLOCK];
+    int32_t sum[2];          /* of each half of q */
+    float scale, scaled_sum; /* of all of q */
+};
+
+/* What the kernel for a type wants on this processor; plain: FORM_F32 always. */
+enum row_form dot_form(enum tensor_type type, bool plain);
+/* Bytes of k in [begin, end) of a row. */
+size_t dot_form_bytes(enum row_form form, int begin, int end);
+/* to = k in [begin, end) of a row, in any form but FORM_F32; from: element `begin` of the row. */
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to);
+
+/* ---- products ---- */
+
+/* out[row][64] (+)= sum over k in [begin, end) of input[row][k] * weight[k][64] */
+struct tile {
+    const char *panel;
+    int begin, end;     /* k of the panel; begin is even */
+    enum row_form form; /* of the rows: dot_form of the panel's type, or FORM_F32 */
+    const char *input;  /* (rows) the first column is k = begin */
+    size_t stride;      /* bytes from row to row */
+    float *out;         /* (rows, PANEL) */
+    bool add, ahead;    /* ahead: the panel comes from memory */
+};
+
+/* Any number of rows, in groups of like size. */
+void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
+/* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
+void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
+/* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. The input
+ * has them one behind the other, each converted on its own. spare: a tile for each level. */
+void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
+                     int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]);
+
+/* ---- what a processor can do ---- */
+
+/* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
+ * limit. sink (LANES): what is computed, which nobody wants. */
+void dot_busy(enum row_form form, float *sink);
+double dot_busy_ops(enum row_form form); /* of one such call, two a multiply-add */
+
+/* ---- for the caller's arithmetic too ---- */
+
+static inline size_t round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+static inline int divide_up(int value, int unit) {
+    return (value + unit - 1) / unit;
+}
+#endif /* MATMUL_H */
+#ifdef MATMUL_IMPLEMENTATION
+#undef MATMUL_IMPLEMENTATION
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- weights: blocks of k that share scales, and how a panel holds them ---- */
+
+/* What lies in 4 bytes of a row of the file lies in 4 bytes of the panel too, those of 64 outputs
+ * side by side: packing is a transposition of 4-byte words, [row][word] to [word][64]. So there are
+ * two k side by side in F16 and BF16, four in Q8_0, and eight in the low and high halves of the
+ * bytes of a 4-bit type. What a block of such a type has besides (scales) stands before its words:
+ *     Q8_0, 32 k     f16 d[64];                                weight = d * (byte - 128)
+ *     Q4_0, 32 k     f16 d[64];                                weight = d * (bits - 8)
+ *     Q4_K, 256 k    f16 d[64], m[64]; u8 s[8][64], t[8][64];  weight = d * s * bits - m * t
+ *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];                weight = d * s * (bits - 32)
+ * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. For F32, F16 and
+ * BF16 one word is a block. */
+struct pack_block {
+    int n_k, n_part; /* of a block; of the parts of a block that have scales of their own */
+    int bytes, payload, n_words; /* in the file: of a block; where its n_words 4-byte words begin */
+    int header;                  /* in a panel: bytes before the words */
+    int offset;                  /* of the whole numbers: 0 stands for minus this */
+};
+
+INLINE struct pack_block pack_block(enum tensor_type type) {
+    switch (type) {
+    case TYPE_F32: return (struct pack_block){1, 1, 4, 0, 1, 0, 0};
+    case TYPE_F16:
+    case TYPE_BF16: return (struct pack_block){2, 2, 4, 0, 1, 0, 0};
+    case TYPE_Q8_0: return (struct pack_block){32, 32, 34, 2, 8, 2 * PANEL, 128};
+    case TYPE_Q4_0: return (struct pack_block){32, 32, 18, 2, 4, 2 * PANEL, 8};
+    case TYPE_Q4_K: return (struct pack_block){256, 32, 144, 16, 32, 20 * PANEL, 0};
+    case TYPE_Q6_K: return (struct pack_block){256, 16, 210, 0, 48, 18 * PANEL, 32};
+    }
+    return (struct pack_block){1, 1, 0, 0, 0, 0, 0};
+}
+
+INLINE bool pack_quantized(enum tensor_type type) {
+    return pack_block(type).header > 0;
+}
+
+INLINE size_t pack_part_bytes(enum tensor_type type) { /* of a panel: of a part of a block */
+    struct pack_block form = pack_block(type);
+    return (size_t)((form.header + form.n_words * 4 * PANEL) * form.n_part / form.n_k);
+}
+
+/* Asks for what lies READ_AHEAD bytes behind [at, at + bytes): panels are read in their order, and
+ * the processor's own reading ahead ends with each page. Never faults. */
+INLINE void read_ahead(const char *at, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(at + READ_AHEAD + line);
+}
+
+INLINE const char *block_of(enum tensor_type type, const char *panel, unsigned k) {
+    struct pack_block block = pack_block(type);
+    unsigned bytes = (unsigned)(block.header + block.n_words * 4 * PANEL);
+    return panel + (size_t)(k / (unsigned)block.n_k) * bytes;
+}
+
+INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of the 4 of a word */
+    return *(const ivec_any *)(const void *)(words +
+                                             ((size_t)word * PANEL + (size_t)i * LANES) * 4);
+}
+
+/* Four k of 16 outputs as bytes, of a quantized type: [k + at, k + at + 4), where k begins a part
+ * of a block and `at` is a multiple of 4. */
+INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsigned at, int i) {
+    struct pack_block form = pack_block(type);
+    const char *words = block_of(type, panel, k) + form.header;
+    unsigned quad = at / 4, half = k % 256 / 128, part = k % 128 / 32;
+    if (type == TYPE_Q8_0)
+        return load_words(words, quad, i);
+    if (type == TYPE_Q4_0) /* 16 k in the low halves, then 16 in the high ones */
+        return load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
+    if (type == TYPE_Q4_K) /* 32 and 32 */
+        return load_words(words, k % 256 / 64 * 8 + quad, i) >> (part % 2 * 4) & 0x0f0f0f0f;
+    /* Q6_K, 128 k: 64 in the low halves of 16 words and 64 in the high ones; then, for every 32 k,
+     * two bits more in each of 8 words */
+    quad += k % 32 / 4;
+    ivec low = load_words(words, half * 16 + part % 2 * 8 + quad, i) >> (part / 2 * 4) & 0x0f0f0f0f;
+    ivec high = load_words(words, 32 + half * 8 + quad, i) >> (part * 2) & 0x03030303;
+    return low | high << 4;
+}
+
+struct scales { /* of 64 outputs, for one part of a block: weight = scale * number - least */
+    vec scale[4], least[4];
+};
+
+INLINE void load_scales(enum tensor_type type, const char *panel, unsigned k,
+                        struct scales *scales) {
+    const char *block = block_of(type, panel, k);
+    unsigned part = k % (unsigned)pack_block(type).n_k / (unsigned)pack_block(type).n_part;
+    for (int i = 0; i < 4 && pack_quantized(type); i++) {
+        const uint16_t *halves = (const uint16_t *)(const void *)block + i * LANES;
+        const char *bytes = block + part * PANEL + (unsigned)i * LANES;
+        scales->scale[i] = widen_f16(halves);
+        scales->least[i] = (vec){0};
+        if (type == TYPE_Q4_K) {
+            scales->scale[i] *= widen_int8(bytes + 4 * PANEL);
+            scales->least[i] = widen_f16(halves + PANEL) * widen_int8(bytes + 12 * PANEL);
+        } else if (type == TYPE_Q6_K) {
+            scales->scale[i] *= widen_int8(bytes + 2 * PANEL);
+        }
+    }
+}
+
+/* 16 weights of k as f32, vector i of 4. `scales`: of k's part of a block. */
+INLINE vec load_weight(enum tensor_type type, const char *panel, unsigned k, int i,
+                       const struct scales *scales) {
+    if (type == TYPE_F32)
+        return (vec)load_words(panel, k, i);
+    if (type == TYPE_BF16) {
+        ivec pair = load_words(panel, k / 2, i);
+        return (vec)(k & 1 ? pair & (int32_t)0xffff0000 : pair << 16);
+    }
+    if (type == TYPE_F16)
+        return widen_f16_words(load_words(panel, k / 2, i) >> (k % 2 * 16));
+    unsigned at = k % (unsigned)pack_block(type).n_part;
+    ivec bytes = load_quad(type, panel, k - at, at & ~3u, i) >> (k % 4 * 8) & 0xff;
+    vec number = __builtin_convertvector(bytes - pack_block(type).offset, vec);
+    return type == TYPE_Q4_K ? number * scales->scale[i] - scales->least[i]
+                             : number * scales->scale[i];
+}
+
+INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales change */
+    int next = (k / pack_block(type).n_part + 1) * pack_block(type).n_part;
+    return pack_quantized(type) && next < end ? next : end;
+}
+
+/* to[word][64] = from[row][word], for n_rows rows of `bytes` bytes that lie `stride` bytes apart.
+ * What the last word of a row lacks is 0. */
+static void pack_words(const char *from, size_t stride, int n_rows, size_t bytes, char *to) {
+    for (int first = 0; first < PANEL; first += LANES) { /* few rows at a time are read ahead */
+        for (size_t at = 0; at < bytes; at += 4 * LANES) {
+            size_t left = bytes - at < 4 * LANES ? bytes - at : 4 * LANES;
+            vec rows[LANES] = {{0}};
+            for (int i = 0; i < LANES && first + i < n_rows; i++)
+                rows[i] = load_bytes(from + (size_t)(first + i) * stride + at, left);
+            transpose(rows);
+            for (size_t i = 0; i < (left + 3) / 4; i++)
+                memcpy(to + ((at / 4 + i) * PANEL + (size_t)first) * 4, &rows[i], 4 * LANES);
+        }
+    }
+}
+
+/* The scales of one block of one row, which come before the words of a panel. `to`: its column. */
+static void pack_header(enum tensor_type type, const uint8_t *from, char *to, int row) {
+    uint8_t *bytes = (uint8_t *)to;
+    const uint8_t *d = from + (type == TYPE_Q6_K ? 208 : 0);
+    memcpy(bytes + row * 2, d, 2);
+    if (type == TYPE_Q6_K) {
+        for (int part = 0; part < 16; part++)
+            bytes[(2 + part) * PANEL + row] = from[192 + part];
+    } else if (type == TYPE_Q4_K) {
+        memcpy(bytes + 2 * PANEL + row * 2, from + 2, 2);
+        const uint8_t *packed = from + 4;
+        for (int part = 0; part < 8; part++) {
+            int scale, least;
+            gguf_q4_k_scales(packed, part, &scale, &least);
+            bytes[(4 + part) * PANEL + row] = (uint8_t)scale;
+            bytes[(12 + part) * PANEL + row] = (uint8_t)least;
+        }
+    }
+}
+
+static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
+    struct pack_block form = pack_block(weight->type);
+    return (size_t)weight->cols * (size_t)form.bytes / (size_t)form.n_k;
+}
+
+static void pack_quantized_panel(const struct weight *weight, const char *from, int n_rows,
+                                 char *panel) {
+    struct pack_block form = pack_block(weight->type);
+    size_t payload = (size_t)form.n_words * 4, stride = pack_row_bytes(weight);
+    for (int k = 0; k < weight->cols; k += form.n_k, from += form.bytes) {
+        for (int row = 0; row < n_rows; row++)
+            pack_header(weight->type, (const uint8_t *)from + (size_t)row * stride, panel, row);
+        panel += form.header;
+        pack_words(from + form.payload, stride, n_rows, payload, panel);
+        for (size_t i = 0; i < payload * PANEL && weight->type == TYPE_Q8_0; i++)
+            panel[i] = (char)(panel[i] ^ 0x80);
+        panel += payload * PANEL;
+    }
+}
+
+void pack_panel(const struct weight *weight, int index) {
+    char *panel = weight->panels + (size_t)index * weight->panel_bytes;
+    int first = index * PANEL, n = weight->n_rows - first < PANEL ? weight->n_rows - first : PANEL;
+    size_t stride = pack_row_bytes(weight);
+    const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
+    if (pack_quantized(weight->type)) {
+        if (n < PANEL)
+            memset(panel, 0, weight->panel_bytes);
+        pack_quantized_panel(weight, from, n, panel);
+    } else {
+        if (weight->cols & 1) /* the next k is read, though as 0 */
+            memset(panel + weight->panel_bytes - 4 * PANEL, 0, 4 * PANEL);
+        pack_words(from, stride, n, stride, panel);
+    }
+}
+
+static bool pack_vector(struct weight *weight) {
+    const struct tensor *tensor = weight->tensor;
+    size_t padded = round_up((size_t)weight->cols, LANES);
+    weight->vector = calloc(padded, sizeof(float));
+    if (!weight->vector)
+        return false;
+    for (int i = 0; i < weight->cols; i++) {
+        if (tensor->type == TYPE_F32) {
+            memcpy(&weight->vector[i], (const float *)tensor->data + i, sizeof(float));
+        } else {
+            uint16_t bits[LANES] = {((const uint16_t *)tensor->data)[i]};
+            weight->vector[i] = tensor->type == TYPE_F16 ? widen_f16(bits)[0] : widen_bf16(bits)[0];
+        }
+    }
+    return true;
+}
+
+struct weight *pack_open(const struct tensor *tensor) {
+    struct weight *weight = malloc(sizeof *weight);
+    if (!weight)
+        return NULL;
+    *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
+    weight->n_rows = (int)tensor->rows;
+    weight->n_cols = weight->cols = (int)tensor->cols;
+    struct pack_block form = pack_block(tensor->type);
+    if (weight->n_rows > 1 || pack_quantized(tensor->type)) {
+        size_t n_k = round_up((size_t)weight->cols, 2); /* kernels take two k at a time */
+        weight->panel_bytes =
+            n_k / (size_t)form.n_k * (size_t)(form.header + form.n_words * 4 * PANEL);
+    } else if (!pack_vector(weight)) {
+        free(weight);
+        return NULL;
+    }
+    return weight;
+}
+
+int pack_panels(const struct weight *weight) {
+    return weight->vector ? 0 : divide_up(weight->n_rows, PANEL);
+}
+
+size_t pack_bytes(const struct weight *weight) {
+    return (size_t)pack_panels(weight) * weight->panel_bytes;
+}
+
+struct weight *pack_view(const struct weight *whole, struct slice slice) {
+    struct weight *view = malloc(sizeof *view);
+    if (!view)
+        return NULL;
+    *view = *whole;
+    bool columns = slice.kind == SLICE_COLS || view->vector;
+    int *first = columns ? &view->first_col : &view->first_row;
+    int *count = columns ? &view->n_cols : &view->n_rows;
+    *count /= slice.count;
+    *first = slice.rank * *count;
+    if (view->vector)
+        view->vector += *first;
+    view->owner = false;
+    return view;
+}
+
+void pack_close(struct weight *weight) {
+    if (weight->owner)
+        free(weight->vector);
+    free(weight);
+}
+
+void pack_read_row(const struct weight *weight, int row, float *out) {
+    const char *panel = weight->panels + (size_t)(row / PANEL) * weight->panel_bytes;
+    int i = row % PANEL / LANES, lane = row % LANES;
+    for (int k = 0; k < weight->cols;) {
+        int end = part_end(weight->type, k, weight->cols);
+        struct scales scales;
+        load_scales(weight->type, panel, (unsigned)k, &scales);
+        for (; k < end; k++)
+            out[k] = load_weight(weight->type, panel, (unsigned)k, i, &scales)[lane];
+    }
+}
+
+/* ---- the plain kernel ---- */
+
+/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
+ * constants where it is inlined; each sum is one chain over k, whatever they are. */
+INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
+    vec sum[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
+    const float *input = (const float *)(const void *)tile->input;
+    size_t stride = tile->stride / sizeof(float);
+    for (int k = tile->begin; k < tile->end;) {
+        int end = part_end(type, k, tile->end);
+        struct scales scales;
+        load_scales(type, tile->panel, (unsigned)k, &scales);
+        for (; k < end; k += 2, input += 2) {
+            if (tile->ahead && !pack_quantized(type)) /* of two k: one or two blocks */
+                read_ahead(block_of(type, tile->panel, (unsigned)k),
+                           2 / (size_t)pack_block(type).n_k * pack_part_bytes(type));
+            for (int odd = 0; odd < 2; odd++) {
+                vec weights[4];
+                for (int i = 0; i < 4; i++)
+                    weights[i] = load_weight(type, tile->panel, (unsigned)(k + odd), i, &scales);
+                for (int row = 0; row < n_rows; row++) {
+                    float factor = input[(size_t)row * stride + (size_t)odd];
+                    for (int i = 0; i < 4; i++)
+                        sum[row][i] += factor * weights[i];
+                }
+            }
+        }
+    }
+    for (int row = 0; row < n_rows; row++)
+        for (int i = 0; i < 4; i++)
+            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+}
+
+/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
+INLINE void tile_product_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: tile_product(type, 1, tile); return;
+    case 2: tile_product(type, 2, tile); return;
+    case 3: tile_product(type, 3, tile); return;
+    case 4: tile_product(type, 4, tile); return;
+    case 5: tile_product(type, 5, tile); return;
+    case 6: tile_product(type, 6, tile); return;
+    }
+}
+
+static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (type) {
+    case TYPE_F32: tile_product_rows(TYPE_F32, n_rows, tile); return;
+    case TYPE_F16: tile_product_rows(TYPE_F16, n_rows, tile); return;
+    case TYPE_BF16: tile_product_rows(TYPE_BF16, n_rows, tile); return;
+    case TYPE_Q8_0: tile_product_rows(TYPE_Q8_0, n_rows, tile); return;
+    case TYPE_Q4_0: tile_product_rows(TYPE_Q4_0, n_rows, tile); return;
+    case TYPE_Q4_K: tile_product_rows(TYPE_Q4_K, n_rows, tile); return;
+    case TYPE_Q6_K: tile_product_rows(TYPE_Q6_K, n_rows, tile); return;
+    }
+}
+
+/* ---- rows in their forms, and the kernels that want them so ---- */
+
+size_t dot_form_bytes(enum row_form form, int begin, int end) {
+    if (form == FORM_Q8)
+        return (size_t)(divide_up(end, Q8_BLOCK) - begin / Q8_BLOCK) * sizeof(struct q8_block);
+    return (size_t)(end - begin) * (form == FORM_BF16 ? 2 : 4);
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define DOT      __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+enum row_form dot_form(enum tensor_type type, bool plain) {
+    bool wide = !plain && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (wide && type == TYPE_BF16 && __builtin_cpu_supports("avx512bf16"))
+        return FORM_BF16;
+    if (wide && pack_quantized(type) && __builtin_cpu_supports("avx512vnni"))
+        return FORM_Q8;
+    return FORM_F32;
+}
+
+static void dot_convert_block(const float *from, int count, struct q8_block *to, int at) {
+    float part[Q8_BLOCK] = {0};
+    memcpy(part + at, from, sizeof(float) * (size_t)count);
+    vec half[2] = {load(part), load(part + LANES)};
+    float largest = max_lanes(max_vec(max_vec(half[0], -half[0]), max_vec(half[1], -half[1])));
+    float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
+    to->scale = largest / 127.0f;
+    for (int i = 0; i < 2; i++) {
+        vec rounded = half[i] * factor + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
+        ivec whole = __builtin_convertvector(rounded - 12582912.0f, ivec);
+        byte_vec bytes = __builtin_convertvector(whole, byte_vec);
+        memcpy(to->q + i * LANES, &bytes, sizeof bytes);
+        to->sum[i] = (int32_t)sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
+    }
+    to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
+}
+
+static void dot_convert_q8(const float *from, int begin, int end, char *to) {
+    struct q8_block *block = (struct q8_block *)(void *)to;
+    for (int k = begin; k < end; block++) {
+        int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
+        next = next < end ? next : end;
+        dot_convert_block(from + (k - begin), next - k, block, k % Q8_BLOCK);
+        k = next;
+    }
+}
+
+/* To nearest, ties to even; what is below the normal numbers becomes 0. */
+static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
+    for (int k = 0; k < count; k += LANES) {
+        int n = count - k < LANES ? count - k : LANES;
+        __m256bh halves = _mm512_cvtneps_pbh((__m512)load_part(from + k, n));
+        if (n == LANES)
+            memcpy(to + k * 2, &halves, sizeof halves);
+        else
+            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)n);
+    }
+}
+
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    if (form == FORM_BF16)
+        dot_convert_bf16(from, end - begin, to);
+    else
+        dot_convert_q8(from, begin, end, to);
+}
+
+/* n_rows x n_vectors sums, from vector `first` of a panel's 4. Here and below all loops over rows
+ * and vectors are unrolled, or the sums would not stay in registers. */
+INLINE DOT void dot_load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                              __m512 sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
+                                    : _mm512_setzero_ps();
+}
+
+INLINE DOT void dot_store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                               __m512 sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
+}
+
+/* Each instruction adds two products to each of 16 sums. */
+INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
+    __m512 sum[TILE_ROWS][4];
+    dot_load_sums(tile, n_rows, 0, 4, sum);
+    const char *input = tile->input;
+    for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
+        __m512bh weights[4];
+        if (tile->ahead)
+            read_ahead(tile->panel + (size_t)k * 2 * PANEL, 4 * PANEL);
+        for (int i = 0; i < 4; i++)
+            weights[i] = (__m512bh)load_words(tile->panel, (unsigned)k / 2, i);
+        for (int row = 0; row < n_rows; row++) {
+            int32_t pair;
+            memcpy(&pair, input + (size_t)row * tile->stride, sizeof pair);
+            for (int i = 0; i < 4; i++)
+                sum[row][i] =
+                    _mm512_dpbf16_ps(sum[row][i], weights[i], (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+    dot_store_sums(tile, n_rows, 0, 4, sum);
+}
+
+/* A part of a block that begins at k, of rows whose blocks begin at `block`, `stride` bytes apart:
+ * what the offset of the weights' numbers makes of it, -offset * the sum of a row's bytes. */
+INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vectors,
+                                 const char *block, size_t stride, unsigned k,
+                                 __m512i whole[TILE_ROWS][4]) {
+    const int offset = pack_block(type).offset;
+    const char *sums = block + Q8_BLOCK + k % Q8_BLOCK / 16 * sizeof(int32_t);
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++) {
+        const int32_t *sum = (const int32_t *)(const void *)(sums + (size_t)row * stride);
+        int32_t all = pack_block(type).n_part == Q8_BLOCK ? sum[0] + sum[1] : sum[0];
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            whole[row][i] = _mm512_set1_epi32(-offset * all);
+    }
+}
+
+/* Adds the products of the bytes of that part: each instruction four to each of 16 sums. */
+INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
+                                   const char *panel, const char *block, size_t stride, unsigned k,
+                                   __m512i whole[TILE_ROWS][4]) {
+    const char *quads = block + k % Q8_BLOCK;
+#pragma GCC unroll 8
+    for (unsigned at = 0; at < (unsigned)pack_block(type).n_part; at += 4) {
+        __m512i weights[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++) {
+            weights[i] = (__m512i)load_quad(type, panel, k, at, first + i);
+            __asm__("" : "+v"(weights[i])); /* gcc 12 would load them again for each row */
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < n_rows; row++) {
+            int32_t quad;
+            memcpy(&quad, quads + (size_t)row * stride + at, sizeof quad);
+#pragma GCC unroll 4
+            for (int i = 0; i < n_vectors; i++)
+                whole[row][i] =
+                    _mm512_dpbusd_epi32(whole[row][i], weights[i], _mm512_set1_epi32(quad));
+        }
+    }
+}
+
+/* Adds one row's whole numbers of that part to its sums, scaled. */
+INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
+                                const struct scales *scales, const char *row,
+                                const __m512i whole[4], __m512 sum[4]) {
+    const struct q8_block *block = (const struct q8_block *)(const void *)row;
+    __m512 scale = _mm512_set1_ps(block->scale), total = _mm512_set1_ps(block->scaled_sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < n_vectors; i++) {
+        __m512 both = _mm512_mul_ps((__m512)scales->scale[first + i], scale);
+        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[i]), both, sum[i]);
+        if (type == TYPE_Q4_K)
+            sum[i] = _mm512_fnmadd_ps((__m512)scales->least[first + i], total, sum[i]);
+    }
+}
+
+INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_vectors,
+                          const struct tile *tile) {
+    const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
+    const size_t bytes = pack_part_bytes(type), stride = tile->stride;
+    const char *block = tile->input;
+    __m512 sum[TILE_ROWS][4];
+    dot_load_sums(tile, n_rows, first, n_vectors, sum);
+    for (unsigned k = (unsigned)tile->begin / n_part * n_part; k < end; k += n_part) {
+        struct scales scales;
+        __m512i whole[TILE_ROWS][4];
+        if (tile->ahead && first == 0)
+            read_ahead(tile->panel + k / n_part * bytes, bytes);
+        load_scales(type, tile->panel, k, &scales);
+        dot_q8_offset(type, n_rows, n_vectors, block, stride, k, whole);
+        dot_q8_multiply(type, n_rows, first, n_vectors, tile->panel, block, stride, k, whole);
+#pragma GCC unroll 6
+        for (int row = 0; row < n_rows; row++)
+            dot_q8_scale(type, first, n_vectors, &scales, block + (size_t)row * stride, whole[row],
+                         sum[row]);
+        if ((k + n_part) % Q8_BLOCK == 0)
+            block += sizeof(struct q8_block);
+    }
+    dot_store_sums(tile, n_rows, first, n_vectors, sum);
+}
+
+/* More than 3 rows: half a panel at a time, so that the sums of both kinds fit into registers. */
+INLINE DOT_Q8 void dot_q8_halves(enum tensor_type type, int n_rows, const struct tile *tile) {
+    dot_q8(type, n_rows, 0, 2, tile);
+    dot_q8(type, n_rows, 2, 2, tile);
+}
+
+/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
+INLINE DOT_Q8 void dot_q8_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: dot_q8(type, 1, 0, 4, tile); return;
+    case 2: dot_q8(type, 2, 0, 4, tile); return;
+    case 3: dot_q8(type, 3, 0, 4, tile); return;
+    case 4: dot_q8_halves(type, 4, tile); return;
+    case 5: dot_q8_halves(type, 5, tile); return;
+    case 6: dot_q8_halves(type, 6, tile); return;
+    }
+}
+
+static DOT_Q8 void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (type) {
+    case TYPE_Q8_0: dot_q8_rows(TYPE_Q8_0, n_rows, tile); return;
+    case TYPE_Q4_0: dot_q8_rows(TYPE_Q4_0, n_rows, tile); return;
+    case TYPE_Q4_K: dot_q8_rows(TYPE_Q4_K, n_rows, tile); return;
+    case TYPE_Q6_K: dot_q8_rows(TYPE_Q6_K, n_rows, tile); return;
+    default: return; /* not quantized: has no such form */
+    }
+}
+
+static DOT_BF16 void dot_bf16_tile(int n_rows, const struct tile *tile) {
+    switch (n_rows) {
+    case 1: dot_bf16(1, tile); return;
+    case 2: dot_bf16(2, tile); return;
+    case 3: dot_bf16(3, tile); return;
+    case 4: dot_bf16(4, tile); return;
+    case 5: dot_bf16(5, tile); return;
+    case 6: dot_bf16(6, tile); return;
+    }
+}
+
+static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    if (tile->form == FORM_BF16)
+        dot_bf16_tile(n_rows, tile);
+    else
+        dot_q8_tile(type, n_rows, tile);
+}
+
+#else /* other processors: the plain kernel alone, so nothing is ever converted */
+
+enum row_form dot_form(enum tensor_type type, bool plain) {
+    (void)type;
+    (void)plain;
+    return FORM_F32;
+}
+
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    (void)form;
+    (void)from;
+    (void)begin;
+    (void)end;
+    (void)to;
+}
+
+static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    plain_tile(type, n_rows, tile);
+}
+#endif
+
+/* ---- larger products ---- */
+
+void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
+    for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
+        int n = divide_up(n_rows, groups);
+        if (tile.form == FORM_F32)
+            plain_tile(type, n, &tile);
+        else
+            dot_tile(type, n, &tile);
+        tile.ahead = false; /* the next rows find it in a cache */
+        tile.input += (size_t)n * tile.stride;
+        tile.out += n * PANEL;
+        n_rows -= n;
+    }
+}
+
+INLINE void widen_as(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    for (int k = begin; k < end;) {
+        int stop = part_end(type, k, end);
+        struct scales scales;
+        load_scales(type, panel, (unsigned)k, &scales);
+        for (; k < stop; k++, slab += PANEL)
+            for (int i = 0; i < 4; i++)
+                store(slab + i * LANES, load_weight(type, panel, (unsigned)k, i, &scales));
+    }
+}
+
+static void widen(enum tensor_type type, const char *panel, int begin, int end, float *slab) {
+    switch (type) {
+    case TYPE_F32: return; /* needs it not */
+    case TYPE_F16: widen_as(TYPE_F16, panel, begin, end, slab); return;
+    case TYPE_BF16: widen_as(TYPE_BF16, panel, begin, end, slab); return;
+    case TYPE_Q8_0: widen_as(TYPE_Q8_0, panel, begin, end, slab); return;
+    case TYPE_Q4_0: widen_as(TYPE_Q4_0, panel, begin, end, slab); return;
+    case TYPE_Q4_K: widen_as(TYPE_Q4_K, panel, begin, end, slab); return;
+    case TYPE_Q6_K: widen_as(TYPE_Q6_K, panel, begin, end, slab); return;
+    }
+}
+
+/* Many rows keep their sums in `out` from slab to slab of the panel, which the plain kernel first
+ * turns into f32: the same bits. */
+void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
+    int begin = tile.begin, end = tile.end, slab_k = tile.form == FORM_F32 ? SLAB : DOT_SLAB;
+    const char *panel = tile.panel;
+    if (begin >= end) {
+        memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
+    } else if (n_rows <= TILE_ROWS) {
+        tile_rows(type, tile, n_rows);
+        return;
+    }
+    for (int k = begin; k < end;) {
+        int next = (k / slab_k + 1) * slab_k < end ? (k / slab_k + 1) * slab_k : end;
+        tile.begin = k;
+        tile.end = next;
+        tile.add = k > begin;
+        if (type == TYPE_F32 || tile.form != FORM_F32 || n_rows <= DIRECT_ROWS) {
+            tile_rows(type, tile, n_rows);
+        } else {
+            widen(type, panel, k, next + (next & 1), slab);
+            tile.panel = (const char *)slab;
+            tile.ahead = false;
+            tile.end = next - k;
+            tile.begin = 0;
+            tile_rows(TYPE_F32, tile, n_rows);
+        }
+        tile.panel = panel;
+        tile.input += dot_form_bytes(tile.form, k, next);
+        k = next;
+    }
+}
+
+void segment_product(const struct weight *matrix, int unit, int first, int count, struct tile tile,
+                     int n_rows, float *slab, float (*spare)[ROW_CHUNK * PANEL]) {
+    if (count == 1) {
+        tile.begin = segment_begin(matrix->cols, unit, first);
+        tile.end = segment_begin(matrix->cols, unit, first + 1);
+        panel_product(matrix->type, tile, n_rows, slab);
+        return;
+    }
+    int half = count / 2;
+    segment_product(matrix, unit, first, half, tile, n_rows, slab, spare);
+    for (int i = first; i < first + half; i++)
+        tile.input += dot_form_bytes(tile.form, segment_begin(matrix->cols, unit, i),
+                                     segment_begin(matrix->cols, unit, i + 1));
+    float *sum = tile.out;
+    tile.out = *spare;
+    segment_product(matrix, unit, first + half, half, tile, n_rows, slab, spare + 1);
+    for (int i = 0; i < n_rows * PANEL; i += LANES)
+        store(sum + i, load(sum + i) + load(tile.out + i));
+}
+
+/* ---- what a processor can do ---- */
+
+enum {
+    BUSY_STEPS = 10000, /* a few hundred microseconds */
+    BUSY_SUMS = 24      /* side by side, as many as a kernel has: each waits for the one before */
+};
+
+static void busy_f32(float *sink) {
+    vec sum[BUSY_SUMS], factor = (vec){0} + 0.999f;
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = factor * (float)i;
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            sum[i] = sum[i] * factor + factor;
+    }
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] += sum[i];
+    store(sink, sum[0]);
+}
+
+#if defined(__x86_64__)
+static DOT_BF16 void busy_bf16(float *sink) {
+    __m512 sum[BUSY_SUMS];
+    __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = _mm512_set1_ps((float)i);
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
+    }
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    _mm512_storeu_ps(sink, sum[0]);
+}
+
+/* In assembler: gcc 12 copies sums of this instruction to and fro. */
+static DOT_Q8 void busy_q8(float *sink) {
+    __m512i sum[BUSY_SUMS], factor = _mm512_set1_epi32(0x01020301);
+#pragma GCC unroll 24
+    for (int i = 0; i < BUSY_SUMS; i++)
+        sum[i] = _mm512_set1_epi32(i);
+    for (int k = 0; k < BUSY_STEPS; k++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < BUSY_SUMS; i++)
+            __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
+    }
+#pragma GCC unroll 24
+    for (int i = 1; i < BUSY_SUMS; i++)
+        sum[0] = _mm512_add_epi32(sum[0], sum[i]);
+    _mm512_storeu_ps(sink, _mm512_cvtepi32_ps(sum[0]));
+}
+#else /* they have FORM_F32 alone */
+#define busy_bf16 busy_f32
+#define busy_q8   busy_f32
+#endif
+
+void dot_busy(enum row_form form, float *sink) {
+    switch (form) {
+    case FORM_BF16: busy_bf16(sink); return;
+    case FORM_Q8: busy_q8(sink); return;
+    default: busy_f32(sink); return;
+    }
+}
+
+double dot_busy_ops(enum row_form form) {
+    int products = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1; /* of one lane */
+    return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products;
+}
+#endif /* MATMUL_IMPLEMENTATION */
