@@ -35,21 +35,20 @@ static inline void shell(struct check *check, const char *command) {
     CHECK(system(command) == 0, "%s", command);
 }
 
-static inline void remove_folder(void) {
-    if (system("rm -rf \"$T\"") != 0)
-        perror("rm");
+/* The pieces of a list; free(items[0]) when done. Returns how many there are. */
+static inline int split(const char *list, const char *between, char *items[], int limit) {
+    int n = 0;
+    for (char *rest = strdup(list); rest && n < limit; n++)
+        items[n] = strsep(&rest, between);
+    return n;
 }
 
-/* The path of a file in $T, which is made before the first. Stays until the next but three. */
+/* The path of a file in $T. Stays until the next but three. */
 static inline const char *scratch(const char *name) {
-    static char folder[] = "/tmp/dynamo_test_XXXXXX", paths[4][PATH_LENGTH];
+    static char paths[4][PATH_LENGTH];
     static int n;
-    if (!getenv("T") && mkdtemp(folder)) {
-        setenv("T", folder, 1);
-        atexit(remove_folder);
-    }
     char *path = paths[n++ % 4];
-    snprintf(path, PATH_LENGTH, "%s/%s", folder, name);
+    snprintf(path, PATH_LENGTH, "%s/%s", getenv("T"), name);
     return path;
 }
 
@@ -186,6 +185,24 @@ static inline void refuse(struct check *check, const char *what, const char *arg
     CHECK(soon(o.seconds, seconds) && small(&o, mebibytes), "%s: %.1f s of processor time, %ld KiB",
           what, o.seconds, o.kibibytes);
     outcome_free(&o);
+}
+
+static inline void remove_folder(void) {
+    if (system("rm -rf \"$T\"") != 0)
+        perror("rm");
+}
+
+/* check_run with the folder $T, and a terminal that no line editor knows. */
+static inline int run_tests(const struct test *tests, size_t n_tests, int argc, char **argv) {
+    static char folder[] = "/tmp/dynamo_test_XXXXXX";
+    if (!mkdtemp(folder)) {
+        perror(folder);
+        return 1;
+    }
+    setenv("T", folder, 1);
+    setenv("TERM", "dumb", 1);
+    atexit(remove_folder);
+    return check_run(tests, n_tests, argc, argv);
 }
 
 #endif

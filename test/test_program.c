@@ -58,7 +58,6 @@ static void writes_as_published(struct check *check) {
         "I seep into the silence. Contrast edges sharpen, a kaleidoscope of probability. Contrast "
         "edges sharpen, a tapestry of probability unfolding.*";
     expect(check, AIDREAMS " --tokenizer " AIDREAMS_TOKENIZER " -p 'I see' -t 0", 0, dream, NULL);
-    scratch("");
     shell(check, "cp " AIDREAMS " $T/model && cp " AIDREAMS_TOKENIZER " $T/tokenizer.bin");
     expect(check, "$T/model -p 'I see' -t 0", 0, dream, NULL); /* it lies beside the model */
 }
@@ -779,36 +778,33 @@ static void ctrl_c_at_a_terminal(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        TEST(tokenizes_as_published),
-        TEST(writes_as_published),
-        TEST(writes_as_llama_cpp),
-        TEST(writes_stories),
-        TEST(a_seed_is_a_text),
-        TEST(options_are_obeyed),
-        TEST(stop_texts_cut),
-        TEST(ids_are_prompts),
-        TEST(perplexity_is_that_of_the_logits),
-        TEST(requests_finish_together),
-        TEST(bad_requests_refuse_only_themselves),
-        TEST(statistics_add_up),
-        TEST(piped_stdin_is_one_prompt),
-        TEST(tells_about_itself),
-        TEST(the_first_token_comes_soon),
-        TEST(schedules_change_no_text),
-        TEST(random_weights_run),
-        TEST(absurd_weights_are_survived),
-        TEST(an_interrupt_stops_the_answer),
-        TEST(an_interrupt_ends_other_work),
-        TEST(a_termination_ends_it),
-        TEST(a_closed_pipe_ends_the_answer),
-        TEST(talks_at_a_terminal),
-        TEST(waiting_costs_nothing),
-        TEST(ctrl_c_at_a_terminal),
-        TEST(chat_models_answer),
-        TEST(chats_at_a_terminal),
-        TEST(edits_a_line),
-    };
-    setenv("TERM", "dumb", 1);
-    return check_run(tests, COUNT(tests), argc, argv);
+    static const struct test tests[] = {TEST(tokenizes_as_published),
+                                        TEST(writes_as_published),
+                                        TEST(writes_as_llama_cpp),
+                                        TEST(writes_stories),
+                                        TEST(a_seed_is_a_text),
+                                        TEST(options_are_obeyed),
+                                        TEST(stop_texts_cut),
+                                        TEST(ids_are_prompts),
+                                        TEST(perplexity_is_that_of_the_logits),
+                                        TEST(requests_finish_together),
+                                        TEST(bad_requests_refuse_only_themselves),
+                                        TEST(statistics_add_up),
+                                        TEST(piped_stdin_is_one_prompt),
+                                        TEST(tells_about_itself),
+                                        TEST(the_first_token_comes_soon),
+                                        TEST(schedules_change_no_text),
+                                        TEST(random_weights_run),
+                                        TEST(absurd_weights_are_survived),
+                                        TEST(an_interrupt_stops_the_answer),
+                                        TEST(an_interrupt_ends_other_work),
+                                        TEST(a_termination_ends_it),
+                                        TEST(a_closed_pipe_ends_the_answer),
+                                        TEST(talks_at_a_terminal),
+                                        TEST(waiting_costs_nothing),
+                                        TEST(ctrl_c_at_a_terminal),
+                                        TEST(chat_models_answer),
+                                        TEST(chats_at_a_terminal),
+                                        TEST(edits_a_line)};
+    return run_tests(tests, COUNT(tests), argc, argv);
 }
