@@ -27,7 +27,7 @@
 #define TEST(name)                                                                                 \
     { #name, name }
 
-enum { PATH_LENGTH = 256, VALUE_LENGTH = 8192 /* bytes of a JSON value, at most */ };
+enum { PATH_LENGTH = 256 };
 
 /* ---- files ---- */
 
@@ -35,19 +35,18 @@ static inline void shell(struct check *check, const char *command) {
     CHECK(system(command) == 0, "%s", command);
 }
 
-/* The pieces of a list; free(items[0]) when done. Returns how many there are. */
+/* The pieces of a list. Returns how many there are. */
 static inline int split(const char *list, const char *between, char *items[], int limit) {
     int n = 0;
-    for (char *rest = strdup(list); rest && n < limit; n++)
+    char *rest = keep(strlen(list) + 1);
+    for (strcpy(rest, list); rest && n < limit; n++)
         items[n] = strsep(&rest, between);
     return n;
 }
 
-/* The path of a file in $T. Stays until the next but three. */
+/* The path of a file in $T. */
 static inline const char *scratch(const char *name) {
-    static char paths[4][PATH_LENGTH];
-    static int n;
-    char *path = paths[n++ % 4];
+    char *path = keep(PATH_LENGTH);
     snprintf(path, PATH_LENGTH, "%s/%s", getenv("T"), name);
     return path;
 }
@@ -74,7 +73,7 @@ static inline char *read_file(struct check *check, const char *path, size_t *len
     FILE *file = fopen(path, "rb");
     CHECK(file, "%s: cannot be read; is this the repository's root?", path);
     *length = 0;
-    return file ? child_output(file, length) : calloc(1, 1);
+    return file ? child_output(file, length) : keep(1);
 }
 
 /* ---- answers as JSON lines ---- */
@@ -103,28 +102,25 @@ static inline const struct json_node *value_of(const struct json_node *nodes, in
 }
 
 /* The value of `key` in the answer of the request `id`, or in the statistics, whose id is `stats`;
- * `(none)`: there is none. Stays until the next but three. */
+ * `(none)`: there is none. */
 static inline const char *answer(const struct outcome *o, const char *id, const char *key) {
-    static char values[4][VALUE_LENGTH];
-    static int n;
-    char error[ERROR_LENGTH], *value = values[n++ % 4];
-    bool found = false, stats = !strcmp(id, "stats");
-    for (const char *line = o->out; *line && !found; line += strcspn(line, "\n") + 1) {
-        size_t length = strcspn(line, "\n");
-        char *copy = strndup(line, length);
-        struct json_node *nodes = json_parse(copy, length, error);
-        const struct json_node *its_id = nodes ? value_of(nodes, 0, stats ? "stats" : "id") : NULL;
-        found = its_id && (stats || !strcmp(its_id->text, id));
-        int at = found && stats ? (int)(its_id - nodes) : 0;
-        const struct json_node *its = found ? value_of(nodes, at, key) : NULL;
-        snprintf(value, VALUE_LENGTH, "%.*s", its ? (int)its->length : 6,
-                 its ? its->text : "(none)");
+    bool stats = strcmp(id, "stats") == 0;
+    char error[ERROR_LENGTH], *value = NULL;
+    for (const char *line = o->out, *end; *line && !value; line = end + (*end == '\n')) {
+        end = line + strcspn(line, "\n");
+        char *copy = strndup(line, (size_t)(end - line));
+        struct json_node *nodes = json_parse(copy, (size_t)(end - line), error);
+        const struct json_node *its = nodes ? value_of(nodes, 0, stats ? "stats" : "id") : NULL;
+        if (its && (stats || strcmp(its->text, id) == 0))
+            its = value_of(nodes, stats ? (int)(its - nodes) : 0, key);
+        else
+            its = NULL;
+        if (its)
+            value = memcpy(keep(its->length + 1), its->text, its->length);
         free(nodes);
         free(copy);
-        if (!line[length])
-            break;
     }
-    return found ? value : "(none)";
+    return value ? value : "(none)";
 }
 
 static inline double number(const struct outcome *o, const char *id, const char *key) {
@@ -142,18 +138,15 @@ static inline void expect(struct check *check, const char *arguments, int status
     CHECK(o.status == status, "%s: status %d, expected %d: %s", arguments, o.status, status, o.err);
     CHECK(!out || fnmatch(out, o.out, 0) == 0, "%s: %s; expected %s", arguments, o.out, out);
     CHECK(!err || fnmatch(err, o.err, 0) == 0, "%s: %s; expected %s", arguments, o.err, err);
-    outcome_free(&o);
 }
 
 /* Both must have ended well, with the same text or another one. */
-static inline void compare(struct check *check, const char *what, bool same, struct outcome *a,
-                           struct outcome *b) {
+static inline void compare(struct check *check, const char *what, bool same,
+                           const struct outcome *a, const struct outcome *b) {
     CHECK(a->status == 0 && b->status == 0, "%s: status %d, %d: %s%s", what, a->status, b->status,
           a->err, b->err);
     CHECK((strcmp(a->out, b->out) == 0) == same, "%s: expected %s text:\n%s\n%s", what,
           same ? "the same" : "another", a->out, b->out);
-    outcome_free(a);
-    outcome_free(b);
 }
 
 static inline void expect_same(struct check *check, bool same, const char *one, const char *other) {
@@ -184,7 +177,6 @@ static inline void refuse(struct check *check, const char *what, const char *arg
     check_refusal(check, what, &o, status, words);
     CHECK(soon(o.seconds, seconds) && small(&o, mebibytes), "%s: %.1f s of processor time, %ld KiB",
           what, o.seconds, o.kibibytes);
-    outcome_free(&o);
 }
 
 static inline void remove_folder(void) {

@@ -119,7 +119,6 @@ static void good_values(struct check *check) {
         CHECK(parse(&o, line, error), "%s: %s", line, error);
         cli_free(&o);
     }
-    free(items[0]);
     CHECK(parse(&o, "random:llama:q8_0", error), "%s", error);
     cli_free(&o);
 }
@@ -219,7 +218,6 @@ static void bad_lines(struct check *check) {
             snprintf(line, sizeof line, "m %s", items[k]);
             refuse_line(check, line, bad_lines_by_words[i].words);
         }
-        free(items[0]);
     }
 }
 
@@ -342,7 +340,6 @@ static void bad_requests_stand_alone(struct check *check) {
             requests_free(&requests);
             cli_free(&o);
         }
-        free(items[0]);
     }
 }
 
@@ -496,7 +493,6 @@ static void help_is_whole(struct check *check) {
     int n = split(words, ";", items, 64);
     for (int i = 0; i < n; i++)
         CHECK(strstr(text, items[i]), "%s is not in --help", items[i]);
-    free(items[0]);
     for (char *line = text, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
         CHECK(end - line <= 100, "%.*s", (int)(end - line), line);

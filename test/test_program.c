@@ -48,8 +48,6 @@ static void tokenizes_as_published(struct check *check) {
         struct outcome o = run(check, "%s --tokenize %s.inp", paths[i], paths[i]);
         CHECK(length > 1000 && o.status == 0 && strcmp(o.out, expected) == 0, "%s: status %d\n%s%s",
               path, o.status, o.err, o.out);
-        outcome_free(&o);
-        free(expected);
     }
 }
 
@@ -80,11 +78,9 @@ static void writes_as_llama_cpp(struct check *check) {
         struct outcome o = run(check, "model.bin --ids %s -t 0 -n %d --json", line, n);
         CHECK(o.status == 0 && strstr(o.out, expected), "expected %s, got %s%s", expected, o.out,
               o.err);
-        outcome_free(&o);
         n_lines++;
     }
     CHECK(n_lines == 12, "%d lines", n_lines);
-    free(text);
 }
 
 /* ---- what is written ---- */
@@ -98,8 +94,6 @@ static void writes_stories(struct check *check) {
               options[i], o.status, o.err, o.out);
         bool ends = !strcmp(answer(&json, "0", "finish_reason"), "stop");
         CHECK(ends || count_words(o.out) >= 100, "%s: %s", options[i], json.out);
-        outcome_free(&o);
-        outcome_free(&json);
     }
 }
 
@@ -127,8 +121,6 @@ static void options_are_obeyed(struct check *check) {
     struct outcome b = run(check, "model.bin --system A -p B -n 9 -t 0");
     CHECK(a.out_length > 4 && b.out_length > 2 && !strcmp(a.out + 3, b.out + 1),
           "--system stands before the prompt: %s%s", a.out, b.out);
-    outcome_free(&a);
-    outcome_free(&b);
 }
 
 /* A stop text that is an excerpt of what is generated ends the text before it. */
@@ -145,12 +137,9 @@ static void stop_texts_cut(struct check *check) {
         struct outcome o = run(check, ONCE "-t 0 --stop '%s' --stop zyzzy", stop);
         CHECK(o.out_length == length + 1 && !strncmp(o.out, whole.out, length), "--stop '%s': %s",
               stop, o.out);
-        outcome_free(&o);
         o = run(check, ONCE "-t 0 --stop '%s' --json", stop);
         CHECK(!strcmp(answer(&o, "0", "finish_reason"), "stop"), "%s", o.out);
-        outcome_free(&o);
     }
-    outcome_free(&whole);
 }
 
 /* ---- ids, logits, perplexity ---- */
@@ -166,7 +155,6 @@ static int ids_of_text(struct check *check, int ids[MAX_IDS]) {
             break;
         ids[n++] = (int)id;
     }
-    outcome_free(&o);
     return n;
 }
 
@@ -195,7 +183,6 @@ static double likelihood(struct check *check, const int *ids, int n) {
     join_ids(list, ids, n);
     struct outcome o = run(check, "model.bin --ids %s --logits $T/logits", list);
     CHECK(o.status == 0 && o.out_length == 0, "status %d: %s%s", o.status, o.err, o.out);
-    outcome_free(&o);
     size_t length;
     float *logits = (float *)(void *)read_file(check, scratch("logits"), &length);
     size_t n_cols = length / sizeof *logits / ((size_t)n + 1);
@@ -208,7 +195,6 @@ static double likelihood(struct check *check, const int *ids, int n) {
             total += exp((double)row[j]);
         sum += log(total) - (double)row[ids[i]];
     }
-    free(logits);
     return sum;
 }
 
@@ -221,7 +207,6 @@ static void check_perplexity(struct check *check, const char *options, int n, do
     CHECK(fabs(nll - mean) < 1e-4, "%s: nll %g, by the logits %g", options, nll, mean);
     CHECK(fabs(perplexity / exp(mean) - 1) < 1e-3, "%g, by the logits %g", perplexity, exp(mean));
     CHECK(perplexity > 1 && perplexity < 100, "a story's perplexity: %g", perplexity);
-    outcome_free(&o);
 }
 
 /* A text that fills less than one window of the context, and one cut into windows of 32 tokens,
@@ -230,7 +215,6 @@ static void perplexity_is_that_of_the_logits(struct check *check) {
     int ids[MAX_IDS];
     struct outcome story = run(check, ONCE "--seed 4 -n 70");
     write_file(check, "text", story.out, story.out_length);
-    outcome_free(&story);
     int n = ids_of_text(check, ids);
     CHECK(n > 62, "only %d tokens", n);
     check_perplexity(check, "", n, likelihood(check, ids, n) / n);
@@ -277,14 +261,11 @@ static void requests_finish_together(struct check *check) {
             CHECK(strcmp(a, "(none)") && !strcmp(a, b), "%s: %s: %s, alone: %s", rows[i].id,
                   keys[k], a, b);
         }
-        outcome_free(&one);
     }
-    outcome_free(&o);
     o = run(check, "model.bin -f - --seed 5 -n 4 < $T/requests");
     const char *first = strstr(o.out, "The cat"), *last = strstr(o.out, "\n\nThe dog");
     CHECK(o.status == 0 && first == o.out && last && strstr(last, "\n\n\xCA\xFE") == NULL,
           "in order: status %d: %s", o.status, o.out);
-    outcome_free(&o);
 }
 
 /* Every second line is bad; those between are answered. */
@@ -333,8 +314,6 @@ static void bad_requests_refuse_only_themselves(struct check *check) {
               "%s: %s, expected %s%s", rows[i].line, line, begin, rows[i].words);
     }
     CHECK(rest && !strstr(rest, "dynamo: "), "more lines than bad requests: %s", rest);
-    outcome_free(&shown);
-    outcome_free(&o);
 }
 
 /* ---- what is shown where ---- */
@@ -370,7 +349,6 @@ static void statistics_add_up(struct check *check) {
     for (size_t i = 0; i < COUNT(sums); i++)
         CHECK(number(&o, "stats", sums[i].key) == sums[i].value, "%s is not %d: %s", sums[i].key,
               sums[i].value, o.out);
-    outcome_free(&o);
     expect(check, CAT "-n 20 -t 0", 0, "The cat*", "*| 20 tokens generated, *");
     expect_same(check, true, CAT "-n 20 -t 0", CAT "-n 20 -t 0 --stats --verbose");
     o = run(check, CAT "-n 20 -t 0 --stats --verbose");
@@ -378,7 +356,6 @@ static void statistics_add_up(struct check *check) {
                                         "worker 1 (decode)"};
     for (size_t i = 0; i < COUNT(words); i++)
         CHECK(strstr(o.err, words[i]), "no %s: %s", words[i], o.err);
-    outcome_free(&o);
 }
 
 static void piped_stdin_is_one_prompt(struct check *check) {
@@ -392,21 +369,18 @@ static void piped_stdin_is_one_prompt(struct check *check) {
     struct outcome o = run(check, "model.bin -n 5 < $T/prompt");
     CHECK(o.status == 0 && o.out_length >= sizeof bytes && !memcmp(o.out, bytes, sizeof bytes - 1),
           "status %d: %s", o.status, o.err);
-    outcome_free(&o);
     expect(check, "model.bin -n 5 --json -f $T/prompt", 3, "*\"completion_tokens\":5*", NULL);
 }
 
 static void tells_about_itself(struct check *check) {
     struct outcome o = run(check, "--version");
     CHECK(o.status == 0 && !strncmp(o.out, "dynamo ", 7) && count_lines(o.out) == 1, "%s", o.out);
-    outcome_free(&o);
     expect(check, "--help", 0, "usage: dynamo MODEL*--seed S*", "");
     o = run(check, "--help");
     CHECK(!strstr(o.out, " \n"), "blanks at the end of a line: %s", o.out);
     for (const char *line = o.out; *line; line += strcspn(line, "\n") + 1)
         CHECK(strcspn(line, "\n") <= 100, "a line of %zu columns: %.100s", strcspn(line, "\n"),
               line);
-    outcome_free(&o);
 }
 
 /* On two threads, so that their waiting for each other does not count on large machines. */
@@ -417,7 +391,6 @@ static void the_first_token_comes_soon(struct check *check) {
         live_bytes(&live, sizeof "Once upon a time");
         best = fmin(best, live_used(&live));
         CHECK(live_end(&live) == 0, "it did not end well");
-        live_close(&live);
     }
     CHECK(best > 0 && soon(best, LIMIT_MS * 1e-3), "the first token after %.1f ms", 1e3 * best);
 }
@@ -453,9 +426,7 @@ static void schedules_change_no_text(struct check *check) {
         }
         CHECK(!counter || number(&o, "stats", counter) > 0, "%s: no %s: %s", options[i][0], counter,
               o.out);
-        outcome_free(&o);
     }
-    outcome_free(&expected);
 }
 
 /* Their logits are neither equal nor wild, and the same on two devices that share the model. */
@@ -465,7 +436,6 @@ static void random_weights_run(struct check *check) {
         struct outcome o =
             run(check, "random:stories-15m:%s --ids 1,2,3 --logits $T/logits", types[i]);
         CHECK(o.status == 0, "%s: status %d: %s", types[i], o.status, o.err);
-        outcome_free(&o);
         size_t length;
         float *logits = (float *)(void *)read_file(check, scratch("logits"), &length);
         double squares = 0, n = (double)(length / sizeof *logits);
@@ -474,15 +444,12 @@ static void random_weights_run(struct check *check) {
             squares += (double)logits[j] * (double)logits[j];
         double deviation = sqrt(squares / n);
         CHECK(deviation > 0.2 && deviation < 2, "%s: deviation %g", types[i], deviation);
-        free(logits);
     }
     static const char words[] = "random:stories-15m:q8_0 --ids 1,2,3 -n 20 -t 0 --json";
     struct outcome a = run(check, "%s", words);
     struct outcome b = run(check, "%s --tp 2 --devices cpu:4", words);
     const char *one = answer(&a, "0", "ids"), *two = answer(&b, "0", "ids");
     CHECK(strlen(one) > 40 && !strcmp(one, two), "%s\n%s\n%s%s", one, two, a.err, b.err);
-    outcome_free(&a);
-    outcome_free(&b);
 }
 
 /* ---- models of made up weights ---- */
@@ -497,7 +464,7 @@ static void write_endless_model(struct check *check, float scale) {
     size_t layer = 2 * DIM + 4 * DIM * DIM + 3 * DIM * HIDDEN;
     size_t n = VOCAB * DIM + LAYERS * layer + DIM + LONG_CONTEXT * (DIM / HEADS);
     size_t length = sizeof header + n * sizeof(float);
-    char *bytes = malloc(length);
+    char *bytes = keep(length);
     uint32_t random = 1;
     memcpy(bytes, header, sizeof header);
     for (size_t i = 0; i < n; i++) {
@@ -506,7 +473,6 @@ static void write_endless_model(struct check *check, float scale) {
         memcpy(bytes + sizeof header + i * sizeof weight, &weight, sizeof weight);
     }
     write_file(check, "endless", bytes, length);
-    free(bytes);
     shell(check, "cp " AIDREAMS_TOKENIZER " $T/tokenizer.bin");
 }
 
@@ -523,7 +489,6 @@ static void absurd_weights_are_survived(struct check *check) {
                     options[k]);
             CHECK(o.status == 0 && strstr(o.out, "\"ids\":["), "%g, %s: status %d: %s%s",
                   (double)scales[i], options[k], o.status, o.out, o.err);
-            outcome_free(&o);
         }
     }
 }
@@ -552,7 +517,6 @@ static void an_interrupt_stops_the_answer(struct check *check) {
     kill(live.pid, SIGINT);
     ends_soon(check, &live, 3); /* some requests failed */
     CHECK(live.length > 100 && live.text[live.length - 1] == '\n', "%s", live.text);
-    live_close(&live);
     write_requests(check, "{'ids':[1,9],'n':2}\n{'ids':[1,5,6]}\n{'ids':[1,7]}\n");
     live = live_start(check, false, ENDLESS "-f $T/requests --json");
     live_until(&live, "length"); /* the short one ended */
@@ -566,7 +530,6 @@ static void an_interrupt_stops_the_answer(struct check *check) {
         CHECK(!strcmp(reason, "cancelled"), "%s: %s", id, reason);
         CHECK(number(&o, id, "completion_tokens") > 0, "%s: nothing so far", id);
     }
-    live_close(&live);
 }
 
 /* Whoever asks it to go ends it, answers or not. */
@@ -577,7 +540,6 @@ static void a_termination_ends_it(struct check *check) {
         struct live live = start_endless(check, ENDLESS "--ids 1,5,6", 100);
         kill(live.pid, signals[i]);
         ends_soon(check, &live, 128 + signals[i]);
-        live_close(&live);
         live = live_start(check, true, ENDLESS); /* its line editor has changed the modes */
         struct termios before, after;
         bool known = tcgetattr(live.input, &before) == 0;
@@ -585,10 +547,11 @@ static void a_termination_ends_it(struct check *check) {
         CHECK(known && tcgetattr(live.input, &after) == 0 && !(after.c_lflag & ICANON),
               "the editor reads lines, not keys");
         kill(live.pid, signals[i]);
+        int terminal = dup(live.input);
         ends_soon(check, &live, 128 + signals[i]);
-        known = tcgetattr(live.input, &after) == 0;
+        known = tcgetattr(terminal, &after) == 0;
+        close(terminal);
         CHECK(known && after.c_lflag == before.c_lflag, "the terminal was left in another mode");
-        live_close(&live);
     }
     setenv("TERM", "dumb", 1);
 }
@@ -596,15 +559,13 @@ static void a_termination_ends_it(struct check *check) {
 /* Where there is no answer to stop, Ctrl-C ends the program. */
 static void an_interrupt_ends_other_work(struct check *check) {
     size_t length = 1 << 20;
-    char *text = malloc(length);
+    char *text = keep(length);
     memset(text, 'a', length);
     write_file(check, "text", text, length);
-    free(text);
     struct live live = start_endless(check, "$T/endless --perplexity $T/text", 0);
     CHECK(live_works(&live, 0.3), "it ended before it was interrupted");
     kill(live.pid, SIGINT);
     ends_soon(check, &live, 128 + SIGINT);
-    live_close(&live);
 }
 
 /* A reader that has gone, as of `dynamo | head`: no need to write on. */
@@ -613,7 +574,6 @@ static void a_closed_pipe_ends_the_answer(struct check *check) {
     close(live.output);
     live.output = open("/dev/null", O_RDONLY);
     ends_soon(check, &live, 1);
-    live_close(&live);
 }
 
 /* ---- at a terminal ---- */
@@ -626,7 +586,7 @@ static void write_chat_model(struct check *check) {
     static const uint64_t name_length = NAME, length = ADDED - 8 - NAME - 4 - 8;
     static const uint32_t type = 8; /* a string */
     size_t size;
-    char *model = read_file(check, "model.bin", &size), *chat = calloc(1, size + ADDED);
+    char *model = read_file(check, "model.bin", &size), *chat = keep(size + ADDED);
     if (size > HEADER) {
         char *key = chat + HEADER;
         memcpy(chat, model, HEADER);
@@ -640,8 +600,6 @@ static void write_chat_model(struct check *check) {
         memcpy(key + ADDED, model + HEADER, size - HEADER);
     }
     write_file(check, "chat.gguf", chat, size + ADDED);
-    free(model);
-    free(chat);
 }
 
 #define CHAT "$T/chat.gguf -p 'Once upon a time' -t 0 -n 20 "
@@ -653,8 +611,6 @@ static void chat_models_answer(struct check *check) {
     CHECK(chat.status == 0 && !strstr(chat.out, "Once upon a time"), "not echoed: %s", chat.out);
     CHECK(chat.out_length > 10 && strstr(plain.out, chat.out), "`%s` is not the end of `%s`",
           chat.out, plain.out);
-    outcome_free(&plain);
-    outcome_free(&chat);
     expect_same(check, true, CHAT "--template none", ONCE "-t 0 -n 20");
     expect(check, "$T/chat.gguf -p Once --template chatml", 2, NULL, "*<|im_start|>*");
 }
@@ -676,7 +632,6 @@ static void talk(struct live *live, const struct turn *turns, size_t n) {
 static void leave(struct check *check, struct live *live, const char *keys) {
     live_write(live, keys);
     CHECK(live_end(live) == 0, "it did not end: %s", live->text);
-    live_close(live);
 }
 
 static void chats_at_a_terminal(struct check *check) {
@@ -774,7 +729,6 @@ static void ctrl_c_at_a_terminal(struct check *check) {
     }
     live_write(&live, "\003");
     ends_soon(check, &live, 128 + SIGINT);
-    live_close(&live);
 }
 
 int main(int argc, char **argv) {
