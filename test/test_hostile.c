@@ -83,19 +83,19 @@ static void bad_commands_are_refused(struct check *check) {
         {1, "aidreams_tokenizer.bin: ", AIDREAMS_TOKENIZER " -p a"},
         {1, "vocab-gpt-2.gguf: ", DATA "vocab-gpt-2.gguf -p a"},
         {1, "/nowhere/f: No such file",
-         "model.bin -f /nowhere/f|model.bin --perplexity /nowhere/f|model.bin --tokenize "
-         "/nowhere/f|model.bin -p a --logits /nowhere/f"},
+         "model.bin -f /nowhere/f|model.bin --perplexity /nowhere/f|"
+         "model.bin --tokenize /nowhere/f|model.bin -p a --logits /nowhere/f"},
         {1, "test: Is a directory", "model.bin -f test|model.bin -p a --logits test"},
         {1, "/dev/null: too short", "model.bin --perplexity /dev/null"},
         {1, "Is a directory", "model.bin < test"},
         {1, "/proc/logits: No such file", "model.bin -p a --logits /proc/logits"},
         {1, "/dev/full: No space left", "model.bin -p a --logits /dev/full"},
         {1, "stdout: No space left",
-         "model.bin -p a -n 3 > /dev/full|model.bin -p a -n 3 --json > /dev/full|model.bin "
-         "--tokenize Makefile > /dev/full|--help > /dev/full"},
+         "model.bin -p a -n 3 > /dev/full|model.bin -p a -n 3 --json > /dev/full|"
+         "model.bin --tokenize Makefile > /dev/full|--help > /dev/full"},
         {1, "stdout: Bad file descriptor",
-         "model.bin -p a -n 3 >&-|model.bin --tokenize Makefile >&-|model.bin -p a -n 3 --json "
-         ">&-|--version >&-|model.bin --perplexity Makefile >&-"},
+         "model.bin -p a -n 3 >&-|model.bin --tokenize Makefile >&-|--version >&-|"
+         "model.bin -p a -n 3 --json >&-|model.bin --perplexity Makefile >&-"},
         {1, "stdin: Bad file descriptor", "model.bin <&-|model.bin -f - <&-"},
         {3, "999999 is no token", "model.bin --ids 1,999999"},
         {1, "/dev/full", "model.bin --ids 1 --logits /dev/full"},
