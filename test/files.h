@@ -170,13 +170,13 @@ static inline void check_refusal(struct check *check, const char *what, const st
     CHECK(found, "%s: %.*s; expected %s", what, (int)length, line, words);
 }
 
-/* A run that must be refused so, in little time and memory. */
-static inline void refuse(struct check *check, const char *what, const char *arguments, int status,
-                          const char *words, double seconds, long mebibytes) {
+/* A run that must be refused so, in so much processor time and little memory. */
+static inline void refuse(struct check *check, const char *arguments, int status, const char *words,
+                          double seconds) {
     struct outcome o = run(check, "%s", arguments);
-    check_refusal(check, what, &o, status, words);
-    CHECK(soon(o.seconds, seconds) && small(&o, mebibytes), "%s: %.1f s of processor time, %ld KiB",
-          what, o.seconds, o.kibibytes);
+    check_refusal(check, arguments, &o, status, words);
+    CHECK(soon(o.seconds, seconds) && small(&o, 700), "%s: %.1f s, %ld KiB", arguments, o.seconds,
+          o.kibibytes);
 }
 
 static inline void remove_folder(void) {
