@@ -40,8 +40,8 @@ enum {
     LIVE_LENGTH = 1 << 20, /* bytes that a live program writes, at most */
     SANITIZER_STATUS = 99,
     SLEEP_LIMIT = 20, /* seconds without processor time: nothing will come */
-    CHILD_LIMIT =
-        SANITIZED ? 1000 : 120 /* seconds of processor time, far more than one run takes */
+    /* seconds of processor time, far more than one run takes */
+    CHILD_LIMIT = SANITIZED ? 1000 : 120
 };
 
 /* SHARE: of a long list of schedules, one in SHARE is run. */
@@ -240,7 +240,7 @@ static inline bool live_read(struct live *live) {
 }
 
 /* Reads until `words` have come behind what was seen before, and counts them as seen. */
-static inline bool live_until(struct live *live, const char *words) {
+static inline void live_until(struct live *live, const char *words) {
     struct check *check = live->check;
     char *found = NULL;
     check_waits = words;
@@ -250,7 +250,6 @@ static inline bool live_until(struct live *live, const char *words) {
     CHECK(found, "no `%s` comes: %s", words, live->text);
     if (found)
         live->seen = (size_t)(found - live->text) + strlen(words);
-    return found;
 }
 
 /* Reads until there are so many bytes that were not seen. */
