@@ -10,19 +10,16 @@
  *
  *     struct turns *turns = turns_open(check, TWIN, "--devices cpu:1", FIRST_TURNS, SECOND_TURNS);
  *     run_schedule(check, turns, "--devices cpu:2", "hand_overs>=10");
- *     turns_close(turns);
  *
  * Tokens are a coarse sieve: an error in a logit's last bit changes hardly any of them. So the
  * first model is made for these tests: its output rows stand in groups whose members differ only
  * in their last bits, so that the last bits of the hidden state decide which is the likeliest. */
 #ifndef SCHEDULES_H
 #define SCHEDULES_H
-#include "child.h"
+#include "files.h"
 #include "../lib/gguf.h"
-#include "../lib/json.h"
 
 #include <inttypes.h>
-#include <stdint.h>
 
 enum {
     FIRST_TURNS = 24,
@@ -32,15 +29,13 @@ enum {
     MAX_REQUESTS = 80,
     MAX_TOKENS = 640,
     ID_LENGTH = 24,
-    PATH_LENGTH = 64,
-    LINE_LENGTH = 8192,
     TWINS = 8,        /* output rows of one group */
     SHARED = 0,       /* stream of random tokens that the common beginnings are taken from */
     BLOCK = 16,       /* tokens of a KV block */
     BIG_DEVICE = 1024 /* blocks: room for everything */
 };
 
-#define REF "test/data/ref/"
+#define REF DATA "ref/"
 
 struct subject {
     const char *name, *path, *more; /* more: options that the model needs */
@@ -52,12 +47,11 @@ struct subject {
 enum { TWIN, Q8, BF16, STORY, CHECKPOINT, N_MODELS };
 
 static const struct subject models[N_MODELS] = {
-    [TWIN] = {"twin", NULL, "", 331, 200, 120, 1},
+    [TWIN] = {"twin", "$T/twin", "", 331, 200, 120, 1},
     [Q8] = {"qwen3-q8_0", REF "qwen3-q8_0.gguf", "", 397, 200, 120, 1},
     [BF16] = {"llama31-bf16", REF "llama31-bf16.gguf", "", 331, 200, 120, 4},
     [STORY] = {"model.bin", "model.bin", "", 0, 100, 60, 1},
-    [CHECKPOINT] = {"aidreams", "test/data/aidreams260K.bin",
-                    "--tokenizer test/data/aidreams_tokenizer.bin", 0, 30, 60, 1},
+    [CHECKPOINT] = {"aidreams", AIDREAMS, "--tokenizer " AIDREAMS_TOKENIZER, 0, 30, 60, 1},
 };
 
 struct wish { /* a request as the test sees it */
@@ -73,24 +67,13 @@ struct wish { /* a request as the test sees it */
 struct answer {
     int ids[MAX_TOKENS];
     int n_ids, n_prompt, n_cached;
-    char *text, *reason, *error; /* "" if there is none */
+    const char *text, *reason, *error; /* "" if there is none */
     bool here;
-};
-
-struct counter {
-    char key[40];
-    double value;
-};
-
-struct counters {
-    struct counter all[64];
-    int n;
 };
 
 struct turns { /* a model's requests and the answers that each got alone */
     const struct subject *model;
     const char *alone_options; /* beside those that give it room for everything */
-    char path[PATH_LENGTH];
     struct wish wishes[MAX_REQUESTS];
     struct answer alone[MAX_REQUESTS];
     int n;
@@ -126,27 +109,21 @@ static void make_twins(float *output, int64_t rows, int64_t cols, uint32_t bit) 
     }
 }
 
-static void write_twin_model(struct check *check, char path[PATH_LENGTH], uint32_t bit) {
+/* $T/twin */
+static void write_twin_model(struct check *check) {
     static const char original[] = REF "llama-tp-f32.gguf";
     char error[ERROR_LENGTH] = "";
-    snprintf(path, PATH_LENGTH, "/tmp/dynamo_twin_XXXXXX");
-    FILE *from = fopen(original, "rb");
     struct gguf *file = gguf_open(original, error);
     const struct tensor *output = file ? gguf_tensor(file, "token_embd.weight") : NULL;
-    CHECK(from && output && output->type == TYPE_F32, "%s: no f32 embedding; %s", original, error);
-    if (from && output) {
+    CHECK(output && output->type == TYPE_F32, "%s: no f32 embedding; %s", original, error);
+    if (output) {
         size_t length;
-        char *bytes = child_output(from, &length);
+        char *bytes = read_file(check, original, &length);
         char *at = memmem(bytes, length, output->data, output->bytes);
-        float *rows = malloc(output->bytes);
-        memcpy(rows, at, output->bytes);
-        make_twins(rows, output->rows, output->cols, bit);
+        float *rows = memcpy(keep(output->bytes), at, output->bytes);
+        make_twins(rows, output->rows, output->cols, LAST_BIT);
         memcpy(at, rows, output->bytes);
-        int descriptor = mkstemp(path);
-        CHECK(write(descriptor, bytes, length) == (ssize_t)length, "%s", path);
-        close(descriptor);
-        free(rows);
-        free(bytes);
+        write_file(check, "twin", bytes, length);
     }
     gguf_close(file);
 }
@@ -228,17 +205,10 @@ static void put_wish(FILE *file, const struct wish *wish) {
 
 /* ---- what comes back ---- */
 
-/* The value of a key of the object nodes[at]; NULL: it has none. */
-static const struct json_node *value_of(const struct json_node *nodes, int at, const char *key) {
-    for (int i = at + 1; i < nodes[at].next; i = nodes[i + 1].next)
-        if (strcmp(nodes[i].text, key) == 0)
-            return &nodes[i + 1];
-    return NULL;
-}
-
-static char *text_of(const struct json_node *nodes, const char *key) {
+/* The text or number of an answer's key; (`nodes` go, what they point to stays). */
+static const char *text_of(const struct json_node *nodes, const char *key) {
     const struct json_node *value = value_of(nodes, 0, key);
-    return strdup(value && value->type == '"' ? value->text : "");
+    return value && value->type == '"' ? value->text : "";
 }
 
 static int int_of(const struct json_node *nodes, const char *key) {
@@ -259,85 +229,56 @@ static void take_answer(const struct json_node *nodes, struct answer *answer) {
         answer->ids[answer->n_ids++] = atoi(id->text);
 }
 
-static void take_counters(const struct json_node *nodes, int at, struct counters *counters) {
-    for (int i = at + 1; i < nodes[at].next && counters->n < 64; i = nodes[i + 1].next) {
-        struct counter *counter = &counters->all[counters->n];
-        if (nodes[i + 1].type != '0')
-            continue;
-        snprintf(counter->key, sizeof counter->key, "%.39s", nodes[i].text);
-        counter->value = atof(nodes[i + 1].text);
-        counters->n++;
-    }
-}
-
-static int find_wish(const struct wish *wishes, int n, const char *id) {
-    for (int i = 0; i < n; i++)
-        if (strcmp(wishes[i].id, id) == 0)
-            return i;
-    return -1;
-}
-
-static void free_answers(struct answer *answers, int n) {
-    for (int i = 0; i < n; i++) {
-        free(answers[i].text);
-        free(answers[i].reason);
-        free(answers[i].error);
-        answers[i] = (struct answer){0};
-    }
-}
-
 static void take_line(struct check *check, char *line, const struct wish *wishes, int n,
-                      struct answer *answers, struct counters *counters) {
+                      struct answer *answers) {
     char error[ERROR_LENGTH];
     struct json_node *nodes = json_parse(line, strlen(line), error);
     CHECK(nodes && nodes->type == '{', "no JSON object: %s: %.200s", error, line);
     if (!nodes)
         return;
-    const struct json_node *stats = value_of(nodes, 0, "stats");
     const struct json_node *id = value_of(nodes, 0, "id");
-    int i = id ? find_wish(wishes, n, id->text) : -1;
-    CHECK(stats || (i >= 0 && !answers[i].here), "answer of an unknown request, or twice: %s",
+    int i = 0;
+    while (i < n && id && strcmp(wishes[i].id, id->text) != 0)
+        i++;
+    bool expected = id && i < n && !answers[i].here;
+    CHECK(expected || value_of(nodes, 0, "stats"), "answer of an unknown request, or twice: %s",
           id ? id->text : "none");
-    if (stats)
-        take_counters(nodes, (int)(stats - nodes), counters);
-    else if (i >= 0 && !answers[i].here)
+    if (expected)
         take_answer(nodes, &answers[i]);
     free(nodes);
 }
 
-/* Runs one process on all n requests. Returns its exit status. answers: (n) zeros. */
-static int run_wishes(struct check *check, const char *model, const char *options,
-                      const struct wish *wishes, int n, struct answer *answers,
-                      struct counters *counters) {
-    char path[] = "/tmp/dynamo_wishes_XXXXXX";
-    FILE *file = fdopen(mkstemp(path), "w");
-    for (int i = 0; i < n; i++)
+/* Runs one process on all n requests. answers: (n) zeros. */
+static struct outcome run_wishes(struct check *check, const struct subject *model,
+                                 const char *options, const struct wish *wishes, int n,
+                                 struct answer *answers) {
+    FILE *file = fopen(scratch("wishes"), "w");
+    CHECK(file, "no $T/wishes");
+    for (int i = 0; i < n && file; i++)
         put_wish(file, &wishes[i]);
-    fclose(file);
-    *counters = (struct counters){.n = 0};
-    struct outcome outcome = run(check, "%s -f %s --json --stats %s", model, path, options);
-    char *rest = outcome.out, *line;
+    if (file)
+        fclose(file);
+    struct outcome outcome =
+        run(check, "%s %s -f $T/wishes --json --stats %s", model->path, model->more, options);
+    char *rest = memcpy(keep(outcome.out_length + 1), outcome.out, outcome.out_length), *line;
     while ((line = strsep(&rest, "\n")))
         if (*line)
-            take_line(check, line, wishes, n, answers, counters);
-    unlink(path);
-    int status = outcome.status;
-    CHECK(status == 0 || status == 3, "%s: exit status %d: %.300s", options, status, outcome.err);
-    outcome_free(&outcome);
-    return status;
+            take_line(check, line, wishes, n, answers);
+    CHECK(outcome.status == 0 || outcome.status == 3, "%s: exit status %d: %.300s", options,
+          outcome.status, outcome.err);
+    return outcome;
 }
 
 /* ---- the reference ---- */
 
 static void run_alone(struct check *check, struct turns *turns, int i) {
     char options[128];
-    struct counters counters;
-    snprintf(options, sizeof options, "%s --kv-device %db --kv-host 0 %s", turns->alone_options,
-             BIG_DEVICE, turns->model->more);
-    int status =
-        run_wishes(check, turns->path, options, &turns->wishes[i], 1, &turns->alone[i], &counters);
-    CHECK(status == 0 && turns->alone[i].here && turns->alone[i].n_cached == 0, "%s alone: %d",
-          turns->wishes[i].id, status);
+    snprintf(options, sizeof options, "%s --kv-device %db --kv-host 0", turns->alone_options,
+             BIG_DEVICE);
+    struct outcome o =
+        run_wishes(check, turns->model, options, &turns->wishes[i], 1, &turns->alone[i]);
+    CHECK(o.status == 0 && turns->alone[i].here && turns->alone[i].n_cached == 0, "%s alone: %d",
+          turns->wishes[i].id, o.status);
 }
 
 static int count_distinct(const struct turns *turns) {
@@ -355,13 +296,11 @@ static int count_distinct(const struct turns *turns) {
 
 static struct turns *turns_open(struct check *check, int model, const char *alone_options,
                                 int n_first, int n_second) {
-    struct turns *turns = calloc(1, sizeof *turns);
+    struct turns *turns = keep(sizeof *turns);
     turns->model = &models[model];
     turns->alone_options = alone_options;
     if (model == TWIN)
-        write_twin_model(check, turns->path, LAST_BIT);
-    else
-        snprintf(turns->path, sizeof turns->path, "%s", turns->model->path);
+        write_twin_model(check);
     for (; turns->n < n_first; turns->n++) {
         set_first_turn(&turns->wishes[turns->n], turns->model, turns->n);
         run_alone(check, turns, turns->n);
@@ -376,13 +315,6 @@ static struct turns *turns_open(struct check *check, int model, const char *alon
     CHECK(n_distinct >= 60, "%s: answers of %d different tokens show little", turns->model->name,
           n_distinct);
     return turns;
-}
-
-static void turns_close(struct turns *turns) {
-    if (turns->model == &models[TWIN])
-        unlink(turns->path);
-    free_answers(turns->alone, turns->n);
-    free(turns);
 }
 
 /* ---- judging ---- */
@@ -411,29 +343,17 @@ static void check_answer(struct check *check, const char *name, const struct wis
           wish->id, got->reason, alone->reason);
 }
 
-static double counter_value(const struct counters *counters, const char *key, bool *known) {
-    *known = false;
-    for (int i = 0; i < counters->n; i++) {
-        if (strcmp(counters->all[i].key, key) == 0) {
-            *known = true;
-            return counters->all[i].value;
-        }
-    }
-    return 0;
-}
-
-/* proof: conditions such as `pages_out>=20 preemptions<=0`. */
+/* proof: conditions on the counters such as `pages_out>=20 preemptions<=0`. */
 static void check_counters(struct check *check, const char *name, const char *proof,
-                           const struct counters *counters) {
+                           const struct outcome *o) {
     char key[40], relation[3];
     int limit, length;
     for (; sscanf(proof, " %39[a-z_]%2[<>=]%d%n", key, relation, &limit, &length) == 3;
          proof += length) {
-        bool known;
-        double value = counter_value(counters, key, &known);
-        bool holds = relation[0] == '>' ? value >= limit : value <= limit;
-        CHECK(known && holds, "%s: %s is %g, expected %s %d%s", name, key, value, relation, limit,
-              known ? "" : "; there is no such counter");
+        double value = number(o, "stats", key);
+        CHECK(value >= 0, "%s: there is no counter %s", name, key);
+        CHECK(relation[0] == '>' ? value >= limit : value <= limit, "%s: %s is %g, expected %s %d",
+              name, key, value, relation, limit);
     }
     CHECK(proof[strspn(proof, " ")] == 0, "%s: cannot be read: %s", name, proof);
 }
@@ -441,18 +361,13 @@ static void check_counters(struct check *check, const char *name, const char *pr
 /* Runs all requests at once, and compares. */
 static void run_schedule(struct check *check, struct turns *turns, const char *schedule,
                          const char *proof) {
-    char options[256], name[512];
-    struct answer *answers = calloc(MAX_REQUESTS, sizeof *answers);
-    struct counters counters;
-    snprintf(options, sizeof options, "%s %s", schedule, turns->model->more);
+    char name[512];
+    struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
     snprintf(name, sizeof name, "%s %s", turns->model->name, schedule);
-    int status =
-        run_wishes(check, turns->path, options, turns->wishes, turns->n, answers, &counters);
-    CHECK(status == 0, "%s: exit status %d", name, status);
+    struct outcome o = run_wishes(check, turns->model, schedule, turns->wishes, turns->n, answers);
+    CHECK(o.status == 0, "%s: exit status %d", name, o.status);
     for (int i = 0; i < turns->n; i++)
         check_answer(check, name, &turns->wishes[i], &answers[i], &turns->alone[i], false);
-    check_counters(check, name, proof, &counters);
-    free_answers(answers, turns->n);
-    free(answers);
+    check_counters(check, name, proof, &o);
 }
 #endif /* SCHEDULES_H */

@@ -3,22 +3,37 @@
  * that loading shows. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
-#include "../lib/json.h"
 #define CLI_IMPLEMENTATION
-#include "../lib/cli.h"
-#include "child.h"
+#include <time.h>
 
-/* Parses a command line given as words that `|` separates (a value may hold spaces). */
+/* For cli.h, time passes when a test says so. */
+static struct timespec test_time;
+static int test_clock(clockid_t clock, struct timespec *now) {
+    (void)clock;
+    *now = test_time;
+    return 0;
+}
+#define clock_gettime test_clock
+#include "../lib/json.h"
+#include "../lib/cli.h"
+#undef clock_gettime
+#include "files.h"
+
+/* Parses a command line: words that blanks separate; one in ' holds blanks, or nothing. */
 static bool parse(struct options *options, const char *line, char error[ERROR_LENGTH]) {
     static char words[2048]; /* options point into it */
     char *argv[80] = {"dynamo"};
     int argc = 1;
     snprintf(words, sizeof words, "%s", line);
-    for (char *at = words; at && *line; argc++) {
-        argv[argc] = at;
-        at = strchr(at, '|');
-        if (at)
+    for (char *at = words; *at; at += *at == ' ') {
+        bool quoted = *at == '\'';
+        at += quoted;
+        argv[argc++] = at;
+        at += strcspn(at, quoted ? "'" : " ");
+        if (*at)
             *at++ = 0;
+        else
+            break;
     }
     error[0] = 0;
     return cli_parse(options, argc, argv, error);
@@ -46,11 +61,11 @@ static void every_option_is_read(struct check *check) {
     struct options o;
     char error[ERROR_LENGTH];
     CHECK(parse(&o,
-                "--ids|1,15, 7|-n|5|m.gguf|-t|0.25|--top-p=0.5|--top-k|40|--min-p|1e-2|--seed|"
-                "18446744073709551615|--stop|end|--stop=--json|--system|be brief|--devices|cpu:8|"
-                "--prefill|0-3|--decode|6,5,4,7|--tp|2|--kv-device|8b|--kv-host|3G|--kv-type|bf16|"
-                "--kv-policy|write-through|--max-batch|7|--chunk|64|--threads|3|--json|--stats|"
-                "--verbose|--tokenizer|t.bin|--logits|out|--copy-delay|9",
+                "--ids '1,15, 7' -n 5 m.gguf -t 0.25 --top-p=0.5 --top-k 40 --min-p 1e-2 --seed "
+                "18446744073709551615 --stop end --stop=--json --system 'be brief' --devices cpu:8 "
+                "--prefill 0-3 --decode 6,5,4,7 --tp 2 --kv-device 8b --kv-host 3G --kv-type bf16 "
+                "--kv-policy write-through --max-batch 7 --chunk 64 --threads 3 --json --stats "
+                "--verbose --tokenizer t.bin --logits out --copy-delay 9",
                 error),
           "%s", error);
     const struct request_spec *r = &o.request;
@@ -71,211 +86,137 @@ static void every_option_is_read(struct check *check) {
     CHECK(!strcmp(o.tokenizer, "t.bin") && !strcmp(o.logits, "out"), "%s", o.tokenizer);
     CHECK(o.copy_delay == 9 && cli_given(o.given, "--seed") && !cli_given(o.given, "-p"), "given");
     cli_free(&o);
-    CHECK(parse(&o, "m|-p|-hello|--colocate|--kv-policy|on-evict|--kv-type=f32", error), "%s",
+    CHECK(parse(&o, "m -p -hello --colocate --kv-policy on-evict --kv-type=f32", error), "%s",
           error);
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
     CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
-    CHECK(parse(&o, "m|-f|a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
-    CHECK(parse(&o, "m|--tokenize|b", error) && !strcmp(o.tokenize, "b"), "%s", error);
-    CHECK(parse(&o, "m|--perplexity|c", error) && !strcmp(o.perplexity, "c"), "%s", error);
+    CHECK(parse(&o, "m -f a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
+    CHECK(parse(&o, "m --tokenize b", error) && !strcmp(o.tokenize, "b"), "%s", error);
+    CHECK(parse(&o, "m --perplexity c", error) && !strcmp(o.perplexity, "c"), "%s", error);
     CHECK(parse(&o, "--help", error) && o.help && !o.model, "%s", error);
     CHECK(parse(&o, "--version", error) && o.version, "%s", error);
-    CHECK(parse(&o, "m|-p|", error) && o.request.prompt_length == 0, "an empty prompt: %s", error);
+    CHECK(parse(&o, "m -p ''", error) && o.request.prompt_length == 0, "an empty prompt: %s",
+          error);
 }
 
+/* What follows the model's name. */
 static void good_values(struct check *check) {
-    static const char *const lines[] = {"m|-n|1",
-                                        "m|-n|2147483647",
-                                        "m|-t|0",
-                                        "m|-t|100",
-                                        "m|-t|1e-3",
-                                        "m|-t|.5",
-                                        "m|--top-p|0",
-                                        "m|--top-p|1",
-                                        "m|--top-k|0",
-                                        "m|--min-p|1",
-                                        "m|--seed|0",
-                                        "m|--tp|1",
-                                        "m|--tp|4",
-                                        "m|--tp|8",
-                                        "m|--devices|cpu",
-                                        "m|--devices|cpu:64",
-                                        "m|--devices|0",
-                                        "m|--devices|0,0",
-                                        "m|--devices|0-63",
-                                        "m|--devices|3-3,1",
-                                        "m|--kv-host|0",
-                                        "m|--kv-host|0b",
-                                        "m|--kv-device|1",
-                                        "m|--kv-device|1b",
-                                        "m|--prefill|0|--decode|0",
-                                        "m|--threads|1024",
-                                        "m|-p|a|--logits|f",
-                                        "m|--ids|3|--logits|f",
-                                        "m|--devices|4,5|--prefill|1|--decode|0",
-                                        "m|--ids|0",
-                                        "m|--ids|999999999",
-                                        "random:llama:q8_0"};
-    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
-        struct options o;
-        char error[ERROR_LENGTH];
-        CHECK(parse(&o, lines[i], error), "%s: %s", lines[i], error);
+    static const char lines[] = "-n 1|-n 2147483647|-t 0|-t 100|-t 1e-3|-t .5|--top-p 0|--top-p 1|"
+                                "--top-k 0|--min-p 1|--seed 0|--tp 1|--tp 4|--tp 8|--devices cpu|"
+                                "--devices cpu:64|--devices 0|--devices 0,0|--devices 0-63|"
+                                "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
+                                "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
+                                "-p a --logits f|--ids 3 --logits f|"
+                                "--devices 4,5 --prefill 1 --decode 0|--ids 0|--ids 999999999";
+    char error[ERROR_LENGTH], line[512], *items[64];
+    struct options o;
+    int n = split(lines, "|", items, 64);
+    for (int i = 0; i < n; i++) {
+        snprintf(line, sizeof line, "m %s", items[i]);
+        CHECK(parse(&o, line, error), "%s: %s", line, error);
         cli_free(&o);
     }
+    CHECK(parse(&o, "random:llama:q8_0", error), "%s", error);
+    cli_free(&o);
 }
 
-/* Each line is refused, with a message that names the option and says these words. */
+/* Each of these lines (what follows the model's name) is refused by a message with these words. */
 static const struct {
-    const char *line, *words;
-} bad_line_cases[] = {
-    {"", "no model"},
-    {"--json", "no model"},
-    {"m|x", "x: unexpected"},
-    {"m|--sed|1", "did you mean --seed"},
-    {"m|--sede=1", "did you mean --seed"},
-    {"m|--tokenise|f", "did you mean --tokenize"},
-    {"m|--kvhost|1", "did you mean --kv-host"},
-    {"m|--colocated", "did you mean --colocate"},
-    {"m|--zzzzzzzz", "unknown option; --help"},
-    {"m|-h", "-h: unknown option; --help"},
-    {"m|--trace|f", "unknown option"},
-    {"m|-", "unknown option"},
-    {"m|--", "unknown option"},
-    {"m|--=1", "unknown option"},
-    {"m|--serve|80", "unknown option"},
-    {"m|-n", "-n: missing value (N)"},
-    {"m|-p|--json", "-p: missing value"},
-    {"m|--seed", "missing value"},
-    {"m|--kv-type", "missing value (f32|bf16)"},
-    {"m|--json=1", "--json: got 1, expected no value"},
-    {"m|-n|1|-n|2", "-n: given twice"},
-    {"m|--json|--json", "given twice"},
-    {"m|-p|a|-p|b", "given twice"},
-    {"m|-n|0", "-n: got 0, expected a whole number from 1"},
-    {"m|-n|-1", "got -1"},
-    {"m|-n|2147483648", "to 2147483647"},
-    {"m|-n|1.5", "whole"},
-    {"m|-n|1e3", "whole"},
-    {"m|-n|x", "got x"},
-    {"m|-n|", "expected"},
-    {"m|-n| 5", "expected"},
-    {"m|-n|5 ", "expected"},
-    {"m|-n|5x", "expected"},
-    {"m|-n|--5", "expected"},
-    {"m|-n|99999999999999999999999", "expected"},
-    {"m|-t|-0.1", "from 0 to 100"},
-    {"m|-t|101", "from 0"},
-    {"m|-t|nan", "got nan"},
-    {"m|-t|inf", "got inf"},
-    {"m|-t|0x1", "got 0x1"},
-    {"m|-t|1e999", "from 0"},
-    {"m|-t|", "from 0"},
-    {"m|-t|.", "from"},
-    {"m|-t|1,5", "from 0"},
-    {"m|--top-p|1.01", "from 0 to 1"},
-    {"m|--top-p|-1", "from 0"},
-    {"m|--min-p|2", "from 0 to 1"},
-    {"m|--top-k|-1", "from 0"},
-    {"m|--seed|-1", "from 0"},
-    {"m|--seed|18446744073709551616", "to 18446744073709551615"},
-    {"m|--seed|1.0", "whole"},
-    {"m|--seed|", "whole"},
-    {"m|--seed|+1", "whole"},
-    {"m|--stop|", "--stop: got"},
-    {"m|--copy-delay|x", "whole"},
-    {"m|--tp|3", "1, 2, 4 or 8"},
-    {"m|--tp|0", "from 1 to 8"},
-    {"m|--tp|16", "from 1 to 8"},
-    {"m|--ids|", "token ids"},
-    {"m|--ids|1,", "token ids"},
-    {"m|--ids|,1", "token ids"},
-    {"m|--ids|1,,2", "token ids"},
-    {"m|--ids|-1", "token ids"},
-    {"m|--ids|1.5", "token ids"},
-    {"m|--ids|1;2", "token ids"},
-    {"m|--ids|a", "token ids"},
-    {"m|--ids|99999999999", "token ids"},
-    {"m|--ids|1]", "token ids"},
-    {"m|--kv-device|0", "--kv-device: got 0"},
-    {"m|--kv-device|-1", "bytes such as"},
-    {"m|--kv-device|1.5G", "bytes"},
-    {"m|--kv-device|b", "bytes"},
-    {"m|--kv-device|", "bytes"},
-    {"m|--kv-device|1T", "bytes"},
-    {"m|--kv-device|1GB", "bytes"},
-    {"m|--kv-host|8 b", "bytes"},
-    {"m|--kv-host|99999999999G", "bytes"},
-    {"m|--kv-host|-0b1", "bytes"},
-    {"m|--kv-type|f16", "expected f32|bf16"},
-    {"m|--kv-type|f3", "expected f32|bf16"},
-    {"m|--kv-type|", "expected f32"},
-    {"m|--kv-policy|f32|bf16", "--kv-policy: got f32"},
-    {"m|--kv-policy|write", "on-evict|write-through"},
-    {"m|--threads|0", "from 1"},
-    {"m|--threads|1025", "to 1024"},
-    {"m|--max-batch|0", "from 1"},
-    {"m|--chunk|0", "from 1"},
-    {"m|--devices|", "cpu:N"},
-    {"m|--devices|cpu:0", "cpu:N"},
-    {"m|--devices|cpu:65", "cpu:N"},
-    {"m|--devices|cpu:", "cpu:N"},
-    {"m|--devices|cpux", "cpu:N"},
-    {"m|--devices|cpu:2,3", "cpu"},
-    {"m|--devices|gpu", "cpu:N"},
-    {"m|--devices|1,", "cpu:N"},
-    {"m|--devices|,1", "cpu:N"},
-    {"m|--devices|3-1", "cpu:N"},
-    {"m|--devices|0-64", "at most 64"},
-    {"m|--devices|-1", "cpu"},
-    {"m|--devices|0-", "cpu:N"},
-    {"m|--devices|0--1", "cpu:N"},
-    {"m|--devices|0-31,0-32", "64"},
-    {"m|--devices|0-999999999", "64"},
-    {"m|--devices|99999999999", "64"},
-    {"m|--prefill|cpu|--decode|0", "--prefill: got cpu, expected positions"},
-    {"m|--prefill|0|--decode|cpu:2", "--decode: got cpu:2, expected positions"},
-    {"m|--devices|cpu:4|--prefill|0|--decode|4", "--decode: got device 4, expected 0 to 3"},
-    {"m|--devices|cpu:4|--prefill|0,1|--decode|1",
-     "--decode: got device 1, expected 0 to 3, not in use already"},
-    {"m|--devices|cpu:4|--prefill|0,0|--decode|1",
-     "--prefill: got device 0, expected 0 to 3, not in use already"},
-    {"m|--prefill|0", "--prefill: needs --decode"},
-    {"m|--decode|0", "needs --prefill"},
-    {"m|--devices|cpu:3|--tp|2", "groups of 2"},
-    {"m|--prefill|0,1|--decode|2|--tp|2", "groups of 2"},
-    {"m|-p|a|--ids|1", "-p and --ids exclude each other"},
-    {"m|-p|a|-f|b", "exclude each other"},
-    {"m|--ids|1|-f|b", "exclude each other"},
-    {"m|--tokenize|a|-p|b", "exclude each other"},
-    {"m|--tokenize|a|-f|b", "exclude"},
-    {"m|--tokenize|a|--ids|1", "exclude"},
-    {"m|--tokenize|a|--perplexity|b", "exclude"},
-    {"m|--perplexity|a|-p|b", "exclude"},
-    {"m|--logits|a|-f|b", "--logits: needs -p or --ids"},
-    {"m|--logits|a|--tokenize|b", "--logits: needs"},
-    {"m|--logits|a|--perplexity|b", "--logits: needs"},
-    {"m|--logits|a", "--logits: needs -p or --ids"},
-    {"m|--colocate|--prefill|0|--decode|1", "--colocate and --prefill"},
-    {"m|--colocate|--decode|1", "--decode: needs --prefill"},
-    {"m|--kv-type|\x1b[31m\n", "got ?[31m?"}};
+    const char *words, *lines;
+} bad_lines_by_words[] = {
+    {"x: unexpected", "x"},
+    {"did you mean --seed", "--sed 1|--sede=1"},
+    {"did you mean --tokenize", "--tokenise f"},
+    {"did you mean --kv-host", "--kvhost 1"},
+    {"did you mean --colocate", "--colocated"},
+    {"unknown option; --help", "--zzzzzzzz"},
+    {"-h: unknown option; --help", "-h"},
+    {"unknown option", "--trace f|-|--|--=1|--serve 80"},
+    {"-n: missing value (N)", "-n"},
+    {"-p: missing value", "-p --json"},
+    {"missing value", "--seed"},
+    {"missing value (f32|bf16)", "--kv-type"},
+    {"--json: got 1, expected no value", "--json=1"},
+    {"-n: given twice", "-n 1 -n 2"},
+    {"given twice", "--json --json|-p a -p b"},
+    {"-n: got 0, expected a whole number from 1", "-n 0"},
+    {"got -1", "-n -1"},
+    {"to 2147483647", "-n 2147483648"},
+    {"whole", "-n 1.5|-n 1e3|--seed 1.0|--seed ''|--seed +1|--copy-delay x"},
+    {"got x", "-n x"},
+    {"expected", "-n ''|-n ' 5'|-n '5 '|-n 5x|-n --5|-n 99999999999999999999999"},
+    {"from 0 to 100", "-t -0.1"},
+    {"from 0", "-t 101|-t 1e999|-t ''|-t 1,5|--top-p -1|--top-k -1|--seed -1"},
+    {"got nan", "-t nan"},
+    {"got inf", "-t inf"},
+    {"got 0x1", "-t 0x1"},
+    {"from", "-t ."},
+    {"from 0 to 1", "--top-p 1.01|--min-p 2"},
+    {"to 18446744073709551615", "--seed 18446744073709551616"},
+    {"--stop: got", "--stop ''"},
+    {"1, 2, 4 or 8", "--tp 3"},
+    {"from 1 to 8", "--tp 0|--tp 16"},
+    {"token ids", "--ids ''|--ids 1,|--ids ,1|--ids 1,,2|--ids -1|--ids 1.5|--ids 1;2|--ids a|"
+                  "--ids 99999999999|--ids 1]"},
+    {"--kv-device: got 0", "--kv-device 0"},
+    {"bytes such as", "--kv-device -1"},
+    {"bytes", "--kv-device 1.5G|--kv-device b|--kv-device ''|--kv-device 1T|--kv-device 1GB|"
+              "--kv-host '8 b'|--kv-host 99999999999G|--kv-host -0b1"},
+    {"expected f32|bf16", "--kv-type f16|--kv-type f3"},
+    {"expected f32", "--kv-type ''"},
+    {"--kv-policy: got f32", "--kv-policy f32 bf16"},
+    {"on-evict|write-through", "--kv-policy write"},
+    {"from 1", "--threads 0|--max-batch 0|--chunk 0"},
+    {"to 1024", "--threads 1025"},
+    {"cpu:N",
+     "--devices ''|--devices cpu:0|--devices cpu:65|--devices cpu:|--devices cpux|--devices gpu|"
+     "--devices 1,|--devices ,1|--devices 3-1|--devices 0-|--devices 0--1"},
+    {"cpu", "--devices cpu:2,3|--devices -1"},
+    {"at most 64", "--devices 0-64"},
+    {"64", "--devices 0-31,0-32|--devices 0-999999999|--devices 99999999999"},
+    {"--prefill: got cpu, expected positions", "--prefill cpu --decode 0"},
+    {"--decode: got cpu:2, expected positions", "--prefill 0 --decode cpu:2"},
+    {"--decode: got device 4, expected 0 to 3", "--devices cpu:4 --prefill 0 --decode 4"},
+    {"--decode: got device 1, expected 0 to 3, not in use already",
+     "--devices cpu:4 --prefill 0,1 --decode 1"},
+    {"--prefill: got device 0, expected 0 to 3, not in use already",
+     "--devices cpu:4 --prefill 0,0 --decode 1"},
+    {"--prefill: needs --decode", "--prefill 0"},
+    {"needs --prefill", "--decode 0"},
+    {"groups of 2", "--devices cpu:3 --tp 2|--prefill 0,1 --decode 2 --tp 2"},
+    {"-p and --ids exclude each other", "-p a --ids 1"},
+    {"exclude each other", "-p a -f b|--ids 1 -f b|--tokenize a -p b"},
+    {"exclude",
+     "--tokenize a -f b|--tokenize a --ids 1|--tokenize a --perplexity b|--perplexity a -p b"},
+    {"--logits: needs -p or --ids", "--logits a -f b|--logits a"},
+    {"--logits: needs", "--logits a --tokenize b|--logits a --perplexity b"},
+    {"--colocate and --prefill", "--colocate --prefill 0 --decode 1"},
+    {"--decode: needs --prefill", "--colocate --decode 1"},
+    {"got ?[31m?", "--kv-type '\x1b[31m\n'"}};
 
-static void bad_lines(struct check *check) {
-    for (size_t i = 0; i < sizeof bad_line_cases / sizeof *bad_line_cases; i++) {
-        struct options o;
-        char error[ERROR_LENGTH];
-        CHECK(!parse(&o, bad_line_cases[i].line, error), "%s", bad_line_cases[i].line);
-        CHECK(strstr(error, bad_line_cases[i].words) && !strchr(error, '\n'), "%s: %s",
-              bad_line_cases[i].line, error);
-        cli_free(&o);
-    }
-    char line[700] = "m|--stop|a";
-    for (int i = 1; i <= VALUE_STOPS; i++)
-        strcat(line, "|--stop|a");
+static void refuse_line(struct check *check, const char *line, const char *words) {
     struct options o;
     char error[ERROR_LENGTH];
-    CHECK(!parse(&o, line, error) && strstr(error, "at most 16"), "%s", error);
+    CHECK(!parse(&o, line, error), "%s", line);
+    CHECK(strstr(error, words) && !strchr(error, '\n'), "%s: %s", line, error);
     cli_free(&o);
+}
+
+static void bad_lines(struct check *check) {
+    char line[700] = "m --stop a", *items[64];
+    refuse_line(check, "", "no model");
+    refuse_line(check, "--json", "no model");
+    for (int i = 1; i <= VALUE_STOPS; i++)
+        strcat(line, " --stop a");
+    refuse_line(check, line, "at most 16");
+    for (size_t i = 0; i < COUNT(bad_lines_by_words); i++) {
+        int n = split(bad_lines_by_words[i].lines, "|", items, 64);
+        for (int k = 0; k < n; k++) {
+            snprintf(line, sizeof line, "m %s", items[k]);
+            refuse_line(check, line, bad_lines_by_words[i].words);
+        }
+    }
 }
 
 /* A file of a line each, written to a temporary file that is gone when it is closed. */
@@ -313,7 +254,7 @@ static void requests_are_read(struct check *check) {
     struct options o;
     struct requests requests;
     char error[ERROR_LENGTH];
-    CHECK(requests_of(&o, "m|-n|9|--seed|5|--stop|end|--system|sys", text, sizeof text - 1,
+    CHECK(requests_of(&o, "m -n 9 --seed 5 --stop end --system sys", text, sizeof text - 1,
                       &requests, error),
           "%s", error);
     struct request_spec *r = requests.specs;
@@ -347,60 +288,56 @@ static void requests_are_read(struct check *check) {
 }
 
 static const struct {
-    const char *line, *words;
-} bad_request_cases[] = {
-    {"{", "byte 1: expected"},
-    {"{\"prompt\":\"a\"", "byte 13"},
-    {"{\"prompt\":\"a\"} x", "byte 15"},
-    {"{}", "either prompt or ids"},
-    {"{\"n\":1}", "either prompt or ids"},
-    {"{\"prompt\":1}", "prompt: got 1, expected a text"},
-    {"{\"prompt\":\"a\",\"ids\":[1]}", "either prompt or ids"},
-    {"{\"promt\":\"a\"}", "promt: unknown key; did you mean prompt"},
-    {"{\"prompt\":\"a\",\"n\\u0000\":1}", "unknown key"},
-    {"{\"prompt\":\"a\",\"json\":true}", "json: unknown key"},
-    {"{\"prompt\":\"a\",\"prompt\":\"b\"}", "prompt: given twice"},
-    {"{\"prompt\":\"a\",\"n\":0}", "n: got 0, expected"},
-    {"{\"prompt\":\"a\",\"n\":1.5}", "n: got 1.5, expected"},
-    {"{\"prompt\":\"a\",\"n\":\"1\"}", "n: got \"1\", expected a whole number"},
-    {"{\"prompt\":\"a\",\"n\":null}", "n: got null, expected"},
-    {"{\"prompt\":\"a\",\"top_p\":2}", "top_p: got 2, expected a number from 0 to 1"},
-    {"{\"prompt\":\"a\",\"temperature\":1e999}", "temperature: got 1e999"},
-    {"{\"prompt\":\"a\",\"seed\":-1}", "seed: got -1"},
-    {"{\"prompt\":\"a\",\"stop\":\"\"}", "stop: got"},
-    {"{\"prompt\":\"a\",\"stop\":[1]}", "stop: got 1, expected"},
-    {"{\"prompt\":\"a\",\"stop\":[[\"a\"]]}", "stop: got [\"a"},
-    {"{\"prompt\":\"a\",\"stop\":[\"a\\u0000\"]}", "zero byte"},
-    {"{\"prompt\":\"a\",\"system\":\"a\\u0000\"}", "zero byte"},
-    {"{\"prompt\":\"a\",\"id\":7}", "id: got 7, expected a text"},
-    {"{\"ids\":[]}", "ids: got"},
-    {"{\"ids\":7}", "ids: got 7, expected token ids"},
-    {"{\"ids\":[1.5]}", "ids: got [1.5], expected"},
-    {"{\"ids\":[-1]}", "ids: got [-1], expected"},
-    {"{\"ids\":[1,\"2\"]}", "ids: got"},
-    {"{\"ids\":[[1]]}", "ids: got"},
-    {"{\"ids\":[99999999999]}", "ids: got"},
-    {"{\"ids\":\"1,2\"}", "ids: got \"1,2\", expected"}};
+    const char *words, *lines;
+} bad_requests_by_words[] = {
+    {"byte 1: expected", "{"},
+    {"byte 13", "{'prompt':'a'"},
+    {"byte 15", "{'prompt':'a'} x"},
+    {"either prompt or ids", "{}|{'n':1}|{'prompt':'a','ids':[1]}"},
+    {"prompt: got 1, expected a text", "{'prompt':1}"},
+    {"promt: unknown key; did you mean prompt", "{'promt':'a'}"},
+    {"unknown key", "{'prompt':'a','n\\u0000':1}"},
+    {"json: unknown key", "{'prompt':'a','json':true}"},
+    {"prompt: given twice", "{'prompt':'a','prompt':'b'}"},
+    {"n: got 0, expected", "{'prompt':'a','n':0}"},
+    {"n: got 1.5, expected", "{'prompt':'a','n':1.5}"},
+    {"n: got \"1\", expected a whole number", "{'prompt':'a','n':'1'}"},
+    {"n: got null, expected", "{'prompt':'a','n':null}"},
+    {"top_p: got 2, expected a number from 0 to 1", "{'prompt':'a','top_p':2}"},
+    {"temperature: got 1e999", "{'prompt':'a','temperature':1e999}"},
+    {"seed: got -1", "{'prompt':'a','seed':-1}"},
+    {"stop: got", "{'prompt':'a','stop':''}"},
+    {"stop: got 1, expected", "{'prompt':'a','stop':[1]}"},
+    {"stop: got [\"a", "{'prompt':'a','stop':[['a']]}"},
+    {"zero byte", "{'prompt':'a','stop':['a\\u0000']}|{'prompt':'a','system':'a\\u0000'}"},
+    {"id: got 7, expected a text", "{'prompt':'a','id':7}"},
+    {"ids: got", "{'ids':[]}|{'ids':[1,'2']}|{'ids':[[1]]}|{'ids':[99999999999]}"},
+    {"ids: got 7, expected token ids", "{'ids':7}"},
+    {"ids: got [1.5], expected", "{'ids':[1.5]}"},
+    {"ids: got [-1], expected", "{'ids':[-1]}"},
+    {"ids: got \"1,2\", expected", "{'ids':'1,2'}"}};
 
 static void bad_requests_stand_alone(struct check *check) {
-    for (size_t i = 0; i < sizeof bad_request_cases / sizeof *bad_request_cases; i++) {
-        char text[256], place[64], error[ERROR_LENGTH];
-        struct options o;
-        struct requests requests;
-        int length = snprintf(text, sizeof text, "before\n%s\nafter\n", bad_request_cases[i].line);
-        CHECK(requests_of(&o, "m|--stop|end", text, (size_t)length, &requests, error), "%s", error);
-        struct request_spec *r = requests.specs;
-        int n = requests.n;
-        CHECK(n == 3 && !r[0].error && !r[2].error && r[2].n_stop == 1, "%s: %d",
-              bad_request_cases[i].line, n);
-        if (n == 3) {
+    for (size_t i = 0; i < COUNT(bad_requests_by_words); i++) {
+        char text[256], place[64], error[ERROR_LENGTH], *items[64];
+        int n = split(bad_requests_by_words[i].lines, "|", items, 64);
+        for (int k = 0; k < n; k++) {
+            struct options o;
+            struct requests requests;
+            snprintf(text, sizeof text, "before\n%s\nafter\n", items[k]);
+            size_t length = (size_t)put_json(text, text);
+            CHECK(requests_of(&o, "m --stop end", text, length, &requests, error), "%s", error);
+            struct request_spec *r = requests.specs;
+            CHECK(requests.n == 3 && !r[0].error && !r[2].error && r[2].n_stop == 1, "%s: %d",
+                  items[k], requests.n);
             snprintf(place, sizeof place, "%s:2: ", o.file);
-            CHECK(r[1].error && strstr(r[1].error, bad_request_cases[i].words) &&
-                      !strncmp(r[1].error, place, strlen(place)),
-                  "%s: %s", bad_request_cases[i].line, r[1].error ? r[1].error : "no error");
+            const char *got = requests.n == 3 && r[1].error ? r[1].error : "no error";
+            CHECK(strstr(got, bad_requests_by_words[i].words) &&
+                      !strncmp(got, place, strlen(place)),
+                  "%s: %s", items[k], got);
+            requests_free(&requests);
+            cli_free(&o);
         }
-        requests_free(&requests);
-        cli_free(&o);
     }
 }
 
@@ -457,7 +394,7 @@ static void files_are_read_whole(struct check *check) {
     }
     struct options o;
     struct requests requests;
-    CHECK(parse(&o, "m|-f|no/such/file", error) &&
+    CHECK(parse(&o, "m -f no/such/file", error) &&
               !requests_read(&requests, o.file, &o.request, error),
           "-f");
     CHECK(!strncmp(error, "no/such/file: ", 14), "%s", error);
@@ -539,54 +476,23 @@ static void stops_match_the_definition(struct check *check) {
     CHECK(n_found > 1000 && n_found < 19900 && n_held > 1000, "%d found, %d held", n_found, n_held);
 }
 
-static const char *const help_words[] = {"usage: dynamo MODEL",
-                                         "-p TEXT",
-                                         "--ids 1,15,7",
-                                         "-f FILE",
-                                         "-n N",
-                                         "-t T",
-                                         "--top-p P",
-                                         "--top-k K",
-                                         "--min-p P",
-                                         "--seed S",
-                                         "--stop TEXT",
-                                         "--system TEXT",
-                                         "--devices LIST",
-                                         "--prefill LIST",
-                                         "--decode LIST",
-                                         "--tp N",
-                                         "--colocate",
-                                         "--kv-device SIZE",
-                                         "--kv-host SIZE",
-                                         "--kv-type f32|bf16",
-                                         "--kv-policy on-evict|write-through",
-                                         "--max-batch N",
-                                         "--chunk N",
-                                         "--threads N",
-                                         "--tokenizer FILE",
-                                         "--json",
-                                         "--stats",
-                                         "--verbose",
-                                         "--version",
-                                         "--help",
-                                         "--tokenize FILE",
-                                         "--perplexity FILE",
-                                         "--logits FILE",
-                                         "[prompt]",
-                                         "[ids]",
-                                         "[temperature]",
-                                         "[top_p]",
-                                         "[stop]",
-                                         "  dynamo model.bin -f"};
-
 static void help_is_whole(struct check *check) {
-    char *text = NULL;
+    static const char words[] = "usage: dynamo MODEL;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
+                                "--top-p P;--top-k K;--min-p P;--seed S;--stop TEXT;--system TEXT;"
+                                "--devices LIST;--prefill LIST;--decode LIST;--tp N;--colocate;"
+                                "--kv-device SIZE;--kv-host SIZE;--kv-type f32|bf16;"
+                                "--kv-policy on-evict|write-through;--max-batch N;--chunk N;"
+                                "--threads N;--tokenizer FILE;--json;--stats;--verbose;--version;"
+                                "--help;--tokenize FILE;--perplexity FILE;--logits FILE;[prompt];"
+                                "[ids];[temperature];[top_p];[stop];  dynamo model.bin -f";
+    char *text = NULL, *items[64];
     size_t length = 0;
     FILE *stream = open_memstream(&text, &length);
     cli_help(stream);
     fclose(stream);
-    for (size_t i = 0; i < sizeof help_words / sizeof *help_words; i++)
-        CHECK(strstr(text, help_words[i]), "%s is not in --help", help_words[i]);
+    int n = split(words, ";", items, 64);
+    for (int i = 0; i < n; i++)
+        CHECK(strstr(text, items[i]), "%s is not in --help", items[i]);
     for (char *line = text, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
         CHECK(end - line <= 100, "%.*s", (int)(end - line), line);
@@ -595,57 +501,39 @@ static void help_is_whole(struct check *check) {
 }
 
 /* What cli_progress writes to stderr, if that is a terminal or if it is a pipe. */
-static int progress_shown(struct check *check, bool terminal, char *shown, int size) {
-    int ours, theirs, ends[2], kept = dup(2);
-    if (terminal) {
-        theirs = child_terminal(&ours) ? open(ptsname(ours), O_RDWR | O_NOCTTY) : -1;
-    } else {
-        theirs = pipe(ends) == 0 ? ends[1] : -1;
-        ours = ends[0];
-    }
-    CHECK(theirs >= 0, "no %s", terminal ? "terminal" : "pipe");
-    if (theirs < 0)
-        return 0;
-    fcntl(ours, F_SETFL, O_NONBLOCK);
+static void progress_shown(struct check *check, bool terminal, const char *expected) {
+    int ends[2] = {-1, -1}, kept = dup(2), length = 0;
+    bool ok = terminal ? child_terminal(&ends[0]) : pipe(ends) == 0;
+    ends[1] = terminal && ok ? open(ptsname(ends[0]), O_RDWR | O_NOCTTY) : ends[1];
+    char shown[400] = "";
     fflush(stderr);
-    dup2(theirs, 2);
+    dup2(ends[1], 2);
     cli_progress("loading", 0, 4);
     cli_progress("loading", 1, 4); /* too soon for a bar */
-    usleep((PROGRESS_MS + 50) * 1000);
+    test_time.tv_sec += PROGRESS_MS / 1000 + 1;
     cli_progress("loading", 2, 4);
     cli_progress("loading", 4, 4);
     fflush(stderr);
     dup2(kept, 2);
-    int n = (int)read(ours, shown, (size_t)size - 1);
-    shown[n > 0 ? n : 0] = 0;
     close(kept);
-    close(theirs);
-    close(ours);
-    return n > 0 ? n : 0;
+    close(ends[1]);
+    for (ssize_t n; (n = read(ends[0], shown + length, sizeof shown - 1 - (size_t)length)) > 0;)
+        length += (int)n;
+    close(ends[0]);
+    CHECK(ok && !strcmp(shown, expected), "terminal: %d: %s", terminal, shown);
 }
 
 static void loading_shows_a_bar(struct check *check) {
-    char shown[400];
-    progress_shown(check, true, shown, sizeof shown);
-    CHECK(!strcmp(shown, "\rloading [###############               ] 50%\033[K\r\033[K"), "%s",
-          shown);
-    CHECK(progress_shown(check, false, shown, sizeof shown) == 0, "into a pipe: %s", shown);
+    progress_shown(check, true, "\rloading [###############               ] 50%\033[K\r\033[K");
+    progress_shown(check, false, "");
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        {"defaults_hold", defaults_hold},
-        {"every_option_is_read", every_option_is_read},
-        {"good_values", good_values},
-        {"bad_lines", bad_lines},
-        {"requests_are_read", requests_are_read},
-        {"bad_requests_stand_alone", bad_requests_stand_alone},
-        {"damaged_requests", damaged_requests},
-        {"files_are_read_whole", files_are_read_whole},
-        {"stops_are_found", stops_are_found},
-        {"stops_match_the_definition", stops_match_the_definition},
-        {"help_is_whole", help_is_whole},
-        {"loading_shows_a_bar", loading_shows_a_bar},
-    };
-    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+    static const struct test tests[] = {TEST(defaults_hold),     TEST(every_option_is_read),
+                                        TEST(good_values),       TEST(bad_lines),
+                                        TEST(requests_are_read), TEST(bad_requests_stand_alone),
+                                        TEST(damaged_requests),  TEST(files_are_read_whole),
+                                        TEST(stops_are_found),   TEST(stops_match_the_definition),
+                                        TEST(help_is_whole),     TEST(loading_shows_a_bar)};
+    return run_tests(tests, COUNT(tests), argc, argv);
 }

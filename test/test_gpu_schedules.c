@@ -57,7 +57,6 @@ static void run_matrix(struct check *check, int model) {
     for (int i = model % SHARE; i < N_SCHEDULES; i += SHARE * SHARE) /* emulated fibers are slow */
         if ((schedules[i].models & IN(model)) && (many_gpus || !schedules[i].many))
             run_schedule(check, turns, schedules[i].options, schedules[i].proof);
-    turns_close(turns);
 }
 
 static void same_text_where_bits_count(struct check *check) {
@@ -76,55 +75,40 @@ static void same_text_of_q8_0(struct check *check) {
 
 enum { TOLERANCE_PERCENT = 2, IDS_LENGTH = 4096 };
 
-/* One run's logits; NULL: it failed. */
 static float *run_logits(struct check *check, const char *model, const char *ids,
                          const char *options, size_t *n) {
-    char path[] = "/tmp/dynamo_logits_XXXXXX";
-    close(mkstemp(path));
-    struct outcome o = run(check, REF "%s --ids %s --logits %s %s", model, ids, path, options);
+    struct outcome o = run(check, REF "%s --ids %s --logits $T/logits %s", model, ids, options);
     CHECK(o.status == 0, "%s %s: exit status %d: %s", model, options, o.status, o.err);
-    outcome_free(&o);
-    FILE *file = fopen(path, "rb");
-    size_t length;
-    float *logits = (float *)(void *)child_output(file, &length);
-    *n = length / sizeof *logits;
-    unlink(path);
+    float *logits = (float *)(void *)read_file(check, scratch("logits"), n);
+    *n /= sizeof *logits;
     return logits;
 }
 
 static void check_logits(struct check *check, const char *model, const char *logits, int widest_tp,
                          const char *ids) {
-    char path[PATH_LENGTH + 32];
-    size_t n, n_expected, length;
+    static const char *const ways[] = {"--devices 0 --chunk 5", "--devices 0,0 --tp 2 --colocate",
+                                       "--devices 0,0,0,0 --tp 4 --colocate --chunk 9"};
+    char path[PATH_LENGTH];
+    size_t n, n_expected, n_again;
     float *got = run_logits(check, model, ids, "--devices 0 --chunk 4096", &n);
     snprintf(path, sizeof path, REF "%s", logits);
-    FILE *file = fopen(path, "rb");
-    CHECK(file, "%s is missing", path);
-    char *bytes = file ? child_output(file, &length) : NULL;
-    n_expected = file ? length / sizeof *got : 0;
+    const float *expected = (float *)(void *)read_file(check, path, &n_expected);
+    n_expected /= sizeof *expected;
     CHECK(n > 0 && n == n_expected, "%s: %zu logits, expected %zu", model, n, n_expected);
     double largest = 0, worst = 0;
     for (size_t i = 0; i < n && n == n_expected; i++) {
-        float value;
-        memcpy(&value, bytes + i * sizeof value, sizeof value);
-        double difference = fabs((double)got[i] - (double)value);
-        largest = fmax(largest, fabs((double)value));
+        double difference = fabs((double)got[i] - (double)expected[i]);
+        largest = fmax(largest, fabs((double)expected[i]));
         worst = difference <= worst ? worst : difference;
     }
     CHECK(worst * 100 <= TOLERANCE_PERCENT * largest, "%s: off by %g of %g", model, worst, largest);
-    static const char *const ways[] = {"--devices 0 --chunk 5", "--devices 0,0 --tp 2 --colocate",
-                                       "--devices 0,0,0,0 --tp 4 --colocate --chunk 9"};
     for (int i = 0; i < 3; i++) {
-        size_t n_again;
         if (i > 0 && widest_tp < 2 * i)
             continue;
         float *again = run_logits(check, model, ids, ways[i], &n_again);
         CHECK(n_again == n && memcmp(again, got, n * sizeof *got) == 0, "%s: other bits with %s",
               model, ways[i]);
-        free(again);
     }
-    free(got);
-    free(bytes);
 }
 
 static void logits_of_the_originals(struct check *check) {
@@ -143,11 +127,8 @@ static void logits_of_the_originals(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        {"logits_of_the_originals", logits_of_the_originals},
-        {"same_text_where_bits_count", same_text_where_bits_count},
-        {"same_text_of_bf16", same_text_of_bf16},
-        {"same_text_of_q8_0", same_text_of_q8_0},
-    };
-    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+    static const struct test tests[] = {TEST(logits_of_the_originals),
+                                        TEST(same_text_where_bits_count), TEST(same_text_of_bf16),
+                                        TEST(same_text_of_q8_0)};
+    return run_tests(tests, COUNT(tests), argc, argv);
 }

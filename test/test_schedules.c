@@ -92,7 +92,6 @@ static void run_matrix(struct check *check, int model) {
     for (int i = model % SHARE; i < N_SCHEDULES; i += SHARE)
         if (schedules[i].models & IN(model))
             run_schedule(check, turns, schedules[i].options, schedules[i].proof);
-    turns_close(turns);
 }
 
 static void same_text_where_each_bit_counts(struct check *check) {
@@ -126,9 +125,8 @@ static void second_turns_start_from_the_cache(struct check *check) {
         "--devices cpu:2 --max-batch 1 --kv-device 400b --copy-delay 3",
         "--devices cpu:2 --max-batch 1 --kv-device 30b --kv-policy write-through"};
     for (int way = 0; way < 3; way++) {
-        struct answer *answers = calloc(MAX_REQUESTS, sizeof *answers);
-        struct counters counters;
-        run_wishes(check, turns->path, options[way], turns->wishes, turns->n, answers, &counters);
+        struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
+        run_wishes(check, turns->model, options[way], turns->wishes, turns->n, answers);
         for (int i = 0; i < SECOND_TURNS; i++) {
             const struct answer *second = &answers[FIRST_TURNS + i];
             int computed = turns->alone[i].n_prompt + turns->alone[i].n_ids - 1;
@@ -138,10 +136,7 @@ static void second_turns_start_from_the_cache(struct check *check) {
             check_answer(check, options[way], &turns->wishes[FIRST_TURNS + i], second,
                          &turns->alone[FIRST_TURNS + i], false);
         }
-        free_answers(answers, turns->n);
-        free(answers);
     }
-    turns_close(turns);
 }
 
 /* ---- little memory ---- */
@@ -180,11 +175,9 @@ struct refusal {
 static void run_narrow(struct check *check, struct turns *turns, const char *options,
                        const char *proof) {
     static const struct refusal refusals[] = {{"budget", "--kv-device"}, {"context", "context"}};
-    struct answer *answers = calloc(MAX_REQUESTS, sizeof *answers);
-    struct counters counters;
-    int status =
-        run_wishes(check, turns->path, options, turns->wishes, turns->n, answers, &counters);
-    CHECK(status == 3, "%s: exit status %d, expected 3", options, status);
+    struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
+    struct outcome o = run_wishes(check, turns->model, options, turns->wishes, turns->n, answers);
+    CHECK(o.status == 3, "%s: exit status %d, expected 3", options, o.status);
     for (int i = 0; i < turns->n; i++) {
         const char *reason = NULL, *id = turns->wishes[i].id;
         for (int r = 0; r < 2; r++)
@@ -203,17 +196,15 @@ static void run_narrow(struct check *check, struct turns *turns, const char *opt
                   "%s: %s: ended after %d tokens by %s", options, id,
                   answers[i].n_prompt + answers[i].n_ids, answers[i].reason);
     }
-    check_counters(check, options, proof, &counters);
-    free_answers(answers, turns->n);
-    free(answers);
+    check_counters(check, options, proof, &o);
 }
 
 /* 14 blocks hold two of the longer requests. */
 static void nothing_runs_out_of_memory(struct check *check) {
-    struct turns *turns = calloc(1, sizeof *turns);
+    struct turns *turns = keep(sizeof *turns);
     turns->model = &models[TWIN];
     turns->alone_options = one_device;
-    write_twin_model(check, turns->path, LAST_BIT);
+    write_twin_model(check);
     set_narrow_wishes(turns);
     for (int i = 0; i < turns->n; i++)
         if (strcmp(turns->wishes[i].id, "context") != 0)
@@ -226,18 +217,15 @@ static void nothing_runs_out_of_memory(struct check *check) {
                "preemptions>=3 recomputed_tokens>=30 blocks_lost>=60");
     run_narrow(check, turns, "--devices cpu:4 --kv-device 14b --kv-host 5b --copy-delay 3",
                "pages_out>=60 host_evictions>=40 blocks_lost>=40 hand_overs>=40");
-    turns_close(turns);
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        {"same_text_where_each_bit_counts", same_text_where_each_bit_counts},
-        {"same_text_of_q8_0", same_text_of_q8_0},
-        {"same_text_of_bf16", same_text_of_bf16},
-        {"same_text_of_stories", same_text_of_stories},
-        {"same_text_of_a_checkpoint", same_text_of_a_checkpoint},
-        {"second_turns_start_from_the_cache", second_turns_start_from_the_cache},
-        {"nothing_runs_out_of_memory", nothing_runs_out_of_memory},
-    };
-    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+    static const struct test tests[] = {TEST(same_text_where_each_bit_counts),
+                                        TEST(same_text_of_q8_0),
+                                        TEST(same_text_of_bf16),
+                                        TEST(same_text_of_stories),
+                                        TEST(same_text_of_a_checkpoint),
+                                        TEST(second_turns_start_from_the_cache),
+                                        TEST(nothing_runs_out_of_memory)};
+    return run_tests(tests, COUNT(tests), argc, argv);
 }
