@@ -2,9 +2,9 @@
  *
  * Owns: devices, their memory and activations, the packed weights that they share, the copier and
  * the ops. Knows nothing of requests, of blocks beyond a step's block table, or of other backends.
- * What an op computes is said here in plain C loops over vectors; it is the specification of
- * kernels.cu: where the two differ, this file is right. The products are lib/matmul.h's, whose
- * kernel in plain C has two faster ones beside it, in instructions that only some processors have.
+ * The ops are C over vectors of 16 floats (lib/simd.h), which any processor runs, and the
+ * specification of kernels.cu: where the two differ, this file is right. Products alone have, in
+ * lib/matmul.h, faster kernels beside the plain one, in instructions of some processors.
  *
  *     struct backend *cpu = cpu_backend_open(&options, error);      // NULL: error says why
  *     struct device *device = cpu->device_open(cpu, &wanted, error);
@@ -32,9 +32,10 @@
  *     the machine's limits      what memory and arithmetic give at most
  *     products                  matrices times rows, cut into tiles
  *     rows                      tiles of the cheap ops; RMS norm
- *     the ops                   in the order of the forward pass: embed, norm_qkv, rope_append,
- *                               attention, project_add, all_reduce_add, norm_gate_up, norm_logits,
- *                               sample
+ *     embed, norm_qkv           the ops, from here on in the order of the forward pass
+ *     rope_append               new keys and values, turned and written into their blocks
+ *     attention                 over the paged keys and values of one head
+ *     project_add, all_reduce_add, norm_gate_up, norm_logits, sample
  *     a step, the backend       step_begin and step_end, the table of operations, open and close
  *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
@@ -70,14 +71,19 @@ enum {
     MAX_COPY_DELAY = 2000 /* microseconds, of a copy that a test delays */
 };
 
-enum {                     /* of attention */
-       QUERIES = 48,       /* of a tile: they share the reading of the keys and values */
-       QUERY_ROWS = 6,     /* that one call of a kernel computes: 24 registers of sums */
-       KV_TILE = 64,       /* tokens whose scores are computed at a time: 4 vectors */
-       MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
-       KV_TILE_BLOCKS = KV_TILE / BLOCK_TOKENS,
-       HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
+/* Of attention. */
+enum {
+    QUERIES = 48,       /* of a tile: they share the reading of the keys and values */
+    QUERY_ROWS = 6,     /* that one call of a kernel computes: 24 registers of sums */
+    KV_TILE = 64,       /* tokens whose scores are computed at a time: 4 vectors */
+    MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
+    KV_TILE_BLOCKS = KV_TILE / BLOCK_TOKENS,
+    HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
+
+static int smaller(int a, int b) {
+    return a < b ? a : b;
+}
 
 /* ---- the copier ---- */
 
@@ -85,7 +91,6 @@ enum {                     /* of attention */
  * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
  * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
  * other: so a test meets orders that are rare. */
-
 struct copy_queue {
     atomic_uint_fast64_t added, done;
 };
@@ -208,7 +213,7 @@ static void copier_close(struct copier *copier) {
     pthread_join(copier->thread, NULL);
 }
 
-/* ---- what a device is ---- */
+/* ---- what a device is: one of several that share the threads and the weights ---- */
 
 struct kv_view { /* the keys and values of one sequence, layer and head */
     enum kv_type type;
@@ -257,7 +262,7 @@ struct cpu_device {
     float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
     float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
     float *ffn;                   /* (max_rows, ffn_stride) */
-    char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
+    char *converted[N_FORMS]; /* (rows, converted_stride) the input of a product in other forms */
     size_t converted_stride[N_FORMS]; /* bytes */
     float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
     float *logits;                    /* (max_samples, vocab_size) */
@@ -327,7 +332,7 @@ static void pack_tile(const void *argument, int tile, struct scratch *scratch) {
     pack_panel(argument, tile);
 }
 
-static struct weight *pack(struct cpu_device *device, const struct tensor *tensor) {
+static struct weight *pack_tensor(struct cpu_device *device, const struct tensor *tensor) {
     struct weight *weight = pack_open(tensor);
     if (!weight || weight->vector)
         return weight;
@@ -359,7 +364,7 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
     while (weight && !(weight->owner && weight->tensor == tensor))
         weight = weight->next;
     if (!weight)
-        weight = add_weight(cpu, pack(device, tensor));
+        weight = add_weight(cpu, pack_tensor(device, tensor));
     if (weight && slice.kind != SLICE_WHOLE)
         weight = add_weight(cpu, pack_view(weight, slice));
     pthread_mutex_unlock(&cpu->upload_mutex);
@@ -374,23 +379,23 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
 
 /* A step of a model is held against these figures, which must be taken beside it: memory of shared
  * machines is twice as fast in one minute as in the next. The threads of the pool do nothing else
- * for some milliseconds, a few times over, and the best time counts. */
+ * for some milliseconds. */
 enum {
-    LIMIT_REPEATS = 5,
-    LIMIT_MULTIPLIES = 32,      /* tiles of arithmetic: the cores may differ in speed */
-    LIMIT_PIECES = 256,         /* of the weights that are read, where a step finds them too */
-    LIMIT_PIECE_BYTES = 1 << 20 /* of each at most: all of them are more than the caches hold */
+    LIMIT_REPEATS = 5,          /* of which the best counts */
+    LIMIT_MULTIPLIES = 32,      /* tiles of arithmetic: enough that all threads end together */
+    LIMIT_PIECES = 256,         /* of the weights are read: they lie where a step finds them */
+    LIMIT_PIECE_BYTES = 1 << 20 /* of such a piece at most: one tile */
 };
 
 struct piece {
     const char *from;
-    size_t bytes; /* all but what is left behind a multiple of 256 */
+    size_t bytes; /* a multiple of 256 */
 };
 
 static void read_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct piece *piece = (const struct piece *)argument + tile;
     vec sum[4] = {{0}};
-    for (size_t i = 0; i + 256 <= piece->bytes; i += 256)
+    for (size_t i = 0; i < piece->bytes; i += 256)
         for (size_t j = 0; j < 4; j++)
             sum[j] += load((const float *)(const void *)(piece->from + i + j * 64));
     store(scratch->slab, sum[0] + sum[1] + sum[2] + sum[3]); /* or nothing would be read */
@@ -436,7 +441,7 @@ static void cpu_limits(struct device **shards, int n, enum tensor_type type, dou
         size_t bytes = weight->owner ? pack_bytes(weight) : 0;
         for (size_t at = 0; at < bytes && n_pieces < LIMIT_PIECES; at += LIMIT_PIECE_BYTES) {
             size_t left = bytes - at < LIMIT_PIECE_BYTES ? bytes - at : LIMIT_PIECE_BYTES;
-            pieces[n_pieces++] = (struct piece){weight->panels + at, left};
+            pieces[n_pieces++] = (struct piece){weight->panels + at, left / 256 * 256};
             n_bytes += (double)(left / 256 * 256);
         }
     }
@@ -577,14 +582,17 @@ struct product { /* up to three matrices times the same rows */
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
     float *out[3];                            /* (n_rows, out_stride) */
     size_t out_stride[3];
-    int n_panels[3], first_tile[4]; /* panels of each matrix; tiles before it */
-    const float *rows;              /* (n_rows, stride) the input as it is */
+    const float *rows; /* (n_rows, stride) the input as it is */
     size_t stride;
-    const char *input[N_FORMS];   /* (n_rows) the same in the forms that the matrices want */
-    size_t input_stride[N_FORMS]; /* bytes */
-    int n_rows, chunk_rows, n_chunks;
+    int n_rows;
     int unit, first_segment, n_segments; /* PRODUCT_SEGMENTS */
     bool add;                            /* out += */
+    /* the rest is run_product's: panels of each matrix, tiles before it; the input in the forms
+     * that the matrices want; the rows are cut into n_chunks of chunk_rows */
+    int n_panels[3], first_tile[4];
+    const char *input[N_FORMS];   /* (n_rows, input_stride) */
+    size_t input_stride[N_FORMS]; /* bytes */
+    int chunk_rows, n_chunks;
 };
 
 static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
@@ -600,7 +608,7 @@ struct place { /* of a tile: one panel of one matrix times a chunk of the rows *
 
 /* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
  * that one thread is likely to take are neighbours. */
-static int walk(int tile, int n_panels, int n_threads) {
+static int panel_of_tile(int tile, int n_panels, int n_threads) {
     int own = n_panels / n_threads;
     return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
 }
@@ -612,12 +620,12 @@ static struct place find_tile(const struct product *product, int index) {
     index -= product->first_tile[which];
     int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
     if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        panel = walk(panel, product->n_panels[which], product->device->cpu->pool.n_threads);
-    int left = product->n_rows - row;
+        panel =
+            panel_of_tile(panel, product->n_panels[which], product->device->cpu->pool.n_threads);
     return (struct place){.which = which,
                           .panel = product->matrix[which]->first_row / PANEL + panel,
                           .row = row,
-                          .n_rows = left < product->chunk_rows ? left : product->chunk_rows};
+                          .n_rows = smaller(product->n_rows - row, product->chunk_rows)};
 }
 
 /* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
@@ -661,9 +669,8 @@ static void store_tile(const struct product *product, const struct place *place,
     const struct weight *matrix = product->matrix[place->which];
     int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
     int from = begin < 0 ? -begin : 0;
-    end = end < matrix->n_rows ? end : matrix->n_rows;
     for (int i = 0; i < place->n_rows; i++)
-        store_row(product, place->which, place->row + i, begin + from, end,
+        store_row(product, place->which, place->row + i, begin + from, smaller(end, matrix->n_rows),
                   sums + i * PANEL + from);
 }
 
@@ -690,8 +697,7 @@ static void convert_tile(const void *argument, int tile, struct scratch *scratch
     const struct weight *matrix = product->matrix[0];
     (void)scratch;
     int n_segments = product->kind == PRODUCT_SEGMENTS ? product->n_segments : 1;
-    int end_row =
-        (tile + 1) * NORM_ROWS < product->n_rows ? (tile + 1) * NORM_ROWS : product->n_rows;
+    int end_row = smaller((tile + 1) * NORM_ROWS, product->n_rows);
     for (int row = tile * NORM_ROWS; row < end_row; row++) {
         const float *from = product->rows + (size_t)row * product->stride;
         char *to = product->device->converted[conversion->form] +
@@ -745,9 +751,9 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- rows ---- */
+/* ---- rows: ops that make each row from one row ---- */
 
-struct row_job {
+struct row_job { /* fields that its `run` does not need are 0 */
     struct cpu_device *device;
     const struct weight *weight;
     const struct weight *const *layer;
@@ -760,7 +766,7 @@ struct row_job {
 static void row_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct row_job *job = argument;
     (void)scratch;
-    int end = (tile + 1) * NORM_ROWS < job->n_rows ? (tile + 1) * NORM_ROWS : job->n_rows;
+    int end = smaller((tile + 1) * NORM_ROWS, job->n_rows);
     for (int row = tile * NORM_ROWS; row < end; row++)
         job->run(job, row);
 }
@@ -800,7 +806,7 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
     for_rows(&job);
 }
 
-/* ---- embed ---- */
+/* ---- embed, norm_qkv ---- */
 
 static void embed_row(const struct row_job *job, int row) {
     struct cpu_device *device = job->device;
@@ -814,8 +820,6 @@ static void cpu_embed(struct device *base, const struct weight *token_embd) {
         .device = device, .weight = token_embd, .n_rows = device->batch->n_rows, .run = embed_row};
     for_rows(&job);
 }
-
-/* ---- norm_qkv ---- */
 
 static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
@@ -833,27 +837,29 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* ---- rope_append ---- */
 
-static void append_angles(float *turn, const struct model_config *config, const float *frequency,
-                          int position) {
-    int n = config->rope_dim / 2, step = config->rope_adjacent ? 2 : 1;
-    int partner = config->rope_adjacent ? 1 : n;
-    for (int i = 0; i < n; i++) {
-        double angle = (double)position * (double)frequency[i];
-        float *cosine = turn + i * step, *sine = cosine + config->rope_dim;
+/* New keys and values on their way into the blocks: turned by their positions (RoPE, Su et al.
+ * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]:
+ * sixteen rows are transposed in registers, fewer are written one by one. What is written for a row
+ * depends on that row alone.
+ *
+ * Once a step: the cosine of each element of a head turned at a row's position, then the sine of
+ * each, with the sign with which it is added. */
+static void turn_row(const struct row_job *job, int row) {
+    const struct device *device = &job->device->device;
+    int dim = device->config->rope_dim, step = device->config->rope_adjacent ? 2 : 1;
+    int partner = device->config->rope_adjacent ? 1 : dim / 2;
+    double position = job->device->batch->position[row];
+    float *cosine = job->device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
+    for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
+        double angle = position * (double)device->rope_frequency[i];
         cosine[0] = cosine[partner] = (float)cos(angle);
         sine[partner] = (float)sin(angle);
         sine[0] = -sine[partner];
     }
 }
 
-static void turn_row(const struct row_job *job, int row) { /* the angles of a position */
-    const struct device *device = &job->device->device;
-    append_angles(job->device->turn + (size_t)(row * 2 * device->config->rope_dim), device->config,
-                  device->rope_frequency, job->device->batch->position[row]);
-}
-
 /* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
-static void append_turn(float *head, const float *turn, const struct model_config *config) {
+static void turn_head(float *head, const float *turn, const struct model_config *config) {
     int dim = config->rope_dim, n = dim / 2;
     const float *sine = turn + dim;
     for (int i = 0; i < dim && config->rope_adjacent; i += LANES) {
@@ -878,7 +884,7 @@ static void turn_heads(const struct cpu_device *device, const struct weight *nor
     for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
         if (norm)
             rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
-        append_turn(heads, turn, config);
+        turn_head(heads, turn, config);
     }
 }
 
@@ -910,7 +916,7 @@ static void append_store(enum kv_type type, char *to, vec value, int count) {
     memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
 }
 
-/* One row's keys: an element goes into each line of the plane. */
+/* One row's key: an element goes into each line of the plane. */
 static void append_key(enum kv_type type, char *key, const float *k, int dim) {
     for (size_t i = 0; i < (size_t)dim; i++)
         if (type == KV_F32)
@@ -932,6 +938,7 @@ static void append_keys(enum kv_type type, char *key, const float *k, size_t str
     }
 }
 
+/* Rows k and v (n, stride) of tokens [position, position + n), which are all in one block. */
 static void append_write(const struct kv_view *view, int position, int n, const float *k,
                          const float *v, size_t stride) {
     size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
@@ -957,10 +964,9 @@ static void append_rows(const struct row_job *job, int row, int end) {
     const struct batch *batch = device->batch;
     while (row < end) {
         const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
-        int position = batch->position[row], n = BLOCK_TOKENS - position % BLOCK_TOKENS;
-        int left = sequence->first_row + sequence->n_rows - row;
-        left = left < end - row ? left : end - row;
-        n = n < left ? n : left;
+        int position = batch->position[row];
+        int n = smaller(end, sequence->first_row + sequence->n_rows) - row;
+        n = smaller(n, BLOCK_TOKENS - position % BLOCK_TOKENS);
         size_t at = (size_t)row * device->kv_stride;
         for (int head = 0; head < device->n_kv_heads; head++) {
             struct kv_view view = kv_view(device, sequence, job->layer_index, head, false);
@@ -975,8 +981,7 @@ static void append_tile(const void *argument, int tile, struct scratch *scratch)
     const struct row_job *job = argument;
     const struct cpu_device *device = job->device;
     (void)scratch;
-    int first = tile * job->tile_rows, end = first + job->tile_rows;
-    end = end < job->n_rows ? end : job->n_rows;
+    int first = tile * job->tile_rows, end = smaller(first + job->tile_rows, job->n_rows);
     for (int row = first; row < end; row++) {
         turn_heads(device, job->layer[ATTN_Q_NORM], device->q + (size_t)row * device->q_stride,
                    device->n_heads, row);
@@ -1167,7 +1172,7 @@ static void find_planes(const struct kv_view *view, int start, int end, size_t o
                         const char *plane[KV_TILE_BLOCKS]) {
     int last = (end - 1) / BLOCK_TOKENS;
     for (int i = 0; i < KV_TILE_BLOCKS; i++) {
-        int block = start / BLOCK_TOKENS + i < last ? start / BLOCK_TOKENS + i : last;
+        int block = smaller(start / BLOCK_TOKENS + i, last);
         size_t at = (size_t)view->table[block] * view->block_elements + offset;
         plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
     }
@@ -1178,7 +1183,7 @@ static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int st
                         int n, const int *position, struct attention_scratch *scratch) {
     int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = tile->n_tokens;
     for (int rows; first < n; first += rows) {
-        rows = n - first < QUERY_ROWS ? n - first : QUERY_ROWS;
+        rows = smaller(n - first, QUERY_ROWS);
         float *scores = scratch->scores + first * KV_TILE;
         float *output = scratch->output + first * HEAD_STRIDE;
         tile->input = scratch->query + first * HEAD_STRIDE;
@@ -1188,8 +1193,7 @@ static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int st
             softmax_tile(scores + i * KV_TILE, position[first + i] - start + 1,
                          &scratch->state[first + i], output + i * HEAD_STRIDE, padded);
         }
-        int seen = position[first + rows - 1] - start + 1; /* by the last of them */
-        tile->n_tokens = seen < n_tokens ? seen : n_tokens;
+        tile->n_tokens = smaller(position[first + rows - 1] - start + 1, n_tokens);
         tile->input = scores;
         tile->output = output;
         add_values(view->type, rows, tile);
@@ -1207,9 +1211,9 @@ static void attention_rows(const struct kv_view *view, int n, const int *positio
         memset(scratch->output + i * HEAD_STRIDE, 0, sizeof(float) * (size_t)padded);
     }
     for (int start = 0; start < end; start += KV_TILE) {
-        int next = start + KV_TILE, left = end - start;
+        int next = start + KV_TILE;
         struct kv_tile tile = {
-            .dim = view->dim, .n_tokens = left < KV_TILE ? left : KV_TILE, .ahead = true};
+            .dim = view->dim, .n_tokens = smaller(end - start, KV_TILE), .ahead = true};
         find_planes(view, start, end, view->key, tile.key);
         find_planes(view, start, end, view->value, tile.value);
         if (next < end)
@@ -1238,7 +1242,7 @@ static void attend(const struct attention_job *job, const struct sequence *seque
                    int head, bool next, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    int n = sequence->n_rows * group - first < QUERIES ? sequence->n_rows * group - first : QUERIES;
+    int n = smaller(sequence->n_rows * group - first, QUERIES);
     int position[QUERIES] = {0};
     size_t at[QUERIES];
     float scale = 1.0f / sqrtf((float)dim);
@@ -1262,9 +1266,9 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
     const struct cpu_device *device = job->device;
     const struct batch *batch = device->batch;
     int which = 0, head = index % job->n_head_groups * job->heads;
-    int last = head + job->heads < device->n_kv_heads ? head + job->heads : device->n_kv_heads;
-    index =
-        device->first_tile[batch->n_sequences] - 1 - index / job->n_head_groups; /* long first */
+    int last = smaller(head + job->heads, device->n_kv_heads);
+    /* the last of a prompt first: they see the most, and take longest */
+    index = device->first_tile[batch->n_sequences] - 1 - index / job->n_head_groups;
     while (index >= device->first_tile[which + 1])
         which++;
     int first = (index - device->first_tile[which]) * QUERIES;
@@ -1276,7 +1280,7 @@ static void cpu_attention(struct device *base, int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
     int n_tiles = device->first_tile[device->batch->n_sequences], n_heads = device->n_kv_heads;
     int enough = TILES_A_THREAD * device->cpu->pool.n_threads;
-    int heads = n_tiles * n_heads / enough < n_heads ? n_tiles * n_heads / enough : n_heads;
+    int heads = smaller(n_tiles * n_heads / enough, n_heads);
     struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
     job.n_head_groups = divide_up(n_heads, job.heads);
     if (n_tiles > 0)

@@ -876,17 +876,20 @@ static DOT_Q8 void busy_q8(float *sink) {
         sum[0] = _mm512_add_epi32(sum[0], sum[i]);
     _mm512_storeu_ps(sink, _mm512_cvtepi32_ps(sum[0]));
 }
-#else /* they have FORM_F32 alone */
-#define busy_bf16 busy_f32
-#define busy_q8   busy_f32
 #endif
 
 void dot_busy(enum row_form form, float *sink) {
-    switch (form) {
-    case FORM_BF16: busy_bf16(sink); return;
-    case FORM_Q8: busy_q8(sink); return;
-    default: busy_f32(sink); return;
-    }
+#if defined(__x86_64__)
+    if (form == FORM_BF16)
+        busy_bf16(sink);
+    else if (form == FORM_Q8)
+        busy_q8(sink);
+    else
+        busy_f32(sink);
+#else /* no other form */
+    (void)form;
+    busy_f32(sink);
+#endif
 }
 
 double dot_busy_ops(enum row_form form) {

@@ -9,8 +9,8 @@
  *     for (int i = 0; i < n; i += LANES)
  *         sum += load_part(x + i, n - i); // missing elements are 0
  *     float total = sum_lanes(sum); */
-#ifndef VECTOR_H
-#define VECTOR_H
+#ifndef SIMD_H
+#define SIMD_H
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -194,4 +194,4 @@ INLINE void transpose(vec rows[LANES]) { /* four rounds turn a 16 x 16 matrix */
     interleave(rows, next);
     interleave(next, rows);
 }
-#endif /* VECTOR_H */
+#endif /* SIMD_H */
