@@ -29,7 +29,6 @@ enum {
     RING = 1024,              /* copies of a stream that can be under way */
     STAGING_BYTES = 32 << 20, /* of weights on their way up; two of them */
     CHUNK_ROWS = 2048,        /* prompt tokens of a step that fill the chip */
-    LOGIT_ROWS = 64,          /* rows of logits at a time */
     ALL_ROWS = -1,
     PROBE_MS = 1,           /* that a probe takes at least */
     CHAIN_ROWS = 256,       /* prompt rows that a shard hands to the next at a time */
@@ -87,7 +86,6 @@ struct cuda_device {
     int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    const struct weight *const *output;
     uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
     uint16_t *h_low;                   /* what bf16 leaves out of h; NULL: no weight is F32 */
     float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */

@@ -69,9 +69,9 @@ struct cpu_device {
     char *converted[N_FORMS];     /* (rows, converted_stride) the input of a product, see dot.h */
     size_t converted_stride[N_FORMS]; /* bytes */
     float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
-    float *logits;                    /* (max_samples, vocab_size) */
-    float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
-    int *candidates;                  /* (max_samples, vocab_size) of the sampler */
+    float *logits;                    /* (LOGIT_ROWS at most, vocab_size) */
+    float *scaled;                    /* the same: logits / temperature */
+    int *candidates;                  /* the same: of the sampler */
     int *sampled;                     /* (max_samples) */
     int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
     void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
@@ -263,7 +263,8 @@ static bool allocate_activations(struct cpu_device *device) {
     const struct model_config *config = device->device.config;
     size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
     size_t vocab = (size_t)config->vocab_size;
-    size_t normed = rows > samples ? rows : samples;
+    size_t logit_rows = samples < LOGIT_ROWS ? samples : LOGIT_ROWS;
+    size_t normed = rows > logit_rows ? rows : logit_rows;
     device->x_stride = stride_of(config->d_model);
     device->q_stride = stride_of(device->n_heads * config->head_dim);
     device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
@@ -285,9 +286,9 @@ static bool allocate_activations(struct cpu_device *device) {
         device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
     }
     device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
-    device->logits = zeros(device, samples, vocab);
-    device->scaled = zeros(device, samples, vocab);
-    device->candidates = zeros(device, samples, vocab);
+    device->logits = zeros(device, logit_rows, vocab);
+    device->scaled = zeros(device, logit_rows, vocab);
+    device->candidates = zeros(device, logit_rows, vocab);
     device->sampled = zeros(device, samples, 1);
     device->first_tile = zeros(device, rows + 1, 1);
     device->scratch = zeros(device, 1, sizeof *device->scratch / 4);

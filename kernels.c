@@ -430,19 +430,6 @@ static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     for_rows(&job);
 }
 
-static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    const struct batch *batch = device->batch;
-    norm_rows(device, weights[OUTPUT_NORM], batch->sample_row, batch->n_samples);
-    struct product product = {.matrix = {weights[OUTPUT]},
-                              .out = {device->logits},
-                              .out_stride = {(size_t)base->config->vocab_size},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = batch->n_samples};
-    run_product(device, &product, 1);
-}
-
 /* ---- attention ---- */
 
 struct attention_job {
@@ -502,27 +489,54 @@ static void cpu_attention(struct device *base, int layer_index) {
 
 /* ---- sampling ---- */
 
-static void sample_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct cpu_device *device = argument;
+/* Of samples [first, first + n) of the step, n <= LOGIT_ROWS. */
+static void compute_logits(struct cpu_device *device, const struct weight *const *weights,
+                           int first, int n) {
+    norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
+    struct product product = {.matrix = {weights[OUTPUT]},
+                              .out = {device->logits},
+                              .out_stride = {(size_t)device->device.config->vocab_size},
+                              .rows = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = n};
+    run_product(device, &product, 1);
+}
+
+struct draw_job {
+    const struct cpu_device *device;
+    int first;
+};
+
+static void draw_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct draw_job *job = argument;
+    const struct cpu_device *device = job->device;
     const struct batch *batch = device->batch;
     (void)scratch;
-    int n = device->device.config->vocab_size;
+    int n = device->device.config->vocab_size, sample = job->first + index;
     size_t at = (size_t)index * (size_t)n;
-    int position = batch->position[batch->sample_row[index]] + 1;
-    device->sampled[index] = sampler_draw(&batch->sampling[index], position, device->logits + at, n,
-                                          device->scaled + at, device->candidates + at);
+    int position = batch->position[batch->sample_row[sample]] + 1;
+    device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
+                                           n, device->scaled + at, device->candidates + at);
 }
 
-static void cpu_sample(struct device *base) {
+/* The tokens of samples [first, first + n), of which the logits are there. */
+static void draw_tokens(struct cpu_device *device, int first, int n) {
+    const struct draw_job job = {device, first};
+    parallel_for(device, n, draw_tile, &job);
+}
+
+static void cpu_sample(struct device *base, const struct weight *const *weights, float *logits) {
     struct cpu_device *device = (struct cpu_device *)base;
-    if (device->batch->n_samples > 0)
-        parallel_for(device, device->batch->n_samples, sample_tile, device);
-}
-
-static void cpu_read_logits(struct device *base, float *logits) {
-    const struct cpu_device *device = (struct cpu_device *)base;
-    size_t n = (size_t)device->batch->n_samples * (size_t)base->config->vocab_size;
-    memcpy(logits, device->logits, n * sizeof *logits);
+    size_t vocab = (size_t)base->config->vocab_size;
+    int n_samples = device->batch->n_samples;
+    for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
+        int n = n_samples - first < LOGIT_ROWS ? n_samples - first : LOGIT_ROWS;
+        compute_logits(device, weights, first, n);
+        if (logits)
+            memcpy(logits + (size_t)first * vocab, device->logits,
+                   (size_t)n * vocab * sizeof *logits);
+        draw_tokens(device, first, n);
+    }
 }
 
 /* ---- a step ---- */
@@ -588,9 +602,7 @@ static const struct backend operations = {
     .project_add = cpu_project_add,
     .norm_gate_up = cpu_norm_gate_up,
     .all_reduce_add = cpu_all_reduce_add,
-    .norm_logits = cpu_norm_logits,
     .sample = cpu_sample,
-    .read_logits = cpu_read_logits,
     .step_end = cpu_step_end,
     .kv_type = KV_F32,
     .chunk = CHUNK_ROWS,

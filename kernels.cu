@@ -480,8 +480,8 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 /* Logits of samples [first, first + n) of the step. They take the kernel of generated rows,
  * whatever rows they are: there are few. At most LOGIT_ROWS at a time, for a row is half a
  * megabyte. */
-static void compute_logits(struct cuda_device *d, int first, int n) {
-    const struct weight *const *weights = d->output;
+static void compute_logits(struct cuda_device *d, const struct weight *const *weights, int first,
+                           int n) {
     norm(d, weights[OUTPUT_NORM], first, n);
     struct product p = product_of(d, d->h, d->h_stride);
     p.matrix[0] = weights[OUTPUT]->matrix;
@@ -494,40 +494,30 @@ static void compute_logits(struct cuda_device *d, int first, int n) {
     launch_product<STORE>(d, p, n);
 }
 
-static int piece_of(const struct cuda_device *d, int first) {
-    return d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
+/* Copies n rows of logits to the host. */
+static void read_logits(struct cuda_device *d, float *to, int n) {
+    size_t width = (size_t)d->device.config->vocab_size * sizeof(float);
+    assert(!d->recording);
+    TRY(d, cudaMemcpy2DAsync(to, width, d->logits, (size_t)d->logits_stride * sizeof(float), width,
+                             (size_t)n, cudaMemcpyDefault, d->streams[STREAM_COMPUTE]));
 }
 
-static void cuda_norm_logits(struct device *device, const struct weight *const *weights) {
-    struct cuda_device *d = enter(device, "computing logits");
-    d->output = weights;
-    if (d->n_samples <= LOGIT_ROWS)
-        compute_logits(d, 0, d->n_samples);
+/* The tokens of samples [first, first + n), of which the logits are there. */
+static void draw_tokens(struct cuda_device *d, int first, int n) {
+    struct sampler s = {d->logits, d->logits_stride, d->device.config->vocab_size, first, d->step,
+                        d->keys,   d->sampled};
+    launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, s);
 }
 
-static void cuda_sample(struct device *device) {
+static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
     struct cuda_device *d = enter(device, "sampling");
     for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
-        int n = piece_of(d, first);
-        if (d->n_samples > LOGIT_ROWS)
-            compute_logits(d, first, n);
-        struct sampler s = {d->logits, d->logits_stride, device->config->vocab_size, first, d->step,
-                            d->keys,   d->sampled};
-        launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, s);
+        int n = d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
+        compute_logits(d, weights, first, n);
+        if (logits)
+            read_logits(d, logits + (size_t)first * (size_t)device->config->vocab_size, n);
+        draw_tokens(d, first, n);
     }
-}
-
-static void cuda_read_logits(struct device *device, float *logits) {
-    struct cuda_device *d = enter(device, "reading logits");
-    size_t width = (size_t)device->config->vocab_size;
-    for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
-        int n = piece_of(d, first);
-        compute_logits(d, first, n);
-        TRY(d, cudaMemcpy2DAsync(logits + (size_t)first * width, width * sizeof(float), d->logits,
-                                 (size_t)d->logits_stride * sizeof(float), width * sizeof(float),
-                                 (size_t)n, cudaMemcpyDefault, d->streams[STREAM_COMPUTE]));
-    }
-    TRY(d, cudaStreamSynchronize(d->streams[STREAM_COMPUTE]));
 }
 
 /* ---- a step ---- */
@@ -950,9 +940,7 @@ static void set_operations(struct backend *backend) {
     backend->project_add = cuda_project_add;
     backend->norm_gate_up = cuda_norm_gate_up;
     backend->all_reduce_add = cuda_all_reduce_add;
-    backend->norm_logits = cuda_norm_logits;
     backend->sample = cuda_sample;
-    backend->read_logits = cuda_read_logits;
     backend->step_end = cuda_step_end;
     backend->kv_type = KV_BF16;
     backend->chunk = CHUNK_ROWS;

@@ -531,10 +531,8 @@ static void forward(struct bench *b, const struct batch *batch) {
             backend->norm_gate_up(device, layer);
             backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
         }
-        if (batch->n_samples > 0) {
-            backend->norm_logits(device, b->layers[0]);
-            backend->sample(device);
-        }
+        if (batch->n_samples > 0)
+            backend->sample(device, b->layers[0], NULL);
     }
     backend->step_end(device, batch->sampled);
 }
@@ -738,7 +736,7 @@ static void bench_sampler(struct bench *b) {
         for (int j = 0; j < batch.n_samples; j++)
             batch.sampling[j].temperature = temperatures[i % 3];
         times[i / 3][i % 3] =
-            time_recorded(b, &batch, 4, [=](int) { b->backend->sample(&b->d->device); });
+            time_recorded(b, &batch, 4, [=](int) { draw_tokens(b->d, 0, b->d->n_samples); });
     }
     batch = decode_batch(b, 1);
     empty = time_recorded(b, &batch, EMPTY, [=](int) {

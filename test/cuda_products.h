@@ -398,22 +398,23 @@ static void check_logits(struct check *check, struct worker *worker, const struc
     if (rows.empty())
         return;
     std::vector<float> logits = in_orders(
-        check, "norm_logits",
+        check, "sample",
         [&] {
             poison_h(device);
             poke(device, d->logits, nans);
-            worker->backend->norm_logits(device, worker->layers[0][0]);
+            worker->backend->sample(device, worker->layers[0][0], NULL);
         },
         [&] { return peek(device, d->logits, n); });
     check_norm(check, device, model->output_norm, x, rows);
-    check_outputs(check, "norm_logits", device, {{worker->layers[0][0][OUTPUT], NULL, 0}},
+    check_outputs(check, "logits", device, {{worker->layers[0][0][OUTPUT], NULL, 0}},
                   normed_inputs(device), (int)rows.size(), logits, d->logits_stride, nans);
     size_t width = (size_t)model->config.vocab_size;
     std::vector<float> host(rows.size() * width, NAN);
-    worker->backend->read_logits(device, host.data()); /* it computes them again */
+    worker->backend->sample(device, worker->layers[0][0], host.data());
+    need_success(cudaStreamSynchronize(d->streams[STREAM_COMPUTE]), "cudaStreamSynchronize");
     for (size_t i = 0; i < rows.size(); i++)
         CHECK(!memcmp(&host[i * width], &logits[i * d->logits_stride], width * sizeof(float)),
-              "read_logits: row %zu", i);
+              "logits on the host: row %zu", i);
 }
 
 /* All products of a layer, for so many rows of either kind. */

@@ -289,9 +289,7 @@ static std::vector<int> draw_samples(struct worker *worker, const std::vector<in
     logits->resize((size_t)(end - first) * (size_t)device->config->vocab_size);
     worker->backend->step_begin(device, seal(&batch));
     worker->backend->embed(device, worker->layers[0][0][TOKEN_EMBD]);
-    worker->backend->norm_logits(device, worker->layers[0][0]);
-    worker->backend->read_logits(device, logits->data());
-    worker->backend->sample(device);
+    worker->backend->sample(device, worker->layers[0][0], logits->data());
     worker->backend->step_end(device, batch.batch.sampled);
     batch.sampled.pop_back();
     return batch.sampled;
@@ -425,7 +423,7 @@ static void check_sampler(struct check *check, struct random *random, struct dev
         [&] {
             device->backend->step_begin(device, seal(&batch));
             poke(device, d->logits, logits);
-            device->backend->sample(device);
+            draw_tokens(d, 0, n_rows);
             device->backend->step_end(device, batch.batch.sampled);
         },
         [&] { return batch.sampled; });

@@ -569,10 +569,8 @@ static bool forward(struct worker *worker, const struct batch *batch) {
         if (n > 1)
             backend->all_reduce_add(worker->shards, n);
     }
-    if (record && batch->n_samples > 0) {
-        backend->norm_logits(worker->shards[0], worker->layers[0][0]);
-        backend->sample(worker->shards[0]);
-    }
+    if (record && batch->n_samples > 0)
+        backend->sample(worker->shards[0], worker->layers[0][0], NULL);
     for (int s = 0; s < n; s++)
         backend->step_end(worker->shards[s], s == 0 ? batch->sampled : NULL);
     return record;
