@@ -283,7 +283,7 @@ static void probe(struct bench *b) {
     b->copy = 2 * copy_rate(b, memory + PROBE_BYTES, memory);
     b->up = copy_rate(b, memory, pinned);
     b->down = copy_rate(b, pinned, memory);
-    int blocks = b->d->gpu->properties.multiProcessorCount * 8;
+    int blocks = b->d->card->properties.multiProcessorCount * 8;
     b->read = PROBE_BYTES / time_on(b, compute_stream(b), [=] {
                   launch(b->d, "read_kernel", read_kernel, grid_of(blocks), THREADS, 0,
                          (const uint4 *)(memory + PROBE_BYTES), (size_t)PROBE_BYTES / 16,
@@ -440,7 +440,7 @@ static void open_device(struct bench *b) {
     double again = seconds() - start;
     b->backend->device_close(second);
     b->d = (struct cuda_device *)device;
-    const cudaDeviceProp *p = &b->d->gpu->properties;
+    const cudaDeviceProp *p = &b->d->card->properties;
     report(b, "%s, %d multiprocessors, %.0f GB, L2 %.0f MB", p->name, p->multiProcessorCount,
            (double)p->totalGlobalMem * 1e-9, (double)p->l2CacheSize * 1e-6);
     report(b, "open: the first device %.2f s, with the driver; a second one %.2f s", first, again);

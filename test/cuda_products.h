@@ -27,7 +27,7 @@ static double packed_element(const struct tensor *tensor, int row, int k, double
     return value;
 }
 
-/* Segments as pack.cuh tells: eight shares of K, cut between multiples of `grain`; each begins
+/* Segments as kernels.cu tells: eight shares of K, cut between multiples of `grain`; each begins
  * with a unit of its own where K is cut there. */
 static void check_segments(struct check *check, const struct segments &s, int cols, int grain,
                            int rank, int count) {

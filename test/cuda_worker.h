@@ -459,7 +459,7 @@ static void poison(struct device *device, T *to, size_t rows, int stride, int co
     poke(device, to, values);
 }
 
-/* Where each k of an input's own part lies in its row: see pack.cuh. */
+/* Where each k of an input's own part lies in its row: see kernels.cu. */
 static std::vector<int> places_of(const struct segments &s) {
     std::vector<int> places;
     for (int i = 0; i < s.n; i++)
