@@ -89,13 +89,10 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  * and the fragments of a warp lie side by side, in the order [tile][unit][lane]. So a warp reads
  * its weights by 16-byte loads of one contiguous stream, and the same bytes serve as the operand of
  * 16 rows (generated tokens) and as two operands of 8 columns (prompts).
- *     PACKED_BF16   2 x 16 bytes a lane, one for each mma: 1024 bytes     F16, BF16, Q4_K, Q6_K
- *     PACKED_F32    the same twice: high parts, low parts                 F32
+ *     PACKED_BF16   2 x 16 bytes a lane, one for each mma: 1024 bytes     all types but
  *     PACKED_Q8     16 bytes a lane, numbers + 128; f16 scales            Q8_0
  *     PACKED_Q4     8 bytes a lane; f16 scales                            Q4_0
  * Scales stand apart, 32 bytes a tile and unit: those of outputs group and group + 8 side by side.
- * An F32 weight is the sum of two bf16, what rounding leaves out of the first being the second: it
- * takes the bytes of an F32, and gives its logits; bf16 alone would be off by 2 %.
  *
  * K is worked off in K_SEGMENTS *segments*, one for each warp of a product. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
@@ -103,9 +100,14 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  * same bits on every number of shards. The input of such a product has the same gaps; `place`
  * says where an element goes. Models whose segments end at multiples of 32 have no gaps. */
 
-enum { TILE = 16, UNIT = 32, SCALE_BYTES = 32 /* of a tile and unit */ };
+enum {
+    TILE = 16,
+    UNIT = 32,
+    UNIT_BYTES = 1024, /* of a tile and unit in bf16: the most */
+    SCALE_BYTES = 32   /* of a tile and unit */
+};
 
-enum packed_type { PACKED_BF16, PACKED_F32, PACKED_Q8, PACKED_Q4, PACKED_MIXED };
+enum packed_type { PACKED_BF16, PACKED_Q8, PACKED_Q4 };
 
 struct segments {             /* of a shard's K */
     int n;                    /* K_SEGMENTS / n_shards */
@@ -121,23 +123,15 @@ struct matrix { /* a packed matrix, or a shard's part of one, as kernels take it
 };
 
 static inline enum packed_type packed_type_of(enum tensor_type type) {
-    return type == TYPE_Q8_0   ? PACKED_Q8
-           : type == TYPE_Q4_0 ? PACKED_Q4
-           : type == TYPE_F32  ? PACKED_F32
-                               : PACKED_BF16;
+    return type == TYPE_Q8_0 ? PACKED_Q8 : type == TYPE_Q4_0 ? PACKED_Q4 : PACKED_BF16;
 }
 
-enum { PART_BYTES = 1024 /* of bf16: a tile and unit, or the high or low part of one */ };
-
-static inline __host__ __device__ size_t packed_bytes(int type) { /* of a tile and unit */
-    return type == PACKED_F32    ? 2 * PART_BYTES
-           : type == PACKED_BF16 ? PART_BYTES
-           : type == PACKED_Q8   ? 512
-                                 : 256;
+static constexpr __host__ __device__ size_t packed_bytes(int type) { /* of a tile and unit */
+    return type == PACKED_BF16 ? UNIT_BYTES : type == PACKED_Q8 ? 512 : 256;
 }
 
-static inline __host__ __device__ bool has_scales(int type) {
-    return type == PACKED_Q8 || type == PACKED_Q4;
+static constexpr __host__ __device__ bool has_scales(int type) {
+    return type != PACKED_BF16;
 }
 
 /* Segments [first, first + n) of a K that may be cut between multiples of `grain`; grain 0: it is
@@ -166,11 +160,10 @@ DEVICE int place(const struct segments &s, int k) {
 
 /* ---- fragments ---- */
 
-template <int TYPE> struct fragment { /* PACKED_MIXED: of matrices of several types */
-    static constexpr int N = TYPE == PACKED_Q8 || TYPE == PACKED_Q4 ? 1 : 2;
+template <int TYPE> struct fragment {
+    static constexpr int N = TYPE == PACKED_BF16 ? 2 : 1;
     uint4 words[N];  /* bf16: one for each mma; else x and y (Q4: x): output group, the rest: + 8 */
     uint32_t scales; /* f16: of output group, of group + 8 */
-    int type;
 };
 
 DEVICE float bf16_to_float(uint32_t bits) {
@@ -195,22 +188,21 @@ DEVICE void unpack_four(uint32_t word, int bits, float offset, float scale, uint
 
 /* a[0] and a[1] are the 16-row operands of a unit's two mma. */
 template <int TYPE> DEVICE void unpack(const struct fragment<TYPE> &f, uint32_t a[2][4]) {
-    const int type = TYPE == PACKED_MIXED ? f.type : TYPE;
-    if (!has_scales(type)) {
+    const uint4 &words = f.words[0];
+    if (TYPE == PACKED_BF16) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint4 &words = f.words[half % fragment<TYPE>::N];
-            a[half][0] = words.x;
-            a[half][1] = words.y;
-            a[half][2] = words.z;
-            a[half][3] = words.w;
+            const uint4 &own = f.words[half % fragment<TYPE>::N];
+            a[half][0] = own.x;
+            a[half][1] = own.y;
+            a[half][2] = own.z;
+            a[half][3] = own.w;
         }
         return;
     }
     const float low = half_to_float((uint16_t)f.scales);
     const float high = half_to_float((uint16_t)(f.scales >> 16));
-    const uint4 &words = f.words[0];
-    if (type == PACKED_Q8) {
+    if (TYPE == PACKED_Q8) {
         unpack_four(words.x, 8, 128.0f, low, &a[0][0], &a[0][2]);
         unpack_four(words.y, 8, 128.0f, low, &a[1][0], &a[1][2]);
         unpack_four(words.z, 8, 128.0f, high, &a[0][1], &a[0][3]);
@@ -224,19 +216,17 @@ template <int TYPE> DEVICE void unpack(const struct fragment<TYPE> &f, uint32_t 
 }
 
 /* A lane's fragment of a tile and unit whose numbers and scales begin there; ONCE: in device
- * memory, and not to be read again soon. `type` counts for PACKED_MIXED alone. */
+ * memory, and not to be read again soon. */
 template <int TYPE, bool ONCE>
-DEVICE void load_fragment(const uint8_t *numbers, const uint8_t *scales, int type, int lane,
+DEVICE void load_fragment(const uint8_t *numbers, const uint8_t *scales, int lane,
                           struct fragment<TYPE> *f) {
-    type = TYPE == PACKED_MIXED ? type : TYPE;
-    f->type = type;
-    if (type == PACKED_Q4) {
+    if (TYPE == PACKED_Q4) {
         uint2 half = load8(numbers + lane * 8);
         f->words[0] = make_uint4(half.x, half.y, 0, 0);
     } else {
         f->words[0] = ONCE ? load16_once(numbers + lane * 16) : load16(numbers + lane * 16);
     }
-    if (has_scales(type)) {
+    if (has_scales(TYPE)) {
         f->scales = reinterpret_cast<const uint32_t *>(scales)[lane / 4];
     } else {
         numbers += 512 + lane * 16;
@@ -244,20 +234,14 @@ DEVICE void load_fragment(const uint8_t *numbers, const uint8_t *scales, int typ
     }
 }
 
-/* Element `at` of the 8 of a lane and of output group or group + 8, from where a part begins. */
-DEVICE float part_element(const uint8_t *part, int lane, int upper, int at) {
-    const uint16_t *halves = reinterpret_cast<const uint16_t *>(part + at / 4 * 512 + lane * 16);
-    return bf16_to_float(halves[(upper + at % 4 / 2 * 2) * 2 + at % 2]);
-}
-
 /* One element as f32: for embeddings. */
 DEVICE float matrix_element(const struct matrix &m, int output, int k) {
     size_t index = (size_t)(output / TILE) * m.n_units + k / UNIT;
     int group = output % 8, upper = output % TILE / 8, at = k % 8, lane = 4 * group + k % UNIT / 8;
     const uint8_t *numbers = m.packed + index * packed_bytes(m.type);
-    if (!has_scales(m.type)) {
-        float low = m.type == PACKED_F32 ? part_element(numbers + PART_BYTES, lane, upper, at) : 0;
-        return part_element(numbers, lane, upper, at) + low;
+    if (m.type == PACKED_BF16) {
+        const uint16_t *own = (const uint16_t *)(numbers + at / 4 * 512 + lane * 16);
+        return bf16_to_float(own[(upper + at % 4 / 2 * 2) * 2 + at % 2]);
     }
     const uint16_t *scales = reinterpret_cast<const uint16_t *>(m.scales + index * SCALE_BYTES);
     float scale = half_to_float(scales[group * 2 + upper]);
@@ -336,20 +320,15 @@ DEVICE uint2 raw_numbers(const struct raw_rows &raw, int row, int k, int begin, 
     return make_uint2(word[0], word[1]);
 }
 
-/* A lane's share of a tile and unit, or of its low part: row `row`, k to k + 8, those outside
- * [begin, end) 0. */
-DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, int end, bool low,
+/* A lane's share of a tile and unit in bf16: row `row`, k to k + 8, those outside [begin, end) 0. */
+DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, int end,
                         uint32_t *words) {
     for (int at = 0; at < 8; at += 2) {
         float pair[2] = {0.0f, 0.0f};
         for (int i = 0; i < 2 && row < raw.n_rows; i++)
             if (k + at + i >= begin && k + at + i < end)
                 pair[i] = raw_element(raw, row, k + at + i);
-        uint32_t both = pack_bf16(pair[0], pair[1]);
-        if (low)
-            both = pack_bf16(pair[0] - bf16_to_float(both & 0xffff),
-                             pair[1] - bf16_to_float(both >> 16));
-        words[at / 4 * 128 + at % 4 / 2 * 2] = both;
+        words[at / 4 * 128 + at % 4 / 2 * 2] = pack_bf16(pair[0], pair[1]);
     }
 }
 
@@ -371,11 +350,8 @@ __global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
     uint16_t *scales = (uint16_t *)(m.scales + index * SCALE_BYTES);
     for (int upper = 0; upper < 2; upper++) {
         int row = tile * TILE + upper * 8 + lane / 4;
-        if (!has_scales(m.type)) {
-            pack_floats(raw, row, k, begin, end, false, words + lane * 4 + upper);
-            if (m.type == PACKED_F32)
-                pack_floats(raw, row, k, begin, end, true,
-                            words + PART_BYTES / 4 + lane * 4 + upper);
+        if (m.type == PACKED_BF16) {
+            pack_floats(raw, row, k, begin, end, words + lane * 4 + upper);
             continue;
         }
         uint16_t scale = 0;
@@ -445,7 +421,8 @@ struct cuda_device {
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
     uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
-    uint16_t *h_low;                   /* what bf16 leaves out of h; NULL: no weight is F32 */
+    float *gate_up;                    /* (max_rows, 2 d_ff); NULL: they are never of two types */
+    int ffn_types;                     /* bits: of matrices of their shape, 1 << packed type */
     float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */
     float *rope_frequency;             /* (rope_dim / 2) */
     int *arrived;                      /* (max_rows, n_kv_heads, chunks) of attention */
@@ -619,6 +596,19 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
     return true;
 }
 
+/* Gate and up of one type are multiplied by one kernel, which needs no place for their sums. If
+ * there are matrices of their shape in several types, they may be two of those: see
+ * cuda_norm_gate_up. False: no room. */
+static bool make_gate_up(struct cuda_device *d, const struct weight *w) {
+    bool ok = true;
+    if (w->matrix.n_outputs != d->d_ff || w->tensor->cols != d->device.config->d_model)
+        return true;
+    d->ffn_types |= 1 << w->matrix.type;
+    if (!d->gate_up && (d->ffn_types & (d->ffn_types - 1)))
+        gpu_take(&d->gpu, &d->gate_up, (size_t)d->device.max_rows * 2 * (size_t)d->d_ff, &ok);
+    return ok;
+}
+
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
                                         struct slice slice, char *error) {
     struct cuda_device *d = enter(device, "loading weights");
@@ -642,9 +632,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
             w = NULL;
         }
     }
-    bool ok = w != NULL;
-    if (ok && w->matrix.type == PACKED_F32 && !w->vector && !d->h_low)
-        gpu_take(&d->gpu, &d->h_low, d->padded_rows * (size_t)d->h_stride, &ok);
+    bool ok = w && (w->vector || make_gate_up(d, w));
     pthread_mutex_unlock(&cuda->upload_mutex);
     if (!ok) {
         size_t available = 0, total = 0;
@@ -691,9 +679,8 @@ struct product {
     float *out[3];           /* (n_rows, out_stride) */
     const float *bias[3];    /* (n_outputs), or NULL */
     int n_matrices, out_stride;
-    const uint16_t *input;      /* bf16 (n_rows, input_stride) */
-    const uint16_t *input_low;  /* the same: what bf16 leaves out of it; counts for F32 alone */
-    int input_stride, n_passes; /* n_passes: see struct pass */
+    const uint16_t *input; /* bf16 (n_rows, input_stride) */
+    int input_stride;
     const int *n_generated; /* device: generated_product has rows [0, *n_generated - n_before) */
     int n_before;
     int first_row, n_rows; /* prompt_product's */
@@ -702,27 +689,6 @@ struct product {
     int ffn_stride;
     struct segments ffn_places; /* the K of ffn_down */
 };
-
-/* One pass over a unit. F32 weights take three: high part of weights . high part of the input,
- * low . high, and high . low where the input has a low part; all others one. */
-struct pass {
-    int unit;
-    bool low_weight, low_input;
-};
-
-template <int TYPE> DEVICE struct pass find_pass(const struct product &p, int index) {
-    struct pass pass = {index, false, false};
-    if (TYPE == PACKED_F32 || TYPE == PACKED_MIXED) {
-        pass.unit = index / p.n_passes;
-        pass.low_weight = index % p.n_passes == 1;
-        pass.low_input = index % p.n_passes == 2;
-    }
-    return pass;
-}
-
-template <int TYPE> DEVICE int count_passes(const struct product &p) {
-    return TYPE == PACKED_F32 || TYPE == PACKED_MIXED ? p.n_passes : 1;
-}
 
 DEVICE float silu(float x) {
     return x / (1.0f + __expf(-x));
@@ -769,20 +735,6 @@ static constexpr __host__ __device__ int tiles_a_block(int columns) {
     return columns > 2 ? 2 : 1;
 }
 
-/* The fragment that one pass wants of a tile; of a matrix that has no low part: 0. */
-template <int TYPE>
-DEVICE void matrix_fragment(const struct matrix &m, int tile, const struct pass &pass, int lane,
-                            struct fragment<TYPE> *f) {
-    int type = TYPE == PACKED_MIXED ? m.type : TYPE;
-    if (pass.low_weight && type != PACKED_F32) {
-        *f = {};
-        return;
-    }
-    size_t index = (size_t)tile * m.n_units + pass.unit;
-    load_fragment<TYPE, true>(m.packed + index * packed_bytes(type) + pass.low_weight * PART_BYTES,
-                              m.scales + index * SCALE_BYTES, type, lane, f);
-}
-
 /* The tree that sums K_SEGMENTS segments; those that another shard has are 0 here. */
 DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
     float value[K_SEGMENTS];
@@ -798,7 +750,7 @@ DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
 }
 
 /* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
- * for each warp its passes [at, end) over the units of its segment. */
+ * for each warp the units [at, end) of its segment. */
 template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
     static constexpr int KINDS = EPILOGUE == SILU ? 2 : 1, TILES = tiles_a_block(COLUMNS);
     static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
@@ -817,9 +769,11 @@ DEVICE void fetch_weights(const struct product &p, int from,
         const struct matrix &m = p.matrix[b->which + slot % b->KINDS];
         int tile = b->first_tile + slot / b->KINDS;
         tile = tile < m.n_tiles ? tile : m.n_tiles - 1;
+        size_t index = (size_t)tile * m.n_units + at;
         if (at < b->end)
-            matrix_fragment<TYPE>(m, tile, find_pass<TYPE>(p, at), b->lane,
-                                  &b->next[i / b->SLOTS][slot]);
+            load_fragment<TYPE, true>(m.packed + index * packed_bytes(TYPE),
+                                      m.scales + index * SCALE_BYTES, b->lane,
+                                      &b->next[i / b->SLOTS][slot]);
     }
 }
 
@@ -829,7 +783,8 @@ template <int TYPE, int EPILOGUE, int COLUMNS>
 DEVICE void multiply_segment(const struct product &p,
                              struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
     constexpr int AHEAD = b->AHEAD, SLOTS = b->SLOTS;
-    size_t first = (size_t)(b->first_row + b->lane / 4) * p.input_stride + b->lane % 4 * 8;
+    const uint16_t *input =
+        p.input + (size_t)(b->first_row + b->lane / 4) * p.input_stride + b->lane % 4 * 8;
     for (; b->at < b->end; b->at += AHEAD) {
         struct fragment<TYPE> now[AHEAD][SLOTS];
 #pragma unroll
@@ -840,15 +795,14 @@ DEVICE void multiply_segment(const struct product &p,
         for (int ahead = 0; ahead < AHEAD; ahead++) {
             if (b->at + ahead >= b->end)
                 break;
-            const struct pass pass = find_pass<TYPE>(p, b->at + ahead);
-            const uint16_t *input = (pass.low_input ? p.input_low : p.input) + first;
             uint32_t a[SLOTS][2][4];
 #pragma unroll
             for (int slot = 0; slot < SLOTS; slot++)
                 unpack<TYPE>(now[ahead][slot], a[slot]);
 #pragma unroll
             for (int column = 0; column < COLUMNS; column++) {
-                uint4 x = load16(input + (size_t)column * 8 * p.input_stride + pass.unit * UNIT);
+                uint4 x =
+                    load16(input + (size_t)column * 8 * p.input_stride + (b->at + ahead) * UNIT);
                 uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; slot++) {
@@ -899,8 +853,8 @@ __global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct
     b.warp = (int)threadIdx.x / WARP;
     b.lane = (int)threadIdx.x % WARP;
     const struct segments &segments = p.matrix[b.which].segments;
-    b.at = segments.unit[b.warp] * count_passes<TYPE>(p);
-    b.end = segments.unit[b.warp + 1] * count_passes<TYPE>(p);
+    b.at = segments.unit[b.warp];
+    b.end = segments.unit[b.warp + 1];
 #pragma unroll
     for (int i = 0; i < b.SLOTS * COLUMNS * 4; i++)
         b.sum[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0.0f;
@@ -925,7 +879,7 @@ static inline size_t generated_product_shared(int kinds, int n_segments, int col
 enum {
     STAGE_ROWS = ROW_TILE * UNIT * 2,                    /* bytes of the rows of a stage */
     STAGE_SLOTS = OUTPUT_TILE / TILE,                    /* its tiles of weights */
-    STAGE_BYTES = STAGE_ROWS + STAGE_SLOTS * PART_BYTES, /* scales fit where bf16 would be */
+    STAGE_BYTES = STAGE_ROWS + STAGE_SLOTS * UNIT_BYTES, /* scales fit where bf16 would be */
     PROMPT_SHARED = STAGES * STAGE_BYTES
 };
 
@@ -939,38 +893,35 @@ template <int EPILOGUE> DEVICE int slot_tile(int first_tile, int slot, int *kind
 /* Starts the copies of one unit of a block's rows and weights into a stage. Rows are 64 bytes side
  * by side: a fragment is 16 of them, and eight lanes read 128 bytes in a row. */
 template <int TYPE, int EPILOGUE>
-DEVICE void load_stage(const struct product &p, int which, int first_tile, int first_row, int at,
+DEVICE void load_stage(const struct product &p, int which, int first_tile, int first_row, int unit,
                        uint8_t *stage) {
-    const struct pass pass = find_pass<TYPE>(p, at);
-    const uint16_t *input = (pass.low_input ? p.input_low : p.input) + pass.unit * UNIT;
+    const uint16_t *input = p.input + unit * UNIT;
     for (int i = (int)threadIdx.x; i < ROW_TILE * 4; i += THREADS) {
         int row = first_row + i / 4, last = p.first_row + p.n_rows - 1;
         const uint16_t *from = input + (size_t)(row < last ? row : last) * p.input_stride;
         copy_async16(stage + i * 16, from + i % 4 * 8, row <= last);
     }
-    constexpr int A_SLOT = TYPE == PACKED_Q8 ? 34 : TYPE == PACKED_Q4 ? 18 : 64; /* with scales */
+    constexpr int BYTES = (int)packed_bytes(TYPE);
+    constexpr int A_SLOT = (BYTES + (has_scales(TYPE) ? SCALE_BYTES : 0)) / 16;
     stage += STAGE_ROWS;
     for (int i = (int)threadIdx.x; i < STAGE_SLOTS * A_SLOT; i += THREADS) {
         int slot = i / A_SLOT, byte = i % A_SLOT * 16, kind;
         int tile = slot_tile<EPILOGUE>(first_tile, slot, &kind);
         const struct matrix &m = p.matrix[which + kind];
-        int type = TYPE == PACKED_MIXED ? m.type : TYPE, bytes = (int)packed_bytes(type);
-        size_t index = (size_t)(tile < m.n_tiles ? tile : 0) * m.n_units + pass.unit;
-        const uint8_t *from = m.packed + index * bytes + pass.low_weight * PART_BYTES + byte;
-        if (has_scales(type) && byte >= bytes)
-            from = m.scales + index * SCALE_BYTES + (byte - bytes) % SCALE_BYTES;
-        bool there = tile < m.n_tiles && (type == PACKED_F32 || !pass.low_weight);
-        copy_async16(stage + slot * PART_BYTES + byte, there ? from : m.packed, there);
+        bool there = tile < m.n_tiles;
+        size_t index = (size_t)(there ? tile : 0) * m.n_units + unit;
+        const uint8_t *from = byte < BYTES ? m.packed + index * BYTES + byte
+                                           : m.scales + index * SCALE_BYTES + (byte - BYTES);
+        copy_async16(stage + slot * UNIT_BYTES + byte, there ? from : m.packed, there);
     }
     copy_async_commit();
 }
 
 /* sum (4 x 16 rows, 4 x 2 x 8 outputs) += one unit of a warp's rows and slots. */
 template <int TYPE>
-DEVICE void multiply_stage(const uint8_t *stage, const int types[2], int warp, int lane,
-                           float sum[4][8][4]) {
+DEVICE void multiply_stage(const uint8_t *stage, int warp, int lane, float sum[4][8][4]) {
     const uint8_t *rows = stage + (warp / 2 * WARP_ROWS + lane / 4) * 64 + lane % 4 * 16;
-    const uint8_t *weights = stage + STAGE_ROWS + warp % 2 * 4 * PART_BYTES;
+    const uint8_t *weights = stage + STAGE_ROWS + warp % 2 * 4 * UNIT_BYTES;
     uint32_t x[4][2][4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -985,9 +936,8 @@ DEVICE void multiply_stage(const uint8_t *stage, const int types[2], int warp, i
     for (int slot = 0; slot < 4; slot++) {
         struct fragment<TYPE> f;
         uint32_t w[2][4];
-        const uint8_t *numbers = weights + slot * PART_BYTES;
-        int type = TYPE == PACKED_MIXED ? types[slot / 2] : TYPE;
-        load_fragment<TYPE, false>(numbers, numbers + packed_bytes(type), type, lane, &f);
+        const uint8_t *numbers = weights + slot * UNIT_BYTES;
+        load_fragment<TYPE, false>(numbers, numbers + packed_bytes(TYPE), lane, &f);
         unpack<TYPE>(f, w);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -1016,8 +966,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     int first_tile =
         find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / (EPILOGUE == SILU ? 2 : 1), &which);
     int end_row = p.first_row + p.n_rows;
-    int n = p.matrix[which].n_units * count_passes<TYPE>(p); /* stages to come */
-    const int types[2] = {p.matrix[which].type, p.matrix[which + (EPILOGUE == SILU)].type};
+    int n = p.matrix[which].n_units; /* stages to come */
     float sum[4][8][4] = {};
     grid_wait();
     grid_launch_dependents();
@@ -1054,7 +1003,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                                        stages + ahead % STAGES * STAGE_BYTES);
         else
             copy_async_commit(); /* an empty group: the count of younger ones stays right */
-        multiply_stage<TYPE>(stages + i % STAGES * STAGE_BYTES, types, warp, lane, sum);
+        multiply_stage<TYPE>(stages + i % STAGES * STAGE_BYTES, warp, lane, sum);
     }
     for_pairs([&](int i, int j, int c, int row, int output) {
         finish<EPILOGUE>(p, which, row, output, &sum[i][j][c], &sum[i][(j + 4) % 8][c]);
@@ -1098,25 +1047,25 @@ static void launch_typed(struct cuda_device *d, const struct product &p, int n_g
     }
 }
 
+/* Matrices of one type together, each by itself where they are of several. */
 template <int EPILOGUE>
-static void launch_product(struct cuda_device *d, struct product p, int n_generated) {
+static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
     int type = p.matrix[0].type;
-    p.n_passes = 1;
-    for (int i = 0; i < p.n_matrices; i++) {
-        type = p.matrix[i].type == type ? type : (int)PACKED_MIXED;
-        if (p.matrix[i].type == PACKED_F32)
-            p.n_passes = p.input_low ? 3 : 2;
+    for (int i = 1; i < p.n_matrices; i++)
+        type = p.matrix[i].type == type ? type : -1;
+    struct product one = p;
+    one.n_matrices = 1;
+    for (int i = 0; i < p.n_matrices && type < 0; i++) {
+        one.matrix[0] = p.matrix[i];
+        one.bias[0] = p.bias[i];
+        one.out[0] = p.out[i];
+        launch_product<EPILOGUE>(d, one, n_generated);
     }
-    if (type == PACKED_F32)
-        launch_typed<PACKED_F32, EPILOGUE>(d, p, n_generated);
-    else if (type == PACKED_BF16)
-        launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated);
-    else if (type == PACKED_Q8)
-        launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated);
-    else if (type == PACKED_Q4)
-        launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated);
-    else
-        launch_typed<PACKED_MIXED, EPILOGUE>(d, p, n_generated);
+    switch (type) {
+    case PACKED_BF16: launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated); break;
+    case PACKED_Q8: launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated); break;
+    case PACKED_Q4: launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated); break;
+    }
 }
 
 /* A product of all rows of the step. */
@@ -1124,7 +1073,6 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
                                  int input_stride) {
     struct product p = {};
     p.input = input;
-    p.input_low = input == d->h ? d->h_low : NULL;
     p.input_stride = input_stride;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
@@ -1733,10 +1681,10 @@ DEVICE float sum_of_block(float value, float *shared) {
     return value;
 }
 
-/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample; h_low: may be NULL. */
+/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. */
 __global__ void norm_kernel(const struct step_header *step, int first_sample, const float *x,
                             int x_stride, int d_model, const float *weight, float epsilon,
-                            uint16_t *h, uint16_t *h_low, int h_stride) {
+                            uint16_t *h, int h_stride) {
     DYNAMIC_SHARED(float, shared);
     grid_wait();
     grid_launch_dependents();
@@ -1754,12 +1702,8 @@ __global__ void norm_kernel(const struct step_header *step, int first_sample, co
     for (int i = (int)threadIdx.x * 2; i < d_model; i += THREADS * 2) {
         float first = from[i] * scale * weight[i];
         float second = i + 1 < d_model ? from[i + 1] * scale * weight[i + 1] : 0.0f;
-        size_t at = (size_t)blockIdx.x * h_stride + i;
-        uint32_t pair = pack_bf16(first, second);
-        *reinterpret_cast<uint32_t *>(h + at) = pair;
-        if (h_low)
-            *reinterpret_cast<uint32_t *>(h_low + at) =
-                pack_bf16(first - bf16_to_float(pair & 0xffff), second - bf16_to_float(pair >> 16));
+        uint16_t *to = h + (size_t)blockIdx.x * h_stride + i;
+        *reinterpret_cast<uint32_t *>(to) = pack_bf16(first, second);
     }
 }
 
@@ -1767,7 +1711,7 @@ __global__ void norm_kernel(const struct step_header *step, int first_sample, co
 static void norm(struct cuda_device *d, const struct weight *weight, int first_sample, int n) {
     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
            d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
-           d->device.config->norm_epsilon, d->h, d->h_low, d->h_stride);
+           d->device.config->norm_epsilon, d->h, d->h_stride);
 }
 
 struct rope {
@@ -1908,6 +1852,20 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     launch_product<STORE>(d, p, d->n_generated);
 }
 
+/* ffn = silu(gate) * up, of sums (n_rows, {gate, up}, d_ff) that two products made. */
+__global__ void silu_kernel(const struct step_header *step, const float *gate_up, int d_ff,
+                            uint16_t *ffn, int ffn_stride, const struct segments places) {
+    grid_wait();
+    grid_launch_dependents();
+    int row = (int)blockIdx.x;
+    if (row >= step->n_rows)
+        return;
+    const float *gate = gate_up + (size_t)row * 2 * d_ff;
+    uint16_t *to = ffn + (size_t)row * ffn_stride;
+    for (int i = (int)threadIdx.x; i < d_ff; i += THREADS)
+        to[place(places, i)] = (uint16_t)pack_bf16(silu(gate[i]) * gate[d_ff + i], 0.0f);
+}
+
 static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
     struct cuda_device *d = (struct cuda_device *)device;
     norm(d, layer[FFN_NORM], ALL_ROWS, d->n_rows);
@@ -1915,10 +1873,19 @@ static void cuda_norm_gate_up(struct device *device, const struct weight *const 
     p.matrix[0] = layer[FFN_GATE]->matrix;
     p.matrix[1] = layer[FFN_UP]->matrix;
     p.n_matrices = 2;
-    p.ffn = d->ffn;
-    p.ffn_stride = d->ffn_stride;
-    p.ffn_places = d->ffn_places;
-    launch_product<SILU>(d, p, d->n_generated);
+    if (p.matrix[0].type == p.matrix[1].type) {
+        p.ffn = d->ffn;
+        p.ffn_stride = d->ffn_stride;
+        p.ffn_places = d->ffn_places;
+        launch_product<SILU>(d, p, d->n_generated);
+        return;
+    }
+    p.out[0] = d->gate_up;
+    p.out[1] = d->gate_up + d->d_ff;
+    p.out_stride = 2 * d->d_ff;
+    launch_product<STORE>(d, p, d->n_generated);
+    launch(d, "silu_kernel", silu_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->gate_up,
+           d->d_ff, d->ffn, d->ffn_stride, d->ffn_places);
 }
 
 /* ---- several shards ---- */
