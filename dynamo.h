@@ -41,6 +41,7 @@
 #include <stdint.h>
 
 #include "lib/model.h"
+#include "lib/sampler.h"
 
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
@@ -50,13 +51,6 @@ enum {
 };
 
 /* ---- requests ---- */
-
-/* How the next token is drawn from the logits; see `sample` below. Temperature 0: the largest. */
-struct sampling {
-    float temperature, top_p, min_p; /* top_p 1, min_p 0: off */
-    int top_k;                       /* 0: off */
-    uint64_t seed;
-};
 
 enum request_state {
     REQUEST_WAITING,   /* in the queue: new, or preempted */
