@@ -44,7 +44,7 @@ $(B)/%.o: %.c $(B)/flags
 	$(CC) $(FLAGS) -c $< -o $@
 
 # the assembler's report beside it says what each kernel takes: test/spills.sh reads it
-$(B)/kernels.cuda.o: kernels.cu lib/gpu.h dynamo.h $(B)/flags
+$(B)/kernels.cuda.o: kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@ 2> $(B)/kernels.cuda.txt || { cat $(B)/kernels.cuda.txt; false; }
 	@grep -E 'warning|error' $(B)/kernels.cuda.txt || true
 
@@ -68,7 +68,7 @@ $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/
 $(B)/test_cuda: test/test_cuda.cu $(B)/kernels.o $(B)/flags
 	$(CXX) -x c++ $(EMU_FLAGS) $(if $(VARIANT),-O1) $< -x none $(B)/kernels.o $(LIBS) -o $@
 
-$(B)/test_cuda_gpu: test/test_cuda.cu $(wildcard test/cuda_*.h) kernels.cu lib/gpu.h $(B)/kernels.o
+$(B)/test_cuda_gpu: test/test_cuda.cu $(wildcard test/cuda_*.h) kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/kernels.o
 	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o -lm -Xcompiler -pthread -o $@
 
 $(B)/test_emu: test/test_emu.cpp $(B)/flags
@@ -113,7 +113,7 @@ $(B)/bench: test/bench.c $(B)/flags
 # what the CUDA backend reaches on this GPU (test/gpu.sh: with all else that needs one), beside the
 # vendor's library where it is there; emu-bench: that the benchmark runs
 CUBLAS = $(if $(wildcard $(dir $(NVCC))../include/cublas_v2.h),-DWITH_CUBLAS -lcublas)
-$(B)/bench_cuda: test/bench_cuda.cu $(B)/kernels.o kernels.cu lib/gpu.h dynamo.h $(B)/flags
+$(B)/bench_cuda: test/bench_cuda.cu $(B)/kernels.o kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/flags
 	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o $(CUBLAS) -lm -Xcompiler -pthread -o $@
 
 $(B)/bench_cuda_emu: test/bench_cuda.cu $(B)/kernels.o $(B)/flags

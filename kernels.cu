@@ -31,8 +31,7 @@
  *     only when the copy into it, or the step that wrote it, has been reported.
  *   - A device's fault ends the program, with file, line, device, call, and what was being done.
  *
- * Beside it: lib/gpu.h (launches, tickets, the instructions of the tensor cores), lib/sampler.h (the
- * draw). */
+ * Beside it: lib/gpu.h (launches, tickets, the instructions of the tensor cores), lib/sampler.h. */
 extern "C" {
 #include "dynamo.h"
 }
@@ -261,7 +260,7 @@ struct raw_rows { /* rows of a tensor as the file has them, on the device */
     size_t row_bytes, first; /* first: where row 0 begins */
     size_t period;           /* what lies so far apart is the same; 0: nothing is */
     int type;                /* enum tensor_type */
-    int n_rows, cols;        /* rows at hand; of a whole row */
+    int n_rows;              /* at hand */
 };
 
 DEVICE const uint8_t *raw_at(const struct raw_rows &raw, int row, size_t offset) {
@@ -323,7 +322,7 @@ DEVICE uint2 raw_numbers(const struct raw_rows &raw, int row, int k, int begin, 
     return make_uint2(word[0], word[1]);
 }
 
-/* A lane's share of a tile and unit in bf16: row `row`, k to k + 8, those outside [begin, end) 0. */
+/* A lane's share of a tile and unit in bf16: k to k + 8 of a row, those outside [begin, end) 0. */
 DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, int end,
                         uint32_t *words) {
     for (int at = 0; at < 8; at += 2) {
@@ -500,7 +499,7 @@ static bool cuda_copy_done(struct device *device, enum stream stream, uint64_t t
 
 /* ---- weights ---- */
 
-/* K of attn_output is cut between heads, that of ffn_down at an even k: see pack.cuh. */
+/* K of attn_output is cut between heads, that of ffn_down at an even k: see chapter 2. */
 static int grain_of(const struct model_config *config, int cols) {
     return cols == config->n_heads * config->head_dim ? config->head_dim : 2;
 }
@@ -531,7 +530,6 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
         struct raw_rows raw = {};
         raw.row_bytes = row_bytes;
         raw.type = tensor->type;
-        raw.cols = (int)tensor->cols;
         raw.n_rows = n_rows - tile * TILE < n_tiles * TILE ? n_rows - tile * TILE : n_tiles * TILE;
         const char *from = (const char *)tensor->data;
         size_t offset = (size_t)(first_row + tile * TILE) * row_bytes;
@@ -664,7 +662,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * Rows are bf16 (n_rows, input_stride), outputs f32, but for the FFN's, which are the next input.
  * The twin of lib/product.h. */
 
-enum epilogue { STORE, ADD, SILU }; /* out = sum + bias | out += sum | ffn = silu(gate) * up */
+enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
 
 enum {
     SUM_STRIDE = 20, /* floats: a row of 16 sums; 20 keeps the lanes in different banks */
@@ -680,6 +678,7 @@ struct product {
     float *out[3];           /* (n_rows, out_stride) */
     const float *bias[3];    /* (n_outputs), or NULL */
     int n_matrices, out_stride;
+    bool adds;             /* to what `out` holds; instead of a bias */
     const uint16_t *input; /* bf16 (n_rows, input_stride) */
     int input_stride;
     const int *n_generated; /* device: generated_product has rows [0, *n_generated - n_before) */
@@ -712,7 +711,7 @@ DEVICE void finish(const struct product &p, int which, int row, int output, cons
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (i < n)
-            out[i] = sum[i] + (EPILOGUE == ADD ? out[i] : bias ? bias[output + i] : 0.0f);
+            out[i] = sum[i] + (p.adds ? out[i] : bias ? bias[output + i] : 0.0f);
 }
 
 /* Which matrix a block works on, and its first tile there, if a block takes `tiles` of them. */
@@ -1107,15 +1106,18 @@ enum {
     BLOCKS_A_PROCESSOR = 4 /* of generated_attention, whose list of work may be long */
 };
 
-struct attention {
-    const uint16_t *q; /* bf16 (n_rows, n_heads, head_dim) */
-    uint16_t *out;     /* bf16 (n_rows, out_stride), heads at `places` */
-    const uint16_t *kv;
-    size_t block_elements, plane; /* of a block; from a key plane to its value plane */
-    int layer, n_heads, n_kv_heads, head_dim, out_stride;
+struct heads {                      /* of a layer: what rope and attention share */
+    const struct step_header *step; /* device */
+    uint16_t *q, *kv;               /* bf16 (n_rows, n_heads, head_dim); blocks */
+    size_t block_elements, plane;   /* of a block; from a head's keys to its values */
+    int layer, n_heads, n_kv_heads, head_dim;
+};
+
+struct attention : heads {
+    uint16_t *out; /* bf16 (n_rows, out_stride), heads at `places` */
+    int out_stride;
     float scale; /* log2(e) / sqrt(head_dim) */
     struct segments places;
-    const struct step_header *step; /* device */
     float *partial; /* (n_splits, n_heads, head_dim + 2): weighted values, largest score, sum */
     int *arrived;   /* (n_sequences, n_kv_heads) splits that are done; 0 between steps */
 };
@@ -1125,12 +1127,12 @@ DEVICE int token_of(int tile, int column) {
     return column / 2 * 4 + tile * 2 + column % 2;
 }
 
-/* Where the keys of a block begin; its values begin `plane` elements further. */
-DEVICE const uint16_t *key_plane(const struct attention &a, const struct sequence &s, int block,
-                                 int kv_head) {
-    size_t first = (size_t)(a.layer * 2 * a.n_kv_heads + kv_head) * BLOCK_TOKENS * a.head_dim;
-    const int *table = array_of<int>(a.step, a.step->table);
-    return a.kv + (size_t)table[s.first_block + block] * a.block_elements + first;
+/* Where a head's keys begin in a block of a sequence; its values begin `plane` elements further. */
+DEVICE uint16_t *key_plane(const struct heads &h, const struct sequence &s, int block,
+                           int kv_head) {
+    size_t first = (size_t)(h.layer * 2 * h.n_kv_heads + kv_head) * BLOCK_TOKENS * h.head_dim;
+    const int *table = array_of<int>(h.step, h.step->table);
+    return h.kv + (size_t)table[s.first_block + block] * h.block_elements + first;
 }
 
 /* Values of tokens [first, first + 4), without those from `end` on: rows that were never written
@@ -1231,13 +1233,9 @@ DEVICE struct queries find_queries(const struct attention &a, int tile_queries) 
     return q;
 }
 
-/* Rows of 32 elements, unit by unit: a lane's 16 bytes of eight lanes are 128 in a row. */
-DEVICE uint8_t *unit_row(uint8_t *tile, int n_rows, int unit, int row) {
-    return tile + (size_t)(unit * n_rows + row) * 64;
-}
-
-/* Starts the copies of the keys and values of a step (2 blocks) into shared memory: keys by units,
- * values as they lie. What is past the text's end, or past head_dim, is 0. */
+/* Starts the copies of the keys and values of a step (2 blocks) into shared memory: keys unit by
+ * unit, in rows of 32 elements, so that 16 bytes of eight lanes are 128 in a row; values as they
+ * lie. What is past the text's end, or past head_dim, is 0. */
 template <int HEAD>
 DEVICE void load_kv(const struct attention &a, const struct sequence &s, int kv_head, int step,
                     uint8_t *stage) {
@@ -1609,25 +1607,30 @@ static int head_of(int head_dim) { /* the kernels that serve it */
     return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 
+static struct heads heads_of(const struct cuda_device *d, int layer) {
+    const struct model_config *config = d->device.config;
+    size_t plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
+    return {d->step,
+            d->q,
+            (uint16_t *)d->device.kv,
+            block_bytes(config, d->device.n_shards, KV_BF16) / sizeof(uint16_t),
+            plane,
+            layer,
+            d->n_heads,
+            d->n_kv_heads,
+            config->head_dim};
+}
+
 static void cuda_attention(struct device *device, int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
     const struct model_config *config = device->config;
-    struct attention a = {};
-    a.q = d->q;
-    a.out = d->attention;
-    a.kv = (const uint16_t *)device->kv;
-    a.block_elements = block_bytes(config, device->n_shards, KV_BF16) / sizeof(uint16_t);
-    a.plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
-    a.layer = layer_index;
-    a.n_heads = d->n_heads;
-    a.n_kv_heads = d->n_kv_heads;
-    a.head_dim = config->head_dim;
-    a.out_stride = d->attention_stride;
-    a.scale = 1.44269504f / sqrtf((float)config->head_dim);
-    a.places = d->attention_places;
-    a.step = d->step;
-    a.partial = d->partial;
-    a.arrived = d->arrived;
+    const struct attention a = {heads_of(d, layer_index),
+                                d->attention,
+                                d->attention_stride,
+                                1.44269504f / sqrtf((float)config->head_dim),
+                                d->attention_places,
+                                d->partial,
+                                d->arrived};
     if (head_of(config->head_dim) == 64)
         launch_attention<64>(d, a);
     else if (head_of(config->head_dim) == 128)
@@ -1709,118 +1712,136 @@ __global__ void norm_kernel(const struct step_header *step, int first_sample, co
 }
 
 /* Of all rows: first_sample ALL_ROWS; or of n samples from that one on. */
-static void norm(struct cuda_device *d, const struct weight *weight, int first_sample, int n) {
+static void launch_norm(struct cuda_device *d, const struct weight *weight, int first_sample,
+                        int n) {
     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
            d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
            d->device.config->norm_epsilon, d->h, d->h_stride);
 }
 
-struct rope {
+struct rope : heads {
     const float *qkv; /* (n_rows, qkv_stride): heads of q, of k, of v */
-    int qkv_stride, n_heads, n_kv_heads, head_dim, rope_dim, layer;
+    int qkv_stride, rope_dim;
     bool adjacent;
     float epsilon;
     const float *q_norm, *k_norm; /* (head_dim), or NULL */
-    const float2 *turn;
-    uint16_t *q, *kv; /* bf16 (n_rows, n_heads, head_dim); blocks */
-    size_t block_elements;
+    const float2 *turn;           /* (n_rows, rope_dim / 2) cosine and sine */
 };
+
+struct head {          /* of q, k or v in a row: where its elements come from, and where they go */
+    const float *from; /* (head_dim) */
+    const float *norm; /* (head_dim); NULL: it has none */
+    int n_turned;      /* elements that turn; 0: of v */
+    uint16_t *to;      /* element i goes to to[i * apart] */
+    int apart;
+};
+
+DEVICE struct head find_head(const struct rope &r, int row, int index) {
+    const float *from = r.qkv + (size_t)row * r.qkv_stride + index * r.head_dim;
+    uint16_t *q = r.q + ((size_t)row * r.n_heads + index) * r.head_dim;
+    if (index < r.n_heads)
+        return {from, r.q_norm, r.rope_dim, q, 1};
+    int kv_head = (index - r.n_heads) % r.n_kv_heads;
+    int position = array_of<int>(r.step, r.step->position)[row], token = position % BLOCK_TOKENS;
+    int sequence = array_of<int>(r.step, r.step->row_sequence)[row];
+    const struct sequence &s = array_of<struct sequence>(r.step, r.step->sequences)[sequence];
+    uint16_t *keys = key_plane(r, s, position / BLOCK_TOKENS, kv_head);
+    if (index < r.n_heads + r.n_kv_heads)
+        return {from, r.k_norm, r.rope_dim, keys + token * r.head_dim, 1};
+    return {from, NULL, 0, keys + r.plane + token, BLOCK_TOKENS};
+}
+
+/* 1 / root mean square of a head's elements, in all lanes of a warp. */
+DEVICE float scale_of_head(const float *from, int head_dim, float epsilon, int lane) {
+    float squares = 0.0f;
+    for (int i = lane; i < head_dim; i += WARP)
+        squares += from[i] * from[i];
+    for (int i = 16; i > 0; i /= 2)
+        squares += __shfl_xor_sync(0xffffffffu, squares, i);
+    return 1.0f / sqrtf(squares / (float)head_dim + epsilon);
+}
+
+/* The elements of a head that turn together as pair `pair`, or stay as they are. */
+DEVICE int2 find_pair(const struct rope &r, int n_turned, int pair) {
+    if (r.adjacent || pair >= n_turned / 2)
+        return make_int2(2 * pair, 2 * pair + 1);
+    return make_int2(pair, pair + n_turned / 2);
+}
 
 /* q, k: norm over head_dim where there is one, then rope; q as bf16, k and v into their block. One
  * warp a row and head of q, k or v. */
-__global__ void rope_append_kernel(const struct step_header *step, const struct rope r) {
+__global__ void rope_append_kernel(const struct rope r) {
     grid_wait();
     grid_launch_dependents();
     int row = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
-    int head = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
-    if (row >= step->n_rows || head >= r.n_heads + 2 * r.n_kv_heads)
+    int index = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
+    if (row >= r.step->n_rows || index >= r.n_heads + 2 * r.n_kv_heads)
         return;
-    bool is_q = head < r.n_heads, is_v = head >= r.n_heads + r.n_kv_heads;
-    const float *from = r.qkv + (size_t)row * r.qkv_stride + head * r.head_dim;
-    const float *norm = is_q ? r.q_norm : r.k_norm;
-    int kv_head = is_v ? head - r.n_heads - r.n_kv_heads : head - r.n_heads;
-    int at = array_of<int>(step, step->position)[row], token = at % BLOCK_TOKENS, apart_by = 1;
-    uint16_t *to = r.q + ((size_t)row * r.n_heads + head) * r.head_dim;
-    if (!is_q) { /* see attention.cuh for the order in a block */
-        int sequence = array_of<int>(step, step->row_sequence)[row];
-        int first_block = array_of<struct sequence>(step, step->sequences)[sequence].first_block;
-        size_t slot = (size_t)array_of<int>(step, step->table)[first_block + at / BLOCK_TOKENS];
-        size_t plane = (size_t)((r.layer * 2 + is_v) * r.n_kv_heads + kv_head) * BLOCK_TOKENS;
-        to = r.kv + slot * r.block_elements + plane * r.head_dim;
-        to += is_v ? token : token * r.head_dim;
-        apart_by = is_v ? BLOCK_TOKENS : 1;
-    }
-    float scale = 1.0f;
-    if (!is_v && norm) {
-        float squares = 0.0f;
-        for (int i = lane; i < r.head_dim; i += WARP)
-            squares += from[i] * from[i];
-        for (int i = 16; i > 0; i /= 2)
-            squares += __shfl_xor_sync(0xffffffffu, squares, i);
-        scale = 1.0f / sqrtf(squares / (float)r.head_dim + r.epsilon);
-    }
+    const struct head head = find_head(r, row, index);
+    float scale = head.norm ? scale_of_head(head.from, r.head_dim, r.epsilon, lane) : 1.0f;
     for (int pair = lane; pair < r.head_dim / 2; pair += WARP) {
-        bool turns = !is_v && pair < r.rope_dim / 2, apart = turns && !r.adjacent;
-        int i = apart ? pair : 2 * pair, j = apart ? pair + r.rope_dim / 2 : i + 1;
-        float a = from[i], b = from[j];
-        if (!is_v && norm) {
-            a *= scale * norm[i];
-            b *= scale * norm[j];
+        const int2 at = find_pair(r, head.n_turned, pair);
+        float a = head.from[at.x], b = head.from[at.y];
+        if (head.norm) {
+            a *= scale * head.norm[at.x];
+            b *= scale * head.norm[at.y];
         }
         float2 turn = make_float2(1.0f, 0.0f);
-        if (turns)
+        if (pair < head.n_turned / 2)
             turn = r.turn[(size_t)row * (r.rope_dim / 2) + pair];
         uint32_t both = pack_bf16(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
-        to[i * apart_by] = (uint16_t)both;
-        to[j * apart_by] = (uint16_t)(both >> 16);
+        head.to[at.x * head.apart] = (uint16_t)both;
+        head.to[at.y * head.apart] = (uint16_t)(both >> 16);
     }
+}
+
+/* Of a norm or bias that a layer may not have. */
+static const float *vector_of(const struct weight *weight) {
+    return weight ? weight->vector : NULL;
 }
 
 static void cuda_rope_append(struct device *device, const struct weight *const *layer,
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
     const struct model_config *config = device->config;
-    struct rope r = {};
-    r.qkv = d->qkv;
-    r.qkv_stride = d->qkv_stride;
-    r.n_heads = d->n_heads;
-    r.n_kv_heads = d->n_kv_heads;
-    r.head_dim = config->head_dim;
-    r.rope_dim = config->rope_dim;
-    r.layer = layer_index;
-    r.adjacent = config->rope_adjacent;
-    r.epsilon = config->norm_epsilon;
-    r.q_norm = layer[ATTN_Q_NORM] ? layer[ATTN_Q_NORM]->vector : NULL;
-    r.k_norm = layer[ATTN_K_NORM] ? layer[ATTN_K_NORM]->vector : NULL;
-    r.turn = d->turn;
-    r.q = d->q;
-    r.kv = (uint16_t *)device->kv;
-    r.block_elements = block_bytes(config, device->n_shards, KV_BF16) / sizeof(uint16_t);
+    const struct rope r = {heads_of(d, layer_index),
+                           d->qkv,
+                           d->qkv_stride,
+                           config->rope_dim,
+                           config->rope_adjacent,
+                           config->norm_epsilon,
+                           vector_of(layer[ATTN_Q_NORM]),
+                           vector_of(layer[ATTN_K_NORM]),
+                           d->turn};
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
-           grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, d->step, r);
+           grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
 }
 
 /* ==== 7. The products of a layer; several shards ==== */
 
 enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time */ };
 
-static void cuda_norm_qkv(struct device *device, const struct weight *const *layer) {
-    struct cuda_device *d = (struct cuda_device *)device;
+static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
     const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
     const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
-    norm(d, layer[ATTN_NORM], ALL_ROWS, d->n_rows);
     struct product p = product_of(d, d->h, d->h_stride);
     float *out = d->qkv;
     for (int i = 0; i < 3; i++) {
         p.matrix[i] = matrices[i]->matrix;
-        p.bias[i] = biases[i] ? biases[i]->vector : NULL;
+        p.bias[i] = vector_of(biases[i]);
         p.out[i] = out;
         out += p.matrix[i].n_outputs;
     }
     p.n_matrices = 3;
     p.out_stride = d->qkv_stride;
     launch_product<STORE>(d, p, d->n_generated);
+}
+
+static void cuda_norm_qkv(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    launch_norm(d, layer[ATTN_NORM], ALL_ROWS, d->n_rows);
+    multiply_qkv(d, layer);
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
@@ -1842,7 +1863,8 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     struct product p = projection(d, matrix, input);
     if (device->n_shards == 1) {
         p.out[0] = d->x;
-        launch_product<ADD>(d, p, d->n_generated);
+        p.adds = true;
+        launch_product<STORE>(d, p, d->n_generated);
         return;
     }
     d->pending = matrix;
@@ -1867,9 +1889,7 @@ __global__ void silu_kernel(const struct step_header *step, const float *gate_up
         to[place(places, i)] = (uint16_t)pack_bf16(silu(gate[i]) * gate[d_ff + i], 0.0f);
 }
 
-static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
-    struct cuda_device *d = (struct cuda_device *)device;
-    norm(d, layer[FFN_NORM], ALL_ROWS, d->n_rows);
+static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
     struct product p = product_of(d, d->h, d->h_stride);
     p.matrix[0] = layer[FFN_GATE]->matrix;
     p.matrix[1] = layer[FFN_UP]->matrix;
@@ -1887,6 +1907,12 @@ static void cuda_norm_gate_up(struct device *device, const struct weight *const 
     launch_product<STORE>(d, p, d->n_generated);
     launch(d, "silu_kernel", silu_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->gate_up,
            d->d_ff, d->ffn, d->ffn_stride, d->ffn_places);
+}
+
+static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    launch_norm(d, layer[FFN_NORM], ALL_ROWS, d->n_rows);
+    multiply_gate_up(d, layer);
 }
 
 /* ---- several shards ---- */
@@ -1912,15 +1938,15 @@ __global__ void reduce_kernel(float *x, const struct partial_sums sums, int n_sh
 }
 
 /* Orders what comes on `to`'s stream after what is now on `from`'s. */
-static void follow(struct cuda_device *to, struct cuda_device *from) {
+static void order_after(struct cuda_device *to, struct cuda_device *from) {
     enter(&from->device, "adding up shards");
     TRY(from, cudaEventRecord(from->ready, from->streams[STREAM_COMPUTE]));
     enter(&to->device, "adding up shards");
     TRY(to, cudaStreamWaitEvent(to->streams[STREAM_COMPUTE], from->ready, 0));
 }
 
-static void fetch(struct cuda_device *to, void *memory, const struct cuda_device *from,
-                  const void *source, size_t bytes) {
+static void fetch_sums(struct cuda_device *to, void *memory, const struct cuda_device *from,
+                       const void *source, size_t bytes) {
     TRY(to, cudaMemcpyPeerAsync(memory, to->device.index, source, from->device.index, bytes,
                                 to->streams[STREAM_COMPUTE]));
 }
@@ -1942,8 +1968,8 @@ static void reduce_generated(struct cuda_device **shards, int n_shards) {
                 sums.of_shard[from] = from == s ? own : copy;
                 if (from == s)
                     continue;
-                follow(d, shards[from]);
-                fetch(d, copy, shards[from], own, (size_t)n * sizeof(float));
+                order_after(d, shards[from]);
+                fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
             }
             enter(&d->device, "adding up shards");
             launch(d, "reduce_kernel", reduce_kernel, grid_of(divide(n, THREADS)), THREADS, 0,
@@ -1970,19 +1996,18 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
             p.out[0] = d == last ? d->x : d->sums[d->turn_of_sums];
             if (s > 0) {
                 const struct cuda_device *before = shards[s - 1];
-                follow(d, shards[s - 1]);
-                fetch(d, d->gathered + at, before, before->sums[before->turn_of_sums] + at, bytes);
+                order_after(d, shards[s - 1]);
+                fetch_sums(d, d->gathered + at, before, before->sums[before->turn_of_sums] + at,
+                           bytes);
                 p.initial = d->gathered;
             }
             enter(&d->device, "adding up shards");
-            if (d == last)
-                launch_product<ADD>(d, p, 0);
-            else
-                launch_product<STORE>(d, p, 0);
+            p.adds = d == last;
+            launch_product<STORE>(d, p, 0);
         }
         for (int s = 0; s < n_shards - 1; s++) {
-            follow(shards[s], last);
-            fetch(shards[s], shards[s]->x + at, last, last->x + at, bytes);
+            order_after(shards[s], last);
+            fetch_sums(shards[s], shards[s]->x + at, last, last->x + at, bytes);
         }
     }
 }
@@ -2024,14 +2049,11 @@ __global__ void __launch_bounds__(SAMPLER_THREADS) sample_kernel(const struct sa
         s.sampled[sample] = token;
 }
 
-/* Logits of samples [first, first + n) of the step. They take the kernel of generated rows,
- * whatever rows they are: there are few. At most LOGIT_ROWS at a time, for a row is half a
- * megabyte. */
-static void compute_logits(struct cuda_device *d, const struct weight *const *weights, int first,
-                           int n) {
-    norm(d, weights[OUTPUT_NORM], first, n);
+/* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
+ * kernel of generated rows, whatever rows they are: there are few. */
+static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {
     struct product p = product_of(d, d->h, d->h_stride);
-    p.matrix[0] = weights[OUTPUT]->matrix;
+    p.matrix[0] = output->matrix;
     p.n_matrices = 1;
     p.out[0] = d->logits;
     p.out_stride = d->logits_stride;
@@ -2061,7 +2083,8 @@ static void cuda_sample(struct device *device, const struct weight *const *weigh
     struct cuda_device *d = enter(device, "sampling");
     for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
         int n = d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
-        compute_logits(d, weights, first, n);
+        launch_norm(d, weights[OUTPUT_NORM], first, n);
+        multiply_logits(d, weights[OUTPUT], first, n);
         if (logits)
             read_logits(d, logits + (size_t)first * (size_t)device->config->vocab_size, n);
         draw_tokens(d, first, n);
@@ -2101,7 +2124,7 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
 
 /* Appends an array to the step's buffer; returns its distance from the header. from NULL: it is
  * written by the caller. */
-static int append(struct cuda_device *d, size_t *end, const void *from, size_t bytes) {
+static int append_array(struct cuda_device *d, size_t *end, const void *from, size_t bytes) {
     size_t at = *end;
     if (from)
         memcpy((char *)d->step_host + at, from, bytes);
@@ -2142,15 +2165,15 @@ static size_t write_step(struct cuda_device *d, const struct batch *b) {
     h->n_generated = d->n_generated;
     h->n_samples = b->n_samples;
     h->n_splits = d->n_splits;
-    h->token = append(d, &end, b->token, rows);
-    h->position = append(d, &end, b->position, rows);
-    h->row_sequence = append(d, &end, b->row_sequence, rows);
-    h->sample_row = append(d, &end, b->sample_row, samples * sizeof(int));
-    h->sampling = append(d, &end, b->sampling, sampling);
-    h->sequences = append(d, &end, b->sequence, sequences);
-    h->prompt_items = append(d, &end, NULL, work[0]);
-    h->splits = append(d, &end, NULL, work[1]);
-    h->table = append(d, &end, b->block_table, table);
+    h->token = append_array(d, &end, b->token, rows);
+    h->position = append_array(d, &end, b->position, rows);
+    h->row_sequence = append_array(d, &end, b->row_sequence, rows);
+    h->sample_row = append_array(d, &end, b->sample_row, samples * sizeof(int));
+    h->sampling = append_array(d, &end, b->sampling, sampling);
+    h->sequences = append_array(d, &end, b->sequence, sequences);
+    h->prompt_items = append_array(d, &end, NULL, work[0]);
+    h->splits = append_array(d, &end, NULL, work[1]);
+    h->table = append_array(d, &end, b->block_table, table);
     list_work(d, b, (int2 *)((char *)h + h->prompt_items), (int2 *)((char *)h + h->splits));
     return end;
 }

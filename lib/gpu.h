@@ -16,7 +16,7 @@
  *     struct gpu gpu = {"twice", 0, &properties, stream};
  *     gpu_enter(&gpu, "doubling");
  *     gpu_launch(&gpu, "double_kernel", double_kernel, dim3((n + 255) / 256), 256, 0, x, n);
- *     GPU_TRY(&gpu, cudaStreamSynchronize(stream)); // or: file, line, device, call, "while doubling"
+ *     GPU_TRY(&gpu, cudaStreamSynchronize(stream)); // or it ends, "while doubling"
  *
  * One thread at a time uses a struct gpu; several of them may stand for one GPU. #define
  * GPU_IMPLEMENTATION before including it in one file.
@@ -33,6 +33,7 @@
  * 16-byte loads, and neither ldmatrix nor a swizzle is needed. */
 #ifndef GPU_H
 #define GPU_H
+#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -157,15 +158,8 @@ void gpu_check(const struct gpu *gpu, cudaError_t error, const char *call, const
 /* Makes it the current device of this thread. */
 void gpu_enter(struct gpu *gpu, const char *doing);
 
-/* Zeroed memory for n of T, freed by gpu_free. Clears *ok where there is no room. */
-template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n, bool *ok);
+/* Frees what gpu_take gave. */
 void gpu_free(struct gpu *gpu);
-
-/* Puts a kernel into the stream; on chips that can, it starts while the one before it ends: see
- * grid_wait. */
-template <typename... Parameters, typename... Arguments>
-static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Parameters...), dim3 grid,
-                       int threads, size_t shared, Arguments... arguments);
 
 /* Tickets for what has been put into a stream: 1, 2, ... in its order. Zeroed before it is opened.
  * gpu_ticket waits where GPU_TICKETS of them are open. */
@@ -197,10 +191,11 @@ const char *gpu_staging_up(const struct gpu *gpu, struct gpu_staging *staging, c
                            size_t bytes);
 void gpu_staging_used(const struct gpu *gpu, struct gpu_staging *staging);
 
+/* Zeroed memory for n of T, until gpu_free. Clears *ok where there is no room. */
 template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n, bool *ok) {
     void *piece = NULL;
-    *ok = *ok && gpu->n_pieces < GPU_PIECES &&
-          cudaMalloc(&piece, n > 0 ? n * sizeof(T) : sizeof(T)) == cudaSuccess;
+    assert(gpu->n_pieces < GPU_PIECES);
+    *ok = *ok && cudaMalloc(&piece, n > 0 ? n * sizeof(T) : sizeof(T)) == cudaSuccess;
     if (*ok) {
         GPU_TRY(gpu, cudaMemsetAsync(piece, 0, n * sizeof(T), gpu->stream));
         gpu->pieces[gpu->n_pieces++] = piece;
@@ -209,6 +204,8 @@ template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n
     *memory = (T *)piece;
 }
 
+/* Puts a kernel into the stream; on chips that can, it starts while the one before it ends: see
+ * grid_wait. */
 template <typename... Parameters, typename... Arguments>
 static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Parameters...), dim3 grid,
                        int threads, size_t shared, Arguments... arguments) {

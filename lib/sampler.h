@@ -397,8 +397,8 @@ DEVICE int race(const struct draw &d, const struct sampling &sampling, int posit
     return (int)~(uint32_t)id;
 }
 
-/* The token for `position`, of logits (n), in all SAMPLER_THREADS threads of a block, which all call
- * it. keys (n) and shared memory (SAMPLER_SHARED bytes) are overwritten. */
+/* The token for `position`, of logits (n). All SAMPLER_THREADS threads of a block call it and get
+ * it; keys (n) and shared memory (SAMPLER_SHARED bytes) are overwritten. */
 DEVICE int sampler_draw_block(const struct sampling &sampling, int position, const float *logits,
                               int n, sampler_key *keys, sampler_key *shared) {
     float temperature = sampling.temperature > 0.0f ? sampling.temperature : 1.0f;

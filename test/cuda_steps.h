@@ -1,8 +1,8 @@
 /* cuda_steps.h: whole steps of the CUDA backend, and sampling. Part of test_cuda.cu.
  *
  * A row's bits depend on its own text alone: the same alone, in crowds, in chunks, on one shard or
- * eight, in a recorded step or a replayed one. Draws are compared with sampler.h's, and with the
- * definition in dynamo.h where those two differ by rounding. */
+ * eight, in a recorded step or a replayed one. Draws are compared with sampler_draw's, and with the
+ * definition in lib/sampler.h where those two differ by rounding. */
 #ifndef CUDA_STEPS_H
 #define CUDA_STEPS_H
 #include "cuda_worker.h"
@@ -335,7 +335,7 @@ static double noisy(const struct sampling &sampling, int position, int token, fl
     return scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
-/* Can `token` be drawn, by the definition in dynamo.h? Where rounding decides whether a token is
+/* Can `token` be drawn, by lib/sampler.h's definition? Where rounding decides whether a token is
  * among those that reach top_p, both answers are right. `slack`: of sums of weights. */
 static bool can_be_drawn(const struct sampling &sampling, int position, const float *logits, int n,
                          int token, double slack) {

@@ -37,7 +37,7 @@ check engine.h 445 -
 check scheduler.c 700 700
 check kvcache.c 540 500
 check kernels.c 650 650
-check kernels.cu 2820 2200
+check kernels.cu 2560 2200
 check lib/gpu.h 345 -
 check device.h 320 -
 check host.h 30 -

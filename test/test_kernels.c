@@ -881,7 +881,7 @@ static int by_rank(const void *a, const void *b) {
     return x > y ? -1 : x < y ? 1 : first - second;
 }
 
-/* The definition in dynamo.h, by a full sort. */
+/* The definition in lib/sampler.h, by a full sort. */
 static int brute_force(const float *logits, int n, const struct sampling *sampling, int position) {
     int order[512], kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
     double p[512], sum = 0.0, reached = 0.0, best = -INFINITY;
