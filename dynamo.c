@@ -99,12 +99,8 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
         if (n_shards > 1)
             backend->all_reduce_add(shards, n_shards);
     }
-    if (record && batch->n_samples > 0) {
-        backend->norm_logits(shards[0], worker->layers[0][0]);
-        backend->sample(shards[0]);
-    }
-    if (logits)
-        backend->read_logits(shards[0], logits);
+    if (record && batch->n_samples > 0)
+        backend->sample(shards[0], worker->layers[0][0], logits);
     for (int s = 0; s < n_shards; s++)
         backend->step_end(shards[s], s == 0 ? sampled : NULL);
 }

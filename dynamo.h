@@ -41,21 +41,16 @@
 #include <stdint.h>
 
 #include "lib/model.h"
+#include "lib/sampler.h"
 
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
     MAX_WORKERS = 16,
-    MAX_SHARDS = 8 /* devices of one worker: those that divide K_SEGMENTS */
+    LOGIT_ROWS = 64, /* logits of a device at a time: a row of a large vocabulary is 0.5 MB */
+    MAX_SHARDS = 8   /* devices of one worker: those that divide K_SEGMENTS */
 };
 
 /* ---- requests ---- */
-
-/* How the next token is drawn from the logits; see `sample` below. Temperature 0: the largest. */
-struct sampling {
-    float temperature, top_p, min_p; /* top_p 1, min_p 0: off */
-    int top_k;                       /* 0: off */
-    uint64_t seed;
-};
 
 enum request_state {
     REQUEST_WAITING,   /* in the queue: new, or preempted */
@@ -194,18 +189,13 @@ struct backend {
     /* ffn = silu(ffn_gate . h) * (ffn_up . h), h = rmsnorm(x) */
     void (*norm_gate_up)(struct device *device, const struct weight *const *layer);
     void (*all_reduce_add)(struct device **shards, int n_shards);
-    /* logits (n_samples, vocab_size) of the sampled rows; called on the first shard alone, with the
-     * first layer's weights, where the model's own stand */
-    void (*norm_logits)(struct device *device, const struct weight *const *first);
-    /* one token for each row of logits. Logits are divided by the temperature; kept are the top_k
-     * largest (ties: lower ids), of these the smallest set whose share of them reaches top_p, of
-     * these the ones of at least min_p times the largest probability; of these the largest
-     * logit + g wins, g = -log(-log(u)), u from a counter-based generator (Philox4x32-10, Salmon et
-     * al. 2011) keyed by (seed, position of the new token, token id). */
-    void (*sample)(struct device *device);
-    /* host (n_samples, vocab_size): this step's logits, before step_end; for --logits */
-    void (*read_logits)(struct device *device, float *logits);
-    /* waits for the step and writes the sampled tokens (n_samples), if norm_logits was called */
+    /* one token for each sampled row, as lib/sampler.h defines it, from its logits = output .
+     * rmsnorm(x); LOGIT_ROWS rows at a time. `logits`: NULL, or host (n_samples, vocab_size) where
+     * they are to be after step_end; not in a step that may be recorded, whose rows are all
+     * generated. Called on the first shard alone, with the first layer's weights, where the model's
+     * own stand */
+    void (*sample)(struct device *device, const struct weight *const *first, float *logits);
+    /* waits for the step and writes the sampled tokens (n_samples), if `sample` was called */
     void (*step_end)(struct device *device, int *sampled);
     enum kv_type kv_type;     /* what it keeps keys and values in, unless told otherwise */
     int chunk;                /* prompt tokens in one step that suit it */

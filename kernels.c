@@ -265,9 +265,9 @@ struct cpu_device {
     char *converted[N_FORMS]; /* (rows, converted_stride) the input of a product in other forms */
     size_t converted_stride[N_FORMS]; /* bytes */
     float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
-    float *logits;                    /* (max_samples, vocab_size) */
-    float *scaled;                    /* (max_samples, vocab_size) logits / temperature */
-    int *candidates;                  /* (max_samples, vocab_size) of the sampler */
+    float *logits;                    /* (LOGIT_ROWS at most, vocab_size) */
+    float *scaled;                    /* the same: logits / temperature */
+    int *candidates;                  /* the same: of the sampler */
     int *sampled;                     /* (max_samples) */
     int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
     void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
@@ -515,7 +515,8 @@ static bool allocate_activations(struct cpu_device *device) {
     const struct model_config *config = device->device.config;
     size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
     size_t vocab = (size_t)config->vocab_size;
-    size_t normed = rows > samples ? rows : samples;
+    size_t logit_rows = samples < LOGIT_ROWS ? samples : LOGIT_ROWS;
+    size_t normed = rows > logit_rows ? rows : logit_rows;
     device->x_stride = stride_of(config->d_model);
     device->q_stride = stride_of(device->n_heads * config->head_dim);
     device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
@@ -537,9 +538,9 @@ static bool allocate_activations(struct cpu_device *device) {
         device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
     }
     device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
-    device->logits = zeros(device, samples, vocab);
-    device->scaled = zeros(device, samples, vocab);
-    device->candidates = zeros(device, samples, vocab);
+    device->logits = zeros(device, logit_rows, vocab);
+    device->scaled = zeros(device, logit_rows, vocab);
+    device->candidates = zeros(device, logit_rows, vocab);
     device->sampled = zeros(device, samples, 1);
     device->first_tile = zeros(device, rows + 1, 1);
     device->scratch = zeros(device, 1, sizeof *device->scratch / 4);
@@ -1351,42 +1352,56 @@ static void cpu_norm_gate_up(struct device *base, const struct weight *const *la
     run_product(device, &product, 1);
 }
 
-/* ---- norm_logits, sample ---- */
+/* ---- sample ---- */
 
-static void cpu_norm_logits(struct device *base, const struct weight *const *weights) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    const struct batch *batch = device->batch;
-    norm_rows(device, weights[OUTPUT_NORM], batch->sample_row, batch->n_samples);
+/* Of samples [first, first + n) of the step, n <= LOGIT_ROWS. */
+static void compute_logits(struct cpu_device *device, const struct weight *const *weights,
+                           int first, int n) {
+    norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
     struct product product = {.matrix = {weights[OUTPUT]},
                               .out = {device->logits},
-                              .out_stride = {(size_t)base->config->vocab_size},
+                              .out_stride = {(size_t)device->device.config->vocab_size},
                               .rows = device->h,
                               .stride = device->x_stride,
-                              .n_rows = batch->n_samples};
+                              .n_rows = n};
     run_product(device, &product, 1);
 }
 
-static void sample_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct cpu_device *device = argument;
+struct draw_job {
+    const struct cpu_device *device;
+    int first;
+};
+
+static void draw_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct draw_job *job = argument;
+    const struct cpu_device *device = job->device;
     const struct batch *batch = device->batch;
     (void)scratch;
-    int n = device->device.config->vocab_size;
+    int n = device->device.config->vocab_size, sample = job->first + index;
     size_t at = (size_t)index * (size_t)n;
-    int position = batch->position[batch->sample_row[index]] + 1;
-    device->sampled[index] = sampler_draw(&batch->sampling[index], position, device->logits + at, n,
-                                          device->scaled + at, device->candidates + at);
+    int position = batch->position[batch->sample_row[sample]] + 1;
+    device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
+                                           n, device->scaled + at, device->candidates + at);
 }
 
-static void cpu_sample(struct device *base) {
+/* The tokens of samples [first, first + n), of which the logits are there. */
+static void draw_tokens(struct cpu_device *device, int first, int n) {
+    const struct draw_job job = {device, first};
+    parallel_for(device, n, draw_tile, &job);
+}
+
+static void cpu_sample(struct device *base, const struct weight *const *weights, float *logits) {
     struct cpu_device *device = (struct cpu_device *)base;
-    if (device->batch->n_samples > 0)
-        parallel_for(device, device->batch->n_samples, sample_tile, device);
-}
-
-static void cpu_read_logits(struct device *base, float *logits) {
-    const struct cpu_device *device = (struct cpu_device *)base;
-    size_t n = (size_t)device->batch->n_samples * (size_t)base->config->vocab_size;
-    memcpy(logits, device->logits, n * sizeof *logits);
+    size_t vocab = (size_t)base->config->vocab_size;
+    int n_samples = device->batch->n_samples;
+    for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
+        int n = n_samples - first < LOGIT_ROWS ? n_samples - first : LOGIT_ROWS;
+        compute_logits(device, weights, first, n);
+        if (logits)
+            memcpy(logits + (size_t)first * vocab, device->logits,
+                   (size_t)n * vocab * sizeof *logits);
+        draw_tokens(device, first, n);
+    }
 }
 
 /* ---- a step ---- */
@@ -1452,9 +1467,7 @@ static const struct backend operations = {
     .project_add = cpu_project_add,
     .norm_gate_up = cpu_norm_gate_up,
     .all_reduce_add = cpu_all_reduce_add,
-    .norm_logits = cpu_norm_logits,
     .sample = cpu_sample,
-    .read_logits = cpu_read_logits,
     .step_end = cpu_step_end,
     .kv_type = KV_F32,
     .chunk = PREFILL_CHUNK,

@@ -28,8 +28,8 @@
 #ifndef CLI_H
 #define CLI_H
 
-#include "../dynamo.h"
 #include "json.h"
+#include "sampler.h" /* struct sampling */
 #include "text.h"
 #include <stdbool.h>
 #include <stddef.h>

@@ -207,8 +207,7 @@ static void forward(struct bench *bench, const struct batch *batch) {
         backend->norm_gate_up(device, layer);
         backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
     }
-    backend->norm_logits(device, bench->layers[0]);
-    backend->sample(device);
+    backend->sample(device, bench->layers[0], NULL);
     backend->step_end(device, batch->sampled);
 }
 

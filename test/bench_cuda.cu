@@ -196,25 +196,6 @@ __global__ void fill_kernel(uint32_t *words, size_t n) {
         words[i] = (mix(i) & 0x80ff80ff) | 0x3f003f00;
 }
 
-/* Reads all, and writes next to nothing. */
-__global__ void read_kernel(const uint4 *from, size_t n, uint32_t *to) {
-    grid_wait();
-    uint32_t sum = 0;
-    size_t step = (size_t)gridDim.x * blockDim.x;
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    for (; i + 3 * step < n; i += 4 * step) {
-        uint4 x[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            x[j] = load16_once(from + i + j * step);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            sum += x[j].x ^ x[j].y ^ x[j].z ^ x[j].w;
-    }
-    if (sum == 0x12345678)
-        to[blockIdx.x] = sum;
-}
-
 __global__ void empty_kernel(int *unused) {
     grid_wait();
     grid_launch_dependents();
@@ -283,9 +264,9 @@ static void probe(struct bench *b) {
     b->copy = 2 * copy_rate(b, memory + PROBE_BYTES, memory);
     b->up = copy_rate(b, memory, pinned);
     b->down = copy_rate(b, pinned, memory);
-    int blocks = b->d->gpu->properties.multiProcessorCount * 8;
+    int blocks = b->d->card->properties.multiProcessorCount * 8;
     b->read = PROBE_BYTES / time_on(b, compute_stream(b), [=] {
-                  launch(b->d, "read_kernel", read_kernel, grid_of(blocks), THREADS, 0,
+                  launch(b->d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
                          (const uint4 *)(memory + PROBE_BYTES), (size_t)PROBE_BYTES / 16,
                          (uint32_t *)memory);
               });
@@ -440,7 +421,7 @@ static void open_device(struct bench *b) {
     double again = seconds() - start;
     b->backend->device_close(second);
     b->d = (struct cuda_device *)device;
-    const cudaDeviceProp *p = &b->d->gpu->properties;
+    const cudaDeviceProp *p = &b->d->card->properties;
     report(b, "%s, %d multiprocessors, %.0f GB, L2 %.0f MB", p->name, p->multiProcessorCount,
            (double)p->totalGlobalMem * 1e-9, (double)p->l2CacheSize * 1e-6);
     report(b, "open: the first device %.2f s, with the driver; a second one %.2f s", first, again);
@@ -531,10 +512,8 @@ static void forward(struct bench *b, const struct batch *batch) {
             backend->norm_gate_up(device, layer);
             backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
         }
-        if (batch->n_samples > 0) {
-            backend->norm_logits(device, b->layers[0]);
-            backend->sample(device);
-        }
+        if (batch->n_samples > 0)
+            backend->sample(device, b->layers[0], NULL);
     }
     backend->step_end(device, batch->sampled);
 }
@@ -572,36 +551,12 @@ static const char *const product_names[N_PRODUCTS] = {"qkv", "attn_output", "gat
 static void launch_named(struct bench *b, enum product_name name, int layer_index) {
     struct cuda_device *d = b->d;
     const struct weight *const *layer = b->layers[layer_index];
-    struct product p = product_of(d, d->h, d->h_stride);
-    if (name == OUT) {
-        b->backend->project_add(&d->device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
-    } else if (name == DOWN) {
-        b->backend->project_add(&d->device, layer[FFN_DOWN], INPUT_FFN);
-    } else if (name == GATE_UP) {
-        p.matrix[0] = layer[FFN_GATE]->matrix;
-        p.matrix[1] = layer[FFN_UP]->matrix;
-        p.n_matrices = 2;
-        p.ffn = d->ffn;
-        p.ffn_stride = d->ffn_stride;
-        p.ffn_places = d->ffn_places;
-        launch_product<SILU>(d, p, d->n_generated);
-    } else if (name == LOGITS) {
-        p.matrix[0] = b->layers[0][OUTPUT]->matrix;
-        p.n_matrices = 1;
-        p.out[0] = d->logits;
-        p.out_stride = d->logits_stride;
-        p.n_rows = 0;
-        launch_product<STORE>(d, p, d->n_generated);
-    } else {
-        const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
-        float *out = d->qkv;
-        for (int i = 0; i < 3; out += matrices[i++]->matrix.n_outputs) {
-            p.matrix[i] = matrices[i]->matrix;
-            p.out[i] = out;
-        }
-        p.n_matrices = 3;
-        p.out_stride = d->qkv_stride;
-        launch_product<STORE>(d, p, d->n_generated);
+    switch (name) {
+    case QKV: multiply_qkv(d, layer); break;
+    case OUT: b->backend->project_add(&d->device, layer[ATTN_OUTPUT], INPUT_ATTENTION); break;
+    case GATE_UP: multiply_gate_up(d, layer); break;
+    case DOWN: b->backend->project_add(&d->device, layer[FFN_DOWN], INPUT_FFN); break;
+    case LOGITS: multiply_logits(d, b->layers[0][OUTPUT], 0, d->n_samples); break;
     }
 }
 
@@ -712,7 +667,7 @@ static void bench_small(struct bench *b) {
         struct batch batch = batch_of(b, column);
         double rows = count_of(b, column);
         double time = time_recorded(b, &batch, s->n_layers, [=](int i) {
-            norm(b->d, b->layers[i][ATTN_NORM], ALL_ROWS, b->d->n_rows);
+            launch_norm(b->d, b->layers[i][ATTN_NORM], ALL_ROWS, b->d->n_rows);
         });
         b->layer[column] += 2 * time;
         add_cell(norms, time, rows * s->d_model * 6.0 / b->copy, 0);
@@ -738,7 +693,7 @@ static void bench_sampler(struct bench *b) {
         for (int j = 0; j < batch.n_samples; j++)
             batch.sampling[j].temperature = temperatures[i % 3];
         times[i / 3][i % 3] =
-            time_recorded(b, &batch, 4, [=](int) { b->backend->sample(&b->d->device); });
+            time_recorded(b, &batch, 4, [=](int) { draw_tokens(b->d, 0, b->d->n_samples); });
     }
     batch = decode_batch(b, 1);
     empty = time_recorded(b, &batch, EMPTY, [=](int) {

@@ -22,7 +22,7 @@ static void wait_for(struct device *device, enum stream stream, uint64_t ticket)
  * next copy of a piece is ordered when the one before is reported, on the device that fetches. */
 static void check_copies(struct check *check, struct random *random, struct device **devices,
                          const struct place *chain, int n_places) {
-    enum { PIECE = 40, PIECES_COPIED = RING + 300 };
+    enum { PIECE = 40, PIECES_COPIED = GPU_TICKETS + 300 };
     struct backend *backend = devices[0]->backend;
     std::vector<uint8_t> from(PIECE * PIECES_COPIED), to(from.size());
     for (uint8_t &byte : from)
@@ -360,7 +360,8 @@ static void faults(struct check *check) {
                    where, &line, &device, call, why, doing);
         CHECK(status == 128 + SIGABRT && found == 6, "%s: status %d: %s", fault.call, status, text);
         bool launches = !strcmp(fault.call, "cudaLaunchKernelEx");
-        CHECK(strstr(where, ".cu") && line > 0 && device >= 0 && device < fault.n_shards &&
+        bool source = strstr(where, ".cu") || strstr(where, "gpu.h");
+        CHECK(source && line > 0 && device >= 0 && device < fault.n_shards &&
                   !strcmp(call, launches ? "embed_kernel" : fault.call) &&
                   !strcmp(doing, fault.doing),
               "%s", text);

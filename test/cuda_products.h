@@ -15,9 +15,7 @@ static double packed_element(const struct tensor *tensor, int row, int k, double
     double value = element(tensor, row, k);
     const uint8_t *block = block_of(tensor, row, k);
     *allowed = 0.0;
-    if (tensor->type == TYPE_F32)
-        *allowed = 0x1p-16 * fabs(value); /* two bf16 */
-    else if (tensor->type == TYPE_F16)
+    if (tensor->type == TYPE_F32 || tensor->type == TYPE_F16)
         value = rounded(value);
     else if (tensor->type == TYPE_Q4_K) /* computed in f32, and rounded */
         *allowed = 0x1.01p-8 * fabs(value) +
@@ -27,7 +25,7 @@ static double packed_element(const struct tensor *tensor, int row, int k, double
     return value;
 }
 
-/* Segments as pack.cuh tells: eight shares of K, cut between multiples of `grain`; each begins
+/* Segments as kernels.cu tells: eight shares of K, cut between multiples of `grain`; each begins
  * with a unit of its own where K is cut there. */
 static void check_segments(struct check *check, const struct segments &s, int cols, int grain,
                            int rank, int count) {
@@ -167,16 +165,14 @@ static void periodic_tensors(struct check *check) {
 
 /* A matrix as products see it: numbers of quantized types are scaled, and then rounded to bf16. */
 struct dense {
-    int width, n_outputs;       /* width: its places */
-    std::vector<float> w, high; /* high: what bf16 keeps of it */
+    int width, n_outputs; /* width: its places */
+    std::vector<float> w;
 };
 
 static struct dense dense_of(struct device *device, const struct matrix &m) {
-    struct dense dense = {m.n_units * UNIT, m.n_outputs, elements(device, m), {}};
+    struct dense dense = {m.n_units * UNIT, m.n_outputs, elements(device, m)};
     for (float &w : dense.w)
         w = has_scales(m.type) ? from_bf16(bf16_of(w)) : w;
-    for (float w : dense.w)
-        dense.high.push_back(from_bf16(bf16_of(w)));
     return dense;
 }
 
@@ -184,16 +180,16 @@ struct sum {
     double value, size; /* size: the sum of the magnitudes */
 };
 
-/* Row `row` of an input, with what bf16 left out of it (low, may be empty), times an output. */
-static struct sum multiply(const struct dense &m, const std::vector<uint16_t> &input,
-                           const std::vector<uint16_t> &low, int stride, int row, int output) {
+/* Row `row` of an input times an output. */
+static struct sum multiply(const struct dense &m, const std::vector<uint16_t> &input, int stride,
+                           int row, int output) {
     struct sum sum = {};
-    const float *w = &m.w[(size_t)output * m.width], *high = &m.high[(size_t)output * m.width];
+    const float *w = &m.w[(size_t)output * m.width];
     for (int i = 0; i < m.width; i++) {
         size_t at = (size_t)row * stride + i;
         double product = (double)w[i] * from_bf16(input[at]);
         sum.size += fabs(product);
-        sum.value += product + (low.empty() ? 0.0 : (double)high[i] * from_bf16(low[at]));
+        sum.value += product;
     }
     return sum;
 }
@@ -204,17 +200,14 @@ static double allowed_of(struct sum sum, double added) { /* of an f32 accumulati
 
 /* The inputs of a step's products, as the device has them. */
 struct inputs {
-    std::vector<uint16_t> high, low;
+    std::vector<uint16_t> rows;
     int stride;
 };
 
 static struct inputs normed_inputs(struct device *device) {
     struct cuda_device *d = cuda_of(device);
     size_t n = d->padded_rows * (size_t)d->h_stride;
-    struct inputs inputs = {peek(device, d->h, n), {}, d->h_stride};
-    if (d->h_low)
-        inputs.low = peek(device, d->h_low, n);
-    return inputs;
+    return {peek(device, d->h, n), d->h_stride};
 }
 
 /* h of `rows` (indices of x) against rmsnorm(x) * weight. */
@@ -223,7 +216,7 @@ static void check_norm(struct check *check, struct device *device, const struct 
     const struct model_config *c = device->config;
     int x_stride = cuda_of(device)->x_stride;
     struct inputs h = normed_inputs(device);
-    struct worst worst = {}, worst_low = {};
+    struct worst worst = {};
     for (size_t row = 0; row < rows.size(); row++) {
         const float *from = &x[(size_t)rows[row] * x_stride];
         double squares = 0.0;
@@ -233,23 +226,16 @@ static void check_norm(struct check *check, struct device *device, const struct 
         for (int i = 0; i < c->d_model; i++) {
             double expected = from[i] * scale * element(weight, 0, i);
             size_t at = row * h.stride + i;
-            double high = from_bf16(h.high[at]), size = fabs(expected) + 1e-30;
-            compare(&worst, (int)row, i, high, expected, 0x1.01p-8 * size);
-            if (!h.low.empty())
-                compare(&worst_low, (int)row, i, high + from_bf16(h.low[at]), expected,
-                        0x1.2p-16 * size);
+            compare(&worst, (int)row, i, from_bf16(h.rows[at]), expected,
+                    0x1.01p-8 * (fabs(expected) + 1e-30));
         }
     }
     CHECK_WORST(worst, "norm of %d rows of %d", (int)rows.size(), c->d_model);
-    CHECK_WORST(worst_low, "norm of %d rows of %d, with the low parts", (int)rows.size(),
-                c->d_model);
 }
 
 static void poison_h(struct device *device) {
     struct cuda_device *d = cuda_of(device);
     poison(device, d->h, d->padded_rows, d->h_stride, device->config->d_model);
-    if (d->h_low)
-        poison(device, d->h_low, d->padded_rows, d->h_stride, device->config->d_model);
 }
 
 struct part { /* one matrix of a product, and where its outputs begin in a row */
@@ -264,11 +250,7 @@ static void check_outputs(struct check *check, const char *what, struct device *
                           const std::vector<float> &got, int stride,
                           const std::vector<float> &before) {
     struct worst worst = {};
-    bool low = false, adds = before[0] == before[0];
-    for (const struct part &part : parts)
-        low |= part.weight->matrix.type == PACKED_F32;
-    if (!low)
-        inputs.low.clear();
+    bool adds = before[0] == before[0];
     for (const struct part &part : parts) {
         struct dense m = dense_of(device, part.weight->matrix);
         std::vector<float> bias((size_t)m.n_outputs);
@@ -276,7 +258,7 @@ static void check_outputs(struct check *check, const char *what, struct device *
             bias = peek(device, (const float *)part.bias->vector, bias.size());
         for (int row = 0; row < n_rows; row++) {
             for (int i = 0; i < m.n_outputs; i++) {
-                struct sum sum = multiply(m, inputs.high, inputs.low, inputs.stride, row, i);
+                struct sum sum = multiply(m, inputs.rows, inputs.stride, row, i);
                 size_t at = (size_t)row * stride + part.first + i;
                 double added = bias[i] + (adds ? (double)before[at] : 0.0);
                 compare(&worst, row, part.first + i, got[at], sum.value + added,
@@ -343,7 +325,7 @@ static void check_project(struct check *check, struct worker *worker, const stru
         },
         [&] { return peek(device, d->x, n); });
     check_outputs(check, attends ? "attn_output" : "ffn_down", device, {{weight, NULL, 0}},
-                  {values, {}, stride}, d->n_rows, x, d->x_stride, before);
+                  {values, stride}, d->n_rows, x, d->x_stride, before);
 }
 
 static void check_gate_up(struct check *check, struct worker *worker,
@@ -366,16 +348,14 @@ static void check_gate_up(struct check *check, struct worker *worker,
         rows.push_back(row);
     check_norm(check, device, model->layers[0][FFN_NORM], x, rows);
     struct inputs h = normed_inputs(device);
-    if (l[FFN_GATE]->matrix.type != PACKED_F32 && l[FFN_UP]->matrix.type != PACKED_F32)
-        h.low.clear();
     struct dense gate = dense_of(device, l[FFN_GATE]->matrix);
     struct dense up = dense_of(device, l[FFN_UP]->matrix);
     struct worst worst = {};
     for (int row = 0; row < d->n_rows; row++) {
         std::vector<double> expected((size_t)d->ffn_stride), allowed((size_t)d->ffn_stride);
         for (int i = 0; i < gate.n_outputs; i++) {
-            struct sum g = multiply(gate, h.high, h.low, h.stride, row, i);
-            struct sum u = multiply(up, h.high, h.low, h.stride, row, i);
+            struct sum g = multiply(gate, h.rows, h.stride, row, i);
+            struct sum u = multiply(up, h.rows, h.stride, row, i);
             double silu = g.value / (1.0 + exp(-g.value));
             expected[places[i]] = silu * u.value;
             allowed[places[i]] = 1.1 * allowed_of(g, 0.0) * fabs(u.value) +
@@ -398,22 +378,23 @@ static void check_logits(struct check *check, struct worker *worker, const struc
     if (rows.empty())
         return;
     std::vector<float> logits = in_orders(
-        check, "norm_logits",
+        check, "sample",
         [&] {
             poison_h(device);
             poke(device, d->logits, nans);
-            worker->backend->norm_logits(device, worker->layers[0][0]);
+            worker->backend->sample(device, worker->layers[0][0], NULL);
         },
         [&] { return peek(device, d->logits, n); });
     check_norm(check, device, model->output_norm, x, rows);
-    check_outputs(check, "norm_logits", device, {{worker->layers[0][0][OUTPUT], NULL, 0}},
+    check_outputs(check, "logits", device, {{worker->layers[0][0][OUTPUT], NULL, 0}},
                   normed_inputs(device), (int)rows.size(), logits, d->logits_stride, nans);
     size_t width = (size_t)model->config.vocab_size;
     std::vector<float> host(rows.size() * width, NAN);
-    worker->backend->read_logits(device, host.data()); /* it computes them again */
+    worker->backend->sample(device, worker->layers[0][0], host.data());
+    need_success(cudaStreamSynchronize(d->streams[STREAM_COMPUTE]), "cudaStreamSynchronize");
     for (size_t i = 0; i < rows.size(); i++)
         CHECK(!memcmp(&host[i * width], &logits[i * d->logits_stride], width * sizeof(float)),
-              "read_logits: row %zu", i);
+              "logits on the host: row %zu", i);
 }
 
 /* All products of a layer, for so many rows of either kind. */

@@ -1,8 +1,8 @@
 /* cuda_steps.h: whole steps of the CUDA backend, and sampling. Part of test_cuda.cu.
  *
  * A row's bits depend on its own text alone: the same alone, in crowds, in chunks, on one shard or
- * eight, in a recorded step or a replayed one. Draws are compared with sampler.h's, and with the
- * definition in dynamo.h where those two differ by rounding. */
+ * eight, in a recorded step or a replayed one. Draws are compared with sampler_draw's, and with the
+ * definition in lib/sampler.h where those two differ by rounding. */
 #ifndef CUDA_STEPS_H
 #define CUDA_STEPS_H
 #include "cuda_worker.h"
@@ -289,9 +289,7 @@ static std::vector<int> draw_samples(struct worker *worker, const std::vector<in
     logits->resize((size_t)(end - first) * (size_t)device->config->vocab_size);
     worker->backend->step_begin(device, seal(&batch));
     worker->backend->embed(device, worker->layers[0][0][TOKEN_EMBD]);
-    worker->backend->norm_logits(device, worker->layers[0][0]);
-    worker->backend->read_logits(device, logits->data());
-    worker->backend->sample(device);
+    worker->backend->sample(device, worker->layers[0][0], logits->data());
     worker->backend->step_end(device, batch.batch.sampled);
     batch.sampled.pop_back();
     return batch.sampled;
@@ -337,7 +335,7 @@ static double noisy(const struct sampling &sampling, int position, int token, fl
     return scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
-/* Can `token` be drawn, by the definition in dynamo.h? Where rounding decides whether a token is
+/* Can `token` be drawn, by lib/sampler.h's definition? Where rounding decides whether a token is
  * among those that reach top_p, both answers are right. `slack`: of sums of weights. */
 static bool can_be_drawn(const struct sampling &sampling, int position, const float *logits, int n,
                          int token, double slack) {
@@ -425,7 +423,7 @@ static void check_sampler(struct check *check, struct random *random, struct dev
         [&] {
             device->backend->step_begin(device, seal(&batch));
             poke(device, d->logits, logits);
-            device->backend->sample(device);
+            draw_tokens(d, 0, n_rows);
             device->backend->step_end(device, batch.batch.sampled);
         },
         [&] { return batch.sampled; });

@@ -459,7 +459,7 @@ static void poison(struct device *device, T *to, size_t rows, int stride, int co
     poke(device, to, values);
 }
 
-/* Where each k of an input's own part lies in its row: see pack.cuh. */
+/* Where each k of an input's own part lies in its row: see kernels.cu. */
 static std::vector<int> places_of(const struct segments &s) {
     std::vector<int> places;
     for (int i = 0; i < s.n; i++)
@@ -569,10 +569,8 @@ static bool forward(struct worker *worker, const struct batch *batch) {
         if (n > 1)
             backend->all_reduce_add(worker->shards, n);
     }
-    if (record && batch->n_samples > 0) {
-        backend->norm_logits(worker->shards[0], worker->layers[0][0]);
-        backend->sample(worker->shards[0]);
-    }
+    if (record && batch->n_samples > 0)
+        backend->sample(worker->shards[0], worker->layers[0][0], NULL);
     for (int s = 0; s < n; s++)
         backend->step_end(worker->shards[s], s == 0 ? batch->sampled : NULL);
     return record;

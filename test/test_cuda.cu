@@ -13,7 +13,7 @@ extern "C" {
 #include "dynamo.h"
 #include "../lib/sampler.h"
 }
-#include "ptx.cuh"
+#include "lib/gpu.h"
 
 /* What the machine seems to be: the backend asks here, so that any can be played. */
 static struct {

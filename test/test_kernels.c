@@ -295,10 +295,7 @@ static void forward(struct worker *worker, const struct batch *batch, float *log
         ON_SHARDS(project_add(device, layers[i][FFN_DOWN], INPUT_FFN))
         backend->all_reduce_add(worker->shards, worker->n_shards);
     }
-    backend->norm_logits(worker->shards[0], worker->layers[0][0]);
-    backend->sample(worker->shards[0]);
-    if (logits)
-        backend->read_logits(worker->shards[0], logits);
+    backend->sample(worker->shards[0], worker->layers[0][0], logits);
     ON_SHARDS(step_end(device, batch->sampled))
 }
 
@@ -604,9 +601,8 @@ static void check_logits(struct check *check, struct cpu_device *device,
                          const struct weight *const *weights) {
     int n = device->batch->n_samples, vocab = model->config.vocab_size;
     poison(device->logits, (size_t)n, (size_t)vocab, vocab);
-    cpu_norm_logits(&device->device, weights);
     float *logits = malloc((size_t)n * (size_t)vocab * 4);
-    cpu_read_logits(&device->device, logits);
+    cpu_sample(&device->device, weights, logits);
     for (int i = 0; i < n; i++) {
         double input[1024];
         reference_norm(device->x + (size_t)device->batch->sample_row[i] * device->x_stride,
@@ -639,7 +635,6 @@ static void check_step(struct check *check, struct worker *worker,
         check_project(check, device, layer[FFN_DOWN], weights[FFN_DOWN], false);
     }
     check_logits(check, device, model, worker->layers[0][0]);
-    cpu_sample(&device->device);
     cpu_step_end(&device->device, batch->sampled);
 }
 
@@ -886,7 +881,7 @@ static int by_rank(const void *a, const void *b) {
     return x > y ? -1 : x < y ? 1 : first - second;
 }
 
-/* The definition in dynamo.h, by a full sort. */
+/* The definition in lib/sampler.h, by a full sort. */
 static int brute_force(const float *logits, int n, const struct sampling *sampling, int position) {
     int order[512], kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
     double p[512], sum = 0.0, reached = 0.0, best = -INFINITY;
@@ -951,7 +946,7 @@ static void sample_rows(struct sampler *sampler, const float *logits, int n, con
     }
     cpu_step_begin(&device->device, &test.batch);
     memcpy(device->logits, logits, sizeof(float) * 397 * (size_t)n);
-    cpu_sample(&device->device);
+    draw_tokens(device, 0, n);
     cpu_step_end(&device->device, sampled);
 }
 
