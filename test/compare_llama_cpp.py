@@ -11,13 +11,14 @@ context is full.
     python3 test/compare_llama_cpp.py model.bin --tokenizer work/tokenizer.model
 
 With --tokenizer, the ids of a dozen texts are also compared with SentencePiece's own; with
---against-pytorch, the greedy ids are compared with those of train.py's
-forward pass on the file's weights, and the gap between the two best logits is shown where they
-part. --save writes prompts and ids, for tests, up to where the two best logits are less than
-CLOSE apart: rounding may decide there. Exits with 1 if ids or a tokenization differ.
+--against-pytorch, the greedy ids are compared with those of model/train.py's forward pass on the
+file's weights, and the gap between the two best logits is shown where they part. --save writes
+prompts and ids, for tests, up to where the two best logits are less than CLOSE apart: rounding may
+decide there. Exits with 1 if ids or a tokenization differ.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -117,8 +118,9 @@ def differing_tokenizations(model, tokenizer, texts):
 
 
 def compare_with_pytorch(path, results, count):
-    """Says how many greedy continuations are the same in train.py's float32 forward pass."""
+    """Says how many greedy continuations are the same in model/train.py's float32 forward pass."""
     import torch
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "model"))
     import train
     weights = train.read_gguf_weights(path)
     same = 0

@@ -1,1139 +1,846 @@
 /* cuda_emu.h: CUDA on the CPU, so that every kernel can be tested, checked and stepped through
- * without a GPU. g++ compiles the very same source that nvcc compiles for the GPU.
+ * without a GPU. g++ compiles the very same source that nvcc compiles for the GPU. What a kernel
+ * sees is in cuda_emu_threads.h; here is the part of CUDA's runtime that the host calls: devices,
+ * memory, streams, events, graphs, launches. Names, values and meanings are CUDA's.
  *
  *     #ifdef CUDA_EMULATED
- *     #define CUDA_EMU_IMPLEMENTATION
- *     #include "test/cuda_emu.h"
+ *     #include "cuda_emu.h"
  *     #else
- *     #include <cuda_runtime.h>            // and the wrappers of inline PTX, see below
+ *     #include <cuda_runtime.h> // and functions for the inline PTX, such as mma_bf16
  *     #endif
- *     __global__ void add_kernel(float *x, float y, int n) {
- *         int i = blockIdx.x * blockDim.x + threadIdx.x;
- *         if (i < n)
- *             x[i] += y;
- *     }
  *     ...
  *     emu_next_kernel("add_kernel");
  *     cudaLaunchKernelEx(&config, add_kernel, x, 1.0f, n);
  *     cudaStreamSynchronize(stream);
  *
- * g++ -x c++ -std=gnu++17 -g -DCUDA_EMULATED kernels.cu, then in gdb:
+ * g++ -x c++ -std=gnu++17 -g -DCUDA_EMULATED -Itest kernels.cu, then in gdb:
  *     break add_kernel if blockIdx.x == 2 && threadIdx.x == 7
  *     print threadIdx
  *     call emu_where()                     // what each thread of this block waits for
  *
- * What it promises. Where CUDA leaves an order open, it takes a different one each time, drawn from
- * emu_seed, and where CUDA leaves a value undefined, it puts NaNs: what is missing in a program
- * then shows as a wrong result, here rather than on the GPU.
- *   - The threads of a block run in random order, each until it must wait (__syncthreads, shuffles,
- *     mma); blocks run one after another in random order.
- *   - A block's shared memory is as large as was asked for, full of NaNs, and ends at a guard page.
- *   - copy_async16 writes when it is waited for; until then its target holds NaNs.
- *   - Where a launch may overlap the kernel before it, a block of it may run before that one, as
- *     far as grid_wait.
- *   - Work on streams is late: it is done when somebody synchronizes or polls, and then in any
- *     order that streams and events allow (see cuda_emu_runtime.h).
- *   - Memory is malloc'ed and full of NaNs: AddressSanitizer checks each access of a kernel.
- *   - ThreadSanitizer sees threads as CUDA does, ordered by __syncthreads, __syncwarp, grid_wait
- *     and __threadfence alone: it reports a missing one even where the order hid it.
- *   - Calls fail as on a GPU: limits of launches, memory of a device, pointers of copies, captures.
- * What a GPU would answer with a hang or with garbage ends the program with one line that names
- * the kernel, the block and the thread: a barrier that some threads do not reach, a warp operation
- * without all its lanes, a misaligned vector, shared memory out of bounds.
+ * How it works: a call checks its arguments and appends to a stream's queue; nothing runs. Whoever
+ * synchronizes runs what is queued, there, on his own thread, in a random order of those that
+ * streams and events allow: sometimes whatever comes, sometimes only what he waits for, so that all
+ * else comes as late as it can. Whoever polls finds that nothing, a little or much has been done.
+ * One lock guards it all: host threads may call it together, kernels run one by one.
  *
- * What it is not: it does not tell what is fast, and a kernel in which a block waits for another
- * never ends. One lock guards it all: host threads may
- * call it together, kernels run one by one. Include the implementation in one file only. */
+ * What it promises: calls fail as on a GPU, by the limits of launches, the memory of a device, the
+ * pointers of copies, the rules of recording; memory is full of NaNs, and malloc'ed, so that
+ * AddressSanitizer checks each access of a kernel; a copy to or from memory that was freed in the
+ * meantime ends the program.
+ *
+ * Stricter than CUDA:
+ *   - Stream 0 is a stream like others: no other one waits for it (as with cudaStreamNonBlocking).
+ *   - A graph is what one stream did, one after the other: a stream that is recorded neither waits
+ *     for events nor records them.
+ * What it leaves out: the rest of the runtime, and other attributes of launches. Priorities change
+ * nothing, since any order is right.
+ *
+ * Include it in one file of a program. Read next: emu_step, emu_until, emu_launch. */
 #ifndef CUDA_EMU_H
 #define CUDA_EMU_H
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "cuda_emu_threads.h"
+
+#include <time.h>
+
+#include <deque>
+#include <map>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+enum {                                /* of every device: those of compute capability 9.0 */
+       EMU_SHARED_DEFAULT = 48 << 10, /* bytes that every kernel may have */
+       EMU_SHARED_LIMIT = 227 << 10,  /* ... and with cudaFuncSetAttribute */
+       EMU_L2_CACHE = 50 << 20,
+       EMU_VERSION = 13000
+};
+
+/* ---- types of CUDA's ---- */
+
+#define EMU_ERRORS(X)                                                                              \
+    X(cudaSuccess, 0, "no error")                                                                  \
+    X(cudaErrorInvalidValue, 1, "invalid argument")                                                \
+    X(cudaErrorMemoryAllocation, 2, "out of memory")                                               \
+    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                          \
+    X(cudaErrorInvalidPitchValue, 12, "invalid pitch argument")                                    \
+    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                    \
+    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient")                      \
+    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                \
+    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                       \
+    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                              \
+    X(cudaErrorNotReady, 600, "device not ready")                                                  \
+    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                   \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")  \
+    X(cudaErrorStreamCaptureInvalidated, 901,                                                      \
+      "operation failed due to a previous error in capture")                                       \
+    X(cudaErrorStreamCaptureUnmatched, 903, "capture was not begun in this stream")
+
+enum cudaError_t : int {
+#define EMU_ERROR(name, value, text) name = value,
+    EMU_ERRORS(EMU_ERROR)
+#undef EMU_ERROR
+};
+
+enum cudaMemcpyKind : int {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+enum { cudaStreamNonBlocking = 1 };
+enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
+enum { cudaHostAllocPortable = 1 };
+
+typedef struct CUstream_st *cudaStream_t;
+typedef struct CUevent_st *cudaEvent_t;
+typedef struct CUgraph_st *cudaGraph_t;
+typedef struct CUgraphExec_st *cudaGraphExec_t;
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem;
+    int major, minor, multiProcessorCount, l2CacheSize;
+};
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    union {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
+
+/* ---- state ---- */
+
+struct emu_moment { /* when an event is recorded */
+    CUstream_st *stream;
+    bool done = false;
+    double time = 0; /* seconds */
+};
+
+struct emu_task { /* a kernel or something else */
+    std::shared_ptr<const emu_kernel> kernel{};
+    std::function<void()> run{};
+};
+
+struct emu_work { /* in a stream's queue: waits, does the task, and then the moment has come */
+    std::shared_ptr<emu_moment> wait{}, mark{};
+    emu_task task{};
+};
+
+struct CUgraph_st {
+    pthread_t thread; /* that records it */
+    bool invalid = false;
+    std::vector<emu_task> tasks{};
+};
+
+struct CUgraphExec_st {
+    std::vector<emu_task> tasks;
+};
+
+struct CUstream_st {
+    int device;
+    bool destroyed = false; /* once its queue is empty it is freed */
+    std::deque<emu_work> queue{};
+    std::unique_ptr<CUgraph_st> graph{}; /* that its work is recorded in */
+};
+
+struct CUevent_st {
+    int device;
+    bool timed;
+    std::shared_ptr<emu_moment> moment{}; /* the latest record */
+};
+
+enum { EMU_PINNED = -1, EMU_PAGEABLE = -2, EMU_INVALID = -3 }; /* places that are no device */
+
+struct emu_allocation {
+    size_t bytes;
+    int place; /* a device, or EMU_PINNED */
+};
+
+static struct { /* under emu.mutex */
+    int n_devices = 0, multiprocessors;
+    size_t memory_each;
+    std::vector<size_t> used;                                  /* of each device's memory */
+    std::vector<std::unique_ptr<CUstream_st>> zero;            /* each device's stream 0 */
+    std::vector<CUstream_st *> streams;                        /* those too */
+    std::map<uintptr_t, emu_allocation> allocations;           /* by address */
+    std::map<std::pair<int, const void *>, int> shared_limits; /* of kernels on devices */
+    std::map<std::string, int> failures; /* calls that are to fail, after so many good ones */
+} cuda;
+
+static thread_local struct {
+    int device = 0;
+    cudaError_t error = cudaSuccess;
+    const char *next_kernel = nullptr;
+} emu_thread;
+
+/* ---- errors ---- */
+
+static cudaError_t emu_result(cudaError_t error) {
+    if (error != cudaSuccess)
+        emu_thread.error = error;
+    return error;
+}
+
+/* The error that a call fails with in any case. */
+static cudaError_t emu_enter(const char *call) {
+    if (emu_thread.device >= cuda.n_devices)
+        return cuda.n_devices > 0 ? cudaErrorInvalidDevice : cudaErrorNoDevice;
+    auto failure = cuda.failures.find(call);
+    if (failure == cuda.failures.end() || failure->second-- > 0)
+        return cudaSuccess;
+    cuda.failures.erase(failure);
+    bool allocates = strcmp(call, "cudaMalloc") == 0 || strcmp(call, "cudaHostAlloc") == 0;
+    return allocates ? cudaErrorMemoryAllocation : cudaErrorLaunchFailure;
+}
+
+#define EMU_CHECK(condition, error)                                                                \
+    if (!(condition))                                                                              \
+        return emu_result(error);
+#define EMU_CALL(name) /* opens every call */                                                      \
+    std::lock_guard<std::mutex> lock(emu.mutex);                                                   \
+    if (cudaError_t failure = emu_enter(name))                                                     \
+        return emu_result(failure);
+
+const char *cudaGetErrorString(cudaError_t error) {
+#define EMU_ERROR(name, value, text)                                                               \
+    if (error == name)                                                                             \
+        return text;
+    EMU_ERRORS(EMU_ERROR)
+#undef EMU_ERROR
+    return "unrecognized error code";
+}
+
+cudaError_t cudaGetLastError(void) {
+    return std::exchange(emu_thread.error, cudaSuccess);
+}
+
+/* ---- devices ---- */
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = EMU_VERSION;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    return cudaDriverGetVersion(version);
+}
+
+static bool emu_is_device(int device) {
+    return device >= 0 && device < cuda.n_devices;
+}
+
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 0;
+    EMU_CALL(__func__)
+    *count = cuda.n_devices;
+    return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_is_device(device), cudaErrorInvalidDevice)
+    emu_thread.device = device;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_is_device(device), cudaErrorInvalidDevice)
+    *properties = {};
+    strcpy(properties->name, "Emulated GPU");
+    properties->totalGlobalMem = cuda.memory_each;
+    properties->l2CacheSize = EMU_L2_CACHE;
+    properties->major = 9;
+    properties->multiProcessorCount = cuda.multiprocessors;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    EMU_CALL(__func__)
+    *least = 0;
+    *greatest = -5;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_is_device(device) && emu_is_device(peer), cudaErrorInvalidDevice)
+    *can = device != peer;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) {
+    EMU_CALL(__func__)
+    EMU_CHECK(flags == 0, cudaErrorInvalidValue)
+    EMU_CHECK(emu_is_device(peer) && peer != emu_thread.device, cudaErrorInvalidDevice)
+    return cudaSuccess; /* copies between devices need none */
+}
+
+/* ---- streams: doing what is queued ---- */
+
+static bool emu_ready(const CUstream_st *stream) {
+    return !stream->queue.empty() &&
+           (!stream->queue.front().wait || stream->queue.front().wait->done);
+}
+
+/* Runs a kernel. Before it, one block of the next one may begin, if that is launched so. */
+static void emu_run(const emu_kernel *kernel, const emu_kernel *next) {
+    if (next && next->programmatic && emu_random(2))
+        emu_start_early(next);
+    emu_run_kernel(kernel);
+}
+
+/* Does the first work of the queue. */
+static void emu_step(CUstream_st *stream) {
+    emu_work &work = stream->queue.front();
+    if (work.task.kernel)
+        emu_run(work.task.kernel.get(),
+                stream->queue.size() > 1 ? stream->queue[1].task.kernel.get() : nullptr);
+    if (work.task.run)
+        work.task.run();
+    if (work.mark) {
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        work.mark->time = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+        work.mark->done = true;
+    }
+    stream->queue.pop_front();
+    if (stream->destroyed && stream->queue.empty()) {
+        cuda.streams.erase(std::find(cuda.streams.begin(), cuda.streams.end(), stream));
+        delete stream;
+    }
+}
+
+/* A stream that can go on; null: all are empty. */
+static CUstream_st *emu_any_stream(void) {
+    std::vector<CUstream_st *> ready;
+    std::copy_if(cuda.streams.begin(), cuda.streams.end(), std::back_inserter(ready), emu_ready);
+    return ready.empty() ? nullptr : ready[emu_random((uint32_t)ready.size())];
+}
+
+/* Goes on until the moment has come; half of the time with only what it needs. */
+static void emu_until(const emu_moment *moment) {
+    bool late = emu_random(2);
+    while (!moment->done) {
+        CUstream_st *stream = late ? moment->stream : emu_any_stream();
+        while (!emu_ready(stream))
+            stream = stream->queue.front().wait->stream;
+        emu_step(stream);
+    }
+}
+
+static std::shared_ptr<emu_moment> emu_mark(CUstream_st *stream) { /* behind all that is queued */
+    stream->queue.emplace_back();
+    stream->queue.back().mark = std::make_shared<emu_moment>(emu_moment{stream});
+    return stream->queue.back().mark;
+}
+
+static void emu_finish(CUstream_st *stream) {
+    emu_until(emu_mark(stream).get());
+}
+
+static void emu_finish_device(int device) {
+    std::vector<std::shared_ptr<emu_moment>> moments;
+    for (CUstream_st *stream : cuda.streams)
+        if (stream->device == device && !stream->queue.empty())
+            moments.push_back(emu_mark(stream));
+    for (const auto &moment : moments)
+        emu_until(moment.get());
+}
+
+static void emu_poll(void) {
+    for (uint32_t n = emu_random(4); n > 0; n--)
+        if (CUstream_st *stream = emu_any_stream())
+            emu_step(stream);
+}
+
+static void emu_enqueue(CUstream_st *stream, const emu_task &task) {
+    if (stream->graph)
+        stream->graph->tasks.push_back(task);
+    else
+        stream->queue.push_back({nullptr, nullptr, task});
+}
+
+/* ---- streams and events ---- */
+
+/* Null stands for stream 0 of the current device, as an answer for: there is no such stream. */
+static CUstream_st *emu_stream(cudaStream_t stream) {
+    if (!stream)
+        return cuda.zero[(size_t)emu_thread.device].get();
+    for (CUstream_st *known : cuda.streams)
+        if (known == stream && !known->destroyed)
+            return known;
+    return nullptr;
+}
+
+/* Calls that have effects beyond a stream fail while their thread records one, and spoil that. */
+static bool emu_allowed_in_capture(void) {
+    bool allowed = true;
+    for (CUstream_st *stream : cuda.streams)
+        if (stream->graph && pthread_equal(stream->graph->thread, pthread_self())) {
+            stream->graph->invalid = true;
+            allowed = false;
+        }
+    return allowed;
+}
+
+/* What has been recorded has not been launched: it cannot be waited for. */
+static cudaError_t emu_not_recorded(CUstream_st *stream) {
+    if (!stream)
+        return cudaErrorInvalidResourceHandle;
+    if (!stream->graph)
+        return cudaSuccess;
+    stream->graph->invalid = true;
+    return cudaErrorStreamCaptureUnsupported;
+}
+
+cudaError_t cudaDeviceSynchronize(void) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_allowed_in_capture(), cudaErrorStreamCaptureUnsupported)
+    emu_finish_device(emu_thread.device);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    EMU_CALL(__func__)
+    (void)priority;
+    EMU_CHECK(flags <= cudaStreamNonBlocking, cudaErrorInvalidValue)
+    *stream = new CUstream_st{emu_thread.device};
+    cuda.streams.push_back(*stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { /* its work is done all the same */
+    EMU_CALL(__func__)
+    EMU_CHECK(stream && emu_stream(stream), cudaErrorInvalidResourceHandle)
+    stream->destroyed = true;
+    stream->queue.emplace_back();
+    if (stream->queue.size() == 1)
+        emu_step(stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    cudaError_t error = emu_not_recorded(s);
+    EMU_CHECK(!error, error)
+    emu_finish(s);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    EMU_CALL(__func__)
+    EMU_CHECK(flags == cudaEventDefault || flags == cudaEventDisableTiming, cudaErrorInvalidValue)
+    *event = new CUevent_st{emu_thread.device, flags == cudaEventDefault};
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    EMU_CALL(__func__)
+    EMU_CHECK(event, cudaErrorInvalidResourceHandle)
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    cudaError_t error = emu_not_recorded(s);
+    EMU_CHECK(!error, error)
+    EMU_CHECK(event && s->device == event->device, cudaErrorInvalidResourceHandle)
+    event->moment = emu_mark(s);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    cudaError_t error = emu_not_recorded(s);
+    EMU_CHECK(!error, error)
+    EMU_CHECK(event, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(flags == 0, cudaErrorInvalidValue)
+    if (event->moment)
+        s->queue.push_back({event->moment, nullptr, {}});
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    EMU_CALL(__func__)
+    EMU_CHECK(event, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(emu_allowed_in_capture(), cudaErrorStreamCaptureUnsupported)
+    emu_poll();
+    return emu_result(!event->moment || event->moment->done ? cudaSuccess : cudaErrorNotReady);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    EMU_CALL(__func__)
+    EMU_CHECK(event, cudaErrorInvalidResourceHandle)
+    if (event->moment)
+        emu_until(event->moment.get());
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
+    EMU_CALL(__func__)
+    EMU_CHECK(start && start->timed && start->moment, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(end && end->timed && end->moment, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(start->moment->done && end->moment->done, cudaErrorNotReady)
+    *milliseconds = (float)((end->moment->time - start->moment->time) * 1e3);
+    return cudaSuccess;
+}
+
+/* ---- graphs ---- */
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    EMU_CHECK(s, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(mode == cudaStreamCaptureModeThreadLocal, cudaErrorInvalidValue)
+    EMU_CHECK(stream && !s->graph, cudaErrorStreamCaptureUnsupported)
+    s->graph.reset(new CUgraph_st{pthread_self()});
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    EMU_CALL(__func__)
+    *graph = nullptr;
+    CUstream_st *s = emu_stream(stream);
+    EMU_CHECK(s, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(s->graph, cudaErrorStreamCaptureUnmatched)
+    std::unique_ptr<CUgraph_st> recorded = std::move(s->graph);
+    EMU_CHECK(!recorded->invalid, cudaErrorStreamCaptureInvalidated)
+    *graph = recorded.release();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                 unsigned long long flags) {
+    EMU_CALL(__func__)
+    EMU_CHECK(graph && flags == 0, cudaErrorInvalidValue)
+    *exec = new CUgraphExec_st{graph->tasks};
+    return cudaSuccess;
+}
+
+/* Queues all of it, behind an empty work: its first kernel does not overlap what was before it. */
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    EMU_CHECK(exec, cudaErrorInvalidValue)
+    EMU_CHECK(s, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(!s->graph, cudaErrorStreamCaptureUnsupported)
+    emu_enqueue(s, {});
+    for (const emu_task &task : exec->tasks)
+        emu_enqueue(s, task);
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    EMU_CALL(__func__)
+    EMU_CHECK(graph, cudaErrorInvalidValue)
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    EMU_CALL(__func__)
+    EMU_CHECK(exec, cudaErrorInvalidValue)
+    delete exec;
+    return cudaSuccess;
+}
+
+/* ---- memory ---- */
+
+static cudaError_t emu_allocate(void **memory, size_t bytes, int place) {
+    *memory = nullptr;
+    if (!emu_allowed_in_capture())
+        return cudaErrorStreamCaptureUnsupported;
+    if (bytes == 0)
+        return cudaSuccess;
+    if (place >= 0 && bytes > cuda.memory_each - cuda.used[(size_t)place])
+        return cudaErrorMemoryAllocation;
+    if (posix_memalign(memory, 256, bytes) != 0)
+        return cudaErrorMemoryAllocation;
+    memset(*memory, EMU_GARBAGE, bytes);
+    cuda.allocations[(uintptr_t)*memory] = {bytes, place};
+    if (place >= 0)
+        cuda.used[(size_t)place] += bytes;
+    return cudaSuccess;
+}
+
+/* First the work is done that may use it. */
+static cudaError_t emu_free(void *memory, bool pinned) {
+    if (!memory)
+        return cudaSuccess;
+    auto found = cuda.allocations.find((uintptr_t)memory);
+    if (found == cuda.allocations.end() || (found->second.place == EMU_PINNED) != pinned)
+        return cudaErrorInvalidValue;
+    if (!emu_allowed_in_capture())
+        return cudaErrorStreamCaptureUnsupported;
+    for (int device = 0; device < cuda.n_devices; device++)
+        if (pinned || device == found->second.place)
+            emu_finish_device(device);
+    if (!pinned)
+        cuda.used[(size_t)found->second.place] -= found->second.bytes;
+    cuda.allocations.erase(found);
+    free(memory);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
+    EMU_CALL(__func__)
+    *total = cuda.memory_each;
+    *free = cuda.memory_each - cuda.used[(size_t)emu_thread.device];
+    return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void **memory, size_t bytes) {
+    EMU_CALL(__func__)
+    return emu_result(emu_allocate(memory, bytes, emu_thread.device));
+}
+
+cudaError_t cudaFree(void *memory) {
+    EMU_CALL(__func__)
+    return emu_result(emu_free(memory, false));
+}
+
+cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned flags) {
+    EMU_CALL(__func__)
+    EMU_CHECK(flags <= cudaHostAllocPortable, cudaErrorInvalidValue)
+    return emu_result(emu_allocate(memory, bytes, EMU_PINNED));
+}
+
+cudaError_t cudaFreeHost(void *memory) {
+    EMU_CALL(__func__)
+    return emu_result(emu_free(memory, true));
+}
+
+/* Where the bytes lie: a device, EMU_PINNED or EMU_PAGEABLE; EMU_INVALID: partly outside. */
+static int emu_place(const void *memory, size_t bytes) {
+    uintptr_t begin = (uintptr_t)memory, end = begin + bytes;
+    auto next = cuda.allocations.lower_bound(end);
+    if (next == cuda.allocations.begin())
+        return EMU_PAGEABLE;
+    const auto &[first, allocation] = *--next;
+    if (begin >= first + allocation.bytes)
+        return EMU_PAGEABLE;
+    bool inside = begin >= first && end <= first + allocation.bytes;
+    return inside ? allocation.place : EMU_INVALID;
+}
+
+struct emu_copy {
+    char *to;
+    size_t to_pitch;
+    const char *from;
+    size_t from_pitch, width, height;
+};
+
+static int emu_target(const emu_copy &copy) {
+    return emu_place(copy.to, (copy.height - 1) * copy.to_pitch + copy.width);
+}
+
+static int emu_source(const emu_copy &copy) {
+    return emu_place(copy.from, (copy.height - 1) * copy.from_pitch + copy.width);
+}
+
+static void emu_do_copy(const emu_copy &copy) {
+    for (size_t row = 0; row < copy.height; row++)
+        memcpy(copy.to + row * copy.to_pitch, copy.from + row * copy.from_pitch, copy.width);
+}
+
+static cudaError_t emu_check_copy(const emu_copy &copy, cudaMemcpyKind kind) {
+    if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault)
+        return cudaErrorInvalidMemcpyDirection;
+    if (copy.width > copy.to_pitch || copy.width > copy.from_pitch)
+        return cudaErrorInvalidPitchValue;
+    if (copy.width == 0 || copy.height == 0)
+        return cudaSuccess;
+    int target = emu_target(copy), source = emu_source(copy);
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (!copy.to || !copy.from || target == EMU_INVALID || source == EMU_INVALID)
+        return cudaErrorInvalidValue;
+    if (kind != cudaMemcpyDefault && (to_device != (target >= 0) || from_device != (source >= 0)))
+        return cudaErrorInvalidValue;
+    return cudaSuccess;
+}
+
+/* Pageable memory is read at once, and written before the call returns; pinned memory is read and
+ * written when the copy's turn comes. */
+static cudaError_t emu_copy_async(emu_copy copy, cudaMemcpyKind kind, CUstream_st *stream) {
+    if (!stream)
+        return cudaErrorInvalidResourceHandle;
+    cudaError_t error = emu_check_copy(copy, kind);
+    if (error || copy.width == 0 || copy.height == 0)
+        return error;
+    int target = emu_target(copy), source = emu_source(copy);
+    auto staged = std::make_shared<std::vector<char>>();
+    if (source == EMU_PAGEABLE && !stream->graph) {
+        staged->resize(copy.width * copy.height);
+        emu_do_copy(
+            {staged->data(), copy.width, copy.from, copy.from_pitch, copy.width, copy.height});
+        copy.from = staged->data();
+        copy.from_pitch = copy.width;
+    }
+    emu_enqueue(stream, {nullptr, [=] {
+                             if (emu_target(copy) != target ||
+                                 (staged->empty() && emu_source(copy) != source))
+                                 emu_report("a copy runs after its memory was freed");
+                             emu_do_copy(copy);
+                         }});
+    if (target == EMU_PAGEABLE && !stream->graph)
+        emu_finish(stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
+    EMU_CALL(__func__)
+    emu_copy copy = {(char *)to, bytes, (const char *)from, bytes, bytes, 1};
+    return emu_result(emu_copy_async(copy, kind, emu_stream(stream)));
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_allowed_in_capture(), cudaErrorStreamCaptureUnsupported)
+    emu_copy copy = {(char *)to, bytes, (const char *)from, bytes, bytes, 1};
+    cudaError_t error = emu_copy_async(copy, kind, emu_stream(nullptr));
+    emu_finish(emu_stream(nullptr));
+    return emu_result(error);
+}
+
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream) {
+    EMU_CALL(__func__)
+    emu_copy copy = {(char *)to, to_pitch, (const char *)from, from_pitch, width, height};
+    return emu_result(emu_copy_async(copy, kind, emu_stream(stream)));
+}
+
+cudaError_t cudaMemcpyPeerAsync(void *to, int to_device, const void *from, int from_device,
+                                size_t bytes, cudaStream_t stream) {
+    EMU_CALL(__func__)
+    EMU_CHECK(emu_is_device(to_device) && emu_is_device(from_device), cudaErrorInvalidDevice)
+    EMU_CHECK(bytes == 0 || emu_place(to, bytes) == to_device, cudaErrorInvalidValue)
+    EMU_CHECK(bytes == 0 || emu_place(from, bytes) == from_device, cudaErrorInvalidValue)
+    emu_copy copy = {(char *)to, bytes, (const char *)from, bytes, bytes, 1};
+    return emu_result(emu_copy_async(copy, cudaMemcpyDeviceToDevice, emu_stream(stream)));
+}
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
+    EMU_CALL(__func__)
+    CUstream_st *s = emu_stream(stream);
+    EMU_CHECK(s, cudaErrorInvalidResourceHandle)
+    int place = emu_place(to, bytes);
+    EMU_CHECK(bytes == 0 || place >= EMU_PINNED, cudaErrorInvalidValue)
+    emu_enqueue(s, {nullptr, [=] {
+                        if (bytes > 0 && emu_place(to, bytes) != place)
+                            emu_report("a memset runs after its memory was freed");
+                        memset(to, value, bytes);
+                    }});
+    return cudaSuccess;
+}
+
+/* ---- launches ---- */
+
+template <typename T>
+static cudaError_t cudaFuncSetAttribute(T *kernel, cudaFuncAttribute attribute, int value) {
+    EMU_CALL(__func__)
+    EMU_CHECK(attribute == cudaFuncAttributeMaxDynamicSharedMemorySize, cudaErrorInvalidValue)
+    EMU_CHECK(value >= 0 && value <= EMU_SHARED_LIMIT, cudaErrorInvalidValue)
+    cuda.shared_limits[{emu_thread.device, reinterpret_cast<const void *>(kernel)}] = value;
+    return cudaSuccess;
+}
+
+/* Names the kernel that this host thread launches next, for reports. */
+void emu_next_kernel(const char *name) {
+    emu_thread.next_kernel = name;
+}
+
+static bool emu_grid_fits(const dim3 &grid, const dim3 &block) {
+    return grid.x > 0 && grid.y > 0 && grid.z > 0 && block.x > 0 && block.y > 0 && block.z > 0 &&
+           grid.x <= 0x7FFFFFFF && grid.y <= 0xFFFF && grid.z <= 0xFFFF && block.z <= 64 &&
+           (uint64_t)block.x * block.y * block.z <= EMU_MAX_THREADS;
+}
+
+cudaError_t emu_launch(const cudaLaunchConfig_t *config, const void *kernel,
+                       std::function<void()> body) {
+    const char *name = std::exchange(emu_thread.next_kernel, nullptr);
+    EMU_CALL("cudaLaunchKernelEx")
+    CUstream_st *stream = emu_stream(config->stream);
+    EMU_CHECK(stream && stream->device == emu_thread.device, cudaErrorInvalidResourceHandle)
+    EMU_CHECK(emu_grid_fits(config->gridDim, config->blockDim), cudaErrorInvalidConfiguration)
+    auto limit = cuda.shared_limits.find({emu_thread.device, kernel});
+    int shared_limit = limit == cuda.shared_limits.end() ? EMU_SHARED_DEFAULT : limit->second;
+    EMU_CHECK(config->dynamicSmemBytes <= (size_t)shared_limit, cudaErrorInvalidValue)
+    bool programmatic = false;
+    for (unsigned i = 0; i < config->numAttrs; i++) {
+        EMU_CHECK(config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization,
+                  cudaErrorInvalidValue)
+        programmatic = config->attrs[i].val.programmaticStreamSerializationAllowed;
+    }
+    emu_kernel launch = {name ? name : "a kernel without a name",
+                         body,
+                         config->gridDim,
+                         config->blockDim,
+                         config->dynamicSmemBytes,
+                         programmatic};
+    emu_enqueue(stream, {std::make_shared<const emu_kernel>(launch), nullptr});
+    return cudaSuccess;
+}
+
+template <typename... P, typename... A>
+static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...),
+                                      A &&...arguments) {
+    std::tuple<std::decay_t<P>...> copies(std::forward<A>(arguments)...);
+    return emu_launch(config, reinterpret_cast<const void *>(kernel),
+                      [kernel, copies] { std::apply(kernel, copies); });
+}
 
 /* ---- controls ---- */
 
-void emu_seed(uint64_t seed); /* of all random orders to come */
 /* So many devices, and nothing allocated or queued on them. */
-void emu_devices(int n, size_t memory_each, int multiprocessors);
-void emu_fail(const char *call, int after); /* the call fails once, after so many good ones */
-long emu_launches(void);                    /* kernels run so far */
-void emu_next_kernel(const char *name); /* names the kernel that this host thread launches next */
-extern "C" void emu_where(void);        /* for gdb, inside a kernel */
-
-/* ---- types and built-in variables ---- */
-
-#define __global__ __attribute__((noinline))
-#define __device__
-#define __host__
-#define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
-#define __grid_constant__
-#define __align__(n)               __attribute__((aligned(n)))
-#define DYNAMIC_SHARED(type, name) type *name = static_cast<type *>(emu_shared())
-
-struct uint3 {
-    unsigned x, y, z;
-};
-
-struct dim3 {
-    unsigned x, y, z;
-    constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
-#define EMU_VECTOR2(name, type, bytes)                                                             \
-    struct alignas(bytes) name {                                                                   \
-        type x, y;                                                                                 \
-    };                                                                                             \
-    static inline name make_##name(type x, type y) {                                               \
-        return {x, y};                                                                             \
+void emu_devices(int n, size_t memory_each, int multiprocessors) {
+    std::lock_guard<std::mutex> lock(emu.mutex);
+    for (int device = 0; device < cuda.n_devices; device++)
+        emu_finish_device(device);
+    for (size_t i = cuda.zero.size(); i < cuda.streams.size(); i++)
+        delete cuda.streams[i];
+    for (auto &allocation : cuda.allocations)
+        free((void *)allocation.first);
+    cuda = {};
+    cuda.n_devices = n;
+    cuda.multiprocessors = multiprocessors;
+    cuda.memory_each = memory_each;
+    cuda.used.assign((size_t)n, 0);
+    for (int device = 0; device < n; device++) {
+        cuda.zero.emplace_back(new CUstream_st{device});
+        cuda.streams.push_back(cuda.zero.back().get());
     }
-#define EMU_VECTOR4(name, type, bytes)                                                             \
-    struct alignas(bytes) name {                                                                   \
-        type x, y, z, w;                                                                           \
-    };                                                                                             \
-    static inline name make_##name(type x, type y, type z, type w) {                               \
-        return {x, y, z, w};                                                                       \
-    }
-EMU_VECTOR2(int2, int, 8)
-EMU_VECTOR2(uint2, unsigned, 8)
-EMU_VECTOR2(float2, float, 8)
-EMU_VECTOR4(int4, int, 16)
-EMU_VECTOR4(uint4, unsigned, 16)
-EMU_VECTOR4(float4, float, 16)
-
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
-
-/* ---- rendezvous ---- */
-
-enum emu_op {
-    EMU_NONE,
-    EMU_SYNCTHREADS,
-    EMU_SYNCWARP,
-    EMU_SHFL,
-    EMU_SHFL_XOR,
-    EMU_SHFL_DOWN,
-    EMU_SHFL_UP,
-    EMU_BALLOT,
-    EMU_ANY,
-    EMU_ALL,
-    EMU_MMA,
-    EMU_GRID_WAIT,
-    EMU_RETURNED
-};
-
-void *emu_shared(void);
-int emu_lane(void);
-/* Waits for the lanes of the mask, and returns what the operation gives this lane. */
-uint64_t emu_warp_op(emu_op op, uint32_t mask, uint64_t value, int source);
-void emu_misaligned(const void *p, int bytes, const char *call);
-
-void __syncthreads(void);
-void __threadfence(void);
-
-static inline void __syncwarp(uint32_t mask = 0xFFFFFFFF) {
-    emu_warp_op(EMU_SYNCWARP, mask, 0, 0);
+    emu_thread.device = 0;
 }
 
-static inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
-    return (uint32_t)emu_warp_op(EMU_BALLOT, mask, predicate != 0, 0);
-}
+[[maybe_unused]] static const bool emu_four_devices = (emu_devices(4, (size_t)256 << 20, 4), true);
 
-static inline int __any_sync(uint32_t mask, int predicate) {
-    return (int)emu_warp_op(EMU_ANY, mask, predicate != 0, 0);
-}
-
-static inline int __all_sync(uint32_t mask, int predicate) {
-    return (int)emu_warp_op(EMU_ALL, mask, predicate != 0, 0);
-}
-
-template <typename T> static inline T emu_shuffle(emu_op op, uint32_t mask, T value, int source) {
-    static_assert(sizeof value == 4 || sizeof value == 8, "shuffles move 4 or 8 bytes");
-    uint64_t bits = 0;
-    memcpy(&bits, &value, sizeof value);
-    bits = emu_warp_op(op, mask, bits, source);
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* A lane that would read beyond its group of `width` lanes keeps its own value. */
-template <typename T>
-static inline T __shfl_sync(uint32_t mask, T value, int source, int width = 32) {
-    int first = emu_lane() & -width;
-    return emu_shuffle(EMU_SHFL, mask, value, first + (source & (width - 1)));
-}
-
-template <typename T>
-static inline T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
-    int lane = emu_lane(), source = lane ^ bits, last = lane | (width - 1);
-    return emu_shuffle(EMU_SHFL_XOR, mask, value, source <= last ? source : lane);
-}
-
-template <typename T>
-static inline T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
-    int lane = emu_lane(), source = lane + (int)delta, last = lane | (width - 1);
-    return emu_shuffle(EMU_SHFL_DOWN, mask, value, source <= last ? source : lane);
-}
-
-template <typename T>
-static inline T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
-    int lane = emu_lane(), source = lane - (int)delta, first = lane & -width;
-    return emu_shuffle(EMU_SHFL_UP, mask, value, source >= first ? source : lane);
-}
-
-/* ---- functions of one thread ---- */
-
-static inline int __popc(uint32_t x) {
-    return __builtin_popcount(x);
-}
-
-static inline int __clz(int x) {
-    return x ? __builtin_clz((unsigned)x) : 32;
-}
-
-static inline int __ffs(int x) {
-    return __builtin_ffs(x);
-}
-
-static inline uint32_t __brev(uint32_t x) {
-    x = x >> 16 | x << 16;
-    x = (x >> 8 & 0x00FF00FF) | (x & 0x00FF00FF) << 8;
-    x = (x >> 4 & 0x0F0F0F0F) | (x & 0x0F0F0F0F) << 4;
-    x = (x >> 2 & 0x33333333) | (x & 0x33333333) << 2;
-    return (x >> 1 & 0x55555555) | (x & 0x55555555) << 1;
-}
-
-static inline uint32_t __umulhi(uint32_t x, uint32_t y) {
-    return (uint32_t)((uint64_t)x * y >> 32);
-}
-
-static inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
-    uint64_t bytes = (uint64_t)y << 32 | x;
-    uint32_t result = 0;
-    for (int i = 0; i < 4; i++)
-        result |= (uint32_t)(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
-    return result;
-}
-
-template <typename To, typename From> static inline To emu_bits(From value) {
-    To result;
-    static_assert(sizeof result == sizeof value, "the same bits");
-    memcpy(&result, &value, sizeof result);
-    return result;
-}
-
-static inline float __int_as_float(int x) {
-    return emu_bits<float>(x);
-}
-
-static inline float __uint_as_float(uint32_t x) {
-    return emu_bits<float>(x);
-}
-
-static inline int __float_as_int(float x) {
-    return emu_bits<int>(x);
-}
-
-static inline uint32_t __float_as_uint(float x) {
-    return emu_bits<uint32_t>(x);
-}
-
-#define __expf(x) expf(x) /* macros, because math.h declares functions of these names */
-#define __logf(x) logf(x)
-#define rsqrtf(x) (1.0f / sqrtf(x))
-
-static inline float __fmaf_rn(float x, float y, float z) {
-    return fmaf(x, y, z);
-}
-
-static inline float __frcp_rn(float x) {
-    return 1.0f / x;
-}
-
-template <typename T> static inline T __ldg(const T *p) {
-    return *p;
-}
-
-/* Atomics: only one thread runs at a time. The builtins are for ThreadSanitizer. */
-template <typename T, typename Change> static inline T emu_atomic(T *p, Change change) {
-    T old, changed;
-    __atomic_load(p, &old, __ATOMIC_RELAXED);
-    changed = change(old);
-    __atomic_store(p, &changed, __ATOMIC_RELAXED);
-    return old;
-}
-
-#define EMU_ATOMIC(name, type, change)                                                             \
-    static inline type name(type *p, type value) {                                                 \
-        return emu_atomic(p, [=](type old) { return change; });                                    \
-    }
-#define EMU_ATOMICS(type)                                                                          \
-    EMU_ATOMIC(atomicMax, type, old > value ? old : value)                                         \
-    EMU_ATOMIC(atomicMin, type, old < value ? old : value)                                         \
-    EMU_ATOMIC(atomicExch, type, ((void)old, value))                                               \
-    static inline type atomicCAS(type *p, type compare, type value) {                              \
-        return emu_atomic(p, [=](type old) { return old == compare ? value : old; });              \
-    }
-EMU_ATOMICS(int)
-EMU_ATOMICS(unsigned)
-EMU_ATOMICS(unsigned long long)
-EMU_ATOMIC(atomicAdd, int, (int)((unsigned)old + (unsigned)value))
-EMU_ATOMIC(atomicAdd, unsigned, old + value)
-EMU_ATOMIC(atomicAdd, unsigned long long, old + value)
-EMU_ATOMIC(atomicAdd, float, old + value)
-
-/* ---- what kernels.cu has as inline PTX ---- */
-
-/* c += a b of a warp: (16, 16) x (16, 8) bf16, in the fragments of mma.m16n8k16.row.col. Each
- * output is summed in f32 over k = 0..15, from c on. */
-void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]);
-/* cp.async: 16 bytes, or zeros, that land when this thread waits for their group. */
-void copy_async16(void *shared, const void *global, bool valid);
-void copy_async_commit(void);
-void emu_copy_async_wait(int newest);
-void grid_wait(void);
-
-template <int N> static inline void copy_async_wait(void) {
-    emu_copy_async_wait(N);
-}
-
-static inline void grid_launch_dependents(void) {}
-
-static inline uint32_t emu_bf16(float x) {
-    uint32_t bits = __float_as_uint(x);
-    return x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
-
-static inline uint32_t pack_bf16(float low, float high) {
-    return emu_bf16(low) | emu_bf16(high) << 16;
-}
-
-static inline float half_to_float(uint16_t bits) {
-    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
-    if (magnitude >= 0x7C00) /* infinity, NaN */
-        return __uint_as_float(sign | 0x7F800000 | magnitude << 13);
-    float value = __uint_as_float(magnitude << 13) * 0x1p112f; /* the exponent's new bias */
-    return sign ? -value : value;
-}
-
-template <typename T> static inline T emu_load(const void *p, const char *call) {
-    T value;
-    if ((uintptr_t)p % sizeof value)
-        emu_misaligned(p, sizeof value, call);
-    memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <typename T> static inline void emu_store(void *p, T value, const char *call) {
-    if ((uintptr_t)p % sizeof value)
-        emu_misaligned(p, sizeof value, call);
-    memcpy(p, &value, sizeof value);
-}
-
-static inline uint4 load16(const void *p) {
-    return emu_load<uint4>(p, "load16");
-}
-
-static inline uint2 load8(const void *p) {
-    return emu_load<uint2>(p, "load8");
-}
-
-static inline float4 load16f(const void *p) {
-    return emu_load<float4>(p, "load16f");
-}
-
-static inline void store16(void *p, uint4 value) {
-    emu_store(p, value, "store16");
-}
-
-static inline void store8(void *p, uint2 value) {
-    emu_store(p, value, "store8");
-}
-
-static inline void store16f(void *p, float4 value) {
-    emu_store(p, value, "store16f");
+/* The call fails once, after so many good ones. */
+void emu_fail(const char *call, int after) {
+    std::lock_guard<std::mutex> lock(emu.mutex);
+    cuda.failures[call] = after;
 }
 #endif /* CUDA_EMU_H */
-#ifdef CUDA_EMU_IMPLEMENTATION
-#include <pthread.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <vector>
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#define EMU_ASAN(...) __VA_ARGS__
-#else
-#define EMU_ASAN(...)
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-extern "C" void AnnotateIgnoreReadsBegin(const char *file, int line);
-extern "C" void AnnotateIgnoreReadsEnd(const char *file, int line);
-extern "C" void AnnotateIgnoreWritesBegin(const char *file, int line);
-extern "C" void AnnotateIgnoreWritesEnd(const char *file, int line);
-#define EMU_TSAN(...) __VA_ARGS__
-#else
-#define EMU_TSAN(...)
-#endif
-#if !defined(__x86_64__)
-#define EMU_UCONTEXT /* slower, and for any machine */
-#endif
-#ifdef EMU_UCONTEXT
-#include <ucontext.h>
-#endif
-
-enum {
-    EMU_WARP = 32,
-    EMU_MAX_THREADS = 1024,
-    EMU_SHARED_ALIGN = 128,
-    EMU_ARENA = 232 << 10, /* room for a block's shared memory and 4 KB more, in whole pages */
-    EMU_PAGE = 4096,
-    EMU_STACK = EMU_ASAN(4 *) EMU_TSAN(4 *) 64 << 10, /* sanitizers make frames larger */
-    EMU_FIBER_SETS = 1 EMU_TSAN(+1),
-    EMU_SIGNAL_STACK = 64 << 10,
-    EMU_GARBAGE = 0xFF /* a byte of a NaN, in f32 and in bf16; -1 in int */
-};
-
-static const char *const emu_op_names[] = {
-    "can run",          "__syncthreads",  "__syncwarp",    "__shfl_sync", "__shfl_xor_sync",
-    "__shfl_down_sync", "__shfl_up_sync", "__ballot_sync", "__any_sync",  "__all_sync",
-    "mma_bf16",         "grid_wait",      "returned"};
-
-/* ---- a block and its threads ---- */
-
-struct emu_async_copy {
-    void *to;
-    const void *from; /* null: zeros */
-    int group;
-};
-
-struct emu_lane_state {
-    emu_op op; /* that it waits at, unless it is runnable */
-    uint32_t mask;
-    int source;
-    uint64_t value, result;
-    float *c; /* of mma_bf16 */
-    const uint32_t *a, *b;
-};
-
-struct emu_warp { /* masks of lanes */
-    uint32_t all, runnable, at_op;
-    emu_lane_state lanes[EMU_WARP];
-};
-
-/* A thread of a block; or the host thread that runs the block, while it waits for it. */
-struct emu_fiber {
-#ifdef EMU_UCONTEXT
-    ucontext_t context{};
-#else
-    void *sp; /* while another one runs */
-#endif
-    char *stack = nullptr;
-    size_t stack_bytes = 0;
-    uint3 index = {0, 0, 0};
-    emu_warp *warp = nullptr;
-    int lane = 0, n_groups = 0;
-    std::vector<emu_async_copy> copies{}; /* not yet landed */
-    void *fake_stack = nullptr;           /* of AddressSanitizer */
-    void *tsan = nullptr;                 /* of ThreadSanitizer */
-};
-
-struct emu_kernel {
-    const char *name;
-    std::function<void()> body;
-    dim3 grid, block;
-    size_t shared_bytes;
-    bool programmatic; /* may begin before the kernel before it ends */
-};
-
-struct emu_turn { /* see emu_arrive */
-    bool odd, used;
-};
-
-struct emu_block {
-    const emu_kernel *kernel = nullptr;
-    unsigned number = 0;
-    int n_threads = 0, n_warps = 0, n_at_barrier = 0, n_returned = 0;
-    bool early = false, grid_waited = false;  /* early: the kernel before it has not run */
-    char *arena = nullptr, *shared = nullptr; /* shared: what it asked for, at the arena's end */
-    std::unique_ptr<emu_fiber[]> fibers{};    /* (EMU_FIBER_SETS, n_threads) */
-    emu_fiber *threads[EMU_MAX_THREADS];      /* (n_threads) */
-    emu_warp warps[EMU_MAX_THREADS / EMU_WARP];
-    emu_turn turns[1 + EMU_MAX_THREADS]; /* of barriers */
-};
-
-static struct {
-    std::recursive_mutex mutex; /* guards all there is here, and the runtime's state */
-    uint64_t random = 1;
-    emu_block blocks[2];                               /* the second one for an early block */
-    emu_block *block = nullptr;                        /* that runs, if any does */
-    emu_fiber *current = nullptr, *previous = nullptr; /* of its threads */
-    emu_fiber host;
-    pthread_t host_thread;
-    long launches = 0;
-} emu;
-
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
-
-static uint32_t emu_random(uint32_t limit) { /* splitmix64; < limit */
-    uint64_t z = emu.random += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (uint32_t)((z >> 32) * limit >> 32);
-}
-
-void emu_seed(uint64_t seed) {
-    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
-    emu.random = seed;
-}
-
-long emu_launches(void) {
-    std::lock_guard<std::recursive_mutex> lock(emu.mutex);
-    return emu.launches;
-}
-
-/* ---- reports ---- */
-
-static bool emu_in_kernel(void) { /* does this host thread run one? */
-    return emu.block && pthread_equal(emu.host_thread, pthread_self());
-}
-
-static void emu_print_place(void) {
-    fprintf(stderr, "cuda_emu: ");
-    if (!emu_in_kernel())
-        return;
-    fprintf(stderr, "%s, block (%u, %u, %u)", emu.block->kernel->name, blockIdx.x, blockIdx.y,
-            blockIdx.z);
-    if (emu.current != &emu.host)
-        fprintf(stderr, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
-    fprintf(stderr, ": ");
-}
-
-static emu_op emu_waits_at(const emu_fiber &fiber) {
-    bool runnable = fiber.warp->runnable >> fiber.lane & 1;
-    return runnable ? EMU_NONE : fiber.warp->lanes[fiber.lane].op;
-}
-
-static void emu_print_waiting(void) { /* where the threads of the block are */
-    int count[EMU_RETURNED + 1] = {0};
-    for (int i = 0; i < emu.block->n_threads; i++)
-        count[emu_waits_at(*emu.block->threads[i])]++;
-    fprintf(stderr, "%d threads:", emu.block->n_threads);
-    for (int op = EMU_NONE; op <= EMU_RETURNED; op++)
-        if (count[op])
-            fprintf(stderr, " %d %s", count[op], emu_op_names[op]);
-    fprintf(stderr, "\n");
-}
-
-__attribute__((format(printf, 1, 2), noreturn)) static void emu_report(const char *format, ...) {
-    va_list values;
-    va_start(values, format);
-    emu_print_place();
-    vfprintf(stderr, format, values);
-    va_end(values);
-    fprintf(stderr, "\n");
-    abort();
-}
-
-void emu_misaligned(const void *p, int bytes, const char *call) {
-    emu_report("%s(%p): the address is not a multiple of %d", call, p, bytes);
-}
-
-extern "C" void emu_where(void) {
-    emu_print_place();
-    if (!emu_in_kernel()) {
-        fprintf(stderr, "no kernel runs\n");
-        return;
-    }
-    emu_print_waiting();
-    for (int i = 0, n = 1; i < emu.block->n_threads; i += n) { /* those alike in one line */
-        const emu_fiber &first = *emu.block->threads[i];
-        emu_op op = emu_waits_at(first);
-        for (n = 1; i + n < emu.block->n_threads; n++)
-            if (emu_waits_at(*emu.block->threads[i + n]) != op)
-                break;
-        const uint3 &a = first.index, &b = emu.block->threads[i + n - 1]->index;
-        fprintf(stderr, "  threads (%u, %u, %u) to (%u, %u, %u): %s\n", a.x, a.y, a.z, b.x, b.y,
-                b.z, emu_op_names[op]);
-    }
-}
-
-/* The sanitizers call these when they report. */
-static void emu_print_sanitized(void) {
-    if (!emu_in_kernel())
-        return;
-    fprintf(stderr, "\n");
-    emu_print_place();
-    fprintf(stderr, "the sanitizer's report is about this thread\n");
-}
-
-extern "C" void __asan_on_error(void) {
-    emu_print_sanitized();
-}
-
-extern "C" void __ubsan_on_report(void) {
-    emu_print_sanitized();
-}
-
-/* A fault inside a kernel: on a stack of its own, since the fault may be that the stack is full. */
-static void emu_fault(int number, siginfo_t *info, void *) {
-    signal(number, SIG_DFL);
-    if (!emu_in_kernel())
-        return; /* to the same fault, which ends the program now */
-    const char *at = (const char *)info->si_addr, *stack = emu.current->stack;
-    const char *arena = emu.block->arena;
-    if (number == SIGFPE)
-        emu_report("integer division by zero");
-    if (at >= arena - EMU_PAGE && at < arena + EMU_ARENA + EMU_PAGE)
-        emu_report("shared memory out of bounds: byte %td of %zu", at - emu.block->shared,
-                   emu.block->kernel->shared_bytes);
-    if (at >= stack - EMU_PAGE && at < stack)
-        emu_report("the stack of %d KB is full", EMU_STACK >> 10);
-    emu_report("invalid memory access at %p", (const void *)at);
-}
-
-struct emu_signal_stack { /* of a host thread */
-    char memory[EMU_SIGNAL_STACK];
-    emu_signal_stack() {
-        use(0);
-    }
-    ~emu_signal_stack() {
-        use(SS_DISABLE);
-    }
-    void use(int flags) {
-        stack_t stack = {};
-        stack.ss_sp = memory;
-        stack.ss_size = sizeof memory;
-        stack.ss_flags = flags;
-        sigaltstack(&stack, nullptr);
-    }
-};
-
-static void emu_catch_faults(void) {
-    EMU_ASAN(return;) /* it catches them itself */
-    static thread_local std::unique_ptr<emu_signal_stack> stack;
-    static bool installed;
-    if (!stack)
-        stack.reset(new emu_signal_stack);
-    if (installed)
-        return;
-    installed = true;
-    struct sigaction action = {};
-    action.sa_sigaction = emu_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int number : {SIGSEGV, SIGBUS, SIGFPE})
-        sigaction(number, &action, nullptr);
-}
-
-/* ---- switching between threads ---- */
-
-/* ThreadSanitizer shall see the kernel's accesses to memory, but not the emulator's. It takes a
- * kernel's threads as ordered only where CUDA says so: after what was before the kernel (which they
- * learn from emu.host), by barriers, and before what comes after it (from emu.launches). */
-struct emu_quiet {
-    emu_quiet() {
-        EMU_TSAN(AnnotateIgnoreReadsBegin(__FILE__, __LINE__);)
-        EMU_TSAN(AnnotateIgnoreWritesBegin(__FILE__, __LINE__);)
-    }
-    ~emu_quiet() {
-        EMU_TSAN(AnnotateIgnoreReadsEnd(__FILE__, __LINE__);)
-        EMU_TSAN(AnnotateIgnoreWritesEnd(__FILE__, __LINE__);)
-    }
-};
-
-/* emu_swap(&save, load) leaves its registers on the stack whose pointer goes to `save`, and returns
- * on the stack `load`. A new fiber's stack looks as if it had left so, to return to emu_start. */
-#ifndef EMU_UCONTEXT
-asm(R"(
-    .text
-    .type emu_swap, @function
-emu_swap:
-    push %rbp
-    push %rbx
-    push %r12
-    push %r13
-    push %r14
-    push %r15
-    mov %rsp, (%rdi)
-    mov %rsi, %rsp
-    pop %r15
-    pop %r14
-    pop %r13
-    pop %r12
-    pop %rbx
-    pop %rbp
-    ret
-    .size emu_swap, . - emu_swap
-    .type emu_start, @function
-emu_start:
-    .cfi_startproc
-    .cfi_undefined rip  # a debugger's backtrace ends here
-    call emu_fiber_main
-    ud2
-    .cfi_endproc
-    .size emu_start, . - emu_start
-)");
-extern "C" void emu_swap(void **save, void *load) noexcept;
-extern "C" void emu_start(void);
-#endif
-
-static void emu_switch(emu_fiber *to) {
-    emu_fiber *from = emu.current;
-    emu.previous = from;
-    emu.current = to;
-    threadIdx = to->index;
-#ifndef EMU_UCONTEXT
-    void *sp = to->sp;
-#endif
-    EMU_ASAN(__sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->stack_bytes);)
-    EMU_TSAN(__tsan_switch_to_fiber(to->tsan, __tsan_switch_to_fiber_no_sync);)
-#ifdef EMU_UCONTEXT
-    swapcontext(&from->context, &to->context);
-#else
-    emu_swap(&from->sp, sp);
-#endif
-    EMU_ASAN(__sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);)
-}
-
-static emu_warp *emu_any_warp(void) {
-    return &emu.block->warps[emu_random((uint32_t)emu.block->n_warps)];
-}
-
-/* The next thread: of this warp if one can run, else of another warp; null: none can run. */
-static emu_fiber *emu_pick(emu_warp *warp) {
-    emu_block *block = emu.block;
-    if (!warp->runnable)
-        warp = emu_any_warp();
-    for (int i = 1; !warp->runnable && i < block->n_warps; i++)
-        warp = warp + 1 < block->warps + block->n_warps ? warp + 1 : block->warps;
-    if (!warp->runnable)
-        return nullptr;
-    uint32_t shift = emu_random(EMU_WARP);
-    uint32_t turned = warp->runnable >> shift | warp->runnable << (-shift & 31);
-    uint32_t lane = ((uint32_t)__builtin_ctz(turned) + shift) % EMU_WARP;
-    return block->threads[(warp - block->warps) * EMU_WARP + lane];
-}
-
-/* No thread can run. Blames one that waits for other lanes, or else one at the barrier. */
-__attribute__((noreturn)) static void emu_deadlock(void) {
-    const emu_fiber *blamed = nullptr;
-    for (int i = 0; i < emu.block->n_threads; i++) {
-        const emu_fiber *fiber = emu.block->threads[i];
-        emu_op op = fiber->warp->lanes[fiber->lane].op;
-        if (op != EMU_RETURNED && (!blamed || op != EMU_SYNCTHREADS))
-            blamed = fiber;
-    }
-    const emu_lane_state &lane = blamed->warp->lanes[blamed->lane];
-    threadIdx = blamed->index;
-    emu_print_place();
-    fprintf(stderr, "waits forever at %s", emu_op_names[lane.op]);
-    if (lane.op != EMU_SYNCTHREADS)
-        fprintf(stderr, " with mask %08x for lanes %08x", lane.mask,
-                lane.mask & ~blamed->warp->at_op);
-    fprintf(stderr, ": ");
-    emu_print_waiting();
-    abort();
-}
-
-/* This thread waits, or has ended. Where no other can run, the block has ended, or has come as far
- * as it can before the kernel before it. */
-static void emu_run_another(emu_warp *warp) {
-    emu_block *block = emu.block;
-    emu_fiber *next = emu_pick(warp);
-    if (!next && (block->early || block->n_returned == block->n_threads))
-        next = &emu.host;
-    if (!next)
-        emu_deadlock();
-    if (next != emu.current)
-        emu_switch(next);
-}
-
-static emu_fiber *emu_self(const char *call) {
-    if (!emu_in_kernel())
-        emu_report("%s outside a kernel", call);
-    return emu.current;
-}
-
-static void emu_wait_at(emu_op op) {
-    emu_fiber *self = emu.current;
-    self->warp->runnable &= ~(1u << self->lane);
-    self->warp->lanes[self->lane].op = op;
-}
-
-/* A fiber runs one block's thread after the other. */
-extern "C" void emu_fiber_main(void) {
-    EMU_ASAN(__sanitizer_finish_switch_fiber(nullptr, (const void **)&emu.previous->stack,
-                                             &emu.previous->stack_bytes);)
-    for (;;) {
-        EMU_TSAN(__tsan_acquire(&emu.host);)
-        emu.block->kernel->body();
-        emu_quiet quiet;
-        EMU_TSAN(__tsan_release(&emu.launches);)
-        emu.block->n_returned++;
-        emu_wait_at(EMU_RETURNED);
-        emu_run_another(emu.current->warp);
-    }
-}
-
-/* ---- rendezvous ---- */
-
-void *emu_shared(void) {
-    emu_self("DYNAMIC_SHARED");
-    return emu.block->shared;
-}
-
-int emu_lane(void) {
-    return emu_self("a warp operation")->lane;
-}
-
-/* ThreadSanitizer knows a barrier by an address, here one in the arena that is nothing else; by two
- * in turn, since a thread may come to the next barrier before others have left this. Number 0 is
- * the block's barrier, 1 + i that of lanes of which thread i is the first. */
-static char *emu_arrive(unsigned number) {
-    emu_turn *turn = &emu.block->turns[number];
-    char *barrier = emu.block->arena + 2 * number + turn->odd;
-    turn->used = true;
-    EMU_TSAN(__tsan_release(barrier);)
-    return barrier;
-}
-
-static void emu_leave(char *barrier) {
-    (void)barrier;
-    EMU_TSAN(__tsan_acquire(barrier);)
-}
-
-static void emu_forget_barriers(emu_block *block) { /* of the block that ran before */
-    for (unsigned i = 0; i < 1 + EMU_MAX_THREADS; i++) {
-        if (!block->turns[i].used)
-            continue;
-        EMU_TSAN(__tsan_mutex_destroy(block->arena + 2 * i, 0);)
-        EMU_TSAN(__tsan_mutex_destroy(block->arena + 2 * i + 1, 0);)
-        block->turns[i].used = false;
-    }
-}
-
-void __syncthreads(void) {
-    emu_quiet quiet;
-    emu_fiber *self = emu_self("__syncthreads");
-    emu_block *block = emu.block;
-    char *barrier = emu_arrive(0);
-    emu_wait_at(EMU_SYNCTHREADS);
-    if (++block->n_at_barrier == block->n_threads) {
-        block->n_at_barrier = 0;
-        block->turns[0].odd ^= 1;
-        for (int w = 0; w < block->n_warps; w++)
-            block->warps[w].runnable = block->warps[w].all;
-    }
-    emu_run_another(self->warp);
-    emu_leave(barrier);
-}
-
-void __threadfence(void) { /* what is before one is before what is after a later one */
-    EMU_TSAN(__tsan_acquire(&emu.random);)
-    EMU_TSAN(__tsan_release(&emu.random);)
-}
-
-/* An early block waits for the kernel before it; for others that has run. */
-void grid_wait(void) {
-    emu_quiet quiet;
-    emu_fiber *self = emu_self("grid_wait");
-    emu.block->grid_waited = true;
-    if (!emu.block->early)
-        return;
-    emu_wait_at(EMU_GRID_WAIT);
-    emu_run_another(self->warp);
-    EMU_TSAN(__tsan_acquire(&emu.host);)
-}
-
-static float emu_from_bf16(uint32_t bits) {
-    return __uint_as_float(bits << 16);
-}
-
-/* Gathers the fragments of all lanes into matrices, multiplies, and scatters. */
-static void emu_mma(const emu_lane_state *lanes) {
-    float a[16][16], b[16][8], c[16][8];
-    for (int lane = 0; lane < EMU_WARP; lane++) {
-        int row = lane / 4, col = lane % 4 * 2;
-        for (int i = 0; i < 4; i++) {
-            float *to = &a[row + i % 2 * 8][col + i / 2 * 8];
-            to[0] = emu_from_bf16(lanes[lane].a[i]);
-            to[1] = emu_from_bf16(lanes[lane].a[i] >> 16);
-            c[row + i / 2 * 8][col + i % 2] = lanes[lane].c[i];
-        }
-        for (int i = 0; i < 2; i++) {
-            b[col + i * 8][row] = emu_from_bf16(lanes[lane].b[i]);
-            b[col + i * 8 + 1][row] = emu_from_bf16(lanes[lane].b[i] >> 16);
-        }
-    }
-    for (int row = 0; row < 16; row++)
-        for (int k = 0; k < 16; k++)
-            for (int col = 0; col < 8; col++)
-                c[row][col] += a[row][k] * b[k][col];
-    for (int lane = 0; lane < EMU_WARP; lane++)
-        for (int i = 0; i < 4; i++)
-            lanes[lane].c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
-}
-
-/* All lanes of the mask have come: gives each its result. */
-static void emu_complete(emu_warp *warp, emu_op op, uint32_t mask) {
-    emu_lane_state *lanes = warp->lanes;
-    uint32_t votes = 0;
-    for (uint32_t left = mask; left; left &= left - 1) {
-        int lane = __builtin_ctz(left);
-        if (lanes[lane].op != op || lanes[lane].mask != mask)
-            emu_report("%s with mask %08x, but lane %d is at %s with mask %08x", emu_op_names[op],
-                       mask, lane, emu_op_names[lanes[lane].op], lanes[lane].mask);
-        if (op >= EMU_SHFL && op <= EMU_SHFL_UP && !(mask >> lanes[lane].source & 1))
-            emu_report("%s: lane %d reads lane %d, which is not in the mask %08x", emu_op_names[op],
-                       lane, lanes[lane].source, mask);
-        votes |= (uint32_t)(lanes[lane].value & 1) << lane;
-    }
-    if (op == EMU_MMA)
-        emu_mma(lanes);
-    for (uint32_t left = mask; left; left &= left - 1) {
-        emu_lane_state *lane = &lanes[__builtin_ctz(left)];
-        lane->result = op == EMU_BALLOT ? votes
-                       : op == EMU_ANY  ? votes != 0
-                       : op == EMU_ALL  ? votes == mask
-                                        : lanes[lane->source].value;
-    }
-    warp->at_op &= ~mask;
-    warp->runnable |= mask;
-}
-
-/* The last lane that comes does the work for all and goes on, or now and then another warp does. */
-uint64_t emu_warp_op(emu_op op, uint32_t mask, uint64_t value, int source) {
-    emu_quiet quiet;
-    emu_fiber *self = emu_self(emu_op_names[op]);
-    emu_warp *warp = self->warp;
-    emu_lane_state *lane = &warp->lanes[self->lane];
-    uint32_t bit = 1u << self->lane;
-    if (!(mask & bit))
-        emu_report("%s with mask %08x, which is without its own lane %d", emu_op_names[op], mask,
-                   self->lane);
-    lane->mask = mask;
-    lane->value = value;
-    lane->source = source;
-    emu_wait_at(op);
-    warp->at_op |= bit;
-    unsigned first = (unsigned)(warp - emu.block->warps) * EMU_WARP + (unsigned)__builtin_ctz(mask);
-    char *barrier = op == EMU_SYNCWARP ? emu_arrive(1 + first) : nullptr;
-    if ((warp->at_op & mask) != mask) {
-        emu_run_another(warp);
-    } else {
-        emu_complete(warp, op, mask);
-        emu.block->turns[1 + first].odd ^= 1;
-        if (emu_random(8) == 0)
-            emu_run_another(emu_any_warp());
-    }
-    if (barrier)
-        emu_leave(barrier);
-    return lane->result;
-}
-
-void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    emu_quiet quiet;
-    emu_fiber *self = emu_self("mma_bf16");
-    emu_lane_state *lane = &self->warp->lanes[self->lane];
-    lane->c = c;
-    lane->a = a;
-    lane->b = b;
-    emu_warp_op(EMU_MMA, 0xFFFFFFFF, 0, self->lane);
-}
-
-void copy_async16(void *shared, const void *global, bool valid) {
-    emu_fiber *self = emu_self("copy_async16");
-    ptrdiff_t offset = (char *)shared - emu.block->shared;
-    size_t bytes = emu.block->kernel->shared_bytes;
-    if ((uintptr_t)shared % 16)
-        emu_misaligned(shared, 16, "copy_async16 to");
-    if (valid && (uintptr_t)global % 16)
-        emu_misaligned(global, 16, "copy_async16 from");
-    if (offset < 0 || (size_t)offset + 16 > bytes)
-        emu_report("copy_async16 to byte %td of %zu of shared memory", offset, bytes);
-    memset(shared, EMU_GARBAGE, 16);
-    EMU_ASAN(__asan_poison_memory_region(shared, 16);)
-    self->copies.push_back({shared, valid ? global : nullptr, self->n_groups});
-}
-
-void copy_async_commit(void) {
-    emu_self("copy_async_commit")->n_groups++;
-}
-
-void emu_copy_async_wait(int newest) {
-    emu_fiber *self = emu_self("copy_async_wait");
-    size_t n = 0;
-    for (; n < self->copies.size() && self->copies[n].group < self->n_groups - newest; n++) {
-        const emu_async_copy &copy = self->copies[n];
-        EMU_ASAN(__asan_unpoison_memory_region(copy.to, 16);)
-        if (copy.from)
-            memcpy(copy.to, copy.from, 16);
-        else
-            memset(copy.to, 0, 16);
-    }
-    self->copies.erase(self->copies.begin(), self->copies.begin() + (ptrdiff_t)n);
-}
-
-/* ---- running a kernel ---- */
-
-static char *emu_map(size_t bytes) { /* with a guard page before and behind */
-    char *memory = (char *)mmap(nullptr, bytes + 2 * EMU_PAGE, PROT_NONE,
-                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory + EMU_PAGE, bytes, PROT_READ | PROT_WRITE) != 0)
-        emu_report("no memory for %zu bytes", bytes);
-    return memory + EMU_PAGE;
-}
-
-/* The block's shared memory ends as near to the guard page as its alignment allows. */
-static void emu_fill_shared(emu_block *block) {
-    size_t bytes = block->kernel->shared_bytes;
-    char *end = block->arena + EMU_ARENA;
-    block->shared = end - (bytes + EMU_SHARED_ALIGN - 1) / EMU_SHARED_ALIGN * EMU_SHARED_ALIGN;
-    char *begin = block->shared - EMU_SHARED_ALIGN;
-    EMU_TSAN(mmap(block->arena, EMU_ARENA, PROT_READ | PROT_WRITE, /* knows nothing of others */
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);)
-    EMU_ASAN(__asan_unpoison_memory_region(block->arena, EMU_ARENA);)
-    memset(begin, EMU_GARBAGE, (size_t)(end - begin));
-    EMU_ASAN(__asan_poison_memory_region(block->arena, (size_t)(block->shared - block->arena));)
-    EMU_ASAN(
-        __asan_poison_memory_region(block->shared + bytes, (size_t)(end - block->shared) - bytes);)
-}
-
-static void emu_check_garbage(const emu_block *block, const char *begin, const char *end) {
-    EMU_ASAN(return;)
-    for (const char *p = begin; p < end; p++)
-        if (*p != (char)EMU_GARBAGE)
-            emu_report("shared memory out of bounds: byte %td of %zu was written",
-                       p - block->shared, block->kernel->shared_bytes);
-}
-
-/* Stacks begin at different offsets in their pages, so that they do not share cache sets. */
-static void emu_make_fiber(emu_fiber *fiber, unsigned i) {
-    fiber->stack = emu_map(EMU_STACK);
-    fiber->stack_bytes = EMU_STACK;
-    EMU_TSAN(fiber->tsan = __tsan_create_fiber(0);)
-    size_t used = EMU_STACK - i % 16 * 256;
-#ifdef EMU_UCONTEXT
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack;
-    fiber->context.uc_stack.ss_size = used;
-    makecontext(&fiber->context, emu_fiber_main, 0);
-#else
-    void **sp = (void **)(fiber->stack + used) - 7; /* six registers, and where to return */
-    sp[6] = (void *)emu_start;
-    fiber->sp = sp;
-#endif
-}
-
-/* ThreadSanitizer sees races of blocks only where they have different fibers: those of one fiber
- * come one after another, and its later ones know all that the earlier ones knew. */
-static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigned turn) {
-    unsigned set = turn % EMU_FIBER_SETS, index = set * n + (i + turn) % n;
-    emu_fiber *fiber = &block->fibers[index];
-    if (!fiber->stack)
-        emu_make_fiber(fiber, index);
-    return fiber;
-}
-
-static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned number) {
-    emu_quiet quiet;
-    const dim3 &dim = kernel->block;
-    unsigned n = dim.x * dim.y * dim.z, turn = emu_random(EMU_FIBER_SETS * n);
-    block->kernel = kernel;
-    block->number = number;
-    block->n_threads = (int)n;
-    block->n_warps = (int)(n + EMU_WARP - 1) / EMU_WARP;
-    block->n_at_barrier = block->n_returned = 0;
-    block->early = block->grid_waited = false;
-    if (!block->arena) {
-        block->arena = emu_map(EMU_ARENA);
-        block->fibers.reset(new emu_fiber[EMU_FIBER_SETS * EMU_MAX_THREADS]);
-    }
-    for (emu_warp &warp : block->warps)
-        warp.all = warp.at_op = 0;
-    for (unsigned i = 0; i < n; i++) {
-        emu_fiber *fiber = block->threads[i] = emu_fiber_of(block, i, n, turn);
-        fiber->index = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
-        fiber->warp = &block->warps[i / EMU_WARP];
-        fiber->warp->all |= 1u << i % EMU_WARP;
-        fiber->warp->runnable = fiber->warp->all;
-        fiber->lane = (int)(i % EMU_WARP);
-        fiber->n_groups = 0;
-        fiber->copies.clear();
-    }
-    emu_forget_barriers(block);
-    emu_fill_shared(block);
-}
-
-/* Runs the block's threads until none can go on. */
-static void emu_go_on(emu_block *block) {
-    emu_quiet quiet;
-    const emu_kernel *kernel = block->kernel;
-    unsigned n = block->number;
-    blockDim = kernel->block;
-    gridDim = kernel->grid;
-    blockIdx = {n % gridDim.x, n / gridDim.x % gridDim.y, n / gridDim.x / gridDim.y};
-    emu_catch_faults();
-    emu.host_thread = pthread_self();
-    EMU_TSAN(emu.host.tsan = __tsan_get_current_fiber();)
-    EMU_TSAN(__tsan_release(&emu.host);)
-    emu.block = block;
-    emu.current = &emu.host;
-    emu_run_another(emu_any_warp());
-    emu_check_garbage(block, block->shared - EMU_SHARED_ALIGN, block->shared);
-    emu_check_garbage(block, block->shared + kernel->shared_bytes, block->arena + EMU_ARENA);
-    if (kernel->programmatic && !block->grid_waited)
-        emu_report("launched to overlap the kernel before it, but never calls grid_wait");
-    emu.block = nullptr;
-}
-
-/* Before the kernel before it runs, one of the kernel's blocks goes as far as grid_wait. */
-static void emu_start_early(const emu_kernel *kernel) {
-    emu_block *block = &emu.blocks[1];
-    if (block->early)
-        return;
-    emu_begin_block(block, kernel, emu_random(kernel->grid.x * kernel->grid.y * kernel->grid.z));
-    block->early = true;
-    emu_go_on(block);
-}
-
-/* All blocks, in order, backwards or shuffled. */
-static void emu_run_kernel(const emu_kernel *kernel) {
-    std::vector<unsigned> order(kernel->grid.x * kernel->grid.y * kernel->grid.z);
-    std::iota(order.begin(), order.end(), 0);
-    uint32_t how = emu_random(4);
-    if (how == 0)
-        std::reverse(order.begin(), order.end());
-    for (size_t i = order.size() - 1; how > 1 && i > 0; i--)
-        std::swap(order[i], order[emu_random((uint32_t)i + 1)]);
-    for (unsigned number : order) {
-        emu_block *early = &emu.blocks[1], *block = &emu.blocks[0];
-        if (early->early && early->kernel == kernel && early->number == number) {
-            block = early;
-            block->early = false;
-            for (int i = 0; i < block->n_threads; i++) {
-                const emu_fiber &fiber = *block->threads[i];
-                if (fiber.warp->lanes[fiber.lane].op == EMU_GRID_WAIT)
-                    fiber.warp->runnable |= 1u << fiber.lane;
-            }
-        } else {
-            emu_begin_block(block, kernel, number);
-        }
-        emu_go_on(block);
-    }
-    EMU_TSAN(__tsan_acquire(&emu.launches);)
-    emu.launches++;
-}
-#endif                        /* CUDA_EMU_IMPLEMENTATION */
-#include "cuda_emu_runtime.h" /* streams, events, graphs, memory */

@@ -79,17 +79,8 @@ absent() {
 }
 
 build() {
-    targets="dynamo build/native/bench_cuda"
-    for test in test_cuda:test_cuda.cu:test_cuda_gpu test_gpu_schedules:test_gpu_schedules.c:; do
-        source=${test#*:}
-        target=${source#*:}
-        source=${source%%:*}
-        if [ -f "test/$source" ]; then
-            targets="$targets build/native/${target:-${test%%:*}}"
-        fi
-    done
-    # shellcheck disable=SC2086
-    run build 180 make -k -j "$(nproc)" $targets
+    run build 180 make -k -j "$(nproc)" dynamo build/native/bench_cuda \
+        build/native/test_cuda_gpu build/native/test_gpu_schedules
 }
 
 kernels() {

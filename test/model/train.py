@@ -1,12 +1,12 @@
-"""Trains model.bin: a small Llama that writes short stories, on text from test/stories.py.
+"""Trains model.bin: a small Llama that writes short stories, on text from test/model/stories.py.
 
-The model.bin beside this folder was made on two shared cores (Zen 4, bfloat16 autocast) with
+The model.bin at the top of the project was made on two shared cores (Zen 4, bfloat16 autocast) with
 
     pip install -r test/requirements.txt
-    python3 test/train.py --minutes 25.2 --out 1.bin
-    python3 test/train.py --minutes 18 --go-on-from 1.bin --story-seed 2 --out 2.bin
-    python3 test/train.py --minutes 50 --go-on-from 2.bin --story-seed 3 --out 3.bin
-    python3 test/train.py --minutes 42 --go-on-from 3.bin --story-seed 4 --out model.bin
+    python3 test/model/train.py --minutes 25.2 --out 1.bin
+    python3 test/model/train.py --minutes 18 --go-on-from 1.bin --story-seed 2 --out 2.bin
+    python3 test/model/train.py --minutes 50 --go-on-from 2.bin --story-seed 3 --out 3.bin
+    python3 test/model/train.py --minutes 42 --go-on-from 3.bin --story-seed 4 --out model.bin
 
 each with stories that it had not seen. Of the first run: seed 20261123, 1770 steps of 8 x 512
 tokens, held-out loss 0.4332 (fresh stories of another seed); of the third: 3472 steps, 0.3178; of

@@ -1,4 +1,4 @@
-"""Writes the short stories on which test/train.py trains model.bin.
+"""Writes the short stories on which test/model/train.py trains model.bin.
 
 A story is drawn from a small world: a hero, a friend, an elder, a place, a sky, a thing, and one
 of the PLOTS below, which says what goes wrong, what is tried, who helps and how it ends. Who and
@@ -12,8 +12,8 @@ the same stories.
     teller = Storyteller(seed=1)
     print(teller.story())
 
-    python3 test/stories.py 3 --seed 7      # print three stories
-    python3 test/stories.py --measure 5000  # how varied are they?
+    python3 test/model/stories.py 3 --seed 7      # print three stories
+    python3 test/model/stories.py --measure 5000  # how varied are they?
 
 The template language:
     [a|b|c]   one of the wordings, drawn each time; they nest, and one may be empty
