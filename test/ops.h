@@ -257,7 +257,7 @@ static struct model_config draw_config(struct random *random, int n_k, int shard
     c.vocab_size = between(random, 50, 400);
     c.rope_dim = below(random, 4) > 0 ? c.head_dim : c.head_dim / 2;
     c.rope_adjacent = below(random, 2) > 0;
-    c.norm_epsilon = 1e-5f;
+    c.norm_epsilon = below(random, 2) ? 1e-5f : 0.1f;
     return c;
 }
 
@@ -388,6 +388,19 @@ static struct device *open_device(struct backend *backend, const struct device *
 static void close_device(struct device *device) {
     device->backend->release(device, device->kv, false);
     device->backend->device_close(device);
+}
+
+/* A device with a backend of its own, for what needs no weights. */
+static struct device *open_alone(const struct model_config *config, int max_rows) {
+    struct backend *backend = open_backend(0, (uint64_t)max_rows);
+    struct device wanted = wanted_device(backend, config, NULL, max_rows, kv_type_of(0));
+    return open_device(backend, &wanted, 1);
+}
+
+static void close_alone(struct device *device) {
+    struct backend *backend = device->backend;
+    close_device(device);
+    backend->close(backend);
 }
 
 static const struct weight *upload(struct device *device, const struct tensor *tensor,
@@ -568,21 +581,22 @@ struct trial {
     struct worker *worker;
     struct device *device;
     const struct batch *batch;
-    const struct test_model *m;
+    struct test_model *m;
     int layer;
     float *in[N_ACTIVATIONS], *out[N_ACTIVATIONS]; /* (rows_of, width_of) */
     float *kv; /* (KV_BLOCKS, block) after rope_append; NULL: not looked at */
 };
 
-static void open_trial(struct trial *t, struct check *check, struct worker *worker,
-                       const struct test_model *m, const struct batch *batch) {
+/* Opens a worker for a model, which are closed with the trial, and begins a step. */
+static void open_trial(struct trial *t, struct check *check, int variant, struct test_model *m,
+                       const struct batch *batch, int max_rows) {
     memset(t, 0, sizeof *t);
     t->check = check;
-    t->worker = worker;
-    t->device = worker->shards[0];
+    t->worker = open_worker(variant, (uint64_t)max_rows, m, 1, max_rows);
+    t->device = t->worker->shards[0];
     t->m = m;
     t->batch = batch;
-    CHECK(worker->backend->step_begin(t->device, batch), "a step that replays nothing");
+    CHECK(t->worker->backend->step_begin(t->device, batch), "a step that replays nothing");
 }
 
 static void forget(float **values) {
@@ -597,6 +611,8 @@ static void close_trial(struct trial *t) {
     forget(t->in);
     forget(t->out);
     free(t->kv);
+    close_worker(t->worker);
+    free_model(t->m);
 }
 
 static void give(struct trial *t, enum activation a, struct random *random) {
@@ -994,10 +1010,9 @@ static void check_attended(const struct trial *t, const float *kv, int row, int 
 static void check_attention(struct check *check, struct random *random,
                             const struct model_config *config, const struct batch *batch,
                             int variant) {
-    struct test_model *m = make_model_of(random, *config, TYPE_F32);
-    struct worker *worker = open_worker(variant, 0, m, 1, batch->n_rows + 1);
     struct trial t;
-    open_trial(&t, check, worker, m, batch);
+    open_trial(&t, check, variant, make_model_of(random, *config, TYPE_F32), batch,
+               batch->n_rows + 1);
     t.layer = below(random, TEST_LAYERS);
     give(&t, A_Q, random);
     int q_cols = width_of(t.device, A_Q), dim = config->head_dim;
@@ -1022,8 +1037,6 @@ static void check_attention(struct check *check, struct random *random,
     check_rest(&t, A_ATTENTION, batch->n_rows);
     free(kv);
     close_trial(&t);
-    close_worker(worker);
-    free_model(m);
 }
 
 /* ---- tests of single ops ---- */
@@ -1048,9 +1061,7 @@ static void check_weight(struct check *check, struct random *random, enum tensor
         slice.rank = below(random, count);
         slice.count = count;
     }
-    struct backend *backend = open_backend(0, 0);
-    struct device wanted = wanted_device(backend, &config, NULL, 1, kv_type_of(0));
-    struct device *device = open_device(backend, &wanted, 1);
+    struct device *device = open_alone(&config, 1);
     struct tensor *tensor = make_tensor(random, type, rows, cols, 0.1f, 0.0f);
     const struct weight *weight = upload(device, tensor, slice);
     CHECK(weight == upload(device, tensor, slice) || !(slice.kind == SLICE_WHOLE || PARTS_SHARED),
@@ -1073,8 +1084,7 @@ static void check_weight(struct check *check, struct random *random, enum tensor
         }
     CHECK_WORST(worst, "type %d, (%d, %d), slice %d, %d of %d", (int)type, (int)tensor->rows,
                 (int)tensor->cols, (int)slice.kind, slice.rank, slice.count);
-    close_device(device);
-    backend->close(backend); /* its weights know the tensor */
+    close_alone(device); /* its backend's weights know the tensor */
     free_tensor(tensor);
     free(got);
 }
@@ -1101,9 +1111,7 @@ static void periodic_tensors(struct check *check) {
         uint8_t *data = (uint8_t *)(uintptr_t)whole->data;
         for (size_t at = repeated.period; at < whole->bytes; at++)
             data[at] = data[at - repeated.period];
-        struct backend *backend = open_backend(0, 0);
-        struct device wanted = wanted_device(backend, &config, NULL, 1, kv_type_of(0));
-        struct device *device = open_device(backend, &wanted, 1);
+        struct device *device = open_alone(&config, 1);
         struct slice slice = {SLICE_WHOLE, 0, 1}, half = {SLICE_ROWS, 1, 2};
         slice = below(&random, 2) ? half : slice;
         const struct weight *one = upload(device, whole, slice);
@@ -1114,8 +1122,7 @@ static void periodic_tensors(struct check *check) {
         read_weight(check, device, other, b);
         CHECK(one != other && same_bits(a, b, n), "type %d, (%d, %d), period %zu of %zu", (int)type,
               rows, cols, repeated.period, whole->bytes);
-        close_device(device);
-        backend->close(backend);
+        close_alone(device);
         free_tensor(whole);
         free(a);
         free(b);
@@ -1130,7 +1137,6 @@ static void embedding(struct check *check) {
         struct test_model *m = make_model_of(&random, config, all_types[type]);
         int n = between(&random, 1, 30), text[30] = {0}, slots[2] = {0};
         int d = config.d_model, vocab = config.vocab_size, turn_dim = config.rope_dim;
-        struct worker *worker = open_worker(type % VARIANTS, 0, m, 1, n + 2);
         struct batch *batch = start_batch(&test);
         add_text(batch, text, slots, 0, n, false);
         for (int i = 0; i < n; i++) {
@@ -1138,10 +1144,10 @@ static void embedding(struct check *check) {
             batch->position[i] = below(&random, 1 << between(&random, 1, 20));
         }
         struct trial t;
-        open_trial(&t, check, worker, m, batch);
+        open_trial(&t, check, type % VARIANTS, m, batch, n + 2);
         run_op(&t, OP_EMBED, 1 << A_X);
         float *table = floats(nth(vocab, d, 0)), *turn = floats(nth(n, turn_dim, 0));
-        read_weight(check, t.device, worker->weights[0][0][TOKEN_EMBD], table);
+        read_weight(check, t.device, t.worker->weights[0][0][TOKEN_EMBD], table);
         peek(check, t.device, A_TURN, turn, n);
         struct worst worst = {0, 0, 0};
         for (int row = 0; row < n; row++) {
@@ -1160,8 +1166,6 @@ static void embedding(struct check *check) {
         free(table);
         free(turn);
         close_trial(&t);
-        close_worker(worker);
-        free_model(m);
     }
 }
 
@@ -1176,7 +1180,7 @@ static void add_some_samples(struct batch *batch, struct random *random) {
 }
 
 /* All products of a layer, for so many rows of either kind. */
-static void check_products(struct check *check, struct random *random, const struct test_model *m,
+static void check_products(struct check *check, struct random *random, struct test_model *m,
                            int n_generated, int n_prompt, int variant) {
     static struct test_batch test;
     int n_rows = n_generated + n_prompt, d = m->model.config.d_model;
@@ -1189,9 +1193,8 @@ static void check_products(struct check *check, struct random *random, const str
         add_text(batch, text, slots, 0, n, false);
     }
     add_some_samples(batch, random);
-    struct worker *worker = open_worker(variant, word(random), m, 1, n_rows + below(random, 9));
     struct trial t;
-    open_trial(&t, check, worker, m, batch);
+    open_trial(&t, check, variant, m, batch, n_rows + below(random, 9));
     t.layer = below(random, TEST_LAYERS);
     give(&t, A_X, random);
     for (int row = 0; row < t.device->max_rows; row++)
@@ -1207,7 +1210,6 @@ static void check_products(struct check *check, struct random *random, const str
     if (batch->n_samples > 0)
         check_logits(&t);
     close_trial(&t);
-    close_worker(worker);
 }
 
 static void products_of(struct check *check, const char *name, enum tensor_type type) {
@@ -1216,42 +1218,25 @@ static void products_of(struct check *check, const char *name, enum tensor_type 
     struct random random = start(name);
     for (int i = 0; i < (SANITIZED ? 1 : DRAWS); i++) {
         struct model_config config = draw_config(&random, ref_block_elements(type), 1);
-        struct test_model *m = make_model_of(&random, config, type);
         int n_generated = PICK(&random, generated), n_prompt = PICK(&random, prompt);
         if (n_generated + n_prompt == 0)
             n_generated = n_prompt = 5;
-        check_products(check, &random, m, n_generated, n_prompt, i % VARIANTS);
-        free_model(m);
+        check_products(check, &random, make_model_of(&random, config, type), n_generated, n_prompt,
+                       i % VARIANTS);
     }
 }
 
-static void products_f32(struct check *check) {
-    products_of(check, "f32", TYPE_F32);
-}
-
-static void products_f16(struct check *check) {
-    products_of(check, "f16", TYPE_F16);
-}
-
-static void products_bf16(struct check *check) {
-    products_of(check, "bf16", TYPE_BF16);
-}
-
-static void products_q8_0(struct check *check) {
-    products_of(check, "q8_0", TYPE_Q8_0);
-}
-
-static void products_q4_0(struct check *check) {
-    products_of(check, "q4_0", TYPE_Q4_0);
-}
-
-static void products_q4_k(struct check *check) {
-    products_of(check, "q4_k", TYPE_Q4_K);
-}
-
-static void products_q6_k(struct check *check) {
-    products_of(check, "q6_k", TYPE_Q6_K);
-}
+#define PRODUCTS(name, type)                                                                       \
+    static void products_##name(struct check *check) {                                             \
+        products_of(check, #name, type);                                                           \
+    }
+PRODUCTS(f32, TYPE_F32)
+PRODUCTS(f16, TYPE_F16)
+PRODUCTS(bf16, TYPE_BF16)
+PRODUCTS(q8_0, TYPE_Q8_0)
+PRODUCTS(q4_0, TYPE_Q4_0)
+PRODUCTS(q4_k, TYPE_Q4_K)
+PRODUCTS(q6_k, TYPE_Q6_K)
 
 static void products_of_mixed_types(struct check *check) {
     static const enum tensor_type some[] = {TYPE_F32, TYPE_BF16, TYPE_F16, TYPE_Q8_0, TYPE_Q4_0};
@@ -1265,7 +1250,6 @@ static void products_of_mixed_types(struct check *check) {
         struct test_model *m = make_model(&random, draw_config(&random, 32, 1), types);
         check_products(check, &random, m, between(&random, 1, 40), between(&random, 1, 70),
                        i % VARIANTS);
-        free_model(m);
     }
 }
 
@@ -1278,7 +1262,6 @@ static void products_of_many_rows(struct check *check) {
     config.head_dim = config.rope_dim = 8;
     config.d_ff = between(&random, 20, 31);
     config.d_model = between(&random, 129, 140);
-    struct test_model *m = make_model_of(&random, config, TYPE_BF16);
     int rows = SANITIZED ? 300 : MOST_ROWS + between(&random, 1, 40);
     int text[1000] = {0}, slots[KV_BLOCKS] = {0};
     struct batch *batch = start_batch(&test);
@@ -1286,14 +1269,11 @@ static void products_of_many_rows(struct check *check) {
         add_text(batch, text, slots, 0, 1, true);
     for (int done = 0; done < rows; done += 1000)
         add_text(batch, text, slots, 0, smaller(rows - done, 1000), false);
-    struct worker *worker = open_worker(0, 0, m, 1, rows + 3);
     struct trial t;
-    open_trial(&t, check, worker, m, batch);
+    open_trial(&t, check, 0, make_model_of(&random, config, TYPE_BF16), batch, rows + 3);
     give(&t, A_X, &random);
     check_project(&t, &random, OP_DOWN);
     close_trial(&t);
-    close_worker(worker);
-    free_model(m);
 }
 
 static void rope(struct check *check) {
@@ -1305,21 +1285,17 @@ static void rope(struct check *check) {
         c.head_dim = SANITIZED ? PICK(&random, heads) : heads[i];
         c.n_heads = c.n_kv_heads * between(&random, 1, 5);
         c.rope_dim = 2 * (below(&random, 3) ? c.head_dim / 2 : between(&random, 1, c.head_dim / 2));
-        c.norm_epsilon = below(&random, 2) ? 1e-5f : 0.1f;
-        struct test_model *m = make_model_of(&random, c, TYPE_F32);
         struct batch *batch = start_batch(&test);
         add_texts(batch, &random, between(&random, 0, 9), between(&random, 1, 4), 70);
-        struct worker *worker = open_worker(i % VARIANTS, word(&random), m, 1, batch->n_rows + 3);
         struct trial t;
-        open_trial(&t, check, worker, m, batch);
+        open_trial(&t, check, i % VARIANTS, make_model_of(&random, c, TYPE_F32), batch,
+                   batch->n_rows + 3);
         run_op(&t, OP_EMBED, 1 << A_X); /* it makes the angles */
         t.layer = below(&random, TEST_LAYERS);
         for (int a = A_RAW_Q; a <= A_RAW_V; a++)
             give(&t, (enum activation)a, &random);
         check_rope(&t);
         close_trial(&t);
-        close_worker(worker);
-        free_model(m);
     }
 }
 
@@ -1609,8 +1585,8 @@ static void many_samples(struct check *check) {
     struct model_config config = draw_config(&random, 1, 1);
     struct test_model *m = make_model_of(&random, config, TYPE_BF16);
     int n = LOGITS_KEPT + between(&random, 1, LOGITS_KEPT + 20), vocab = config.vocab_size;
-    int text[MOST_SEQUENCES], sampled[MOST_SEQUENCES], alone[MOST_SEQUENCES];
-    struct sampling sampling[MOST_SEQUENCES];
+    int text[MOST_SEQUENCES] = {0}, sampled[MOST_SEQUENCES], alone[MOST_SEQUENCES];
+    static struct sampling sampling[MOST_SEQUENCES];
     struct worker *worker = open_worker(0, 0, m, 1, n);
     for (int i = 0; i < n; i++) {
         text[i] = below(&random, vocab);
@@ -1711,13 +1687,10 @@ static void sampling(struct check *check) {
         struct model_config config = draw_config(&random, 1, 1);
         config.rope_dim = 0;
         config.vocab_size = sizes[i];
-        struct backend *backend = open_backend(0, word(&random));
-        struct device wanted = wanted_device(backend, &config, NULL, LOGITS_KEPT, kv_type_of(0));
-        struct device *device = open_device(backend, &wanted, 1);
+        struct device *device = open_alone(&config, LOGITS_KEPT);
         for (int j = 0; j < repeats; j++, all += n_rows)
             different += check_draws(check, &random, device, n_rows);
-        close_device(device);
-        backend->close(backend);
+        close_alone(device);
     }
     CHECK(different * 200 <= all, "%d of %d draws are not the definition's", different, all);
 }

@@ -290,9 +290,7 @@ static void sampler_distribution(struct check *check) {
     struct model_config config = draw_config(&random, 1, 1);
     config.vocab_size = VOCAB;
     config.rope_dim = 0;
-    struct backend *backend = open_backend(0, 1);
-    struct device wanted = wanted_device(backend, &config, NULL, LOGITS_KEPT, KV_F32);
-    struct device *device = open_device(backend, &wanted, 1);
+    struct device *device = open_alone(&config, LOGITS_KEPT);
     double p[VOCAB], sum = 0.0, chi = 0.0, rest = 1.0;
     int count[VOCAB] = {0}, bins = 0, others = TRIALS, text[1] = {0}, slots[1] = {0};
     for (int j = 0; j < VOCAB; j++) {
@@ -309,10 +307,10 @@ static void sampler_distribution(struct check *check) {
             batch->position[i] = first + i;
             add_sample(batch, i, (struct sampling){1.0f, 1.0f, 0.0f, 0, 7});
         }
-        backend->step_begin(device, batch);
+        cpu_step_begin(device, batch);
         poke(device, A_LOGITS, logits, LOGITS_KEPT);
         sample_only(device);
-        backend->step_end(device, batch->sampled);
+        cpu_step_end(device, batch->sampled);
         for (int i = 0; i < LOGITS_KEPT; i++)
             count[batch->sampled[i]]++;
     }
@@ -327,8 +325,7 @@ static void sampler_distribution(struct check *check) {
     }
     chi += (others - rest * TRIALS) * (others - rest * TRIALS) / (rest * TRIALS);
     CHECK(bins > 30 && chi < bins + 5 * sqrt(2.0 * bins), "chi-square %g of %d bins", chi, bins);
-    close_device(device);
-    backend->close(backend);
+    close_alone(device);
 }
 
 /* ---- devices ---- */
