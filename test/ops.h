@@ -255,6 +255,7 @@ static struct model_config draw_config(struct random *random, int n_k, int shard
     int step = shards > 1 ? (2 * shards > n_k ? 2 * shards : n_k) : 1;
     c.d_ff = (c.d_ff + step - 1) / step * step;
     c.vocab_size = between(random, 50, 400);
+    c.rope_theta = 10000.0f;
     c.rope_dim = below(random, 4) > 0 ? c.head_dim : c.head_dim / 2;
     c.rope_adjacent = below(random, 2) > 0;
     c.norm_epsilon = below(random, 2) ? 1e-5f : 0.1f;
@@ -273,11 +274,6 @@ static int extent_of(const struct model_config *c, enum extent extent) {
     }
 }
 
-static void set_frequency(const struct model_config *config, float *frequency) {
-    for (int i = 0; i < config->rope_dim / 2; i++)
-        frequency[i] = (float)pow(10000.0, -2.0 * i / config->rope_dim);
-}
-
 /* Every tensor of the table; of those that some models lack, half. types: of the matrices, by
  * their roles. */
 static struct test_model *make_model(struct random *random, struct model_config config,
@@ -285,7 +281,7 @@ static struct test_model *make_model(struct random *random, struct model_config 
     struct test_model *m = (struct test_model *)ref_allocate(1, sizeof *m);
     m->model.config = config;
     m->model.layers = m->tensors;
-    set_frequency(&config, m->frequency);
+    ref_frequencies(&m->model, m->frequency);
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *t = &model_tensors[i];
         int role = t->role, rows = extent_of(&config, t->rows), cols = extent_of(&config, t->cols);

@@ -241,7 +241,17 @@ static inline void ref_ffn_layer(const struct model_config *c, const struct tens
     free(up);
 }
 
-/* Logits (n, vocab_size) after each of n tokens. frequency (rope_dim / 2): radians per position. */
+/* Radians per position of each pair (rope_dim / 2) that rope turns. */
+static inline void ref_frequencies(const struct model *model, float *frequency) {
+    const struct model_config *c = &model->config;
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
+    for (int i = 0; i < c->rope_dim / 2; i++) {
+        double divisor = divisors ? ref_element(divisors, 0, i) : 1.0;
+        frequency[i] = (float)(pow((double)c->rope_theta, -2.0 * i / c->rope_dim) / divisor);
+    }
+}
+
+/* Logits (n, vocab_size) after each of n tokens; see ref_frequencies. */
 static inline void ref_forward(const struct model *model, const float *frequency, const int *tokens,
                                int n, double *logits) {
     const struct model_config *c = &model->config;
