@@ -11,9 +11,9 @@
  *     build/native/test_kernels                     all tests
  *     build/native/test_kernels products 1234       those with this in their name, from a seed
  *
- * A test file includes its backend as text, says in an enum what the backend is like, includes this,
- * and defines the functions that know the backend's memory: all below as far as "random numbers".
- * Nothing behind that knows a backend from inside. C that is also C++. */
+ * A test file includes its backend as text, says in an enum what the backend is like, includes
+ * this, and defines the functions that know the backend's memory: all below as far as "random
+ * numbers". Nothing behind that knows a backend from inside. C that is also C++. */
 #ifndef OPS_H
 #define OPS_H
 

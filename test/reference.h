@@ -164,8 +164,8 @@ static inline void ref_head(const struct model_config *config, const struct tens
     ref_turn(config, frequency, position, head);
 }
 
-/* weight (n) = softmax(q . keys / sqrt(dim)), out (dim) = their sum of values (Vaswani et al. 2017).
- * Keys and values of a token are `stride` behind those of the token before. */
+/* weight (n) = softmax(q . keys / sqrt(dim)), out (dim) = the sum of values by weight (Vaswani et
+ * al. 2017). Keys and values of a token are `stride` behind those of the token before. */
 static inline void ref_attention(const double *q, const double *keys, const double *values, int n,
                                  int dim, int stride, double *weight, double *out) {
     double largest = -INFINITY, sum = 0.0;
@@ -224,7 +224,8 @@ static inline void ref_attention_layer(const struct model_config *c,
     free(v);
 }
 
-/* x (n, d_model) += ffn_down . (silu(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x) (Shazeer 2020) */
+/* x (n, d_model) += ffn_down . (silu(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
+ * (Shazeer 2020) */
 static inline void ref_ffn_layer(const struct model_config *c, const struct tensor *const *layer,
                                  int n, double *x) {
     int d = c->d_model;
@@ -305,8 +306,8 @@ static inline double ref_noisy(const struct sampling *sampling, int position,
 
 /* The token for `position`, by the definition at `sample` in dynamo.h: the draw of a full sort. A
  * logit that is no number counts as the least. Sums of weights decide who is among those that reach
- * top_p: `slack` is what they may be off by, and *may, where it is asked for (`token` >= 0), whether
- * with such sums `token` could be drawn too. */
+ * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such sums
+ * `token` could be drawn too. */
 static inline int ref_sample_within(const struct sampling *sampling, int position,
                                     const float *logits, int n, double slack, int token,
                                     bool *may) {

@@ -1,5 +1,5 @@
-/* test_cuda.cu: the CUDA backend. How ops.h reaches into it, and what it alone has: packed matrices,
- * recorded steps, machines without a usable GPU, faults.
+/* test_cuda.cu: the CUDA backend. How ops.h reaches into it, and what it alone has: packed
+ * matrices, recorded steps, machines without a usable GPU, faults.
  *
  * The same source is compiled by g++, which runs the kernels on the CPU (test/cuda_emu.h), and by
  * nvcc for a GPU (make gpu-test). Ops are driven through struct backend, so their launchers are
@@ -329,8 +329,8 @@ static std::vector<float> elements(struct device *device, const struct matrix &m
     return values;
 }
 
-/* Eight shares of K, cut where shards may cut it between multiples of `grain`; each then begins with
- * a unit of its own. */
+/* Eight shares of K, cut where shards may cut it between multiples of `grain`; each then begins
+ * with a unit of its own. */
 static void check_segments(struct check *check, const struct device *device,
                            const struct weight *weight) {
     const struct segments &s = weight->matrix.segments;

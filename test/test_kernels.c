@@ -1,8 +1,8 @@
 /* test_kernels.c: the CPU backend. How ops.h reaches into it, and what it alone has: fast paths for
  * rounded rows, a pool of threads that many workers share.
  *
- * Each test of ops.h is run on both kinds of kernels (`plain`, and what this processor can do), with
- * keys and values in f32 and in bf16. Read next: ops.h. */
+ * Tests of ops.h take the variants in turn: both kinds of kernels (`plain`, and what this processor
+ * can do), keys and values in f32 and in bf16. Read next: ops.h. */
 #include "../kernels.c"
 
 enum {
