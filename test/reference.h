@@ -306,8 +306,8 @@ static inline double ref_noisy(const struct sampling *sampling, int position,
 
 /* The token for `position`, by the definition at `sample` in dynamo.h: the draw of a full sort. A
  * logit that is no number counts as the least. Sums of weights decide who is among those that reach
- * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such sums
- * `token` could be drawn too. */
+ * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such
+ * sums `token` could be drawn too. */
 static inline int ref_sample_within(const struct sampling *sampling, int position,
                                     const float *logits, int n, double slack, int token,
                                     bool *may) {
