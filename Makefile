@@ -73,7 +73,7 @@ $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/
 $(B)/test_cuda: test/test_cuda.cu $(B)/kernels.o $(B)/flags
 	$(CXX) -x c++ $(EMU_FLAGS) $(if $(VARIANT),-O1) $< -x none $(B)/kernels.o $(LIBS) -o $@
 
-$(B)/test_cuda_gpu: test/test_cuda.cu $(wildcard test/cuda_*.h) kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/kernels.o
+$(B)/test_cuda_gpu: test/test_cuda.cu test/ops.h test/reference.h kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/kernels.o
 	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o -lm -Xcompiler -pthread -o $@
 
 $(B)/test_emu: test/test_emu.cpp $(B)/flags

@@ -521,7 +521,8 @@ static void dot_convert_q8(const float *from, int begin, int end, char *to) {
     }
 }
 
-/* To nearest, ties to even; what is below the normal numbers becomes 0. */
+/* To nearest, ties to even; what is below the normal numbers becomes 0. An odd last element gets a
+ * zero beside it: weights are multiplied in pairs, and what stood there might be no number. */
 static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
     for (int k = 0; k < count; k += LANES) {
         int n = count - k < LANES ? count - k : LANES;
@@ -529,7 +530,7 @@ static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
         if (n == LANES)
             memcpy(to + k * 2, &halves, sizeof halves);
         else
-            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)n);
+            memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)(n + n % 2));
     }
 }
 

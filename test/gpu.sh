@@ -98,7 +98,7 @@ sanitize() {
     for check in memcheck racecheck synccheck initcheck; do
         run $check 40 sh -c '
             bad=0
-            for test in packing products_bf16 products_q8_0 attention sampl; do
+            for test in weights products_bf16 products_q8_0 attention sampl; do
                 "$0" --tool "$1" --error-exitcode 9 --print-limit 20 \
                     build/native/test_cuda_gpu $test 1234 || bad=9
             done

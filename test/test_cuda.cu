@@ -1,17 +1,12 @@
-/* test_cuda.cu: every op of the CUDA backend against float64, on random shapes.
+/* test_cuda.cu: the CUDA backend. How ops.h reaches into it, and what it alone has: packed
+ * matrices, recorded steps, machines without a usable GPU, faults.
  *
  * The same source is compiled by g++, which runs the kernels on the CPU (test/cuda_emu.h), and by
  * nvcc for a GPU (make gpu-test). Ops are driven through struct backend, so their launchers are
- * tested too. An op's inputs are written into the device's memory or read from there, so that an
- * error is found in the op that makes it; its outputs are NaN before. What a GPU leaves open, the
- * emulator does in another order each time: everything is run in several orders, and must give the
- * same bits. References are float64, of the same bf16 inputs; the sampler's twin is sampler.h.
- *
- *     test_cuda                      all tests, on shapes drawn from the clock
- *     test_cuda products 1234        those with this in their name, from the seed 1234 */
+ * tested too. What a GPU leaves open, the emulator does in another order each time: each op is run
+ * in several orders, and must give the same bits. Read next: ops.h. */
 extern "C" {
 #include "dynamo.h"
-#include "../lib/sampler.h"
 }
 #include "lib/gpu.h"
 
@@ -44,34 +39,679 @@ static cudaError_t pretended_properties(cudaDeviceProp *properties, int device) 
 #define cudaGetDeviceProperties pretended_properties
 #include "../kernels.cu"
 
-#include "cuda_products.h"
-#include "cuda_attention.h"
-#include "cuda_steps.h"
-#include "cuda_faults.h"
+#ifdef CUDA_EMULATED
+enum { EMULATED = 1 };
+#else
+enum { EMULATED = 0 };
+#endif
+
+enum {
+    ORDERS = 3,
+    VARIANTS = 1,
+    LOGITS_KEPT = LOGIT_ROWS,
+    DRAWS = 2,
+    TEXT_DRAWS = 2,
+    CROWD_SHARDS = 1,
+    SHARD_ROWS = CHAIN_ROWS,
+    MOST_ROWS = ROW_BAND * ROW_TILE,
+    COPIES = 2 * RING + 300,
+    COPIES_LATE = EMULATED,
+    PARTS_SHARED = 1
+};
+#define SAMPLER_SLACK 1e-6
+#include "ops.h"
+
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+extern "C" const char *__asan_default_options(void) { /* what is too large is no room, as usual */
+    return "allocator_may_return_null=1";
+}
+#endif
+
+/* ---- how ops.h reaches into the backend ---- */
+
+static void need_success(cudaError_t error, const char *call) {
+    need(error == cudaSuccess, call);
+}
+
+static struct backend *open_backend_of(const struct backend_options *options) {
+    char error[ERROR_LENGTH] = "";
+    struct backend *backend = cuda_backend_open(options, error);
+    need(backend != NULL, error);
+    return backend;
+}
+
+static struct backend *open_backend(int, uint64_t order) {
+    struct backend_options options = {};
+    options.copy_delay_seed = order;
+    return open_backend_of(&options);
+}
+
+static enum kv_type kv_type_of(int) {
+    return KV_BF16;
+}
+
+static void set_order(uint64_t order) {
+    emu_seed(order);
+}
+
+static struct cuda_device *cuda_of(struct device *device) {
+    return (struct cuda_device *)device;
+}
+
+template <typename T> static std::vector<T> load(struct device *device, const T *from, size_t n) {
+    std::vector<T> values(n);
+    need_success(cudaSetDevice(device->index), "cudaSetDevice");
+    need_success(cudaStreamSynchronize(cuda_of(device)->streams[STREAM_COMPUTE]),
+                 "cudaStreamSynchronize");
+    need_success(cudaMemcpy(values.data(), from, n * sizeof(T), cudaMemcpyDefault), "cudaMemcpy");
+    return values;
+}
+
+template <typename T> static void save(struct device *device, T *to, const std::vector<T> &values) {
+    need_success(cudaSetDevice(device->index), "cudaSetDevice");
+    need_success(cudaStreamSynchronize(cuda_of(device)->streams[STREAM_COMPUTE]),
+                 "cudaStreamSynchronize");
+    need_success(cudaMemcpy(to, values.data(), values.size() * sizeof(T), cudaMemcpyDefault),
+                 "cudaMemcpy");
+    need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+static void put(float *to, float value) {
+    *to = value;
+}
+
+static void put(uint16_t *to, float value) { /* as bf16 */
+    *to = value == value ? bf16_of(value) : 0xffff;
+}
+
+static float get(float value) {
+    return value;
+}
+
+static float get(uint16_t half) {
+    return (float)ref_f32((const uint8_t *)&half, 16);
+}
+
+/* Where each k of an input's own part lies in its row: see "segments". */
+static std::vector<int> places_of(const struct segments &s) {
+    std::vector<int> places;
+    for (int i = 0; i < s.n; i++)
+        for (int k = s.k[i]; k < s.k[i + 1]; k++)
+            places.push_back(s.unit[i] * UNIT + k - s.k[i] / UNIT * UNIT);
+    return places;
+}
+
+/* An activation in the device's memory: rows, and the places of its elements in each. What else is
+ * in a row pads it, or, where several share it, is theirs. */
+template <typename T> struct rows {
+    T *at;
+    size_t n;
+    int stride;
+    std::vector<int> places;
+    bool shared;
+    T pad;
+};
+
+template <typename T>
+static void poke_rows(struct device *device, const struct rows<T> &r, const float *values,
+                      int n_rows) {
+    size_t width = r.places.size();
+    std::vector<T> all(r.n * (size_t)r.stride, r.pad);
+    if (r.shared)
+        all = load(device, r.at, all.size());
+    for (size_t row = 0; row < r.n; row++)
+        for (size_t i = 0; i < width; i++)
+            put(&all[row * r.stride + r.places[i]],
+                row < (size_t)n_rows ? values[row * width + i] : NAN);
+    save(device, r.at, all);
+}
+
+template <typename T>
+static void peek_rows(struct check *check, struct device *device, const struct rows<T> &r,
+                      float *values, int n_rows) {
+    size_t width = r.places.size(), strange = 0;
+    std::vector<T> all = load(device, r.at, (size_t)n_rows * r.stride);
+    for (size_t row = 0; row < (size_t)n_rows; row++) {
+        for (size_t i = 0; i < width; i++) {
+            T *element = &all[row * r.stride + r.places[i]];
+            values[row * width + i] = get(*element);
+            *element = r.pad;
+        }
+        for (int i = 0; i < r.stride && !r.shared; i++) {
+            float value = get(all[row * r.stride + i]), pad = get(r.pad);
+            strange += value != pad && (value == value || pad == pad);
+        }
+    }
+    CHECK(strange == 0, "%zu elements that pad rows were written", strange);
+}
+
+static std::vector<int> count_from(int first, int n) {
+    std::vector<int> list;
+    for (int i = 0; i < n; i++)
+        list.push_back(first + i);
+    return list;
+}
+
+/* Calls `act` with the rows of an activation. The inputs of products have gaps of 0; they are read
+ * in whole groups of rows, more than a step has. */
+template <typename Act> static void with_rows(struct device *device, enum activation a, Act act) {
+    struct cuda_device *d = cuda_of(device);
+    int width = width_of(device, a), q = width_of(device, A_Q), kv = width_of(device, A_RAW_K);
+    size_t n = (size_t)rows_of(device, a);
+    std::vector<int> all = count_from(0, width);
+    auto f32 = [&](float *at, int stride) { act(rows<float>{at, n, stride, all, false, NAN}); };
+    auto part = [&](int first) {
+        act(rows<float>{d->qkv, n, d->qkv_stride, count_from(first, width), true, 0.0f});
+    };
+    auto bf16 = [&](uint16_t *at, size_t n_rows, int stride, const std::vector<int> &places) {
+        act(rows<uint16_t>{at, n_rows, stride, places, false, 0});
+    };
+    switch (a) {
+    case A_X: return f32(d->x, d->x_stride);
+    case A_H: return bf16(d->h, d->padded_rows, d->h_stride, all);
+    case A_RAW_Q: return part(0);
+    case A_RAW_K: return part(q);
+    case A_RAW_V: return part(q + kv);
+    case A_Q: return bf16(d->q, n, q, all);
+    case A_ATTENTION:
+        return bf16(d->attention, d->padded_rows, d->attention_stride,
+                    places_of(d->attention_places));
+    case A_FFN: return bf16(d->ffn, d->padded_rows, d->ffn_stride, places_of(d->ffn_places));
+    case A_LOGITS: return f32(d->logits, d->logits_stride);
+    default: return f32((float *)d->turn, width);
+    }
+}
+
+static void poke(struct device *device, enum activation a, const float *values, int n_rows) {
+    with_rows(
+        device, a, [&](const auto &rows) { poke_rows(device, rows, values, n_rows); });
+}
+
+static void peek(struct check *check, struct device *device, enum activation a, float *values,
+                 int n_rows) {
+    with_rows(
+        device, a, [&](const auto &rows) { peek_rows(check, device, rows, values, n_rows); });
+}
+
+/* Keys lie (16, dim) in a block, as ops.h has them, values (dim, 16). */
+static size_t place_in_block(const struct device *device, size_t i) {
+    size_t dim = (size_t)device->config->head_dim, plane = dim * BLOCK_TOKENS, at = i % plane;
+    size_t heads = (size_t)(device->config->n_kv_heads / device->n_shards);
+    bool value = i / plane / heads % 2;
+    return i - at + (value ? at % dim * BLOCK_TOKENS + at / dim : at);
+}
+
+static void poke_block(struct device *device, int slot, const float *values) {
+    std::vector<uint16_t> block(block_elements(device));
+    for (size_t i = 0; i < block.size(); i++)
+        put(&block[place_in_block(device, i)], values[i]);
+    save(device, (uint16_t *)device->kv + (size_t)slot * block.size(), block);
+}
+
+static void peek_block(struct device *device, int slot, float *values) {
+    size_t n = block_elements(device);
+    std::vector<uint16_t> block = load(device, (uint16_t *)device->kv + (size_t)slot * n, n);
+    for (size_t i = 0; i < n; i++)
+        values[i] = get(block[place_in_block(device, i)]);
+}
+
+static void poison_kv(struct device *device, size_t bytes) {
+    cudaStream_t stream = cuda_of(device)->streams[STREAM_COMPUTE];
+    need_success(cudaSetDevice(device->index), "cudaSetDevice");
+    need_success(cudaMemsetAsync(device->kv, 0xff, bytes, stream), "cudaMemsetAsync");
+}
+
+/* The f32 that go in are bf16 by then, except that F32 is two of them as yet. */
+static double kept_element(enum tensor_type type, double value, double largest, double *allowed) {
+    *allowed = type == TYPE_F32 ? 0x1p-16 * fabs(value) : 0.0;
+    if (type == TYPE_Q4_K || type == TYPE_Q6_K) /* computed in f32, and rounded */
+        *allowed = 0x1.01p-8 * fabs(value) + (type == TYPE_Q4_K ? 0x1p-19 * largest : 0.0);
+    return type == TYPE_F16 ? rounded(value) : value;
+}
+
+static double multiplied(enum tensor_type type, double kept) {
+    return type == TYPE_Q8_0 || type == TYPE_Q4_0 ? rounded(kept) : kept;
+}
+
+/* F32 is multiplied by what bf16 leaves out of h, too, which is not looked at here. */
+static struct slack product_slack(const struct device *, enum tensor_type type) {
+    return {1e-5, type == TYPE_F32 ? 1e-2 : 0.0};
+}
+
+static struct slack attention_slack(const struct device *) { /* weights are bf16 */
+    return {1e-4, 3 * 0x1p-8};
+}
+
+static double activation_error(enum activation a) {
+    bool f32 = a == A_X || a == A_LOGITS || a == A_TURN || (a >= A_RAW_Q && a <= A_RAW_V);
+    return f32 ? 3e-6 : 0x1.02p-8;
+}
+
+static double kv_error(const struct device *) {
+    return 0x1.01p-8;
+}
+
+static double model_error(const struct device *, enum tensor_type) {
+    return 6e-2;
+}
+
+static void sample_only(struct device *device) {
+    cuda_sample(device);
+}
+
+static void check_idle(struct check *check, struct device *device) {
+    struct cuda_device *d = cuda_of(device);
+    for (int counter : load(device, d->arrived, (size_t)device->max_rows * d->n_heads))
+        CHECK(counter == 0, "a counter of splits is %d after an op", counter);
+    CHECK(cudaGetLastError() == cudaSuccess, "no call has failed");
+}
+
+/* ---- packed matrices ---- */
+
+__global__ void elements_kernel(const struct matrix m, float *out) {
+    grid_wait();
+    int n = m.n_units * UNIT;
+    for (int k = (int)threadIdx.x; k < n; k += (int)blockDim.x)
+        out[(size_t)blockIdx.x * n + k] = matrix_element(m, (int)blockIdx.x, k);
+}
+
+/* All elements of a packed matrix, with its gaps and the rest of its last tile. */
+static std::vector<float> elements(struct device *device, const struct matrix &m) {
+    struct cuda_device *d = enter(device, "testing");
+    size_t n = (size_t)m.n_tiles * TILE * (size_t)m.n_units * UNIT;
+    float *out = (float *)device->backend->alloc(device, n * sizeof(float), false);
+    need(out != NULL, "no memory for the elements of a matrix");
+    launch(d, "elements_kernel", elements_kernel, grid_of(m.n_tiles * TILE), THREADS, 0, m, out);
+    std::vector<float> values = load(device, out, n);
+    device->backend->release(device, out, false);
+    return values;
+}
+
+/* Eight shares of K, cut where shards may cut it between multiples of `grain`; each then begins
+ * with a unit of its own. */
+static void check_segments(struct check *check, const struct device *device,
+                           const struct weight *weight) {
+    const struct segments &s = weight->matrix.segments;
+    int cols = (int)weight->tensor->cols, units = 0;
+    bool cut = weight->slice.kind == SLICE_COLS;
+    int n = K_SEGMENTS / (cut ? weight->slice.count : 1), first = cut ? weight->slice.rank * n : 0;
+    int grain = cut ? grain_of(device->config, cols) : UNIT;
+    CHECK(s.n == n && s.unit[0] == 0, "%d segments", s.n);
+    for (int i = 0; i <= n; i++) {
+        int64_t steps = (cols + grain - 1) / grain;
+        int k = smaller((int)((first + i) * steps / K_SEGMENTS * grain), cols);
+        CHECK(s.k[i] == k, "%d columns, %d of %d: segment %d begins at %d, not %d", cols,
+              weight->slice.rank, weight->slice.count, i, s.k[i], k);
+        if (i > 0 && s.k[i] > s.k[i - 1])
+            units += (s.k[i] - 1) / UNIT - s.k[i - 1] / UNIT + 1;
+        CHECK(s.unit[i] == units, "units before segment %d", i);
+    }
+}
+
+static void read_weight(struct check *check, struct device *device, const struct weight *weight,
+                        float *values) {
+    const struct matrix &m = weight->matrix;
+    std::vector<float> all = elements(device, m);
+    size_t width = (size_t)m.n_units * UNIT;
+    for (int row = 0; row < m.n_outputs; row++)
+        for (int place : places_of(m.segments)) {
+            *values++ = all[row * width + place];
+            all[row * width + place] = 0.0f;
+        }
+    size_t strange = 0;
+    for (float value : all)
+        strange += value != 0.0f;
+    CHECK(strange == 0, "%zu elements of a matrix that are none are not 0", strange);
+    CHECK(m.n_tiles == divide(m.n_outputs, TILE), "%d outputs in %d tiles", m.n_outputs, m.n_tiles);
+    check_segments(check, device, weight);
+}
+
+/* ---- recorded steps ---- */
+
+/* Generated rows, all sampled: a step that is recorded. The first n_long are of texts as long as
+ * `longest`, which share all blocks but the last. */
+static void add_decode(struct batch *batch, struct random *random, int n, int n_long, int longest,
+                       int vocab) {
+    int slots[KV_BLOCKS], table[KV_BLOCKS], text[MOST_LENGTH] = {0};
+    int own = blocks_of(longest) - 1; /* the next block that nobody has */
+    shuffle(random, slots, KV_BLOCKS);
+    for (int i = 0; i < n; i++) {
+        int length = i < n_long ? longest : between(random, 1, BLOCK_TOKENS);
+        memcpy(table, slots, sizeof table);
+        need(own < KV_BLOCKS, "blocks for all texts");
+        table[blocks_of(length) - 1] = slots[own++];
+        text[length - 1] = below(random, vocab);
+        add_text(batch, text, table, length - 1, length, true);
+        add_sample(batch, i, warm(word(random)));
+    }
+}
+
+/* A step without ops whose lists need much room, but no splits. */
+static void make_room(struct worker *worker) {
+    static struct test_batch test;
+    static int text[2001], slots[KV_BLOCKS];
+    struct batch *batch = start_batch(&test);
+    for (int i = 0; i < 30; i++)
+        add_text(batch, text, slots, 2000, 2001, false);
+    worker->backend->step_begin(worker->shards[0], batch);
+    worker->backend->step_end(worker->shards[0], NULL);
+}
+
+struct decoded {
+    bool ran; /* false: replayed */
+    std::vector<float> logits, kv;
+    std::vector<int> sampled;
+};
+
+static struct decoded decode(struct check *check, struct worker *worker, const struct batch *batch,
+                             const std::vector<float> &kv) {
+    struct device *device = worker->shards[0];
+    size_t block = block_elements(device);
+    struct decoded out;
+    for (int slot = 0; slot < KV_BLOCKS; slot++)
+        poke_block(device, slot, &kv[slot * block]);
+    out.ran = forward(worker, batch);
+    out.logits.resize(nth(batch->n_rows, device->config->vocab_size, 0));
+    peek(check, device, A_LOGITS, out.logits.data(), batch->n_rows);
+    float *after = read_kv(device);
+    out.kv.assign(after, after + kv.size());
+    free(after);
+    out.sampled.assign(batch->sampled, batch->sampled + batch->n_samples);
+    return out;
+}
+
+/* Blocks hold what they held, but for the rows of this batch. */
+static void check_others(struct check *check, const struct device *device,
+                         const struct batch *batch, std::vector<float> before,
+                         const std::vector<float> &after) {
+    const struct model_config *c = device->config;
+    for (int row = 0; row < batch->n_rows; row++)
+        for (int i = 0; i < c->n_layers * 2 * c->n_kv_heads * c->head_dim; i++) {
+            int position = batch->position[row], rest = i / c->head_dim;
+            size_t at =
+                kv_at(device, slot_of(batch, row, position), rest / 2 / c->n_kv_heads, rest % 2,
+                      rest / 2 % c->n_kv_heads, position % BLOCK_TOKENS, i % c->head_dim);
+            before[at] = after[at];
+        }
+    CHECK(before == after, "a step of %d rows wrote to others' blocks", batch->n_rows);
+}
+
+/* Steps of other sizes and lengths on one device, each against a device that has recorded nothing.
+ */
+static void recorded_steps(struct check *check) {
+    /* rows of each step, and how many are of a long text: more rows and splits need more room, and
+     * what was recorded is void; after make_room it is the splits alone that need it */
+    static const int rows[][2] = {{8, 0}, {1, 1}, {5, 2},   {24, 1}, {13, 0},
+                                  {9, 0}, {3, 1}, {12, 12}, {6, 6},  {40, 1}};
+    static struct test_batch test;
+    struct random random = start("recorded");
+    struct model_config config = draw_config(&random, 1, 1);
+    struct test_model *m = make_model_of(&random, config, TYPE_BF16);
+    struct worker *worker = open_worker(0, 0, m, 1, 70);
+    struct cuda_device *d = cuda_of(worker->shards[0]);
+    int replays = 0, growths = 0;
+    for (int i = 0; i < COUNT(rows); i++) {
+        bool grows = i == 3 || i == 7;
+        struct batch *batch = start_batch(&test);
+        if (i == 6)
+            make_room(worker);
+        add_decode(batch, &random, rows[i][0], rows[i][1], grows ? 1792 : between(&random, 1, 500),
+                   config.vocab_size);
+        std::vector<float> kv(KV_BLOCKS * block_elements(worker->shards[0]));
+        for (float &element : kv)
+            element = (float)rounded(normal(&random));
+        set_order(word(&random));
+        size_t step_bytes = d->step_bytes, capacity = d->split_capacity;
+        struct decoded got = decode(check, worker, batch, kv);
+        replays += !got.ran;
+        growths += i == 3 && d->step_bytes > step_bytes && d->split_capacity > capacity;
+        growths += i == 7 && d->step_bytes == step_bytes && d->split_capacity > capacity;
+        struct worker *fresh = open_worker(0, 0, m, 1, 70);
+        struct decoded expected = decode(check, fresh, batch, kv);
+        CHECK(expected.ran, "a device's first step is no replay");
+        CHECK(got.logits == expected.logits && got.kv == expected.kv &&
+                  got.sampled == expected.sampled,
+              "step %d of %d rows, %s", i, rows[i][0], got.ran ? "recorded" : "replayed");
+        check_others(check, worker->shards[0], batch, kv, got.kv);
+        close_worker(fresh);
+    }
+    CHECK(replays >= 2 && growths == 2, "%d replays, %d growths", replays, growths);
+    close_worker(worker);
+    free_model(m);
+}
+
+/* ---- refusals: one line that says what to do ---- */
+
+static void refused_devices(struct check *check) {
+    static const int dims[] = {4, 20, 250, 257, 264, 512};
+    struct random random = start("refused");
+    struct model_config config = draw_config(&random, 1, 1);
+    config.rope_dim = 0;
+    struct backend *backend = open_backend(0, 0);
+    const struct device good = wanted_device(backend, &config, NULL, 4, KV_BF16);
+    struct device wanted = good;
+    wanted.index = backend->n_gpus;
+    check_refusal(check, backend, &wanted, "there are");
+    wanted.index = -1;
+    check_refusal(check, backend, &wanted, "got device -1");
+    wanted = good;
+    wanted.kv_type = KV_F32;
+    check_refusal(check, backend, &wanted, "--kv-type");
+    for (int dim : dims) {
+        config.head_dim = dim;
+        check_refusal(check, backend, &good, "multiples of 8 up to 256");
+    }
+    config.head_dim = 8;
+    pretended.major = 7;
+    check_refusal(check, backend, &good, "expected 8.0 or newer");
+    pretended.major = 0;
+    close_device(open_device(backend, &good, 1)); /* nothing of that is left */
+    backend->close(backend);
+}
+
+static void no_gpu(struct check *check) {
+    static const struct {
+        cudaError_t count;
+        int driver;
+        const char *words;
+    } cases[] = {{cudaErrorInsufficientDriver, 11080, "the driver knows CUDA 11.8"},
+                 {cudaErrorInsufficientDriver, 0, "no driver is installed"},
+                 {cudaErrorNoDevice, 13000, "no GPU: "}};
+    for (const auto &machine : cases) {
+        char error[ERROR_LENGTH] = "";
+        struct backend_options options = {};
+        pretended.count = machine.count;
+        pretended.driver = machine.driver;
+        struct backend *backend = cuda_backend_open(&options, error);
+        CHECK(!backend && strstr(error, machine.words) && !strchr(error, '\n'), "%s", error);
+    }
+    pretended.count = cudaSuccess;
+    pretended.driver = -1;
+    CHECK(cudaGetLastError() == cudaSuccess, "no GPU is no fault");
+}
+
+#ifdef CUDA_EMULATED
+/* ---- what only an emulated machine can be made to do ---- */
+
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { GPUS = 4, MEMORY = 256 << 20, PROCESSORS = 4 };
+
+static size_t free_bytes() {
+    size_t available = 0, total = 0;
+    need_success(cudaSetDevice(0), "cudaSetDevice");
+    need_success(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+    return available;
+}
+
+/* Opens a worker of one shard as engine.h does, until something fails: false, and why. */
+static bool try_worker(struct backend *backend, const struct test_model *m, char *error) {
+    struct device wanted = wanted_device(backend, &m->model.config, m->frequency, 40, KV_BF16);
+    struct device *device = backend->device_open(backend, &wanted, error);
+    if (!device)
+        return false;
+    bool ok = true;
+    for (const struct tensor *const(&layer)[N_ROLES] : m->tensors)
+        for (const struct tensor *tensor : layer)
+            ok = ok && (!tensor || backend->upload(device, tensor, {SLICE_WHOLE, 0, 1}, error));
+    void *kv = ok ? backend->alloc(device, 1000, false) : NULL;
+    void *host = ok ? backend->alloc(device, 1000, true) : NULL;
+    if (ok && !(kv && host))
+        snprintf(error, ERROR_LENGTH, "no room for blocks");
+    ok = ok && kv && host;
+    backend->release(device, kv, false);
+    backend->release(device, host, true);
+    backend->device_close(device);
+    return ok;
+}
+
+/* Every allocation of a worker fails once: there is a message each time, and nothing is left. */
+static void memory_that_is_missing(struct check *check) {
+    struct random random = start("memory");
+    struct test_model *model = make_model_of(&random, draw_config(&random, 32, 1), TYPE_Q8_0);
+    static const char *const calls[] = {"cudaMalloc", "cudaHostAlloc"};
+    size_t before = free_bytes();
+    for (const char *call : calls) {
+        bool ok = false;
+        int after = 0;
+        for (; !ok && after < 200; after++) {
+            char error[ERROR_LENGTH] = "";
+            struct backend *backend = open_backend(0, 0);
+            emu_fail(call, after);
+            ok = try_worker(backend, model, error);
+            CHECK(ok || (error[0] && !strchr(error, '\n')), "%s %d: %s", call, after, error);
+            backend->close(backend);
+            CHECK(free_bytes() == before, "%s %d: %zu bytes are left behind", call, after,
+                  before - free_bytes());
+        }
+        CHECK(ok && after > 3, "%s failed %d times", call, after - 1);
+        emu_devices(GPUS, MEMORY, PROCESSORS);
+    }
+    free_model(model);
+}
+
+static void models_that_do_not_fit(struct check *check) {
+    struct random random = start("too large");
+    char error[ERROR_LENGTH] = "";
+    emu_devices(1, 20 << 20, PROCESSORS);
+    struct model_config config = draw_config(&random, 1, 1);
+    config.rope_dim = 0;
+    struct backend *backend = open_backend(0, 0);
+    struct device wanted = wanted_device(backend, &config, NULL, 4, KV_BF16);
+    struct device *device = open_device(backend, &wanted, 1);
+    struct tensor *small = make_tensor(&random, TYPE_BF16, 100, 100, 1.0f, 0.0f);
+    struct tensor *large = make_tensor(&random, TYPE_BF16, 1200, 10000, 1.0f, 0.0f);
+    struct slice whole = {SLICE_WHOLE, 0, 1};
+    CHECK(!backend->upload(device, large, whole, error), "24 MB of 20");
+    int left = 0, total = 0, needed = 0;
+    CHECK(sscanf(error, "t: device 0 (%*[^)]) has %d MB left of %d and needs %d for this tensor",
+                 &left, &total, &needed) == 3,
+          "%s", error);
+    CHECK(left > 10 && left < 20 && total == 20 && needed == 23 && strstr(error, "smaller type"),
+          "%s", error);
+    CHECK(backend->upload(device, small, whole, error), "%s", error);
+    wanted.max_rows = 1000000;
+    check_refusal(check, backend, &wanted, "lower --chunk or --max-batch");
+    close_device(device);
+    backend->close(backend);
+    CHECK(free_bytes() == 20 << 20, "memory is left behind");
+    free_tensor(small);
+    free_tensor(large);
+    emu_devices(GPUS, MEMORY, PROCESSORS);
+}
+
+/* Runs `act` in a child process. Returns its status, 128 + N for signal N, and what it wrote. */
+template <typename Act> static int in_child(Act act, char *text, size_t size) {
+    FILE *file = tmpfile();
+    need(file != NULL, "a temporary file");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(fileno(file), STDERR_FILENO);
+        act();
+        _exit(0);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    rewind(file);
+    text[fread(text, 1, size - 1, file)] = 0;
+    fclose(file);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+static void tell_of_loss(void *) {
+    fprintf(stderr, "the requests are lost\n");
+}
+
+/* Steps and copies on a worker, so that each kind of call is made. */
+static void work(struct worker *worker, struct random *random) {
+    struct device *device = worker->shards[0];
+    struct story story = draw_story(random, 5, 3, device->config->vocab_size);
+    struct check check = {0, 0};
+    tell(&check, worker, random, &story, 10, 0, floats(nth(4, device->config->vocab_size + 1, 0)));
+    uint8_t *host = (uint8_t *)worker->backend->alloc(device, 1000, true);
+    struct copy2d copy = {host, device->kv, 10, 10, 10, 10},
+                  rows = {host, device->kv, 20, 10, 5, 9};
+    wait_for(device, STREAM_PAGE_OUT, worker->backend->copy(device, STREAM_PAGE_OUT, &copy));
+    wait_for(device, STREAM_PAGE_OUT, worker->backend->copy(device, STREAM_PAGE_OUT, &rows));
+}
+
+/* A call fails in the middle: one line says where and what, and the requests that are lost. */
+static void faults(struct check *check) {
+    static const struct {
+        const char *call, *doing;
+        int n_shards;
+    } cases[] = {{"cudaLaunchKernelEx", "computing a step", 1},
+                 {"cudaMemcpyAsync", "computing a step", 1},
+                 {"cudaStreamSynchronize", "ending a step", 1},
+                 {"cudaStreamBeginCapture", "computing a step", 1},
+                 {"cudaStreamEndCapture", "ending a step", 1},
+                 {"cudaGraphInstantiate", "ending a step", 1},
+                 {"cudaGraphLaunch", "ending a step", 1},
+                 {"cudaMemcpy2DAsync", "paging out", 1},
+                 {"cudaEventRecord", "paging out", 1},
+                 {"cudaEventQuery", "polling a copy", 1},
+                 {"cudaMemcpyPeerAsync", "adding up shards", 2},
+                 {"cudaStreamWaitEvent", "adding up shards", 2}};
+    struct random random = start("faults");
+    struct test_model *model = make_model_of(&random, draw_config(&random, 1, 2), TYPE_BF16);
+    for (const auto &fault : cases) {
+        char text[2000], where[100] = "", call[100] = "", why[100] = "", doing[100] = "";
+        int line = 0, device = -1;
+        int status = in_child(
+            [&] {
+                struct backend_options options = {};
+                options.lost = tell_of_loss;
+                struct worker *worker =
+                    open_worker_on(open_backend_of(&options), 0, model, fault.n_shards, 60);
+                emu_fail(fault.call, 0);
+                work(worker, &random);
+            },
+            text, sizeof text);
+        int found =
+            sscanf(text, "dynamo: %99[^:]:%d: device %d (%*[^)]): %99[^:]: %99[^,], while %99[^\n]",
+                   where, &line, &device, call, why, doing);
+        CHECK(status == 128 + SIGABRT && found == 6, "%s: status %d: %s", fault.call, status, text);
+        bool launches = !strcmp(fault.call, "cudaLaunchKernelEx");
+        CHECK(strstr(where, ".cu") && line > 0 && device >= 0 && device < fault.n_shards &&
+                  !strcmp(call, launches ? "embed_kernel" : fault.call) &&
+                  !strcmp(doing, fault.doing),
+              "%s", text);
+        const char *rest = strchr(text, '\n');
+        CHECK(rest && !strcmp(rest, "\nthe requests are lost\n"), "%s", text);
+    }
+    free_model(model);
+}
+#endif
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
-        {"packing", packing},
-        {"periodic_tensors", periodic_tensors},
-        {"products_f32", products_f32},
-        {"products_f16", products_f16},
-        {"products_bf16", products_bf16},
-        {"products_q8_0", products_q8_0},
-        {"products_q4_0", products_q4_0},
-        {"products_q4_k", products_q4_k},
-        {"products_q6_k", products_q6_k},
-        {"products_of_mixed_types", products_of_mixed_types},
-        {"products_of_many_rows", products_of_many_rows},
-        {"embedding", embedding},
-        {"rope", rope},
-        {"attention_of_all_heads", attention_of_all_heads},
-        {"attention_of_long_texts", attention_of_long_texts},
-        {"rows_alone_and_in_crowds", rows_alone_and_in_crowds},
-        {"shards", shards},
+        OP_TESTS,
         {"recorded_steps", recorded_steps},
-        {"many_samples", many_samples},
-        {"sampling", sampling},
-        {"copies", copies},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},
 #ifdef CUDA_EMULATED
@@ -80,10 +720,6 @@ int main(int argc, char **argv) {
         {"faults", faults},
 #endif
     };
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    seed = argc > 2 ? strtoull(argv[2], NULL, 10)
-                    : ((uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000) % 1000000000;
     char error[ERROR_LENGTH] = "";
     struct backend_options options = {};
     struct backend *backend = cuda_backend_open(&options, error);
@@ -92,6 +728,5 @@ int main(int argc, char **argv) {
         return 1;
     }
     backend->close(backend);
-    printf("  seed %llu\n", (unsigned long long)seed);
-    return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+    return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }

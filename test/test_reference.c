@@ -7,12 +7,14 @@
  *   - give the very same bits when the prompt is cut into chunks, and
  *   - give the very same bits when the model is sharded over several devices.
  * The program is a child process: a crash or a hang is one failed check, not the end of the test.
+ * reference.h, by which all ops are judged, is itself judged here, by the same logits.
  *
  * Run from the repository's root. -DDYNAMO_PROGRAM='"path"' tests another binary. */
+#define GGUF_IMPLEMENTATION
+#define MODEL_IMPLEMENTATION
+#include "reference.h"
+
 #include <fcntl.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -22,7 +24,8 @@
 #define DYNAMO_PROGRAM "./dynamo"
 #endif
 
-#define FOLDER "test/data/ref/"
+#define FOLDER          "test/data/ref/"
+#define REFERENCE_ERROR 1e-5 /* of reference.h: the originals computed in f32 */
 
 enum {
     NAME_LENGTH = 64,
@@ -233,6 +236,52 @@ static void agrees_with_the_original(struct check *check) {
     index_close(&index);
 }
 
+/* Logits by reference.h, of the file itself. */
+static struct matrix reference_logits(struct check *check, const struct reference *reference) {
+    struct matrix logits = {NULL, reference->n_tokens, 0};
+    char path[PATH_LENGTH], error[ERROR_LENGTH] = "";
+    struct model model;
+    snprintf(path, sizeof path, FOLDER "%s", reference->model);
+    struct gguf *file = gguf_open(path, error);
+    bool ok = file && model_open(&model, file, error);
+    CHECK(ok, "%s: %s", path, error);
+    if (ok) {
+        int n = 0, tokens[512];
+        float frequency[512];
+        for (char *at = reference->ids; n < 512 && *at; at += *at == ',')
+            tokens[n++] = (int)strtol(at, &at, 10);
+        logits.cols = (size_t)model.config.vocab_size;
+        logits.values = ref_allocate((size_t)n * logits.cols, sizeof *logits.values);
+        double *values = ref_doubles(n, model.config.vocab_size);
+        ref_frequencies(&model, frequency);
+        ref_forward(&model, frequency, tokens, n, values);
+        for (size_t i = 0; i < (size_t)n * logits.cols; i++)
+            logits.values[i] = (float)values[i];
+        free(values);
+        model_close(&model);
+    }
+    gguf_close(file);
+    return logits;
+}
+
+static void reference_agrees_with_the_original(struct check *check) {
+    struct index index;
+    index_open(check, &index);
+    for (size_t i = 0; i < index.count; i++) {
+        struct reference exact = index.references[i];
+        char path[PATH_LENGTH];
+        snprintf(path, sizeof path, FOLDER "%s", exact.logits);
+        struct matrix expected = read_matrix(path, exact.n_tokens);
+        struct matrix got = reference_logits(check, &exact);
+        exact.tolerance = REFERENCE_ERROR;
+        if (got.values && expected.values)
+            check_close(check, &exact, got, expected);
+        free(expected.values);
+        free(got.values);
+    }
+    index_close(&index);
+}
+
 static void chunks_change_no_bit(struct check *check) {
     struct index index;
     index_open(check, &index);
@@ -289,6 +338,7 @@ static void heads_are_not_cut(struct check *check) {
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
+        {"reference_agrees_with_the_original", reference_agrees_with_the_original},
         {"agrees_with_the_original", agrees_with_the_original},
         {"chunks_change_no_bit", chunks_change_no_bit},
         {"shards_change_no_bit", shards_change_no_bit},

@@ -1,0 +1,360 @@
+/* reference.h: the transformer in float64, as its papers have it: the specification of every op of
+ * both backends, and of whole models.
+ *
+ * Written to be read beside the forward pass in dynamo.c: nothing is packed, batched, cut into
+ * segments or blocks, or made fast. Elements are read from the file's bytes by code of its own, and
+ * the random generator is its own too, so that a mistake in the product's is seen.
+ *
+ *     double *logits = malloc(n * vocab_size * sizeof *logits);
+ *     ref_forward(&model, frequency, tokens, n, logits);      // after each of n tokens
+ *     int next = ref_sample(&sampling, n, row, vocab_size);   // from one row of them, as float
+ *
+ * Shapes are (rows, columns), rows one after another. C that is also C++: kernels.cu is tested with
+ * it too. Read next: ops.h. */
+#ifndef REFERENCE_H
+#define REFERENCE_H
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../dynamo.h"
+
+static inline void *ref_allocate(size_t n, size_t bytes) { /* zeros; tests go no further without */
+    void *memory = calloc(n > 0 ? n : 1, bytes);
+    if (!memory) {
+        printf("no memory for a test\n");
+        abort();
+    }
+    return memory;
+}
+
+static inline double *ref_doubles(int rows, int cols) {
+    return (double *)ref_allocate((size_t)rows * (size_t)cols, sizeof(double));
+}
+
+/* ---- the elements of a tensor, as ggml's documentation of its types says ---- */
+
+static inline int ref_block_elements(enum tensor_type type) {
+    bool small = type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16;
+    return small ? 1 : type == TYPE_Q4_K || type == TYPE_Q6_K ? 256 : 32;
+}
+
+static inline int ref_block_bytes(enum tensor_type type) {
+    switch (type) {
+    case TYPE_F32: return 4;
+    case TYPE_F16:
+    case TYPE_BF16: return 2;
+    case TYPE_Q8_0: return 34;
+    case TYPE_Q4_0: return 18;
+    case TYPE_Q4_K: return 144;
+    case TYPE_Q6_K: return 210;
+    }
+    return 0;
+}
+
+static inline double ref_f16(const uint8_t *bytes) {
+    int half = bytes[0] | bytes[1] << 8, exponent = half >> 10 & 31;
+    double value =
+        exponent ? ldexp(1024 + (half & 0x3ff), exponent - 25) : ldexp(half & 0x3ff, -24);
+    return half & 0x8000 ? -value : value;
+}
+
+static inline double ref_f32(const uint8_t *bytes, int shift) { /* bf16: the upper half of one */
+    uint32_t bits = 0;
+    float value;
+    memcpy(&bits, bytes, shift ? 2 : 4);
+    bits <<= shift;
+    memcpy(&value, &bits, sizeof value);
+    return (double)value;
+}
+
+/* d, m, then for each 32 elements a scale and a least value of 6 bits; those of the last four parts
+ * have their upper two bits in the bytes of the first four. */
+static inline double ref_q4_k(const uint8_t *block, int k) {
+    const uint8_t *packed = block + 4;
+    int j = k / 32, scale = packed[j] & 63, least = packed[j + 4] & 63;
+    if (j >= 4) {
+        scale = (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4;
+        least = packed[j + 4] >> 4 | (packed[j] >> 6) << 4;
+    }
+    int number = block[16 + k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4) & 15;
+    return ref_f16(block) * scale * number - ref_f16(block + 2) * least;
+}
+
+/* The lower four bits of all, the upper two of all, then for each 16 elements a scale; d. */
+static inline double ref_q6_k(const uint8_t *block, int k) {
+    int half = k / 128, quarter = k % 128 / 32, l = k % 32;
+    int low = block[half * 64 + quarter % 2 * 32 + l] >> (quarter / 2 * 4) & 15;
+    int high = block[128 + half * 32 + l] >> (quarter * 2) & 3;
+    return ref_f16(block + 208) * (int8_t)block[192 + k / 16] * ((low | high << 4) - 32);
+}
+
+static inline double ref_element(const struct tensor *tensor, int row, int col) {
+    size_t i = (size_t)row * (size_t)tensor->cols + (size_t)col;
+    size_t n_k = (size_t)ref_block_elements(tensor->type);
+    size_t at = i / n_k * (size_t)ref_block_bytes(tensor->type);
+    const uint8_t *block =
+        (const uint8_t *)tensor->data + (tensor->period > 0 ? at % tensor->period : at);
+    int k = (int)(i % n_k);
+    switch (tensor->type) {
+    case TYPE_F32: return ref_f32(block, 0);
+    case TYPE_BF16: return ref_f32(block, 16);
+    case TYPE_F16: return ref_f16(block);
+    case TYPE_Q8_0: return ref_f16(block) * (int8_t)block[2 + k];
+    case TYPE_Q4_0: return ref_f16(block) * ((block[2 + k % 16] >> (k / 16 * 4) & 15) - 8);
+    case TYPE_Q4_K: return ref_q4_k(block, k);
+    case TYPE_Q6_K: return ref_q6_k(block, k);
+    }
+    return NAN;
+}
+
+/* ---- the pieces of a layer ---- */
+
+/* x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019); out may be x. */
+static inline void ref_norm(const double *x, const struct tensor *weight, int n, double epsilon,
+                            double *out) {
+    double squares = 0.0;
+    for (int i = 0; i < n; i++)
+        squares += x[i] * x[i];
+    for (int i = 0; i < n; i++)
+        out[i] = x[i] / sqrt(squares / n + epsilon) * ref_element(weight, 0, i);
+}
+
+/* out (n, rows of the matrix) += matrix . x + bias, for each row of x (n, columns of it); bias may
+ * be NULL. */
+static inline void ref_product(const struct tensor *matrix, const struct tensor *bias,
+                               const double *x, int n, double *out) {
+    int rows = (int)matrix->rows, cols = (int)matrix->cols;
+    double *w = ref_doubles(1, cols);
+    for (int output = 0; output < rows; output++) {
+        for (int k = 0; k < cols; k++)
+            w[k] = ref_element(matrix, output, k);
+        for (int i = 0; i < n; i++) {
+            double sum = bias ? ref_element(bias, 0, output) : 0.0;
+            for (int k = 0; k < cols; k++)
+                sum += w[k] * x[(size_t)i * (size_t)cols + (size_t)k];
+            out[(size_t)i * (size_t)rows + (size_t)output] += sum;
+        }
+    }
+    free(w);
+}
+
+/* Turns pairs of a head's first rope_dim elements by position * frequency (Su et al. 2021). */
+static inline void ref_turn(const struct model_config *config, const float *frequency, int position,
+                            double *head) {
+    int half = config->rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        double *a = config->rope_adjacent ? head + 2 * i : head + i;
+        double *b = config->rope_adjacent ? a + 1 : a + half;
+        double angle = position * (double)frequency[i];
+        double turned = *a * cos(angle) - *b * sin(angle);
+        *b = *a * sin(angle) + *b * cos(angle);
+        *a = turned;
+    }
+}
+
+/* A head of q or k, on its way into attention: normed where the model does that, and turned. */
+static inline void ref_head(const struct model_config *config, const struct tensor *norm,
+                            const float *frequency, int position, double *head) {
+    if (norm)
+        ref_norm(head, norm, config->head_dim, (double)config->norm_epsilon, head);
+    ref_turn(config, frequency, position, head);
+}
+
+/* weight (n) = softmax(q . keys / sqrt(dim)), out (dim) = the sum of values by weight (Vaswani et
+ * al. 2017). Keys and values of a token are `stride` behind those of the token before. */
+static inline void ref_attention(const double *q, const double *keys, const double *values, int n,
+                                 int dim, int stride, double *weight, double *out) {
+    double largest = -INFINITY, sum = 0.0;
+    memset(out, 0, sizeof *out * (size_t)dim);
+    for (int t = 0; t < n; t++) {
+        weight[t] = 0.0;
+        for (int i = 0; i < dim; i++)
+            weight[t] += q[i] * keys[(size_t)t * (size_t)stride + (size_t)i] / sqrt(dim);
+        largest = weight[t] > largest ? weight[t] : largest;
+    }
+    for (int t = 0; t < n; t++)
+        sum += weight[t] = exp(weight[t] - largest);
+    for (int t = 0; t < n; t++) {
+        weight[t] /= sum;
+        for (int i = 0; i < dim; i++)
+            out[i] += weight[t] * values[(size_t)t * (size_t)stride + (size_t)i];
+    }
+}
+
+static inline double ref_silu(double x) { /* Hendrycks and Gimpel 2016 */
+    return x / (1.0 + exp(-x));
+}
+
+/* ---- the model ---- */
+
+/* x (n, d_model) += attn_output . attention(q, k, v of rmsnorm(x)) */
+static inline void ref_attention_layer(const struct model_config *c,
+                                       const struct tensor *const *layer, const float *frequency,
+                                       int n, double *x) {
+    int d = c->d_model, dim = c->head_dim, group = c->n_heads / c->n_kv_heads;
+    int q_cols = c->n_heads * dim, kv_cols = c->n_kv_heads * dim;
+    double *h = ref_doubles(n, d), *weight = ref_doubles(1, n), *mixed = ref_doubles(n, q_cols);
+    double *q = ref_doubles(n, q_cols), *k = ref_doubles(n, kv_cols), *v = ref_doubles(n, kv_cols);
+    for (int i = 0; i < n; i++)
+        ref_norm(x + i * d, layer[ATTN_NORM], d, (double)c->norm_epsilon, h + i * d);
+    ref_product(layer[ATTN_Q], layer[Q_BIAS], h, n, q);
+    ref_product(layer[ATTN_K], layer[K_BIAS], h, n, k);
+    ref_product(layer[ATTN_V], layer[V_BIAS], h, n, v);
+    for (int i = 0; i < n; i++) {
+        for (int head = 0; head < c->n_heads; head++)
+            ref_head(c, layer[ATTN_Q_NORM], frequency, i, q + i * q_cols + head * dim);
+        for (int head = 0; head < c->n_kv_heads; head++)
+            ref_head(c, layer[ATTN_K_NORM], frequency, i, k + i * kv_cols + head * dim);
+    }
+    for (int i = 0; i < n; i++) /* a token sees those before it, and itself */
+        for (int head = 0; head < c->n_heads; head++) {
+            int at = i * q_cols + head * dim, kv = head / group * dim;
+            ref_attention(q + at, k + kv, v + kv, i + 1, dim, kv_cols, weight, mixed + at);
+        }
+    ref_product(layer[ATTN_OUTPUT], NULL, mixed, n, x);
+    free(h);
+    free(weight);
+    free(mixed);
+    free(q);
+    free(k);
+    free(v);
+}
+
+/* x (n, d_model) += ffn_down . (silu(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
+ * (Shazeer 2020) */
+static inline void ref_ffn_layer(const struct model_config *c, const struct tensor *const *layer,
+                                 int n, double *x) {
+    int d = c->d_model;
+    double *h = ref_doubles(n, d), *gate = ref_doubles(n, c->d_ff), *up = ref_doubles(n, c->d_ff);
+    for (int i = 0; i < n; i++)
+        ref_norm(x + i * d, layer[FFN_NORM], d, (double)c->norm_epsilon, h + i * d);
+    ref_product(layer[FFN_GATE], NULL, h, n, gate);
+    ref_product(layer[FFN_UP], NULL, h, n, up);
+    for (int i = 0; i < n * c->d_ff; i++)
+        up[i] *= ref_silu(gate[i]);
+    ref_product(layer[FFN_DOWN], NULL, up, n, x);
+    free(h);
+    free(gate);
+    free(up);
+}
+
+/* Radians per position of each pair (rope_dim / 2) that rope turns. */
+static inline void ref_frequencies(const struct model *model, float *frequency) {
+    const struct model_config *c = &model->config;
+    const struct tensor *divisors = model->layers[0][ROPE_FREQS];
+    for (int i = 0; i < c->rope_dim / 2; i++) {
+        double divisor = divisors ? ref_element(divisors, 0, i) : 1.0;
+        frequency[i] = (float)(pow((double)c->rope_theta, -2.0 * i / c->rope_dim) / divisor);
+    }
+}
+
+/* Logits (n, vocab_size) after each of n tokens; see ref_frequencies. */
+static inline void ref_forward(const struct model *model, const float *frequency, const int *tokens,
+                               int n, double *logits) {
+    const struct model_config *c = &model->config;
+    const struct tensor *const *own = model->layers[0];
+    int d = c->d_model;
+    double *x = ref_doubles(n, d);
+    for (int i = 0; i < n * d; i++)
+        x[i] = ref_element(own[TOKEN_EMBD], tokens[i / d], i % d);
+    for (int layer = 0; layer < c->n_layers; layer++) {
+        ref_attention_layer(c, model->layers[layer], frequency, n, x);
+        ref_ffn_layer(c, model->layers[layer], n, x);
+    }
+    for (int i = 0; i < n; i++)
+        ref_norm(x + i * d, own[OUTPUT_NORM], d, (double)c->norm_epsilon, x + i * d);
+    memset(logits, 0, sizeof *logits * (size_t)n * (size_t)c->vocab_size);
+    ref_product(own[OUTPUT], NULL, x, n, logits);
+    free(x);
+}
+
+/* ---- sampling ---- */
+
+/* Philox4x32-10 (Salmon et al. 2011): 4 random words of a counter and a key, in its place. */
+static inline void ref_philox(uint32_t c[4], uint32_t key0, uint32_t key1) {
+    for (int round = 0; round < 10; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+        uint64_t a = (uint64_t)c[0] * 0xD2511F53u, b = (uint64_t)c[2] * 0xCD9E8D57u;
+        uint32_t next[4] = {(uint32_t)(b >> 32) ^ c[1] ^ key0, (uint32_t)b,
+                            (uint32_t)(a >> 32) ^ c[3] ^ key1, (uint32_t)a};
+        memcpy(c, next, sizeof next);
+    }
+}
+
+struct ref_choice { /* a token that could be drawn */
+    float scaled;   /* logit / temperature */
+    int token;
+};
+
+static inline int ref_by_rank(const void *a, const void *b) { /* of equals the lower id */
+    const struct ref_choice *first = (const struct ref_choice *)a;
+    const struct ref_choice *second = (const struct ref_choice *)b;
+    return first->scaled > second->scaled   ? -1
+           : first->scaled < second->scaled ? 1
+                                            : first->token - second->token;
+}
+
+static inline double ref_noisy(const struct sampling *sampling, int position,
+                               struct ref_choice choice) {
+    uint32_t words[4] = {(uint32_t)position, (uint32_t)choice.token, 0, 0};
+    ref_philox(words, (uint32_t)sampling->seed, (uint32_t)(sampling->seed >> 32));
+    return (double)choice.scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
+}
+
+/* The token for `position`, by the definition at `sample` in dynamo.h: the draw of a full sort. A
+ * logit that is no number counts as the least. Sums of weights decide who is among those that reach
+ * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such
+ * sums `token` could be drawn too. */
+static inline int ref_sample_within(const struct sampling *sampling, int position,
+                                    const float *logits, int n, double slack, int token,
+                                    bool *may) {
+    struct ref_choice *order = (struct ref_choice *)ref_allocate((size_t)n, sizeof *order);
+    float divisor = sampling->temperature > 0.0f ? sampling->temperature : 1.0f;
+    for (int i = 0; i < n; i++) {
+        float scaled = logits[i] / divisor;
+        order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
+        order[i].token = i;
+    }
+    qsort(order, (size_t)n, sizeof *order, ref_by_rank);
+    int kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
+    kept = sampling->temperature > 0.0f ? kept : 1;
+    double max = (double)order[0].scaled, total = 0.0, before = 0.0;
+    for (int i = 0; i < kept; i++)
+        total += exp((double)order[i].scaled - max);
+    double least = sampling->min_p > 0.0f ? max + log((double)sampling->min_p) : -INFINITY;
+    double enough = sampling->top_p < 1.0f ? (double)sampling->top_p * total : INFINITY;
+    double best = -INFINITY, best_sure = -INFINITY, value_of_token = -INFINITY;
+    int winner = order[0].token, winner_sure = n;
+    for (int i = 0; i < kept && (i == 0 || before < enough + slack * total); i++) {
+        bool within = i == 0 || before < enough, sure = i == 0 || before < enough - slack * total;
+        before += exp((double)order[i].scaled - max);
+        if ((double)order[i].scaled < least)
+            continue;
+        double value = ref_noisy(sampling, position, order[i]);
+        int id = order[i].token;
+        if (id == token)
+            value_of_token = value;
+        if (within && (value > best || (value == best && id < winner))) {
+            best = value;
+            winner = id;
+        }
+        if (sure && (value > best_sure || (value == best_sure && id < winner_sure))) {
+            best_sure = value;
+            winner_sure = id;
+        }
+    }
+    free(order);
+    *may = value_of_token > best_sure - 1e-12 * fabs(best_sure) &&
+           (value_of_token != best_sure || token <= winner_sure);
+    return winner;
+}
+
+static inline int ref_sample(const struct sampling *sampling, int position, const float *logits,
+                             int n) {
+    bool may;
+    return ref_sample_within(sampling, position, logits, n, 0.0, -1, &may);
+}
+#endif /* REFERENCE_H */
