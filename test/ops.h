@@ -86,7 +86,7 @@ static double activation_error(enum activation a);
 static double kv_error(const struct device *device);
 /* Error of a whole model's logits, of the largest. */
 static double model_error(const struct device *device, enum tensor_type type);
-static void sample_only(struct device *device); /* draws from the logits that are there */
+static void draw_rows(struct device *device, int n); /* n tokens, from the logits that are there */
 static void check_idle(struct check *check, struct device *device); /* what holds between ops */
 
 /* ---- random numbers ---- */
@@ -141,7 +141,7 @@ static void shuffle(struct random *random, int *list, int n) { /* 0 to n - 1 */
     }
 }
 
-static int smaller(int a, int b) {
+static int min_of(int a, int b) {
     return a < b ? a : b;
 }
 
@@ -347,7 +347,7 @@ static int width_of(const struct device *device, enum activation a) {
 }
 
 static int rows_of(const struct device *device, enum activation a) {
-    int logits = device->rank > 0 ? 0 : smaller(device->max_samples, LOGITS_KEPT);
+    int logits = device->rank > 0 ? 0 : min_of(device->max_samples, LOGITS_KEPT);
     return a == A_LOGITS ? logits : device->max_rows;
 }
 
@@ -522,16 +522,6 @@ static void add_texts(struct batch *b, struct random *random, int n_generated, i
 
 /* ---- ops ---- */
 
-/* The one place that knows by which ops a backend makes logits and draws from them. */
-static void finish_rows(struct worker *worker, float *logits, bool draw) {
-    struct device *device = worker->shards[0];
-    worker->backend->norm_logits(device, worker->weights[0][0]);
-    if (logits) /* (n_samples, vocab_size) */
-        worker->backend->read_logits(device, logits);
-    if (draw)
-        worker->backend->sample(device);
-}
-
 /* One forward pass, as dynamo.c has it. False: it was a recording. */
 static bool forward(struct worker *worker, const struct batch *batch) {
     struct backend *backend = worker->backend;
@@ -560,7 +550,7 @@ static bool forward(struct worker *worker, const struct batch *batch) {
             backend->all_reduce_add(worker->shards, n);
     }
     if (record && batch->n_samples > 0)
-        finish_rows(worker, NULL, true);
+        backend->sample(worker->shards[0], worker->weights[0][0], NULL);
     for (int s = 0; s < n; s++)
         backend->step_end(worker->shards[s], s == 0 ? batch->sampled : NULL);
     return record;
@@ -568,7 +558,7 @@ static bool forward(struct worker *worker, const struct batch *batch) {
 
 enum op { OP_EMBED, OP_NORM_QKV, OP_ROPE, OP_ATTENTION, OP_OUTPUT, OP_GATE_UP, OP_DOWN, OP_LOGITS };
 static const char *const op_names[] = {"embed",       "norm_qkv",     "rope_append", "attention",
-                                       "attn_output", "norm_gate_up", "ffn_down",    "norm_logits"};
+                                       "attn_output", "norm_gate_up", "ffn_down",    "sample"};
 
 /* One op on a worker of one shard, within a step. Inputs: all rows of the device, so that rows
  * which the step does not have are known too; outputs: NULL before it was run. */
@@ -631,7 +621,7 @@ static void call_op(const struct trial *t, enum op op) {
     case OP_OUTPUT: backend->project_add(t->device, l[ATTN_OUTPUT], INPUT_ATTENTION); break;
     case OP_GATE_UP: backend->norm_gate_up(t->device, l); break;
     case OP_DOWN: backend->project_add(t->device, l[FFN_DOWN], INPUT_FFN); break;
-    case OP_LOGITS: finish_rows(t->worker, NULL, false); break;
+    case OP_LOGITS: backend->sample(t->device, t->worker->weights[0][0], NULL); break;
     }
 }
 
@@ -750,7 +740,7 @@ struct sum {
     double value, magnitudes, squares;
 };
 
-static struct sum multiply(const double *w, const float *input, int n) {
+static struct sum sum_of(const double *w, const float *input, int n) {
     struct sum sum = {0, 0, 0};
     for (int k = 0; k < n; k++) {
         double product = w[k] * (double)input[k];
@@ -800,7 +790,7 @@ static void check_product(struct trial *t, enum op op, int role, const struct te
     struct worst worst = {0, 0, 0};
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < width; i++) {
-            struct sum sum = multiply(w + nth(i, cols, 0), input + nth(row, cols, 0), cols);
+            struct sum sum = sum_of(w + nth(i, cols, 0), input + nth(row, cols, 0), cols);
             double added = bias ? ref_element(bias, 0, i) : 0.0;
             added += t->in[out] ? (double)t->in[out][nth(row, width, i)] : 0.0;
             compare(&worst, row, i, (double)t->out[out][nth(row, width, i)], sum.value + added,
@@ -839,8 +829,8 @@ static void check_gate_up(struct trial *t) {
     struct worst worst = {0, 0, 0};
     for (int row = 0; row < t->batch->n_rows; row++)
         for (int i = 0; i < d_ff; i++) {
-            struct sum g = multiply(gate + nth(i, d, 0), t->out[A_H] + nth(row, d, 0), d);
-            struct sum u = multiply(up + nth(i, d, 0), t->out[A_H] + nth(row, d, 0), d);
+            struct sum g = sum_of(gate + nth(i, d, 0), t->out[A_H] + nth(row, d, 0), d);
+            struct sum u = sum_of(up + nth(i, d, 0), t->out[A_H] + nth(row, d, 0), d);
             double off_g = 1.1 * allowed_of(slack, g, 0.0), off_u = allowed_of(slack, u, 0.0);
             double silu = ref_silu(g.value), expected = silu * u.value;
             compare(&worst, row, i, (double)t->out[A_FFN][nth(row, d_ff, i)], expected,
@@ -877,7 +867,8 @@ static void check_logits(struct trial *t) {
     check_product(t, OP_LOGITS, OUTPUT, NULL, t->out[A_H], n, A_LOGITS,
                   product_slack(t->device, own[OUTPUT]->type));
     float *host = floats(nth(n, vocab, 0));
-    finish_rows(t->worker, host, false);
+    t->worker->backend->sample(t->device, t->worker->weights[0][0], host);
+    run_op(t, OP_LOGITS, 1 << A_LOGITS); /* which waits for the device */
     CHECK(same_bits(host, t->out[A_LOGITS], nth(n, vocab, 0)), "logits that were read, %d rows", n);
     free(host);
 }
@@ -1170,7 +1161,7 @@ static void add_some_samples(struct batch *batch, struct random *random) {
     int n = batch->n_rows;
     if (n < 2)
         return;
-    for (int i = between(random, 1, smaller(n - 1, LOGITS_KEPT)); i < n; i++)
+    for (int i = between(random, 1, min_of(n - 1, LOGITS_KEPT)); i < n; i++)
         if (batch->n_samples < LOGITS_KEPT)
             add_sample(batch, below(random, n), warm(1));
 }
@@ -1264,7 +1255,7 @@ static void products_of_many_rows(struct check *check) {
     for (int i = 0; i < 3; i++)
         add_text(batch, text, slots, 0, 1, true);
     for (int done = 0; done < rows; done += 1000)
-        add_text(batch, text, slots, 0, smaller(rows - done, 1000), false);
+        add_text(batch, text, slots, 0, min_of(rows - done, 1000), false);
     struct trial t;
     open_trial(&t, check, 0, make_model_of(&random, config, TYPE_BF16), batch, rows + 3);
     give(&t, A_X, &random);
@@ -1409,7 +1400,7 @@ static struct story draw_story(struct random *random, int n_prompt, int n_genera
 static void add_crowd(struct batch *batch, struct random *random, const struct story *story,
                       const int *slots, int *used, int n, bool generated) {
     for (int i = 0; i < n; i++) {
-        int most = below(random, 2) ? story->length : smaller(story->length, BLOCK_TOKENS);
+        int most = below(random, 2) ? story->length : min_of(story->length, BLOCK_TOKENS);
         int begin = below(random, most);
         int end = generated ? begin + 1 : between(random, begin + 1, story->length);
         if (*used + blocks_of(end) > KV_BLOCKS)
@@ -1429,7 +1420,7 @@ static void tell(struct check *check, struct worker *worker, struct random *rand
     shuffle(random, slots, KV_BLOCKS);
     for (int at = 0, next; at < story->length; at = next) {
         bool generated = at >= story->n_prompt;
-        next = generated ? at + 1 : smaller(story->n_prompt, at + between(random, 1, chunk));
+        next = generated ? at + 1 : min_of(story->n_prompt, at + between(random, 1, chunk));
         int n = below(random, crowd + 1), before = below(random, n + 1), sample = 0;
         int used = blocks_of(story->length); /* the first blocks are the story's */
         struct batch *batch = start_batch(test);
@@ -1474,7 +1465,7 @@ static void check_told(struct check *check, struct random *random, enum tensor_t
     for (size_t i = 0; i < n; i++)
         CHECK(alone[i] == alone[i], "logits are numbers");
     for (int i = 0; i < COUNT(cuts); i++) {
-        worker = open_worker(variant, word(random), m, smaller(cuts[i][2], CROWD_SHARDS), 600);
+        worker = open_worker(variant, word(random), m, min_of(cuts[i][2], CROWD_SHARDS), 600);
         tell(check, worker, random, &story, cuts[i][0], cuts[i][1], told);
         CHECK(same_bits(told, alone, n), "type %d, variant %d, %d tokens: chunks of %d among %d",
               (int)type, variant, story.length, cuts[i][0], cuts[i][1]);
@@ -1571,7 +1562,7 @@ static void draw_samples(struct worker *worker, const int *text, int n,
         add_sample(batch, i, sampling[i]);
     worker->backend->step_begin(worker->shards[0], batch);
     worker->backend->embed(worker->shards[0], worker->weights[0][0][TOKEN_EMBD]);
-    finish_rows(worker, logits, true);
+    worker->backend->sample(worker->shards[0], worker->weights[0][0], logits);
     worker->backend->step_end(worker->shards[0], sampled);
 }
 
@@ -1591,7 +1582,7 @@ static void many_samples(struct check *check) {
     float *logits = floats(nth(n, vocab, 0)), *some = floats(nth(n, vocab, 0));
     draw_samples(worker, text, n, sampling, 0, n, logits, sampled);
     for (int first = 0, end; first < n; first = end) {
-        end = between(&random, first + 1, smaller(n, first + LOGITS_KEPT));
+        end = between(&random, first + 1, min_of(n, first + LOGITS_KEPT));
         draw_samples(worker, text, n, sampling, first, end, some, alone);
         CHECK(same_bits(logits + nth(first, vocab, 0), some, nth(end - first, vocab, 0)),
               "logits of samples %d to %d of %d", first, end, n);
@@ -1650,7 +1641,7 @@ static int check_draws(struct check *check, struct random *random, struct device
         set_order((uint64_t)order);
         device->backend->step_begin(device, batch);
         poke(device, A_LOGITS, logits, n_rows);
-        sample_only(device);
+        draw_rows(device, n_rows);
         device->backend->step_end(device, batch->sampled);
         if (order == 1)
             memcpy(first, batch->sampled, sizeof *first * (size_t)n_rows);

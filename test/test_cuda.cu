@@ -54,7 +54,7 @@ enum {
     CROWD_SHARDS = 1,
     SHARD_ROWS = CHAIN_ROWS,
     MOST_ROWS = ROW_BAND * ROW_TILE,
-    COPIES = 2 * RING + 300,
+    COPIES = 2 * GPU_TICKETS + 300,
     COPIES_LATE = EMULATED,
     PARTS_SHARED = 1
 };
@@ -263,21 +263,20 @@ static void poison_kv(struct device *device, size_t bytes) {
     need_success(cudaMemsetAsync(device->kv, 0xff, bytes, stream), "cudaMemsetAsync");
 }
 
-/* The f32 that go in are bf16 by then, except that F32 is two of them as yet. */
+/* What a matrix keeps of an element: F32 and F16 become bf16. */
 static double kept_element(enum tensor_type type, double value, double largest, double *allowed) {
-    *allowed = type == TYPE_F32 ? 0x1p-16 * fabs(value) : 0.0;
+    *allowed = 0.0;
     if (type == TYPE_Q4_K || type == TYPE_Q6_K) /* computed in f32, and rounded */
         *allowed = 0x1.01p-8 * fabs(value) + (type == TYPE_Q4_K ? 0x1p-19 * largest : 0.0);
-    return type == TYPE_F16 ? rounded(value) : value;
+    return type == TYPE_F16 || type == TYPE_F32 ? rounded(value) : value;
 }
 
 static double multiplied(enum tensor_type type, double kept) {
     return type == TYPE_Q8_0 || type == TYPE_Q4_0 ? rounded(kept) : kept;
 }
 
-/* F32 is multiplied by what bf16 leaves out of h, too, which is not looked at here. */
-static struct slack product_slack(const struct device *, enum tensor_type type) {
-    return {1e-5, type == TYPE_F32 ? 1e-2 : 0.0};
+static struct slack product_slack(const struct device *, enum tensor_type) {
+    return {1e-5, 0.0};
 }
 
 static struct slack attention_slack(const struct device *) { /* weights are bf16 */
@@ -297,8 +296,8 @@ static double model_error(const struct device *, enum tensor_type) {
     return 6e-2;
 }
 
-static void sample_only(struct device *device) {
-    cuda_sample(device);
+static void draw_rows(struct device *device, int n) {
+    draw_tokens(cuda_of(device), 0, n);
 }
 
 static void check_idle(struct check *check, struct device *device) {
@@ -341,7 +340,7 @@ static void check_segments(struct check *check, const struct device *device,
     CHECK(s.n == n && s.unit[0] == 0, "%d segments", s.n);
     for (int i = 0; i <= n; i++) {
         int64_t steps = (cols + grain - 1) / grain;
-        int k = smaller((int)((first + i) * steps / K_SEGMENTS * grain), cols);
+        int k = min_of((int)((first + i) * steps / K_SEGMENTS * grain), cols);
         CHECK(s.k[i] == k, "%d columns, %d of %d: segment %d begins at %d, not %d", cols,
               weight->slice.rank, weight->slice.count, i, s.k[i], k);
         if (i > 0 && s.k[i] > s.k[i - 1])
