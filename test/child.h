@@ -220,7 +220,7 @@ static inline bool live_works(const struct live *live, double seconds) {
 static inline bool live_ready(struct live *live) {
     struct pollfd ready = {.fd = live->output, .events = POLLIN};
     double last = -1;
-    for (int seconds = 0; seconds < SLEEP_LIMIT; seconds++) {
+    for (int seconds = live->asleep ? SLEEP_LIMIT - 1 : 0; seconds < SLEEP_LIMIT; seconds++) {
         if (poll(&ready, 1, 1000) > 0)
             return true;
         double used = live_used(live);
