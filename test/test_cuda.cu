@@ -696,7 +696,8 @@ static void faults(struct check *check) {
                    where, &line, &device, call, why, doing);
         CHECK(status == 128 + SIGABRT && found == 6, "%s: status %d: %s", fault.call, status, text);
         bool launches = !strcmp(fault.call, "cudaLaunchKernelEx");
-        CHECK(strstr(where, ".cu") && line > 0 && device >= 0 && device < fault.n_shards &&
+        CHECK((strstr(where, ".cu") || strstr(where, "lib/gpu.h")) && line > 0 && device >= 0 &&
+                  device < fault.n_shards &&
                   !strcmp(call, launches ? "embed_kernel" : fault.call) &&
                   !strcmp(doing, fault.doing),
               "%s", text);
