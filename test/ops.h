@@ -1670,7 +1670,7 @@ static void sampling(struct check *check) {
     int all = 0, different = 0;
     for (int i = 0; i < COUNT(sizes); i++) {
         bool large = sizes[i] > 2000;
-        int repeats = SANITIZED ? 1 : large ? 2 : 7, n_rows = large ? 4 : LOGITS_KEPT;
+        int repeats = SANITIZED ? 1 : large ? DRAWS : 4 * DRAWS, n_rows = large ? 4 : LOGITS_KEPT;
         struct model_config config = draw_config(&random, 1, 1);
         config.rope_dim = 0;
         config.vocab_size = sizes[i];
