@@ -376,8 +376,9 @@ double engine_now(void); /* seconds; the clock of requests' times */
 struct engine_stats engine_stats(struct engine *engine);
 /* What the devices of the first worker reach at most, measured now: see `limits` above. */
 void engine_limits(struct engine *engine, double *read, double *ops);
-/* Logits (n, vocab_size) of tokens [start, start + n) of a text, whose rows [0, start) were computed
- * by such calls before; n is at most `chunk`. Goes around the scheduler: before engine_start. */
+/* Logits (n, vocab_size) of tokens [start, start + n) of a text, whose rows [0, start) were
+ * computed by such calls before; n is at most `chunk`. Goes around the scheduler: before
+ * engine_start. */
 void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
 /* Names the requests that end with the program on stderr: for backend_options.lost. */
 void engine_tell_lost(struct engine *engine);

@@ -1141,8 +1141,8 @@ static void add_values(enum kv_type type, int n_rows, struct kv_tile *tile) {
             value_rows(KV_BF16, 1, n_rows, tile);
 }
 
-/* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum than
- * before scales what is there of the output, which is padded to whole vectors. */
+/* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum
+ * than before scales what is there of the output, which is padded to whole vectors. */
 static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
                          int padded) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

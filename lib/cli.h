@@ -301,7 +301,8 @@ static const struct kind CHOICE = {read_choice, 0, NULL};
 
 /* ---- the table of options ---- */
 
-/* Rows with a key are fields of options.request. A row without a name is a key of request files only, one without a kind a heading. */
+/* A row with a key is a field of options.request; without a name, a key of request files only;
+ * without a kind, a heading of --help. */
 struct option_row {
     const char *name, *argument, *key;
     const struct kind *kind;

@@ -5,8 +5,9 @@
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
  * A model of that shape with random weights is run through the backend's ops. Each figure is the
- * best of several repetitions and stands beside the machine's own limits (`limits` of the backend), measured
- * right before and after it: reading those weights, and the arithmetic that the type's kernel uses. */
+ * best of several repetitions and stands beside the machine's own limits (`limits` of the backend),
+ * measured right before and after it: reading those weights, and the arithmetic that the type's
+ * kernel uses. */
 #include "../kernels.c"
 
 enum {
