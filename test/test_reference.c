@@ -10,6 +10,7 @@
  * reference.h, by which all ops are judged, is itself judged here, by the same logits.
  *
  * Run from the repository's root. -DDYNAMO_PROGRAM='"path"' tests another binary. */
+#define _GNU_SOURCE
 #define GGUF_IMPLEMENTATION
 #define MODEL_IMPLEMENTATION
 #include "reference.h"
@@ -135,8 +136,8 @@ static int run_program(char *const *arguments) {
 }
 
 /* The engine's logits on `n_devices` devices, with one more option if `option` is not NULL. */
-static struct matrix engine_logits(struct check *check, const struct reference *reference,
-                                   int n_devices, char *option, char *value) {
+static struct matrix program_logits(struct check *check, const struct reference *reference,
+                                    int n_devices, char *option, char *value) {
     char model[PATH_LENGTH], devices[NAME_LENGTH];
     char output[] = "/tmp/dynamo_logits_XXXXXX";
     int descriptor = mkstemp(output);
@@ -210,7 +211,7 @@ static void check_same_bits(struct check *check, const struct reference *referen
 /* `option value` on `n_devices` devices changes no bit of what one device computes. */
 static void check_option(struct check *check, const struct reference *reference,
                          struct matrix expected, int n_devices, char *option, char *value) {
-    struct matrix got = engine_logits(check, reference, n_devices, option, value);
+    struct matrix got = program_logits(check, reference, n_devices, option, value);
     if (got.values && expected.values)
         check_same_bits(check, reference, option, value, got, expected);
     free(got.values);
@@ -227,7 +228,7 @@ static void agrees_with_the_original(struct check *check) {
         snprintf(path, sizeof path, FOLDER "%s", reference->logits);
         struct matrix expected = read_matrix(path, reference->n_tokens);
         CHECK(expected.values, "%s: cannot be read", path);
-        struct matrix got = engine_logits(check, reference, 1, NULL, NULL);
+        struct matrix got = program_logits(check, reference, 1, NULL, NULL);
         if (got.values && expected.values)
             check_close(check, reference, got, expected);
         free(expected.values);
@@ -242,8 +243,7 @@ static struct matrix reference_logits(struct check *check, const struct referenc
     char path[PATH_LENGTH], error[ERROR_LENGTH] = "";
     struct model model;
     snprintf(path, sizeof path, FOLDER "%s", reference->model);
-    struct gguf *file = gguf_open(path, error);
-    bool ok = file && model_open(&model, file, error);
+    bool ok = model_open(&model, path, error);
     CHECK(ok, "%s: %s", path, error);
     if (ok) {
         int n = 0, tokens[512];
@@ -260,7 +260,6 @@ static struct matrix reference_logits(struct check *check, const struct referenc
         free(values);
         model_close(&model);
     }
-    gguf_close(file);
     return logits;
 }
 
@@ -287,7 +286,7 @@ static void chunks_change_no_bit(struct check *check) {
     index_open(check, &index);
     for (size_t i = 0; i < index.count; i++) {
         const struct reference *reference = &index.references[i];
-        struct matrix expected = engine_logits(check, reference, 1, NULL, NULL);
+        struct matrix expected = program_logits(check, reference, 1, NULL, NULL);
         check_option(check, reference, expected, 1, "--chunk", "1");
         check_option(check, reference, expected, 1, "--chunk", "7");
         free(expected.values);
@@ -303,7 +302,7 @@ static void shards_change_no_bit(struct check *check) {
         const struct reference *reference = &index.references[i];
         if (reference->widest_tp < 2)
             continue;
-        struct matrix expected = engine_logits(check, reference, 1, NULL, NULL);
+        struct matrix expected = program_logits(check, reference, 1, NULL, NULL);
         check_option(check, reference, expected, 2, "--tp", "2");
         if (reference->widest_tp >= 4) {
             check_option(check, reference, expected, 4, "--tp", "4");
