@@ -506,7 +506,8 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
         ivec whole = __builtin_convertvector(rounded - 12582912.0f, ivec);
         byte_vec bytes = __builtin_convertvector(whole, byte_vec);
         memcpy(to->q + i * LANES, &bytes, sizeof bytes);
-        to->sum[i] = (int32_t)sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
+        float sum = sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
+        to->sum[i] = sum == sum ? (int32_t)sum : 0;   /* 0: of a row that is no number */
     }
     to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
 }
