@@ -304,7 +304,7 @@ static inline double ref_noisy(const struct sampling *sampling, int position,
     return (double)choice.scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
-/* The token for `position`, by the definition at `sample` in dynamo.h: the draw of a full sort. A
+/* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort. A
  * logit that is no number counts as the least. Sums of weights decide who is among those that reach
  * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such
  * sums `token` could be drawn too. */

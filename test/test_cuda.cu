@@ -547,7 +547,7 @@ static size_t free_bytes() {
     return available;
 }
 
-/* Opens a worker of one shard as engine.h does, until something fails: false, and why. */
+/* Opens a worker of one shard as dynamo.c does, until something fails: false, and why. */
 static bool try_worker(struct backend *backend, const struct test_model *m, char *error) {
     struct device wanted = wanted_device(backend, &m->model.config, m->frequency, 40, KV_BF16);
     struct device *device = backend->device_open(backend, &wanted, error);
