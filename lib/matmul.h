@@ -458,15 +458,44 @@ INLINE void tile_product_rows(enum tensor_type type, int n_rows, const struct ti
     }
 }
 
+/* A function for each type: all kernels in one would take the compiler minutes. */
+static NOINLINE void tile_f32(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_F32, n_rows, tile);
+}
+
+static NOINLINE void tile_f16(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_F16, n_rows, tile);
+}
+
+static NOINLINE void tile_bf16(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_BF16, n_rows, tile);
+}
+
+static NOINLINE void tile_q8_0(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_Q8_0, n_rows, tile);
+}
+
+static NOINLINE void tile_q4_0(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_Q4_0, n_rows, tile);
+}
+
+static NOINLINE void tile_q4_k(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_Q4_K, n_rows, tile);
+}
+
+static NOINLINE void tile_q6_k(int n_rows, const struct tile *tile) {
+    tile_product_rows(TYPE_Q6_K, n_rows, tile);
+}
+
 static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
-    case TYPE_F32: tile_product_rows(TYPE_F32, n_rows, tile); return;
-    case TYPE_F16: tile_product_rows(TYPE_F16, n_rows, tile); return;
-    case TYPE_BF16: tile_product_rows(TYPE_BF16, n_rows, tile); return;
-    case TYPE_Q8_0: tile_product_rows(TYPE_Q8_0, n_rows, tile); return;
-    case TYPE_Q4_0: tile_product_rows(TYPE_Q4_0, n_rows, tile); return;
-    case TYPE_Q4_K: tile_product_rows(TYPE_Q4_K, n_rows, tile); return;
-    case TYPE_Q6_K: tile_product_rows(TYPE_Q6_K, n_rows, tile); return;
+    case TYPE_F32: tile_f32(n_rows, tile); return;
+    case TYPE_F16: tile_f16(n_rows, tile); return;
+    case TYPE_BF16: tile_bf16(n_rows, tile); return;
+    case TYPE_Q8_0: tile_q8_0(n_rows, tile); return;
+    case TYPE_Q4_0: tile_q4_0(n_rows, tile); return;
+    case TYPE_Q4_K: tile_q4_k(n_rows, tile); return;
+    case TYPE_Q6_K: tile_q6_k(n_rows, tile); return;
     }
 }
 
@@ -685,12 +714,28 @@ INLINE DOT_Q8 void dot_q8_rows(enum tensor_type type, int n_rows, const struct t
     }
 }
 
-static DOT_Q8 void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+static NOINLINE DOT_Q8 void dot_q8_0(int n_rows, const struct tile *tile) {
+    dot_q8_rows(TYPE_Q8_0, n_rows, tile);
+}
+
+static NOINLINE DOT_Q8 void dot_q4_0(int n_rows, const struct tile *tile) {
+    dot_q8_rows(TYPE_Q4_0, n_rows, tile);
+}
+
+static NOINLINE DOT_Q8 void dot_q4_k(int n_rows, const struct tile *tile) {
+    dot_q8_rows(TYPE_Q4_K, n_rows, tile);
+}
+
+static NOINLINE DOT_Q8 void dot_q6_k(int n_rows, const struct tile *tile) {
+    dot_q8_rows(TYPE_Q6_K, n_rows, tile);
+}
+
+static void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
-    case TYPE_Q8_0: dot_q8_rows(TYPE_Q8_0, n_rows, tile); return;
-    case TYPE_Q4_0: dot_q8_rows(TYPE_Q4_0, n_rows, tile); return;
-    case TYPE_Q4_K: dot_q8_rows(TYPE_Q4_K, n_rows, tile); return;
-    case TYPE_Q6_K: dot_q8_rows(TYPE_Q6_K, n_rows, tile); return;
+    case TYPE_Q8_0: dot_q8_0(n_rows, tile); return;
+    case TYPE_Q4_0: dot_q4_0(n_rows, tile); return;
+    case TYPE_Q4_K: dot_q4_k(n_rows, tile); return;
+    case TYPE_Q6_K: dot_q6_k(n_rows, tile); return;
     default: return; /* not quantized: has no such form */
     }
 }
