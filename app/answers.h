@@ -58,7 +58,6 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 struct answer {
     const struct request_spec *spec;

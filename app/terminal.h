@@ -56,6 +56,7 @@ void chat_run(struct chat *chat);
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/ttydefaults.h> /* CTRL */
 #include <termios.h>
 #include <unistd.h>
 
@@ -162,18 +163,20 @@ static int editor_escape(void) {
         return 0;
     while (read(STDIN_FILENO, &byte, 1) == 1 && ((byte >= '0' && byte <= '9') || byte == ';'))
         number = number ? number : byte;
-    switch (byte == '~' ? number : byte) { /* `ESC [ 3 ~`, or `ESC [ A` */
-    case 'A': return 'P' - '@';            /* up */
-    case 'B': return 'N' - '@';            /* down */
-    case 'C': return 'F' - '@';            /* right */
-    case 'D': return 'B' - '@';            /* left */
+    if (byte == '~') /* `ESC [ 3 ~`, else `ESC [ A` */
+        byte = number;
+    switch (byte) {
+    case 'A': return CTRL('P'); /* up */
+    case 'B': return CTRL('N'); /* down */
+    case 'C': return CTRL('F'); /* right */
+    case 'D': return CTRL('B'); /* left */
     case 'H':
     case '1':
-    case '7': return 'A' - '@'; /* Home */
+    case '7': return CTRL('A'); /* Home */
     case 'F':
     case '4':
-    case '8': return 'E' - '@'; /* End */
-    case '3': return 'D' - '@'; /* Delete */
+    case '8': return CTRL('E'); /* End */
+    case '3': return CTRL('D'); /* Delete */
     default: return 0;
     }
 }
@@ -195,23 +198,23 @@ static enum editor_state editor_key(struct editor *e, int key) {
     switch (key) {
     case '\r':
     case '\n': return ENTERED;
-    case 'A' - '@': e->at = 0; break;
-    case 'E' - '@': e->at = e->length; break;
-    case 'B' - '@': e->at -= editor_previous(e, e->at); break;
-    case 'F' - '@': e->at += editor_next(e, e->at); break;
-    case 'P' - '@': editor_recall(e, -1); break;
-    case 'N' - '@': editor_recall(e, 1); break;
-    case 'K' - '@': editor_cut(e, e->at, e->length); break;
-    case 'U' - '@': editor_cut(e, 0, e->at); break;
-    case 'L' - '@': (void)fputs("\033[H\033[2J", stderr); break;
+    case CTRL('A'): e->at = 0; break;
+    case CTRL('E'): e->at = e->length; break;
+    case CTRL('B'): e->at -= editor_previous(e, e->at); break;
+    case CTRL('F'): e->at += editor_next(e, e->at); break;
+    case CTRL('P'): editor_recall(e, -1); break;
+    case CTRL('N'): editor_recall(e, 1); break;
+    case CTRL('K'): editor_cut(e, e->at, e->length); break;
+    case CTRL('U'): editor_cut(e, 0, e->at); break;
+    case CTRL('L'): (void)fputs("\033[H\033[2J", stderr); break;
     case 127:
-    case 'H' - '@': editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
-    case 'D' - '@':
+    case CTRL('H'): editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
+    case CTRL('D'):
         if (e->length == 0)
             return ENDED;
         editor_cut(e, e->at, e->at + editor_next(e, e->at));
         break;
-    case 'W' - '@':
+    case CTRL('W'):
         while (word > 0 && e->line[word - 1] == ' ')
             word--;
         while (word > 0 && e->line[word - 1] != ' ')
@@ -235,7 +238,7 @@ static enum editor_state editor_line(struct editor *e) {
             return ENDED;
         unsigned char byte = (unsigned char)*bytes;
         int key = byte == 27 ? editor_escape() : byte;
-        if (byte == 27 && key == 'D' - '@' && e->length == 0)
+        if (byte == 27 && key == CTRL('D') && e->length == 0)
             continue; /* Delete, where Ctrl-D would end it */
         if (byte == '\t' || (byte >= ' ' && byte != 127))
             editor_insert(e, bytes, 1);
