@@ -530,17 +530,16 @@ void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, d
 /* ---- requests come and go ---- */
 
 void sched_submit(struct sched *s, struct request *r, double now) {
-    r->state = REQUEST_WAITING;
-    r->reason = r->ending = FINISH_NONE;
-    r->length = r->n_prompt;
-    r->filled = r->prefill_end = r->cached_tokens = r->copy_failures = 0;
-    r->n_blocks = r->n_registered = r->n_ready = r->n_prefill_blocks = 0;
-    r->prefill_worker = r->decode_worker = r->saved = NONE;
-    r->in_step = r->preempted = false;
-    r->submitted = now;
-    r->first_token = r->last_token = 0;
-    r->error[0] = 0;
-    r->blocks = NULL;
+    *r = (struct request){.id = r->id,
+                          .tokens = r->tokens,
+                          .n_prompt = r->n_prompt,
+                          .max_new = r->max_new,
+                          .sampling = r->sampling,
+                          .length = r->n_prompt,
+                          .prefill_worker = NONE,
+                          .decode_worker = NONE,
+                          .saved = NONE,
+                          .submitted = now};
     s->stats.submitted++;
     list_insert(&s->waiting, r);
     int context = s->config.context_length;

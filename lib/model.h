@@ -161,7 +161,6 @@ bool model_is_random(const char *name); /* it begins with `random:` */
 
 #include <errno.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
