@@ -325,70 +325,55 @@ void editor_close(struct editor *e) {
 
 /* ---- the conversation ---- */
 
-static bool chat_stats(struct chat *chat, const char *argument) {
-    (void)argument;
-    stats_print(chat->answers);
-    return true;
-}
+enum chat_command { CHAT_HELP, CHAT_STATS, CHAT_CLEAR, CHAT_SYSTEM, CHAT_EXIT, N_CHAT_COMMANDS };
 
-static bool chat_clear(struct chat *chat, const char *argument) {
-    (void)argument;
-    answers_forget(chat->answers);
-    (void)fputs(chat->answers->template == TEMPLATE_NONE
-                    ? "There is nothing to clear: this model continues each prompt by itself.\n"
-                    : "A new conversation begins.\n",
-                stderr);
-    return true;
-}
-
-static bool chat_system(struct chat *chat, const char *argument) {
-    free(chat->system);
-    chat->system = strdup(argument);
-    chat->defaults.system = chat->system;
-    answers_forget(chat->answers);
-    (void)fputs(chat->answers->template == TEMPLATE_NONE
-                    ? "It will stand before each prompt: this model has no place for it.\n"
-                    : "A new conversation begins with it.\n",
-                stderr);
-    return true;
-}
-
-static bool chat_exit(struct chat *chat, const char *argument) {
-    (void)chat;
-    (void)argument;
-    return false;
-}
-
-static const struct chat_command {
+static const struct {
     const char *name, *help;
-    bool (*run)(struct chat *chat, const char *argument); /* false: the end; NULL: help */
 } chat_commands[] = {
-    {"/help", "these commands", NULL},
-    {"/stats", "speeds, and what the pools and the pager did so far", chat_stats},
-    {"/clear", "forget what was said", chat_clear},
-    {"/system", "TEXT: what the model is told first, in a new conversation", chat_system},
-    {"/exit", "leave; so does Ctrl-D", chat_exit},
+    [CHAT_HELP] = {"/help", "these commands"},
+    [CHAT_STATS] = {"/stats", "speeds, and what the pools and the pager did so far"},
+    [CHAT_CLEAR] = {"/clear", "forget what was said"},
+    [CHAT_SYSTEM] = {"/system", "TEXT: what the model is told first, in a new conversation"},
+    [CHAT_EXIT] = {"/exit", "leave; so does Ctrl-D"},
 };
 
 static void chat_help(void) {
-    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++)
+    for (int i = 0; i < N_CHAT_COMMANDS; i++)
         (void)fprintf(stderr, "%-8s  %s\n", chat_commands[i].name, chat_commands[i].help);
     (void)fputs("A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n", stderr);
 }
 
-/* A line that begins with / and is a command's name, alone or with something behind it. */
+/* Forgets what was said, and says so; a base model has nothing to forget. */
+static void chat_restart(struct chat *chat, const char *of_chat, const char *of_base) {
+    answers_forget(chat->answers);
+    (void)fputs(chat->answers->template == TEMPLATE_NONE ? of_base : of_chat, stderr);
+}
+
+/* What a line that begins with / asks for: a command's name, alone or with something behind it.
+ * False: the end. */
 static bool chat_command(struct chat *chat, const char *line) {
     size_t length = strcspn(line, " ");
-    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++) {
-        const struct chat_command *command = &chat_commands[i];
-        if (strlen(command->name) != length || strncmp(line, command->name, length) != 0)
-            continue;
-        if (command->run)
-            return command->run(chat, line + length + strspn(line + length, " "));
-        chat_help();
-        return true;
+    int command = 0;
+    while (command < N_CHAT_COMMANDS && (strlen(chat_commands[command].name) != length ||
+                                         strncmp(line, chat_commands[command].name, length) != 0))
+        command++;
+    switch (command) {
+    case CHAT_HELP: chat_help(); break;
+    case CHAT_STATS: stats_print(chat->answers); break;
+    case CHAT_CLEAR:
+        chat_restart(chat, "A new conversation begins.\n",
+                     "There is nothing to clear: this model continues each prompt by itself.\n");
+        break;
+    case CHAT_SYSTEM:
+        free(chat->system);
+        chat->system = strdup(line + length + strspn(line + length, " "));
+        chat->defaults.system = chat->system;
+        chat_restart(chat, "A new conversation begins with it.\n",
+                     "It will stand before each prompt: this model has no place for it.\n");
+        break;
+    case CHAT_EXIT: return false;
+    default: (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     }
-    (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     return true;
 }
 
