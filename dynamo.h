@@ -37,10 +37,6 @@
 #ifndef DYNAMO_H
 #define DYNAMO_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
 #include "lib/model.h"
 #include "lib/sampler.h"
 

@@ -55,7 +55,6 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 
 #include "../lib/json.h"
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -24,7 +24,6 @@ int evaluate_tokenize(const char *model, const char *tokenizer, const char *path
 
 #include <errno.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

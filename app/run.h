@@ -27,7 +27,6 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>

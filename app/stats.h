@@ -22,7 +22,6 @@ void stats_summary(const struct answers *answers);
 #undef STATS_IMPLEMENTATION
 
 #include <inttypes.h>
-#include <stdio.h>
 #include <unistd.h>
 
 static double stats_rate(double amount, double seconds) {

@@ -52,7 +52,6 @@ void chat_run(struct chat *chat);
 #include "stats.h"
 #include <errno.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>

@@ -75,7 +75,7 @@ static inline int segment_begin(int cols, int unit, int index) {
     return begin < cols ? begin : cols;
 }
 
-/* What rows and columns of a tensor count; DIM_CONTEXT is the last. */
+/* What rows and columns of a tensor count. */
 enum extent {
     DIM_NONE,
     DIM_ONE,
@@ -181,19 +181,16 @@ enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 }
 /* ---- tensors, as the table has them ---- */
 
 static int model_extent(const struct model_config *config, enum extent extent) {
-    switch (extent) {
-    case DIM_NONE: return 0;
-    case DIM_ONE: return 1;
-    case DIM_VOCAB: return config->vocab_size;
-    case DIM_MODEL: return config->d_model;
-    case DIM_Q: return config->n_heads * config->head_dim;
-    case DIM_KV: return config->n_kv_heads * config->head_dim;
-    case DIM_FF: return config->d_ff;
-    case DIM_HEAD: return config->head_dim;
-    case DIM_ROPE: return config->rope_dim / 2;
-    case DIM_CONTEXT: return config->context_length;
-    }
-    return 0;
+    const int extents[] = {[DIM_ONE] = 1,
+                           [DIM_VOCAB] = config->vocab_size,
+                           [DIM_MODEL] = config->d_model,
+                           [DIM_Q] = config->n_heads * config->head_dim,
+                           [DIM_KV] = config->n_kv_heads * config->head_dim,
+                           [DIM_FF] = config->d_ff,
+                           [DIM_HEAD] = config->head_dim,
+                           [DIM_ROPE] = config->rope_dim / 2,
+                           [DIM_CONTEXT] = config->context_length};
+    return extents[extent];
 }
 
 /* Room for what the config says; `places`: also for tensors that no file lists. */

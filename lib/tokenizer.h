@@ -158,10 +158,6 @@ static size_t run_end(const char *text, size_t length, size_t at, unsigned set) 
     return at;
 }
 
-static char small_letter(char byte) { /* of ASCII */
-    return (char)(byte >= 'A' && byte <= 'Z' ? byte - 'A' + 'a' : byte);
-}
-
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
 static size_t ending_size(const char *text, size_t length, bool any_case) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
@@ -170,8 +166,8 @@ static size_t ending_size(const char *text, size_t length, bool any_case) {
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
         size_t size = 1; /* so many bytes are alike */
         for (const char *letter = endings[i]; *letter && size < length; letter++, size++) {
-            char byte = any_case ? small_letter(text[size]) : text[size];
-            if (byte != *letter)
+            bool capital = any_case && text[size] == *letter - 'a' + 'A';
+            if (text[size] != *letter && !capital)
                 break;
         }
         if (size == strlen(endings[i]) + 1)
