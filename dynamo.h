@@ -9,8 +9,8 @@
  *
  * The scheduler and the cache hold no device pointer, thread or clock: they deal in slot numbers
  * and say what is to be computed and copied. dynamo.c turns slots into addresses and carries the
- * orders out through a backend. A backend knows nothing of requests. What stands around these files,
- * app/ and lib/, is told in README.md.
+ * orders out through a backend. A backend knows nothing of requests. README.md has what stands
+ * around these files: app/ and lib/.
  *
  * Words for dimensions, used everywhere in shapes such as (n_rows, d_model), slowest first:
  *     n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size   the model's
