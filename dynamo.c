@@ -28,7 +28,7 @@ enum {
     COPY_POLL_NS = 50000, /* an idle worker looks after its copies so often */
     LOST_SHOWN = 32,      /* requests that a fault names */
     CACHED_ANSWERS = 2,   /* device KV by default: so many full contexts for each running request */
-    HOST_FACTOR = 4       /* host KV by default: so many times that */
+    HOST_FACTOR = 4       /* host KV by default: so many times the blocks wanted for a device */
 };
 
 /* A block on its way: one piece for each pair of shards that share heads. */
