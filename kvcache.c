@@ -36,7 +36,7 @@ enum {
     NONE = -1,
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
-    CLEAN_SHARE = 8  /* on a small device both are this part of its blocks: an eighth */
+    CLEAN_SHARE = 8  /* on a small device both are a share of its blocks: one in so many */
 };
 
 enum list_kind { UNLISTED, MAIN, DUPLICATES, N_LISTS };
