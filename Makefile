@@ -27,10 +27,12 @@ EMU = $(if $(VARIANT),$(B)/dynamo-emu,dynamo-emu)
 CUDA = $(if $(VARIANT),,$(if $(NVCC),$(B)/kernels.cuda.o))
 CHIPS = $(or $(ARCH),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	| sort -u | sed 's/^/sm_/;s/\.//'),sm_80 sm_90)
+CUDA_SOURCES = kernels.cu dynamo.h $(wildcard lib/*.h)
 NVCC_FLAGS = -std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
 	$(foreach chip,$(CHIPS),-gencode arch=compute_$(chip:sm_%=%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
-EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra -Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest
+EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
+	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest
 
 all: dynamo
 
@@ -44,7 +46,7 @@ $(B)/%.o: %.c $(B)/flags
 	$(CC) $(FLAGS) -c $< -o $@
 
 # the assembler's report beside it says what each kernel takes: test/spills.sh reads it
-$(B)/kernels.cuda.o: kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/flags
+$(B)/kernels.cuda.o: $(CUDA_SOURCES) $(B)/flags
 	@echo 'nvcc compiles the kernels for $(CHIPS), which takes a while (make NVCC= leaves CUDA out)'
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@ 2> $(B)/kernels.cuda.txt || { cat $(B)/kernels.cuda.txt; false; }
 	@grep -E 'warning|error' $(B)/kernels.cuda.txt || true
@@ -71,9 +73,9 @@ $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/
 
 # the kernels' tests on the CPU, beside the CPU backend, whose sampler is their model
 $(B)/test_cuda: test/test_cuda.cu $(B)/kernels.o $(B)/flags
-	$(CXX) -x c++ $(EMU_FLAGS) $(if $(VARIANT),-O1) $< -x none $(B)/kernels.o $(LIBS) -o $@
+	$(CXX) -x c++ $(EMU_FLAGS) $< -x none $(B)/kernels.o $(LIBS) -o $@
 
-$(B)/test_cuda_gpu: test/test_cuda.cu test/ops.h test/reference.h kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/kernels.o
+$(B)/test_cuda_gpu: test/test_cuda.cu test/ops.h test/reference.h $(CUDA_SOURCES) $(B)/kernels.o
 	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o -lm -Xcompiler -pthread -o $@
 
 $(B)/test_emu: test/test_emu.cpp $(B)/flags
@@ -118,7 +120,7 @@ $(B)/bench: test/bench.c $(B)/flags
 # what the CUDA backend reaches on this GPU (test/gpu.sh: with all else that needs one), beside the
 # vendor's library where it is there; emu-bench: that the benchmark runs
 CUBLAS = $(if $(wildcard $(dir $(NVCC))../include/cublas_v2.h),-DWITH_CUBLAS -lcublas)
-$(B)/bench_cuda: test/bench_cuda.cu $(B)/kernels.o kernels.cu dynamo.h $(wildcard lib/*.h) $(B)/flags
+$(B)/bench_cuda: test/bench_cuda.cu $(B)/kernels.o $(CUDA_SOURCES) $(B)/flags
 	$(NVCC) $(filter-out -v -Xptxas,$(NVCC_FLAGS)) -I. $< $(B)/kernels.o $(CUBLAS) -lm -Xcompiler -pthread -o $@
 
 $(B)/bench_cuda_emu: test/bench_cuda.cu $(B)/kernels.o $(B)/flags

@@ -28,16 +28,16 @@ enum {
     COPY_POLL_NS = 50000, /* an idle worker looks after its copies so often */
     LOST_SHOWN = 32,      /* requests that a fault names */
     CACHED_ANSWERS = 2,   /* device KV by default: so many full contexts for each running request */
-    HOST_FACTOR = 4       /* host KV by default: so many times that */
+    HOST_FACTOR = 4       /* host KV by default: so many times the blocks wanted for a device */
 };
 
 /* A block on its way: one piece for each pair of shards that share heads. */
 struct transfer {
     struct kv_copy_order order;
+    enum stream stream;
     int n_pieces;
-    struct {
+    struct piece {
         struct device *device;
-        enum stream stream;
         uint64_t ticket;
     } pieces[2 * MAX_SHARDS];
 };
@@ -46,8 +46,8 @@ struct worker { /* a group of devices that hold one copy of the model between th
     struct engine *engine;
     int index;
     struct device *shards[MAX_SHARDS];
-    const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* of each shard (n_layers): see backend */
-    struct transfer *transfers; /* (n_transfers, capacity of all the slots a copy could fill) */
+    const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
+    struct transfer *transfers; /* (n_transfers), with room for one into each slot there is */
     int n_transfers;
     pthread_t thread;
 };
@@ -198,12 +198,11 @@ static bool shared_heads(const struct engine *engine, struct block_part from, st
 /* Starts the copies that an order asks for: every pair of shards copies the heads both hold. */
 static void copy_block(struct worker *worker, const struct kv_copy_order *order) {
     const struct engine *engine = worker->engine;
-    bool out = order->to == engine->config.n_workers;
-    enum stream stream = out                                       ? STREAM_PAGE_OUT
-                         : order->from == engine->config.n_workers ? STREAM_PAGE_IN
-                                                                   : STREAM_TRANSFER;
+    int host = engine->config.n_workers;
+    bool out = order->to == host, in = order->from == host;
+    enum stream stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
     struct transfer *transfer = &worker->transfers[worker->n_transfers++];
-    *transfer = (struct transfer){.order = *order};
+    *transfer = (struct transfer){.order = *order, .stream = stream};
     for (int t = 0; t < shards_of(engine, order->to); t++) {
         struct block_part to = block_part(engine, order->to, order->to_slot, t);
         for (int f = 0; f < shards_of(engine, order->from); f++) {
@@ -212,10 +211,8 @@ static void copy_block(struct worker *worker, const struct kv_copy_order *order)
             if (!shared_heads(engine, from, to, &copy))
                 continue;
             struct device *device = worker->shards[out ? f : t];
-            int piece = transfer->n_pieces++;
-            transfer->pieces[piece].device = device;
-            transfer->pieces[piece].stream = stream;
-            transfer->pieces[piece].ticket = engine->config.backend->copy(device, stream, &copy);
+            uint64_t ticket = engine->config.backend->copy(device, stream, &copy);
+            transfer->pieces[transfer->n_pieces++] = (struct piece){device, ticket};
         }
     }
 }
@@ -227,10 +224,10 @@ static bool collect_copies(struct worker *worker) {
     for (int i = 0; i < worker->n_transfers;) {
         struct transfer *transfer = &worker->transfers[i];
         bool done = true;
-        for (int p = 0; p < transfer->n_pieces; p++) {
-            done = done && engine->config.backend->copy_done(transfer->pieces[p].device,
-                                                             transfer->pieces[p].stream,
-                                                             transfer->pieces[p].ticket);
+        for (int p = 0; p < transfer->n_pieces && done; p++) {
+            const struct piece *piece = &transfer->pieces[p];
+            done =
+                engine->config.backend->copy_done(piece->device, transfer->stream, piece->ticket);
         }
         if (!done) {
             i++;
@@ -293,11 +290,6 @@ static void wait_for_work(struct worker *worker) {
     (void)pthread_cond_timedwait(&engine->work, &engine->lock, &until);
 }
 
-static void wake_all(struct engine *engine) {
-    pthread_cond_broadcast(&engine->work);
-    pthread_cond_broadcast(&engine->news);
-}
-
 static void *worker_main(void *argument) {
     struct worker *worker = argument;
     struct engine *engine = worker->engine;
@@ -307,7 +299,7 @@ static void *worker_main(void *argument) {
         int64_t n_finished = sched_stats(engine->sched).finished;
         struct step *step = sched_next(engine->sched, worker->index, engine_now());
         if (concerns_others(worker, n_finished) || changed)
-            wake_all(engine);
+            engine_wake(engine);
         if (!step) {
             wait_for_work(worker);
             continue;
@@ -317,7 +309,7 @@ static void *worker_main(void *argument) {
         pthread_mutex_lock(&engine->lock);
         count_pace(engine, &step->batch, seconds);
         sched_done(engine->sched, worker->index, step, engine_now());
-        wake_all(engine);
+        engine_wake(engine);
     }
     while (worker->n_transfers > 0) /* their memory must not go before they are done */
         (void)collect_copies(worker);
@@ -422,7 +414,8 @@ static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
     return most;
 }
 
-static int fewer(int64_t wanted, int64_t most) { /* blocks; slots are numbered by ints */
+/* Blocks, whose slots are numbered by ints. */
+static int fewer(int64_t wanted, int64_t most) {
     int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
     return (int)(n < limit ? n : limit);
 }
@@ -580,7 +573,8 @@ void engine_wait(struct engine *engine) {
 }
 
 void engine_wake(struct engine *engine) {
-    wake_all(engine);
+    pthread_cond_broadcast(&engine->work);
+    pthread_cond_broadcast(&engine->news);
 }
 
 double engine_now(void) {

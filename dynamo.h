@@ -9,7 +9,8 @@
  *
  * The scheduler and the cache hold no device pointer, thread or clock: they deal in slot numbers
  * and say what is to be computed and copied. dynamo.c turns slots into addresses and carries the
- * orders out through a backend. A backend knows nothing of requests.
+ * orders out through a backend. A backend knows nothing of requests. README.md has what stands
+ * around these files: app/ and lib/.
  *
  * Words for dimensions, used everywhere in shapes such as (n_rows, d_model), slowest first:
  *     n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size   the model's
@@ -36,10 +37,6 @@
 #ifndef DYNAMO_H
 #define DYNAMO_H
 
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-
 #include "lib/model.h"
 #include "lib/sampler.h"
 
@@ -47,7 +44,7 @@ enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
     MAX_WORKERS = 16,
     LOGIT_ROWS = 64, /* logits of a device at a time: a row of a large vocabulary is 0.5 MB */
-    MAX_SHARDS = 8   /* devices of one worker: those that divide K_SEGMENTS */
+    MAX_SHARDS = 8   /* devices of one worker: their number divides K_SEGMENTS */
 };
 
 /* ---- requests ---- */
@@ -76,13 +73,13 @@ struct request {
     enum finish_reason reason;
     char error[ERROR_LENGTH];
     int length, filled;
-    int prefill_end;   /* [filled, prefill_end) is to be computed by prefill steps */
-    int cached_tokens; /* prompt tokens that the first prefix hit covered */
+    int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
+    int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
     int prefill_worker, decode_worker;   /* equal: prefilled where it is decoded; -1: none */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
-    int n_blocks, n_registered, n_ready; /* blocks in the index; blocks seen to have arrived */
+    int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
-    int saved; /* preempted in mid-block: the node of that block; -1: none, or lost */
+    int saved;                           /* node of the block it was preempted in; -1: none */
     int copy_failures;
     bool in_step, preempted;
     enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
@@ -337,8 +334,7 @@ struct engine_config {
         bool prefills, decodes;
     } workers[MAX_WORKERS];
     int max_batch, chunk;           /* see struct sched_config */
-    int device_blocks, host_blocks; /* KV blocks of each device, of the host; -1: what suits the
-                                     * model and the memory that is left */
+    int device_blocks, host_blocks; /* KV blocks of each device, of the host; -1: chosen */
     enum kv_type kv_type;
     enum kv_policy policy;
     bool verbose;                                  /* a line on stderr for each step */

@@ -34,9 +34,9 @@
 
 enum {
     NONE = -1,
-    CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused … */
-    CLEAN_HIGH = 16, /* … and stops at so many: short bursts of bus traffic, no ping-pong */
-    CLEAN_SHARE = 8  /* on small devices: a share of the blocks instead */
+    CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
+    CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
+    CLEAN_SHARE = 8  /* on a small device both are a share of its blocks: one in so many */
 };
 
 enum list_kind { UNLISTED, MAIN, DUPLICATES, N_LISTS };

@@ -194,14 +194,12 @@ static void release_prefill_blocks(struct sched *s, struct request *r) {
 
 /* Lets go of all blocks, the last first: so it is colder than what stands before it. */
 static void release_blocks(struct sched *s, struct request *r) {
-    for (int i = r->n_blocks - 1; i >= 0; i--) {
-        if (i < r->n_prefill_blocks)
-            kv_unpin(s->kv, r->blocks[i], r->prefill_worker);
-        kv_unpin(s->kv, r->blocks[i], r->decode_worker);
-    }
+    release_prefill_blocks(s, r);
+    while (r->n_blocks > 0)
+        kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
     if (r->decode_worker != NONE)
         s->workers[r->decode_worker].n_admitted--;
-    r->n_blocks = r->n_prefill_blocks = r->n_registered = r->n_ready = 0;
+    r->n_registered = r->n_ready = 0;
     r->prefill_worker = r->decode_worker = NONE;
 }
 
@@ -320,28 +318,25 @@ static void release_hits(struct sched *s, const struct request *r, const struct 
 /* Takes all blocks of a plan, on both sides, or none. */
 static bool reserve(struct sched *s, struct request *r, const struct plan *plan) {
     int prefill = plan->prefill_worker, decode = plan->decode_worker;
-    bool apart = prefill != decode;
-    take_hits(s, r, plan, decode, false);
-    if (apart)
-        take_hits(s, r, plan, prefill, false);
-    bool ok = make_room(s, r, plan, decode, plan->n_decode);
-    ok = (!apart || make_room(s, r, plan, prefill, plan->n_prefill)) && ok;
-    if (!ok) {
-        release_hits(s, r, plan, decode);
-        if (apart)
-            release_hits(s, r, plan, prefill);
-        return false;
-    }
-    take_hits(s, r, plan, decode, true);
-    if (apart)
-        take_hits(s, r, plan, prefill, true);
-    for (int i = plan->n_hits; i < plan->n_decode; i++) {
+    int sides[] = {decode, prefill}, n_blocks[] = {plan->n_decode, plan->n_prefill};
+    int n_sides = prefill == decode ? 1 : 2;
+    bool ok = true;
+    for (int i = 0; i < n_sides; i++)
+        take_hits(s, r, plan, sides[i], false);
+    for (int i = 0; i < n_sides; i++) /* both begin to make it */
+        ok = make_room(s, r, plan, sides[i], n_blocks[i]) && ok;
+    for (int i = 0; i < n_sides; i++)
+        if (ok)
+            take_hits(s, r, plan, sides[i], true);
+        else
+            release_hits(s, r, plan, sides[i]);
+    for (int i = plan->n_hits; i < plan->n_decode && ok; i++) {
         bool both = i < plan->n_prefill;
         r->blocks[i] = kv_new(s->kv, both ? prefill : decode);
         ok = r->blocks[i] != NONE && (!both || kv_reserve(s->kv, r->blocks[i], decode));
-        assert(ok);
+        assert(ok); /* there was room */
     }
-    return true;
+    return ok;
 }
 
 /* Admits the next request if `worker` is the one that starts it. False: not now. */
@@ -535,17 +530,16 @@ void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, d
 /* ---- requests come and go ---- */
 
 void sched_submit(struct sched *s, struct request *r, double now) {
-    r->state = REQUEST_WAITING;
-    r->reason = r->ending = FINISH_NONE;
-    r->length = r->n_prompt;
-    r->filled = r->prefill_end = r->cached_tokens = r->copy_failures = 0;
-    r->n_blocks = r->n_registered = r->n_ready = r->n_prefill_blocks = 0;
-    r->prefill_worker = r->decode_worker = r->saved = NONE;
-    r->in_step = r->preempted = false;
-    r->submitted = now;
-    r->first_token = r->last_token = 0;
-    r->error[0] = 0;
-    r->blocks = NULL;
+    *r = (struct request){.id = r->id,
+                          .tokens = r->tokens,
+                          .n_prompt = r->n_prompt,
+                          .max_new = r->max_new,
+                          .sampling = r->sampling,
+                          .length = r->n_prompt,
+                          .prefill_worker = NONE,
+                          .decode_worker = NONE,
+                          .saved = NONE,
+                          .submitted = now};
     s->stats.submitted++;
     list_insert(&s->waiting, r);
     int context = s->config.context_length;

@@ -55,10 +55,8 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 
 #include "../lib/json.h"
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 struct answer {
     const struct request_spec *spec;

@@ -7,7 +7,6 @@
 #ifndef EVALUATE_H
 #define EVALUATE_H
 
-#include "../lib/model.h"
 #include "answers.h"
 
 /* Each returns an exit status, after a line on stderr if it is not 0. */
@@ -25,7 +24,6 @@ int evaluate_tokenize(const char *model, const char *tokenizer, const char *path
 
 #include <errno.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,46 +32,29 @@ static int evaluate_failed(const char *subject, const char *why) {
     return 1;
 }
 
-static int evaluate_longest(const struct answers *a) { /* tokens of one text */
-    return sched_max_length(engine_sched(a->engine));
-}
-
 static int evaluate_vocab(const struct answers *a) {
     return engine_config_of(a->engine)->model->config.vocab_size;
 }
 
-/* Calls `take` with the logits of each chunk of a text that fits into a worker's blocks. */
-static bool each_logits(const struct answers *a, const int *tokens, int n,
-                        bool (*take)(void *state, const float *logits, int start, int n_rows),
-                        void *state) {
+/* Room for the logits of a chunk. */
+static float *chunk_create(const struct answers *a) {
+    size_t n_rows = (size_t)engine_config_of(a->engine)->chunk;
+    return malloc(n_rows * (size_t)evaluate_vocab(a) * sizeof(float));
+}
+
+/* Computes the chunk of tokens[0, n) that begins at `start`; how many rows it has. */
+static int chunk_logits(const struct answers *a, const int *tokens, int start, int n,
+                        float *logits) {
     int chunk = engine_config_of(a->engine)->chunk;
-    float *logits = malloc((size_t)chunk * (size_t)evaluate_vocab(a) * sizeof *logits);
-    bool ok = logits != NULL;
-    for (int start = 0; start < n && ok; start += chunk) {
-        int n_rows = n - start < chunk ? n - start : chunk;
-        engine_logits(a->engine, tokens, start, n_rows, logits);
-        ok = take(state, logits, start, n_rows);
-    }
-    free(logits);
-    return ok;
+    int n_rows = n - start < chunk ? n - start : chunk;
+    engine_logits(a->engine, tokens, start, n_rows, logits);
+    return n_rows;
 }
 
 /* ---- logits ---- */
 
-struct logits_file {
-    FILE *file;
-    size_t vocab_size;
-};
-
-static bool write_logits(void *state, const float *logits, int start, int n_rows) {
-    struct logits_file *to = state;
-    (void)start;
-    size_t n = (size_t)n_rows * to->vocab_size;
-    return fwrite(logits, sizeof *logits, n, to->file) == n;
-}
-
 int evaluate_logits(const struct answers *a, const struct request_spec *spec, const char *path) {
-    int longest = evaluate_longest(a);
+    int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
     char error[ERROR_LENGTH];
     int n_ids = 0;
     int *ids = answers_encode(a, spec, &n_ids, error);
@@ -84,21 +65,21 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
         free(ids);
         return evaluate_failed("--logits", error);
     }
-    struct logits_file to = {fopen(path, "wb"), (size_t)evaluate_vocab(a)};
-    bool ok = to.file && each_logits(a, ids, n_ids, write_logits, &to);
-    ok = to.file && fclose(to.file) == 0 && ok;
+    FILE *file = fopen(path, "wb");
+    float *logits = chunk_create(a);
+    bool ok = file && logits;
+    for (int start = 0, n_rows; start < n_ids && ok; start += n_rows) {
+        n_rows = chunk_logits(a, ids, start, n_ids, logits);
+        size_t n = (size_t)n_rows * (size_t)evaluate_vocab(a);
+        ok = fwrite(logits, sizeof *logits, n, file) == n;
+    }
+    ok = file && fclose(file) == 0 && ok;
+    free(logits);
     free(ids);
     return ok ? 0 : evaluate_failed(path, strerror(errno));
 }
 
 /* ---- perplexity ---- */
-
-struct perplexity {
-    int *tokens; /* the window: (n_tokens) */
-    int n_tokens, vocab_size;
-    double sum; /* of negative log-likelihoods */
-    int64_t n;
-};
 
 static double log_sum_exp(const float *row, int n) {
     double largest = row[0], sum = 0;
@@ -109,47 +90,54 @@ static double log_sum_exp(const float *row, int n) {
     return log(sum) + largest;
 }
 
-static bool add_likelihood(void *state, const float *logits, int start, int n_rows) {
-    struct perplexity *p = state;
-    for (int i = 0; i < n_rows && start + i + 1 < p->n_tokens; i++) {
-        const float *row = logits + (size_t)i * (size_t)p->vocab_size;
-        p->sum += log_sum_exp(row, p->vocab_size) - row[p->tokens[start + i + 1]];
-        p->n++;
+/* Adds the negative log-likelihoods of tokens[1, n). */
+static void add_surprise(const struct answers *a, const int *tokens, int n, float *logits,
+                         double *sum) {
+    int vocab_size = evaluate_vocab(a);
+    for (int start = 0, n_rows; start < n; start += n_rows) {
+        n_rows = chunk_logits(a, tokens, start, n, logits);
+        for (int i = 0; i < n_rows && start + i + 1 < n; i++) {
+            const float *row = logits + (size_t)i * (size_t)vocab_size;
+            *sum += log_sum_exp(row, vocab_size) - row[tokens[start + i + 1]];
+        }
     }
-    return true;
 }
 
 /* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
  * with the last token of the window before, so that every token but the first is predicted. */
 int evaluate_perplexity(const struct answers *a, const char *path) {
-    int longest = evaluate_longest(a);
+    int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
     char error[ERROR_LENGTH];
     struct request_spec spec = {0};
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
     if (!spec.prompt)
         return evaluate_failed("", error);
-    int n_ids = 0, first_id = -1;
+    int n_ids = 0, first_id = -1, n_predicted = 0;
     int *ids = answers_encode(a, &spec, &n_ids, error);
     free(spec.prompt);
-    struct perplexity p = {malloc((size_t)longest * sizeof(int)), 0, evaluate_vocab(a), 0, 0};
-    bool ok = ids && p.tokens;
-    if (ids && a->tokenizer && tok_adds_bos(a->tokenizer))
+    int *window = malloc((size_t)longest * sizeof *window);
+    float *logits = chunk_create(a);
+    double sum = 0;
+    bool ok = ids && window && logits;
+    if (ok && a->tokenizer && tok_adds_bos(a->tokenizer))
         first_id = tok_bos(a->tokenizer);
     for (int next = first_id >= 0; next + (first_id < 0) < n_ids && ok;) {
-        p.n_tokens = 0;
+        int n = 0;
         if (first_id >= 0)
-            p.tokens[p.n_tokens++] = first_id;
-        while (next < n_ids && p.n_tokens < longest)
-            p.tokens[p.n_tokens++] = ids[next++];
-        ok = each_logits(a, p.tokens, p.n_tokens, add_likelihood, &p);
+            window[n++] = first_id;
+        while (next < n_ids && n < longest)
+            window[n++] = ids[next++];
+        add_surprise(a, window, n, logits, &sum);
+        n_predicted += n - 1;
         next -= first_id < 0 && next < n_ids;
     }
     free(ids);
-    free(p.tokens);
-    if (!ok || p.n == 0)
-        return evaluate_failed(path, ids && p.n == 0 ? "too short to predict a token" : error);
-    double mean = p.sum / (double)p.n;
-    printf("tokens %lld  nll %.6f  perplexity %.4f\n", (long long)p.n, mean, exp(mean));
+    free(window);
+    free(logits);
+    if (!ok || n_predicted == 0)
+        return evaluate_failed(path, ok ? "too short to predict a token" : error);
+    double mean = sum / n_predicted;
+    printf("tokens %d  nll %.6f  perplexity %.4f\n", n_predicted, mean, exp(mean));
     return 0;
 }
 

@@ -19,11 +19,6 @@ int run_program(int argc, char **argv); /* an exit status */
 #ifdef RUN_IMPLEMENTATION
 #undef RUN_IMPLEMENTATION
 
-#include "../dynamo.h"
-#include "../lib/cli.h"
-#include "../lib/model.h"
-#include "../lib/template.h"
-#include "../lib/tokenizer.h"
 #include "answers.h"
 #include "evaluate.h"
 #include "stats.h"
@@ -32,7 +27,6 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -54,7 +48,7 @@ struct run { /* all that a run opens */
     bool *ends_text; /* (vocab_size) */
     struct backend *backend;
     struct engine *engine;
-    pthread_mutex_t closing; /* held by who uses or closes the engine beside the other */
+    pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
     struct answers answers;
 };
 
@@ -207,51 +201,52 @@ static bool open_engine(struct run *run, char *error) {
 
 /* ---- running ---- */
 
-/* A conversation at the terminal; or all of a piped stdin as one prompt. */
-static int run_stdin(struct run *run) {
-    char error[ERROR_LENGTH];
+/* How many requests failed; -1: the file cannot be read, and `error` says why. */
+static int run_file(struct run *run, char *error) {
+    struct requests requests;
+    if (!requests_read(&requests, run->options.file, &run->options.request, error))
+        return -1;
+    int n_failed = answers_run(&run->answers, requests.specs, requests.n);
+    requests_free(&requests);
+    return n_failed;
+}
+
+/* All of a piped stdin is one prompt. */
+static int run_piped(struct run *run, char *error) {
     struct request_spec spec = run->options.request;
-    if (isatty(STDIN_FILENO)) {
-        struct chat chat = {.answers = &run->answers, .defaults = spec};
-        run->answers.converses = true;
-        chat_run(&chat);
-        answers_forget(&run->answers);
-        return 0;
-    }
     spec.prompt = cli_read_file("-", &spec.prompt_length, error);
-    if (!spec.prompt) {
-        complain(error);
-        return EXIT_FILE;
-    }
-    int n_failed = answers_run(&run->answers, &spec, 1);
+    int n_failed = spec.prompt ? answers_run(&run->answers, &spec, 1) : -1;
     free(spec.prompt);
-    return n_failed > 0 ? EXIT_REQUESTS : 0;
+    return n_failed;
+}
+
+static int run_chat(struct run *run) {
+    struct chat chat = {.answers = &run->answers, .defaults = run->options.request};
+    run->answers.converses = true;
+    chat_run(&chat);
+    answers_forget(&run->answers);
+    return 0; /* who talks has seen what failed */
 }
 
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
-    int status = 0;
-    if (o->file) {
-        struct requests requests;
-        if (!requests_read(&requests, o->file, &o->request, error)) {
-            complain(error);
-            return EXIT_FILE;
-        }
-        status = answers_run(&run->answers, requests.specs, requests.n) > 0 ? EXIT_REQUESTS : 0;
-        requests_free(&requests);
-    } else if (o->request.prompt || o->request.ids) {
-        status = answers_run(&run->answers, &o->request, 1) > 0 ? EXIT_REQUESTS : 0;
-    } else {
-        status = run_stdin(run);
+    int n_failed;
+    if (o->file)
+        n_failed = run_file(run, error);
+    else if (o->request.prompt || o->request.ids)
+        n_failed = answers_run(&run->answers, &o->request, 1);
+    else
+        n_failed = isatty(STDIN_FILENO) ? run_chat(run) : run_piped(run, error);
+    if (n_failed < 0) {
+        complain(error);
+        return EXIT_FILE;
     }
-    if (status == EXIT_FILE)
-        return status;
     if (o->stats)
         stats_print(&run->answers);
     else if (!o->json)
         stats_summary(&run->answers);
-    return status;
+    return n_failed > 0 ? EXIT_REQUESTS : 0;
 }
 
 /* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
@@ -313,9 +308,13 @@ static void *watch_signals(void *argument) {
             editor_restore();
             _exit(128 + number);
         }
-        engine_lock(run->engine); /* it is there: answers come from it */
-        engine_wake(run->engine);
-        engine_unlock(run->engine);
+        pthread_mutex_lock(&run->closing);
+        if (run->engine) { /* else its answers have just ended */
+            engine_lock(run->engine);
+            engine_wake(run->engine);
+            engine_unlock(run->engine);
+        }
+        pthread_mutex_unlock(&run->closing);
     }
     return NULL;
 }
@@ -346,7 +345,7 @@ static int run_model(struct run *run) {
         status = run_engine(run);
     else
         complain(error);
-    pthread_mutex_lock(&run->closing); /* a late Ctrl-C must not find half an engine */
+    pthread_mutex_lock(&run->closing);
     struct engine *engine = run->engine;
     run->engine = NULL;
     pthread_mutex_unlock(&run->closing);

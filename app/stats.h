@@ -4,12 +4,12 @@
  *     stats_print(&answers);   // no step is running; takes 0.1 s
  *     stats_summary(&answers); // a line, without
  *
- * Steps of workers that share a machine are each held against the whole of it. Read next: pace.h,
- * and kernels.c for the CPU's limits. */
+ * Steps of workers that share a machine are each held against the whole of it. Read next: step_work
+ * in dynamo.c, which says what a step reads and computes, and `limits` of the backends. */
 #ifndef STATS_H
 #define STATS_H
 
-#include "terminal.h"
+#include "answers.h"
 
 /* The table of --stats on stderr, or with --json the last object on stdout. */
 void stats_print(const struct answers *answers);
@@ -22,7 +22,6 @@ void stats_summary(const struct answers *answers);
 #undef STATS_IMPLEMENTATION
 
 #include <inttypes.h>
-#include <stdio.h>
 #include <unistd.h>
 
 static double stats_rate(double amount, double seconds) {
@@ -32,7 +31,7 @@ static double stats_rate(double amount, double seconds) {
 struct number {
     const char *key, *label; /* of JSON, of the table */
     double value;
-    bool whole;
+    int decimals; /* of the table */
 };
 
 static void stats_json(const char *backend, const struct number *numbers, size_t n) {
@@ -53,59 +52,58 @@ static void stats_table(const char *backend, uint64_t seed, const struct number 
     (void)fprintf(stderr, "%" PRIu64 "\n", seed);
     for (size_t i = 0; i < n; i++) {
         (void)fprintf(stderr, label, numbers[i].label);
-        (void)fprintf(stderr, "%.*f\n", numbers[i].whole ? 0 : 2, numbers[i].value);
+        (void)fprintf(stderr, "%.*f\n", numbers[i].decimals, numbers[i].value);
     }
 }
 
 void stats_print(const struct answers *a) {
     const struct engine_config *config = engine_config_of(a->engine);
-    struct engine_stats counters = engine_stats(a->engine);
-    struct sched_stats s = counters.sched;
-    struct kv_stats k = counters.kv;
+    struct engine_stats now = engine_stats(a->engine);
+    struct sched_stats s = now.sched;
+    struct kv_stats k = now.kv;
     double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
-    struct pace decode = counters.decode, prefill = counters.prefill;
+    struct pace decode = now.decode, prefill = now.prefill;
     double read, ops;
     engine_limits(a->engine, &read, &ops);
     double reading = stats_rate(decode.bytes, decode.seconds);
     double multiplying = stats_rate(prefill.operations, prefill.seconds);
     const struct number all[] = {
-        {"requests", "requests", (double)s.submitted, true},
-        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, false},
-        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, false},
-        {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, false},
-        {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, false},
-        {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, true},
-        {"decode_tokens", "tokens decoded", (double)s.decode_tokens, true},
-        {"steps", "steps", (double)s.steps, true},
-        {"prefix_hit_tokens", "prompt tokens found cached", (double)s.prefix_hit_tokens, true},
-        {"recomputed_tokens", "tokens computed again", (double)s.recomputed_tokens, true},
-        {"hand_overs", "requests handed over", (double)s.hand_overs, true},
-        {"local_prefills", "prompts prefilled by decoders", (double)s.local_prefills, true},
-        {"blocks_transferred", "blocks moved between workers", (double)k.transfers, true},
-        {"preemptions", "preemptions", (double)s.preemptions, true},
-        {"pages_out", "blocks paged out", (double)k.pages_out, true},
-        {"pages_in", "blocks paged in", (double)k.pages_in, true},
-        {"evictions", "device copies evicted", (double)k.evictions, true},
-        {"host_evictions", "host copies evicted", (double)k.host_evictions, true},
-        {"blocks_lost", "blocks dropped for good", (double)k.lost, true},
-        {"device_blocks", "blocks a worker holds", (double)config->device_blocks, true},
-        {"device_blocks_used", "blocks in use or cached on workers", (double)counters.device_used,
-         true},
-        {"host_blocks", "blocks the host holds", (double)config->host_blocks, true},
-        {"host_blocks_used", "blocks cached on the host", (double)counters.host_used, true},
+        {"requests", "requests", (double)s.submitted, 0},
+        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, 2},
+        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, 2},
+        {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, 2},
+        {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, 2},
+        {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, 0},
+        {"decode_tokens", "tokens decoded", (double)s.decode_tokens, 0},
+        {"steps", "steps", (double)s.steps, 0},
+        {"prefix_hit_tokens", "prompt tokens found cached", (double)s.prefix_hit_tokens, 0},
+        {"recomputed_tokens", "tokens computed again", (double)s.recomputed_tokens, 0},
+        {"hand_overs", "requests handed over", (double)s.hand_overs, 0},
+        {"local_prefills", "prompts prefilled by decoders", (double)s.local_prefills, 0},
+        {"blocks_transferred", "blocks moved between workers", (double)k.transfers, 0},
+        {"preemptions", "preemptions", (double)s.preemptions, 0},
+        {"pages_out", "blocks paged out", (double)k.pages_out, 0},
+        {"pages_in", "blocks paged in", (double)k.pages_in, 0},
+        {"evictions", "device copies evicted", (double)k.evictions, 0},
+        {"host_evictions", "host copies evicted", (double)k.host_evictions, 0},
+        {"blocks_lost", "blocks dropped for good", (double)k.lost, 0},
+        {"device_blocks", "blocks a worker holds", (double)config->device_blocks, 0},
+        {"device_blocks_used", "blocks in use or cached on workers", (double)now.device_used, 0},
+        {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
+        {"host_blocks_used", "blocks cached on the host", (double)now.host_used, 0},
         {"decode_tokens_per_second", "decode steps: tokens/s",
-         stats_rate((double)decode.tokens, decode.seconds), false},
-        {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, false},
-        {"read_gb_per_second", "the devices read at most (GB/s)", read * 1e-9, false},
-        {"decode_share", "decode steps: share of that", stats_rate(reading, read), false},
+         stats_rate((double)decode.tokens, decode.seconds), 2},
+        {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, 2},
+        {"read_gb_per_second", "the devices read at most (GB/s)", read * 1e-9, 2},
+        {"decode_share", "decode steps: share of that", stats_rate(reading, read), 2},
         {"prefill_tokens_per_second", "prefill steps: tokens/s",
-         stats_rate((double)prefill.tokens, prefill.seconds), false},
-        {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, false},
-        {"peak_gflops", "the devices multiply at most", ops * 1e-9, false},
-        {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), false},
-        {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, true}};
+         stats_rate((double)prefill.tokens, prefill.seconds), 2},
+        {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, 2},
+        {"peak_gflops", "the devices multiply at most", ops * 1e-9, 2},
+        {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), 2},
+        {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, 0}};
     if (a->json)
         stats_json(config->backend->name, all, sizeof all / sizeof *all);
     else
@@ -114,9 +112,9 @@ void stats_print(const struct answers *a) {
 
 void stats_summary(const struct answers *a) {
     const struct engine_config *config = engine_config_of(a->engine);
-    struct engine_stats counters = engine_stats(a->engine);
-    struct sched_stats s = counters.sched;
-    struct kv_stats k = counters.kv;
+    struct engine_stats now = engine_stats(a->engine);
+    struct sched_stats s = now.sched;
+    struct kv_stats k = now.kv;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     (void)fprintf(stderr,
                   "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64

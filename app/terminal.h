@@ -52,10 +52,10 @@ void chat_run(struct chat *chat);
 #include "stats.h"
 #include <errno.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/ttydefaults.h> /* CTRL */
 #include <termios.h>
 #include <unistd.h>
 
@@ -162,18 +162,20 @@ static int editor_escape(void) {
         return 0;
     while (read(STDIN_FILENO, &byte, 1) == 1 && ((byte >= '0' && byte <= '9') || byte == ';'))
         number = number ? number : byte;
-    switch (byte == '~' ? number : byte) { /* `ESC [ 3 ~`, or `ESC [ A` */
-    case 'A': return 'P' - '@';            /* up */
-    case 'B': return 'N' - '@';            /* down */
-    case 'C': return 'F' - '@';            /* right */
-    case 'D': return 'B' - '@';            /* left */
+    if (byte == '~') /* `ESC [ 3 ~`, else `ESC [ A` */
+        byte = number;
+    switch (byte) {
+    case 'A': return CTRL('P'); /* up */
+    case 'B': return CTRL('N'); /* down */
+    case 'C': return CTRL('F'); /* right */
+    case 'D': return CTRL('B'); /* left */
     case 'H':
     case '1':
-    case '7': return 'A' - '@'; /* Home */
+    case '7': return CTRL('A'); /* Home */
     case 'F':
     case '4':
-    case '8': return 'E' - '@'; /* End */
-    case '3': return 'D' - '@'; /* Delete */
+    case '8': return CTRL('E'); /* End */
+    case '3': return CTRL('D'); /* Delete */
     default: return 0;
     }
 }
@@ -195,23 +197,23 @@ static enum editor_state editor_key(struct editor *e, int key) {
     switch (key) {
     case '\r':
     case '\n': return ENTERED;
-    case 'A' - '@': e->at = 0; break;
-    case 'E' - '@': e->at = e->length; break;
-    case 'B' - '@': e->at -= editor_previous(e, e->at); break;
-    case 'F' - '@': e->at += editor_next(e, e->at); break;
-    case 'P' - '@': editor_recall(e, -1); break;
-    case 'N' - '@': editor_recall(e, 1); break;
-    case 'K' - '@': editor_cut(e, e->at, e->length); break;
-    case 'U' - '@': editor_cut(e, 0, e->at); break;
-    case 'L' - '@': (void)fputs("\033[H\033[2J", stderr); break;
+    case CTRL('A'): e->at = 0; break;
+    case CTRL('E'): e->at = e->length; break;
+    case CTRL('B'): e->at -= editor_previous(e, e->at); break;
+    case CTRL('F'): e->at += editor_next(e, e->at); break;
+    case CTRL('P'): editor_recall(e, -1); break;
+    case CTRL('N'): editor_recall(e, 1); break;
+    case CTRL('K'): editor_cut(e, e->at, e->length); break;
+    case CTRL('U'): editor_cut(e, 0, e->at); break;
+    case CTRL('L'): (void)fputs("\033[H\033[2J", stderr); break;
     case 127:
-    case 'H' - '@': editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
-    case 'D' - '@':
+    case CTRL('H'): editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
+    case CTRL('D'):
         if (e->length == 0)
             return ENDED;
         editor_cut(e, e->at, e->at + editor_next(e, e->at));
         break;
-    case 'W' - '@':
+    case CTRL('W'):
         while (word > 0 && e->line[word - 1] == ' ')
             word--;
         while (word > 0 && e->line[word - 1] != ' ')
@@ -235,7 +237,7 @@ static enum editor_state editor_line(struct editor *e) {
             return ENDED;
         unsigned char byte = (unsigned char)*bytes;
         int key = byte == 27 ? editor_escape() : byte;
-        if (byte == 27 && key == 'D' - '@' && e->length == 0)
+        if (byte == 27 && key == CTRL('D') && e->length == 0)
             continue; /* Delete, where Ctrl-D would end it */
         if (byte == '\t' || (byte >= ' ' && byte != 127))
             editor_insert(e, bytes, 1);
@@ -322,70 +324,55 @@ void editor_close(struct editor *e) {
 
 /* ---- the conversation ---- */
 
-static bool chat_stats(struct chat *chat, const char *argument) {
-    (void)argument;
-    stats_print(chat->answers);
-    return true;
-}
+enum chat_command { CHAT_HELP, CHAT_STATS, CHAT_CLEAR, CHAT_SYSTEM, CHAT_EXIT, N_CHAT_COMMANDS };
 
-static bool chat_clear(struct chat *chat, const char *argument) {
-    (void)argument;
-    answers_forget(chat->answers);
-    (void)fputs(chat->answers->template == TEMPLATE_NONE
-                    ? "There is nothing to clear: this model continues each prompt by itself.\n"
-                    : "A new conversation begins.\n",
-                stderr);
-    return true;
-}
-
-static bool chat_system(struct chat *chat, const char *argument) {
-    free(chat->system);
-    chat->system = strdup(argument);
-    chat->defaults.system = chat->system;
-    answers_forget(chat->answers);
-    (void)fputs(chat->answers->template == TEMPLATE_NONE
-                    ? "It will stand before each prompt: this model has no place for it.\n"
-                    : "A new conversation begins with it.\n",
-                stderr);
-    return true;
-}
-
-static bool chat_exit(struct chat *chat, const char *argument) {
-    (void)chat;
-    (void)argument;
-    return false;
-}
-
-static const struct chat_command {
+static const struct {
     const char *name, *help;
-    bool (*run)(struct chat *chat, const char *argument); /* false: the end; NULL: help */
 } chat_commands[] = {
-    {"/help", "these commands", NULL},
-    {"/stats", "speeds, and what the pools and the pager did so far", chat_stats},
-    {"/clear", "forget what was said", chat_clear},
-    {"/system", "TEXT: what the model is told first, in a new conversation", chat_system},
-    {"/exit", "leave; so does Ctrl-D", chat_exit},
+    [CHAT_HELP] = {"/help", "these commands"},
+    [CHAT_STATS] = {"/stats", "speeds, and what the pools and the pager did so far"},
+    [CHAT_CLEAR] = {"/clear", "forget what was said"},
+    [CHAT_SYSTEM] = {"/system", "TEXT: what the model is told first, in a new conversation"},
+    [CHAT_EXIT] = {"/exit", "leave; so does Ctrl-D"},
 };
 
 static void chat_help(void) {
-    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++)
+    for (int i = 0; i < N_CHAT_COMMANDS; i++)
         (void)fprintf(stderr, "%-8s  %s\n", chat_commands[i].name, chat_commands[i].help);
     (void)fputs("A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n", stderr);
 }
 
-/* A line that begins with / and is a command's name, alone or with something behind it. */
+/* Forgets what was said, and says so; a base model has nothing to forget. */
+static void chat_restart(struct chat *chat, const char *of_chat, const char *of_base) {
+    answers_forget(chat->answers);
+    (void)fputs(chat->answers->template == TEMPLATE_NONE ? of_base : of_chat, stderr);
+}
+
+/* What a line that begins with / asks for: a command's name, alone or with something behind it.
+ * False: the end. */
 static bool chat_command(struct chat *chat, const char *line) {
     size_t length = strcspn(line, " ");
-    for (size_t i = 0; i < sizeof chat_commands / sizeof *chat_commands; i++) {
-        const struct chat_command *command = &chat_commands[i];
-        if (strlen(command->name) != length || strncmp(line, command->name, length) != 0)
-            continue;
-        if (command->run)
-            return command->run(chat, line + length + strspn(line + length, " "));
-        chat_help();
-        return true;
+    int command = 0;
+    while (command < N_CHAT_COMMANDS && (strlen(chat_commands[command].name) != length ||
+                                         strncmp(line, chat_commands[command].name, length) != 0))
+        command++;
+    switch (command) {
+    case CHAT_HELP: chat_help(); break;
+    case CHAT_STATS: stats_print(chat->answers); break;
+    case CHAT_CLEAR:
+        chat_restart(chat, "A new conversation begins.\n",
+                     "There is nothing to clear: this model continues each prompt by itself.\n");
+        break;
+    case CHAT_SYSTEM:
+        free(chat->system);
+        chat->system = strdup(line + length + strspn(line + length, " "));
+        chat->defaults.system = chat->system;
+        chat_restart(chat, "A new conversation begins with it.\n",
+                     "It will stand before each prompt: this model has no place for it.\n");
+        break;
+    case CHAT_EXIT: return false;
+    default: (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     }
-    (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     return true;
 }
 

@@ -24,6 +24,7 @@
  * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
  * line of text. Texts are not copied: argv, and the text of a file, must outlive what points into
  * them. What stands in a struct after parsing is in range; 0, NULL or n == 0 means: not given.
+ * Define CLI_IMPLEMENTATION in one file, before including this (json.h's is needed, too).
  * Read next: json.h. */
 #ifndef CLI_H
 #define CLI_H
@@ -31,17 +32,15 @@
 #include "json.h"
 #include "sampler.h" /* struct sampling */
 #include "text.h"
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
 
 #define CLI_VERSION "0.1.0"
 
-enum { PROGRESS_MS = 300 /* what takes less needs no bar */ };
-enum { CLI_FILE_LENGTH = 1 << 28 /* bytes of a text at most: /dev/zero has no end */ };
-
-enum { VALUE_DEVICES = 64, VALUE_STOPS = 16 };
+enum {
+    PROGRESS_MS = 300,         /* what takes less needs no bar */
+    CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
+    VALUE_DEVICES = 64,        /* of a list */
+    VALUE_STOPS = 16           /* texts that end an answer */
+};
 
 struct size { /* 512M or 8b: bytes, or KV blocks */
     int64_t value;
@@ -84,9 +83,8 @@ struct options {
     uint64_t given; /* for cli_given */
 };
 
-/* False: `error` is one line, without the program's name; usage errors: exit status 2. With --help
- * or --version nothing else is required; else `model` is not NULL. In any case,
- * cli_free follows. */
+/* False: `error` is one line, without the program's name. With --help or --version nothing else is
+ * required; else `model` is not NULL. In any case, cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
 /* Sets what nodes[key], a key of a request in JSON, and the value behind it say. given: which keys
  * were set before, at first 0. */
@@ -304,70 +302,72 @@ static const struct kind CHOICE = {read_choice, 0, NULL};
 /* A row with a key is a field of options.request; without a name, a key of request files only;
  * without a kind, a heading of --help. */
 struct option_row {
-    const char *name, *argument, *key;
+    const char *name, *argument;
     const struct kind *kind;
-    size_t offset;    /* in struct options */
+    size_t offset; /* in struct options */
+    const char *key, *help;
     double low, high; /* of a number */
-    const char *help;
 };
 
 #define AT(field) offsetof(struct options, field)
-#define SAMPLING  request.sampling
 static const struct option_row option_rows[] = {
     {.help = "What to run (without any: a conversation at a prompt; piped stdin is one prompt)"},
-    {"-p", "TEXT", "prompt", &PROMPT, AT(request), 0, 0, "one prompt"},
-    {"--ids", "1,15,7", "ids", &IDS, AT(request), 0, 0, "one prompt as token ids"},
-    {"-f", "FILE", 0, &TEXT, AT(file), 0, 0,
-     "one request a line: text, or JSON with [keys]; - is stdin"},
-    {"--tokenize", "FILE", 0, &TEXT, AT(tokenize), 0, 0, "print the token ids of FILE's texts"},
-    {"--perplexity", "FILE", 0, &TEXT, AT(perplexity), 0, 0, "how well the model predicts FILE"},
-    {"--logits", "FILE", 0, &TEXT, AT(logits), 0, 0, "write the prompt's logits to FILE (float32)"},
-    {"--tokenizer", "FILE", 0, &TEXT, AT(tokenizer), 0, 0, "tokenizer.bin of a llama2.c model"},
-    {"", 0, "id", &TEXT, AT(request.id), 0, 0, 0},
+    {"-p", "TEXT", &PROMPT, AT(request), .key = "prompt", .help = "one prompt"},
+    {"--ids", "1,15,7", &IDS, AT(request), .key = "ids", .help = "one prompt as token ids"},
+    {"-f", "FILE", &TEXT, AT(file),
+     .help = "one request a line: text, or JSON with [keys]; - is stdin"},
+    {"--tokenize", "FILE", &TEXT, AT(tokenize), .help = "print the token ids of FILE's texts"},
+    {"--perplexity", "FILE", &TEXT, AT(perplexity), .help = "how well the model predicts FILE"},
+    {"--logits", "FILE", &TEXT, AT(logits), .help = "write the prompt's logits to FILE (float32)"},
+    {"--tokenizer", "FILE", &TEXT, AT(tokenizer), .help = "tokenizer.bin of a llama2.c model"},
+    {.kind = &TEXT, .offset = AT(request.id), .key = "id"},
     {.help = "How to write"},
-    {"-n", "N", "n", &INT, AT(request.n), 1, INT_MAX, "tokens at most (default: until the end)"},
-    {"-t", "T", "temperature", &REAL, AT(SAMPLING.temperature), 0, 100,
-     "0: the likeliest token; 1: as the model says (default 0.8)"},
-    {"--top-p", "P", "top_p", &REAL, AT(SAMPLING.top_p), 0, 1,
-     "only the likeliest, of probability P together (default 0.95)"},
-    {"--top-k", "K", "top_k", &INT, AT(SAMPLING.top_k), 0, INT_MAX,
-     "only the K likeliest tokens (default 0: all)"},
-    {"--min-p", "P", "min_p", &REAL, AT(SAMPLING.min_p), 0, 1,
-     "only those at least P times as likely as the first (default 0)"},
-    {"--seed", "S", "seed", &SEED, AT(SAMPLING.seed), 0, 0,
-     "the same seed gives the same text (default: from the clock)"},
-    {"--stop", "TEXT", "stop", &STOP, AT(request), 0, 0,
-     "end before this text; may be given several times"},
-    {"--system", "TEXT", "system", &TEXT, AT(request.system), 0, 0,
-     "what a chat model is told first"},
-    {"--template", "auto|chatml|llama3|llama2|mistral|none", 0, &CHOICE, AT(template), 0, 0,
-     "how a chat model is spoken to (default: as the file says)"},
+    {"-n", "N", &INT, AT(request.n), .key = "n", .low = 1, .high = INT_MAX,
+     .help = "tokens at most (default: until the end)"},
+    {"-t", "T", &REAL, AT(request.sampling.temperature), .key = "temperature", .high = 100,
+     .help = "0: the likeliest token; 1: as the model says (default 0.8)"},
+    {"--top-p", "P", &REAL, AT(request.sampling.top_p), .key = "top_p", .high = 1,
+     .help = "only the likeliest, of probability P together (default 0.95)"},
+    {"--top-k", "K", &INT, AT(request.sampling.top_k), .key = "top_k", .high = INT_MAX,
+     .help = "only the K likeliest tokens (default 0: all)"},
+    {"--min-p", "P", &REAL, AT(request.sampling.min_p), .key = "min_p", .high = 1,
+     .help = "only those at least P times as likely as the first (default 0)"},
+    {"--seed", "S", &SEED, AT(request.sampling.seed), .key = "seed",
+     .help = "the same seed gives the same text (default: from the clock)"},
+    {"--stop", "TEXT", &STOP, AT(request), .key = "stop",
+     .help = "end before this text; may be given several times"},
+    {"--system", "TEXT", &TEXT, AT(request.system), .key = "system",
+     .help = "what a chat model is told first"},
+    {"--template", "auto|chatml|llama3|llama2|mistral|none", &CHOICE, AT(template),
+     .help = "how a chat model is spoken to (default: as the file says)"},
     {.help = "Where to compute"},
-    {"--devices", "LIST", 0, &DEVICES, AT(devices), 0, 0,
-     "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0"},
-    {"--prefill", "LIST", 0, &PLACES, AT(prefill), 0, 0, "those of --devices that read prompts"},
-    {"--decode", "LIST", 0, &PLACES, AT(decode), 0, 0, "those of --devices that write answers"},
-    {"--tp", "N", 0, &INT, AT(tp), 1, 8, "devices that share one copy of the model: 1, 2, 4 or 8"},
-    {"--colocate", 0, 0, &FLAG, AT(colocate), 0, 0, "every worker prefills and decodes"},
-    {"--threads", "N", 0, &INT, AT(threads), 1, 1024, "CPU threads"},
+    {"--devices", "LIST", &DEVICES, AT(devices),
+     .help = "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0"},
+    {"--prefill", "LIST", &PLACES, AT(prefill), .help = "those of --devices that read prompts"},
+    {"--decode", "LIST", &PLACES, AT(decode), .help = "those of --devices that write answers"},
+    {"--tp", "N", &INT, AT(tp), .low = 1, .high = 8,
+     .help = "devices that share one copy of the model: 1, 2, 4 or 8"},
+    {"--colocate", NULL, &FLAG, AT(colocate), .help = "every worker prefills and decodes"},
+    {"--threads", "N", &INT, AT(threads), .low = 1, .high = 1024, .help = "CPU threads"},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
-    {"--kv-device", "SIZE", 0, &SIZE, AT(kv_device), 1, 0, "KV cache on each device"},
-    {"--kv-host", "SIZE", 0, &SIZE, AT(kv_host), 0, 0, "KV cache in host memory; 0: none"},
-    {"--kv-type", "f32|bf16", 0, &CHOICE, AT(kv_type), 0, 0, "type of its numbers"},
-    {"--kv-policy", "on-evict|write-through", 0, &CHOICE, AT(kv_policy), 0, 0,
-     "copy blocks to the host when they must go, or at once"},
-    {"--max-batch", "N", 0, &INT, AT(max_batch), 1, 65536, "requests in one decode step, at most"},
-    {"--chunk", "N", 0, &INT, AT(chunk), 1, 1 << 20, "prompt tokens in one prefill step, at most"},
+    {"--kv-device", "SIZE", &SIZE, AT(kv_device), .low = 1, .help = "KV cache on each device"},
+    {"--kv-host", "SIZE", &SIZE, AT(kv_host), .help = "KV cache in host memory; 0: none"},
+    {"--kv-type", "f32|bf16", &CHOICE, AT(kv_type), .help = "type of its numbers"},
+    {"--kv-policy", "on-evict|write-through", &CHOICE, AT(kv_policy),
+     .help = "copy blocks to the host when they must go, or at once"},
+    {"--max-batch", "N", &INT, AT(max_batch), .low = 1, .high = 65536,
+     .help = "requests in one decode step, at most"},
+    {"--chunk", "N", &INT, AT(chunk), .low = 1, .high = 1 << 20,
+     .help = "prompt tokens in one prefill step, at most"},
     {.help = "What to show"},
-    {"--json", 0, 0, &FLAG, AT(json), 0, 0, "one JSON object a request"},
-    {"--stats", 0, 0, &FLAG, AT(stats), 0, 0, "a table of speeds and of what the pager did"},
-    {"--verbose", 0, 0, &FLAG, AT(verbose), 0, 0, "what is loaded and where it goes"},
-    {"--copy-delay", "SEED", 0, &SEED, AT(copy_delay), 0, 0,
-     "for tests: delay CPU copies at random"},
-    {"--version", 0, 0, &FLAG, AT(version), 0, 0, "print the version"},
-    {"--help", 0, 0, &FLAG, AT(help), 0, 0, "print this"},
+    {"--json", NULL, &FLAG, AT(json), .help = "one JSON object a request"},
+    {"--stats", NULL, &FLAG, AT(stats), .help = "a table of speeds and of what the pager did"},
+    {"--verbose", NULL, &FLAG, AT(verbose), .help = "what is loaded and where it goes"},
+    {"--copy-delay", "SEED", &SEED, AT(copy_delay),
+     .help = "for tests: delay CPU copies at random"},
+    {"--version", NULL, &FLAG, AT(version), .help = "print the version"},
+    {"--help", NULL, &FLAG, AT(help), .help = "print this"},
 };
-#undef SAMPLING
 #undef AT
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
 static_assert(N_ROWS <= 64, "struct options has one bit for each row");

@@ -19,9 +19,6 @@
 #define GGUF_H
 
 #include "text.h"
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
 
 #ifdef __CUDACC__ /* also on a GPU */
 #define GGUF_INLINE static inline __host__ __device__
@@ -127,8 +124,6 @@ const char *gguf_error(const struct gguf *file);
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

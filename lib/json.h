@@ -16,8 +16,6 @@
 #define JSON_H
 
 #include "text.h"
-#include <stddef.h>
-#include <stdio.h>
 
 enum { JSON_DEPTH = 64 };
 
@@ -39,8 +37,6 @@ void json_string(FILE *out, const char *text, size_t length);
 #undef JSON_IMPLEMENTATION
 
 #include <limits.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 

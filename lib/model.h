@@ -75,7 +75,7 @@ static inline int segment_begin(int cols, int unit, int index) {
     return begin < cols ? begin : cols;
 }
 
-/* What rows and columns of a tensor count; DIM_CONTEXT is the last. */
+/* What rows and columns of a tensor count. */
 enum extent {
     DIM_NONE,
     DIM_ONE,
@@ -103,38 +103,37 @@ enum {
  * random models know of it. In the order of a llama2.c checkpoint, each for all layers. */
 struct model_tensor {
     const char *name;       /* behind `blk.N.`, if each layer has one */
-    bool layered;           /* each layer has one */
+    bool layered;           /* each layer has one: PER_LAYER */
     int role;               /* enum tensor_role */
-    enum extent rows, cols; /* DIM_ONE row: a vector, and F32; DIM_NONE: the tensor is refused, for
-                             * text would be wrong without it */
+    enum extent rows, cols; /* DIM_ONE row: a vector, F32; DIM_NONE: refused, text would be wrong */
     unsigned required_by;   /* kinds of model; optional elsewhere, but in a checkpoint absent */
-    enum slice_kind slice;  /* how the shards of a worker cut it: a shard's heads are rows of q, k,
-                             * v and columns of attn_output; its part of d_ff, likewise */
+    enum slice_kind slice;  /* a shard has rows of q, k, v, gate, up; columns of output and down */
 };
+enum { SINGLE, PER_LAYER };
 static const struct model_tensor model_tensors[] = {
-    {"token_embd.weight", false, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"attn_norm.weight", true, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"attn_q.weight", true, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_k.weight", true, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_v.weight", true, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_output.weight", true, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, SLICE_COLS},
-    {"ffn_norm.weight", true, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"ffn_gate.weight", true, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"ffn_down.weight", true, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_ALL, SLICE_COLS},
-    {"ffn_up.weight", true, FFN_UP, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"output_norm.weight", false, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"rope_tables", false, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
-    {"output.weight", false, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
-    {"rope_freqs.weight", false, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
-    {"attn_q.bias", true, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_k.bias", true, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_v.bias", true, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_q_norm.weight", true, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
-    {"attn_k_norm.weight", true, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
-    {"attn_output.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_gate.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_up.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_down.bias", true, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"token_embd.weight", SINGLE, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"attn_norm.weight", PER_LAYER, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"attn_q.weight", PER_LAYER, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_k.weight", PER_LAYER, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_v.weight", PER_LAYER, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"attn_output.weight", PER_LAYER, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, SLICE_COLS},
+    {"ffn_norm.weight", PER_LAYER, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"ffn_gate.weight", PER_LAYER, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"ffn_down.weight", PER_LAYER, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_ALL, SLICE_COLS},
+    {"ffn_up.weight", PER_LAYER, FFN_UP, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
+    {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
+    {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
+    {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
+    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
+    {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
+    {"attn_q_norm.weight", PER_LAYER, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
+    {"attn_k_norm.weight", PER_LAYER, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
+    {"attn_output.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_gate.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_up.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"ffn_down.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
 };
 enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
 
@@ -161,7 +160,6 @@ bool model_is_random(const char *name); /* it begins with `random:` */
 
 #include <errno.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -183,19 +181,16 @@ enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 }
 /* ---- tensors, as the table has them ---- */
 
 static int model_extent(const struct model_config *config, enum extent extent) {
-    switch (extent) {
-    case DIM_NONE: return 0;
-    case DIM_ONE: return 1;
-    case DIM_VOCAB: return config->vocab_size;
-    case DIM_MODEL: return config->d_model;
-    case DIM_Q: return config->n_heads * config->head_dim;
-    case DIM_KV: return config->n_kv_heads * config->head_dim;
-    case DIM_FF: return config->d_ff;
-    case DIM_HEAD: return config->head_dim;
-    case DIM_ROPE: return config->rope_dim / 2;
-    case DIM_CONTEXT: return config->context_length;
-    }
-    return 0;
+    const int extents[] = {[DIM_ONE] = 1,
+                           [DIM_VOCAB] = config->vocab_size,
+                           [DIM_MODEL] = config->d_model,
+                           [DIM_Q] = config->n_heads * config->head_dim,
+                           [DIM_KV] = config->n_kv_heads * config->head_dim,
+                           [DIM_FF] = config->d_ff,
+                           [DIM_HEAD] = config->head_dim,
+                           [DIM_ROPE] = config->rope_dim / 2,
+                           [DIM_CONTEXT] = config->context_length};
+    return extents[extent];
 }
 
 /* Room for what the config says; `places`: also for tensors that no file lists. */
@@ -441,30 +436,18 @@ struct random_shape {
 /* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
  * context, rope_dim, rope_adjacent, theta, epsilon; as those who trained the models give them. */
 static const struct random_shape random_shapes[] = {
-    {"stories-15m",
-     MODEL_LLAMA | MODEL_TIED,
-     false,
-     {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
-    {"stories-110m",
-     MODEL_LLAMA | MODEL_TIED,
-     false,
-     {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
-    {"tinyllama-1.1b",
-     MODEL_LLAMA | MODEL_UNTIED,
-     false,
-     {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
-    {"qwen3-0.6b",
-     MODEL_QWEN3 | MODEL_TIED,
-     false,
-     {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
-    {"llama-3.1-8b",
-     MODEL_LLAMA | MODEL_UNTIED,
-     true,
-     {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
-    {"llama-3.1-70b",
-     MODEL_LLAMA | MODEL_UNTIED,
-     true,
-     {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"stories-15m", MODEL_LLAMA | MODEL_TIED,
+     .config = {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
+    {"stories-110m", MODEL_LLAMA | MODEL_TIED,
+     .config = {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"tinyllama-1.1b", MODEL_LLAMA | MODEL_UNTIED,
+     .config = {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+    {"qwen3-0.6b", MODEL_QWEN3 | MODEL_TIED,
+     .config = {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
+    {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+     .config = {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+     .config = {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
 /* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if

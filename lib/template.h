@@ -57,7 +57,6 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 #ifdef TEMPLATE_IMPLEMENTATION
 #undef TEMPLATE_IMPLEMENTATION
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -31,8 +31,6 @@
 
 #include "gguf.h"
 #include "text.h"
-#include <stdbool.h>
-#include <stddef.h>
 
 enum {
     TOK_TOKEN_LENGTH = 1024,   /* bytes of a token at most; the longest known ones have 512 */
@@ -84,8 +82,6 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #include <assert.h>
 #include <errno.h>
 #include <math.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -112,14 +108,18 @@ enum {
     IN_OTHER = 1 << UNICODE_OTHER | IN_MARK /* [^\s\p{L}\p{N}] */
 };
 
+enum {
+    PATTERN_MODERN = 1, /* the form that all but gpt-2 have */
+    PATTERN_CASED = 2,  /* a word is capitals, then small letters, and has its ending with it */
+    PATTERN_WHOLE_WORDS = 4, /* a word that is a token is taken whole, whatever merges say */
+    PATTERN_ADDS_BOS = 8     /* unless the file says otherwise */
+};
+
 struct pattern {
     const char *name;
-    bool modern;        /* the form that all but gpt-2 have */
-    bool cased;         /* a word is capitals, then small letters, and has its ending with it */
     int digits;         /* of a number at most */
     const char *behind; /* what may follow signs, as part of them */
-    bool whole_words;   /* a word that is a token is taken whole, whatever merges say */
-    bool adds_bos;      /* unless the file says otherwise */
+    unsigned traits;
 };
 
 /* gpt-2:     '(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
@@ -131,13 +131,13 @@ struct pattern {
  *            \p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
 static const struct pattern patterns[] = {
     {.name = "gpt-2"},
-    {"llama-bpe", true, false, 3, "\r\n", true, true},
-    {"llama3", true, false, 3, "\r\n", true, true},
-    {"llama-v3", true, false, 3, "\r\n", true, true},
-    {"qwen2", true, false, 1, "\r\n", false, false},
-    {"deepseek-r1-qwen", true, false, 1, "\r\n", false, false},
-    {"gpt-4o", true, true, 3, "\r\n/", false, false},
-    {"llama4", true, true, 3, "\r\n/", false, false},
+    {"llama-bpe", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
+    {"llama3", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
+    {"llama-v3", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
+    {"qwen2", 1, "\r\n", PATTERN_MODERN},
+    {"deepseek-r1-qwen", 1, "\r\n", PATTERN_MODERN},
+    {"gpt-4o", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
+    {"llama4", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
 };
 
 static const struct pattern *pattern_find(const char *name, size_t length) {
@@ -158,10 +158,6 @@ static size_t run_end(const char *text, size_t length, size_t at, unsigned set) 
     return at;
 }
 
-static char small_letter(char byte) { /* of ASCII */
-    return (char)(byte >= 'A' && byte <= 'Z' ? byte - 'A' + 'a' : byte);
-}
-
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
 static size_t ending_size(const char *text, size_t length, bool any_case) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
@@ -170,8 +166,8 @@ static size_t ending_size(const char *text, size_t length, bool any_case) {
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
         size_t size = 1; /* so many bytes are alike */
         for (const char *letter = endings[i]; *letter && size < length; letter++, size++) {
-            char byte = any_case ? small_letter(text[size]) : text[size];
-            if (byte != *letter)
+            bool capital = any_case && text[size] == *letter - 'a' + 'A';
+            if (text[size] != *letter && !capital)
                 break;
         }
         if (size == strlen(endings[i]) + 1)
@@ -215,7 +211,7 @@ static size_t letters_end(const struct pattern *pattern, const char *text, size_
     size_t first = utf8_char(text, length, &code);
     unsigned kind = 1u << unicode_class_of(code);
     bool leads = !(kind & (IN_LETTER | IN_NUMBER)) && text[0] != '\r' && text[0] != '\n';
-    if (!pattern->cased) {
+    if (!(pattern->traits & PATTERN_CASED)) {
         size_t begin = leads ? first : 0, end = run_end(text, length, begin, IN_LETTER);
         return end > begin ? end : 0;
     }
@@ -239,9 +235,9 @@ static size_t gpt2_size(const char *text, size_t length) {
 
 /* Bytes of the first word of a text that is not empty. */
 static size_t word_size(const struct pattern *pattern, const char *text, size_t length) {
-    if (!pattern->modern)
+    if (!(pattern->traits & PATTERN_MODERN))
         return gpt2_size(text, length);
-    size_t size = pattern->cased ? 0 : ending_size(text, length, true);
+    size_t size = pattern->traits & PATTERN_CASED ? 0 : ending_size(text, length, true);
     if (size == 0)
         size = letters_end(pattern, text, length);
     if (size > 0)
@@ -505,7 +501,7 @@ static bool read_settings(struct tokenizer *t, struct gguf *file, char *error) {
     t->bos = ids[0];
     t->eos = ids[1];
     t->adds_prefix = !t->byte_level;
-    t->adds_bos = !t->byte_level || t->pattern->adds_bos;
+    t->adds_bos = !t->byte_level || t->pattern->traits & PATTERN_ADDS_BOS;
     gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
     gguf_get_bool(file, "tokenizer.ggml.add_bos_token", &t->adds_bos);
     t->adds_prefix = t->adds_prefix && !t->byte_level;
@@ -622,7 +618,7 @@ static void merge_symbols(struct encoder *e) {
 static void encode_word(struct encoder *e, const char *word, size_t length) {
     const struct tokenizer *t = e->tokenizer;
     int previous = -1, whole = -1;
-    if (t->byte_level && t->pattern->whole_words)
+    if (t->byte_level && t->pattern->traits & PATTERN_WHOLE_WORDS)
         whole = find_key(t, word, length, KEY_TOKEN);
     if (whole >= 0) {
         e->tokens[e->n_tokens++] = whole;
