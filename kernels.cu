@@ -679,6 +679,10 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
 
 enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
 
+static constexpr __host__ __device__ int kinds_of(int epilogue) { /* matrices of one output */
+    return epilogue == SILU ? 2 : 1;
+}
+
 enum {
     SUM_STRIDE = 20, /* floats: a row of 16 sums; 20 keeps the lanes in different banks */
     ROW_TILE = 256,  /* rows of a block of prompt_product: with 128 outputs, 85 products a byte */
@@ -767,7 +771,7 @@ DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
 /* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
  * for each warp the units [at, end) of its segment. */
 template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
-    static constexpr int KINDS = EPILOGUE == SILU ? 2 : 1, TILES = tiles_a_block(COLUMNS);
+    static constexpr int KINDS = kinds_of(EPILOGUE), TILES = tiles_a_block(COLUMNS);
     static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
     static constexpr int AHEAD = SLOTS < 4 ? 4 / SLOTS : 1; /* units in registers while they come */
     int which, first_tile, first_row, warp, lane, at, end;
@@ -967,8 +971,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     int first = (int)blockIdx.x / in_band * ROW_BAND, at = (int)blockIdx.x % in_band;
     int height = smaller(n_row_tiles - first, ROW_BAND);
     int first_row = p.first_row + (first + at % height) * ROW_TILE, which;
-    int first_tile =
-        find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / (EPILOGUE == SILU ? 2 : 1), &which);
+    int first_tile = find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / kinds_of(EPILOGUE), &which);
     int end_row = p.first_row + p.n_rows;
     int n = p.matrix[which].n_units; /* stages to come */
     float sum[4][8][4] = {};
@@ -1028,8 +1031,7 @@ static void launch_generated(struct cuda_device *d, const struct product &p, int
     int n_segments = p.matrix[0].segments.n;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, COLUMNS>,
            grid_of(count_blocks(p, EPILOGUE, tiles_a_block(COLUMNS)), divide(n_rows, 8 * COLUMNS)),
-           n_segments * WARP,
-           generated_product_shared(EPILOGUE == SILU ? 2 : 1, n_segments, COLUMNS), p);
+           n_segments * WARP, generated_product_shared(kinds_of(EPILOGUE), n_segments, COLUMNS), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. */
@@ -1044,7 +1046,7 @@ static void launch_typed(struct cuda_device *d, const struct product &p, int n_g
     else if (n_generated > 0)
         launch_generated<TYPE, EPILOGUE, 1>(d, p, n_generated);
     if (p.n_rows > 0) {
-        int n_blocks = count_blocks(p, EPILOGUE, OUTPUT_TILE / TILE / (EPILOGUE == SILU ? 2 : 1));
+        int n_blocks = count_blocks(p, EPILOGUE, STAGE_SLOTS / kinds_of(EPILOGUE));
         launch(d, "prompt_product_kernel", prompt_product_kernel<TYPE, EPILOGUE>,
                grid_of(n_blocks * divide(p.n_rows, ROW_TILE)), THREADS, PROMPT_SHARED, p, n_blocks);
     }
