@@ -1425,14 +1425,15 @@ DEVICE void load_heads(const struct attention &a, const struct split &p, int lan
                        uint32_t q[HEAD / UNIT][2][4]) {
     const uint16_t *from = a.q + ((size_t)p.s.first_row * a.n_heads + p.first_head) * a.head_dim;
 #pragma unroll
-    for (int unit = 0; unit < HEAD / UNIT; unit++) {
-        int dim = unit * UNIT + lane % 4 * 8;
-        uint4 x[2] = {}; /* of heads group and group + 8 */
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (lane / 4 + i * 8 < p.n_heads && dim < a.head_dim)
-                x[i] = load16(from + (lane / 4 + i * 8) * a.head_dim + dim);
-        row_operands(x[0], x[1], q[unit]);
+    for (int i = 0; i < HEAD / UNIT * 2; i++) { /* unit i / 2; head group, or group + 8 */
+        int dim = i / 2 * UNIT + lane % 4 * 8, head = lane / 4 + i % 2 * 8;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (head < p.n_heads && dim < a.head_dim)
+            x = load16(from + head * a.head_dim + dim);
+        q[i / 2][0][i % 2] = x.x;
+        q[i / 2][0][i % 2 + 2] = x.y;
+        q[i / 2][1][i % 2] = x.z;
+        q[i / 2][1][i % 2 + 2] = x.w;
     }
 }
 
