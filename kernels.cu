@@ -1929,7 +1929,7 @@ __global__ void reduce_kernel(float *x, const struct partial_sums sums, int n_sh
     x[i] += value[0];
 }
 
-/* Copies what `from` has at `source` once its stream is where it is now. `to` is entered. */
+/* Copies from another shard, when all is done that is on its stream by now. Enters `to`. */
 static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device *from,
                        const void *source, size_t bytes) {
     enter(&from->device, "adding up shards");
