@@ -35,7 +35,7 @@
  *     embed, norm_qkv           the ops, from here on in the order of the forward pass
  *     rope_append               new keys and values, turned and written into their blocks
  *     attention                 over the paged keys and values of one head
- *     project_add, all_reduce_add, norm_gate_up, norm_logits, sample
+ *     project_add, all_reduce_add, norm_gate_up, sample
  *     a step, the backend       step_begin and step_end, the table of operations, open and close
  *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
@@ -71,10 +71,10 @@ enum {
     MAX_COPY_DELAY = 2000 /* microseconds, of a copy that a test delays */
 };
 
-/* Of attention. */
+/* The tiles of attention. */
 enum {
     QUERIES = 48,       /* of a tile: they share the reading of the keys and values */
-    QUERY_ROWS = 6,     /* that one call of a kernel computes: 24 registers of sums */
+    QUERY_ROWS = 6,     /* queries that one call of a kernel computes: 24 registers of sums */
     KV_TILE = 64,       /* tokens whose scores are computed at a time: 4 vectors */
     MAX_HEAD_DIM = 256, /* sizes the scratch of a thread */
     KV_TILE_BLOCKS = KV_TILE / BLOCK_TOKENS,
@@ -91,8 +91,15 @@ static int smaller(int a, int b) {
  * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
  * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
  * other: so a test meets orders that are rare. */
+
 struct copy_queue {
     atomic_uint_fast64_t added, done;
+};
+
+struct copy_order {
+    struct copy_queue *queue;
+    struct copy2d copy;
+    struct copy_order *next;
 };
 
 struct copier {
@@ -102,12 +109,6 @@ struct copier {
     struct copy_order *first; /* the running one stays in the list */
     bool stop;
     uint64_t delay_seed;
-};
-
-struct copy_order {
-    struct copy_queue *queue;
-    struct copy2d copy;
-    struct copy_order *next;
 };
 
 static uint32_t copier_random(uint64_t *state) { /* splitmix64 */
@@ -262,13 +263,13 @@ struct cpu_device {
     float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
     float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
     float *ffn;                   /* (max_rows, ffn_stride) */
-    char *converted[N_FORMS]; /* (rows, converted_stride) the input of a product in other forms */
-    size_t converted_stride[N_FORMS]; /* bytes */
-    float *turn;                      /* (max_rows, {cos, sin}, rope_dim) */
-    float *logits;                    /* (LOGIT_ROWS at most, vocab_size) */
-    float *scaled;                    /* the same: logits / temperature */
-    int *candidates;                  /* the same: of the sampler */
-    int *sampled;                     /* (max_samples) */
+    float *turn;                  /* (max_rows, {cos, sin}, rope_dim) */
+    /* the input of a product in the forms that its matrices want: (rows, bytes of a row) */
+    char *converted[N_FORMS];
+    size_t converted_stride[N_FORMS];
+    float *logits, *scaled;        /* (LOGIT_ROWS at most, vocab_size); logits / temperature */
+    int *candidates;               /* the same: of the sampler */
+    int *sampled;                  /* (max_samples) */
     int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
     void *memory[MAX_ACTIVATIONS]; /* (n_memory) all of the above */
     int n_memory;
@@ -277,7 +278,8 @@ struct cpu_device {
 
 static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *run,
                          const void *argument) {
-    pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
+    if (n_tiles > 0)
+        pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
 }
 
 /* ---- memory, copies and weights ---- */
@@ -380,6 +382,7 @@ static const struct weight *cpu_upload(struct device *base, const struct tensor 
 /* A step of a model is held against these figures, which must be taken beside it: memory of shared
  * machines is twice as fast in one minute as in the next. The threads of the pool do nothing else
  * for some milliseconds. */
+
 enum {
     LIMIT_REPEATS = 5,          /* of which the best counts */
     LIMIT_MULTIPLIES = 32,      /* tiles of arithmetic: enough that all threads end together */
@@ -620,9 +623,9 @@ static struct place find_tile(const struct product *product, int index) {
         which++;
     index -= product->first_tile[which];
     int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
+    int n_threads = product->device->cpu->pool.n_threads;
     if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        panel =
-            panel_of_tile(panel, product->n_panels[which], product->device->cpu->pool.n_threads);
+        panel = panel_of_tile(panel, product->n_panels[which], n_threads);
     return (struct place){.which = which,
                           .panel = product->matrix[which]->first_row / PANEL + panel,
                           .row = row,
@@ -686,49 +689,48 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
     store_tile(product, &place, scratch->tile[0]);
 }
 
-struct conversion {
-    const struct product *product;
-    enum row_form form;
-};
-
-/* Rows into a form, segment by segment where K is cut. */
-static void convert_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct conversion *conversion = argument;
-    const struct product *product = conversion->product;
-    const struct weight *matrix = product->matrix[0];
-    (void)scratch;
-    int n_segments = product->kind == PRODUCT_SEGMENTS ? product->n_segments : 1;
-    int end_row = smaller((tile + 1) * NORM_ROWS, product->n_rows);
-    for (int row = tile * NORM_ROWS; row < end_row; row++) {
-        const float *from = product->rows + (size_t)row * product->stride;
-        char *to = product->device->converted[conversion->form] +
-                   (size_t)row * product->input_stride[conversion->form];
-        for (int i = 0; i < n_segments; i++) {
-            int segment = product->first_segment + i, begin = 0, end = matrix->cols;
-            if (product->kind == PRODUCT_SEGMENTS) {
-                begin = segment_begin(matrix->cols, product->unit, segment);
-                end = segment_begin(matrix->cols, product->unit, segment + 1);
-            }
-            dot_convert(conversion->form, from, begin, end, to);
-            from += end - begin;
-            to += dot_form_bytes(conversion->form, begin, end);
+/* A row into a form, segment by segment where K is cut. */
+static void convert_row(const struct product *product, enum row_form form, int row) {
+    bool cut = product->kind == PRODUCT_SEGMENTS;
+    const float *from = product->rows + (size_t)row * product->stride;
+    char *to = product->device->converted[form] + (size_t)row * product->input_stride[form];
+    for (int i = 0; i < (cut ? product->n_segments : 1); i++) {
+        int segment = product->first_segment + i, begin = 0, end = product->matrix[0]->cols;
+        if (cut) {
+            begin = segment_begin(product->matrix[0]->cols, product->unit, segment);
+            end = segment_begin(product->matrix[0]->cols, product->unit, segment + 1);
         }
+        dot_convert(form, from, begin, end, to);
+        from += end - begin;
+        to += dot_form_bytes(form, begin, end);
     }
+}
+
+static void convert_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct product *product = argument;
+    (void)scratch;
+    int end_row = smaller((tile + 1) * NORM_ROWS, product->n_rows);
+    for (int row = tile * NORM_ROWS; row < end_row; row++)
+        for (int form = FORM_F32 + 1; form < N_FORMS; form++)
+            if (product->input[form])
+                convert_row(product, (enum row_form)form, row);
 }
 
 /* The input in each form that one of the matrices wants. */
 static void convert_rows(struct cpu_device *device, struct product *product, int n_matrices) {
+    bool as_it_is = true;
     product->input[FORM_F32] = (const char *)product->rows;
     product->input_stride[FORM_F32] = product->stride * sizeof(float);
     for (int i = 0; i < n_matrices; i++) {
         enum row_form form = dot_form(product->matrix[i]->type, device->cpu->plain);
-        if (product->input[form])
+        if (form == FORM_F32)
             continue;
-        struct conversion conversion = {product, form};
         product->input[form] = device->converted[form];
         product->input_stride[form] = device->converted_stride[form];
-        parallel_for(device, divide_up(product->n_rows, NORM_ROWS), convert_tile, &conversion);
+        as_it_is = false;
     }
+    if (!as_it_is)
+        parallel_for(device, divide_up(product->n_rows, NORM_ROWS), convert_tile, product);
 }
 
 /* n_matrices side by side, but for PRODUCT_SILU, which makes one of two. */
@@ -773,9 +775,7 @@ static void row_tile(const void *argument, int tile, struct scratch *scratch) {
 }
 
 static void for_rows(const struct row_job *job) {
-    int n_tiles = divide_up(job->n_rows, NORM_ROWS);
-    if (n_tiles > 0)
-        parallel_for(job->device, n_tiles, row_tile, job);
+    parallel_for(job->device, divide_up(job->n_rows, NORM_ROWS), row_tile, job);
 }
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
@@ -841,9 +841,9 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 /* New keys and values on their way into the blocks: turned by their positions (RoPE, Su et al.
  * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]:
  * sixteen rows are transposed in registers, fewer are written one by one. What is written for a row
- * depends on that row alone.
- *
- * Once a step: the cosine of each element of a head turned at a row's position, then the sine of
+ * depends on that row alone. */
+
+/* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
 static void turn_row(const struct row_job *job, int row) {
     const struct device *device = &job->device->device;
@@ -864,9 +864,7 @@ static void turn_head(float *head, const float *turn, const struct model_config 
     int dim = config->rope_dim, n = dim / 2;
     const float *sine = turn + dim;
     for (int i = 0; i < dim && config->rope_adjacent; i += LANES) {
-        vec own = load_part(head + i, dim - i);
-        vec other =
-            __builtin_shufflevector(own, own, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        vec own = load_part(head + i, dim - i), other = lanes_from(own, 1);
         own = own * load_part(turn + i, dim - i) + other * load_part(sine + i, dim - i);
         store_part(head + i, own, dim - i);
     }
@@ -1014,6 +1012,7 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
  * What a query sees does not depend on its neighbours: each score is one chain over head_dim, each
  * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
  * a block that were never written may hold anything. */
+
 struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
     const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
@@ -1034,12 +1033,9 @@ INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
 }
 
 static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
-    float values[LANES] = {0};
     uint16_t halves[LANES] = {0};
-    if (type == KV_F32) {
-        memcpy(values, plane + at * sizeof *values, sizeof *values * (size_t)n);
-        return load(values);
-    }
+    if (type == KV_F32)
+        return load_part((const float *)(const void *)plane + at, n);
     memcpy(halves, plane + at * sizeof *halves, sizeof *halves * (size_t)n);
     return widen_bf16(halves);
 }
@@ -1284,8 +1280,7 @@ static void cpu_attention(struct device *base, int layer_index) {
     int heads = smaller(n_tiles * n_heads / enough, n_heads);
     struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
     job.n_head_groups = divide_up(n_heads, job.heads);
-    if (n_tiles > 0)
-        parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
+    parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
 }
 
 /* ---- project_add, all_reduce_add ---- */
@@ -1395,7 +1390,7 @@ static void cpu_sample(struct device *base, const struct weight *const *weights,
     size_t vocab = (size_t)base->config->vocab_size;
     int n_samples = device->batch->n_samples;
     for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
-        int n = n_samples - first < LOGIT_ROWS ? n_samples - first : LOGIT_ROWS;
+        int n = smaller(n_samples - first, LOGIT_ROWS);
         compute_logits(device, weights, first, n);
         if (logits)
             memcpy(logits + (size_t)first * vocab, device->logits,

@@ -9,7 +9,7 @@
  *     4  products                       generated_product_kernel, prompt_product_kernel
  *     5  attention                      prompt_attention_kernel, generated_attention_kernel
  *     6  embedding, norm, rope          embed_kernel, norm_kernel, rope_append_kernel
- *     7  the products of a layer; several shards                           reduce_kernel
+ *     7  the products of a layer; several shards              silu_kernel, reduce_kernel
  *     8  logits and samples                                                sample_kernel
  *     9  a step: begun, recorded, replayed, ended
  *    10  what the chip can do at most               mma_probe_kernel, read_probe_kernel
@@ -20,7 +20,7 @@
  * table and work lists go up in one copy; the ops then read them on the device, so that a decode
  * step is the same sequence of launches for any batch of its size, and is recorded once for each
  * and replayed as a graph. Generated tokens are the first rows of a batch, prompt rows follow;
- * products and attention have a kernel for each role. Token ids come back, nothing else.
+ * products and attention have a kernel for each role. Token ids come back, and logits if asked for.
  *
  * Invariants:
  *   - A row's bits depend on its role and its own text, never on the batch, on the placement of its
@@ -61,8 +61,12 @@ static dim3 grid_of(int x, int y = 1) {
     return dim3((unsigned)x, (unsigned)y);
 }
 
-static int divide(int value, int unit) {
+static inline __host__ __device__ int divide(int value, int unit) {
     return (value + unit - 1) / unit;
+}
+
+static inline __host__ __device__ int smaller(int a, int b) {
+    return a < b ? a : b;
 }
 
 /* ==== 1. A step, as kernels see it ====
@@ -217,6 +221,25 @@ template <int TYPE> DEVICE void unpack(const struct fragment<TYPE> &f, uint32_t 
     }
 }
 
+/* The 16-row operands of a unit, from a lane's 8 k of rows group and group + 8. */
+DEVICE void row_operands(const uint4 &upper, const uint4 &lower, uint32_t a[2][4]) {
+    a[0][0] = upper.x;
+    a[0][1] = lower.x;
+    a[0][2] = upper.y;
+    a[0][3] = lower.y;
+    a[1][0] = upper.z;
+    a[1][1] = lower.z;
+    a[1][2] = upper.w;
+    a[1][3] = lower.w;
+}
+
+/* sum (16, 8) += a . b of a unit; b: a lane's 8 k of column group. */
+DEVICE void multiply_unit(float sum[4], const uint32_t a[2][4], const uint4 &b) {
+    const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
+    mma_bf16(sum, a[0], low);
+    mma_bf16(sum, a[1], high);
+}
+
 /* A lane's fragment of a tile and unit whose numbers and scales begin there; ONCE: in device
  * memory, and not to be read again soon. */
 template <int TYPE, bool ONCE>
@@ -338,6 +361,7 @@ DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, i
  * tile and unit; bound by memory. The twin of pack_panel. */
 __global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
                             const struct raw_rows raw) {
+    grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     size_t index = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
     if (index >= (size_t)n_tiles * m.n_units)
@@ -398,9 +422,8 @@ struct cuda_backend {
     struct backend backend;
     struct backend_options options;
     pthread_mutex_t upload_mutex;
-    struct weight *weights; /* a list, under upload_mutex */
-    struct card cards[MAX_GPUS];
-    int n_gpus;
+    struct weight *weights;      /* a list, under upload_mutex */
+    struct card cards[MAX_GPUS]; /* (backend.n_gpus) */
 };
 
 struct graph { /* a recorded decode step of up to 8 * index rows */
@@ -505,11 +528,9 @@ static int grain_of(const struct model_config *config, int cols) {
 }
 
 static void free_weight(struct weight *weight) {
-    if (weight) {
-        cudaFree((void *)weight->matrix.packed);
-        cudaFree((void *)weight->matrix.scales);
-        cudaFree(weight->vector);
-    }
+    cudaFree((void *)weight->matrix.packed);
+    cudaFree((void *)weight->matrix.scales);
+    cudaFree(weight->vector);
     free(weight);
 }
 
@@ -522,15 +543,17 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
     size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
     size_t all = tile_bytes * (size_t)m->n_tiles;
     struct gpu_staging *staging = &d->card->staging;
+    struct gpu up = d->gpu; /* the same, but for the stream */
+    up.stream = staging->stream;
     if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
         return false;
     int band = (int)(period > 0 ? (size_t)m->n_tiles : staging->bytes / tile_bytes);
     for (int tile = 0; tile < m->n_tiles; tile += band) {
-        int n_tiles = m->n_tiles - tile < band ? m->n_tiles - tile : band;
+        int n_tiles = smaller(m->n_tiles - tile, band);
         struct raw_rows raw = {};
         raw.row_bytes = row_bytes;
         raw.type = tensor->type;
-        raw.n_rows = n_rows - tile * TILE < n_tiles * TILE ? n_rows - tile * TILE : n_tiles * TILE;
+        raw.n_rows = smaller(n_rows - tile * TILE, n_tiles * TILE);
         const char *from = (const char *)tensor->data;
         size_t offset = (size_t)(first_row + tile * TILE) * row_bytes;
         size_t bytes = (size_t)raw.n_rows * row_bytes;
@@ -541,14 +564,9 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
             offset = 0;
         }
         raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
-        int warps = THREADS / WARP;
-        size_t n = ((size_t)n_tiles * m->n_units + warps - 1) / warps;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3((unsigned)n);
-        config.blockDim = dim3(THREADS);
-        config.stream = staging->stream;
-        emu_next_kernel("pack_kernel");
-        TRY(d, cudaLaunchKernelEx(&config, pack_kernel, *m, tile, n_tiles, raw));
+        size_t n_blocks = ((size_t)n_tiles * m->n_units * WARP + THREADS - 1) / THREADS;
+        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)n_blocks), THREADS, 0, *m, tile,
+                   n_tiles, raw);
         gpu_staging_used(&d->gpu, staging);
     }
     return true;
@@ -585,13 +603,10 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
     if (w->slice.kind != SLICE_WHOLE)
         from += (size_t)w->slice.rank * n * sizeof(float);
     size_t bytes = (size_t)n * sizeof(float);
-    struct gpu_staging *staging = &d->card->staging;
-    if (!gpu_staging_reserve(&d->gpu, staging, bytes) ||
-        cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
+    cudaStream_t stream = d->card->staging.stream;
+    if (cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
         return false;
-    const char *raw = gpu_staging_up(&d->gpu, staging, from, bytes);
-    TRY(d, cudaMemcpyAsync(w->vector, raw, bytes, cudaMemcpyDeviceToDevice, staging->stream));
-    gpu_staging_used(&d->gpu, staging);
+    TRY(d, cudaMemcpyAsync(w->vector, from, bytes, cudaMemcpyHostToDevice, stream));
     return true;
 }
 
@@ -660,9 +675,13 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * Both do their part of what follows a product: bias, silu(gate) * up, or adding to the residual.
  *
  * Rows are bf16 (n_rows, input_stride), outputs f32, but for the FFN's, which are the next input.
- * The twin of lib/product.h. */
+ * The twin of lib/matmul.h. */
 
 enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
+
+static constexpr __host__ __device__ int kinds_of(int epilogue) { /* matrices of one output */
+    return epilogue == SILU ? 2 : 1;
+}
 
 enum {
     SUM_STRIDE = 20, /* floats: a row of 16 sums; 20 keeps the lanes in different banks */
@@ -719,7 +738,7 @@ template <int EPILOGUE>
 DEVICE int find_tile(const struct product &p, int block, int tiles, int *which) {
     *which = 0;
     while (EPILOGUE != SILU && *which + 1 < p.n_matrices) {
-        int n_blocks = (p.matrix[*which].n_tiles + tiles - 1) / tiles;
+        int n_blocks = divide(p.matrix[*which].n_tiles, tiles);
         if (block < n_blocks)
             break;
         block -= n_blocks;
@@ -752,7 +771,7 @@ DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
 /* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
  * for each warp the units [at, end) of its segment. */
 template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
-    static constexpr int KINDS = EPILOGUE == SILU ? 2 : 1, TILES = tiles_a_block(COLUMNS);
+    static constexpr int KINDS = kinds_of(EPILOGUE), TILES = tiles_a_block(COLUMNS);
     static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
     static constexpr int AHEAD = SLOTS < 4 ? 4 / SLOTS : 1; /* units in registers while they come */
     int which, first_tile, first_row, warp, lane, at, end;
@@ -768,8 +787,7 @@ DEVICE void fetch_weights(const struct product &p, int from,
         int at = from + i / b->SLOTS, slot = i % b->SLOTS;
         const struct matrix &m = p.matrix[b->which + slot % b->KINDS];
         int tile = b->first_tile + slot / b->KINDS;
-        tile = tile < m.n_tiles ? tile : m.n_tiles - 1;
-        size_t index = (size_t)tile * m.n_units + at;
+        size_t index = (size_t)smaller(tile, m.n_tiles - 1) * m.n_units + at;
         if (at < b->end)
             load_fragment<TYPE, true>(m.packed + index * packed_bytes(TYPE),
                                       m.scales + index * SCALE_BYTES, b->lane,
@@ -803,12 +821,9 @@ DEVICE void multiply_segment(const struct product &p,
             for (int column = 0; column < COLUMNS; column++) {
                 uint4 x =
                     load16(input + (size_t)column * 8 * p.input_stride + (b->at + ahead) * UNIT);
-                uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
 #pragma unroll
-                for (int slot = 0; slot < SLOTS; slot++) {
-                    mma_bf16(b->sum[slot][column], a[slot][0], low);
-                    mma_bf16(b->sum[slot][column], a[slot][1], high);
-                }
+                for (int slot = 0; slot < SLOTS; slot++)
+                    multiply_unit(b->sum[slot][column], a[slot], x);
             }
         }
     }
@@ -878,7 +893,7 @@ static inline size_t generated_product_shared(int kinds, int n_segments, int col
 
 enum {
     STAGE_ROWS = ROW_TILE * UNIT * 2,                    /* bytes of the rows of a stage */
-    STAGE_SLOTS = OUTPUT_TILE / TILE,                    /* its tiles of weights */
+    STAGE_SLOTS = OUTPUT_TILE / TILE,                    /* tiles of weights of a stage */
     STAGE_BYTES = STAGE_ROWS + STAGE_SLOTS * UNIT_BYTES, /* scales fit where bf16 would be */
     PROMPT_SHARED = STAGES * STAGE_BYTES
 };
@@ -898,7 +913,7 @@ DEVICE void load_stage(const struct product &p, int which, int first_tile, int f
     const uint16_t *input = p.input + unit * UNIT;
     for (int i = (int)threadIdx.x; i < ROW_TILE * 4; i += THREADS) {
         int row = first_row + i / 4, last = p.first_row + p.n_rows - 1;
-        const uint16_t *from = input + (size_t)(row < last ? row : last) * p.input_stride;
+        const uint16_t *from = input + (size_t)smaller(row, last) * p.input_stride;
         copy_async16(stage + i * 16, from + i % 4 * 8, row <= last);
     }
     constexpr int BYTES = (int)packed_bytes(TYPE);
@@ -914,7 +929,6 @@ DEVICE void load_stage(const struct product &p, int which, int first_tile, int f
                                            : m.scales + index * SCALE_BYTES + (byte - BYTES);
         copy_async16(stage + slot * UNIT_BYTES + byte, there ? from : m.packed, there);
     }
-    copy_async_commit();
 }
 
 /* sum (4 x 16 rows, 4 x 2 x 8 outputs) += one unit of a warp's rows and slots. */
@@ -924,14 +938,8 @@ DEVICE void multiply_stage(const uint8_t *stage, int warp, int lane, float sum[4
     const uint8_t *weights = stage + STAGE_ROWS + warp % 2 * 4 * UNIT_BYTES;
     uint32_t x[4][2][4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint4 upper = load16(rows + i * 16 * 64), lower = load16(rows + (i * 16 + 8) * 64);
-        const uint32_t both[2][4] = {{upper.x, lower.x, upper.y, lower.y},
-                                     {upper.z, lower.z, upper.w, lower.w}};
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            x[i][j / 4][j % 4] = both[j / 4][j % 4];
-    }
+    for (int i = 0; i < 4; i++)
+        row_operands(load16(rows + i * 16 * 64), load16(rows + (i * 16 + 8) * 64), x[i]);
 #pragma unroll
     for (int slot = 0; slot < 4; slot++) {
         struct fragment<TYPE> f;
@@ -959,23 +967,22 @@ __global__ void __launch_bounds__(THREADS, 1)
     prompt_product_kernel(const struct product p, int n_blocks) {
     DYNAMIC_SHARED(uint8_t, stages);
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    int n_row_tiles = (p.n_rows + ROW_TILE - 1) / ROW_TILE, in_band = ROW_BAND * n_blocks;
+    int n_row_tiles = divide(p.n_rows, ROW_TILE), in_band = ROW_BAND * n_blocks;
     int first = (int)blockIdx.x / in_band * ROW_BAND, at = (int)blockIdx.x % in_band;
-    int height = n_row_tiles - first < ROW_BAND ? n_row_tiles - first : ROW_BAND;
+    int height = smaller(n_row_tiles - first, ROW_BAND);
     int first_row = p.first_row + (first + at % height) * ROW_TILE, which;
-    int first_tile =
-        find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / (EPILOGUE == SILU ? 2 : 1), &which);
+    int first_tile = find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / kinds_of(EPILOGUE), &which);
     int end_row = p.first_row + p.n_rows;
     int n = p.matrix[which].n_units; /* stages to come */
     float sum[4][8][4] = {};
     grid_wait();
     grid_launch_dependents();
-    for (int i = 0; i < STAGES - 1; i++)
+    for (int i = 0; i < STAGES - 1; i++) {
         if (i < n)
             load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, i,
                                        stages + i * STAGE_BYTES);
-        else
-            copy_async_commit();
+        copy_async_commit(); /* a group for each stage, though it be empty: waits count groups */
+    }
     /* act(i, j, c, row, output): sum[i][j][c] and [c + 1] are those of a row and two outputs */
     auto for_pairs = [&](auto act) {
 #pragma unroll
@@ -1001,8 +1008,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         if (ahead < n)
             load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, ahead,
                                        stages + ahead % STAGES * STAGE_BYTES);
-        else
-            copy_async_commit(); /* an empty group: the count of younger ones stays right */
+        copy_async_commit();
         multiply_stage<TYPE>(stages + i % STAGES * STAGE_BYTES, warp, lane, sum);
     }
     for_pairs([&](int i, int j, int c, int row, int output) {
@@ -1025,8 +1031,7 @@ static void launch_generated(struct cuda_device *d, const struct product &p, int
     int n_segments = p.matrix[0].segments.n;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, COLUMNS>,
            grid_of(count_blocks(p, EPILOGUE, tiles_a_block(COLUMNS)), divide(n_rows, 8 * COLUMNS)),
-           n_segments * WARP,
-           generated_product_shared(EPILOGUE == SILU ? 2 : 1, n_segments, COLUMNS), p);
+           n_segments * WARP, generated_product_shared(kinds_of(EPILOGUE), n_segments, COLUMNS), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. */
@@ -1041,7 +1046,7 @@ static void launch_typed(struct cuda_device *d, const struct product &p, int n_g
     else if (n_generated > 0)
         launch_generated<TYPE, EPILOGUE, 1>(d, p, n_generated);
     if (p.n_rows > 0) {
-        int n_blocks = count_blocks(p, EPILOGUE, OUTPUT_TILE / TILE / (EPILOGUE == SILU ? 2 : 1));
+        int n_blocks = count_blocks(p, EPILOGUE, STAGE_SLOTS / kinds_of(EPILOGUE));
         launch(d, "prompt_product_kernel", prompt_product_kernel<TYPE, EPILOGUE>,
                grid_of(n_blocks * divide(p.n_rows, ROW_TILE)), THREADS, PROMPT_SHARED, p, n_blocks);
     }
@@ -1097,13 +1102,13 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
  * [head_dim][16 tokens], bf16: then the k of both products are neighbours in memory. Tokens 4 quad
  * to 4 quad + 3 of a block belong to one lane in the scores, which is just how it needs them as
  * operand of the second product (token_of). HEAD: head_dim padded to 64, 128 or 256. The twin of
- * attention.h. */
+ * attention_rows. */
 
 enum {
     ATTENTION_WARPS = 4,
     STEP_TOKENS = 2 * BLOCK_TOKENS, /* of the running softmax */
-    SPLIT_TOKENS = 256,    /* short enough that one text fills the chip from 4k tokens on */
-    BLOCKS_A_PROCESSOR = 4 /* of generated_attention, whose list of work may be long */
+    SPLIT_TOKENS = 256,             /* so short that one text fills the chip from 4k tokens on */
+    BLOCKS_A_PROCESSOR = 4          /* of generated_attention, whose list of work may be long */
 };
 
 struct heads {                      /* of a layer: what rope and attention share */
@@ -1228,8 +1233,7 @@ DEVICE struct queries find_queries(const struct attention &a, int tile_queries) 
     q.kv_head = (int)blockIdx.x % a.n_kv_heads;
     q.group = a.n_heads / a.n_kv_heads;
     q.first = item.y;
-    int end = q.s.n_rows * q.group;
-    q.last = (q.first + tile_queries < end ? q.first + tile_queries : end) - 1;
+    q.last = smaller(q.first + tile_queries, q.s.n_rows * q.group) - 1;
     return q;
 }
 
@@ -1255,7 +1259,6 @@ DEVICE void load_kv(const struct attention &a, const struct sequence &s, int kv_
         from += there ? offset + (key ? 0 : (int)a.plane) : 0;
         copy_async16(stage + i * 16, from, there);
     }
-    copy_async_commit();
 }
 
 /* scores of 16 queries and the 32 tokens of a step, of which `keys` begin the stage. */
@@ -1265,16 +1268,13 @@ DEVICE void stage_scores(const uint8_t *queries, const uint8_t *keys, int n_quer
 #pragma unroll 2
     for (int unit = 0; unit < HEAD / UNIT; unit++) { /* 2: more would not fit the registers */
         const uint8_t *from = queries + (unit * n_queries + lane / 4) * 64 + lane % 4 * 16;
-        uint4 upper = load16(from), lower = load16(from + 8 * 64);
-        const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-        const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+        uint32_t q[2][4];
+        row_operands(load16(from), load16(from + 8 * 64), q);
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* block i / 2, tile i % 2 */
             int token = i / 2 * BLOCK_TOKENS + token_of(i % 2, lane / 4);
-            uint4 key = load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16);
-            const uint32_t low[2] = {key.x, key.y}, high[2] = {key.z, key.w};
-            mma_bf16(scores[i / 2][i % 2], first, low);
-            mma_bf16(scores[i / 2][i % 2], second, high);
+            multiply_unit(scores[i / 2][i % 2], q,
+                          load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16));
         }
     }
 }
@@ -1349,18 +1349,18 @@ __global__ void __launch_bounds__(ATTENTION_WARPS *WARP)
     const struct queries q = find_queries(a, N);
     int n_steps = (q.s.start + q.last / q.group) / STEP_TOKENS + 1;
     load_queries<HEAD>(a, q, shared); /* of one group with the first step */
-    for (int i = 0; i < STAGES_AHEAD; i++)
+    for (int i = 0; i < STAGES_AHEAD; i++) {
         if (i < n_steps)
             load_kv<HEAD>(a, q.s, q.kv_head, i, stages + i * STAGE);
-        else
-            copy_async_commit();
+        copy_async_commit(); /* a group for each step, though it be empty: waits count groups */
+    }
     float output[ROW_TILES][HEAD / 8][4] = {};
     struct softmax state[ROW_TILES];
     int position[ROW_TILES][2], first = warp * ROW_TILES * 16;
 #pragma unroll
     for (int i = 0; i < ROW_TILES * 2; i++) {
         int query = q.first + first + i / 2 * 16 + i % 2 * 8 + lane / 4;
-        position[i / 2][i % 2] = q.s.start + (query < q.last ? query : q.last) / q.group;
+        position[i / 2][i % 2] = q.s.start + smaller(query, q.last) / q.group;
         state[i / 2].max[i % 2] = -INFINITY;
         state[i / 2].sum[i % 2] = 0.0f;
     }
@@ -1370,8 +1370,7 @@ __global__ void __launch_bounds__(ATTENTION_WARPS *WARP)
         int ahead = step + STAGES_AHEAD, begin = step * STEP_TOKENS;
         if (ahead < n_steps)
             load_kv<HEAD>(a, q.s, q.kv_head, ahead, stages + ahead % (STAGES_AHEAD + 1) * STAGE);
-        else
-            copy_async_commit(); /* an empty group: the count of younger ones stays right */
+        copy_async_commit();
         const uint8_t *keys = stages + step % (STAGES_AHEAD + 1) * STAGE;
         uint32_t weights[ROW_TILES][2][4];
 #pragma unroll
@@ -1414,7 +1413,7 @@ DEVICE struct split find_split(const struct attention &a, int index, int n_chunk
     p.n_sequence = item.x;
     p.s = array_of<struct sequence>(a.step, a.step->sequences)[item.x];
     p.first_head = p.kv_head * group + p.chunk * 16;
-    p.n_heads = group - p.chunk * 16 < 16 ? group - p.chunk * 16 : 16;
+    p.n_heads = smaller(group - p.chunk * 16, 16);
     p.index = item.y;
     p.n_tokens = p.s.start + 1;
     return p;
@@ -1445,18 +1444,15 @@ DEVICE void attend_blocks(const struct attention &a, const struct split &p,
                           struct softmax *state, float output[HEAD / 8][4]) {
     for (; block < end; block += 2) {
         float scores[2][2][4] = {};
-        const uint16_t *plane[2] = {
-            key_plane(a, p.s, block, p.kv_head),
-            key_plane(a, p.s, block + 1 < end ? block + 1 : block, p.kv_head)};
+        const uint16_t *plane[2] = {key_plane(a, p.s, block, p.kv_head),
+                                    key_plane(a, p.s, smaller(block + 1, end - 1), p.kv_head)};
         uint32_t weights[2][4];
 #pragma unroll
         for (int i = 0; i < 4 * HEAD / UNIT; i++) { /* block and tile of unit i / 4 */
             int dim = i / 4 * UNIT + lane % 4 * 8, block_of = i / 2 % 2, tile = i % 2;
             const uint16_t *key = plane[block_of] + token_of(tile, lane / 4) * a.head_dim;
             uint4 k = dim < a.head_dim ? load16(key + dim) : make_uint4(0, 0, 0, 0);
-            const uint32_t low[2] = {k.x, k.y}, high[2] = {k.z, k.w};
-            mma_bf16(scores[block_of][tile], q[i / 4][0], low);
-            mma_bf16(scores[block_of][tile], q[i / 4][1], high);
+            multiply_unit(scores[block_of][tile], q[i / 4], k);
         }
         int seen = p.n_tokens - block * BLOCK_TOKENS;
         if (block + 1 >= end && seen > BLOCK_TOKENS)
@@ -1555,7 +1551,7 @@ __global__ void __launch_bounds__(ATTENTION_WARPS *WARP, HEAD > 128 ? 1 : 2)
     DYNAMIC_SHARED(float, parts);
     constexpr int A_WARP = SPLIT_TOKENS / BLOCK_TOKENS / ATTENTION_WARPS;
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, width = a.head_dim + 2;
-    int n_chunks = (a.n_heads / a.n_kv_heads + 15) / 16;
+    int n_chunks = divide(a.n_heads / a.n_kv_heads, 16);
     grid_wait();
     grid_launch_dependents();
     int n = a.step->n_splits * a.n_kv_heads * n_chunks;
@@ -1563,16 +1559,15 @@ __global__ void __launch_bounds__(ATTENTION_WARPS *WARP, HEAD > 128 ? 1 : 2)
         const struct split p = find_split(a, index, n_chunks);
         uint32_t q[HEAD / UNIT][2][4];
         load_heads<HEAD>(a, p, lane, q);
-        int n_blocks = (p.n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
         int block = p.index * A_WARP * ATTENTION_WARPS + warp * A_WARP;
-        int end = block + A_WARP < n_blocks ? block + A_WARP : n_blocks;
+        int end = smaller(block + A_WARP, divide(p.n_tokens, BLOCK_TOKENS));
         float output[HEAD / 8][4] = {};
         struct softmax state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
         attend_blocks<HEAD>(a, p, q, block, end, lane, &state, output);
         softmax_end(&state);
         store_part<HEAD>(a, state, lane, output, parts + warp * 16 * width);
         __syncthreads();
-        int n_splits = (p.n_tokens + SPLIT_TOKENS - 1) / SPLIT_TOKENS;
+        int n_splits = divide(p.n_tokens, SPLIT_TOKENS);
         size_t item_stride = (size_t)a.n_heads * width;
         float *partial = a.partial + p.item * item_stride + (size_t)p.first_head * width;
         merge_parts(a, p, parts, 16 * width, ATTENTION_WARPS, n_splits > 1 ? partial : NULL);
@@ -1598,7 +1593,7 @@ template <int HEAD> static void launch_attention(struct cuda_device *d, const st
         int most = d->card->properties.multiProcessorCount * BLOCKS_A_PROCESSOR;
         int n = d->n_splits * d->n_kv_heads * divide(d->n_heads / d->n_kv_heads, 16);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording || n > most ? most : n), ATTENTION_WARPS * WARP,
+               grid_of(d->recording ? most : smaller(n, most)), ATTENTION_WARPS * WARP,
                generated_attention_shared(HEAD), a);
     }
 }
@@ -1607,36 +1602,34 @@ static int head_of(int head_dim) { /* the kernels that serve it */
     return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 
-static struct heads heads_of(const struct cuda_device *d, int layer) {
+static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
     const struct model_config *config = d->device.config;
-    size_t plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
-    return {d->step,
-            d->q,
-            (uint16_t *)d->device.kv,
-            block_bytes(config, d->device.n_shards, KV_BF16) / sizeof(uint16_t),
-            plane,
-            layer,
-            d->n_heads,
-            d->n_kv_heads,
-            config->head_dim};
+    h->step = d->step;
+    h->q = d->q;
+    h->kv = (uint16_t *)d->device.kv;
+    h->block_elements = block_bytes(config, d->device.n_shards, KV_BF16) / sizeof(uint16_t);
+    h->plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
+    h->layer = layer;
+    h->n_heads = d->n_heads;
+    h->n_kv_heads = d->n_kv_heads;
+    h->head_dim = config->head_dim;
 }
 
 static void cuda_attention(struct device *device, int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    const struct model_config *config = device->config;
-    const struct attention a = {heads_of(d, layer_index),
-                                d->attention,
-                                d->attention_stride,
-                                1.44269504f / sqrtf((float)config->head_dim),
-                                d->attention_places,
-                                d->partial,
-                                d->arrived};
-    if (head_of(config->head_dim) == 64)
-        launch_attention<64>(d, a);
-    else if (head_of(config->head_dim) == 128)
-        launch_attention<128>(d, a);
-    else
-        launch_attention<256>(d, a);
+    struct attention a = {};
+    set_heads(d, layer_index, &a);
+    a.out = d->attention;
+    a.out_stride = d->attention_stride;
+    a.scale = 1.44269504f / sqrtf((float)a.head_dim);
+    a.places = d->attention_places;
+    a.partial = d->partial;
+    a.arrived = d->arrived;
+    switch (head_of(a.head_dim)) {
+    case 64: launch_attention<64>(d, a); break;
+    case 128: launch_attention<128>(d, a); break;
+    default: launch_attention<256>(d, a);
+    }
 }
 
 /* ==== 6. Embedding, norm, rope: one block or warp a row, bound by memory ==== */
@@ -1657,11 +1650,9 @@ __global__ void embed_kernel(const struct step_header *step, const struct matrix
     for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
         x[(size_t)row * x_stride + i] = matrix_element(embedding, token, i);
     for (int i = (int)threadIdx.x; i < n_pairs; i += THREADS) {
-        /* cos would need a stack for large angles */
-        double half_turns =
-            (double)position * (double)frequency[i] * 0.31830988618379067; /* 1/pi */
-        turn[(size_t)row * n_pairs + i] =
-            make_float2((float)cospi(half_turns), (float)sinpi(half_turns));
+        double angle = (double)position * (double)frequency[i];
+        double halves = angle * 0.31830988618379067; /* of a turn: cos would need a stack */
+        turn[(size_t)row * n_pairs + i] = make_float2((float)cospi(halves), (float)sinpi(halves));
     }
 }
 
@@ -1804,15 +1795,16 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
     const struct model_config *config = device->config;
-    const struct rope r = {heads_of(d, layer_index),
-                           d->qkv,
-                           d->qkv_stride,
-                           config->rope_dim,
-                           config->rope_adjacent,
-                           config->norm_epsilon,
-                           vector_of(layer[ATTN_Q_NORM]),
-                           vector_of(layer[ATTN_K_NORM]),
-                           d->turn};
+    struct rope r = {};
+    set_heads(d, layer_index, &r);
+    r.qkv = d->qkv;
+    r.qkv_stride = d->qkv_stride;
+    r.rope_dim = config->rope_dim;
+    r.adjacent = config->rope_adjacent;
+    r.epsilon = config->norm_epsilon;
+    r.q_norm = vector_of(layer[ATTN_Q_NORM]);
+    r.k_norm = vector_of(layer[ATTN_K_NORM]);
+    r.turn = d->turn;
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
            grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
@@ -1937,27 +1929,23 @@ __global__ void reduce_kernel(float *x, const struct partial_sums sums, int n_sh
     x[i] += value[0];
 }
 
-/* Orders what comes on `to`'s stream after what is now on `from`'s. */
-static void order_after(struct cuda_device *to, struct cuda_device *from) {
-    enter(&from->device, "adding up shards");
-    TRY(from, cudaEventRecord(from->ready, from->streams[STREAM_COMPUTE]));
-    enter(&to->device, "adding up shards");
-    TRY(to, cudaStreamWaitEvent(to->streams[STREAM_COMPUTE], from->ready, 0));
-}
-
-static void fetch_sums(struct cuda_device *to, void *memory, const struct cuda_device *from,
+/* Copies from another shard, when all is done that is on its stream by now. Enters `to`. */
+static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device *from,
                        const void *source, size_t bytes) {
+    enter(&from->device, "adding up shards");
+    TRY(from, cudaEventRecord(from->ready, from->gpu.stream));
+    enter(&to->device, "adding up shards");
+    TRY(to, cudaStreamWaitEvent(to->gpu.stream, from->ready, 0));
     TRY(to, cudaMemcpyPeerAsync(memory, to->device.index, source, from->device.index, bytes,
-                                to->streams[STREAM_COMPUTE]));
+                                to->gpu.stream));
 }
 
 /* Every shard fetches the sums of all others, and adds the same tree to its own x. */
 static void reduce_generated(struct cuda_device **shards, int n_shards) {
-    int piece =
-        shards[0]->device.max_rows / n_shards > 0 ? shards[0]->device.max_rows / n_shards : 1;
-    for (int row = 0; row < shards[0]->n_generated; row += piece) {
-        int n_rows = shards[0]->n_generated - row < piece ? shards[0]->n_generated - row : piece;
-        int n = n_rows * shards[0]->x_stride;
+    int end = shards[0]->n_generated, most = shards[0]->device.max_rows / n_shards;
+    int piece = most > 0 ? most : 1; /* n_shards of them fit into `gathered` */
+    for (int row = 0; row < end; row += piece) {
+        int n = smaller(end - row, piece) * shards[0]->x_stride;
         size_t at = (size_t)row * shards[0]->x_stride;
         for (int s = 0; s < n_shards; s++) {
             struct cuda_device *d = shards[s];
@@ -1966,12 +1954,9 @@ static void reduce_generated(struct cuda_device **shards, int n_shards) {
                 const float *own = shards[from]->sums[shards[from]->turn_of_sums] + at;
                 float *copy = d->gathered + (size_t)from * n;
                 sums.of_shard[from] = from == s ? own : copy;
-                if (from == s)
-                    continue;
-                order_after(d, shards[from]);
-                fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
+                if (from != s)
+                    fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
             }
-            enter(&d->device, "adding up shards");
             launch(d, "reduce_kernel", reduce_kernel, grid_of(divide(n, THREADS)), THREADS, 0,
                    d->x + at, sums, n_shards, n);
         }
@@ -1979,36 +1964,31 @@ static void reduce_generated(struct cuda_device **shards, int n_shards) {
 }
 
 /* A piece of the prompt rows goes from shard to shard, and each goes on with the sums it gets; the
- * last adds them to x and hands that to all. Pieces follow each other, so all shards are at work.
- */
+ * last adds them to x and hands that to all. Pieces follow each other: all shards are at work. */
 static void chain_prompts(struct cuda_device **shards, int n_shards) {
-    int begin = shards[0]->n_generated, end = shards[0]->n_rows;
+    int end = shards[0]->n_rows;
     struct cuda_device *last = shards[n_shards - 1];
-    for (int row = begin; row < end; row += CHAIN_ROWS) {
-        int n = end - row < CHAIN_ROWS ? end - row : CHAIN_ROWS;
+    for (int row = shards[0]->n_generated; row < end; row += CHAIN_ROWS) {
+        int n = smaller(end - row, CHAIN_ROWS);
         size_t at = (size_t)row * last->x_stride;
         size_t bytes = (size_t)n * last->x_stride * sizeof(float);
         for (int s = 0; s < n_shards; s++) {
-            struct cuda_device *d = shards[s];
+            struct cuda_device *d = enter(&shards[s]->device, "adding up shards");
             struct product p = projection(d, d->pending, d->pending_input);
             p.first_row = row;
             p.n_rows = n;
             p.out[0] = d == last ? d->x : d->sums[d->turn_of_sums];
+            p.adds = d == last;
             if (s > 0) {
-                const struct cuda_device *before = shards[s - 1];
-                order_after(d, shards[s - 1]);
+                struct cuda_device *before = shards[s - 1];
                 fetch_sums(d, d->gathered + at, before, before->sums[before->turn_of_sums] + at,
                            bytes);
                 p.initial = d->gathered;
             }
-            enter(&d->device, "adding up shards");
-            p.adds = d == last;
             launch_product<STORE>(d, p, 0);
         }
-        for (int s = 0; s < n_shards - 1; s++) {
-            order_after(shards[s], last);
+        for (int s = 0; s < n_shards - 1; s++)
             fetch_sums(shards[s], shards[s]->x + at, last, last->x + at, bytes);
-        }
     }
 }
 
@@ -2022,31 +2002,25 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 
 /* ==== 8. Logits and samples ==== */
 
-struct samples { /* of a step, from `first` on */
-    const struct step_header *step;
-    int first, vocab_size, stride;
-    const float *logits; /* (n, stride) */
-    sampler_key *keys;   /* (n, vocab_size) */
-    int *sampled;        /* (all samples) out */
-};
-
-/* sampled[i] = the token drawn from row i of the logits. One block a row: its passes over the
- * vocabulary read from L2. Bound by latency, some 50 us. */
-__global__ void __launch_bounds__(SAMPLER_THREADS) sample_kernel(const struct samples s) {
+/* sampled[i] = the token drawn from the logits of sample i, from first_sample on. One block a row,
+ * which reads the vocabulary from L2 again and again. Bound by latency, some 50 us. keys: (rows,
+ * n_vocab), overwritten. */
+__global__ void __launch_bounds__(SAMPLER_THREADS)
+    sample_kernel(const struct step_header *step, int first_sample, const float *logits,
+                  int logits_stride, int n_vocab, sampler_key *keys, int *sampled) {
     DYNAMIC_SHARED(sampler_key, shared);
     grid_wait();
     grid_launch_dependents();
-    int sample = s.first + (int)blockIdx.x;
-    if (sample >= s.step->n_samples)
+    int sample = first_sample + (int)blockIdx.x;
+    if (sample >= step->n_samples)
         return;
-    const struct sampling sampling = array_of<struct sampling>(s.step, s.step->sampling)[sample];
-    int row = array_of<int>(s.step, s.step->sample_row)[sample];
-    int position = array_of<int>(s.step, s.step->position)[row] + 1;
-    int token =
-        sampler_draw_block(sampling, position, s.logits + (size_t)blockIdx.x * s.stride,
-                           s.vocab_size, s.keys + (size_t)blockIdx.x * s.vocab_size, shared);
+    const struct sampling sampling = array_of<struct sampling>(step, step->sampling)[sample];
+    int row = array_of<int>(step, step->sample_row)[sample];
+    int position = array_of<int>(step, step->position)[row] + 1;
+    int token = sampler_draw_block(sampling, position, logits + (size_t)blockIdx.x * logits_stride,
+                                   n_vocab, keys + (size_t)blockIdx.x * n_vocab, shared);
     if (threadIdx.x == 0)
-        s.sampled[sample] = token;
+        sampled[sample] = token;
 }
 
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
@@ -2063,30 +2037,24 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
     launch_product<STORE>(d, p, n);
 }
 
-/* Copies n rows of logits to the host. */
-static void read_logits(struct cuda_device *d, float *to, int n) {
-    size_t width = (size_t)d->device.config->vocab_size * sizeof(float);
-    assert(!d->recording);
-    TRY(d, cudaMemcpy2DAsync(to, width, d->logits, (size_t)d->logits_stride * sizeof(float), width,
-                             (size_t)n, cudaMemcpyDefault, d->streams[STREAM_COMPUTE]));
-}
-
 /* The tokens of samples [first, first + n), of which the logits are there. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
-    const struct samples s = {d->step,          first,     d->device.config->vocab_size,
-                              d->logits_stride, d->logits, d->keys,
-                              d->sampled};
-    launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, s);
+    launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, d->step,
+           first, d->logits, d->logits_stride, d->device.config->vocab_size, d->keys, d->sampled);
 }
 
 static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
     struct cuda_device *d = enter(device, "sampling");
+    size_t vocab = (size_t)device->config->vocab_size, width = vocab * sizeof(float);
+    assert(!logits || !d->recording);
     for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
-        int n = d->n_samples - first < LOGIT_ROWS ? d->n_samples - first : (int)LOGIT_ROWS;
+        int n = smaller(d->n_samples - first, LOGIT_ROWS);
         launch_norm(d, weights[OUTPUT_NORM], first, n);
         multiply_logits(d, weights[OUTPUT], first, n);
         if (logits)
-            read_logits(d, logits + (size_t)first * (size_t)device->config->vocab_size, n);
+            TRY(d, cudaMemcpy2DAsync(logits + (size_t)first * vocab, width, d->logits,
+                                     (size_t)d->logits_stride * sizeof(float), width, (size_t)n,
+                                     cudaMemcpyDefault, d->gpu.stream));
         draw_tokens(d, first, n);
     }
 }
@@ -2122,17 +2090,6 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
     }
 }
 
-/* Appends an array to the step's buffer; returns its distance from the header. from NULL: it is
- * written by the caller. */
-static int append_array(struct cuda_device *d, size_t *end, const void *from, size_t bytes) {
-    size_t at = *end;
-    if (from)
-        memcpy((char *)d->step_host + at, from, bytes);
-    *end += (bytes + 15) / 16 * 16;
-    assert(*end <= d->step_bytes);
-    return (int)at;
-}
-
 /* The tiles of queries of prompts, and the splits of generated tokens: into lists, or only counted
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
@@ -2149,32 +2106,40 @@ static void list_work(struct cuda_device *d, const struct batch *batch, int2 *it
     }
 }
 
+/* Fills the step's buffer. Returns its bytes. */
 static size_t write_step(struct cuda_device *d, const struct batch *b) {
     list_work(d, b, NULL, NULL);
     size_t rows = (size_t)b->n_rows * sizeof(int), samples = (size_t)b->n_samples;
-    size_t sequences = (size_t)b->n_sequences * sizeof *b->sequence;
-    size_t work[2] = {(size_t)d->n_prompt_items * sizeof(int2), (size_t)d->n_splits * sizeof(int2)};
-    size_t sampling = samples * sizeof *b->sampling, table = (size_t)b->n_blocks * sizeof(int);
-    size_t end = (sizeof *d->step_host + 15) / 16 * 16;
-    reserve_step(d,
-                 end + 3 * rows + samples * sizeof(int) + sampling + sequences + work[0] + work[1] +
-                     table + 9 * 16,
-                 (size_t)d->n_splits);
-    struct step_header *h = d->step_host;
-    h->n_rows = b->n_rows;
-    h->n_generated = d->n_generated;
-    h->n_samples = b->n_samples;
-    h->n_splits = d->n_splits;
-    h->token = append_array(d, &end, b->token, rows);
-    h->position = append_array(d, &end, b->position, rows);
-    h->row_sequence = append_array(d, &end, b->row_sequence, rows);
-    h->sample_row = append_array(d, &end, b->sample_row, samples * sizeof(int));
-    h->sampling = append_array(d, &end, b->sampling, sampling);
-    h->sequences = append_array(d, &end, b->sequence, sequences);
-    h->prompt_items = append_array(d, &end, NULL, work[0]);
-    h->splits = append_array(d, &end, NULL, work[1]);
-    h->table = append_array(d, &end, b->block_table, table);
-    list_work(d, b, (int2 *)((char *)h + h->prompt_items), (int2 *)((char *)h + h->splits));
+    struct step_header h = {};
+    h.n_rows = b->n_rows;
+    h.n_generated = d->n_generated;
+    h.n_samples = b->n_samples;
+    h.n_splits = d->n_splits;
+    const struct {
+        int *distance;
+        const void *from; /* NULL: list_work writes it */
+        size_t bytes;
+    } arrays[] = {{&h.token, b->token, rows},
+                  {&h.position, b->position, rows},
+                  {&h.row_sequence, b->row_sequence, rows},
+                  {&h.sample_row, b->sample_row, samples * sizeof *b->sample_row},
+                  {&h.sampling, b->sampling, samples * sizeof *b->sampling},
+                  {&h.sequences, b->sequence, (size_t)b->n_sequences * sizeof *b->sequence},
+                  {&h.prompt_items, NULL, (size_t)d->n_prompt_items * sizeof(int2)},
+                  {&h.splits, NULL, (size_t)d->n_splits * sizeof(int2)},
+                  {&h.table, b->block_table, (size_t)b->n_blocks * sizeof *b->block_table}};
+    size_t end = (sizeof h + 15) / 16 * 16;
+    for (const auto &array : arrays) {
+        *array.distance = (int)end;
+        end += (array.bytes + 15) / 16 * 16;
+    }
+    reserve_step(d, end, (size_t)d->n_splits);
+    char *step = (char *)d->step_host;
+    *d->step_host = h;
+    for (const auto &array : arrays)
+        if (array.from)
+            memcpy(step + *array.distance, array.from, array.bytes);
+    list_work(d, b, (int2 *)(step + h.prompt_items), (int2 *)(step + h.splits));
     return end;
 }
 
@@ -2314,12 +2279,11 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
 
 /* ==== 11. Opening and closing ==== */
 
-static bool check_wanted(const struct cuda_backend *cuda, const struct device *wanted,
-                         char *error) {
+static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
     const struct model_config *config = wanted->config;
-    if (wanted->index < 0 || wanted->index >= cuda->n_gpus)
+    if (wanted->index < 0 || wanted->index >= n_gpus)
         return fail(error, "--devices: got device %d, there are %d GPUs (0 to %d)", wanted->index,
-                    cuda->n_gpus, cuda->n_gpus - 1);
+                    n_gpus, n_gpus - 1);
     if (!device_fits(wanted, error))
         return false;
     if (config->head_dim % 8 || config->head_dim > 256)
@@ -2400,7 +2364,7 @@ static bool open_card(struct cuda_device *d, char *error) {
                     index, p->name, p->major, p->minor);
     }
     gpu_staging_open(&d->gpu, &card->staging);
-    for (int peer = 0; peer < d->cuda->n_gpus; peer++) {
+    for (int peer = 0; peer < d->cuda->backend.n_gpus; peer++) {
         int reachable = 0;
         if (peer != index && cudaDeviceCanAccessPeer(&reachable, index, peer) == cudaSuccess &&
             reachable)
@@ -2444,7 +2408,7 @@ static void cuda_device_close(struct device *device) {
 static struct device *cuda_device_open(struct backend *backend, const struct device *wanted,
                                        char *error) {
     struct cuda_backend *cuda = (struct cuda_backend *)backend;
-    if (!check_wanted(cuda, wanted, error))
+    if (!check_wanted(backend->n_gpus, wanted, error))
         return NULL;
     struct cuda_device *d = (struct cuda_device *)calloc(1, sizeof *d);
     if (!d) {
@@ -2485,7 +2449,7 @@ static void cuda_close(struct backend *backend) {
         cudaSetDevice(weight->gpu);
         free_weight(weight);
     }
-    for (int i = 0; i < cuda->n_gpus; i++) {
+    for (int i = 0; i < backend->n_gpus; i++) {
         if (!cuda->cards[i].open)
             continue;
         cudaSetDevice(i);
@@ -2552,8 +2516,7 @@ extern "C" struct backend *cuda_backend_open(const struct backend_options *optio
     emu_seed(options->copy_delay_seed);
     set_operations(&cuda->backend);
     cuda->options = *options;
-    cuda->n_gpus = n_gpus < MAX_GPUS ? n_gpus : MAX_GPUS;
-    cuda->backend.n_gpus = cuda->n_gpus;
+    cuda->backend.n_gpus = smaller(n_gpus, MAX_GPUS);
     pthread_mutex_init(&cuda->upload_mutex, NULL);
     return &cuda->backend;
 }

@@ -158,9 +158,6 @@ void gpu_check(const struct gpu *gpu, cudaError_t error, const char *call, const
 /* Makes it the current device of this thread. */
 void gpu_enter(struct gpu *gpu, const char *doing);
 
-/* Frees what gpu_take gave. */
-void gpu_free(struct gpu *gpu);
-
 /* Tickets for what has been put into a stream: 1, 2, ... in its order. Zeroed before it is opened.
  * gpu_ticket waits where GPU_TICKETS of them are open. */
 struct gpu_tickets {
@@ -204,6 +201,9 @@ template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n
     *memory = (T *)piece;
 }
 
+/* Frees what gpu_take gave. */
+void gpu_free(struct gpu *gpu);
+
 /* Puts a kernel into the stream; on chips that can, it starts while the one before it ends: see
  * grid_wait. */
 template <typename... Parameters, typename... Arguments>
@@ -221,11 +221,9 @@ static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Paramet
     config.numAttrs = gpu->properties->major >= 9;
     emu_next_kernel(name);
     GPU_TRY(gpu, cudaSetDevice(gpu->index));
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (shared > 48 << 10) /* more than that must be asked for */
-        gpu_check(
-            gpu,
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
-            name, __FILE__, __LINE__);
+        gpu_check(gpu, cudaFuncSetAttribute(kernel, most, (int)shared), name, __FILE__, __LINE__);
     gpu_check(gpu, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, __FILE__,
               __LINE__);
     gpu->n_launches++;

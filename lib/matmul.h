@@ -40,11 +40,11 @@
 #include "simd.h"
 
 enum {
-    PANEL = 64,       /* outputs in a panel: 4 vectors, and 6 rows of them fill 24 registers */
-    TILE_ROWS = 6,    /* rows that one call of a kernel computes at most, for the same reason */
+    PANEL = 64,       /* outputs in a panel: 4 vectors */
+    TILE_ROWS = 6,    /* rows that one call of a kernel computes: 24 registers of sums */
     DIRECT_ROWS = 24, /* up to so many rows read a panel as it is; more, once it is turned to f32 */
     SLAB = 256,       /* k of a panel that many rows use while it is in L2, as f32: 64 KiB */
-    DOT_SLAB = 1024,  /* the same of a panel in its stored type, which the fast kernels read */
+    DOT_SLAB = 1024,  /* the like for the fast kernels, which read a panel in its stored type */
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
     Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
@@ -147,6 +147,7 @@ static inline int divide_up(int value, int unit) {
  *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];                weight = d * s * (bits - 32)
  * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. For F32, F16 and
  * BF16 one word is a block. */
+
 struct pack_block {
     int n_k, n_part; /* of a block; of the parts of a block that have scales of their own */
     int bytes, payload, n_words; /* in the file: of a block; where its n_words 4-byte words begin */
@@ -172,8 +173,8 @@ INLINE bool pack_quantized(enum tensor_type type) {
 }
 
 INLINE size_t pack_part_bytes(enum tensor_type type) { /* of a panel: of a part of a block */
-    struct pack_block form = pack_block(type);
-    return (size_t)((form.header + form.n_words * 4 * PANEL) * form.n_part / form.n_k);
+    struct pack_block layout = pack_block(type);
+    return (size_t)((layout.header + layout.n_words * 4 * PANEL) * layout.n_part / layout.n_k);
 }
 
 /* Asks for what lies READ_AHEAD bytes behind [at, at + bytes): panels are read in their order, and
@@ -184,21 +185,21 @@ INLINE void read_ahead(const char *at, size_t bytes) {
 }
 
 INLINE const char *block_of(enum tensor_type type, const char *panel, unsigned k) {
-    struct pack_block block = pack_block(type);
-    unsigned bytes = (unsigned)(block.header + block.n_words * 4 * PANEL);
-    return panel + (size_t)(k / (unsigned)block.n_k) * bytes;
+    struct pack_block layout = pack_block(type);
+    unsigned bytes = (unsigned)(layout.header + layout.n_words * 4 * PANEL);
+    return panel + (size_t)(k / (unsigned)layout.n_k) * bytes;
 }
 
 INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of the 4 of a word */
-    return *(const ivec_any *)(const void *)(words +
-                                             ((size_t)word * PANEL + (size_t)i * LANES) * 4);
+    words += ((size_t)word * PANEL + (size_t)i * LANES) * 4;
+    return *(const ivec_any *)(const void *)words;
 }
 
 /* Four k of 16 outputs as bytes, of a quantized type: [k + at, k + at + 4), where k begins a part
  * of a block and `at` is a multiple of 4. */
 INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsigned at, int i) {
-    struct pack_block form = pack_block(type);
-    const char *words = block_of(type, panel, k) + form.header;
+    struct pack_block layout = pack_block(type);
+    const char *words = block_of(type, panel, k) + layout.header;
     unsigned quad = at / 4, half = k % 256 / 128, part = k % 128 / 32;
     if (type == TYPE_Q8_0)
         return load_words(words, quad, i);
@@ -285,10 +286,9 @@ static void pack_header(enum tensor_type type, const uint8_t *from, char *to, in
             bytes[(2 + part) * PANEL + row] = from[192 + part];
     } else if (type == TYPE_Q4_K) {
         memcpy(bytes + 2 * PANEL + row * 2, from + 2, 2);
-        const uint8_t *packed = from + 4;
         for (int part = 0; part < 8; part++) {
             int scale, least;
-            gguf_q4_k_scales(packed, part, &scale, &least);
+            gguf_q4_k_scales(from + 4, part, &scale, &least);
             bytes[(4 + part) * PANEL + row] = (uint8_t)scale;
             bytes[(12 + part) * PANEL + row] = (uint8_t)least;
         }
@@ -296,19 +296,19 @@ static void pack_header(enum tensor_type type, const uint8_t *from, char *to, in
 }
 
 static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
-    struct pack_block form = pack_block(weight->type);
-    return (size_t)weight->cols * (size_t)form.bytes / (size_t)form.n_k;
+    struct pack_block layout = pack_block(weight->type);
+    return (size_t)weight->cols * (size_t)layout.bytes / (size_t)layout.n_k;
 }
 
 static void pack_quantized_panel(const struct weight *weight, const char *from, int n_rows,
                                  char *panel) {
-    struct pack_block form = pack_block(weight->type);
-    size_t payload = (size_t)form.n_words * 4, stride = pack_row_bytes(weight);
-    for (int k = 0; k < weight->cols; k += form.n_k, from += form.bytes) {
+    struct pack_block layout = pack_block(weight->type);
+    size_t payload = (size_t)layout.n_words * 4, stride = pack_row_bytes(weight);
+    for (int k = 0; k < weight->cols; k += layout.n_k, from += layout.bytes) {
         for (int row = 0; row < n_rows; row++)
             pack_header(weight->type, (const uint8_t *)from + (size_t)row * stride, panel, row);
-        panel += form.header;
-        pack_words(from + form.payload, stride, n_rows, payload, panel);
+        panel += layout.header;
+        pack_words(from + layout.payload, stride, n_rows, payload, panel);
         for (size_t i = 0; i < payload * PANEL && weight->type == TYPE_Q8_0; i++)
             panel[i] = (char)(panel[i] ^ 0x80);
         panel += payload * PANEL;
@@ -355,11 +355,11 @@ struct weight *pack_open(const struct tensor *tensor) {
     *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
     weight->n_rows = (int)tensor->rows;
     weight->n_cols = weight->cols = (int)tensor->cols;
-    struct pack_block form = pack_block(tensor->type);
+    struct pack_block layout = pack_block(tensor->type);
     if (weight->n_rows > 1 || pack_quantized(tensor->type)) {
         size_t n_k = round_up((size_t)weight->cols, 2); /* kernels take two k at a time */
         weight->panel_bytes =
-            n_k / (size_t)form.n_k * (size_t)(form.header + form.n_words * 4 * PANEL);
+            n_k / (size_t)layout.n_k * (size_t)(layout.header + layout.n_words * 4 * PANEL);
     } else if (!pack_vector(weight)) {
         free(weight);
         return NULL;
@@ -830,7 +830,8 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
         return;
     }
     for (int k = begin; k < end;) {
-        int next = (k / slab_k + 1) * slab_k < end ? (k / slab_k + 1) * slab_k : end;
+        int next = (k / slab_k + 1) * slab_k;
+        next = next < end ? next : end;
         tile.begin = k;
         tile.end = next;
         tile.add = k > begin;

@@ -20,6 +20,7 @@
  * Both keep no state and allocate nothing. */
 #ifndef SAMPLER_H
 #define SAMPLER_H
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __CUDACC__ /* also on a GPU */
@@ -33,6 +34,11 @@ struct sampling {
     int top_k;                       /* 0: off */
     uint64_t seed;
 };
+
+/* Whether top_k leaves any of n tokens out. */
+SAMPLER_INLINE bool sampler_counts(const struct sampling *sampling, int n) {
+    return sampling->top_k > 0 && sampling->top_k < n;
+}
 
 /* The token for `position`, of logits (n). scaled (n) and list (n) are overwritten. */
 int sampler_draw(const struct sampling *sampling, int position, const float *logits, int n,
@@ -62,7 +68,6 @@ SAMPLER_INLINE double sampler_uniform(uint64_t seed, int position, int token) { 
 #undef SAMPLER_IMPLEMENTATION
 #include <float.h>
 #include <math.h>
-#include <stdbool.h>
 #include <string.h>
 
 #include "simd.h"
@@ -102,8 +107,8 @@ static void sampler_sift_down(const float *scaled, int *heap, int count, int at)
     }
 }
 
-static double sampler_weight_of(float scaled,
-                                float max) { /* e^(scaled - max), the same everywhere */
+/* e^(scaled - max), the same on every machine */
+static double sampler_weight_of(float scaled, float max) {
     return (double)exp_vec((vec){0} + (scaled - max))[0];
 }
 
@@ -123,7 +128,7 @@ static double sampler_sum_of_weights(const float *scaled, int n, float max) {
  * heap shrinks from the front as the kept ones are popped to the back. */
 static int sampler_keep_top(const struct sampling *sampling, const float *scaled, float max,
                             int *list, int n) {
-    bool by_count = sampling->top_k > 0 && sampling->top_k < n;
+    bool by_count = sampler_counts(sampling, n);
     double total = sampler_sum_of_weights(scaled, n, max);
     /* tokens this improbable make up less than what top_p leaves out, all together */
     double share = 0.5 * (1.0 - (double)sampling->top_p) * total / n;
@@ -149,7 +154,8 @@ static int sampler_keep_top(const struct sampling *sampling, const float *scaled
     if (by_count && sampling->top_p < 1.0f) { /* of these, by their share of their own sum */
         double enough = (double)sampling->top_p * sum;
         sum = 0.0;
-        for (limit = kept, kept = 0; kept < limit && (kept == 0 || sum < enough); kept++)
+        limit = kept;
+        for (kept = 0; kept < limit && (kept == 0 || sum < enough); kept++)
             sum += sampler_weight_of(scaled[list[count - 1 - kept]], max);
     }
     memmove(list, list + count - kept, sizeof *list * (size_t)kept);
@@ -190,7 +196,7 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
         return token;
     }
     const int *kept = NULL;
-    if ((sampling->top_k > 0 && sampling->top_k < n) || sampling->top_p < 1.0f) {
+    if (sampler_counts(sampling, n) || sampling->top_p < 1.0f) {
         n = sampler_keep_top(sampling, scaled, max, list, n);
         kept = list;
     }
@@ -215,12 +221,12 @@ typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call
 enum {
     SAMPLER_THREADS = 512,
     SAMPLER_DIGITS = 256,
-    SAMPLER_SHARED = (SAMPLER_DIGITS + 2) * 8 /* bytes */
+    SAMPLER_SHARED = (SAMPLER_DIGITS + 2) * 8 /* bytes: sums, and two words more */
 };
 
 struct draw { /* one block's work; all threads have the same */
     const float *logits;
-    sampler_key *keys, *shared; /* shared: SAMPLER_DIGITS sums, and some more words */
+    sampler_key *keys, *shared; /* (n_keys), room for n_vocab; SAMPLER_SHARED bytes */
     int n_vocab, n_keys;
     float temperature, max; /* of the largest logit / temperature */
 };
@@ -250,7 +256,7 @@ DEVICE sampler_key weight_of(const struct draw &d, float scaled) { /* in units o
     return (sampler_key)(expf(scaled - d.max) * 1099511627776.0f);
 }
 
-/* The largest of all threads' values, and the sum, in every thread. */
+/* The largest of all threads' values, in every thread. */
 DEVICE sampler_key block_max(sampler_key value, sampler_key *shared) {
     __syncthreads();
     if (threadIdx.x == 0)
@@ -261,6 +267,7 @@ DEVICE sampler_key block_max(sampler_key value, sampler_key *shared) {
     return shared[0];
 }
 
+/* Their sum, in every thread. */
 DEVICE sampler_key block_sum(sampler_key value, sampler_key *shared) {
     for (int step = 16; step > 0; step /= 2)
         value += __shfl_xor_sync(0xffffffffu, value, step);
@@ -325,7 +332,7 @@ DEVICE sampler_key find_key(const struct draw &d, sampler_key least, sampler_key
 
 /* Lists the tokens that top_k and top_p may keep, as keys. `total`: the weight of all tokens. */
 DEVICE void list_keys(struct draw *d, const struct sampling &sampling, sampler_key total) {
-    bool by_count = sampling.top_k > 0 && sampling.top_k < d->n_vocab;
+    bool by_count = sampler_counts(&sampling, d->n_vocab);
     /* all tokens this improbable together are less than what top_p leaves out */
     float share = 0.5f * (1.0f - sampling.top_p) * (float)total / (float)d->n_vocab;
     sampler_key cut = by_count || !(share >= 1.0f) ? 0 : (sampler_key)share;
@@ -353,7 +360,7 @@ DEVICE void list_keys(struct draw *d, const struct sampling &sampling, sampler_k
 DEVICE sampler_key least_kept(const struct draw &d, const struct sampling &sampling,
                               sampler_key total) {
     sampler_key least = 0, weight = 0;
-    if (sampling.top_k > 0 && sampling.top_k < d.n_vocab) {
+    if (sampler_counts(&sampling, d.n_vocab)) {
         least = find_key(d, 0, (sampler_key)sampling.top_k, false);
         for (int i = (int)threadIdx.x; i < d.n_keys; i += SAMPLER_THREADS)
             if (d.keys[i] >= least)
@@ -366,7 +373,7 @@ DEVICE sampler_key least_kept(const struct draw &d, const struct sampling &sampl
     return find_key(d, least, amount > 0 ? amount : 1, true);
 }
 
-/* The token of the largest logit + Gumbel noise among those kept: as a key, of the noisy logit. */
+/* The token of the largest logit + Gumbel noise among those kept. */
 DEVICE int race(const struct draw &d, const struct sampling &sampling, int position,
                 sampler_key least, bool listed) {
     double floor = sampling.min_p > 0.0f ? (double)d.max + log((double)sampling.min_p) : -INFINITY;
@@ -412,7 +419,7 @@ DEVICE int sampler_draw_block(const struct sampling &sampling, int position, con
     d.max = scaled_of_key(largest);
     int token = token_of_key(largest);
     if (sampling.temperature > 0.0f) {
-        bool listed = sampling.top_p < 1.0f || (sampling.top_k > 0 && sampling.top_k < d.n_vocab);
+        bool listed = sampler_counts(&sampling, n) || sampling.top_p < 1.0f;
         if (listed) {
             for (int i = (int)threadIdx.x; i < d.n_vocab; i += SAMPLER_THREADS)
                 weight += weight_of(d, scaled_logit(d, i));
