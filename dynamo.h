@@ -25,7 +25,7 @@
  *                    a slot on worker 0 to be written and a slot reserved on worker 1.
  *                    The step: rows 0-19, block table {slot of A, slot of B}, one sample (row 19).
  *     forward        row 3 of layer 5: rope_append writes its K to kv + slot(A) * block_bytes,
- *                    at [layer 5][k][kv_head][3][head_dim]; attention reads it through the table.
+ *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
  *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
  *     sched_next(1)  hands out the two copy orders; worker 1 carries them out.

@@ -25,7 +25,7 @@
  *     the child cannot be found any more (a parent's serial number is never used again), and LRU
  *     takes it in its turn.
  * Chained hashing of full blocks as in vLLM (Kwon et al., "PagedAttention", SOSP 2023).
- * Read next: scheduler.c, the only caller. */
+ * Read next: scheduler.c, which alone changes it. */
 #include "dynamo.h"
 
 #include <assert.h>

@@ -362,7 +362,7 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, &FLAG, AT(json), .help = "one JSON object a request"},
     {"--stats", NULL, &FLAG, AT(stats), .help = "a table of speeds and of what the pager did"},
-    {"--verbose", NULL, &FLAG, AT(verbose), .help = "what is loaded and where it goes"},
+    {"--verbose", NULL, &FLAG, AT(verbose), .help = "each step of each worker"},
     {"--copy-delay", "SEED", &SEED, AT(copy_delay),
      .help = "for tests: delay CPU copies at random"},
     {"--version", NULL, &FLAG, AT(version), .help = "print the version"},

@@ -144,18 +144,21 @@ static void template_start_run(struct template_writer *w) {
 
 /* Encodes the text so far, and adds a special token if there is one. */
 static void template_end_run(struct template_writer *w, int token) {
-    if (!w->ok || fclose(w->run) != 0) {
-        w->ok = false;
-        return;
+    bool written = w->run && fclose(w->run) == 0;
+    w->run = NULL;
+    w->ok = w->ok && written;
+    if (w->ok) {
+        int n = 0, *ids = tok_encode(w->tokenizer, w->text, w->length, &n);
+        w->ok = ids != NULL;
+        template_add(w, ids, n);
+        if (token >= 0)
+            template_add(w, &token, 1);
+        free(ids);
     }
-    int n = 0, *ids = tok_encode(w->tokenizer, w->text, w->length, &n);
-    w->ok = ids != NULL;
-    template_add(w, ids, n);
-    if (token >= 0)
-        template_add(w, &token, 1);
-    free(ids);
     free(w->text);
-    template_start_run(w);
+    w->text = NULL;
+    if (w->ok)
+        template_start_run(w);
 }
 
 /* The special token at the start of a template's text, and its length; -1: none. */
