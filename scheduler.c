@@ -130,8 +130,8 @@ static bool prefills_locally(const struct sched *s, const struct plan *plan, int
             prefill_backlog(s, prefill_worker) > BUSY_CHUNKS * s->config.chunk);
 }
 
-/* Which running request makes room: the youngest on that worker. Never one that has rows in the step
- * at hand (`in_step`), which the older ones than the one that grows have. */
+/* Which running request makes room: the youngest on that worker. Never one that has rows in the
+ * step at hand (`in_step`), which the older ones than the one that grows have. */
 static struct request *choose_preempted(const struct sched *s, int worker) {
     struct request *r = s->admitted.last;
     while (r && (r->state != REQUEST_RUNNING || r->decode_worker != worker))
