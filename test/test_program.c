@@ -540,6 +540,21 @@ static void an_interrupt_stops_the_answer(struct check *check) {
     }
 }
 
+/* Ctrl-C at any moment of the last answer's end: the answer is whole, or cancelled, or the program
+ * ends by the signal. It never finds an engine that is half closed. */
+static void an_interrupt_may_come_last(struct check *check) {
+    for (int i = 0; i < 120; i++) {
+        struct live live = live_start(check, false, "model.bin --ids 1,5 -n 2 -t 0 --kv-host 8b");
+        live_bytes(&live, 1);
+        for (int signals = 0; signals < 1 + i % 3; signals++) {
+            usleep((useconds_t)(i * 7));
+            kill(live.pid, SIGINT);
+        }
+        int status = live_end(&live);
+        CHECK(status == 0 || status == 3 || status == 128 + SIGINT, "run %d: %d", i, status);
+    }
+}
+
 /* Whoever asks it to go ends it, answers or not. */
 static void a_termination_ends_it(struct check *check) {
     static const int signals[] = {SIGTERM, SIGHUP};
@@ -761,6 +776,7 @@ int main(int argc, char **argv) {
                                         TEST(absurd_weights_are_survived),
                                         TEST(an_interrupt_stops_the_answer),
                                         TEST(an_interrupt_ends_other_work),
+                                        TEST(an_interrupt_may_come_last),
                                         TEST(a_termination_ends_it),
                                         TEST(a_closed_pipe_ends_the_answer),
                                         TEST(talks_at_a_terminal),
