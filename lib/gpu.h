@@ -38,7 +38,6 @@
 #include <stdint.h>
 
 #ifdef CUDA_EMULATED /* with test/ among the folders of includes */
-#define CUDA_EMU_IMPLEMENTATION
 #include "cuda_emu.h"
 #define DEVICE            static inline
 #define load16_once(from) load16(from)

@@ -78,14 +78,14 @@ functions() { # CALLER FILE...
         }' "$@"
 }
 
-product=$(files *.[ch] *.cu *.cuh lib/*.h app/*.h | grep -v '^lib/unicode.h$')
+product=$(files *.[ch] *.cu lib/*.h app/*.h | grep -v '^lib/unicode.h$')
 tests=$(files test/*.[ch] test/*.cu test/*.cpp)
 group() { # TITLE FILE...
     printf '%s\n' "$1"
     shift
     wc -l "$@" | awk '$2 != "total" { print; n += $1 } END { printf "%7d\n", n }'
 }
-group "the top level" $(files Makefile README.md *.[ch] *.cu *.cuh)
+group "the top level" $(files Makefile README.md *.[ch] *.cu)
 for room in lib app; do
     [ ! -d $room ] || group "$room/" $room/*
 done

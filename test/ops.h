@@ -1679,7 +1679,8 @@ static void sampling(struct check *check) {
             different += check_draws(check, &random, device, n_rows);
         close_alone(device);
     }
-    CHECK(different * 200 <= all, "%d of %d draws are not the definition's", different, all);
+    /* rounding may decide, and hardly ever does: of 49,344 draws on the CPU it did in none */
+    CHECK(different <= 1 + all / 2000, "%d of %d draws are not the definition's", different, all);
 }
 
 /* ---- copies ---- */
