@@ -164,6 +164,21 @@ DEVICE int place(const struct segments &s, int k) {
     return (s.unit[segment] - s.k[segment] / UNIT) * UNIT + k;
 }
 
+/* ---- rows, the inputs of products ---- */
+
+/* bf16 [k / 64][n_rows][64], the 16-byte chunks of a row at chunk ^ row % 8: so 8 rows lie as wgmma
+ * and ldmatrix read them without conflicts, and a tile of rows by 64 k is one piece of memory.
+ * n_rows is a multiple of 8, what nobody writes is 0. */
+struct planes {
+    uint8_t *bytes;
+    int n_rows;
+};
+
+DEVICE uint16_t *plane_element(const struct planes &p, int row, int k) {
+    size_t chunk = ((size_t)(k / 64) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
+    return reinterpret_cast<uint16_t *>(p.bytes + chunk * 16) + k % 8;
+}
+
 /* ---- fragments ---- */
 
 template <int TYPE> struct fragment {

@@ -80,6 +80,235 @@ DEVICE float exp2_approx(float x) { /* 2^x to 2 ulp, subnormal results 0 */
     return y;
 }
 
+/* ---- barriers in shared memory, and copies that arrive at them ----
+ * An mbarrier counts arrivals; when as many have come as barrier_init says, its phase is over and
+ * the next one begins. Phases alternate in parity, from 0 on: barrier_wait(b, 0) waits for the end
+ * of the first. */
+
+DEVICE uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+DEVICE void barrier_init(uint64_t *barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(arrivals)
+                 : "memory");
+}
+
+/* By whoever has set up barriers, before the __syncthreads that shows them to the others. */
+DEVICE void barriers_ready() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+DEVICE void barrier_arrive(uint64_t *barrier) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
+                     shared_address(barrier))
+                 : "memory");
+}
+
+DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    uint32_t done, address = shared_address(barrier);
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+                     " selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(address), "r"(parity)
+                     : "memory");
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;"
+                     " selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(address), "r"(parity)
+                     : "memory");
+#endif
+    } while (!done);
+}
+
+/* All 32 lanes call it, each with a piece of its own to copy from device to shared memory: `bytes`
+ * (a multiple of 16, or 0: none) of 16-byte aligned memory. When all pieces are there, the call has
+ * made copy_arrivals() arrivals at the barrier. ONCE: the source is not to be read again soon. */
+DEVICE int copy_arrivals() {
+#if __CUDA_ARCH__ >= 900
+    return 1;
+#else
+    return 32;
+#endif
+}
+
+template <bool ONCE>
+DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
+#if __CUDA_ARCH__ >= 900
+    if (bytes > 0) {
+        uint64_t policy;
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
+                         shared_address(barrier)),
+                     "r"(bytes)
+                     : "memory");
+        if (ONCE) {
+            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                         ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                         "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+                         : "memory");
+        } else {
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                         " [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                         "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                         : "memory");
+        }
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(barrier);
+#else
+    for (int lane = 0; lane < 32; lane++) { /* all lanes copy the piece of each */
+        uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
+        uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
+        const char *source =
+            (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
+        for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
+                         "l"(source + at)
+                         : "memory");
+    }
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+#endif
+}
+
+/* What other kernels stored is there for copy_pieces too: after grid_wait. */
+DEVICE void copies_see_stores() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
+/* A barrier of the first `threads` threads of the block, one of 15; index 1 to 15. */
+template <int INDEX, int THREADS_> DEVICE void sync_threads() {
+    asm volatile("bar.sync %0, %1;" ::"n"(INDEX), "n"(THREADS_) : "memory");
+}
+
+/* Adds, and returns what was there. Whoever sees a value sees what was written before the additions
+ * that made it, by all threads that a barrier ordered before them. */
+DEVICE int add_ordered(int *counter, int value) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(value)
+                 : "memory");
+    return before;
+}
+
+/* Four 8 x 8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8 (16 bytes). r[m]:
+ * of matrix m, row lane / 4, columns lane % 4 * 2 and + 1; transposed: the other way round. */
+DEVICE void load_matrices(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+DEVICE void load_matrices_transposed(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+/* An 8 x 8 matrix of 16-bit elements, spread over a warp as by load_matrices, transposed. */
+DEVICE uint32_t transpose_matrix(uint32_t own) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(own));
+    return r;
+}
+
+/* a * b + c of two bf16 each, rounded once. */
+DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+/* ---- products of a warpgroup, on Hopper alone ----
+ * Four warps multiply together: sum (64, N) += a (64, 16) . b (16, N), a in registers, b in shared
+ * memory. Warp w of the four has rows 16 w to 16 w + 15 of a and of the sum, in the order of
+ * mma_bf16: sum[4 j + e] is what c[e] is of columns 8 j to 8 j + 7. The tensor cores work on while
+ * the warps go on: between wgmma_begin and wgmma_wait nothing may touch sum or a. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER 1
+
+/* b: N rows of 64 k, 128 bytes each, 16-byte chunks at chunk ^ row % 8; 1024-byte aligned. k 16 i
+ * to 16 i + 15 of it: add 2 i. (PTX ISA, "Matrix Descriptor Format": 128-byte swizzle.) */
+DEVICE uint64_t wgmma_rows(const void *p) {
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* b the other way round: rows are k, of 64 columns each; the next 64 columns lie `apart` bytes
+ * further. k 16 i to 16 i + 15: add 128 i. */
+DEVICE uint64_t wgmma_columns(const void *p, uint32_t apart) {
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(apart >> 4) << 16 |
+           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+DEVICE void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+DEVICE void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int NEWEST> DEVICE void wgmma_wait() { /* for all but so many committed groups */
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
+}
+
+#define WGMMA_F4(i)  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define WGMMA_F8(i)  WGMMA_F4(i), WGMMA_F4(i + 4)
+#define WGMMA_F16(i) WGMMA_F8(i), WGMMA_F8(i + 8)
+#define WGMMA_F32(i) WGMMA_F16(i), WGMMA_F16(i + 16)
+#define WGMMA_F64(i) WGMMA_F32(i), WGMMA_F32(i + 32)
+#define WGMMA_4      "%0, %1, %2, %3"
+#define WGMMA_8      WGMMA_4 ", %4, %5, %6, %7"
+#define WGMMA_16     WGMMA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_32                                                                                   \
+    WGMMA_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_64                                                                                   \
+    WGMMA_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"    \
+             ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_128                                                                                  \
+    WGMMA_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"    \
+             ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"    \
+             ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109"    \
+             ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122"      \
+             ", %123, %124, %125, %126, %127"
+#define WGMMA(N, TURNED, SUMS, A, B, P, ...)                                                       \
+    if constexpr (COLUMNS == N && TRANSPOSED == TURNED)                                            \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, "  \
+                 B ", p, 1, 1, " #TURNED "; }\n"                                                   \
+                 : __VA_ARGS__                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds))
+
+/* adds: to what the sum is; else it begins at 0. TRANSPOSED 1: b is of wgmma_columns. */
+template <int COLUMNS, int TRANSPOSED = 0>
+DEVICE void wgmma(float (&sum)[COLUMNS / 2], const uint32_t a[4], uint64_t b, bool adds) {
+    WGMMA(8, 0, WGMMA_4, "%4, %5, %6, %7", "%8", "%9", WGMMA_F4(0));
+    WGMMA(16, 0, WGMMA_8, "%8, %9, %10, %11", "%12", "%13", WGMMA_F8(0));
+    WGMMA(32, 0, WGMMA_16, "%16, %17, %18, %19", "%20", "%21", WGMMA_F16(0));
+    WGMMA(64, 0, WGMMA_32, "%32, %33, %34, %35", "%36", "%37", WGMMA_F32(0));
+    WGMMA(64, 1, WGMMA_32, "%32, %33, %34, %35", "%36", "%37", WGMMA_F32(0));
+    WGMMA(128, 0, WGMMA_64, "%64, %65, %66, %67", "%68", "%69", WGMMA_F64(0));
+    WGMMA(128, 1, WGMMA_64, "%64, %65, %66, %67", "%68", "%69", WGMMA_F64(0));
+    WGMMA(256, 0, WGMMA_128, "%128, %129, %130, %131", "%132", "%133", WGMMA_F64(0), WGMMA_F64(64));
+}
+#endif
+
+/* (until nobody uses it any more) */
 /* 16 bytes from device to shared memory, without a register; zeros if not `valid`. They are there
  * after copy_async_wait<N> when at most N younger groups were committed. */
 DEVICE void copy_async16(void *shared, const void *global, bool valid) {
