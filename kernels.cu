@@ -49,8 +49,8 @@ extern "C" {
 
 enum {
     WARP = 32,
-    THREADS = 256,   /* of a block, unless said otherwise */
-    MAX_COLUMNS = 8, /* groups of 8 generated rows that a block of a product has at most */
+    THREADS = 256, /* of a block, unless said otherwise */
+    GRAPHS = 8,    /* of decode steps: of up to 8, 16, ... 64 rows */
     MAX_GPUS = 64,
     CHUNK_ROWS = 2048,        /* prompt tokens of a step that fill the chip */
     STAGING_BYTES = 32 << 20, /* of weights on their way up; two of them */
@@ -88,29 +88,34 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
     return reinterpret_cast<const T *>(reinterpret_cast<const char *>(step) + distance);
 }
 
-/* ==== 2. Weights, in the order in which the tensor cores want them ====
+/* ==== 2. Weights and rows, as the tensor cores read them ====
  *
- * A matrix is cut into *tiles* of 16 outputs and *units* of 32 k. Of a tile and unit each lane of a
- * warp holds a *fragment*: outputs group and group + 8, k = 8 quad to 8 quad + 7 (see lib/gpu.h),
- * and the fragments of a warp lie side by side, in the order [tile][unit][lane]. So a warp reads
- * its weights by 16-byte loads of one contiguous stream, and the same bytes serve as the operand of
- * 16 rows (generated tokens) and as two operands of 8 columns (prompts).
- *     PACKED_BF16   2 x 16 bytes a lane, one for each mma: 1024 bytes     all types but
- *     PACKED_Q8     16 bytes a lane, numbers + 128; f16 scales            Q8_0
- *     PACKED_Q4     8 bytes a lane; f16 scales                            Q4_0
- * Scales stand apart, 32 bytes a tile and unit: those of outputs group and group + 8 side by side.
+ * A matrix is cut into *panels* of 128 outputs and *units* of 64 k, and a unit of a panel is one
+ * piece of memory, which one bulk copy brings to a multiprocessor. In it stand *tiles* of 16
+ * outputs, and in these *fragments* of 16 k: each lane of a warp has its part of a fragment, the
+ * operand a of mma_bf16 (see lib/gpu.h: outputs group and group + 8, k 2 quad, + 1, + 8, + 9) side
+ * by side. So the same bytes serve every product on every chip, without a conflict or a shuffle.
+ *     PACKED_BF16   [8 tiles][4 fragments][32 lanes][8 numbers]: 16 KB          all types but
+ *     PACKED_Q8     [8 tiles][2][32 lanes][2 fragments of 8 bytes], scales      Q8_0
+ *     PACKED_Q4     [8 tiles][32 lanes][4 fragments of 8 half bytes], scales    Q4_0
+ * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
+ * those of outputs group and group + 8 side by side.
  *
- * K is worked off in K_SEGMENTS *segments*, one for each warp of a product. Where shards cut K,
+ * Gate and up are one matrix: outputs 0 to 7 of a tile are gate's, the others up's of the same
+ * numbers, so that a lane has both sums of what silu(gate) * up needs. Where they are of two types,
+ * both become bf16.
+ *
+ * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
  * begins with a unit of its own, whose k outside the segment are 0: so a segment's sum has the
  * same bits on every number of shards. The input of such a product has the same gaps; `place`
- * says where an element goes. Models whose segments end at multiples of 32 have no gaps. */
+ * says where an element goes. Models whose segments end at multiples of 64 have no gaps. */
 
 enum {
+    PANEL = 128,
+    UNIT = 64,
     TILE = 16,
-    UNIT = 32,
-    UNIT_BYTES = 1024, /* of a tile and unit in bf16: the most */
-    SCALE_BYTES = 32   /* of a tile and unit */
+    SCALE_BYTES = 512 /* of a unit of a panel */
 };
 
 enum packed_type { PACKED_BF16, PACKED_Q8, PACKED_Q4 };
@@ -121,10 +126,11 @@ struct segments {             /* of a shard's K */
     int k[K_SEGMENTS + 1];    /* k of the whole matrix at which each begins */
 };
 
-struct matrix { /* a packed matrix, or a shard's part of one, as kernels take it */
-    const uint8_t *packed, *scales;
-    int type; /* enum packed_type */
-    int n_outputs, n_tiles, n_units;
+struct matrix {            /* a packed matrix, or a shard's part of one, as kernels take it */
+    const uint8_t *packed; /* [n_panels][n_units] */
+    int type;              /* enum packed_type */
+    bool paired;           /* gate and up; n_outputs: of each */
+    int n_outputs, n_panels, n_units;
     struct segments segments;
 };
 
@@ -132,12 +138,12 @@ static inline enum packed_type packed_type_of(enum tensor_type type) {
     return type == TYPE_Q8_0 ? PACKED_Q8 : type == TYPE_Q4_0 ? PACKED_Q4 : PACKED_BF16;
 }
 
-static constexpr __host__ __device__ size_t packed_bytes(int type) { /* of a tile and unit */
-    return type == PACKED_BF16 ? UNIT_BYTES : type == PACKED_Q8 ? 512 : 256;
+static constexpr __host__ __device__ int numbers_bytes(int type) { /* of a unit of a panel */
+    return PANEL * UNIT * (type == PACKED_BF16 ? 4 : type == PACKED_Q8 ? 2 : 1) / 2;
 }
 
-static constexpr __host__ __device__ bool has_scales(int type) {
-    return type != PACKED_BF16;
+static constexpr __host__ __device__ int unit_bytes(int type) {
+    return numbers_bytes(type) + (type == PACKED_BF16 ? 0 : SCALE_BYTES);
 }
 
 /* Segments [first, first + n) of a K that may be cut between multiples of `grain`; grain 0: it is
@@ -175,120 +181,97 @@ struct planes {
 };
 
 DEVICE uint16_t *plane_element(const struct planes &p, int row, int k) {
-    size_t chunk = ((size_t)(k / 64) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
+    size_t chunk = ((size_t)(k / UNIT) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
     return reinterpret_cast<uint16_t *>(p.bytes + chunk * 16) + k % 8;
 }
 
-/* ---- fragments ---- */
-
-template <int TYPE> struct fragment {
-    static constexpr int N = TYPE == PACKED_BF16 ? 2 : 1;
-    uint4 words[N];  /* bf16: one for each mma; else x and y (Q4: x): output group, the rest: + 8 */
-    uint32_t scales; /* f16: of output group, of group + 8 */
-};
+/* ---- a warp's operands: a tile of a unit, 4 fragments ---- */
 
 DEVICE float bf16_to_float(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
-/* Numbers 0 to 255 become floats without a conversion: they are the last bits of 2^23 + number. */
-DEVICE float small_float(uint32_t number, float offset) {
-    return __uint_as_float(0x4b000000u | number) - (8388608.0f + offset);
+/* Two numbers in the low bytes of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
+DEVICE uint32_t bytes_to_bf16(uint32_t word) {
+    const uint32_t low = (word & 0x007f007fu) | 0x43004300u;  /* 128 + number, without bit 7 */
+    const uint32_t high = (word & 0x00800080u) ^ 0xc380c380u; /* - 256, with bit 7: - 128 */
+    return fma_bf16(low, 0x3f803f80u, high);
 }
 
-/* Four k of an output from their numbers, which lie `bits` apart. */
-DEVICE void unpack_four(uint32_t word, int bits, float offset, float scale, uint32_t *first,
-                        uint32_t *second) {
-    float value[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        value[i] = small_float(word >> (bits * i) & ((1u << bits) - 1), offset) * scale;
-    *first = pack_bf16(value[0], value[1]);
-    *second = pack_bf16(value[2], value[3]);
+DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
+    return fma_bf16((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
 }
 
-/* a[0] and a[1] are the 16-row operands of a unit's two mma. */
-template <int TYPE> DEVICE void unpack(const struct fragment<TYPE> &f, uint32_t a[2][4]) {
-    const uint4 &words = f.words[0];
+/* Of 32 k of a unit (half 0 or 1): a[i] is the operand of 16 of them; of quantized types they are
+ * whole numbers, and scale has the f16 scales of outputs group and group + 8. */
+template <int TYPE>
+DEVICE void load_operands(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4],
+                          uint32_t *scale) {
+    const uint8_t *from = unit + tile * (numbers_bytes(TYPE) / 8) + lane * 16;
     if (TYPE == PACKED_BF16) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint4 &own = f.words[half % fragment<TYPE>::N];
-            a[half][0] = own.x;
-            a[half][1] = own.y;
-            a[half][2] = own.z;
-            a[half][3] = own.w;
+        for (int i = 0; i < 2; i++) {
+            uint4 words = load16(from + (half * 2 + i) * 512);
+            a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
         }
         return;
     }
-    const float low = half_to_float((uint16_t)f.scales);
-    const float high = half_to_float((uint16_t)(f.scales >> 16));
+    *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
+                                                 (tile * 2 + half) * 32 + lane / 4 * 4);
     if (TYPE == PACKED_Q8) {
-        unpack_four(words.x, 8, 128.0f, low, &a[0][0], &a[0][2]);
-        unpack_four(words.y, 8, 128.0f, low, &a[1][0], &a[1][2]);
-        unpack_four(words.z, 8, 128.0f, high, &a[0][1], &a[0][3]);
-        unpack_four(words.w, 8, 128.0f, high, &a[1][1], &a[1][3]);
+        const uint4 words = load16(from + half * 512);
+        const uint32_t word[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            a[i / 4][i % 4] = bytes_to_bf16(word[i / 4][i % 2] >> i % 4 / 2 * 8);
     } else {
-        unpack_four(words.x, 4, 8.0f, low, &a[0][0], &a[0][2]);
-        unpack_four(words.x >> 16, 4, 8.0f, low, &a[1][0], &a[1][2]);
-        unpack_four(words.y, 4, 8.0f, high, &a[0][1], &a[0][3]);
-        unpack_four(words.y >> 16, 4, 8.0f, high, &a[1][1], &a[1][3]);
+        const uint2 words = load8(from + half * 8);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            a[i / 4][i % 4] = nibbles_to_bf16((i % 2 ? words.y : words.x) >> i / 2 * 4);
     }
 }
 
-/* The 16-row operands of a unit, from a lane's 8 k of rows group and group + 8. */
-DEVICE void row_operands(const uint4 &upper, const uint4 &lower, uint32_t a[2][4]) {
-    a[0][0] = upper.x;
-    a[0][1] = lower.x;
-    a[0][2] = upper.y;
-    a[0][3] = lower.y;
-    a[1][0] = upper.z;
-    a[1][1] = lower.z;
-    a[1][2] = upper.w;
-    a[1][3] = lower.w;
-}
-
-/* sum (16, 8) += a . b of a unit; b: a lane's 8 k of column group. */
-DEVICE void multiply_unit(float sum[4], const uint32_t a[2][4], const uint4 &b) {
-    const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
-    mma_bf16(sum, a[0], low);
-    mma_bf16(sum, a[1], high);
-}
-
-/* A lane's fragment of a tile and unit whose numbers and scales begin there; ONCE: in device
- * memory, and not to be read again soon. */
-template <int TYPE, bool ONCE>
-DEVICE void load_fragment(const uint8_t *numbers, const uint8_t *scales, int lane,
-                          struct fragment<TYPE> *f) {
-    if (TYPE == PACKED_Q4) {
-        uint2 half = load8(numbers + lane * 8);
-        f->words[0] = make_uint4(half.x, half.y, 0, 0);
-    } else {
-        f->words[0] = ONCE ? load16_once(numbers + lane * 16) : load16(numbers + lane * 16);
-    }
-    if (has_scales(TYPE)) {
-        f->scales = reinterpret_cast<const uint32_t *>(scales)[lane / 4];
-    } else {
-        numbers += 512 + lane * 16;
-        f->words[fragment<TYPE>::N - 1] = ONCE ? load16_once(numbers) : load16(numbers);
+/* The same with the scales multiplied in, rounded to bf16. */
+template <int TYPE>
+DEVICE void load_scaled(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4]) {
+    uint32_t scale;
+    load_operands<TYPE>(unit, tile, half, lane, a, &scale);
+    if (TYPE == PACKED_BF16)
+        return;
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) { /* number * (high + low), each scale as two bf16 */
+        float whole = half_to_float((uint16_t)(scale >> upper * 16));
+        uint32_t high = pack_bf16(whole, whole);
+        float rest = whole - bf16_to_float(high & 0xffffu);
+        uint32_t low = pack_bf16(rest, rest);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t &number = a[i / 2][i % 2 * 2 + upper];
+            number = fma_bf16(number, high, fma_bf16(number, low, 0x80008000u));
+        }
     }
 }
 
 /* One element as f32: for embeddings. */
 DEVICE float matrix_element(const struct matrix &m, int output, int k) {
-    size_t index = (size_t)(output / TILE) * m.n_units + k / UNIT;
-    int group = output % 8, upper = output % TILE / 8, at = k % 8, lane = 4 * group + k % UNIT / 8;
-    const uint8_t *numbers = m.packed + index * packed_bytes(m.type);
-    if (m.type == PACKED_BF16) {
-        const uint16_t *own = (const uint16_t *)(numbers + at / 4 * 512 + lane * 16);
-        return bf16_to_float(own[(upper + at % 4 / 2 * 2) * 2 + at % 2]);
+    const uint8_t *unit =
+        m.packed + ((size_t)(output / PANEL) * m.n_units + k / UNIT) * unit_bytes(m.type);
+    int tile = output % PANEL / TILE, upper = output % TILE / 8, fragment = k % UNIT / 16;
+    int lane = output % 8 * 4 + k % 8 / 2, far = k % 16 / 8, odd = k % 2;
+    if (m.type == PACKED_BF16)
+        return bf16_to_float(reinterpret_cast<const uint16_t *>(
+            unit)[((tile * 4 + fragment) * 32 + lane) * 8 + (upper + far * 2) * 2 + odd]);
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(unit + numbers_bytes(m.type));
+    float scale = half_to_float(scales[(tile * 2 + fragment / 2) * 16 + output % 8 * 2 + upper]);
+    if (m.type == PACKED_Q8) {
+        uint8_t byte = unit[((tile * 2 + fragment / 2) * 32 + lane) * 16 +
+                            (fragment % 2 * 2 + upper) * 4 + odd * 2 + far];
+        return ((float)byte - 128.0f) * scale;
     }
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(m.scales + index * SCALE_BYTES);
-    float scale = half_to_float(scales[group * 2 + upper]);
-    if (m.type == PACKED_Q8)
-        return ((float)numbers[lane * 16 + upper * 8 + at] - 128.0f) * scale;
-    uint8_t byte = numbers[lane * 8 + upper * 4 + at / 2];
-    return ((float)(byte >> (at % 2 * 4) & 15) - 8.0f) * scale;
+    uint32_t word =
+        reinterpret_cast<const uint32_t *>(unit)[(tile * 32 + lane) * 4 + fragment / 2 * 2 + upper];
+    return ((float)(word >> ((fragment % 2 * 2 + far) * 4 + odd * 16) & 15) - 8.0f) * scale;
 }
 
 /* ---- packing ---- */
@@ -327,54 +310,70 @@ DEVICE float raw_k_quant(int type, const uint8_t *block, int k) {
            (float)((low | high << 4) - 32);
 }
 
+/* Of Q8_0 and Q4_0 (32 k in 34 and in 18 bytes): a number as it is packed, and its scale. */
+DEVICE uint32_t raw_number(const struct raw_rows &raw, int row, int k, uint16_t *scale) {
+    bool wide = raw.type == TYPE_Q8_0;
+    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : 18));
+    int at = k % 32; /* Q4_0: 16 k in the low halves of the bytes, then 16 in the high */
+    *scale = read16(block);
+    return wide ? block[2 + at] ^ 128u : block[2 + at % 16] >> (at / 16 * 4) & 15u;
+}
+
 DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
-    if (raw.type == TYPE_F32) {
+    switch (raw.type) {
+    case TYPE_F32: {
         const uint8_t *b = raw_at(raw, row, (size_t)k * 4);
         return __uint_as_float((uint32_t)read16(b) | (uint32_t)read16(b + 2) << 16);
     }
-    if (raw.type == TYPE_Q4_K || raw.type == TYPE_Q6_K) {
-        size_t bytes = raw.type == TYPE_Q4_K ? 144 : 210;
-        return raw_k_quant(raw.type, raw_at(raw, row, (size_t)(k / 256) * bytes), k % 256);
+    case TYPE_Q4_K: return raw_k_quant(TYPE_Q4_K, raw_at(raw, row, k / 256 * 144ull), k % 256);
+    case TYPE_Q6_K: return raw_k_quant(TYPE_Q6_K, raw_at(raw, row, k / 256 * 210ull), k % 256);
+    case TYPE_Q8_0:
+    case TYPE_Q4_0: {
+        uint16_t scale;
+        float number = (float)raw_number(raw, row, k, &scale);
+        return (number - (raw.type == TYPE_Q8_0 ? 128.0f : 8.0f)) * half_to_float(scale);
+    }
     }
     uint16_t bits = read16(raw_at(raw, row, (size_t)k * 2));
     return raw.type == TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-/* A row's 8 numbers of k in [k, k + 8), those outside [begin, end) 0, and their block's scale. */
-DEVICE uint2 raw_numbers(const struct raw_rows &raw, int row, int k, int begin, int end,
-                         uint16_t *scale) {
-    bool wide = raw.type == TYPE_Q8_0;
-    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : 18));
-    uint32_t word[2] = {0, 0};
-    *scale = read16(block);
-    for (int i = 0; i < 8; i++) {
-        int at = (k + i) % 32; /* Q4_0: 16 k in the low halves of the bytes, then 16 in the high */
-        uint32_t number = wide ? block[2 + at] ^ 128u : block[2 + at % 16] >> (at / 16 * 4) & 15u;
-        if (k + i < begin || k + i >= end)
-            number = wide ? 128 : 8;
-        if (wide)
-            word[i / 4] |= number << (i % 4 * 8);
-        else
-            word[0] |= number << (i * 4);
+/* A lane's words of one of its two outputs in a tile: row `upper`, those of k outside [begin, end)
+ * and of rows that are not there are 0. words: of the unit's tile. */
+DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int row, int upper,
+                        int unit_k, int begin, int end, uint32_t *words) {
+    int lane = (int)threadIdx.x % WARP;
+    for (int fragment = 0; fragment < 4; fragment++) {
+        uint32_t word = 0, number[4]; /* k, k + 1, k + 8, k + 9 */
+        for (int i = 0; i < 4; i++) {
+            int k = unit_k + fragment * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
+            bool there = row < raw.n_rows && k >= begin && k < end;
+            uint16_t scale;
+            if (m.type == PACKED_BF16)
+                number[i] = there ? pack_bf16(raw_element(raw, row, k), 0.0f) : 0;
+            else
+                number[i] = there                 ? raw_number(raw, row, k, &scale)
+                            : m.type == PACKED_Q8 ? 128u
+                                                  : 8u;
+        }
+        if (m.type == PACKED_BF16) {
+            uint32_t *to = words + (fragment * 32 + lane) * 4 + upper;
+            to[0] = number[0] | number[1] << 16;
+            to[2] = number[2] | number[3] << 16;
+        } else if (m.type == PACKED_Q8) {
+            word = number[0] | number[2] << 8 | number[1] << 16 | number[3] << 24;
+            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = word;
+        } else {
+            word = number[0] | number[2] << 4 | number[1] << 16 | number[3] << 20;
+            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper;
+            *to = fragment % 2 ? *to | word << 8 : word;
+        }
     }
-    return make_uint2(word[0], word[1]);
 }
 
-/* A lane's share of a tile and unit in bf16: k to k + 8 of a row, those outside [begin, end) 0. */
-DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, int end,
-                        uint32_t *words) {
-    for (int at = 0; at < 8; at += 2) {
-        float pair[2] = {0.0f, 0.0f};
-        for (int i = 0; i < 2 && row < raw.n_rows; i++)
-            if (k + at + i >= begin && k + at + i < end)
-                pair[i] = raw_element(raw, row, k + at + i);
-        words[at / 4 * 128 + at % 4 / 2 * 2] = pack_bf16(pair[0], pair[1]);
-    }
-}
-
-/* Packs tiles [first_tile, first_tile + n) of m, whose outputs are the rows at hand. One warp a
- * tile and unit; bound by memory. The twin of pack_panel. */
-__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
+/* Packs tiles [first_tile, first_tile + n_tiles) of m from the rows at hand. part: of a pair, 0 or 1
+ * for gate or up. One warp a tile and unit; bound by memory. The twin of pack_panel. */
+__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles, int part,
                             const struct raw_rows raw) {
     grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
@@ -384,29 +383,24 @@ __global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
     int unit = (int)(index % m.n_units), tile = (int)(index / m.n_units), segment = 0;
     while (unit >= m.segments.unit[segment + 1])
         segment++;
-    int begin = m.segments.k[segment], end = m.segments.k[segment + 1];
-    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT + lane % 4 * 8;
-    index += (size_t)first_tile * m.n_units;
-    uint32_t *words = (uint32_t *)(m.packed + index * packed_bytes(m.type));
-    uint16_t *scales = (uint16_t *)(m.scales + index * SCALE_BYTES);
-    for (int upper = 0; upper < 2; upper++) {
-        int row = tile * TILE + upper * 8 + lane / 4;
-        if (m.type == PACKED_BF16) {
-            pack_floats(raw, row, k, begin, end, words + lane * 4 + upper);
-            continue;
+    int begin = m.segments.k[segment], end = m.segments.k[segment + 1], to_tile = first_tile + tile;
+    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT;
+    uint8_t *to = const_cast<uint8_t *>(m.packed) +
+                  ((size_t)(to_tile / 8) * m.n_units + unit) * unit_bytes(m.type);
+    for (int upper = m.paired ? part : 0; upper <= (m.paired ? part : 1); upper++) {
+        int first = m.paired ? tile * 8 : tile * TILE + upper * 8;
+        pack_output(m, raw, first + lane / 4, upper, k, begin, end,
+                    (uint32_t *)(to + to_tile % 8 * (numbers_bytes(m.type) / 8)));
+        if (m.type != PACKED_BF16 && lane < 16) { /* scales of 8 outputs, 2 times 32 k */
+            int row = first + lane % 8, at = k + lane / 8 * 32;
+            uint16_t scale = 0;
+            if (row < raw.n_rows && at >= begin / 32 * 32 && at < end)
+                (void)raw_number(raw, row, at, &scale);
+            ((uint16_t *)(to +
+                          numbers_bytes(
+                              m.type)))[(to_tile % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + upper] =
+                scale;
         }
-        uint16_t scale = 0;
-        uint2 numbers = make_uint2(0, 0);
-        if (row < raw.n_rows)
-            numbers = raw_numbers(raw, row, k, begin, end, &scale);
-        if (m.type == PACKED_Q8) {
-            words[lane * 4 + upper * 2] = numbers.x;
-            words[lane * 4 + upper * 2 + 1] = numbers.y;
-        } else {
-            words[lane * 2 + upper] = numbers.x;
-        }
-        if (lane % 4 == 0)
-            scales[lane / 4 * 2 + upper] = scale;
     }
 }
 
@@ -422,13 +416,15 @@ struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
     struct slice slice;
     int gpu;
-    struct matrix matrix;
-    float *vector; /* device (its part of the tensor); NULL: a matrix */
+    struct matrix matrix; /* of gate and up both have the same */
+    bool borrowed;        /* it belongs to the other of the two */
+    float *vector;        /* device (its part of the tensor, and zeros to a multiple of 8) */
     struct weight *next;
 };
 
 struct card { /* what devices on the same GPU share */
     bool open;
+    int n_devices; /* open ones */
     cudaDeviceProp properties;
     struct gpu_staging staging;
 };
@@ -454,25 +450,25 @@ struct cuda_device {
     cudaStream_t streams[N_STREAMS];
     struct gpu_tickets copies[N_STREAMS];
     int n_heads, n_kv_heads, d_ff; /* of this shard */
-    size_t padded_rows;            /* of the inputs of products */
-    int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
+    int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
-    float *gate_up;                    /* (max_rows, 2 d_ff); NULL: they are never of two types */
-    int ffn_types;                     /* bits: of matrices of their shape, 1 << packed type */
-    float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;             /* (rope_dim / 2) */
-    int *arrived;                      /* (max_rows, n_kv_heads, chunks) of attention */
-    sampler_key *keys;                 /* (LOGIT_ROWS, vocab_size) of the sampler */
-    int *sampled, *sampled_host;       /* (max_samples) device, pinned */
+    struct planes h, attention, ffn; /* inputs of products */
+    uint16_t *q;                     /* bf16 (max_rows, q heads) */
+    float4 *sums_of_blocks;          /* of generated products, see there */
+    int *blocks_done;                /* (multiprocessors) */
+    float2 *turn;                    /* (max_rows, rope_dim / 2) cosine and sine */
+    float *rope_frequency;           /* (rope_dim / 2) */
+    int *arrived;                    /* (max_rows, n_kv_heads, chunks) of attention */
+    sampler_key *keys;               /* (LOGIT_ROWS, vocab_size) of the sampler */
+    int *sampled, *sampled_host;     /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
     float *partial; /* (split_capacity, n_heads, head_dim + 2) */
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
-    struct graph graphs[MAX_COLUMNS + 1];
+    struct graph graphs[GRAPHS + 1];
     int recording; /* index of a graph; 0: none */
     /* of several shards: sums of project_add on their way, in turns, so that a reader has time */
     float *sums[2], *gathered;
@@ -543,34 +539,36 @@ static int grain_of(const struct model_config *config, int cols) {
 }
 
 static void free_weight(struct weight *weight) {
-    cudaFree((void *)weight->matrix.packed);
-    cudaFree((void *)weight->matrix.scales);
+    if (!weight->borrowed)
+        cudaFree((void *)weight->matrix.packed);
     cudaFree(weight->vector);
     free(weight);
 }
 
 /* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
- * up once: the rest is made on the device. */
+ * up once: the rest is made on the device. part: 1 for up, which shares its matrix with gate. */
 static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int first_row,
-                        int n_rows, const struct matrix *m) {
-    size_t row_bytes = tensor->bytes / (size_t)tensor->rows, tile_bytes = TILE * row_bytes;
+                        int n_rows, const struct matrix *m, int part) {
+    int tile_rows = m->paired ? TILE / 2 : TILE, all_tiles = m->n_panels * (PANEL / TILE);
+    size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
+    size_t tile_bytes = (size_t)tile_rows * row_bytes;
     size_t period = tensor->period;
     size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
-    size_t all = tile_bytes * (size_t)m->n_tiles;
+    size_t all = tile_bytes * (size_t)all_tiles;
     struct gpu_staging *staging = &d->card->staging;
     struct gpu up = d->gpu; /* the same, but for the stream */
     up.stream = staging->stream;
     if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
         return false;
-    int band = (int)(period > 0 ? (size_t)m->n_tiles : staging->bytes / tile_bytes);
-    for (int tile = 0; tile < m->n_tiles; tile += band) {
-        int n_tiles = smaller(m->n_tiles - tile, band);
+    int band = (int)(period > 0 ? (size_t)all_tiles : staging->bytes / tile_bytes);
+    for (int tile = 0; tile < all_tiles; tile += band) {
+        int n_tiles = smaller(all_tiles - tile, band), left = n_rows - tile * tile_rows;
         struct raw_rows raw = {};
         raw.row_bytes = row_bytes;
         raw.type = tensor->type;
-        raw.n_rows = smaller(n_rows - tile * TILE, n_tiles * TILE);
+        raw.n_rows = left < 0 ? 0 : smaller(left, n_tiles * tile_rows);
         const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + tile * TILE) * row_bytes;
+        size_t offset = (size_t)(first_row + tile * tile_rows) * row_bytes;
         size_t bytes = (size_t)raw.n_rows * row_bytes;
         if (period > 0) {
             bytes = period < tensor->bytes ? period : tensor->bytes;
@@ -578,36 +576,45 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
             raw.first = offset % bytes;
             offset = 0;
         }
-        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
+        if (raw.n_rows > 0) /* else it is the rest of the last panel */
+            raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
         size_t n_blocks = ((size_t)n_tiles * m->n_units * WARP + THREADS - 1) / THREADS;
         gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)n_blocks), THREADS, 0, *m, tile,
-                   n_tiles, raw);
+                   n_tiles, part, raw);
         gpu_staging_used(&d->gpu, staging);
     }
     return true;
 }
 
-static bool upload_matrix(struct cuda_device *d, struct weight *w) {
+/* partner: what w->tensor is multiplied together with, or NULL; then `other` is its weight, if that
+ * is there. */
+static bool upload_matrix(struct cuda_device *d, struct weight *w, const struct tensor *partner,
+                          const struct weight *other) {
     const struct tensor *tensor = w->tensor;
     const struct slice *slice = &w->slice;
     struct matrix *m = &w->matrix;
     int rows = (int)tensor->rows / (slice->kind == SLICE_ROWS ? slice->count : 1);
     int first_row = slice->kind == SLICE_ROWS ? slice->rank * rows : 0;
-    bool cut = slice->kind == SLICE_COLS;
+    bool cut = slice->kind == SLICE_COLS, ok = true;
     int grain = cut ? grain_of(d->device.config, (int)tensor->cols) : 0;
     int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
     m->segments =
         make_segments((int)tensor->cols, grain, cut ? slice->rank * n_segments : 0, n_segments);
     m->type = packed_type_of(tensor->type);
+    m->paired = partner != NULL;
+    if (partner && packed_type_of(partner->type) != m->type)
+        m->type = PACKED_BF16;
     m->n_outputs = rows;
-    m->n_tiles = divide(rows, TILE);
+    m->n_panels = divide(rows, m->paired ? PANEL / 2 : PANEL);
     m->n_units = m->segments.unit[n_segments];
-    size_t n = (size_t)m->n_tiles * m->n_units;
-    bool ok = cudaMalloc((void **)&m->packed, n * packed_bytes(m->type)) == cudaSuccess;
-    if (has_scales(m->type))
-        ok = ok && cudaMalloc((void **)&m->scales, n * SCALE_BYTES) == cudaSuccess;
+    w->borrowed = other != NULL;
+    if (other)
+        m->packed = other->matrix.packed;
+    else
+        ok = cudaMalloc((void **)&m->packed, (size_t)m->n_panels * m->n_units *
+                                                 (size_t)unit_bytes(m->type)) == cudaSuccess;
     (void)cudaGetLastError();
-    return ok && pack_matrix(d, tensor, first_row, rows, m);
+    return ok && pack_matrix(d, tensor, first_row, rows, m, other != NULL);
 }
 
 /* A shard has its part of a bias; a norm is whole. */
@@ -617,42 +624,38 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
     const char *from = (const char *)tensor->data;
     if (w->slice.kind != SLICE_WHOLE)
         from += (size_t)w->slice.rank * n * sizeof(float);
-    size_t bytes = (size_t)n * sizeof(float);
+    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
     cudaStream_t stream = d->card->staging.stream;
-    if (cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
+    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
         return false;
+    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
     TRY(d, cudaMemcpyAsync(w->vector, from, bytes, cudaMemcpyHostToDevice, stream));
     return true;
 }
 
-/* Gate and up of one type are multiplied by one kernel, which needs no place for their sums. If
- * there are matrices of their shape in several types, they may be two of those: see
- * cuda_norm_gate_up. False: no room. */
-static bool make_gate_up(struct cuda_device *d, const struct weight *w) {
-    bool ok = true;
-    if (w->matrix.n_outputs != d->d_ff || w->tensor->cols != d->device.config->d_model)
-        return true;
-    d->ffn_types |= 1 << w->matrix.type;
-    if (!d->gate_up && (d->ffn_types & (d->ffn_types - 1)))
-        gpu_take(&d->gpu, &d->gate_up, (size_t)d->device.max_rows * 2 * (size_t)d->d_ff, &ok);
-    return ok;
+static struct weight *find_weight(const struct cuda_device *d, const struct tensor *tensor,
+                                  struct slice slice) {
+    struct weight *w = d->cuda->weights;
+    while (w && !(w->tensor == tensor && w->gpu == d->device.index && w->slice.kind == slice.kind &&
+                  w->slice.rank == slice.rank && w->slice.count == slice.count))
+        w = w->next;
+    return w;
 }
 
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
-                                        struct slice slice, char *error) {
+                                        const struct tensor *partner, struct slice slice,
+                                        char *error) {
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
     pthread_mutex_lock(&cuda->upload_mutex);
-    struct weight *w = cuda->weights;
-    while (w && !(w->tensor == tensor && w->gpu == device->index && w->slice.kind == slice.kind &&
-                  w->slice.rank == slice.rank && w->slice.count == slice.count))
-        w = w->next;
+    struct weight *w = find_weight(d, tensor, slice);
     if (!w && (w = (struct weight *)calloc(1, sizeof *w)) != NULL) {
+        const struct weight *other = partner ? find_weight(d, partner, slice) : NULL;
         w->tensor = tensor;
         w->slice = slice;
         w->gpu = device->index;
         bool is_vector = tensor->rows == 1 && tensor->type == TYPE_F32;
-        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w)) {
+        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, partner, other)) {
             w->next = cuda->weights;
             cuda->weights = w;
             TRY(d, cudaStreamSynchronize(d->card->staging.stream));
@@ -661,9 +664,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
             w = NULL;
         }
     }
-    bool ok = w && (w->vector || make_gate_up(d, w));
     pthread_mutex_unlock(&cuda->upload_mutex);
-    if (!ok) {
+    if (!w) {
         size_t available = 0, total = 0;
         (void)cudaGetLastError();
         (void)cudaMemGetInfo(&available, &total);
@@ -674,405 +676,592 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
                    d->card->properties.name, available >> 20, total >> 20,
                    (tensor->bytes >> 20) + 1);
     }
-    return ok ? w : NULL;
+    return w;
 }
 
 /* ==== 4. Products: rows times packed matrices on the tensor cores ====
  *
  * A row takes the one kernel or the other by its role alone, so its bits do not depend on the
  * batch:
- *   generated_product   tokens that were generated: bound by reading the weights. A block of
- *                       K_SEGMENTS warps has 1 or 2 tiles of outputs and up to 64 rows; each warp
- *                       sums its segment of K, and the sums are added as a binary tree.
- *   prompt_product      rows of prompts: bound by multiplying. A block has 256 rows and 128
- *                       outputs, and each sum is one chain over all of K. Where shards cut K, a
- *                       shard goes on with the sums of the one before it: the same chain.
+ *   generated_product   tokens that were generated, up to 64 rows: bound by reading the weights.
+ *                       Each sum is a tree of K_SEGMENTS chains.
+ *   prompt_product      rows of prompts: bound by multiplying. A block has 256 rows and a panel,
+ *                       and each sum is one chain over all of K. Where shards cut K, a shard goes
+ *                       on with the sums of the one before it: the same chain.
  * Both do their part of what follows a product: bias, silu(gate) * up, or adding to the residual.
  *
- * Rows are bf16 (n_rows, input_stride), outputs f32, but for the FFN's, which are the next input.
+ * In both, one warp of a block asks for weights and rows, unit after unit, into a ring of *stages*
+ * in shared memory, as far ahead as there is room; the other eight multiply. The weights are the
+ * 16-row operand (a) and the rows the 8-column one (b). On Hopper four warps multiply together
+ * (wgmma), elsewhere each for itself: the same sums in the same registers.
+ *
+ * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
 
 enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
 
-static constexpr __host__ __device__ int kinds_of(int epilogue) { /* matrices of one output */
-    return epilogue == SILU ? 2 : 1;
-}
-
 enum {
-    SUM_STRIDE = 20, /* floats: a row of 16 sums; 20 keeps the lanes in different banks */
-    ROW_TILE = 256,  /* rows of a block of prompt_product: with 128 outputs, 85 products a byte */
-    OUTPUT_TILE = 128,
-    WARP_ROWS = 64, /* a warp's 64 x 64 sums fill 128 registers */
-    STAGES = 4,     /* units under way in shared memory: 3 x 24 KB cover the latency of L2 */
-    ROW_BAND = 8    /* row tiles that blocks of one time share, so that weights stay in L2 */
+    CONSUMERS = 8, /* warps of a block that multiply */
+    FED_THREADS = (CONSUMERS + 1) * WARP,
+    MAX_STAGES = 12,
+    RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
+    ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
+    ROW_TILE = 256,                          /* rows of a block of prompt_product */
+    GENERATED_ROWS = 64                      /* of a generated_product at most */
 };
 
 struct product {
-    struct matrix matrix[3]; /* of like K; SILU: gate and up */
+    struct matrix matrix[3]; /* of like type and K; SILU: one, a pair */
     float *out[3];           /* (n_rows, out_stride) */
     const float *bias[3];    /* (n_outputs), or NULL */
-    int n_matrices, out_stride;
-    bool adds;             /* to what `out` holds; instead of a bias */
-    const uint16_t *input; /* bf16 (n_rows, input_stride) */
-    int input_stride;
-    const int *n_generated; /* device: generated_product has rows [0, *n_generated - n_before) */
-    int n_before;
-    int first_row, n_rows; /* prompt_product's */
-    const float *initial;  /* (n_rows, out_stride) where its chains begin; NULL: at 0 */
-    uint16_t *ffn;         /* SILU: bf16 (n_rows, ffn_stride) */
-    int ffn_stride;
-    struct segments ffn_places; /* the K of ffn_down */
+    int n_matrices, n_panels, out_stride;
+    bool adds; /* to what `out` holds; instead of a bias */
+    struct planes input;
+    int n_stages;
+    /* generated_product's: rows [first_row, *n_generated - n_before); what blocks hand over */
+    const int *n_generated; /* device */
+    int n_before, grain;    /* grain: segments of an item */
+    float4 *sums_of_blocks;
+    int *blocks_done;
+    /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
+    int first_row, n_rows;
+    const float *initial;
+    /* of SILU: where its outputs go */
+    struct planes ffn;
+    struct segments ffn_places;
 };
 
 DEVICE float silu(float x) {
     return x / (1.0f + __expf(-x));
 }
 
-/* What is done with the sums of a row and of two outputs, the first even; `up` for SILU alone. */
-template <int EPILOGUE>
-DEVICE void finish(const struct product &p, int which, int row, int output, const float sum[2],
-                   const float up[2]) {
-    int n = p.matrix[which].n_outputs - output;
-    if (n <= 0)
-        return;
-    if (EPILOGUE == SILU) { /* segments begin at an even k: both lie side by side */
-        uint16_t *to = p.ffn + (size_t)row * p.ffn_stride + place(p.ffn_places, output);
-        *reinterpret_cast<uint32_t *>(to) = pack_bf16(silu(sum[0]) * up[0], silu(sum[1]) * up[1]);
-        return;
-    }
-    float *out = p.out[which] + (size_t)row * p.out_stride + output;
-    const float *bias = p.bias[which];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (i < n)
-            out[i] = sum[i] + (p.adds ? out[i] : bias ? bias[output + i] : 0.0f);
+/* Which of the matrices has the panel, and its number there. */
+DEVICE int find_matrix(const struct product &p, int *panel) {
+    int which = 0;
+    for (; which + 1 < p.n_matrices && *panel >= p.matrix[which].n_panels; which++)
+        *panel -= p.matrix[which].n_panels;
+    return which;
 }
 
-/* Which matrix a block works on, and its first tile there, if a block takes `tiles` of them. */
+/* What is done with the sums of a tile of 16 outputs and 8 rows from `row` on, of which those in
+ * [begin, end) are wanted: sum[e] is of output group + e / 2 * 8 and row 2 quad + e % 2. */
 template <int EPILOGUE>
-DEVICE int find_tile(const struct product &p, int block, int tiles, int *which) {
-    *which = 0;
-    while (EPILOGUE != SILU && *which + 1 < p.n_matrices) {
-        int n_blocks = divide(p.matrix[*which].n_tiles, tiles);
-        if (block < n_blocks)
-            break;
-        block -= n_blocks;
-        ++*which;
+DEVICE void finish(const struct product &p, int which, int tile, int row, int begin, int end,
+                   const float sum[4]) {
+    const int lane = (int)threadIdx.x % WARP, n_outputs = p.matrix[which].n_outputs;
+    row += lane % 4 * 2;
+    if (EPILOGUE == SILU) { /* lanes of two outputs swap, so that each has both of one row */
+        const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
+        int odd = lane / 4 % 2, output = tile * 8 + lane / 8 * 2;
+        float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+        row += odd;
+        if (row >= begin && row < end && output < n_outputs) /* segments begin at an even k */
+            *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
+                odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other);
+        return;
     }
-    return block * tiles;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        int output = tile * TILE + lane / 4 + e / 2 * 8;
+        float *out = p.out[which] + (size_t)(row + e % 2) * p.out_stride + output;
+        if (output < n_outputs && row + e % 2 >= begin && row + e % 2 < end)
+            *out = sum[e] + (p.adds ? *out : p.bias[which] ? p.bias[which][output] : 0.0f);
+    }
+}
+
+/* ---- the ring ---- */
+
+struct ring { /* of n stages, each `bytes`: a thread's place in it */
+    uint8_t *stages;
+    uint64_t *full, *empty; /* (n) barriers: copies have arrived; it may be written again */
+    int n, bytes, at;
+    uint32_t parity;
+};
+
+/* All threads of the block. In shared memory the stages come first, then `others` bytes, and the
+ * barriers. A stage is full after so many calls of copy_pieces. */
+DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int calls) {
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
+    struct ring r = {shared, full, full + n, n, bytes, 0, 0};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < n; i++) {
+            barrier_init(r.full + i, calls * copy_arrivals());
+            barrier_init(r.empty + i, CONSUMERS);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+    return r;
+}
+
+DEVICE void next_stage(struct ring *r) {
+    if (++r->at == r->n) {
+        r->at = 0;
+        r->parity ^= 1;
+    }
+}
+
+DEVICE uint8_t *wait_empty(const struct ring &r) { /* the producer's; at first all are */
+    barrier_wait(r.empty + r.at, r.parity ^ 1);
+    return r.stages + r.at * r.bytes;
+}
+
+DEVICE const uint8_t *wait_full(const struct ring &r) {
+    barrier_wait(r.full + r.at, r.parity);
+    return r.stages + r.at * r.bytes;
+}
+
+/* A warp goes on to the next stage, and gives back the one *before* this: what was loaded from this
+ * one may still be on its way into registers, and a new copy would overtake it. */
+DEVICE void advance(struct ring *r, bool first) {
+    __syncwarp();
+    if (!first && threadIdx.x % WARP == 0)
+        barrier_arrive(r->empty + (r->at > 0 ? r->at : r->n) - 1);
+    next_stage(r);
 }
 
 /* ---- generated tokens ---- */
 
-/* Tiles of outputs that a block takes: more, where many rows would be read again for each. */
-static constexpr __host__ __device__ int tiles_a_block(int columns) {
-    return columns > 2 ? 2 : 1;
-}
-
-/* The tree that sums K_SEGMENTS segments; those that another shard has are 0 here. */
-DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
-    float value[K_SEGMENTS];
-#pragma unroll
-    for (int i = 0; i < K_SEGMENTS; i++)
-        value[i] = i < n_segments ? sums[i * stride] : 0.0f;
-#pragma unroll
-    for (int n = K_SEGMENTS; n > 1; n /= 2)
-#pragma unroll
-        for (int i = 0; i < n / 2; i++)
-            value[i] = value[2 * i] + value[2 * i + 1];
-    return value[0];
-}
-
-/* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
- * for each warp the units [at, end) of its segment. */
-template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
-    static constexpr int KINDS = kinds_of(EPILOGUE), TILES = tiles_a_block(COLUMNS);
-    static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
-    static constexpr int AHEAD = SLOTS < 4 ? 4 / SLOTS : 1; /* units in registers while they come */
-    int which, first_tile, first_row, warp, lane, at, end;
-    struct fragment<TYPE> next[AHEAD][SLOTS];
-    float sum[SLOTS][COLUMNS][4];
+/* Which units a block has, of the panels one after the other: items [begin, end) of `grain`
+ * segments, an equal share for each block. */
+struct share {
+    int n_groups; /* items of a panel */
+    int begin, end;
 };
 
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void fetch_weights(const struct product &p, int from,
-                          struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
-#pragma unroll
-    for (int i = 0; i < b->AHEAD * b->SLOTS; i++) {
-        int at = from + i / b->SLOTS, slot = i % b->SLOTS;
-        const struct matrix &m = p.matrix[b->which + slot % b->KINDS];
-        int tile = b->first_tile + slot / b->KINDS;
-        size_t index = (size_t)smaller(tile, m.n_tiles - 1) * m.n_units + at;
-        if (at < b->end)
-            load_fragment<TYPE, true>(m.packed + index * packed_bytes(TYPE),
-                                      m.scales + index * SCALE_BYTES, b->lane,
-                                      &b->next[i / b->SLOTS][slot]);
-    }
+DEVICE struct share find_share(const struct product &p) {
+    const int n_groups = p.matrix[0].segments.n / p.grain, n = p.n_panels * n_groups;
+    return {n_groups, (int)((int64_t)blockIdx.x * n / gridDim.x),
+            (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
-/* The sums of a warp's segment: the weights are the 16-row operand and the rows the 8-column one,
- * so one row and 64 take the same instructions. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void multiply_segment(const struct product &p,
-                             struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
-    constexpr int AHEAD = b->AHEAD, SLOTS = b->SLOTS;
-    const uint16_t *input =
-        p.input + (size_t)(b->first_row + b->lane / 4) * p.input_stride + b->lane % 4 * 8;
-    for (; b->at < b->end; b->at += AHEAD) {
-        struct fragment<TYPE> now[AHEAD][SLOTS];
+/* The block that has an item: the last one to begin before or with it. */
+DEVICE int owner_of(const struct product &p, int item, int n_groups) {
+    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
+}
+
+/* The warp that asks for units: the first weights before the kernel before this has ended, since
+ * they do not depend on it; rows afterwards. */
+template <int TYPE, int ROWS>
+DEVICE void produce_generated(const struct product &p, struct ring r) {
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct share s = find_share(p);
+    auto unit_of = [&](int item) {
+        return item / s.n_groups * n_units + p.matrix[0].segments.unit[item % s.n_groups * p.grain];
+    };
+    const int begin = unit_of(s.begin), end = unit_of(s.end);
+    auto weights = [&](int at) {
+        int panel = at / n_units, unit = at % n_units, which = find_matrix(p, &panel);
+        const uint8_t *from =
+            p.matrix[which].packed + ((size_t)panel * n_units + unit) * unit_bytes(TYPE);
+        copy_pieces<true>(wait_empty(r) + ROWS * ROW_BYTES, from, lane == 0 ? unit_bytes(TYPE) : 0,
+                          r.full + r.at);
+    };
+    auto rows = [&](int at) {
+        const uint8_t *from =
+            p.input.bytes + ((size_t)(at % n_units) * p.input.n_rows + p.first_row) * ROW_BYTES;
+        copy_pieces<false>(r.stages + r.at * r.bytes, from, lane == 0 ? ROWS * ROW_BYTES : 0,
+                           r.full + r.at);
+    };
+    const int ahead = smaller(end, begin + r.n);
+    const struct ring start = r;
+    for (int at = begin; at < ahead; at++, next_stage(&r))
+        weights(at);
+    if (ahead == end)
+        grid_launch_dependents();
+    grid_wait();
+    copies_see_stores();
+    r = start;
+    for (int at = begin; at < end; at++, next_stage(&r)) {
+        if (at >= ahead)
+            weights(at);
+        rows(at);
+    }
+    if (ahead < end)
+        grid_launch_dependents();
+}
+
+/* sum += part * scale, of columns `index` times as many as part has. */
+template <int ROWS, int N>
+DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float (&sum)[ROWS / 2]) {
+    const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
-        for (int i = 0; i < AHEAD * SLOTS; i++)
-            now[i / SLOTS][i % SLOTS] = b->next[i / SLOTS][i % SLOTS];
-        fetch_weights(p, b->at + AHEAD, b);
+    for (int i = 0; i < N; i++)
+        sum[index * N + i] += part[i] * (i % 4 < 2 ? low : high);
+}
+
+/* sum (a tile of outputs, ROWS rows) += a unit of a warp's weights times the rows. Quantized
+ * numbers are multiplied as whole numbers, 32 k at a time, and their sums by the scale. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_unit(const uint8_t *rows, int warp, float (&sum)[ROWS / 2]) {
+    constexpr bool SCALED = TYPE != PACKED_BF16;
+    const int lane = (int)threadIdx.x % WARP;
+    uint32_t a[2][2][4], scale[2];
 #pragma unroll
-        for (int ahead = 0; ahead < AHEAD; ahead++) {
-            if (b->at + ahead >= b->end)
-                break;
-            uint32_t a[SLOTS][2][4];
+    for (int half = 0; half < 2; half++)
+        load_operands<TYPE>(rows + ROWS * ROW_BYTES, warp, half, lane, a[half], &scale[half]);
+#ifdef HOPPER
+    constexpr int COLUMNS = SCALED && ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
+    const uint64_t b = wgmma_rows(rows);
+    float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; slot++)
-                unpack<TYPE>(now[ahead][slot], a[slot]);
+    for (int i = 0; i < 2 * PARTS; i++) {
+        wgmma_begin();
 #pragma unroll
-            for (int column = 0; column < COLUMNS; column++) {
-                uint4 x =
-                    load16(input + (size_t)column * 8 * p.input_stride + (b->at + ahead) * UNIT);
+        for (int j = 0; j < 2; j++) {
+            uint64_t at = b + i / PARTS * 4 + j * 2 + i % PARTS * (COLUMNS * ROW_BYTES / 16);
+            if constexpr (SCALED)
+                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][j], at, j > 0);
+            else
+                wgmma<ROWS>(sum, a[i / PARTS][j], at, true);
+        }
+        wgmma_commit();
+        if (SCALED && i > 0) {
+            wgmma_wait<1>();
+            add_scaled<ROWS>(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+        }
+    }
+    wgmma_wait<0>();
+    if (SCALED)
+        add_scaled<ROWS>(part[1], scale[1], PARTS - 1, sum);
+#else
 #pragma unroll
-                for (int slot = 0; slot < SLOTS; slot++)
-                    multiply_unit(b->sum[slot][column], a[slot], x);
+    for (int i = 0; i < ROWS / 8 * 2; i++) { /* 8 rows, a half of the k */
+        const int j = i / 2, half = i % 2;
+        uint32_t b[4];
+        load_matrices(b, rows + (j * 8 + lane % 8) * ROW_BYTES +
+                             ((half * 4 + lane / 8) ^ lane % 8) * 16);
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        mma_bf16(SCALED ? part : &sum[j * 4], a[half][0], b);
+        mma_bf16(SCALED ? part : &sum[j * 4], a[half][1], b + 2);
+        if (SCALED)
+            add_scaled<ROWS>(part, scale[half], j, sum);
+    }
+#endif
+}
+
+DEVICE float4 add4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+/* A node of the tree is done: adds its left sibling to it, and that of the sum of both, up to level
+ * `top`. kept: shared (3 levels, N / 4, consumers), left siblings. True: `sum` is of a node at the
+ * top. */
+template <int N> DEVICE bool add_siblings(int segment, int top, float (&sum)[N], float4 *kept) {
+    for (int level = 0; level < top; level++, kept += N / 4 * CONSUMERS * WARP) {
+        const bool is_right = segment >> level & 1;
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            float4 *left = kept + i / 4 * CONSUMERS * WARP + threadIdx.x;
+            float4 own = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            if (is_right) {
+                own = add4(*left, own);
+                sum[i] = own.x, sum[i + 1] = own.y, sum[i + 2] = own.z, sum[i + 3] = own.w;
+            } else {
+                *left = own;
             }
         }
+        if (!is_right)
+            return false;
     }
+    return true;
 }
 
-/* Adds the segments of one of the block's tiles, and finishes its outputs. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void finish_tile(const struct product &p,
-                        const struct generated_block<TYPE, EPILOGUE, COLUMNS> &b, int tile,
-                        int n_rows, float *sums) {
-    int n_segments = (int)blockDim.x / WARP, stride = b.ROWS * SUM_STRIDE;
-#pragma unroll
-    for (int i = 0; i < b.KINDS * COLUMNS * 4; i++) { /* element i % 4: row 2 quad + i % 2 */
-        int kind = i / (COLUMNS * 4), column = i / 4 % COLUMNS;
-        int row = column * 8 + b.lane % 4 * 2 + i % 2, output = b.lane / 4 + i % 4 / 2 * 8;
-        sums[(kind * n_segments + b.warp) * stride + row * SUM_STRIDE + output] =
-            b.sum[tile * b.KINDS + kind][column][i % 4];
-    }
-    __syncthreads();
-    for (int i = (int)threadIdx.x * 2; i < b.ROWS * TILE; i += (int)blockDim.x * 2) {
-        int row = i / TILE, output = (b.first_tile + tile) * TILE + i % TILE;
-        float value[2][2] = {};
-        for (int j = 0; j < 2 * b.KINDS; j++) {
-            const float *from = sums + j / 2 * n_segments * stride + row * SUM_STRIDE;
-            value[j / 2][j % 2] = tree_sum(from + i % TILE + j % 2, n_segments, stride);
-        }
-        if (b.first_row + row < n_rows)
-            finish<EPILOGUE>(p, b.which, b.first_row + row, output, value[0], value[1]);
-    }
-    __syncthreads();
+/* Where a block leaves the sums of an item, of a panel that several blocks share: with those of the
+ * block that has the panel's first item. [owner][items of a panel][8 rows][thread] */
+template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int owner, int group) {
+    return p.sums_of_blocks + ((size_t)owner * K_SEGMENTS + group) * (ROWS / 8) * CONSUMERS * WARP +
+           threadIdx.x;
 }
 
-/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, n_generated).
- * Grid: (blocks of tiles, blocks of 8 * COLUMNS rows); a warp per segment of K. Shared: (kinds,
- * segments, 8 * COLUMNS rows, SUM_STRIDE) floats. Bound by memory. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-__global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct product p) {
-    DYNAMIC_SHARED(float, sums);
-    struct generated_block<TYPE, EPILOGUE, COLUMNS> b;
-    b.first_tile = find_tile<EPILOGUE>(p, (int)blockIdx.x, b.TILES, &b.which);
-    b.first_row = (int)blockIdx.y * b.ROWS;
-    b.warp = (int)threadIdx.x / WARP;
-    b.lane = (int)threadIdx.x % WARP;
-    const struct segments &segments = p.matrix[b.which].segments;
-    b.at = segments.unit[b.warp];
-    b.end = segments.unit[b.warp + 1];
-#pragma unroll
-    for (int i = 0; i < b.SLOTS * COLUMNS * 4; i++)
-        b.sum[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0.0f;
-    fetch_weights(p, b.at, &b); /* they do not depend on the kernel before */
-    grid_wait();
-    grid_launch_dependents();
-    int n_rows = *p.n_generated - p.n_before;
-    if (b.first_row >= n_rows)
+/* The last block to leave sums of a panel's items adds them all up. */
+template <int EPILOGUE, int ROWS>
+DEVICE void add_shared_sums(const struct product &p, int which, int tile, int owner, int n_items,
+                            int n_groups, int n_rows, int *last) {
+    sync_threads<1, CONSUMERS * WARP>();
+    if (threadIdx.x == 0) {
+        *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
+        if (*last)
+            p.blocks_done[owner] = 0;
+    }
+    sync_threads<1, CONSUMERS * WARP>();
+    if (!*last)
         return;
-    multiply_segment(p, &b);
+#pragma unroll 1
+    for (int j = 0; j < ROWS / 8 && j * 8 < n_rows; j++) {
+        float4 v[K_SEGMENTS];
 #pragma unroll
-    for (int tile = 0; tile < b.TILES; tile++)
-        finish_tile(p, b, tile, n_rows, sums);
+        for (int i = 0; i < K_SEGMENTS; i++)
+            v[i] = i < n_groups ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
+                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int n = K_SEGMENTS / 2; n > 0; n /= 2)
+#pragma unroll
+            for (int i = 0; i < n; i++)
+                v[i] = add4(v[2 * i], v[2 * i + 1]);
+        const float sum[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
+        finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows, sum);
+    }
 }
 
-static inline size_t generated_product_shared(int kinds, int n_segments, int columns) {
-    return sizeof(float) * (size_t)(kinds * n_segments * 8 * columns * SUM_STRIDE);
+static constexpr __host__ __device__ int generated_stage(int type, int rows) {
+    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
+
+static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblings */
+    return 3 * rows / 8 * CONSUMERS * WARP * 16;
+}
+
+/* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, and an int. Bound by
+ * memory. */
+template <int TYPE, int EPILOGUE, int ROWS>
+__global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
+    struct ring r = open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), 2);
+    const int warp = (int)threadIdx.x / WARP;
+    if (warp == CONSUMERS) {
+        produce_generated<TYPE, ROWS>(p, r);
+        return;
+    }
+    grid_wait();
+    const struct share s = find_share(p);
+    const struct segments &segments = p.matrix[0].segments;
+    const int n_rows = smaller(*p.n_generated - p.n_before - p.first_row, ROWS);
+    int *last = reinterpret_cast<int *>(r.empty + r.n);
+    bool first = true;
+    for (int item = s.begin, n_items; item < s.end; item += n_items) {
+        const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
+        int panel = item / s.n_groups;
+        const int which = find_matrix(p, &panel), tile = panel * (PANEL / TILE) + warp;
+        n_items = smaller(s.n_groups - group, s.end - item);
+        const bool whole = n_items == s.n_groups;
+        const int top =
+            whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4) : p.grain - 1;
+        float sum[ROWS / 2];
+        for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
+#pragma unroll
+            for (int j = 0; j < ROWS / 2; j++)
+                sum[j] = 0.0f;
+            for (int unit = segments.unit[i]; unit < segments.unit[i + 1]; unit++) {
+                multiply_unit<TYPE, ROWS>(wait_full(r), warp, sum);
+                advance(&r, first);
+                first = false;
+            }
+            if (!add_siblings(i, top, sum, kept))
+                continue;
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++)
+                if (whole)
+                    finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows,
+                                     &sum[j * 4]);
+                else
+                    __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
+                           make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+        }
+        if (!whole)
+            add_shared_sums<EPILOGUE, ROWS>(p, which, tile, owner, n_items, s.n_groups, n_rows,
+                                            last);
+    }
 }
 
 /* ---- prompts ---- */
 
-enum {
-    STAGE_ROWS = ROW_TILE * UNIT * 2,                    /* bytes of the rows of a stage */
-    STAGE_SLOTS = OUTPUT_TILE / TILE,                    /* tiles of weights of a stage */
-    STAGE_BYTES = STAGE_ROWS + STAGE_SLOTS * UNIT_BYTES, /* scales fit where bf16 would be */
-    PROMPT_SHARED = STAGES * STAGE_BYTES
+static constexpr __host__ __device__ int prompt_stage(int type) {
+    return ROW_TILE * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
+
+/* A block's tiles of rows and panels: tiles of rows begin at a multiple of 8, where planes can be
+ * cut. Blocks of one time share panels, so that weights stay in L2. */
+struct row_tiles {
+    int begin, end, n; /* rows; tiles of rows */
 };
 
-/* Which matrix and tile stands in slot (0 to 7) of a block. SILU: a warp's four are two tiles of
- * gate and the same two of up, so that it has both sums of an output. */
-template <int EPILOGUE> DEVICE int slot_tile(int first_tile, int slot, int *kind) {
-    *kind = EPILOGUE == SILU ? slot % 4 / 2 : 0;
-    return first_tile + (EPILOGUE == SILU ? slot / 4 * 2 + slot % 2 : slot);
+DEVICE struct row_tiles find_row_tiles(const struct product &p) {
+    int begin = p.first_row / 8 * 8, end = p.first_row + p.n_rows;
+    return {begin, end, divide(end - begin, ROW_TILE)};
 }
 
-/* Starts the copies of one unit of a block's rows and weights into a stage. Rows are 64 bytes side
- * by side: a fragment is 16 of them, and eight lanes read 128 bytes in a row. */
-template <int TYPE, int EPILOGUE>
-DEVICE void load_stage(const struct product &p, int which, int first_tile, int first_row, int unit,
-                       uint8_t *stage) {
-    const uint16_t *input = p.input + unit * UNIT;
-    for (int i = (int)threadIdx.x; i < ROW_TILE * 4; i += THREADS) {
-        int row = first_row + i / 4, last = p.first_row + p.n_rows - 1;
-        const uint16_t *from = input + (size_t)smaller(row, last) * p.input_stride;
-        copy_async16(stage + i * 16, from + i % 4 * 8, row <= last);
-    }
-    constexpr int BYTES = (int)packed_bytes(TYPE);
-    constexpr int A_SLOT = (BYTES + (has_scales(TYPE) ? SCALE_BYTES : 0)) / 16;
-    stage += STAGE_ROWS;
-    for (int i = (int)threadIdx.x; i < STAGE_SLOTS * A_SLOT; i += THREADS) {
-        int slot = i / A_SLOT, byte = i % A_SLOT * 16, kind;
-        int tile = slot_tile<EPILOGUE>(first_tile, slot, &kind);
-        const struct matrix &m = p.matrix[which + kind];
-        bool there = tile < m.n_tiles;
-        size_t index = (size_t)(there ? tile : 0) * m.n_units + unit;
-        const uint8_t *from = byte < BYTES ? m.packed + index * BYTES + byte
-                                           : m.scales + index * SCALE_BYTES + (byte - BYTES);
-        copy_async16(stage + slot * UNIT_BYTES + byte, there ? from : m.packed, there);
-    }
-}
-
-/* sum (4 x 16 rows, 4 x 2 x 8 outputs) += one unit of a warp's rows and slots. */
-template <int TYPE>
-DEVICE void multiply_stage(const uint8_t *stage, int warp, int lane, float sum[4][8][4]) {
-    const uint8_t *rows = stage + (warp / 2 * WARP_ROWS + lane / 4) * 64 + lane % 4 * 16;
-    const uint8_t *weights = stage + STAGE_ROWS + warp % 2 * 4 * UNIT_BYTES;
-    uint32_t x[4][2][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        row_operands(load16(rows + i * 16 * 64), load16(rows + (i * 16 + 8) * 64), x[i]);
-#pragma unroll
-    for (int slot = 0; slot < 4; slot++) {
-        struct fragment<TYPE> f;
-        uint32_t w[2][4];
-        const uint8_t *numbers = weights + slot * UNIT_BYTES;
-        load_fragment<TYPE, false>(numbers, numbers + packed_bytes(TYPE), lane, &f);
-        unpack<TYPE>(f, w);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t low[2] = {w[half][0], w[half][2]}, high[2] = {w[half][1], w[half][3]};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                mma_bf16(sum[i][slot * 2], x[i][half], low);
-                mma_bf16(sum[i][slot * 2 + 1], x[i][half], high);
-            }
-        }
-    }
-}
-
-/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: row
- * tiles x blocks of outputs, in bands. 8 warps: 4 along the rows, 2 along the outputs. The rows are
- * the 16-row operand. Shared: STAGES x 24 KB. Bound by the tensor cores. */
-template <int TYPE, int EPILOGUE>
-__global__ void __launch_bounds__(THREADS, 1)
-    prompt_product_kernel(const struct product p, int n_blocks) {
-    DYNAMIC_SHARED(uint8_t, stages);
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    int n_row_tiles = divide(p.n_rows, ROW_TILE), in_band = ROW_BAND * n_blocks;
-    int first = (int)blockIdx.x / in_band * ROW_BAND, at = (int)blockIdx.x % in_band;
-    int height = smaller(n_row_tiles - first, ROW_BAND);
-    int first_row = p.first_row + (first + at % height) * ROW_TILE, which;
-    int first_tile = find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / kinds_of(EPILOGUE), &which);
-    int end_row = p.first_row + p.n_rows;
-    int n = p.matrix[which].n_units; /* stages to come */
-    float sum[4][8][4] = {};
+template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct row_tiles t = find_row_tiles(p);
     grid_wait();
-    grid_launch_dependents();
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < n)
-            load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, i,
-                                       stages + i * STAGE_BYTES);
-        copy_async_commit(); /* a group for each stage, though it be empty: waits count groups */
-    }
-    /* act(i, j, c, row, output): sum[i][j][c] and [c + 1] are those of a row and two outputs */
-    auto for_pairs = [&](auto act) {
-#pragma unroll
-        for (int pair = 0; pair < 4 * 8 * 2; pair++) {
-            int i = pair / 16, j = pair / 2 % 8, kind;
-            int tile = slot_tile<EPILOGUE>(first_tile, warp % 2 * 4 + j / 2, &kind);
-            int row = first_row + warp / 2 * WARP_ROWS + i * 16 + lane / 4 + pair % 2 * 8;
-            int output = tile * TILE + j % 2 * 8 + lane % 4 * 2;
-            if (row < end_row && kind == 0)
-                act(i, j, pair % 2 * 2, row, output);
+    copies_see_stores();
+    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
+        int panel = tile / t.n, which = find_matrix(p, &panel);
+        const uint8_t *weights =
+            p.matrix[which].packed + (size_t)panel * n_units * unit_bytes(TYPE);
+        const uint8_t *rows = p.input.bytes + (size_t)(t.begin + tile % t.n * ROW_TILE) * ROW_BYTES;
+        for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
+            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : ROW_TILE * ROW_BYTES);
+            copy_pieces<false>(to,
+                               lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
+                                         : weights + (size_t)unit * unit_bytes(TYPE),
+                               lane == 0   ? ROW_TILE * ROW_BYTES
+                               : lane == 1 ? unit_bytes(TYPE)
+                                           : 0,
+                               r.full + r.at);
         }
-    };
-    if (p.initial)
-        for_pairs([&](int i, int j, int c, int row, int output) {
-            for (int k = 0; k < 2; k++)
-                if (output + k < p.matrix[which].n_outputs)
-                    sum[i][j][c + k] = p.initial[(size_t)row * p.out_stride + output + k];
-        });
-    for (int i = 0; i < n; i++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads(); /* the stage has arrived for all, and all are done with the oldest */
-        int ahead = i + STAGES - 1;
-        if (ahead < n)
-            load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, ahead,
-                                       stages + ahead % STAGES * STAGE_BYTES);
-        copy_async_commit();
-        multiply_stage<TYPE>(stages + i % STAGES * STAGE_BYTES, warp, lane, sum);
     }
-    for_pairs([&](int i, int j, int c, int row, int output) {
-        finish<EPILOGUE>(p, which, row, output, &sum[i][j][c], &sum[i][(j + 4) % 8][c]);
-    });
+}
+
+/* A warp has 128 sums a lane: on Hopper of a tile of outputs and 256 rows, elsewhere of 4 tiles and
+ * 64 rows, since there each warp reads its operands for itself. */
+#ifdef HOPPER
+enum { WARP_TILES = 1 };
+#else
+enum { WARP_TILES = 4 };
+#endif
+enum { WARP_GROUPS = 32 / WARP_TILES /* of 8 rows */ };
+
+DEVICE int tile_of(int warp, int i) { /* of a warp's sums [4 i, 4 i + 4): the tile of the panel */
+    return warp % (CONSUMERS / WARP_TILES) * WARP_TILES + i / WARP_GROUPS;
+}
+
+DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
+    return (warp / (CONSUMERS / WARP_TILES) * WARP_GROUPS + i % WARP_GROUPS) * 8;
+}
+
+/* sum += a unit. On Hopper the last products still go on when it returns, and read a[1]. */
+template <int TYPE>
+DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
+                                 float (&sum)[128]) {
+    const uint8_t *weights = rows + ROW_TILE * ROW_BYTES;
+    const int lane = (int)threadIdx.x % WARP;
+#ifdef HOPPER
+    const uint64_t b = wgmma_rows(rows);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        wgmma_wait<1>(); /* those that read a[half] are done */
+        load_scaled<TYPE>(weights, warp, half, lane, a[half]);
+        wgmma_begin();
+        wgmma<ROW_TILE>(sum, a[half][0], b + half * 4, true);
+        wgmma<ROW_TILE>(sum, a[half][1], b + half * 4 + 2, true);
+        wgmma_commit();
+    }
+#else
+    (void)a;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t w[WARP_TILES][2][4], b[WARP_GROUPS / 2][4];
+#pragma unroll
+        for (int tile = 0; tile < WARP_TILES; tile++)
+            load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), half, lane, w[tile]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < WARP_GROUPS / 2; j++)
+                load_matrices(b[j],
+                              rows + (row_of(warp, j * 2) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
+                                  ((half * 4 + i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+#pragma unroll
+            for (int j = 0; j < 32; j++)
+                mma_bf16(&sum[j * 4], w[j / WARP_GROUPS][i], &b[j % WARP_GROUPS / 2][j % 2 * 2]);
+        }
+    }
+#endif
+}
+
+/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: any
+ * number of blocks; each takes every so-manieth tile of 256 rows and a panel. Shared: the ring.
+ * Bound by the tensor cores. */
+template <int TYPE, int EPILOGUE>
+__global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, 1);
+    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    grid_launch_dependents();
+    if (warp == CONSUMERS) {
+        produce_prompt<TYPE>(p, r);
+        return;
+    }
+    grid_wait();
+    const struct row_tiles t = find_row_tiles(p);
+    const int n_units = p.matrix[0].n_units;
+    bool first = true;
+    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
+        int panel = tile / t.n, row = t.begin + tile % t.n * ROW_TILE;
+        const int which = find_matrix(p, &panel);
+        float sum[128];
+        uint32_t a[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 128; i++) {
+            int at = row + row_of(warp, i / 4) + lane % 4 * 2 + i % 2;
+            int output =
+                (panel * (PANEL / TILE) + tile_of(warp, i / 4)) * TILE + lane / 4 + i % 4 / 2 * 8;
+            bool goes_on =
+                p.initial && at >= p.first_row && at < t.end && output < p.matrix[which].n_outputs;
+            sum[i] = goes_on ? p.initial[(size_t)at * p.out_stride + output] : 0.0f;
+        }
+        for (int unit = 0; unit < n_units; unit++, first = false) {
+            multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
+            advance(&r, first);
+        }
+#ifdef HOPPER
+        wgmma_wait<0>();
+#endif
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            finish<EPILOGUE>(p, which, panel * (PANEL / TILE) + tile_of(warp, i),
+                             row + row_of(warp, i), p.first_row, t.end, &sum[i * 4]);
+    }
 }
 
 /* ---- launches ---- */
 
-/* Blocks of outputs if each has `tiles` of them. */
-static int count_blocks(const struct product &p, int epilogue, int tiles) {
-    int n = 0;
-    for (int i = 0; i < (epilogue == SILU ? 1 : p.n_matrices); i++)
-        n += divide(p.matrix[i].n_tiles, tiles);
-    return n;
+/* The stages of so many bytes that a block of this chip has room for, beside `others`. */
+static int stages_of(const struct cuda_device *d, int bytes, int others) {
+    int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
+    return smaller(room / bytes, MAX_STAGES);
 }
 
-template <int TYPE, int EPILOGUE, int COLUMNS>
-static void launch_generated(struct cuda_device *d, const struct product &p, int n_rows) {
-    int n_segments = p.matrix[0].segments.n;
-    launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, COLUMNS>,
-           grid_of(count_blocks(p, EPILOGUE, tiles_a_block(COLUMNS)), divide(n_rows, 8 * COLUMNS)),
-           n_segments * WARP, generated_product_shared(kinds_of(EPILOGUE), n_segments, COLUMNS), p);
+template <int TYPE, int EPILOGUE, int ROWS>
+static void launch_generated(struct cuda_device *d, struct product p) {
+    int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
+    int stage = generated_stage(TYPE, ROWS);
+    p.grain = n_segments > 1 && p.n_panels * n_segments >= 4 * blocks ? 2 : 1;
+    p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
+    p.sums_of_blocks = d->sums_of_blocks;
+    p.blocks_done = d->blocks_done;
+    launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
+           grid_of(smaller(blocks, p.n_panels * n_segments / p.grain)), FED_THREADS,
+           (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. */
 template <int TYPE, int EPILOGUE>
-static void launch_typed(struct cuda_device *d, const struct product &p, int n_generated) {
-    if (n_generated > 32)
-        launch_generated<TYPE, EPILOGUE, 8>(d, p, n_generated);
-    else if (n_generated > 16)
-        launch_generated<TYPE, EPILOGUE, 4>(d, p, n_generated);
-    else if (n_generated > 8)
-        launch_generated<TYPE, EPILOGUE, 2>(d, p, n_generated);
-    else if (n_generated > 0)
-        launch_generated<TYPE, EPILOGUE, 1>(d, p, n_generated);
+static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
-        int n_blocks = count_blocks(p, EPILOGUE, STAGE_SLOTS / kinds_of(EPILOGUE));
+        int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
+        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.n_panels;
+        p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
         launch(d, "prompt_product_kernel", prompt_product_kernel<TYPE, EPILOGUE>,
-               grid_of(n_blocks * divide(p.n_rows, ROW_TILE)), THREADS, PROMPT_SHARED, p, n_blocks);
+               grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), FED_THREADS,
+               (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
+    }
+    for (p.first_row = 0; p.first_row < n_generated; p.first_row += GENERATED_ROWS) {
+        int n = n_generated - p.first_row;
+        if (n > 32)
+            launch_generated<TYPE, EPILOGUE, 64>(d, p);
+        else if (n > 16)
+            launch_generated<TYPE, EPILOGUE, 32>(d, p);
+        else if (n > 8)
+            launch_generated<TYPE, EPILOGUE, 16>(d, p);
+        else
+            launch_generated<TYPE, EPILOGUE, 8>(d, p);
     }
 }
 
 /* Matrices of one type together, each by itself where they are of several. */
 template <int EPILOGUE>
-static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
+static void launch_product(struct cuda_device *d, struct product p, int n_generated) {
     int type = p.matrix[0].type;
-    for (int i = 1; i < p.n_matrices; i++)
+    p.n_panels = 0;
+    for (int i = 0; i < p.n_matrices; i++) {
         type = p.matrix[i].type == type ? type : -1;
+        p.n_panels += p.matrix[i].n_panels;
+    }
     struct product one = p;
     one.n_matrices = 1;
     for (int i = 0; i < p.n_matrices && type < 0; i++) {
@@ -1089,11 +1278,9 @@ static void launch_product(struct cuda_device *d, const struct product &p, int n
 }
 
 /* A product of all rows of the step. */
-static struct product product_of(const struct cuda_device *d, const uint16_t *input,
-                                 int input_stride) {
+static struct product product_of(const struct cuda_device *d, const struct planes &input) {
     struct product p = {};
     p.input = input;
-    p.input_stride = input_stride;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
     p.n_rows = d->n_rows - d->n_generated;
@@ -1119,7 +1306,23 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
  * operand of the second product (token_of). HEAD: head_dim padded to 64, 128 or 256. The twin of
  * attention_rows. */
 
+DEVICE void row_operands(const uint4 &upper, const uint4 &lower, uint32_t a[2][4]) {
+    a[0][0] = upper.x;
+    a[0][1] = lower.x;
+    a[0][2] = upper.y;
+    a[0][3] = lower.y;
+    a[1][0] = upper.z;
+    a[1][1] = lower.z;
+    a[1][2] = upper.w;
+    a[1][3] = lower.w;
+}
+DEVICE void old_multiply_unit(float sum[4], const uint32_t a[2][4], const uint4 &b) {
+    const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
+    mma_bf16(sum, a[0], low);
+    mma_bf16(sum, a[1], high);
+}
 enum {
+    OLD_UNIT = 32,
     ATTENTION_WARPS = 4,
     STEP_TOKENS = 2 * BLOCK_TOKENS, /* of the running softmax */
     SPLIT_TOKENS = 256,             /* so short that one text fills the chip from 4k tokens on */
@@ -1134,8 +1337,7 @@ struct heads {                      /* of a layer: what rope and attention share
 };
 
 struct attention : heads {
-    uint16_t *out; /* bf16 (n_rows, out_stride), heads at `places` */
-    int out_stride;
+    struct planes out;
     float scale; /* log2(e) / sqrt(head_dim) */
     struct segments places;
     float *partial; /* (n_splits, n_heads, head_dim + 2): weighted values, largest score, sum */
@@ -1262,7 +1464,7 @@ DEVICE void load_kv(const struct attention &a, const struct sequence &s, int kv_
     for (int i = (int)threadIdx.x; i < KEY_CHUNKS + VALUE_CHUNKS; i += ATTENTION_WARPS * WARP) {
         bool key = i < KEY_CHUNKS;
         int at = key ? i : i - KEY_CHUNKS;
-        int row = at / 4 % STEP_TOKENS, dim = at / 4 / STEP_TOKENS * UNIT + at % 4 * 8;
+        int row = at / 4 % STEP_TOKENS, dim = at / 4 / STEP_TOKENS * OLD_UNIT + at % 4 * 8;
         int block = step * 2 + (key ? row / BLOCK_TOKENS : at / (HEAD * 2));
         int offset = row % BLOCK_TOKENS * a.head_dim + dim;
         if (!key) {
@@ -1281,15 +1483,15 @@ template <int HEAD>
 DEVICE void stage_scores(const uint8_t *queries, const uint8_t *keys, int n_queries, int lane,
                          float scores[2][2][4]) {
 #pragma unroll 2
-    for (int unit = 0; unit < HEAD / UNIT; unit++) { /* 2: more would not fit the registers */
+    for (int unit = 0; unit < HEAD / OLD_UNIT; unit++) { /* 2: more would not fit the registers */
         const uint8_t *from = queries + (unit * n_queries + lane / 4) * 64 + lane % 4 * 16;
         uint32_t q[2][4];
         row_operands(load16(from), load16(from + 8 * 64), q);
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* block i / 2, tile i % 2 */
             int token = i / 2 * BLOCK_TOKENS + token_of(i % 2, lane / 4);
-            multiply_unit(scores[i / 2][i % 2], q,
-                          load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16));
+            old_multiply_unit(scores[i / 2][i % 2], q,
+                              load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16));
         }
     }
 }
@@ -1299,7 +1501,7 @@ template <int HEAD>
 DEVICE void load_queries(const struct attention &a, const struct queries &q, uint8_t *tile) {
     constexpr int N = query_tile(HEAD);
     for (int i = (int)threadIdx.x; i < N * HEAD / 8; i += ATTENTION_WARPS * WARP) {
-        int query = q.first + i / 4 % N, dim = i / 4 / N * UNIT + i % 4 * 8;
+        int query = q.first + i / 4 % N, dim = i / 4 / N * OLD_UNIT + i % 4 * 8;
         bool there = dim < a.head_dim && query <= q.last;
         query = there ? query : q.first;
         size_t row = (size_t)(q.s.first_row + query / q.group) * a.n_heads;
@@ -1337,13 +1539,13 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
         if (query > q.last)
             continue;
         int head = q.kv_head * q.group + query % q.group;
-        uint16_t *out = a.out + (size_t)(q.s.first_row + query / q.group) * a.out_stride +
-                        place(a.places, head * a.head_dim) + lane % 4 * 2;
+        int out_row = q.s.first_row + query / q.group,
+            out_k = place(a.places, head * a.head_dim) + lane % 4 * 2;
         float factor = 1.0f / state->sum[row];
 #pragma unroll
         for (int n = 0; n < HEAD / 8; n++)
             if (n * 8 < a.head_dim)
-                *reinterpret_cast<uint32_t *>(out + n * 8) =
+                *reinterpret_cast<uint32_t *>(plane_element(a.out, out_row, out_k + n * 8)) =
                     pack_bf16(output[n][row * 2] * factor, output[n][row * 2 + 1] * factor);
     }
 }
@@ -1437,11 +1639,11 @@ DEVICE struct split find_split(const struct attention &a, int index, int n_chunk
 /* The operand of 16 heads, straight from memory. */
 template <int HEAD>
 DEVICE void load_heads(const struct attention &a, const struct split &p, int lane,
-                       uint32_t q[HEAD / UNIT][2][4]) {
+                       uint32_t q[HEAD / OLD_UNIT][2][4]) {
     const uint16_t *from = a.q + ((size_t)p.s.first_row * a.n_heads + p.first_head) * a.head_dim;
 #pragma unroll
-    for (int i = 0; i < HEAD / UNIT * 2; i++) { /* unit i / 2; head group, or group + 8 */
-        int dim = i / 2 * UNIT + lane % 4 * 8, head = lane / 4 + i % 2 * 8;
+    for (int i = 0; i < HEAD / OLD_UNIT * 2; i++) { /* unit i / 2; head group, or group + 8 */
+        int dim = i / 2 * OLD_UNIT + lane % 4 * 8, head = lane / 4 + i % 2 * 8;
         uint4 x = make_uint4(0, 0, 0, 0);
         if (head < p.n_heads && dim < a.head_dim)
             x = load16(from + head * a.head_dim + dim);
@@ -1455,7 +1657,7 @@ DEVICE void load_heads(const struct attention &a, const struct split &p, int lan
 /* One warp's part of a split: blocks [block, end). */
 template <int HEAD>
 DEVICE void attend_blocks(const struct attention &a, const struct split &p,
-                          const uint32_t q[HEAD / UNIT][2][4], int block, int end, int lane,
+                          const uint32_t q[HEAD / OLD_UNIT][2][4], int block, int end, int lane,
                           struct softmax *state, float output[HEAD / 8][4]) {
     for (; block < end; block += 2) {
         float scores[2][2][4] = {};
@@ -1463,11 +1665,11 @@ DEVICE void attend_blocks(const struct attention &a, const struct split &p,
                                     key_plane(a, p.s, smaller(block + 1, end - 1), p.kv_head)};
         uint32_t weights[2][4];
 #pragma unroll
-        for (int i = 0; i < 4 * HEAD / UNIT; i++) { /* block and tile of unit i / 4 */
-            int dim = i / 4 * UNIT + lane % 4 * 8, block_of = i / 2 % 2, tile = i % 2;
+        for (int i = 0; i < 4 * HEAD / OLD_UNIT; i++) { /* block and tile of unit i / 4 */
+            int dim = i / 4 * OLD_UNIT + lane % 4 * 8, block_of = i / 2 % 2, tile = i % 2;
             const uint16_t *key = plane[block_of] + token_of(tile, lane / 4) * a.head_dim;
             uint4 k = dim < a.head_dim ? load16(key + dim) : make_uint4(0, 0, 0, 0);
-            multiply_unit(scores[block_of][tile], q[i / 4], k);
+            old_multiply_unit(scores[block_of][tile], q[i / 4], k);
         }
         int seen = p.n_tokens - block * BLOCK_TOKENS;
         if (block + 1 >= end && seen > BLOCK_TOKENS)
@@ -1535,8 +1737,8 @@ DEVICE void merge_parts(const struct attention &a, const struct split &p, const 
                 to[head * width + a.head_dim + 1] = sum;
             }
         } else {
-            uint16_t *out = a.out + (size_t)p.s.first_row * a.out_stride;
-            out[place(a.places, (p.first_head + head) * a.head_dim) + dim] =
+            *plane_element(a.out, p.s.first_row,
+                           place(a.places, (p.first_head + head) * a.head_dim) + dim) =
                 (uint16_t)pack_bf16(value / sum, 0.0f);
         }
     }
@@ -1572,7 +1774,7 @@ __global__ void __launch_bounds__(ATTENTION_WARPS *WARP, HEAD > 128 ? 1 : 2)
     int n = a.step->n_splits * a.n_kv_heads * n_chunks;
     for (int index = (int)blockIdx.x; index < n; index += (int)gridDim.x) {
         const struct split p = find_split(a, index, n_chunks);
-        uint32_t q[HEAD / UNIT][2][4];
+        uint32_t q[HEAD / OLD_UNIT][2][4];
         load_heads<HEAD>(a, p, lane, q);
         int block = p.index * A_WARP * ATTENTION_WARPS + warp * A_WARP;
         int end = smaller(block + A_WARP, divide(p.n_tokens, BLOCK_TOKENS));
@@ -1635,7 +1837,6 @@ static void cuda_attention(struct device *device, int layer_index) {
     struct attention a = {};
     set_heads(d, layer_index, &a);
     a.out = d->attention;
-    a.out_stride = d->attention_stride;
     a.scale = 1.44269504f / sqrtf((float)a.head_dim);
     a.places = d->attention_places;
     a.partial = d->partial;
@@ -1691,13 +1892,14 @@ DEVICE float sum_of_block(float value, float *shared) {
     return value;
 }
 
-/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. */
+/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. What pads x and the weight
+ * to a multiple of 8 is 0. */
 __global__ void norm_kernel(const struct step_header *step, int first_sample, const float *x,
                             int x_stride, int d_model, const float *weight, float epsilon,
-                            uint16_t *h, int h_stride) {
+                            const struct planes h) {
     DYNAMIC_SHARED(float, shared);
-    grid_wait();
     grid_launch_dependents();
+    grid_wait();
     bool samples = first_sample != ALL_ROWS;
     int row = (int)blockIdx.x + (samples ? first_sample : 0);
     if (row >= (samples ? step->n_samples : step->n_rows))
@@ -1705,15 +1907,23 @@ __global__ void norm_kernel(const struct step_header *step, int first_sample, co
     row = samples ? array_of<int>(step, step->sample_row)[row] : row;
     const float *from = x + (size_t)row * x_stride;
     float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
+    for (int i = (int)threadIdx.x * 4; i < x_stride; i += THREADS * 4) {
+        float4 v = *reinterpret_cast<const float4 *>(from + i);
+        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    }
     squares = sum_of_block(squares, shared);
     float scale = 1.0f / sqrtf(squares / (float)d_model + epsilon);
-    for (int i = (int)threadIdx.x * 2; i < d_model; i += THREADS * 2) {
-        float first = from[i] * scale * weight[i];
-        float second = i + 1 < d_model ? from[i + 1] * scale * weight[i + 1] : 0.0f;
-        uint16_t *to = h + (size_t)blockIdx.x * h_stride + i;
-        *reinterpret_cast<uint32_t *>(to) = pack_bf16(first, second);
+    for (int i = (int)threadIdx.x * 8; i < x_stride; i += THREADS * 8) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            float4 v = *reinterpret_cast<const float4 *>(from + i + j * 2);
+            float4 w = *reinterpret_cast<const float4 *>(weight + i + j * 2);
+            words[j] = pack_bf16(v.x * scale * w.x, v.y * scale * w.y);
+            words[j + 1] = pack_bf16(v.z * scale * w.z, v.w * scale * w.w);
+        }
+        *reinterpret_cast<uint4 *>(plane_element(h, (int)blockIdx.x, i)) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -1722,7 +1932,7 @@ static void launch_norm(struct cuda_device *d, const struct weight *weight, int 
                         int n) {
     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
            d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
-           d->device.config->norm_epsilon, d->h, d->h_stride);
+           d->device.config->norm_epsilon, d->h);
 }
 
 struct rope : heads {
@@ -1832,7 +2042,7 @@ enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
     const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
     const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
-    struct product p = product_of(d, d->h, d->h_stride);
+    struct product p = product_of(d, d->h);
     float *out = d->qkv;
     for (int i = 0; i < 3; i++) {
         p.matrix[i] = matrices[i]->matrix;
@@ -1853,9 +2063,7 @@ static void cuda_norm_qkv(struct device *device, const struct weight *const *lay
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
                                  enum product_input input) {
-    bool attends = input == INPUT_ATTENTION;
-    struct product p = product_of(d, attends ? d->attention : d->ffn,
-                                  attends ? d->attention_stride : d->ffn_stride);
+    struct product p = product_of(d, input == INPUT_ATTENTION ? d->attention : d->ffn);
     p.matrix[0] = matrix->matrix;
     p.n_matrices = 1;
     p.out_stride = d->x_stride;
@@ -1882,38 +2090,13 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-/* ffn = silu(gate) * up, of sums (n_rows, {gate, up}, d_ff) that two products made. */
-__global__ void silu_kernel(const struct step_header *step, const float *gate_up, int d_ff,
-                            uint16_t *ffn, int ffn_stride, const struct segments places) {
-    grid_wait();
-    grid_launch_dependents();
-    int row = (int)blockIdx.x;
-    if (row >= step->n_rows)
-        return;
-    const float *gate = gate_up + (size_t)row * 2 * d_ff;
-    uint16_t *to = ffn + (size_t)row * ffn_stride;
-    for (int i = (int)threadIdx.x; i < d_ff; i += THREADS)
-        to[place(places, i)] = (uint16_t)pack_bf16(silu(gate[i]) * gate[d_ff + i], 0.0f);
-}
-
 static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, d->h, d->h_stride);
-    p.matrix[0] = layer[FFN_GATE]->matrix;
-    p.matrix[1] = layer[FFN_UP]->matrix;
-    p.n_matrices = 2;
-    if (p.matrix[0].type == p.matrix[1].type) {
-        p.ffn = d->ffn;
-        p.ffn_stride = d->ffn_stride;
-        p.ffn_places = d->ffn_places;
-        launch_product<SILU>(d, p, d->n_generated);
-        return;
-    }
-    p.out[0] = d->gate_up;
-    p.out[1] = d->gate_up + d->d_ff;
-    p.out_stride = 2 * d->d_ff;
-    launch_product<STORE>(d, p, d->n_generated);
-    launch(d, "silu_kernel", silu_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->gate_up,
-           d->d_ff, d->ffn, d->ffn_stride, d->ffn_places);
+    struct product p = product_of(d, d->h);
+    p.matrix[0] = layer[FFN_GATE]->matrix; /* and up */
+    p.n_matrices = 1;
+    p.ffn = d->ffn;
+    p.ffn_places = d->ffn_places;
+    launch_product<SILU>(d, p, d->n_generated);
 }
 
 static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
@@ -2041,7 +2224,7 @@ __global__ void __launch_bounds__(SAMPLER_THREADS)
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
  * kernel of generated rows, whatever rows they are: there are few. */
 static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {
-    struct product p = product_of(d, d->h, d->h_stride);
+    struct product p = product_of(d, d->h);
     p.matrix[0] = output->matrix;
     p.n_matrices = 1;
     p.out[0] = d->logits;
@@ -2078,7 +2261,7 @@ static void cuda_sample(struct device *device, const struct weight *const *weigh
 
 /* Gives up recorded graphs: something they point to moves. */
 static void forget_graphs(struct cuda_device *d) {
-    for (int i = 0; i <= MAX_COLUMNS; i++) {
+    for (int i = 0; i <= GRAPHS; i++) {
         if (d->graphs[i].exec)
             TRY(d, cudaGraphExecDestroy(d->graphs[i].exec));
         d->graphs[i].exec = NULL;
@@ -2174,7 +2357,7 @@ static bool cuda_step_begin(struct device *device, const struct batch *batch) {
     TRY(d, cudaMemcpyAsync(d->step, d->step_host, bytes, cudaMemcpyHostToDevice, stream));
     d->recording = 0;
     d->gpu.n_launches = 0;
-    if (d->n_generated < d->n_rows || d->n_samples < d->n_rows || d->n_rows > 8 * MAX_COLUMNS ||
+    if (d->n_generated < d->n_rows || d->n_samples < d->n_rows || d->n_rows > 8 * GRAPHS ||
         device->n_shards > 1)
         return true;
     d->recording = divide(d->n_rows, 8);
@@ -2280,7 +2463,7 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
         *ops = 8.0 * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 / (ms * 1e-3) * n;
     }
     const struct matrix *m = largest ? &largest->matrix : NULL;
-    size_t bytes = m ? (size_t)m->n_tiles * m->n_units * packed_bytes(m->type) : 0;
+    size_t bytes = m ? (size_t)m->n_panels * m->n_units * (size_t)unit_bytes(m->type) : 0;
     for (ms = 0.0f; ms < PROBE_MS && bytes > 0 && repeats < 1 << 12; repeats *= 4) {
         for (int i = 0; i < repeats; i++)
             launch(d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
@@ -2310,6 +2493,14 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
            fail(error, "--kv-type: the CUDA backend keeps keys and values in bf16");
 }
 
+/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
+static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
+    int most =
+        d->device.max_rows > d->device.max_samples ? d->device.max_rows : d->device.max_samples;
+    p->n_rows = divide(most + ROW_TILE, 8) * 8;
+    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
+}
+
 static int stride_of(int n) { /* rows begin at 16 bytes */
     return divide(n, 8) * 8;
 }
@@ -2319,26 +2510,25 @@ static bool allocate_activations(struct cuda_device *d) {
     int n = d->device.n_shards, rank = d->device.rank, n_segments = K_SEGMENTS / n;
     int q_cols = c->n_heads * c->head_dim, first = rank * n_segments;
     size_t rows = (size_t)d->device.max_rows, samples = (size_t)d->device.max_samples;
-    size_t padded = (rows > samples ? rows : samples) + 8 * MAX_COLUMNS; /* whole groups are read */
-    d->padded_rows = padded;
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);
-    d->h_stride = divide(c->d_model, UNIT) * UNIT;
     d->qkv_stride = (d->n_heads + 2 * d->n_kv_heads) * c->head_dim;
-    d->attention_stride = d->attention_places.unit[n_segments] * UNIT;
-    d->ffn_stride = d->ffn_places.unit[n_segments] * UNIT;
     d->logits_stride = stride_of(c->vocab_size);
     bool ok = true, many = n > 1;
     gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
-    gpu_take(&d->gpu, &d->h, padded * (size_t)d->h_stride, &ok);
+    take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
     gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
     gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * c->head_dim), &ok);
-    gpu_take(&d->gpu, &d->attention, padded * (size_t)d->attention_stride, &ok);
-    gpu_take(&d->gpu, &d->ffn, padded * (size_t)d->ffn_stride, &ok);
+    take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
+    take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
+    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
+    gpu_take(&d->gpu, &d->sums_of_blocks,
+             blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP, &ok);
+    gpu_take(&d->gpu, &d->blocks_done, blocks, &ok);
     gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
     gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
     gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
@@ -2417,6 +2607,7 @@ static void cuda_device_close(struct device *device) {
     TRY(d, cudaFree(d->partial));
     TRY(d, cudaFreeHost(d->step_host));
     TRY(d, cudaFreeHost(d->sampled_host));
+    d->card->n_devices--;
     free(d);
 }
 
@@ -2444,6 +2635,7 @@ static struct device *cuda_device_open(struct backend *backend, const struct dev
         free(d);
         return NULL;
     }
+    d->card->n_devices++;
     open_streams(d);
     if (!allocate_activations(d)) {
         cuda_device_close(&d->device);
