@@ -584,8 +584,7 @@ static void emu_end_phase(emu_mbarrier *barrier) {
     for (int w = 0; w < emu.block->n_warps; w++) {
         emu_warp *warp = &emu.block->warps[w];
         for (int lane = 0; lane < EMU_WARP; lane++)
-            if ((warp->all >> lane & 1) && warp->lanes[lane].op == EMU_BARRIER_WAIT &&
-                warp->lanes[lane].barrier == barrier)
+            if (warp->lanes[lane].op == EMU_BARRIER_WAIT && warp->lanes[lane].barrier == barrier)
                 warp->runnable |= 1u << lane;
     }
 }
@@ -913,11 +912,7 @@ template <typename T> static inline void __stcg(T *p, T value) {
     emu_check_aligned(p, sizeof value, "__stcg");
     *p = value;
 }
-
-template <typename T> static inline void __stcs(T *p, T value) {
-    emu_check_aligned(p, sizeof value, "__stcs");
-    *p = value;
-}
+#define __stcs(p, value) __stcg(p, value)
 
 static void emu_check_shared(const void *p, size_t bytes, size_t align, const char *call) {
     emu_self(call);
@@ -928,7 +923,7 @@ static void emu_check_shared(const void *p, size_t bytes, size_t align, const ch
                    emu.block->kernel->shared_bytes);
 }
 
-static inline void emu_load_matrices(uint32_t r[4], const void *row, bool transposed) {
+static inline void load_matrices(uint32_t r[4], const void *row, bool transposed = false) {
     emu_check_shared(row, 16, 16, "load_matrices");
     uint4 own = load16(row);
     emu_quiet quiet;
@@ -939,12 +934,8 @@ static inline void emu_load_matrices(uint32_t r[4], const void *row, bool transp
     emu_warp_op(EMU_LOAD_MATRICES, 0xFFFFFFFF, 0, 0);
 }
 
-static inline void load_matrices(uint32_t r[4], const void *row) {
-    emu_load_matrices(r, row, false);
-}
-
 static inline void load_matrices_transposed(uint32_t r[4], const void *row) {
-    emu_load_matrices(r, row, true);
+    load_matrices(r, row, true);
 }
 
 static inline uint32_t transpose_matrix(uint32_t own) {
@@ -967,6 +958,7 @@ void barrier_init(uint64_t *barrier, int arrivals) {
 }
 
 void barriers_ready(void) {
+    emu_quiet quiet;
     emu_self("barriers_ready");
     emu.block->unready = false;
 }
