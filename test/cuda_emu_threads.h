@@ -11,28 +11,33 @@
  *     emu_run_kernel(&kernel);
  *
  * How a block runs. One fiber runs at a time, until it must wait: at __syncthreads for its block,
- * at a warp operation (shuffle, vote, __syncwarp, mma_bf16) for its warp, at grid_wait for the
- * kernel before it. Each is a rendezvous: whoever comes marks itself as waiting and hands over to
- * another thread, drawn at random (emu_run_another); the last one to come does the work for all and
- * makes them runnable. When no thread can run and some have not returned, they would wait forever:
- * that is reported, with what each waits for. A warp operation is for the whole warp: masks of a
- * part of it are refused.
+ * at sync_threads for a part of it, at a warp operation (shuffle, vote, __syncwarp, mma_bf16,
+ * load_matrices, copy_pieces) for its warp, at barrier_wait for the end of an mbarrier's phase, at
+ * grid_wait for the kernel before it. Who waits marks itself so and hands over to another thread,
+ * drawn at random (emu_run_another); the last one to come does the work for all and makes them
+ * runnable. When no thread can run and some have not returned, they would wait forever: that is
+ * reported, with what each waits for. A warp operation is for the whole warp: masks of a part of it
+ * are refused.
  *
  * Where CUDA leaves an order open, another one is drawn each time; where it leaves a value
  * undefined, there are NaNs. So what is missing in a kernel shows as a wrong result:
  *   - Blocks run in order, backwards or shuffled; threads in random order.
  *   - A block's shared memory is as large as was asked for, and full of NaNs.
+ *   - Each piece of copy_pieces lands when it likes, at the latest when no thread can run (how late
+ *     they are is drawn for each block); until then its target holds NaNs.
  *   - copy_async16 writes when it is waited for; until then its target holds NaNs.
  *   - Where a launch may overlap the kernel before it, one of its blocks may run before that one,
  *     as far as grid_wait (emu_start_early).
- * What a GPU would answer with a hang or with garbage ends the program with one line that names
- * the kernel, the block and the thread: a barrier or a warp operation that some threads do not
- * reach, an address that is not a multiple of what is loaded there, shared memory out of bounds.
+ * What a GPU would answer with a hang or with garbage ends the program with one line that names the
+ * kernel, the block and the thread: a barrier or a warp operation that some threads do not reach,
+ * an mbarrier that is not set up or gets arrivals too many, a piece that lands when its block has
+ * ended, an address that is not a multiple of what is loaded there, shared memory out of bounds.
  *
  * The sanitizers see what CUDA promises, and no more. AddressSanitizer finds accesses of shared
  * memory out of bounds, and of bytes that are still on their way. ThreadSanitizer takes the threads
- * of a kernel for threads, ordered by __syncthreads, __syncwarp, grid_wait and __threadfence alone:
- * it reports a missing one even where the order that was drawn hid it.
+ * of a kernel for threads, ordered by barriers, mbarriers, __syncwarp, grid_wait, __threadfence and
+ * add_ordered alone, and a piece for a write of the lane that sends it, seen by those who wait for
+ * it: it reports what is missing even where the order that was drawn hid it.
  *
  * What it is not: it does not tell what is fast, and a kernel in which a block waits for another
  * never ends. Include it in one file of a program. Read next: emu_warp_op, then emu_run_kernel. */
@@ -207,7 +212,8 @@ static inline float emu_from_bf16(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
-/* a * b + c, rounded once: `rest` is what the sum leaves out, `near` may be half-way by rounding. */
+/* a * b + c, rounded once. x is exact, `rest` what the sum leaves out. The nearest float may lie
+ * half-way between two bf16 where the exact value does not: then it moves a little to that side. */
 static inline uint32_t emu_fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
     double x = (double)emu_from_bf16(a) * emu_from_bf16(b), y = emu_from_bf16(c), sum = x + y;
     double y_part = sum - x, rest = (x - (sum - y_part)) + (y - y_part);
@@ -259,10 +265,10 @@ enum emu_op { EMU_OPS(EMU_NAME) };
 static const char *const emu_op_names[] = {EMU_OPS(EMU_STRING)};
 
 /* An mbarrier, in the 8 bytes that a kernel has for it. A phase is over when all arrivals have come
- * and all pieces have landed that copy_pieces announced. ThreadSanitizer knows a phase by the
- * address of the byte [parity]. */
+ * and all pieces that were sent in it have landed. ThreadSanitizer knows it by the address of one
+ * of these bytes: the first or the second, by its parity. */
 struct __attribute__((may_alias)) emu_mbarrier {
-    uint16_t arrivals, missing, pieces; /* missing: arrivals of this phase */
+    uint16_t arrivals, missing, pieces; /* those still to come in this phase */
     uint8_t parity, mark;
 };
 
@@ -287,16 +293,16 @@ struct emu_lane_state {
     uint64_t value, result;
     float *c; /* of mma_bf16 */
     const uint32_t *a, *b;
-    uint16_t row[8];    /* of load_matrices */
-    uint32_t *matrices; /* ... its result */
+    uint16_t row[8]; /* of load_matrices */
+    uint32_t *matrices;
     bool transposed;
-    const emu_mbarrier *barrier;
+    const emu_mbarrier *barrier; /* of barrier_wait */
 };
 
-/* ThreadSanitizer knows a barrier by an address; here by two in turn, since a thread may come to
- * the next barrier before others have left this one. */
+/* Of a block or a warp. ThreadSanitizer knows a barrier by an address; here by two in turn, since a
+ * thread may come to the next barrier before others have left this one. */
 struct emu_barrier {
-    int n_waiting; /* (of a warp: unused) */
+    int n_waiting; /* of a block's */
     bool odd;
     char address[2];
 };
@@ -339,7 +345,7 @@ struct emu_block {
     bool early = false, grid_waited = false;  /* early: the kernel before it has not run */
     bool unready = false;                     /* barrier_init without barriers_ready */
     std::vector<emu_piece> pieces{};          /* the oldest first */
-    uint32_t lateness = 1;                    /* of pieces, in switches between threads */
+    uint32_t lateness = 1;                    /* about so many switches; then one lands */
     char *arena = nullptr, *shared = nullptr; /* shared: what it asked for, at the arena's end */
     std::unique_ptr<emu_fiber[]> fibers{};    /* (EMU_FIBER_SETS, n_threads) */
     emu_fiber *threads[EMU_MAX_THREADS];      /* (n_threads) */
@@ -626,8 +632,8 @@ __attribute__((noreturn)) static void emu_deadlock(void) {
     abort();
 }
 
-/* This thread waits, or has ended. Where no other can run, the block has ended, or has come as far
- * as it can before the kernel before it. */
+/* This thread waits, or has ended. Where no other can run, even with all pieces there, the block has
+ * ended, or has come as far as it can before the kernel before it. */
 static void emu_run_another(emu_warp *warp) {
     emu_block *block = emu.block;
     if (!block->pieces.empty() && emu_random(block->lateness) == 0)
@@ -689,7 +695,7 @@ static void emu_leave(char *address) {
     EMU_TSAN(__tsan_acquire(address);)
 }
 
-/* The first n threads of the block meet. */
+/* The first n threads of the block wait for each other. */
 static void emu_sync(emu_op op, int index, int n) {
     emu_quiet quiet;
     emu_fiber *self = emu_self(emu_op_names[op]);
@@ -760,7 +766,7 @@ static void emu_mma(const emu_lane_state *lanes) {
             lanes[lane].c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
-/* Row i of matrix m is lane 8 m + i's; hands out two elements of each to a lane. */
+/* Lane 8 m + i has brought row i of matrix m; each gets two elements of each matrix. */
 static void emu_matrices(const emu_lane_state *lanes) {
     for (int lane = 0; lane < EMU_WARP; lane++)
         for (int m = 0; m < 4; m++) {
@@ -772,7 +778,7 @@ static void emu_matrices(const emu_lane_state *lanes) {
         }
 }
 
-/* Of a matrix that lies as load_matrices hands it out: rows j and j + 1, column i. */
+/* Of a matrix spread like one of load_matrices: column i of rows j and j + 1. */
 static uint32_t emu_transposed(const emu_lane_state *lanes, int lane) {
     int i = lane / 4, j = lane % 4 * 2, shift = i % 2 * 16;
     return (lanes[j * 4 + i / 2].value >> shift & 0xFFFF) |
@@ -988,7 +994,7 @@ void barrier_arrive(uint64_t *barrier) {
     emu_arrive_at(emu_mbarrier_at(barrier, "barrier_arrive"), "barrier_arrive");
 }
 
-/* Waits while the phase that goes on has this parity. */
+/* Waits while the phase has this parity: also where two have gone by, as a GPU might. */
 void barrier_wait(uint64_t *barrier, uint32_t parity) {
     emu_mbarrier *b = emu_mbarrier_at(barrier, "barrier_wait");
     emu_quiet quiet;
@@ -1007,8 +1013,8 @@ static inline int copy_arrivals(void) {
     return 1;
 }
 
-/* The first copy is for the sanitizers, who take it for this thread's; then the target is garbage
- * until the piece lands: see emu_run_another. */
+/* The first copy is for the sanitizers, who take it for this thread's; then the target is garbage,
+ * until the piece lands (emu_land). */
 static void emu_send_piece(void *to, const void *from, size_t bytes, emu_mbarrier *barrier) {
     emu_check_shared(to, bytes, 16, "copy_pieces to");
     emu_check_aligned(from, 16, "copy_pieces from");

@@ -1256,9 +1256,16 @@ static const mistake all_mistakes[] = {
     {"no grid_wait", ALWAYS, never_wait_for_grid,
      {"cuda_emu: nothing_kernel, block (0, 0, 0)", "never calls grid_wait"}},
     {"too few arrivals", ALWAYS,
-     KERNEL(if (errs) { barrier_arrive(barrier_in(shared, 2)); barrier_wait((uint64_t *)shared, 0); }),
+     KERNEL(uint64_t *barrier = (uint64_t *)shared;
+            if (errs) { barrier_arrive(barrier_in(shared, 2)); barrier_wait(barrier, 0); }),
      {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 2 arrivals: 64 threads: ",
       "1 barrier_wait 63 returned"}},
+    {"a phase missed", ALWAYS,
+     KERNEL(if (threadIdx.x == 0) barrier_in(shared, 1); __syncthreads();
+            uint64_t *barrier = (uint64_t *)shared;
+            if (threadIdx.x == 0) { barrier_arrive(barrier); barrier_arrive(barrier); }
+            if (errs) barrier_wait(barrier, 0)),
+     {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 1 arrivals: "}},
     {"no barrier_init", ALWAYS, KERNEL(if (errs) barrier_wait((uint64_t *)shared, 0)),
      {THREAD "barrier_wait before barrier_init"}},
     {"no barriers_ready", ALWAYS,
