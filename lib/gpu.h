@@ -49,7 +49,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define DYNAMIC_SHARED(type, name)                                                                 \
-    extern __shared__ uint4 dynamic_shared[];                                                      \
+    extern __shared__ __align__(1024) uint4 dynamic_shared[];                                      \
     type *name = reinterpret_cast<type *>(dynamic_shared)
 #define emu_next_kernel(name) (void)(name)
 #define emu_seed(seed)        (void)(seed)
