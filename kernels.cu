@@ -208,17 +208,13 @@ template <int TYPE>
 DEVICE void load_operands(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4],
                           uint32_t *scale) {
     const uint8_t *from = unit + tile * (numbers_bytes(TYPE) / 8) + lane * 16;
-    if (TYPE == PACKED_BF16) {
+    if constexpr (TYPE == PACKED_BF16) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint4 words = load16(from + (half * 2 + i) * 512);
             a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
         }
-        return;
-    }
-    *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
-                                                 (tile * 2 + half) * 32 + lane / 4 * 4);
-    if (TYPE == PACKED_Q8) {
+    } else if constexpr (TYPE == PACKED_Q8) {
         const uint4 words = load16(from + half * 512);
         const uint32_t word[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
@@ -230,6 +226,9 @@ DEVICE void load_operands(const uint8_t *unit, int tile, int half, int lane, uin
         for (int i = 0; i < 8; i++)
             a[i / 4][i % 4] = nibbles_to_bf16((i % 2 ? words.y : words.x) >> i / 2 * 4);
     }
+    if (TYPE != PACKED_BF16)
+        *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
+                                                     (tile * 2 + half) * 32 + lane / 4 * 4);
 }
 
 /* The same with the scales multiplied in, rounded to bf16. */
@@ -750,7 +749,8 @@ DEVICE void finish(const struct product &p, int which, int tile, int row, int be
                    const float sum[4]) {
     const int lane = (int)threadIdx.x % WARP, n_outputs = p.matrix[which].n_outputs;
     row += lane % 4 * 2;
-    if (EPILOGUE == SILU) { /* lanes of two outputs swap, so that each has both of one row */
+    if constexpr (EPILOGUE ==
+                  SILU) { /* lanes of two outputs swap, so that each has both of one row */
         const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
         int odd = lane / 4 % 2, output = tile * 8 + lane / 8 * 2;
         float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
@@ -758,14 +758,14 @@ DEVICE void finish(const struct product &p, int which, int tile, int row, int be
         if (row >= begin && row < end && output < n_outputs) /* segments begin at an even k */
             *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
                 odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other);
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        int output = tile * TILE + lane / 4 + e / 2 * 8;
-        float *out = p.out[which] + (size_t)(row + e % 2) * p.out_stride + output;
-        if (output < n_outputs && row + e % 2 >= begin && row + e % 2 < end)
-            *out = sum[e] + (p.adds ? *out : p.bias[which] ? p.bias[which][output] : 0.0f);
+        for (int e = 0; e < 4; e++) {
+            int output = tile * TILE + lane / 4 + e / 2 * 8;
+            float *out = p.out[which] + (size_t)(row + e % 2) * p.out_stride + output;
+            if (output < n_outputs && row + e % 2 >= begin && row + e % 2 < end)
+                *out = sum[e] + (p.adds ? *out : p.bias[which] ? p.bias[which][output] : 0.0f);
+        }
     }
 }
 

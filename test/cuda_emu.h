@@ -105,7 +105,7 @@ typedef struct CUgraphExec_st *cudaGraphExec_t;
 
 struct cudaDeviceProp {
     char name[256];
-    size_t totalGlobalMem;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
     int major, minor, multiProcessorCount, l2CacheSize;
 };
 
@@ -266,6 +266,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     strcpy(properties->name, "Emulated GPU");
     properties->totalGlobalMem = cuda.memory_each;
     properties->l2CacheSize = EMU_L2_CACHE;
+    properties->sharedMemPerBlockOptin = EMU_SHARED_LIMIT;
     properties->major = 9;
     properties->multiProcessorCount = cuda.multiprocessors;
     return cudaSuccess;
