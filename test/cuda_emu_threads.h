@@ -632,7 +632,7 @@ __attribute__((noreturn)) static void emu_deadlock(void) {
     abort();
 }
 
-/* This thread waits, or has ended. Where no other can run, even with all pieces there, the block has
+/* This thread waits, or has ended. Where no other can run, with all pieces there, the block has
  * ended, or has come as far as it can before the kernel before it. */
 static void emu_run_another(emu_warp *warp) {
     emu_block *block = emu.block;
