@@ -932,8 +932,7 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
 }
 
 /* sum += part * scale, of columns `index` times as many as part has. */
-template <int ROWS, int N>
-DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float (&sum)[ROWS / 2]) {
+template <int N> DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
     const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -993,7 +992,7 @@ DEVICE void multiply_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
                 wgmma_wait<1>();
             else
                 wgmma_wait<0>();
-            add_scaled<ROWS>(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+            add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
         }
     }
 #else
@@ -1010,7 +1009,7 @@ DEVICE void multiply_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
         mma_bf16(SCALED ? part : &sum[j * 4], a[half][0], b);
         mma_bf16(SCALED ? part : &sum[j * 4], a[half][1], b + 2);
         if constexpr (SCALED)
-            add_scaled<ROWS>(part, scale[half], j, sum);
+            add_scaled(part, scale[half], j, sum);
     }
 #endif
 }
