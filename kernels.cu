@@ -458,17 +458,18 @@ struct cuda_device {
     int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    uint16_t *h, *q, *attention, *ffn; /* bf16 (max_rows, …_stride), q (max_rows, q heads) */
-    float *gate_up;                    /* (max_rows, 2 d_ff); NULL: they are never of two types */
-    int ffn_types;                     /* bits: of matrices of their shape, 1 << packed type */
-    float2 *turn;                      /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;             /* (rope_dim / 2) */
-    int *arrived;                      /* (max_rows, n_kv_heads, chunks) of attention */
-    sampler_key *keys;                 /* (LOGIT_ROWS, vocab_size) of the sampler */
-    int *sampled, *sampled_host;       /* (max_samples) device, pinned */
+    uint16_t *h, *q, *ffn;   /* bf16 (max_rows, …_stride), q (max_rows, n_heads, kv_head_dim) */
+    struct planes attention;
+    float *gate_up;              /* (max_rows, 2 d_ff); NULL: they are never of two types */
+    int ffn_types;               /* bits: of matrices of their shape, 1 << packed type */
+    float2 *turn;                /* (max_rows, rope_dim / 2) cosine and sine */
+    float *rope_frequency;       /* (rope_dim / 2) */
+    int *arrived;                /* (max_rows, n_kv_heads, chunks) of attention */
+    sampler_key *keys;           /* (LOGIT_ROWS, vocab_size) of the sampler */
+    int *sampled, *sampled_host; /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
-    float *partial; /* (split_capacity, n_heads, head_dim + 2) */
+    float *partial; /* (split_capacity items of generated_attention) */
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
@@ -1103,548 +1104,711 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
 /* ==== 5. Attention: softmax(q . k) . v over paged keys and values ====
  *
  * A *query* is one head of one token. The queries of a KV head's group see the same keys, so they
- * are the rows of one matrix, and a warp works on 16 or 32 of them: scores = q . k of two blocks of
- * tokens at a time, with a running softmax (FlashAttention-2, Dao 2023), then weights . v.
- *   prompt_attention      blocks of four warps with up to 128 queries of one sequence share the
- *                         keys that they copy to shared memory: bound by the tensor cores
- *   generated_attention   one query token: its keys are cut into splits of fixed length, each read
- *                         once, straight into registers, by four warps; whoever ends last adds up
- *                         the splits, in their order (Flash-Decoding, Dao et al. 2023): by memory
- * What a query gets does not depend on its neighbours: tokens are taken in steps counted from token
- * 0, and those after its own weigh 0.
+ * are multiplied together, with a running softmax (FlashAttention-2, Dao 2023).
+ *   prompt_attention      up to 128 queries of one sequence by 128 tokens a step: bound by the
+ *                         tensor cores
+ *   generated_attention   one token's heads; its text is cut into splits of fixed length, and
+ *                         whoever ends last adds them up, in their order (Flash-Decoding, Dao et
+ *                         al. 2023): bound by reading keys and values
+ * In both, one warp copies keys and values into a ring of stages in shared memory, and eight
+ * multiply. What a query gets does not depend on its neighbours: steps are counted from token 0,
+ * and one of which it sees nothing changes no bit.
  *
- * In a block (see block_bytes in dynamo.h) a head's keys are [16 tokens][head_dim], its values
- * [head_dim][16 tokens], bf16: then the k of both products are neighbours in memory. Tokens 4 quad
- * to 4 quad + 3 of a block belong to one lane in the scores, which is just how it needs them as
- * operand of the second product (token_of). HEAD: head_dim padded to 64, 128 or 256. The twin of
- * attention_rows. */
+ * In a block of tokens (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, its values
+ * alike. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 enum {
-    ATTENTION_WARPS = 4,
-    STEP_TOKENS = 2 * BLOCK_TOKENS, /* of the running softmax */
-    SPLIT_TOKENS = 256,             /* so short that one text fills the chip from 4k tokens on */
-    BLOCKS_A_PROCESSOR = 4          /* of generated_attention, whose list of work may be long */
+    GROUP = 4 * WARP,
+    CONSUMERS = 2 * GROUP, /* threads that multiply; the ninth warp copies */
+    SPLIT_TOKENS = 256,    /* so short that one text fills the chip from 4k tokens on */
+    WARP_PAGES = SPLIT_TOKENS / BLOCK_TOKENS / 8,
+    SPLIT_HEADS = 8 /* of a group, that are multiplied together */
 };
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
-    uint16_t *q, *kv;               /* bf16 (n_rows, n_heads, head_dim); blocks */
-    size_t block_elements, plane;   /* of a block; from a head's keys to its values */
-    int layer, n_heads, n_kv_heads, head_dim;
+    uint16_t *q;                    /* bf16 (n_rows, n_heads, width) */
+    uint8_t *kv;                    /* blocks */
+    size_t block_bytes;
+    int layer, n_heads, n_kv_heads, head_dim, width; /* width: of head_dim and zeros behind it */
 };
 
 struct attention : heads {
-    uint16_t *out; /* bf16 (n_rows, out_stride), heads at `places` */
-    int out_stride;
-    float scale; /* log2(e) / sqrt(head_dim) */
+    struct planes out; /* heads at `places` */
     struct segments places;
-    float *partial; /* (n_splits, n_heads, head_dim + 2): weighted values, largest score, sum */
-    int *arrived;   /* (n_sequences, n_kv_heads) splits that are done; 0 between steps */
+    float scale;        /* log2(e) / sqrt(head_dim) */
+    int window;         /* tokens that a query sees at most, its own among them; 0: all */
+    const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
+    int n_stages;
+    float *partial; /* sums of splits, (items, heads, HEAD + 4): see store_part */
+    int *arrived;   /* (n_sequences, n_kv_heads, chunks) splits that are done; 0 between steps */
 };
 
-/* Token of a block that is column `column` of score tile `tile` (8 columns each). */
-DEVICE int token_of(int tile, int column) {
-    return column / 2 * 4 + tile * 2 + column % 2;
-}
+static constexpr float LOG2_E = 1.44269504f;
 
-/* Where a head's keys begin in a block of a sequence; its values begin `plane` elements further. */
-DEVICE uint16_t *key_plane(const struct heads &h, const struct sequence &s, int block,
-                           int kv_head) {
-    size_t first = (size_t)(h.layer * 2 * h.n_kv_heads + kv_head) * BLOCK_TOKENS * h.head_dim;
+/* Where a head's keys (value 0) or values (1) begin in a block of a sequence. */
+DEVICE struct planes page_of(const struct heads &h, const struct sequence &s, int block,
+                             int kv_head, int value) {
     const int *table = array_of<int>(h.step, h.step->table);
-    return h.kv + (size_t)table[s.first_block + block] * h.block_elements + first;
+    size_t head = (size_t)(h.layer * 2 + value) * h.n_kv_heads + kv_head;
+    return {h.kv + (size_t)table[s.first_block + block] * h.block_bytes +
+                head * BLOCK_TOKENS * h.width * sizeof(uint16_t),
+            BLOCK_TOKENS};
 }
 
-/* Values of tokens [first, first + 4), without those from `end` on: rows that were never written
- * may hold NaN, which a weight of 0 does not hide. */
-DEVICE uint2 values_before(uint2 v, int first, int end) {
-    v.x &= first + 1 < end ? 0xffffffffu : first < end ? 0xffffu : 0u;
-    v.y &= first + 3 < end ? 0xffffffffu : first + 2 < end ? 0xffffu : 0u;
-    return v;
+/* The first token that a query at `position` sees. */
+DEVICE int first_seen(const struct attention &a, int position) {
+    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 
-/* ---- the running softmax of a warp's 16 rows; a lane has parts of rows group, group + 8 ---- */
+/* ---- a ring of stages: one warp fills them in turn, others read them; `i` counts on ---- */
 
-struct softmax {
-    float max[2], sum[2]; /* sum: of this lane's tokens */
+struct ring {
+    uint8_t *stages;        /* (n, bytes) */
+    uint64_t *full, *empty; /* (n) */
+    int n, bytes;
 };
 
-/* scores (2 blocks x 2 tiles) become weights, packed as the operand of the second product; `output`
- * is scaled to the new maximum. visible: tokens of the step that each of the two rows sees. */
-template <int HEAD>
-DEVICE void softmax_step(float scores[2][2][4], const int visible[2], float scale, int quad,
-                         struct softmax *state, float output[HEAD / 8][4], uint32_t weights[2][4]) {
-    float factor[2];
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        float largest = state->max[row];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float &score = scores[i / 4][i / 2 % 2][row * 2 + i % 2];
-            if (i / 4 * BLOCK_TOKENS + quad * 4 + i % 4 >= visible[row])
-                score = -INFINITY;
-            largest = fmaxf(largest, score);
-        }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        factor[row] = exp2_approx((state->max[row] - largest) * scale);
-        if (largest == -INFINITY) /* it sees no token yet */
-            factor[row] = 1.0f;
-        state->max[row] = largest;
-        state->sum[row] *= factor[row];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float &score = scores[i / 4][i / 2 % 2][row * 2 + i % 2];
-            score = score == -INFINITY ? 0.0f : exp2_approx((score - largest) * scale);
-            state->sum[row] += score;
-        }
-    }
-    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int i = 0; i < HEAD / 8 * 4; i++)
-            output[i / 4][i % 4] *= factor[i % 4 / 2];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) { /* register: row i % 2, tile i % 4 / 2 */
-        const float *pair = &scores[i / 4][i % 4 / 2][i % 2 * 2];
-        weights[i / 4][i % 4] = pack_bf16(pair[0], pair[1]);
-    }
+static size_t ring_bytes(int n, size_t stage) {
+    return (size_t)n * (stage + 2 * sizeof(uint64_t));
 }
 
-DEVICE void softmax_end(struct softmax *state) { /* the sums of all lanes of a row */
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        state->sum[row] += __shfl_xor_sync(0xffffffffu, state->sum[row], 1);
-        state->sum[row] += __shfl_xor_sync(0xffffffffu, state->sum[row], 2);
+/* By all threads. n_readers: warps that read each stage. */
+DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int n_readers) {
+    uint64_t *barriers = reinterpret_cast<uint64_t *>(shared + n * bytes);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < n; i++) {
+            barrier_init(barriers + i, copy_arrivals());
+            barrier_init(barriers + n + i, n_readers);
+        }
+        barriers_ready();
     }
+    __syncthreads();
+    return {shared, barriers, barriers + n, n, bytes};
+}
+
+DEVICE uint8_t *wait_empty(const struct ring &ring, int i) { /* may be filled */
+    if (i >= ring.n)
+        barrier_wait(ring.empty + i % ring.n, (uint32_t)(i / ring.n - 1) & 1);
+    return ring.stages + i % ring.n * ring.bytes;
+}
+
+DEVICE uint8_t *wait_full(const struct ring &ring, int i) { /* may be read */
+    barrier_wait(ring.full + i % ring.n, (uint32_t)(i / ring.n) & 1);
+    return ring.stages + i % ring.n * ring.bytes;
+}
+
+/* By a warp whose products of the stage are done: a copy may overtake loads that are under way. */
+DEVICE void free_stage(const struct ring &ring, int i) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0)
+        barrier_arrive(ring.empty + i % ring.n);
 }
 
 /* ---- prompts ---- */
 
-/* Queries of a block, and steps of keys and values under way: fewer where heads are long. */
-static constexpr __host__ __device__ int query_tile(int head) {
-    return ATTENTION_WARPS * (head > 128 ? 16 : 32);
+/* Queries of a block. Where heads are long, both groups of four warps have all of them, and each
+ * half of the output: so it fits the registers. */
+static constexpr __host__ __device__ int tile_queries(int head) {
+    return head > 128 ? 64 : 128;
 }
 
-static constexpr __host__ __device__ int kv_stages(int head) {
-    return head > 128 ? 2 : 3;
-}
-
-static constexpr size_t prompt_attention_shared(int head) {
-    return (size_t)head * 2 * (size_t)(query_tile(head) + kv_stages(head) * 2 * STEP_TOKENS);
+/* Tokens of a step: as many as queries, but half of that where the copying warps cannot leave their
+ * registers to the others. */
+static constexpr __host__ __device__ int step_tokens(int head) {
+#ifdef HOPPER
+    return tile_queries(head);
+#else
+    return tile_queries(head) / 2;
+#endif
 }
 
 /* The queries of one block: [first, last] of those of a sequence and KV head, which are numbered
- * token by token, and for each token the heads of the group. */
+ * token by token, and for each token the heads of the group; the steps of tokens that they see. */
 struct queries {
     struct sequence s;
-    int first, last, kv_head, group;
+    int first, last, kv_head, group, begin, end;
 };
 
-DEVICE struct queries find_queries(const struct attention &a, int tile_queries) {
+template <int HEAD> DEVICE struct queries find_queries(const struct attention &a) {
     struct queries q;
     const int2 item = array_of<int2>(a.step, a.step->prompt_items)[blockIdx.x / a.n_kv_heads];
     q.s = array_of<struct sequence>(a.step, a.step->sequences)[item.x];
     q.kv_head = (int)blockIdx.x % a.n_kv_heads;
     q.group = a.n_heads / a.n_kv_heads;
     q.first = item.y;
-    q.last = smaller(q.first + tile_queries, q.s.n_rows * q.group) - 1;
+    q.last = smaller(q.first + tile_queries(HEAD), q.s.n_rows * q.group) - 1;
+    q.begin = first_seen(a, q.s.start + q.first / q.group) / step_tokens(HEAD);
+    q.end = (q.s.start + q.last / q.group) / step_tokens(HEAD) + 1;
     return q;
 }
 
-/* Starts the copies of the keys and values of a step (2 blocks) into shared memory: keys unit by
- * unit, in rows of 32 elements, so that 16 bytes of eight lanes are 128 in a row; values as they
- * lie. What is past the text's end, or past head_dim, is 0. */
+/* The warp that copies: stages of keys and of values in turn, each planes of TOKENS rows. A lane
+ * has a page's plane; past the text's end it is the last page once more. */
 template <int HEAD>
-DEVICE void load_kv(const struct attention &a, const struct sequence &s, int kv_head, int step,
-                    uint8_t *stage) {
-    constexpr int KEY_CHUNKS = STEP_TOKENS * HEAD / 8, VALUE_CHUNKS = HEAD * 2 * 2;
-    for (int i = (int)threadIdx.x; i < KEY_CHUNKS + VALUE_CHUNKS; i += ATTENTION_WARPS * WARP) {
-        bool key = i < KEY_CHUNKS;
-        int at = key ? i : i - KEY_CHUNKS;
-        int row = at / 4 % STEP_TOKENS, dim = at / 4 / STEP_TOKENS * UNIT + at % 4 * 8;
-        int block = step * 2 + (key ? row / BLOCK_TOKENS : at / (HEAD * 2));
-        int offset = row % BLOCK_TOKENS * a.head_dim + dim;
-        if (!key) {
-            dim = at / 2 % HEAD;
-            offset = dim * BLOCK_TOKENS + at % 2 * 8;
+DEVICE void feed_steps(const struct attention &a, const struct queries &q,
+                       const struct ring &ring) {
+    constexpr int TOKENS = step_tokens(HEAD), PAGES = TOKENS / BLOCK_TOKENS;
+    constexpr int PLANE = BLOCK_TOKENS * 128, PIECES = PAGES * HEAD / 64;
+    int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
+    int last_page = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
+    copies_see_stores();
+    for (int i = 0; i < 2 * (q.end - q.begin); i++) {
+        int block = smaller((q.begin + i / 2) * PAGES + page, last_page);
+        const uint8_t *from = page_of(a, q.s, block, q.kv_head, i % 2).bytes;
+        uint8_t *to = wait_empty(ring, i) + (plane * PAGES + page) * PLANE;
+        copy_pieces<false>(to, from + plane * PLANE, lane < PIECES ? PLANE : 0,
+                           ring.full + i % ring.n);
+    }
+}
+
+/* scores (16 queries of a warp, TOKENS tokens) = q . keys. On Hopper they are under way only: see
+ * wgmma_wait. */
+template <int HEAD, int TOKENS>
+DEVICE void multiply_keys(float (&scores)[TOKENS / 2], const uint32_t (&q)[HEAD / 16][4],
+                          uint8_t *keys) {
+#ifdef HOPPER
+    wgmma_begin();
+#pragma unroll
+    for (int s = 0; s < HEAD / 16; s++)
+        wgmma<TOKENS>(scores, q[s], wgmma_rows(keys) + (s / 4 * TOKENS * 128 + s % 4 * 32) / 16,
+                      s > 0);
+    wgmma_commit();
+#else
+    int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++)
+        scores[i] = 0.0f;
+#pragma unroll
+    for (int s = 0; s < HEAD / 16; s++)
+#pragma unroll
+        for (int t = 0; t < TOKENS / 16; t++) {
+            uint32_t k[4];
+            load_matrices(k, plane_element({keys, TOKENS}, t * 16 + lane / 16 * 8 + lane % 8,
+                                           s * 16 + lane / 8 % 2 * 8));
+            mma_bf16(scores + t * 8, q[s], k);
+            mma_bf16(scores + t * 8 + 4, q[s], k + 2);
         }
-        bool there = block < s.n_blocks && dim < a.head_dim;
-        const uint16_t *from = key_plane(a, s, there ? block : 0, kv_head);
-        from += there ? offset + (key ? 0 : (int)a.plane) : 0;
-        copy_async16(stage + i * 16, from, there);
-    }
+#endif
 }
 
-/* scores of 16 queries and the 32 tokens of a step, of which `keys` begin the stage. */
-template <int HEAD>
-DEVICE void stage_scores(const uint8_t *queries, const uint8_t *keys, int n_queries, int lane,
-                         float scores[2][2][4]) {
-#pragma unroll 2
-    for (int unit = 0; unit < HEAD / UNIT; unit++) { /* 2: more would not fit the registers */
-        const uint8_t *from = queries + (unit * n_queries + lane / 4) * 64 + lane % 4 * 16;
-        uint32_t q[2][4];
-        row_operands(load16(from), load16(from + 8 * 64), q);
+/* output (16 queries, N of head_dim) += weights . values */
+template <int TOKENS, int N>
+DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TOKENS / 16][4],
+                            uint8_t *values) {
+#ifdef HOPPER
+    wgmma_begin();
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* block i / 2, tile i % 2 */
-            int token = i / 2 * BLOCK_TOKENS + token_of(i % 2, lane / 4);
-            multiply_unit(scores[i / 2][i % 2], q,
-                          load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16));
+    for (int s = 0; s < TOKENS / 16; s++)
+        wgmma<N, 1>(output, weights[s], wgmma_columns(values, TOKENS * 128) + s * 128, true);
+    wgmma_commit();
+#else
+    int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int s = 0; s < TOKENS / 16; s++)
+#pragma unroll
+        for (int t = 0; t < N / 16; t++) {
+            uint32_t v[4];
+            load_matrices_transposed(
+                v, plane_element({values, TOKENS}, s * 16 + lane % 16, t * 16 + lane / 16 * 8));
+            mma_bf16(output + t * 8, weights[s], v);
+            mma_bf16(output + t * 8 + 4, weights[s], v + 2);
+        }
+#endif
+}
+
+/* Of a lane's rows group and group + 8 of 16. Scores count in log2, so that weights are powers
+ * of 2. */
+struct softmax {
+    float largest[2], sum[2]; /* sum: of this lane's tokens */
+};
+
+/* scores of tokens `from` to `from` + N - 1 become weights, for rows at `position`. factor: for what
+ * was added up before. */
+template <int N>
+DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int from,
+                         const int position[2], struct softmax *state, float factor[2]) {
+    bool early = a.window > 0 && from <= position[1] - a.window;
+    if (__any_sync(0xffffffffu, early || from + N - 1 > position[0])) {
+        from += (int)threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            int token = from + i / 4 * 8 + i % 2, own = position[i / 2 % 2];
+            if (token > own || (a.window > 0 && token <= own - a.window))
+                scores[i] = -INFINITY;
         }
     }
-}
-
-/* Starts the copies of the queries, unit by unit; those past the last, and past head_dim, are 0. */
-template <int HEAD>
-DEVICE void load_queries(const struct attention &a, const struct queries &q, uint8_t *tile) {
-    constexpr int N = query_tile(HEAD);
-    for (int i = (int)threadIdx.x; i < N * HEAD / 8; i += ATTENTION_WARPS * WARP) {
-        int query = q.first + i / 4 % N, dim = i / 4 / N * UNIT + i % 4 * 8;
-        bool there = dim < a.head_dim && query <= q.last;
-        query = there ? query : q.first;
-        size_t row = (size_t)(q.s.first_row + query / q.group) * a.n_heads;
-        row += q.kv_head * q.group + query % q.group;
-        copy_async16(tile + i * 16, a.q + row * a.head_dim + (there ? dim : 0), there);
-    }
-}
-
-/* output (16 queries from `first`) += weights . values of a step; tokens from `end` on are none. */
-template <int HEAD, int ROW_TILES>
-DEVICE void stage_values(const uint8_t *values, int lane, int end,
-                         const uint32_t weights[ROW_TILES][2][4],
-                         float output[ROW_TILES][HEAD / 8][4]) {
-    values += lane / 4 * 32 + lane % 4 * 8;
-#pragma unroll
-    for (int n = 0; n < 2 * HEAD / 8; n++) { /* block n % 2, 8 elements of the output */
-        uint2 v = load8(values + (n % 2 * HEAD + n / 2 * 8) * 32);
-        if (end < STEP_TOKENS)
-            v = values_before(v, n % 2 * BLOCK_TOKENS + lane % 4 * 4, end);
-        const uint32_t b[2] = {v.x, v.y};
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
-            mma_bf16(output[i][n / 2], weights[i][n % 2], b);
-    }
-}
-
-/* Writes 16 queries from `first` on, divided by the sums of their weights. */
-template <int HEAD>
-DEVICE void store_queries(const struct attention &a, const struct queries &q, int first, int lane,
-                          struct softmax *state, const float output[HEAD / 8][4]) {
-    softmax_end(state);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        int query = first + row * 8 + lane / 4;
-        if (query > q.last)
-            continue;
-        int head = q.kv_head * q.group + query % q.group;
-        uint16_t *out = a.out + (size_t)(q.s.first_row + query / q.group) * a.out_stride +
-                        place(a.places, head * a.head_dim) + lane % 4 * 2;
-        float factor = 1.0f / state->sum[row];
+        float most = -INFINITY, own = 0.0f;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++)
-            if (n * 8 < a.head_dim)
-                *reinterpret_cast<uint32_t *>(out + n * 8) =
-                    pack_bf16(output[n][row * 2] * factor, output[n][row * 2 + 1] * factor);
+        for (int i = 0; i < N / 4; i++)
+            most = fmaxf(most, scores[i / 2 * 4 + row * 2 + i % 2]);
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+        most = fmaxf(most * a.scale, state->largest[row]);
+        float base = most == -INFINITY ? 0.0f : most; /* it has seen nothing yet */
+        factor[row] = exp2_approx(state->largest[row] - base);
+        state->largest[row] = most;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            float &score = scores[i / 2 * 4 + row * 2 + i % 2];
+            score = exp2_approx(score * a.scale - base);
+            own += score;
+        }
+        state->sum[row] = state->sum[row] * factor[row] + own;
     }
+}
+
+/* Weights as the operand of their product. */
+template <int N>
+DEVICE void pack_weights(uint32_t (&packed)[N / 16][4], const float (&weights)[N / 2]) {
+#pragma unroll
+    for (int i = 0; i < N / 4; i++)
+        packed[i / 4][i % 4] = pack_bf16(weights[i * 2], weights[i * 2 + 1]);
+}
+
+/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a tile whose
+ * first n rows are a text's last, all others become 0. By all who multiply. */
+template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
+    constexpr int TOKENS = step_tokens(HEAD);
+    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS)
+        if (i / 8 % TOKENS >= n)
+            reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
+#ifdef HOPPER
+    wgmma_sees_stores();
+#endif
+    sync_threads<1, CONSUMERS>();
+}
+
+/* The operand of a lane's two queries, from memory, and the positions of their tokens. */
+template <int HEAD>
+DEVICE void load_queries(const struct attention &a, const struct queries &q, int query,
+                         uint32_t (&operand)[HEAD / 16][4], int position[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int own = smaller(query + row * 8, q.last), head = q.kv_head * q.group + own % q.group;
+        size_t at = (size_t)(q.s.first_row + own / q.group) * a.n_heads + head;
+        const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
+        position[row] = q.s.start + own / q.group;
+#pragma unroll
+        for (int i = 0; i < HEAD / 8; i++)
+            operand[i / 2][i % 2 * 2 + row] = from[i * 4 + threadIdx.x % 4];
+    }
+}
+
+/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of their weights. */
+template <int N>
+DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
+                          const struct softmax &state, const float (&output)[N / 2]) {
+    dim += (int)threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int own = query + row * 8, head = q.kv_head * q.group + own % q.group;
+        float sum = state.sum[row];
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (own > q.last)
+            continue;
+        if (a.sinks)
+            sum += exp2_approx(a.sinks[head] * LOG2_E - state.largest[row]);
+        int at = place(a.places, head * a.head_dim);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            if (dim + i * 8 < a.head_dim)
+                *reinterpret_cast<uint32_t *>(
+                    plane_element(a.out, q.s.first_row + own / q.group, at + dim + i * 8)) =
+                    pack_bf16(output[i * 4 + row * 2] / sum, output[i * 4 + row * 2 + 1] / sum);
+    }
+}
+
+/* A warp that multiplies: 16 queries. The scores of a step are computed while the values of the
+ * step before are still being added up. */
+template <int HEAD> DEVICE void attend_steps(const struct attention &a, const struct ring &ring) {
+    constexpr int TOKENS = step_tokens(HEAD), N = HEAD > 128 ? HEAD / 2 : HEAD;
+    const int group = (int)threadIdx.x / 128, lane = (int)threadIdx.x % WARP;
+    const int mine = (int)threadIdx.x % (HEAD > 128 ? 128 : 256) / WARP * 16 + lane / 4;
+    const int dim = HEAD > 128 ? group * N : 0;
+    uint32_t operand[HEAD / 16][4], weights[TOKENS / 16][4];
+    float scores[TOKENS / 2], output[N / 2] = {}, factor[2];
+    struct softmax state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    int position[2];
+    struct queries q = find_queries<HEAD>(a);
+    load_queries<HEAD>(a, q, q.first + mine, operand, position);
+    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(ring, 0));
+    wgmma_wait<0>();
+    softmax_step<TOKENS>(a, scores, q.begin * TOKENS, position, &state, factor);
+    pack_weights<TOKENS>(weights, scores);
+    free_stage(ring, 0);
+    const int n = q.end - q.begin, begin = q.begin;
+    for (int i = 1; i < n; i++) { /* keys of step i are stage 2 i, values 2 i + 1 */
+        uint8_t *keys = wait_full(ring, 2 * i), *values = wait_full(ring, 2 * i - 1);
+        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
+        multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
+        wgmma_wait<1>();
+        softmax_step<TOKENS>(a, scores, (begin + i) * TOKENS, position, &state, factor);
+        wgmma_wait<0>();
+        pack_weights<TOKENS>(weights, scores);
+        free_stage(ring, 2 * i - 1);
+        free_stage(ring, 2 * i);
+#pragma unroll
+        for (int j = 0; j < N / 2; j++)
+            output[j] *= factor[j / 2 % 2];
+    }
+    q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
+    uint8_t *values = wait_full(ring, 2 * n - 1);
+    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - (q.end - 1) * TOKENS);
+    multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
+    wgmma_wait<0>();
+    store_queries<N>(a, q, q.first + mine, dim, state, output);
 }
 
 /* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
- * has query_tile(HEAD) queries, a warp 16 or 32 of them. Shared: the queries, and kv_stages(HEAD)
- * steps of keys and values. Bound by the tensor cores. */
+ * has tile_side(HEAD) queries. Shared: the ring. Bound by the tensor cores. */
 template <int HEAD>
-__global__ void __launch_bounds__(ATTENTION_WARPS *WARP)
+__global__ void __launch_bounds__(CONSUMERS + GROUP, 1)
     prompt_attention_kernel(const struct attention a) {
-    constexpr int N = query_tile(HEAD), ROW_TILES = N / ATTENTION_WARPS / 16;
-    constexpr int STAGES_AHEAD = kv_stages(HEAD) - 1, STAGE = 2 * STEP_TOKENS * HEAD * 2;
     DYNAMIC_SHARED(uint8_t, shared);
-    uint8_t *stages = shared + N * HEAD * 2;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    grid_wait();
     grid_launch_dependents();
-    const struct queries q = find_queries(a, N);
-    int n_steps = (q.s.start + q.last / q.group) / STEP_TOKENS + 1;
-    load_queries<HEAD>(a, q, shared); /* of one group with the first step */
-    for (int i = 0; i < STAGES_AHEAD; i++) {
-        if (i < n_steps)
-            load_kv<HEAD>(a, q.s, q.kv_head, i, stages + i * STAGE);
-        copy_async_commit(); /* a group for each step, though it be empty: waits count groups */
+    constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
+    const int n = a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD));
+    const struct ring ring = open_ring(shared, n, STAGE, CONSUMERS / WARP);
+    grid_wait();
+    if (threadIdx.x < CONSUMERS) {
+        take_registers<232>();
+        attend_steps<HEAD>(a, ring);
+    } else {
+        leave_registers<40>();
+        if (threadIdx.x < CONSUMERS + WARP)
+            feed_steps<HEAD>(a, find_queries<HEAD>(a), ring);
     }
-    float output[ROW_TILES][HEAD / 8][4] = {};
-    struct softmax state[ROW_TILES];
-    int position[ROW_TILES][2], first = warp * ROW_TILES * 16;
-#pragma unroll
-    for (int i = 0; i < ROW_TILES * 2; i++) {
-        int query = q.first + first + i / 2 * 16 + i % 2 * 8 + lane / 4;
-        position[i / 2][i % 2] = q.s.start + smaller(query, q.last) / q.group;
-        state[i / 2].max[i % 2] = -INFINITY;
-        state[i / 2].sum[i % 2] = 0.0f;
-    }
-    for (int step = 0; step < n_steps; step++) {
-        copy_async_wait<STAGES_AHEAD - 1>();
-        __syncthreads(); /* the step has arrived for all, and all are done with the oldest */
-        int ahead = step + STAGES_AHEAD, begin = step * STEP_TOKENS;
-        if (ahead < n_steps)
-            load_kv<HEAD>(a, q.s, q.kv_head, ahead, stages + ahead % (STAGES_AHEAD + 1) * STAGE);
-        copy_async_commit();
-        const uint8_t *keys = stages + step % (STAGES_AHEAD + 1) * STAGE;
-        uint32_t weights[ROW_TILES][2][4];
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) {
-            float scores[2][2][4] = {};
-            const int visible[2] = {position[i][0] - begin + 1, position[i][1] - begin + 1};
-            stage_scores<HEAD>(shared + (first + i * 16) * 64, keys, N, lane, scores);
-            softmax_step<HEAD>(scores, visible, a.scale, lane % 4, &state[i], output[i],
-                               weights[i]);
-        }
-        stage_values<HEAD, ROW_TILES>(keys + STAGE / 2, lane, q.s.start + q.s.n_rows - begin,
-                                      weights, output);
-    }
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-        store_queries<HEAD>(a, q, q.first + first + i * 16, lane, &state[i], output[i]);
 }
 
 /* ---- generated tokens ---- */
 
-static constexpr size_t generated_attention_shared(int head) {
-    return sizeof(float) * (ATTENTION_WARPS * 16 * (size_t)(head + 2) + 4);
-}
-
-/* The part of one block: a split, a KV head, and up to 16 heads of its group. */
-struct split {
+/* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
+ * numbered sequence by sequence, chunk by chunk of all its KV heads, split by split. */
+struct item {
     struct sequence s;
-    int kv_head, first_head, n_heads; /* n_heads: 1 to 16 */
-    int index, n_tokens;              /* of the split, of the text */
-    int item, chunk, n_sequence;      /* its place in the list, in the group; the sequence's */
+    int kv_head, first_head, n_heads; /* n_heads: 1 to SPLIT_HEADS */
+    int split, n_splits;
+    int begin, end; /* tokens that are seen */
+    int counter;    /* of those that share the heads */
 };
 
-DEVICE struct split find_split(const struct attention &a, int index, int n_chunks) {
-    struct split p;
-    int group = a.n_heads / a.n_kv_heads;
-    p.chunk = index % n_chunks;
-    p.kv_head = index / n_chunks % a.n_kv_heads;
-    p.item = index / n_chunks / a.n_kv_heads;
-    const int2 item = array_of<int2>(a.step, a.step->splits)[p.item];
-    p.n_sequence = item.x;
-    p.s = array_of<struct sequence>(a.step, a.step->sequences)[item.x];
-    p.first_head = p.kv_head * group + p.chunk * 16;
-    p.n_heads = smaller(group - p.chunk * 16, 16);
-    p.index = item.y;
-    p.n_tokens = p.s.start + 1;
-    return p;
+static inline __host__ __device__ int count_chunks(int n_heads, int n_kv_heads) {
+    return divide(n_heads / n_kv_heads, SPLIT_HEADS);
 }
 
-/* The operand of 16 heads, straight from memory. */
+DEVICE struct item find_item(const struct attention &a, int index) {
+    struct item it;
+    int group = a.n_heads / a.n_kv_heads, n_chunks = count_chunks(a.n_heads, a.n_kv_heads);
+    int n = a.n_kv_heads * n_chunks; /* items of a split */
+    const int2 entry = array_of<int2>(a.step, a.step->splits)[index / n];
+    it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
+    it.end = it.s.start + 1;
+    it.begin = first_seen(a, it.s.start);
+    it.n_splits = divide(it.end, SPLIT_TOKENS);
+    int within = index - (index / n - entry.y) * n, chunk = within / it.n_splits;
+    it.split = within % it.n_splits;
+    it.kv_head = chunk / n_chunks;
+    it.first_head = it.kv_head * group + chunk % n_chunks * SPLIT_HEADS;
+    it.n_heads = smaller(group - chunk % n_chunks * SPLIT_HEADS, SPLIT_HEADS);
+    it.counter = entry.x * n + chunk;
+    return it;
+}
+
+/* The warp that copies: a stage is the keys and values of the WARP_PAGES pages of one warp. Of an
+ * item a lane has the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
-DEVICE void load_heads(const struct attention &a, const struct split &p, int lane,
-                       uint32_t q[HEAD / UNIT][2][4]) {
-    const uint16_t *from = a.q + ((size_t)p.s.first_row * a.n_heads + p.first_head) * a.head_dim;
-#pragma unroll
-    for (int i = 0; i < HEAD / UNIT * 2; i++) { /* unit i / 2; head group, or group + 8 */
-        int dim = i / 2 * UNIT + lane % 4 * 8, head = lane / 4 + i % 2 * 8;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (head < p.n_heads && dim < a.head_dim)
-            x = load16(from + head * a.head_dim + dim);
-        q[i / 2][0][i % 2] = x.x;
-        q[i / 2][0][i % 2 + 2] = x.y;
-        q[i / 2][1][i % 2] = x.z;
-        q[i / 2][1][i % 2 + 2] = x.w;
+DEVICE void feed_splits(const struct attention &a, const struct ring &ring, int begin, int end) {
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * WARP_PAGES;
+    int lane = (int)threadIdx.x % WARP;
+    auto find = [&](int index) -> const uint8_t * {
+        const struct item it = find_item(a, smaller(index, end - 1));
+        int block = it.split * SPLIT_TOKENS / BLOCK_TOKENS + lane / 2;
+        bool seen = block * BLOCK_TOKENS < it.end && (block + 1) * BLOCK_TOKENS > it.begin;
+        return seen ? page_of(a, it.s, block, it.kv_head, lane % 2).bytes : NULL;
+    };
+    const uint8_t *from = find(begin);
+    copies_see_stores();
+    for (int index = begin, i = 0; index < end; index++) {
+        const uint8_t *next = find(index + 1); /* long before it is needed */
+        for (int warp = 0; warp < 8; warp++, i++) {
+            uint8_t *to = wait_empty(ring, i) + lane % PIECES * BYTES;
+            copy_pieces<true>(to, from, from && lane / PIECES == warp ? BYTES : 0,
+                              ring.full + i % ring.n);
+        }
+        from = next;
     }
 }
 
-/* One warp's part of a split: blocks [block, end). */
+/* A warp's sums: dims are rows, heads columns. */
+template <int HEAD> struct sums { float output[HEAD / 16][4], largest[2], sum[2]; };
+
+/* The operand of 8 heads, from memory. */
 template <int HEAD>
-DEVICE void attend_blocks(const struct attention &a, const struct split &p,
-                          const uint32_t q[HEAD / UNIT][2][4], int block, int end, int lane,
-                          struct softmax *state, float output[HEAD / 8][4]) {
-    for (; block < end; block += 2) {
-        float scores[2][2][4] = {};
-        const uint16_t *plane[2] = {key_plane(a, p.s, block, p.kv_head),
-                                    key_plane(a, p.s, smaller(block + 1, end - 1), p.kv_head)};
-        uint32_t weights[2][4];
+DEVICE void load_heads(const struct attention &a, const struct item &it,
+                       uint32_t (&q)[HEAD / 16][2]) {
+    int lane = (int)threadIdx.x % WARP;
+    size_t at = (size_t)it.s.first_row * a.n_heads + it.first_head + lane / 4;
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
 #pragma unroll
-        for (int i = 0; i < 4 * HEAD / UNIT; i++) { /* block and tile of unit i / 4 */
-            int dim = i / 4 * UNIT + lane % 4 * 8, block_of = i / 2 % 2, tile = i % 2;
-            const uint16_t *key = plane[block_of] + token_of(tile, lane / 4) * a.head_dim;
-            uint4 k = dim < a.head_dim ? load16(key + dim) : make_uint4(0, 0, 0, 0);
-            multiply_unit(scores[block_of][tile], q[i / 4], k);
-        }
-        int seen = p.n_tokens - block * BLOCK_TOKENS;
-        if (block + 1 >= end && seen > BLOCK_TOKENS)
-            seen = BLOCK_TOKENS; /* the second block is the first once more, and weighs 0 */
-        const int visible[2] = {seen, seen};
-        softmax_step<HEAD>(scores, visible, a.scale, lane % 4, state, output, weights);
-        __syncwarp(); /* moves no load across: keys and values would not both fit the registers */
-#pragma unroll
-        for (int n = 0; n < 2 * HEAD / 8; n++) {
-            int dim = n / 2 * 8 + lane / 4, token = lane % 4 * 4;
-            uint2 v = make_uint2(0, 0);
-            if (dim < a.head_dim)
-                v = load8(plane[n % 2] + a.plane + dim * BLOCK_TOKENS + token);
-            if (seen < STEP_TOKENS)
-                v = values_before(v, n % 2 * BLOCK_TOKENS + token, seen);
-            const uint32_t b[2] = {v.x, v.y};
-            mma_bf16(output[n / 2], weights[n % 2], b);
-        }
-    }
+    for (int i = 0; i < HEAD / 8; i++)
+        q[i / 2][i % 2] = lane / 4 < it.n_heads ? from[i * 4 + lane % 4] : 0;
 }
 
-/* A warp's sums for 16 heads into shared memory: (head, head_dim values, largest score, sum). */
+/* Adds a page, of which tokens [begin, end) are seen, to a warp's sums. */
 template <int HEAD>
-DEVICE void store_part(const struct attention &a, const struct softmax &state, int lane,
-                       const float output[HEAD / 8][4], float *parts) {
+DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[HEAD / 16][2],
+                        float scale, struct sums<HEAD> *s) {
+    const int lane = (int)threadIdx.x % WARP, quad = lane % 4;
+    const struct planes keys = {page, BLOCK_TOKENS};
+    const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
+    float halves[2][4] = {}, scores[4], factor[2];
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; i++) {
+        uint32_t k[4];
+        load_matrices(k, plane_element(keys, lane % 16, i * 16 + lane / 16 * 8));
+        mma_bf16(halves[i % 2], k, q[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) { /* head 2 quad + i % 2 */
+        int token = lane / 4 + i / 2 * 8;
+        scores[i] = (halves[0][i] + halves[1][i]) * scale;
+        if (token < begin || token >= end)
+            scores[i] = -INFINITY;
+    }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float *to = parts + (lane / 4 + i * 8) * (a.head_dim + 2);
+        float most = fmaxf(scores[i], scores[i + 2]);
+        for (int step = 4; step < WARP; step *= 2)
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+        most = fmaxf(most, s->largest[i]); /* of a token that is seen: a number */
+        factor[i] = exp2_approx(s->largest[i] - most);
+        s->largest[i] = most;
+        scores[i] = exp2_approx(scores[i] - most);
+        scores[i + 2] = exp2_approx(scores[i + 2] - most);
+        s->sum[i] = s->sum[i] * factor[i] + (scores[i] + scores[i + 2]);
+    }
+    const uint32_t weights[2] = {transpose_matrix(pack_bf16(scores[0], scores[1])),
+                                 transpose_matrix(pack_bf16(scores[2], scores[3]))};
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++)
-            if (n * 8 < a.head_dim) {
-                to[n * 8 + lane % 4 * 2] = output[n][i * 2];
-                to[n * 8 + lane % 4 * 2 + 1] = output[n][i * 2 + 1];
-            }
-        if (lane % 4 == 0) {
-            to[a.head_dim] = state.max[i];
-            to[a.head_dim + 1] = state.sum[i];
+    for (int i = 0; i < HEAD / 16; i++) {
+        uint32_t v[4];
+        load_matrices_transposed(
+            v, plane_element(values, lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+        for (int j = 0; j < 4 && end < BLOCK_TOKENS; j++) { /* what no token has may be NaN */
+            int token = quad * 2 + j / 2 * 8;
+            v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            s->output[i][j] *= factor[j % 2];
+        mma_bf16(s->output[i], v, weights);
+    }
+}
+
+/* A warp's sums into shared memory, (heads, HEAD + 4): values, largest score, sum of weights. */
+template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struct sums<HEAD> &s) {
+    int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float sum = s.sum[i], *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
+        for (int step = 4; step < WARP; step *= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (lane % 4 * 2 + i >= n_heads)
+            continue;
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++)
+            to[j * 8 + lane / 4] = s.output[j / 2][j % 2 * 2 + i];
+        if (lane / 4 == 0) {
+            to[HEAD] = s.largest[i];
+            to[HEAD + 1] = sum;
         }
     }
 }
 
-/* Adds up `n` parts of each head of p, part_stride floats apart, in their order. Where they are all
- * there is, their quotient is the output; else they become one part more, at `to`. */
-DEVICE void merge_parts(const struct attention &a, const struct split &p, const float *parts,
-                        size_t part_stride, int n, float *to) {
-    int width = a.head_dim + 2;
-    for (int i = (int)threadIdx.x; i < p.n_heads * a.head_dim; i += ATTENTION_WARPS * WARP) {
-        int head = i / a.head_dim, dim = i % a.head_dim;
-        const float *own = parts + head * width;
-        float value = 0.0f, sum = 0.0f, largest = -INFINITY;
+/* Adds up `n` parts of each head, `apart` floats apart, in their order. Where they are all there
+ * is, their quotient is the output; else they become one part more, at `to`. */
+template <int HEAD>
+DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts,
+                        size_t apart, int n, float *to) {
+    for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS) {
+        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
+        const float *own = parts + head * (HEAD + 4);
+        float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
+#pragma unroll 8
         for (int j = 0; j < n; j++)
-            largest = fmaxf(largest, own[j * part_stride + a.head_dim]);
+            most = fmaxf(most, own[j * apart + HEAD]);
+        float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
+#pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float *part = own + j * part_stride;
-            if (part[a.head_dim] == -INFINITY) /* it saw nothing */
-                continue;
-            float factor = exp2_approx((part[a.head_dim] - largest) * a.scale);
-            value += part[dim] * factor;
-            sum += part[a.head_dim + 1] * factor;
+            const float *part = own + j * apart;
+            float2 value = *reinterpret_cast<const float2 *>(part + dim);
+            float factor = exp2_approx(part[HEAD] - base);
+            x += value.x * factor;
+            y += value.y * factor;
+            sum += part[HEAD + 1] * factor;
         }
         if (to) {
-            to[head * width + dim] = value;
-            if (dim == 0) {
-                to[head * width + a.head_dim] = largest;
-                to[head * width + a.head_dim + 1] = sum;
-            }
-        } else {
-            uint16_t *out = a.out + (size_t)p.s.first_row * a.out_stride;
-            out[place(a.places, (p.first_head + head) * a.head_dim) + dim] =
-                (uint16_t)pack_bf16(value / sum, 0.0f);
+            float *part = to + head * (HEAD + 4);
+            *reinterpret_cast<float2 *>(part + dim) = make_float2(x, y);
+            if (dim == 0)
+                *reinterpret_cast<float2 *>(part + HEAD) = make_float2(most, sum);
+        } else if (dim < a.head_dim) {
+            head += it.first_head;
+            if (a.sinks)
+                sum += exp2_approx(a.sinks[head] * LOG2_E - most);
+            int at = place(a.places, head * a.head_dim) + dim;
+            *reinterpret_cast<uint32_t *>(plane_element(a.out, it.s.first_row, at)) =
+                pack_bf16(x / sum, y / sum);
         }
     }
 }
 
-/* True in all threads of the block that is the last of `n` to arrive; it then sees what the others
- * wrote before. The counter is 0 again afterwards. */
-DEVICE bool arrive(int *counter, int n, int *shared) {
-    __threadfence();
-    __syncthreads();
+/* After a block has done so many of `n` parts of something: true in all threads that multiply if it
+ * is the last to come; they then see all parts. The counter is 0 again. */
+DEVICE bool all_done(int *counter, int own, int n, int *shared) {
+    sync_threads<1, CONSUMERS>();
     if (threadIdx.x == 0) {
-        *shared = atomicAdd(counter, 1) == n - 1;
+        *shared = add_ordered(counter, own) + own == n;
         if (*shared)
             *counter = 0;
     }
-    __syncthreads();
-    __threadfence();
+    sync_threads<1, CONSUMERS>();
     return *shared;
 }
 
-/* out = softmax(q . k) . v for generated tokens: blocks go through the list of splits, KV heads and
- * groups of 16 heads, so a grid of fixed size serves any batch. Shared: the parts of the warps, and
- * an int. Bound by reading keys and values. */
+/* A warp that multiplies: WARP_PAGES pages of each split; all of them then add up. */
 template <int HEAD>
-__global__ void __launch_bounds__(ATTENTION_WARPS *WARP, HEAD > 128 ? 1 : 2)
-    generated_attention_kernel(const struct attention a) {
-    DYNAMIC_SHARED(float, parts);
-    constexpr int A_WARP = SPLIT_TOKENS / BLOCK_TOKENS / ATTENTION_WARPS;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, width = a.head_dim + 2;
-    int n_chunks = divide(a.n_heads / a.n_kv_heads, 16);
-    grid_wait();
-    grid_launch_dependents();
-    int n = a.step->n_splits * a.n_kv_heads * n_chunks;
-    for (int index = (int)blockIdx.x; index < n; index += (int)gridDim.x) {
-        const struct split p = find_split(a, index, n_chunks);
-        uint32_t q[HEAD / UNIT][2][4];
-        load_heads<HEAD>(a, p, lane, q);
-        int block = p.index * A_WARP * ATTENTION_WARPS + warp * A_WARP;
-        int end = smaller(block + A_WARP, divide(p.n_tokens, BLOCK_TOKENS));
-        float output[HEAD / 8][4] = {};
-        struct softmax state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        attend_blocks<HEAD>(a, p, q, block, end, lane, &state, output);
-        softmax_end(&state);
-        store_part<HEAD>(a, state, lane, output, parts + warp * 16 * width);
-        __syncthreads();
-        int n_splits = divide(p.n_tokens, SPLIT_TOKENS);
-        size_t item_stride = (size_t)a.n_heads * width;
-        float *partial = a.partial + p.item * item_stride + (size_t)p.first_head * width;
-        merge_parts(a, p, parts, 16 * width, ATTENTION_WARPS, n_splits > 1 ? partial : NULL);
-        if (n_splits > 1) {
-            int *counter = a.arrived + (p.n_sequence * a.n_kv_heads + p.kv_head) * n_chunks;
-            int *shared = reinterpret_cast<int *>(parts + ATTENTION_WARPS * 16 * (HEAD + 2));
-            if (arrive(counter + p.chunk, n_splits, shared)) /* splits are neighbours */
-                merge_parts(a, p, partial - p.index * item_stride, item_stride, n_splits, NULL);
+DEVICE void attend_splits(const struct attention &a, const struct ring &ring, float *parts,
+                          int *shared, int begin, int end) {
+    const int warp = (int)threadIdx.x / WARP;
+    const size_t apart = (size_t)smaller(a.n_heads / a.n_kv_heads, SPLIT_HEADS) * (HEAD + 4);
+    uint32_t q[HEAD / 16][2];
+    for (int index = begin; index < end; index++) {
+        const struct item it = find_item(a, index);
+        struct sums<HEAD> s = {
+            {}, {-INFINITY, -INFINITY}, {
+                0.0f, 0.0f
+            }
+        };
+        if (index == begin || it.split == 0)
+            load_heads<HEAD>(a, it, q);
+        int i = (index - begin) * 8 + warp;
+        uint8_t *pages = wait_full(ring, i);
+#pragma unroll
+        for (int page = 0; page < WARP_PAGES; page++) {
+            int from = it.split * SPLIT_TOKENS + (warp * WARP_PAGES + page) * BLOCK_TOKENS;
+            if (from < it.end && from + BLOCK_TOKENS > it.begin)
+                attend_page<HEAD>(pages + page * BLOCK_TOKENS * HEAD * 4, it.begin - from,
+                                  it.end - from, q, a.scale, &s);
         }
-        __syncthreads(); /* `parts` is free again */
+        sync_threads<1, CONSUMERS>(); /* the parts before are added up */
+        store_part<HEAD>(parts + warp * apart, it.n_heads, s);
+        free_stage(ring, i);
+        sync_threads<1, CONSUMERS>();
+        float *partial = it.n_splits > 1 ? a.partial + index * apart : NULL;
+        merge_parts<HEAD>(a, it, parts, apart, 8, partial);
+        if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
+            continue; /* the counter is told of all splits that the block has at once */
+        int own = smaller(it.split, index - begin) + 1;
+        if (all_done(a.arrived + it.counter, own, it.n_splits, shared))
+            merge_parts<HEAD>(a, it, partial - it.split * apart, apart, it.n_splits, NULL);
     }
+}
+
+/* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
+ * grid of fixed size serves any batch. Shared: the ring, the parts of the warps, and an int. Bound
+ * by reading keys and values. */
+template <int HEAD>
+__global__ void __launch_bounds__(CONSUMERS + WARP, 1)
+    generated_attention_kernel(const struct attention a) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    constexpr int STAGE = WARP_PAGES * BLOCK_TOKENS * HEAD * 4;
+    grid_launch_dependents();
+    const struct ring ring = open_ring(shared, a.n_stages, STAGE, 1);
+    int *last = reinterpret_cast<int *>(ring.empty + ring.n);
+    grid_wait();
+    long long n = a.step->n_splits * a.n_kv_heads * count_chunks(a.n_heads, a.n_kv_heads);
+    int begin = (int)(n * blockIdx.x / gridDim.x), end = (int)(n * (blockIdx.x + 1) / gridDim.x);
+    if (begin == end)
+        return;
+    if (threadIdx.x < CONSUMERS)
+        attend_splits<HEAD>(a, ring, reinterpret_cast<float *>(last + 4), last, begin, end);
+    else
+        feed_splits<HEAD>(a, ring, begin, end);
 }
 
 /* ---- the op ---- */
 
-template <int HEAD> static void launch_attention(struct cuda_device *d, const struct attention &a) {
+static size_t part_bytes(const struct cuda_device *d) { /* of all heads of a split, and an int4 */
+    int width = kv_head_dim(d->device.config, KV_BF16) + 4;
+    return (size_t)smaller(d->n_heads / d->n_kv_heads, SPLIT_HEADS) * width * sizeof(float);
+}
+
+/* Stages of a ring that fit beside `rest` bytes; more than 16 are of no use. */
+static int count_stages(const struct cuda_device *d, size_t stage, size_t rest) {
+    size_t n = (d->card->properties.sharedMemPerBlockOptin - rest) / ring_bytes(1, stage);
+    return smaller((int)n, 16);
+}
+
+template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
     if (d->n_prompt_items > 0) {
+        size_t stage = (size_t)tile_queries(HEAD) * HEAD * 2;
+        a.n_stages = count_stages(d, stage, 16 * 16);
         launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
-               grid_of(d->n_prompt_items * d->n_kv_heads), ATTENTION_WARPS * WARP,
-               prompt_attention_shared(HEAD), a);
+               grid_of(d->n_prompt_items * d->n_kv_heads), CONSUMERS + GROUP,
+               ring_bytes(a.n_stages, stage) + a.n_stages * 16, a);
     }
     if (d->n_generated > 0) {
-        int most = d->card->properties.multiProcessorCount * BLOCKS_A_PROCESSOR;
-        int n = d->n_splits * d->n_kv_heads * divide(d->n_heads / d->n_kv_heads, 16);
+        size_t stage = WARP_PAGES * BLOCK_TOKENS * HEAD * 4, parts = 16 + 8 * part_bytes(d);
+        int n = d->n_splits * d->n_kv_heads * count_chunks(d->n_heads, d->n_kv_heads);
+        int most = d->card->properties.multiProcessorCount;
+        a.n_stages = count_stages(d, stage, parts);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording ? most : smaller(n, most)), ATTENTION_WARPS * WARP,
-               generated_attention_shared(HEAD), a);
+               grid_of(d->recording ? most : smaller(n, most)), CONSUMERS + WARP,
+               ring_bytes(a.n_stages, stage) + parts, a);
     }
 }
 
-static int head_of(int head_dim) { /* the kernels that serve it */
-    return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+static void launch_attention(struct cuda_device *d, const struct attention &a) {
+    switch (a.width) {
+    case 64: launch_attention<64>(d, a); break;
+    case 128: launch_attention<128>(d, a); break;
+    default: launch_attention<256>(d, a);
+    }
 }
 
 static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
     const struct model_config *config = d->device.config;
     h->step = d->step;
     h->q = d->q;
-    h->kv = (uint16_t *)d->device.kv;
-    h->block_elements = block_bytes(config, d->device.n_shards, KV_BF16) / sizeof(uint16_t);
-    h->plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
+    h->kv = (uint8_t *)d->device.kv;
+    h->block_bytes = block_bytes(config, d->device.n_shards, KV_BF16);
     h->layer = layer;
     h->n_heads = d->n_heads;
     h->n_kv_heads = d->n_kv_heads;
     h->head_dim = config->head_dim;
+    h->width = kv_head_dim(config, KV_BF16);
+}
+
+static struct attention attention_of(const struct cuda_device *d, int layer) {
+    struct attention a = {};
+    set_heads(d, layer, &a);
+    a.out = d->attention;
+    a.places = d->attention_places;
+    a.scale = LOG2_E / sqrtf((float)a.head_dim);
+    a.partial = d->partial;
+    a.arrived = d->arrived;
+    return a;
 }
 
 static void cuda_attention(struct device *device, int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct attention a = {};
-    set_heads(d, layer_index, &a);
-    a.out = d->attention;
-    a.out_stride = d->attention_stride;
-    a.scale = 1.44269504f / sqrtf((float)a.head_dim);
-    a.places = d->attention_places;
-    a.partial = d->partial;
-    a.arrived = d->arrived;
-    switch (head_of(a.head_dim)) {
-    case 64: launch_attention<64>(d, a); break;
-    case 128: launch_attention<128>(d, a); break;
-    default: launch_attention<256>(d, a);
-    }
+    launch_attention(d, attention_of(d, layer_index));
 }
 
 /* ==== 6. Embedding, norm, rope: one block or warp a row, bound by memory ==== */
@@ -1738,23 +1902,21 @@ struct head {          /* of q, k or v in a row: where its elements come from, a
     const float *from; /* (head_dim) */
     const float *norm; /* (head_dim); NULL: it has none */
     int n_turned;      /* elements that turn; 0: of v */
-    uint16_t *to;      /* element i goes to to[i * apart] */
-    int apart;
+    struct planes to;  /* q: of one row, so that its elements lie as they are */
+    int row;
 };
 
 DEVICE struct head find_head(const struct rope &r, int row, int index) {
     const float *from = r.qkv + (size_t)row * r.qkv_stride + index * r.head_dim;
-    uint16_t *q = r.q + ((size_t)row * r.n_heads + index) * r.head_dim;
+    uint16_t *q = r.q + ((size_t)row * r.n_heads + index) * r.width;
     if (index < r.n_heads)
-        return {from, r.q_norm, r.rope_dim, q, 1};
-    int kv_head = (index - r.n_heads) % r.n_kv_heads;
+        return {from, r.q_norm, r.rope_dim, {(uint8_t *)q, 1}, 0};
+    int kv_head = (index - r.n_heads) % r.n_kv_heads, value = index >= r.n_heads + r.n_kv_heads;
     int position = array_of<int>(r.step, r.step->position)[row], token = position % BLOCK_TOKENS;
     int sequence = array_of<int>(r.step, r.step->row_sequence)[row];
     const struct sequence &s = array_of<struct sequence>(r.step, r.step->sequences)[sequence];
-    uint16_t *keys = key_plane(r, s, position / BLOCK_TOKENS, kv_head);
-    if (index < r.n_heads + r.n_kv_heads)
-        return {from, r.k_norm, r.rope_dim, keys + token * r.head_dim, 1};
-    return {from, NULL, 0, keys + r.plane + token, BLOCK_TOKENS};
+    struct planes to = page_of(r, s, position / BLOCK_TOKENS, kv_head, value);
+    return {from, value ? NULL : r.k_norm, value ? 0 : r.rope_dim, to, token};
 }
 
 /* 1 / root mean square of a head's elements, in all lanes of a warp. */
@@ -1774,21 +1936,22 @@ DEVICE int2 find_pair(const struct rope &r, int n_turned, int pair) {
     return make_int2(pair, pair + n_turned / 2);
 }
 
-/* q, k: norm over head_dim where there is one, then rope; q as bf16, k and v into their block. One
- * warp a row and head of q, k or v. */
+/* q, k: norm over head_dim where there is one, then rope; q as bf16, k and v into their block, with
+ * zeros up to `width`. One warp a row and head of q, k or v. */
 __global__ void rope_append_kernel(const struct rope r) {
-    grid_wait();
     grid_launch_dependents();
+    grid_wait();
     int row = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
     int index = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
     if (row >= r.step->n_rows || index >= r.n_heads + 2 * r.n_kv_heads)
         return;
     const struct head head = find_head(r, row, index);
     float scale = head.norm ? scale_of_head(head.from, r.head_dim, r.epsilon, lane) : 1.0f;
-    for (int pair = lane; pair < r.head_dim / 2; pair += WARP) {
+    for (int pair = lane; pair < r.width / 2; pair += WARP) {
         const int2 at = find_pair(r, head.n_turned, pair);
-        float a = head.from[at.x], b = head.from[at.y];
-        if (head.norm) {
+        bool there = at.y < r.head_dim;
+        float a = there ? head.from[at.x] : 0.0f, b = there ? head.from[at.y] : 0.0f;
+        if (head.norm && there) {
             a *= scale * head.norm[at.x];
             b *= scale * head.norm[at.y];
         }
@@ -1796,8 +1959,13 @@ __global__ void rope_append_kernel(const struct rope r) {
         if (pair < head.n_turned / 2)
             turn = r.turn[(size_t)row * (r.rope_dim / 2) + pair];
         uint32_t both = pack_bf16(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
-        head.to[at.x * head.apart] = (uint16_t)both;
-        head.to[at.y * head.apart] = (uint16_t)(both >> 16);
+        uint16_t *to = plane_element(head.to, head.row, at.x);
+        if (at.y == at.x + 1) {
+            *reinterpret_cast<uint32_t *>(to) = both;
+        } else {
+            *to = (uint16_t)both;
+            *plane_element(head.to, head.row, at.y) = (uint16_t)(both >> 16);
+        }
     }
 }
 
@@ -1854,7 +2022,7 @@ static void cuda_norm_qkv(struct device *device, const struct weight *const *lay
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
                                  enum product_input input) {
     bool attends = input == INPUT_ATTENTION;
-    struct product p = product_of(d, attends ? d->attention : d->ffn,
+    struct product p = product_of(d, attends ? (uint16_t *)d->attention.bytes : d->ffn,
                                   attends ? d->attention_stride : d->ffn_stride);
     p.matrix[0] = matrix->matrix;
     p.n_matrices = 1;
@@ -2088,7 +2256,7 @@ static void forget_graphs(struct cuda_device *d) {
 /* Makes room for a step of so many bytes and so many splits. */
 static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
     size_t split_bytes =
-        sizeof(float) * (size_t)d->n_heads * (size_t)(d->device.config->head_dim + 2);
+        part_bytes(d) * (size_t)(d->n_kv_heads * count_chunks(d->n_heads, d->n_kv_heads));
     if (bytes > d->step_bytes) {
         forget_graphs(d);
         TRY(d, cudaFreeHost(d->step_host));
@@ -2108,7 +2276,8 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
 /* The tiles of queries of prompts, and the splits of generated tokens: into lists, or only counted
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
-    int group = d->n_heads / d->n_kv_heads, tile = query_tile(head_of(d->device.config->head_dim));
+    int group = d->n_heads / d->n_kv_heads,
+        tile = tile_queries(kv_head_dim(d->device.config, KV_BF16));
     d->n_prompt_items = d->n_splits = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *s = &batch->sequence[i];
@@ -2320,6 +2489,7 @@ static bool allocate_activations(struct cuda_device *d) {
     int q_cols = c->n_heads * c->head_dim, first = rank * n_segments;
     size_t rows = (size_t)d->device.max_rows, samples = (size_t)d->device.max_samples;
     size_t padded = (rows > samples ? rows : samples) + 8 * MAX_COLUMNS; /* whole groups are read */
+    padded = padded / 8 * 8;
     d->padded_rows = padded;
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
@@ -2336,8 +2506,9 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
     gpu_take(&d->gpu, &d->h, padded * (size_t)d->h_stride, &ok);
     gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
-    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * c->head_dim), &ok);
-    gpu_take(&d->gpu, &d->attention, padded * (size_t)d->attention_stride, &ok);
+    d->attention.n_rows = (int)padded;
+    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * kv_head_dim(c, KV_BF16)), &ok);
+    gpu_take(&d->gpu, &d->attention.bytes, padded * divide(d->attention_stride, 64) * 128, &ok);
     gpu_take(&d->gpu, &d->ffn, padded * (size_t)d->ffn_stride, &ok);
     gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
     gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);

@@ -49,7 +49,7 @@
 
 #define DEVICE __device__ __forceinline__
 #define DYNAMIC_SHARED(type, name)                                                                 \
-    extern __shared__ uint4 dynamic_shared[];                                                      \
+    extern __shared__ __align__(1024) uint4 dynamic_shared[];                                      \
     type *name = reinterpret_cast<type *>(dynamic_shared)
 #define emu_next_kernel(name) (void)(name)
 #define emu_seed(seed)        (void)(seed)
@@ -104,9 +104,9 @@ DEVICE void barriers_ready() {
 }
 
 DEVICE void barrier_arrive(uint64_t *barrier) {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
-                     shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -168,8 +168,7 @@ DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *ba
     for (int lane = 0; lane < 32; lane++) { /* all lanes copy the piece of each */
         uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
         uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
-        const char *source =
-            (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
+        const char *source = (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
         for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
                          "l"(source + at)
@@ -267,6 +266,20 @@ template <int NEWEST> DEVICE void wgmma_wait() { /* for all but so many committe
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
 }
 
+/* How many registers each thread of a warpgroup has from now on: some leave what others take. */
+template <int N> DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N> DEVICE void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/* What this thread stored to shared memory is there for products: before a barrier of all. */
+DEVICE void wgmma_sees_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 #define WGMMA_F4(i)  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define WGMMA_F8(i)  WGMMA_F4(i), WGMMA_F4(i + 4)
 #define WGMMA_F16(i) WGMMA_F8(i), WGMMA_F8(i + 8)
@@ -289,8 +302,8 @@ template <int NEWEST> DEVICE void wgmma_wait() { /* for all but so many committe
 #define WGMMA(N, TURNED, SUMS, A, B, P, ...)                                                       \
     if constexpr (COLUMNS == N && TRANSPOSED == TURNED)                                            \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, "  \
-                 B ", p, 1, 1, " #TURNED "; }\n"                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A        \
+                 "}, " B ", p, 1, 1, " #TURNED "; }\n"                                             \
                  : __VA_ARGS__                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds))
 
@@ -357,6 +370,12 @@ DEVICE uint4 load16_once(const void *from) {
     return value;
 }
 
+#endif
+
+#ifndef HOPPER /* products are done at once, and registers are what they are */
+template <int NEWEST> DEVICE void wgmma_wait() {}
+template <int N> DEVICE void take_registers() {}
+template <int N> DEVICE void leave_registers() {}
 #endif
 
 /* ---- the host's side ---- */
