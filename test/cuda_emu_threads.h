@@ -11,28 +11,33 @@
  *     emu_run_kernel(&kernel);
  *
  * How a block runs. One fiber runs at a time, until it must wait: at __syncthreads for its block,
- * at a warp operation (shuffle, vote, __syncwarp, mma_bf16) for its warp, at grid_wait for the
- * kernel before it. Each is a rendezvous: whoever comes marks itself as waiting and hands over to
- * another thread, drawn at random (emu_run_another); the last one to come does the work for all and
- * makes them runnable. When no thread can run and some have not returned, they would wait forever:
- * that is reported, with what each waits for. A warp operation is for the whole warp: masks of a
- * part of it are refused.
+ * at sync_threads for a part of it, at a warp operation (shuffle, vote, __syncwarp, mma_bf16,
+ * load_matrices, copy_pieces) for its warp, at barrier_wait for the end of an mbarrier's phase, at
+ * grid_wait for the kernel before it. Who waits marks itself so and hands over to another thread,
+ * drawn at random (emu_run_another); the last one to come does the work for all and makes them
+ * runnable. When no thread can run and some have not returned, they would wait forever: that is
+ * reported, with what each waits for. A warp operation is for the whole warp: masks of a part of it
+ * are refused.
  *
  * Where CUDA leaves an order open, another one is drawn each time; where it leaves a value
  * undefined, there are NaNs. So what is missing in a kernel shows as a wrong result:
  *   - Blocks run in order, backwards or shuffled; threads in random order.
  *   - A block's shared memory is as large as was asked for, and full of NaNs.
+ *   - Each piece of copy_pieces lands when it likes, at the latest when no thread can run (how late
+ *     they are is drawn for each block); until then its target holds NaNs.
  *   - copy_async16 writes when it is waited for; until then its target holds NaNs.
  *   - Where a launch may overlap the kernel before it, one of its blocks may run before that one,
  *     as far as grid_wait (emu_start_early).
- * What a GPU would answer with a hang or with garbage ends the program with one line that names
- * the kernel, the block and the thread: a barrier or a warp operation that some threads do not
- * reach, an address that is not a multiple of what is loaded there, shared memory out of bounds.
+ * What a GPU would answer with a hang or with garbage ends the program with one line that names the
+ * kernel, the block and the thread: a barrier or a warp operation that some threads do not reach,
+ * an mbarrier that is not set up or gets arrivals too many, a piece that lands when its block has
+ * ended, an address that is not a multiple of what is loaded there, shared memory out of bounds.
  *
  * The sanitizers see what CUDA promises, and no more. AddressSanitizer finds accesses of shared
  * memory out of bounds, and of bytes that are still on their way. ThreadSanitizer takes the threads
- * of a kernel for threads, ordered by __syncthreads, __syncwarp, grid_wait and __threadfence alone:
- * it reports a missing one even where the order that was drawn hid it.
+ * of a kernel for threads, ordered by barriers, mbarriers, __syncwarp, grid_wait, __threadfence and
+ * add_ordered alone, and a piece for a write of the lane that sends it, seen by those who wait for
+ * it: it reports what is missing even where the order that was drawn hid it.
  *
  * What it is not: it does not tell what is fast, and a kernel in which a block waits for another
  * never ends. Include it in one file of a program. Read next: emu_warp_op, then emu_run_kernel. */
@@ -80,7 +85,8 @@ enum {
     EMU_WARP = 32,
     EMU_MAX_THREADS = 1024,
     EMU_MAX_WARPS = EMU_MAX_THREADS / EMU_WARP,
-    EMU_SHARED_ALIGN = 128,
+    EMU_NAMED_BARRIERS = 16, /* __syncthreads is number 0 */
+    EMU_SHARED_ALIGN = 1024,
     EMU_ARENA = 232 << 10, /* room for a block's shared memory and 4 KB more, in whole pages */
     EMU_PAGE = 4096,
     EMU_STACK = EMU_ASAN(4 *) EMU_TSAN(4 *) 64 << 10, /* sanitizers make frames larger */
@@ -118,13 +124,15 @@ EMU_VECTOR2(int2, int)
 EMU_VECTOR2(uint2, unsigned)
 EMU_VECTOR2(float2, float)
 
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-
-static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-    return {x, y, z, w};
-}
+#define EMU_VECTOR4(name, type)                                                                    \
+    struct alignas(16) name {                                                                      \
+        type x, y, z, w;                                                                           \
+    };                                                                                             \
+    static inline name make_##name(type x, type y, type z, type w) {                               \
+        return {x, y, z, w};                                                                       \
+    }
+EMU_VECTOR4(uint4, unsigned)
+EMU_VECTOR4(float4, float)
 
 uint3 threadIdx, blockIdx; /* of the thread that runs */
 dim3 blockDim, gridDim;
@@ -133,6 +141,10 @@ dim3 blockDim, gridDim;
 
 static inline int __popc(uint32_t x) {
     return __builtin_popcount(x);
+}
+
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
 }
 
 static inline float __uint_as_float(uint32_t bits) {
@@ -147,7 +159,12 @@ static inline uint32_t __float_as_uint(float x) {
     return bits;
 }
 
-#define __expf(x) expf(x) /* a macro, because math.h declares a function of this name */
+#define __expf(x) expf(x) /* macros, because math.h declares functions of these names */
+#define rsqrtf(x) (1.0f / sqrtf(x))
+
+static inline float __fdividef(float x, float y) {
+    return x / y;
+}
 
 /* Atomics: only one thread runs at a time. The builtins are for ThreadSanitizer. */
 template <typename T, typename Change> static inline T emu_atomic(T *p, Change change) {
@@ -159,6 +176,16 @@ template <typename T, typename Change> static inline T emu_atomic(T *p, Change c
 static inline int atomicAdd(int *p, int value) {
     return emu_atomic(
         p, [=](int old) { return (int)((unsigned)old + (unsigned)value); });
+}
+
+static inline unsigned atomicAdd(unsigned *p, unsigned value) {
+    return emu_atomic(
+        p, [=](unsigned old) { return old + value; });
+}
+
+/* Adds, and orders what each adder wrote before what later adders read. */
+static inline int add_ordered(int *p, int value) {
+    return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
 }
 
 static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long value) {
@@ -181,6 +208,26 @@ static inline uint32_t pack_bf16(float low, float high) {
     return emu_bf16(low) | emu_bf16(high) << 16;
 }
 
+static inline float emu_from_bf16(uint32_t bits) {
+    return __uint_as_float(bits << 16);
+}
+
+/* a * b + c, rounded once. x is exact, `rest` what the sum leaves out. The nearest float may lie
+ * half-way between two bf16 where the exact value does not: then it moves a little to that side. */
+static inline uint32_t emu_fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+    double x = (double)emu_from_bf16(a) * emu_from_bf16(b), y = emu_from_bf16(c), sum = x + y;
+    double y_part = sum - x, rest = (x - (sum - y_part)) + (y - y_part);
+    float near = (float)sum;
+    double beyond = sum - near + rest;
+    if ((__float_as_uint(near) & 0xFFFF) == 0x8000 && beyond != 0)
+        near = nextafterf(near, beyond > 0 ? INFINITY : -INFINITY);
+    return emu_bf16(near);
+}
+
+static inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+    return emu_fma_bf16(a, b, c) | emu_fma_bf16(a >> 16, b >> 16, c >> 16) << 16;
+}
+
 static inline float half_to_float(uint16_t bits) {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
     if (magnitude >= 0x7C00) /* infinity, NaN */
@@ -190,25 +237,49 @@ static inline float half_to_float(uint16_t bits) {
 }
 
 static inline void grid_launch_dependents(void) {} /* they may begin early in any case */
+static inline void copies_see_stores(void) {}      /* they do */
 
 /* ---- a block and its threads ---- */
 
-enum emu_op { /* where a thread waits */
-              EMU_NONE,
-              EMU_SYNCTHREADS,
-              EMU_SYNCWARP,
-              EMU_SHFL,
-              EMU_SHFL_XOR,
-              EMU_BALLOT,
-              EMU_ANY,
-              EMU_MMA,
-              EMU_GRID_WAIT,
-              EMU_RETURNED
+#define EMU_OPS(X) /* where a thread waits; from EMU_SYNCWARP on, for the lanes of its warp */     \
+    X(EMU_NONE, "can run")                                                                         \
+    X(EMU_SYNCTHREADS, "__syncthreads")                                                            \
+    X(EMU_SYNC_SOME, "sync_threads")                                                               \
+    X(EMU_GRID_WAIT, "grid_wait")                                                                  \
+    X(EMU_BARRIER_WAIT, "barrier_wait")                                                            \
+    X(EMU_SYNCWARP, "__syncwarp")                                                                  \
+    X(EMU_SHFL, "__shfl_sync")                                                                     \
+    X(EMU_SHFL_UP, "__shfl_up_sync")                                                               \
+    X(EMU_SHFL_XOR, "__shfl_xor_sync")                                                             \
+    X(EMU_BALLOT, "__ballot_sync")                                                                 \
+    X(EMU_ANY, "__any_sync")                                                                       \
+    X(EMU_ALL, "__all_sync")                                                                       \
+    X(EMU_MMA, "mma_bf16")                                                                         \
+    X(EMU_LOAD_MATRICES, "load_matrices")                                                          \
+    X(EMU_TRANSPOSE, "transpose_matrix")                                                           \
+    X(EMU_COPY_PIECES, "copy_pieces")                                                              \
+    X(EMU_RETURNED, "returned")
+#define EMU_NAME(op, name)   op,
+#define EMU_STRING(op, name) name,
+enum emu_op { EMU_OPS(EMU_NAME) };
+static const char *const emu_op_names[] = {EMU_OPS(EMU_STRING)};
+
+/* An mbarrier, in the 8 bytes that a kernel has for it. A phase is over when all arrivals have come
+ * and all pieces that were sent in it have landed. ThreadSanitizer knows it by the address of one
+ * of these bytes: the first or the second, by its parity. */
+struct __attribute__((may_alias)) emu_mbarrier {
+    uint16_t arrivals, missing, pieces; /* those still to come in this phase */
+    uint8_t parity, mark;
 };
 
-static const char *const emu_op_names[] = {
-    "can run",       "__syncthreads", "__syncwarp", "__shfl_sync", "__shfl_xor_sync",
-    "__ballot_sync", "__any_sync",    "mma_bf16",   "grid_wait",   "returned"};
+enum { EMU_BARRIER_MARK = 0x5A };
+
+struct emu_piece { /* of copy_pieces, on its way */
+    void *to;
+    const void *from;
+    size_t bytes;
+    emu_mbarrier *barrier;
+};
 
 struct emu_async_copy {
     void *to;
@@ -222,11 +293,16 @@ struct emu_lane_state {
     uint64_t value, result;
     float *c; /* of mma_bf16 */
     const uint32_t *a, *b;
+    uint16_t row[8]; /* of load_matrices */
+    uint32_t *matrices;
+    bool transposed;
+    const emu_mbarrier *barrier; /* of barrier_wait */
 };
 
-/* ThreadSanitizer knows a barrier by an address; here by two in turn, since a thread may come to
- * the next barrier before others have left this one. */
+/* Of a block or a warp. ThreadSanitizer knows a barrier by an address; here by two in turn, since a
+ * thread may come to the next barrier before others have left this one. */
 struct emu_barrier {
+    int n_waiting; /* of a block's */
     bool odd;
     char address[2];
 };
@@ -265,13 +341,16 @@ struct emu_kernel { /* a launch */
 struct emu_block {
     const emu_kernel *kernel = nullptr;
     unsigned number = 0;
-    int n_threads = 0, n_warps = 0, n_at_barrier = 0, n_returned = 0;
+    int n_threads = 0, n_warps = 0, n_returned = 0;
     bool early = false, grid_waited = false;  /* early: the kernel before it has not run */
+    bool unready = false;                     /* barrier_init without barriers_ready */
+    std::vector<emu_piece> pieces{};          /* the oldest first */
+    uint32_t lateness = 1;                    /* about so many switches; then one lands */
     char *arena = nullptr, *shared = nullptr; /* shared: what it asked for, at the arena's end */
     std::unique_ptr<emu_fiber[]> fibers{};    /* (EMU_FIBER_SETS, n_threads) */
     emu_fiber *threads[EMU_MAX_THREADS];      /* (n_threads) */
     emu_warp warps[EMU_MAX_WARPS];            /* (n_warps) */
-    emu_barrier barrier;
+    emu_barrier barriers[EMU_NAMED_BARRIERS];
 };
 
 static struct {
@@ -502,31 +581,67 @@ static emu_fiber *emu_pick(emu_warp *warp) {
     return block->threads[(warp - block->warps) * EMU_WARP + lane];
 }
 
-/* No thread can run. Blames one that waits for other lanes, or else one at the barrier. */
+/* The phase is over if nothing is missing: those that wait for its end can run. */
+static void emu_end_phase(emu_mbarrier *barrier) {
+    if (barrier->missing > 0 || barrier->pieces > 0)
+        return;
+    barrier->parity ^= 1;
+    barrier->missing = barrier->arrivals;
+    for (int w = 0; w < emu.block->n_warps; w++) {
+        emu_warp *warp = &emu.block->warps[w];
+        for (int lane = 0; lane < EMU_WARP; lane++)
+            if (warp->lanes[lane].op == EMU_BARRIER_WAIT && warp->lanes[lane].barrier == barrier)
+                warp->runnable |= 1u << lane;
+    }
+}
+
+/* A piece lands: any of them, an old one more likely. */
+static void emu_land(void) {
+    std::vector<emu_piece> &pieces = emu.block->pieces;
+    uint32_t i = emu_random(1 + emu_random((uint32_t)pieces.size()));
+    emu_piece piece = pieces[i];
+    pieces.erase(pieces.begin() + i);
+    EMU_ASAN(__asan_unpoison_memory_region(piece.to, piece.bytes);)
+    memcpy(piece.to, piece.from, piece.bytes);
+    piece.barrier->pieces--;
+    emu_end_phase(piece.barrier);
+}
+
+/* No thread can run. Blames one that waits for other lanes, or else at an mbarrier, or else at a
+ * barrier of the block. */
 __attribute__((noreturn)) static void emu_deadlock(void) {
     const emu_fiber *blamed = nullptr;
     for (int i = 0; i < emu.block->n_threads; i++) {
         const emu_fiber *fiber = emu.block->threads[i];
         emu_op op = fiber->warp->lanes[fiber->lane].op;
-        if (op != EMU_RETURNED && (!blamed || op != EMU_SYNCTHREADS))
+        if (op != EMU_RETURNED && (!blamed || op > blamed->warp->lanes[blamed->lane].op))
             blamed = fiber;
     }
     const emu_lane_state &lane = blamed->warp->lanes[blamed->lane];
     threadIdx = blamed->index;
     emu_print_place();
     fprintf(stderr, "waits forever at %s", emu_op_names[lane.op]);
-    if (lane.op != EMU_SYNCTHREADS)
+    if (lane.op == EMU_BARRIER_WAIT)
+        fprintf(stderr, "(byte %td, %d) for %d of %d arrivals",
+                (const char *)lane.barrier - emu.block->shared, lane.barrier->parity,
+                lane.barrier->missing, lane.barrier->arrivals);
+    if (lane.op >= EMU_SYNCWARP)
         fprintf(stderr, " for lanes %08x", ~blamed->warp->at_op);
     fprintf(stderr, ": ");
     emu_print_waiting();
     abort();
 }
 
-/* This thread waits, or has ended. Where no other can run, the block has ended, or has come as far
- * as it can before the kernel before it. */
+/* This thread waits, or has ended. Where no other can run, even with all pieces there, the block has
+ * ended, or has come as far as it can before the kernel before it. */
 static void emu_run_another(emu_warp *warp) {
     emu_block *block = emu.block;
+    if (!block->pieces.empty() && emu_random(block->lateness) == 0)
+        emu_land();
     emu_fiber *next = emu_pick(warp);
+    for (; !next && !block->pieces.empty() && block->n_returned < block->n_threads;
+         next = emu_pick(warp))
+        emu_land();
     if (!next && (block->early || block->n_returned == block->n_threads))
         next = &emu.host;
     if (!next)
@@ -580,20 +695,33 @@ static void emu_leave(char *address) {
     EMU_TSAN(__tsan_acquire(address);)
 }
 
-void __syncthreads(void) {
+/* The first n threads of the block wait for each other. */
+static void emu_sync(emu_op op, int index, int n) {
     emu_quiet quiet;
-    emu_fiber *self = emu_self("__syncthreads");
+    emu_fiber *self = emu_self(emu_op_names[op]);
     emu_block *block = emu.block;
-    char *address = emu_arrive(&block->barrier);
-    emu_wait_at(EMU_SYNCTHREADS);
-    if (++block->n_at_barrier == block->n_threads) {
-        block->n_at_barrier = 0;
-        block->barrier.odd ^= 1;
-        for (int w = 0; w < block->n_warps; w++)
+    emu_barrier *barrier = &block->barriers[index];
+    if (self->warp >= block->warps + (n + EMU_WARP - 1) / EMU_WARP)
+        emu_report("sync_threads<%d, %d>, but it is not one of these threads", index, n);
+    char *address = emu_arrive(barrier);
+    emu_wait_at(op);
+    if (++barrier->n_waiting == n) {
+        barrier->n_waiting = 0;
+        barrier->odd ^= 1;
+        for (int w = 0; w * EMU_WARP < n; w++)
             block->warps[w].runnable = block->warps[w].all;
     }
     emu_run_another(self->warp);
     emu_leave(address);
+}
+
+void __syncthreads(void) {
+    emu_sync(EMU_SYNCTHREADS, 0, emu_self("__syncthreads") ? emu.block->n_threads : 0);
+}
+
+template <int INDEX, int N> static void sync_threads(void) {
+    static_assert(INDEX > 0 && INDEX < EMU_NAMED_BARRIERS && N > 0 && N % EMU_WARP == 0);
+    emu_sync(EMU_SYNC_SOME, INDEX, N);
 }
 
 void __threadfence(void) { /* what is before one is before what is after a later one */
@@ -611,10 +739,6 @@ void grid_wait(void) {
     emu_wait_at(EMU_GRID_WAIT);
     emu_run_another(self->warp);
     EMU_TSAN(__tsan_acquire(&emu.begun);)
-}
-
-static float emu_from_bf16(uint32_t bits) {
-    return __uint_as_float(bits << 16);
 }
 
 /* Gathers the fragments of all lanes into matrices, multiplies, and scatters. */
@@ -642,6 +766,25 @@ static void emu_mma(const emu_lane_state *lanes) {
             lanes[lane].c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+/* Lane 8 m + i has brought row i of matrix m; each gets two elements of each matrix. */
+static void emu_matrices(const emu_lane_state *lanes) {
+    for (int lane = 0; lane < EMU_WARP; lane++)
+        for (int m = 0; m < 4; m++) {
+            const emu_lane_state *rows = lanes + 8 * m;
+            int i = lane / 4, j = lane % 4 * 2;
+            lanes[lane].matrices[m] = lanes[lane].transposed
+                                          ? rows[j].row[i] | (uint32_t)rows[j + 1].row[i] << 16
+                                          : rows[i].row[j] | (uint32_t)rows[i].row[j + 1] << 16;
+        }
+}
+
+/* Of a matrix spread like one of load_matrices: column i of rows j and j + 1. */
+static uint32_t emu_transposed(const emu_lane_state *lanes, int lane) {
+    int i = lane / 4, j = lane % 4 * 2, shift = i % 2 * 16;
+    return (lanes[j * 4 + i / 2].value >> shift & 0xFFFF) |
+           (uint32_t)(lanes[j * 4 + 4 + i / 2].value >> shift) << 16;
+}
+
 /* All lanes have come: gives each its result. */
 static void emu_complete(emu_warp *warp, emu_op op) {
     uint32_t votes = 0;
@@ -653,10 +796,16 @@ static void emu_complete(emu_warp *warp, emu_op op) {
     }
     if (op == EMU_MMA)
         emu_mma(warp->lanes);
-    for (emu_lane_state &lane : warp->lanes)
-        lane.result = op == EMU_BALLOT ? votes
-                      : op == EMU_ANY  ? votes != 0
-                                       : warp->lanes[lane.source].value;
+    if (op == EMU_LOAD_MATRICES)
+        emu_matrices(warp->lanes);
+    for (int i = 0; i < EMU_WARP; i++) {
+        emu_lane_state &lane = warp->lanes[i];
+        lane.result = op == EMU_BALLOT      ? votes
+                      : op == EMU_ANY       ? votes != 0
+                      : op == EMU_ALL       ? votes == 0xFFFFFFFF
+                      : op == EMU_TRANSPOSE ? emu_transposed(warp->lanes, i)
+                                            : warp->lanes[lane.source].value;
+    }
     warp->at_op = 0;
     warp->runnable = warp->all;
 }
@@ -700,6 +849,10 @@ static inline int __any_sync(uint32_t mask, int predicate) {
     return (int)emu_warp_op(EMU_ANY, mask, predicate != 0, 0);
 }
 
+static inline int __all_sync(uint32_t mask, int predicate) {
+    return (int)emu_warp_op(EMU_ALL, mask, predicate != 0, 0);
+}
+
 template <typename T> static inline T emu_shuffle(emu_op op, uint32_t mask, T value, int source) {
     static_assert(sizeof value == 4 || sizeof value == 8, "shuffles move 4 or 8 bytes");
     uint64_t bits = 0;
@@ -711,6 +864,11 @@ template <typename T> static inline T emu_shuffle(emu_op op, uint32_t mask, T va
 
 template <typename T> static inline T __shfl_sync(uint32_t mask, T value, int source) {
     return emu_shuffle(EMU_SHFL, mask, value, source);
+}
+
+template <typename T> static inline T __shfl_up_sync(uint32_t mask, T value, int lanes) {
+    int lane = emu_self("__shfl_up_sync")->lane;
+    return emu_shuffle(EMU_SHFL_UP, mask, value, lane < lanes ? lane : lane - lanes);
 }
 
 template <typename T> static inline T __shfl_xor_sync(uint32_t mask, T value, int bits) {
@@ -749,6 +907,136 @@ static inline uint4 load16(const void *p) {
 
 static inline uint2 load8(const void *p) {
     return emu_load<uint2>(p, "load8");
+}
+
+/* Loads and stores with a hint for the caches. */
+template <typename T> static inline T __ldcg(const T *p) {
+    return emu_load<T>(p, "__ldcg");
+}
+
+template <typename T> static inline void __stcg(T *p, T value) {
+    emu_check_aligned(p, sizeof value, "__stcg");
+    *p = value;
+}
+#define __stcs(p, value) __stcg(p, value)
+
+static void emu_check_shared(const void *p, size_t bytes, size_t align, const char *call) {
+    emu_self(call);
+    ptrdiff_t offset = (const char *)p - emu.block->shared;
+    emu_check_aligned(p, align, call);
+    if (offset < 0 || (size_t)offset + bytes > emu.block->kernel->shared_bytes)
+        emu_report("%s: byte %td, %zu of them, of %zu of shared memory", call, offset, bytes,
+                   emu.block->kernel->shared_bytes);
+}
+
+static inline void load_matrices(uint32_t r[4], const void *row, bool transposed = false) {
+    emu_check_shared(row, 16, 16, "load_matrices");
+    uint4 own = load16(row);
+    emu_quiet quiet;
+    emu_lane_state *lane = &emu.current->warp->lanes[emu.current->lane];
+    memcpy(lane->row, &own, 16);
+    lane->matrices = r;
+    lane->transposed = transposed;
+    emu_warp_op(EMU_LOAD_MATRICES, 0xFFFFFFFF, 0, 0);
+}
+
+static inline void load_matrices_transposed(uint32_t r[4], const void *row) {
+    load_matrices(r, row, true);
+}
+
+static inline uint32_t transpose_matrix(uint32_t own) {
+    return (uint32_t)emu_warp_op(EMU_TRANSPOSE, 0xFFFFFFFF, own, 0);
+}
+
+/* ---- mbarriers, and copies that arrive at them ---- */
+
+void barrier_init(uint64_t *barrier, int arrivals) {
+    emu_check_shared(barrier, 8, 8, "barrier_init");
+    *barrier = 0; /* for ThreadSanitizer to see */
+    emu_quiet quiet;
+    emu_mbarrier *b = (emu_mbarrier *)barrier;
+    if (arrivals <= 0 || arrivals > EMU_MAX_THREADS)
+        emu_report("barrier_init for %d arrivals", arrivals);
+    *b = {(uint16_t)arrivals, (uint16_t)arrivals, 0, 0, EMU_BARRIER_MARK};
+    emu.block->unready = true;
+    EMU_TSAN(__tsan_mutex_destroy((char *)b, 0);)
+    EMU_TSAN(__tsan_mutex_destroy((char *)b + 1, 0);)
+}
+
+void barriers_ready(void) {
+    emu_quiet quiet;
+    emu_self("barriers_ready");
+    emu.block->unready = false;
+}
+
+static emu_mbarrier *emu_mbarrier_at(uint64_t *barrier, const char *call) {
+    emu_check_shared(barrier, 8, 8, call);
+    (void)*(volatile uint64_t *)barrier; /* for ThreadSanitizer to see */
+    emu_quiet quiet;
+    emu_mbarrier *b = (emu_mbarrier *)barrier;
+    if (b->mark != EMU_BARRIER_MARK)
+        emu_report("%s before barrier_init", call);
+    if (emu.block->unready)
+        emu_report("%s before barriers_ready", call);
+    return b;
+}
+
+static void emu_arrive_at(emu_mbarrier *barrier, const char *call) {
+    emu_quiet quiet;
+    if (barrier->missing == 0)
+        emu_report("%s, but all %d arrivals have come", call, barrier->arrivals);
+    EMU_TSAN(__tsan_release((char *)barrier + barrier->parity);)
+    barrier->missing--;
+    emu_end_phase(barrier);
+}
+
+void barrier_arrive(uint64_t *barrier) {
+    emu_arrive_at(emu_mbarrier_at(barrier, "barrier_arrive"), "barrier_arrive");
+}
+
+/* Waits while the phase has this parity: also where two have gone by, as a GPU might. */
+void barrier_wait(uint64_t *barrier, uint32_t parity) {
+    emu_mbarrier *b = emu_mbarrier_at(barrier, "barrier_wait");
+    emu_quiet quiet;
+    emu_fiber *self = emu.current;
+    if (parity > 1)
+        emu_report("barrier_wait with parity %u", parity);
+    while (b->parity == parity) {
+        self->warp->lanes[self->lane].barrier = b;
+        emu_wait_at(EMU_BARRIER_WAIT);
+        emu_run_another(self->warp);
+    }
+    EMU_TSAN(__tsan_acquire((char *)b + parity);)
+}
+
+static inline int copy_arrivals(void) {
+    return 1;
+}
+
+/* The first copy is for the sanitizers, who take it for this thread's; then the target is garbage,
+ * until the piece lands (emu_land). */
+static void emu_send_piece(void *to, const void *from, size_t bytes, emu_mbarrier *barrier) {
+    emu_check_shared(to, bytes, 16, "copy_pieces to");
+    emu_check_aligned(from, 16, "copy_pieces from");
+    if (bytes % 16)
+        emu_report("copy_pieces of %zu bytes: not a multiple of 16", bytes);
+    memcpy(to, from, bytes);
+    emu_quiet quiet;
+    EMU_TSAN(__tsan_release((char *)barrier + barrier->parity);)
+    memset(to, EMU_GARBAGE, bytes);
+    EMU_ASAN(__asan_poison_memory_region(to, bytes);)
+    barrier->pieces++;
+    emu.block->pieces.push_back({to, from, bytes, barrier});
+}
+
+template <bool ONCE>
+static void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
+    emu_mbarrier *b = emu_mbarrier_at(barrier, "copy_pieces");
+    if (bytes > 0)
+        emu_send_piece(to, from, bytes, b);
+    emu_warp_op(EMU_COPY_PIECES, 0xFFFFFFFF, 0, 0);
+    if (emu.current->lane == 0)
+        emu_arrive_at(b, "copy_pieces");
 }
 
 /* cp.async: 16 bytes, or zeros, that land when this thread waits for their group. */
@@ -845,8 +1133,8 @@ static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigne
     return fiber;
 }
 
-static void emu_forget(emu_barrier *barrier) { /* by what the block before it did there */
-    (void)barrier;
+static void emu_forget(emu_barrier *barrier) { /* what the block before it did there */
+    barrier->n_waiting = 0;
     EMU_TSAN(__tsan_mutex_destroy(&barrier->address[0], 0);)
     EMU_TSAN(__tsan_mutex_destroy(&barrier->address[1], 0);)
 }
@@ -859,13 +1147,16 @@ static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned
     block->number = number;
     block->n_threads = (int)n;
     block->n_warps = (int)(n + EMU_WARP - 1) / EMU_WARP;
-    block->n_at_barrier = block->n_returned = 0;
-    block->early = block->grid_waited = false;
+    block->n_returned = 0;
+    block->early = block->grid_waited = block->unready = false;
+    block->lateness = 1u << emu_random(12);
+    block->pieces.clear();
     if (!block->arena) {
         block->arena = emu_map(EMU_ARENA);
         block->fibers.reset(new emu_fiber[EMU_FIBER_SETS * EMU_MAX_THREADS]);
     }
-    emu_forget(&block->barrier);
+    for (emu_barrier &barrier : block->barriers)
+        emu_forget(&barrier);
     for (emu_warp &warp : block->warps) {
         warp.all = warp.at_op = 0;
         emu_forget(&warp.barrier);
@@ -900,6 +1191,8 @@ static void emu_go_on(emu_block *block) {
     emu_run_another(emu_any_warp());
     emu_check_garbage(block, block->shared - EMU_SHARED_ALIGN, block->shared);
     emu_check_garbage(block, block->shared + kernel->shared_bytes, block->arena + EMU_ARENA);
+    if (block->n_returned == block->n_threads && !block->pieces.empty())
+        emu_report("the block ends while pieces of copy_pieces are on their way");
     if (kernel->programmatic && !block->grid_waited)
         emu_report("launched to overlap the kernel before it, but never calls grid_wait");
     emu.block = nullptr;

@@ -103,12 +103,16 @@ static __global__ void add_kernel(int *to, const int *from) {
 
 static void bits_and_numbers(struct check *check) {
     CHECK(__popc(0xF0F0u) == 8 && __popc(0) == 0, "got %d", __popc(0xF0F0u));
+    CHECK(__ffs(0) == 0 && __ffs(1) == 1 && __ffs(0x50) == 5, "got %d", __ffs(0x50));
+    CHECK(__fdividef(3.0f, 2.0f) == 1.5f && rsqrtf(4.0f) == 0.5f, "got %g", (double)rsqrtf(4.0f));
     CHECK(__float_as_uint(1.0f) == 0x3F800000 && __uint_as_float(0x40000000) == 2.0f, "bits");
     CHECK(__expf(0.0f) == 1.0f, "got %g", (double)__expf(0.0f));
     CHECK(sizeof(uint4) == 16 && alignof(uint4) == 16 && alignof(float2) == 8, "alignment");
     uint4 v = make_uint4(1, 2, 3, 4);
     int2 w = make_int2(-1, -2);
+    float4 f = make_float4(1, 2, 3, 4);
     CHECK(v.x == 1 && v.w == 4 && w.x == -1 && w.y == -2, "another value");
+    CHECK(f.y == 2 && f.w == 4 && alignof(float4) == 16, "another value");
     CHECK(isnan(__uint_as_float(0xFFFFFFFF)), "the garbage is no NaN in f32");
     CHECK(isnan(emu_from_bf16(0xFFFF)), "the garbage is no NaN in bf16");
 }
@@ -145,6 +149,32 @@ static void bf16_pairs(struct check *check) {
     CHECK(pack_bf16(1.0f, -2.0f) == 0xC0003F80, "got %08x", pack_bf16(1.0f, -2.0f));
 }
 
+/* No bf16 is nearer to the exact value; where another is as near, it is the even one. */
+static void bf16_sums_of_products(struct check *check) {
+    for (int i = 0; i < 200000; i++) {
+        uint32_t x[3]; /* exponents so near that long double has room for the exact sum */
+        for (uint32_t &bits : x)
+            bits = emu_random(2) << 15 | (117 + emu_random(20)) << 7 | emu_random(128);
+        uint32_t high = fma_bf16(x[0] << 16 | x[1], x[1] << 16 | x[2], x[2] << 16 | x[0]) >> 16;
+        uint32_t got = fma_bf16(x[0], x[1], x[2]);
+        long double exact =
+            (long double)emu_from_bf16(x[0]) * emu_from_bf16(x[1]) + emu_from_bf16(x[2]);
+        long double far = fabsl(emu_from_bf16(got) - exact);
+        for (uint32_t other : {got - 1, got + 1}) {
+            long double as_far = fabsl(emu_from_bf16(other) - exact);
+            CHECK(far < as_far || (far == as_far && got % 2 == 0) || exact == 0,
+                  "%04x * %04x + %04x: got %04x", x[0], x[1], x[2], got);
+        }
+        CHECK(high == got, "%04x in the low half, %04x in the high one", got, high);
+    }
+    /* 1.5 (1 + 2^-7) is half-way between two; 2^-100 decides, though no double has both */
+    CHECK(fma_bf16(0x3FC0, 0x3F81, 0) == 0x3FC2, "got %x", fma_bf16(0x3FC0, 0x3F81, 0));
+    CHECK(fma_bf16(0x3FC0, 0x3F81, 0x0D80) == 0x3FC2, "a little more");
+    CHECK(fma_bf16(0x3FC0, 0x3F81, 0x8D80) == 0x3FC1, "a little less");
+    CHECK(fma_bf16(0x7F7F, 0x4000, 0x3F80) == 0x7F80, "no infinity");
+    CHECK((fma_bf16(0x7F80, 0, 0) & 0x7FFF) > 0x7F80, "no NaN");
+}
+
 /* ---- threads, warps, blocks ---- */
 
 static __global__ void places_kernel(unsigned *out) {
@@ -172,7 +202,7 @@ static __global__ void warp_kernel(int amount, int64_t *out) {
     uint32_t all = 0xFFFFFFFF;
     int lane = (int)threadIdx.x % 32;
     bool vote = (lane % 3 == amount % 3) != (threadIdx.x >= 32);
-    out += threadIdx.x * 6;
+    out += threadIdx.x * 9;
     out[0] = __shfl_sync(all, lane, amount);
     out[1] = (int64_t)__shfl_xor_sync(all, (float)lane, amount);
     out[2] = __shfl_xor_sync(all, (int64_t)lane << 40 | 7, amount);
@@ -180,10 +210,13 @@ static __global__ void warp_kernel(int amount, int64_t *out) {
     out[3] = __ballot_sync(all, vote);
     out[4] = __any_sync(all, lane == amount && threadIdx.x < 32);
     out[5] = (int64_t)__shfl_sync(all, (unsigned)lane, 32 + amount);
+    out[6] = __shfl_up_sync(all, lane, amount);
+    out[7] = __all_sync(all, lane != amount || threadIdx.x < 32);
+    out[8] = transpose_matrix((uint32_t)(2 * lane << 16 | 2 * lane | 0x10000)); /* 8 row + column */
 }
 
 static void warp_operations(struct check *check) {
-    device_array<int64_t> out(64 * 6);
+    device_array<int64_t> out(64 * 9);
     for (int amount = 0; amount < 32; amount++) {
         RUN(with(1, 64, 0)(warp_kernel, amount, out.data));
         int64_t votes = 0;
@@ -191,31 +224,38 @@ static void warp_operations(struct check *check) {
             votes |= (int64_t)(lane % 3 == amount % 3) << lane;
         for (int i = 0; i < 64; i++) {
             int lane = i % 32;
-            int64_t expected[6] = {amount,
+            int64_t turned = lane % 4 * 16 + lane / 4;
+            int64_t expected[9] = {amount,
                                    lane ^ amount,
                                    (int64_t)(lane ^ amount) << 40 | 7,
                                    i < 32 ? votes : ~votes & 0xFFFFFFFF,
                                    i < 32,
-                                   amount};
-            for (int j = 0; j < 6; j++)
-                CHECK(out[(size_t)(i * 6 + j)] == expected[j], "%d, thread %d, result %d: got %llx",
-                      amount, i, j, (long long)out[(size_t)(i * 6 + j)]);
+                                   amount,
+                                   lane < amount ? lane : lane - amount,
+                                   i < 32,
+                                   turned | (turned + 8) << 16};
+            for (int j = 0; j < 9; j++)
+                CHECK(out[(size_t)(i * 9 + j)] == expected[j], "%d, thread %d, result %d: got %llx",
+                      amount, i, j, (long long)out[(size_t)(i * 9 + j)]);
         }
     }
 }
 
-static __global__ void atomics_kernel(int *sum, unsigned long long *long_sum) {
+static __global__ void atomics_kernel(int *sum, unsigned *sums, unsigned long long *long_sum) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     atomicAdd(sum, i);
+    atomicAdd(sums, (unsigned)i << 20);
     atomicAdd(&long_sum[0], (unsigned long long)i << 32);
     atomicMax(&long_sum[1], (unsigned long long)i << 32);
 }
 
 static void atomics(struct check *check) {
     device_array<int> sum(1, 3);
+    device_array<unsigned> sums(1, 7);
     device_array<unsigned long long> long_sum(2, 5);
-    RUN(with(4, 64, 0)(atomics_kernel, sum.data, long_sum.data));
+    RUN(with(4, 64, 0)(atomics_kernel, sum.data, sums.data, long_sum.data));
     CHECK(sum[0] == 3 + 255 * 128, "got %d", sum[0]);
+    CHECK(sums[0] == 7 + (255u * 128 << 20), "got %u", sums[0]);
     CHECK(long_sum[0] == 5 + (255ull * 128 << 32), "got %llx", long_sum[0]);
     CHECK(long_sum[1] == 255ull << 32, "got %llx", long_sum[1]);
 }
@@ -252,23 +292,26 @@ static void barriers(struct check *check) {
         CHECK(wrong_mirrors(false, 256) > 0, "a missing barrier does not show");
 }
 
+/* The last warp stands aside: it takes part in none of the two barriers of some threads. */
 static __global__ void no_races_kernel(int *out) {
     DYNAMIC_SHARED(int, shared);
-    shared[threadIdx.x] = 1;
+    if (threadIdx.x >= 64)
+        return;
+    shared[threadIdx.x] = 1 + (int)threadIdx.x;
     __syncwarp();
     int value = shared[threadIdx.x ^ 1];
-    __syncthreads();
-    shared[blockDim.x - 1 - threadIdx.x] = value;
-    __syncthreads();
-    out[blockIdx.x * blockDim.x + threadIdx.x] = shared[threadIdx.x];
+    sync_threads<1, 64>();
+    shared[63 - threadIdx.x] = value;
+    sync_threads<15, 64>();
+    out[blockIdx.x * 64 + threadIdx.x] = shared[threadIdx.x];
 }
 
 /* Here a report of ThreadSanitizer would be a false one. */
 static void barriers_order_memory(struct check *check) {
     device_array<int> out(256);
-    RUN(with(4, 64, 256)(no_races_kernel, out.data));
+    RUN(with(4, 96, 256)(no_races_kernel, out.data));
     for (size_t i = 0; i < 256; i++)
-        CHECK(out[i] == 1, "thread %zu: got %d", i, out[i]);
+        CHECK(out[i] == 1 + (int)((63 - i % 64) ^ 1), "thread %zu: got %d", i, out[i]);
 }
 
 static __global__ void shared_is_fresh_kernel(int n, int *wrong) {
@@ -358,6 +401,51 @@ static void mma_sums_in_order(struct check *check) {
     }
 }
 
+/* Element (i, j) of matrix m is 64 m + 8 i + j; rows lie 32 bytes apart, the last one first. */
+static __global__ void matrices_kernel(uint32_t *out) {
+    DYNAMIC_SHARED(uint16_t, shared);
+    int lane = (int)threadIdx.x;
+    uint16_t *row = shared + (31 - lane) * 16;
+    for (int j = 0; j < 8; j++)
+        row[j] = (uint16_t)(lane * 8 + j);
+    __syncwarp();
+    load_matrices(out + lane * 8, row);
+    load_matrices_transposed(out + lane * 8 + 4, row);
+}
+
+static void matrices_from_shared_memory(struct check *check) {
+    device_array<uint32_t> out(256);
+    RUN(with(1, 32, 1024)(matrices_kernel, out.data));
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t group = i / 8 / 4, quad = i / 8 % 4, m = i % 4, turned = i % 8 / 4;
+        uint32_t first = 64 * m + (turned ? 16 * quad + group : 8 * group + 2 * quad);
+        uint32_t expected = first | (first + (turned ? 8 : 1)) << 16;
+        CHECK(out[i] == expected, "lane %u, register %u: got %x, expected %x", i / 8, i % 8, out[i],
+              expected);
+    }
+}
+
+template <typename T> static __global__ void hints_kernel(const T *from, T *to) {
+    __stcg(&to[2 * threadIdx.x], __ldcg(&from[threadIdx.x]));
+    __stcs(&to[2 * threadIdx.x + 1], from[threadIdx.x]);
+}
+
+template <typename T> static void hints_of(struct check *check) {
+    device_array<T> from(32), to(64);
+    for (size_t i = 0; i < 32 * sizeof(T); i++)
+        reinterpret_cast<char *>(from.data)[i] = (char)i;
+    RUN(with(1, 32, 0)(hints_kernel<T>, from.data, to.data));
+    for (size_t i = 0; i < 64; i++)
+        CHECK(memcmp(&to[i], &from[i / 2], sizeof(T)) == 0, "another value at %zu", i);
+}
+
+static void loads_and_stores_with_hints(struct check *check) {
+    hints_of<int>(check);
+    hints_of<float>(check);
+    hints_of<float2>(check);
+    hints_of<float4>(check);
+}
+
 /* Each thread fetches its 16 bytes of two stages; the second one is odd threads' only. */
 static __global__ void copies_kernel(const uint4 *from, uint4 *out, int *early) {
     DYNAMIC_SHARED(uint4, shared);
@@ -393,6 +481,73 @@ static void asynchronous_copies(struct check *check) {
         CHECK(out[64 + i].y == (i & 1 ? 64 + i : 0), "8 bytes, thread %u: %u", i, out[64 + i].y);
         CHECK(early[i] == -1 && early[64 + i] == -1, "thread %u: it landed before a wait", i);
     }
+}
+
+/* ---- mbarriers ---- */
+
+enum { STAGES = 3, STAGE = 1024, ROUNDS = 8, CONSUMERS = 64 };
+
+/* A producer warp feeds two others through a ring of stages. They may be wrong: read a stage before
+ * it is full, or free it before they have read it. */
+enum wrong { RIGHT, READ_EARLY, FREE_EARLY };
+
+static __global__ void ring_kernel(const int *from, int *out, int wrong) {
+    DYNAMIC_SHARED(char, shared);
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + STAGES * STAGE), *empty = full + STAGES;
+    int thread = (int)threadIdx.x;
+    if (thread < STAGES) {
+        barrier_init(&full[thread], copy_arrivals());
+        barrier_init(&empty[thread], CONSUMERS);
+        barriers_ready();
+    }
+    __syncthreads();
+    for (int i = 0; i < ROUNDS; i++) {
+        int slot = i % STAGES, turn = i / STAGES % 2;
+        char *stage = shared + slot * STAGE;
+        if (thread >= CONSUMERS) {
+            int piece = thread % 32 * 32, bytes = thread % 2 ? 16 : 32; /* the rest stays garbage */
+            barrier_wait(&empty[slot], turn ^ 1);
+            copy_pieces<true>(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
+                              thread % 32 == 31 ? 0 : bytes, &full[slot]);
+        } else {
+            if (wrong != READ_EARLY)
+                barrier_wait(&full[slot], turn);
+            if (wrong == FREE_EARLY)
+                barrier_arrive(&empty[slot]);
+            sync_threads<1, CONSUMERS>();
+            out[i * CONSUMERS + thread] = reinterpret_cast<int *>(stage)[thread ^ 32];
+            if (wrong == READ_EARLY)
+                barrier_wait(&full[slot], turn);
+            if (wrong != FREE_EARLY)
+                barrier_arrive(&empty[slot]);
+        }
+    }
+}
+
+static int wrong_in_ring(struct check *check, enum wrong how) {
+    device_array<int> from(ROUNDS * STAGE / 4), out(ROUNDS * CONSUMERS, 0);
+    for (int i = 0; i < ROUNDS * STAGE / 4; i++)
+        from[(size_t)i] = i;
+    size_t shared = STAGES * STAGE + 2 * STAGES * 8;
+    RUN(with(1, CONSUMERS + 32, shared)(ring_kernel, from.data, out.data, how));
+    int wrong = 0;
+    for (int i = 0; i < ROUNDS * CONSUMERS; i++) {
+        int at = (i % CONSUMERS) ^ 32;
+        wrong += out[(size_t)i] != (at % 16 >= 12 ? -1 : i / CONSUMERS * STAGE / 4 + at);
+    }
+    return wrong;
+}
+
+static void rings_of_stages(struct check *check) {
+    bool plain = !under_asan && !under_tsan; /* which report it */
+    int read_early = 0, free_early = 0;
+    for (int seed = 0; seed < SEEDS; seed++) {
+        CHECK(wrong_in_ring(check, RIGHT) == 0, "it waits, and something is wrong");
+        read_early += plain && wrong_in_ring(check, READ_EARLY) > 0;
+        free_early += plain && wrong_in_ring(check, FREE_EARLY) > 0;
+    }
+    CHECK(!plain || (read_early > 0 && free_early > 0), "read too early %d times, freed %d times",
+          read_early, free_early);
 }
 
 /* ---- devices, errors, limits ---- */
@@ -901,15 +1056,16 @@ static void graphs_do_not_begin_early(struct check *check) {
     OK(cudaGraphExecDestroy(exec));
 }
 
-/* The last block to arrive sees what the others wrote, if there are fences. */
-static __global__ void last_block_kernel(int *parts, int *arrived, int *out, bool fences) {
+/* The last block to arrive sees what the others wrote, if there are fences or the count orders. */
+static __global__ void last_block_kernel(int *parts, int *arrived, int *out, bool fences,
+                                         bool ordered) {
     DYNAMIC_SHARED(int, before);
     parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;
     if (fences)
         __threadfence();
     __syncthreads();
     if (threadIdx.x == 0)
-        *before = atomicAdd(arrived, 1);
+        *before = ordered ? add_ordered(arrived, 1) : atomicAdd(arrived, 1);
     __syncthreads();
     if (fences)
         __threadfence();
@@ -917,16 +1073,16 @@ static __global__ void last_block_kernel(int *parts, int *arrived, int *out, boo
         atomicAdd(out, parts[i * blockDim.x + (threadIdx.x + i) % blockDim.x]);
 }
 
-static int last_block(bool fences) {
+static int last_block(bool fences, bool ordered) {
     device_array<int> parts(256), out(2, 0);
-    with(4, 64, 4)(last_block_kernel, parts.data, &out[1], &out[0], fences);
+    with(4, 64, 4)(last_block_kernel, parts.data, &out[1], &out[0], fences, ordered);
     cudaDeviceSynchronize();
     return out[0];
 }
 
 static void last_block_sums(struct check *check) {
     for (int round = 0; round < 20; round++)
-        CHECK(last_block(true) == 256, "another sum");
+        CHECK(last_block(true, false) == 256 && last_block(false, true) == 256, "another sum");
 }
 
 /* ---- reports ---- */
@@ -971,6 +1127,43 @@ static void multiply(bool here) {
     float c[4] = {0};
     if (here)
         mma_bf16(c, fragment, fragment);
+}
+
+static uint64_t *barrier_in(char *shared, int arrivals) {
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared);
+    barrier_init(barrier, arrivals);
+    barriers_ready();
+    return barrier;
+}
+
+/* A whole warp sends a piece of 16 bytes for each lane, or one lane one of another kind. */
+static void send(char *shared, int to, const int *from, unsigned bytes) {
+    copy_pieces<false>(shared + to, from, bytes, barrier_in(shared, 1));
+}
+
+static __global__ void sending_kernel(const int *from, int n) {
+    DYNAMIC_SHARED(char, shared);
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared);
+    if (threadIdx.x == 0)
+        barrier_in(shared, 1);
+    __syncwarp();
+    for (int i = 0; i < n; i++)
+        copy_pieces<false>(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, barrier);
+}
+
+static void send_and_forget(int n) {
+    device_array<int> from(4);
+    emu_next_kernel("sending_kernel");
+    for (int i = 0; i < SEEDS; i++)
+        with(1, 32, 16 + 512 * (size_t)n)(sending_kernel, from.data, n);
+    cudaDeviceSynchronize();
+}
+
+static void ring(enum wrong how) {
+    struct check check = {0, 0};
+    emu_next_kernel("ring_kernel");
+    for (int seed = 0; seed < SEEDS; seed++)
+        wrong_in_ring(&check, how);
 }
 
 /* Races that no order shows: between warps, or between lanes without __syncwarp. */
@@ -1062,6 +1255,32 @@ static const mistake all_mistakes[] = {
     {"outside a kernel", ALWAYS, __syncthreads, {"cuda_emu: __syncthreads outside a kernel"}},
     {"no grid_wait", ALWAYS, never_wait_for_grid,
      {"cuda_emu: nothing_kernel, block (0, 0, 0)", "never calls grid_wait"}},
+    {"too few arrivals", ALWAYS,
+     KERNEL(uint64_t *barrier = (uint64_t *)shared;
+            if (errs) { barrier_arrive(barrier_in(shared, 2)); barrier_wait(barrier, 0); }),
+     {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 2 arrivals: 64 threads: ",
+      "1 barrier_wait 63 returned"}},
+    {"a phase missed", ALWAYS,
+     KERNEL(if (threadIdx.x == 0) barrier_in(shared, 1); __syncthreads();
+            uint64_t *barrier = (uint64_t *)shared;
+            if (threadIdx.x == 0) { barrier_arrive(barrier); barrier_arrive(barrier); }
+            if (errs) barrier_wait(barrier, 0)),
+     {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 1 arrivals: "}},
+    {"no barrier_init", ALWAYS, KERNEL(if (errs) barrier_wait((uint64_t *)shared, 0)),
+     {THREAD "barrier_wait before barrier_init"}},
+    {"no barriers_ready", ALWAYS,
+     KERNEL(if (errs) { barrier_init((uint64_t *)shared, 1); barrier_arrive((uint64_t *)shared); }),
+     {THREAD "barrier_arrive before barriers_ready"}},
+    {"a barrier beside 8 bytes", ALWAYS, KERNEL(if (errs) barrier_in(shared + 4, 1)),
+     {THREAD "barrier_init(", "not a multiple of 8"}},
+    {"a count as a parity", ALWAYS, KERNEL(if (errs) barrier_wait(barrier_in(shared, 1), 2)),
+     {THREAD "barrier_wait with parity 2"}},
+    {"too many arrivals", ALWAYS, [] { send_and_forget(2); },
+     {"sending_kernel", "copy_pieces, but all 1 arrivals have come"}},
+    {"no wait for pieces", ALWAYS, [] { send_and_forget(1); },
+     {"sending_kernel", "the block ends while pieces of copy_pieces are on their way"}},
+    {"not one of some threads", ALWAYS, KERNEL(sync_threads<3, 32>()),
+     {"erring_kernel", "sync_threads<3, 32>, but it is not one of these threads"}},
     {"a look around", ALWAYS, KERNEL(if (errs) { emu_where(); abort(); }),
      {THREAD "64 threads: ", "  threads (0, 0, 0) to ("}},
 
@@ -1075,13 +1294,26 @@ static const mistake all_mistakes[] = {
      {THREAD "copy_async16 to(", "not a multiple of 16"}},
     {"a copy to beyond", ALWAYS, KERNEL(if (errs) copy_async16(shared + 96, out, true)),
      {THREAD "copy_async16 to byte 96 of 100"}},
+    {"a piece of 8 bytes", ALWAYS, KERNEL(if (errs) send(shared, 16, out, 8)),
+     {THREAD "copy_pieces of 8 bytes: not a multiple of 16"}},
+    {"a piece from beside 16 bytes", ALWAYS, KERNEL(if (errs) send(shared, 16, out + 1, 16)),
+     {THREAD "copy_pieces from(", "not a multiple of 16"}},
+    {"a piece to beside 16 bytes", ALWAYS, KERNEL(if (errs) send(shared, 20, out, 16)),
+     {THREAD "copy_pieces to(", "not a multiple of 16"}},
+    {"a piece to beyond", ALWAYS, KERNEL(if (errs) send(shared, 80, out, 32)),
+     {THREAD "copy_pieces to: byte 80, 32 of them, of 100 of shared memory"}},
+    {"a matrix beside 16 bytes", ALWAYS,
+     KERNEL(uint32_t r[4]; if (errs) load_matrices(r, shared + 8)),
+     {THREAD "load_matrices(", "not a multiple of 16"}},
+    {"a matrix elsewhere", ALWAYS, KERNEL(uint32_t r[4]; if (errs) load_matrices(r, out)),
+     {THREAD "load_matrices: byte "}},
     {"a memset of freed memory", ALWAYS, [] { use_freed_memory(false); },
      {"cuda_emu: a memset runs after its memory was freed"}},
     {"a copy of freed memory", ALWAYS, [] { use_freed_memory(true); },
      {"cuda_emu: a copy runs after its memory was freed"}},
 
-    {"a read far behind", PLAIN, KERNEL(if (errs) *out = bytes(shared)[128]),
-     {THREAD "shared memory out of bounds: byte 128 of 100"}},
+    {"a read far behind", PLAIN, KERNEL(if (errs) *out = bytes(shared)[1024]),
+     {THREAD "shared memory out of bounds: byte 1024 of 100"}},
     {"a write behind", PLAIN, KERNEL(if (errs) bytes(shared)[100] = 1),
      {BLOCK ": shared memory out of bounds: byte 100 of 100 was written"}},
     {"a write before", PLAIN, KERNEL(if (errs) bytes(shared)[-1] = 1),
@@ -1100,13 +1332,19 @@ static const mistake all_mistakes[] = {
     {"a read of what is on its way", ASAN,
      KERNEL(if (errs) { copy_async16(shared, out, true); *out = bytes(shared)[15]; }),
      {THREAD, "use-after-poison"}},
+    {"a read of a stage too early", ASAN, [] { ring(READ_EARLY); },
+     {"cuda_emu: ring_kernel", "use-after-poison"}},
+    {"a piece from behind the heap's", ASAN, KERNEL(if (errs) send(shared, 16, out + 996, 32)),
+     {THREAD, "heap-buffer-overflow"}},
     {"a write behind the heap's", ASAN, KERNEL(if (errs) out[1000] = 1),
      {THREAD, "heap-buffer-overflow"}},
 
     {"a race of warps", TSAN, [] { race(false); }, {"data race", "races_kernel"}},
     {"a race of lanes", TSAN, [] { race(true); }, {"data race", "races_kernel"}},
     {"a race of blocks", TSAN, race_of_blocks, {"data race", "same_place_kernel"}},
-    {"no fence", TSAN, [] { last_block(false); }, {"data race", "last_block_kernel"}},
+    {"no fence", TSAN, [] { last_block(false, false); }, {"data race", "last_block_kernel"}},
+    {"a stage read early", TSAN, [] { ring(READ_EARLY); }, {"data race", "ring_kernel"}},
+    {"a stage freed early", TSAN, [] { ring(FREE_EARLY); }, {"data race", "ring_kernel"}},
     {"read too early", TSAN, read_too_early, {"data race", "consume_kernel"}},
 };
 // clang-format on
@@ -1170,6 +1408,7 @@ int main(int argc, char **argv) {
         TEST(bits_and_numbers),
         TEST(halves),
         TEST(bf16_pairs),
+        TEST(bf16_sums_of_products),
         TEST(every_thread_runs_once),
         TEST(warp_operations),
         TEST(atomics),
@@ -1178,7 +1417,10 @@ int main(int argc, char **argv) {
         TEST(shared_memory_is_garbage),
         TEST(orders_follow_the_seed),
         TEST(mma_sums_in_order),
+        TEST(matrices_from_shared_memory),
+        TEST(loads_and_stores_with_hints),
         TEST(asynchronous_copies),
+        TEST(rings_of_stages),
         TEST(errors),
         TEST(devices),
         TEST(device_memory),
