@@ -469,7 +469,8 @@ struct cuda_device {
     int *sampled, *sampled_host; /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
-    float *partial; /* (split_capacity items of generated_attention) */
+    float *partial; /* (split_capacity, n_chunks, part): see struct attention */
+    int n_chunks, part;
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
@@ -1120,9 +1121,8 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
 enum {
     GROUP = 4 * WARP,
     CONSUMERS = 2 * GROUP, /* threads that multiply; the ninth warp copies */
-    SPLIT_TOKENS = 256,    /* so short that one text fills the chip from 4k tokens on */
-    WARP_PAGES = SPLIT_TOKENS / BLOCK_TOKENS / 8,
-    SPLIT_HEADS = 8 /* of a group, that are multiplied together */
+    LEAST_STAGES = 4,      /* of generated_attention: see attend_splits */
+    MOST_STAGES = 16       /* that are of use */
 };
 
 struct heads {                      /* of a layer: what rope and attention share */
@@ -1139,9 +1139,10 @@ struct attention : heads {
     float scale;        /* log2(e) / sqrt(head_dim) */
     int window;         /* tokens that a query sees at most, its own among them; 0: all */
     const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
-    int n_stages;
-    float *partial; /* sums of splits, (items, heads, HEAD + 4): see store_part */
-    int *arrived;   /* (n_sequences, n_kv_heads, chunks) splits that are done; 0 between steps */
+    int n_stages;       /* of the ring */
+    int n_chunks, part; /* chunks of heads, of all groups; floats of a chunk's sums */
+    float *partial;     /* (items, part) sums of splits: see store_part */
+    int *arrived;       /* (n_sequences, n_chunks) splits that are done; 0 between steps */
 };
 
 static constexpr float LOG2_E = 1.44269504f;
@@ -1486,47 +1487,58 @@ __global__ void __launch_bounds__(CONSUMERS + GROUP, 1)
 
 /* ---- generated tokens ---- */
 
+/* Pages of a split that a warp takes; heads of a group that are multiplied together. Fewer where
+ * heads are long, so that LEAST_STAGES and the warps' parts fit 99 KB. */
+static constexpr __host__ __device__ int warp_pages(int head) {
+    return head > 128 ? 1 : 2;
+}
+
+static constexpr __host__ __device__ int chunk_heads(int head) {
+    return head > 128 ? 4 : 8;
+}
+
+/* Tokens of a split: so few that one text fills the chip from 4k tokens on. */
+static constexpr __host__ __device__ int split_tokens(int head) {
+    return 8 * warp_pages(head) * BLOCK_TOKENS;
+}
+
 /* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
  * numbered sequence by sequence, chunk by chunk of all its KV heads, split by split. */
 struct item {
     struct sequence s;
-    int kv_head, first_head, n_heads; /* n_heads: 1 to SPLIT_HEADS */
+    int kv_head, first_head, n_heads; /* n_heads: 1 to chunk_heads */
     int split, n_splits;
     int begin, end; /* tokens that are seen */
     int counter;    /* of those that share the heads */
 };
 
-static inline __host__ __device__ int count_chunks(int n_heads, int n_kv_heads) {
-    return divide(n_heads / n_kv_heads, SPLIT_HEADS);
-}
-
-DEVICE struct item find_item(const struct attention &a, int index) {
+template <int HEAD> DEVICE struct item find_item(const struct attention &a, int index) {
     struct item it;
-    int group = a.n_heads / a.n_kv_heads, n_chunks = count_chunks(a.n_heads, a.n_kv_heads);
-    int n = a.n_kv_heads * n_chunks; /* items of a split */
-    const int2 entry = array_of<int2>(a.step, a.step->splits)[index / n];
+    int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
+    const int2 entry = array_of<int2>(a.step, a.step->splits)[index / a.n_chunks];
     it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
     it.end = it.s.start + 1;
     it.begin = first_seen(a, it.s.start);
-    it.n_splits = divide(it.end, SPLIT_TOKENS);
-    int within = index - (index / n - entry.y) * n, chunk = within / it.n_splits;
+    it.n_splits = divide(it.end, split_tokens(HEAD));
+    int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
+    int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
     it.split = within % it.n_splits;
     it.kv_head = chunk / n_chunks;
-    it.first_head = it.kv_head * group + chunk % n_chunks * SPLIT_HEADS;
-    it.n_heads = smaller(group - chunk % n_chunks * SPLIT_HEADS, SPLIT_HEADS);
-    it.counter = entry.x * n + chunk;
+    it.first_head = it.kv_head * group + first;
+    it.n_heads = smaller(group - first, chunk_heads(HEAD));
+    it.counter = entry.x * a.n_chunks + chunk;
     return it;
 }
 
-/* The warp that copies: a stage is the keys and values of the WARP_PAGES pages of one warp. Of an
+/* The warp that copies: a stage is the keys and values of one warp's pages. Of an
  * item a lane has the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
 DEVICE void feed_splits(const struct attention &a, const struct ring &ring, int begin, int end) {
-    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * WARP_PAGES;
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * warp_pages(HEAD);
     int lane = (int)threadIdx.x % WARP;
     auto find = [&](int index) -> const uint8_t * {
-        const struct item it = find_item(a, smaller(index, end - 1));
-        int block = it.split * SPLIT_TOKENS / BLOCK_TOKENS + lane / 2;
+        const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
+        int block = it.split * split_tokens(HEAD) / BLOCK_TOKENS + lane / 2;
         bool seen = block * BLOCK_TOKENS < it.end && (block + 1) * BLOCK_TOKENS > it.begin;
         return seen ? page_of(a, it.s, block, it.kv_head, lane % 2).bytes : NULL;
     };
@@ -1668,10 +1680,9 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
     }
 }
 
-/* After a block has done so many of `n` parts of something: true in all threads that multiply if it
- * is the last to come; they then see all parts. The counter is 0 again. */
+/* After a barrier, when a block has done so many of `n` parts: true in all threads that multiply if
+ * it is the last to come; they then see all parts. The counter is 0 again. */
 DEVICE bool all_done(int *counter, int own, int n, int *shared) {
-    sync_threads<1, CONSUMERS>();
     if (threadIdx.x == 0) {
         *shared = add_ordered(counter, own) + own == n;
         if (*shared)
@@ -1681,15 +1692,16 @@ DEVICE bool all_done(int *counter, int own, int n, int *shared) {
     return *shared;
 }
 
-/* A warp that multiplies: WARP_PAGES pages of each split; all of them then add up. */
+/* A warp that multiplies: its pages of each split; all warps then add up. Whose stage had another
+ * warp's pages before, waits for that one too, or it might take the phase before for its own: with
+ * LEAST_STAGES and more it is no further behind. */
 template <int HEAD>
 DEVICE void attend_splits(const struct attention &a, const struct ring &ring, float *parts,
                           int *shared, int begin, int end) {
     const int warp = (int)threadIdx.x / WARP;
-    const size_t apart = (size_t)smaller(a.n_heads / a.n_kv_heads, SPLIT_HEADS) * (HEAD + 4);
     uint32_t q[HEAD / 16][2];
     for (int index = begin; index < end; index++) {
-        const struct item it = find_item(a, index);
+        const struct item it = find_item<HEAD>(a, index);
         struct sums<HEAD> s = {
             {}, {-INFINITY, -INFINITY}, {
                 0.0f, 0.0f
@@ -1698,25 +1710,28 @@ DEVICE void attend_splits(const struct attention &a, const struct ring &ring, fl
         if (index == begin || it.split == 0)
             load_heads<HEAD>(a, it, q);
         int i = (index - begin) * 8 + warp;
+        (void)wait_empty(ring, i);
         uint8_t *pages = wait_full(ring, i);
 #pragma unroll
-        for (int page = 0; page < WARP_PAGES; page++) {
-            int from = it.split * SPLIT_TOKENS + (warp * WARP_PAGES + page) * BLOCK_TOKENS;
+        for (int page = 0; page < warp_pages(HEAD); page++) {
+            int from =
+                it.split * split_tokens(HEAD) + (warp * warp_pages(HEAD) + page) * BLOCK_TOKENS;
             if (from < it.end && from + BLOCK_TOKENS > it.begin)
                 attend_page<HEAD>(pages + page * BLOCK_TOKENS * HEAD * 4, it.begin - from,
                                   it.end - from, q, a.scale, &s);
         }
-        sync_threads<1, CONSUMERS>(); /* the parts before are added up */
-        store_part<HEAD>(parts + warp * apart, it.n_heads, s);
+        store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
         free_stage(ring, i);
         sync_threads<1, CONSUMERS>();
-        float *partial = it.n_splits > 1 ? a.partial + index * apart : NULL;
-        merge_parts<HEAD>(a, it, parts, apart, 8, partial);
+        float *partial = it.n_splits > 1 ? a.partial + (size_t)index * a.part : NULL;
+        merge_parts<HEAD>(a, it, parts, a.part, 8, partial);
+        sync_threads<1, CONSUMERS>();
         if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
             continue; /* the counter is told of all splits that the block has at once */
         int own = smaller(it.split, index - begin) + 1;
         if (all_done(a.arrived + it.counter, own, it.n_splits, shared))
-            merge_parts<HEAD>(a, it, partial - it.split * apart, apart, it.n_splits, NULL);
+            merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, a.part, it.n_splits,
+                              NULL);
     }
 }
 
@@ -1727,12 +1742,12 @@ template <int HEAD>
 __global__ void __launch_bounds__(CONSUMERS + WARP, 1)
     generated_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
-    constexpr int STAGE = WARP_PAGES * BLOCK_TOKENS * HEAD * 4;
+    constexpr int STAGE = warp_pages(HEAD) * BLOCK_TOKENS * HEAD * 4;
     grid_launch_dependents();
     const struct ring ring = open_ring(shared, a.n_stages, STAGE, 1);
     int *last = reinterpret_cast<int *>(ring.empty + ring.n);
     grid_wait();
-    long long n = a.step->n_splits * a.n_kv_heads * count_chunks(a.n_heads, a.n_kv_heads);
+    long long n = (long long)a.step->n_splits * a.n_chunks;
     int begin = (int)(n * blockIdx.x / gridDim.x), end = (int)(n * (blockIdx.x + 1) / gridDim.x);
     if (begin == end)
         return;
@@ -1744,15 +1759,10 @@ __global__ void __launch_bounds__(CONSUMERS + WARP, 1)
 
 /* ---- the op ---- */
 
-static size_t part_bytes(const struct cuda_device *d) { /* of all heads of a split, and an int4 */
-    int width = kv_head_dim(d->device.config, KV_BF16) + 4;
-    return (size_t)smaller(d->n_heads / d->n_kv_heads, SPLIT_HEADS) * width * sizeof(float);
-}
-
-/* Stages of a ring that fit beside `rest` bytes; more than 16 are of no use. */
+/* Stages of a ring that fit beside `rest` bytes. */
 static int count_stages(const struct cuda_device *d, size_t stage, size_t rest) {
     size_t n = (d->card->properties.sharedMemPerBlockOptin - rest) / ring_bytes(1, stage);
-    return smaller((int)n, 16);
+    return smaller((int)n, MOST_STAGES);
 }
 
 template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
@@ -1764,13 +1774,14 @@ template <int HEAD> static void launch_attention(struct cuda_device *d, struct a
                ring_bytes(a.n_stages, stage) + a.n_stages * 16, a);
     }
     if (d->n_generated > 0) {
-        size_t stage = WARP_PAGES * BLOCK_TOKENS * HEAD * 4, parts = 16 + 8 * part_bytes(d);
-        int n = d->n_splits * d->n_kv_heads * count_chunks(d->n_heads, d->n_kv_heads);
+        size_t stage = warp_pages(HEAD) * BLOCK_TOKENS * HEAD * 4,
+               parts = 16 + 8 * a.part * sizeof(float);
         int most = d->card->properties.multiProcessorCount;
         a.n_stages = count_stages(d, stage, parts);
+        assert(a.n_stages >= LEAST_STAGES);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording ? most : smaller(n, most)), CONSUMERS + WARP,
-               ring_bytes(a.n_stages, stage) + parts, a);
+               grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)),
+               CONSUMERS + WARP, ring_bytes(a.n_stages, stage) + parts, a);
     }
 }
 
@@ -1801,6 +1812,8 @@ static struct attention attention_of(const struct cuda_device *d, int layer) {
     a.out = d->attention;
     a.places = d->attention_places;
     a.scale = LOG2_E / sqrtf((float)a.head_dim);
+    a.n_chunks = d->n_chunks;
+    a.part = d->part;
     a.partial = d->partial;
     a.arrived = d->arrived;
     return a;
@@ -2255,8 +2268,7 @@ static void forget_graphs(struct cuda_device *d) {
 
 /* Makes room for a step of so many bytes and so many splits. */
 static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
-    size_t split_bytes =
-        part_bytes(d) * (size_t)(d->n_kv_heads * count_chunks(d->n_heads, d->n_kv_heads));
+    size_t split_bytes = sizeof(float) * (size_t)d->n_chunks * (size_t)d->part;
     if (bytes > d->step_bytes) {
         forget_graphs(d);
         TRY(d, cudaFreeHost(d->step_host));
@@ -2276,12 +2288,12 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
 /* The tiles of queries of prompts, and the splits of generated tokens: into lists, or only counted
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
-    int group = d->n_heads / d->n_kv_heads,
-        tile = tile_queries(kv_head_dim(d->device.config, KV_BF16));
+    int head = kv_head_dim(d->device.config, KV_BF16), group = d->n_heads / d->n_kv_heads;
+    int tile = tile_queries(head), split = split_tokens(head);
     d->n_prompt_items = d->n_splits = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *s = &batch->sequence[i];
-        int n = s->generated ? divide(s->start + 1, SPLIT_TOKENS) : divide(s->n_rows * group, tile);
+        int n = s->generated ? divide(s->start + 1, split) : divide(s->n_rows * group, tile);
         int *count = s->generated ? &d->n_splits : &d->n_prompt_items;
         int2 *list = s->generated ? splits : items;
         for (int j = 0; j < n && list; j++)
@@ -2494,6 +2506,9 @@ static bool allocate_activations(struct cuda_device *d) {
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
+    int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
+    d->n_chunks = d->n_kv_heads * divide(group, chunk_heads(head));
+    d->part = smaller(group, chunk_heads(head)) * (head + 4);
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);
@@ -2507,7 +2522,7 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->h, padded * (size_t)d->h_stride, &ok);
     gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
     d->attention.n_rows = (int)padded;
-    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * kv_head_dim(c, KV_BF16)), &ok);
+    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * head), &ok);
     gpu_take(&d->gpu, &d->attention.bytes, padded * divide(d->attention_stride, 64) * 128, &ok);
     gpu_take(&d->gpu, &d->ffn, padded * (size_t)d->ffn_stride, &ok);
     gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);

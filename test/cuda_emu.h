@@ -107,6 +107,7 @@ struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem;
     int major, minor, multiProcessorCount, l2CacheSize;
+    size_t sharedMemPerBlockOptin;
 };
 
 struct cudaLaunchAttribute {
@@ -268,6 +269,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     properties->l2CacheSize = EMU_L2_CACHE;
     properties->major = 9;
     properties->multiProcessorCount = cuda.multiprocessors;
+    properties->sharedMemPerBlockOptin = 227 << 10;
     return cudaSuccess;
 }
 

@@ -625,9 +625,9 @@ static void call_op(const struct trial *t, enum op op) {
     }
 }
 
-static size_t block_elements(const struct device *device) {
-    return block_bytes(device->config, device->n_shards, device->kv_type) /
-           kv_element_bytes(device->kv_type);
+static size_t block_elements(const struct device *device) { /* without what pads heads */
+    const struct model_config *c = device->config;
+    return nth(2 * c->n_layers * (c->n_kv_heads / device->n_shards), BLOCK_TOKENS * c->head_dim, 0);
 }
 
 static float *read_kv(struct device *device) {
@@ -654,7 +654,8 @@ static void run_op(struct trial *t, enum op op, unsigned outputs) {
             if (t->in[a])
                 poke(device, (enum activation)a, t->in[a], rows_of(device, (enum activation)a));
         if (op == OP_ROPE)
-            poison_kv(device, kv_floats * kv_element_bytes(device->kv_type));
+            poison_kv(device,
+                      KV_BLOCKS * block_bytes(device->config, device->n_shards, device->kv_type));
         call_op(t, op);
         check_idle(check, device);
         for (int a = 0; a < N_ACTIVATIONS; a++) {

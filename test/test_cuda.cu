@@ -15,7 +15,8 @@ static struct {
     int major;         /* of the chips; 0: as they are */
     int driver;        /* its version; -1: as it is */
     cudaError_t count; /* why there are no devices */
-} pretended = {0, -1, cudaSuccess};
+    size_t shared;     /* bytes of shared memory that a block can have; 0: as they are */
+} pretended = {0, -1, cudaSuccess, 0};
 
 static cudaError_t pretended_count(int *n) {
     return pretended.count != cudaSuccess ? pretended.count : cudaGetDeviceCount(n);
@@ -30,6 +31,8 @@ static cudaError_t pretended_driver(int *version) {
 static cudaError_t pretended_properties(cudaDeviceProp *properties, int device) {
     cudaError_t error = cudaGetDeviceProperties(properties, device);
     properties->major = pretended.major > 0 ? pretended.major : properties->major;
+    size_t *shared = &properties->sharedMemPerBlockOptin;
+    *shared = pretended.shared > 0 && pretended.shared < *shared ? pretended.shared : *shared;
     return error;
 }
 
@@ -83,7 +86,9 @@ static struct backend *open_backend_of(const struct backend_options *options) {
 }
 
 static struct backend *open_backend(int, uint64_t order) {
+    static const size_t shared[] = {0, 163 << 10, 99 << 10};
     struct backend_options options = {};
+    pretended.shared = shared[order % 3];
     options.copy_delay_seed = order;
     return open_backend_of(&options);
 }
@@ -144,14 +149,19 @@ static std::vector<int> places_of(const struct segments &s) {
 }
 
 /* An activation in the device's memory: rows, and the places of its elements in each. What else is
- * in a row pads it, or, where several share it, is theirs. */
+ * in a row pads it, or, where several share it, is theirs. planes: see struct planes. */
 template <typename T> struct rows {
     T *at;
     size_t n;
     int stride;
     std::vector<int> places;
-    bool shared;
+    bool shared, planes;
     T pad;
+
+    size_t index(size_t row, int place) const {
+        size_t k = (size_t)place, chunk = (k / 64 * n + row) * 8 + ((k / 8 % 8) ^ (row % 8));
+        return planes ? chunk * 8 + k % 8 : row * (size_t)stride + k;
+    }
 };
 
 template <typename T>
@@ -163,7 +173,7 @@ static void poke_rows(struct device *device, const struct rows<T> &r, const floa
         all = load(device, r.at, all.size());
     for (size_t row = 0; row < r.n; row++)
         for (size_t i = 0; i < width; i++)
-            put(&all[row * r.stride + r.places[i]],
+            put(&all[r.index(row, r.places[i])],
                 row < (size_t)n_rows ? values[row * width + i] : NAN);
     save(device, r.at, all);
 }
@@ -172,15 +182,15 @@ template <typename T>
 static void peek_rows(struct check *check, struct device *device, const struct rows<T> &r,
                       float *values, int n_rows) {
     size_t width = r.places.size(), strange = 0;
-    std::vector<T> all = load(device, r.at, (size_t)n_rows * r.stride);
+    std::vector<T> all = load(device, r.at, r.n * (size_t)r.stride);
     for (size_t row = 0; row < (size_t)n_rows; row++) {
         for (size_t i = 0; i < width; i++) {
-            T *element = &all[row * r.stride + r.places[i]];
+            T *element = &all[r.index(row, r.places[i])];
             values[row * width + i] = get(*element);
             *element = r.pad;
         }
         for (int i = 0; i < r.stride && !r.shared; i++) {
-            float value = get(all[row * r.stride + i]), pad = get(r.pad);
+            float value = get(all[r.index(row, i)]), pad = get(r.pad);
             strange += value != pad && (value == value || pad == pad);
         }
     }
@@ -201,23 +211,32 @@ template <typename Act> static void with_rows(struct device *device, enum activa
     int width = width_of(device, a), q = width_of(device, A_Q), kv = width_of(device, A_RAW_K);
     size_t n = (size_t)rows_of(device, a);
     std::vector<int> all = count_from(0, width);
-    auto f32 = [&](float *at, int stride) { act(rows<float>{at, n, stride, all, false, NAN}); };
+    auto f32 = [&](float *at, int stride) {
+        act(rows<float>{at, n, stride, all, false, false, NAN});
+    };
     auto part = [&](int first) {
-        act(rows<float>{d->qkv, n, d->qkv_stride, count_from(first, width), true, 0.0f});
+        act(rows<float>{d->qkv, n, d->qkv_stride, count_from(first, width), true, false, 0.0f});
     };
     auto bf16 = [&](uint16_t *at, size_t n_rows, int stride, const std::vector<int> &places) {
-        act(rows<uint16_t>{at, n_rows, stride, places, false, 0});
+        act(rows<uint16_t>{at, n_rows, stride, places, false, false, 0});
     };
+    auto planes = [&](const struct planes &p, int stride, const std::vector<int> &places) {
+        act(rows<uint16_t>{(uint16_t *)p.bytes, (size_t)p.n_rows, divide(stride, 64) * 64, places,
+                           false, true, 0});
+    };
+    std::vector<int> padded; /* heads */
+    int dim = device->config->head_dim, head = kv_head_dim(device->config, KV_BF16);
+    for (int i = 0; i < q; i++)
+        padded.push_back(i / dim * head + i % dim);
     switch (a) {
     case A_X: return f32(d->x, d->x_stride);
     case A_H: return bf16(d->h, d->padded_rows, d->h_stride, all);
     case A_RAW_Q: return part(0);
     case A_RAW_K: return part(q);
     case A_RAW_V: return part(q + kv);
-    case A_Q: return bf16(d->q, n, q, all);
+    case A_Q: return bf16(d->q, n, d->n_heads * head, padded);
     case A_ATTENTION:
-        return bf16(d->attention, d->padded_rows, d->attention_stride,
-                    places_of(d->attention_places));
+        return planes(d->attention, d->attention_stride, places_of(d->attention_places));
     case A_FFN: return bf16(d->ffn, d->padded_rows, d->ffn_stride, places_of(d->ffn_places));
     case A_LOGITS: return f32(d->logits, d->logits_stride);
     default: return f32((float *)d->turn, width);
@@ -235,26 +254,39 @@ static void peek(struct check *check, struct device *device, enum activation a, 
         device, a, [&](const auto &rows) { peek_rows(check, device, rows, values, n_rows); });
 }
 
-/* Keys lie (16, dim) in a block, as ops.h has them, values (dim, 16). */
-static size_t place_in_block(const struct device *device, size_t i) {
-    size_t dim = (size_t)device->config->head_dim, plane = dim * BLOCK_TOKENS, at = i % plane;
-    size_t heads = (size_t)(device->config->n_kv_heads / device->n_shards);
-    bool value = i / plane / heads % 2;
-    return i - at + (value ? at % dim * BLOCK_TOKENS + at / dim : at);
+/* Calls `act` with each element of a block, and with its index in what ops.h has, or SIZE_MAX where
+ * it pads a head. */
+template <typename Act> static void each_element(const struct device *device, Act act) {
+    size_t dim = (size_t)device->config->head_dim, head = kv_head_dim(device->config, KV_BF16);
+    size_t n_heads = block_elements(device) / dim / BLOCK_TOKENS;
+    for (size_t i = 0; i < n_heads * BLOCK_TOKENS * head; i++) {
+        size_t row = i / head, k = i % head, token = row % BLOCK_TOKENS;
+        size_t chunk = (k / 64 * BLOCK_TOKENS + token) * 8 + ((k / 8 % 8) ^ (token % 8));
+        act(row / BLOCK_TOKENS * BLOCK_TOKENS * head + chunk * 8 + k % 8,
+            k < dim ? row * dim + k : SIZE_MAX, row * dim);
+    }
 }
 
 static void poke_block(struct device *device, int slot, const float *values) {
-    std::vector<uint16_t> block(block_elements(device));
-    for (size_t i = 0; i < block.size(); i++)
-        put(&block[place_in_block(device, i)], values[i]);
-    save(device, (uint16_t *)device->kv + (size_t)slot * block.size(), block);
+    size_t n = block_bytes(device->config, device->n_shards, KV_BF16) / sizeof(uint16_t);
+    std::vector<uint16_t> block(n);
+    each_element(device, [&](size_t at, size_t i, size_t first) {
+        float first_one = values[first]; /* a row that is none is NaN to its end */
+        put(&block[at], i < SIZE_MAX ? values[i] : first_one == first_one ? 0.0f : NAN);
+    });
+    save(device, (uint16_t *)device->kv + (size_t)slot * n, block);
 }
 
 static void peek_block(struct device *device, int slot, float *values) {
-    size_t n = block_elements(device);
+    size_t n = block_bytes(device->config, device->n_shards, KV_BF16) / sizeof(uint16_t);
     std::vector<uint16_t> block = load(device, (uint16_t *)device->kv + (size_t)slot * n, n);
-    for (size_t i = 0; i < n; i++)
-        values[i] = get(block[place_in_block(device, i)]);
+    each_element(device, [&](size_t at, size_t i, size_t first) {
+        float value = get(block[at]);
+        if (i < SIZE_MAX)
+            values[i] = value;
+        else
+            need(value == 0.0f || values[first] != values[first], "zeros pad what was written");
+    });
 }
 
 static void poison_kv(struct device *device, size_t bytes) {
