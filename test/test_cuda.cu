@@ -399,6 +399,48 @@ static void read_weight(struct check *check, struct device *device, const struct
     check_segments(check, device, weight);
 }
 
+/* ---- masks of attention ---- */
+
+static void attend(const struct trial *t) {
+    struct cuda_device *d = enter(t->device, "testing");
+    struct attention a = attention_of(d, t->layer);
+    size_t n = (size_t)t->device->config->n_heads;
+    float *sinks = (float *)t->device->backend->alloc(t->device, n * sizeof(float), false);
+    need(sinks != NULL, "no memory for sinks");
+    if (t->mask->sinks) {
+        save(t->device, sinks, std::vector<float>(t->mask->sinks, t->mask->sinks + n));
+        a.sinks = sinks;
+    }
+    a.window = t->mask->window;
+    launch_attention(d, a);
+    need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    t->device->backend->release(t->device, sinks, false);
+}
+
+/* Windows shorter and longer than texts, steps and splits; sinks that are much and little. */
+static void masks_of_attention(struct check *check) {
+    static const int windows[] = {0, 1, 2, 15, 16, 17, 100, 128, 129, 256, 300, 1000};
+    static const int groups[] = {1, 4, 7, 12}, heads[] = {40, 64, 128, 200};
+    static struct test_batch test;
+    struct random random = start("masks");
+    for (int i = 0; i < (SANITIZED ? 3 : 12); i++) {
+        struct model_config c = attention_config(&random, PICK(&random, heads), groups[i % 4]);
+        int slots[KV_BLOCKS], text[MOST_LENGTH] = {0}, length = between(&random, 1, 900);
+        int begin = between(&random, 0, 500), own = blocks_of(length);
+        struct batch *batch = start_batch(&test);
+        shuffle(&random, slots, KV_BLOCKS);
+        add_text(batch, text, slots, length - 1, length, true);
+        add_text(batch, text, slots + own, 0, between(&random, 1, 40), false);
+        add_text(batch, text, slots + own + 3, begin, begin + between(&random, 1, 70), false);
+        float *sinks = random_floats(&random, (size_t)c.n_heads);
+        for (int head = 0; head < c.n_heads; head++)
+            sinks[head] *= 4.0f;
+        struct mask mask = {i == 0 ? 0 : PICK(&random, windows), i % 3 < 2 ? sinks : NULL, attend};
+        check_attention(check, &random, &c, batch, 0, &mask);
+        free(sinks);
+    }
+}
+
 /* ---- recorded steps ---- */
 
 /* Generated rows, all sampled: a step that is recorded. The first n_long are of texts as long as
@@ -743,6 +785,7 @@ static void faults(struct check *check) {
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         OP_TESTS,
+        {"masks_of_attention", masks_of_attention},
         {"recorded_steps", recorded_steps},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},
