@@ -358,8 +358,10 @@ static struct weight *add_weight(struct cpu_backend *cpu, struct weight *weight)
 }
 
 static const struct weight *cpu_upload(struct device *base, const struct tensor *tensor,
-                                       struct slice slice, char *error) {
+                                       const struct tensor *partner, struct slice slice,
+                                       char *error) {
     struct cpu_device *device = (struct cpu_device *)base;
+    (void)partner; /* each is a matrix of its own */
     struct cpu_backend *cpu = device->cpu;
     pthread_mutex_lock(&cpu->upload_mutex);
     struct weight *weight = cpu->weights;

@@ -49,8 +49,8 @@ extern "C" {
 
 enum {
     WARP = 32,
-    THREADS = 256,   /* of a block, unless said otherwise */
-    MAX_COLUMNS = 8, /* groups of 8 generated rows that a block of a product has at most */
+    THREADS = 256, /* of a block, unless said otherwise */
+    GRAPHS = 8,    /* of decode steps: of up to 8, 16, ... 64 rows */
     MAX_GPUS = 64,
     CHUNK_ROWS = 2048,        /* prompt tokens of a step that fill the chip */
     STAGING_BYTES = 32 << 20, /* of weights on their way up; two of them */
@@ -88,29 +88,34 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
     return reinterpret_cast<const T *>(reinterpret_cast<const char *>(step) + distance);
 }
 
-/* ==== 2. Weights, in the order in which the tensor cores want them ====
+/* ==== 2. Weights and rows, as the tensor cores read them ====
  *
- * A matrix is cut into *tiles* of 16 outputs and *units* of 32 k. Of a tile and unit each lane of a
- * warp holds a *fragment*: outputs group and group + 8, k = 8 quad to 8 quad + 7 (see lib/gpu.h),
- * and the fragments of a warp lie side by side, in the order [tile][unit][lane]. So a warp reads
- * its weights by 16-byte loads of one contiguous stream, and the same bytes serve as the operand of
- * 16 rows (generated tokens) and as two operands of 8 columns (prompts).
- *     PACKED_BF16   2 x 16 bytes a lane, one for each mma: 1024 bytes     all types but
- *     PACKED_Q8     16 bytes a lane, numbers + 128; f16 scales            Q8_0
- *     PACKED_Q4     8 bytes a lane; f16 scales                            Q4_0
- * Scales stand apart, 32 bytes a tile and unit: those of outputs group and group + 8 side by side.
+ * A matrix is cut into *panels* of 128 outputs and *units* of 64 k, and a unit of a panel is one
+ * piece of memory, which one bulk copy brings to a multiprocessor. In it stand *tiles* of 16
+ * outputs, and in these *fragments* of 16 k: each lane of a warp has its part of a fragment, the
+ * operand a of mma_bf16 (see lib/gpu.h: outputs group and group + 8, k 2 quad, + 1, + 8, + 9) side
+ * by side. So the same bytes serve every product on every chip, without a conflict or a shuffle.
+ *     PACKED_BF16   [8 tiles][4 fragments][32 lanes][8 numbers]: 16 KB          all types but
+ *     PACKED_Q8     [8 tiles][2][32 lanes][2 fragments of 8 bytes], scales      Q8_0
+ *     PACKED_Q4     [8 tiles][32 lanes][4 fragments of 8 half bytes], scales    Q4_0
+ * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
+ * those of outputs group and group + 8 side by side.
  *
- * K is worked off in K_SEGMENTS *segments*, one for each warp of a product. Where shards cut K,
+ * Gate and up are one matrix: outputs 0 to 7 of a tile are gate's, the others up's of the same
+ * numbers, so that a lane has both sums of what silu(gate) * up needs. Where they are of two types,
+ * both become bf16.
+ *
+ * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
  * begins with a unit of its own, whose k outside the segment are 0: so a segment's sum has the
  * same bits on every number of shards. The input of such a product has the same gaps; `place`
- * says where an element goes. Models whose segments end at multiples of 32 have no gaps. */
+ * says where an element goes. Models whose segments end at multiples of 64 have no gaps. */
 
 enum {
+    PANEL = 128,
+    UNIT = 64,
     TILE = 16,
-    UNIT = 32,
-    UNIT_BYTES = 1024, /* of a tile and unit in bf16: the most */
-    SCALE_BYTES = 32   /* of a tile and unit */
+    SCALE_BYTES = 512 /* of a unit of a panel */
 };
 
 enum packed_type { PACKED_BF16, PACKED_Q8, PACKED_Q4 };
@@ -121,10 +126,11 @@ struct segments {             /* of a shard's K */
     int k[K_SEGMENTS + 1];    /* k of the whole matrix at which each begins */
 };
 
-struct matrix { /* a packed matrix, or a shard's part of one, as kernels take it */
-    const uint8_t *packed, *scales;
-    int type; /* enum packed_type */
-    int n_outputs, n_tiles, n_units;
+struct matrix {            /* a packed matrix, or a shard's part of one, as kernels take it */
+    const uint8_t *packed; /* [n_panels][n_units] */
+    int type;              /* enum packed_type */
+    bool paired;           /* gate and up; n_outputs: of each */
+    int n_outputs, n_panels, n_units;
     struct segments segments;
 };
 
@@ -132,12 +138,12 @@ static inline enum packed_type packed_type_of(enum tensor_type type) {
     return type == TYPE_Q8_0 ? PACKED_Q8 : type == TYPE_Q4_0 ? PACKED_Q4 : PACKED_BF16;
 }
 
-static constexpr __host__ __device__ size_t packed_bytes(int type) { /* of a tile and unit */
-    return type == PACKED_BF16 ? UNIT_BYTES : type == PACKED_Q8 ? 512 : 256;
+static constexpr __host__ __device__ int numbers_bytes(int type) { /* of a unit of a panel */
+    return PANEL * UNIT * (type == PACKED_BF16 ? 4 : type == PACKED_Q8 ? 2 : 1) / 2;
 }
 
-static constexpr __host__ __device__ bool has_scales(int type) {
-    return type != PACKED_BF16;
+static constexpr __host__ __device__ int unit_bytes(int type) {
+    return numbers_bytes(type) + (type == PACKED_BF16 ? 0 : SCALE_BYTES);
 }
 
 /* Segments [first, first + n) of a K that may be cut between multiples of `grain`; grain 0: it is
@@ -175,120 +181,96 @@ struct planes {
 };
 
 DEVICE uint16_t *plane_element(const struct planes &p, int row, int k) {
-    size_t chunk = ((size_t)(k / 64) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
+    size_t chunk = ((size_t)(k / UNIT) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
     return reinterpret_cast<uint16_t *>(p.bytes + chunk * 16) + k % 8;
 }
 
-/* ---- fragments ---- */
-
-template <int TYPE> struct fragment {
-    static constexpr int N = TYPE == PACKED_BF16 ? 2 : 1;
-    uint4 words[N];  /* bf16: one for each mma; else x and y (Q4: x): output group, the rest: + 8 */
-    uint32_t scales; /* f16: of output group, of group + 8 */
-};
+/* ---- a warp's operands: a tile of a unit, 4 fragments ---- */
 
 DEVICE float bf16_to_float(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
-/* Numbers 0 to 255 become floats without a conversion: they are the last bits of 2^23 + number. */
-DEVICE float small_float(uint32_t number, float offset) {
-    return __uint_as_float(0x4b000000u | number) - (8388608.0f + offset);
+/* Two numbers in the low bytes of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
+DEVICE uint32_t bytes_to_bf16(uint32_t word) {
+    const uint32_t low = (word & 0x007f007fu) | 0x43004300u;  /* 128 + number, without bit 7 */
+    const uint32_t high = (word & 0x00800080u) ^ 0xc380c380u; /* - 256, with bit 7: - 128 */
+    return fma_bf16(low, 0x3f803f80u, high);
 }
 
-/* Four k of an output from their numbers, which lie `bits` apart. */
-DEVICE void unpack_four(uint32_t word, int bits, float offset, float scale, uint32_t *first,
-                        uint32_t *second) {
-    float value[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        value[i] = small_float(word >> (bits * i) & ((1u << bits) - 1), offset) * scale;
-    *first = pack_bf16(value[0], value[1]);
-    *second = pack_bf16(value[2], value[3]);
+DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
+    return fma_bf16((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
 }
 
-/* a[0] and a[1] are the 16-row operands of a unit's two mma. */
-template <int TYPE> DEVICE void unpack(const struct fragment<TYPE> &f, uint32_t a[2][4]) {
-    const uint4 &words = f.words[0];
-    if (TYPE == PACKED_BF16) {
+/* Of 32 k of a unit (half 0 or 1): a[i] is the operand of 16 of them; of quantized types they are
+ * whole numbers, and scale has the f16 scales of outputs group and group + 8. */
+template <int TYPE>
+DEVICE void load_operands(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4],
+                          uint32_t *scale) {
+    const uint8_t *from = unit + tile * (numbers_bytes(TYPE) / 8) + lane * 16;
+    if constexpr (TYPE == PACKED_BF16) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint4 &own = f.words[half % fragment<TYPE>::N];
-            a[half][0] = own.x;
-            a[half][1] = own.y;
-            a[half][2] = own.z;
-            a[half][3] = own.w;
+        for (int i = 0; i < 2; i++) {
+            uint4 words = load16(from + (half * 2 + i) * 512);
+            a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
         }
+    } else if constexpr (TYPE == PACKED_Q8) {
+        const uint4 words = load16(from + half * 512);
+        const uint32_t word[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            a[i / 4][i % 4] = bytes_to_bf16(word[i / 4][i % 2] >> i % 4 / 2 * 8);
+    } else {
+        const uint2 words = load8(from + half * 8);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            a[i / 4][i % 4] = nibbles_to_bf16((i % 2 ? words.y : words.x) >> i / 2 * 4);
+    }
+    if (TYPE != PACKED_BF16)
+        *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
+                                                     (tile * 2 + half) * 32 + lane / 4 * 4);
+}
+
+/* The same with the scales multiplied in, rounded to bf16. */
+template <int TYPE>
+DEVICE void load_scaled(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4]) {
+    uint32_t scale;
+    load_operands<TYPE>(unit, tile, half, lane, a, &scale);
+    if (TYPE == PACKED_BF16)
         return;
-    }
-    const float low = half_to_float((uint16_t)f.scales);
-    const float high = half_to_float((uint16_t)(f.scales >> 16));
-    if (TYPE == PACKED_Q8) {
-        unpack_four(words.x, 8, 128.0f, low, &a[0][0], &a[0][2]);
-        unpack_four(words.y, 8, 128.0f, low, &a[1][0], &a[1][2]);
-        unpack_four(words.z, 8, 128.0f, high, &a[0][1], &a[0][3]);
-        unpack_four(words.w, 8, 128.0f, high, &a[1][1], &a[1][3]);
-    } else {
-        unpack_four(words.x, 4, 8.0f, low, &a[0][0], &a[0][2]);
-        unpack_four(words.x >> 16, 4, 8.0f, low, &a[1][0], &a[1][2]);
-        unpack_four(words.y, 4, 8.0f, high, &a[0][1], &a[0][3]);
-        unpack_four(words.y >> 16, 4, 8.0f, high, &a[1][1], &a[1][3]);
-    }
-}
-
-/* The 16-row operands of a unit, from a lane's 8 k of rows group and group + 8. */
-DEVICE void row_operands(const uint4 &upper, const uint4 &lower, uint32_t a[2][4]) {
-    a[0][0] = upper.x;
-    a[0][1] = lower.x;
-    a[0][2] = upper.y;
-    a[0][3] = lower.y;
-    a[1][0] = upper.z;
-    a[1][1] = lower.z;
-    a[1][2] = upper.w;
-    a[1][3] = lower.w;
-}
-
-/* sum (16, 8) += a . b of a unit; b: a lane's 8 k of column group. */
-DEVICE void multiply_unit(float sum[4], const uint32_t a[2][4], const uint4 &b) {
-    const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
-    mma_bf16(sum, a[0], low);
-    mma_bf16(sum, a[1], high);
-}
-
-/* A lane's fragment of a tile and unit whose numbers and scales begin there; ONCE: in device
- * memory, and not to be read again soon. */
-template <int TYPE, bool ONCE>
-DEVICE void load_fragment(const uint8_t *numbers, const uint8_t *scales, int lane,
-                          struct fragment<TYPE> *f) {
-    if (TYPE == PACKED_Q4) {
-        uint2 half = load8(numbers + lane * 8);
-        f->words[0] = make_uint4(half.x, half.y, 0, 0);
-    } else {
-        f->words[0] = ONCE ? load16_once(numbers + lane * 16) : load16(numbers + lane * 16);
-    }
-    if (has_scales(TYPE)) {
-        f->scales = reinterpret_cast<const uint32_t *>(scales)[lane / 4];
-    } else {
-        numbers += 512 + lane * 16;
-        f->words[fragment<TYPE>::N - 1] = ONCE ? load16_once(numbers) : load16(numbers);
+#pragma unroll
+    for (int upper = 0; upper < 2; upper++) { /* number * (high + low), each scale as two bf16 */
+        float whole = half_to_float((uint16_t)(scale >> upper * 16));
+        uint32_t high = pack_bf16(whole, whole);
+        float rest = whole - bf16_to_float(high & 0xffffu);
+        uint32_t low = pack_bf16(rest, rest);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t &number = a[i / 2][i % 2 * 2 + upper];
+            number = fma_bf16(number, high, fma_bf16(number, low, 0x80008000u));
+        }
     }
 }
 
 /* One element as f32: for embeddings. */
 DEVICE float matrix_element(const struct matrix &m, int output, int k) {
-    size_t index = (size_t)(output / TILE) * m.n_units + k / UNIT;
-    int group = output % 8, upper = output % TILE / 8, at = k % 8, lane = 4 * group + k % UNIT / 8;
-    const uint8_t *numbers = m.packed + index * packed_bytes(m.type);
-    if (m.type == PACKED_BF16) {
-        const uint16_t *own = (const uint16_t *)(numbers + at / 4 * 512 + lane * 16);
-        return bf16_to_float(own[(upper + at % 4 / 2 * 2) * 2 + at % 2]);
+    const uint8_t *unit =
+        m.packed + ((size_t)(output / PANEL) * m.n_units + k / UNIT) * unit_bytes(m.type);
+    int tile = output % PANEL / TILE, upper = output % TILE / 8, fragment = k % UNIT / 16;
+    int lane = output % 8 * 4 + k % 8 / 2, far = k % 16 / 8, odd = k % 2;
+    if (m.type == PACKED_BF16)
+        return bf16_to_float(reinterpret_cast<const uint16_t *>(
+            unit)[((tile * 4 + fragment) * 32 + lane) * 8 + (upper + far * 2) * 2 + odd]);
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(unit + numbers_bytes(m.type));
+    float scale = half_to_float(scales[(tile * 2 + fragment / 2) * 16 + output % 8 * 2 + upper]);
+    if (m.type == PACKED_Q8) {
+        uint8_t byte = unit[((tile * 2 + fragment / 2) * 32 + lane) * 16 +
+                            (fragment % 2 * 2 + upper) * 4 + odd * 2 + far];
+        return ((float)byte - 128.0f) * scale;
     }
-    const uint16_t *scales = reinterpret_cast<const uint16_t *>(m.scales + index * SCALE_BYTES);
-    float scale = half_to_float(scales[group * 2 + upper]);
-    if (m.type == PACKED_Q8)
-        return ((float)numbers[lane * 16 + upper * 8 + at] - 128.0f) * scale;
-    uint8_t byte = numbers[lane * 8 + upper * 4 + at / 2];
-    return ((float)(byte >> (at % 2 * 4) & 15) - 8.0f) * scale;
+    uint32_t word =
+        reinterpret_cast<const uint32_t *>(unit)[(tile * 32 + lane) * 4 + fragment / 2 * 2 + upper];
+    return ((float)(word >> ((fragment % 2 * 2 + far) * 4 + odd * 16) & 15) - 8.0f) * scale;
 }
 
 /* ---- packing ---- */
@@ -327,54 +309,70 @@ DEVICE float raw_k_quant(int type, const uint8_t *block, int k) {
            (float)((low | high << 4) - 32);
 }
 
+/* Of Q8_0 and Q4_0 (32 k in 34 and in 18 bytes): a number as it is packed, and its scale. */
+DEVICE uint32_t raw_number(const struct raw_rows &raw, int row, int k, uint16_t *scale) {
+    bool wide = raw.type == TYPE_Q8_0;
+    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : 18));
+    int at = k % 32; /* Q4_0: 16 k in the low halves of the bytes, then 16 in the high */
+    *scale = read16(block);
+    return wide ? block[2 + at] ^ 128u : block[2 + at % 16] >> (at / 16 * 4) & 15u;
+}
+
 DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
-    if (raw.type == TYPE_F32) {
+    switch (raw.type) {
+    case TYPE_F32: {
         const uint8_t *b = raw_at(raw, row, (size_t)k * 4);
         return __uint_as_float((uint32_t)read16(b) | (uint32_t)read16(b + 2) << 16);
     }
-    if (raw.type == TYPE_Q4_K || raw.type == TYPE_Q6_K) {
-        size_t bytes = raw.type == TYPE_Q4_K ? 144 : 210;
-        return raw_k_quant(raw.type, raw_at(raw, row, (size_t)(k / 256) * bytes), k % 256);
+    case TYPE_Q4_K: return raw_k_quant(TYPE_Q4_K, raw_at(raw, row, k / 256 * 144ull), k % 256);
+    case TYPE_Q6_K: return raw_k_quant(TYPE_Q6_K, raw_at(raw, row, k / 256 * 210ull), k % 256);
+    case TYPE_Q8_0:
+    case TYPE_Q4_0: {
+        uint16_t scale;
+        float number = (float)raw_number(raw, row, k, &scale);
+        return (number - (raw.type == TYPE_Q8_0 ? 128.0f : 8.0f)) * half_to_float(scale);
+    }
     }
     uint16_t bits = read16(raw_at(raw, row, (size_t)k * 2));
     return raw.type == TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-/* A row's 8 numbers of k in [k, k + 8), those outside [begin, end) 0, and their block's scale. */
-DEVICE uint2 raw_numbers(const struct raw_rows &raw, int row, int k, int begin, int end,
-                         uint16_t *scale) {
-    bool wide = raw.type == TYPE_Q8_0;
-    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : 18));
-    uint32_t word[2] = {0, 0};
-    *scale = read16(block);
-    for (int i = 0; i < 8; i++) {
-        int at = (k + i) % 32; /* Q4_0: 16 k in the low halves of the bytes, then 16 in the high */
-        uint32_t number = wide ? block[2 + at] ^ 128u : block[2 + at % 16] >> (at / 16 * 4) & 15u;
-        if (k + i < begin || k + i >= end)
-            number = wide ? 128 : 8;
-        if (wide)
-            word[i / 4] |= number << (i % 4 * 8);
-        else
-            word[0] |= number << (i * 4);
+/* A lane's words of one of its two outputs in a tile: row `upper`, those of k outside [begin, end)
+ * and of rows that are not there are 0. words: of the unit's tile. */
+DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int row, int upper,
+                        int unit_k, int begin, int end, uint32_t *words) {
+    int lane = (int)threadIdx.x % WARP;
+    for (int fragment = 0; fragment < 4; fragment++) {
+        uint32_t word = 0, number[4]; /* k, k + 1, k + 8, k + 9 */
+        for (int i = 0; i < 4; i++) {
+            int k = unit_k + fragment * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
+            bool there = row < raw.n_rows && k >= begin && k < end;
+            uint16_t scale;
+            if (m.type == PACKED_BF16)
+                number[i] = there ? pack_bf16(raw_element(raw, row, k), 0.0f) : 0;
+            else
+                number[i] = there                 ? raw_number(raw, row, k, &scale)
+                            : m.type == PACKED_Q8 ? 128u
+                                                  : 8u;
+        }
+        if (m.type == PACKED_BF16) {
+            uint32_t *to = words + (fragment * 32 + lane) * 4 + upper;
+            to[0] = number[0] | number[1] << 16;
+            to[2] = number[2] | number[3] << 16;
+        } else if (m.type == PACKED_Q8) {
+            word = number[0] | number[2] << 8 | number[1] << 16 | number[3] << 24;
+            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = word;
+        } else {
+            word = number[0] | number[2] << 4 | number[1] << 16 | number[3] << 20;
+            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper;
+            *to = fragment % 2 ? *to | word << 8 : word;
+        }
     }
-    return make_uint2(word[0], word[1]);
 }
 
-/* A lane's share of a tile and unit in bf16: k to k + 8 of a row, those outside [begin, end) 0. */
-DEVICE void pack_floats(const struct raw_rows &raw, int row, int k, int begin, int end,
-                        uint32_t *words) {
-    for (int at = 0; at < 8; at += 2) {
-        float pair[2] = {0.0f, 0.0f};
-        for (int i = 0; i < 2 && row < raw.n_rows; i++)
-            if (k + at + i >= begin && k + at + i < end)
-                pair[i] = raw_element(raw, row, k + at + i);
-        words[at / 4 * 128 + at % 4 / 2 * 2] = pack_bf16(pair[0], pair[1]);
-    }
-}
-
-/* Packs tiles [first_tile, first_tile + n) of m, whose outputs are the rows at hand. One warp a
- * tile and unit; bound by memory. The twin of pack_panel. */
-__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
+/* Packs tiles [first_tile, first_tile + n_tiles) of m from the rows at hand. part: of a pair, 0 or 1
+ * for gate or up. One warp a tile and unit; bound by memory. The twin of pack_panel. */
+__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles, int part,
                             const struct raw_rows raw) {
     grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
@@ -384,29 +382,24 @@ __global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles,
     int unit = (int)(index % m.n_units), tile = (int)(index / m.n_units), segment = 0;
     while (unit >= m.segments.unit[segment + 1])
         segment++;
-    int begin = m.segments.k[segment], end = m.segments.k[segment + 1];
-    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT + lane % 4 * 8;
-    index += (size_t)first_tile * m.n_units;
-    uint32_t *words = (uint32_t *)(m.packed + index * packed_bytes(m.type));
-    uint16_t *scales = (uint16_t *)(m.scales + index * SCALE_BYTES);
-    for (int upper = 0; upper < 2; upper++) {
-        int row = tile * TILE + upper * 8 + lane / 4;
-        if (m.type == PACKED_BF16) {
-            pack_floats(raw, row, k, begin, end, words + lane * 4 + upper);
-            continue;
+    int begin = m.segments.k[segment], end = m.segments.k[segment + 1], to_tile = first_tile + tile;
+    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT;
+    uint8_t *to = const_cast<uint8_t *>(m.packed) +
+                  ((size_t)(to_tile / 8) * m.n_units + unit) * unit_bytes(m.type);
+    for (int upper = m.paired ? part : 0; upper <= (m.paired ? part : 1); upper++) {
+        int first = m.paired ? tile * 8 : tile * TILE + upper * 8;
+        pack_output(m, raw, first + lane / 4, upper, k, begin, end,
+                    (uint32_t *)(to + to_tile % 8 * (numbers_bytes(m.type) / 8)));
+        if (m.type != PACKED_BF16 && lane < 16) { /* scales of 8 outputs, 2 times 32 k */
+            int row = first + lane % 8, at = k + lane / 8 * 32;
+            uint16_t scale = 0;
+            if (row < raw.n_rows && at >= begin / 32 * 32 && at < end)
+                (void)raw_number(raw, row, at, &scale);
+            ((uint16_t *)(to +
+                          numbers_bytes(
+                              m.type)))[(to_tile % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + upper] =
+                scale;
         }
-        uint16_t scale = 0;
-        uint2 numbers = make_uint2(0, 0);
-        if (row < raw.n_rows)
-            numbers = raw_numbers(raw, row, k, begin, end, &scale);
-        if (m.type == PACKED_Q8) {
-            words[lane * 4 + upper * 2] = numbers.x;
-            words[lane * 4 + upper * 2 + 1] = numbers.y;
-        } else {
-            words[lane * 2 + upper] = numbers.x;
-        }
-        if (lane % 4 == 0)
-            scales[lane / 4 * 2 + upper] = scale;
     }
 }
 
@@ -422,13 +415,15 @@ struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
     struct slice slice;
     int gpu;
-    struct matrix matrix;
-    float *vector; /* device (its part of the tensor); NULL: a matrix */
+    struct matrix matrix; /* of gate and up both have the same */
+    bool borrowed;        /* it belongs to the other of the two */
+    float *vector;        /* device (its part of the tensor, and zeros to a multiple of 8) */
     struct weight *next;
 };
 
 struct card { /* what devices on the same GPU share */
     bool open;
+    int n_devices; /* open ones */
     cudaDeviceProp properties;
     struct gpu_staging staging;
 };
@@ -454,19 +449,18 @@ struct cuda_device {
     cudaStream_t streams[N_STREAMS];
     struct gpu_tickets copies[N_STREAMS];
     int n_heads, n_kv_heads, d_ff; /* of this shard */
-    size_t padded_rows;            /* of the inputs of products */
-    int h_stride, x_stride, qkv_stride, attention_stride, ffn_stride, logits_stride;
+    int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    uint16_t *h, *q, *ffn;   /* bf16 (max_rows, …_stride), q (max_rows, n_heads, kv_head_dim) */
-    struct planes attention;
-    float *gate_up;              /* (max_rows, 2 d_ff); NULL: they are never of two types */
-    int ffn_types;               /* bits: of matrices of their shape, 1 << packed type */
-    float2 *turn;                /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;       /* (rope_dim / 2) */
-    int *arrived;                /* (max_rows, n_kv_heads, chunks) of attention */
-    sampler_key *keys;           /* (LOGIT_ROWS, vocab_size) of the sampler */
-    int *sampled, *sampled_host; /* (max_samples) device, pinned */
+    struct planes h, attention, ffn; /* inputs of products */
+    uint16_t *q;                     /* bf16 (max_rows, n_heads, kv_head_dim) */
+    float4 *sums_of_blocks;          /* of generated products, see there */
+    int *blocks_done;                /* (multiprocessors) */
+    float2 *turn;                    /* (max_rows, rope_dim / 2) cosine and sine */
+    float *rope_frequency;           /* (rope_dim / 2) */
+    int *arrived;                    /* (max_rows, n_kv_heads, chunks) of attention */
+    sampler_key *keys;               /* (LOGIT_ROWS, vocab_size) of the sampler */
+    int *sampled, *sampled_host;     /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
     float *partial; /* (split_capacity, n_chunks, part): see struct attention */
@@ -474,7 +468,7 @@ struct cuda_device {
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
-    struct graph graphs[MAX_COLUMNS + 1];
+    struct graph graphs[GRAPHS + 1];
     int recording; /* index of a graph; 0: none */
     /* of several shards: sums of project_add on their way, in turns, so that a reader has time */
     float *sums[2], *gathered;
@@ -545,34 +539,36 @@ static int grain_of(const struct model_config *config, int cols) {
 }
 
 static void free_weight(struct weight *weight) {
-    cudaFree((void *)weight->matrix.packed);
-    cudaFree((void *)weight->matrix.scales);
+    if (!weight->borrowed)
+        cudaFree((void *)weight->matrix.packed);
     cudaFree(weight->vector);
     free(weight);
 }
 
 /* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
- * up once: the rest is made on the device. */
+ * up once: the rest is made on the device. part: 1 for up, which shares its matrix with gate. */
 static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int first_row,
-                        int n_rows, const struct matrix *m) {
-    size_t row_bytes = tensor->bytes / (size_t)tensor->rows, tile_bytes = TILE * row_bytes;
+                        int n_rows, const struct matrix *m, int part) {
+    int tile_rows = m->paired ? TILE / 2 : TILE, all_tiles = m->n_panels * (PANEL / TILE);
+    size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
+    size_t tile_bytes = (size_t)tile_rows * row_bytes;
     size_t period = tensor->period;
     size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
-    size_t all = tile_bytes * (size_t)m->n_tiles;
+    size_t all = tile_bytes * (size_t)all_tiles;
     struct gpu_staging *staging = &d->card->staging;
     struct gpu up = d->gpu; /* the same, but for the stream */
     up.stream = staging->stream;
     if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
         return false;
-    int band = (int)(period > 0 ? (size_t)m->n_tiles : staging->bytes / tile_bytes);
-    for (int tile = 0; tile < m->n_tiles; tile += band) {
-        int n_tiles = smaller(m->n_tiles - tile, band);
+    int band = (int)(period > 0 ? (size_t)all_tiles : staging->bytes / tile_bytes);
+    for (int tile = 0; tile < all_tiles; tile += band) {
+        int n_tiles = smaller(all_tiles - tile, band), left = n_rows - tile * tile_rows;
         struct raw_rows raw = {};
         raw.row_bytes = row_bytes;
         raw.type = tensor->type;
-        raw.n_rows = smaller(n_rows - tile * TILE, n_tiles * TILE);
+        raw.n_rows = left < 0 ? 0 : smaller(left, n_tiles * tile_rows);
         const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + tile * TILE) * row_bytes;
+        size_t offset = (size_t)(first_row + tile * tile_rows) * row_bytes;
         size_t bytes = (size_t)raw.n_rows * row_bytes;
         if (period > 0) {
             bytes = period < tensor->bytes ? period : tensor->bytes;
@@ -580,36 +576,45 @@ static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int 
             raw.first = offset % bytes;
             offset = 0;
         }
-        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
+        if (raw.n_rows > 0) /* else it is the rest of the last panel */
+            raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
         size_t n_blocks = ((size_t)n_tiles * m->n_units * WARP + THREADS - 1) / THREADS;
         gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)n_blocks), THREADS, 0, *m, tile,
-                   n_tiles, raw);
+                   n_tiles, part, raw);
         gpu_staging_used(&d->gpu, staging);
     }
     return true;
 }
 
-static bool upload_matrix(struct cuda_device *d, struct weight *w) {
+/* partner: what w->tensor is multiplied together with, or NULL; then `other` is its weight, if that
+ * is there. */
+static bool upload_matrix(struct cuda_device *d, struct weight *w, const struct tensor *partner,
+                          const struct weight *other) {
     const struct tensor *tensor = w->tensor;
     const struct slice *slice = &w->slice;
     struct matrix *m = &w->matrix;
     int rows = (int)tensor->rows / (slice->kind == SLICE_ROWS ? slice->count : 1);
     int first_row = slice->kind == SLICE_ROWS ? slice->rank * rows : 0;
-    bool cut = slice->kind == SLICE_COLS;
+    bool cut = slice->kind == SLICE_COLS, ok = true;
     int grain = cut ? grain_of(d->device.config, (int)tensor->cols) : 0;
     int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
     m->segments =
         make_segments((int)tensor->cols, grain, cut ? slice->rank * n_segments : 0, n_segments);
     m->type = packed_type_of(tensor->type);
+    m->paired = partner != NULL;
+    if (partner && packed_type_of(partner->type) != m->type)
+        m->type = PACKED_BF16;
     m->n_outputs = rows;
-    m->n_tiles = divide(rows, TILE);
+    m->n_panels = divide(rows, m->paired ? PANEL / 2 : PANEL);
     m->n_units = m->segments.unit[n_segments];
-    size_t n = (size_t)m->n_tiles * m->n_units;
-    bool ok = cudaMalloc((void **)&m->packed, n * packed_bytes(m->type)) == cudaSuccess;
-    if (has_scales(m->type))
-        ok = ok && cudaMalloc((void **)&m->scales, n * SCALE_BYTES) == cudaSuccess;
+    w->borrowed = other != NULL;
+    if (other)
+        m->packed = other->matrix.packed;
+    else
+        ok = cudaMalloc((void **)&m->packed, (size_t)m->n_panels * m->n_units *
+                                                 (size_t)unit_bytes(m->type)) == cudaSuccess;
     (void)cudaGetLastError();
-    return ok && pack_matrix(d, tensor, first_row, rows, m);
+    return ok && pack_matrix(d, tensor, first_row, rows, m, other != NULL);
 }
 
 /* A shard has its part of a bias; a norm is whole. */
@@ -619,42 +624,38 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
     const char *from = (const char *)tensor->data;
     if (w->slice.kind != SLICE_WHOLE)
         from += (size_t)w->slice.rank * n * sizeof(float);
-    size_t bytes = (size_t)n * sizeof(float);
+    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
     cudaStream_t stream = d->card->staging.stream;
-    if (cudaMalloc((void **)&w->vector, bytes) != cudaSuccess)
+    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
         return false;
+    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
     TRY(d, cudaMemcpyAsync(w->vector, from, bytes, cudaMemcpyHostToDevice, stream));
     return true;
 }
 
-/* Gate and up of one type are multiplied by one kernel, which needs no place for their sums. If
- * there are matrices of their shape in several types, they may be two of those: see
- * cuda_norm_gate_up. False: no room. */
-static bool make_gate_up(struct cuda_device *d, const struct weight *w) {
-    bool ok = true;
-    if (w->matrix.n_outputs != d->d_ff || w->tensor->cols != d->device.config->d_model)
-        return true;
-    d->ffn_types |= 1 << w->matrix.type;
-    if (!d->gate_up && (d->ffn_types & (d->ffn_types - 1)))
-        gpu_take(&d->gpu, &d->gate_up, (size_t)d->device.max_rows * 2 * (size_t)d->d_ff, &ok);
-    return ok;
+static struct weight *find_weight(const struct cuda_device *d, const struct tensor *tensor,
+                                  struct slice slice) {
+    struct weight *w = d->cuda->weights;
+    while (w && !(w->tensor == tensor && w->gpu == d->device.index && w->slice.kind == slice.kind &&
+                  w->slice.rank == slice.rank && w->slice.count == slice.count))
+        w = w->next;
+    return w;
 }
 
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
-                                        struct slice slice, char *error) {
+                                        const struct tensor *partner, struct slice slice,
+                                        char *error) {
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
     pthread_mutex_lock(&cuda->upload_mutex);
-    struct weight *w = cuda->weights;
-    while (w && !(w->tensor == tensor && w->gpu == device->index && w->slice.kind == slice.kind &&
-                  w->slice.rank == slice.rank && w->slice.count == slice.count))
-        w = w->next;
+    struct weight *w = find_weight(d, tensor, slice);
     if (!w && (w = (struct weight *)calloc(1, sizeof *w)) != NULL) {
+        const struct weight *other = partner ? find_weight(d, partner, slice) : NULL;
         w->tensor = tensor;
         w->slice = slice;
         w->gpu = device->index;
         bool is_vector = tensor->rows == 1 && tensor->type == TYPE_F32;
-        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w)) {
+        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, partner, other)) {
             w->next = cuda->weights;
             cuda->weights = w;
             TRY(d, cudaStreamSynchronize(d->card->staging.stream));
@@ -663,9 +664,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
             w = NULL;
         }
     }
-    bool ok = w && (w->vector || make_gate_up(d, w));
     pthread_mutex_unlock(&cuda->upload_mutex);
-    if (!ok) {
+    if (!w) {
         size_t available = 0, total = 0;
         (void)cudaGetLastError();
         (void)cudaMemGetInfo(&available, &total);
@@ -676,405 +676,600 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
                    d->card->properties.name, available >> 20, total >> 20,
                    (tensor->bytes >> 20) + 1);
     }
-    return ok ? w : NULL;
+    return w;
 }
 
 /* ==== 4. Products: rows times packed matrices on the tensor cores ====
  *
  * A row takes the one kernel or the other by its role alone, so its bits do not depend on the
  * batch:
- *   generated_product   tokens that were generated: bound by reading the weights. A block of
- *                       K_SEGMENTS warps has 1 or 2 tiles of outputs and up to 64 rows; each warp
- *                       sums its segment of K, and the sums are added as a binary tree.
- *   prompt_product      rows of prompts: bound by multiplying. A block has 256 rows and 128
- *                       outputs, and each sum is one chain over all of K. Where shards cut K, a
- *                       shard goes on with the sums of the one before it: the same chain.
+ *   generated_product   tokens that were generated, up to 64 rows: bound by reading the weights.
+ *                       Each sum is a tree of K_SEGMENTS chains.
+ *   prompt_product      rows of prompts: bound by multiplying. A block has 256 rows and a panel,
+ *                       and each sum is one chain over all of K. Where shards cut K, a shard goes
+ *                       on with the sums of the one before it: the same chain.
  * Both do their part of what follows a product: bias, silu(gate) * up, or adding to the residual.
  *
- * Rows are bf16 (n_rows, input_stride), outputs f32, but for the FFN's, which are the next input.
+ * In both, one warp of a block asks for weights and rows, unit after unit, into a ring of *stages*
+ * in shared memory, as far ahead as there is room; the other eight multiply. The weights are the
+ * 16-row operand (a) and the rows the 8-column one (b). On Hopper four warps multiply together
+ * (wgmma), elsewhere each for itself: the same sums in the same registers.
+ *
+ * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
 
 enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
 
-static constexpr __host__ __device__ int kinds_of(int epilogue) { /* matrices of one output */
-    return epilogue == SILU ? 2 : 1;
-}
-
 enum {
-    SUM_STRIDE = 20, /* floats: a row of 16 sums; 20 keeps the lanes in different banks */
-    ROW_TILE = 256,  /* rows of a block of prompt_product: with 128 outputs, 85 products a byte */
-    OUTPUT_TILE = 128,
-    WARP_ROWS = 64, /* a warp's 64 x 64 sums fill 128 registers */
-    STAGES = 4,     /* units under way in shared memory: 3 x 24 KB cover the latency of L2 */
-    ROW_BAND = 8    /* row tiles that blocks of one time share, so that weights stay in L2 */
+    CONSUMERS = 8, /* warps of a block that multiply */
+    FED_THREADS = (CONSUMERS + 1) * WARP,
+    MAX_STAGES = 12,
+    RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
+    ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
+    ROW_TILE = 256,                          /* rows of a block of prompt_product */
+    GENERATED_ROWS = 64                      /* of a generated_product at most */
 };
 
 struct product {
-    struct matrix matrix[3]; /* of like K; SILU: gate and up */
+    struct matrix matrix[3]; /* of like type and K; SILU: one, a pair */
     float *out[3];           /* (n_rows, out_stride) */
     const float *bias[3];    /* (n_outputs), or NULL */
-    int n_matrices, out_stride;
-    bool adds;             /* to what `out` holds; instead of a bias */
-    const uint16_t *input; /* bf16 (n_rows, input_stride) */
-    int input_stride;
-    const int *n_generated; /* device: generated_product has rows [0, *n_generated - n_before) */
-    int n_before;
-    int first_row, n_rows; /* prompt_product's */
-    const float *initial;  /* (n_rows, out_stride) where its chains begin; NULL: at 0 */
-    uint16_t *ffn;         /* SILU: bf16 (n_rows, ffn_stride) */
-    int ffn_stride;
-    struct segments ffn_places; /* the K of ffn_down */
+    int n_matrices, n_panels, out_stride;
+    bool adds; /* to what `out` holds; instead of a bias */
+    struct planes input;
+    int n_stages;
+    /* generated_product's: rows [first_row, *n_generated - n_before); what blocks hand over */
+    const int *n_generated; /* device */
+    int n_before, grain;    /* grain: segments of an item */
+    float4 *sums_of_blocks;
+    int *blocks_done;
+    /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
+    int first_row, n_rows;
+    const float *initial;
+    /* of SILU: where its outputs go */
+    struct planes ffn;
+    struct segments ffn_places;
 };
 
 DEVICE float silu(float x) {
     return x / (1.0f + __expf(-x));
 }
 
-/* What is done with the sums of a row and of two outputs, the first even; `up` for SILU alone. */
-template <int EPILOGUE>
-DEVICE void finish(const struct product &p, int which, int row, int output, const float sum[2],
-                   const float up[2]) {
-    int n = p.matrix[which].n_outputs - output;
-    if (n <= 0)
-        return;
-    if (EPILOGUE == SILU) { /* segments begin at an even k: both lie side by side */
-        uint16_t *to = p.ffn + (size_t)row * p.ffn_stride + place(p.ffn_places, output);
-        *reinterpret_cast<uint32_t *>(to) = pack_bf16(silu(sum[0]) * up[0], silu(sum[1]) * up[1]);
-        return;
-    }
-    float *out = p.out[which] + (size_t)row * p.out_stride + output;
-    const float *bias = p.bias[which];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (i < n)
-            out[i] = sum[i] + (p.adds ? out[i] : bias ? bias[output + i] : 0.0f);
+/* Which of the matrices has the panel, and its number there. */
+DEVICE int find_matrix(const struct product &p, int *panel) {
+    int which = 0;
+    for (; which + 1 < p.n_matrices && *panel >= p.matrix[which].n_panels; which++)
+        *panel -= p.matrix[which].n_panels;
+    return which;
 }
 
-/* Which matrix a block works on, and its first tile there, if a block takes `tiles` of them. */
+/* What is done with the sums of a tile of 16 outputs and 8 rows from `row` on, of which those in
+ * [begin, end) are wanted: sum[e] is of output group + e / 2 * 8 and row 2 quad + e % 2. */
 template <int EPILOGUE>
-DEVICE int find_tile(const struct product &p, int block, int tiles, int *which) {
-    *which = 0;
-    while (EPILOGUE != SILU && *which + 1 < p.n_matrices) {
-        int n_blocks = divide(p.matrix[*which].n_tiles, tiles);
-        if (block < n_blocks)
-            break;
-        block -= n_blocks;
-        ++*which;
+DEVICE void finish(const struct product &p, int which, int tile, int row, int begin, int end,
+                   const float sum[4]) {
+    const int lane = (int)threadIdx.x % WARP, n_outputs = p.matrix[which].n_outputs;
+    row += lane % 4 * 2;
+    if constexpr (EPILOGUE ==
+                  SILU) { /* lanes of two outputs swap, so that each has both of one row */
+        const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
+        int odd = lane / 4 % 2, output = tile * 8 + lane / 8 * 2;
+        float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+        row += odd;
+        if (row >= begin && row < end && output < n_outputs) /* segments begin at an even k */
+            *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
+                odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int output = tile * TILE + lane / 4 + e / 2 * 8;
+            float *out = p.out[which] + (size_t)(row + e % 2) * p.out_stride + output;
+            if (output < n_outputs && row + e % 2 >= begin && row + e % 2 < end)
+                *out = sum[e] + (p.adds ? *out : p.bias[which] ? p.bias[which][output] : 0.0f);
+        }
     }
-    return block * tiles;
+}
+
+/* ---- the ring ---- */
+
+struct ring { /* of n stages, each `bytes`: a thread's place in it */
+    uint8_t *stages;
+    uint64_t *full, *empty; /* (n) barriers: copies have arrived; it may be written again */
+    int n, bytes, at;
+    uint32_t parity;
+};
+
+/* All threads of the block. In shared memory the stages come first, then `others` bytes, and the
+ * barriers. A stage is full after so many calls of copy_pieces, and empty when so many warps have
+ * given it back. */
+DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int calls, int warps) {
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
+    struct ring r = {shared, full, full + n, n, bytes, 0, 0};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < n; i++) {
+            barrier_init(r.full + i, calls * copy_arrivals());
+            barrier_init(r.empty + i, warps);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+    return r;
+}
+
+DEVICE void next_stage(struct ring *r) {
+    if (++r->at == r->n) {
+        r->at = 0;
+        r->parity ^= 1;
+    }
+}
+
+DEVICE uint8_t *wait_empty(const struct ring &r) { /* the producer's; at first all are */
+    barrier_wait(r.empty + r.at, r.parity ^ 1);
+    return r.stages + r.at * r.bytes;
+}
+
+DEVICE uint8_t *wait_full(const struct ring &r) {
+    barrier_wait(r.full + r.at, r.parity);
+    return r.stages + r.at * r.bytes;
+}
+
+/* A warp has done with the stage so many before its own. Not with what it has just loaded: that may
+ * still be on its way into registers, and a new copy would overtake it. */
+DEVICE void give_back(const struct ring &r, int before) {
+    __syncwarp();
+    if (threadIdx.x % WARP == 0)
+        barrier_arrive(r.empty + (r.at < before ? r.at + r.n : r.at) - before);
+}
+
+DEVICE void advance(struct ring *r, bool first) {
+    if (!first)
+        give_back(*r, 1);
+    next_stage(r);
 }
 
 /* ---- generated tokens ---- */
 
-/* Tiles of outputs that a block takes: more, where many rows would be read again for each. */
-static constexpr __host__ __device__ int tiles_a_block(int columns) {
-    return columns > 2 ? 2 : 1;
-}
-
-/* The tree that sums K_SEGMENTS segments; those that another shard has are 0 here. */
-DEVICE float tree_sum(const float *sums, int n_segments, int stride) {
-    float value[K_SEGMENTS];
-#pragma unroll
-    for (int i = 0; i < K_SEGMENTS; i++)
-        value[i] = i < n_segments ? sums[i * stride] : 0.0f;
-#pragma unroll
-    for (int n = K_SEGMENTS; n > 1; n /= 2)
-#pragma unroll
-        for (int i = 0; i < n / 2; i++)
-            value[i] = value[2 * i] + value[2 * i + 1];
-    return value[0];
-}
-
-/* What a block of generated_product has: SLOTS tiles, of SILU each of gate and of up, its rows, and
- * for each warp the units [at, end) of its segment. */
-template <int TYPE, int EPILOGUE, int COLUMNS> struct generated_block {
-    static constexpr int KINDS = kinds_of(EPILOGUE), TILES = tiles_a_block(COLUMNS);
-    static constexpr int SLOTS = TILES * KINDS, ROWS = 8 * COLUMNS;
-    static constexpr int AHEAD = SLOTS < 4 ? 4 / SLOTS : 1; /* units in registers while they come */
-    int which, first_tile, first_row, warp, lane, at, end;
-    struct fragment<TYPE> next[AHEAD][SLOTS];
-    float sum[SLOTS][COLUMNS][4];
+/* Which units a block has, of the panels one after the other: items [begin, end) of `grain`
+ * segments, an equal share for each block. */
+struct share {
+    int n_groups; /* items of a panel */
+    int begin, end;
 };
 
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void fetch_weights(const struct product &p, int from,
-                          struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
-#pragma unroll
-    for (int i = 0; i < b->AHEAD * b->SLOTS; i++) {
-        int at = from + i / b->SLOTS, slot = i % b->SLOTS;
-        const struct matrix &m = p.matrix[b->which + slot % b->KINDS];
-        int tile = b->first_tile + slot / b->KINDS;
-        size_t index = (size_t)smaller(tile, m.n_tiles - 1) * m.n_units + at;
-        if (at < b->end)
-            load_fragment<TYPE, true>(m.packed + index * packed_bytes(TYPE),
-                                      m.scales + index * SCALE_BYTES, b->lane,
-                                      &b->next[i / b->SLOTS][slot]);
-    }
+DEVICE struct share find_share(const struct product &p) {
+    const int n_groups = p.matrix[0].segments.n / p.grain, n = p.n_panels * n_groups;
+    return {n_groups, (int)((int64_t)blockIdx.x * n / gridDim.x),
+            (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
-/* The sums of a warp's segment: the weights are the 16-row operand and the rows the 8-column one,
- * so one row and 64 take the same instructions. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void multiply_segment(const struct product &p,
-                             struct generated_block<TYPE, EPILOGUE, COLUMNS> *b) {
-    constexpr int AHEAD = b->AHEAD, SLOTS = b->SLOTS;
-    const uint16_t *input =
-        p.input + (size_t)(b->first_row + b->lane / 4) * p.input_stride + b->lane % 4 * 8;
-    for (; b->at < b->end; b->at += AHEAD) {
-        struct fragment<TYPE> now[AHEAD][SLOTS];
+/* The block that has an item: the last one to begin before or with it. */
+DEVICE int owner_of(const struct product &p, int item, int n_groups) {
+    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
+}
+
+/* The warp that asks for units: the first weights before the kernel before this has ended, since
+ * they do not depend on it; rows afterwards. */
+template <int TYPE, int ROWS>
+DEVICE void produce_generated(const struct product &p, struct ring r) {
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct share s = find_share(p);
+    auto unit_of = [&](int item) {
+        return item / s.n_groups * n_units + p.matrix[0].segments.unit[item % s.n_groups * p.grain];
+    };
+    const int begin = unit_of(s.begin), end = unit_of(s.end);
+    auto weights = [&](int at) {
+        int panel = at / n_units, unit = at % n_units, which = find_matrix(p, &panel);
+        const uint8_t *from =
+            p.matrix[which].packed + ((size_t)panel * n_units + unit) * unit_bytes(TYPE);
+        copy_pieces<true>(wait_empty(r) + ROWS * ROW_BYTES, from, lane == 0 ? unit_bytes(TYPE) : 0,
+                          r.full + r.at);
+    };
+    auto rows = [&](int at) {
+        const uint8_t *from =
+            p.input.bytes + ((size_t)(at % n_units) * p.input.n_rows + p.first_row) * ROW_BYTES;
+        copy_pieces<false>(r.stages + r.at * r.bytes, from, lane == 0 ? ROWS * ROW_BYTES : 0,
+                           r.full + r.at);
+    };
+    const int ahead = smaller(end, begin + r.n);
+    const struct ring start = r;
+    for (int at = begin; at < ahead; at++, next_stage(&r))
+        weights(at);
+    if (ahead == end)
+        grid_launch_dependents();
+    grid_wait();
+    copies_see_stores();
+    r = start;
+    for (int at = begin; at < end; at++, next_stage(&r)) {
+        if (at >= ahead)
+            weights(at);
+        rows(at);
+    }
+    if (ahead < end)
+        grid_launch_dependents();
+}
+
+/* sum += part * scale, of columns `index` times as many as part has. */
+template <int ROWS, int N>
+DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float (&sum)[ROWS / 2]) {
+    const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
-        for (int i = 0; i < AHEAD * SLOTS; i++)
-            now[i / SLOTS][i % SLOTS] = b->next[i / SLOTS][i % SLOTS];
-        fetch_weights(p, b->at + AHEAD, b);
+    for (int i = 0; i < N; i++)
+        sum[index * N + i] += part[i] * (i % 4 < 2 ? low : high);
+}
+
+/* sum (a tile of outputs, ROWS rows) += a unit of a warp's weights times the rows. Quantized
+ * numbers are multiplied as whole numbers, 32 k at a time, and their sums by the scale. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_unit(const uint8_t *rows, int warp, float (&sum)[ROWS / 2]) {
+    constexpr bool SCALED = TYPE != PACKED_BF16;
+    const int lane = (int)threadIdx.x % WARP;
+    uint32_t a[2][2][4], scale[2];
 #pragma unroll
-        for (int ahead = 0; ahead < AHEAD; ahead++) {
-            if (b->at + ahead >= b->end)
-                break;
-            uint32_t a[SLOTS][2][4];
+    for (int half = 0; half < 2; half++)
+        load_operands<TYPE>(rows + ROWS * ROW_BYTES, warp, half, lane, a[half], &scale[half]);
+#ifdef HOPPER
+    constexpr int COLUMNS = SCALED && ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
+    const uint64_t b = wgmma_rows(rows);
+    float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; slot++)
-                unpack<TYPE>(now[ahead][slot], a[slot]);
+    for (int i = 0; i < 2 * PARTS; i++) {
+        wgmma_begin();
 #pragma unroll
-            for (int column = 0; column < COLUMNS; column++) {
-                uint4 x =
-                    load16(input + (size_t)column * 8 * p.input_stride + (b->at + ahead) * UNIT);
+        for (int j = 0; j < 2; j++) {
+            uint64_t at = b + i / PARTS * 4 + j * 2 + i % PARTS * (COLUMNS * ROW_BYTES / 16);
+            if constexpr (SCALED)
+                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][j], at, j > 0);
+            else
+                wgmma<ROWS>(sum, a[i / PARTS][j], at, true);
+        }
+        wgmma_commit();
+        if (SCALED && i > 0) {
+            wgmma_wait<1>();
+            add_scaled<ROWS>(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+        }
+    }
+    wgmma_wait<0>();
+    if (SCALED)
+        add_scaled<ROWS>(part[1], scale[1], PARTS - 1, sum);
+#else
 #pragma unroll
-                for (int slot = 0; slot < SLOTS; slot++)
-                    multiply_unit(b->sum[slot][column], a[slot], x);
+    for (int i = 0; i < ROWS / 8 * 2; i++) { /* 8 rows, a half of the k */
+        const int j = i / 2, half = i % 2;
+        uint32_t b[4];
+        load_matrices(b, rows + (j * 8 + lane % 8) * ROW_BYTES +
+                             ((half * 4 + lane / 8) ^ lane % 8) * 16);
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        mma_bf16(SCALED ? part : &sum[j * 4], a[half][0], b);
+        mma_bf16(SCALED ? part : &sum[j * 4], a[half][1], b + 2);
+        if (SCALED)
+            add_scaled<ROWS>(part, scale[half], j, sum);
+    }
+#endif
+}
+
+DEVICE float4 add4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+/* A node of the tree is done: adds its left sibling to it, and that of the sum of both, up to level
+ * `top`. kept: shared (3 levels, N / 4, consumers), left siblings. True: `sum` is of a node at the
+ * top. */
+template <int N> DEVICE bool add_siblings(int segment, int top, float (&sum)[N], float4 *kept) {
+    for (int level = 0; level < top; level++, kept += N / 4 * CONSUMERS * WARP) {
+        const bool is_right = segment >> level & 1;
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            float4 *left = kept + i / 4 * CONSUMERS * WARP + threadIdx.x;
+            float4 own = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            if (is_right) {
+                own = add4(*left, own);
+                sum[i] = own.x, sum[i + 1] = own.y, sum[i + 2] = own.z, sum[i + 3] = own.w;
+            } else {
+                *left = own;
             }
         }
+        if (!is_right)
+            return false;
     }
+    return true;
 }
 
-/* Adds the segments of one of the block's tiles, and finishes its outputs. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-DEVICE void finish_tile(const struct product &p,
-                        const struct generated_block<TYPE, EPILOGUE, COLUMNS> &b, int tile,
-                        int n_rows, float *sums) {
-    int n_segments = (int)blockDim.x / WARP, stride = b.ROWS * SUM_STRIDE;
-#pragma unroll
-    for (int i = 0; i < b.KINDS * COLUMNS * 4; i++) { /* element i % 4: row 2 quad + i % 2 */
-        int kind = i / (COLUMNS * 4), column = i / 4 % COLUMNS;
-        int row = column * 8 + b.lane % 4 * 2 + i % 2, output = b.lane / 4 + i % 4 / 2 * 8;
-        sums[(kind * n_segments + b.warp) * stride + row * SUM_STRIDE + output] =
-            b.sum[tile * b.KINDS + kind][column][i % 4];
-    }
-    __syncthreads();
-    for (int i = (int)threadIdx.x * 2; i < b.ROWS * TILE; i += (int)blockDim.x * 2) {
-        int row = i / TILE, output = (b.first_tile + tile) * TILE + i % TILE;
-        float value[2][2] = {};
-        for (int j = 0; j < 2 * b.KINDS; j++) {
-            const float *from = sums + j / 2 * n_segments * stride + row * SUM_STRIDE;
-            value[j / 2][j % 2] = tree_sum(from + i % TILE + j % 2, n_segments, stride);
-        }
-        if (b.first_row + row < n_rows)
-            finish<EPILOGUE>(p, b.which, b.first_row + row, output, value[0], value[1]);
-    }
-    __syncthreads();
+/* Where a block leaves the sums of an item, of a panel that several blocks share: with those of the
+ * block that has the panel's first item. [owner][items of a panel][8 rows][thread] */
+template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int owner, int group) {
+    return p.sums_of_blocks + ((size_t)owner * K_SEGMENTS + group) * (ROWS / 8) * CONSUMERS * WARP +
+           threadIdx.x;
 }
 
-/* out (row, output) = sum over k of input (row, k) * matrix (output, k), rows [0, n_generated).
- * Grid: (blocks of tiles, blocks of 8 * COLUMNS rows); a warp per segment of K. Shared: (kinds,
- * segments, 8 * COLUMNS rows, SUM_STRIDE) floats. Bound by memory. */
-template <int TYPE, int EPILOGUE, int COLUMNS>
-__global__ void __launch_bounds__(THREADS) generated_product_kernel(const struct product p) {
-    DYNAMIC_SHARED(float, sums);
-    struct generated_block<TYPE, EPILOGUE, COLUMNS> b;
-    b.first_tile = find_tile<EPILOGUE>(p, (int)blockIdx.x, b.TILES, &b.which);
-    b.first_row = (int)blockIdx.y * b.ROWS;
-    b.warp = (int)threadIdx.x / WARP;
-    b.lane = (int)threadIdx.x % WARP;
-    const struct segments &segments = p.matrix[b.which].segments;
-    b.at = segments.unit[b.warp];
-    b.end = segments.unit[b.warp + 1];
-#pragma unroll
-    for (int i = 0; i < b.SLOTS * COLUMNS * 4; i++)
-        b.sum[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0.0f;
-    fetch_weights(p, b.at, &b); /* they do not depend on the kernel before */
-    grid_wait();
-    grid_launch_dependents();
-    int n_rows = *p.n_generated - p.n_before;
-    if (b.first_row >= n_rows)
+/* The last block to leave sums of a panel's items adds them all up. */
+template <int EPILOGUE, int ROWS>
+DEVICE void add_shared_sums(const struct product &p, int which, int tile, int owner, int n_items,
+                            int n_groups, int n_rows, int *last) {
+    sync_threads<1, CONSUMERS * WARP>();
+    if (threadIdx.x == 0) {
+        *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
+        if (*last)
+            p.blocks_done[owner] = 0;
+    }
+    sync_threads<1, CONSUMERS * WARP>();
+    if (!*last)
         return;
-    multiply_segment(p, &b);
+#pragma unroll 1
+    for (int j = 0; j < ROWS / 8 && j * 8 < n_rows; j++) {
+        float4 v[K_SEGMENTS];
 #pragma unroll
-    for (int tile = 0; tile < b.TILES; tile++)
-        finish_tile(p, b, tile, n_rows, sums);
+        for (int i = 0; i < K_SEGMENTS; i++)
+            v[i] = i < n_groups ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
+                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int n = K_SEGMENTS / 2; n > 0; n /= 2)
+#pragma unroll
+            for (int i = 0; i < n; i++)
+                v[i] = add4(v[2 * i], v[2 * i + 1]);
+        const float sum[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
+        finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows, sum);
+    }
 }
 
-static inline size_t generated_product_shared(int kinds, int n_segments, int columns) {
-    return sizeof(float) * (size_t)(kinds * n_segments * 8 * columns * SUM_STRIDE);
+static constexpr __host__ __device__ int generated_stage(int type, int rows) {
+    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
+
+static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblings */
+    return 3 * rows / 8 * CONSUMERS * WARP * 16;
+}
+
+/* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, and an int. Bound by
+ * memory. */
+template <int TYPE, int EPILOGUE, int ROWS>
+__global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
+    struct ring r =
+        open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), 2, CONSUMERS);
+    const int warp = (int)threadIdx.x / WARP;
+    if (warp == CONSUMERS) {
+        produce_generated<TYPE, ROWS>(p, r);
+        return;
+    }
+    grid_wait();
+    const struct share s = find_share(p);
+    const struct segments &segments = p.matrix[0].segments;
+    const int n_rows = smaller(*p.n_generated - p.n_before - p.first_row, ROWS);
+    int *last = reinterpret_cast<int *>(r.empty + r.n);
+    bool first = true;
+    for (int item = s.begin, n_items; item < s.end; item += n_items) {
+        const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
+        int panel = item / s.n_groups;
+        const int which = find_matrix(p, &panel), tile = panel * (PANEL / TILE) + warp;
+        n_items = smaller(s.n_groups - group, s.end - item);
+        const bool whole = n_items == s.n_groups;
+        const int top =
+            whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4) : p.grain - 1;
+        float sum[ROWS / 2];
+        for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
+#pragma unroll
+            for (int j = 0; j < ROWS / 2; j++)
+                sum[j] = 0.0f;
+            for (int unit = segments.unit[i]; unit < segments.unit[i + 1]; unit++) {
+                multiply_unit<TYPE, ROWS>(wait_full(r), warp, sum);
+                advance(&r, first);
+                first = false;
+            }
+            if (!add_siblings(i, top, sum, kept))
+                continue;
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++)
+                if (whole)
+                    finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows,
+                                     &sum[j * 4]);
+                else
+                    __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
+                           make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+        }
+        if (!whole)
+            add_shared_sums<EPILOGUE, ROWS>(p, which, tile, owner, n_items, s.n_groups, n_rows,
+                                            last);
+    }
 }
 
 /* ---- prompts ---- */
 
-enum {
-    STAGE_ROWS = ROW_TILE * UNIT * 2,                    /* bytes of the rows of a stage */
-    STAGE_SLOTS = OUTPUT_TILE / TILE,                    /* tiles of weights of a stage */
-    STAGE_BYTES = STAGE_ROWS + STAGE_SLOTS * UNIT_BYTES, /* scales fit where bf16 would be */
-    PROMPT_SHARED = STAGES * STAGE_BYTES
+static constexpr __host__ __device__ int prompt_stage(int type) {
+    return ROW_TILE * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
+
+/* A block's tiles of rows and panels: tiles of rows begin at a multiple of 8, where planes can be
+ * cut. Blocks of one time share panels, so that weights stay in L2. */
+struct row_tiles {
+    int begin, end, n; /* rows; tiles of rows */
 };
 
-/* Which matrix and tile stands in slot (0 to 7) of a block. SILU: a warp's four are two tiles of
- * gate and the same two of up, so that it has both sums of an output. */
-template <int EPILOGUE> DEVICE int slot_tile(int first_tile, int slot, int *kind) {
-    *kind = EPILOGUE == SILU ? slot % 4 / 2 : 0;
-    return first_tile + (EPILOGUE == SILU ? slot / 4 * 2 + slot % 2 : slot);
+DEVICE struct row_tiles find_row_tiles(const struct product &p) {
+    int begin = p.first_row / 8 * 8, end = p.first_row + p.n_rows;
+    return {begin, end, divide(end - begin, ROW_TILE)};
 }
 
-/* Starts the copies of one unit of a block's rows and weights into a stage. Rows are 64 bytes side
- * by side: a fragment is 16 of them, and eight lanes read 128 bytes in a row. */
-template <int TYPE, int EPILOGUE>
-DEVICE void load_stage(const struct product &p, int which, int first_tile, int first_row, int unit,
-                       uint8_t *stage) {
-    const uint16_t *input = p.input + unit * UNIT;
-    for (int i = (int)threadIdx.x; i < ROW_TILE * 4; i += THREADS) {
-        int row = first_row + i / 4, last = p.first_row + p.n_rows - 1;
-        const uint16_t *from = input + (size_t)smaller(row, last) * p.input_stride;
-        copy_async16(stage + i * 16, from + i % 4 * 8, row <= last);
-    }
-    constexpr int BYTES = (int)packed_bytes(TYPE);
-    constexpr int A_SLOT = (BYTES + (has_scales(TYPE) ? SCALE_BYTES : 0)) / 16;
-    stage += STAGE_ROWS;
-    for (int i = (int)threadIdx.x; i < STAGE_SLOTS * A_SLOT; i += THREADS) {
-        int slot = i / A_SLOT, byte = i % A_SLOT * 16, kind;
-        int tile = slot_tile<EPILOGUE>(first_tile, slot, &kind);
-        const struct matrix &m = p.matrix[which + kind];
-        bool there = tile < m.n_tiles;
-        size_t index = (size_t)(there ? tile : 0) * m.n_units + unit;
-        const uint8_t *from = byte < BYTES ? m.packed + index * BYTES + byte
-                                           : m.scales + index * SCALE_BYTES + (byte - BYTES);
-        copy_async16(stage + slot * UNIT_BYTES + byte, there ? from : m.packed, there);
-    }
-}
-
-/* sum (4 x 16 rows, 4 x 2 x 8 outputs) += one unit of a warp's rows and slots. */
-template <int TYPE>
-DEVICE void multiply_stage(const uint8_t *stage, int warp, int lane, float sum[4][8][4]) {
-    const uint8_t *rows = stage + (warp / 2 * WARP_ROWS + lane / 4) * 64 + lane % 4 * 16;
-    const uint8_t *weights = stage + STAGE_ROWS + warp % 2 * 4 * UNIT_BYTES;
-    uint32_t x[4][2][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        row_operands(load16(rows + i * 16 * 64), load16(rows + (i * 16 + 8) * 64), x[i]);
-#pragma unroll
-    for (int slot = 0; slot < 4; slot++) {
-        struct fragment<TYPE> f;
-        uint32_t w[2][4];
-        const uint8_t *numbers = weights + slot * UNIT_BYTES;
-        load_fragment<TYPE, false>(numbers, numbers + packed_bytes(TYPE), lane, &f);
-        unpack<TYPE>(f, w);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t low[2] = {w[half][0], w[half][2]}, high[2] = {w[half][1], w[half][3]};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                mma_bf16(sum[i][slot * 2], x[i][half], low);
-                mma_bf16(sum[i][slot * 2 + 1], x[i][half], high);
-            }
-        }
-    }
-}
-
-/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: row
- * tiles x blocks of outputs, in bands. 8 warps: 4 along the rows, 2 along the outputs. The rows are
- * the 16-row operand. Shared: STAGES x 24 KB. Bound by the tensor cores. */
-template <int TYPE, int EPILOGUE>
-__global__ void __launch_bounds__(THREADS, 1)
-    prompt_product_kernel(const struct product p, int n_blocks) {
-    DYNAMIC_SHARED(uint8_t, stages);
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    int n_row_tiles = divide(p.n_rows, ROW_TILE), in_band = ROW_BAND * n_blocks;
-    int first = (int)blockIdx.x / in_band * ROW_BAND, at = (int)blockIdx.x % in_band;
-    int height = smaller(n_row_tiles - first, ROW_BAND);
-    int first_row = p.first_row + (first + at % height) * ROW_TILE, which;
-    int first_tile = find_tile<EPILOGUE>(p, at / height, STAGE_SLOTS / kinds_of(EPILOGUE), &which);
-    int end_row = p.first_row + p.n_rows;
-    int n = p.matrix[which].n_units; /* stages to come */
-    float sum[4][8][4] = {};
+template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct row_tiles t = find_row_tiles(p);
     grid_wait();
-    grid_launch_dependents();
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < n)
-            load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, i,
-                                       stages + i * STAGE_BYTES);
-        copy_async_commit(); /* a group for each stage, though it be empty: waits count groups */
-    }
-    /* act(i, j, c, row, output): sum[i][j][c] and [c + 1] are those of a row and two outputs */
-    auto for_pairs = [&](auto act) {
-#pragma unroll
-        for (int pair = 0; pair < 4 * 8 * 2; pair++) {
-            int i = pair / 16, j = pair / 2 % 8, kind;
-            int tile = slot_tile<EPILOGUE>(first_tile, warp % 2 * 4 + j / 2, &kind);
-            int row = first_row + warp / 2 * WARP_ROWS + i * 16 + lane / 4 + pair % 2 * 8;
-            int output = tile * TILE + j % 2 * 8 + lane % 4 * 2;
-            if (row < end_row && kind == 0)
-                act(i, j, pair % 2 * 2, row, output);
+    copies_see_stores();
+    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
+        int panel = tile / t.n, which = find_matrix(p, &panel);
+        const uint8_t *weights =
+            p.matrix[which].packed + (size_t)panel * n_units * unit_bytes(TYPE);
+        const uint8_t *rows = p.input.bytes + (size_t)(t.begin + tile % t.n * ROW_TILE) * ROW_BYTES;
+        for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
+            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : ROW_TILE * ROW_BYTES);
+            copy_pieces<false>(to,
+                               lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
+                                         : weights + (size_t)unit * unit_bytes(TYPE),
+                               lane == 0   ? ROW_TILE * ROW_BYTES
+                               : lane == 1 ? unit_bytes(TYPE)
+                                           : 0,
+                               r.full + r.at);
         }
-    };
-    if (p.initial)
-        for_pairs([&](int i, int j, int c, int row, int output) {
-            for (int k = 0; k < 2; k++)
-                if (output + k < p.matrix[which].n_outputs)
-                    sum[i][j][c + k] = p.initial[(size_t)row * p.out_stride + output + k];
-        });
-    for (int i = 0; i < n; i++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads(); /* the stage has arrived for all, and all are done with the oldest */
-        int ahead = i + STAGES - 1;
-        if (ahead < n)
-            load_stage<TYPE, EPILOGUE>(p, which, first_tile, first_row, ahead,
-                                       stages + ahead % STAGES * STAGE_BYTES);
-        copy_async_commit();
-        multiply_stage<TYPE>(stages + i % STAGES * STAGE_BYTES, warp, lane, sum);
     }
-    for_pairs([&](int i, int j, int c, int row, int output) {
-        finish<EPILOGUE>(p, which, row, output, &sum[i][j][c], &sum[i][(j + 4) % 8][c]);
-    });
+}
+
+/* A warp has 128 sums a lane: on Hopper of a tile of outputs and 256 rows, elsewhere of 4 tiles and
+ * 64 rows, since there each warp reads its operands for itself. */
+#ifdef HOPPER
+enum { WARP_TILES = 1 };
+#else
+enum { WARP_TILES = 4 };
+#endif
+enum { WARP_GROUPS = 32 / WARP_TILES /* of 8 rows */ };
+
+DEVICE int tile_of(int warp, int i) { /* of a warp's sums [4 i, 4 i + 4): the tile of the panel */
+    return warp % (CONSUMERS / WARP_TILES) * WARP_TILES + i / WARP_GROUPS;
+}
+
+DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
+    return (warp / (CONSUMERS / WARP_TILES) * WARP_GROUPS + i % WARP_GROUPS) * 8;
+}
+
+/* sum += a unit. On Hopper the last products still go on when it returns, and read a[1]. */
+template <int TYPE>
+DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
+                                 float (&sum)[128]) {
+    const uint8_t *weights = rows + ROW_TILE * ROW_BYTES;
+    const int lane = (int)threadIdx.x % WARP;
+#ifdef HOPPER
+    const uint64_t b = wgmma_rows(rows);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        wgmma_wait<1>(); /* those that read a[half] are done */
+        load_scaled<TYPE>(weights, warp, half, lane, a[half]);
+        wgmma_begin();
+        wgmma<ROW_TILE>(sum, a[half][0], b + half * 4, true);
+        wgmma<ROW_TILE>(sum, a[half][1], b + half * 4 + 2, true);
+        wgmma_commit();
+    }
+#else
+    (void)a;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t w[WARP_TILES][2][4], b[WARP_GROUPS / 2][4];
+#pragma unroll
+        for (int tile = 0; tile < WARP_TILES; tile++)
+            load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), half, lane, w[tile]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < WARP_GROUPS / 2; j++)
+                load_matrices(b[j],
+                              rows + (row_of(warp, j * 2) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
+                                  ((half * 4 + i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+#pragma unroll
+            for (int j = 0; j < 32; j++)
+                mma_bf16(&sum[j * 4], w[j / WARP_GROUPS][i], &b[j % WARP_GROUPS / 2][j % 2 * 2]);
+        }
+    }
+#endif
+}
+
+/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: any
+ * number of blocks; each takes every so-manieth tile of 256 rows and a panel. Shared: the ring.
+ * Bound by the tensor cores. */
+template <int TYPE, int EPILOGUE>
+__global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, 1, CONSUMERS);
+    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    grid_launch_dependents();
+    if (warp == CONSUMERS) {
+        produce_prompt<TYPE>(p, r);
+        return;
+    }
+    grid_wait();
+    const struct row_tiles t = find_row_tiles(p);
+    const int n_units = p.matrix[0].n_units;
+    bool first = true;
+    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
+        int panel = tile / t.n, row = t.begin + tile % t.n * ROW_TILE;
+        const int which = find_matrix(p, &panel);
+        float sum[128];
+        uint32_t a[2][2][4];
+#pragma unroll
+        for (int i = 0; i < 128; i++) {
+            int at = row + row_of(warp, i / 4) + lane % 4 * 2 + i % 2;
+            int output =
+                (panel * (PANEL / TILE) + tile_of(warp, i / 4)) * TILE + lane / 4 + i % 4 / 2 * 8;
+            bool goes_on =
+                p.initial && at >= p.first_row && at < t.end && output < p.matrix[which].n_outputs;
+            sum[i] = goes_on ? p.initial[(size_t)at * p.out_stride + output] : 0.0f;
+        }
+        for (int unit = 0; unit < n_units; unit++, first = false) {
+            multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
+            advance(&r, first);
+        }
+#ifdef HOPPER
+        wgmma_wait<0>();
+#endif
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            finish<EPILOGUE>(p, which, panel * (PANEL / TILE) + tile_of(warp, i),
+                             row + row_of(warp, i), p.first_row, t.end, &sum[i * 4]);
+    }
 }
 
 /* ---- launches ---- */
 
-/* Blocks of outputs if each has `tiles` of them. */
-static int count_blocks(const struct product &p, int epilogue, int tiles) {
-    int n = 0;
-    for (int i = 0; i < (epilogue == SILU ? 1 : p.n_matrices); i++)
-        n += divide(p.matrix[i].n_tiles, tiles);
-    return n;
+/* The stages of so many bytes that a block of this chip has room for, beside `others`. */
+static int stages_of(const struct cuda_device *d, int bytes, int others) {
+    int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
+    return smaller(room / bytes, MAX_STAGES);
 }
 
-template <int TYPE, int EPILOGUE, int COLUMNS>
-static void launch_generated(struct cuda_device *d, const struct product &p, int n_rows) {
-    int n_segments = p.matrix[0].segments.n;
-    launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, COLUMNS>,
-           grid_of(count_blocks(p, EPILOGUE, tiles_a_block(COLUMNS)), divide(n_rows, 8 * COLUMNS)),
-           n_segments * WARP, generated_product_shared(kinds_of(EPILOGUE), n_segments, COLUMNS), p);
+template <int TYPE, int EPILOGUE, int ROWS>
+static void launch_generated(struct cuda_device *d, struct product p) {
+    int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
+    int stage = generated_stage(TYPE, ROWS);
+    p.grain = n_segments > 1 && p.n_panels * n_segments >= 4 * blocks ? 2 : 1;
+    p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
+    p.sums_of_blocks = d->sums_of_blocks;
+    p.blocks_done = d->blocks_done;
+    launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
+           grid_of(smaller(blocks, p.n_panels * n_segments / p.grain)), FED_THREADS,
+           (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. */
 template <int TYPE, int EPILOGUE>
-static void launch_typed(struct cuda_device *d, const struct product &p, int n_generated) {
-    if (n_generated > 32)
-        launch_generated<TYPE, EPILOGUE, 8>(d, p, n_generated);
-    else if (n_generated > 16)
-        launch_generated<TYPE, EPILOGUE, 4>(d, p, n_generated);
-    else if (n_generated > 8)
-        launch_generated<TYPE, EPILOGUE, 2>(d, p, n_generated);
-    else if (n_generated > 0)
-        launch_generated<TYPE, EPILOGUE, 1>(d, p, n_generated);
+static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
-        int n_blocks = count_blocks(p, EPILOGUE, STAGE_SLOTS / kinds_of(EPILOGUE));
+        int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
+        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.n_panels;
+        p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
         launch(d, "prompt_product_kernel", prompt_product_kernel<TYPE, EPILOGUE>,
-               grid_of(n_blocks * divide(p.n_rows, ROW_TILE)), THREADS, PROMPT_SHARED, p, n_blocks);
+               grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), FED_THREADS,
+               (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
+    }
+    for (p.first_row = 0; p.first_row < n_generated; p.first_row += GENERATED_ROWS) {
+        int n = n_generated - p.first_row;
+        if (n > 32)
+            launch_generated<TYPE, EPILOGUE, 64>(d, p);
+        else if (n > 16)
+            launch_generated<TYPE, EPILOGUE, 32>(d, p);
+        else if (n > 8)
+            launch_generated<TYPE, EPILOGUE, 16>(d, p);
+        else
+            launch_generated<TYPE, EPILOGUE, 8>(d, p);
     }
 }
 
 /* Matrices of one type together, each by itself where they are of several. */
 template <int EPILOGUE>
-static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
+static void launch_product(struct cuda_device *d, struct product p, int n_generated) {
     int type = p.matrix[0].type;
-    for (int i = 1; i < p.n_matrices; i++)
+    p.n_panels = 0;
+    for (int i = 0; i < p.n_matrices; i++) {
         type = p.matrix[i].type == type ? type : -1;
+        p.n_panels += p.matrix[i].n_panels;
+    }
     struct product one = p;
     one.n_matrices = 1;
     for (int i = 0; i < p.n_matrices && type < 0; i++) {
@@ -1091,11 +1286,9 @@ static void launch_product(struct cuda_device *d, const struct product &p, int n
 }
 
 /* A product of all rows of the step. */
-static struct product product_of(const struct cuda_device *d, const uint16_t *input,
-                                 int input_stride) {
+static struct product product_of(const struct cuda_device *d, const struct planes &input) {
     struct product p = {};
     p.input = input;
-    p.input_stride = input_stride;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
     p.n_rows = d->n_rows - d->n_generated;
@@ -1111,19 +1304,12 @@ static struct product product_of(const struct cuda_device *d, const uint16_t *in
  *   generated_attention   one token's heads; its text is cut into splits of fixed length, and
  *                         whoever ends last adds them up, in their order (Flash-Decoding, Dao et
  *                         al. 2023): bound by reading keys and values
- * In both, one warp copies keys and values into a ring of stages in shared memory, and eight
- * multiply. What a query gets does not depend on its neighbours: steps are counted from token 0,
- * and one of which it sees nothing changes no bit.
+ * In both, a warp copies keys and values into a ring (chapter 4), and eight multiply. What a query
+ * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
+ * nothing changes no bit.
  *
  * In a block of tokens (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, its values
  * alike. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
-
-enum {
-    GROUP = 4 * WARP,
-    CONSUMERS = 2 * GROUP, /* threads that multiply; the ninth warp copies */
-    LEAST_STAGES = 4,      /* of generated_attention: see attend_splits */
-    MOST_STAGES = 16       /* that are of use */
-};
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
@@ -1162,48 +1348,19 @@ DEVICE int first_seen(const struct attention &a, int position) {
     return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 
-/* ---- a ring of stages: one warp fills them in turn, others read them; `i` counts on ---- */
-
-struct ring {
-    uint8_t *stages;        /* (n, bytes) */
-    uint64_t *full, *empty; /* (n) */
-    int n, bytes;
-};
-
-static size_t ring_bytes(int n, size_t stage) {
-    return (size_t)n * (stage + 2 * sizeof(uint64_t));
+/* Of a sum over the lanes of a row, or of a column, of a warp's products. */
+template <int FIRST, int END> DEVICE float add_lanes(float sum) {
+#pragma unroll
+    for (int step = FIRST; step < END; step *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
 }
 
-/* By all threads. n_readers: warps that read each stage. */
-DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int n_readers) {
-    uint64_t *barriers = reinterpret_cast<uint64_t *>(shared + n * bytes);
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < n; i++) {
-            barrier_init(barriers + i, copy_arrivals());
-            barrier_init(barriers + n + i, n_readers);
-        }
-        barriers_ready();
-    }
-    __syncthreads();
-    return {shared, barriers, barriers + n, n, bytes};
-}
-
-DEVICE uint8_t *wait_empty(const struct ring &ring, int i) { /* may be filled */
-    if (i >= ring.n)
-        barrier_wait(ring.empty + i % ring.n, (uint32_t)(i / ring.n - 1) & 1);
-    return ring.stages + i % ring.n * ring.bytes;
-}
-
-DEVICE uint8_t *wait_full(const struct ring &ring, int i) { /* may be read */
-    barrier_wait(ring.full + i % ring.n, (uint32_t)(i / ring.n) & 1);
-    return ring.stages + i % ring.n * ring.bytes;
-}
-
-/* By a warp whose products of the stage are done: a copy may overtake loads that are under way. */
-DEVICE void free_stage(const struct ring &ring, int i) {
-    __syncwarp();
-    if (threadIdx.x % WARP == 0)
-        barrier_arrive(ring.empty + i % ring.n);
+template <int FIRST, int END> DEVICE float largest_of_lanes(float most) {
+#pragma unroll
+    for (int step = FIRST; step < END; step *= 2)
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    return most;
 }
 
 /* ---- prompts ---- */
@@ -1214,8 +1371,7 @@ static constexpr __host__ __device__ int tile_queries(int head) {
     return head > 128 ? 64 : 128;
 }
 
-/* Tokens of a step: as many as queries, but half of that where the copying warps cannot leave their
- * registers to the others. */
+/* Tokens of a step: half as many where warps cannot leave registers to others. */
 static constexpr __host__ __device__ int step_tokens(int head) {
 #ifdef HOPPER
     return tile_queries(head);
@@ -1244,145 +1400,130 @@ template <int HEAD> DEVICE struct queries find_queries(const struct attention &a
     return q;
 }
 
-/* The warp that copies: stages of keys and of values in turn, each planes of TOKENS rows. A lane
- * has a page's plane; past the text's end it is the last page once more. */
-template <int HEAD>
-DEVICE void feed_steps(const struct attention &a, const struct queries &q,
-                       const struct ring &ring) {
-    constexpr int TOKENS = step_tokens(HEAD), PAGES = TOKENS / BLOCK_TOKENS;
-    constexpr int PLANE = BLOCK_TOKENS * 128, PIECES = PAGES * HEAD / 64;
-    int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
-    int last_page = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
+/* The warp that copies: keys of the first step, then in turns keys of a step and values of the one
+ * before. A lane has a page's plane; past the text's end it is the last page once more. */
+template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct ring r) {
+    constexpr int PAGES = step_tokens(HEAD) / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
+    const struct queries q = find_queries<HEAD>(a);
+    const int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
+    const int n = q.end - q.begin, last = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
     copies_see_stores();
-    for (int i = 0; i < 2 * (q.end - q.begin); i++) {
-        int block = smaller((q.begin + i / 2) * PAGES + page, last_page);
-        const uint8_t *from = page_of(a, q.s, block, q.kv_head, i % 2).bytes;
-        uint8_t *to = wait_empty(ring, i) + (plane * PAGES + page) * PLANE;
-        copy_pieces<false>(to, from + plane * PLANE, lane < PIECES ? PLANE : 0,
-                           ring.full + i % ring.n);
+    for (int i = 0; i < 2 * n; i++, next_stage(&r)) {
+        int value = i == 2 * n - 1 || (i > 0 && i % 2 == 0), step = q.begin + (i + 1) / 2 - value;
+        const struct planes from =
+            page_of(a, q.s, smaller(step * PAGES + page, last), q.kv_head, value);
+        copy_pieces<false>(wait_empty(r) + (plane * PAGES + page) * PLANE,
+                           from.bytes + plane * PLANE, plane < HEAD / UNIT ? PLANE : 0,
+                           r.full + r.at);
     }
 }
 
-/* scores (16 queries of a warp, TOKENS tokens) = q . keys. On Hopper they are under way only: see
- * wgmma_wait. */
+/* scores (16 queries of a warp, TOKENS) = q . keys. On Hopper it is only under way. */
 template <int HEAD, int TOKENS>
 DEVICE void multiply_keys(float (&scores)[TOKENS / 2], const uint32_t (&q)[HEAD / 16][4],
                           uint8_t *keys) {
 #ifdef HOPPER
     wgmma_begin();
 #pragma unroll
-    for (int s = 0; s < HEAD / 16; s++)
-        wgmma<TOKENS>(scores, q[s], wgmma_rows(keys) + (s / 4 * TOKENS * 128 + s % 4 * 32) / 16,
-                      s > 0);
+    for (int i = 0; i < HEAD / 16; i++)
+        wgmma<TOKENS>(scores, q[i], wgmma_rows(keys) + i / 4 * TOKENS * 8 + i % 4 * 2, i > 0);
     wgmma_commit();
 #else
-    int lane = (int)threadIdx.x % WARP;
+    const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++)
         scores[i] = 0.0f;
 #pragma unroll
-    for (int s = 0; s < HEAD / 16; s++)
+    for (int i = 0; i < HEAD / 16; i++)
 #pragma unroll
-        for (int t = 0; t < TOKENS / 16; t++) {
+        for (int j = 0; j < TOKENS / 16; j++) {
             uint32_t k[4];
-            load_matrices(k, plane_element({keys, TOKENS}, t * 16 + lane / 16 * 8 + lane % 8,
-                                           s * 16 + lane / 8 % 2 * 8));
-            mma_bf16(scores + t * 8, q[s], k);
-            mma_bf16(scores + t * 8 + 4, q[s], k + 2);
+            load_matrices(k, plane_element({keys, TOKENS}, j * 16 + lane / 16 * 8 + lane % 8,
+                                           i * 16 + lane / 8 % 2 * 8));
+            mma_bf16(scores + j * 8, q[i], k);
+            mma_bf16(scores + j * 8 + 4, q[i], k + 2);
         }
 #endif
 }
 
-/* output (16 queries, N of head_dim) += weights . values */
+/* output (16 queries, N of head_dim) += weights . values, of which `values` is the first plane */
 template <int TOKENS, int N>
 DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TOKENS / 16][4],
                             uint8_t *values) {
 #ifdef HOPPER
     wgmma_begin();
 #pragma unroll
-    for (int s = 0; s < TOKENS / 16; s++)
-        wgmma<N, 1>(output, weights[s], wgmma_columns(values, TOKENS * 128) + s * 128, true);
+    for (int i = 0; i < TOKENS / 16; i++)
+        wgmma<N, 1>(output, weights[i], wgmma_columns(values, TOKENS * ROW_BYTES) + i * 128, true);
     wgmma_commit();
 #else
-    int lane = (int)threadIdx.x % WARP;
+    const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
-    for (int s = 0; s < TOKENS / 16; s++)
+    for (int i = 0; i < TOKENS / 16; i++)
 #pragma unroll
-        for (int t = 0; t < N / 16; t++) {
+        for (int j = 0; j < N / 16; j++) {
             uint32_t v[4];
             load_matrices_transposed(
-                v, plane_element({values, TOKENS}, s * 16 + lane % 16, t * 16 + lane / 16 * 8));
-            mma_bf16(output + t * 8, weights[s], v);
-            mma_bf16(output + t * 8 + 4, weights[s], v + 2);
+                v, plane_element({values, TOKENS}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
+            mma_bf16(output + j * 8, weights[i], v);
+            mma_bf16(output + j * 8 + 4, weights[i], v + 2);
         }
 #endif
 }
 
-/* Of a lane's rows group and group + 8 of 16. Scores count in log2, so that weights are powers
- * of 2. */
+/* Of a lane's queries, which are rows group and group + 8 of its warp's. Scores count in log2, so
+ * that weights are powers of 2. */
 struct softmax {
+    int position[2];
     float largest[2], sum[2]; /* sum: of this lane's tokens */
+    float factor[2];          /* for what was added up before the last step */
 };
 
-/* scores of tokens `from` to `from` + N - 1 become weights, for rows at `position`. factor: for what
- * was added up before. */
+/* scores of tokens `from` to `from` + N - 1 become weights. */
 template <int N>
 DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int from,
-                         const int position[2], struct softmax *state, float factor[2]) {
-    bool early = a.window > 0 && from <= position[1] - a.window;
-    if (__any_sync(0xffffffffu, early || from + N - 1 > position[0])) {
-        from += (int)threadIdx.x % 4 * 2;
+                         struct softmax *s) {
+    const bool early = a.window > 0 && from <= s->position[1] - a.window;
+    if (__any_sync(0xffffffffu, early || from + N - 1 > s->position[0])) {
 #pragma unroll
         for (int i = 0; i < N / 2; i++) {
-            int token = from + i / 4 * 8 + i % 2, own = position[i / 2 % 2];
-            if (token > own || (a.window > 0 && token <= own - a.window))
+            int before =
+                s->position[i / 2 % 2] - from - (int)threadIdx.x % 4 * 2 - i / 4 * 8 - i % 2;
+            if (before < 0 || (a.window > 0 && before >= a.window))
                 scores[i] = -INFINITY;
         }
     }
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        float most = -INFINITY, own = 0.0f;
+        float most = -INFINITY, sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < N / 4; i++)
             most = fmaxf(most, scores[i / 2 * 4 + row * 2 + i % 2]);
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        most = fmaxf(most * a.scale, state->largest[row]);
-        float base = most == -INFINITY ? 0.0f : most; /* it has seen nothing yet */
-        factor[row] = exp2_approx(state->largest[row] - base);
-        state->largest[row] = most;
+        most = fmaxf(largest_of_lanes<1, 4>(most) * a.scale, s->largest[row]);
+        const float base = most == -INFINITY ? 0.0f : most; /* it has seen nothing yet */
+        s->factor[row] = exp2_approx(s->largest[row] - base);
+        s->largest[row] = most;
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
             float &score = scores[i / 2 * 4 + row * 2 + i % 2];
             score = exp2_approx(score * a.scale - base);
-            own += score;
+            sum += score;
         }
-        state->sum[row] = state->sum[row] * factor[row] + own;
+        s->sum[row] = s->sum[row] * s->factor[row] + sum;
     }
 }
 
-/* Weights as the operand of their product. */
-template <int N>
-DEVICE void pack_weights(uint32_t (&packed)[N / 16][4], const float (&weights)[N / 2]) {
-#pragma unroll
-    for (int i = 0; i < N / 4; i++)
-        packed[i / 4][i % 4] = pack_bf16(weights[i * 2], weights[i * 2 + 1]);
-}
-
-/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a tile whose
+/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage whose
  * first n rows are a text's last, all others become 0. By all who multiply. */
 template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
-    constexpr int TOKENS = step_tokens(HEAD);
-    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS)
-        if (i / 8 % TOKENS >= n)
+    for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
+        if (i / 8 % step_tokens(HEAD) >= n)
             reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
-#ifdef HOPPER
     wgmma_sees_stores();
-#endif
-    sync_threads<1, CONSUMERS>();
+    sync_threads<1, CONSUMERS * WARP>();
 }
 
-/* The operand of a lane's two queries, from memory, and the positions of their tokens. */
+/* The operand of a lane's queries, from memory. */
 template <int HEAD>
 DEVICE void load_queries(const struct attention &a, const struct queries &q, int query,
                          uint32_t (&operand)[HEAD / 16][4], int position[2]) {
@@ -1401,87 +1542,96 @@ DEVICE void load_queries(const struct attention &a, const struct queries &q, int
 /* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of their weights. */
 template <int N>
 DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
-                          const struct softmax &state, const float (&output)[N / 2]) {
+                          const struct softmax &s, const float (&output)[N / 2]) {
     dim += (int)threadIdx.x % 4 * 2;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         int own = query + row * 8, head = q.kv_head * q.group + own % q.group;
-        float sum = state.sum[row];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        float sum = add_lanes<1, 4>(s.sum[row]);
         if (own > q.last)
             continue;
         if (a.sinks)
-            sum += exp2_approx(a.sinks[head] * LOG2_E - state.largest[row]);
-        int at = place(a.places, head * a.head_dim);
+            sum += exp2_approx(a.sinks[head] * LOG2_E - s.largest[row]);
+        const int at = place(a.places, head * a.head_dim) + dim;
+        const float factor = 1.0f / sum;
 #pragma unroll
         for (int i = 0; i < N / 8; i++)
             if (dim + i * 8 < a.head_dim)
                 *reinterpret_cast<uint32_t *>(
-                    plane_element(a.out, q.s.first_row + own / q.group, at + dim + i * 8)) =
-                    pack_bf16(output[i * 4 + row * 2] / sum, output[i * 4 + row * 2 + 1] / sum);
+                    plane_element(a.out, q.s.first_row + own / q.group, at + i * 8)) =
+                    pack_bf16(output[i * 4 + row * 2] * factor,
+                              output[i * 4 + row * 2 + 1] * factor);
     }
 }
 
 /* A warp that multiplies: 16 queries. The scores of a step are computed while the values of the
- * step before are still being added up. */
-template <int HEAD> DEVICE void attend_steps(const struct attention &a, const struct ring &ring) {
+ * step before are still being added up. Stages are given back after the softmax: by then all
+ * products of them are done, also where no wgmma_wait says so. */
+template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct ring r) {
     constexpr int TOKENS = step_tokens(HEAD), N = HEAD > 128 ? HEAD / 2 : HEAD;
-    const int group = (int)threadIdx.x / 128, lane = (int)threadIdx.x % WARP;
-    const int mine = (int)threadIdx.x % (HEAD > 128 ? 128 : 256) / WARP * 16 + lane / 4;
-    const int dim = HEAD > 128 ? group * N : 0;
+    const int mine =
+        (int)threadIdx.x / WARP * 16 % tile_queries(HEAD) + (int)threadIdx.x % WARP / 4;
+    const int dim = (int)threadIdx.x / WARP * 16 / tile_queries(HEAD) * N;
     uint32_t operand[HEAD / 16][4], weights[TOKENS / 16][4];
-    float scores[TOKENS / 2], output[N / 2] = {}, factor[2];
-    struct softmax state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-    int position[2];
+    float scores[TOKENS / 2], output[N / 2] = {};
+    struct softmax s = {{}, {-INFINITY, -INFINITY}, {}, {}};
     struct queries q = find_queries<HEAD>(a);
-    load_queries<HEAD>(a, q, q.first + mine, operand, position);
-    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(ring, 0));
+    load_queries<HEAD>(a, q, q.first + mine, operand, s.position);
+    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(r));
     wgmma_wait<0>();
-    softmax_step<TOKENS>(a, scores, q.begin * TOKENS, position, &state, factor);
-    pack_weights<TOKENS>(weights, scores);
-    free_stage(ring, 0);
-    const int n = q.end - q.begin, begin = q.begin;
-    for (int i = 1; i < n; i++) { /* keys of step i are stage 2 i, values 2 i + 1 */
-        uint8_t *keys = wait_full(ring, 2 * i), *values = wait_full(ring, 2 * i - 1);
-        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
-        multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
-        wgmma_wait<1>();
-        softmax_step<TOKENS>(a, scores, (begin + i) * TOKENS, position, &state, factor);
-        wgmma_wait<0>();
-        pack_weights<TOKENS>(weights, scores);
-        free_stage(ring, 2 * i - 1);
-        free_stage(ring, 2 * i);
+    int from = q.begin * TOKENS, last = (q.end - 1) * TOKENS;
+    softmax_step<TOKENS>(a, scores, from, &s);
+    next_stage(&r);
+    give_back(r, 1);
+    for (;; from += TOKENS) {
 #pragma unroll
-        for (int j = 0; j < N / 2; j++)
-            output[j] *= factor[j / 2 % 2];
+        for (int i = 0; i < TOKENS / 4; i++)
+            weights[i / 4][i % 4] = pack_bf16(scores[i * 2], scores[i * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            output[i] *= s.factor[i / 2 % 2];
+        if (from == last)
+            break;
+        uint8_t *keys = wait_full(r);
+        next_stage(&r);
+        uint8_t *values = wait_full(r) + dim * TOKENS * 2;
+        next_stage(&r);
+        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
+        multiply_values<TOKENS, N>(output, weights, values);
+        wgmma_wait<1>();
+        softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
+        wgmma_wait<0>();
+        give_back(r, 2);
+        give_back(r, 1);
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
-    uint8_t *values = wait_full(ring, 2 * n - 1);
-    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - (q.end - 1) * TOKENS);
+    uint8_t *values = wait_full(r);
+    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - last);
     multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
     wgmma_wait<0>();
-    store_queries<N>(a, q, q.first + mine, dim, state, output);
+    store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
 
+enum { PROMPT_THREADS = (CONSUMERS + 4) * WARP /* registers are left by groups of four warps */ };
+
 /* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
- * has tile_side(HEAD) queries. Shared: the ring. Bound by the tensor cores. */
+ * has tile_queries(HEAD). Shared: the ring. Bound by the tensor cores. */
 template <int HEAD>
-__global__ void __launch_bounds__(CONSUMERS + GROUP, 1)
+__global__ void __launch_bounds__(PROMPT_THREADS, 1)
     prompt_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
-    grid_launch_dependents();
     constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
-    const int n = a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD));
-    const struct ring ring = open_ring(shared, n, STAGE, CONSUMERS / WARP);
+    grid_launch_dependents();
+    struct ring r = open_ring(shared, a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD)), STAGE,
+                              0, 1, CONSUMERS);
     grid_wait();
-    if (threadIdx.x < CONSUMERS) {
+    if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
-        attend_steps<HEAD>(a, ring);
+        attend_steps<HEAD>(a, r);
     } else {
         leave_registers<40>();
-        if (threadIdx.x < CONSUMERS + WARP)
-            feed_steps<HEAD>(a, find_queries<HEAD>(a), ring);
+        if (threadIdx.x < FED_THREADS)
+            produce_steps<HEAD>(a, r);
     }
 }
 
@@ -1499,7 +1649,7 @@ static constexpr __host__ __device__ int chunk_heads(int head) {
 
 /* Tokens of a split: so few that one text fills the chip from 4k tokens on. */
 static constexpr __host__ __device__ int split_tokens(int head) {
-    return 8 * warp_pages(head) * BLOCK_TOKENS;
+    return CONSUMERS * warp_pages(head) * BLOCK_TOKENS;
 }
 
 /* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
@@ -1514,14 +1664,14 @@ struct item {
 
 template <int HEAD> DEVICE struct item find_item(const struct attention &a, int index) {
     struct item it;
-    int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
+    const int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
     const int2 entry = array_of<int2>(a.step, a.step->splits)[index / a.n_chunks];
     it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
     it.end = it.s.start + 1;
     it.begin = first_seen(a, it.s.start);
     it.n_splits = divide(it.end, split_tokens(HEAD));
-    int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
-    int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
+    const int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
+    const int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
     it.split = within % it.n_splits;
     it.kv_head = chunk / n_chunks;
     it.first_head = it.kv_head * group + first;
@@ -1530,12 +1680,12 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
     return it;
 }
 
-/* The warp that copies: a stage is the keys and values of one warp's pages. Of an
- * item a lane has the keys or the values of a page; those of which nothing is seen are not read. */
+/* The warp that copies: a stage is the keys and values of one warp's pages. Of an item a lane has
+ * the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
-DEVICE void feed_splits(const struct attention &a, const struct ring &ring, int begin, int end) {
+DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
     constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * warp_pages(HEAD);
-    int lane = (int)threadIdx.x % WARP;
+    const int lane = (int)threadIdx.x % WARP;
     auto find = [&](int index) -> const uint8_t * {
         const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
         int block = it.split * split_tokens(HEAD) / BLOCK_TOKENS + lane / 2;
@@ -1544,13 +1694,11 @@ DEVICE void feed_splits(const struct attention &a, const struct ring &ring, int 
     };
     const uint8_t *from = find(begin);
     copies_see_stores();
-    for (int index = begin, i = 0; index < end; index++) {
+    for (int index = begin; index < end; index++) {
         const uint8_t *next = find(index + 1); /* long before it is needed */
-        for (int warp = 0; warp < 8; warp++, i++) {
-            uint8_t *to = wait_empty(ring, i) + lane % PIECES * BYTES;
-            copy_pieces<true>(to, from, from && lane / PIECES == warp ? BYTES : 0,
-                              ring.full + i % ring.n);
-        }
+        for (int warp = 0; warp < CONSUMERS; warp++, next_stage(&r))
+            copy_pieces<true>(wait_empty(r) + lane % PIECES * BYTES, from,
+                              from && lane / PIECES == warp ? BYTES : 0, r.full + r.at);
         from = next;
     }
 }
@@ -1558,11 +1706,11 @@ DEVICE void feed_splits(const struct attention &a, const struct ring &ring, int 
 /* A warp's sums: dims are rows, heads columns. */
 template <int HEAD> struct sums { float output[HEAD / 16][4], largest[2], sum[2]; };
 
-/* The operand of 8 heads, from memory. */
+/* The operand of a chunk's heads, from memory. */
 template <int HEAD>
 DEVICE void load_heads(const struct attention &a, const struct item &it,
                        uint32_t (&q)[HEAD / 16][2]) {
-    int lane = (int)threadIdx.x % WARP;
+    const int lane = (int)threadIdx.x % WARP;
     size_t at = (size_t)it.s.first_row * a.n_heads + it.first_head + lane / 4;
     const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
 #pragma unroll
@@ -1574,7 +1722,7 @@ DEVICE void load_heads(const struct attention &a, const struct item &it,
 template <int HEAD>
 DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[HEAD / 16][2],
                         float scale, struct sums<HEAD> *s) {
-    const int lane = (int)threadIdx.x % WARP, quad = lane % 4;
+    const int lane = (int)threadIdx.x % WARP;
     const struct planes keys = {page, BLOCK_TOKENS};
     const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
     float halves[2][4] = {}, scores[4], factor[2];
@@ -1587,16 +1735,13 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* head 2 quad + i % 2 */
         int token = lane / 4 + i / 2 * 8;
-        scores[i] = (halves[0][i] + halves[1][i]) * scale;
-        if (token < begin || token >= end)
-            scores[i] = -INFINITY;
+        bool seen = token >= begin && token < end;
+        scores[i] = seen ? (halves[0][i] + halves[1][i]) * scale : -INFINITY;
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        float most = fmaxf(scores[i], scores[i + 2]);
-        for (int step = 4; step < WARP; step *= 2)
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
-        most = fmaxf(most, s->largest[i]); /* of a token that is seen: a number */
+    for (int i = 0; i < 2; i++) { /* a page has a token that is seen: most is a number */
+        float most =
+            fmaxf(largest_of_lanes<4, WARP>(fmaxf(scores[i], scores[i + 2])), s->largest[i]);
         factor[i] = exp2_approx(s->largest[i] - most);
         s->largest[i] = most;
         scores[i] = exp2_approx(scores[i] - most);
@@ -1611,53 +1756,47 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
         load_matrices_transposed(
             v, plane_element(values, lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
 #pragma unroll
-        for (int j = 0; j < 4 && end < BLOCK_TOKENS; j++) { /* what no token has may be NaN */
-            int token = quad * 2 + j / 2 * 8;
-            v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < 4; j++) {
+            int token = lane % 4 * 2 + j / 2 * 8; /* what no token has may be NaN */
+            if (end < BLOCK_TOKENS)
+                v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
             s->output[i][j] *= factor[j % 2];
+        }
         mma_bf16(s->output[i], v, weights);
     }
 }
 
 /* A warp's sums into shared memory, (heads, HEAD + 4): values, largest score, sum of weights. */
 template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struct sums<HEAD> &s) {
-    int lane = (int)threadIdx.x % WARP;
+    const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float sum = s.sum[i], *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
-        for (int step = 4; step < WARP; step *= 2)
-            sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        float sum = add_lanes<4, WARP>(s.sum[i]), *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
         if (lane % 4 * 2 + i >= n_heads)
             continue;
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++)
             to[j * 8 + lane / 4] = s.output[j / 2][j % 2 * 2 + i];
-        if (lane / 4 == 0) {
-            to[HEAD] = s.largest[i];
-            to[HEAD + 1] = sum;
-        }
+        if (lane / 4 == 0)
+            *reinterpret_cast<float2 *>(to + HEAD) = make_float2(s.largest[i], sum);
     }
 }
 
-/* Adds up `n` parts of each head, `apart` floats apart, in their order. Where they are all there
- * is, their quotient is the output; else they become one part more, at `to`. */
+/* Adds up `n` parts of each head, a.part floats apart, in their order. Where they are all there is,
+ * their quotient is the output; else they become one part more, at `to`. */
 template <int HEAD>
-DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts,
-                        size_t apart, int n, float *to) {
-    for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS) {
-        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
-        const float *own = parts + head * (HEAD + 4);
+DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
+                        float *to) {
+    for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS * WARP) {
+        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2, own = head * (HEAD + 4);
         float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
 #pragma unroll 8
         for (int j = 0; j < n; j++)
-            most = fmaxf(most, own[j * apart + HEAD]);
-        float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
+            most = fmaxf(most, parts[own + j * a.part + HEAD]);
+        const float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
 #pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float *part = own + j * apart;
+            const float *part = parts + own + j * a.part;
             float2 value = *reinterpret_cast<const float2 *>(part + dim);
             float factor = exp2_approx(part[HEAD] - base);
             x += value.x * factor;
@@ -1665,123 +1804,115 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
             sum += part[HEAD + 1] * factor;
         }
         if (to) {
-            float *part = to + head * (HEAD + 4);
-            *reinterpret_cast<float2 *>(part + dim) = make_float2(x, y);
+            *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);
             if (dim == 0)
-                *reinterpret_cast<float2 *>(part + HEAD) = make_float2(most, sum);
+                *reinterpret_cast<float2 *>(to + own + HEAD) = make_float2(most, sum);
         } else if (dim < a.head_dim) {
             head += it.first_head;
             if (a.sinks)
                 sum += exp2_approx(a.sinks[head] * LOG2_E - most);
-            int at = place(a.places, head * a.head_dim) + dim;
-            *reinterpret_cast<uint32_t *>(plane_element(a.out, it.s.first_row, at)) =
+            *reinterpret_cast<uint32_t *>(
+                plane_element(a.out, it.s.first_row, place(a.places, head * a.head_dim) + dim)) =
                 pack_bf16(x / sum, y / sum);
         }
     }
 }
 
-/* After a barrier, when a block has done so many of `n` parts: true in all threads that multiply if
- * it is the last to come; they then see all parts. The counter is 0 again. */
-DEVICE bool all_done(int *counter, int own, int n, int *shared) {
-    if (threadIdx.x == 0) {
-        *shared = add_ordered(counter, own) + own == n;
-        if (*shared)
-            *counter = 0;
-    }
-    sync_threads<1, CONSUMERS>();
-    return *shared;
-}
+enum { LEAST_STAGES = 4 /* see attend_splits */ };
 
-/* A warp that multiplies: its pages of each split; all warps then add up. Whose stage had another
- * warp's pages before, waits for that one too, or it might take the phase before for its own: with
- * LEAST_STAGES and more it is no further behind. */
+/* A warp that multiplies: its pages of each split; all warps then add up. Before it waits for its
+ * stage to be full, the stage must have been given back by whoever had it before, or what was there
+ * before could be taken for its own; with LEAST_STAGES that one is never two rounds behind. */
 template <int HEAD>
-DEVICE void attend_splits(const struct attention &a, const struct ring &ring, float *parts,
-                          int *shared, int begin, int end) {
+DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
+                          int end) {
     const int warp = (int)threadIdx.x / WARP;
+    int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
+    for (int i = 0; i < warp; i++)
+        next_stage(&r);
     for (int index = begin; index < end; index++) {
         const struct item it = find_item<HEAD>(a, index);
         struct sums<HEAD> s = {
-            {}, {-INFINITY, -INFINITY}, {
-                0.0f, 0.0f
-            }
+            {}, {-INFINITY, -INFINITY}, {}
         };
         if (index == begin || it.split == 0)
             load_heads<HEAD>(a, it, q);
-        int i = (index - begin) * 8 + warp;
-        (void)wait_empty(ring, i);
-        uint8_t *pages = wait_full(ring, i);
+        (void)wait_empty(r);
+        uint8_t *pages = wait_full(r);
 #pragma unroll
         for (int page = 0; page < warp_pages(HEAD); page++) {
-            int from =
-                it.split * split_tokens(HEAD) + (warp * warp_pages(HEAD) + page) * BLOCK_TOKENS;
+            int from = (it.split * CONSUMERS + warp) * warp_pages(HEAD) + page;
+            from *= BLOCK_TOKENS;
             if (from < it.end && from + BLOCK_TOKENS > it.begin)
                 attend_page<HEAD>(pages + page * BLOCK_TOKENS * HEAD * 4, it.begin - from,
                                   it.end - from, q, a.scale, &s);
         }
         store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
-        free_stage(ring, i);
-        sync_threads<1, CONSUMERS>();
+        give_back(r, 0);
+        for (int i = 0; i < CONSUMERS; i++)
+            next_stage(&r);
+        sync_threads<1, CONSUMERS * WARP>();
         float *partial = it.n_splits > 1 ? a.partial + (size_t)index * a.part : NULL;
-        merge_parts<HEAD>(a, it, parts, a.part, 8, partial);
-        sync_threads<1, CONSUMERS>();
+        merge_parts<HEAD>(a, it, parts, CONSUMERS, partial);
+        sync_threads<1, CONSUMERS * WARP>(); /* the parts are added up */
         if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
             continue; /* the counter is told of all splits that the block has at once */
-        int own = smaller(it.split, index - begin) + 1;
-        if (all_done(a.arrived + it.counter, own, it.n_splits, shared))
-            merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, a.part, it.n_splits,
-                              NULL);
+        if (threadIdx.x == 0) {
+            int own = smaller(it.split, index - begin) + 1, *counter = a.arrived + it.counter;
+            *last = add_ordered(counter, own) + own == it.n_splits;
+            if (*last)
+                *counter = 0;
+        }
+        sync_threads<1, CONSUMERS * WARP>();
+        if (*last)
+            merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, it.n_splits, NULL);
     }
+}
+
+static constexpr __host__ __device__ int pages_stage(int head) {
+    return warp_pages(head) * BLOCK_TOKENS * head * 4;
 }
 
 /* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
  * grid of fixed size serves any batch. Shared: the ring, the parts of the warps, and an int. Bound
  * by reading keys and values. */
 template <int HEAD>
-__global__ void __launch_bounds__(CONSUMERS + WARP, 1)
+__global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
-    constexpr int STAGE = warp_pages(HEAD) * BLOCK_TOKENS * HEAD * 4;
     grid_launch_dependents();
-    const struct ring ring = open_ring(shared, a.n_stages, STAGE, 1);
-    int *last = reinterpret_cast<int *>(ring.empty + ring.n);
+    struct ring r = open_ring(shared, a.n_stages, pages_stage(HEAD),
+                              CONSUMERS * a.part * (int)sizeof(float), 1, 1);
     grid_wait();
-    long long n = (long long)a.step->n_splits * a.n_chunks;
-    int begin = (int)(n * blockIdx.x / gridDim.x), end = (int)(n * (blockIdx.x + 1) / gridDim.x);
-    if (begin == end)
-        return;
-    if (threadIdx.x < CONSUMERS)
-        attend_splits<HEAD>(a, ring, reinterpret_cast<float *>(last + 4), last, begin, end);
-    else
-        feed_splits<HEAD>(a, ring, begin, end);
+    const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
+    const int begin = (int)(blockIdx.x * n / gridDim.x);
+    const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
+    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_stage(HEAD));
+    if (begin < end && threadIdx.x < CONSUMERS * WARP)
+        attend_splits<HEAD>(a, r, parts, begin, end);
+    else if (begin < end)
+        produce_splits<HEAD>(a, r, begin, end);
 }
 
 /* ---- the op ---- */
 
-/* Stages of a ring that fit beside `rest` bytes. */
-static int count_stages(const struct cuda_device *d, size_t stage, size_t rest) {
-    size_t n = (d->card->properties.sharedMemPerBlockOptin - rest) / ring_bytes(1, stage);
-    return smaller((int)n, MOST_STAGES);
-}
-
 template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
     if (d->n_prompt_items > 0) {
-        size_t stage = (size_t)tile_queries(HEAD) * HEAD * 2;
-        a.n_stages = count_stages(d, stage, 16 * 16);
+        int stage = tile_queries(HEAD) * HEAD * 2; /* or two stages, see step_tokens */
+        a.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES / 2);
         launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
-               grid_of(d->n_prompt_items * d->n_kv_heads), CONSUMERS + GROUP,
-               ring_bytes(a.n_stages, stage) + a.n_stages * 16, a);
+               grid_of(d->n_prompt_items * d->n_kv_heads), PROMPT_THREADS,
+               (size_t)(a.n_stages * stage + RING_BARRIERS), a);
     }
     if (d->n_generated > 0) {
-        size_t stage = warp_pages(HEAD) * BLOCK_TOKENS * HEAD * 4,
-               parts = 16 + 8 * a.part * sizeof(float);
-        int most = d->card->properties.multiProcessorCount;
-        a.n_stages = count_stages(d, stage, parts);
+        int most = d->card->properties.multiProcessorCount, stage = pages_stage(HEAD);
+        int parts = CONSUMERS * a.part * (int)sizeof(float);
+        a.n_stages = stages_of(d, stage, parts);
         assert(a.n_stages >= LEAST_STAGES);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)),
-               CONSUMERS + WARP, ring_bytes(a.n_stages, stage) + parts, a);
+               grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)), FED_THREADS,
+               (size_t)(a.n_stages * stage + parts + RING_BARRIERS), a);
     }
 }
 
@@ -1868,13 +1999,14 @@ DEVICE float sum_of_block(float value, float *shared) {
     return value;
 }
 
-/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. */
+/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. What pads x and the weight
+ * to a multiple of 8 is 0. */
 __global__ void norm_kernel(const struct step_header *step, int first_sample, const float *x,
                             int x_stride, int d_model, const float *weight, float epsilon,
-                            uint16_t *h, int h_stride) {
+                            const struct planes h) {
     DYNAMIC_SHARED(float, shared);
-    grid_wait();
     grid_launch_dependents();
+    grid_wait();
     bool samples = first_sample != ALL_ROWS;
     int row = (int)blockIdx.x + (samples ? first_sample : 0);
     if (row >= (samples ? step->n_samples : step->n_rows))
@@ -1882,15 +2014,23 @@ __global__ void norm_kernel(const struct step_header *step, int first_sample, co
     row = samples ? array_of<int>(step, step->sample_row)[row] : row;
     const float *from = x + (size_t)row * x_stride;
     float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
+    for (int i = (int)threadIdx.x * 4; i < x_stride; i += THREADS * 4) {
+        float4 v = *reinterpret_cast<const float4 *>(from + i);
+        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+    }
     squares = sum_of_block(squares, shared);
     float scale = 1.0f / sqrtf(squares / (float)d_model + epsilon);
-    for (int i = (int)threadIdx.x * 2; i < d_model; i += THREADS * 2) {
-        float first = from[i] * scale * weight[i];
-        float second = i + 1 < d_model ? from[i + 1] * scale * weight[i + 1] : 0.0f;
-        uint16_t *to = h + (size_t)blockIdx.x * h_stride + i;
-        *reinterpret_cast<uint32_t *>(to) = pack_bf16(first, second);
+    for (int i = (int)threadIdx.x * 8; i < x_stride; i += THREADS * 8) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            float4 v = *reinterpret_cast<const float4 *>(from + i + j * 2);
+            float4 w = *reinterpret_cast<const float4 *>(weight + i + j * 2);
+            words[j] = pack_bf16(v.x * scale * w.x, v.y * scale * w.y);
+            words[j + 1] = pack_bf16(v.z * scale * w.z, v.w * scale * w.w);
+        }
+        *reinterpret_cast<uint4 *>(plane_element(h, (int)blockIdx.x, i)) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -1899,7 +2039,7 @@ static void launch_norm(struct cuda_device *d, const struct weight *weight, int 
                         int n) {
     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
            d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
-           d->device.config->norm_epsilon, d->h, d->h_stride);
+           d->device.config->norm_epsilon, d->h);
 }
 
 struct rope : heads {
@@ -2013,7 +2153,7 @@ enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
     const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
     const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
-    struct product p = product_of(d, d->h, d->h_stride);
+    struct product p = product_of(d, d->h);
     float *out = d->qkv;
     for (int i = 0; i < 3; i++) {
         p.matrix[i] = matrices[i]->matrix;
@@ -2034,9 +2174,7 @@ static void cuda_norm_qkv(struct device *device, const struct weight *const *lay
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
                                  enum product_input input) {
-    bool attends = input == INPUT_ATTENTION;
-    struct product p = product_of(d, attends ? (uint16_t *)d->attention.bytes : d->ffn,
-                                  attends ? d->attention_stride : d->ffn_stride);
+    struct product p = product_of(d, input == INPUT_ATTENTION ? d->attention : d->ffn);
     p.matrix[0] = matrix->matrix;
     p.n_matrices = 1;
     p.out_stride = d->x_stride;
@@ -2063,38 +2201,13 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-/* ffn = silu(gate) * up, of sums (n_rows, {gate, up}, d_ff) that two products made. */
-__global__ void silu_kernel(const struct step_header *step, const float *gate_up, int d_ff,
-                            uint16_t *ffn, int ffn_stride, const struct segments places) {
-    grid_wait();
-    grid_launch_dependents();
-    int row = (int)blockIdx.x;
-    if (row >= step->n_rows)
-        return;
-    const float *gate = gate_up + (size_t)row * 2 * d_ff;
-    uint16_t *to = ffn + (size_t)row * ffn_stride;
-    for (int i = (int)threadIdx.x; i < d_ff; i += THREADS)
-        to[place(places, i)] = (uint16_t)pack_bf16(silu(gate[i]) * gate[d_ff + i], 0.0f);
-}
-
 static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, d->h, d->h_stride);
-    p.matrix[0] = layer[FFN_GATE]->matrix;
-    p.matrix[1] = layer[FFN_UP]->matrix;
-    p.n_matrices = 2;
-    if (p.matrix[0].type == p.matrix[1].type) {
-        p.ffn = d->ffn;
-        p.ffn_stride = d->ffn_stride;
-        p.ffn_places = d->ffn_places;
-        launch_product<SILU>(d, p, d->n_generated);
-        return;
-    }
-    p.out[0] = d->gate_up;
-    p.out[1] = d->gate_up + d->d_ff;
-    p.out_stride = 2 * d->d_ff;
-    launch_product<STORE>(d, p, d->n_generated);
-    launch(d, "silu_kernel", silu_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->gate_up,
-           d->d_ff, d->ffn, d->ffn_stride, d->ffn_places);
+    struct product p = product_of(d, d->h);
+    p.matrix[0] = layer[FFN_GATE]->matrix; /* and up */
+    p.n_matrices = 1;
+    p.ffn = d->ffn;
+    p.ffn_places = d->ffn_places;
+    launch_product<SILU>(d, p, d->n_generated);
 }
 
 static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
@@ -2222,7 +2335,7 @@ __global__ void __launch_bounds__(SAMPLER_THREADS)
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
  * kernel of generated rows, whatever rows they are: there are few. */
 static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {
-    struct product p = product_of(d, d->h, d->h_stride);
+    struct product p = product_of(d, d->h);
     p.matrix[0] = output->matrix;
     p.n_matrices = 1;
     p.out[0] = d->logits;
@@ -2259,7 +2372,7 @@ static void cuda_sample(struct device *device, const struct weight *const *weigh
 
 /* Gives up recorded graphs: something they point to moves. */
 static void forget_graphs(struct cuda_device *d) {
-    for (int i = 0; i <= MAX_COLUMNS; i++) {
+    for (int i = 0; i <= GRAPHS; i++) {
         if (d->graphs[i].exec)
             TRY(d, cudaGraphExecDestroy(d->graphs[i].exec));
         d->graphs[i].exec = NULL;
@@ -2355,7 +2468,7 @@ static bool cuda_step_begin(struct device *device, const struct batch *batch) {
     TRY(d, cudaMemcpyAsync(d->step, d->step_host, bytes, cudaMemcpyHostToDevice, stream));
     d->recording = 0;
     d->gpu.n_launches = 0;
-    if (d->n_generated < d->n_rows || d->n_samples < d->n_rows || d->n_rows > 8 * MAX_COLUMNS ||
+    if (d->n_generated < d->n_rows || d->n_samples < d->n_rows || d->n_rows > 8 * GRAPHS ||
         device->n_shards > 1)
         return true;
     d->recording = divide(d->n_rows, 8);
@@ -2461,7 +2574,7 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
         *ops = 8.0 * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 / (ms * 1e-3) * n;
     }
     const struct matrix *m = largest ? &largest->matrix : NULL;
-    size_t bytes = m ? (size_t)m->n_tiles * m->n_units * packed_bytes(m->type) : 0;
+    size_t bytes = m ? (size_t)m->n_panels * m->n_units * (size_t)unit_bytes(m->type) : 0;
     for (ms = 0.0f; ms < PROBE_MS && bytes > 0 && repeats < 1 << 12; repeats *= 4) {
         for (int i = 0; i < repeats; i++)
             launch(d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
@@ -2491,6 +2604,14 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
            fail(error, "--kv-type: the CUDA backend keeps keys and values in bf16");
 }
 
+/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
+static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
+    int most =
+        d->device.max_rows > d->device.max_samples ? d->device.max_rows : d->device.max_samples;
+    p->n_rows = divide(most + ROW_TILE, 8) * 8;
+    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
+}
+
 static int stride_of(int n) { /* rows begin at 16 bytes */
     return divide(n, 8) * 8;
 }
@@ -2500,9 +2621,6 @@ static bool allocate_activations(struct cuda_device *d) {
     int n = d->device.n_shards, rank = d->device.rank, n_segments = K_SEGMENTS / n;
     int q_cols = c->n_heads * c->head_dim, first = rank * n_segments;
     size_t rows = (size_t)d->device.max_rows, samples = (size_t)d->device.max_samples;
-    size_t padded = (rows > samples ? rows : samples) + 8 * MAX_COLUMNS; /* whole groups are read */
-    padded = padded / 8 * 8;
-    d->padded_rows = padded;
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
@@ -2512,19 +2630,19 @@ static bool allocate_activations(struct cuda_device *d) {
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);
-    d->h_stride = divide(c->d_model, UNIT) * UNIT;
     d->qkv_stride = (d->n_heads + 2 * d->n_kv_heads) * c->head_dim;
-    d->attention_stride = d->attention_places.unit[n_segments] * UNIT;
-    d->ffn_stride = d->ffn_places.unit[n_segments] * UNIT;
     d->logits_stride = stride_of(c->vocab_size);
     bool ok = true, many = n > 1;
     gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
-    gpu_take(&d->gpu, &d->h, padded * (size_t)d->h_stride, &ok);
+    take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
     gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
-    d->attention.n_rows = (int)padded;
     gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * head), &ok);
-    gpu_take(&d->gpu, &d->attention.bytes, padded * divide(d->attention_stride, 64) * 128, &ok);
-    gpu_take(&d->gpu, &d->ffn, padded * (size_t)d->ffn_stride, &ok);
+    take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
+    take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
+    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
+    gpu_take(&d->gpu, &d->sums_of_blocks,
+             blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP, &ok);
+    gpu_take(&d->gpu, &d->blocks_done, blocks, &ok);
     gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
     gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
     gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
@@ -2603,6 +2721,7 @@ static void cuda_device_close(struct device *device) {
     TRY(d, cudaFree(d->partial));
     TRY(d, cudaFreeHost(d->step_host));
     TRY(d, cudaFreeHost(d->sampled_host));
+    d->card->n_devices--;
     free(d);
 }
 
@@ -2630,6 +2749,7 @@ static struct device *cuda_device_open(struct backend *backend, const struct dev
         free(d);
         return NULL;
     }
+    d->card->n_devices++;
     open_streams(d);
     if (!allocate_activations(d)) {
         cuda_device_close(&d->device);

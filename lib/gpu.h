@@ -104,9 +104,9 @@ DEVICE void barriers_ready() {
 }
 
 DEVICE void barrier_arrive(uint64_t *barrier) {
-    asm volatile(
-        "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(barrier))
-        : "memory");
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
+                     shared_address(barrier))
+                 : "memory");
 }
 
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -168,7 +168,8 @@ DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *ba
     for (int lane = 0; lane < 32; lane++) { /* all lanes copy the piece of each */
         uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
         uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
-        const char *source = (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
+        const char *source =
+            (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
         for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
                          "l"(source + at)
@@ -302,8 +303,8 @@ DEVICE void wgmma_sees_stores() {
 #define WGMMA(N, TURNED, SUMS, A, B, P, ...)                                                       \
     if constexpr (COLUMNS == N && TRANSPOSED == TURNED)                                            \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A        \
-                 "}, " B ", p, 1, 1, " #TURNED "; }\n"                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, "  \
+                 B ", p, 1, 1, " #TURNED "; }\n"                                                   \
                  : __VA_ARGS__                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds))
 
@@ -376,6 +377,7 @@ DEVICE uint4 load16_once(const void *from) {
 template <int NEWEST> DEVICE void wgmma_wait() {}
 template <int N> DEVICE void take_registers() {}
 template <int N> DEVICE void leave_registers() {}
+DEVICE void wgmma_sees_stores() {}
 #endif
 
 /* ---- the host's side ---- */

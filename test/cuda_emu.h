@@ -105,9 +105,8 @@ typedef struct CUgraphExec_st *cudaGraphExec_t;
 
 struct cudaDeviceProp {
     char name[256];
-    size_t totalGlobalMem;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
     int major, minor, multiProcessorCount, l2CacheSize;
-    size_t sharedMemPerBlockOptin;
 };
 
 struct cudaLaunchAttribute {
@@ -267,9 +266,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
     strcpy(properties->name, "Emulated GPU");
     properties->totalGlobalMem = cuda.memory_each;
     properties->l2CacheSize = EMU_L2_CACHE;
+    properties->sharedMemPerBlockOptin = EMU_SHARED_LIMIT;
     properties->major = 9;
     properties->multiProcessorCount = cuda.multiprocessors;
-    properties->sharedMemPerBlockOptin = 227 << 10;
     return cudaSuccess;
 }
 

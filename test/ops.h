@@ -399,11 +399,15 @@ static void close_alone(struct device *device) {
     backend->close(backend);
 }
 
+static const struct tensor *partner_of(const struct tensor *const *layer, int role) {
+    return role == FFN_GATE ? layer[FFN_UP] : role == FFN_UP ? layer[FFN_GATE] : NULL;
+}
+
 static const struct weight *upload(struct device *device, const struct tensor *tensor,
-                                   struct slice slice) {
+                                   const struct tensor *partner, struct slice slice) {
     char error[ERROR_LENGTH] = "";
     const struct weight *weight =
-        tensor ? device->backend->upload(device, tensor, slice, error) : NULL;
+        tensor ? device->backend->upload(device, tensor, partner, slice, error) : NULL;
     need(weight || !tensor, error);
     return weight;
 }
@@ -425,7 +429,8 @@ static struct worker *open_worker_on(struct backend *backend, int variant,
             struct slice slice = {model_tensors[j].slice, i, n_shards};
             for (int layer = 0; layer < m->model.config.n_layers && role != NO_ROLE; layer++)
                 worker->weights[i][layer][role] =
-                    upload(worker->shards[i], m->tensors[layer][role], slice);
+                    upload(worker->shards[i], m->tensors[layer][role],
+                           partner_of(m->tensors[layer], role), slice);
         }
     }
     return worker;
@@ -1074,8 +1079,9 @@ static void check_weight(struct check *check, struct random *random, enum tensor
     }
     struct device *device = open_alone(&config, 1);
     struct tensor *tensor = make_tensor(random, type, rows, cols, 0.1f, 0.0f);
-    const struct weight *weight = upload(device, tensor, slice);
-    CHECK(weight == upload(device, tensor, slice) || !(slice.kind == SLICE_WHOLE || PARTS_SHARED),
+    const struct weight *weight = upload(device, tensor, NULL, slice);
+    CHECK(weight == upload(device, tensor, NULL, slice) ||
+              !(slice.kind == SLICE_WHOLE || PARTS_SHARED),
           "two uploads share one copy");
     double largest = 0.0;
     for (int i = 0; i < rows * cols; i++)
@@ -1125,8 +1131,8 @@ static void periodic_tensors(struct check *check) {
         struct device *device = open_alone(&config, 1);
         struct slice slice = {SLICE_WHOLE, 0, 1}, half = {SLICE_ROWS, 1, 2};
         slice = below(&random, 2) ? half : slice;
-        const struct weight *one = upload(device, whole, slice);
-        const struct weight *other = upload(device, &repeated, slice);
+        const struct weight *one = upload(device, whole, NULL, slice);
+        const struct weight *other = upload(device, &repeated, NULL, slice);
         size_t n = nth(rows / slice.count, cols, 0);
         float *a = floats(n), *b = floats(n);
         read_weight(check, device, one, a);
