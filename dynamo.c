@@ -179,8 +179,8 @@ static struct block_part block_part(const struct engine *engine, int place, int 
 static bool shared_heads(const struct engine *engine, struct block_part from, struct block_part to,
                          struct copy2d *copy) {
     const struct model_config *config = &engine->config.model->config;
-    size_t head_bytes =
-        (size_t)BLOCK_TOKENS * (size_t)config->head_dim * kv_element_bytes(engine->config.kv_type);
+    enum kv_type type = engine->config.kv_type;
+    size_t head_bytes = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type)) * kv_element_bytes(type);
     int first = to.first_head > from.first_head ? to.first_head : from.first_head;
     int to_end = to.first_head + to.n_heads, from_end = from.first_head + from.n_heads;
     int end = to_end < from_end ? to_end : from_end;

@@ -408,11 +408,18 @@ static inline size_t kv_element_bytes(enum kv_type type) {
     return type == KV_F32 ? 4 : 2;
 }
 
-/* Bytes of one block of a shard: [n_layers][k, v][n_kv_heads / n_shards][BLOCK_TOKENS][head_dim] */
+/* Elements that a head has in a block: in bf16 head_dim is padded to what tensor cores take. */
+static inline int kv_head_dim(const struct model_config *config, enum kv_type type) {
+    int dim = config->head_dim;
+    return type == KV_F32 ? dim : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
+/* Bytes of one block of a shard: [n_layers][k, v][n_kv_heads / n_shards][BLOCK_TOKENS][head_dim],
+ * head_dim that of kv_head_dim. Within a head's part the order is the backend's. */
 static inline size_t block_bytes(const struct model_config *config, int n_shards,
                                  enum kv_type type) {
     return (size_t)config->n_layers * 2 * (size_t)(config->n_kv_heads / n_shards) * BLOCK_TOKENS *
-           (size_t)config->head_dim * kv_element_bytes(type);
+           (size_t)kv_head_dim(config, type) * kv_element_bytes(type);
 }
 
 #endif /* DYNAMO_H */

@@ -896,7 +896,7 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
     const struct model_config *config = device->device.config;
     enum kv_type type = device->device.kv_type;
     size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
-    size_t plane = (size_t)BLOCK_TOKENS * (size_t)config->head_dim;
+    size_t plane = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type));
     size_t key = ((size_t)(layer * 2) * (size_t)device->n_kv_heads + (size_t)head) * plane;
     return (struct kv_view){.type = type,
                             .dim = config->head_dim,

@@ -447,7 +447,7 @@ struct cuda_device {
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
     struct planes h, attention, ffn; /* inputs of products */
-    uint16_t *q;                     /* bf16 (max_rows, q heads) */
+    uint16_t *q;                     /* bf16 (max_rows, n_heads, kv_head_dim) */
     float4 *sums_of_blocks;          /* of generated products, see there */
     int *blocks_done;                /* (multiprocessors) */
     float2 *turn;                    /* (max_rows, rope_dim / 2) cosine and sine */
@@ -457,7 +457,8 @@ struct cuda_device {
     int *sampled, *sampled_host;     /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
-    float *partial; /* (split_capacity, n_heads, head_dim + 2) */
+    float *partial; /* (split_capacity, n_chunks, part): see struct attention */
+    int n_chunks, part;
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
@@ -814,14 +815,14 @@ struct ring { /* of n stages, each `bytes`: a thread's place in it */
 };
 
 /* All threads of the block. In shared memory the stages come first, then `others` bytes, and the
- * barriers. */
-DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others) {
+ * barriers. A stage is empty when so many warps have given it back. */
+DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int warps) {
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
     struct ring r = {shared, full, full + n, n, bytes, 0, 0};
     if (threadIdx.x == 0) {
         for (int i = 0; i < n; i++) {
             barrier_init(r.full + i, copy_arrivals());
-            barrier_init(r.empty + i, CONSUMERS);
+            barrier_init(r.empty + i, warps);
         }
         barriers_ready();
     }
@@ -841,17 +842,22 @@ DEVICE uint8_t *wait_empty(const struct ring &r) { /* the producer's; at first a
     return r.stages + r.at * r.bytes;
 }
 
-DEVICE const uint8_t *wait_full(const struct ring &r) {
+DEVICE uint8_t *wait_full(const struct ring &r) {
     barrier_wait(r.full + r.at, r.parity);
     return r.stages + r.at * r.bytes;
 }
 
-/* A warp goes on to the next stage, and gives back the one *before* this: what was loaded from this
- * one may still be on its way into registers, and a new copy would overtake it. */
-DEVICE void advance(struct ring *r, bool first) {
+/* A warp has done with the stage so many before its own. Not with what it has just loaded: that may
+ * still be on its way into registers, and a new copy would overtake it. */
+DEVICE void give_back(const struct ring &r, int before) {
     __syncwarp();
-    if (!first && threadIdx.x % WARP == 0)
-        barrier_arrive(r->empty + (r->at > 0 ? r->at : r->n) - 1);
+    if (threadIdx.x % WARP == 0)
+        barrier_arrive(r.empty + (r.at < before ? r.at + r.n : r.at) - before);
+}
+
+DEVICE void advance(struct ring *r, bool first) {
+    if (!first)
+        give_back(*r, 1);
     next_stage(r);
 }
 
@@ -932,7 +938,8 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
 }
 
 /* sum += part * scale, of columns `index` times as many as part has. */
-template <int N> DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
+template <int N>
+DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
     const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -1096,7 +1103,8 @@ template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
-    struct ring r = open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS));
+    struct ring r =
+        open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     if (warp == CONSUMERS) {
         produce_generated<TYPE, ROWS>(p, r);
@@ -1239,7 +1247,7 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
 template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
-    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0);
+    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
     const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     grid_launch_dependents();
     if (warp == CONSUMERS) {
@@ -1372,562 +1380,663 @@ static struct product product_of(const struct cuda_device *d, const struct plane
 /* ==== 5. Attention: softmax(q . k) . v over paged keys and values ====
  *
  * A *query* is one head of one token. The queries of a KV head's group see the same keys, so they
- * are the rows of one matrix, and a warp works on 16 or 32 of them: scores = q . k of two blocks of
- * tokens at a time, with a running softmax (FlashAttention-2, Dao 2023), then weights . v.
- *   prompt_attention      blocks of four warps with up to 128 queries of one sequence share the
- *                         keys that they copy to shared memory: bound by the tensor cores
- *   generated_attention   one query token: its keys are cut into splits of fixed length, each read
- *                         once, straight into registers, by four warps; whoever ends last adds up
- *                         the splits, in their order (Flash-Decoding, Dao et al. 2023): by memory
- * What a query gets does not depend on its neighbours: tokens are taken in steps counted from token
- * 0, and those after its own weigh 0.
+ * are multiplied together, with a running softmax (FlashAttention-2, Dao 2023).
+ *   prompt_attention      up to 128 queries of one sequence by 128 tokens a step: bound by the
+ *                         tensor cores
+ *   generated_attention   one token's heads; its text is cut into splits of fixed length, and
+ *                         whoever ends last adds them up, in their order (Flash-Decoding, Dao et
+ *                         al. 2023): bound by reading keys and values
+ * In both, a warp copies keys and values into a ring (chapter 4), and eight multiply. What a query
+ * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
+ * nothing changes no bit.
  *
- * In a block (see block_bytes in dynamo.h) a head's keys are [16 tokens][head_dim], its values
- * [head_dim][16 tokens], bf16: then the k of both products are neighbours in memory. Tokens 4 quad
- * to 4 quad + 3 of a block belong to one lane in the scores, which is just how it needs them as
- * operand of the second product (token_of). HEAD: head_dim padded to 64, 128 or 256. The twin of
- * attention_rows. */
-
-DEVICE void row_operands(const uint4 &upper, const uint4 &lower, uint32_t a[2][4]) {
-    a[0][0] = upper.x;
-    a[0][1] = lower.x;
-    a[0][2] = upper.y;
-    a[0][3] = lower.y;
-    a[1][0] = upper.z;
-    a[1][1] = lower.z;
-    a[1][2] = upper.w;
-    a[1][3] = lower.w;
-}
-DEVICE void old_multiply_unit(float sum[4], const uint32_t a[2][4], const uint4 &b) {
-    const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
-    mma_bf16(sum, a[0], low);
-    mma_bf16(sum, a[1], high);
-}
-enum {
-    OLD_UNIT = 32,
-    ATTENTION_WARPS = 4,
-    STEP_TOKENS = 2 * BLOCK_TOKENS, /* of the running softmax */
-    SPLIT_TOKENS = 256,             /* so short that one text fills the chip from 4k tokens on */
-    BLOCKS_A_PROCESSOR = 4          /* of generated_attention, whose list of work may be long */
-};
+ * In a block of tokens (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, its values
+ * alike. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
-    uint16_t *q, *kv;               /* bf16 (n_rows, n_heads, head_dim); blocks */
-    size_t block_elements, plane;   /* of a block; from a head's keys to its values */
-    int layer, n_heads, n_kv_heads, head_dim;
+    uint16_t *q;                    /* bf16 (n_rows, n_heads, width) */
+    uint8_t *kv;                    /* blocks */
+    size_t block_bytes;
+    int layer, n_heads, n_kv_heads, head_dim, width; /* width: of head_dim and zeros behind it */
 };
 
 struct attention : heads {
-    struct planes out;
-    float scale; /* log2(e) / sqrt(head_dim) */
+    struct planes out; /* heads at `places` */
     struct segments places;
-    float *partial; /* (n_splits, n_heads, head_dim + 2): weighted values, largest score, sum */
-    int *arrived;   /* (n_sequences, n_kv_heads) splits that are done; 0 between steps */
+    float scale;        /* log2(e) / sqrt(head_dim) */
+    int window;         /* tokens that a query sees at most, its own among them; 0: all */
+    const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
+    int n_stages;       /* of the ring */
+    int n_chunks, part; /* chunks of heads, of all groups; floats of a chunk's sums */
+    float *partial;     /* (items, part) sums of splits: see store_part */
+    int *arrived;       /* (n_sequences, n_chunks) splits that are done; 0 between steps */
 };
 
-/* Token of a block that is column `column` of score tile `tile` (8 columns each). */
-DEVICE int token_of(int tile, int column) {
-    return column / 2 * 4 + tile * 2 + column % 2;
-}
+static constexpr float LOG2_E = 1.44269504f;
 
-/* Where a head's keys begin in a block of a sequence; its values begin `plane` elements further. */
-DEVICE uint16_t *key_plane(const struct heads &h, const struct sequence &s, int block,
-                           int kv_head) {
-    size_t first = (size_t)(h.layer * 2 * h.n_kv_heads + kv_head) * BLOCK_TOKENS * h.head_dim;
+/* Where a head's keys (value 0) or values (1) begin in a block of a sequence. */
+DEVICE struct planes page_of(const struct heads &h, const struct sequence &s, int block,
+                             int kv_head, int value) {
     const int *table = array_of<int>(h.step, h.step->table);
-    return h.kv + (size_t)table[s.first_block + block] * h.block_elements + first;
+    size_t head = (size_t)(h.layer * 2 + value) * h.n_kv_heads + kv_head;
+    return {h.kv + (size_t)table[s.first_block + block] * h.block_bytes +
+                head * BLOCK_TOKENS * h.width * sizeof(uint16_t),
+            BLOCK_TOKENS};
 }
 
-/* Values of tokens [first, first + 4), without those from `end` on: rows that were never written
- * may hold NaN, which a weight of 0 does not hide. */
-DEVICE uint2 values_before(uint2 v, int first, int end) {
-    v.x &= first + 1 < end ? 0xffffffffu : first < end ? 0xffffu : 0u;
-    v.y &= first + 3 < end ? 0xffffffffu : first + 2 < end ? 0xffffu : 0u;
-    return v;
+/* The first token that a query at `position` sees. */
+DEVICE int first_seen(const struct attention &a, int position) {
+    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
 }
 
-/* ---- the running softmax of a warp's 16 rows; a lane has parts of rows group, group + 8 ---- */
-
-struct softmax {
-    float max[2], sum[2]; /* sum: of this lane's tokens */
-};
-
-/* scores (2 blocks x 2 tiles) become weights, packed as the operand of the second product; `output`
- * is scaled to the new maximum. visible: tokens of the step that each of the two rows sees. */
-template <int HEAD>
-DEVICE void softmax_step(float scores[2][2][4], const int visible[2], float scale, int quad,
-                         struct softmax *state, float output[HEAD / 8][4], uint32_t weights[2][4]) {
-    float factor[2];
+/* Of a sum over the lanes of a row, or of a column, of a warp's products. */
+template <int FIRST, int END> DEVICE float add_lanes(float sum) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-        float largest = state->max[row];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float &score = scores[i / 4][i / 2 % 2][row * 2 + i % 2];
-            if (i / 4 * BLOCK_TOKENS + quad * 4 + i % 4 >= visible[row])
-                score = -INFINITY;
-            largest = fmaxf(largest, score);
-        }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        factor[row] = exp2_approx((state->max[row] - largest) * scale);
-        if (largest == -INFINITY) /* it sees no token yet */
-            factor[row] = 1.0f;
-        state->max[row] = largest;
-        state->sum[row] *= factor[row];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float &score = scores[i / 4][i / 2 % 2][row * 2 + i % 2];
-            score = score == -INFINITY ? 0.0f : exp2_approx((score - largest) * scale);
-            state->sum[row] += score;
-        }
-    }
-    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int i = 0; i < HEAD / 8 * 4; i++)
-            output[i / 4][i % 4] *= factor[i % 4 / 2];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) { /* register: row i % 2, tile i % 4 / 2 */
-        const float *pair = &scores[i / 4][i % 4 / 2][i % 2 * 2];
-        weights[i / 4][i % 4] = pack_bf16(pair[0], pair[1]);
-    }
+    for (int step = FIRST; step < END; step *= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
 }
 
-DEVICE void softmax_end(struct softmax *state) { /* the sums of all lanes of a row */
+template <int FIRST, int END> DEVICE float largest_of_lanes(float most) {
 #pragma unroll
-    for (int row = 0; row < 2; row++) {
-        state->sum[row] += __shfl_xor_sync(0xffffffffu, state->sum[row], 1);
-        state->sum[row] += __shfl_xor_sync(0xffffffffu, state->sum[row], 2);
-    }
+    for (int step = FIRST; step < END; step *= 2)
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    return most;
 }
 
 /* ---- prompts ---- */
 
-/* Queries of a block, and steps of keys and values under way: fewer where heads are long. */
-static constexpr __host__ __device__ int query_tile(int head) {
-    return ATTENTION_WARPS * (head > 128 ? 16 : 32);
+/* Queries of a block. Where heads are long, both groups of four warps have all of them, and each
+ * half of the output: so it fits the registers. */
+static constexpr __host__ __device__ int tile_queries(int head) {
+    return head > 128 ? 64 : 128;
 }
 
-static constexpr __host__ __device__ int kv_stages(int head) {
-    return head > 128 ? 2 : 3;
-}
-
-static constexpr size_t prompt_attention_shared(int head) {
-    return (size_t)head * 2 * (size_t)(query_tile(head) + kv_stages(head) * 2 * STEP_TOKENS);
+/* Tokens of a step: half as many where warps cannot leave registers to others. */
+static constexpr __host__ __device__ int step_tokens(int head) {
+#ifdef HOPPER
+    return tile_queries(head);
+#else
+    return tile_queries(head) / 2;
+#endif
 }
 
 /* The queries of one block: [first, last] of those of a sequence and KV head, which are numbered
- * token by token, and for each token the heads of the group. */
+ * token by token, and for each token the heads of the group; the steps of tokens that they see. */
 struct queries {
     struct sequence s;
-    int first, last, kv_head, group;
+    int first, last, kv_head, group, begin, end;
 };
 
-DEVICE struct queries find_queries(const struct attention &a, int tile_queries) {
+template <int HEAD> DEVICE struct queries find_queries(const struct attention &a) {
     struct queries q;
     const int2 item = array_of<int2>(a.step, a.step->prompt_items)[blockIdx.x / a.n_kv_heads];
     q.s = array_of<struct sequence>(a.step, a.step->sequences)[item.x];
     q.kv_head = (int)blockIdx.x % a.n_kv_heads;
     q.group = a.n_heads / a.n_kv_heads;
     q.first = item.y;
-    q.last = smaller(q.first + tile_queries, q.s.n_rows * q.group) - 1;
+    q.last = smaller(q.first + tile_queries(HEAD), q.s.n_rows * q.group) - 1;
+    q.begin = first_seen(a, q.s.start + q.first / q.group) / step_tokens(HEAD);
+    q.end = (q.s.start + q.last / q.group) / step_tokens(HEAD) + 1;
     return q;
 }
 
-/* Starts the copies of the keys and values of a step (2 blocks) into shared memory: keys unit by
- * unit, in rows of 32 elements, so that 16 bytes of eight lanes are 128 in a row; values as they
- * lie. What is past the text's end, or past head_dim, is 0. */
-template <int HEAD>
-DEVICE void load_kv(const struct attention &a, const struct sequence &s, int kv_head, int step,
-                    uint8_t *stage) {
-    constexpr int KEY_CHUNKS = STEP_TOKENS * HEAD / 8, VALUE_CHUNKS = HEAD * 2 * 2;
-    for (int i = (int)threadIdx.x; i < KEY_CHUNKS + VALUE_CHUNKS; i += ATTENTION_WARPS * WARP) {
-        bool key = i < KEY_CHUNKS;
-        int at = key ? i : i - KEY_CHUNKS;
-        int row = at / 4 % STEP_TOKENS, dim = at / 4 / STEP_TOKENS * OLD_UNIT + at % 4 * 8;
-        int block = step * 2 + (key ? row / BLOCK_TOKENS : at / (HEAD * 2));
-        int offset = row % BLOCK_TOKENS * a.head_dim + dim;
-        if (!key) {
-            dim = at / 2 % HEAD;
-            offset = dim * BLOCK_TOKENS + at % 2 * 8;
+/* The warp that copies: keys of the first step, then in turns keys of a step and values of the one
+ * before. A lane has a page's plane; past the text's end it is the last page once more. */
+template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct ring r) {
+    constexpr int PAGES = step_tokens(HEAD) / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
+    const struct queries q = find_queries<HEAD>(a);
+    const int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
+    const int n = q.end - q.begin, last = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
+    copies_see_stores();
+    for (int i = 0; i < 2 * n; i++, next_stage(&r)) {
+        int value = i == 2 * n - 1 || (i > 0 && i % 2 == 0), step = q.begin + (i + 1) / 2 - value;
+        const struct planes from =
+            page_of(a, q.s, smaller(step * PAGES + page, last), q.kv_head, value);
+        copy_pieces(wait_empty(r) + (plane * PAGES + page) * PLANE, from.bytes + plane * PLANE,
+                    plane < HEAD / UNIT ? PLANE : 0, false, r.full + r.at);
+        copies_sent(r.full + r.at);
+    }
+}
+
+/* scores (16 queries of a warp, TOKENS) = q . keys. On Hopper it is only under way. */
+template <int HEAD, int TOKENS>
+DEVICE void multiply_keys(float (&scores)[TOKENS / 2], const uint32_t (&q)[HEAD / 16][4],
+                          uint8_t *keys) {
+#ifdef HOPPER
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; i++)
+        wgmma<TOKENS>(scores, q[i], wgmma_rows(keys) + i / 4 * TOKENS * 8 + i % 4 * 2, i > 0);
+    wgmma_commit();
+#else
+    const int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++)
+        scores[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; i++)
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; j++) {
+            uint32_t k[4];
+            load_matrices(k, plane_element({keys, TOKENS}, j * 16 + lane / 16 * 8 + lane % 8,
+                                           i * 16 + lane / 8 % 2 * 8));
+            mma_bf16(scores + j * 8, q[i], k);
+            mma_bf16(scores + j * 8 + 4, q[i], k + 2);
         }
-        bool there = block < s.n_blocks && dim < a.head_dim;
-        const uint16_t *from = key_plane(a, s, there ? block : 0, kv_head);
-        from += there ? offset + (key ? 0 : (int)a.plane) : 0;
-        copy_async16(stage + i * 16, from, there);
-    }
+#endif
 }
 
-/* scores of 16 queries and the 32 tokens of a step, of which `keys` begin the stage. */
-template <int HEAD>
-DEVICE void stage_scores(const uint8_t *queries, const uint8_t *keys, int n_queries, int lane,
-                         float scores[2][2][4]) {
-#pragma unroll 2
-    for (int unit = 0; unit < HEAD / OLD_UNIT; unit++) { /* 2: more would not fit the registers */
-        const uint8_t *from = queries + (unit * n_queries + lane / 4) * 64 + lane % 4 * 16;
-        uint32_t q[2][4];
-        row_operands(load16(from), load16(from + 8 * 64), q);
+/* output (16 queries, N of head_dim) += weights . values, of which `values` is the first plane */
+template <int TOKENS, int N>
+DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TOKENS / 16][4],
+                            uint8_t *values) {
+#ifdef HOPPER
+    wgmma_begin();
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* block i / 2, tile i % 2 */
-            int token = i / 2 * BLOCK_TOKENS + token_of(i % 2, lane / 4);
-            old_multiply_unit(scores[i / 2][i % 2], q,
-                              load16(keys + (unit * STEP_TOKENS + token) * 64 + lane % 4 * 16));
+    for (int i = 0; i < TOKENS / 16; i++)
+        wgmma<N, 1>(output, weights[i], wgmma_columns(values, TOKENS * ROW_BYTES) + i * 128, true);
+    wgmma_commit();
+#else
+    const int lane = (int)threadIdx.x % WARP;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 16; i++)
+#pragma unroll
+        for (int j = 0; j < N / 16; j++) {
+            uint32_t v[4];
+            load_matrices_transposed(
+                v, plane_element({values, TOKENS}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
+            mma_bf16(output + j * 8, weights[i], v);
+            mma_bf16(output + j * 8 + 4, weights[i], v + 2);
+        }
+#endif
+}
+
+/* Of a lane's queries, which are rows group and group + 8 of its warp's. Scores count in log2, so
+ * that weights are powers of 2. */
+struct softmax {
+    int position[2];
+    float largest[2], sum[2]; /* sum: of this lane's tokens */
+    float factor[2];          /* for what was added up before the last step */
+};
+
+/* scores of tokens `from` to `from` + N - 1 become weights. */
+template <int N>
+DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int from,
+                         struct softmax *s) {
+    const bool early = a.window > 0 && from <= s->position[1] - a.window;
+    if (__any_sync(0xffffffffu, early || from + N - 1 > s->position[0])) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) {
+            int before =
+                s->position[i / 2 % 2] - from - (int)threadIdx.x % 4 * 2 - i / 4 * 8 - i % 2;
+            if (before < 0 || (a.window > 0 && before >= a.window))
+                scores[i] = -INFINITY;
         }
     }
-}
-
-/* Starts the copies of the queries, unit by unit; those past the last, and past head_dim, are 0. */
-template <int HEAD>
-DEVICE void load_queries(const struct attention &a, const struct queries &q, uint8_t *tile) {
-    constexpr int N = query_tile(HEAD);
-    for (int i = (int)threadIdx.x; i < N * HEAD / 8; i += ATTENTION_WARPS * WARP) {
-        int query = q.first + i / 4 % N, dim = i / 4 / N * OLD_UNIT + i % 4 * 8;
-        bool there = dim < a.head_dim && query <= q.last;
-        query = there ? query : q.first;
-        size_t row = (size_t)(q.s.first_row + query / q.group) * a.n_heads;
-        row += q.kv_head * q.group + query % q.group;
-        copy_async16(tile + i * 16, a.q + row * a.head_dim + (there ? dim : 0), there);
-    }
-}
-
-/* output (16 queries from `first`) += weights . values of a step; tokens from `end` on are none. */
-template <int HEAD, int ROW_TILES>
-DEVICE void stage_values(const uint8_t *values, int lane, int end,
-                         const uint32_t weights[ROW_TILES][2][4],
-                         float output[ROW_TILES][HEAD / 8][4]) {
-    values += lane / 4 * 32 + lane % 4 * 8;
-#pragma unroll
-    for (int n = 0; n < 2 * HEAD / 8; n++) { /* block n % 2, 8 elements of the output */
-        uint2 v = load8(values + (n % 2 * HEAD + n / 2 * 8) * 32);
-        if (end < STEP_TOKENS)
-            v = values_before(v, n % 2 * BLOCK_TOKENS + lane % 4 * 4, end);
-        const uint32_t b[2] = {v.x, v.y};
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
-            mma_bf16(output[i][n / 2], weights[i][n % 2], b);
-    }
-}
-
-/* Writes 16 queries from `first` on, divided by the sums of their weights. */
-template <int HEAD>
-DEVICE void store_queries(const struct attention &a, const struct queries &q, int first, int lane,
-                          struct softmax *state, const float output[HEAD / 8][4]) {
-    softmax_end(state);
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        int query = first + row * 8 + lane / 4;
-        if (query > q.last)
-            continue;
-        int head = q.kv_head * q.group + query % q.group;
-        int out_row = q.s.first_row + query / q.group,
-            out_k = place(a.places, head * a.head_dim) + lane % 4 * 2;
-        float factor = 1.0f / state->sum[row];
+        float most = -INFINITY, sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++)
-            if (n * 8 < a.head_dim)
-                *reinterpret_cast<uint32_t *>(plane_element(a.out, out_row, out_k + n * 8)) =
-                    pack_bf16(output[n][row * 2] * factor, output[n][row * 2 + 1] * factor);
+        for (int i = 0; i < N / 4; i++)
+            most = fmaxf(most, scores[i / 2 * 4 + row * 2 + i % 2]);
+        most = fmaxf(largest_of_lanes<1, 4>(most) * a.scale, s->largest[row]);
+        const float base = most == -INFINITY ? 0.0f : most; /* it has seen nothing yet */
+        s->factor[row] = exp2_approx(s->largest[row] - base);
+        s->largest[row] = most;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            float &score = scores[i / 2 * 4 + row * 2 + i % 2];
+            score = exp2_approx(score * a.scale - base);
+            sum += score;
+        }
+        s->sum[row] = s->sum[row] * s->factor[row] + sum;
     }
 }
 
-/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
- * has query_tile(HEAD) queries, a warp 16 or 32 of them. Shared: the queries, and kv_stages(HEAD)
- * steps of keys and values. Bound by the tensor cores. */
+/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage whose
+ * first n rows are a text's last, all others become 0. By all who multiply. */
+template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
+    for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
+        if (i / 8 % step_tokens(HEAD) >= n)
+            reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
+    wgmma_sees_stores();
+    sync_threads<1, CONSUMERS * WARP>();
+}
+
+/* The operand of a lane's queries, from memory. */
 template <int HEAD>
-__global__ void __launch_bounds__(ATTENTION_WARPS *WARP)
+DEVICE void load_queries(const struct attention &a, const struct queries &q, int query,
+                         uint32_t (&operand)[HEAD / 16][4], int position[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int own = smaller(query + row * 8, q.last), head = q.kv_head * q.group + own % q.group;
+        size_t at = (size_t)(q.s.first_row + own / q.group) * a.n_heads + head;
+        const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
+        position[row] = q.s.start + own / q.group;
+#pragma unroll
+        for (int i = 0; i < HEAD / 8; i++)
+            operand[i / 2][i % 2 * 2 + row] = from[i * 4 + threadIdx.x % 4];
+    }
+}
+
+/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of their weights. */
+template <int N>
+DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
+                          const struct softmax &s, const float (&output)[N / 2]) {
+    dim += (int)threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int own = query + row * 8, head = q.kv_head * q.group + own % q.group;
+        float sum = add_lanes<1, 4>(s.sum[row]);
+        if (own > q.last)
+            continue;
+        if (a.sinks)
+            sum += exp2_approx(a.sinks[head] * LOG2_E - s.largest[row]);
+        const int at = place(a.places, head * a.head_dim) + dim;
+        const float factor = 1.0f / sum;
+#pragma unroll
+        for (int i = 0; i < N / 8; i++)
+            if (dim + i * 8 < a.head_dim)
+                *reinterpret_cast<uint32_t *>(
+                    plane_element(a.out, q.s.first_row + own / q.group, at + i * 8)) =
+                    pack_bf16(output[i * 4 + row * 2] * factor,
+                              output[i * 4 + row * 2 + 1] * factor);
+    }
+}
+
+/* A warp that multiplies: 16 queries. The scores of a step are computed while the values of the
+ * step before are still being added up. Stages are given back after the softmax: by then all
+ * products of them are done, also where no wgmma_wait says so. */
+template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct ring r) {
+    constexpr int TOKENS = step_tokens(HEAD), N = HEAD > 128 ? HEAD / 2 : HEAD;
+    const int mine =
+        (int)threadIdx.x / WARP * 16 % tile_queries(HEAD) + (int)threadIdx.x % WARP / 4;
+    const int dim = (int)threadIdx.x / WARP * 16 / tile_queries(HEAD) * N;
+    uint32_t operand[HEAD / 16][4], weights[TOKENS / 16][4];
+    float scores[TOKENS / 2], output[N / 2] = {};
+    struct softmax s = {{}, {-INFINITY, -INFINITY}, {}, {}};
+    struct queries q = find_queries<HEAD>(a);
+    load_queries<HEAD>(a, q, q.first + mine, operand, s.position);
+    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(r));
+    wgmma_wait<0>();
+    int from = q.begin * TOKENS, last = (q.end - 1) * TOKENS;
+    softmax_step<TOKENS>(a, scores, from, &s);
+    next_stage(&r);
+    give_back(r, 1);
+    for (;; from += TOKENS) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; i++)
+            weights[i / 4][i % 4] = pack_bf16(scores[i * 2], scores[i * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            output[i] *= s.factor[i / 2 % 2];
+        if (from == last)
+            break;
+        uint8_t *keys = wait_full(r);
+        next_stage(&r);
+        uint8_t *values = wait_full(r) + dim * TOKENS * 2;
+        next_stage(&r);
+        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
+        multiply_values<TOKENS, N>(output, weights, values);
+        wgmma_wait<1>();
+        softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
+        wgmma_wait<0>();
+        give_back(r, 2);
+        give_back(r, 1);
+    }
+    q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
+    uint8_t *values = wait_full(r);
+    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - last);
+    multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
+    wgmma_wait<0>();
+    store_queries<N>(a, q, q.first + mine, dim, s, output);
+}
+
+enum { PROMPT_THREADS = (CONSUMERS + 4) * WARP /* registers are left by groups of four warps */ };
+
+/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
+ * has tile_queries(HEAD). Shared: the ring. Bound by the tensor cores. */
+template <int HEAD>
+__global__ void __launch_bounds__(PROMPT_THREADS, 1)
     prompt_attention_kernel(const struct attention a) {
-    constexpr int N = query_tile(HEAD), ROW_TILES = N / ATTENTION_WARPS / 16;
-    constexpr int STAGES_AHEAD = kv_stages(HEAD) - 1, STAGE = 2 * STEP_TOKENS * HEAD * 2;
     DYNAMIC_SHARED(uint8_t, shared);
-    uint8_t *stages = shared + N * HEAD * 2;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    grid_wait();
+    constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
     grid_launch_dependents();
-    const struct queries q = find_queries(a, N);
-    int n_steps = (q.s.start + q.last / q.group) / STEP_TOKENS + 1;
-    load_queries<HEAD>(a, q, shared); /* of one group with the first step */
-    for (int i = 0; i < STAGES_AHEAD; i++) {
-        if (i < n_steps)
-            load_kv<HEAD>(a, q.s, q.kv_head, i, stages + i * STAGE);
-        copy_async_commit(); /* a group for each step, though it be empty: waits count groups */
+    struct ring r = open_ring(shared, a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD)), STAGE,
+                              0, CONSUMERS);
+    grid_wait();
+    if (threadIdx.x < CONSUMERS * WARP) {
+        take_registers<232>();
+        attend_steps<HEAD>(a, r);
+    } else {
+        leave_registers<40>();
+        if (threadIdx.x < FED_THREADS)
+            produce_steps<HEAD>(a, r);
     }
-    float output[ROW_TILES][HEAD / 8][4] = {};
-    struct softmax state[ROW_TILES];
-    int position[ROW_TILES][2], first = warp * ROW_TILES * 16;
-#pragma unroll
-    for (int i = 0; i < ROW_TILES * 2; i++) {
-        int query = q.first + first + i / 2 * 16 + i % 2 * 8 + lane / 4;
-        position[i / 2][i % 2] = q.s.start + smaller(query, q.last) / q.group;
-        state[i / 2].max[i % 2] = -INFINITY;
-        state[i / 2].sum[i % 2] = 0.0f;
-    }
-    for (int step = 0; step < n_steps; step++) {
-        copy_async_wait<STAGES_AHEAD - 1>();
-        __syncthreads(); /* the step has arrived for all, and all are done with the oldest */
-        int ahead = step + STAGES_AHEAD, begin = step * STEP_TOKENS;
-        if (ahead < n_steps)
-            load_kv<HEAD>(a, q.s, q.kv_head, ahead, stages + ahead % (STAGES_AHEAD + 1) * STAGE);
-        copy_async_commit();
-        const uint8_t *keys = stages + step % (STAGES_AHEAD + 1) * STAGE;
-        uint32_t weights[ROW_TILES][2][4];
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++) {
-            float scores[2][2][4] = {};
-            const int visible[2] = {position[i][0] - begin + 1, position[i][1] - begin + 1};
-            stage_scores<HEAD>(shared + (first + i * 16) * 64, keys, N, lane, scores);
-            softmax_step<HEAD>(scores, visible, a.scale, lane % 4, &state[i], output[i],
-                               weights[i]);
-        }
-        stage_values<HEAD, ROW_TILES>(keys + STAGE / 2, lane, q.s.start + q.s.n_rows - begin,
-                                      weights, output);
-    }
-#pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
-        store_queries<HEAD>(a, q, q.first + first + i * 16, lane, &state[i], output[i]);
 }
 
 /* ---- generated tokens ---- */
 
-static constexpr size_t generated_attention_shared(int head) {
-    return sizeof(float) * (ATTENTION_WARPS * 16 * (size_t)(head + 2) + 4);
+/* Pages of a split that a warp takes; heads of a group that are multiplied together. Fewer where
+ * heads are long, so that LEAST_STAGES and the warps' parts fit 99 KB. */
+static constexpr __host__ __device__ int warp_pages(int head) {
+    return head > 128 ? 1 : 2;
 }
 
-/* The part of one block: a split, a KV head, and up to 16 heads of its group. */
-struct split {
+static constexpr __host__ __device__ int chunk_heads(int head) {
+    return head > 128 ? 4 : 8;
+}
+
+/* Tokens of a split: so few that one text fills the chip from 4k tokens on. */
+static constexpr __host__ __device__ int split_tokens(int head) {
+    return CONSUMERS * warp_pages(head) * BLOCK_TOKENS;
+}
+
+/* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
+ * numbered sequence by sequence, chunk by chunk of all its KV heads, split by split. */
+struct item {
     struct sequence s;
-    int kv_head, first_head, n_heads; /* n_heads: 1 to 16 */
-    int index, n_tokens;              /* of the split, of the text */
-    int item, chunk, n_sequence;      /* its place in the list, in the group; the sequence's */
+    int kv_head, first_head, n_heads; /* n_heads: 1 to chunk_heads */
+    int split, n_splits;
+    int begin, end; /* tokens that are seen */
+    int counter;    /* of those that share the heads */
 };
 
-DEVICE struct split find_split(const struct attention &a, int index, int n_chunks) {
-    struct split p;
-    int group = a.n_heads / a.n_kv_heads;
-    p.chunk = index % n_chunks;
-    p.kv_head = index / n_chunks % a.n_kv_heads;
-    p.item = index / n_chunks / a.n_kv_heads;
-    const int2 item = array_of<int2>(a.step, a.step->splits)[p.item];
-    p.n_sequence = item.x;
-    p.s = array_of<struct sequence>(a.step, a.step->sequences)[item.x];
-    p.first_head = p.kv_head * group + p.chunk * 16;
-    p.n_heads = smaller(group - p.chunk * 16, 16);
-    p.index = item.y;
-    p.n_tokens = p.s.start + 1;
-    return p;
+template <int HEAD> DEVICE struct item find_item(const struct attention &a, int index) {
+    struct item it;
+    const int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
+    const int2 entry = array_of<int2>(a.step, a.step->splits)[index / a.n_chunks];
+    it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
+    it.end = it.s.start + 1;
+    it.begin = first_seen(a, it.s.start);
+    it.n_splits = divide(it.end, split_tokens(HEAD));
+    const int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
+    const int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
+    it.split = within % it.n_splits;
+    it.kv_head = chunk / n_chunks;
+    it.first_head = it.kv_head * group + first;
+    it.n_heads = smaller(group - first, chunk_heads(HEAD));
+    it.counter = entry.x * a.n_chunks + chunk;
+    return it;
 }
 
-/* The operand of 16 heads, straight from memory. */
+/* The warp that copies: a stage is the keys and values of one warp's pages. Of an item a lane has
+ * the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
-DEVICE void load_heads(const struct attention &a, const struct split &p, int lane,
-                       uint32_t q[HEAD / OLD_UNIT][2][4]) {
-    const uint16_t *from = a.q + ((size_t)p.s.first_row * a.n_heads + p.first_head) * a.head_dim;
-#pragma unroll
-    for (int i = 0; i < HEAD / OLD_UNIT * 2; i++) { /* unit i / 2; head group, or group + 8 */
-        int dim = i / 2 * OLD_UNIT + lane % 4 * 8, head = lane / 4 + i % 2 * 8;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (head < p.n_heads && dim < a.head_dim)
-            x = load16(from + head * a.head_dim + dim);
-        q[i / 2][0][i % 2] = x.x;
-        q[i / 2][0][i % 2 + 2] = x.y;
-        q[i / 2][1][i % 2] = x.z;
-        q[i / 2][1][i % 2 + 2] = x.w;
+DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * warp_pages(HEAD);
+    const int lane = (int)threadIdx.x % WARP;
+    auto find = [&](int index) -> const uint8_t * {
+        const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
+        int block = it.split * split_tokens(HEAD) / BLOCK_TOKENS + lane / 2;
+        bool seen = block * BLOCK_TOKENS < it.end && (block + 1) * BLOCK_TOKENS > it.begin;
+        return seen ? page_of(a, it.s, block, it.kv_head, lane % 2).bytes : NULL;
+    };
+    const uint8_t *from = find(begin);
+    copies_see_stores();
+    for (int index = begin; index < end; index++) {
+        const uint8_t *next = find(index + 1); /* long before it is needed */
+        for (int warp = 0; warp < CONSUMERS; warp++, next_stage(&r)) {
+            copy_pieces(wait_empty(r) + lane % PIECES * BYTES, from,
+                        from && lane / PIECES == warp ? BYTES : 0, true, r.full + r.at);
+            copies_sent(r.full + r.at);
+        }
+        from = next;
     }
 }
 
-/* One warp's part of a split: blocks [block, end). */
+/* A warp's sums: dims are rows, heads columns. */
+template <int HEAD> struct sums { float output[HEAD / 16][4], largest[2], sum[2]; };
+
+/* The operand of a chunk's heads, from memory. */
 template <int HEAD>
-DEVICE void attend_blocks(const struct attention &a, const struct split &p,
-                          const uint32_t q[HEAD / OLD_UNIT][2][4], int block, int end, int lane,
-                          struct softmax *state, float output[HEAD / 8][4]) {
-    for (; block < end; block += 2) {
-        float scores[2][2][4] = {};
-        const uint16_t *plane[2] = {key_plane(a, p.s, block, p.kv_head),
-                                    key_plane(a, p.s, smaller(block + 1, end - 1), p.kv_head)};
-        uint32_t weights[2][4];
+DEVICE void load_heads(const struct attention &a, const struct item &it,
+                       uint32_t (&q)[HEAD / 16][2]) {
+    const int lane = (int)threadIdx.x % WARP;
+    size_t at = (size_t)it.s.first_row * a.n_heads + it.first_head + lane / 4;
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
 #pragma unroll
-        for (int i = 0; i < 4 * HEAD / OLD_UNIT; i++) { /* block and tile of unit i / 4 */
-            int dim = i / 4 * OLD_UNIT + lane % 4 * 8, block_of = i / 2 % 2, tile = i % 2;
-            const uint16_t *key = plane[block_of] + token_of(tile, lane / 4) * a.head_dim;
-            uint4 k = dim < a.head_dim ? load16(key + dim) : make_uint4(0, 0, 0, 0);
-            old_multiply_unit(scores[block_of][tile], q[i / 4], k);
-        }
-        int seen = p.n_tokens - block * BLOCK_TOKENS;
-        if (block + 1 >= end && seen > BLOCK_TOKENS)
-            seen = BLOCK_TOKENS; /* the second block is the first once more, and weighs 0 */
-        const int visible[2] = {seen, seen};
-        softmax_step<HEAD>(scores, visible, a.scale, lane % 4, state, output, weights);
-        __syncwarp(); /* moves no load across: keys and values would not both fit the registers */
+    for (int i = 0; i < HEAD / 8; i++)
+        q[i / 2][i % 2] = lane / 4 < it.n_heads ? from[i * 4 + lane % 4] : 0;
+}
+
+/* Adds a page, of which tokens [begin, end) are seen, to a warp's sums. */
+template <int HEAD>
+DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[HEAD / 16][2],
+                        float scale, struct sums<HEAD> *s) {
+    const int lane = (int)threadIdx.x % WARP;
+    const struct planes keys = {page, BLOCK_TOKENS};
+    const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
+    float halves[2][4] = {}, scores[4], factor[2];
 #pragma unroll
-        for (int n = 0; n < 2 * HEAD / 8; n++) {
-            int dim = n / 2 * 8 + lane / 4, token = lane % 4 * 4;
-            uint2 v = make_uint2(0, 0);
-            if (dim < a.head_dim)
-                v = load8(plane[n % 2] + a.plane + dim * BLOCK_TOKENS + token);
-            if (seen < STEP_TOKENS)
-                v = values_before(v, n % 2 * BLOCK_TOKENS + token, seen);
-            const uint32_t b[2] = {v.x, v.y};
-            mma_bf16(output[n / 2], weights[n % 2], b);
+    for (int i = 0; i < HEAD / 16; i++) {
+        uint32_t k[4];
+        load_matrices(k, plane_element(keys, lane % 16, i * 16 + lane / 16 * 8));
+        mma_bf16(halves[i % 2], k, q[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) { /* head 2 quad + i % 2 */
+        int token = lane / 4 + i / 2 * 8;
+        bool seen = token >= begin && token < end;
+        scores[i] = seen ? (halves[0][i] + halves[1][i]) * scale : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) { /* a page has a token that is seen: most is a number */
+        float most =
+            fmaxf(largest_of_lanes<4, WARP>(fmaxf(scores[i], scores[i + 2])), s->largest[i]);
+        factor[i] = exp2_approx(s->largest[i] - most);
+        s->largest[i] = most;
+        scores[i] = exp2_approx(scores[i] - most);
+        scores[i + 2] = exp2_approx(scores[i + 2] - most);
+        s->sum[i] = s->sum[i] * factor[i] + (scores[i] + scores[i + 2]);
+    }
+    const uint32_t weights[2] = {transpose_matrix(pack_bf16(scores[0], scores[1])),
+                                 transpose_matrix(pack_bf16(scores[2], scores[3]))};
+#pragma unroll
+    for (int i = 0; i < HEAD / 16; i++) {
+        uint32_t v[4];
+        load_matrices_transposed(
+            v, plane_element(values, lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int token = lane % 4 * 2 + j / 2 * 8; /* what no token has may be NaN */
+            if (end < BLOCK_TOKENS)
+                v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
+            s->output[i][j] *= factor[j % 2];
         }
+        mma_bf16(s->output[i], v, weights);
     }
 }
 
-/* A warp's sums for 16 heads into shared memory: (head, head_dim values, largest score, sum). */
-template <int HEAD>
-DEVICE void store_part(const struct attention &a, const struct softmax &state, int lane,
-                       const float output[HEAD / 8][4], float *parts) {
+/* A warp's sums into shared memory, (heads, HEAD + 4): values, largest score, sum of weights. */
+template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struct sums<HEAD> &s) {
+    const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float *to = parts + (lane / 4 + i * 8) * (a.head_dim + 2);
+        float sum = add_lanes<4, WARP>(s.sum[i]), *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
+        if (lane % 4 * 2 + i >= n_heads)
+            continue;
 #pragma unroll
-        for (int n = 0; n < HEAD / 8; n++)
-            if (n * 8 < a.head_dim) {
-                to[n * 8 + lane % 4 * 2] = output[n][i * 2];
-                to[n * 8 + lane % 4 * 2 + 1] = output[n][i * 2 + 1];
-            }
-        if (lane % 4 == 0) {
-            to[a.head_dim] = state.max[i];
-            to[a.head_dim + 1] = state.sum[i];
-        }
+        for (int j = 0; j < HEAD / 8; j++)
+            to[j * 8 + lane / 4] = s.output[j / 2][j % 2 * 2 + i];
+        if (lane / 4 == 0)
+            *reinterpret_cast<float2 *>(to + HEAD) = make_float2(s.largest[i], sum);
     }
 }
 
-/* Adds up `n` parts of each head of p, part_stride floats apart, in their order. Where they are all
- * there is, their quotient is the output; else they become one part more, at `to`. */
-DEVICE void merge_parts(const struct attention &a, const struct split &p, const float *parts,
-                        size_t part_stride, int n, float *to) {
-    int width = a.head_dim + 2;
-    for (int i = (int)threadIdx.x; i < p.n_heads * a.head_dim; i += ATTENTION_WARPS * WARP) {
-        int head = i / a.head_dim, dim = i % a.head_dim;
-        const float *own = parts + head * width;
-        float value = 0.0f, sum = 0.0f, largest = -INFINITY;
+/* Adds up `n` parts of each head, a.part floats apart, in their order. Where they are all there is,
+ * their quotient is the output; else they become one part more, at `to`. */
+template <int HEAD>
+DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
+                        float *to) {
+    for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS * WARP) {
+        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2, own = head * (HEAD + 4);
+        float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
+#pragma unroll 8
         for (int j = 0; j < n; j++)
-            largest = fmaxf(largest, own[j * part_stride + a.head_dim]);
+            most = fmaxf(most, parts[own + j * a.part + HEAD]);
+        const float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
+#pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float *part = own + j * part_stride;
-            if (part[a.head_dim] == -INFINITY) /* it saw nothing */
-                continue;
-            float factor = exp2_approx((part[a.head_dim] - largest) * a.scale);
-            value += part[dim] * factor;
-            sum += part[a.head_dim + 1] * factor;
+            const float *part = parts + own + j * a.part;
+            float2 value = *reinterpret_cast<const float2 *>(part + dim);
+            float factor = exp2_approx(part[HEAD] - base);
+            x += value.x * factor;
+            y += value.y * factor;
+            sum += part[HEAD + 1] * factor;
         }
         if (to) {
-            to[head * width + dim] = value;
-            if (dim == 0) {
-                to[head * width + a.head_dim] = largest;
-                to[head * width + a.head_dim + 1] = sum;
-            }
-        } else {
-            *plane_element(a.out, p.s.first_row,
-                           place(a.places, (p.first_head + head) * a.head_dim) + dim) =
-                (uint16_t)pack_bf16(value / sum, 0.0f);
+            *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);
+            if (dim == 0)
+                *reinterpret_cast<float2 *>(to + own + HEAD) = make_float2(most, sum);
+        } else if (dim < a.head_dim) {
+            head += it.first_head;
+            if (a.sinks)
+                sum += exp2_approx(a.sinks[head] * LOG2_E - most);
+            *reinterpret_cast<uint32_t *>(
+                plane_element(a.out, it.s.first_row, place(a.places, head * a.head_dim) + dim)) =
+                pack_bf16(x / sum, y / sum);
         }
     }
 }
 
-/* True in all threads of the block that is the last of `n` to arrive; it then sees what the others
- * wrote before. The counter is 0 again afterwards. */
-DEVICE bool arrive(int *counter, int n, int *shared) {
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        *shared = atomicAdd(counter, 1) == n - 1;
-        if (*shared)
-            *counter = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    return *shared;
-}
+enum { LEAST_STAGES = 4 /* see attend_splits */ };
 
-/* out = softmax(q . k) . v for generated tokens: blocks go through the list of splits, KV heads and
- * groups of 16 heads, so a grid of fixed size serves any batch. Shared: the parts of the warps, and
- * an int. Bound by reading keys and values. */
+/* A warp that multiplies: its pages of each split; all warps then add up. Before it waits for its
+ * stage to be full, the stage must have been given back by whoever had it before, or what was there
+ * before could be taken for its own; with LEAST_STAGES that one is never two rounds behind. */
 template <int HEAD>
-__global__ void __launch_bounds__(ATTENTION_WARPS *WARP, HEAD > 128 ? 1 : 2)
-    generated_attention_kernel(const struct attention a) {
-    DYNAMIC_SHARED(float, parts);
-    constexpr int A_WARP = SPLIT_TOKENS / BLOCK_TOKENS / ATTENTION_WARPS;
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, width = a.head_dim + 2;
-    int n_chunks = divide(a.n_heads / a.n_kv_heads, 16);
-    grid_wait();
-    grid_launch_dependents();
-    int n = a.step->n_splits * a.n_kv_heads * n_chunks;
-    for (int index = (int)blockIdx.x; index < n; index += (int)gridDim.x) {
-        const struct split p = find_split(a, index, n_chunks);
-        uint32_t q[HEAD / OLD_UNIT][2][4];
-        load_heads<HEAD>(a, p, lane, q);
-        int block = p.index * A_WARP * ATTENTION_WARPS + warp * A_WARP;
-        int end = smaller(block + A_WARP, divide(p.n_tokens, BLOCK_TOKENS));
-        float output[HEAD / 8][4] = {};
-        struct softmax state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        attend_blocks<HEAD>(a, p, q, block, end, lane, &state, output);
-        softmax_end(&state);
-        store_part<HEAD>(a, state, lane, output, parts + warp * 16 * width);
-        __syncthreads();
-        int n_splits = divide(p.n_tokens, SPLIT_TOKENS);
-        size_t item_stride = (size_t)a.n_heads * width;
-        float *partial = a.partial + p.item * item_stride + (size_t)p.first_head * width;
-        merge_parts(a, p, parts, 16 * width, ATTENTION_WARPS, n_splits > 1 ? partial : NULL);
-        if (n_splits > 1) {
-            int *counter = a.arrived + (p.n_sequence * a.n_kv_heads + p.kv_head) * n_chunks;
-            int *shared = reinterpret_cast<int *>(parts + ATTENTION_WARPS * 16 * (HEAD + 2));
-            if (arrive(counter + p.chunk, n_splits, shared)) /* splits are neighbours */
-                merge_parts(a, p, partial - p.index * item_stride, item_stride, n_splits, NULL);
+DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
+                          int end) {
+    const int warp = (int)threadIdx.x / WARP;
+    int *last = reinterpret_cast<int *>(r.empty + r.n);
+    uint32_t q[HEAD / 16][2];
+    for (int i = 0; i < warp; i++)
+        next_stage(&r);
+    for (int index = begin; index < end; index++) {
+        const struct item it = find_item<HEAD>(a, index);
+        struct sums<HEAD> s = {
+            {}, {-INFINITY, -INFINITY}, {}
+        };
+        if (index == begin || it.split == 0)
+            load_heads<HEAD>(a, it, q);
+        (void)wait_empty(r);
+        uint8_t *pages = wait_full(r);
+#pragma unroll
+        for (int page = 0; page < warp_pages(HEAD); page++) {
+            int from = (it.split * CONSUMERS + warp) * warp_pages(HEAD) + page;
+            from *= BLOCK_TOKENS;
+            if (from < it.end && from + BLOCK_TOKENS > it.begin)
+                attend_page<HEAD>(pages + page * BLOCK_TOKENS * HEAD * 4, it.begin - from,
+                                  it.end - from, q, a.scale, &s);
         }
-        __syncthreads(); /* `parts` is free again */
+        store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
+        give_back(r, 0);
+        for (int i = 0; i < CONSUMERS; i++)
+            next_stage(&r);
+        sync_threads<1, CONSUMERS * WARP>();
+        float *partial = it.n_splits > 1 ? a.partial + (size_t)index * a.part : NULL;
+        merge_parts<HEAD>(a, it, parts, CONSUMERS, partial);
+        sync_threads<1, CONSUMERS * WARP>(); /* the parts are added up */
+        if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
+            continue; /* the counter is told of all splits that the block has at once */
+        if (threadIdx.x == 0) {
+            int own = smaller(it.split, index - begin) + 1, *counter = a.arrived + it.counter;
+            *last = add_ordered(counter, own) + own == it.n_splits;
+            if (*last)
+                *counter = 0;
+        }
+        sync_threads<1, CONSUMERS * WARP>();
+        if (*last)
+            merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, it.n_splits, NULL);
     }
+}
+
+static constexpr __host__ __device__ int pages_stage(int head) {
+    return warp_pages(head) * BLOCK_TOKENS * head * 4;
+}
+
+/* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
+ * grid of fixed size serves any batch. Shared: the ring, the parts of the warps, and an int. Bound
+ * by reading keys and values. */
+template <int HEAD>
+__global__ void __launch_bounds__(FED_THREADS, 1)
+    generated_attention_kernel(const struct attention a) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    grid_launch_dependents();
+    struct ring r = open_ring(shared, a.n_stages, pages_stage(HEAD),
+                              CONSUMERS * a.part * (int)sizeof(float), 1);
+    grid_wait();
+    const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
+    const int begin = (int)(blockIdx.x * n / gridDim.x);
+    const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
+    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_stage(HEAD));
+    if (begin < end && threadIdx.x < CONSUMERS * WARP)
+        attend_splits<HEAD>(a, r, parts, begin, end);
+    else if (begin < end)
+        produce_splits<HEAD>(a, r, begin, end);
 }
 
 /* ---- the op ---- */
 
-template <int HEAD> static void launch_attention(struct cuda_device *d, const struct attention &a) {
+template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
     if (d->n_prompt_items > 0) {
+        int stage = tile_queries(HEAD) * HEAD * 2; /* or two stages, see step_tokens */
+        a.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES / 2);
         launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
-               grid_of(d->n_prompt_items * d->n_kv_heads), ATTENTION_WARPS * WARP,
-               prompt_attention_shared(HEAD), a);
+               grid_of(d->n_prompt_items * d->n_kv_heads), PROMPT_THREADS,
+               (size_t)(a.n_stages * stage + RING_BARRIERS), a);
     }
     if (d->n_generated > 0) {
-        int most = d->card->properties.multiProcessorCount * BLOCKS_A_PROCESSOR;
-        int n = d->n_splits * d->n_kv_heads * divide(d->n_heads / d->n_kv_heads, 16);
+        int most = d->card->properties.multiProcessorCount, stage = pages_stage(HEAD);
+        int parts = CONSUMERS * a.part * (int)sizeof(float);
+        a.n_stages = stages_of(d, stage, parts);
+        assert(a.n_stages >= LEAST_STAGES);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording ? most : smaller(n, most)), ATTENTION_WARPS * WARP,
-               generated_attention_shared(HEAD), a);
+               grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)), FED_THREADS,
+               (size_t)(a.n_stages * stage + parts + RING_BARRIERS), a);
     }
 }
 
-static int head_of(int head_dim) { /* the kernels that serve it */
-    return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+static void launch_attention(struct cuda_device *d, const struct attention &a) {
+    switch (a.width) {
+    case 64: launch_attention<64>(d, a); break;
+    case 128: launch_attention<128>(d, a); break;
+    default: launch_attention<256>(d, a);
+    }
 }
 
 static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
     const struct model_config *config = d->device.config;
     h->step = d->step;
     h->q = d->q;
-    h->kv = (uint16_t *)d->device.kv;
-    h->block_elements = block_bytes(config, d->device.n_shards, KV_BF16) / sizeof(uint16_t);
-    h->plane = (size_t)d->n_kv_heads * BLOCK_TOKENS * (size_t)config->head_dim;
+    h->kv = (uint8_t *)d->device.kv;
+    h->block_bytes = block_bytes(config, d->device.n_shards, KV_BF16);
     h->layer = layer;
     h->n_heads = d->n_heads;
     h->n_kv_heads = d->n_kv_heads;
     h->head_dim = config->head_dim;
+    h->width = kv_head_dim(config, KV_BF16);
+}
+
+static struct attention attention_of(const struct cuda_device *d, int layer) {
+    struct attention a = {};
+    set_heads(d, layer, &a);
+    a.out = d->attention;
+    a.places = d->attention_places;
+    a.scale = LOG2_E / sqrtf((float)a.head_dim);
+    a.n_chunks = d->n_chunks;
+    a.part = d->part;
+    a.partial = d->partial;
+    a.arrived = d->arrived;
+    return a;
 }
 
 static void cuda_attention(struct device *device, int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct attention a = {};
-    set_heads(d, layer_index, &a);
-    a.out = d->attention;
-    a.scale = 1.44269504f / sqrtf((float)a.head_dim);
-    a.places = d->attention_places;
-    a.partial = d->partial;
-    a.arrived = d->arrived;
-    switch (head_of(a.head_dim)) {
-    case 64: launch_attention<64>(d, a); break;
-    case 128: launch_attention<128>(d, a); break;
-    default: launch_attention<256>(d, a);
-    }
+    launch_attention(d, attention_of(d, layer_index));
 }
 
 /* ==== 6. Embedding, norm, rope: one block or warp a row, bound by memory ==== */
@@ -2030,23 +2139,21 @@ struct head {          /* of q, k or v in a row: where its elements come from, a
     const float *from; /* (head_dim) */
     const float *norm; /* (head_dim); NULL: it has none */
     int n_turned;      /* elements that turn; 0: of v */
-    uint16_t *to;      /* element i goes to to[i * apart] */
-    int apart;
+    struct planes to;  /* q: of one row, so that its elements lie as they are */
+    int row;
 };
 
 DEVICE struct head find_head(const struct rope &r, int row, int index) {
     const float *from = r.qkv + (size_t)row * r.qkv_stride + index * r.head_dim;
-    uint16_t *q = r.q + ((size_t)row * r.n_heads + index) * r.head_dim;
+    uint16_t *q = r.q + ((size_t)row * r.n_heads + index) * r.width;
     if (index < r.n_heads)
-        return {from, r.q_norm, r.rope_dim, q, 1};
-    int kv_head = (index - r.n_heads) % r.n_kv_heads;
+        return {from, r.q_norm, r.rope_dim, {(uint8_t *)q, 1}, 0};
+    int kv_head = (index - r.n_heads) % r.n_kv_heads, value = index >= r.n_heads + r.n_kv_heads;
     int position = array_of<int>(r.step, r.step->position)[row], token = position % BLOCK_TOKENS;
     int sequence = array_of<int>(r.step, r.step->row_sequence)[row];
     const struct sequence &s = array_of<struct sequence>(r.step, r.step->sequences)[sequence];
-    uint16_t *keys = key_plane(r, s, position / BLOCK_TOKENS, kv_head);
-    if (index < r.n_heads + r.n_kv_heads)
-        return {from, r.k_norm, r.rope_dim, keys + token * r.head_dim, 1};
-    return {from, NULL, 0, keys + r.plane + token, BLOCK_TOKENS};
+    struct planes to = page_of(r, s, position / BLOCK_TOKENS, kv_head, value);
+    return {from, value ? NULL : r.k_norm, value ? 0 : r.rope_dim, to, token};
 }
 
 /* 1 / root mean square of a head's elements, in all lanes of a warp. */
@@ -2066,21 +2173,22 @@ DEVICE int2 find_pair(const struct rope &r, int n_turned, int pair) {
     return make_int2(pair, pair + n_turned / 2);
 }
 
-/* q, k: norm over head_dim where there is one, then rope; q as bf16, k and v into their block. One
- * warp a row and head of q, k or v. */
+/* q, k: norm over head_dim where there is one, then rope; q as bf16, k and v into their block, with
+ * zeros up to `width`. One warp a row and head of q, k or v. */
 __global__ void rope_append_kernel(const struct rope r) {
-    grid_wait();
     grid_launch_dependents();
+    grid_wait();
     int row = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
     int index = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
     if (row >= r.step->n_rows || index >= r.n_heads + 2 * r.n_kv_heads)
         return;
     const struct head head = find_head(r, row, index);
     float scale = head.norm ? scale_of_head(head.from, r.head_dim, r.epsilon, lane) : 1.0f;
-    for (int pair = lane; pair < r.head_dim / 2; pair += WARP) {
+    for (int pair = lane; pair < r.width / 2; pair += WARP) {
         const int2 at = find_pair(r, head.n_turned, pair);
-        float a = head.from[at.x], b = head.from[at.y];
-        if (head.norm) {
+        bool there = at.y < r.head_dim;
+        float a = there ? head.from[at.x] : 0.0f, b = there ? head.from[at.y] : 0.0f;
+        if (head.norm && there) {
             a *= scale * head.norm[at.x];
             b *= scale * head.norm[at.y];
         }
@@ -2088,8 +2196,13 @@ __global__ void rope_append_kernel(const struct rope r) {
         if (pair < head.n_turned / 2)
             turn = r.turn[(size_t)row * (r.rope_dim / 2) + pair];
         uint32_t both = pack_bf16(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
-        head.to[at.x * head.apart] = (uint16_t)both;
-        head.to[at.y * head.apart] = (uint16_t)(both >> 16);
+        uint16_t *to = plane_element(head.to, head.row, at.x);
+        if (at.y == at.x + 1) {
+            *reinterpret_cast<uint32_t *>(to) = both;
+        } else {
+            *to = (uint16_t)both;
+            *plane_element(head.to, head.row, at.y) = (uint16_t)(both >> 16);
+        }
     }
 }
 
@@ -2352,8 +2465,7 @@ static void forget_graphs(struct cuda_device *d) {
 
 /* Makes room for a step of so many bytes and so many splits. */
 static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
-    size_t split_bytes =
-        sizeof(float) * (size_t)d->n_heads * (size_t)(d->device.config->head_dim + 2);
+    size_t split_bytes = sizeof(float) * (size_t)d->n_chunks * (size_t)d->part;
     if (bytes > d->step_bytes) {
         forget_graphs(d);
         TRY(d, cudaFreeHost(d->step_host));
@@ -2373,11 +2485,12 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
 /* The tiles of queries of prompts, and the splits of generated tokens: into lists, or only counted
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
-    int group = d->n_heads / d->n_kv_heads, tile = query_tile(head_of(d->device.config->head_dim));
+    int head = kv_head_dim(d->device.config, KV_BF16), group = d->n_heads / d->n_kv_heads;
+    int tile = tile_queries(head), split = split_tokens(head);
     d->n_prompt_items = d->n_splits = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *s = &batch->sequence[i];
-        int n = s->generated ? divide(s->start + 1, SPLIT_TOKENS) : divide(s->n_rows * group, tile);
+        int n = s->generated ? divide(s->start + 1, split) : divide(s->n_rows * group, tile);
         int *count = s->generated ? &d->n_splits : &d->n_prompt_items;
         int2 *list = s->generated ? splits : items;
         for (int j = 0; j < n && list; j++)
@@ -2595,6 +2708,9 @@ static bool allocate_activations(struct cuda_device *d) {
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
+    int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
+    d->n_chunks = d->n_kv_heads * divide(group, chunk_heads(head));
+    d->part = smaller(group, chunk_heads(head)) * (head + 4);
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);
@@ -2604,7 +2720,7 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
     take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
     gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
-    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * c->head_dim), &ok);
+    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * head), &ok);
     take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
     take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
     size_t blocks = (size_t)d->card->properties.multiProcessorCount;

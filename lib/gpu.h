@@ -281,6 +281,20 @@ template <int NEWEST> DEVICE void wgmma_wait() { /* for all but so many committe
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
 }
 
+/* How many registers each thread of a warpgroup has from now on: some leave what others take. */
+template <int N> DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N> DEVICE void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/* What this thread stored to shared memory is there for products: before a barrier of all. */
+DEVICE void wgmma_sees_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 #define WGMMA_F4(i)  "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define WGMMA_F8(i)  WGMMA_F4(i), WGMMA_F4(i + 4)
 #define WGMMA_F16(i) WGMMA_F8(i), WGMMA_F8(i + 8)
@@ -371,6 +385,13 @@ DEVICE uint4 load16_once(const void *from) {
     return value;
 }
 
+#endif
+
+#ifndef HOPPER /* products are done at once, and registers are what they are */
+template <int NEWEST> DEVICE void wgmma_wait() {}
+template <int N> DEVICE void take_registers() {}
+template <int N> DEVICE void leave_registers() {}
+DEVICE void wgmma_sees_stores() {}
 #endif
 
 /* ---- the host's side ---- */

@@ -567,8 +567,17 @@ static const char *const op_names[] = {"embed",       "norm_qkv",     "rope_appe
 
 /* One op on a worker of one shard, within a step. Inputs: all rows of the device, so that rows
  * which the step does not have are known too; outputs: NULL before it was run. */
+struct trial;
+
+struct mask {           /* of attention, where it is more than the op has */
+    int window;         /* tokens that are seen at most; 0: all */
+    const float *sinks; /* (n_heads) scores of a token without a value; NULL: none */
+    void (*attend)(const struct trial *t);
+};
+
 struct trial {
     struct check *check;
+    const struct mask *mask; /* NULL: the op itself */
     struct worker *worker;
     struct device *device;
     const struct batch *batch;
@@ -622,7 +631,12 @@ static void call_op(const struct trial *t, enum op op) {
     case OP_EMBED: backend->embed(t->device, l[TOKEN_EMBD]); break;
     case OP_NORM_QKV: backend->norm_qkv(t->device, l); break;
     case OP_ROPE: backend->rope_append(t->device, l, t->layer); break;
-    case OP_ATTENTION: backend->attention(t->device, t->layer); break;
+    case OP_ATTENTION:
+        if (t->mask)
+            t->mask->attend(t);
+        else
+            backend->attention(t->device, t->layer);
+        break;
     case OP_OUTPUT: backend->project_add(t->device, l[ATTN_OUTPUT], INPUT_ATTENTION); break;
     case OP_GATE_UP: backend->norm_gate_up(t->device, l); break;
     case OP_DOWN: backend->project_add(t->device, l[FFN_DOWN], INPUT_FFN); break;
@@ -630,9 +644,9 @@ static void call_op(const struct trial *t, enum op op) {
     }
 }
 
-static size_t block_elements(const struct device *device) {
-    return block_bytes(device->config, device->n_shards, device->kv_type) /
-           kv_element_bytes(device->kv_type);
+static size_t block_elements(const struct device *device) { /* without what pads heads */
+    const struct model_config *c = device->config;
+    return nth(2 * c->n_layers * (c->n_kv_heads / device->n_shards), BLOCK_TOKENS * c->head_dim, 0);
 }
 
 static float *read_kv(struct device *device) {
@@ -659,7 +673,8 @@ static void run_op(struct trial *t, enum op op, unsigned outputs) {
             if (t->in[a])
                 poke(device, (enum activation)a, t->in[a], rows_of(device, (enum activation)a));
         if (op == OP_ROPE)
-            poison_kv(device, kv_floats * kv_element_bytes(device->kv_type));
+            poison_kv(device,
+                      KV_BLOCKS * block_bytes(device->config, device->n_shards, device->kv_type));
         call_op(t, op);
         check_idle(check, device);
         for (int a = 0; a < N_ACTIVATIONS; a++) {
@@ -963,23 +978,31 @@ static float *give_kv(struct trial *t, struct random *random) {
     return kv;
 }
 
-/* One row and head of attention; error allowed is that of a sum of weighted values. */
+/* One row and head of attention; error allowed is that of a sum of weighted values. A sink is a
+ * token more, whose key gives its score, and whose value is 0. */
 static void check_attended(const struct trial *t, const float *kv, int row, int head,
                            struct worst *worst) {
     const struct model_config *c = t->device->config;
-    int dim = c->head_dim, n = t->batch->position[row] + 1;
+    int dim = c->head_dim, end = t->batch->position[row] + 1, n = end;
+    if (t->mask && t->mask->window > 0)
+        n = min_of(n, t->mask->window);
     int kv_head = head / (c->n_heads / c->n_kv_heads), q_cols = c->n_heads * dim;
-    double *q = ref_doubles(1, dim), *weight = ref_doubles(1, n), *out = ref_doubles(1, dim);
-    double *keys = ref_doubles(n, dim), *values = ref_doubles(n, dim);
+    double *q = ref_doubles(1, dim), *weight = ref_doubles(1, n + 1), *out = ref_doubles(1, dim);
+    double *keys = ref_doubles(n + 1, dim), *values = ref_doubles(n + 1, dim), square = 0.0;
     struct slack slack = attention_slack(t->device);
-    for (int i = 0; i < dim; i++)
+    for (int i = 0; i < dim; i++) {
         q[i] = (double)t->in[A_Q][nth(row, q_cols, head * dim + i)];
+        square += q[i] * q[i];
+    }
     for (int i = 0; i < n * dim; i++) {
-        int at = i / dim, slot = slot_of(t->batch, row, at), token = at % BLOCK_TOKENS;
+        int at = end - n + i / dim, slot = slot_of(t->batch, row, at), token = at % BLOCK_TOKENS;
         keys[i] = (double)kv[kv_at(t->device, slot, t->layer, 0, kv_head, token, i % dim)];
         values[i] = (double)kv[kv_at(t->device, slot, t->layer, 1, kv_head, token, i % dim)];
     }
-    ref_attention(q, keys, values, n, dim, dim, weight, out);
+    bool sinks = t->mask && t->mask->sinks;
+    for (int i = 0; i < dim && sinks; i++)
+        keys[n * dim + i] = q[i] * sqrt(dim) / square * (double)t->mask->sinks[head];
+    ref_attention(q, keys, values, n + sinks, dim, dim, weight, out);
     for (int i = 0; i < dim; i++) {
         struct sum sum = {0, 0, 0};
         for (int at = 0; at < n; at++) {
@@ -1001,10 +1024,11 @@ static void check_attended(const struct trial *t, const float *kv, int row, int 
 /* Attention of a batch, some rows and heads of it compared. */
 static void check_attention(struct check *check, struct random *random,
                             const struct model_config *config, const struct batch *batch,
-                            int variant) {
+                            int variant, const struct mask *mask) {
     struct trial t;
     open_trial(&t, check, variant, make_model_of(random, *config, TYPE_F32), batch,
                batch->n_rows + 1);
+    t.mask = mask;
     t.layer = below(random, TEST_LAYERS);
     give(&t, A_Q, random);
     int q_cols = width_of(t.device, A_Q), dim = config->head_dim;
@@ -1314,7 +1338,7 @@ static void attention_of_all_heads(struct check *check) {
         add_texts(batch, &random, between(&random, 0, 6), between(&random, 0, 3) + (i % 2), 90);
         if (batch->n_rows == 0)
             add_texts(batch, &random, 1, 1, 40);
-        check_attention(check, &random, &c, batch, i % VARIANTS);
+        check_attention(check, &random, &c, batch, i % VARIANTS, NULL);
     }
 }
 
@@ -1332,11 +1356,11 @@ static void attention_of_long_texts(struct check *check) {
         add_text(batch, text, slots, other - 1, other, true);
         add_text(batch, text, slots + 50, length - 1, length, true);
         add_text(batch, text, slots + 146, 0, between(&random, 1, 40), false);
-        check_attention(check, &random, &c, batch, i % VARIANTS);
+        check_attention(check, &random, &c, batch, i % VARIANTS, NULL);
         int begin = between(&random, 1, 700);
         batch = start_batch(&test);
         add_text(batch, text, slots + 10, begin, begin + between(&random, 1, 70), false);
-        check_attention(check, &random, &c, batch, i % VARIANTS);
+        check_attention(check, &random, &c, batch, i % VARIANTS, NULL);
     }
 }
 

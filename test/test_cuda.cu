@@ -15,7 +15,8 @@ static struct {
     int major;         /* of the chips; 0: as they are */
     int driver;        /* its version; -1: as it is */
     cudaError_t count; /* why there are no devices */
-} pretended = {0, -1, cudaSuccess};
+    size_t shared;     /* bytes of shared memory that a block can have; 0: as they are */
+} pretended = {0, -1, cudaSuccess, 0};
 
 static cudaError_t pretended_count(int *n) {
     return pretended.count != cudaSuccess ? pretended.count : cudaGetDeviceCount(n);
@@ -30,6 +31,8 @@ static cudaError_t pretended_driver(int *version) {
 static cudaError_t pretended_properties(cudaDeviceProp *properties, int device) {
     cudaError_t error = cudaGetDeviceProperties(properties, device);
     properties->major = pretended.major > 0 ? pretended.major : properties->major;
+    size_t *shared = &properties->sharedMemPerBlockOptin;
+    *shared = pretended.shared > 0 && pretended.shared < *shared ? pretended.shared : *shared;
     return error;
 }
 
@@ -83,7 +86,9 @@ static struct backend *open_backend_of(const struct backend_options *options) {
 }
 
 static struct backend *open_backend(int, uint64_t order) {
+    static const size_t shared[] = {0, 163 << 10, 99 << 10};
     struct backend_options options = {};
+    pretended.shared = shared[order % 3];
     options.copy_delay_seed = order;
     return open_backend_of(&options);
 }
@@ -215,13 +220,17 @@ template <typename Act> static void with_rows(struct device *device, enum activa
         int stride = divide(places.empty() ? 1 : places.back() + 1, UNIT) * UNIT;
         act(rows<uint16_t>{(uint16_t *)p.bytes, (size_t)p.n_rows, stride, places, false, true, 0});
     };
+    std::vector<int> padded; /* heads of q */
+    int dim = device->config->head_dim, head = kv_head_dim(device->config, KV_BF16);
+    for (int i = 0; i < q; i++)
+        padded.push_back(i / dim * head + i % dim);
     switch (a) {
     case A_X: return f32(d->x, d->x_stride, 0.0f);
     case A_H: return input(d->h, all);
     case A_RAW_Q: return part(0);
     case A_RAW_K: return part(q);
     case A_RAW_V: return part(q + kv);
-    case A_Q: return act(rows<uint16_t>{d->q, n, q, all, false, false, 0});
+    case A_Q: return act(rows<uint16_t>{d->q, n, d->n_heads * head, padded, false, false, 0});
     case A_ATTENTION: return input(d->attention, places_of(d->attention_places));
     case A_FFN: return input(d->ffn, places_of(d->ffn_places));
     case A_LOGITS: return f32(d->logits, d->logits_stride, NAN);
@@ -240,26 +249,39 @@ static void peek(struct check *check, struct device *device, enum activation a, 
         device, a, [&](const auto &rows) { peek_rows(check, device, rows, values, n_rows); });
 }
 
-/* Keys lie (16, dim) in a block, as ops.h has them, values (dim, 16). */
-static size_t place_in_block(const struct device *device, size_t i) {
-    size_t dim = (size_t)device->config->head_dim, plane = dim * BLOCK_TOKENS, at = i % plane;
-    size_t heads = (size_t)(device->config->n_kv_heads / device->n_shards);
-    bool value = i / plane / heads % 2;
-    return i - at + (value ? at % dim * BLOCK_TOKENS + at / dim : at);
+/* Calls `act` with each element of a block, and with its index in what ops.h has, or SIZE_MAX where
+ * it pads a head. */
+template <typename Act> static void each_element(const struct device *device, Act act) {
+    size_t dim = (size_t)device->config->head_dim, head = kv_head_dim(device->config, KV_BF16);
+    size_t n_heads = block_elements(device) / dim / BLOCK_TOKENS;
+    for (size_t i = 0; i < n_heads * BLOCK_TOKENS * head; i++) {
+        size_t row = i / head, k = i % head, token = row % BLOCK_TOKENS;
+        size_t chunk = (k / 64 * BLOCK_TOKENS + token) * 8 + ((k / 8 % 8) ^ (token % 8));
+        act(row / BLOCK_TOKENS * BLOCK_TOKENS * head + chunk * 8 + k % 8,
+            k < dim ? row * dim + k : SIZE_MAX, row * dim);
+    }
 }
 
 static void poke_block(struct device *device, int slot, const float *values) {
-    std::vector<uint16_t> block(block_elements(device));
-    for (size_t i = 0; i < block.size(); i++)
-        put(&block[place_in_block(device, i)], values[i]);
-    save(device, (uint16_t *)device->kv + (size_t)slot * block.size(), block);
+    size_t n = block_bytes(device->config, device->n_shards, KV_BF16) / sizeof(uint16_t);
+    std::vector<uint16_t> block(n);
+    each_element(device, [&](size_t at, size_t i, size_t first) {
+        float first_one = values[first]; /* a row that is none is NaN to its end */
+        put(&block[at], i < SIZE_MAX ? values[i] : first_one == first_one ? 0.0f : NAN);
+    });
+    save(device, (uint16_t *)device->kv + (size_t)slot * n, block);
 }
 
 static void peek_block(struct device *device, int slot, float *values) {
-    size_t n = block_elements(device);
+    size_t n = block_bytes(device->config, device->n_shards, KV_BF16) / sizeof(uint16_t);
     std::vector<uint16_t> block = load(device, (uint16_t *)device->kv + (size_t)slot * n, n);
-    for (size_t i = 0; i < n; i++)
-        values[i] = get(block[place_in_block(device, i)]);
+    each_element(device, [&](size_t at, size_t i, size_t first) {
+        float value = get(block[at]);
+        if (i < SIZE_MAX)
+            values[i] = value;
+        else
+            need(value == 0.0f || values[first] != values[first], "zeros pad what was written");
+    });
 }
 
 static void poison_kv(struct device *device, size_t bytes) {
@@ -377,6 +399,48 @@ static void read_weight(struct check *check, struct device *device, const struct
     CHECK(m.n_panels == divide(m.n_outputs * (m.paired ? 2 : 1), PANEL), "%d outputs in %d panels",
           m.n_outputs, m.n_panels);
     check_segments(check, device, weight);
+}
+
+/* ---- masks of attention ---- */
+
+static void attend(const struct trial *t) {
+    struct cuda_device *d = enter(t->device, "testing");
+    struct attention a = attention_of(d, t->layer);
+    size_t n = (size_t)t->device->config->n_heads;
+    float *sinks = (float *)t->device->backend->alloc(t->device, n * sizeof(float), false);
+    need(sinks != NULL, "no memory for sinks");
+    if (t->mask->sinks) {
+        save(t->device, sinks, std::vector<float>(t->mask->sinks, t->mask->sinks + n));
+        a.sinks = sinks;
+    }
+    a.window = t->mask->window;
+    launch_attention(d, a);
+    need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    t->device->backend->release(t->device, sinks, false);
+}
+
+/* Windows shorter and longer than texts, steps and splits; sinks that are much and little. */
+static void masks_of_attention(struct check *check) {
+    static const int windows[] = {0, 1, 2, 15, 16, 17, 100, 128, 129, 256, 300, 1000};
+    static const int groups[] = {1, 4, 7, 12}, heads[] = {40, 64, 128, 200};
+    static struct test_batch test;
+    struct random random = start("masks");
+    for (int i = 0; i < (SANITIZED ? 3 : 12); i++) {
+        struct model_config c = attention_config(&random, PICK(&random, heads), groups[i % 4]);
+        int slots[KV_BLOCKS], text[MOST_LENGTH] = {0}, length = between(&random, 1, 900);
+        int begin = between(&random, 0, 500), own = blocks_of(length);
+        struct batch *batch = start_batch(&test);
+        shuffle(&random, slots, KV_BLOCKS);
+        add_text(batch, text, slots, length - 1, length, true);
+        add_text(batch, text, slots + own, 0, between(&random, 1, 40), false);
+        add_text(batch, text, slots + own + 3, begin, begin + between(&random, 1, 70), false);
+        float *sinks = random_floats(&random, (size_t)c.n_heads);
+        for (int head = 0; head < c.n_heads; head++)
+            sinks[head] *= 4.0f;
+        struct mask mask = {i == 0 ? 0 : PICK(&random, windows), i % 3 < 2 ? sinks : NULL, attend};
+        check_attention(check, &random, &c, batch, 0, &mask);
+        free(sinks);
+    }
 }
 
 /* ---- recorded steps ---- */
@@ -725,6 +789,7 @@ static void faults(struct check *check) {
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         OP_TESTS,
+        {"masks_of_attention", masks_of_attention},
         {"recorded_steps", recorded_steps},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},

@@ -96,11 +96,12 @@ static void peek(struct check *check, struct device *device, enum activation a, 
 static void copy_kv(struct device *device, int slot, float *out, const float *in) {
     size_t dim = (size_t)device->config->head_dim, plane = BLOCK_TOKENS * dim;
     size_t n = block_elements(device), heads = (size_t)cpu_of(device)->n_kv_heads;
+    size_t padded = (size_t)(BLOCK_TOKENS * kv_head_dim(device->config, device->kv_type));
     float *as_f32 = (float *)device->kv + (size_t)slot * n;
-    uint16_t *as_bf16 = (uint16_t *)device->kv + (size_t)slot * n;
+    uint16_t *as_bf16 = (uint16_t *)device->kv + (size_t)slot * n / plane * padded;
     for (size_t i = 0; i < n; i++) {
         bool value = i / plane / heads % 2;
-        size_t token = i % plane / dim, at = i / plane * plane;
+        size_t token = i % plane / dim, at = i / plane * padded;
         at += value ? i % plane : i % dim * BLOCK_TOKENS + token;
         if (device->kv_type == KV_F32 && in)
             as_f32[at] = in[i];
