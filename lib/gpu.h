@@ -42,6 +42,7 @@
 #define DEVICE            static inline
 #define load16_once(from) load16(from)
 #define exp2_approx(x)    exp2f(x)
+#define log2_approx(x)    log2f(x)
 #define cospi(x)          cos(3.14159265358979324 * (x))
 #define sinpi(x)          sin(3.14159265358979324 * (x))
 #else
@@ -80,6 +81,12 @@ DEVICE float exp2_approx(float x) { /* 2^x to 2 ulp, subnormal results 0 */
     return y;
 }
 
+DEVICE float log2_approx(float x) { /* of normal x, to 2^-22, relative to results beyond 1 */
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- barriers in shared memory, and copies that arrive at them ----
  * An mbarrier counts arrivals; when as many have come as barrier_init says, its phase is over and
  * the next one begins. Phases alternate in parity, from 0 on: barrier_wait(b, 0) waits for the end
@@ -104,9 +111,9 @@ DEVICE void barriers_ready() {
 }
 
 DEVICE void barrier_arrive(uint64_t *barrier) {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
-                     shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -168,8 +175,7 @@ DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *ba
     for (int lane = 0; lane < 32; lane++) { /* all lanes copy the piece of each */
         uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
         uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
-        const char *source =
-            (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
+        const char *source = (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
         for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
                          "l"(source + at)
@@ -289,8 +295,8 @@ template <int NEWEST> DEVICE void wgmma_wait() { /* for all but so many committe
 #define WGMMA(N, TURNED, SUMS, A, B, P, ...)                                                       \
     if constexpr (COLUMNS == N && TRANSPOSED == TURNED)                                            \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, "  \
-                 B ", p, 1, 1, " #TURNED "; }\n"                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A        \
+                 "}, " B ", p, 1, 1, " #TURNED "; }\n"                                             \
                  : __VA_ARGS__                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds))
 

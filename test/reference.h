@@ -312,15 +312,19 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
                                     const float *logits, int n, double slack, int token,
                                     bool *may) {
     struct ref_choice *order = (struct ref_choice *)ref_allocate((size_t)n, sizeof *order);
-    float divisor = sampling->temperature > 0.0f ? sampling->temperature : 1.0f;
-    for (int i = 0; i < n; i++) {
-        float scaled = logits[i] / divisor;
-        order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
-        order[i].token = i;
-    }
-    qsort(order, (size_t)n, sizeof *order, ref_by_rank);
     int kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
-    kept = sampling->temperature > 0.0f ? kept : 1;
+    float divisor = sampling->temperature;
+    for (bool again = true; again; divisor = 1.0f) { /* again: the largest overflows */
+        for (int i = 0; i < n; i++) {
+            float scaled = logits[i] / (divisor > 0.0f ? divisor : 1.0f);
+            order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
+            order[i].token = i;
+        }
+        qsort(order, (size_t)n, sizeof *order, ref_by_rank);
+        bool largest = !(divisor > 0.0f) || fabsf(order[0].scaled) >= FLT_MAX;
+        kept = largest ? 1 : kept;
+        again = largest && divisor != 1.0f;
+    }
     double max = (double)order[0].scaled, total = 0.0, before = 0.0;
     for (int i = 0; i < kept; i++)
         total += exp((double)order[i].scaled - max);
