@@ -2042,7 +2042,6 @@ __global__ void __launch_bounds__(SAMPLER_THREADS)
     d.n = n_vocab;
     d.first = first;
     d.end = smaller(first + part, n_vocab);
-    d.part = (int)blockIdx.x;
     d.n_parts = (int)gridDim.x;
     d.row = &rows[blockIdx.y];
     d.shared = shared;
@@ -2072,7 +2071,7 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
  * the chip. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
     int vocab = d->device.config->vocab_size, chip = 4 * d->gpu.properties->multiProcessorCount;
-    int wanted = smaller(chip / n + 1, SAMPLER_PARTS);
+    int wanted = chip / n + 1;
     int part = divide(divide(vocab, wanted), SAMPLER_GROUP) * SAMPLER_GROUP;
     for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
         launch(d, "sample_kernel",

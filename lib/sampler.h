@@ -168,12 +168,12 @@ static int sampler_keep_top(const struct sampling *sampling, const float *scaled
     return kept;
 }
 
-/* The largest scaled + g of `n` tokens (of the list, or all). -log(u) >= 1 - u rules out most
- * without a logarithm: token wins only if -log(u) < e^(scaled - best). */
+/* The largest scaled - max + g of `n` tokens (of the list, or all). -log(u) >= 1 - u rules out most
+ * without a logarithm: token wins only if -log(u) < e^(scaled - max - best). */
 static int sampler_race(const struct sampling *sampling, int position, const float *scaled,
                         float max, const int *list, int n) {
     double least = sampling->min_p > 0.0f ? (double)max + log((double)sampling->min_p) : -INFINITY;
-    double best = -INFINITY, scale = INFINITY; /* scale: e^(max - best), a bit more */
+    double best = -INFINITY, scale = INFINITY; /* scale: e^-best, a bit more */
     int winner = list ? list[n - 1] : 0;
     for (int i = 0; i < n; i++) {
         int token = list ? list[i] : i;
@@ -182,11 +182,11 @@ static int sampler_race(const struct sampling *sampling, int position, const flo
         double u = sampler_uniform(sampling->seed, position, token);
         if (1.0 - u > sampler_weight_of(scaled[token], max) * scale)
             continue;
-        double value = (double)scaled[token] - log(-log(u));
+        double value = (double)scaled[token] - (double)max - log(-log(u));
         if (value > best || (value == best && token < winner)) {
             best = value;
             winner = token;
-            scale = exp((double)max - best) * 1.001 + 1e-300;
+            scale = exp(-best) * 1.001 + 1e-300;
         }
     }
     return winner;
@@ -218,78 +218,70 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
 
 /* A row is drawn by blocks that each have a part of its vocabulary, in a few kernels:
  *     sampler_maximum    the largest logit
- *     sampler_select     one digit of the least key that is kept; SAMPLER_SELECTS times
- *     sampler_race       the largest logit + g of the kept ones
+ *     sampler_select     a digit of the least key that is kept; SAMPLER_SELECTS times
+ *     sampler_race       the largest logit + g of those kept
  * Tokens are in order by a *key*, the larger the sooner: the logit in an order-preserving form,
  * then the complement of the id, so that no two are alike. Which keys top_k and top_p keep is then
  * one question, asked twice: which is the largest key such that the tokens from it on count, or
  * weigh, at least `amount`? It is answered by digits of 11 bits, the highest first, with a
- * histogram for each, of the keys that have the digits found before. All blocks of a row add to it,
- * and the last one to arrive finds the digit; what is left after SAMPLER_SELECTS digits it finds
- * alone. Three digits are the logit; the others tell equal ones apart, and are seldom needed.
+ * histogram for each of the keys that have the digits before it. All blocks of a row add to it, and
+ * the last one to arrive finds the digit; those left after SAMPLER_SELECTS it finds alone. Three
+ * digits are the logit; two more tell equal ones apart, and are seldom needed.
  *
- * Sums are of whole numbers, weights in units of 2^-40, and the best of many is by a total order:
- * so a token depends neither on the number of parts nor on the order of blocks. */
+ * Sums are of whole numbers, weights in units of 2^-40, and the best is by a total order: a token
+ * depends neither on the number of parts nor on the order of blocks. */
 typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call them */
 
 enum {
     SAMPLER_THREADS = 512,
     SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
     SAMPLER_AHEAD = 4,                   /* groups on their way */
-    SAMPLER_PARTS = 64,                  /* of a row, at most */
     SAMPLER_SELECTS = 3,
-    SAMPLER_DIGITS = 5, /* of a key: 32 bits of a logit, 23 of an id */
-    SAMPLER_DONE = 2 * SAMPLER_DIGITS + 1,
-    SAMPLER_BITS = 11,
+    SAMPLER_ID_BITS = 23, /* of a key of 55 */
+    SAMPLER_DIGITS = 5,
+    SAMPLER_BITS = 11, /* of a digit */
     SAMPLER_BUCKETS = 1 << SAMPLER_BITS,
-    SAMPLER_ID_BITS = 23,
-    SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_THREADS / 32 + 3) * 8 /* bytes */
+    SAMPLER_WARPS = SAMPLER_THREADS / 32,
+    SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_WARPS + 3) * 8 /* bytes: histogram, sums, found */
 };
 
+/* The next digit to find: of top_k FIND_COUNT to FIND_COUNT + 4, of top_p FIND_WEIGHT to …; the
+ * first two of FIND_WEIGHT sum weights, then the logit is known, and equals are counted. */
+enum { FIND_FIRST, FIND_COUNT, FIND_WEIGHT = FIND_COUNT + SAMPLER_DIGITS, FIND_NOTHING = 100 };
+
 struct selection {
-    /* the digit that is next: of top_k 1 to 5, of top_p 6 to 10; 0: not begun */
-    int step;
-    sampler_key least;  /* tokens from this key on are kept by what is done */
-    sampler_key prefix; /* the digits found */
-    sampler_key amount; /* in number or weight, of the keys with this prefix */
+    int step;                /* one of these */
+    sampler_key least, most; /* the key wanted lies between them; nothing left to find: least */
+    sampler_key amount;      /* wanted of them */
 };
 
 struct sampler_row { /* what kernels hand on; zero before and after a draw */
-    sampler_key largest;
+    sampler_key largest, winner;
     struct selection selection;
     int arrived; /* blocks */
     sampler_key sums[SAMPLER_BUCKETS];
-    sampler_key best[SAMPLER_PARTS], winner[SAMPLER_PARTS]; /* of each part; these may be left */
 };
 
 struct draw { /* one block's work; all threads have the same */
     struct sampling sampling;
     int position;
-    const float *logits; /* 16-byte aligned */
-    int n, first, end;   /* tokens; the block's */
-    int part, n_parts;
+    const float *logits;        /* 16-byte aligned */
+    int n, first, end, n_parts; /* tokens; the block's */
     struct sampler_row *row;
     sampler_key *shared; /* SAMPLER_SHARED bytes */
+    float max;           /* the largest scaled logit: set here */
 };
 
-/* ---- logits, keys and weights ---- */
+/* ---- keys and weights ---- */
 
-DEVICE float divisor_of(const struct draw &d) {
-    return d.sampling.temperature > 0.0f ? d.sampling.temperature : 1.0f;
-}
-
-DEVICE float scaled_logit(float logit, float divisor) {             /* + 0: there is one zero */
-    return fminf(fmaxf(logit / divisor, -FLT_MAX), FLT_MAX) + 0.0f; /* fmaxf(NaN, x) is x */
-}
-
-DEVICE uint32_t ordered(float value) { /* as an integer of like order */
-    uint32_t bits = __float_as_uint(value);
-    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+DEVICE float finite(float value) { /* NaN: the least; + 0: there is one zero */
+    return fminf(fmaxf(value, -FLT_MAX), FLT_MAX) + 0.0f;
 }
 
 DEVICE sampler_key make_key(float scaled, int token) {
-    const sampler_key id = ((1u << SAMPLER_ID_BITS) - 1) - (uint32_t)token;
-    return (sampler_key)ordered(scaled) << SAMPLER_ID_BITS | id;
+    uint32_t bits = __float_as_uint(scaled), id = (1u << SAMPLER_ID_BITS) - 1 - (uint32_t)token;
+    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
+    return (sampler_key)bits << SAMPLER_ID_BITS | id;
 }
 
 DEVICE int token_of_key(sampler_key key) {
@@ -301,17 +293,39 @@ DEVICE float scaled_of_key(sampler_key key) {
     return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
 }
 
-DEVICE sampler_key weight_of(float scaled, float max) { /* in units of 2^-40 */
-    return (sampler_key)(expf(scaled - max) * 1099511627776.0f);
+DEVICE sampler_key weight_of(const struct draw &d, float scaled) { /* in units of 2^-40 */
+    return (sampler_key)(expf(scaled - d.max) * 1099511627776.0f);
 }
 
-DEVICE float max_of(const struct draw &d) { /* the largest scaled logit */
-    return scaled_logit(scaled_of_key(d.row->largest), divisor_of(d));
+/* Finds the maximum. False: the largest logit wins without a race. */
+DEVICE bool find_max(struct draw *d) {
+    float largest = scaled_of_key(d->row->largest), t = d->sampling.temperature;
+    d->max = finite(largest / t);
+    return t > 0.0f && fmaxf(fabsf(largest), fabsf(d->max)) < FLT_MAX;
 }
 
-DEVICE bool takes_largest(const struct draw &d, float max) {
-    return !(d.sampling.temperature > 0.0f) || fabsf(max) >= FLT_MAX ||
-           fabsf(scaled_of_key(d.row->largest)) >= FLT_MAX;
+/* Keys, and the logits that may have them: most others are told without a division. */
+struct range {
+    sampler_key least, most;
+    float low, high;
+};
+
+DEVICE struct range make_range(const struct draw &d, sampler_key least, sampler_key most) {
+    float t = d.sampling.temperature, low = scaled_of_key(least), high = scaled_of_key(most);
+    struct range range = {least, most, -INFINITY, INFINITY};
+    if (low > -FLT_MAX) /* and not NaN: not a key of any logit */
+        range.low = low * t - 1e-6f * fabsf(low * t) - 1e-44f * (t + 1.0f);
+    if (high < FLT_MAX)
+        range.high = high * t + 1e-6f * fabsf(high * t) + 1e-44f * (t + 1.0f);
+    return range;
+}
+
+/* The token's key, or 0 where it is not in the range. */
+DEVICE sampler_key key_within(const struct draw &d, const struct range &r, int token, float logit) {
+    if (token >= d.n || logit < r.low || logit > r.high)
+        return 0;
+    sampler_key key = make_key(finite(logit / d.sampling.temperature), token);
+    return key >= r.least && key <= r.most ? key : 0;
 }
 
 /* ---- what the threads of a block do together ---- */
@@ -332,56 +346,54 @@ DEVICE sampler_key block_max(const struct draw &d, sampler_key value) {
     if (threadIdx.x % 32 == 0)
         d.shared[threadIdx.x / 32] = value;
     __syncthreads();
-    for (int i = 0; i < SAMPLER_THREADS / 32; i++)
+    for (int i = 0; i < SAMPLER_WARPS; i++)
         value = d.shared[i] > value ? d.shared[i] : value;
     return value;
 }
 
 /* Whether it is the last block of the row to arrive: it sees what the others wrote. */
 DEVICE bool last_to_arrive(const struct draw &d) {
-    int *last = reinterpret_cast<int *>(d.shared + SAMPLER_BUCKETS);
     __syncthreads();
     if (threadIdx.x == 0) {
-        *last = add_ordered(&d.row->arrived, 1) == d.n_parts - 1;
-        if (*last)
+        int before = add_ordered(&d.row->arrived, 1);
+        d.shared[SAMPLER_BUCKETS] = before == d.n_parts - 1;
+        if (before == d.n_parts - 1)
             d.row->arrived = 0;
     }
     __syncthreads();
-    return *last != 0;
+    return d.shared[SAMPLER_BUCKETS] != 0;
 }
 
-/* Calls visit(token, logit) for the tokens from `first` on, by whole warps: also for some that are
- * not before `end`. */
+/* Calls visit(token, logit) for tokens [first, end) and some after them, by whole warps. */
 template <typename Visit>
 DEVICE void visit_tokens(const struct draw &d, int first, int end, Visit visit) {
-    float4 ahead[SAMPLER_AHEAD + 1] = {};
-    int own = 4 * (int)threadIdx.x;
+    auto load = [&](int token) {
+        return token < end ? *reinterpret_cast<const float4 *>(d.logits + token)
+                           : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    };
+    float4 ahead[SAMPLER_AHEAD];
+    int token = first + 4 * (int)threadIdx.x;
 #pragma unroll
     for (int i = 0; i < SAMPLER_AHEAD; i++)
-        if (first + i * SAMPLER_GROUP + own < end)
-            ahead[i] =
-                *reinterpret_cast<const float4 *>(d.logits + first + i * SAMPLER_GROUP + own);
+        ahead[i] = load(token + i * SAMPLER_GROUP);
 #pragma unroll 1
-    for (int at = first; at < end; at += SAMPLER_GROUP) {
-        int later = at + SAMPLER_AHEAD * SAMPLER_GROUP + own;
-        if (later < end)
-            ahead[SAMPLER_AHEAD] = *reinterpret_cast<const float4 *>(d.logits + later);
-        const float logits[4] = {ahead[0].x, ahead[0].y, ahead[0].z, ahead[0].w};
+    for (; first < end; first += SAMPLER_GROUP, token += SAMPLER_GROUP) {
+        const float4 now = ahead[0];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            visit(at + own + i, logits[i]);
-#pragma unroll
-        for (int i = 0; i < SAMPLER_AHEAD; i++)
-            ahead[i] = ahead[i + 1];
+        for (int i = 1; i < SAMPLER_AHEAD; i++)
+            ahead[i - 1] = ahead[i];
+        ahead[SAMPLER_AHEAD - 1] = load(token + SAMPLER_AHEAD * SAMPLER_GROUP);
+        visit(token, now.x);
+        visit(token + 1, now.y);
+        visit(token + 2, now.z);
+        visit(token + 3, now.w);
     }
 }
-
-/* ---- the largest logit ---- */
 
 DEVICE void sampler_maximum(const struct draw &d) {
     sampler_key largest = 0;
     visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-        sampler_key key = token < d.end ? make_key(scaled_logit(logit, 1.0f), token) : 0;
+        sampler_key key = token < d.n ? make_key(finite(logit), token) : 0;
         largest = key > largest ? key : largest;
     });
     largest = block_max(d, largest);
@@ -391,161 +403,121 @@ DEVICE void sampler_maximum(const struct draw &d) {
 
 /* ---- what top_k and top_p keep ---- */
 
-/* Keys, and the logits that may have them: most others are told without a division. */
-struct range {
-    sampler_key least, most;
-    float least_logit, most_logit;
-};
-
-DEVICE struct range make_range(sampler_key least, sampler_key most, float divisor) {
-    float low = fmaxf(scaled_of_key(least), -FLT_MAX), high = fminf(scaled_of_key(most), FLT_MAX);
-    float low_logit = low * divisor, high_logit = high * divisor;
-    low_logit -= 1e-6f * fabsf(low_logit) + 1e-44f * (divisor + 1.0f);
-    high_logit += 1e-6f * fabsf(high_logit) + 1e-44f * (divisor + 1.0f);
-    return {least, most, low > -FLT_MAX ? low_logit : -INFINITY,
-            high < FLT_MAX ? high_logit : INFINITY};
+DEVICE bool by_weight(const struct selection &s) {
+    return s.step == FIND_WEIGHT || s.step == FIND_WEIGHT + 1;
 }
 
-DEVICE bool within(const struct range &range, float logit, int token, float divisor,
-                   float *scaled) {
-    if (logit < range.least_logit || logit > range.most_logit)
-        return false;
-    *scaled = scaled_logit(logit, divisor);
-    sampler_key key = make_key(*scaled, token);
-    return key >= range.least && key <= range.most;
+DEVICE int shift_of(const struct selection &s) { /* of the next digit */
+    return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - (s.step - FIND_COUNT) % SAMPLER_DIGITS);
 }
 
-DEVICE int digit_of_step(int step) { /* 0 to 4 */
-    return (step - 1) % SAMPLER_DIGITS;
-}
-
-DEVICE int shift_of_step(int step) {
-    return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - digit_of_step(step));
-}
-
-/* A 64-bit sum in shared memory, whose atomics are of 32 bits. */
-DEVICE void add_shared(sampler_key *sum, sampler_key value) {
-    unsigned *word = reinterpret_cast<unsigned *>(sum);
-    unsigned low = (unsigned)value, high = (unsigned)(value >> 32);
-    if (atomicAdd(word, low) > ~low)
+/* Adds a warp's weights, 0: none. If they are for one digit they are added up first, for equal
+ * logits would wait for each other. Shared memory has atomics of 32 bits. */
+DEVICE void add_weights(sampler_key *sums, int digit, sampler_key weight) {
+    unsigned some = __ballot_sync(0xffffffffu, weight > 0);
+    if (some == 0)
+        return;
+    int one = __shfl_sync(0xffffffffu, digit, __ffs((int)some) - 1);
+    if (__all_sync(0xffffffffu, weight == 0 || digit == one)) {
+        digit = one;
+        weight = warp_sum(weight);
+        weight = threadIdx.x % 32 == 0 ? weight : 0;
+    }
+    unsigned *word = reinterpret_cast<unsigned *>(&sums[digit]), high = (unsigned)(weight >> 32);
+    if (weight > 0 && atomicAdd(word, (unsigned)weight) > ~(unsigned)weight)
         high++;
     if (high > 0)
         atomicAdd(word + 1, high);
 }
 
-/* Sums weights of a warp's tokens. If all that are `in` have one digit, they are added up first:
- * equal logits would wait for each other. */
-DEVICE void add_weights(sampler_key *sums, int digit, sampler_key weight, bool in) {
-    unsigned some = __ballot_sync(0xffffffffu, in);
-    if (some == 0)
-        return;
-    int one = __shfl_sync(0xffffffffu, digit, __ffs((int)some) - 1);
-    if (__all_sync(0xffffffffu, !in || digit == one)) {
-        weight = warp_sum(in ? weight : 0);
-        digit = one;
-        in = threadIdx.x % 32 == 0;
-    }
-    if (in)
-        add_shared(&sums[digit], weight);
-}
-
-/* The histogram of the next digit, in shared memory, of tokens [first, end). The first two digits
- * of top_p are summed by weight; after the third the logit is known, so they need only be counted. */
-DEVICE void count_tokens(const struct draw &d, const struct selection &s, float max, int first,
-                         int end) {
-    const int shift = shift_of_step(s.step);
-    const bool by_weight = s.step == SAMPLER_DIGITS + 1 || s.step == SAMPLER_DIGITS + 2;
-    const sampler_key least = s.prefix > s.least ? s.prefix : s.least;
-    const sampler_key most = s.prefix | (((sampler_key)SAMPLER_BUCKETS << shift) - 1);
-    const float divisor = divisor_of(d);
-    const struct range range = make_range(least, most, divisor);
+/* The histogram of the next digit, in shared memory, of tokens [first, end). */
+DEVICE void count_tokens(const struct draw &d, const struct selection &s, int first, int end) {
+    const struct range range = make_range(d, s.least, s.most);
+    const int shift = shift_of(s);
+    const bool weigh = by_weight(s);
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
         d.shared[i] = 0;
     __syncthreads();
     visit_tokens(d, first, end, [&](int token, float logit) {
-        float scaled = 0.0f;
-        bool in = token < end && within(range, logit, token, divisor, &scaled);
-        int digit = (int)(make_key(scaled, token) >> shift & (SAMPLER_BUCKETS - 1));
-        if (by_weight)
-            add_weights(d.shared, digit, in ? weight_of(scaled, max) : 0, in);
-        else if (in)
+        sampler_key key = key_within(d, range, token, logit);
+        int digit = (int)(key >> shift & (SAMPLER_BUCKETS - 1));
+        if (weigh)
+            add_weights(d.shared, digit, key > 0 ? weight_of(d, scaled_of_key(key)) : 0);
+        else if (key > 0)
             atomicAdd(reinterpret_cast<unsigned *>(&d.shared[digit]), 1u);
     });
     __syncthreads();
 }
 
-/* Sums of the buckets from the highest on, of thread i's 4 and of those before them. */
-DEVICE sampler_key sum_before(const struct draw &d, sampler_key own, sampler_key *total) {
-    sampler_key *sums = d.shared + SAMPLER_BUCKETS, before = own;
+/* The sum of what threads before this one have; and of all. */
+DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *total) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    sampler_key before = own;
     for (int step = 1; step < 32; step *= 2) {
-        sampler_key other = __shfl_up_sync(0xffffffffu, before, (unsigned)step);
+        sampler_key other = __shfl_up_sync(0xffffffffu, before, step);
         before += lane >= step ? other : 0;
     }
     if (lane == 31)
         sums[warp] = before;
     __syncthreads();
     *total = 0;
-    for (int i = 0; i < SAMPLER_THREADS / 32; i++) {
+    for (int i = 0; i < SAMPLER_WARPS; i++) {
         before += i < warp ? sums[i] : 0;
         *total += sums[i];
     }
     return before - own;
 }
 
-/* The next digit of the selection, from its histogram. */
-DEVICE void find_digit(const struct draw &d, struct selection *s, float max) {
+/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
+DEVICE void find_digit(const struct draw &d, struct selection *s) {
     enum { EACH = SAMPLER_BUCKETS / SAMPLER_THREADS };
-    sampler_key *found = d.shared + SAMPLER_BUCKETS + SAMPLER_THREADS / 32, own[EACH], sum = 0;
-    const int shift = shift_of_step(s->step), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * EACH;
-    const bool weigh = s->step == SAMPLER_DIGITS + 3; /* counts of known logits */
-    for (int i = 0; i < EACH; i++) {
-        sampler_key key = s->prefix | (sampler_key)(top - i) << shift;
-        own[i] = d.shared[top - i] * (weigh ? weight_of(scaled_of_key(key), max) : 1);
-        sum += own[i];
-    }
-    sampler_key total, before = sum_before(d, sum, &total), amount = s->amount;
-    if (s->step == 1)
+    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS, sum = 0, total;
+    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * EACH;
+    const sampler_key prefix = s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS;
+    auto each = [&](int digit) { /* that a bucket has so many of */
+                                 bool weigh = s->step == FIND_WEIGHT + 2;
+                                 return weigh
+                                            ? weight_of(d, scaled_of_key((prefix + digit) << shift))
+                                            : 1;
+    };
+    for (int i = 0; i < EACH; i++)
+        sum += d.shared[top - i] * each(top - i);
+    sampler_key before = sum_before(sum, sums, &total), amount = s->amount;
+    if (s->step == FIND_COUNT)
         amount = (sampler_key)d.sampling.top_k;
-    if (s->step == SAMPLER_DIGITS + 1) {
-        amount = (sampler_key)ceil((double)d.sampling.top_p * (double)total);
-        amount = amount > 0 ? amount : 1;
-    }
+    if (s->step == FIND_WEIGHT)
+        amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)total), 1.0);
     if (before < amount && amount <= before + sum) { /* one thread */
-        int i = 0;
-        for (; before + own[i] < amount; i++)
-            before += own[i];
-        found[0] = (sampler_key)(top - i);
-        found[1] = amount - before;
-        found[2] = d.shared[top - i];
-        if (weigh) { /* from now on they are counted */
-            sampler_key weight = own[i] / found[2];
-            found[1] = (found[1] + weight - 1) / weight;
-        }
+        int digit = top;
+        for (; before + d.shared[digit] * each(digit) < amount; digit--)
+            before += d.shared[digit] * each(digit);
+        found[0] = (prefix + digit) << shift;
+        found[1] = (amount - before + each(digit) - 1) / each(digit);
+        found[2] = d.shared[digit];
     }
     __syncthreads();
-    bool all = found[1] == found[2] && (s->step <= SAMPLER_DIGITS || digit_of_step(s->step) >= 2);
-    s->prefix |= found[0] << shift;
+    bool all = found[1] == found[2] && !by_weight(*s);
+    s->least = found[0] > s->least ? found[0] : s->least;
+    s->most = found[0] + ((sampler_key)1 << shift) - 1;
     s->amount = found[1];
     s->step++;
     if (all || shift == 0) {
-        bool next = s->step <= SAMPLER_DIGITS + 1 && d.sampling.top_p < 1.0f;
-        sampler_key least = s->prefix > s->least ? s->prefix : s->least;
-        *s = {next ? SAMPLER_DIGITS + 1 : SAMPLER_DONE, least, 0, 0};
+        bool next = s->step <= FIND_WEIGHT && d.sampling.top_p < 1.0f;
+        *s = {next ? FIND_WEIGHT : FIND_NOTHING, s->least, ~0ull >> (64 - 55), 0};
     }
 }
 
-/* The row's next digit. `last`: all that are left. */
-DEVICE void sampler_select(const struct draw &d, bool last) {
+/* The row's next digit. `rest`: all that are left. */
+DEVICE void sampler_select(struct draw d, bool rest) {
     struct selection s = d.row->selection;
-    float max = max_of(d);
-    if (s.step == 0)
-        s.step = sampler_counts(&d.sampling, d.n) ? 1
-                 : d.sampling.top_p < 1.0f        ? SAMPLER_DIGITS + 1
-                                                  : SAMPLER_DONE;
-    if (s.step == SAMPLER_DONE || takes_largest(d, max))
+    if (s.step == FIND_FIRST) {
+        s.step = d.sampling.top_p < 1.0f ? FIND_WEIGHT : FIND_NOTHING;
+        s.step = sampler_counts(&d.sampling, d.n) ? FIND_COUNT : s.step;
+        s.most = ~0ull >> (64 - 55);
+    }
+    if (!find_max(&d) || s.step == FIND_NOTHING)
         return;
-    count_tokens(d, s, max, d.first, d.end);
+    count_tokens(d, s, d.first, d.end);
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
         if (d.shared[i] > 0)
             atomicAdd(&d.row->sums[i], d.shared[i]);
@@ -556,13 +528,12 @@ DEVICE void sampler_select(const struct draw &d, bool last) {
         d.row->sums[i] = 0;
     }
     __syncthreads();
-    find_digit(d, &s, max);
-    while (last && s.step != SAMPLER_DONE) {
-        bool near = shift_of_step(s.step) == 0; /* ids with the last digit alone to find */
-        int first = near ? token_of_key(s.prefix | (SAMPLER_BUCKETS - 1)) : 0;
-        count_tokens(d, s, max, first,
-                     near && first + SAMPLER_BUCKETS < d.n ? first + SAMPLER_BUCKETS : d.n);
-        find_digit(d, &s, max);
+    find_digit(d, &s);
+    while (rest && s.step != FIND_NOTHING) {
+        bool near = shift_of(s) == 0; /* ids that differ in the last digit */
+        int first = near ? token_of_key(s.most) : 0, end = first + SAMPLER_BUCKETS;
+        count_tokens(d, s, first, near && end < d.n ? end : d.n);
+        find_digit(d, &s);
     }
     if (threadIdx.x == 0)
         d.row->selection = s;
@@ -570,95 +541,70 @@ DEVICE void sampler_select(const struct draw &d, bool last) {
 
 /* ---- the race ---- */
 
-/* g to 1e-4, without the slow exact logarithms. */
+/* g to 1e-4, without exact logarithms. */
 DEVICE float rough_noise(uint32_t word) {
     float u = ((float)word + 0.5f) * 0x1p-32f, rest = ((float)~word + 0.5f) * 0x1p-32f;
     float series = rest * (1.0f + rest * (0.5f + rest * (1.0f / 3.0f + rest * 0.25f)));
-    float slow = word < 0xe0000000u ? log2_approx(u) * -0.69314718f : series; /* -log(u) */
-    return log2_approx(slow) * -0.69314718f;
+    float wait = word < 0xe0000000u ? log2_approx(u) * -0.69314718f : series; /* -log(u) */
+    return log2_approx(wait) * -0.69314718f;
 }
 
-struct runner { /* the larger order wins, then the larger id, which is the lower token's */
-    sampler_key order, id;
-};
-
-DEVICE struct runner make_runner(const struct draw &d, float scaled, int token) {
-    double value = (double)scaled - log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
-    long long bits;
-    memcpy(&bits, &value, sizeof bits);
-    return {(sampler_key)bits ^ (bits < 0 ? ~0ull : 1ull << 63), (sampler_key) ~(uint32_t)token};
+/* In the race: scaled - max + g, in units of 2^-36 from -8 on, in the place of a key's logit. The
+ * winner is above -4, for so is the largest. */
+DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
+    int token = token_of_key(key);
+    double g = -log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
+    double value = (double)scaled_of_key(key) - (double)d.max + g;
+    sampler_key units = value > -8.0 ? (sampler_key)((value + 8.0) * 0x1p36) : 0;
+    return units << SAMPLER_ID_BITS | (key & ((1u << SAMPLER_ID_BITS) - 1));
 }
 
-DEVICE struct runner better(const struct runner &a, const struct runner &b) {
-    return a.order > b.order || (a.order == b.order && a.id > b.id) ? a : b;
-}
-
-DEVICE struct runner block_best(const struct draw &d, const struct runner &own) {
-    sampler_key order = block_max(d, own.order);
-    return {order, block_max(d, own.order == order ? own.id : 0)};
-}
-
-/* The least key that top_k, top_p and min_p keep. */
-DEVICE sampler_key least_kept(const struct draw &d, float max) {
-    sampler_key least = d.row->selection.least;
-    if (!(d.sampling.min_p > 0.0f))
-        return least;
-    double exact = (double)max + log((double)d.sampling.min_p);
-    float rounded = (float)exact;
-    sampler_key floor = (sampler_key)ordered(rounded) + ((double)rounded < exact);
-    return floor << SAMPLER_ID_BITS > least ? floor << SAMPLER_ID_BITS : least;
-}
-
-/* The best of the block's part: first roughly, then exactly those that may be it. */
-DEVICE struct runner part_best(const struct draw &d, float max) {
-    const float divisor = divisor_of(d);
-    const struct range kept = make_range(least_kept(d, max), ~0ull, divisor);
-    float best = -INFINITY, second = -INFINITY, best_scaled = 0.0f, scaled;
-    int token_of_best = 0;
-    visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-        if (token >= d.end || !within(kept, logit, token, divisor, &scaled))
-            return;
-        float value = scaled + rough_noise(sampler_word(d.sampling.seed, d.position, token));
-        second = fmaxf(second, fminf(best, value));
-        token_of_best = value > best ? token : token_of_best;
-        best_scaled = value > best ? scaled : best_scaled;
-        best = fmaxf(best, value);
-    });
-    float most = scaled_of_key(block_max(d, make_key(best, 0)));
-    float enough = most - 5e-4f - 1e-6f * fabsf(most);
-    struct runner runner = {0, 0};
-    if (best > -INFINITY && best >= enough)
-        runner = make_runner(d, best_scaled, token_of_best);
-    if (second > -INFINITY && second >= enough) /* seldom: try all that this thread has */
-        for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
-            for (int token = at; token < at + 4 && token < d.end; token++)
-                if (within(kept, d.logits[token], token, divisor, &scaled))
-                    runner = better(runner, make_runner(d, scaled, token));
-    return block_best(d, runner);
-}
-
-/* The last block of the row stores the token. */
-DEVICE void sampler_race(const struct draw &d, int *drawn) {
-    struct sampler_row *row = d.row;
-    const float max = max_of(d);
-    const bool race = !takes_largest(d, max);
-    struct runner best = {0, 0};
-    if (race)
-        best = part_best(d, max);
-    if (threadIdx.x == 0) {
-        row->best[d.part] = best.order;
-        row->winner[d.part] = best.id;
+/* Keys that top_k, top_p and min_p keep. */
+DEVICE struct range kept_range(const struct draw &d) {
+    sampler_key least = d.row->selection.least, floor = 0;
+    if (d.sampling.min_p > 0.0f) {
+        double exact = (double)d.max + log((double)d.sampling.min_p);
+        float rounded = (float)exact;
+        floor = (make_key(rounded, 0) >> SAMPLER_ID_BITS) + ((double)rounded < exact);
+        floor <<= SAMPLER_ID_BITS;
     }
-    if (!last_to_arrive(d))
-        return;
-    best = {0, 0};
-    if ((int)threadIdx.x < d.n_parts)
-        best = {row->best[threadIdx.x], row->winner[threadIdx.x]};
-    best = block_best(d, best);
-    if (threadIdx.x == 0) {
-        *drawn = race ? (int)~(uint32_t)best.id : token_of_key(row->largest);
-        row->largest = 0;
-        row->selection = {};
+    return make_range(d, floor > least ? floor : least, ~0ull >> (64 - 55));
+}
+
+/* First roughly, then exactly those that may win. The last block of the row stores the token. */
+DEVICE void sampler_race(struct draw d, int *drawn) {
+    if (find_max(&d)) {
+        const struct range kept = kept_range(d);
+        float best = -INFINITY, second = -INFINITY;
+        sampler_key best_key = 0, winner = 0;
+        visit_tokens(d, d.first, d.end, [&](int token, float logit) {
+            sampler_key key = key_within(d, kept, token, logit);
+            if (key == 0)
+                return;
+            float noise = rough_noise(sampler_word(d.sampling.seed, d.position, token));
+            float value = scaled_of_key(key) - d.max + noise;
+            second = fmaxf(second, fminf(best, value));
+            best_key = value > best ? key : best_key;
+            best = fmaxf(best, value);
+        });
+        float enough = scaled_of_key(block_max(d, make_key(best, 0))) - 1e-3f;
+        if (best_key > 0 && best >= enough)
+            winner = race_key(d, best_key);
+        if (best_key > 0 && second >= enough) /* seldom: all that this thread has */
+            for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
+                for (int token = at; token < at + 4; token++) {
+                    sampler_key key = key_within(d, kept, token, d.logits[token]);
+                    key = key > 0 ? race_key(d, key) : 0;
+                    winner = key > winner ? key : winner;
+                }
+        winner = block_max(d, winner);
+        if (threadIdx.x == 0)
+            atomicMax(&d.row->winner, winner);
+    }
+    if (last_to_arrive(d) && threadIdx.x == 0) {
+        *drawn = token_of_key(d.row->winner > 0 ? d.row->winner : d.row->largest);
+        d.row->largest = d.row->winner = 0;
+        d.row->selection = {};
     }
 }
 #endif /* SAMPLER_GPU_IMPLEMENTATION */
