@@ -238,9 +238,11 @@ enum {
     SAMPLER_AHEAD = 4,                   /* groups on their way */
     SAMPLER_SELECTS = 3,
     SAMPLER_ID_BITS = 23, /* of a key of 55 */
+    SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
     SAMPLER_DIGITS = 5,
     SAMPLER_BITS = 11, /* of a digit */
     SAMPLER_BUCKETS = 1 << SAMPLER_BITS,
+    SAMPLER_EACH = SAMPLER_BUCKETS / SAMPLER_THREADS,
     SAMPLER_WARPS = SAMPLER_THREADS / 32,
     SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_WARPS + 3) * 8 /* bytes: histogram, sums, found */
 };
@@ -279,13 +281,13 @@ DEVICE float finite(float value) { /* NaN: the least; + 0: there is one zero */
 }
 
 DEVICE sampler_key make_key(float scaled, int token) {
-    uint32_t bits = __float_as_uint(scaled), id = (1u << SAMPLER_ID_BITS) - 1 - (uint32_t)token;
+    uint32_t bits = __float_as_uint(scaled), id = SAMPLER_IDS - 1 - (uint32_t)token;
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
     return (sampler_key)bits << SAMPLER_ID_BITS | id;
 }
 
 DEVICE int token_of_key(sampler_key key) {
-    return (int)(~(uint32_t)key & ((1u << SAMPLER_ID_BITS) - 1));
+    return (int)(~(uint32_t)key & (SAMPLER_IDS - 1));
 }
 
 DEVICE float scaled_of_key(sampler_key key) {
@@ -322,19 +324,13 @@ DEVICE struct range make_range(const struct draw &d, sampler_key least, sampler_
 
 /* The token's key, or 0 where it is not in the range. */
 DEVICE sampler_key key_within(const struct draw &d, const struct range &r, int token, float logit) {
-    if (token >= d.n || logit < r.low || logit > r.high)
+    if (logit < r.low || logit > r.high)
         return 0;
     sampler_key key = make_key(finite(logit / d.sampling.temperature), token);
     return key >= r.least && key <= r.most ? key : 0;
 }
 
 /* ---- what the threads of a block do together ---- */
-
-DEVICE sampler_key warp_sum(sampler_key value) {
-    for (int step = 16; step > 0; step /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, step);
-    return value;
-}
 
 /* The largest of all threads' values, in every thread. */
 DEVICE sampler_key block_max(const struct draw &d, sampler_key value) {
@@ -364,7 +360,7 @@ DEVICE bool last_to_arrive(const struct draw &d) {
     return d.shared[SAMPLER_BUCKETS] != 0;
 }
 
-/* Calls visit(token, logit) for tokens [first, end) and some after them, by whole warps. */
+/* Calls visit(token, logit) for tokens [first, end) in parts of 4; those in flight are loaded. */
 template <typename Visit>
 DEVICE void visit_tokens(const struct draw &d, int first, int end, Visit visit) {
     auto load = [&](int token) {
@@ -372,28 +368,29 @@ DEVICE void visit_tokens(const struct draw &d, int first, int end, Visit visit) 
                            : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     };
     float4 ahead[SAMPLER_AHEAD];
-    int token = first + 4 * (int)threadIdx.x;
+    first += 4 * (int)threadIdx.x;
 #pragma unroll
     for (int i = 0; i < SAMPLER_AHEAD; i++)
-        ahead[i] = load(token + i * SAMPLER_GROUP);
+        ahead[i] = load(first + i * SAMPLER_GROUP);
 #pragma unroll 1
-    for (; first < end; first += SAMPLER_GROUP, token += SAMPLER_GROUP) {
-        const float4 now = ahead[0];
+    for (; first < end; first += SAMPLER_GROUP) {
+        float4 now = ahead[0];
 #pragma unroll
         for (int i = 1; i < SAMPLER_AHEAD; i++)
             ahead[i - 1] = ahead[i];
-        ahead[SAMPLER_AHEAD - 1] = load(token + SAMPLER_AHEAD * SAMPLER_GROUP);
-        visit(token, now.x);
-        visit(token + 1, now.y);
-        visit(token + 2, now.z);
-        visit(token + 3, now.w);
+        ahead[SAMPLER_AHEAD - 1] = load(first + SAMPLER_AHEAD * SAMPLER_GROUP);
+#pragma unroll 1
+        for (int token = first; token < first + 4 && token < end; token++) {
+            visit(token, now.x);
+            now = make_float4(now.y, now.z, now.w, 0.0f);
+        }
     }
 }
 
 DEVICE void sampler_maximum(const struct draw &d) {
     sampler_key largest = 0;
     visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-        sampler_key key = token < d.n ? make_key(finite(logit), token) : 0;
+        sampler_key key = make_key(finite(logit), token);
         largest = key > largest ? key : largest;
     });
     largest = block_max(d, largest);
@@ -411,41 +408,41 @@ DEVICE int shift_of(const struct selection &s) { /* of the next digit */
     return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - (s.step - FIND_COUNT) % SAMPLER_DIGITS);
 }
 
-/* Adds a warp's weights, 0: none. If they are for one digit they are added up first, for equal
- * logits would wait for each other. Shared memory has atomics of 32 bits. */
-DEVICE void add_weights(sampler_key *sums, int digit, sampler_key weight) {
-    unsigned some = __ballot_sync(0xffffffffu, weight > 0);
-    if (some == 0)
-        return;
-    int one = __shfl_sync(0xffffffffu, digit, __ffs((int)some) - 1);
-    if (__all_sync(0xffffffffu, weight == 0 || digit == one)) {
-        digit = one;
-        weight = warp_sum(weight);
-        weight = threadIdx.x % 32 == 0 ? weight : 0;
-    }
-    unsigned *word = reinterpret_cast<unsigned *>(&sums[digit]), high = (unsigned)(weight >> 32);
-    if (weight > 0 && atomicAdd(word, (unsigned)weight) > ~(unsigned)weight)
+/* Adds to a sum in shared memory, whose atomics are of 32 bits. */
+DEVICE void add_shared(sampler_key *sum, sampler_key value) {
+    unsigned *word = reinterpret_cast<unsigned *>(sum), high = (unsigned)(value >> 32);
+    if (value > 0 && atomicAdd(word, (unsigned)value) > ~(unsigned)value)
         high++;
     if (high > 0)
         atomicAdd(word + 1, high);
 }
 
-/* The histogram of the next digit, in shared memory, of tokens [first, end). */
+/* The histogram of the next digit, in shared memory, of tokens [first, end). A thread sums those in
+ * a row that have the same digit: if all had, they would wait for each other. */
 DEVICE void count_tokens(const struct draw &d, const struct selection &s, int first, int end) {
-    const struct range range = make_range(d, s.least, s.most);
     const int shift = shift_of(s);
     const bool weigh = by_weight(s);
-    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
-        d.shared[i] = 0;
+    const sampler_key heavy = weigh ? make_key(d.max - 28.0f, SAMPLER_IDS - 1) : 0; /* or 0 units */
+    const struct range range = make_range(d, heavy > s.least ? heavy : s.least, s.most);
+    int digit = 0;
+    sampler_key sum = 0;
+#pragma unroll
+    for (int i = 0; i < SAMPLER_EACH; i++)
+        d.shared[(int)threadIdx.x + i * SAMPLER_THREADS] = 0;
     __syncthreads();
     visit_tokens(d, first, end, [&](int token, float logit) {
         sampler_key key = key_within(d, range, token, logit);
-        int digit = (int)(key >> shift & (SAMPLER_BUCKETS - 1));
-        if (weigh)
-            add_weights(d.shared, digit, key > 0 ? weight_of(d, scaled_of_key(key)) : 0);
-        else if (key > 0)
-            atomicAdd(reinterpret_cast<unsigned *>(&d.shared[digit]), 1u);
+        if (key == 0)
+            return;
+        int next = (int)(key >> shift & (SAMPLER_BUCKETS - 1));
+        if (next != digit) {
+            add_shared(&d.shared[digit], sum);
+            digit = next;
+            sum = 0;
+        }
+        sum += weigh ? weight_of(d, scaled_of_key(key)) : 1;
     });
+    add_shared(&d.shared[digit], sum);
     __syncthreads();
 }
 
@@ -470,9 +467,8 @@ DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *t
 
 /* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
 DEVICE void find_digit(const struct draw &d, struct selection *s) {
-    enum { EACH = SAMPLER_BUCKETS / SAMPLER_THREADS };
     sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS, sum = 0, total;
-    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * EACH;
+    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
     const sampler_key prefix = s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS;
     auto each = [&](int digit) { /* that a bucket has so many of */
                                  bool weigh = s->step == FIND_WEIGHT + 2;
@@ -480,7 +476,7 @@ DEVICE void find_digit(const struct draw &d, struct selection *s) {
                                             ? weight_of(d, scaled_of_key((prefix + digit) << shift))
                                             : 1;
     };
-    for (int i = 0; i < EACH; i++)
+    for (int i = 0; i < SAMPLER_EACH; i++)
         sum += d.shared[top - i] * each(top - i);
     sampler_key before = sum_before(sum, sums, &total), amount = s->amount;
     if (s->step == FIND_COUNT)
@@ -518,12 +514,15 @@ DEVICE void sampler_select(struct draw d, bool rest) {
     if (!find_max(&d) || s.step == FIND_NOTHING)
         return;
     count_tokens(d, s, d.first, d.end);
+#pragma unroll
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
         if (d.shared[i] > 0)
             atomicAdd(&d.row->sums[i], d.shared[i]);
     if (!last_to_arrive(d))
         return;
-    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
+#pragma unroll
+    for (int j = 0; j < SAMPLER_EACH; j++) {
+        int i = (int)threadIdx.x + j * SAMPLER_THREADS;
         d.shared[i] = d.row->sums[i];
         d.row->sums[i] = 0;
     }
@@ -556,7 +555,7 @@ DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
     double g = -log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
     double value = (double)scaled_of_key(key) - (double)d.max + g;
     sampler_key units = value > -8.0 ? (sampler_key)((value + 8.0) * 0x1p36) : 0;
-    return units << SAMPLER_ID_BITS | (key & ((1u << SAMPLER_ID_BITS) - 1));
+    return units << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
 }
 
 /* Keys that top_k, top_p and min_p keep. */
