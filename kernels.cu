@@ -446,15 +446,15 @@ struct cuda_device {
     int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    struct planes h, attention, ffn; /* inputs of products */
-    uint16_t *q;                     /* bf16 (max_rows, n_heads, kv_head_dim) */
-    float4 *sums_of_blocks;          /* of generated products, see there */
-    int *blocks_done;                /* (multiprocessors) */
-    float2 *turn;                    /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;           /* (rope_dim / 2) */
-    int *arrived;                    /* (max_rows, n_kv_heads, chunks) of attention */
-    sampler_key *keys;               /* (LOGIT_ROWS, vocab_size) of the sampler */
-    int *sampled, *sampled_host;     /* (max_samples) device, pinned */
+    struct planes h, attention, ffn;  /* inputs of products */
+    uint16_t *q;                      /* bf16 (max_rows, n_heads, kv_head_dim) */
+    float4 *sums_of_blocks;           /* of generated products, see there */
+    int *blocks_done;                 /* (multiprocessors) */
+    float2 *turn;                     /* (max_rows, rope_dim / 2) cosine and sine */
+    float *rope_frequency;            /* (rope_dim / 2) */
+    int *arrived;                     /* (max_rows, n_kv_heads, chunks) of attention */
+    struct sampler_row *sampler_rows; /* (LOGIT_ROWS) */
+    int *sampled, *sampled_host;      /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
     float *partial; /* (split_capacity, n_chunks, part): see struct attention */
@@ -1296,6 +1296,14 @@ static int stages_of(const struct cuda_device *d, int bytes, int others) {
     return smaller(room / bytes, MAX_STAGES);
 }
 
+/* Generated rows that a block has room for, with enough stages: fewer on chips with less. */
+static int rows_at_once(const struct cuda_device *d) {
+    int rows = GENERATED_ROWS;
+    while (stages_of(d, generated_stage(PACKED_BF16, rows), kept_bytes(rows)) < 4)
+        rows /= 2;
+    return rows;
+}
+
 /* Segments of an item: the more, the fewer sums pass through memory; but no block shall have more
  * to do than if they were few. */
 static int choose_grain(int n_panels, int n_segments, int blocks) {
@@ -1330,8 +1338,9 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
                grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), FED_THREADS,
                (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
     }
-    for (p.first_row = 0; p.first_row < n_generated; p.first_row += GENERATED_ROWS) {
-        int n = n_generated - p.first_row;
+    int most = rows_at_once(d);
+    for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
+        int n = smaller(n_generated - p.first_row, most);
         if (n > 32)
             launch_generated<TYPE, EPILOGUE, 64>(d, p);
         else if (n > 16)
@@ -2395,25 +2404,40 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 
 /* ==== 8. Logits and samples ==== */
 
-/* sampled[i] = the token drawn from the logits of sample i, from first_sample on. One block a row,
- * which reads the vocabulary from L2 again and again. Bound by latency, some 50 us. keys: (rows,
- * n_vocab), overwritten. */
+enum sampler_stage { MAXIMUM, SELECT, SELECT_REST, RACE }; /* see lib/sampler.h */
+
+/* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
+ * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
+template <int STAGE>
 __global__ void __launch_bounds__(SAMPLER_THREADS)
     sample_kernel(const struct step_header *step, int first_sample, const float *logits,
-                  int logits_stride, int n_vocab, sampler_key *keys, int *sampled) {
+                  int logits_stride, int n_vocab, int part, struct sampler_row *rows,
+                  int *sampled) {
     DYNAMIC_SHARED(sampler_key, shared);
-    grid_wait();
     grid_launch_dependents();
-    int sample = first_sample + (int)blockIdx.x;
+    int sample = first_sample + (int)blockIdx.y, first = (int)blockIdx.x * part;
+    struct draw d = {};
+    if (sample < step->n_samples) { /* no kernel wrote the step */
+        d.sampling = array_of<struct sampling>(step, step->sampling)[sample];
+        d.position =
+            array_of<int>(step, step->position)[array_of<int>(step, step->sample_row)[sample]] + 1;
+    }
+    grid_wait();
     if (sample >= step->n_samples)
         return;
-    const struct sampling sampling = array_of<struct sampling>(step, step->sampling)[sample];
-    int row = array_of<int>(step, step->sample_row)[sample];
-    int position = array_of<int>(step, step->position)[row] + 1;
-    int token = sampler_draw_block(sampling, position, logits + (size_t)blockIdx.x * logits_stride,
-                                   n_vocab, keys + (size_t)blockIdx.x * n_vocab, shared);
-    if (threadIdx.x == 0)
-        sampled[sample] = token;
+    d.logits = logits + (size_t)blockIdx.y * logits_stride;
+    d.n = n_vocab;
+    d.first = first;
+    d.end = smaller(first + part, n_vocab);
+    d.n_parts = (int)gridDim.x;
+    d.row = &rows[blockIdx.y];
+    d.shared = shared;
+    if (STAGE == MAXIMUM)
+        sampler_maximum(d);
+    else if (STAGE == RACE)
+        sampler_race(d, &sampled[sample]);
+    else
+        sampler_select(d, STAGE == SELECT_REST);
 }
 
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
@@ -2430,10 +2454,20 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
     launch_product<STORE>(d, p, n);
 }
 
-/* The tokens of samples [first, first + n), of which the logits are there. */
+/* The tokens of samples [first, first + n), of which the logits are there. Parts as small as fill
+ * the chip. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
-    launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, d->step,
-           first, d->logits, d->logits_stride, d->device.config->vocab_size, d->keys, d->sampled);
+    int vocab = d->device.config->vocab_size, chip = 4 * d->gpu.properties->multiProcessorCount;
+    int wanted = chip / n + 1;
+    int part = divide(divide(vocab, wanted), SAMPLER_GROUP) * SAMPLER_GROUP;
+    for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
+        launch(d, "sample_kernel",
+               i == 0                    ? sample_kernel<MAXIMUM>
+               : i < SAMPLER_SELECTS     ? sample_kernel<SELECT>
+               : i < SAMPLER_SELECTS + 1 ? sample_kernel<SELECT_REST>
+                                         : sample_kernel<RACE>,
+               grid_of(divide(vocab, part), n), SAMPLER_THREADS, SAMPLER_SHARED, d->step, first,
+               d->logits, d->logits_stride, vocab, part, d->sampler_rows, d->sampled);
 }
 
 static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
@@ -2732,7 +2766,7 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
     size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
     gpu_take(&d->gpu, &d->logits, logit_rows * (size_t)d->logits_stride, &ok);
-    gpu_take(&d->gpu, &d->keys, logit_rows * (size_t)c->vocab_size, &ok);
+    gpu_take(&d->gpu, &d->sampler_rows, logit_rows, &ok);
     gpu_take(&d->gpu, &d->sampled, samples, &ok);
     gpu_take(&d->gpu, &d->sums[0], many ? rows * (size_t)d->x_stride : 0, &ok);
     gpu_take(&d->gpu, &d->sums[1], many ? rows * (size_t)d->x_stride : 0, &ok);
@@ -2759,7 +2793,7 @@ static bool open_card(struct cuda_device *d, char *error) {
         return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
                     index, p->name, p->major, p->minor, MIN_MAJOR);
     }
-    if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    if (cudaFuncSetAttribute(sample_kernel<RACE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
         return fail(error,
