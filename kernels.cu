@@ -692,11 +692,14 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
 
-enum epilogue { STORE, SILU }; /* out = sum + bias, or out += sum; ffn = silu(gate) * up */
+/* out = sum + bias, or out += sum; of prompts also: the sum goes on where another shard's ended;
+ * ffn = silu(gate) * up */
+enum epilogue { STORE, GO_ON, SILU };
 
 enum {
     CONSUMERS = 8, /* warps of a block that multiply */
     FED_THREADS = (CONSUMERS + 1) * WARP,
+    PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
     MAX_STAGES = 12,
     RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
     ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
@@ -715,6 +718,7 @@ struct product {
     /* generated_product's: rows [first_row, *n_generated - n_before); what blocks hand over */
     const int *n_generated; /* device */
     int n_before, grain;    /* grain: segments of an item */
+    int early;
     float4 *sums_of_blocks;
     int *blocks_done;
     /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
@@ -759,7 +763,7 @@ template <typename Act> DEVICE void for_wanted(const struct product &p, struct c
 template <int EPILOGUE>
 DEVICE void fetch_added(const struct product &p, struct corner at, float added[4]) {
     const float *bias = p.bias[at.which];
-    if (EPILOGUE == STORE)
+    if (EPILOGUE != SILU)
         for_wanted(p, at, [&](int e, int row, int output) {
             added[e] = p.adds ? p.out[at.which][(size_t)row * p.out_stride + output]
                        : bias ? bias[output]
@@ -771,7 +775,7 @@ DEVICE void fetch_added(const struct product &p, struct corner at, float added[4
 template <int EPILOGUE>
 DEVICE void finish(const struct product &p, struct corner at, const float sum[4],
                    const float added[4]) {
-    if constexpr (EPILOGUE == STORE) {
+    if constexpr (EPILOGUE != SILU) {
         for_wanted(
             p, at,
             [&](int e, int row, int output) {
@@ -913,6 +917,8 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const struct ring start_ring = r;
     struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
     const struct walk start = w;
+    if (p.early)
+        grid_launch_dependents();
     for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
         copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
                     lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
@@ -949,53 +955,60 @@ DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float 
 #ifdef HOPPER
 /* sum (a tile of 16 outputs, ROWS rows) += a unit: four warps together. The last products still go
  * on when it returns, and read a[1]; those of the call before are done. */
-template <int TYPE, int ROWS>
+template <int TYPE, int ROWS, int M>
 DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int tile,
-                              uint32_t (&a)[2][2][4], float (&sum)[ROWS / 2]) {
+                              uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
     const uint64_t b = wgmma_rows(rows);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        wgmma_wait<1>(); /* the last but one, which read a[half] */
         load_scaled<TYPE>(weights, tile, half, (int)threadIdx.x % WARP, a[half]);
         wgmma_begin();
         wgmma<ROWS>(sum, a[half][0], b + half * 4, true);
         wgmma<ROWS>(sum, a[half][1], b + half * 4 + 2, true);
         wgmma_commit();
+        wgmma_wait<1>(); /* those before, which read the other half of a */
     }
 }
 #endif
 
-/* The same of generated rows, everywhere. Quantized numbers are multiplied as whole numbers, 32 k
- * at a time, and their sums by the scale. */
-template <int TYPE, int ROWS>
-DEVICE void multiply_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
-                          float (&sum)[ROWS / 2]) {
+/* Units that are multiplied at a time: of few quantized rows two, or each would wait for the one
+ * before. */
+static constexpr __host__ __device__ int units_at_once(int type, int rows) {
+    return type != PACKED_BF16 && rows <= 16 ? 2 : 1;
+}
+
+/* The same of generated rows and UNITS stages, everywhere. Quantized numbers are multiplied as whole
+ * numbers, 32 k at a time, and their sums by the scale. */
+template <int TYPE, int ROWS, int UNITS, int M>
+DEVICE void multiply_units(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
+                           float (&sum)[ROWS / 2]) {
     constexpr bool SCALED = TYPE != PACKED_BF16;
-    const uint8_t *weights = rows + ROWS * ROW_BYTES;
     const int lane = (int)threadIdx.x % WARP;
-    uint32_t scale[2];
+    uint32_t scale[UNITS * 2];
 #ifdef HOPPER
     if constexpr (!SCALED) {
-        multiply_together<TYPE, ROWS>(rows, weights, warp, a, sum);
+        multiply_together<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
     } else {
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            load_operands<TYPE>(weights, warp, half, lane, a[half], &scale[half]);
+        for (int i = 0; i < UNITS * 2; i++)
+            load_operands<TYPE>(rows[i / 2] + ROWS * ROW_BYTES, warp, i % 2, lane, a[i], &scale[i]);
         constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
-        const uint64_t b = wgmma_rows(rows);
+        constexpr int N = UNITS * 2 * PARTS;
         float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
 #pragma unroll
-        for (int i = 0; i <= 2 * PARTS; i++) {
-            if (i < 2 * PARTS) {
-                const uint64_t at = b + i / PARTS * 4 + i % PARTS * (COLUMNS * ROW_BYTES / 16);
+        for (int i = 0; i <= N; i++) {
+            if (i < N) {
+                const int half = i / PARTS;
+                const uint64_t b =
+                    wgmma_rows(rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES) + half % 2 * 4;
                 wgmma_begin();
-                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][0], at, false);
-                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][1], at + 2, true);
+                wgmma<COLUMNS>(part[i % 2], a[half][0], b, false);
+                wgmma<COLUMNS>(part[i % 2], a[half][1], b + 2, true);
                 wgmma_commit();
             }
             if (i == 0)
                 continue;
-            if (i < 2 * PARTS)
+            if (i < N)
                 wgmma_wait<1>();
             else
                 wgmma_wait<0>();
@@ -1004,19 +1017,19 @@ DEVICE void multiply_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
     }
 #else
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-        load_operands<TYPE>(weights, warp, half, lane, a[half], &scale[half]);
+    for (int i = 0; i < UNITS * 2; i++) {
+        load_operands<TYPE>(rows[i / 2] + ROWS * ROW_BYTES, warp, i % 2, lane, a[i], &scale[i]);
 #pragma unroll
-    for (int i = 0; i < ROWS / 8 * 2; i++) { /* 8 rows, a half of the k */
-        const int j = i / 2, half = i % 2;
-        uint32_t b[4];
-        load_matrices(b, rows + (j * 8 + lane % 8) * ROW_BYTES +
-                             ((half * 4 + lane / 8) ^ lane % 8) * 16);
-        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        mma_bf16(SCALED ? part : &sum[j * 4], a[half][0], b);
-        mma_bf16(SCALED ? part : &sum[j * 4], a[half][1], b + 2);
-        if constexpr (SCALED)
-            add_scaled(part, scale[half], j, sum);
+        for (int j = 0; j < ROWS / 8; j++) {
+            uint32_t b[4];
+            load_matrices(b, rows[i / 2] + (j * 8 + lane % 8) * ROW_BYTES +
+                                 ((i % 2 * 4 + lane / 8) ^ lane % 8) * 16);
+            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            mma_bf16(SCALED ? part : &sum[j * 4], a[i][0], b);
+            mma_bf16(SCALED ? part : &sum[j * 4], a[i][1], b + 2);
+            if constexpr (SCALED)
+                add_scaled(part, scale[i], j, sum);
+        }
     }
 #endif
 }
@@ -1088,6 +1101,30 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
     }
 }
 
+/* sum = all n units of a segment. first: none has been multiplied before. */
+template <int TYPE, int ROWS, int N>
+DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint32_t (&a)[N][2][4],
+                             float (&sum)[ROWS / 2]) {
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i++)
+        sum[i] = 0.0f;
+    for (; N > 2 && n > 1; n -= 2, *first = false) {
+        struct ring second = *r;
+        next_stage(&second);
+        const uint8_t *rows[N / 2] = {wait_full(*r)};
+        rows[N / 2 - 1] = wait_full(second);
+        multiply_units<TYPE, ROWS, N / 2>(rows, warp, a, sum);
+        advance(r, *first);
+        advance(r, false);
+    }
+    for (; n > 0; n--, *first = false) {
+        const uint8_t *rows[1] = {wait_full(*r)};
+        multiply_units<TYPE, ROWS, 1>(rows, warp, a, sum);
+        advance(r, *first);
+    }
+    wgmma_wait<0>();
+}
+
 static constexpr __host__ __device__ int generated_stage(int type, int rows) {
     return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
 }
@@ -1114,7 +1151,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     const struct share s = find_share(p);
     const struct segments &segments = p.matrix[0].segments;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
-    uint32_t a[2][2][4];
+    uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
@@ -1128,16 +1165,8 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
                               : (p.grain > 1) + (p.grain > 2);
         float sum[ROWS / 2];
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
-#pragma unroll
-            for (int j = 0; j < ROWS / 2; j++)
-                sum[j] = 0.0f;
-            for (int unit = segments.unit[i]; unit < segments.unit[i + 1]; unit++, first = false) {
-                multiply_unit<TYPE, ROWS>(wait_full(r), warp, a, sum);
-                advance(&r, first);
-            }
-#ifdef HOPPER
-            wgmma_wait<0>();
-#endif
+            multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
+                                         a, sum);
             if (!add_siblings(i, top, sum, kept) || whole)
                 continue;
 #pragma unroll
@@ -1241,19 +1270,10 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
 #endif
 }
 
-/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: any
- * number of blocks; each takes every so-manieth tile of 256 rows and a panel. Shared: the ring.
- * Bound by the tensor cores. */
+/* The warps that multiply. */
 template <int TYPE, int EPILOGUE>
-__global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const struct product p) {
-    DYNAMIC_SHARED(uint8_t, shared);
-    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
-    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    grid_launch_dependents();
-    if (warp == CONSUMERS) {
-        produce_prompt<TYPE>(p, r);
-        return;
-    }
+DEVICE void multiply_prompts(const struct product &p, struct ring r) {
+    const int warp = (int)threadIdx.x / WARP;
     grid_wait();
     const struct row_tiles t = find_row_tiles(p);
     const int n_units = p.matrix[0].n_units;
@@ -1261,30 +1281,47 @@ __global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const st
     for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
         int panel = tile / t.n, row = t.begin + tile % t.n * ROW_TILE;
         const int which = find_matrix(p, &panel);
+        auto corner_of = [&](int i) -> struct corner {
+            return {which, panel *(PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
+                    p.first_row, t.end};
+        };
         float sum[128];
         uint32_t a[2][2][4];
 #pragma unroll
-        for (int i = 0; i < 128; i++) {
-            int at = row + row_of(warp, i / 4) + lane % 4 * 2 + i % 2;
-            int output =
-                (panel * (PANEL / TILE) + tile_of(warp, i / 4)) * TILE + lane / 4 + i % 4 / 2 * 8;
-            bool goes_on =
-                p.initial && at >= p.first_row && at < t.end && output < p.matrix[which].n_outputs;
-            sum[i] = goes_on ? p.initial[(size_t)at * p.out_stride + output] : 0.0f;
-        }
+        for (int i = 0; i < 128; i++)
+            sum[i] = 0.0f;
+        if constexpr (EPILOGUE == GO_ON)
+#pragma unroll
+            for (int i = 0; i < 128; i += 4)
+                for_wanted(p, corner_of(i / 4), [&](int e, int at, int output) {
+                    sum[i + e] = p.initial[(size_t)at * p.out_stride + output];
+                });
         for (int unit = 0; unit < n_units; unit++, first = false) {
             multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
             advance(&r, first);
         }
-#ifdef HOPPER
         wgmma_wait<0>();
-#endif
 #pragma unroll
         for (int i = 0; i < 32; i += WARP_GROUPS)
-            finish_rows<EPILOGUE, WARP_GROUPS>(p,
-                                               {which, panel * (PANEL / TILE) + tile_of(warp, i),
-                                                row + row_of(warp, i), p.first_row, t.end},
-                                               &sum[i * 4]);
+            finish_rows<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4]);
+    }
+}
+
+/* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: any
+ * number of blocks; each takes every so-manieth tile of 256 rows and a panel. Shared: the ring.
+ * Bound by the tensor cores. */
+template <int TYPE, int EPILOGUE>
+__global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    grid_launch_dependents();
+    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
+    if (threadIdx.x < CONSUMERS * WARP) {
+        take_registers<232>();
+        multiply_prompts<TYPE, EPILOGUE>(p, r);
+    } else {
+        leave_registers<40>();
+        if (threadIdx.x < FED_THREADS)
+            produce_prompt<TYPE>(p, r);
     }
 }
 
@@ -1293,6 +1330,11 @@ __global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const st
 /* The stages of so many bytes that a block of this chip has room for, beside `others`. */
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
     int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
+#ifdef TUNE
+    const char *cap = getenv("TUNE_STAGES");
+    if (cap && bytes < 40000)
+        return smaller(smaller(room / bytes, MAX_STAGES), atoi(cap));
+#endif
     return smaller(room / bytes, MAX_STAGES);
 }
 
@@ -1319,6 +1361,11 @@ static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
     p.grain = choose_grain(p.n_panels, n_segments, blocks);
+#ifdef TUNE
+    p.early = getenv("TUNE_EARLY") != NULL;
+    if (getenv("TUNE_GRAIN"))
+        p.grain = atoi(getenv("TUNE_GRAIN"));
+#endif
     p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
@@ -1334,8 +1381,11 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
         int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
         int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.n_panels;
         p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
-        launch(d, "prompt_product_kernel", prompt_product_kernel<TYPE, EPILOGUE>,
-               grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), FED_THREADS,
+        constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
+        launch(d, "prompt_product_kernel",
+               p.initial ? prompt_product_kernel<TYPE, GOES_ON>
+                         : prompt_product_kernel<TYPE, EPILOGUE>,
+               grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), PROMPT_THREADS,
                (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
     }
     int most = rows_at_once(d);
@@ -1702,8 +1752,6 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
-
-enum { PROMPT_THREADS = (CONSUMERS + 4) * WARP /* registers are left by groups of four warps */ };
 
 /* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
  * has tile_queries(HEAD). Shared: the ring. Bound by the tensor cores. */
