@@ -1583,6 +1583,7 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
     softmax_step<TOKENS>(a, scores, from, &s);
     next_stage(&r);
     give_back(r, 1);
+    uint8_t *stage = wait_full(r); /* of the next keys, at the end of the last values */
     for (;; from += TOKENS) {
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++)
@@ -1592,22 +1593,21 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
             output[i] *= s.factor[i / 2 % 2];
         if (from == last)
             break;
-        uint8_t *keys = wait_full(r);
         next_stage(&r);
         uint8_t *values = wait_full(r) + dim * TOKENS * 2;
         next_stage(&r);
-        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
+        multiply_keys<HEAD, TOKENS>(scores, operand, stage);
         multiply_values<TOKENS, N>(output, weights, values);
         wgmma_wait<1>();
         softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
+        stage = wait_full(r);
         wgmma_wait<0>();
         give_back(r, 2);
         give_back(r, 1);
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
-    uint8_t *values = wait_full(r);
-    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - last);
-    multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
+    clear_rest<HEAD>(stage, q.s.start + q.s.n_rows - last);
+    multiply_values<TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
