@@ -1308,8 +1308,8 @@ static struct product product_of(const struct cuda_device *d, const struct plane
  * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
  * nothing changes no bit.
  *
- * In a block of tokens (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, its values
- * alike. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
+ * In a block (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, and so are its
+ * values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
@@ -1500,8 +1500,8 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
     }
 }
 
-/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage whose
- * first n rows are a text's last, all others become 0. By all who multiply. */
+/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage of
+ * which the first n rows are a text's last, all others become 0. By all who multiply. */
 template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
     for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
         if (i / 8 % step_tokens(HEAD) >= n)
@@ -1526,7 +1526,7 @@ DEVICE void load_queries(const struct attention &a, const struct queries &q, int
     }
 }
 
-/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of their weights. */
+/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of weights. */
 template <int N>
 DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
                           const struct softmax &s, const float (&output)[N / 2]) {
