@@ -23,13 +23,14 @@ SOURCES = $(wildcard *.c *.h *.cu lib/*.h app/*.h test/*.c test/*.h test/*.cu te
 TESTED = $(B)/dynamo
 EMU = $(if $(VARIANT),$(B)/dynamo-emu,dynamo-emu)
 
-# CUDA: for the chips of this machine, else for two generations; sanitizers have none
+# CUDA: for the chips of this machine, else for two generations and, as PTX, for newer ones (on 9.0
+# sm_90a: only that has wgmma); sanitizers have none
 CUDA = $(if $(VARIANT),,$(if $(NVCC),$(B)/kernels.cuda.o))
 CHIPS = $(or $(ARCH),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
-	| sort -u | sed 's/^/sm_/;s/\.//'),sm_80 sm_90)
+	| sort -u | sed 's/^/sm_/;s/\.//;s/sm_90$$/sm_90a/'),sm_80 sm_90a compute_80)
 CUDA_SOURCES = kernels.cu dynamo.h $(wildcard lib/*.h)
 NVCC_FLAGS = -std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
-	$(foreach chip,$(CHIPS),-gencode arch=compute_$(chip:sm_%=%),code=$(chip)) $(NVCCFLAGS)
+	$(foreach chip,$(CHIPS),-gencode arch=$(chip:sm_%=compute_%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
 EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
 	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest

@@ -193,13 +193,12 @@ DEVICE float bf16_to_float(uint32_t bits) {
 
 /* Two numbers in the low bytes of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
 DEVICE uint32_t bytes_to_bf16(uint32_t word) {
-    const uint32_t low = (word & 0x007f007fu) | 0x43004300u;  /* 128 + number, without bit 7 */
-    const uint32_t high = (word & 0x00800080u) ^ 0xc380c380u; /* - 256, with bit 7: - 128 */
-    return fma_bf16(low, 0x3f803f80u, high);
+    return fma_bf16(and_or(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, /* times 1 */
+                    and_xor(word, 0x00800080u, 0xc380c380u)); /* - 256, with bit 7 - 128 */
 }
 
 DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
-    return fma_bf16((word & 0x000f000fu) | 0x43004300u, 0x3f803f80u, 0xc308c308u);
+    return fma_bf16(and_or(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
 }
 
 /* Of 32 k of a unit (half 0 or 1): a[i] is the operand of 16 of them; of quantized types they are
@@ -236,20 +235,15 @@ template <int TYPE>
 DEVICE void load_scaled(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4]) {
     uint32_t scale;
     load_operands<TYPE>(unit, tile, half, lane, a, &scale);
-    if (TYPE == PACKED_BF16)
-        return;
+    if constexpr (TYPE != PACKED_BF16)
 #pragma unroll
-    for (int upper = 0; upper < 2; upper++) { /* number * (high + low), each scale as two bf16 */
-        float whole = half_to_float((uint16_t)(scale >> upper * 16));
-        uint32_t high = pack_bf16(whole, whole);
-        float rest = whole - bf16_to_float(high & 0xffffu);
-        uint32_t low = pack_bf16(rest, rest);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t &number = a[i / 2][i % 2 * 2 + upper];
+        for (int i = 0; i < 8; i++) { /* number * (high + low): the scale as two bf16 */
+            float whole = half_to_float((uint16_t)(scale >> i % 2 * 16));
+            uint32_t high = pack_bf16(whole, whole);
+            float rest = whole - bf16_to_float(high & 0xffffu);
+            uint32_t low = pack_bf16(rest, rest), &number = a[i / 4][i % 4];
             number = fma_bf16(number, high, fma_bf16(number, low, 0x80008000u));
         }
-    }
 }
 
 /* One element as f32: for embeddings. */
@@ -452,15 +446,15 @@ struct cuda_device {
     int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    struct planes h, attention, ffn; /* inputs of products */
-    uint16_t *q;                     /* bf16 (max_rows, n_heads, kv_head_dim) */
-    float4 *sums_of_blocks;          /* of generated products, see there */
-    int *blocks_done;                /* (multiprocessors) */
-    float2 *turn;                    /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;           /* (rope_dim / 2) */
-    int *arrived;                    /* (max_rows, n_kv_heads, chunks) of attention */
-    sampler_key *keys;               /* (LOGIT_ROWS, vocab_size) of the sampler */
-    int *sampled, *sampled_host;     /* (max_samples) device, pinned */
+    struct planes h, attention, ffn;  /* inputs of products */
+    uint16_t *q;                      /* bf16 (max_rows, n_heads, kv_head_dim) */
+    float4 *sums_of_blocks;           /* of generated products, see there */
+    int *blocks_done;                 /* (multiprocessors) */
+    float2 *turn;                     /* (max_rows, rope_dim / 2) cosine and sine */
+    float *rope_frequency;            /* (rope_dim / 2) */
+    int *arrived;                     /* (max_rows, n_kv_heads, chunks) of attention */
+    struct sampler_row *sampler_rows; /* (LOGIT_ROWS) */
+    int *sampled, *sampled_host;      /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
     float *partial; /* (split_capacity, n_chunks, part): see struct attention */
@@ -743,30 +737,71 @@ DEVICE int find_matrix(const struct product &p, int *panel) {
     return which;
 }
 
-/* What is done with the sums of a tile of 16 outputs and 8 rows from `row` on, of which those in
- * [begin, end) are wanted: sum[e] is of output group + e / 2 * 8 and row 2 quad + e % 2. */
-template <int EPILOGUE>
-DEVICE void finish(const struct product &p, int which, int tile, int row, int begin, int end,
-                   const float sum[4]) {
-    const int lane = (int)threadIdx.x % WARP, n_outputs = p.matrix[which].n_outputs;
-    row += lane % 4 * 2;
-    if constexpr (EPILOGUE ==
-                  SILU) { /* lanes of two outputs swap, so that each has both of one row */
-        const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
-        int odd = lane / 4 % 2, output = tile * 8 + lane / 8 * 2;
-        float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
-        row += odd;
-        if (row >= begin && row < end && output < n_outputs) /* segments begin at an even k */
-            *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
-                odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other);
-    } else {
+/* Sums of a tile of 16 outputs and 8 rows: value[e] of a lane is of output group + e / 2 * 8 and
+ * row 2 quad + e % 2. */
+struct corner {
+    int which, tile, row;   /* the matrix, the tile there, the first of the rows */
+    int begin_row, end_row; /* rows that are wanted */
+};
+
+/* Calls act(e, row, output) for those that are. */
+template <typename Act> DEVICE void for_wanted(const struct product &p, struct corner at, Act act) {
+    const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int output = tile * TILE + lane / 4 + e / 2 * 8;
-            float *out = p.out[which] + (size_t)(row + e % 2) * p.out_stride + output;
-            if (output < n_outputs && row + e % 2 >= begin && row + e % 2 < end)
-                *out = sum[e] + (p.adds ? *out : p.bias[which] ? p.bias[which][output] : 0.0f);
-        }
+    for (int e = 0; e < 4; e++) {
+        int row = at.row + lane % 4 * 2 + e % 2, output = at.tile * TILE + lane / 4 + e / 2 * 8;
+        if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
+            act(e, row, output);
+    }
+}
+
+/* What is added to the sums: fetched beforehand for several, since no load passes a store. */
+template <int EPILOGUE>
+DEVICE void fetch_added(const struct product &p, struct corner at, float added[4]) {
+    const float *bias = p.bias[at.which];
+    if (EPILOGUE == STORE)
+        for_wanted(p, at, [&](int e, int row, int output) {
+            added[e] = p.adds ? p.out[at.which][(size_t)row * p.out_stride + output]
+                       : bias ? bias[output]
+                              : 0.0f;
+        });
+}
+
+/* What is done with sums. All lanes of a warp call it. */
+template <int EPILOGUE>
+DEVICE void finish(const struct product &p, struct corner at, const float sum[4],
+                   const float added[4]) {
+    if constexpr (EPILOGUE == STORE) {
+        for_wanted(
+            p, at,
+            [&](int e, int row, int output) {
+                p.out[at.which][(size_t)row * p.out_stride + output] = sum[e] + added[e];
+            });
+    } else { /* lanes of two outputs swap, so that each has both of one row */
+        const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
+        const int lane = (int)threadIdx.x % WARP, odd = lane / 4 % 2;
+        const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
+        float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+        if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
+            *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
+                odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other); /* segments are even */
+    }
+}
+
+/* The same of N times 8 rows that follow each other. */
+template <int EPILOGUE, int N>
+DEVICE void finish_rows(const struct product &p, struct corner at, const float *sum) {
+    constexpr int AT_ONCE = N < 4 ? N : N > 8 ? 2 : 4; /* as many as registers hold */
+#pragma unroll
+    for (int i = 0; i < N; i += AT_ONCE) {
+        float added[AT_ONCE][4];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++, at.row += 8)
+            fetch_added<EPILOGUE>(p, at, added[j]);
+        at.row -= AT_ONCE * 8;
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++, at.row += 8)
+            finish<EPILOGUE>(p, at, sum + (i + j) * 4, added[j]);
     }
 }
 
@@ -780,14 +815,13 @@ struct ring { /* of n stages, each `bytes`: a thread's place in it */
 };
 
 /* All threads of the block. In shared memory the stages come first, then `others` bytes, and the
- * barriers. A stage is full after so many calls of copy_pieces, and empty when so many warps have
- * given it back. */
-DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int calls, int warps) {
+ * barriers. A stage is empty when so many warps have given it back. */
+DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int warps) {
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
     struct ring r = {shared, full, full + n, n, bytes, 0, 0};
     if (threadIdx.x == 0) {
         for (int i = 0; i < n; i++) {
-            barrier_init(r.full + i, calls * copy_arrivals());
+            barrier_init(r.full + i, copy_arrivals());
             barrier_init(r.empty + i, warps);
         }
         barriers_ready();
@@ -847,91 +881,131 @@ DEVICE int owner_of(const struct product &p, int item, int n_groups) {
     return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
 }
 
+/* A unit on its way through the panels. */
+struct walk {
+    int panel, unit;
+    const uint8_t *weights;
+};
+
+template <int TYPE> DEVICE struct walk start_walk(const struct product &p, int panel, int unit) {
+    int own = panel, which = find_matrix(p, &own);
+    size_t at = (size_t)own * p.matrix[0].n_units + unit;
+    return {panel, unit, p.matrix[which].packed + at * unit_bytes(TYPE)};
+}
+
+template <int TYPE> DEVICE void next_unit(const struct product &p, struct walk *w) {
+    w->weights += unit_bytes(TYPE);
+    if (++w->unit == p.matrix[0].n_units)
+        *w = start_walk<TYPE>(p, w->panel + 1, 0);
+}
+
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
  * they do not depend on it; rows afterwards. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
+    const struct segments &segments = p.matrix[0].segments;
     const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
     const struct share s = find_share(p);
-    auto unit_of = [&](int item) {
-        return item / s.n_groups * n_units + p.matrix[0].segments.unit[item % s.n_groups * p.grain];
-    };
-    const int begin = unit_of(s.begin), end = unit_of(s.end);
-    auto weights = [&](int at) {
-        int panel = at / n_units, unit = at % n_units, which = find_matrix(p, &panel);
-        const uint8_t *from =
-            p.matrix[which].packed + ((size_t)panel * n_units + unit) * unit_bytes(TYPE);
-        copy_pieces<true>(wait_empty(r) + ROWS * ROW_BYTES, from, lane == 0 ? unit_bytes(TYPE) : 0,
-                          r.full + r.at);
-    };
-    auto rows = [&](int at) {
-        const uint8_t *from =
-            p.input.bytes + ((size_t)(at % n_units) * p.input.n_rows + p.first_row) * ROW_BYTES;
-        copy_pieces<false>(r.stages + r.at * r.bytes, from, lane == 0 ? ROWS * ROW_BYTES : 0,
-                           r.full + r.at);
-    };
-    const int ahead = smaller(end, begin + r.n);
-    const struct ring start = r;
-    for (int at = begin; at < ahead; at++, next_stage(&r))
-        weights(at);
-    if (ahead == end)
+    const int first = segments.unit[s.begin % s.n_groups * p.grain];
+    const int n = (s.end / s.n_groups - s.begin / s.n_groups) * n_units +
+                  segments.unit[s.end % s.n_groups * p.grain] - first; /* units in all */
+    const int n_ahead = smaller(n, r.n);
+    const struct ring start_ring = r;
+    struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
+    const struct walk start = w;
+    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
+        copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
+                    lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
+    if (n_ahead == n)
         grid_launch_dependents();
     grid_wait();
     copies_see_stores();
-    r = start;
-    for (int at = begin; at < end; at++, next_stage(&r)) {
-        if (at >= ahead)
-            weights(at);
-        rows(at);
+    w = start;
+    r = start_ring;
+    const uint8_t *rows = p.input.bytes + (size_t)p.first_row * ROW_BYTES;
+    for (int i = 0; i < n; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
+        const size_t plane = (size_t)w.unit * p.input.n_rows * ROW_BYTES;
+        uint8_t *to = wait_empty(r);
+        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES, lane == 0 ? rows + plane : w.weights,
+                    lane == 0                   ? ROWS * ROW_BYTES
+                    : lane == 1 && i >= n_ahead ? unit_bytes(TYPE)
+                                                : 0,
+                    lane == 1, r.full + r.at);
+        copies_sent(r.full + r.at);
     }
-    if (ahead < end)
+    if (n_ahead < n)
         grid_launch_dependents();
 }
 
 /* sum += part * scale, of columns `index` times as many as part has. */
-template <int ROWS, int N>
-DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float (&sum)[ROWS / 2]) {
+template <int N>
+DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
     const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
     for (int i = 0; i < N; i++)
         sum[index * N + i] += part[i] * (i % 4 < 2 ? low : high);
 }
 
-/* sum (a tile of outputs, ROWS rows) += a unit of a warp's weights times the rows. Quantized
- * numbers are multiplied as whole numbers, 32 k at a time, and their sums by the scale. */
-template <int TYPE, int ROWS>
-DEVICE void multiply_unit(const uint8_t *rows, int warp, float (&sum)[ROWS / 2]) {
-    constexpr bool SCALED = TYPE != PACKED_BF16;
-    const int lane = (int)threadIdx.x % WARP;
-    uint32_t a[2][2][4], scale[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        load_operands<TYPE>(rows + ROWS * ROW_BYTES, warp, half, lane, a[half], &scale[half]);
 #ifdef HOPPER
-    constexpr int COLUMNS = SCALED && ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
+/* sum (a tile of 16 outputs, ROWS rows) += a unit: four warps together. The last products still go
+ * on when it returns, and read a[1]; those of the call before are done. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int tile,
+                              uint32_t (&a)[2][2][4], float (&sum)[ROWS / 2]) {
     const uint64_t b = wgmma_rows(rows);
-    float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
 #pragma unroll
-    for (int i = 0; i < 2 * PARTS; i++) {
+    for (int half = 0; half < 2; half++) {
+        wgmma_wait<1>(); /* the last but one, which read a[half] */
+        load_scaled<TYPE>(weights, tile, half, (int)threadIdx.x % WARP, a[half]);
         wgmma_begin();
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            uint64_t at = b + i / PARTS * 4 + j * 2 + i % PARTS * (COLUMNS * ROW_BYTES / 16);
-            if constexpr (SCALED)
-                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][j], at, j > 0);
-            else
-                wgmma<ROWS>(sum, a[i / PARTS][j], at, true);
-        }
+        wgmma<ROWS>(sum, a[half][0], b + half * 4, true);
+        wgmma<ROWS>(sum, a[half][1], b + half * 4 + 2, true);
         wgmma_commit();
-        if (SCALED && i > 0) {
-            wgmma_wait<1>();
-            add_scaled<ROWS>(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+    }
+}
+#endif
+
+/* The same of generated rows, everywhere. Quantized numbers are multiplied as whole numbers, 32 k
+ * at a time, and their sums by the scale. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
+                          float (&sum)[ROWS / 2]) {
+    constexpr bool SCALED = TYPE != PACKED_BF16;
+    const uint8_t *weights = rows + ROWS * ROW_BYTES;
+    const int lane = (int)threadIdx.x % WARP;
+    uint32_t scale[2];
+#ifdef HOPPER
+    if constexpr (!SCALED) {
+        multiply_together<TYPE, ROWS>(rows, weights, warp, a, sum);
+    } else {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            load_operands<TYPE>(weights, warp, half, lane, a[half], &scale[half]);
+        constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
+        const uint64_t b = wgmma_rows(rows);
+        float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
+#pragma unroll
+        for (int i = 0; i <= 2 * PARTS; i++) {
+            if (i < 2 * PARTS) {
+                const uint64_t at = b + i / PARTS * 4 + i % PARTS * (COLUMNS * ROW_BYTES / 16);
+                wgmma_begin();
+                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][0], at, false);
+                wgmma<COLUMNS>(part[i % 2], a[i / PARTS][1], at + 2, true);
+                wgmma_commit();
+            }
+            if (i == 0)
+                continue;
+            if (i < 2 * PARTS)
+                wgmma_wait<1>();
+            else
+                wgmma_wait<0>();
+            add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
         }
     }
-    wgmma_wait<0>();
-    if (SCALED)
-        add_scaled<ROWS>(part[1], scale[1], PARTS - 1, sum);
 #else
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        load_operands<TYPE>(weights, warp, half, lane, a[half], &scale[half]);
 #pragma unroll
     for (int i = 0; i < ROWS / 8 * 2; i++) { /* 8 rows, a half of the k */
         const int j = i / 2, half = i % 2;
@@ -941,8 +1015,8 @@ DEVICE void multiply_unit(const uint8_t *rows, int warp, float (&sum)[ROWS / 2])
         float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         mma_bf16(SCALED ? part : &sum[j * 4], a[half][0], b);
         mma_bf16(SCALED ? part : &sum[j * 4], a[half][1], b + 2);
-        if (SCALED)
-            add_scaled<ROWS>(part, scale[half], j, sum);
+        if constexpr (SCALED)
+            add_scaled(part, scale[half], j, sum);
     }
 #endif
 }
@@ -981,10 +1055,10 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
            threadIdx.x;
 }
 
-/* The last block to leave sums of a panel's items adds them all up. */
+/* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
-DEVICE void add_shared_sums(const struct product &p, int which, int tile, int owner, int n_items,
-                            int n_groups, int n_rows, int *last) {
+DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
+                            int n_groups, int *last) {
     sync_threads<1, CONSUMERS * WARP>();
     if (threadIdx.x == 0) {
         *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
@@ -994,20 +1068,23 @@ DEVICE void add_shared_sums(const struct product &p, int which, int tile, int ow
     sync_threads<1, CONSUMERS * WARP>();
     if (!*last)
         return;
-#pragma unroll 1
-    for (int j = 0; j < ROWS / 8 && j * 8 < n_rows; j++) {
+#pragma unroll(ROWS > 8 ? 2 : 1)
+    for (int j = 0; j < ROWS / 8; j++, at.row += 8) {
         float4 v[K_SEGMENTS];
+        float added[4];
+        fetch_added<EPILOGUE>(p, at, added);
 #pragma unroll
         for (int i = 0; i < K_SEGMENTS; i++)
-            v[i] = i < n_groups ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
-                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            v[i] = i < n_groups && at.row < at.end_row
+                       ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
+                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int n = K_SEGMENTS / 2; n > 0; n /= 2)
 #pragma unroll
             for (int i = 0; i < n; i++)
                 v[i] = add4(v[2 * i], v[2 * i + 1]);
         const float sum[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
-        finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows, sum);
+        finish<EPILOGUE>(p, at, sum, added);
     }
 }
 
@@ -1027,7 +1104,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     DYNAMIC_SHARED(uint8_t, shared);
     float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
     struct ring r =
-        open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), 2, CONSUMERS);
+        open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     if (warp == CONSUMERS) {
         produce_generated<TYPE, ROWS>(p, r);
@@ -1036,41 +1113,42 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     grid_wait();
     const struct share s = find_share(p);
     const struct segments &segments = p.matrix[0].segments;
-    const int n_rows = smaller(*p.n_generated - p.n_before - p.first_row, ROWS);
     int *last = reinterpret_cast<int *>(r.empty + r.n);
+    uint32_t a[2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
         int panel = item / s.n_groups;
-        const int which = find_matrix(p, &panel), tile = panel * (PANEL / TILE) + warp;
+        const int which = find_matrix(p, &panel);
+        struct corner at = {which, panel * (PANEL / TILE) + warp, p.first_row, 0,
+                            *p.n_generated - p.n_before};
         n_items = smaller(s.n_groups - group, s.end - item);
         const bool whole = n_items == s.n_groups;
-        const int top =
-            whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4) : p.grain - 1;
+        const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
+                              : (p.grain > 1) + (p.grain > 2);
         float sum[ROWS / 2];
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
 #pragma unroll
             for (int j = 0; j < ROWS / 2; j++)
                 sum[j] = 0.0f;
-            for (int unit = segments.unit[i]; unit < segments.unit[i + 1]; unit++) {
-                multiply_unit<TYPE, ROWS>(wait_full(r), warp, sum);
+            for (int unit = segments.unit[i]; unit < segments.unit[i + 1]; unit++, first = false) {
+                multiply_unit<TYPE, ROWS>(wait_full(r), warp, a, sum);
                 advance(&r, first);
-                first = false;
             }
-            if (!add_siblings(i, top, sum, kept))
+#ifdef HOPPER
+            wgmma_wait<0>();
+#endif
+            if (!add_siblings(i, top, sum, kept) || whole)
                 continue;
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++)
-                if (whole)
-                    finish<EPILOGUE>(p, which, tile, p.first_row + j * 8, 0, p.first_row + n_rows,
-                                     &sum[j * 4]);
-                else
-                    __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
-                           make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+                __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
+                       make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
         }
-        if (!whole)
-            add_shared_sums<EPILOGUE, ROWS>(p, which, tile, owner, n_items, s.n_groups, n_rows,
-                                            last);
+        if (whole)
+            finish_rows<EPILOGUE, ROWS / 8>(p, at, sum);
+        else
+            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, last);
     }
 }
 
@@ -1103,13 +1181,14 @@ template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct r
         const uint8_t *rows = p.input.bytes + (size_t)(t.begin + tile % t.n * ROW_TILE) * ROW_BYTES;
         for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
             uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : ROW_TILE * ROW_BYTES);
-            copy_pieces<false>(to,
-                               lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
-                                         : weights + (size_t)unit * unit_bytes(TYPE),
-                               lane == 0   ? ROW_TILE * ROW_BYTES
-                               : lane == 1 ? unit_bytes(TYPE)
-                                           : 0,
-                               r.full + r.at);
+            copy_pieces(to,
+                        lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
+                                  : weights + (size_t)unit * unit_bytes(TYPE),
+                        lane == 0   ? ROW_TILE * ROW_BYTES
+                        : lane == 1 ? unit_bytes(TYPE)
+                                    : 0,
+                        false, r.full + r.at);
+            copies_sent(r.full + r.at);
         }
     }
 }
@@ -1131,24 +1210,15 @@ DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
     return (warp / (CONSUMERS / WARP_TILES) * WARP_GROUPS + i % WARP_GROUPS) * 8;
 }
 
-/* sum += a unit. On Hopper the last products still go on when it returns, and read a[1]. */
+/* sum += a unit. */
 template <int TYPE>
 DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
                                  float (&sum)[128]) {
     const uint8_t *weights = rows + ROW_TILE * ROW_BYTES;
-    const int lane = (int)threadIdx.x % WARP;
 #ifdef HOPPER
-    const uint64_t b = wgmma_rows(rows);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        wgmma_wait<1>(); /* those that read a[half] are done */
-        load_scaled<TYPE>(weights, warp, half, lane, a[half]);
-        wgmma_begin();
-        wgmma<ROW_TILE>(sum, a[half][0], b + half * 4, true);
-        wgmma<ROW_TILE>(sum, a[half][1], b + half * 4 + 2, true);
-        wgmma_commit();
-    }
+    multiply_together<TYPE, ROW_TILE>(rows, weights, warp, a, sum);
 #else
+    const int lane = (int)threadIdx.x % WARP;
     (void)a;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -1177,7 +1247,7 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
 template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
-    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, 1, CONSUMERS);
+    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
     const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     grid_launch_dependents();
     if (warp == CONSUMERS) {
@@ -1210,9 +1280,11 @@ __global__ void __launch_bounds__(FED_THREADS, 1) prompt_product_kernel(const st
         wgmma_wait<0>();
 #endif
 #pragma unroll
-        for (int i = 0; i < 32; i++)
-            finish<EPILOGUE>(p, which, panel * (PANEL / TILE) + tile_of(warp, i),
-                             row + row_of(warp, i), p.first_row, t.end, &sum[i * 4]);
+        for (int i = 0; i < 32; i += WARP_GROUPS)
+            finish_rows<EPILOGUE, WARP_GROUPS>(p,
+                                               {which, panel * (PANEL / TILE) + tile_of(warp, i),
+                                                row + row_of(warp, i), p.first_row, t.end},
+                                               &sum[i * 4]);
     }
 }
 
@@ -1224,11 +1296,29 @@ static int stages_of(const struct cuda_device *d, int bytes, int others) {
     return smaller(room / bytes, MAX_STAGES);
 }
 
+/* Generated rows that a block has room for, with enough stages: fewer on chips with less. */
+static int rows_at_once(const struct cuda_device *d) {
+    int rows = GENERATED_ROWS;
+    while (stages_of(d, generated_stage(PACKED_BF16, rows), kept_bytes(rows)) < 4)
+        rows /= 2;
+    return rows;
+}
+
+/* Segments of an item: the more, the fewer sums pass through memory; but no block shall have more
+ * to do than if they were few. */
+static int choose_grain(int n_panels, int n_segments, int blocks) {
+    int least = divide(n_panels * n_segments, blocks), grain = 1;
+    for (int i = 2; i <= 4 && i <= n_segments; i *= 2)
+        if (divide(n_panels * n_segments / i, blocks) * i <= least + least / 32)
+            grain = i;
+    return grain;
+}
+
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
-    p.grain = n_segments > 1 && p.n_panels * n_segments >= 4 * blocks ? 2 : 1;
+    p.grain = choose_grain(p.n_panels, n_segments, blocks);
     p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
@@ -1248,8 +1338,9 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
                grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), FED_THREADS,
                (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
     }
-    for (p.first_row = 0; p.first_row < n_generated; p.first_row += GENERATED_ROWS) {
-        int n = n_generated - p.first_row;
+    int most = rows_at_once(d);
+    for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
+        int n = smaller(n_generated - p.first_row, most);
         if (n > 32)
             launch_generated<TYPE, EPILOGUE, 64>(d, p);
         else if (n > 16)
@@ -1397,9 +1488,9 @@ template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct 
         int value = i == 2 * n - 1 || (i > 0 && i % 2 == 0), step = q.begin + (i + 1) / 2 - value;
         const struct planes from =
             page_of(a, q.s, smaller(step * PAGES + page, last), q.kv_head, value);
-        copy_pieces<false>(wait_empty(r) + (plane * PAGES + page) * PLANE,
-                           from.bytes + plane * PLANE, plane < HEAD / UNIT ? PLANE : 0,
-                           r.full + r.at);
+        copy_pieces(wait_empty(r) + (plane * PAGES + page) * PLANE, from.bytes + plane * PLANE,
+                    plane < HEAD / UNIT ? PLANE : 0, false, r.full + r.at);
+        copies_sent(r.full + r.at);
     }
 }
 
@@ -1611,7 +1702,7 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
     constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
     grid_launch_dependents();
     struct ring r = open_ring(shared, a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD)), STAGE,
-                              0, 1, CONSUMERS);
+                              0, CONSUMERS);
     grid_wait();
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
@@ -1683,9 +1774,11 @@ DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, 
     copies_see_stores();
     for (int index = begin; index < end; index++) {
         const uint8_t *next = find(index + 1); /* long before it is needed */
-        for (int warp = 0; warp < CONSUMERS; warp++, next_stage(&r))
-            copy_pieces<true>(wait_empty(r) + lane % PIECES * BYTES, from,
-                              from && lane / PIECES == warp ? BYTES : 0, r.full + r.at);
+        for (int warp = 0; warp < CONSUMERS; warp++, next_stage(&r)) {
+            copy_pieces(wait_empty(r) + lane % PIECES * BYTES, from,
+                        from && lane / PIECES == warp ? BYTES : 0, true, r.full + r.at);
+            copies_sent(r.full + r.at);
+        }
         from = next;
     }
 }
@@ -1869,7 +1962,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
     struct ring r = open_ring(shared, a.n_stages, pages_bytes(HEAD),
-                              CONSUMERS * a.part * (int)sizeof(float), 1, 1);
+                              CONSUMERS * a.part * (int)sizeof(float), 1);
     grid_wait();
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
@@ -2297,25 +2390,40 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 
 /* ==== 8. Logits and samples ==== */
 
-/* sampled[i] = the token drawn from the logits of sample i, from first_sample on. One block a row,
- * which reads the vocabulary from L2 again and again. Bound by latency, some 50 us. keys: (rows,
- * n_vocab), overwritten. */
+enum sampler_stage { MAXIMUM, SELECT, SELECT_REST, RACE }; /* see lib/sampler.h */
+
+/* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
+ * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
+template <int STAGE>
 __global__ void __launch_bounds__(SAMPLER_THREADS)
     sample_kernel(const struct step_header *step, int first_sample, const float *logits,
-                  int logits_stride, int n_vocab, sampler_key *keys, int *sampled) {
+                  int logits_stride, int n_vocab, int part, struct sampler_row *rows,
+                  int *sampled) {
     DYNAMIC_SHARED(sampler_key, shared);
-    grid_wait();
     grid_launch_dependents();
-    int sample = first_sample + (int)blockIdx.x;
+    int sample = first_sample + (int)blockIdx.y, first = (int)blockIdx.x * part;
+    struct draw d = {};
+    if (sample < step->n_samples) { /* no kernel wrote the step */
+        d.sampling = array_of<struct sampling>(step, step->sampling)[sample];
+        d.position =
+            array_of<int>(step, step->position)[array_of<int>(step, step->sample_row)[sample]] + 1;
+    }
+    grid_wait();
     if (sample >= step->n_samples)
         return;
-    const struct sampling sampling = array_of<struct sampling>(step, step->sampling)[sample];
-    int row = array_of<int>(step, step->sample_row)[sample];
-    int position = array_of<int>(step, step->position)[row] + 1;
-    int token = sampler_draw_block(sampling, position, logits + (size_t)blockIdx.x * logits_stride,
-                                   n_vocab, keys + (size_t)blockIdx.x * n_vocab, shared);
-    if (threadIdx.x == 0)
-        sampled[sample] = token;
+    d.logits = logits + (size_t)blockIdx.y * logits_stride;
+    d.n = n_vocab;
+    d.first = first;
+    d.end = smaller(first + part, n_vocab);
+    d.n_parts = (int)gridDim.x;
+    d.row = &rows[blockIdx.y];
+    d.shared = shared;
+    if (STAGE == MAXIMUM)
+        sampler_maximum(d);
+    else if (STAGE == RACE)
+        sampler_race(d, &sampled[sample]);
+    else
+        sampler_select(d, STAGE == SELECT_REST);
 }
 
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
@@ -2332,10 +2440,20 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
     launch_product<STORE>(d, p, n);
 }
 
-/* The tokens of samples [first, first + n), of which the logits are there. */
+/* The tokens of samples [first, first + n), of which the logits are there. Parts as small as fill
+ * the chip. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
-    launch(d, "sample_kernel", sample_kernel, grid_of(n), SAMPLER_THREADS, SAMPLER_SHARED, d->step,
-           first, d->logits, d->logits_stride, d->device.config->vocab_size, d->keys, d->sampled);
+    int vocab = d->device.config->vocab_size, chip = 4 * d->gpu.properties->multiProcessorCount;
+    int wanted = chip / n + 1;
+    int part = divide(divide(vocab, wanted), SAMPLER_GROUP) * SAMPLER_GROUP;
+    for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
+        launch(d, "sample_kernel",
+               i == 0                    ? sample_kernel<MAXIMUM>
+               : i < SAMPLER_SELECTS     ? sample_kernel<SELECT>
+               : i < SAMPLER_SELECTS + 1 ? sample_kernel<SELECT_REST>
+                                         : sample_kernel<RACE>,
+               grid_of(divide(vocab, part), n), SAMPLER_THREADS, SAMPLER_SHARED, d->step, first,
+               d->logits, d->logits_stride, vocab, part, d->sampler_rows, d->sampled);
 }
 
 static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
@@ -2634,7 +2752,7 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
     size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
     gpu_take(&d->gpu, &d->logits, logit_rows * (size_t)d->logits_stride, &ok);
-    gpu_take(&d->gpu, &d->keys, logit_rows * (size_t)c->vocab_size, &ok);
+    gpu_take(&d->gpu, &d->sampler_rows, logit_rows, &ok);
     gpu_take(&d->gpu, &d->sampled, samples, &ok);
     gpu_take(&d->gpu, &d->sums[0], many ? rows * (size_t)d->x_stride : 0, &ok);
     gpu_take(&d->gpu, &d->sums[1], many ? rows * (size_t)d->x_stride : 0, &ok);
@@ -2661,7 +2779,7 @@ static bool open_card(struct cuda_device *d, char *error) {
         return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
                     index, p->name, p->major, p->minor, MIN_MAJOR);
     }
-    if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    if (cudaFuncSetAttribute(sample_kernel<RACE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
         return fail(error,

@@ -42,6 +42,7 @@
 #define DEVICE            static inline
 #define load16_once(from) load16(from)
 #define exp2_approx(x)    exp2f(x)
+#define log2_approx(x)    log2f(x)
 #define cospi(x)          cos(3.14159265358979324 * (x))
 #define sinpi(x)          sin(3.14159265358979324 * (x))
 #else
@@ -80,6 +81,12 @@ DEVICE float exp2_approx(float x) { /* 2^x to 2 ulp, subnormal results 0 */
     return y;
 }
 
+DEVICE float log2_approx(float x) { /* of normal x, to 2^-22, relative to results beyond 1 */
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* ---- barriers in shared memory, and copies that arrive at them ----
  * An mbarrier counts arrivals; when as many have come as barrier_init says, its phase is over and
  * the next one begins. Phases alternate in parity, from 0 on: barrier_wait(b, 0) waits for the end
@@ -104,9 +111,9 @@ DEVICE void barriers_ready() {
 }
 
 DEVICE void barrier_arrive(uint64_t *barrier) {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(
-                     shared_address(barrier))
-                 : "memory");
+    asm volatile(
+        "{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" ::"r"(shared_address(barrier))
+        : "memory");
 }
 
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
@@ -129,8 +136,9 @@ DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
 }
 
 /* All 32 lanes call it, each with a piece of its own to copy from device to shared memory: `bytes`
- * (a multiple of 16, or 0: none) of 16-byte aligned memory. When all pieces are there, the call has
- * made copy_arrivals() arrivals at the barrier. ONCE: the source is not to be read again soon. */
+ * (a multiple of 16, or 0: none) of 16-byte aligned memory. once: it is not to be read again soon.
+ * The pieces arrive at the barrier some time after copies_sent, which all lanes call too: that is
+ * copy_arrivals() arrivals there, and the phase does not end before the pieces are all there. */
 DEVICE int copy_arrivals() {
 #if __CUDA_ARCH__ >= 900
     return 1;
@@ -139,42 +147,42 @@ DEVICE int copy_arrivals() {
 #endif
 }
 
-template <bool ONCE>
-DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
+DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
 #if __CUDA_ARCH__ >= 900
-    if (bytes > 0) {
-        uint64_t policy;
-        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(
-                         shared_address(barrier)),
-                     "r"(bytes)
-                     : "memory");
-        if (ONCE) {
-            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                         ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                         "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-                         : "memory");
-        } else {
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                         " [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-                         "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                         : "memory");
-        }
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        barrier_arrive(barrier);
+    uint64_t soon, normal;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(soon));
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+    if (bytes == 0)
+        return;
+    asm volatile(
+        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? soon : normal)
+                 : "memory");
 #else
-    for (int lane = 0; lane < 32; lane++) { /* all lanes copy the piece of each */
+    (void)once, (void)barrier;
+    for (uint32_t left = __ballot_sync(0xffffffffu, bytes > 0); left; left &= left - 1) {
+        int lane = __ffs((int)left) - 1; /* all lanes copy its piece */
         uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
         uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
-        const char *source =
-            (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
+        const char *source = (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
         for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
                          "l"(source + at)
                          : "memory");
     }
+#endif
+}
+
+DEVICE void copies_sent(uint64_t *barrier) {
+#if __CUDA_ARCH__ >= 900
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(barrier);
+#else
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
                  : "memory");
 #endif
@@ -224,6 +232,19 @@ DEVICE uint32_t transpose_matrix(uint32_t own) {
     uint32_t r;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(own));
     return r;
+}
+
+/* (a & b) | c, or (a & b) ^ c, in one instruction (which takes one constant, no two). */
+DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+DEVICE uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
 }
 
 /* a * b + c of two bf16 each, rounded once. */
@@ -303,8 +324,8 @@ DEVICE void wgmma_sees_stores() {
 #define WGMMA(N, TURNED, SUMS, A, B, P, ...)                                                       \
     if constexpr (COLUMNS == N && TRANSPOSED == TURNED)                                            \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0;\n"                                      \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, "  \
-                 B ", p, 1, 1, " #TURNED "; }\n"                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A        \
+                 "}, " B ", p, 1, 1, " #TURNED "; }\n"                                             \
                  : __VA_ARGS__                                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)adds))
 

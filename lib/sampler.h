@@ -4,7 +4,8 @@
  * one. Kept are the top_k largest (ties: lower ids), of these the smallest set whose share of them
  * reaches top_p, of these the ones of at least min_p times the largest probability; of these the
  * largest logit + g wins (ties: lower ids), g = -log(-log(u)), u from a counter-based generator
- * keyed by (seed, position of the new token, token id). Temperature 0: the largest logit wins.
+ * keyed by (seed, position of the new token, token id). Temperature 0, or so low that the largest
+ * quotient overflows: the largest logit wins.
  * So a draw does not depend on the batch, the machine or other draws. The two implementations
  * differ only where rounding decides which tokens reach top_p, or which of two equals is larger.
  *
@@ -14,8 +15,9 @@
  *     struct sampling sampling = {.temperature = 0.8f, .top_p = 0.95f, .seed = 1};
  *     int token = sampler_draw(&sampling, position, logits, N_VOCAB, scaled, list);
  *
- *     #define SAMPLER_GPU_IMPLEMENTATION            // in CUDA, by one block of a kernel
- *     int token = sampler_draw_block(sampling, position, logits, n_vocab, keys, shared);
+ *     #define SAMPLER_GPU_IMPLEMENTATION            // in CUDA, by a few kernels: see below
+ *     struct draw draw = {...};                     // what a block has of a row
+ *     sampler_maximum(draw); sampler_select(draw, last); sampler_race(draw, &token);
  *
  * Both keep no state and allocate nothing. */
 #ifndef SAMPLER_H
@@ -58,10 +60,14 @@ SAMPLER_INLINE void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     }
 }
 
-SAMPLER_INLINE double sampler_uniform(uint64_t seed, int position, int token) { /* in (0, 1) */
+SAMPLER_INLINE uint32_t sampler_word(uint64_t seed, int position, int token) {
     uint32_t counter[4] = {(uint32_t)position, (uint32_t)token, 0, 0};
     philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
-    return ((double)counter[0] + 0.5) * 0x1p-32;
+    return counter[0];
+}
+
+SAMPLER_INLINE double sampler_uniform(uint64_t seed, int position, int token) { /* in (0, 1) */
+    return ((double)sampler_word(seed, position, token) + 0.5) * 0x1p-32;
 }
 #endif /* SAMPLER_H */
 #ifdef SAMPLER_IMPLEMENTATION
@@ -162,12 +168,12 @@ static int sampler_keep_top(const struct sampling *sampling, const float *scaled
     return kept;
 }
 
-/* The largest scaled + g of `n` tokens (of the list, or all). -log(u) >= 1 - u rules out most
- * without a logarithm: token wins only if -log(u) < e^(scaled - best). */
+/* The largest scaled - max + g of `n` tokens (of the list, or all). -log(u) >= 1 - u rules out most
+ * without a logarithm: token wins only if -log(u) < e^(scaled - max - best). */
 static int sampler_race(const struct sampling *sampling, int position, const float *scaled,
                         float max, const int *list, int n) {
     double least = sampling->min_p > 0.0f ? (double)max + log((double)sampling->min_p) : -INFINITY;
-    double best = -INFINITY, scale = INFINITY; /* scale: e^(max - best), a bit more */
+    double best = -INFINITY, scale = INFINITY; /* scale: e^-best, a bit more */
     int winner = list ? list[n - 1] : 0;
     for (int i = 0; i < n; i++) {
         int token = list ? list[i] : i;
@@ -176,11 +182,11 @@ static int sampler_race(const struct sampling *sampling, int position, const flo
         double u = sampler_uniform(sampling->seed, position, token);
         if (1.0 - u > sampler_weight_of(scaled[token], max) * scale)
             continue;
-        double value = (double)scaled[token] - log(-log(u));
+        double value = (double)scaled[token] - (double)max - log(-log(u));
         if (value > best || (value == best && token < winner)) {
             best = value;
             winner = token;
-            scale = exp((double)max - best) * 1.001 + 1e-300;
+            scale = exp(-best) * 1.001 + 1e-300;
         }
     }
     return winner;
@@ -189,8 +195,9 @@ static int sampler_race(const struct sampling *sampling, int position, const flo
 int sampler_draw(const struct sampling *sampling, int position, const float *logits, int n,
                  float *scaled, int *list) {
     float max = sampler_temper(logits, scaled, n, sampling->temperature);
-    if (!(sampling->temperature > 0.0f)) {
+    if (!(sampling->temperature > 0.0f) || fabsf(max) >= FLT_MAX) {
         int token = 0;
+        max = sampler_temper(logits, scaled, n, 1.0f);
         while (token < n - 1 && scaled[token] != max)
             token++;
         return token;
@@ -209,46 +216,82 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
 
 #include "gpu.h"
 
-/* Tokens are in order by a *key* of 64 bits, the larger the sooner: the logit in an
- * order-preserving form, then the complement of the id, so that no two are alike. Which keys top_k
- * and top_p keep is then one question, asked twice: which is the largest key such that the tokens
- * from it on count, or weigh, at least so much? `find_key` answers it by its 8 bits digits, the
- * highest first, with a histogram for each. Weights are whole numbers of 2^-40: their sums do not
- * depend on the order of additions. Before, tokens so improbable that top_p cannot keep them are
- * left out, which leaves few. */
+/* A row is drawn by blocks that each have a part of its vocabulary, in a few kernels:
+ *     sampler_maximum    the largest logit
+ *     sampler_select     a digit of the least key that is kept; SAMPLER_SELECTS times
+ *     sampler_race       the largest logit + g of those kept
+ * Tokens are in order by a *key*, the larger the sooner: the logit in an order-preserving form,
+ * then the complement of the id, so that no two are alike. Which keys top_k and top_p keep is then
+ * one question, asked twice: which is the largest key such that the tokens from it on count, or
+ * weigh, at least `amount`? It is answered by digits of 11 bits, the highest first, with a
+ * histogram for each of the keys that have the digits before it. All blocks of a row add to it, and
+ * the last one to arrive finds the digit; those left after SAMPLER_SELECTS it finds alone. Three
+ * digits are the logit; two more tell equal ones apart, and are seldom needed.
+ *
+ * Sums are of whole numbers, weights in units of 2^-40, and the best is by a total order: a token
+ * depends neither on the number of parts nor on the order of blocks. */
 typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call them */
 
 enum {
     SAMPLER_THREADS = 512,
-    SAMPLER_DIGITS = 256,
-    SAMPLER_SHARED = (SAMPLER_DIGITS + 2) * 8 /* bytes: sums, and two words more */
+    SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
+    SAMPLER_AHEAD = 4,                   /* groups on their way */
+    SAMPLER_SELECTS = 3,
+    SAMPLER_ID_BITS = 23, /* of a key of 55 */
+    SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
+    SAMPLER_DIGITS = 5,
+    SAMPLER_BITS = 11, /* of a digit */
+    SAMPLER_BUCKETS = 1 << SAMPLER_BITS,
+    SAMPLER_EACH = SAMPLER_BUCKETS / SAMPLER_THREADS,
+    SAMPLER_WARPS = SAMPLER_THREADS / 32,
+    SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_WARPS + 3) * 8 /* bytes: histogram, sums, found */
+};
+
+/* The next digit to find: of top_k FIND_COUNT to FIND_COUNT + 4, of top_p FIND_WEIGHT to …; the
+ * first two of FIND_WEIGHT sum weights, then the logit is known, and equals are counted. */
+enum { FIND_FIRST, FIND_COUNT, FIND_WEIGHT = FIND_COUNT + SAMPLER_DIGITS, FIND_NOTHING = 100 };
+
+struct selection {
+    int step;                /* one of these */
+    sampler_key least, most; /* the key wanted lies between them; nothing left to find: least */
+    sampler_key amount;      /* wanted of them */
+};
+
+struct sampler_row { /* what kernels hand on; zero before and after a draw */
+    sampler_key largest, winner;
+    struct selection selection;
+    int arrived; /* blocks */
+    sampler_key sums[SAMPLER_BUCKETS];
 };
 
 struct draw { /* one block's work; all threads have the same */
-    const float *logits;
-    sampler_key *keys, *shared; /* (n_keys), room for n_vocab; SAMPLER_SHARED bytes */
-    int n_vocab, n_keys;
-    float temperature, max; /* of the largest logit / temperature */
+    struct sampling sampling;
+    int position;
+    const float *logits;        /* 16-byte aligned */
+    int n, first, end, n_parts; /* tokens; the block's */
+    struct sampler_row *row;
+    sampler_key *shared; /* SAMPLER_SHARED bytes */
+    float max;           /* the largest scaled logit: set here */
 };
 
-/* Logits that are no number count as the least one. */
-DEVICE float scaled_logit(const struct draw &d, int token) {
-    float value = d.logits[token] / d.temperature;
-    return fminf(fmaxf(value, -FLT_MAX), FLT_MAX); /* fmaxf(NaN, x) is x */
+/* ---- keys and weights ---- */
+
+DEVICE float finite(float value) { /* NaN: the least; + 0: there is one zero */
+    return fminf(fmaxf(value, -FLT_MAX), FLT_MAX) + 0.0f;
 }
 
 DEVICE sampler_key make_key(float scaled, int token) {
-    uint32_t bits = __float_as_uint(scaled);
+    uint32_t bits = __float_as_uint(scaled), id = SAMPLER_IDS - 1 - (uint32_t)token;
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
-    return (sampler_key)bits << 32 | (uint32_t)~token;
+    return (sampler_key)bits << SAMPLER_ID_BITS | id;
 }
 
 DEVICE int token_of_key(sampler_key key) {
-    return (int)~(uint32_t)key;
+    return (int)(~(uint32_t)key & (SAMPLER_IDS - 1));
 }
 
 DEVICE float scaled_of_key(sampler_key key) {
-    uint32_t bits = (uint32_t)(key >> 32);
+    uint32_t bits = (uint32_t)(key >> SAMPLER_ID_BITS);
     return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
 }
 
@@ -256,179 +299,311 @@ DEVICE sampler_key weight_of(const struct draw &d, float scaled) { /* in units o
     return (sampler_key)(expf(scaled - d.max) * 1099511627776.0f);
 }
 
-/* The largest of all threads' values, in every thread. */
-DEVICE sampler_key block_max(sampler_key value, sampler_key *shared) {
-    __syncthreads();
-    if (threadIdx.x == 0)
-        shared[0] = 0;
-    __syncthreads();
-    atomicMax(&shared[0], value);
-    __syncthreads();
-    return shared[0];
+/* Finds the maximum. False: the largest logit wins without a race. */
+DEVICE bool find_max(struct draw *d) {
+    float largest = scaled_of_key(d->row->largest), t = d->sampling.temperature;
+    d->max = finite(largest / t);
+    return t > 0.0f && fmaxf(fabsf(largest), fabsf(d->max)) < FLT_MAX;
 }
 
-/* Their sum, in every thread. */
-DEVICE sampler_key block_sum(sampler_key value, sampler_key *shared) {
-    for (int step = 16; step > 0; step /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, step);
-    __syncthreads();
-    if (threadIdx.x == 0)
-        shared[0] = 0;
+/* Keys, and the logits that may have them: most others are told without a division. */
+struct range {
+    sampler_key least, most;
+    float low, high;
+};
+
+DEVICE struct range make_range(const struct draw &d, sampler_key least, sampler_key most) {
+    float t = d.sampling.temperature, low = scaled_of_key(least), high = scaled_of_key(most);
+    struct range range = {least, most, -INFINITY, INFINITY};
+    if (low > -FLT_MAX) /* and not NaN: not a key of any logit */
+        range.low = low * t - 1e-6f * fabsf(low * t) - 1e-44f * (t + 1.0f);
+    if (high < FLT_MAX)
+        range.high = high * t + 1e-6f * fabsf(high * t) + 1e-44f * (t + 1.0f);
+    return range;
+}
+
+/* The token's key, or 0 where it is not in the range. */
+DEVICE sampler_key key_within(const struct draw &d, const struct range &r, int token, float logit) {
+    if (logit < r.low || logit > r.high)
+        return 0;
+    sampler_key key = make_key(finite(logit / d.sampling.temperature), token);
+    return key >= r.least && key <= r.most ? key : 0;
+}
+
+/* ---- what the threads of a block do together ---- */
+
+/* The largest of all threads' values, in every thread. */
+DEVICE sampler_key block_max(const struct draw &d, sampler_key value) {
+    for (int step = 16; step > 0; step /= 2) {
+        sampler_key other = __shfl_xor_sync(0xffffffffu, value, step);
+        value = other > value ? other : value;
+    }
     __syncthreads();
     if (threadIdx.x % 32 == 0)
-        atomicAdd(&shared[0], value);
+        d.shared[threadIdx.x / 32] = value;
     __syncthreads();
-    return shared[0];
+    for (int i = 0; i < SAMPLER_WARPS; i++)
+        value = d.shared[i] > value ? d.shared[i] : value;
+    return value;
 }
 
-/* Adds to the histogram of the digit at `shift`: keys that have the digits before it of `prefix`.
- * A thread adds up what is of one digit before it adds to the histogram: the first digits of most
- * keys are alike, and all threads would wait for one sum. */
-DEVICE void count_digits(const struct draw &d, sampler_key least, sampler_key prefix, int shift,
-                         bool by_weight) {
-    sampler_key sum = 0;
+/* Whether it is the last block of the row to arrive: it sees what the others wrote. */
+DEVICE bool last_to_arrive(const struct draw &d) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int before = add_ordered(&d.row->arrived, 1);
+        d.shared[SAMPLER_BUCKETS] = before == d.n_parts - 1;
+        if (before == d.n_parts - 1)
+            d.row->arrived = 0;
+    }
+    __syncthreads();
+    return d.shared[SAMPLER_BUCKETS] != 0;
+}
+
+/* Calls visit(token, logit) for tokens [first, end) in parts of 4; those in flight are loaded. */
+template <typename Visit>
+DEVICE void visit_tokens(const struct draw &d, int first, int end, Visit visit) {
+    auto load = [&](int token) {
+        return token < end ? *reinterpret_cast<const float4 *>(d.logits + token)
+                           : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    };
+    float4 ahead[SAMPLER_AHEAD];
+    first += 4 * (int)threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < SAMPLER_AHEAD; i++)
+        ahead[i] = load(first + i * SAMPLER_GROUP);
+#pragma unroll 1
+    for (; first < end; first += SAMPLER_GROUP) {
+        float4 now = ahead[0];
+#pragma unroll
+        for (int i = 1; i < SAMPLER_AHEAD; i++)
+            ahead[i - 1] = ahead[i];
+        ahead[SAMPLER_AHEAD - 1] = load(first + SAMPLER_AHEAD * SAMPLER_GROUP);
+#pragma unroll 1
+        for (int token = first; token < first + 4 && token < end; token++) {
+            visit(token, now.x);
+            now = make_float4(now.y, now.z, now.w, 0.0f);
+        }
+    }
+}
+
+DEVICE void sampler_maximum(const struct draw &d) {
+    sampler_key largest = 0;
+    visit_tokens(d, d.first, d.end, [&](int token, float logit) {
+        sampler_key key = make_key(finite(logit), token);
+        largest = key > largest ? key : largest;
+    });
+    largest = block_max(d, largest);
+    if (threadIdx.x == 0)
+        atomicMax(&d.row->largest, largest);
+}
+
+/* ---- what top_k and top_p keep ---- */
+
+DEVICE bool by_weight(const struct selection &s) {
+    return s.step == FIND_WEIGHT || s.step == FIND_WEIGHT + 1;
+}
+
+DEVICE int shift_of(const struct selection &s) { /* of the next digit */
+    return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - (s.step - FIND_COUNT) % SAMPLER_DIGITS);
+}
+
+/* Adds to a sum in shared memory, whose atomics are of 32 bits. */
+DEVICE void add_shared(sampler_key *sum, sampler_key value) {
+    unsigned *word = reinterpret_cast<unsigned *>(sum), high = (unsigned)(value >> 32);
+    if (value > 0 && atomicAdd(word, (unsigned)value) > ~(unsigned)value)
+        high++;
+    if (high > 0)
+        atomicAdd(word + 1, high);
+}
+
+/* The histogram of the next digit, in shared memory, of tokens [first, end). A thread sums those in
+ * a row that have the same digit: if all had, they would wait for each other. */
+DEVICE void count_tokens(const struct draw &d, const struct selection &s, int first, int end) {
+    const int shift = shift_of(s);
+    const bool weigh = by_weight(s);
+    const sampler_key heavy = weigh ? make_key(d.max - 28.0f, SAMPLER_IDS - 1) : 0; /* or 0 units */
+    const struct range range = make_range(d, heavy > s.least ? heavy : s.least, s.most);
     int digit = 0;
-    for (int i = (int)threadIdx.x; i < d.n_keys; i += SAMPLER_THREADS) {
-        sampler_key key = d.keys[i];
-        if (key < least || (shift < 56 && key >> (shift + 8) != prefix >> (shift + 8)))
-            continue;
-        int own = (int)(key >> shift & (SAMPLER_DIGITS - 1));
-        if (own != digit && sum > 0) {
-            atomicAdd(&d.shared[digit], sum);
+    sampler_key sum = 0;
+#pragma unroll
+    for (int i = 0; i < SAMPLER_EACH; i++)
+        d.shared[(int)threadIdx.x + i * SAMPLER_THREADS] = 0;
+    __syncthreads();
+    visit_tokens(d, first, end, [&](int token, float logit) {
+        sampler_key key = key_within(d, range, token, logit);
+        if (key == 0)
+            return;
+        int next = (int)(key >> shift & (SAMPLER_BUCKETS - 1));
+        if (next != digit) {
+            add_shared(&d.shared[digit], sum);
+            digit = next;
             sum = 0;
         }
-        digit = own;
-        sum += by_weight ? weight_of(d, scaled_of_key(key)) : 1;
-    }
-    if (sum > 0)
-        atomicAdd(&d.shared[digit], sum);
-}
-
-/* The largest key of which the keys from it on, down to `least` at most, are `amount` together: in
- * number, or by weight. Shared: a histogram of one digit, the digit found, what is still wanted. */
-DEVICE sampler_key find_key(const struct draw &d, sampler_key least, sampler_key amount,
-                            bool by_weight) {
-    sampler_key prefix = 0, *digit = d.shared + SAMPLER_DIGITS, *wanted = digit + 1;
-    for (int shift = 56; shift >= 0; shift -= 8) {
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < SAMPLER_DIGITS; i += SAMPLER_THREADS)
-            d.shared[i] = 0;
-        __syncthreads();
-        count_digits(d, least, prefix, shift, by_weight);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int i = SAMPLER_DIGITS - 1;
-            for (; i > 0 && d.shared[i] < amount; i--)
-                amount -= d.shared[i];
-            *digit = (sampler_key)i;
-            *wanted = amount;
-        }
-        __syncthreads();
-        prefix |= *digit << shift;
-        amount = *wanted;
-    }
-    return prefix;
-}
-
-/* Lists the tokens that top_k and top_p may keep, as keys. `total`: the weight of all tokens. */
-DEVICE void list_keys(struct draw *d, const struct sampling &sampling, sampler_key total) {
-    bool by_count = sampler_counts(&sampling, d->n_vocab);
-    /* all tokens this improbable together are less than what top_p leaves out */
-    float share = 0.5f * (1.0f - sampling.top_p) * (float)total / (float)d->n_vocab;
-    sampler_key cut = by_count || !(share >= 1.0f) ? 0 : (sampler_key)share;
-    sampler_key *count = d->shared;
+        sum += weigh ? weight_of(d, scaled_of_key(key)) : 1;
+    });
+    add_shared(&d.shared[digit], sum);
     __syncthreads();
+}
+
+/* The sum of what threads before this one have; and of all. */
+DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *total) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    sampler_key before = own;
+    for (int step = 1; step < 32; step *= 2) {
+        sampler_key other = __shfl_up_sync(0xffffffffu, before, step);
+        before += lane >= step ? other : 0;
+    }
+    if (lane == 31)
+        sums[warp] = before;
+    __syncthreads();
+    *total = 0;
+    for (int i = 0; i < SAMPLER_WARPS; i++) {
+        before += i < warp ? sums[i] : 0;
+        *total += sums[i];
+    }
+    return before - own;
+}
+
+/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
+DEVICE void find_digit(const struct draw &d, struct selection *s) {
+    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS, sum = 0, total;
+    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
+    const sampler_key prefix = s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS;
+    auto each = [&](int digit) { /* that a bucket has so many of */
+                                 bool weigh = s->step == FIND_WEIGHT + 2;
+                                 return weigh
+                                            ? weight_of(d, scaled_of_key((prefix + digit) << shift))
+                                            : 1;
+    };
+    for (int i = 0; i < SAMPLER_EACH; i++)
+        sum += d.shared[top - i] * each(top - i);
+    sampler_key before = sum_before(sum, sums, &total), amount = s->amount;
+    if (s->step == FIND_COUNT)
+        amount = (sampler_key)d.sampling.top_k;
+    if (s->step == FIND_WEIGHT)
+        amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)total), 1.0);
+    if (before < amount && amount <= before + sum) { /* one thread */
+        int digit = top;
+        for (; before + d.shared[digit] * each(digit) < amount; digit--)
+            before += d.shared[digit] * each(digit);
+        found[0] = (prefix + digit) << shift;
+        found[1] = (amount - before + each(digit) - 1) / each(digit);
+        found[2] = d.shared[digit];
+    }
+    __syncthreads();
+    bool all = found[1] == found[2] && !by_weight(*s);
+    s->least = found[0] > s->least ? found[0] : s->least;
+    s->most = found[0] + ((sampler_key)1 << shift) - 1;
+    s->amount = found[1];
+    s->step++;
+    if (all || shift == 0) {
+        bool next = s->step <= FIND_WEIGHT && d.sampling.top_p < 1.0f;
+        *s = {next ? FIND_WEIGHT : FIND_NOTHING, s->least, ~0ull >> (64 - 55), 0};
+    }
+}
+
+/* The row's next digit. `rest`: all that are left. */
+DEVICE void sampler_select(struct draw d, bool rest) {
+    struct selection s = d.row->selection;
+    if (s.step == FIND_FIRST) {
+        s.step = d.sampling.top_p < 1.0f ? FIND_WEIGHT : FIND_NOTHING;
+        s.step = sampler_counts(&d.sampling, d.n) ? FIND_COUNT : s.step;
+        s.most = ~0ull >> (64 - 55);
+    }
+    if (!find_max(&d) || s.step == FIND_NOTHING)
+        return;
+    count_tokens(d, s, d.first, d.end);
+#pragma unroll
+    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
+        if (d.shared[i] > 0)
+            atomicAdd(&d.row->sums[i], d.shared[i]);
+    if (!last_to_arrive(d))
+        return;
+#pragma unroll
+    for (int j = 0; j < SAMPLER_EACH; j++) {
+        int i = (int)threadIdx.x + j * SAMPLER_THREADS;
+        d.shared[i] = d.row->sums[i];
+        d.row->sums[i] = 0;
+    }
+    __syncthreads();
+    find_digit(d, &s);
+    while (rest && s.step != FIND_NOTHING) {
+        bool near = shift_of(s) == 0; /* ids that differ in the last digit */
+        int first = near ? token_of_key(s.most) : 0, end = first + SAMPLER_BUCKETS;
+        count_tokens(d, s, first, near && end < d.n ? end : d.n);
+        find_digit(d, &s);
+    }
     if (threadIdx.x == 0)
-        *count = 0;
-    __syncthreads();
-    for (int first = 0; first < d->n_vocab; first += SAMPLER_THREADS) {
-        int token = first + (int)threadIdx.x, lane = (int)threadIdx.x % 32;
-        float scaled = token < d->n_vocab ? scaled_logit(*d, token) : 0.0f;
-        bool kept = token < d->n_vocab && (cut == 0 || weight_of(*d, scaled) >= cut);
-        unsigned warp = __ballot_sync(0xffffffffu, kept);
-        sampler_key at = lane == 0 ? atomicAdd(count, (sampler_key)__popc(warp)) : 0;
-        at = __shfl_sync(0xffffffffu, at, 0) + __popc(warp & ((1u << lane) - 1));
-        if (kept)
-            d->keys[at] = make_key(scaled, token);
-    }
-    __syncthreads();
-    d->n_keys = (int)*count;
-    __syncthreads();
+        d.row->selection = s;
 }
 
-/* The least key that top_k and top_p keep. */
-DEVICE sampler_key least_kept(const struct draw &d, const struct sampling &sampling,
-                              sampler_key total) {
-    sampler_key least = 0, weight = 0;
-    if (sampler_counts(&sampling, d.n_vocab)) {
-        least = find_key(d, 0, (sampler_key)sampling.top_k, false);
-        for (int i = (int)threadIdx.x; i < d.n_keys; i += SAMPLER_THREADS)
-            if (d.keys[i] >= least)
-                weight += weight_of(d, scaled_of_key(d.keys[i]));
-        total = block_sum(weight, d.shared); /* top_p is a share of these */
-    }
-    if (sampling.top_p >= 1.0f)
-        return least;
-    sampler_key amount = (sampler_key)ceil((double)sampling.top_p * (double)total);
-    return find_key(d, least, amount > 0 ? amount : 1, true);
+/* ---- the race ---- */
+
+/* g to 1e-4, without exact logarithms. */
+DEVICE float rough_noise(uint32_t word) {
+    float u = ((float)word + 0.5f) * 0x1p-32f, rest = ((float)~word + 0.5f) * 0x1p-32f;
+    float series = rest * (1.0f + rest * (0.5f + rest * (1.0f / 3.0f + rest * 0.25f)));
+    float wait = word < 0xe0000000u ? log2_approx(u) * -0.69314718f : series; /* -log(u) */
+    return log2_approx(wait) * -0.69314718f;
 }
 
-/* The token of the largest logit + Gumbel noise among those kept. */
-DEVICE int race(const struct draw &d, const struct sampling &sampling, int position,
-                sampler_key least, bool listed) {
-    double floor = sampling.min_p > 0.0f ? (double)d.max + log((double)sampling.min_p) : -INFINITY;
-    double best = -INFINITY;
-    int winner = 0, n = listed ? d.n_keys : d.n_vocab;
-    for (int i = (int)threadIdx.x; i < n; i += SAMPLER_THREADS) {
-        if (listed && d.keys[i] < least)
-            continue;
-        int token = listed ? token_of_key(d.keys[i]) : i;
-        double scaled = scaled_logit(d, token);
-        if (scaled < floor)
-            continue;
-        double u = sampler_uniform(sampling.seed, position, token);
-        if (scaled - log(1.0 - u) < best) /* no logarithm of a logarithm for who cannot win */
-            continue;
-        double value = scaled - log(-log(u));
-        if (value > best || (value == best && token < winner)) {
-            best = value;
-            winner = token;
-        }
-    }
-    /* the best of all threads: first by value, then by the lower id; as integers of like order */
-    long long bits;
-    memcpy(&bits, &best, sizeof bits);
-    sampler_key order = (sampler_key)bits ^ (bits < 0 ? ~0ull : 1ull << 63);
-    sampler_key most = block_max(order, d.shared);
-    sampler_key id = block_max(order == most ? (sampler_key)(uint32_t)~winner : 0, d.shared);
-    return (int)~(uint32_t)id;
+/* In the race: scaled - max + g, in units of 2^-36 from -8 on, in the place of a key's logit. The
+ * winner is above -4, for so is the largest. */
+DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
+    int token = token_of_key(key);
+    double g = -log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
+    double value = (double)scaled_of_key(key) - (double)d.max + g;
+    sampler_key units = value > -8.0 ? (sampler_key)((value + 8.0) * 0x1p36) : 0;
+    return units << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
 }
 
-/* The token for `position`, of logits (n). All SAMPLER_THREADS threads of a block call it and get
- * it; keys (n) and shared memory (SAMPLER_SHARED bytes) are overwritten. */
-DEVICE int sampler_draw_block(const struct sampling &sampling, int position, const float *logits,
-                              int n, sampler_key *keys, sampler_key *shared) {
-    float temperature = sampling.temperature > 0.0f ? sampling.temperature : 1.0f;
-    struct draw d = {logits, keys, shared, n, 0, temperature, 0.0f};
-    sampler_key largest = 0, weight = 0, least = 0;
-    for (int i = (int)threadIdx.x; i < d.n_vocab; i += SAMPLER_THREADS) {
-        sampler_key key = make_key(scaled_logit(d, i), i);
-        largest = key > largest ? key : largest;
+/* Keys that top_k, top_p and min_p keep. */
+DEVICE struct range kept_range(const struct draw &d) {
+    sampler_key least = d.row->selection.least, floor = 0;
+    if (d.sampling.min_p > 0.0f) {
+        double exact = (double)d.max + log((double)d.sampling.min_p);
+        float rounded = (float)exact;
+        floor = (make_key(rounded, 0) >> SAMPLER_ID_BITS) + ((double)rounded < exact);
+        floor <<= SAMPLER_ID_BITS;
     }
-    largest = block_max(largest, shared);
-    d.max = scaled_of_key(largest);
-    int token = token_of_key(largest);
-    if (sampling.temperature > 0.0f) {
-        bool listed = sampler_counts(&sampling, n) || sampling.top_p < 1.0f;
-        if (listed) {
-            for (int i = (int)threadIdx.x; i < d.n_vocab; i += SAMPLER_THREADS)
-                weight += weight_of(d, scaled_logit(d, i));
-            weight = block_sum(weight, shared);
-            list_keys(&d, sampling, weight);
-            least = least_kept(d, sampling, weight);
-        }
-        token = race(d, sampling, position, least, listed);
+    return make_range(d, floor > least ? floor : least, ~0ull >> (64 - 55));
+}
+
+/* First roughly, then exactly those that may win. The last block of the row stores the token. */
+DEVICE void sampler_race(struct draw d, int *drawn) {
+    if (find_max(&d)) {
+        const struct range kept = kept_range(d);
+        float best = -INFINITY, second = -INFINITY;
+        sampler_key best_key = 0, winner = 0;
+        visit_tokens(d, d.first, d.end, [&](int token, float logit) {
+            sampler_key key = key_within(d, kept, token, logit);
+            if (key == 0)
+                return;
+            float noise = rough_noise(sampler_word(d.sampling.seed, d.position, token));
+            float value = scaled_of_key(key) - d.max + noise;
+            second = fmaxf(second, fminf(best, value));
+            best_key = value > best ? key : best_key;
+            best = fmaxf(best, value);
+        });
+        float enough = scaled_of_key(block_max(d, make_key(best, 0))) - 1e-3f;
+        if (best_key > 0 && best >= enough)
+            winner = race_key(d, best_key);
+        if (best_key > 0 && second >= enough) /* seldom: all that this thread has */
+            for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
+                for (int token = at; token < at + 4; token++) {
+                    sampler_key key = key_within(d, kept, token, d.logits[token]);
+                    key = key > 0 ? race_key(d, key) : 0;
+                    winner = key > winner ? key : winner;
+                }
+        winner = block_max(d, winner);
+        if (threadIdx.x == 0)
+            atomicMax(&d.row->winner, winner);
     }
-    return token;
+    if (last_to_arrive(d) && threadIdx.x == 0) {
+        *drawn = token_of_key(d.row->winner > 0 ? d.row->winner : d.row->largest);
+        d.row->largest = d.row->winner = 0;
+        d.row->selection = {};
+    }
 }
 #endif /* SAMPLER_GPU_IMPLEMENTATION */

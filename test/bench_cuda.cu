@@ -306,23 +306,29 @@ static size_t matrix_bytes(const struct bench *b, int rows, int cols) {
     return (size_t)rows * (size_t)cols / (size_t)b->form->elements * (size_t)b->form->bytes;
 }
 
-static const struct weight *load(struct bench *b, struct tensor tensor) {
-    char error[ERROR_LENGTH];
-    struct tensor *own = (struct tensor *)malloc(sizeof *own); /* the backend knows it by address */
+/* The backend knows it by address. */
+static const struct tensor *keep(struct bench *b, struct tensor tensor) {
+    struct tensor *own = (struct tensor *)malloc(sizeof *own);
     if (!own)
         quit("out of memory");
     *own = tensor;
     own->name.data = "a matrix";
     own->name.length = 8;
     b->loaded += (double)own->bytes;
-    const struct slice whole = {SLICE_WHOLE, 0, 1};
-    const struct weight *weight = b->backend->upload(&b->d->device, own, whole, error);
+    return own;
+}
+
+static const struct weight *load(struct bench *b, const struct tensor *tensor,
+                                 const struct tensor *partner) {
+    char error[ERROR_LENGTH];
+    const struct weight *weight =
+        b->backend->upload(&b->d->device, tensor, partner, {SLICE_WHOLE, 0, 1}, error);
     if (!weight)
         quit(error);
     return weight;
 }
 
-static const struct weight *load_matrix(struct bench *b, int rows, int cols, bool repeats) {
+static const struct tensor *make_matrix(struct bench *b, int rows, int cols, bool repeats) {
     struct tensor tensor = {};
     tensor.type = b->form->type;
     tensor.rows = rows;
@@ -334,7 +340,11 @@ static const struct weight *load_matrix(struct bench *b, int rows, int cols, boo
     tensor.data = b->data + b->data_at; /* further on each time, as in a file: not in a cache */
     b->data_at += tensor.bytes;
     b->weight_bytes += (double)tensor.bytes;
-    return load(b, tensor);
+    return keep(b, tensor);
+}
+
+static const struct weight *load_matrix(struct bench *b, int rows, int cols, bool repeats) {
+    return load(b, make_matrix(b, rows, cols, repeats), NULL);
 }
 
 static const struct weight *load_norm(struct bench *b) {
@@ -348,7 +358,7 @@ static const struct weight *load_norm(struct bench *b) {
     tensor.cols = n;
     tensor.bytes = (size_t)n * sizeof *ones;
     tensor.data = ones;
-    const struct weight *weight = load(b, tensor);
+    const struct weight *weight = load(b, keep(b, tensor), NULL);
     free(ones);
     return weight;
 }
@@ -374,8 +384,10 @@ static void load_model(struct bench *b, bool repeats) {
         layer[ATTN_V] = load_matrix(b, kv, d, repeats);
         layer[ATTN_OUTPUT] = load_matrix(b, d, q, repeats);
         layer[FFN_NORM] = load_norm(b);
-        layer[FFN_GATE] = load_matrix(b, s->d_ff, d, repeats);
-        layer[FFN_UP] = load_matrix(b, s->d_ff, d, repeats);
+        const struct tensor *gate = make_matrix(b, s->d_ff, d, repeats);
+        const struct tensor *up = make_matrix(b, s->d_ff, d, repeats);
+        layer[FFN_GATE] = load(b, gate, up);
+        layer[FFN_UP] = load(b, up, gate);
         layer[FFN_DOWN] = load_matrix(b, d, s->d_ff, repeats);
     }
     b->load_seconds = seconds() - start;

@@ -224,6 +224,14 @@ static inline uint32_t emu_fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
     return emu_bf16(near);
 }
 
+static inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+    return (a & b) | c;
+}
+
+static inline uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+    return (a & b) ^ c;
+}
+
 static inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
     return emu_fma_bf16(a, b, c) | emu_fma_bf16(a >> 16, b >> 16, c >> 16) << 16;
 }
@@ -632,7 +640,7 @@ __attribute__((noreturn)) static void emu_deadlock(void) {
     abort();
 }
 
-/* This thread waits, or has ended. Where no other can run, even with all pieces there, the block has
+/* This thread waits, or has ended. Where no other can run, with all pieces there, the block has
  * ended, or has come as far as it can before the kernel before it. */
 static void emu_run_another(emu_warp *warp) {
     emu_block *block = emu.block;
@@ -1029,14 +1037,17 @@ static void emu_send_piece(void *to, const void *from, size_t bytes, emu_mbarrie
     emu.block->pieces.push_back({to, from, bytes, barrier});
 }
 
-template <bool ONCE>
-static void copy_pieces(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
+void copy_pieces(void *to, const void *from, uint32_t bytes, bool, uint64_t *barrier) {
     emu_mbarrier *b = emu_mbarrier_at(barrier, "copy_pieces");
     if (bytes > 0)
         emu_send_piece(to, from, bytes, b);
     emu_warp_op(EMU_COPY_PIECES, 0xFFFFFFFF, 0, 0);
+}
+
+void copies_sent(uint64_t *barrier) {
+    emu_warp_op(EMU_COPY_PIECES, 0xFFFFFFFF, 0, 0);
     if (emu.current->lane == 0)
-        emu_arrive_at(b, "copy_pieces");
+        emu_arrive_at(emu_mbarrier_at(barrier, "copies_sent"), "copies_sent");
 }
 
 /* cp.async: 16 bytes, or zeros, that land when this thread waits for their group. */

@@ -1627,21 +1627,28 @@ static void many_samples(struct check *check) {
 
 /* ---- sampling ---- */
 
+enum { LOGIT_KINDS = 10 };
+
 static float draw_logit(struct random *random, int kind, int token, float width) {
     static const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-40f};
-    float value = width * normal(random);
+    float value = width * normal(random), rounded;
     switch (kind) {
     case 1: return floorf(value); /* ties are common */
     case 2: return below(random, 4) ? value : PICK(random, odd);
     case 3: return odd[below(random, 3)]; /* nothing else than these */
     case 4: return 1.0f;
     case 5: return token % 2 ? odd[below(random, 2) * 2] : (float)token;
+    case 6: return token % 3 ? width : 0.0f;
+    case 7: return width * (1.0f + 1e-6f * (float)below(random, 5)); /* few, close together */
+    case 8: /* to bf16's 8 bits or so: ties are common */
+        rounded = 65537.0f * value;
+        return rounded - (rounded - value);
     default: return value;
     }
 }
 
 static struct sampling draw_sampling(struct random *random, int n) {
-    static const float temperatures[] = {0.0f, 1e-3f, 0.5f, 0.8f, 1.0f, 3.0f};
+    static const float temperatures[] = {0.0f, 1e-40f, 1e-3f, 0.5f, 0.8f, 1.0f, 3.0f};
     static const float tops[] = {0.0f, 1e-6f, 0.1f, 0.5f, 0.95f, 0.999999f, 1.0f, 1.0f};
     static const float least[] = {0.0f, 0.0f, 0.05f, 1.0f};
     const int counts[] = {0, 0, 1, 2, n / 3, n - 1, n, n + 1, 1000};
@@ -1653,9 +1660,9 @@ static struct sampling draw_sampling(struct random *random, int n) {
 /* Draws of n_rows rows of logits. Returns how many are not the definition's: where rounding decides
  * whether a token is among those that reach top_p, another may be right too. */
 static int check_draws(struct check *check, struct random *random, struct device *device,
-                       int n_rows) {
+                       int n_rows, int kind) {
     static struct test_batch test;
-    int n = device->config->vocab_size, kind = below(random, 8), different = 0;
+    int n = device->config->vocab_size, different = 0;
     int text[1] = {0}, slots[1] = {0}, first[MOST_SEQUENCES];
     float *logits = floats(nth(n_rows, n, 0));
     struct batch *batch = start_batch(&test);
@@ -1690,23 +1697,34 @@ static int check_draws(struct check *check, struct random *random, struct device
               expected, kind, (double)s->temperature, (double)s->top_p, (double)s->min_p, s->top_k,
               (unsigned long long)s->seed);
     }
+    batch->n_samples = 1; /* the last row alone */
+    batch->sample_row[0] = n_rows - 1;
+    batch->sampling[0] = batch->sampling[n_rows - 1];
+    device->backend->step_begin(device, batch);
+    poke(device, A_LOGITS, logits + nth(n_rows - 1, n, 0), 1);
+    draw_rows(device, 1);
+    device->backend->step_end(device, batch->sampled);
+    CHECK(batch->sampled[0] == first[n_rows - 1], "alone %d, with others %d", batch->sampled[0],
+          first[n_rows - 1]);
     free(logits);
     return different;
 }
 
 static void sampling(struct check *check) {
     struct random random = start("sampling");
-    const int sizes[] = {1, 2, 300, between(&random, 3, 1100), 33000};
+    const int sizes[] = {1, 2, 300, between(&random, 3, 1100), 4097, 33000};
     int all = 0, different = 0;
     for (int i = 0; i < COUNT(sizes); i++) {
         bool large = sizes[i] > 2000;
-        int repeats = SANITIZED ? 1 : large ? DRAWS : 4 * DRAWS, n_rows = large ? 4 : LOGITS_KEPT;
+        int repeats = SANITIZED ? 1 : large ? LOGIT_KINDS : 4 * DRAWS;
+        int n_rows = large ? 4 : LOGITS_KEPT;
         struct model_config config = draw_config(&random, 1, 1);
         config.rope_dim = 0;
         config.vocab_size = sizes[i];
         struct device *device = open_alone(&config, LOGITS_KEPT);
         for (int j = 0; j < repeats; j++, all += n_rows)
-            different += check_draws(check, &random, device, n_rows);
+            different += check_draws(check, &random, device, n_rows,
+                                     large ? j : below(&random, LOGIT_KINDS));
         close_alone(device);
     }
     /* rounding may decide, and hardly ever does: of 49,344 draws on the CPU it did in none */

@@ -298,10 +298,10 @@ static inline int ref_by_rank(const void *a, const void *b) { /* of equals the l
 }
 
 static inline double ref_noisy(const struct sampling *sampling, int position,
-                               struct ref_choice choice) {
+                               struct ref_choice choice, double max) {
     uint32_t words[4] = {(uint32_t)position, (uint32_t)choice.token, 0, 0};
     ref_philox(words, (uint32_t)sampling->seed, (uint32_t)(sampling->seed >> 32));
-    return (double)choice.scaled - log(-log(((double)words[0] + 0.5) * 0x1p-32));
+    return (double)choice.scaled - max - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
 /* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort. A
@@ -312,15 +312,19 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
                                     const float *logits, int n, double slack, int token,
                                     bool *may) {
     struct ref_choice *order = (struct ref_choice *)ref_allocate((size_t)n, sizeof *order);
-    float divisor = sampling->temperature > 0.0f ? sampling->temperature : 1.0f;
-    for (int i = 0; i < n; i++) {
-        float scaled = logits[i] / divisor;
-        order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
-        order[i].token = i;
-    }
-    qsort(order, (size_t)n, sizeof *order, ref_by_rank);
     int kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
-    kept = sampling->temperature > 0.0f ? kept : 1;
+    float divisor = sampling->temperature;
+    for (bool again = true; again; divisor = 1.0f) { /* again: the largest overflows */
+        for (int i = 0; i < n; i++) {
+            float scaled = logits[i] / (divisor > 0.0f ? divisor : 1.0f);
+            order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
+            order[i].token = i;
+        }
+        qsort(order, (size_t)n, sizeof *order, ref_by_rank);
+        bool largest = !(divisor > 0.0f) || fabsf(order[0].scaled) >= FLT_MAX;
+        kept = largest ? 1 : kept;
+        again = largest && divisor != 1.0f;
+    }
     double max = (double)order[0].scaled, total = 0.0, before = 0.0;
     for (int i = 0; i < kept; i++)
         total += exp((double)order[i].scaled - max);
@@ -333,7 +337,7 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
         before += exp((double)order[i].scaled - max);
         if ((double)order[i].scaled < least)
             continue;
-        double value = ref_noisy(sampling, position, order[i]);
+        double value = ref_noisy(sampling, position, order[i], max);
         int id = order[i].token;
         if (id == token)
             value_of_token = value;
@@ -347,8 +351,8 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
         }
     }
     free(order);
-    *may = value_of_token > best_sure - 1e-12 * fabs(best_sure) &&
-           (value_of_token != best_sure || token <= winner_sure);
+    *may =
+        value_of_token > best_sure - 1e-10 && (value_of_token != best_sure || token <= winner_sure);
     return winner;
 }
 

@@ -303,7 +303,7 @@ static double multiplied(enum tensor_type type, double kept) {
 
 /* Of prompts, quantized numbers are multiplied as bf16. */
 static struct slack product_slack(const struct device *, enum tensor_type type) {
-    return {1e-5, type == TYPE_Q8_0 || type == TYPE_Q4_0 ? 3 * 0x1p-9 : 0.0};
+    return {1e-5, type == TYPE_Q8_0 || type == TYPE_Q4_0 ? 6 * 0x1p-9 : 0.0};
 }
 
 static struct slack attention_slack(const struct device *) { /* weights are bf16 */

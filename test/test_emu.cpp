@@ -485,6 +485,41 @@ static void asynchronous_copies(struct check *check) {
 
 /* ---- mbarriers ---- */
 
+/* Each lane fetches 16 bytes, and looks at them before they are there. */
+static __global__ void pieces_kernel(const int *from, int *early, int *out) {
+    DYNAMIC_SHARED(int, shared);
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared + 128);
+    int *own = shared + threadIdx.x * 4;
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, copy_arrivals());
+        barriers_ready();
+    }
+    __syncthreads();
+    *own = 9;
+    barrier_wait(barrier, 1); /* the phase before the first one is over */
+    copy_pieces<false>(own, from + threadIdx.x * 4, 16, barrier);
+    early[threadIdx.x] = under_asan ? -1 : *own; /* which would report it */
+    barrier_wait(barrier, 0);
+    out[threadIdx.x] = *own;
+}
+
+static void pieces_are_late(struct check *check) {
+    device_array<int> from(128), early(32), out(32);
+    int n_late = 0;
+    for (int i = 0; i < 128; i++)
+        from[(size_t)i] = i;
+    for (int seed = 0; seed < SEEDS; seed++) {
+        RUN(with(1, 32, 128 * 4 + 8)(pieces_kernel, from.data, early.data, out.data));
+        for (int i = 0; i < 32; i++) {
+            int value = early[(size_t)i];
+            CHECK(out[(size_t)i] == i * 4, "lane %d: got %d", i, out[(size_t)i]);
+            CHECK(value == -1 || value == i * 4, "lane %d: %d before it is there", i, value);
+            n_late += value == -1;
+        }
+    }
+    CHECK(n_late > 0 && (under_asan || n_late < SEEDS * 32), "%d pieces late", n_late);
+}
+
 enum { STAGES = 3, STAGE = 1024, ROUNDS = 8, CONSUMERS = 64 };
 
 /* A producer warp feeds two others through a ring of stages. They may be wrong: read a stage before
@@ -1260,12 +1295,14 @@ static const mistake all_mistakes[] = {
             if (errs) { barrier_arrive(barrier_in(shared, 2)); barrier_wait(barrier, 0); }),
      {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 2 arrivals: 64 threads: ",
       "1 barrier_wait 63 returned"}},
-    {"a phase missed", ALWAYS,
-     KERNEL(if (threadIdx.x == 0) barrier_in(shared, 1); __syncthreads();
-            uint64_t *barrier = (uint64_t *)shared;
-            if (threadIdx.x == 0) { barrier_arrive(barrier); barrier_arrive(barrier); }
-            if (errs) barrier_wait(barrier, 0)),
-     {THREAD "waits forever at barrier_wait(byte 0, 0) for 1 of 1 arrivals: "}},
+    {"a phase missed", ALWAYS, /* the first warp ends two as soon as the thread waits */
+     KERNEL(uint64_t *barrier = (uint64_t *)shared; volatile char *waits = shared + 8;
+            if (threadIdx.x == 0) barrier_in(shared, 1);
+            __syncthreads();
+            if (threadIdx.x == 37) { *waits = 1; barrier_wait(barrier, 0); }
+            while (threadIdx.x < 32 && !__any_sync(ALL, *waits == 1)) {}
+            if (threadIdx.x == 0) { barrier_arrive(barrier); barrier_arrive(barrier); }),
+     {"thread (37, 0, 0): waits forever at barrier_wait(byte 0, 0) for 1 of 1 arrivals: "}},
     {"no barrier_init", ALWAYS, KERNEL(if (errs) barrier_wait((uint64_t *)shared, 0)),
      {THREAD "barrier_wait before barrier_init"}},
     {"no barriers_ready", ALWAYS,
@@ -1420,6 +1457,7 @@ int main(int argc, char **argv) {
         TEST(matrices_from_shared_memory),
         TEST(loads_and_stores_with_hints),
         TEST(asynchronous_copies),
+        TEST(pieces_are_late),
         TEST(rings_of_stages),
         TEST(errors),
         TEST(devices),
