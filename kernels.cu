@@ -1449,8 +1449,8 @@ static struct product product_of(const struct cuda_device *d, const struct plane
  * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
  * nothing changes no bit.
  *
- * In a block of tokens (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, its values
- * alike. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
+ * In a block (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, and so are its
+ * values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
@@ -1487,21 +1487,6 @@ DEVICE struct planes page_of(const struct heads &h, const struct sequence &s, in
 /* The first token that a query at `position` sees. */
 DEVICE int first_seen(const struct attention &a, int position) {
     return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-}
-
-/* Of a sum over the lanes of a row, or of a column, of a warp's products. */
-template <int FIRST, int END> DEVICE float add_lanes(float sum) {
-#pragma unroll
-    for (int step = FIRST; step < END; step *= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
-}
-
-template <int FIRST, int END> DEVICE float largest_of_lanes(float most) {
-#pragma unroll
-    for (int step = FIRST; step < END; step *= 2)
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
-    return most;
 }
 
 /* ---- prompts ---- */
@@ -1640,7 +1625,9 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
 #pragma unroll
         for (int i = 0; i < N / 4; i++)
             most = fmaxf(most, scores[i / 2 * 4 + row * 2 + i % 2]);
-        most = fmaxf(largest_of_lanes<1, 4>(most) * a.scale, s->largest[row]);
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+        most = fmaxf(most * a.scale, s->largest[row]);
         const float base = most == -INFINITY ? 0.0f : most; /* it has seen nothing yet */
         s->factor[row] = exp2_approx(s->largest[row] - base);
         s->largest[row] = most;
@@ -1654,8 +1641,8 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
     }
 }
 
-/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage whose
- * first n rows are a text's last, all others become 0. By all who multiply. */
+/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage of
+ * which the first n rows are a text's last, all others become 0. By all who multiply. */
 template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
     for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
         if (i / 8 % step_tokens(HEAD) >= n)
@@ -1680,7 +1667,7 @@ DEVICE void load_queries(const struct attention &a, const struct queries &q, int
     }
 }
 
-/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of their weights. */
+/* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of weights. */
 template <int N>
 DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
                           const struct softmax &s, const float (&output)[N / 2]) {
@@ -1688,7 +1675,8 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         int own = query + row * 8, head = q.kv_head * q.group + own % q.group;
-        float sum = add_lanes<1, 4>(s.sum[row]);
+        float sum = s.sum[row] + __shfl_xor_sync(0xffffffffu, s.sum[row], 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (own > q.last)
             continue;
         if (a.sinks)
@@ -1724,6 +1712,7 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
     softmax_step<TOKENS>(a, scores, from, &s);
     next_stage(&r);
     give_back(r, 1);
+    uint8_t *stage = wait_full(r); /* of the next keys, at the end of the last values */
     for (;; from += TOKENS) {
 #pragma unroll
         for (int i = 0; i < TOKENS / 4; i++)
@@ -1733,22 +1722,21 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
             output[i] *= s.factor[i / 2 % 2];
         if (from == last)
             break;
-        uint8_t *keys = wait_full(r);
         next_stage(&r);
         uint8_t *values = wait_full(r) + dim * TOKENS * 2;
         next_stage(&r);
-        multiply_keys<HEAD, TOKENS>(scores, operand, keys);
+        multiply_keys<HEAD, TOKENS>(scores, operand, stage);
         multiply_values<TOKENS, N>(output, weights, values);
         wgmma_wait<1>();
         softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
+        stage = wait_full(r);
         wgmma_wait<0>();
         give_back(r, 2);
         give_back(r, 1);
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
-    uint8_t *values = wait_full(r);
-    clear_rest<HEAD>(values, q.s.start + q.s.n_rows - last);
-    multiply_values<TOKENS, N>(output, weights, values + dim * TOKENS * 2);
+    clear_rest<HEAD>(stage, q.s.start + q.s.n_rows - last);
+    multiply_values<TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
@@ -1776,19 +1764,18 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
 
 /* ---- generated tokens ---- */
 
-/* Pages of a split that a warp takes; heads of a group that are multiplied together. Fewer where
- * heads are long, so that LEAST_STAGES and the warps' parts fit 99 KB. */
-static constexpr __host__ __device__ int warp_pages(int head) {
-    return head > 128 ? 1 : 2;
+/* Tokens of a split, so few that one text fills the chip from 4k tokens on, and heads of a group
+ * that are multiplied together: fewer where heads are long, so that the ring fits 99 KB. */
+static constexpr __host__ __device__ int split_tokens(int head) {
+    return head > 128 ? 128 : 256;
 }
 
 static constexpr __host__ __device__ int chunk_heads(int head) {
     return head > 128 ? 4 : 8;
 }
 
-/* Tokens of a split: so few that one text fills the chip from 4k tokens on. */
-static constexpr __host__ __device__ int split_tokens(int head) {
-    return CONSUMERS * warp_pages(head) * BLOCK_TOKENS;
+static constexpr __host__ __device__ int pages_bytes(int head) { /* of a warp's part of a split */
+    return split_tokens(head) / CONSUMERS * head * 4;
 }
 
 /* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
@@ -1823,7 +1810,7 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
  * the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
-    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = 2 * warp_pages(HEAD);
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = pages_bytes(HEAD) / BYTES;
     const int lane = (int)threadIdx.x % WARP;
     auto find = [&](int index) -> const uint8_t * {
         const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
@@ -1881,8 +1868,9 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) { /* a page has a token that is seen: most is a number */
-        float most =
-            fmaxf(largest_of_lanes<4, WARP>(fmaxf(scores[i], scores[i + 2])), s->largest[i]);
+        float most = fmaxf(fmaxf(scores[i], scores[i + 2]), s->largest[i]);
+        for (int step = 4; step < WARP; step *= 2)
+            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
         factor[i] = exp2_approx(s->largest[i] - most);
         s->largest[i] = most;
         scores[i] = exp2_approx(scores[i] - most);
@@ -1912,7 +1900,9 @@ template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struc
     const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float sum = add_lanes<4, WARP>(s.sum[i]), *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
+        float sum = s.sum[i], *to = part + (lane % 4 * 2 + i) * (HEAD + 4);
+        for (int step = 4; step < WARP; step *= 2)
+            sum += __shfl_xor_sync(0xffffffffu, sum, step);
         if (lane % 4 * 2 + i >= n_heads)
             continue;
 #pragma unroll
@@ -1968,6 +1958,7 @@ template <int HEAD>
 DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
                           int end) {
     const int warp = (int)threadIdx.x / WARP;
+    constexpr int TOKENS = split_tokens(HEAD) / CONSUMERS;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
@@ -1982,12 +1973,11 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts
         (void)wait_empty(r);
         uint8_t *pages = wait_full(r);
 #pragma unroll
-        for (int page = 0; page < warp_pages(HEAD); page++) {
-            int from = (it.split * CONSUMERS + warp) * warp_pages(HEAD) + page;
-            from *= BLOCK_TOKENS;
+        for (int token = 0; token < TOKENS; token += BLOCK_TOKENS) {
+            int from = (it.split * CONSUMERS + warp) * TOKENS + token;
             if (from < it.end && from + BLOCK_TOKENS > it.begin)
-                attend_page<HEAD>(pages + page * BLOCK_TOKENS * HEAD * 4, it.begin - from,
-                                  it.end - from, q, a.scale, &s);
+                attend_page<HEAD>(pages + token * HEAD * 4, it.begin - from, it.end - from, q,
+                                  a.scale, &s);
         }
         store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
         give_back(r, 0);
@@ -2011,10 +2001,6 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts
     }
 }
 
-static constexpr __host__ __device__ int pages_stage(int head) {
-    return warp_pages(head) * BLOCK_TOKENS * head * 4;
-}
-
 /* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
  * grid of fixed size serves any batch. Shared: the ring, the parts of the warps, and an int. Bound
  * by reading keys and values. */
@@ -2023,13 +2009,13 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, a.n_stages, pages_stage(HEAD),
+    struct ring r = open_ring(shared, a.n_stages, pages_bytes(HEAD),
                               CONSUMERS * a.part * (int)sizeof(float), 1);
     grid_wait();
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
     const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
-    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_stage(HEAD));
+    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_bytes(HEAD));
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
         attend_splits<HEAD>(a, r, parts, begin, end);
     else if (begin < end)
@@ -2047,7 +2033,7 @@ template <int HEAD> static void launch_attention(struct cuda_device *d, struct a
                (size_t)(a.n_stages * stage + RING_BARRIERS), a);
     }
     if (d->n_generated > 0) {
-        int most = d->card->properties.multiProcessorCount, stage = pages_stage(HEAD);
+        int most = d->card->properties.multiProcessorCount, stage = pages_bytes(HEAD);
         int parts = CONSUMERS * a.part * (int)sizeof(float);
         a.n_stages = stages_of(d, stage, parts);
         assert(a.n_stages >= LEAST_STAGES);
