@@ -2022,7 +2022,7 @@ enum sampler_stage { MAXIMUM, SELECT, SELECT_REST, RACE }; /* see lib/sampler.h 
 /* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
  * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
 template <int STAGE>
-__global__ void __launch_bounds__(SAMPLER_THREADS)
+__global__ void __launch_bounds__(SAMPLER_THREADS, 2)
     sample_kernel(const struct step_header *step, int first_sample, const float *logits,
                   int logits_stride, int n_vocab, int part, struct sampler_row *rows,
                   int *sampled) {
