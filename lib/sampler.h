@@ -235,7 +235,7 @@ typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call
 enum {
     SAMPLER_THREADS = 512,
     SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
-    SAMPLER_AHEAD = 4,                   /* groups on their way */
+    SAMPLER_AHEAD = 3,                   /* groups on their way */
     SAMPLER_SELECTS = 3,
     SAMPLER_ID_BITS = 23, /* of a key of 55 */
     SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
@@ -494,7 +494,23 @@ DEVICE void find_digit(const struct draw &d, struct selection *s) {
     }
 }
 
-/* The row's next digit. `rest`: all that are left. */
+/* The histogram of the row out of those of its blocks, for the last one to arrive; else false. */
+DEVICE bool gather_sums(const struct draw &d) {
+    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
+        if (d.shared[i] > 0)
+            atomicAdd(&d.row->sums[i], d.shared[i]);
+    if (!last_to_arrive(d))
+        return false;
+#pragma unroll SAMPLER_EACH
+    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
+        d.shared[i] = d.row->sums[i];
+        d.row->sums[i] = 0;
+    }
+    __syncthreads();
+    return true;
+}
+
+/* The row's next digit. `rest`: then all that are left, by the last block alone. */
 DEVICE void sampler_select(struct draw d, bool rest) {
     struct selection s = d.row->selection;
     if (s.step == FIND_FIRST)
@@ -504,23 +520,15 @@ DEVICE void sampler_select(struct draw d, bool rest) {
              0, SAMPLER_MOST, (sampler_key)d.sampling.top_k};
     if (!find_max(&d) || s.step == FIND_NOTHING)
         return;
-    count_tokens(d, s, d.first, d.end);
-    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
-        if (d.shared[i] > 0)
-            atomicAdd(&d.row->sums[i], d.shared[i]);
-    if (!last_to_arrive(d))
-        return;
-#pragma unroll SAMPLER_EACH
-    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
-        d.shared[i] = d.row->sums[i];
-        d.row->sums[i] = 0;
-    }
-    __syncthreads();
-    find_digit(d, &s);
-    while (rest && s.step != FIND_NOTHING) {
-        bool near = shift_of(s) == 0; /* ids that differ in the last digit */
-        int first = near ? token_of_key(s.most) : 0, end = first + SAMPLER_BUCKETS;
-        count_tokens(d, s, first, near && end < d.n ? end : d.n);
+    for (bool alone = false; !alone || (rest && s.step != FIND_NOTHING); alone = true) {
+        int first = alone ? 0 : d.first, end = alone ? d.n : d.end;
+        if (alone && shift_of(s) == 0) { /* ids that differ in the last digit */
+            first = token_of_key(s.most);
+            end = first + SAMPLER_BUCKETS < end ? first + SAMPLER_BUCKETS : end;
+        }
+        count_tokens(d, s, first, end);
+        if (!alone && !gather_sums(d))
+            return;
         find_digit(d, &s);
     }
     if (threadIdx.x == 0)
