@@ -2067,12 +2067,11 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
     launch_product<STORE>(d, p, n);
 }
 
-/* The tokens of samples [first, first + n), of which the logits are there. Parts as small as fill
- * the chip. */
+/* The tokens of samples [first, first + n), of which the logits are there, by as many blocks as the
+ * chip holds at once. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
-    int vocab = d->device.config->vocab_size, chip = 4 * d->gpu.properties->multiProcessorCount;
-    int wanted = chip / n + 1;
-    int part = divide(divide(vocab, wanted), SAMPLER_GROUP) * SAMPLER_GROUP;
+    int vocab = d->device.config->vocab_size, chip = 2 * d->gpu.properties->multiProcessorCount;
+    int part = divide(divide(vocab * n, chip), SAMPLER_GROUP) * SAMPLER_GROUP;
     for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
         launch(d, "sample_kernel",
                i == 0                    ? sample_kernel<MAXIMUM>

@@ -442,10 +442,15 @@ DEVICE void count_tokens(const struct draw &d, const struct selection &s, int fi
     __syncthreads();
 }
 
-/* The sum of what threads before this one have; and of all. */
-DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *total) {
+/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
+DEVICE void find_digit(const struct draw &d, struct selection *s) {
+    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS;
+    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    sampler_key before = own;
+    sampler_key own = 0, total = 0, amount = s->amount;
+    for (int i = 0; i < SAMPLER_EACH; i++)
+        own += d.shared[top - i];
+    sampler_key before = own; /* of those before it and its own, at first */
     for (int step = 1; step < 32; step *= 2) {
         sampler_key other = __shfl_up_sync(0xffffffffu, before, step);
         before += lane >= step ? other : 0;
@@ -453,24 +458,12 @@ DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *t
     if (lane == 31)
         sums[warp] = before;
     __syncthreads();
-    *total = 0;
-    for (int i = 0; i < SAMPLER_WARPS; i++) {
+    for (int i = 0; i < SAMPLER_WARPS; total += sums[i++])
         before += i < warp ? sums[i] : 0;
-        *total += sums[i];
-    }
-    return before - own;
-}
-
-/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
-DEVICE void find_digit(const struct draw &d, struct selection *s) {
-    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS, sum = 0, total;
-    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
-    for (int i = 0; i < SAMPLER_EACH; i++)
-        sum += d.shared[top - i];
-    sampler_key before = sum_before(sum, sums, &total), amount = s->amount;
+    before -= own;
     if (s->step == FIND_WEIGHT)
         amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)total), 1.0);
-    if (before < amount && amount <= before + sum) { /* one thread */
+    if (before < amount && amount <= before + own) { /* one thread */
         int digit = top;
         for (; before + d.shared[digit] < amount; digit--)
             before += d.shared[digit];
@@ -555,21 +548,20 @@ DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
     return units << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
 }
 
-/* Keys that top_k, top_p and min_p keep. */
-DEVICE struct range kept_range(const struct draw &d) {
-    sampler_key least = d.row->selection.least, floor = 0;
-    if (d.sampling.min_p > 0.0f) {
-        double exact = (double)d.max + log((double)d.sampling.min_p);
-        float rounded = (float)exact;
-        floor = (make_key(rounded, 0) >> SAMPLER_ID_BITS) + ((double)rounded < exact);
-        floor <<= SAMPLER_ID_BITS;
-    }
-    return make_range(d, floor > least ? floor : least, SAMPLER_MOST);
+/* The least key that top_k, top_p and min_p keep. */
+DEVICE sampler_key least_kept(const struct draw &d) {
+    sampler_key least = d.row->selection.least;
+    if (!(d.sampling.min_p > 0.0f))
+        return least;
+    double exact = (double)d.max + log((double)d.sampling.min_p);
+    sampler_key bits = make_key((float)exact, 0) >> SAMPLER_ID_BITS;
+    bits += (double)(float)exact < exact;
+    return bits << SAMPLER_ID_BITS > least ? bits << SAMPLER_ID_BITS : least;
 }
 
 /* The best of the block's part: roughly first, then exactly those that may be it. */
 DEVICE sampler_key best_of_part(const struct draw &d) {
-    const struct range kept = kept_range(d);
+    const struct range kept = make_range(d, least_kept(d), SAMPLER_MOST);
     float best = -INFINITY, second = -INFINITY;
     sampler_key best_key = 0, winner = 0;
     visit_tokens(d, d.first, d.end, [&](int token, float logit) {
