@@ -2443,7 +2443,7 @@ enum sampler_stage { MAXIMUM, SELECT, SELECT_REST, RACE }; /* see lib/sampler.h 
 /* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
  * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
 template <int STAGE>
-__global__ void __launch_bounds__(SAMPLER_THREADS)
+__global__ void __launch_bounds__(SAMPLER_THREADS, 2)
     sample_kernel(const struct step_header *step, int first_sample, const float *logits,
                   int logits_stride, int n_vocab, int part, struct sampler_row *rows,
                   int *sampled) {
@@ -2488,12 +2488,11 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
     launch_product<STORE>(d, p, n);
 }
 
-/* The tokens of samples [first, first + n), of which the logits are there. Parts as small as fill
- * the chip. */
+/* The tokens of samples [first, first + n), of which the logits are there, by as many blocks as the
+ * chip holds at once. */
 static void draw_tokens(struct cuda_device *d, int first, int n) {
-    int vocab = d->device.config->vocab_size, chip = 4 * d->gpu.properties->multiProcessorCount;
-    int wanted = chip / n + 1;
-    int part = divide(divide(vocab, wanted), SAMPLER_GROUP) * SAMPLER_GROUP;
+    int vocab = d->device.config->vocab_size, chip = 2 * d->gpu.properties->multiProcessorCount;
+    int part = divide(divide(vocab * n, chip), SAMPLER_GROUP) * SAMPLER_GROUP;
     for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
         launch(d, "sample_kernel",
                i == 0                    ? sample_kernel<MAXIMUM>

@@ -235,7 +235,7 @@ typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call
 enum {
     SAMPLER_THREADS = 512,
     SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
-    SAMPLER_AHEAD = 4,                   /* groups on their way */
+    SAMPLER_AHEAD = 3,                   /* groups on their way */
     SAMPLER_SELECTS = 3,
     SAMPLER_ID_BITS = 23, /* of a key of 55 */
     SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
@@ -247,9 +247,10 @@ enum {
     SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_WARPS + 3) * 8 /* bytes: histogram, sums, found */
 };
 
-/* The next digit to find: of top_k FIND_COUNT to FIND_COUNT + 4, of top_p FIND_WEIGHT to …; the
- * first two of FIND_WEIGHT sum weights, then the logit is known, and equals are counted. */
+/* The digit to find: of top_k FIND_COUNT to FIND_COUNT + 4, of top_p FIND_WEIGHT to …, of which the
+ * first three sum weights; the logit is known then, and equals are counted. */
 enum { FIND_FIRST, FIND_COUNT, FIND_WEIGHT = FIND_COUNT + SAMPLER_DIGITS, FIND_NOTHING = 100 };
+#define SAMPLER_MOST (~0ull >> (64 - 32 - SAMPLER_ID_BITS)) /* key */
 
 struct selection {
     int step;                /* one of these */
@@ -400,10 +401,6 @@ DEVICE void sampler_maximum(const struct draw &d) {
 
 /* ---- what top_k and top_p keep ---- */
 
-DEVICE bool by_weight(const struct selection &s) {
-    return s.step == FIND_WEIGHT || s.step == FIND_WEIGHT + 1;
-}
-
 DEVICE int shift_of(const struct selection &s) { /* of the next digit */
     return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - (s.step - FIND_COUNT) % SAMPLER_DIGITS);
 }
@@ -421,14 +418,13 @@ DEVICE void add_shared(sampler_key *sum, sampler_key value) {
  * a row that have the same digit: if all had, they would wait for each other. */
 DEVICE void count_tokens(const struct draw &d, const struct selection &s, int first, int end) {
     const int shift = shift_of(s);
-    const bool weigh = by_weight(s);
+    const bool weigh = s.step >= FIND_WEIGHT && s.step < FIND_WEIGHT + 3;
     const sampler_key heavy = weigh ? make_key(d.max - 28.0f, SAMPLER_IDS - 1) : 0; /* or 0 units */
     const struct range range = make_range(d, heavy > s.least ? heavy : s.least, s.most);
     int digit = 0;
     sampler_key sum = 0;
-#pragma unroll
-    for (int i = 0; i < SAMPLER_EACH; i++)
-        d.shared[(int)threadIdx.x + i * SAMPLER_THREADS] = 0;
+    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
+        d.shared[i] = 0;
     __syncthreads();
     visit_tokens(d, first, end, [&](int token, float logit) {
         sampler_key key = key_within(d, range, token, logit);
@@ -446,10 +442,15 @@ DEVICE void count_tokens(const struct draw &d, const struct selection &s, int fi
     __syncthreads();
 }
 
-/* The sum of what threads before this one have; and of all. */
-DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *total) {
+/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
+DEVICE void find_digit(const struct draw &d, struct selection *s) {
+    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS;
+    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    sampler_key before = own;
+    sampler_key own = 0, total = 0, amount = s->amount;
+    for (int i = 0; i < SAMPLER_EACH; i++)
+        own += d.shared[top - i];
+    sampler_key before = own; /* of those before it and its own, at first */
     for (int step = 1; step < 32; step *= 2) {
         sampler_key other = __shfl_up_sync(0xffffffffu, before, step);
         before += lane >= step ? other : 0;
@@ -457,81 +458,70 @@ DEVICE sampler_key sum_before(sampler_key own, sampler_key *sums, sampler_key *t
     if (lane == 31)
         sums[warp] = before;
     __syncthreads();
-    *total = 0;
-    for (int i = 0; i < SAMPLER_WARPS; i++) {
+    for (int i = 0; i < SAMPLER_WARPS; total += sums[i++])
         before += i < warp ? sums[i] : 0;
-        *total += sums[i];
-    }
-    return before - own;
-}
-
-/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
-DEVICE void find_digit(const struct draw &d, struct selection *s) {
-    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS, sum = 0, total;
-    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
-    const sampler_key prefix = s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS;
-    auto each = [&](int digit) { /* that a bucket has so many of */
-                                 bool weigh = s->step == FIND_WEIGHT + 2;
-                                 return weigh
-                                            ? weight_of(d, scaled_of_key((prefix + digit) << shift))
-                                            : 1;
-    };
-    for (int i = 0; i < SAMPLER_EACH; i++)
-        sum += d.shared[top - i] * each(top - i);
-    sampler_key before = sum_before(sum, sums, &total), amount = s->amount;
-    if (s->step == FIND_COUNT)
-        amount = (sampler_key)d.sampling.top_k;
+    before -= own;
     if (s->step == FIND_WEIGHT)
         amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)total), 1.0);
-    if (before < amount && amount <= before + sum) { /* one thread */
+    if (before < amount && amount <= before + own) { /* one thread */
         int digit = top;
-        for (; before + d.shared[digit] * each(digit) < amount; digit--)
-            before += d.shared[digit] * each(digit);
-        found[0] = (prefix + digit) << shift;
-        found[1] = (amount - before + each(digit) - 1) / each(digit);
+        for (; before + d.shared[digit] < amount; digit--)
+            before += d.shared[digit];
+        found[0] = ((s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS) + digit) << shift;
+        found[1] = amount - before;
         found[2] = d.shared[digit];
+        if (s->step == FIND_WEIGHT + 2) { /* from here on they are counted */
+            sampler_key weight = weight_of(d, scaled_of_key(found[0]));
+            found[1] = (found[1] + weight - 1) / weight;
+            found[2] /= weight;
+        }
     }
     __syncthreads();
-    bool all = found[1] == found[2] && !by_weight(*s);
     s->least = found[0] > s->least ? found[0] : s->least;
     s->most = found[0] + ((sampler_key)1 << shift) - 1;
     s->amount = found[1];
     s->step++;
-    if (all || shift == 0) {
+    if (shift == 0 || found[1] == found[2]) { /* all of them */
         bool next = s->step <= FIND_WEIGHT && d.sampling.top_p < 1.0f;
-        *s = {next ? FIND_WEIGHT : FIND_NOTHING, s->least, ~0ull >> (64 - 55), 0};
+        *s = {next ? FIND_WEIGHT : FIND_NOTHING, s->least, SAMPLER_MOST, 0};
     }
 }
 
-/* The row's next digit. `rest`: all that are left. */
-DEVICE void sampler_select(struct draw d, bool rest) {
-    struct selection s = d.row->selection;
-    if (s.step == FIND_FIRST) {
-        s.step = d.sampling.top_p < 1.0f ? FIND_WEIGHT : FIND_NOTHING;
-        s.step = sampler_counts(&d.sampling, d.n) ? FIND_COUNT : s.step;
-        s.most = ~0ull >> (64 - 55);
-    }
-    if (!find_max(&d) || s.step == FIND_NOTHING)
-        return;
-    count_tokens(d, s, d.first, d.end);
-#pragma unroll
+/* The histogram of the row out of those of its blocks, for the last one to arrive; else false. */
+DEVICE bool gather_sums(const struct draw &d) {
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
         if (d.shared[i] > 0)
             atomicAdd(&d.row->sums[i], d.shared[i]);
     if (!last_to_arrive(d))
-        return;
-#pragma unroll
-    for (int j = 0; j < SAMPLER_EACH; j++) {
-        int i = (int)threadIdx.x + j * SAMPLER_THREADS;
+        return false;
+#pragma unroll SAMPLER_EACH
+    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
         d.shared[i] = d.row->sums[i];
         d.row->sums[i] = 0;
     }
     __syncthreads();
-    find_digit(d, &s);
-    while (rest && s.step != FIND_NOTHING) {
-        bool near = shift_of(s) == 0; /* ids that differ in the last digit */
-        int first = near ? token_of_key(s.most) : 0, end = first + SAMPLER_BUCKETS;
-        count_tokens(d, s, first, near && end < d.n ? end : d.n);
+    return true;
+}
+
+/* The row's next digit. `rest`: then all that are left, by the last block alone. */
+DEVICE void sampler_select(struct draw d, bool rest) {
+    struct selection s = d.row->selection;
+    if (s.step == FIND_FIRST)
+        s = {sampler_counts(&d.sampling, d.n) ? FIND_COUNT
+             : d.sampling.top_p < 1.0f        ? FIND_WEIGHT
+                                              : FIND_NOTHING,
+             0, SAMPLER_MOST, (sampler_key)d.sampling.top_k};
+    if (!find_max(&d) || s.step == FIND_NOTHING)
+        return;
+    for (bool alone = false; !alone || (rest && s.step != FIND_NOTHING); alone = true) {
+        int first = alone ? 0 : d.first, end = alone ? d.n : d.end;
+        if (alone && shift_of(s) == 0) { /* ids that differ in the last digit */
+            first = token_of_key(s.most);
+            end = first + SAMPLER_BUCKETS < end ? first + SAMPLER_BUCKETS : end;
+        }
+        count_tokens(d, s, first, end);
+        if (!alone && !gather_sums(d))
+            return;
         find_digit(d, &s);
     }
     if (threadIdx.x == 0)
@@ -558,45 +548,49 @@ DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
     return units << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
 }
 
-/* Keys that top_k, top_p and min_p keep. */
-DEVICE struct range kept_range(const struct draw &d) {
-    sampler_key least = d.row->selection.least, floor = 0;
-    if (d.sampling.min_p > 0.0f) {
-        double exact = (double)d.max + log((double)d.sampling.min_p);
-        float rounded = (float)exact;
-        floor = (make_key(rounded, 0) >> SAMPLER_ID_BITS) + ((double)rounded < exact);
-        floor <<= SAMPLER_ID_BITS;
-    }
-    return make_range(d, floor > least ? floor : least, ~0ull >> (64 - 55));
+/* The least key that top_k, top_p and min_p keep. */
+DEVICE sampler_key least_kept(const struct draw &d) {
+    sampler_key least = d.row->selection.least;
+    if (!(d.sampling.min_p > 0.0f))
+        return least;
+    double exact = (double)d.max + log((double)d.sampling.min_p);
+    sampler_key bits = make_key((float)exact, 0) >> SAMPLER_ID_BITS;
+    bits += (double)(float)exact < exact;
+    return bits << SAMPLER_ID_BITS > least ? bits << SAMPLER_ID_BITS : least;
 }
 
-/* First roughly, then exactly those that may win. The last block of the row stores the token. */
-DEVICE void sampler_race(struct draw d, int *drawn) {
-    if (find_max(&d)) {
-        const struct range kept = kept_range(d);
-        float best = -INFINITY, second = -INFINITY;
-        sampler_key best_key = 0, winner = 0;
-        visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-            sampler_key key = key_within(d, kept, token, logit);
-            if (key == 0)
-                return;
-            float noise = rough_noise(sampler_word(d.sampling.seed, d.position, token));
-            float value = scaled_of_key(key) - d.max + noise;
-            second = fmaxf(second, fminf(best, value));
-            best_key = value > best ? key : best_key;
-            best = fmaxf(best, value);
-        });
-        float enough = scaled_of_key(block_max(d, make_key(best, 0))) - 1e-3f;
-        if (best_key > 0 && best >= enough)
-            winner = race_key(d, best_key);
-        if (best_key > 0 && second >= enough) /* seldom: all that this thread has */
-            for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
-                for (int token = at; token < at + 4; token++) {
-                    sampler_key key = key_within(d, kept, token, d.logits[token]);
-                    key = key > 0 ? race_key(d, key) : 0;
+/* The best of the block's part: roughly first, then exactly those that may be it. */
+DEVICE sampler_key best_of_part(const struct draw &d) {
+    const struct range kept = make_range(d, least_kept(d), SAMPLER_MOST);
+    float best = -INFINITY, second = -INFINITY;
+    sampler_key best_key = 0, winner = 0;
+    visit_tokens(d, d.first, d.end, [&](int token, float logit) {
+        sampler_key key = key_within(d, kept, token, logit);
+        if (key == 0)
+            return;
+        float noise = rough_noise(sampler_word(d.sampling.seed, d.position, token));
+        float value = scaled_of_key(key) - d.max + noise;
+        second = fmaxf(second, fminf(best, value));
+        best_key = value > best ? key : best_key;
+        best = fmaxf(best, value);
+    });
+    float enough = scaled_of_key(block_max(d, make_key(best, 0))) - 1e-3f;
+    if (best_key > 0 && best >= enough)
+        for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
+            for (int token = at; token < at + 4 && token < d.end; token++) {
+                sampler_key key = key_within(d, kept, token, d.logits[token]);
+                if (key > 0 && (key == best_key || second >= enough)) {
+                    key = race_key(d, key);
                     winner = key > winner ? key : winner;
                 }
-        winner = block_max(d, winner);
+            }
+    return block_max(d, winner);
+}
+
+/* The last block of the row stores the token. */
+DEVICE void sampler_race(struct draw d, int *drawn) {
+    if (find_max(&d)) {
+        sampler_key winner = best_of_part(d);
         if (threadIdx.x == 0)
             atomicMax(&d.row->winner, winner);
     }

@@ -1706,6 +1706,7 @@ static int check_draws(struct check *check, struct random *random, struct device
     device->backend->step_end(device, batch->sampled);
     CHECK(batch->sampled[0] == first[n_rows - 1], "alone %d, with others %d", batch->sampled[0],
           first[n_rows - 1]);
+    check_idle(check, device);
     free(logits);
     return different;
 }
