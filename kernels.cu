@@ -24,7 +24,8 @@
  *
  * Invariants:
  *   - A row's bits depend on its role and its own text, never on the batch, on the placement of its
- *     blocks or on the number of shards.
+ *     blocks or on the number of shards. So the compiler fuses no product with a sum: it might in a
+ *     kernel for 16 rows and not in that for 8. What shall be fused is written as fmaf.
  *   - The residual stream x is f32; q and the inputs of products (h, attention, ffn) are bf16. The
  *     gaps of these inputs (chapter 2) are 0 from the beginning, and nobody writes there.
  *   - Work on a stream is ordered; between streams nothing is assumed: the scheduler uses a block
@@ -943,7 +944,7 @@ DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float 
     const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
     for (int i = 0; i < N; i++)
-        sum[index * N + i] += part[i] * (i % 4 < 2 ? low : high);
+        sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
 #ifdef HOPPER
@@ -1597,10 +1598,10 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
             float &score = scores[i / 2 * 4 + row * 2 + i % 2];
-            score = exp2_approx(score * a.scale - base);
+            score = exp2_approx(fmaf(score, a.scale, -base));
             sum += score;
         }
-        s->sum[row] = s->sum[row] * s->factor[row] + sum;
+        s->sum[row] = fmaf(s->sum[row], s->factor[row], sum);
     }
 }
 
