@@ -1840,7 +1840,7 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
         s->largest[i] = most;
         scores[i] = exp2_approx(scores[i] - most);
         scores[i + 2] = exp2_approx(scores[i + 2] - most);
-        s->sum[i] = s->sum[i] * factor[i] + (scores[i] + scores[i + 2]);
+        s->sum[i] = fmaf(s->sum[i], factor[i], scores[i] + scores[i + 2]);
     }
     const uint32_t weights[2] = {transpose_matrix(pack_bf16(scores[0], scores[1])),
                                  transpose_matrix(pack_bf16(scores[2], scores[3]))};
@@ -1893,9 +1893,9 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
             const float *part = parts + own + j * a.part;
             float2 value = *reinterpret_cast<const float2 *>(part + dim);
             float factor = exp2_approx(part[HEAD] - base);
-            x += value.x * factor;
-            y += value.y * factor;
-            sum += part[HEAD + 1] * factor;
+            x = fmaf(value.x, factor, x);
+            y = fmaf(value.y, factor, y);
+            sum = fmaf(part[HEAD + 1], factor, sum);
         }
         if (to) {
             *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);
