@@ -28,11 +28,12 @@ EMU = $(if $(VARIANT),$(B)/dynamo-emu,dynamo-emu)
 CUDA = $(if $(VARIANT),,$(if $(NVCC),$(B)/kernels.cuda.o))
 CHIPS = $(or $(ARCH),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	| sort -u | sed 's/^/sm_/;s/\.//;s/sm_90$$/sm_90a/'),sm_80 sm_90a compute_80)
+# (none fuses a * b + c: the bits of a row would depend on which kernel it is in)
 CUDA_SOURCES = kernels.cu dynamo.h $(wildcard lib/*.h)
-NVCC_FLAGS = -std=c++17 -O3 -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
+NVCC_FLAGS = -std=c++17 -O3 -fmad=false -lineinfo --threads 2 -Xcompiler -Wall,-Wextra -Xptxas -v \
 	$(foreach chip,$(CHIPS),-gencode arch=$(chip:sm_%=compute_%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
-EMU_FLAGS = -std=gnu++17 $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
+EMU_FLAGS = -std=gnu++17 -ffp-contract=off $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
 	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest
 
 all: dynamo

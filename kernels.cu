@@ -24,7 +24,8 @@
  *
  * Invariants:
  *   - A row's bits depend on its role and its own text, never on the batch, on the placement of its
- *     blocks or on the number of shards.
+ *     blocks or on the number of shards. So the compiler fuses no product with a sum: it might in a
+ *     kernel for 16 rows and not in that for 8. What shall be fused is written as fmaf.
  *   - The residual stream x is f32; q and the inputs of products (h, attention, ffn) are bf16. The
  *     gaps of these inputs (chapter 2) are 0 from the beginning, and nobody writes there.
  *   - Work on a stream is ordered; between streams nothing is assumed: the scheduler uses a block
@@ -949,7 +950,7 @@ DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float 
     const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
 #pragma unroll
     for (int i = 0; i < N; i++)
-        sum[index * N + i] += part[i] * (i % 4 < 2 ? low : high);
+        sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
 #ifdef HOPPER
@@ -1634,10 +1635,10 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
 #pragma unroll
         for (int i = 0; i < N / 4; i++) {
             float &score = scores[i / 2 * 4 + row * 2 + i % 2];
-            score = exp2_approx(score * a.scale - base);
+            score = exp2_approx(fmaf(score, a.scale, -base));
             sum += score;
         }
-        s->sum[row] = s->sum[row] * s->factor[row] + sum;
+        s->sum[row] = fmaf(s->sum[row], s->factor[row], sum);
     }
 }
 
@@ -1875,7 +1876,7 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
         s->largest[i] = most;
         scores[i] = exp2_approx(scores[i] - most);
         scores[i + 2] = exp2_approx(scores[i + 2] - most);
-        s->sum[i] = s->sum[i] * factor[i] + (scores[i] + scores[i + 2]);
+        s->sum[i] = fmaf(s->sum[i], factor[i], scores[i] + scores[i + 2]);
     }
     const uint32_t weights[2] = {transpose_matrix(pack_bf16(scores[0], scores[1])),
                                  transpose_matrix(pack_bf16(scores[2], scores[3]))};
@@ -1930,9 +1931,9 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
             const float *part = parts + own + j * a.part;
             float2 value = *reinterpret_cast<const float2 *>(part + dim);
             float factor = exp2_approx(part[HEAD] - base);
-            x += value.x * factor;
-            y += value.y * factor;
-            sum += part[HEAD + 1] * factor;
+            x = fmaf(value.x, factor, x);
+            y = fmaf(value.y, factor, y);
+            sum = fmaf(part[HEAD + 1], factor, sum);
         }
         if (to) {
             *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);

@@ -1513,6 +1513,48 @@ static void rows_alone_and_in_crowds(struct check *check) {
                    i / N_TYPES % VARIANTS);
 }
 
+/* Generated rows by themselves, so many at a time as products have a form for, and more. */
+static void check_counts(struct check *check, struct random *random, enum tensor_type type,
+                         int variant) {
+    static const int most[] = {80, 64, 32, 16, 8, 0};
+    static struct test_batch test;
+    struct test_model *m =
+        make_model_of(random, draw_config(random, ref_block_elements(type), 1), type);
+    int d = m->model.config.d_model, vocab = m->model.config.vocab_size, text[80], slots[80];
+    float *x[2] = {floats(nth(80, d, 0)), floats(nth(80, d, 0))};
+    float *logits[2] = {floats(nth(80, vocab, 0)), floats(nth(80, vocab, 0))};
+    struct worker *worker = open_worker(variant, word(random), m, 1, 80);
+    shuffle(random, slots, 80);
+    for (int i = 0; i < 80; i++)
+        text[i] = below(random, vocab);
+    for (int i = 0; i < COUNT(most) - 1; i++) {
+        int n = between(random, most[i + 1] + 1, most[i]), n_samples = min_of(n, LOGITS_KEPT);
+        struct batch *batch = start_batch(&test);
+        for (int row = 0; row < n; row++)
+            add_text(batch, text + row, slots + row, 0, 1, true);
+        for (int row = 0; row < n_samples; row++)
+            add_sample(batch, row, warm(1));
+        forward(worker, batch);
+        peek(check, worker->shards[0], A_X, x[i > 0], n);
+        peek(check, worker->shards[0], A_LOGITS, logits[i > 0], n_samples);
+        CHECK(i == 0 || (same_bits(x[1], x[0], nth(n, d, 0)) &&
+                         same_bits(logits[1], logits[0], nth(n_samples, vocab, 0))),
+              "type %d, variant %d: %d rows, as among more", (int)type, variant, n);
+    }
+    for (int i = 0; i < 2; i++) {
+        free(x[i]);
+        free(logits[i]);
+    }
+    close_worker(worker);
+    free_model(m);
+}
+
+static void any_number_of_rows(struct check *check) {
+    struct random random = start("counts");
+    for (int i = 0; i < N_TYPES; i++)
+        check_counts(check, &random, all_types[i], i % VARIANTS);
+}
+
 enum { SHARD_SAMPLES = 9 };
 
 /* Steps with prompts of several pieces and more generated rows than shards add up at once. Returns
@@ -1880,7 +1922,8 @@ static void refused_shards(struct check *check) {
         {"products_of_many_rows", products_of_many_rows}, {"embedding", embedding},                \
         {"rope", rope}, {"attention_of_all_heads", attention_of_all_heads},                        \
         {"attention_of_long_texts", attention_of_long_texts}, {"whole_models", whole_models},      \
-        {"rows_alone_and_in_crowds", rows_alone_and_in_crowds}, {"shards", shards},                \
+        {"rows_alone_and_in_crowds", rows_alone_and_in_crowds},                                    \
+        {"any_number_of_rows", any_number_of_rows}, {"shards", shards},                            \
         {"many_samples", many_samples}, {"sampling", sampling}, {"copies", copies}, {              \
         "refused_shards", refused_shards                                                           \
     }
