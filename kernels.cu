@@ -701,7 +701,8 @@ enum {
     CONSUMERS = 8, /* warps of a block that multiply */
     FED_THREADS = (CONSUMERS + 1) * WARP,
     PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
-    MAX_STAGES = 12,
+    MAX_STAGES = 24,
+    WINDOW_BYTES = 104 << 10, /* of weights that a block has asked for, once it has begun */
     RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
     ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
     ROW_TILE = 256,                          /* rows of a block of prompt_product */
@@ -719,7 +720,6 @@ struct product {
     /* generated_product's: rows [first_row, *n_generated - n_before); what blocks hand over */
     const int *n_generated; /* device */
     int n_before, grain;    /* grain: segments of an item */
-    int early;
     float4 *sums_of_blocks;
     int *blocks_done;
     /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
@@ -731,7 +731,7 @@ struct product {
 };
 
 DEVICE float silu(float x) {
-    return x / (1.0f + __expf(-x));
+    return __fdividef(x, 1.0f + __expf(-x));
 }
 
 /* Which of the matrices has the panel, and its number there. */
@@ -742,71 +742,52 @@ DEVICE int find_matrix(const struct product &p, int *panel) {
     return which;
 }
 
-/* Sums of a tile of 16 outputs and 8 rows: value[e] of a lane is of output group + e / 2 * 8 and
- * row 2 quad + e % 2. */
+/* Sums of a tile of 16 outputs and N times 8 rows: sum[4 j + e] of a lane is of output group +
+ * e / 2 * 8 and row 8 j + 2 quad + e % 2. */
 struct corner {
     int which, tile, row;   /* the matrix, the tile there, the first of the rows */
     int begin_row, end_row; /* rows that are wanted */
 };
 
-/* Calls act(e, row, output) for those that are. */
-template <typename Act> DEVICE void for_wanted(const struct product &p, struct corner at, Act act) {
-    const int lane = (int)threadIdx.x % WARP;
+/* Calls act(i, e, offset in out) for those that are wanted of sum[i] with i % 4 == e. */
+template <int N, typename Act>
+DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act) {
+    const int quad = (int)threadIdx.x % 4, group = (int)threadIdx.x % WARP / 4;
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-        int row = at.row + lane % 4 * 2 + e % 2, output = at.tile * TILE + lane / 4 + e / 2 * 8;
+    for (int i = 0; i < N * 4; i++) {
+        int row = at.row + i / 4 * 8 + quad * 2 + i % 2,
+            output = at.tile * TILE + group + i % 4 / 2 * 8;
         if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
-            act(e, row, output);
+            act(i, (size_t)row * p.out_stride + output, output);
     }
 }
 
-/* What is added to the sums: fetched beforehand for several, since no load passes a store. */
-template <int EPILOGUE>
-DEVICE void fetch_added(const struct product &p, struct corner at, float added[4]) {
-    const float *bias = p.bias[at.which];
-    if (EPILOGUE != SILU)
-        for_wanted(p, at, [&](int e, int row, int output) {
-            added[e] = p.adds ? p.out[at.which][(size_t)row * p.out_stride + output]
-                       : bias ? bias[output]
-                              : 0.0f;
-        });
-}
-
-/* What is done with sums. All lanes of a warp call it. */
-template <int EPILOGUE>
-DEVICE void finish(const struct product &p, struct corner at, const float sum[4],
-                   const float added[4]) {
+/* What is done with the sums. All lanes of a warp call it. A sum is added to what is there by an
+ * atomic addition because that waits for nothing; nobody else adds there. */
+template <int EPILOGUE, int N>
+DEVICE void finish(const struct product &p, const struct corner &at, const float *sum) {
     if constexpr (EPILOGUE != SILU) {
-        for_wanted(
-            p, at,
-            [&](int e, int row, int output) {
-                p.out[at.which][(size_t)row * p.out_stride + output] = sum[e] + added[e];
-            });
+        float *out = p.out[at.which];
+        const float *bias = p.bias[at.which];
+        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
+            if (p.adds)
+                atomicAdd(out + offset, sum[i]);
+            else
+                out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
+        });
     } else { /* lanes of two outputs swap, so that each has both of one row */
-        const float y[2] = {silu(sum[0]) * sum[2], silu(sum[1]) * sum[3]};
         const int lane = (int)threadIdx.x % WARP, odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
-        float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
-        if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
-            *reinterpret_cast<uint32_t *>(plane_element(p.ffn, row, place(p.ffn_places, output))) =
-                odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other); /* segments are even */
-    }
-}
-
-/* The same of N times 8 rows that follow each other. */
-template <int EPILOGUE, int N>
-DEVICE void finish_rows(const struct product &p, struct corner at, const float *sum) {
-    constexpr int AT_ONCE = N < 4 ? N : N > 8 ? 2 : 4; /* as many as registers hold */
+        const bool there = output < p.matrix[at.which].n_outputs; /* segments begin at an even k */
+        uint16_t *to = plane_element(p.ffn, row, place(p.ffn_places, there ? output : 0));
 #pragma unroll
-    for (int i = 0; i < N; i += AT_ONCE) {
-        float added[AT_ONCE][4];
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++, at.row += 8)
-            fetch_added<EPILOGUE>(p, at, added[j]);
-        at.row -= AT_ONCE * 8;
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; j++, at.row += 8)
-            finish<EPILOGUE>(p, at, sum + (i + j) * 4, added[j]);
+        for (int j = 0; j < N; j++) {
+            const float *s = sum + j * 4, y[2] = {silu(s[0]) * s[2], silu(s[1]) * s[3]};
+            float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+            if (there && row + j * 8 >= at.begin_row && row + j * 8 < at.end_row)
+                *reinterpret_cast<uint32_t *>(to + j * 8 * UNIT) =
+                    odd ? pack_bf16(other, y[1]) : pack_bf16(y[0], other);
+        }
     }
 }
 
@@ -905,7 +886,8 @@ template <int TYPE> DEVICE void next_unit(const struct product &p, struct walk *
 }
 
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
- * they do not depend on it; rows afterwards. */
+ * they do not depend on it, as many as there is room for; rows afterwards. From then on it asks for
+ * less at a time: memory is slower where all ask for all that they can hold. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
     const struct segments &segments = p.matrix[0].segments;
@@ -914,16 +896,20 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const int first = segments.unit[s.begin % s.n_groups * p.grain];
     const int n = (s.end / s.n_groups - s.begin / s.n_groups) * n_units +
                   segments.unit[s.end % s.n_groups * p.grain] - first; /* units in all */
-    const int n_ahead = smaller(n, r.n);
+    const int n_ahead = smaller(n, r.n), window = smaller(n_ahead, WINDOW_BYTES / unit_bytes(TYPE));
     const struct ring start_ring = r;
+    struct ring behind = r; /* the unit that is `window` units behind */
     struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
     const struct walk start = w;
-    if (p.early)
+    if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
-    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
+    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
         copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
                     lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
-    if (n_ahead == n)
+        if (i >= window)
+            next_stage(&behind);
+    }
+    if (ROWS == GENERATED_ROWS && n_ahead == n)
         grid_launch_dependents();
     grid_wait();
     copies_see_stores();
@@ -932,7 +918,11 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const uint8_t *rows = p.input.bytes + (size_t)p.first_row * ROW_BYTES;
     for (int i = 0; i < n; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
         const size_t plane = (size_t)w.unit * p.input.n_rows * ROW_BYTES;
-        uint8_t *to = wait_empty(r);
+        uint8_t *to = r.stages + r.at * r.bytes;
+        if (i >= n_ahead) {
+            barrier_wait(behind.empty + behind.at, behind.parity);
+            next_stage(&behind);
+        }
         copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES, lane == 0 ? rows + plane : w.weights,
                     lane == 0                   ? ROWS * ROW_BYTES
                     : lane == 1 && i >= n_ahead ? unit_bytes(TYPE)
@@ -940,7 +930,7 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
                     lane == 1, r.full + r.at);
         copies_sent(r.full + r.at);
     }
-    if (n_ahead < n)
+    if (ROWS == GENERATED_ROWS && n_ahead < n)
         grid_launch_dependents();
 }
 
@@ -1082,14 +1072,13 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
     sync_threads<1, CONSUMERS * WARP>();
     if (!*last)
         return;
-#pragma unroll(ROWS > 8 ? 2 : 1)
-    for (int j = 0; j < ROWS / 8; j++, at.row += 8) {
+    float sum[ROWS / 2];
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++) {
         float4 v[K_SEGMENTS];
-        float added[4];
-        fetch_added<EPILOGUE>(p, at, added);
 #pragma unroll
         for (int i = 0; i < K_SEGMENTS; i++)
-            v[i] = i < n_groups && at.row < at.end_row
+            v[i] = i < n_groups && at.row + j * 8 < at.end_row
                        ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
@@ -1097,9 +1086,10 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
 #pragma unroll
             for (int i = 0; i < n; i++)
                 v[i] = add4(v[2 * i], v[2 * i + 1]);
-        const float sum[4] = {v[0].x, v[0].y, v[0].z, v[0].w};
-        finish<EPILOGUE>(p, at, sum, added);
+        sum[j * 4] = v[0].x, sum[j * 4 + 1] = v[0].y, sum[j * 4 + 2] = v[0].z;
+        sum[j * 4 + 3] = v[0].w;
     }
+    finish<EPILOGUE, ROWS / 8>(p, at, sum);
 }
 
 /* sum = all n units of a segment. first: none has been multiplied before. */
@@ -1176,7 +1166,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
                        make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
         }
         if (whole)
-            finish_rows<EPILOGUE, ROWS / 8>(p, at, sum);
+            finish<EPILOGUE, ROWS / 8>(p, at, sum);
         else
             add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, last);
     }
@@ -1293,9 +1283,9 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
             sum[i] = 0.0f;
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
-            for (int i = 0; i < 128; i += 4)
-                for_wanted(p, corner_of(i / 4), [&](int e, int at, int output) {
-                    sum[i + e] = p.initial[(size_t)at * p.out_stride + output];
+            for (int i = 0; i < 32; i += WARP_GROUPS)
+                for_wanted<WARP_GROUPS>(p, corner_of(i), [&](int k, size_t offset, int) {
+                    sum[i * 4 + k] = p.initial[offset];
                 });
         for (int unit = 0; unit < n_units; unit++, first = false) {
             multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
@@ -1304,7 +1294,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < 32; i += WARP_GROUPS)
-            finish_rows<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4]);
+            finish<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4]);
     }
 }
 
@@ -1362,11 +1352,6 @@ static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
     p.grain = choose_grain(p.n_panels, n_segments, blocks);
-#ifdef TUNE
-    p.early = getenv("TUNE_EARLY") != NULL;
-    if (getenv("TUNE_GRAIN"))
-        p.grain = atoi(getenv("TUNE_GRAIN"));
-#endif
     p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
