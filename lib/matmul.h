@@ -21,14 +21,18 @@
  * How data flows: a matrix is packed once into *panels* of 64 outputs side by side for each k, in
  * its own type, so that a vector of 16 lanes holds 16 outputs and no sum runs across lanes. Shards
  * are views of the whole (pack_view). A kernel keeps 64 outputs of 1 to 6 rows in registers over
- * all of k. There are three, each compiled for every type and number of rows it can meet:
+ * all of k. There are three, each compiled for every type and number of rows it can meet, and two
+ * for a matrix unit:
  *     tile_product   in the vectors of simd.h, for all types, on any processor; rows are f32
  *     dot_bf16       weights in BF16 times rows rounded to bf16 (AVX-512 BF16: vdpbf16ps)
  *     dot_q8         quantized weights times blocks of 32 bytes with a scale (VNNI: vpdpbusd)
- * The latter two are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of each
- * element, Q8 rows 1/254 of a block's largest.
+ *     amx_bf16       as dot_bf16, 32 rows at a time (AMX: tdpbf16ps); the sums have another order
+ *     amx_q8         as dot_q8, for many rows (AMX: tdpbssd); the same bits
+ * All but the first are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of
+ * each element, Q8 rows 1/254 of a block's largest.
  *
- * Invariants: each output is one chain of sums over k, or over blocks of k, in order. It does not
+ * Invariants: each output is one chain of sums over k, or over blocks of k, in order (amx_bf16: of
+ * 32 k, whose even and odd ones are chains of their own). It does not
  * depend on the other rows, on their number or on slabs. A form of a row depends on that row alone;
  * a block that a segment of K cuts has zeros outside the segment.
  *
@@ -47,7 +51,8 @@ enum {
     DOT_SLAB = 1024,  /* the like for the fast kernels, which read a panel in its stored type */
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
-    Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
+    Q8_BLOCK = 32,     /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
+    AMX_ROWS = 16      /* of a tile of the matrix unit */
 };
 
 /* ---- weights ---- */
@@ -102,7 +107,11 @@ struct tile {
     size_t stride;      /* bytes from row to row */
     float *out;         /* (rows, PANEL) */
     bool add, ahead;    /* ahead: the panel comes from memory */
+    bool amx;           /* rows in another form than FORM_F32 may take the matrix unit */
 };
+
+/* Whether there is one that this process may use. All products of a text must agree on it. */
+bool dot_amx(void);
 
 /* Any number of rows, in groups of like size. */
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
@@ -117,8 +126,8 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
 
 /* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
  * limit. sink (LANES): what is computed, which nobody wants. */
-void dot_busy(enum row_form form, float *sink);
-double dot_busy_ops(enum row_form form); /* of one such call, two a multiply-add */
+void dot_busy(enum row_form form, bool amx, float *sink);
+double dot_busy_ops(enum row_form form, bool amx); /* of one such call, two a multiply-add */
 
 /* ---- for the caller's arithmetic too ---- */
 
@@ -779,12 +788,298 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
 }
 #endif
 
+/* ---- the matrix unit of some x86 processors (AMX) ---- */
+
+/* It has eight registers, *tiles* of up to 16 rows of 64 bytes. One instruction multiplies a tile
+ * of rows, [row][k], with a tile of words of a panel, which lie as it wants them, [word][16]: 16
+ * rows times 16 outputs times 16 words of k in 16 cycles. Here tiles 0 to 3 are sums, 4 and 5 rows,
+ * 6 and 7 weights. */
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define AMX    __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+#define AMX_Q8 AMX DOT_Q8
+#ifndef AMX_TWIN
+#define AMX_TWIN(call) false /* a test may do in C what an instruction does */
+#endif
+
+enum {
+    AMX_K = 32,              /* bf16 in a row of a tile */
+    AMX_PARTS = 2,           /* of blocks, that amx_q8 multiplies before it adds them to the sums */
+    ASK_PERMISSION = 0x1023, /* ARCH_REQ_XCOMP_PERM of the kernel: tiles make each switch longer */
+    TILE_DATA = 18
+};
+
+bool dot_amx(void) {
+    const unsigned tile_bf16_int8 = 1 << 24 | 1 << 22 | 1 << 25, saved = 1 << 17 | 1 << 18;
+    unsigned a, b, c, d, low, high;
+    if (AMX_TWIN((void)0))
+        return true;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_bf16_int8) != tile_bf16_int8)
+        return false;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* does the kernel save tiles? */
+    return (low & saved) == saved && syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) == 0;
+}
+
+struct amx_shapes { /* as the processor reads it */
+    uint8_t palette, zeros[15];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+/* Rows of tiles 0, 1 and 4, and of 2, 3 and 5; bytes of a row of the latter of each. */
+INLINE AMX void amx_configure(int rows, int lower_rows, int row_bytes) {
+    struct amx_shapes shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        bool lower = i == 2 || i == 3 || i == 5;
+        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? row_bytes : 64);
+        shapes.rows[i] = (uint8_t)(i > 5 ? row_bytes / 4 : lower ? lower_rows : rows);
+    }
+    if (!AMX_TWIN(twin_configure(&shapes)))
+        __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+}
+
+INLINE AMX void amx_release(void) {
+    if (!AMX_TWIN((void)0))
+        __asm__ volatile("tilerelease");
+}
+
+INLINE AMX void amx_zero(int tile) {
+    if (!AMX_TWIN(twin_zero(tile)))
+        __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+
+INLINE AMX void amx_load(int tile, const void *from, size_t stride) {
+    if (!AMX_TWIN(twin_load(tile, from, stride)))
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                         :
+                         : "r"(from), "r"(stride), "i"(tile)
+                         : "memory");
+}
+
+INLINE AMX void amx_store(int tile, void *to, size_t stride) {
+    if (!AMX_TWIN(twin_store(tile, to, stride)))
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                         :
+                         : "r"(to), "r"(stride), "i"(tile)
+                         : "memory");
+}
+
+INLINE AMX void amx_dot_bf16(int sum, int rows, int weights) {
+    if (!AMX_TWIN(twin_dot_bf16(sum, rows, weights)))
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0"
+                         :
+                         : "i"(sum), "i"(rows), "i"(weights));
+}
+
+INLINE AMX void amx_dot_int8(int sum, int rows, int weights) {
+    if (!AMX_TWIN(twin_dot_int8(sum, rows, weights)))
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0"
+                         :
+                         : "i"(sum), "i"(rows), "i"(weights));
+}
+
+/* The four tiles of sums, two and two side by side. */
+INLINE AMX void amx_load_sums(const char *from, const char *next, size_t stride) {
+    amx_load(0, from, stride);
+    amx_load(1, from + 64, stride);
+    amx_load(2, next, stride);
+    amx_load(3, next + 64, stride);
+}
+
+INLINE AMX void amx_zero_sums(void) {
+    amx_zero(0);
+    amx_zero(1);
+    amx_zero(2);
+    amx_zero(3);
+}
+
+INLINE AMX void amx_store_sums(char *to, char *next, size_t stride) {
+    amx_store(0, to, stride);
+    amx_store(1, to + 64, stride);
+    amx_store(2, next, stride);
+    amx_store(3, next + 64, stride);
+}
+
+/* Two vectors of outputs, from vector `first` of a panel's 4, of up to 32 rows (`pair`); or all
+ * four, of up to 16. k in [begin, end) are whole tiles, or one part of a tile. */
+INLINE AMX void amx_bf16_sums(bool pair, int first, const struct tile *tile) {
+    const size_t line = 4 * PANEL, stride = tile->stride; /* line: of `out` and of the panel */
+    const char *input = tile->input, *lower = input + AMX_ROWS * stride;
+    const char *words = tile->panel + (size_t)tile->begin / 2 * line + first * 64;
+    const bool ahead = tile->ahead && first == 0;
+    char *out = (char *)(tile->out + first * LANES), *next = out + (pair ? AMX_ROWS * line : 128);
+    if (tile->add)
+        amx_load_sums(out, next, line);
+    else
+        amx_zero_sums();
+    for (int left = tile->end - tile->begin; left > 0; left -= AMX_K) {
+        if (ahead)
+            read_ahead(words, AMX_K / 2 * line);
+        amx_load(4, input, stride);
+        amx_load(6, words, line);
+        amx_load(7, words + 64, line);
+        amx_dot_bf16(0, 4, 6);
+        amx_dot_bf16(1, 4, 7);
+        if (pair) {
+            amx_load(5, lower, stride);
+            amx_dot_bf16(2, 5, 6);
+            amx_dot_bf16(3, 5, 7);
+        } else {
+            amx_load(6, words + 128, line);
+            amx_load(7, words + 192, line);
+            amx_dot_bf16(2, 4, 6);
+            amx_dot_bf16(3, 4, 7);
+        }
+        input += 2 * AMX_K;
+        lower += 2 * AMX_K;
+        words += AMX_K / 2 * line;
+    }
+    amx_store_sums(out, next, line);
+}
+
+/* Up to 32 rows. Tiles end at multiples of 32 k, wherever the caller begins. */
+static AMX void amx_bf16(int n_rows, struct tile tile) {
+    const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS, end = tile.end;
+    for (int k = tile.begin; k < end; k = tile.end) {
+        int next = k % AMX_K || end - k < AMX_K ? (k / AMX_K + 1) * AMX_K : end / AMX_K * AMX_K;
+        tile.begin = k;
+        tile.end = next < end ? next : end;
+        int n_k = tile.end - k < AMX_K ? tile.end - k : AMX_K;
+        amx_configure(rows, n_rows > rows ? n_rows - rows : rows, divide_up(n_k, 2) * 4);
+        if (n_rows > rows) {
+            amx_bf16_sums(true, 0, &tile);
+            amx_bf16_sums(true, 2, &tile);
+        } else {
+            amx_bf16_sums(false, 0, &tile);
+        }
+        tile.input += (size_t)(tile.end - k) * 2;
+        tile.add = true;
+    }
+    amx_release();
+}
+
+struct amx_part { /* of a block: of a panel, the numbers as signed bytes; where rows have it */
+    struct scales scales;
+    ivec quads[Q8_BLOCK / 4][4];
+    const char *block, *bytes; /* of the first row */
+};
+
+INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, unsigned k,
+                               struct amx_part *part) {
+    typedef uint8_t bytes_vec __attribute__((vector_size(64)));
+    const unsigned n_part = (unsigned)pack_block(type).n_part;
+    const uint8_t offset = (uint8_t)pack_block(type).offset;
+    const unsigned block = k / Q8_BLOCK - (unsigned)tile->begin / Q8_BLOCK;
+    part->block = tile->input + block * sizeof(struct q8_block);
+    part->bytes = part->block + k % Q8_BLOCK;
+    if (tile->ahead)
+        read_ahead(tile->panel + k / n_part * pack_part_bytes(type), pack_part_bytes(type));
+    load_scales(type, tile->panel, k, &part->scales);
+#pragma GCC unroll 8
+    for (unsigned at = 0; at < n_part; at += 4)
+        for (int i = 0; i < 4; i++)
+            part->quads[at / 4][i] =
+                (ivec)((bytes_vec)load_quad(type, tile->panel, k, at, i) - offset);
+}
+
+/* whole (rows, PANEL) = the bytes of up to 16 rows from `row` . those of the weights */
+INLINE AMX void amx_q8_multiply(const struct amx_part *part, size_t row, size_t stride,
+                                ivec (*whole)[4]) {
+    const char *quads = (const char *)part->quads;
+    amx_zero_sums();
+    amx_load(4, part->bytes + row * stride, stride);
+    amx_load(6, quads, 4 * PANEL);
+    amx_load(7, quads + 64, 4 * PANEL);
+    amx_dot_int8(0, 4, 6);
+    amx_dot_int8(1, 4, 7);
+    amx_load(6, quads + 128, 4 * PANEL);
+    amx_load(7, quads + 192, 4 * PANEL);
+    amx_dot_int8(2, 4, 6);
+    amx_dot_int8(3, 4, 7);
+    amx_store_sums((char *)whole, (char *)whole + 128, 4 * PANEL);
+}
+
+/* Adds a row's whole numbers of n parts to its sums, as dot_q8 does. */
+INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_part *part,
+                                ivec (*whole)[AMX_ROWS][4], int row, const struct tile *tile) {
+    float *out = tile->out + row * PANEL;
+    __m512 sum[4];
+    for (int i = 0; i < 4; i++)
+        sum[i] = _mm512_loadu_ps(out + i * LANES);
+    for (int i = 0; i < n; i++)
+        dot_q8_scale(type, 0, 4, &part[i].scales, part[i].block + (size_t)row * tile->stride,
+                     (const __m512i *)whole[i][row % AMX_ROWS], sum);
+    for (int i = 0; i < 4; i++)
+        _mm512_storeu_ps(out + i * LANES, sum[i]);
+}
+
+/* Up to 16 rows, or a multiple of 16. A few parts of blocks at a time, for all rows: a tile of rows
+ * is multiplied while the numbers of the one before are scaled. */
+INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *tile) {
+    const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
+    const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS;
+    struct amx_part part[AMX_PARTS];
+    ivec whole[2][AMX_PARTS][AMX_ROWS][4];
+    amx_configure(rows, rows, (int)n_part);
+    if (!tile->add)
+        memset(tile->out, 0, sizeof(float) * PANEL * (size_t)n_rows);
+    for (unsigned k = (unsigned)tile->begin / n_part * n_part, n = 0; k < end; n = 0) {
+        for (; n < AMX_PARTS && k < end; n++, k += n_part)
+            amx_q8_part(type, tile, k, &part[n]);
+        for (int row = 0; row < n_rows + rows; row += rows) {
+            for (unsigned i = 0; i < n && row < n_rows; i++)
+                amx_q8_multiply(&part[i], (size_t)row, tile->stride, whole[row / AMX_ROWS % 2][i]);
+            for (int i = row > 0 ? row - rows : row; i < row; i++)
+                amx_q8_scale(type, (int)n, part, whole[i / AMX_ROWS % 2], i, tile);
+        }
+    }
+    amx_release();
+}
+
+static NOINLINE AMX_Q8 void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    switch (type) {
+    case TYPE_BF16: amx_bf16(n_rows, *tile); return;
+    case TYPE_Q8_0: amx_q8(TYPE_Q8_0, n_rows, tile); return;
+    case TYPE_Q4_0: amx_q8(TYPE_Q4_0, n_rows, tile); return;
+    case TYPE_Q4_K: amx_q8(TYPE_Q4_K, n_rows, tile); return;
+    case TYPE_Q6_K: amx_q8(TYPE_Q6_K, n_rows, tile); return;
+    default: return; /* has no form but FORM_F32 */
+    }
+}
+
+#else /* no such unit, or a compiler that is too old */
+
+bool dot_amx(void) {
+    return false;
+}
+
+static void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
+    dot_tile(type, n_rows, tile);
+}
+#endif
+
 /* ---- larger products ---- */
 
+/* Rows of the next group: the matrix unit takes pairs of tiles, or any number of whole ones; few
+ * quantized rows, to which it would bring no gain, are no group of it. */
+static int amx_group(const struct tile *tile, int n_rows) {
+    if (!tile->amx || tile->form == FORM_F32 || (tile->form == FORM_Q8 && n_rows <= TILE_ROWS))
+        return 0;
+    if (tile->form == FORM_BF16)
+        return n_rows < 2 * AMX_ROWS ? n_rows : 2 * AMX_ROWS;
+    return n_rows < AMX_ROWS ? n_rows : n_rows / AMX_ROWS * AMX_ROWS;
+}
+
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
-    for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
-        int n = divide_up(n_rows, groups);
-        if (tile.form == FORM_F32)
+    while (n_rows > 0) {
+        int group = amx_group(&tile, n_rows), n = divide_up(n_rows, divide_up(n_rows, TILE_ROWS));
+        if (group > 0)
+            amx_tile(type, n = group, &tile);
+        else if (tile.form == FORM_F32)
             plain_tile(type, n, &tile);
         else
             dot_tile(type, n, &tile);
@@ -825,7 +1120,7 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
     const char *panel = tile.panel;
     if (begin >= end) {
         memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
-    } else if (n_rows <= TILE_ROWS) {
+    } else if (n_rows <= TILE_ROWS || n_rows == amx_group(&tile, n_rows)) {
         tile_rows(type, tile, n_rows);
         return;
     }
@@ -892,6 +1187,33 @@ static void busy_f32(float *sink) {
     store(sink, sum[0]);
 }
 
+#ifdef AMX
+static AMX void busy_amx(enum row_form form, float *sink) {
+    static const int32_t numbers[AMX_ROWS * LANES] = {0x3c003c00};
+    amx_configure(AMX_ROWS, AMX_ROWS, form == FORM_BF16 ? 64 : Q8_BLOCK);
+    amx_zero_sums();
+    amx_load(4, numbers, 4 * LANES);
+    amx_load(6, numbers, 4 * LANES);
+    for (int i = 0; i < BUSY_STEPS * BUSY_SUMS / 4; i++) {
+        if (form == FORM_BF16) {
+            amx_dot_bf16(0, 4, 6);
+            amx_dot_bf16(1, 4, 6);
+            amx_dot_bf16(2, 4, 6);
+            amx_dot_bf16(3, 4, 6);
+        } else {
+            amx_dot_int8(0, 4, 6);
+            amx_dot_int8(1, 4, 6);
+            amx_dot_int8(2, 4, 6);
+            amx_dot_int8(3, 4, 6);
+        }
+    }
+    float sums[AMX_ROWS * LANES];
+    amx_store(0, sums, 4 * LANES);
+    memcpy(sink, sums, sizeof(float) * LANES);
+    amx_release();
+}
+#endif
+
 #if defined(__x86_64__)
 static DOT_BF16 void busy_bf16(float *sink) {
     __m512 sum[BUSY_SUMS];
@@ -926,9 +1248,11 @@ static DOT_Q8 void busy_q8(float *sink) {
 }
 #endif
 
-void dot_busy(enum row_form form, float *sink) {
+void dot_busy(enum row_form form, bool amx, float *sink) {
 #if defined(__x86_64__)
-    if (form == FORM_BF16)
+    if (amx && form != FORM_F32)
+        busy_amx(form, sink);
+    else if (form == FORM_BF16)
         busy_bf16(sink);
     else if (form == FORM_Q8)
         busy_q8(sink);
@@ -936,12 +1260,15 @@ void dot_busy(enum row_form form, float *sink) {
         busy_f32(sink);
 #else /* no other form */
     (void)form;
+    (void)amx;
     busy_f32(sink);
 #endif
 }
 
-double dot_busy_ops(enum row_form form) {
+double dot_busy_ops(enum row_form form, bool amx) {
     int products = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1; /* of one lane */
+    if (amx && form != FORM_F32)                                    /* 32 of each of 16 x 16 sums */
+        return 2.0 * BUSY_STEPS * BUSY_SUMS * AMX_ROWS * LANES * 32;
     return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products;
 }
 #endif /* MATMUL_IMPLEMENTATION */

@@ -3,14 +3,16 @@
  *
  * Tests of ops.h take the variants in turn: both kinds of kernels (`plain`, and what this processor
  * can do), keys and values in f32 and in bf16. Read next: ops.h. */
+#include "amx_twin.h"
+
 #include "../kernels.c"
 
 enum {
     ORDERS = 1,   /* threads take tiles in another order in any case */
-    VARIANTS = 4, /* 1: bf16 keys and values; 2: plain */
+    VARIANTS = 6, /* 1: bf16 keys and values; 2: plain; 4: no matrix unit */
     LOGITS_KEPT = 64,
     DRAWS = 8,
-    TEXT_DRAWS = 21, /* every type, in three variants */
+    TEXT_DRAWS = 42, /* every type, in every variant */
     CROWD_SHARDS = 4,
     SHARD_ROWS = 250,
     MOST_ROWS = 700,
@@ -25,8 +27,10 @@ enum {
 
 static struct backend *open_backend(int variant, uint64_t order) {
     char error[ERROR_LENGTH] = "";
-    struct backend_options options = {
-        .n_threads = 1 + (int)(order % 4), .copy_delay_seed = order, .plain = variant & 2};
+    struct backend_options options = {.n_threads = 1 + (int)(order % 4),
+                                      .copy_delay_seed = order,
+                                      .plain = variant & 2,
+                                      .no_amx = variant & 4};
     struct backend *backend = cpu_backend_open(&options, error);
     need(backend, error);
     return backend;
@@ -401,5 +405,6 @@ int main(int argc, char **argv) {
                                         {"sampler_distribution", sampler_distribution},
                                         {"memory_that_there_is_not", memory_that_there_is_not},
                                         {"many_workers", many_workers}};
+    twin_on = !dot_amx();
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }
