@@ -201,9 +201,9 @@ struct backend {
 };
 
 struct backend_options {
-    int n_threads;            /* of the CPU backend: so many run at once */
-    uint64_t copy_delay_seed; /* tests: not 0 delays each copy by a random time */
-    bool plain, no_amx;       /* no instructions that only some processors have; no matrix unit */
+    int n_threads;               /* of the CPU backend: so many run at once */
+    uint64_t copy_delay_seed;    /* tests: not 0 delays each copy by a random time */
+    bool plain;                  /* no instructions that only some processors have */
     void (*lost)(void *context); /* called before a device's fault ends the program; or NULL */
     void *context;
 };

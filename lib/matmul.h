@@ -52,7 +52,8 @@ enum {
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
     Q8_BLOCK = 32,     /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
-    AMX_ROWS = 16      /* of a tile of the matrix unit */
+    AMX_ROWS = 16,     /* of a tile of the matrix unit */
+    AMX_K = 32         /* bf16 in a row of such a tile */
 };
 
 /* ---- weights ---- */
@@ -790,182 +791,154 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
 
 /* ---- the matrix unit of some x86 processors (AMX) ---- */
 
-/* It has eight registers, *tiles* of up to 16 rows of 64 bytes. One instruction multiplies a tile
- * of rows, [row][k], with a tile of words of a panel, which lie as it wants them, [word][16]: 16
- * rows times 16 outputs times 16 words of k in 16 cycles. Here tiles 0 to 3 are sums, 4 and 5 rows,
- * 6 and 7 weights. */
+/* It has eight registers, *tiles* of up to 16 rows of 64 bytes. One instruction adds to a tile of
+ * sums, [row][output], the product of a tile of rows, [row][k], and one of words of a panel, which
+ * lie as it wants them, [word][output]: of bf16 it takes 32 k, 16 x 16 x 32 products in 16 cycles.
+ * Here tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights. */
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define AMX    __attribute__((target("amx-tile,amx-bf16,amx-int8")))
-#define AMX_Q8 AMX DOT_Q8
-#ifndef AMX_TWIN
-#define AMX_TWIN(call) false /* a test may do in C what an instruction does */
+#define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+#define AMX_Q8                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-bf16,amx-int8")))
+#ifndef AMX_DO
+#define AMX_DO(twin, ...) __asm__ volatile(__VA_ARGS__) /* twin: what a test does instead, in C */
 #endif
 
 enum {
-    AMX_K = 32,              /* bf16 in a row of a tile */
-    AMX_PARTS = 2,           /* of blocks, that amx_q8 multiplies before it adds them to the sums */
-    ASK_PERMISSION = 0x1023, /* ARCH_REQ_XCOMP_PERM of the kernel: tiles make each switch longer */
+    AMX_PARTS = 2,           /* of blocks, that amx_q8 multiplies before it scales them */
+    ASK_PERMISSION = 0x1023, /* ARCH_REQ_XCOMP_PERM: tiles make a switch of threads longer */
     TILE_DATA = 18
 };
 
 bool dot_amx(void) {
-    const unsigned tile_bf16_int8 = 1 << 24 | 1 << 22 | 1 << 25, saved = 1 << 17 | 1 << 18;
-    unsigned a, b, c, d, low, high;
-    if (AMX_TWIN((void)0))
-        return true;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile_bf16_int8) != tile_bf16_int8)
+    const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
+    unsigned a, b, c, features, saved, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || (features & wanted) != wanted)
         return false;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* does the kernel save tiles? */
-    return (low & saved) == saved && syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) == 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0)); /* by the kernel: shapes, tiles */
+    return (saved >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) == 0;
 }
 
-struct amx_shapes { /* as the processor reads it */
-    uint8_t palette, zeros[15];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-/* Rows of tiles 0, 1 and 4, and of 2, 3 and 5; bytes of a row of the latter of each. */
-INLINE AMX void amx_configure(int rows, int lower_rows, int row_bytes) {
-    struct amx_shapes shapes = {.palette = 1};
+/* Rows of the tiles, of 2, 3 and 5 so many; bytes of k. */
+INLINE AMX void amx_configure(int rows, int lower_rows, int k_bytes) {
+    struct {
+        uint8_t palette, zeros[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         bool lower = i == 2 || i == 3 || i == 5;
-        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? row_bytes : 64);
-        shapes.rows[i] = (uint8_t)(i > 5 ? row_bytes / 4 : lower ? lower_rows : rows);
+        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? k_bytes : 64);
+        shapes.rows[i] = (uint8_t)(i > 5 ? k_bytes / 4 : lower ? lower_rows : rows);
     }
-    if (!AMX_TWIN(twin_configure(&shapes)))
-        __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+    AMX_DO(twin_configure(&shapes), "ldtilecfg %0" : : "m"(shapes));
 }
 
 INLINE AMX void amx_release(void) {
-    if (!AMX_TWIN((void)0))
-        __asm__ volatile("tilerelease");
+    AMX_DO((void)0, "tilerelease");
 }
 
 INLINE AMX void amx_zero(int tile) {
-    if (!AMX_TWIN(twin_zero(tile)))
-        __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+    AMX_DO(twin_zero(tile), "tilezero %%tmm%c0" : : "i"(tile));
 }
 
-INLINE AMX void amx_load(int tile, const void *from, size_t stride) {
-    if (!AMX_TWIN(twin_load(tile, from, stride)))
-        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
-                         :
-                         : "r"(from), "r"(stride), "i"(tile)
-                         : "memory");
+INLINE AMX void amx_load(int tile, const char *from, size_t stride) {
+    AMX_DO(twin_load(tile, from, stride), "tileloadd (%0,%1,1), %%tmm%c2"
+           :
+           : "r"(from), "r"(stride), "i"(tile)
+           : "memory");
 }
 
-INLINE AMX void amx_store(int tile, void *to, size_t stride) {
-    if (!AMX_TWIN(twin_store(tile, to, stride)))
-        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
-                         :
-                         : "r"(to), "r"(stride), "i"(tile)
-                         : "memory");
+INLINE AMX void amx_store(int tile, char *to) {
+    AMX_DO(twin_store(tile, to, 4 * PANEL), "tilestored %%tmm%c2, (%0,%1,1)"
+           :
+           : "r"(to), "r"(4 * (size_t)PANEL), "i"(tile)
+           : "memory");
 }
 
-INLINE AMX void amx_dot_bf16(int sum, int rows, int weights) {
-    if (!AMX_TWIN(twin_dot_bf16(sum, rows, weights)))
-        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0"
-                         :
-                         : "i"(sum), "i"(rows), "i"(weights));
+INLINE AMX void amx_dot(enum row_form form, int sum, int rows, int weights) {
+    if (form == FORM_BF16)
+        AMX_DO(twin_dot_bf16(sum, rows, weights), "tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2"
+               :
+               : "i"(weights), "i"(rows), "i"(sum));
+    else
+        AMX_DO(twin_dot_int8(sum, rows, weights), "tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2"
+               :
+               : "i"(weights), "i"(rows), "i"(sum));
 }
 
-INLINE AMX void amx_dot_int8(int sum, int rows, int weights) {
-    if (!AMX_TWIN(twin_dot_int8(sum, rows, weights)))
-        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0"
-                         :
-                         : "i"(sum), "i"(rows), "i"(weights));
-}
-
-/* The four tiles of sums, two and two side by side. */
-INLINE AMX void amx_load_sums(const char *from, const char *next, size_t stride) {
-    amx_load(0, from, stride);
-    amx_load(1, from + 64, stride);
-    amx_load(2, next, stride);
-    amx_load(3, next + 64, stride);
-}
-
-INLINE AMX void amx_zero_sums(void) {
-    amx_zero(0);
-    amx_zero(1);
-    amx_zero(2);
-    amx_zero(3);
-}
-
-INLINE AMX void amx_store_sums(char *to, char *next, size_t stride) {
-    amx_store(0, to, stride);
-    amx_store(1, to + 64, stride);
-    amx_store(2, next, stride);
-    amx_store(3, next + 64, stride);
-}
-
-/* Two vectors of outputs, from vector `first` of a panel's 4, of up to 32 rows (`pair`); or all
- * four, of up to 16. k in [begin, end) are whole tiles, or one part of a tile. */
-INLINE AMX void amx_bf16_sums(bool pair, int first, const struct tile *tile) {
-    const size_t line = 4 * PANEL, stride = tile->stride; /* line: of `out` and of the panel */
+/* The sums of two vectors of outputs, from vector `first` of a panel's 4, for up to 32 rows (pair);
+ * or of all four, for up to 16. k in [begin, end) are whole tiles, or one that is not whole. */
+INLINE AMX void amx_sums(enum row_form form, bool pair, int first, const struct tile *tile) {
+    const size_t line = 4 * PANEL, stride = tile->stride; /* line: of the panel and of `out` */
     const char *input = tile->input, *lower = input + AMX_ROWS * stride;
     const char *words = tile->panel + (size_t)tile->begin / 2 * line + first * 64;
     const bool ahead = tile->ahead && first == 0;
     char *out = (char *)(tile->out + first * LANES), *next = out + (pair ? AMX_ROWS * line : 128);
-    if (tile->add)
-        amx_load_sums(out, next, line);
-    else
-        amx_zero_sums();
+    amx_zero(0);
+    amx_zero(1);
+    amx_zero(2);
+    amx_zero(3);
+    if (tile->add) {
+        amx_load(0, out, line);
+        amx_load(1, out + 64, line);
+        amx_load(2, next, line);
+        amx_load(3, next + 64, line);
+    }
     for (int left = tile->end - tile->begin; left > 0; left -= AMX_K) {
         if (ahead)
             read_ahead(words, AMX_K / 2 * line);
         amx_load(4, input, stride);
         amx_load(6, words, line);
         amx_load(7, words + 64, line);
-        amx_dot_bf16(0, 4, 6);
-        amx_dot_bf16(1, 4, 7);
+        amx_dot(form, 0, 4, 6);
+        amx_dot(form, 1, 4, 7);
         if (pair) {
             amx_load(5, lower, stride);
-            amx_dot_bf16(2, 5, 6);
-            amx_dot_bf16(3, 5, 7);
+            amx_dot(form, 2, 5, 6);
+            amx_dot(form, 3, 5, 7);
         } else {
             amx_load(6, words + 128, line);
             amx_load(7, words + 192, line);
-            amx_dot_bf16(2, 4, 6);
-            amx_dot_bf16(3, 4, 7);
+            amx_dot(form, 2, 4, 6);
+            amx_dot(form, 3, 4, 7);
         }
         input += 2 * AMX_K;
         lower += 2 * AMX_K;
         words += AMX_K / 2 * line;
     }
-    amx_store_sums(out, next, line);
+    amx_store(0, out);
+    amx_store(1, out + 64);
+    amx_store(2, next);
+    amx_store(3, next + 64);
 }
 
-/* Up to 32 rows. Tiles end at multiples of 32 k, wherever the caller begins. */
-static AMX void amx_bf16(int n_rows, struct tile tile) {
+/* Up to 32 rows. Tiles begin at multiples of 32 k, wherever the caller does. */
+static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
     const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS, end = tile.end;
     for (int k = tile.begin; k < end; k = tile.end) {
-        int next = k % AMX_K || end - k < AMX_K ? (k / AMX_K + 1) * AMX_K : end / AMX_K * AMX_K;
+        int n_k = AMX_K - k % AMX_K < end - k ? AMX_K - k % AMX_K : end - k; /* of a tile */
         tile.begin = k;
-        tile.end = next < end ? next : end;
-        int n_k = tile.end - k < AMX_K ? tile.end - k : AMX_K;
+        tile.end = k + (n_k < AMX_K ? n_k : (end - k) / AMX_K * AMX_K);
         amx_configure(rows, n_rows > rows ? n_rows - rows : rows, divide_up(n_k, 2) * 4);
-        if (n_rows > rows) {
-            amx_bf16_sums(true, 0, &tile);
-            amx_bf16_sums(true, 2, &tile);
-        } else {
-            amx_bf16_sums(false, 0, &tile);
-        }
+        for (int first = 0; first < 4 && n_rows > rows; first += 2)
+            amx_sums(FORM_BF16, true, first, &tile);
+        if (n_rows == rows)
+            amx_sums(FORM_BF16, false, 0, &tile);
         tile.input += (size_t)(tile.end - k) * 2;
         tile.add = true;
     }
     amx_release();
 }
 
-struct amx_part { /* of a block: of a panel, the numbers as signed bytes; where rows have it */
+struct amx_part { /* of a block: of a panel, the numbers as signed bytes; of the first row */
     struct scales scales;
     ivec quads[Q8_BLOCK / 4][4];
-    const char *block, *bytes; /* of the first row */
+    const char *block, *bytes;
 };
 
 INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, unsigned k,
@@ -973,8 +946,8 @@ INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, u
     typedef uint8_t bytes_vec __attribute__((vector_size(64)));
     const unsigned n_part = (unsigned)pack_block(type).n_part;
     const uint8_t offset = (uint8_t)pack_block(type).offset;
-    const unsigned block = k / Q8_BLOCK - (unsigned)tile->begin / Q8_BLOCK;
-    part->block = tile->input + block * sizeof(struct q8_block);
+    part->block =
+        tile->input + dot_form_bytes(FORM_Q8, tile->begin, (int)(k / Q8_BLOCK * Q8_BLOCK));
     part->bytes = part->block + k % Q8_BLOCK;
     if (tile->ahead)
         read_ahead(tile->panel + k / n_part * pack_part_bytes(type), pack_part_bytes(type));
@@ -986,24 +959,7 @@ INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, u
                 (ivec)((bytes_vec)load_quad(type, tile->panel, k, at, i) - offset);
 }
 
-/* whole (rows, PANEL) = the bytes of up to 16 rows from `row` . those of the weights */
-INLINE AMX void amx_q8_multiply(const struct amx_part *part, size_t row, size_t stride,
-                                ivec (*whole)[4]) {
-    const char *quads = (const char *)part->quads;
-    amx_zero_sums();
-    amx_load(4, part->bytes + row * stride, stride);
-    amx_load(6, quads, 4 * PANEL);
-    amx_load(7, quads + 64, 4 * PANEL);
-    amx_dot_int8(0, 4, 6);
-    amx_dot_int8(1, 4, 7);
-    amx_load(6, quads + 128, 4 * PANEL);
-    amx_load(7, quads + 192, 4 * PANEL);
-    amx_dot_int8(2, 4, 6);
-    amx_dot_int8(3, 4, 7);
-    amx_store_sums((char *)whole, (char *)whole + 128, 4 * PANEL);
-}
-
-/* Adds a row's whole numbers of n parts to its sums, as dot_q8 does. */
+/* Adds a row's whole numbers of n parts, [part][row][64], to its sums, as dot_q8 does. */
 INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_part *part,
                                 ivec (*whole)[AMX_ROWS][4], int row, const struct tile *tile) {
     float *out = tile->out + row * PANEL;
@@ -1031,8 +987,14 @@ INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *
         for (; n < AMX_PARTS && k < end; n++, k += n_part)
             amx_q8_part(type, tile, k, &part[n]);
         for (int row = 0; row < n_rows + rows; row += rows) {
-            for (unsigned i = 0; i < n && row < n_rows; i++)
-                amx_q8_multiply(&part[i], (size_t)row, tile->stride, whole[row / AMX_ROWS % 2][i]);
+            for (unsigned i = 0; i < n && row < n_rows; i++) {
+                struct tile of_part = {.panel = (char *)part[i].quads,
+                                       .end = 1,
+                                       .input = part[i].bytes + (size_t)row * tile->stride,
+                                       .stride = tile->stride,
+                                       .out = (float *)whole[row / AMX_ROWS % 2][i]};
+                amx_sums(FORM_Q8, false, 0, &of_part);
+            }
             for (int i = row > 0 ? row - rows : row; i < row; i++)
                 amx_q8_scale(type, (int)n, part, whole[i / AMX_ROWS % 2], i, tile);
         }
@@ -1051,6 +1013,17 @@ static NOINLINE AMX_Q8 void amx_tile(enum tensor_type type, int n_rows, const st
     }
 }
 
+static AMX void amx_busy(enum row_form form, int n_dots) {
+    amx_configure(AMX_ROWS, AMX_ROWS, form == FORM_BF16 ? 2 * AMX_K : Q8_BLOCK);
+    for (int i = 0; i < n_dots; i += 4) {
+        amx_dot(form, 0, 4, 6);
+        amx_dot(form, 1, 4, 7);
+        amx_dot(form, 2, 5, 6);
+        amx_dot(form, 3, 5, 7);
+    }
+    amx_release();
+}
+
 #else /* no such unit, or a compiler that is too old */
 
 bool dot_amx(void) {
@@ -1059,6 +1032,11 @@ bool dot_amx(void) {
 
 static void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     dot_tile(type, n_rows, tile);
+}
+
+static void amx_busy(enum row_form form, int n_dots) {
+    (void)form;
+    (void)n_dots;
 }
 #endif
 
@@ -1187,33 +1165,6 @@ static void busy_f32(float *sink) {
     store(sink, sum[0]);
 }
 
-#ifdef AMX
-static AMX void busy_amx(enum row_form form, float *sink) {
-    static const int32_t numbers[AMX_ROWS * LANES] = {0x3c003c00};
-    amx_configure(AMX_ROWS, AMX_ROWS, form == FORM_BF16 ? 64 : Q8_BLOCK);
-    amx_zero_sums();
-    amx_load(4, numbers, 4 * LANES);
-    amx_load(6, numbers, 4 * LANES);
-    for (int i = 0; i < BUSY_STEPS * BUSY_SUMS / 4; i++) {
-        if (form == FORM_BF16) {
-            amx_dot_bf16(0, 4, 6);
-            amx_dot_bf16(1, 4, 6);
-            amx_dot_bf16(2, 4, 6);
-            amx_dot_bf16(3, 4, 6);
-        } else {
-            amx_dot_int8(0, 4, 6);
-            amx_dot_int8(1, 4, 6);
-            amx_dot_int8(2, 4, 6);
-            amx_dot_int8(3, 4, 6);
-        }
-    }
-    float sums[AMX_ROWS * LANES];
-    amx_store(0, sums, 4 * LANES);
-    memcpy(sink, sums, sizeof(float) * LANES);
-    amx_release();
-}
-#endif
-
 #if defined(__x86_64__)
 static DOT_BF16 void busy_bf16(float *sink) {
     __m512 sum[BUSY_SUMS];
@@ -1251,7 +1202,7 @@ static DOT_Q8 void busy_q8(float *sink) {
 void dot_busy(enum row_form form, bool amx, float *sink) {
 #if defined(__x86_64__)
     if (amx && form != FORM_F32)
-        busy_amx(form, sink);
+        amx_busy(form, BUSY_STEPS * BUSY_SUMS);
     else if (form == FORM_BF16)
         busy_bf16(sink);
     else if (form == FORM_Q8)

@@ -11,9 +11,14 @@
 #include <stdint.h>
 #include <string.h>
 
-#define AMX_TWIN(call) (twin_on && (call, true))
+#define AMX_DO(twin, ...)                                                                          \
+    do {                                                                                           \
+        if (twin_on)                                                                               \
+            twin;                                                                                  \
+        else                                                                                       \
+            __asm__ volatile(__VA_ARGS__);                                                         \
+    } while (0)
 
-struct amx_shapes;
 static bool twin_on;
 static _Thread_local struct {
     struct {
@@ -28,7 +33,7 @@ static void twin_zero(int tile) {
     memset(twin.tile[tile], 0, sizeof twin.tile[tile]);
 }
 
-static void twin_configure(const struct amx_shapes *shapes) {
+static void twin_configure(const void *shapes) {
     static_assert(sizeof twin.shape == 64, "as the processor reads it");
     memcpy(&twin.shape, shapes, sizeof twin.shape);
     assert(twin.shape.palette == 1);
