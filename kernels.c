@@ -1481,7 +1481,7 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
     memset(cpu, 0, sizeof *cpu);
     cpu->backend = operations;
     cpu->plain = options->plain;
-    cpu->amx = !options->plain && dot_amx();
+    cpu->amx = !options->plain && amx_ready();
     pthread_mutex_init(&cpu->upload_mutex, NULL);
     if (!copier_open(&cpu->copier, options->copy_delay_seed)) {
         (void)fail(error, "the copier thread of the CPU backend did not start");

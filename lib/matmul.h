@@ -26,20 +26,21 @@
  *     tile_product   in the vectors of simd.h, for all types, on any processor; rows are f32
  *     dot_bf16       weights in BF16 times rows rounded to bf16 (AVX-512 BF16: vdpbf16ps)
  *     dot_q8         quantized weights times blocks of 32 bytes with a scale (VNNI: vpdpbusd)
- *     amx_bf16       as dot_bf16, 32 rows at a time (AMX: tdpbf16ps); the sums have another order
+ *     amx_bf16       as dot_bf16, 16 rows at a time (AMX: tdpbf16ps); the sums have another order
  *     amx_q8         as dot_q8, for many rows (AMX: tdpbssd); the same bits
  * All but the first are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of
  * each element, Q8 rows 1/254 of a block's largest.
  *
- * Invariants: each output is one chain of sums over k, or over blocks of k, in order (amx_bf16: of
- * 32 k, whose even and odd ones are chains of their own). It does not
- * depend on the other rows, on their number or on slabs. A form of a row depends on that row alone;
- * a block that a segment of K cuts has zeros outside the segment.
+ * Invariants: each output is one chain of sums over k, or over blocks of k, in order (in amx_bf16
+ * of 32 k, the even and the odd of which are chains too). It does not depend on the other rows, on
+ * their number or on slabs. A form of a row depends on that row alone; a block that a segment of K
+ * cuts has zeros outside the segment.
  *
  * Read next: tile_product, the heart of it; then pool.h, and kernels.c, which hands out the parts.
  * Define MATMUL_IMPLEMENTATION in one file, before including this. */
 #ifndef MATMUL_H
 #define MATMUL_H
+#include "amx.h"
 #include "model.h"
 #include "simd.h"
 
@@ -51,9 +52,9 @@ enum {
     DOT_SLAB = 1024,  /* the like for the fast kernels, which read a panel in its stored type */
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
-    Q8_BLOCK = 32,     /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
-    AMX_ROWS = 16,     /* of a tile of the matrix unit */
-    AMX_K = 32         /* bf16 in a row of such a tile */
+    AMX_SLAB = 256,    /* k of a panel that many rows of bf16 use while it is in L1: 32 KiB */
+    AMX_PARTS = 2,     /* parts of blocks that amx_q8 multiplies before it scales the sums */
+    Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
 };
 
 /* ---- weights ---- */
@@ -108,11 +109,8 @@ struct tile {
     size_t stride;      /* bytes from row to row */
     float *out;         /* (rows, PANEL) */
     bool add, ahead;    /* ahead: the panel comes from memory */
-    bool amx;           /* rows in another form than FORM_F32 may take the matrix unit */
+    bool amx;           /* the matrix unit (amx.h) takes it, but for FORM_F32; for a text: always */
 };
-
-/* Whether there is one that this process may use. All products of a text must agree on it. */
-bool dot_amx(void);
 
 /* Any number of rows, in groups of like size. */
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
@@ -789,146 +787,55 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
 }
 #endif
 
-/* ---- the matrix unit of some x86 processors (AMX) ---- */
+/* ---- the matrix unit (amx.h) ---- */
 
-/* It has eight registers, *tiles* of up to 16 rows of 64 bytes. One instruction adds to a tile of
- * sums, [row][output], the product of a tile of rows, [row][k], and one of words of a panel, which
- * lie as it wants them, [word][output]: of bf16 it takes 32 k, 16 x 16 x 32 products in 16 cycles.
- * Here tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 weights. */
-
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#define AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+#ifdef AMX
 #define AMX_Q8                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-bf16,amx-int8")))
-#ifndef AMX_DO
-#define AMX_DO(twin, ...) __asm__ volatile(__VA_ARGS__) /* twin: what a test does instead, in C */
-#endif
 
-enum {
-    AMX_PARTS = 2,           /* of blocks, that amx_q8 multiplies before it scales them */
-    ASK_PERMISSION = 0x1023, /* ARCH_REQ_XCOMP_PERM: tiles make a switch of threads longer */
-    TILE_DATA = 18
-};
-
-bool dot_amx(void) {
-    const unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
-    unsigned a, b, c, features, saved, high;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || (features & wanted) != wanted)
-        return false;
-    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0)); /* by the kernel: shapes, tiles */
-    return (saved >> 17 & 3) == 3 && syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) == 0;
-}
-
-/* Rows of the tiles, of 2, 3 and 5 so many; bytes of k. */
-INLINE AMX void amx_configure(int rows, int lower_rows, int k_bytes) {
-    struct {
-        uint8_t palette, zeros[15];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        bool lower = i == 2 || i == 3 || i == 5;
-        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? k_bytes : 64);
-        shapes.rows[i] = (uint8_t)(i > 5 ? k_bytes / 4 : lower ? lower_rows : rows);
-    }
-    AMX_DO(twin_configure(&shapes), "ldtilecfg %0" : : "m"(shapes));
-}
-
-INLINE AMX void amx_release(void) {
-    AMX_DO((void)0, "tilerelease");
-}
-
-INLINE AMX void amx_zero(int tile) {
-    AMX_DO(twin_zero(tile), "tilezero %%tmm%c0" : : "i"(tile));
-}
-
-INLINE AMX void amx_load(int tile, const char *from, size_t stride) {
-    AMX_DO(twin_load(tile, from, stride), "tileloadd (%0,%1,1), %%tmm%c2"
-           :
-           : "r"(from), "r"(stride), "i"(tile)
-           : "memory");
-}
-
-INLINE AMX void amx_store(int tile, char *to) {
-    AMX_DO(twin_store(tile, to, 4 * PANEL), "tilestored %%tmm%c2, (%0,%1,1)"
-           :
-           : "r"(to), "r"(4 * (size_t)PANEL), "i"(tile)
-           : "memory");
-}
-
-INLINE AMX void amx_dot(enum row_form form, int sum, int rows, int weights) {
-    if (form == FORM_BF16)
-        AMX_DO(twin_dot_bf16(sum, rows, weights), "tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2"
-               :
-               : "i"(weights), "i"(rows), "i"(sum));
-    else
-        AMX_DO(twin_dot_int8(sum, rows, weights), "tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2"
-               :
-               : "i"(weights), "i"(rows), "i"(sum));
-}
-
-/* The sums of two vectors of outputs, from vector `first` of a panel's 4, for up to 32 rows (pair);
- * or of all four, for up to 16. k in [begin, end) are whole tiles, or one that is not whole. */
-INLINE AMX void amx_sums(enum row_form form, bool pair, int first, const struct tile *tile) {
+/* The sums of 64 outputs for up to 16 rows. k in [begin, end) are whole tiles, or a part of one. */
+INLINE AMX void amx_sums(bool bf16, const struct tile *tile) {
     const size_t line = 4 * PANEL, stride = tile->stride; /* line: of the panel and of `out` */
-    const char *input = tile->input, *lower = input + AMX_ROWS * stride;
-    const char *words = tile->panel + (size_t)tile->begin / 2 * line + first * 64;
-    const bool ahead = tile->ahead && first == 0;
-    char *out = (char *)(tile->out + first * LANES), *next = out + (pair ? AMX_ROWS * line : 128);
-    amx_zero(0);
-    amx_zero(1);
-    amx_zero(2);
-    amx_zero(3);
-    if (tile->add) {
-        amx_load(0, out, line);
-        amx_load(1, out + 64, line);
-        amx_load(2, next, line);
-        amx_load(3, next + 64, line);
-    }
+    const char *input = tile->input, *words = tile->panel + (size_t)tile->begin / 2 * line;
+    const bool ahead = tile->ahead;
+    amx_load_sums(!tile->add, (const char *)tile->out, line);
     for (int left = tile->end - tile->begin; left > 0; left -= AMX_K) {
         if (ahead)
             read_ahead(words, AMX_K / 2 * line);
         amx_load(4, input, stride);
-        amx_load(6, words, line);
-        amx_load(7, words + 64, line);
-        amx_dot(form, 0, 4, 6);
-        amx_dot(form, 1, 4, 7);
-        if (pair) {
-            amx_load(5, lower, stride);
-            amx_dot(form, 2, 5, 6);
-            amx_dot(form, 3, 5, 7);
-        } else {
-            amx_load(6, words + 128, line);
-            amx_load(7, words + 192, line);
-            amx_dot(form, 2, 4, 6);
-            amx_dot(form, 3, 4, 7);
-        }
+        amx_load(5, words, line);
+        amx_dot(bf16, 0, 4, 5);
+        amx_load(6, words + 64, line);
+        amx_dot(bf16, 1, 4, 6);
+        amx_load(7, words + 128, line);
+        amx_dot(bf16, 2, 4, 7);
+        amx_load(5, words + 192, line);
+        amx_dot(bf16, 3, 4, 5);
         input += 2 * AMX_K;
-        lower += 2 * AMX_K;
         words += AMX_K / 2 * line;
     }
-    amx_store(0, out);
-    amx_store(1, out + 64);
-    amx_store(2, next);
-    amx_store(3, next + 64);
+    amx_store_sums((char *)tile->out, line);
 }
 
-/* Up to 32 rows. Tiles begin at multiples of 32 k, wherever the caller does. */
+/* Up to 16 rows, or a multiple of 16. Tiles begin at multiples of 32 k, wherever the caller does. */
 static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
     const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS, end = tile.end;
-    for (int k = tile.begin; k < end; k = tile.end) {
+    for (int k = tile.begin, last = 0; k < end; k = tile.end) {
         int n_k = AMX_K - k % AMX_K < end - k ? AMX_K - k % AMX_K : end - k; /* of a tile */
+        int next = (k / AMX_SLAB + 1) * AMX_SLAB;
+        next = next < end ? next : end / AMX_K * AMX_K;
+        if (n_k != last)
+            amx_configure(rows, divide_up(n_k, 2) * 4);
+        last = n_k;
         tile.begin = k;
-        tile.end = k + (n_k < AMX_K ? n_k : (end - k) / AMX_K * AMX_K);
-        amx_configure(rows, n_rows > rows ? n_rows - rows : rows, divide_up(n_k, 2) * 4);
-        for (int first = 0; first < 4 && n_rows > rows; first += 2)
-            amx_sums(FORM_BF16, true, first, &tile);
-        if (n_rows == rows)
-            amx_sums(FORM_BF16, false, 0, &tile);
+        tile.end = n_k < AMX_K ? k + n_k : next;
+        for (int row = 0; row < n_rows; row += rows) {
+            struct tile part = tile;
+            part.input += (size_t)row * tile.stride;
+            part.out += row * PANEL;
+            part.ahead = tile.ahead && row == 0;
+            amx_sums(true, &part);
+        }
         tile.input += (size_t)(tile.end - k) * 2;
         tile.add = true;
     }
@@ -959,18 +866,26 @@ INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, u
                 (ivec)((bytes_vec)load_quad(type, tile->panel, k, at, i) - offset);
 }
 
-/* Adds a row's whole numbers of n parts, [part][row][64], to its sums, as dot_q8 does. */
+/* Adds whole numbers of n parts, [part][row][64], to the sums of rows, as dot_q8 does. n is a
+ * constant where this is inlined: the scales of all stay in registers. */
 INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_part *part,
-                                ivec (*whole)[AMX_ROWS][4], int row, const struct tile *tile) {
-    float *out = tile->out + row * PANEL;
-    __m512 sum[4];
-    for (int i = 0; i < 4; i++)
-        sum[i] = _mm512_loadu_ps(out + i * LANES);
-    for (int i = 0; i < n; i++)
-        dot_q8_scale(type, 0, 4, &part[i].scales, part[i].block + (size_t)row * tile->stride,
-                     (const __m512i *)whole[i][row % AMX_ROWS], sum);
-    for (int i = 0; i < 4; i++)
-        _mm512_storeu_ps(out + i * LANES, sum[i]);
+                                ivec (*whole)[AMX_ROWS][4], int first, int n_rows,
+                                const struct tile *tile) {
+    struct amx_part parts[AMX_PARTS];
+    memcpy(parts, part, sizeof *part * (size_t)n);
+    for (int row = 0; row < n_rows; row++) {
+        float *out = tile->out + (first + row) * PANEL;
+        __m512 sum[4];
+        for (int i = 0; i < 4; i++)
+            sum[i] = _mm512_loadu_ps(out + i * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++)
+            dot_q8_scale(type, 0, 4, &parts[i].scales,
+                         parts[i].block + (size_t)(first + row) * tile->stride,
+                         (const __m512i *)whole[i][row], sum);
+        for (int i = 0; i < 4; i++)
+            _mm512_storeu_ps(out + i * LANES, sum[i]);
+    }
 }
 
 /* Up to 16 rows, or a multiple of 16. A few parts of blocks at a time, for all rows: a tile of rows
@@ -980,7 +895,7 @@ INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *
     const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS;
     struct amx_part part[AMX_PARTS];
     ivec whole[2][AMX_PARTS][AMX_ROWS][4];
-    amx_configure(rows, rows, (int)n_part);
+    amx_configure(rows, (int)n_part);
     if (!tile->add)
         memset(tile->out, 0, sizeof(float) * PANEL * (size_t)n_rows);
     for (unsigned k = (unsigned)tile->begin / n_part * n_part, n = 0; k < end; n = 0) {
@@ -993,10 +908,14 @@ INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *
                                        .input = part[i].bytes + (size_t)row * tile->stride,
                                        .stride = tile->stride,
                                        .out = (float *)whole[row / AMX_ROWS % 2][i]};
-                amx_sums(FORM_Q8, false, 0, &of_part);
+                amx_sums(false, &of_part);
             }
-            for (int i = row > 0 ? row - rows : row; i < row; i++)
-                amx_q8_scale(type, (int)n, part, whole[i / AMX_ROWS % 2], i, tile);
+            ivec(*before)[AMX_ROWS][4] = whole[(row - rows) / AMX_ROWS % 2];
+            if (row > 0 && n == AMX_PARTS)
+                amx_q8_scale(type, AMX_PARTS, part, before, row - rows, rows, tile);
+            else if (row > 0)
+                for (unsigned i = 0; i < n; i++)
+                    amx_q8_scale(type, 1, &part[i], &before[i], row - rows, rows, tile);
         }
     }
     amx_release();
@@ -1013,42 +932,36 @@ static NOINLINE AMX_Q8 void amx_tile(enum tensor_type type, int n_rows, const st
     }
 }
 
-static AMX void amx_busy(enum row_form form, int n_dots) {
-    amx_configure(AMX_ROWS, AMX_ROWS, form == FORM_BF16 ? 2 * AMX_K : Q8_BLOCK);
+static AMX void amx_busy(bool bf16, int n_dots) {
+    amx_configure(AMX_ROWS, bf16 ? 2 * AMX_K : Q8_BLOCK);
     for (int i = 0; i < n_dots; i += 4) {
-        amx_dot(form, 0, 4, 6);
-        amx_dot(form, 1, 4, 7);
-        amx_dot(form, 2, 5, 6);
-        amx_dot(form, 3, 5, 7);
+        amx_dot(bf16, 0, 4, 5);
+        amx_dot(bf16, 1, 4, 6);
+        amx_dot(bf16, 2, 4, 7);
+        amx_dot(bf16, 3, 4, 5);
     }
     amx_release();
 }
 
-#else /* no such unit, or a compiler that is too old */
-
-bool dot_amx(void) {
-    return false;
-}
+#else
 
 static void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     dot_tile(type, n_rows, tile);
 }
 
-static void amx_busy(enum row_form form, int n_dots) {
-    (void)form;
+static void amx_busy(bool bf16, int n_dots) {
+    (void)bf16;
     (void)n_dots;
 }
 #endif
 
 /* ---- larger products ---- */
 
-/* Rows of the next group: the matrix unit takes pairs of tiles, or any number of whole ones; few
- * quantized rows, to which it would bring no gain, are no group of it. */
+/* So many of the next rows go to the matrix unit: those of one tile, or of any number of whole
+ * ones; few quantized rows are faster without. */
 static int amx_group(const struct tile *tile, int n_rows) {
     if (!tile->amx || tile->form == FORM_F32 || (tile->form == FORM_Q8 && n_rows <= TILE_ROWS))
         return 0;
-    if (tile->form == FORM_BF16)
-        return n_rows < 2 * AMX_ROWS ? n_rows : 2 * AMX_ROWS;
     return n_rows < AMX_ROWS ? n_rows : n_rows / AMX_ROWS * AMX_ROWS;
 }
 
@@ -1202,7 +1115,7 @@ static DOT_Q8 void busy_q8(float *sink) {
 void dot_busy(enum row_form form, bool amx, float *sink) {
 #if defined(__x86_64__)
     if (amx && form != FORM_F32)
-        amx_busy(form, BUSY_STEPS * BUSY_SUMS);
+        amx_busy(form == FORM_BF16, BUSY_STEPS * BUSY_SUMS);
     else if (form == FORM_BF16)
         busy_bf16(sink);
     else if (form == FORM_Q8)

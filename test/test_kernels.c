@@ -235,7 +235,7 @@ static void check_dot(struct check *check, struct random *random, const struct w
                         .input = rows,
                         .stride = DOT_STRIDE,
                         .out = out[0]};
-    bool unit = dot_amx(), twin_was_on = twin_on;
+    bool unit = amx_ready(), twin_was_on = twin_on;
     int n_ways = unit ? 3 : twin_on ? 2 : 1;
     for (int way = 0; way < n_ways; way++) {
         twin_on = twin_was_on || way == 2;
@@ -433,7 +433,7 @@ int main(int argc, char **argv) {
                                         {"memory_that_there_is_not", memory_that_there_is_not},
                                         {"many_workers", many_workers}};
 #ifdef AMX
-    twin_on = !dot_amx();
+    twin_on = !amx_ready();
 #endif
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }
