@@ -53,7 +53,8 @@ enum {
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
     AMX_SLAB = 256,    /* k of a panel that many rows of bf16 use while it is in L1: 32 KiB */
-    AMX_PARTS = 2,     /* parts of blocks that amx_q8 multiplies before it scales the sums */
+    AMX_Q8_ROWS = 48,  /* rows of a quantized type that the matrix unit takes at a time, in L1 */
+    AMX_PARTS = 2,     /* parts of blocks that it multiplies before their sums are scaled */
     Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
 };
 
@@ -871,8 +872,9 @@ INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, u
 INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_part *part,
                                 ivec (*whole)[AMX_ROWS][4], int first, int n_rows,
                                 const struct tile *tile) {
-    struct amx_part parts[AMX_PARTS];
-    memcpy(parts, part, sizeof *part * (size_t)n);
+    struct scales scales[AMX_PARTS];
+    for (int i = 0; i < n; i++)
+        scales[i] = part[i].scales;
     for (int row = 0; row < n_rows; row++) {
         float *out = tile->out + (first + row) * PANEL;
         __m512 sum[4];
@@ -880,8 +882,8 @@ INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_p
             sum[i] = _mm512_loadu_ps(out + i * LANES);
 #pragma GCC unroll 4
         for (int i = 0; i < n; i++)
-            dot_q8_scale(type, 0, 4, &parts[i].scales,
-                         parts[i].block + (size_t)(first + row) * tile->stride,
+            dot_q8_scale(type, 0, 4, &scales[i],
+                         part[i].block + (size_t)(first + row) * tile->stride,
                          (const __m512i *)whole[i][row], sum);
         for (int i = 0; i < 4; i++)
             _mm512_storeu_ps(out + i * LANES, sum[i]);
@@ -962,7 +964,8 @@ static void amx_busy(bool bf16, int n_dots) {
 static int amx_group(const struct tile *tile, int n_rows) {
     if (!tile->amx || tile->form == FORM_F32 || (tile->form == FORM_Q8 && n_rows <= TILE_ROWS))
         return 0;
-    return n_rows < AMX_ROWS ? n_rows : n_rows / AMX_ROWS * AMX_ROWS;
+    int most = tile->form == FORM_Q8 ? AMX_Q8_ROWS : n_rows;
+    return n_rows < AMX_ROWS ? n_rows : (n_rows < most ? n_rows : most) / AMX_ROWS * AMX_ROWS;
 }
 
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
