@@ -912,10 +912,12 @@ INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *
                                        .out = (float *)whole[row / AMX_ROWS % 2][i]};
                 amx_sums(false, &of_part);
             }
+            if (row == 0)
+                continue;
             ivec(*before)[AMX_ROWS][4] = whole[(row - rows) / AMX_ROWS % 2];
-            if (row > 0 && n == AMX_PARTS)
+            if (n == AMX_PARTS)
                 amx_q8_scale(type, AMX_PARTS, part, before, row - rows, rows, tile);
-            else if (row > 0)
+            else
                 for (unsigned i = 0; i < n; i++)
                     amx_q8_scale(type, 1, &part[i], &before[i], row - rows, rows, tile);
         }
