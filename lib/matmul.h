@@ -818,7 +818,7 @@ INLINE AMX void amx_sums(bool bf16, const struct tile *tile) {
     amx_store_sums((char *)tile->out, line);
 }
 
-/* Up to 16 rows, or a multiple of 16. Tiles begin at multiples of 32 k, wherever the caller does. */
+/* Up to 16 rows, or a multiple of 16. Tiles begin at multiples of 32 k, wherever `tile` does. */
 static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
     const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS, end = tile.end;
     for (int k = tile.begin, last = 0; k < end; k = tile.end) {
