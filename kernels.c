@@ -249,7 +249,7 @@ struct cpu_backend {
     struct copier copier;
     pthread_mutex_t upload_mutex;
     struct weight *weights; /* a list, under upload_mutex */
-    bool plain;             /* no fast paths */
+    bool plain, amx;        /* no fast paths; those of a matrix unit */
 };
 
 struct cpu_device {
@@ -407,8 +407,9 @@ static void read_tile(const void *argument, int tile, struct scratch *scratch) {
 }
 
 static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct tile *like = argument;
     (void)tile;
-    dot_busy(*(const enum row_form *)argument, scratch->slab);
+    dot_busy(like->form, like->amx, scratch->slab);
 }
 
 static double clock_seconds(void) {
@@ -452,9 +453,9 @@ static void cpu_limits(struct device **shards, int n, enum tensor_type type, dou
     }
     pthread_mutex_unlock(&cpu->upload_mutex);
     *read = n_pieces > 0 ? n_bytes / best_time(device, n_pieces, read_tile, pieces) : 0;
-    enum row_form form = dot_form(type, cpu->plain);
-    *ops = LIMIT_MULTIPLIES * dot_busy_ops(form) /
-           best_time(device, LIMIT_MULTIPLIES, multiply_tile, &form);
+    struct tile like = {.form = dot_form(type, cpu->plain), .amx = cpu->amx};
+    *ops = LIMIT_MULTIPLIES * dot_busy_ops(like.form, like.amx) /
+           best_time(device, LIMIT_MULTIPLIES, multiply_tile, &like);
 }
 
 /* ---- devices ---- */
@@ -645,7 +646,8 @@ static void multiply(const struct product *product, const struct weight *matrix,
                         .input = product->input[form] + (size_t)place->row * stride,
                         .stride = stride,
                         .out = out,
-                        .ahead = true};
+                        .ahead = true,
+                        .amx = product->device->cpu->amx};
     if (product->kind == PRODUCT_SEGMENTS)
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
                         place->n_rows, scratch->slab, scratch->tile + 1);
@@ -742,7 +744,9 @@ static void run_product(struct cpu_device *device, struct product *product, int 
         return;
     product->device = device;
     convert_rows(device, product, product->kind == PRODUCT_SILU ? 2 : n_matrices);
-    int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), TILE_ROWS);
+    bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) != FORM_F32;
+    size_t unit = amx ? AMX_ROWS : TILE_ROWS;
+    int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
     product->chunk_rows = rows;
     product->n_chunks = divide_up(product->n_rows, rows);
     int n_tiles = 0;
@@ -1479,6 +1483,7 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
     memset(cpu, 0, sizeof *cpu);
     cpu->backend = operations;
     cpu->plain = options->plain;
+    cpu->amx = !options->plain && amx_ready();
     pthread_mutex_init(&cpu->upload_mutex, NULL);
     if (!copier_open(&cpu->copier, options->copy_delay_seed)) {
         (void)fail(error, "the copier thread of the CPU backend did not start");

@@ -1,6 +1,6 @@
 /* bench.c: what the CPU backend reaches of what this machine can do.
  *
- *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain]
+ *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain] [no-amx]
  *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
@@ -137,7 +137,7 @@ static void *memory_of(struct bench *bench, size_t bytes) {
 }
 
 static void open_bench(struct bench *bench, const struct shape *shape, enum tensor_type type,
-                       enum kv_type kv_type, bool plain) {
+                       enum kv_type kv_type, bool plain, bool no_amx) {
     char error[ERROR_LENGTH];
     *bench = (struct bench){.shape = shape,
                             .config = {.n_layers = shape->n_layers,
@@ -154,6 +154,8 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
         bench->frequency[i] = (float)pow(10000.0, -2.0 * i / shape->head_dim);
     struct backend_options options = {.n_threads = N_THREADS, .plain = plain};
     bench->backend = cpu_backend_open(&options, error);
+    if (no_amx && bench->backend)
+        ((struct cpu_backend *)bench->backend)->amx = false;
     struct device wanted = {.config = &bench->config,
                             .rope_frequency = bench->frequency,
                             .n_shards = 1,
@@ -368,7 +370,7 @@ int main(int argc, char **argv) {
             continue;
         static struct bench bench;
         open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
-                   asked(argc, argv, "plain"));
+                   asked(argc, argv, "plain"), asked(argc, argv, "no-amx"));
         struct cpu_device *device = (struct cpu_device *)bench.device;
         double empty = best_time(device, 2, empty_tile, NULL);
         printf("%-5s %s, packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,

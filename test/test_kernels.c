@@ -3,14 +3,16 @@
  *
  * Tests of ops.h take the variants in turn: both kinds of kernels (`plain`, and what this processor
  * can do), keys and values in f32 and in bf16. Read next: ops.h. */
+#include "amx_twin.h"
+
 #include "../kernels.c"
 
 enum {
     ORDERS = 1,   /* threads take tiles in another order in any case */
-    VARIANTS = 4, /* 1: bf16 keys and values; 2: plain */
+    VARIANTS = 6, /* 1: bf16 keys and values; 2: plain; 4: no matrix unit */
     LOGITS_KEPT = 64,
     DRAWS = 8,
-    TEXT_DRAWS = 21, /* every type, in three variants */
+    TEXT_DRAWS = 42, /* every type, in every variant */
     CROWD_SHARDS = 4,
     SHARD_ROWS = 250,
     MOST_ROWS = 700,
@@ -29,6 +31,10 @@ static struct backend *open_backend(int variant, uint64_t order) {
         .n_threads = 1 + (int)(order % 4), .copy_delay_seed = order, .plain = variant & 2};
     struct backend *backend = cpu_backend_open(&options, error);
     need(backend, error);
+    if (variant & 4)
+        ((struct cpu_backend *)backend)->amx = false;
+    else
+        ((struct cpu_backend *)backend)->amx |= twin_on && !options.plain;
     return backend;
 }
 
@@ -196,13 +202,19 @@ static double converted(enum row_form form, const char *row, int begin, int k) {
     return (double)block->scale * block->q[k % Q8_BLOCK];
 }
 
+enum { DOT_ROWS = 70, DOT_COLS = 1280, DOT_STRIDE = 2 * DOT_COLS + 64 };
+
+/* A product with AVX-512, with the matrix unit (or its twin, where there is none), and the latter
+ * with the twin. Quantized types have the same bits in all, bf16 in the last two; a row alone has
+ * the bits that it has among others. */
 static void check_dot(struct check *check, struct random *random, const struct weight *weight,
                       int n_rows) {
+    static float out[3][DOT_ROWS * PANEL];
+    static alignas(64) char rows[DOT_ROWS * DOT_STRIDE];
     enum row_form form = dot_form(weight->type, false);
     int cols = weight->cols, begin = below(random, cols / 2 - 40) * 2;
     int end = begin + 2 + below(random, (cols - begin) / 2) * 2;
-    char *rows = calloc(6, 16384);
-    float *from = malloc(6 * 2048 * sizeof *from), out[6 * PANEL];
+    float from[DOT_COLS], alone[PANEL];
     double most = form == FORM_BF16 ? 0x1p-8 : 1.0 / 253;
     for (int row = 0; row < n_rows; row++) {
         double largest = 0.0;
@@ -210,9 +222,10 @@ static void check_dot(struct check *check, struct random *random, const struct w
             from[k] = normal(random) * (k / 32 % 3 ? 1.0f : 30.0f);
             largest = fabs((double)from[k]) > largest ? fabs((double)from[k]) : largest;
         }
-        dot_convert(form, from + begin, begin, end, rows + row * 16384);
+        dot_convert(form, from + begin, begin, end, rows + row * DOT_STRIDE);
         for (int k = begin; k < end; k++) {
-            double error = fabs((double)from[k] - converted(form, rows + row * 16384, begin, k));
+            double error =
+                fabs((double)from[k] - converted(form, rows + row * DOT_STRIDE, begin, k));
             CHECK(error <= largest * most, "element %d: %g", k, error);
         }
     }
@@ -221,25 +234,42 @@ static void check_dot(struct check *check, struct random *random, const struct w
                         .end = end,
                         .form = form,
                         .input = rows,
-                        .stride = 16384,
-                        .out = out};
-    tile_rows(weight->type, tile, n_rows);
+                        .stride = DOT_STRIDE,
+                        .out = out[0]};
+    bool unit = amx_ready(), twin_was_on = twin_on;
+    int n_ways = unit ? 3 : twin_on ? 2 : 1;
+    for (int way = 0; way < n_ways; way++) {
+        twin_on = twin_was_on || way == 2;
+        tile.out = out[way];
+        tile.amx = way > 0;
+        panel_product(weight->type, tile, n_rows, NULL);
+        tile.out = alone;
+        tile.input = rows + (n_rows - 1) * DOT_STRIDE;
+        panel_product(weight->type, tile, 1, NULL);
+        tile.input = rows;
+        CHECK(same_bits(alone, out[way] + (n_rows - 1) * PANEL, PANEL),
+              "type %d, %d rows, k %d to %d: way %d", (int)weight->type, n_rows, begin, end, way);
+        CHECK(way < (form == FORM_BF16 ? 2 : 1) ||
+                  same_bits(out[way], out[way - 1], nth(n_rows, PANEL, 0)),
+              "type %d, %d rows, k %d to %d: way %d", (int)weight->type, n_rows, begin, end, way);
+    }
+    twin_on = twin_was_on;
     for (int row = 0; row < n_rows; row++) {
         for (int i = 0; i < weight->n_rows; i++) {
             double sum = 0.0, size = 1e-3;
             for (int k = begin; k < end; k++) {
                 double product = ref_element(weight->tensor, i, k) *
-                                 converted(form, rows + row * 16384, begin, k);
+                                 converted(form, rows + row * DOT_STRIDE, begin, k);
                 sum += product;
                 size += fabs(product);
             }
-            double error = fabs((double)out[row * PANEL + i] - sum) / size;
-            CHECK(error < 3e-6, "type %d, %d rows, k %d to %d: error %g at %d, %d",
-                  (int)weight->type, n_rows, begin, end, error, row, i);
+            for (int way = 0; way < n_ways; way++) {
+                double error = fabs((double)out[way][row * PANEL + i] - sum) / size;
+                CHECK(error < 3e-6, "type %d, %d rows, k %d to %d: error %g at %d, %d",
+                      (int)weight->type, n_rows, begin, end, error, row, i);
+            }
         }
     }
-    free(from);
-    free(rows);
 }
 
 static void fast_paths(struct check *check) {
@@ -249,13 +279,14 @@ static void fast_paths(struct check *check) {
         CHECK(dot_form(types[i], true) == FORM_F32, "plain is plain");
         if (dot_form(types[i], false) == FORM_F32)
             continue; /* this processor has none; the plain kernels are tested above */
-        struct tensor *tensor = make_tensor(&random, types[i], 50, 512, 0.1f, 0);
+        struct tensor *tensor = make_tensor(&random, types[i], 50, DOT_COLS, 0.1f, 0);
         struct weight *weight = pack_open(tensor);
         weight->panels = aligned_alloc(64, pack_bytes(weight));
         pack_panel(weight, 0);
         for (int n_rows = 1; n_rows <= 6; n_rows++)
             for (int repeat = 0; repeat < 5; repeat++)
-                check_dot(check, &random, weight, n_rows);
+                check_dot(check, &random, weight,
+                          repeat < 4 ? n_rows : below(&random, DOT_ROWS) + 1);
         free(weight->panels);
         pack_close(weight);
         free_tensor(tensor);
@@ -402,5 +433,8 @@ int main(int argc, char **argv) {
                                         {"sampler_distribution", sampler_distribution},
                                         {"memory_that_there_is_not", memory_that_there_is_not},
                                         {"many_workers", many_workers}};
+#ifdef AMX
+    twin_on = !amx_ready();
+#endif
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }
