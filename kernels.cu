@@ -702,7 +702,7 @@ enum {
     FED_THREADS = (CONSUMERS + 1) * WARP,
     PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
     MAX_STAGES = 24,
-    WINDOW_BYTES = 104 << 10, /* of weights that a block has asked for, once it has begun */
+    AHEAD_BYTES = 112 << 10, /* of weights that a block asks for ahead: more makes memory slower */
     RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
     ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
     ROW_TILE = 256,                          /* rows of a block of prompt_product */
@@ -886,8 +886,7 @@ template <int TYPE> DEVICE void next_unit(const struct product &p, struct walk *
 }
 
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
- * they do not depend on it, as many as there is room for; rows afterwards. From then on it asks for
- * less at a time: memory is slower where all ask for all that they can hold. */
+ * they do not depend on it; rows afterwards. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
     const struct segments &segments = p.matrix[0].segments;
@@ -896,19 +895,15 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const int first = segments.unit[s.begin % s.n_groups * p.grain];
     const int n = (s.end / s.n_groups - s.begin / s.n_groups) * n_units +
                   segments.unit[s.end % s.n_groups * p.grain] - first; /* units in all */
-    const int n_ahead = smaller(n, r.n), window = smaller(n_ahead, WINDOW_BYTES / unit_bytes(TYPE));
+    const int n_ahead = smaller(n, r.n);
     const struct ring start_ring = r;
-    struct ring behind = r; /* the unit that is `window` units behind */
     struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
     const struct walk start = w;
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
-    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
+    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
         copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
                     lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
-        if (i >= window)
-            next_stage(&behind);
-    }
     if (ROWS == GENERATED_ROWS && n_ahead == n)
         grid_launch_dependents();
     grid_wait();
@@ -918,11 +913,7 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const uint8_t *rows = p.input.bytes + (size_t)p.first_row * ROW_BYTES;
     for (int i = 0; i < n; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
         const size_t plane = (size_t)w.unit * p.input.n_rows * ROW_BYTES;
-        uint8_t *to = r.stages + r.at * r.bytes;
-        if (i >= n_ahead) {
-            barrier_wait(behind.empty + behind.at, behind.parity);
-            next_stage(&behind);
-        }
+        uint8_t *to = wait_empty(r);
         copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES, lane == 0 ? rows + plane : w.weights,
                     lane == 0                   ? ROWS * ROW_BYTES
                     : lane == 1 && i >= n_ahead ? unit_bytes(TYPE)
@@ -962,10 +953,10 @@ DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int t
 }
 #endif
 
-/* Units that are multiplied at a time: of few quantized rows two, or each would wait for the one
+/* Units that are multiplied at a time: of few quantized rows several, or each would wait for the one
  * before. */
 static constexpr __host__ __device__ int units_at_once(int type, int rows) {
-    return type != PACKED_BF16 && rows <= 16 ? 2 : 1;
+    return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
 }
 
 /* The same of generated rows and UNITS stages, everywhere. Quantized numbers are multiplied as whole
@@ -1072,24 +1063,27 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
     sync_threads<1, CONSUMERS * WARP>();
     if (!*last)
         return;
-    float sum[ROWS / 2];
+    constexpr int N = ROWS < 32 ? ROWS / 8 : 4; /* times 8 rows at a time */
+#pragma unroll 1
+    for (int first = 0; first < ROWS / 8; first += N, at.row += N * 8) {
+        float sum[N * 4] = {};
+#pragma unroll 1
+        for (int half = 0; half < n_groups; half += 4)
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++) {
-        float4 v[K_SEGMENTS];
+            for (int j = 0; j < N; j++) {
+                float4 v[4];
 #pragma unroll
-        for (int i = 0; i < K_SEGMENTS; i++)
-            v[i] = i < n_groups && at.row + j * 8 < at.end_row
-                       ? __ldcg(sums_of_item<ROWS>(p, owner, i) + j * CONSUMERS * WARP)
-                       : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int n = K_SEGMENTS / 2; n > 0; n /= 2)
-#pragma unroll
-            for (int i = 0; i < n; i++)
-                v[i] = add4(v[2 * i], v[2 * i + 1]);
-        sum[j * 4] = v[0].x, sum[j * 4 + 1] = v[0].y, sum[j * 4 + 2] = v[0].z;
-        sum[j * 4 + 3] = v[0].w;
+                for (int i = 0; i < 4; i++)
+                    v[i] = half + i < n_groups && at.row + j * 8 < at.end_row
+                               ? __ldcg(sums_of_item<ROWS>(p, owner, half + i) +
+                                        (first + j) * CONSUMERS * WARP)
+                               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                const float4 own = add4(add4(v[0], v[1]), add4(v[2], v[3]));
+                sum[j * 4] += own.x, sum[j * 4 + 1] += own.y, sum[j * 4 + 2] += own.z;
+                sum[j * 4 + 3] += own.w;
+            }
+        finish<EPILOGUE, N>(p, at, sum);
     }
-    finish<EPILOGUE, ROWS / 8>(p, at, sum);
 }
 
 /* sum = all n units of a segment. first: none has been multiplied before. */
@@ -1099,14 +1093,16 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++)
         sum[i] = 0.0f;
-    for (; N > 2 && n > 1; n -= 2, *first = false) {
-        struct ring second = *r;
-        next_stage(&second);
-        const uint8_t *rows[N / 2] = {wait_full(*r)};
-        rows[N / 2 - 1] = wait_full(second);
-        multiply_units<TYPE, ROWS, N / 2>(rows, warp, a, sum);
-        advance(r, *first);
-        advance(r, false);
+    constexpr int UNITS = N / 2;
+    for (; UNITS > 1 && n >= UNITS; n -= UNITS) {
+        const uint8_t *rows[UNITS];
+        struct ring ahead = *r;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++, next_stage(&ahead))
+            rows[i] = wait_full(ahead);
+        multiply_units<TYPE, ROWS, UNITS>(rows, warp, a, sum);
+        for (int i = 0; i < UNITS; i++, *first = false)
+            advance(r, *first);
     }
     for (; n > 0; n--, *first = false) {
         const uint8_t *rows[1] = {wait_full(*r)};
@@ -1127,8 +1123,14 @@ static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblin
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
  * first_row on. A block a multiprocessor: see struct share. Shared: the ring, and an int. Bound by
  * memory. */
+#ifdef VARIANT_B
+#define MIN_BLOCKS (ROWS <= 16 ? 2 : 1)
+#else
+#define MIN_BLOCKS 1
+#endif
 template <int TYPE, int EPILOGUE, int ROWS>
-__global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
+__global__ void __launch_bounds__(FED_THREADS, MIN_BLOCKS)
+    generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
     struct ring r =
@@ -1283,10 +1285,12 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
             sum[i] = 0.0f;
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
-            for (int i = 0; i < 32; i += WARP_GROUPS)
-                for_wanted<WARP_GROUPS>(p, corner_of(i), [&](int k, size_t offset, int) {
+            for (int i = 0; i < 32; i += 4) {
+                for_wanted<4>(p, corner_of(i), [&](int k, size_t offset, int) {
                     sum[i * 4 + k] = p.initial[offset];
                 });
+                __syncwarp(); /* as above */
+            }
         for (int unit = 0; unit < n_units; unit++, first = false) {
             multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
             advance(&r, first);
@@ -1321,11 +1325,7 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const
 /* The stages of so many bytes that a block of this chip has room for, beside `others`. */
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
     int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
-#ifdef TUNE
-    const char *cap = getenv("TUNE_STAGES");
-    if (cap && bytes < 40000)
-        return smaller(smaller(room / bytes, MAX_STAGES), atoi(cap));
-#endif
+
     return smaller(room / bytes, MAX_STAGES);
 }
 
@@ -1337,13 +1337,17 @@ static int rows_at_once(const struct cuda_device *d) {
     return rows;
 }
 
-/* Segments of an item: the more, the fewer sums pass through memory; but no block shall have more
- * to do than if they were few. */
+/* Segments of an item: the more, the fewer sums pass through memory. One item a block is best, if
+ * two thirds of the blocks have one; else no block shall have more to do than if items were small. */
 static int choose_grain(int n_panels, int n_segments, int blocks) {
-    int least = divide(n_panels * n_segments, blocks), grain = 1;
-    for (int i = 2; i <= 4 && i <= n_segments; i *= 2)
-        if (divide(n_panels * n_segments / i, blocks) * i <= least + least / 32)
+    int grain = 1, least = divide(n_panels * n_segments, blocks);
+    for (int i = 1; i <= n_segments; i *= 2) {
+        int items = n_panels * n_segments / i;
+        if (items <= blocks && items * 3 >= blocks * 2)
+            return i;
+        if (i <= 4 && divide(items, blocks) * i <= least + least / 32)
             grain = i;
+    }
     return grain;
 }
 
@@ -1352,7 +1356,16 @@ static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
     p.grain = choose_grain(p.n_panels, n_segments, blocks);
-    p.n_stages = stages_of(d, stage, kept_bytes(ROWS));
+    p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), AHEAD_BYTES / unit_bytes(TYPE));
+#ifdef VARIANT_B
+    if (ROWS <= 16)
+        p.n_stages = smaller(p.n_stages, (113 * 1024 - kept_bytes(ROWS) - RING_BARRIERS) / stage);
+#endif
+#ifdef TUNE
+    const char *cap = getenv("TUNE_STAGES");
+    if (cap)
+        p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), atoi(cap));
+#endif
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
