@@ -859,7 +859,7 @@ DEVICE int owner_of(const struct product &p, int item, int n_groups) {
     return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
 }
 
-/* A unit on its way through the panels. */
+/* A unit, and its weights. */
 struct walk {
     int panel, unit;
     const uint8_t *weights;
@@ -871,14 +871,9 @@ template <int TYPE> DEVICE struct walk start_walk(const struct product &p, int p
     return {panel, unit, p.matrix[which].packed + at * unit_bytes(TYPE)};
 }
 
-template <int TYPE> DEVICE void next_unit(const struct product &p, struct walk *w) {
-    w->weights += unit_bytes(TYPE);
-    if (++w->unit == p.matrix[0].n_units)
-        *w = start_walk<TYPE>(p, w->panel + 1, 0);
-}
-
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
- * they do not depend on it; rows afterwards. */
+ * they do not depend on it; rows afterwards. Those who come next are let in when all has been asked
+ * for, or, where rows are few, at once. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
     const struct segments &segments = p.matrix[0].segments;
@@ -891,29 +886,34 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
     const struct ring start_ring = r;
     struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
     const struct walk start = w;
+    auto ask = [&](bool weights,
+                   bool rows) { /* and goes on to the next unit */
+                                size_t row = (size_t)w.unit * p.input.n_rows + p.first_row;
+                                uint8_t *to = wait_empty(r);
+                                uint32_t bytes = lane == 0 && rows      ? ROWS * ROW_BYTES
+                                                 : lane == 1 && weights ? unit_bytes(TYPE)
+                                                                        : 0;
+                                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
+                                            lane == 0 ? p.input.bytes + row * ROW_BYTES : w.weights,
+                                            bytes, lane == 1, r.full + r.at);
+                                if (rows)
+                                    copies_sent(r.full + r.at);
+                                next_stage(&r);
+                                w.weights += unit_bytes(TYPE);
+                                if (++w.unit == n_units)
+                                    w = start_walk<TYPE>(p, w.panel + 1, 0);
+    };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
-    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
-        copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
-                    lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
-    if (ROWS == GENERATED_ROWS && n_ahead == n)
-        grid_launch_dependents();
+    for (int i = 0; i < n_ahead; i++)
+        ask(true, false);
     grid_wait();
     copies_see_stores();
     w = start;
     r = start_ring;
-    const uint8_t *rows = p.input.bytes + (size_t)p.first_row * ROW_BYTES;
-    for (int i = 0; i < n; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
-        const size_t plane = (size_t)w.unit * p.input.n_rows * ROW_BYTES;
-        uint8_t *to = wait_empty(r);
-        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES, lane == 0 ? rows + plane : w.weights,
-                    lane == 0                   ? ROWS * ROW_BYTES
-                    : lane == 1 && i >= n_ahead ? unit_bytes(TYPE)
-                                                : 0,
-                    lane == 1, r.full + r.at);
-        copies_sent(r.full + r.at);
-    }
-    if (ROWS == GENERATED_ROWS && n_ahead < n)
+    for (int i = 0; i < n; i++)
+        ask(i >= n_ahead, true);
+    if (ROWS == GENERATED_ROWS)
         grid_launch_dependents();
 }
 
@@ -926,26 +926,23 @@ DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float 
         sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
-#ifdef HOPPER
-/* sum (a tile of 16 outputs, ROWS rows) += a unit: four warps together. The last products still go
- * on when it returns, and read a[1]; those of the call before are done. */
+/* sum (a tile of 16 outputs, ROWS rows) += a unit. On Hopper the last products still go on when it
+ * returns, and read a[1]; those of the call before are done. */
 template <int TYPE, int ROWS, int M>
-DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int tile,
-                              uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
-    const uint64_t b = wgmma_rows(rows);
+DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
+                          uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
             load_scaled<TYPE>(weights, tile, half * 2 + i, (int)threadIdx.x % WARP, a[half][i]);
         wgmma_begin();
-        wgmma<ROWS>(sum, a[half][0], b + half * 4, true);
-        wgmma<ROWS>(sum, a[half][1], b + half * 4 + 2, true);
+        multiply_rows<ROWS>(sum, a[half][0], rows, half * 2, true);
+        multiply_rows<ROWS>(sum, a[half][1], rows, half * 2 + 1, true);
         wgmma_commit();
         wgmma_wait<1>(); /* those before, which read the other half of a */
     }
 }
-#endif
 
 /* Units that are multiplied at a time: of few quantized rows several, or each would wait for the one
  * before. */
@@ -953,64 +950,35 @@ static constexpr __host__ __device__ int units_at_once(int type, int rows) {
     return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
 }
 
-/* The same of generated rows and UNITS stages, everywhere. Quantized numbers are multiplied as whole
- * numbers, 32 k at a time, and their sums by the scale. */
+/* The same of quantized generated rows and UNITS stages: whole numbers are multiplied, 32 k at a
+ * time, and while the next are, their sums by the scale. */
 template <int TYPE, int ROWS, int UNITS, int M>
-DEVICE void multiply_units(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
-                           float (&sum)[ROWS / 2]) {
-    constexpr bool SCALED = TYPE != PACKED_BF16;
-    const int lane = (int)threadIdx.x % WARP;
+DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
+                             float (&sum)[ROWS / 2]) {
+    constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS, N = UNITS * 2 * PARTS;
     uint32_t scale[UNITS * 2];
-#ifdef HOPPER
-    if constexpr (!SCALED) {
-        multiply_together<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
-    } else {
+    float part[2][COLUMNS / 2];
 #pragma unroll
-        for (int i = 0; i < UNITS * 4; i++)
-            load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, lane, a[i / 2][i % 2],
-                               &scale[i / 2]);
-        constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
-        constexpr int N = UNITS * 2 * PARTS;
-        float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
+    for (int i = 0; i < UNITS * 4; i++)
+        load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, (int)threadIdx.x % WARP,
+                           a[i / 2][i % 2], &scale[i / 2]);
 #pragma unroll
-        for (int i = 0; i <= N; i++) {
-            if (i < N) {
-                const int half = i / PARTS;
-                const uint64_t b =
-                    wgmma_rows(rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES) + half % 2 * 4;
-                wgmma_begin();
-                wgmma<COLUMNS>(part[i % 2], a[half][0], b, false);
-                wgmma<COLUMNS>(part[i % 2], a[half][1], b + 2, true);
-                wgmma_commit();
-            }
-            if (i == 0)
-                continue;
-            if (i < N)
-                wgmma_wait<1>();
-            else
-                wgmma_wait<0>();
+    for (int i = 0; i <= N; i++) {
+        if (i < N) {
+            const int half = i / PARTS;
+            const uint8_t *own = rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES;
+            wgmma_begin();
+            multiply_rows<COLUMNS>(part[i % 2], a[half][0], own, half % 2 * 2, false);
+            multiply_rows<COLUMNS>(part[i % 2], a[half][1], own, half % 2 * 2 + 1, true);
+            wgmma_commit();
+        }
+        if (i > 0 && i < N)
+            wgmma_wait<1>();
+        else if (i > 0)
+            wgmma_wait<0>();
+        if (i > 0)
             add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
-        }
     }
-#else
-#pragma unroll
-    for (int i = 0; i < UNITS * 2; i++) {
-        const uint8_t *weights = rows[i / 2] + ROWS * ROW_BYTES;
-        load_operand<TYPE>(weights, warp, i % 2 * 2, lane, a[i][0], &scale[i]);
-        load_operand<TYPE>(weights, warp, i % 2 * 2 + 1, lane, a[i][1], &scale[i]);
-#pragma unroll
-        for (int j = 0; j < ROWS / 8; j++) {
-            uint32_t b[4];
-            load_matrices(b, rows[i / 2] + (j * 8 + lane % 8) * ROW_BYTES +
-                                 ((i % 2 * 4 + lane / 8) ^ lane % 8) * 16);
-            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            mma_bf16(SCALED ? part : &sum[j * 4], a[i][0], b);
-            mma_bf16(SCALED ? part : &sum[j * 4], a[i][1], b + 2);
-            if constexpr (SCALED)
-                add_scaled(part, scale[i], j, sum);
-        }
-    }
-#endif
 }
 
 DEVICE float4 add4(float4 a, float4 b) {
@@ -1021,19 +989,15 @@ DEVICE float4 add4(float4 a, float4 b) {
  * `top`. kept: shared (3 levels, N / 4, consumers), left siblings. True: `sum` is of a node at the
  * top. */
 template <int N> DEVICE bool add_siblings(int segment, int top, float (&sum)[N], float4 *kept) {
-    for (int level = 0; level < top; level++, kept += N / 4 * CONSUMERS * WARP) {
+    float4 *own = reinterpret_cast<float4 *>(sum), *left = kept + threadIdx.x;
+    for (int level = 0; level < top; level++) {
         const bool is_right = segment >> level & 1;
 #pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            float4 *left = kept + i / 4 * CONSUMERS * WARP + threadIdx.x;
-            float4 own = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            if (is_right) {
-                own = add4(*left, own);
-                sum[i] = own.x, sum[i + 1] = own.y, sum[i + 2] = own.z, sum[i + 3] = own.w;
-            } else {
-                *left = own;
-            }
-        }
+        for (int i = 0; i < N / 4; i++, left += CONSUMERS * WARP)
+            if (is_right)
+                own[i] = add4(*left, own[i]);
+            else
+                *left = own[i];
         if (!is_right)
             return false;
     }
@@ -1063,7 +1027,7 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
     constexpr int N = ROWS < 32 ? ROWS / 8 : 4; /* times 8 rows at a time */
 #pragma unroll 1
     for (int first = 0; first < ROWS / 8; first += N, at.row += N * 8) {
-        float sum[N * 4] = {};
+        float4 sum[N] = {};
 #pragma unroll 1
         for (int half = 0; half < n_groups; half += 4)
 #pragma unroll
@@ -1075,11 +1039,9 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                                ? __ldcg(sums_of_item<ROWS>(p, owner, half + i) +
                                         (first + j) * CONSUMERS * WARP)
                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                const float4 own = add4(add4(v[0], v[1]), add4(v[2], v[3]));
-                sum[j * 4] += own.x, sum[j * 4 + 1] += own.y, sum[j * 4 + 2] += own.z;
-                sum[j * 4 + 3] += own.w;
+                sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
-        finish<EPILOGUE, N>(p, at, sum);
+        finish<EPILOGUE, N>(p, at, &sum[0].x);
     }
 }
 
@@ -1097,13 +1059,16 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
 #pragma unroll
         for (int i = 0; i < UNITS; i++, next_stage(&ahead))
             rows[i] = wait_full(ahead);
-        multiply_units<TYPE, ROWS, UNITS>(rows, warp, a, sum);
+        multiply_numbers<TYPE, ROWS, UNITS>(rows, warp, a, sum);
         for (int i = 0; i < UNITS; i++, *first = false)
             advance(r, *first);
     }
     for (; n > 0; n--, *first = false) {
         const uint8_t *rows[1] = {wait_full(*r)};
-        multiply_units<TYPE, ROWS, 1>(rows, warp, a, sum);
+        if constexpr (TYPE == PACKED_BF16)
+            multiply_unit<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
+        else
+            multiply_numbers<TYPE, ROWS, 1>(rows, warp, a, sum);
         advance(r, *first);
     }
     wgmma_wait<0>();
@@ -1147,7 +1112,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
         const bool whole = n_items == s.n_groups;
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
                               : (p.grain > 1) + (p.grain > 2);
-        float sum[ROWS / 2];
+        alignas(16) float sum[ROWS / 2];
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
                                          a, sum);
@@ -1156,7 +1121,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++)
                 __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
-                       make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+                       reinterpret_cast<float4 *>(sum)[j]);
         }
         if (whole)
             finish<EPILOGUE, ROWS / 8>(p, at, sum);
@@ -1233,7 +1198,7 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
                                  float (&sum)[WARP_SUMS * 4]) {
     const uint8_t *weights = rows + TILE_ROWS * ROW_BYTES;
 #ifdef HOPPER
-    multiply_together<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
+    multiply_unit<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
 #else
     const int lane = (int)threadIdx.x % WARP;
     (void)a;
