@@ -102,9 +102,9 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
  * those of outputs group and group + 8 side by side.
  *
- * Gate and up are one matrix: outputs 0 to 7 of a tile are gate's, the others up's of the same
- * numbers, so that a lane has both sums of what silu(gate) * up needs. Where they are of two types,
- * both become bf16.
+ * What is multiplied together is one matrix. Of gate and up, outputs 0 to 7 of a tile are gate's, the
+ * others up's of the same numbers: so a lane has both sums that silu(gate) * up needs. Of q, k and
+ * v, one follows the other. Those of several types become bf16.
  *
  * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
@@ -324,8 +324,8 @@ DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
     return raw.type == TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-/* A lane's words of one of its two outputs in a tile: row `upper`, those of k outside [begin, end)
- * and of rows that are not there are 0. words: of the unit's tile. */
+/* A lane's words of one of its two outputs in a tile: those of k outside [begin, end) and of rows
+ * that are not there are 0. words: of the unit's tile. */
 DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int row, int upper,
                         int unit_k, int begin, int end, uint32_t *words) {
     int lane = (int)threadIdx.x % WARP;
@@ -357,37 +357,29 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
     }
 }
 
-/* Packs tiles [first_tile, first_tile + n_tiles) of m from the rows at hand. part: of a pair, 0 or 1
- * for gate or up. One warp a tile and unit; bound by memory. The twin of pack_panel. */
-__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles, int part,
-                            const struct raw_rows raw) {
+/* Packs the rows at hand into every step-th half of m's tiles, from half `first` on. One warp a half
+ * tile, of 8 outputs, and unit; bound by memory. The twin of pack_panel. */
+__global__ void pack_kernel(const struct matrix m, int first, int step, const struct raw_rows raw) {
     grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     size_t index = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
-    if (index >= (size_t)n_tiles * m.n_units)
+    int unit = (int)(index % m.n_units), row = (int)(index / m.n_units) * 8, segment = 0;
+    if (row >= raw.n_rows)
         return;
-    int unit = (int)(index % m.n_units), tile = (int)(index / m.n_units), segment = 0;
     while (unit >= m.segments.unit[segment + 1])
         segment++;
-    int begin = m.segments.k[segment], end = m.segments.k[segment + 1], to_tile = first_tile + tile;
-    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT;
+    int begin = m.segments.k[segment], end = m.segments.k[segment + 1];
+    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT, half = first + row / 8 * step;
     uint8_t *to = const_cast<uint8_t *>(m.packed) +
-                  ((size_t)(to_tile / 8) * m.n_units + unit) * unit_bytes(m.type);
-    for (int upper = m.paired ? part : 0; upper <= (m.paired ? part : 1); upper++) {
-        int first = m.paired ? tile * 8 : tile * TILE + upper * 8;
-        pack_output(m, raw, first + lane / 4, upper, k, begin, end,
-                    (uint32_t *)(to + to_tile % 8 * (numbers_bytes(m.type) / 8)));
-        if (m.type != PACKED_BF16 && lane < 16) { /* scales of 8 outputs, 2 times 32 k */
-            int row = first + lane % 8, at = k + lane / 8 * 32;
-            uint16_t scale = 0;
-            if (row < raw.n_rows && at >= begin / 32 * 32 && at < end)
-                (void)raw_number(raw, row, at, &scale);
-            ((uint16_t *)(to +
-                          numbers_bytes(
-                              m.type)))[(to_tile % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + upper] =
-                scale;
-        }
-    }
+                  ((size_t)(half / 16) * m.n_units + unit) * unit_bytes(m.type);
+    pack_output(m, raw, row + lane / 4, half % 2, k, begin, end,
+                (uint32_t *)(to + half / 2 % 8 * (numbers_bytes(m.type) / 8)));
+    row += lane % 8;
+    int at = k + lane / 8 * 32; /* scales of 8 outputs, 2 times 32 k */
+    if (m.type != PACKED_BF16 && lane < 16 && row < raw.n_rows && at >= begin / 32 * 32 && at < end)
+        (void)raw_number(raw, row, at,
+                         (uint16_t *)(to + numbers_bytes(m.type)) +
+                             (half / 2 % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + half % 2);
 }
 
 /* ==== 3. Devices: what they hold, memory, copies, uploads ====
@@ -402,8 +394,9 @@ struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
     struct slice slice;
     int gpu;
-    struct matrix matrix; /* of gate and up both have the same */
-    bool borrowed;        /* it belongs to the other of the two */
+    struct matrix matrix; /* of all that is multiplied together */
+    int first_half;       /* half tiles before this one's first */
+    bool borrowed;        /* it belongs to the first of them */
     float *vector;        /* device (its part of the tensor, and zeros to a multiple of 8) */
     struct weight *next;
 };
@@ -532,94 +525,6 @@ static void free_weight(struct weight *weight) {
     free(weight);
 }
 
-/* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
- * up once: the rest is made on the device. part: 1 for up, which shares its matrix with gate. */
-static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int first_row,
-                        int n_rows, const struct matrix *m, int part) {
-    int tile_rows = m->paired ? TILE / 2 : TILE, all_tiles = m->n_panels * (PANEL / TILE);
-    size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
-    size_t tile_bytes = (size_t)tile_rows * row_bytes;
-    size_t period = tensor->period;
-    size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
-    size_t all = tile_bytes * (size_t)all_tiles;
-    struct gpu_staging *staging = &d->card->staging;
-    struct gpu up = d->gpu; /* the same, but for the stream */
-    up.stream = staging->stream;
-    if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
-        return false;
-    int band = (int)(period > 0 ? (size_t)all_tiles : staging->bytes / tile_bytes);
-    for (int tile = 0; tile < all_tiles; tile += band) {
-        int n_tiles = smaller(all_tiles - tile, band), left = n_rows - tile * tile_rows;
-        struct raw_rows raw = {};
-        raw.row_bytes = row_bytes;
-        raw.type = tensor->type;
-        raw.n_rows = left < 0 ? 0 : smaller(left, n_tiles * tile_rows);
-        const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + tile * tile_rows) * row_bytes;
-        size_t bytes = (size_t)raw.n_rows * row_bytes;
-        if (period > 0) {
-            bytes = period < tensor->bytes ? period : tensor->bytes;
-            raw.period = bytes;
-            raw.first = offset % bytes;
-            offset = 0;
-        }
-        if (raw.n_rows > 0) /* else it is the rest of the last panel */
-            raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
-        size_t n_blocks = ((size_t)n_tiles * m->n_units * WARP + THREADS - 1) / THREADS;
-        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)n_blocks), THREADS, 0, *m, tile,
-                   n_tiles, part, raw);
-        gpu_staging_used(&d->gpu, staging);
-    }
-    return true;
-}
-
-/* partner: what w->tensor is multiplied together with, or NULL; then `other` is its weight, if that
- * is there. */
-static bool upload_matrix(struct cuda_device *d, struct weight *w, const struct tensor *partner,
-                          const struct weight *other) {
-    const struct tensor *tensor = w->tensor;
-    const struct slice *slice = &w->slice;
-    struct matrix *m = &w->matrix;
-    int rows = (int)tensor->rows / (slice->kind == SLICE_ROWS ? slice->count : 1);
-    int first_row = slice->kind == SLICE_ROWS ? slice->rank * rows : 0;
-    bool cut = slice->kind == SLICE_COLS, ok = true;
-    int grain = cut ? grain_of(d->device.config, (int)tensor->cols) : 0;
-    int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
-    m->segments =
-        make_segments((int)tensor->cols, grain, cut ? slice->rank * n_segments : 0, n_segments);
-    m->type = packed_type_of(tensor->type);
-    m->paired = partner != NULL;
-    if (partner && packed_type_of(partner->type) != m->type)
-        m->type = PACKED_BF16;
-    m->n_outputs = rows;
-    m->n_panels = divide(rows, m->paired ? PANEL / 2 : PANEL);
-    m->n_units = m->segments.unit[n_segments];
-    w->borrowed = other != NULL;
-    if (other)
-        m->packed = other->matrix.packed;
-    else
-        ok = cudaMalloc((void **)&m->packed, (size_t)m->n_panels * m->n_units *
-                                                 (size_t)unit_bytes(m->type)) == cudaSuccess;
-    (void)cudaGetLastError();
-    return ok && pack_matrix(d, tensor, first_row, rows, m, other != NULL);
-}
-
-/* A shard has its part of a bias; a norm is whole. */
-static bool upload_vector(struct cuda_device *d, struct weight *w) {
-    const struct tensor *tensor = w->tensor;
-    int n = (int)tensor->cols / (w->slice.kind == SLICE_WHOLE ? 1 : w->slice.count);
-    const char *from = (const char *)tensor->data;
-    if (w->slice.kind != SLICE_WHOLE)
-        from += (size_t)w->slice.rank * n * sizeof(float);
-    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
-    cudaStream_t stream = d->card->staging.stream;
-    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
-        return false;
-    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
-    TRY(d, cudaMemcpyAsync(w->vector, from, bytes, cudaMemcpyHostToDevice, stream));
-    return true;
-}
-
 static struct weight *find_weight(const struct cuda_device *d, const struct tensor *tensor,
                                   struct slice slice) {
     struct weight *w = d->cuda->weights;
@@ -629,20 +534,110 @@ static struct weight *find_weight(const struct cuda_device *d, const struct tens
     return w;
 }
 
+/* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
+ * up once: the rest is made on the device. */
+static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first_row, int n_rows) {
+    const struct tensor *tensor = w->tensor;
+    const struct matrix *m = &w->matrix;
+    size_t row_bytes = tensor->bytes / (size_t)tensor->rows, period = tensor->period;
+    size_t most = 8 * row_bytes > STAGING_BYTES ? 8 * row_bytes : (size_t)STAGING_BYTES;
+    size_t all = row_bytes * (size_t)divide(n_rows, 8) * 8;
+    struct gpu_staging *staging = &d->card->staging;
+    struct gpu up = d->gpu; /* the same, but for the stream */
+    up.stream = staging->stream;
+    if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
+        return false;
+    int band = period > 0 ? n_rows : (int)(staging->bytes / row_bytes / 8) * 8;
+    int step = m->paired ? 2 : 1;
+    for (int row = 0; row < n_rows; row += band) {
+        struct raw_rows raw = {};
+        raw.row_bytes = row_bytes;
+        raw.type = tensor->type;
+        raw.n_rows = smaller(n_rows - row, band);
+        const char *from = (const char *)tensor->data;
+        size_t offset = (size_t)(first_row + row) * row_bytes;
+        size_t bytes = (size_t)raw.n_rows * row_bytes;
+        if (period > 0) {
+            bytes = period < tensor->bytes ? period : tensor->bytes;
+            raw.period = bytes;
+            raw.first = offset % bytes;
+            offset = 0;
+        }
+        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
+        size_t n = (size_t)divide(raw.n_rows, 8) * (size_t)m->n_units * WARP;
+        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
+                   THREADS, 0, *m, w->first_half + row / 8 * step, step, raw);
+        gpu_staging_used(&d->gpu, staging);
+    }
+    return true;
+}
+
+static int rows_of(const struct tensor *tensor, struct slice slice) { /* that a shard has */
+    return (int)tensor->rows / (slice.kind == SLICE_ROWS ? slice.count : 1);
+}
+
+/* first: of together[0]; NULL: that is this one. Two are gate and up. */
+static bool upload_matrix(struct cuda_device *d, struct weight *w,
+                          const struct tensor *const *together, const struct weight *first) {
+    struct matrix *m = &w->matrix;
+    const struct slice *slice = &w->slice;
+    int rows = rows_of(w->tensor, *slice), cols = (int)w->tensor->cols, n_halves = 0;
+    bool cut = slice->kind == SLICE_COLS, ok = true;
+    int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
+    m->segments = make_segments(cols, cut ? grain_of(d->device.config, cols) : 0,
+                                cut ? slice->rank * n_segments : 0, n_segments);
+    m->n_units = m->segments.unit[n_segments];
+    m->type = packed_type_of(w->tensor->type);
+    m->paired = together[1] && !together[2];
+    for (int i = 0; together[i]; i++) {
+        if (together[i] == w->tensor)
+            w->first_half = m->paired ? i : n_halves;
+        if (packed_type_of(together[i]->type) != m->type)
+            m->type = PACKED_BF16;
+        m->n_outputs += m->paired ? rows * (i == 0) : rows_of(together[i], *slice);
+        n_halves += divide(rows_of(together[i], *slice), 8);
+    }
+    m->n_panels = divide(n_halves, PANEL / 8);
+    w->borrowed = first != NULL;
+    size_t bytes = (size_t)m->n_panels * (size_t)m->n_units * (size_t)unit_bytes(m->type);
+    if (first)
+        m->packed = first->matrix.packed;
+    else if ((ok = cudaMalloc((void **)&m->packed, bytes) == cudaSuccess))
+        TRY(d, cudaMemsetAsync((void *)m->packed, 0, bytes, d->card->staging.stream));
+    (void)cudaGetLastError();
+    return ok && pack_matrix(d, w, slice->kind == SLICE_ROWS ? slice->rank * rows : 0, rows);
+}
+
+/* A shard has its part of a bias; a norm is whole. */
+static bool upload_vector(struct cuda_device *d, struct weight *w) {
+    bool whole = w->slice.kind == SLICE_WHOLE;
+    int n = (int)w->tensor->cols / (whole ? 1 : w->slice.count), rank = whole ? 0 : w->slice.rank;
+    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
+    cudaStream_t stream = d->card->staging.stream;
+    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
+        return false;
+    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
+    TRY(d, cudaMemcpyAsync(w->vector, (const char *)w->tensor->data + (size_t)rank * bytes, bytes,
+                           cudaMemcpyHostToDevice, stream));
+    return true;
+}
+
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
-                                        const struct tensor *partner, struct slice slice,
+                                        const struct tensor *const *together, struct slice slice,
                                         char *error) {
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
+    const struct tensor *const alone[] = {tensor, NULL};
+    together = together ? together : alone;
     pthread_mutex_lock(&cuda->upload_mutex);
     struct weight *w = find_weight(d, tensor, slice);
     if (!w && (w = (struct weight *)calloc(1, sizeof *w)) != NULL) {
-        const struct weight *other = partner ? find_weight(d, partner, slice) : NULL;
+        const struct weight *first = find_weight(d, together[0], slice);
         w->tensor = tensor;
         w->slice = slice;
         w->gpu = device->index;
         bool is_vector = tensor->rows == 1 && tensor->type == TYPE_F32;
-        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, partner, other)) {
+        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, together, first)) {
             w->next = cuda->weights;
             cuda->weights = w;
             TRY(d, cudaStreamSynchronize(d->card->staging.stream));
@@ -702,10 +697,11 @@ enum {
 };
 
 struct product {
-    struct matrix matrix[3]; /* of like type and K; SILU: one, a pair */
-    float *out[3];           /* (n_rows, out_stride) */
-    const float *bias[3];    /* (n_outputs), or NULL */
-    int n_matrices, n_panels, out_stride;
+    struct matrix matrix;
+    float *out; /* (n_rows, out_stride) */
+    const float
+        *bias[3]; /* bias[i][output], or NULL: of outputs to bias_end[0], [1], of the rest */
+    int bias_end[2], out_stride;
     bool adds; /* to what `out` holds; instead of a bias */
     struct planes input;
     int n_stages;
@@ -726,19 +722,11 @@ DEVICE float silu(float x) {
     return __fdividef(x, 1.0f + __expf(-x));
 }
 
-/* Which of the matrices has the panel, and its number there. */
-DEVICE int find_matrix(const struct product &p, int *panel) {
-    int which = 0;
-    for (; which + 1 < p.n_matrices && *panel >= p.matrix[which].n_panels; which++)
-        *panel -= p.matrix[which].n_panels;
-    return which;
-}
-
 /* Sums of a tile of 16 outputs and N times 8 rows: sum[4 j + e] of a lane is of output group +
  * e / 2 * 8 and row 8 j + 2 quad + e % 2. */
 struct corner {
-    int which, tile, row;   /* the matrix, the tile there, the first of the rows */
-    int begin_row, end_row; /* rows that are wanted */
+    int tile, row;          /* the first of the rows */
+    int begin_row, end_row; /* those that are wanted */
 };
 
 /* Calls act(i, e, offset in out) for those that are wanted of sum[i] with i % 4 == e. */
@@ -749,7 +737,7 @@ DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act
     for (int i = 0; i < N * 4; i++) {
         int row = at.row + i / 4 * 8 + quad * 2 + i % 2,
             output = at.tile * TILE + group + i % 4 / 2 * 8;
-        if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
+        if (row >= at.begin_row && row < at.end_row && output < p.matrix.n_outputs)
             act(i, (size_t)row * p.out_stride + output, output);
     }
 }
@@ -759,18 +747,21 @@ DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act
 template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum) {
     if constexpr (EPILOGUE != SILU) {
-        float *out = p.out[at.which];
-        const float *bias = p.bias[at.which];
-        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-            if (p.adds)
-                atomicAdd(out + offset, sum[i]);
-            else
-                out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
-        });
+        for_wanted<N>(
+            p, at,
+            [&](int i, size_t offset, int output) {
+                if (p.adds)
+                    atomicAdd(p.out + offset, sum[i]);
+                else {
+                    const float *bias =
+                        p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
+                    p.out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
+                }
+            });
     } else { /* lanes of two outputs swap, so that each has both of one row */
         const int lane = (int)threadIdx.x % WARP, odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
-        const bool there = output < p.matrix[at.which].n_outputs; /* segments begin at an even k */
+        const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
         uint16_t *to = plane_element(p.ffn, row, place(p.ffn_places, there ? output : 0));
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -849,26 +840,14 @@ struct share {
 };
 
 DEVICE struct share find_share(const struct product &p) {
-    const int n_groups = p.matrix[0].segments.n / p.grain, n = p.n_panels * n_groups;
+    const int n_groups = p.matrix.segments.n / p.grain, n = p.matrix.n_panels * n_groups;
     return {n_groups, (int)((int64_t)blockIdx.x * n / gridDim.x),
             (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
 /* The block that has an item: the last one to begin before or with it. */
 DEVICE int owner_of(const struct product &p, int item, int n_groups) {
-    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
-}
-
-/* A unit, and its weights. */
-struct walk {
-    int panel, unit;
-    const uint8_t *weights;
-};
-
-template <int TYPE> DEVICE struct walk start_walk(const struct product &p, int panel, int unit) {
-    int own = panel, which = find_matrix(p, &own);
-    size_t at = (size_t)own * p.matrix[0].n_units + unit;
-    return {panel, unit, p.matrix[which].packed + at * unit_bytes(TYPE)};
+    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.matrix.n_panels * n_groups));
 }
 
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
@@ -876,32 +855,32 @@ template <int TYPE> DEVICE struct walk start_walk(const struct product &p, int p
  * for, or, where rows are few, at once. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
-    const struct segments &segments = p.matrix[0].segments;
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct segments &segments = p.matrix.segments;
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct share s = find_share(p);
-    const int first = segments.unit[s.begin % s.n_groups * p.grain];
-    const int n = (s.end / s.n_groups - s.begin / s.n_groups) * n_units +
-                  segments.unit[s.end % s.n_groups * p.grain] - first; /* units in all */
-    const int n_ahead = smaller(n, r.n);
+    auto unit_of = [&](int item) { /* of all panels' units */
+                                   return item / s.n_groups * n_units +
+                                          segments.unit[item % s.n_groups * p.grain];
+    };
+    const int begin = unit_of(s.begin), n = unit_of(s.end) - begin, n_ahead = smaller(n, r.n);
     const struct ring start_ring = r;
-    struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
-    const struct walk start = w;
+    const uint8_t *const first = p.matrix.packed + (size_t)begin * unit_bytes(TYPE), *from = first;
+    int unit = begin % n_units;
     auto ask = [&](bool weights,
                    bool rows) { /* and goes on to the next unit */
-                                size_t row = (size_t)w.unit * p.input.n_rows + p.first_row;
+                                size_t row = (size_t)unit * p.input.n_rows + p.first_row;
                                 uint8_t *to = wait_empty(r);
                                 uint32_t bytes = lane == 0 && rows      ? ROWS * ROW_BYTES
                                                  : lane == 1 && weights ? unit_bytes(TYPE)
                                                                         : 0;
                                 copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                                            lane == 0 ? p.input.bytes + row * ROW_BYTES : w.weights,
+                                            lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
                                             bytes, lane == 1, r.full + r.at);
                                 if (rows)
                                     copies_sent(r.full + r.at);
                                 next_stage(&r);
-                                w.weights += unit_bytes(TYPE);
-                                if (++w.unit == n_units)
-                                    w = start_walk<TYPE>(p, w.panel + 1, 0);
+                                from += unit_bytes(TYPE);
+                                unit = unit + 1 < n_units ? unit + 1 : 0;
     };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
@@ -909,7 +888,8 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
         ask(true, false);
     grid_wait();
     copies_see_stores();
-    w = start;
+    from = first;
+    unit = begin % n_units;
     r = start_ring;
     for (int i = 0; i < n; i++)
         ask(i >= n_ahead, true);
@@ -1098,16 +1078,14 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     }
     grid_wait();
     const struct share s = find_share(p);
-    const struct segments &segments = p.matrix[0].segments;
+    const struct segments &segments = p.matrix.segments;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
-        int panel = item / s.n_groups;
-        const int which = find_matrix(p, &panel);
-        struct corner at = {which, panel * (PANEL / TILE) + warp, p.first_row, 0,
-                            *p.n_generated - p.n_before};
+        const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
+                                  *p.n_generated - p.n_before};
         n_items = smaller(s.n_groups - group, s.end - item);
         const bool whole = n_items == s.n_groups;
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
@@ -1160,14 +1138,13 @@ DEVICE struct row_tiles find_row_tiles(const struct product &p) {
 }
 
 template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct row_tiles t = find_row_tiles(p);
     grid_wait();
     copies_see_stores();
-    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
-        int panel = tile / t.n, which = find_matrix(p, &panel);
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
         const uint8_t *weights =
-            p.matrix[which].packed + (size_t)panel * n_units * unit_bytes(TYPE);
+            p.matrix.packed + (size_t)(tile / t.n) * n_units * unit_bytes(TYPE);
         const uint8_t *rows =
             p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES;
         for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
@@ -1227,14 +1204,12 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
     const int warp = (int)threadIdx.x / WARP;
     grid_wait();
     const struct row_tiles t = find_row_tiles(p);
-    const int n_units = p.matrix[0].n_units;
+    const int n_units = p.matrix.n_units;
     bool first = true;
-    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
-        int panel = tile / t.n, row = t.begin + tile % t.n * TILE_ROWS;
-        const int which = find_matrix(p, &panel);
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
         auto corner_of = [&](int i) -> struct corner {
-            return {which, panel *(PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
-                    p.first_row, t.end};
+            return {tile / t.n * (PANEL / TILE) + tile_of(warp, i),
+                    t.begin + tile % t.n *TILE_ROWS + row_of(warp, i), p.first_row, t.end};
         };
         float sum[WARP_SUMS * 4];
         uint32_t a[2][2][4];
@@ -1311,14 +1286,14 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
-    int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
+    int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
-    p.grain = choose_grain(p.n_panels, n_segments, blocks);
+    p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
     p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
-           grid_of(smaller(blocks, p.n_panels * n_segments / p.grain)), FED_THREADS,
+           grid_of(smaller(blocks, p.matrix.n_panels * n_segments / p.grain)), FED_THREADS,
            (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
 }
 
@@ -1327,7 +1302,7 @@ template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
         int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
-        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.n_panels;
+        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.matrix.n_panels;
         p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
         launch(d, "prompt_product_kernel",
@@ -1350,24 +1325,9 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     }
 }
 
-/* Matrices of one type together, each by itself where they are of several. */
 template <int EPILOGUE>
-static void launch_product(struct cuda_device *d, struct product p, int n_generated) {
-    int type = p.matrix[0].type;
-    p.n_panels = 0;
-    for (int i = 0; i < p.n_matrices; i++) {
-        type = p.matrix[i].type == type ? type : -1;
-        p.n_panels += p.matrix[i].n_panels;
-    }
-    struct product one = p;
-    one.n_matrices = 1;
-    for (int i = 0; i < p.n_matrices && type < 0; i++) {
-        one.matrix[0] = p.matrix[i];
-        one.bias[0] = p.bias[i];
-        one.out[0] = p.out[i];
-        launch_product<EPILOGUE>(d, one, n_generated);
-    }
-    switch (type) {
+static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
+    switch (p.matrix.type) {
     case PACKED_BF16: launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q8: launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q4: launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated); break;
@@ -1375,9 +1335,13 @@ static void launch_product(struct cuda_device *d, struct product p, int n_genera
 }
 
 /* A product of all rows of the step. */
-static struct product product_of(const struct cuda_device *d, const struct planes &input) {
+static struct product product_of(const struct cuda_device *d, const struct weight *matrix,
+                                 const struct planes &input, float *out, int out_stride) {
     struct product p = {};
+    p.matrix = matrix->matrix;
     p.input = input;
+    p.out = out;
+    p.out_stride = out_stride;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
     p.n_rows = d->n_rows - d->n_generated;
@@ -2226,18 +2190,15 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
 enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time */ };
 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
-    const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
-    const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
-    struct product p = product_of(d, d->h);
-    float *out = d->qkv;
+    struct product p = product_of(d, layer[ATTN_Q], d->h, d->qkv, d->qkv_stride); /* with k, v */
+    int dim = d->device.config->head_dim, begin[3] = {0, d->n_heads * dim, 0};
+    begin[2] = begin[1] + d->n_kv_heads * dim;
     for (int i = 0; i < 3; i++) {
-        p.matrix[i] = matrices[i]->matrix;
-        p.bias[i] = vector_of(biases[i]);
-        p.out[i] = out;
-        out += p.matrix[i].n_outputs;
+        const float *bias = vector_of(layer[Q_BIAS + i]);
+        p.bias[i] = bias ? bias - begin[i] : NULL;
     }
-    p.n_matrices = 3;
-    p.out_stride = d->qkv_stride;
+    p.bias_end[0] = begin[1];
+    p.bias_end[1] = begin[2];
     launch_product<STORE>(d, p, d->n_generated);
 }
 
@@ -2248,12 +2209,9 @@ static void cuda_norm_qkv(struct device *device, const struct weight *const *lay
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
-                                 enum product_input input) {
-    struct product p = product_of(d, input == INPUT_ATTENTION ? d->attention : d->ffn);
-    p.matrix[0] = matrix->matrix;
-    p.n_matrices = 1;
-    p.out_stride = d->x_stride;
-    return p;
+                                 enum product_input input, float *out) {
+    return product_of(d, matrix, input == INPUT_ATTENTION ? d->attention : d->ffn, out,
+                      d->x_stride);
 }
 
 /* One of several shards: generated rows' sums are left for all_reduce_add, prompt rows' are made
@@ -2261,9 +2219,8 @@ static struct product projection(const struct cuda_device *d, const struct weigh
 static void cuda_project_add(struct device *device, const struct weight *matrix,
                              enum product_input input) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct product p = projection(d, matrix, input);
+    struct product p = projection(d, matrix, input, d->x);
     if (device->n_shards == 1) {
-        p.out[0] = d->x;
         p.adds = true;
         launch_product<STORE>(d, p, d->n_generated);
         return;
@@ -2271,15 +2228,13 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     d->pending = matrix;
     d->pending_input = input;
     d->turn_of_sums ^= 1;
-    p.out[0] = d->sums[d->turn_of_sums];
+    p.out = d->sums[d->turn_of_sums];
     p.n_rows = 0;
     launch_product<STORE>(d, p, d->n_generated);
 }
 
 static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, d->h);
-    p.matrix[0] = layer[FFN_GATE]->matrix; /* and up */
-    p.n_matrices = 1;
+    struct product p = product_of(d, layer[FFN_GATE], d->h, NULL, 0); /* with up */
     p.ffn = d->ffn;
     p.ffn_places = d->ffn_places;
     launch_product<SILU>(d, p, d->n_generated);
@@ -2358,10 +2313,10 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
         size_t bytes = (size_t)n * last->x_stride * sizeof(float);
         for (int s = 0; s < n_shards; s++) {
             struct cuda_device *d = enter(&shards[s]->device, "adding up shards");
-            struct product p = projection(d, d->pending, d->pending_input);
+            struct product p = projection(d, d->pending, d->pending_input,
+                                          d == last ? d->x : d->sums[d->turn_of_sums]);
             p.first_row = row;
             p.n_rows = n;
-            p.out[0] = d == last ? d->x : d->sums[d->turn_of_sums];
             p.adds = d == last;
             if (s > 0) {
                 struct cuda_device *before = shards[s - 1];
@@ -2425,11 +2380,7 @@ __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
  * kernel of generated rows, whatever rows they are: there are few. */
 static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {
-    struct product p = product_of(d, d->h);
-    p.matrix[0] = output->matrix;
-    p.n_matrices = 1;
-    p.out[0] = d->logits;
-    p.out_stride = d->logits_stride;
+    struct product p = product_of(d, output, d->h, d->logits, d->logits_stride);
     p.n_generated = &d->step->n_samples;
     p.n_before = first;
     p.n_rows = 0;
