@@ -43,6 +43,7 @@ extern "C" {
 
 #include <assert.h>
 #include <float.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -1361,8 +1362,8 @@ static struct product product_of(const struct cuda_device *d, const struct weigh
  * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
  * nothing changes no bit.
  *
- * In a block (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, and so are its
- * values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
+ * In a block (see block_bytes in dynamo.h), here a *page*, a head's keys are planes of 16 rows, and
+ * so are its values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
@@ -1376,7 +1377,7 @@ struct attention : heads {
     struct planes out; /* heads at `places` */
     struct segments places;
     float scale;        /* log2(e) / sqrt(head_dim) */
-    int window;         /* tokens that a query sees at most, its own among them; 0: all */
+    int window;         /* tokens that a query sees at most, its own among them; INT_MAX: all */
     const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
     int n_stages;       /* of the ring */
     int n_chunks, part; /* chunks of heads, of all groups; floats of a chunk's sums */
@@ -1396,27 +1397,52 @@ DEVICE struct planes page_of(const struct heads &h, const struct sequence &s, in
             BLOCK_TOKENS};
 }
 
-/* The first token that a query at `position` sees. */
-DEVICE int first_seen(const struct attention &a, int position) {
-    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+/* Whether a query at `position` sees a token, or any of a page's, whose first is `from`. */
+DEVICE bool sees(const struct attention &a, int position, int token) {
+    return (unsigned)(position - token) < (unsigned)a.window;
+}
+
+DEVICE bool sees_page(const struct attention &a, int position, int from) {
+    return from <= position && position - (from + BLOCK_TOKENS - 1) < a.window;
+}
+
+/* Of the token without a value, where the largest score is `most`. */
+DEVICE float weight_of_sink(const struct attention &a, int head, float most) {
+    return a.sinks ? exp2_approx(a.sinks[head] * LOG2_E - most) : 0.0f;
+}
+
+/* How the work is cut: finer where heads are long, so that sums fit the registers, and rings 99 KB.
+ * There the two groups of four warps have the same 64 queries, and each half of their output. */
+struct cut {
+    int queries; /* of a block of prompt_attention */
+    int step;    /* tokens of a step; half as many where warps cannot leave registers to others */
+    int split;   /* tokens of a split, so few that one text fills the chip from 4k tokens on */
+    int heads;   /* of a group that are multiplied together for a generated token */
+    int pages;   /* bytes of a warp's part of a split */
+};
+
+static constexpr __host__ __device__ struct cut cut_of(int head) {
+    const int n = head > 128 ? 1 : 2;
+#ifdef HOPPER
+    const int step = n * 64;
+#else
+    const int step = n * 32;
+#endif
+    return {n * 64, step, n * 128, n * 4, n * 128 / CONSUMERS * head * 4};
+}
+
+/* A lane's words of a query as operand a of mma_bf16 (N 4; half: rows group or group + 8) or b. */
+template <int HEAD, int N>
+DEVICE void load_query(const struct attention &a, int row, int head, int half,
+                       uint32_t (&operand)[HEAD / 16][N]) {
+    const uint32_t *from =
+        reinterpret_cast<const uint32_t *>(a.q + ((size_t)row * a.n_heads + head) * HEAD);
+#pragma unroll
+    for (int i = 0; i < HEAD / 8; i++)
+        operand[i / 2][i % 2 * (N / 2) + half] = from[i * 4 + threadIdx.x % 4];
 }
 
 /* ---- prompts ---- */
-
-/* Queries of a block. Where heads are long, both groups of four warps have all of them, and each
- * half of the output: so it fits the registers. */
-static constexpr __host__ __device__ int tile_queries(int head) {
-    return head > 128 ? 64 : 128;
-}
-
-/* Tokens of a step: half as many where warps cannot leave registers to others. */
-static constexpr __host__ __device__ int step_tokens(int head) {
-#ifdef HOPPER
-    return tile_queries(head);
-#else
-    return tile_queries(head) / 2;
-#endif
-}
 
 /* The queries of one block: [first, last] of those of a sequence and KV head, which are numbered
  * token by token, and for each token the heads of the group; the steps of tokens that they see. */
@@ -1432,16 +1458,17 @@ template <int HEAD> DEVICE struct queries find_queries(const struct attention &a
     q.kv_head = (int)blockIdx.x % a.n_kv_heads;
     q.group = a.n_heads / a.n_kv_heads;
     q.first = item.y;
-    q.last = smaller(q.first + tile_queries(HEAD), q.s.n_rows * q.group) - 1;
-    q.begin = first_seen(a, q.s.start + q.first / q.group) / step_tokens(HEAD);
-    q.end = (q.s.start + q.last / q.group) / step_tokens(HEAD) + 1;
+    q.last = smaller(q.first + cut_of(HEAD).queries, q.s.n_rows * q.group) - 1;
+    const int position = q.s.start + q.first / q.group;
+    q.begin = (position - smaller(position, a.window - 1)) / cut_of(HEAD).step;
+    q.end = (q.s.start + q.last / q.group) / cut_of(HEAD).step + 1;
     return q;
 }
 
 /* The warp that copies: keys of the first step, then in turns keys of a step and values of the one
  * before. A lane has a page's plane; past the text's end it is the last page once more. */
 template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct ring r) {
-    constexpr int PAGES = step_tokens(HEAD) / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
+    constexpr int PAGES = cut_of(HEAD).step / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
     const struct queries q = find_queries<HEAD>(a);
     const int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
     const int n = q.end - q.begin, last = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
@@ -1456,55 +1483,37 @@ template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct 
     }
 }
 
-/* scores (16 queries of a warp, TOKENS) = q . keys. On Hopper it is only under way. */
-template <int HEAD, int TOKENS>
-DEVICE void multiply_keys(float (&scores)[TOKENS / 2], const uint32_t (&q)[HEAD / 16][4],
-                          uint8_t *keys) {
+/* sum (16 queries of a warp, N) = a (16, K) . b, of which both are rows of a stage: of keys (N, K),
+ * or, VALUES, of values (K, N), which are added to the sum. On Hopper it is only under way. */
+template <int VALUES, int K, int N>
+DEVICE void multiply(float (&sum)[N / 2], const uint32_t (&a)[K / 16][4], uint8_t *b) {
 #ifdef HOPPER
     wgmma_begin();
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++)
-        wgmma<TOKENS>(scores, q[i], wgmma_rows(keys) + i / 4 * TOKENS * 8 + i % 4 * 2, i > 0);
+    for (int i = 0; i < K / 16; i++)
+        wgmma<N, VALUES>(sum, a[i],
+                         VALUES ? wgmma_columns(b, K * ROW_BYTES) + i * 128
+                                : wgmma_rows(b) + i / 4 * N * 8 + i % 4 * 2,
+                         VALUES || i > 0);
     wgmma_commit();
 #else
     const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++)
-        scores[i] = 0.0f;
+    for (int i = 0; i < N / 2 && !VALUES; i++)
+        sum[i] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++)
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; j++) {
-            uint32_t k[4];
-            load_matrices(k, plane_element({keys, TOKENS}, j * 16 + lane / 16 * 8 + lane % 8,
-                                           i * 16 + lane / 8 % 2 * 8));
-            mma_bf16(scores + j * 8, q[i], k);
-            mma_bf16(scores + j * 8 + 4, q[i], k + 2);
-        }
-#endif
-}
-
-/* output (16 queries, N of head_dim) += weights . values, of which `values` is the first plane */
-template <int TOKENS, int N>
-DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TOKENS / 16][4],
-                            uint8_t *values) {
-#ifdef HOPPER
-    wgmma_begin();
-#pragma unroll
-    for (int i = 0; i < TOKENS / 16; i++)
-        wgmma<N, 1>(output, weights[i], wgmma_columns(values, TOKENS * ROW_BYTES) + i * 128, true);
-    wgmma_commit();
-#else
-    const int lane = (int)threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 16; i++)
+    for (int i = 0; i < K / 16; i++)
 #pragma unroll
         for (int j = 0; j < N / 16; j++) {
-            uint32_t v[4];
-            load_matrices_transposed(
-                v, plane_element({values, TOKENS}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
-            mma_bf16(output + j * 8, weights[i], v);
-            mma_bf16(output + j * 8 + 4, weights[i], v + 2);
+            uint32_t part[4];
+            if (VALUES)
+                load_matrices_transposed(
+                    part, plane_element({b, K}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
+            else
+                load_matrices(part, plane_element({b, N}, j * 16 + lane / 16 * 8 + lane % 8,
+                                                  i * 16 + lane / 8 % 2 * 8));
+            mma_bf16(sum + j * 8, a[i], part);
+            mma_bf16(sum + j * 8 + 4, a[i], part + 2);
         }
 #endif
 }
@@ -1513,24 +1522,21 @@ DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TO
  * that weights are powers of 2. */
 struct softmax {
     int position[2];
-    float largest[2], sum[2]; /* sum: of this lane's tokens */
-    float factor[2];          /* for what was added up before the last step */
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {}; /* sum: of this lane's tokens */
+    float factor[2]; /* for what was added up before the last step */
 };
 
 /* scores of tokens `from` to `from` + N - 1 become weights. */
 template <int N>
 DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int from,
                          struct softmax *s) {
-    const bool early = a.window > 0 && from <= s->position[1] - a.window;
-    if (__any_sync(0xffffffffu, early || from + N - 1 > s->position[0])) {
+    const int first = from + (int)threadIdx.x % 4 * 2; /* of the lane */
+    if (__any_sync(0xffffffffu,
+                   !sees(a, s->position[0], from + N - 1) || !sees(a, s->position[1], from)))
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            int before =
-                s->position[i / 2 % 2] - from - (int)threadIdx.x % 4 * 2 - i / 4 * 8 - i % 2;
-            if (before < 0 || (a.window > 0 && before >= a.window))
+        for (int i = 0; i < N / 2; i++)
+            if (!sees(a, s->position[i / 2 % 2], first + i / 4 * 8 + i % 2))
                 scores[i] = -INFINITY;
-        }
-    }
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float most = -INFINITY, sum = 0.0f;
@@ -1556,27 +1562,12 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
 /* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage of
  * which the first n rows are a text's last, all others become 0. By all who multiply. */
 template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
-    for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
-        if (i / 8 % step_tokens(HEAD) >= n)
+    constexpr int TOKENS = cut_of(HEAD).step;
+    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS * WARP)
+        if (i / 8 % TOKENS >= n)
             reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
     wgmma_sees_stores();
     sync_threads<1, CONSUMERS * WARP>();
-}
-
-/* The operand of a lane's queries, from memory. */
-template <int HEAD>
-DEVICE void load_queries(const struct attention &a, const struct queries &q, int query,
-                         uint32_t (&operand)[HEAD / 16][4], int position[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        int own = smaller(query + row * 8, q.last), head = q.kv_head * q.group + own % q.group;
-        size_t at = (size_t)(q.s.first_row + own / q.group) * a.n_heads + head;
-        const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
-        position[row] = q.s.start + own / q.group;
-#pragma unroll
-        for (int i = 0; i < HEAD / 8; i++)
-            operand[i / 2][i % 2 * 2 + row] = from[i * 4 + threadIdx.x % 4];
-    }
 }
 
 /* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of weights. */
@@ -1591,17 +1582,13 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (own > q.last)
             continue;
-        if (a.sinks)
-            sum += exp2_approx(a.sinks[head] * LOG2_E - s.largest[row]);
-        const int at = place(a.places, head * a.head_dim) + dim;
-        const float factor = 1.0f / sum;
+        const int to = q.s.first_row + own / q.group, at = place(a.places, head * a.head_dim) + dim;
+        const float factor = 1.0f / (sum + weight_of_sink(a, head, s.largest[row]));
 #pragma unroll
         for (int i = 0; i < N / 8; i++)
             if (dim + i * 8 < a.head_dim)
-                *reinterpret_cast<uint32_t *>(
-                    plane_element(a.out, q.s.first_row + own / q.group, at + i * 8)) =
-                    pack_bf16(output[i * 4 + row * 2] * factor,
-                              output[i * 4 + row * 2 + 1] * factor);
+                *reinterpret_cast<uint32_t *>(plane_element(a.out, to, at + i * 8)) = pack_bf16(
+                    output[i * 4 + row * 2] * factor, output[i * 4 + row * 2 + 1] * factor);
     }
 }
 
@@ -1609,16 +1596,21 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
  * step before are still being added up. Stages are given back after the softmax: by then all
  * products of them are done, also where no wgmma_wait says so. */
 template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct ring r) {
-    constexpr int TOKENS = step_tokens(HEAD), N = HEAD > 128 ? HEAD / 2 : HEAD;
-    const int mine =
-        (int)threadIdx.x / WARP * 16 % tile_queries(HEAD) + (int)threadIdx.x % WARP / 4;
-    const int dim = (int)threadIdx.x / WARP * 16 / tile_queries(HEAD) * N;
+    constexpr int TOKENS = cut_of(HEAD).step, N = HEAD > 128 ? HEAD / 2 : HEAD;
+    const int row = (int)threadIdx.x / WARP * 16, dim = row / cut_of(HEAD).queries * N;
+    const int mine = row % cut_of(HEAD).queries + (int)threadIdx.x % WARP / 4;
     uint32_t operand[HEAD / 16][4], weights[TOKENS / 16][4];
     float scores[TOKENS / 2], output[N / 2] = {};
-    struct softmax s = {{}, {-INFINITY, -INFINITY}, {}, {}};
+    struct softmax s;
     struct queries q = find_queries<HEAD>(a);
-    load_queries<HEAD>(a, q, q.first + mine, operand, s.position);
-    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(r));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int own = smaller(q.first + mine + half * 8, q.last), token = own / q.group;
+        s.position[half] = q.s.start + token;
+        load_query<HEAD>(a, q.s.first_row + token, q.kv_head * q.group + own % q.group, half,
+                         operand);
+    }
+    multiply<0, HEAD, TOKENS>(scores, operand, wait_full(r));
     wgmma_wait<0>();
     int from = q.begin * TOKENS, last = (q.end - 1) * TOKENS;
     softmax_step<TOKENS>(a, scores, from, &s);
@@ -1637,8 +1629,8 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
         next_stage(&r);
         uint8_t *values = wait_full(r) + dim * TOKENS * 2;
         next_stage(&r);
-        multiply_keys<HEAD, TOKENS>(scores, operand, stage);
-        multiply_values<TOKENS, N>(output, weights, values);
+        multiply<0, HEAD, TOKENS>(scores, operand, stage);
+        multiply<1, TOKENS, N>(output, weights, values);
         wgmma_wait<1>();
         softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
         stage = wait_full(r);
@@ -1648,21 +1640,21 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
     clear_rest<HEAD>(stage, q.s.start + q.s.n_rows - last);
-    multiply_values<TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
+    multiply<1, TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
 
-/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
- * has tile_queries(HEAD). Shared: the ring. Bound by the tensor cores. */
+/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first. Shared:
+ * the ring. Bound by the tensor cores. */
 template <int HEAD>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1)
     prompt_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
-    constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
+    constexpr struct cut CUT = cut_of(HEAD);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD)), STAGE,
-                              0, CONSUMERS);
+    struct ring r =
+        open_ring(shared, a.n_stages * (CUT.queries / CUT.step), CUT.step * HEAD * 2, 0, CONSUMERS);
     grid_wait();
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
@@ -1676,28 +1668,13 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
 
 /* ---- generated tokens ---- */
 
-/* Tokens of a split, so few that one text fills the chip from 4k tokens on, and heads of a group
- * that are multiplied together: fewer where heads are long, so that the ring fits 99 KB. */
-static constexpr __host__ __device__ int split_tokens(int head) {
-    return head > 128 ? 128 : 256;
-}
-
-static constexpr __host__ __device__ int chunk_heads(int head) {
-    return head > 128 ? 4 : 8;
-}
-
-static constexpr __host__ __device__ int pages_bytes(int head) { /* of a warp's part of a split */
-    return split_tokens(head) / CONSUMERS * head * 4;
-}
-
 /* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
  * numbered sequence by sequence, chunk by chunk of all its KV heads, split by split. */
 struct item {
-    struct sequence s;
-    int kv_head, first_head, n_heads; /* n_heads: 1 to chunk_heads */
+    struct sequence s; /* of one row; s.start: its position */
+    int kv_head, first_head, n_heads;
     int split, n_splits;
-    int begin, end; /* tokens that are seen */
-    int counter;    /* of those that share the heads */
+    int counter; /* of those that share the heads */
 };
 
 template <int HEAD> DEVICE struct item find_item(const struct attention &a, int index) {
@@ -1705,15 +1682,13 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
     const int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
     const int2 entry = array_of<int2>(a.step, a.step->splits)[index / a.n_chunks];
     it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
-    it.end = it.s.start + 1;
-    it.begin = first_seen(a, it.s.start);
-    it.n_splits = divide(it.end, split_tokens(HEAD));
+    it.n_splits = divide(it.s.start + 1, cut_of(HEAD).split);
     const int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
-    const int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
+    const int chunk = within / it.n_splits, first = chunk % n_chunks * cut_of(HEAD).heads;
     it.split = within % it.n_splits;
     it.kv_head = chunk / n_chunks;
     it.first_head = it.kv_head * group + first;
-    it.n_heads = smaller(group - first, chunk_heads(HEAD));
+    it.n_heads = smaller(group - first, cut_of(HEAD).heads);
     it.counter = entry.x * a.n_chunks + chunk;
     return it;
 }
@@ -1722,13 +1697,13 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
  * the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
-    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = pages_bytes(HEAD) / BYTES;
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = cut_of(HEAD).pages / BYTES;
     const int lane = (int)threadIdx.x % WARP;
     auto find = [&](int index) -> const uint8_t * {
         const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
-        int block = it.split * split_tokens(HEAD) / BLOCK_TOKENS + lane / 2;
-        bool seen = block * BLOCK_TOKENS < it.end && (block + 1) * BLOCK_TOKENS > it.begin;
-        return seen ? page_of(a, it.s, block, it.kv_head, lane % 2).bytes : NULL;
+        int page = it.split * cut_of(HEAD).split / BLOCK_TOKENS + lane / 2;
+        bool seen = sees_page(a, it.s.start, page * BLOCK_TOKENS);
+        return seen ? page_of(a, it.s, page, it.kv_head, lane % 2).bytes : NULL;
     };
     const uint8_t *from = find(begin);
     copies_see_stores();
@@ -1743,25 +1718,14 @@ DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, 
     }
 }
 
-/* A warp's sums: dims are rows, heads columns. */
-template <int HEAD> struct sums { float output[HEAD / 16][4], largest[2], sum[2]; };
+template <int HEAD> struct sums { /* a warp's: dims are rows, heads columns */
+    float output[HEAD / 16][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+};
 
-/* The operand of a chunk's heads, from memory. */
+/* Adds a page to a warp's sums; `position` counts from its first token. */
 template <int HEAD>
-DEVICE void load_heads(const struct attention &a, const struct item &it,
-                       uint32_t (&q)[HEAD / 16][2]) {
-    const int lane = (int)threadIdx.x % WARP;
-    size_t at = (size_t)it.s.first_row * a.n_heads + it.first_head + lane / 4;
-    const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
-#pragma unroll
-    for (int i = 0; i < HEAD / 8; i++)
-        q[i / 2][i % 2] = lane / 4 < it.n_heads ? from[i * 4 + lane % 4] : 0;
-}
-
-/* Adds a page, of which tokens [begin, end) are seen, to a warp's sums. */
-template <int HEAD>
-DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[HEAD / 16][2],
-                        float scale, struct sums<HEAD> *s) {
+DEVICE void attend_page(const struct attention &a, uint8_t *page, int position,
+                        const uint32_t (&q)[HEAD / 16][2], struct sums<HEAD> *s) {
     const int lane = (int)threadIdx.x % WARP;
     const struct planes keys = {page, BLOCK_TOKENS};
     const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
@@ -1774,9 +1738,8 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* head 2 quad + i % 2 */
-        int token = lane / 4 + i / 2 * 8;
-        bool seen = token >= begin && token < end;
-        scores[i] = seen ? (halves[0][i] + halves[1][i]) * scale : -INFINITY;
+        bool seen = sees(a, position, lane / 4 + i / 2 * 8);
+        scores[i] = seen ? (halves[0][i] + halves[1][i]) * a.scale : -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) { /* a page has a token that is seen: most is a number */
@@ -1798,9 +1761,9 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
             v, plane_element(values, lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int token = lane % 4 * 2 + j / 2 * 8; /* what no token has may be NaN */
-            if (end < BLOCK_TOKENS)
-                v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
+            int later = position - lane % 4 * 2 - j / 2 * 8; /* what no token has may be NaN */
+            if (position < BLOCK_TOKENS - 1)
+                v[j] &= later > 0 ? 0xffffffffu : later == 0 ? 0xffffu : 0u;
             s->output[i][j] *= factor[j % 2];
         }
         mma_bf16(s->output[i], v, weights);
@@ -1831,15 +1794,16 @@ template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
     for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS * WARP) {
-        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2, own = head * (HEAD + 4);
+        const int own = i / (HEAD / 2), head = it.first_head + own, dim = i % (HEAD / 2) * 2;
+        const float *first = parts + own * (HEAD + 4);
         float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
 #pragma unroll 8
         for (int j = 0; j < n; j++)
-            most = fmaxf(most, parts[own + j * a.part + HEAD]);
+            most = fmaxf(most, first[j * a.part + HEAD]);
         const float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
 #pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float *part = parts + own + j * a.part;
+            const float *part = first + j * a.part;
             float2 value = *reinterpret_cast<const float2 *>(part + dim);
             float factor = exp2_approx(part[HEAD] - base);
             x = fmaf(value.x, factor, x);
@@ -1847,13 +1811,12 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
             sum = fmaf(part[HEAD + 1], factor, sum);
         }
         if (to) {
-            *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);
+            float *whole = to + own * (HEAD + 4);
+            *reinterpret_cast<float2 *>(whole + dim) = make_float2(x, y);
             if (dim == 0)
-                *reinterpret_cast<float2 *>(to + own + HEAD) = make_float2(most, sum);
+                *reinterpret_cast<float2 *>(whole + HEAD) = make_float2(most, sum);
         } else if (dim < a.head_dim) {
-            head += it.first_head;
-            if (a.sinks)
-                sum += exp2_approx(a.sinks[head] * LOG2_E - most);
+            sum += weight_of_sink(a, head, most);
             *reinterpret_cast<uint32_t *>(
                 plane_element(a.out, it.s.first_row, place(a.places, head * a.head_dim) + dim)) =
                 pack_bf16(x / sum, y / sum);
@@ -1861,35 +1824,32 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
     }
 }
 
-enum { LEAST_STAGES = 4 /* see attend_splits */ };
-
 /* A warp that multiplies: its pages of each split; all warps then add up. Before it waits for its
  * stage to be full, the stage must have been given back by whoever had it before, or what was there
- * before could be taken for its own; with LEAST_STAGES that one is never two rounds behind. */
+ * before could be taken for its own; with 4 stages or more that one is never two rounds behind. */
 template <int HEAD>
 DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
                           int end) {
     const int warp = (int)threadIdx.x / WARP;
-    constexpr int TOKENS = split_tokens(HEAD) / CONSUMERS;
+    constexpr int TOKENS = cut_of(HEAD).split / CONSUMERS;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
         next_stage(&r);
     for (int index = begin; index < end; index++) {
         const struct item it = find_item<HEAD>(a, index);
-        struct sums<HEAD> s = {
-            {}, {-INFINITY, -INFINITY}, {}
-        };
-        if (index == begin || it.split == 0)
-            load_heads<HEAD>(a, it, q);
+        struct sums<HEAD> s;
+        if (index == begin || it.split == 0) { /* columns without a head are not stored */
+            int head = it.first_head + smaller((int)threadIdx.x % WARP / 4, it.n_heads - 1);
+            load_query<HEAD>(a, it.s.first_row, head, 0, q);
+        }
         (void)wait_empty(r);
         uint8_t *pages = wait_full(r);
 #pragma unroll
         for (int token = 0; token < TOKENS; token += BLOCK_TOKENS) {
             int from = (it.split * CONSUMERS + warp) * TOKENS + token;
-            if (from < it.end && from + BLOCK_TOKENS > it.begin)
-                attend_page<HEAD>(pages + token * HEAD * 4, it.begin - from, it.end - from, q,
-                                  a.scale, &s);
+            if (sees_page(a, it.s.start, from))
+                attend_page<HEAD>(a, pages + token * HEAD * 4, it.s.start - from, q, &s);
         }
         store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
         give_back(r, 0);
@@ -1921,13 +1881,13 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, a.n_stages, pages_bytes(HEAD),
+    struct ring r = open_ring(shared, a.n_stages, cut_of(HEAD).pages,
                               CONSUMERS * a.part * (int)sizeof(float), 1);
     grid_wait();
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
     const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
-    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_bytes(HEAD));
+    float *parts = reinterpret_cast<float *>(shared + a.n_stages * cut_of(HEAD).pages);
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
         attend_splits<HEAD>(a, r, parts, begin, end);
     else if (begin < end)
@@ -1938,17 +1898,17 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
 
 template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
     if (d->n_prompt_items > 0) {
-        int stage = tile_queries(HEAD) * HEAD * 2; /* or two stages, see step_tokens */
+        int stage = cut_of(HEAD).queries * HEAD * 2; /* or two stages: see struct cut */
         a.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES / 2);
         launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
                grid_of(d->n_prompt_items * d->n_kv_heads), PROMPT_THREADS,
                (size_t)(a.n_stages * stage + RING_BARRIERS), a);
     }
     if (d->n_generated > 0) {
-        int most = d->card->properties.multiProcessorCount, stage = pages_bytes(HEAD);
+        int most = d->card->properties.multiProcessorCount, stage = cut_of(HEAD).pages;
         int parts = CONSUMERS * a.part * (int)sizeof(float);
         a.n_stages = stages_of(d, stage, parts);
-        assert(a.n_stages >= LEAST_STAGES);
+        assert(a.n_stages >= 4);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
                grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)), FED_THREADS,
                (size_t)(a.n_stages * stage + parts + RING_BARRIERS), a);
@@ -1965,15 +1925,15 @@ static void launch_attention(struct cuda_device *d, const struct attention &a) {
 
 static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
     const struct model_config *config = d->device.config;
-    h->step = d->step;
-    h->q = d->q;
-    h->kv = (uint8_t *)d->device.kv;
-    h->block_bytes = block_bytes(config, d->device.n_shards, KV_BF16);
-    h->layer = layer;
-    h->n_heads = d->n_heads;
-    h->n_kv_heads = d->n_kv_heads;
-    h->head_dim = config->head_dim;
-    h->width = kv_head_dim(config, KV_BF16);
+    *h = {d->step,
+          d->q,
+          (uint8_t *)d->device.kv,
+          block_bytes(config, d->device.n_shards, KV_BF16),
+          layer,
+          d->n_heads,
+          d->n_kv_heads,
+          config->head_dim,
+          kv_head_dim(config, KV_BF16)};
 }
 
 static struct attention attention_of(const struct cuda_device *d, int layer) {
@@ -1982,6 +1942,7 @@ static struct attention attention_of(const struct cuda_device *d, int layer) {
     a.out = d->attention;
     a.places = d->attention_places;
     a.scale = LOG2_E / sqrtf((float)a.head_dim);
+    a.window = INT_MAX;
     a.n_chunks = d->n_chunks;
     a.part = d->part;
     a.partial = d->partial;
@@ -2452,7 +2413,7 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
     int head = kv_head_dim(d->device.config, KV_BF16), group = d->n_heads / d->n_kv_heads;
-    int tile = tile_queries(head), split = split_tokens(head);
+    int tile = cut_of(head).queries, split = cut_of(head).split;
     d->n_prompt_items = d->n_splits = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *s = &batch->sequence[i];
@@ -2675,8 +2636,8 @@ static bool allocate_activations(struct cuda_device *d) {
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
     int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
-    d->n_chunks = d->n_kv_heads * divide(group, chunk_heads(head));
-    d->part = smaller(group, chunk_heads(head)) * (head + 4);
+    d->n_chunks = d->n_kv_heads * divide(group, cut_of(head).heads);
+    d->part = smaller(group, cut_of(head).heads) * (head + 4);
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);

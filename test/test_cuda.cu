@@ -422,7 +422,7 @@ static void attend(const struct trial *t) {
         save(t->device, sinks, std::vector<float>(t->mask->sinks, t->mask->sinks + n));
         a.sinks = sinks;
     }
-    a.window = t->mask->window;
+    a.window = t->mask->window > 0 ? t->mask->window : a.window;
     launch_attention(d, a);
     need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     t->device->backend->release(t->device, sinks, false);
