@@ -1033,24 +1033,22 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++)
         sum[i] = 0.0f;
-    constexpr int UNITS = N / 2;
-    for (; UNITS > 1 && n >= UNITS; n -= UNITS) {
-        const uint8_t *rows[UNITS];
+    for (int done; n > 0; n -= done) {
+        const uint8_t *rows[N / 2];
         struct ring ahead = *r;
+        done = n < N / 2 ? 1 : N / 2;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, next_stage(&ahead))
-            rows[i] = wait_full(ahead);
-        multiply_numbers<TYPE, ROWS, UNITS>(rows, warp, a, sum);
-        for (int i = 0; i < UNITS; i++, *first = false)
-            advance(r, *first);
-    }
-    for (; n > 0; n--, *first = false) {
-        const uint8_t *rows[1] = {wait_full(*r)};
+        for (int i = 0; i < N / 2; i++, next_stage(&ahead))
+            if (i < done)
+                rows[i] = wait_full(ahead);
         if constexpr (TYPE == PACKED_BF16)
             multiply_unit<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
+        else if (done == N / 2)
+            multiply_numbers<TYPE, ROWS, N / 2>(rows, warp, a, sum);
         else
             multiply_numbers<TYPE, ROWS, 1>(rows, warp, a, sum);
-        advance(r, *first);
+        for (int i = 0; i < done; i++, *first = false)
+            advance(r, *first);
     }
     wgmma_wait<0>();
 }
