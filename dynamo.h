@@ -156,10 +156,14 @@ struct backend {
     struct device *(*device_open)(struct backend *backend, const struct device *wanted,
                                   char *error);
     void (*device_close)(struct device *device);
-    /* memory: `pinned` host memory can be the other end of fast copies. NULL: no room */
-    void *(*alloc)(struct device *device, size_t bytes, bool pinned);
-    void (*release)(struct device *device, void *memory, bool pinned);
-    size_t (*free_memory)(struct device *device, bool pinned); /* bytes that alloc could give */
+    /* memory of the device; the host's is of host_alloc. NULL: no room */
+    void *(*alloc)(struct device *device, size_t bytes);
+    void (*release)(struct device *device, void *memory);
+    size_t (*free_memory)(struct device *device); /* bytes that alloc could give */
+    /* pinned host memory, of whole pages, is copied faster; a copy is of pinned memory alone, or of
+     * none. From any thread. False: the system refuses it. NULL: it makes no difference */
+    bool (*pin)(struct device *device, void *memory, size_t bytes);
+    void (*unpin)(struct device *device, void *memory);
     /* partner: of gate it is up and of up it is gate, which comes first; else NULL. A backend may
      * keep both as one matrix */
     const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
@@ -399,6 +403,9 @@ bool device_fits(const struct device *wanted, char *error);
 /* Bytes of memory that this machine has left, with what its file cache could give back: both
  * backends ask rather than be ended by the system once memory is used. 0: not known. (kernels.c) */
 size_t host_free_memory(void);
+/* Memory of this machine, at a border of pages, huge ones where it can be, to be freed by free; it
+ * takes none before it is written. NULL: no room. (kernels.c) */
+void *host_alloc(size_t bytes);
 
 static inline int blocks_of(int n_tokens) { /* blocks that hold so many tokens */
     return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;

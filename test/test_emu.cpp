@@ -497,7 +497,7 @@ static __global__ void pieces_kernel(const int *from, int *early, int *out) {
     __syncthreads();
     *own = 9;
     barrier_wait(barrier, 1); /* the phase before the first one is over */
-    copy_pieces<false>(own, from + threadIdx.x * 4, 16, barrier);
+    copy_pieces(own, from + threadIdx.x * 4, 16, false, barrier);
     early[threadIdx.x] = under_asan ? -1 : *own; /* which would report it */
     barrier_wait(barrier, 0);
     out[threadIdx.x] = *own;
@@ -542,8 +542,8 @@ static __global__ void ring_kernel(const int *from, int *out, int wrong) {
         if (thread >= CONSUMERS) {
             int piece = thread % 32 * 32, bytes = thread % 2 ? 16 : 32; /* the rest stays garbage */
             barrier_wait(&empty[slot], turn ^ 1);
-            copy_pieces<true>(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
-                              thread % 32 == 31 ? 0 : bytes, &full[slot]);
+            copy_pieces(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
+                              thread % 32 == 31 ? 0 : bytes, true, &full[slot]);
         } else {
             if (wrong != READ_EARLY)
                 barrier_wait(&full[slot], turn);
@@ -665,6 +665,43 @@ static void device_memory(struct check *check) {
     OK(cudaMalloc(&a, 0));
     CHECK(!a, "no bytes have an address");
     OK(cudaMalloc(&b, 1 << 20)); /* what was freed is there again */
+}
+
+/* Memory of the caller's, pinned for a while. */
+static void registered_memory(struct check *check) {
+    emu_devices(2, 1 << 20, 4);
+    alignas(EMU_PAGE) static char host[3 * EMU_PAGE + 64];
+    device_array<char> device(2 * EMU_PAGE, 1);
+    void *pinned;
+    OK(cudaHostAlloc(&pinned, 64, cudaHostAllocPortable));
+    FAILS(cudaHostRegister(nullptr, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(host, 0, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(host, 64, 2), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(device.data, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(pinned, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    emu_fail("cudaHostRegister", 0);
+    FAILS(cudaHostRegister(host, 64, cudaHostRegisterPortable), cudaErrorMemoryAllocation);
+    OK(cudaHostRegister(host + EMU_PAGE, EMU_PAGE, cudaHostRegisterPortable));
+    for (int at : {EMU_PAGE, EMU_PAGE - 1, 2 * EMU_PAGE - 1, EMU_PAGE - 64})
+        FAILS(cudaHostRegister(host + at, 65, cudaHostRegisterPortable),
+              cudaErrorHostMemoryAlreadyRegistered);
+    OK(cudaHostRegister(host + 2 * EMU_PAGE, EMU_PAGE + 64, cudaHostRegisterPortable));
+    for (int at :
+         {0, EMU_PAGE}) /* from pageable to pinned memory; from one pinned piece to another */
+        FAILS(cudaMemcpyAsync(device.data, host + at, EMU_PAGE + 1, cudaMemcpyDefault, nullptr),
+              cudaErrorInvalidValue);
+    OK(cudaMemcpyAsync(host + EMU_PAGE, device.data, EMU_PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[EMU_PAGE] == 0, "a copy to pinned memory runs at once");
+    OK(cudaMemcpyAsync(host, device.data, EMU_PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[0] == 1 && host[EMU_PAGE] == 1, "a copy to pageable memory is waited for");
+    FAILS(cudaFreeHost(host + EMU_PAGE), cudaErrorInvalidValue);
+    FAILS(cudaHostUnregister(host), cudaErrorHostMemoryNotRegistered);
+    FAILS(cudaHostUnregister(pinned), cudaErrorHostMemoryNotRegistered);
+    OK(cudaHostUnregister(host + EMU_PAGE));
+    FAILS(cudaHostUnregister(host + EMU_PAGE), cudaErrorHostMemoryNotRegistered);
+    OK(cudaHostUnregister(host + 2 * EMU_PAGE));
+    OK(cudaMemcpyAsync(host + EMU_PAGE, device.data, EMU_PAGE + 1, cudaMemcpyDefault, nullptr));
+    OK(cudaFreeHost(pinned));
 }
 
 static __global__ void shared_ends_kernel(int bytes, int *runs) {
@@ -1173,7 +1210,7 @@ static uint64_t *barrier_in(char *shared, int arrivals) {
 
 /* A whole warp sends a piece of 16 bytes for each lane, or one lane one of another kind. */
 static void send(char *shared, int to, const int *from, unsigned bytes) {
-    copy_pieces<false>(shared + to, from, bytes, barrier_in(shared, 1));
+    copy_pieces(shared + to, from, bytes, false, barrier_in(shared, 1));
 }
 
 static __global__ void sending_kernel(const int *from, int n) {
@@ -1183,7 +1220,7 @@ static __global__ void sending_kernel(const int *from, int n) {
         barrier_in(shared, 1);
     __syncwarp();
     for (int i = 0; i < n; i++)
-        copy_pieces<false>(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, barrier);
+        copy_pieces(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, false, barrier);
 }
 
 static void send_and_forget(int n) {
@@ -1462,6 +1499,7 @@ int main(int argc, char **argv) {
         TEST(errors),
         TEST(devices),
         TEST(device_memory),
+        TEST(registered_memory),
         TEST(launch_limits),
         TEST(copies_check_their_pointers),
         TEST(copies_of_rows),
