@@ -202,48 +202,40 @@ DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
     return fma_bf16(and_or(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
 }
 
-/* Of 32 k of a unit (half 0 or 1): a[i] is the operand of 16 of them; of quantized types they are
- * whole numbers, and scale has the f16 scales of outputs group and group + 8. */
+/* The operand of fragment i (0 to 3) of a tile; of quantized types whole numbers, and *scale is the
+ * f16 scales of outputs group and group + 8. */
 template <int TYPE>
-DEVICE void load_operands(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4],
-                          uint32_t *scale) {
+DEVICE void load_operand(const uint8_t *unit, int tile, int i, int lane, uint32_t a[4],
+                         uint32_t *scale) {
     const uint8_t *from = unit + tile * (numbers_bytes(TYPE) / 8) + lane * 16;
     if constexpr (TYPE == PACKED_BF16) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            uint4 words = load16(from + (half * 2 + i) * 512);
-            a[i][0] = words.x, a[i][1] = words.y, a[i][2] = words.z, a[i][3] = words.w;
-        }
-    } else if constexpr (TYPE == PACKED_Q8) {
-        const uint4 words = load16(from + half * 512);
-        const uint32_t word[2][2] = {{words.x, words.y}, {words.z, words.w}};
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            a[i / 4][i % 4] = bytes_to_bf16(word[i / 4][i % 2] >> i % 4 / 2 * 8);
+        const uint4 words = load16(from + i * 512);
+        a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
     } else {
-        const uint2 words = load8(from + half * 8);
+        const uint2 words = load8(from + (TYPE == PACKED_Q8 ? i / 2 * 512 + i % 2 * 8 : i / 2 * 8));
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            a[i / 4][i % 4] = nibbles_to_bf16((i % 2 ? words.y : words.x) >> i / 2 * 4);
-    }
-    if (TYPE != PACKED_BF16)
+        for (int j = 0; j < 4; j++) {
+            uint32_t word = j % 2 ? words.y : words.x;
+            a[j] = TYPE == PACKED_Q8 ? bytes_to_bf16(word >> j / 2 * 8)
+                                     : nibbles_to_bf16(word >> (i % 2 * 2 + j / 2) * 4);
+        }
         *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
-                                                     (tile * 2 + half) * 32 + lane / 4 * 4);
+                                                     (tile * 2 + i / 2) * 32 + lane / 4 * 4);
+    }
 }
 
 /* The same with the scales multiplied in, rounded to bf16. */
 template <int TYPE>
-DEVICE void load_scaled(const uint8_t *unit, int tile, int half, int lane, uint32_t a[2][4]) {
+DEVICE void load_scaled(const uint8_t *unit, int tile, int i, int lane, uint32_t a[4]) {
     uint32_t scale;
-    load_operands<TYPE>(unit, tile, half, lane, a, &scale);
+    load_operand<TYPE>(unit, tile, i, lane, a, &scale);
     if constexpr (TYPE != PACKED_BF16)
 #pragma unroll
-        for (int i = 0; i < 8; i++) { /* number * (high + low): the scale as two bf16 */
-            float whole = half_to_float((uint16_t)(scale >> i % 2 * 16));
+        for (int j = 0; j < 4; j++) { /* number * (high + low): the scale as two bf16 */
+            float whole = half_to_float((uint16_t)(scale >> j % 2 * 16));
             uint32_t high = pack_bf16(whole, whole);
             float rest = whole - bf16_to_float(high & 0xffffu);
-            uint32_t low = pack_bf16(rest, rest), &number = a[i / 4][i % 4];
-            number = fma_bf16(number, high, fma_bf16(number, low, 0x80008000u));
+            a[j] = fma_bf16(a[j], high, fma_bf16(a[j], pack_bf16(rest, rest), 0x80008000u));
         }
 }
 
@@ -712,10 +704,10 @@ enum {
     FED_THREADS = (CONSUMERS + 1) * WARP,
     PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
     MAX_STAGES = 24,
-    AHEAD_BYTES = 112 << 10, /* of weights that a block asks for ahead: more makes memory slower */
+    AHEAD_BYTES = 80 << 10, /* of weights that a block asks for ahead: more makes memory slower */
     RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
     ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
-    ROW_TILE = 256,                          /* rows of a block of prompt_product */
+    ROW_TILE = 256,                          /* rows of a block of prompt_product at most */
     GENERATED_ROWS = 64                      /* of a generated_product at most */
 };
 
@@ -953,7 +945,9 @@ DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int t
     const uint64_t b = wgmma_rows(rows);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        load_scaled<TYPE>(weights, tile, half, (int)threadIdx.x % WARP, a[half]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            load_scaled<TYPE>(weights, tile, half * 2 + i, (int)threadIdx.x % WARP, a[half][i]);
         wgmma_begin();
         wgmma<ROWS>(sum, a[half][0], b + half * 4, true);
         wgmma<ROWS>(sum, a[half][1], b + half * 4 + 2, true);
@@ -982,8 +976,9 @@ DEVICE void multiply_units(const uint8_t *const rows[UNITS], int warp, uint32_t 
         multiply_together<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
     } else {
 #pragma unroll
-        for (int i = 0; i < UNITS * 2; i++)
-            load_operands<TYPE>(rows[i / 2] + ROWS * ROW_BYTES, warp, i % 2, lane, a[i], &scale[i]);
+        for (int i = 0; i < UNITS * 4; i++)
+            load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, lane, a[i / 2][i % 2],
+                               &scale[i / 2]);
         constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
         constexpr int N = UNITS * 2 * PARTS;
         float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
@@ -1010,7 +1005,9 @@ DEVICE void multiply_units(const uint8_t *const rows[UNITS], int warp, uint32_t 
 #else
 #pragma unroll
     for (int i = 0; i < UNITS * 2; i++) {
-        load_operands<TYPE>(rows[i / 2] + ROWS * ROW_BYTES, warp, i % 2, lane, a[i], &scale[i]);
+        const uint8_t *weights = rows[i / 2] + ROWS * ROW_BYTES;
+        load_operand<TYPE>(weights, warp, i % 2 * 2, lane, a[i][0], &scale[i]);
+        load_operand<TYPE>(weights, warp, i % 2 * 2 + 1, lane, a[i][1], &scale[i]);
 #pragma unroll
         for (int j = 0; j < ROWS / 8; j++) {
             uint32_t b[4];
@@ -1133,14 +1130,8 @@ static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblin
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
  * first_row on. A block a multiprocessor: see struct share. Shared: the ring, and an int. Bound by
  * memory. */
-#ifdef VARIANT_B
-#define MIN_BLOCKS (ROWS <= 16 ? 2 : 1)
-#else
-#define MIN_BLOCKS 1
-#endif
 template <int TYPE, int EPILOGUE, int ROWS>
-__global__ void __launch_bounds__(FED_THREADS, MIN_BLOCKS)
-    generated_product_kernel(const struct product p) {
+__global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
     struct ring r =
@@ -1190,6 +1181,18 @@ static constexpr __host__ __device__ int prompt_stage(int type) {
     return ROW_TILE * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
 }
 
+/* On Hopper a warp has the sums of a tile of outputs and 256 rows. Elsewhere, where each warp reads
+ * its operands for itself, of 4 tiles and 48 rows: more would not fit the registers. */
+#ifdef HOPPER
+enum { WARP_TILES = 1, WARP_GROUPS = 32 /* of 8 rows */ };
+#else
+enum { WARP_TILES = 4, WARP_GROUPS = 6 };
+#endif
+enum {
+    WARP_SUMS = WARP_TILES * WARP_GROUPS, /* of a tile and 8 rows: 4 a lane */
+    TILE_ROWS = WARP_SUMS * 8             /* of a block */
+};
+
 /* A block's tiles of rows and panels: tiles of rows begin at a multiple of 8, where planes can be
  * cut. Blocks of one time share panels, so that weights stay in L2. */
 struct row_tiles {
@@ -1198,7 +1201,7 @@ struct row_tiles {
 
 DEVICE struct row_tiles find_row_tiles(const struct product &p) {
     int begin = p.first_row / 8 * 8, end = p.first_row + p.n_rows;
-    return {begin, end, divide(end - begin, ROW_TILE)};
+    return {begin, end, divide(end - begin, TILE_ROWS)};
 }
 
 template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
@@ -1210,13 +1213,14 @@ template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct r
         int panel = tile / t.n, which = find_matrix(p, &panel);
         const uint8_t *weights =
             p.matrix[which].packed + (size_t)panel * n_units * unit_bytes(TYPE);
-        const uint8_t *rows = p.input.bytes + (size_t)(t.begin + tile % t.n * ROW_TILE) * ROW_BYTES;
+        const uint8_t *rows =
+            p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES;
         for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
-            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : ROW_TILE * ROW_BYTES);
+            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : TILE_ROWS * ROW_BYTES);
             copy_pieces(to,
                         lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
                                   : weights + (size_t)unit * unit_bytes(TYPE),
-                        lane == 0   ? ROW_TILE * ROW_BYTES
+                        lane == 0   ? TILE_ROWS * ROW_BYTES
                         : lane == 1 ? unit_bytes(TYPE)
                                     : 0,
                         false, r.full + r.at);
@@ -1224,15 +1228,6 @@ template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct r
         }
     }
 }
-
-/* A warp has 128 sums a lane: on Hopper of a tile of outputs and 256 rows, elsewhere of 4 tiles and
- * 64 rows, since there each warp reads its operands for itself. */
-#ifdef HOPPER
-enum { WARP_TILES = 1 };
-#else
-enum { WARP_TILES = 4 };
-#endif
-enum { WARP_GROUPS = 32 / WARP_TILES /* of 8 rows */ };
 
 DEVICE int tile_of(int warp, int i) { /* of a warp's sums [4 i, 4 i + 4): the tile of the panel */
     return warp % (CONSUMERS / WARP_TILES) * WARP_TILES + i / WARP_GROUPS;
@@ -1245,30 +1240,28 @@ DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
 /* sum += a unit. */
 template <int TYPE>
 DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
-                                 float (&sum)[128]) {
-    const uint8_t *weights = rows + ROW_TILE * ROW_BYTES;
+                                 float (&sum)[WARP_SUMS * 4]) {
+    const uint8_t *weights = rows + TILE_ROWS * ROW_BYTES;
 #ifdef HOPPER
-    multiply_together<TYPE, ROW_TILE>(rows, weights, warp, a, sum);
+    multiply_together<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
 #else
     const int lane = (int)threadIdx.x % WARP;
     (void)a;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint32_t w[WARP_TILES][2][4], b[WARP_GROUPS / 2][4];
+    for (int i = 0; i < 4; i++) { /* fragments */
+        uint32_t w[WARP_TILES][4], b[4];
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; tile++)
-            load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), half, lane, w[tile]);
+            load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), i, lane, w[tile]);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < WARP_GROUPS; j += 2) { /* 16 rows */
+            load_matrices(b, rows + (row_of(warp, j) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
+                                 ((i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
-            for (int j = 0; j < WARP_GROUPS / 2; j++)
-                load_matrices(b[j],
-                              rows + (row_of(warp, j * 2) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
-                                  ((half * 4 + i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
-#pragma unroll
-            for (int j = 0; j < 32; j++)
-                mma_bf16(&sum[j * 4], w[j / WARP_GROUPS][i], &b[j % WARP_GROUPS / 2][j % 2 * 2]);
+            for (int k = 0; k < WARP_TILES * 2; k++)
+                mma_bf16(&sum[(k / 2 * WARP_GROUPS + j + k % 2) * 4], w[k / 2], b + k % 2 * 2);
         }
+        __syncwarp(); /* moves no load across */
     }
 #endif
 }
@@ -1282,21 +1275,21 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
     const int n_units = p.matrix[0].n_units;
     bool first = true;
     for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
-        int panel = tile / t.n, row = t.begin + tile % t.n * ROW_TILE;
+        int panel = tile / t.n, row = t.begin + tile % t.n * TILE_ROWS;
         const int which = find_matrix(p, &panel);
         auto corner_of = [&](int i) -> struct corner {
             return {which, panel *(PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
                     p.first_row, t.end};
         };
-        float sum[128];
+        float sum[WARP_SUMS * 4];
         uint32_t a[2][2][4];
 #pragma unroll
-        for (int i = 0; i < 128; i++)
+        for (int i = 0; i < WARP_SUMS * 4; i++)
             sum[i] = 0.0f;
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
-            for (int i = 0; i < 32; i += 4) {
-                for_wanted<4>(p, corner_of(i), [&](int k, size_t offset, int) {
+            for (int i = 0; i < WARP_SUMS; i += 2) {
+                for_wanted<2>(p, corner_of(i), [&](int k, size_t offset, int) {
                     sum[i * 4 + k] = p.initial[offset];
                 });
                 __syncwarp(); /* as above */
@@ -1307,7 +1300,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         }
         wgmma_wait<0>();
 #pragma unroll
-        for (int i = 0; i < 32; i += WARP_GROUPS)
+        for (int i = 0; i < WARP_SUMS; i += WARP_GROUPS)
             finish<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4]);
     }
 }
@@ -1367,15 +1360,6 @@ static void launch_generated(struct cuda_device *d, struct product p) {
     int stage = generated_stage(TYPE, ROWS);
     p.grain = choose_grain(p.n_panels, n_segments, blocks);
     p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), AHEAD_BYTES / unit_bytes(TYPE));
-#ifdef VARIANT_B
-    if (ROWS <= 16)
-        p.n_stages = smaller(p.n_stages, (113 * 1024 - kept_bytes(ROWS) - RING_BARRIERS) / stage);
-#endif
-#ifdef TUNE
-    const char *cap = getenv("TUNE_STAGES");
-    if (cap)
-        p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), atoi(cap));
-#endif
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,

@@ -343,24 +343,6 @@ DEVICE void wgmma(float (&sum)[COLUMNS / 2], const uint32_t a[4], uint64_t b, bo
 }
 #endif
 
-/* (until nobody uses it any more) */
-/* 16 bytes from device to shared memory, without a register; zeros if not `valid`. They are there
- * after copy_async_wait<N> when at most N younger groups were committed. */
-DEVICE void copy_async16(void *shared, const void *global, bool valid) {
-    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-DEVICE void copy_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int N> DEVICE void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
 /* Programmatic dependent launch: a kernel may start while the one before it still runs, and waits
  * here before it touches what that one writes. On older chips it starts afterwards. */
 DEVICE void grid_wait() {

@@ -225,8 +225,8 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
  * one question, asked twice: which is the largest key such that the tokens from it on count, or
  * weigh, at least `amount`? It is answered by digits of 11 bits, the highest first, with a
  * histogram for each of the keys that have the digits before it. All blocks of a row add to it, and
- * the last one to arrive finds the digit; those left after SAMPLER_SELECTS it finds alone. Three
- * digits are the logit; two more tell equal ones apart, and are seldom needed.
+ * the last one to arrive finds the digit; those left after SAMPLER_SELECTS, of top_k and top_p
+ * together, it finds alone. Three digits are the logit; two more tell equal ones apart.
  *
  * Sums are of whole numbers, weights in units of 2^-40, and the best is by a total order: a token
  * depends neither on the number of parts nor on the order of blocks. */
@@ -236,7 +236,7 @@ enum {
     SAMPLER_THREADS = 512,
     SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
     SAMPLER_AHEAD = 3,                   /* groups on their way */
-    SAMPLER_SELECTS = 3,
+    SAMPLER_SELECTS = 5,
     SAMPLER_ID_BITS = 23, /* of a key of 55 */
     SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
     SAMPLER_DIGITS = 5,

@@ -25,7 +25,6 @@
  *   - A block's shared memory is as large as was asked for, and full of NaNs.
  *   - Each piece of copy_pieces lands when it likes, at the latest when no thread can run (how late
  *     they are is drawn for each block); until then its target holds NaNs.
- *   - copy_async16 writes when it is waited for; until then its target holds NaNs.
  *   - Where a launch may overlap the kernel before it, one of its blocks may run before that one,
  *     as far as grid_wait (emu_start_early).
  * What a GPU would answer with a hang or with garbage ends the program with one line that names the
@@ -295,12 +294,6 @@ struct emu_piece { /* of copy_pieces, on its way */
     emu_mbarrier *barrier;
 };
 
-struct emu_async_copy {
-    void *to;
-    const void *from; /* null: zeros */
-    int group;
-};
-
 struct emu_lane_state {
     emu_op op;  /* that it waits at, unless it is runnable */
     int source; /* lane, of shuffles */
@@ -338,10 +331,9 @@ struct emu_fiber {
     size_t stack_bytes = 0;
     uint3 index = {0, 0, 0};
     emu_warp *warp = nullptr;
-    int lane = 0, n_groups = 0;
-    std::vector<emu_async_copy> copies{}; /* not yet landed */
-    void *fake_stack = nullptr;           /* of AddressSanitizer */
-    void *tsan = nullptr;                 /* of ThreadSanitizer */
+    int lane = 0;
+    void *fake_stack = nullptr; /* of AddressSanitizer */
+    void *tsan = nullptr;       /* of ThreadSanitizer */
 };
 
 struct emu_kernel { /* a launch */
@@ -1056,39 +1048,6 @@ void copies_sent(uint64_t *barrier) {
         emu_arrive_at(emu_mbarrier_at(barrier, "copies_sent"), "copies_sent");
 }
 
-/* cp.async: 16 bytes, or zeros, that land when this thread waits for their group. */
-void copy_async16(void *shared, const void *global, bool valid) {
-    emu_fiber *self = emu_self("copy_async16");
-    ptrdiff_t offset = (char *)shared - emu.block->shared;
-    size_t bytes = emu.block->kernel->shared_bytes;
-    emu_check_aligned(shared, 16, "copy_async16 to");
-    if (valid)
-        emu_check_aligned(global, 16, "copy_async16 from");
-    if (offset < 0 || (size_t)offset + 16 > bytes)
-        emu_report("copy_async16 to byte %td of %zu of shared memory", offset, bytes);
-    memset(shared, EMU_GARBAGE, 16);
-    EMU_ASAN(__asan_poison_memory_region(shared, 16);)
-    self->copies.push_back({shared, valid ? global : nullptr, self->n_groups});
-}
-
-void copy_async_commit(void) {
-    emu_self("copy_async_commit")->n_groups++;
-}
-
-template <int NEWEST> static void copy_async_wait(void) { /* for all but so many groups */
-    emu_fiber *self = emu_self("copy_async_wait");
-    size_t n = 0;
-    for (; n < self->copies.size() && self->copies[n].group < self->n_groups - NEWEST; n++) {
-        const emu_async_copy &copy = self->copies[n];
-        EMU_ASAN(__asan_unpoison_memory_region(copy.to, 16);)
-        if (copy.from)
-            memcpy(copy.to, copy.from, 16);
-        else
-            memset(copy.to, 0, 16);
-    }
-    self->copies.erase(self->copies.begin(), self->copies.begin() + (ptrdiff_t)n);
-}
-
 /* ---- running a kernel ---- */
 
 static char *emu_map(size_t bytes) { /* with a guard page before and behind */
@@ -1185,8 +1144,6 @@ static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned
         fiber->warp->all |= 1u << i % EMU_WARP;
         fiber->warp->runnable = fiber->warp->all;
         fiber->lane = (int)(i % EMU_WARP);
-        fiber->n_groups = 0;
-        fiber->copies.clear();
     }
     emu_fill_shared(block);
 }

@@ -112,6 +112,7 @@ static void bits_and_numbers(struct check *check) {
     int2 w = make_int2(-1, -2);
     float4 f = make_float4(1, 2, 3, 4);
     CHECK(v.x == 1 && v.w == 4 && w.x == -1 && w.y == -2, "another value");
+    CHECK(load16(&v).z == 3 && load8(&v.z).y == 4, "another value");
     CHECK(f.y == 2 && f.w == 4 && alignof(float4) == 16, "another value");
     CHECK(isnan(__uint_as_float(0xFFFFFFFF)), "the garbage is no NaN in f32");
     CHECK(isnan(emu_from_bf16(0xFFFF)), "the garbage is no NaN in bf16");
@@ -444,43 +445,6 @@ static void loads_and_stores_with_hints(struct check *check) {
     hints_of<float>(check);
     hints_of<float2>(check);
     hints_of<float4>(check);
-}
-
-/* Each thread fetches its 16 bytes of two stages; the second one is odd threads' only. */
-static __global__ void copies_kernel(const uint4 *from, uint4 *out, int *early) {
-    DYNAMIC_SHARED(uint4, shared);
-    unsigned i = threadIdx.x, n = blockDim.x;
-    shared[i] = shared[n + i] = make_uint4(9, 9, 9, 9);
-    copy_async16(&shared[i], &from[i], true);
-    copy_async_commit();
-    copy_async16(&shared[n + i], &from[n + i], i & 1);
-    copy_async_commit();
-    if (!under_asan) /* which would report it */
-        early[i] = (int)shared[i].y;
-    copy_async_wait<1>();
-    if (!under_asan)
-        early[n + i] = (int)shared[n + i].x;
-    __syncthreads();
-    out[i] = load16(&shared[n - 1 - i]);
-    copy_async_wait<0>();
-    __syncthreads();
-    out[n + i] = shared[2 * n - 1 - i];
-    out[n + i].y = load8(&shared[n + i]).x;
-}
-
-static void asynchronous_copies(struct check *check) {
-    device_array<uint4> from(128), out(128);
-    device_array<int> early(128, -1);
-    for (unsigned i = 0; i < 128; i++)
-        from[i] = make_uint4(i, i + 1, i + 2, i + 3);
-    RUN(with(1, 64, 128 * 16)(copies_kernel, from.data, out.data, early.data));
-    for (unsigned i = 0; i < 64; i++) {
-        unsigned second = (63 - i) & 1 ? 64 + 63 - i : 0;
-        CHECK(out[i].x == 63 - i && out[i].w == 66 - i, "first stage, thread %u: %u", i, out[i].x);
-        CHECK(out[64 + i].x == second, "second stage, thread %u: %u", i, out[64 + i].x);
-        CHECK(out[64 + i].y == (i & 1 ? 64 + i : 0), "8 bytes, thread %u: %u", i, out[64 + i].y);
-        CHECK(early[i] == -1 && early[64 + i] == -1, "thread %u: it landed before a wait", i);
-    }
 }
 
 /* ---- mbarriers ---- */
@@ -1362,12 +1326,6 @@ static const mistake all_mistakes[] = {
      {THREAD "load16(", "not a multiple of 16"}},
     {"a load beside 8 bytes", ALWAYS, KERNEL(if (errs) *out = (int)load8(shared + 4).x),
      {THREAD "load8(", "not a multiple of 8"}},
-    {"a copy from beside 16 bytes", ALWAYS, KERNEL(if (errs) copy_async16(shared, out + 1, true)),
-     {THREAD "copy_async16 from(", "not a multiple of 16"}},
-    {"a copy to beside 16 bytes", ALWAYS, KERNEL(if (errs) copy_async16(shared + 4, out, true)),
-     {THREAD "copy_async16 to(", "not a multiple of 16"}},
-    {"a copy to beyond", ALWAYS, KERNEL(if (errs) copy_async16(shared + 96, out, true)),
-     {THREAD "copy_async16 to byte 96 of 100"}},
     {"a piece of 8 bytes", ALWAYS, KERNEL(if (errs) send(shared, 16, out, 8)),
      {THREAD "copy_pieces of 8 bytes: not a multiple of 16"}},
     {"a piece from beside 16 bytes", ALWAYS, KERNEL(if (errs) send(shared, 16, out + 1, 16)),
@@ -1402,9 +1360,6 @@ static const mistake all_mistakes[] = {
     {"a write behind", ASAN, KERNEL(if (errs) bytes(shared)[100] = 1),
      {THREAD, "use-after-poison"}},
     {"a write before", ASAN, KERNEL(if (errs) bytes(shared)[-1] = 1),
-     {THREAD, "use-after-poison"}},
-    {"a read of what is on its way", ASAN,
-     KERNEL(if (errs) { copy_async16(shared, out, true); *out = bytes(shared)[15]; }),
      {THREAD, "use-after-poison"}},
     {"a read of a stage too early", ASAN, [] { ring(READ_EARLY); },
      {"cuda_emu: ring_kernel", "use-after-poison"}},
@@ -1493,7 +1448,6 @@ int main(int argc, char **argv) {
         TEST(mma_sums_in_order),
         TEST(matrices_from_shared_memory),
         TEST(loads_and_stores_with_hints),
-        TEST(asynchronous_copies),
         TEST(pieces_are_late),
         TEST(rings_of_stages),
         TEST(errors),
