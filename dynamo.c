@@ -5,9 +5,9 @@
  * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
  * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), and whoever called engine_open, who submits requests and
- * follows them. All that they share is the scheduler, under engine.lock; nothing is computed,
- * copied, printed or waited for while it is held.
+ * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and whoever
+ * called engine_open, who submits requests and follows them. All that they share is the scheduler,
+ * under engine.lock; nothing is computed, copied, printed or waited for while it is held.
  *
  * Read `forward` first: it is the whole model. Then worker_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
@@ -323,8 +323,14 @@ static void *worker_main(void *argument) {
 
 /* ---- pinning ---- */
 
-/* Blocks of host KV that are pinned at a time. 16 blocks are whole pages: in bf16 they are multiples
- * of 4 KB, and pages have 64 KB at most. */
+/* Blocks, whose slots are numbered by ints. */
+static int fewer(int64_t wanted, int64_t most) {
+    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
+    return (int)(n < limit ? n : limit);
+}
+
+/* Blocks of host KV that are pinned at a time. 16 blocks are whole pages: a block in bf16 is a
+ * multiple of 4 KB, and a page has 64 KB at most. */
 static int slab_blocks(const struct engine *engine) {
     size_t bytes = block_bytes(&engine->config.model->config, 1, engine->config.kv_type);
     return (int)((SLAB_BYTES / 16 + bytes - 1) / bytes * 16);
@@ -339,11 +345,11 @@ static char *host_block(const struct engine *engine, int block) {
 static void *pin_main(void *argument) {
     struct engine *engine = argument;
     const struct engine_config *config = &engine->config;
-    int slab = slab_blocks(engine), wanted = config->host_blocks;
+    int slab = slab_blocks(engine);
     bool ok = true;
     pthread_mutex_lock(&engine->lock);
-    while (!engine->stopping && ok && engine->n_pinned < wanted) {
-        int first = engine->n_pinned, n = wanted - first < slab ? wanted - first : slab;
+    while (!engine->stopping && ok && engine->n_pinned < config->host_blocks) {
+        int first = engine->n_pinned, n = fewer(slab, config->host_blocks - first);
         if (first >= kv_used(sched_kv(engine->sched), config->n_workers) + SLABS_AHEAD * slab) {
             pthread_cond_wait(&engine->work, &engine->lock);
             continue;
@@ -458,12 +464,6 @@ static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
         most = blocks < most ? blocks : most;
     }
     return most;
-}
-
-/* Blocks, whose slots are numbered by ints. */
-static int fewer(int64_t wanted, int64_t most) {
-    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
-    return (int)(n < limit ? n : limit);
 }
 
 /* Chooses how many blocks each tier holds, where nobody said it: full contexts for all that can

@@ -2653,13 +2653,14 @@ static void cuda_step_end(struct device *device, int *sampled) {
 /* ==== 10. What the chip can do at most ==== */
 
 enum {
-    PROBE_MS = 1,           /* that a probe takes at least */
-    PROBE_PRODUCTS = 32,    /* of 16 x 8 x 16 that a warp has in a step */
-    PROBE_READS = 16,       /* of 16 bytes that a thread has under way */
+    PROBE_MS = 1,        /* that a probe takes at least */
+    PROBE_PRODUCTS = 32, /* of 16 x 8 x 16 that a warp has in a step */
+    PROBE_READS = 16,    /* of 16 bytes that a thread asks for at once; a tile: of a block */
+    PROBE_TILE = PROBE_READS * THREADS,
     PROBE_SHARED = 32 << 10 /* an operand of 256 rows */
 };
 
-/* Independent products by the fastest instruction there is; `sink` keeps them from being removed. */
+/* Products by the fastest instruction that there is; `sink` keeps them from being removed. */
 __global__ void __launch_bounds__(THREADS) mma_probe_kernel(int n_steps, float *sink) {
     grid_wait();
     grid_launch_dependents();
@@ -2692,20 +2693,19 @@ __global__ void __launch_bounds__(THREADS) mma_probe_kernel(int n_steps, float *
         *sink = sum[0];
 }
 
-/* Reads n times 16 bytes; `sink` keeps the reads from being removed. */
+/* Reads n times 16 bytes, a tile at least; `sink` keeps the reads from being removed. */
 __global__ void __launch_bounds__(THREADS)
     read_probe_kernel(const uint4 *memory, size_t n, uint32_t *sink) {
     grid_wait();
     grid_launch_dependents();
     uint32_t sum = 0;
-    for (size_t first = (size_t)blockIdx.x * THREADS * PROBE_READS + threadIdx.x; first < n;
-         first += (size_t)gridDim.x * THREADS * PROBE_READS) {
+    for (size_t at = (size_t)blockIdx.x * PROBE_TILE; at < n;
+         at += (size_t)gridDim.x * PROBE_TILE) {
+        const uint4 *tile = memory + (at + PROBE_TILE <= n ? at : n - PROBE_TILE) + threadIdx.x;
         uint4 value[PROBE_READS];
 #pragma unroll
-        for (int i = 0; i < PROBE_READS; i++) { /* past the end the last once more */
-            size_t at = first + (size_t)i * THREADS;
-            value[i] = load16_once(memory + (at < n ? at : n - 1));
-        }
+        for (int i = 0; i < PROBE_READS; i++)
+            value[i] = load16_once(tile + i * THREADS);
 #pragma unroll
         for (int i = 0; i < PROBE_READS; i++)
             sum += value[i].x ^ value[i].y ^ value[i].z ^ value[i].w;
@@ -2739,7 +2739,7 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
     for (int i = 0; i < 2; i++)
         TRY(d, cudaEventCreateWithFlags(&events[i], cudaEventDefault));
     TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
-    int blocks = d->card->properties.multiProcessorCount * 8, steps = 16, repeats = 1;
+    int blocks = d->card->properties.multiProcessorCount, steps = 16, repeats = 1;
     float ms = 0.0f;
     for (; ms < PROBE_MS && steps < 1 << 20; steps *= 4) {
         launch(d, "mma_probe_kernel", mma_probe_kernel, grid_of(blocks), THREADS, PROBE_SHARED,
@@ -2750,9 +2750,9 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
     }
     const struct matrix *m = largest ? &largest->matrix : NULL;
     size_t bytes = m ? (size_t)m->n_panels * m->n_units * (size_t)unit_bytes(m->type) : 0;
-    for (ms = 0.0f; ms < PROBE_MS && bytes > 0 && repeats < 1 << 12; repeats *= 4) {
+    for (ms = 0.0f; ms < PROBE_MS && bytes >= PROBE_TILE * 16 && repeats < 1 << 12; repeats *= 4) {
         for (int i = 0; i < repeats; i++)
-            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
+            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(8 * blocks), THREADS, 0,
                    (const uint4 *)m->packed, bytes / sizeof(uint4), (uint32_t *)d->x);
         ms = lap(d, events);
         *read = (double)bytes * repeats / (ms * 1e-3) * n;

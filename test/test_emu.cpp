@@ -507,7 +507,7 @@ static __global__ void ring_kernel(const int *from, int *out, int wrong) {
             int piece = thread % 32 * 32, bytes = thread % 2 ? 16 : 32; /* the rest stays garbage */
             barrier_wait(&empty[slot], turn ^ 1);
             copy_pieces(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
-                              thread % 32 == 31 ? 0 : bytes, true, &full[slot]);
+                        thread % 32 == 31 ? 0 : bytes, true, &full[slot]);
         } else {
             if (wrong != READ_EARLY)
                 barrier_wait(&full[slot], turn);
@@ -633,9 +633,10 @@ static void device_memory(struct check *check) {
 
 /* Memory of the caller's, pinned for a while. */
 static void registered_memory(struct check *check) {
+    constexpr int PAGE = EMU_PAGE;
     emu_devices(2, 1 << 20, 4);
-    alignas(EMU_PAGE) static char host[3 * EMU_PAGE + 64];
-    device_array<char> device(2 * EMU_PAGE, 1);
+    alignas(PAGE) static char host[3 * PAGE + 64];
+    device_array<char> device(2 * PAGE, 1);
     void *pinned;
     OK(cudaHostAlloc(&pinned, 64, cudaHostAllocPortable));
     FAILS(cudaHostRegister(nullptr, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
@@ -645,26 +646,25 @@ static void registered_memory(struct check *check) {
     FAILS(cudaHostRegister(pinned, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
     emu_fail("cudaHostRegister", 0);
     FAILS(cudaHostRegister(host, 64, cudaHostRegisterPortable), cudaErrorMemoryAllocation);
-    OK(cudaHostRegister(host + EMU_PAGE, EMU_PAGE, cudaHostRegisterPortable));
-    for (int at : {EMU_PAGE, EMU_PAGE - 1, 2 * EMU_PAGE - 1, EMU_PAGE - 64})
+    OK(cudaHostRegister(host + PAGE, PAGE, cudaHostRegisterPortable));
+    for (int at : {PAGE, PAGE - 1, 2 * PAGE - 1, PAGE - 64})
         FAILS(cudaHostRegister(host + at, 65, cudaHostRegisterPortable),
               cudaErrorHostMemoryAlreadyRegistered);
-    OK(cudaHostRegister(host + 2 * EMU_PAGE, EMU_PAGE + 64, cudaHostRegisterPortable));
-    for (int at :
-         {0, EMU_PAGE}) /* from pageable to pinned memory; from one pinned piece to another */
-        FAILS(cudaMemcpyAsync(device.data, host + at, EMU_PAGE + 1, cudaMemcpyDefault, nullptr),
+    OK(cudaHostRegister(host + 2 * PAGE, PAGE + 64, cudaHostRegisterPortable));
+    for (int at : {0, PAGE}) /* from pageable to pinned memory; from one pinned piece to another */
+        FAILS(cudaMemcpyAsync(device.data, host + at, PAGE + 1, cudaMemcpyDefault, nullptr),
               cudaErrorInvalidValue);
-    OK(cudaMemcpyAsync(host + EMU_PAGE, device.data, EMU_PAGE, cudaMemcpyDefault, nullptr));
-    CHECK(host[EMU_PAGE] == 0, "a copy to pinned memory runs at once");
-    OK(cudaMemcpyAsync(host, device.data, EMU_PAGE, cudaMemcpyDefault, nullptr));
-    CHECK(host[0] == 1 && host[EMU_PAGE] == 1, "a copy to pageable memory is waited for");
-    FAILS(cudaFreeHost(host + EMU_PAGE), cudaErrorInvalidValue);
+    OK(cudaMemcpyAsync(host + PAGE, device.data, PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[PAGE] == 0, "a copy to pinned memory runs at once");
+    OK(cudaMemcpyAsync(host, device.data, PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[0] == 1 && host[PAGE] == 1, "a copy to pageable memory is waited for");
+    FAILS(cudaFreeHost(host + PAGE), cudaErrorInvalidValue);
     FAILS(cudaHostUnregister(host), cudaErrorHostMemoryNotRegistered);
     FAILS(cudaHostUnregister(pinned), cudaErrorHostMemoryNotRegistered);
-    OK(cudaHostUnregister(host + EMU_PAGE));
-    FAILS(cudaHostUnregister(host + EMU_PAGE), cudaErrorHostMemoryNotRegistered);
-    OK(cudaHostUnregister(host + 2 * EMU_PAGE));
-    OK(cudaMemcpyAsync(host + EMU_PAGE, device.data, EMU_PAGE + 1, cudaMemcpyDefault, nullptr));
+    OK(cudaHostUnregister(host + PAGE));
+    FAILS(cudaHostUnregister(host + PAGE), cudaErrorHostMemoryNotRegistered);
+    OK(cudaHostUnregister(host + 2 * PAGE));
+    OK(cudaMemcpyAsync(host + PAGE, device.data, PAGE + 1, cudaMemcpyDefault, nullptr));
     OK(cudaFreeHost(pinned));
 }
 
