@@ -323,12 +323,6 @@ static void *worker_main(void *argument) {
 
 /* ---- pinning ---- */
 
-/* Blocks, whose slots are numbered by ints. */
-static int fewer(int64_t wanted, int64_t most) {
-    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
-    return (int)(n < limit ? n : limit);
-}
-
 /* Blocks of host KV that are pinned at a time. 16 blocks are whole pages: a block in bf16 is a
  * multiple of 4 KB, and a page has 64 KB at most. */
 static int slab_blocks(const struct engine *engine) {
@@ -349,7 +343,8 @@ static void *pin_main(void *argument) {
     bool ok = true;
     pthread_mutex_lock(&engine->lock);
     while (!engine->stopping && ok && engine->n_pinned < config->host_blocks) {
-        int first = engine->n_pinned, n = fewer(slab, config->host_blocks - first);
+        int first = engine->n_pinned, left = config->host_blocks - first;
+        int n = left < slab ? left : slab;
         if (first >= kv_used(sched_kv(engine->sched), config->n_workers) + SLABS_AHEAD * slab) {
             pthread_cond_wait(&engine->work, &engine->lock);
             continue;
@@ -464,6 +459,12 @@ static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
         most = blocks < most ? blocks : most;
     }
     return most;
+}
+
+/* Blocks, whose slots are numbered by ints. */
+static int fewer(int64_t wanted, int64_t most) {
+    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
+    return (int)(n < limit ? n : limit);
 }
 
 /* Chooses how many blocks each tier holds, where nobody said it: full contexts for all that can

@@ -462,6 +462,7 @@ static __global__ void pieces_kernel(const int *from, int *early, int *out) {
     *own = 9;
     barrier_wait(barrier, 1); /* the phase before the first one is over */
     copy_pieces(own, from + threadIdx.x * 4, 16, false, barrier);
+    copies_sent(barrier);
     early[threadIdx.x] = under_asan ? -1 : *own; /* which would report it */
     barrier_wait(barrier, 0);
     out[threadIdx.x] = *own;
@@ -508,6 +509,7 @@ static __global__ void ring_kernel(const int *from, int *out, int wrong) {
             barrier_wait(&empty[slot], turn ^ 1);
             copy_pieces(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
                         thread % 32 == 31 ? 0 : bytes, true, &full[slot]);
+            copies_sent(&full[slot]);
         } else {
             if (wrong != READ_EARLY)
                 barrier_wait(&full[slot], turn);
@@ -1183,8 +1185,10 @@ static __global__ void sending_kernel(const int *from, int n) {
     if (threadIdx.x == 0)
         barrier_in(shared, 1);
     __syncwarp();
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         copy_pieces(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, false, barrier);
+        copies_sent(barrier);
+    }
 }
 
 static void send_and_forget(int n) {
@@ -1314,7 +1318,7 @@ static const mistake all_mistakes[] = {
     {"a count as a parity", ALWAYS, KERNEL(if (errs) barrier_wait(barrier_in(shared, 1), 2)),
      {THREAD "barrier_wait with parity 2"}},
     {"too many arrivals", ALWAYS, [] { send_and_forget(2); },
-     {"sending_kernel", "copy_pieces, but all 1 arrivals have come"}},
+     {"sending_kernel", "copies_sent, but all 1 arrivals have come"}},
     {"no wait for pieces", ALWAYS, [] { send_and_forget(1); },
      {"sending_kernel", "the block ends while pieces of copy_pieces are on their way"}},
     {"not one of some threads", ALWAYS, KERNEL(sync_threads<3, 32>()),
