@@ -5,9 +5,9 @@
  * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
  * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), and whoever called engine_open, who submits requests and
- * follows them. All that they share is the scheduler, under engine.lock; nothing is computed,
- * copied, printed or waited for while it is held.
+ * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and whoever
+ * called engine_open, who submits requests and follows them. All that they share is the scheduler,
+ * under engine.lock; nothing is computed, copied, printed or waited for while it is held.
  *
  * Read `forward` first: it is the whole model. Then worker_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
@@ -25,10 +25,12 @@
 #include <time.h>
 
 enum {
-    COPY_POLL_NS = 50000, /* an idle worker looks after its copies so often */
-    LOST_SHOWN = 32,      /* requests that a fault names */
-    CACHED_ANSWERS = 2,   /* device KV by default: so many full contexts for each running request */
-    HOST_FACTOR = 4       /* host KV by default: so many times the blocks wanted for a device */
+    COPY_POLL_NS = 50000,  /* an idle worker looks after its copies so often */
+    LOST_SHOWN = 32,       /* requests that a fault names */
+    SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
+    SLABS_AHEAD = 4,       /* pinned before they are needed */
+    CACHED_ANSWERS = 2, /* device KV by default: so many full contexts for each running request */
+    HOST_FACTOR = 4     /* host KV by default: so many times the blocks wanted for a device */
 };
 
 /* A block on its way: one piece for each pair of shards that share heads. */
@@ -56,14 +58,16 @@ struct engine {
     struct engine_config config;
     float *rope_frequency; /* (rope_dim / 2) */
     struct worker workers[MAX_WORKERS];
-    char *host_kv; /* pinned (host_blocks, block_bytes of all heads) */
+    char *host_kv; /* (host_blocks, block_bytes of all heads) */
+    int n_pinned;  /* the first so many of them, under the lock */
     struct sched *sched;
     struct model_cost cost;
     struct pace prefill, decode; /* under the lock */
     pthread_mutex_t lock;
     pthread_cond_t work, news; /* something to do for workers; something to show for callers */
     int n_started;             /* workers whose threads run */
-    bool stopping;
+    pthread_t pinner;          /* runs if `pins` */
+    bool pins, stopping;
 };
 
 /* ---- the model ---- */
@@ -317,6 +321,46 @@ static void *worker_main(void *argument) {
     return NULL;
 }
 
+/* ---- pinning ---- */
+
+/* Blocks of host KV that are pinned at a time. 16 blocks are whole pages: a block in bf16 is a
+ * multiple of 4 KB, and a page has 64 KB at most. */
+static int slab_blocks(const struct engine *engine) {
+    size_t bytes = block_bytes(&engine->config.model->config, 1, engine->config.kv_type);
+    return (int)((SLAB_BYTES / 16 + bytes - 1) / bytes * 16);
+}
+
+static char *host_block(const struct engine *engine, int block) {
+    return block_part(engine, engine->config.n_workers, block, 0).address;
+}
+
+/* Pinning takes far longer than copying, so it is done in the background, some slabs ahead: a slot
+ * that was never used is taken only when all others are in use (kvcache.c). */
+static void *pin_main(void *argument) {
+    struct engine *engine = argument;
+    const struct engine_config *config = &engine->config;
+    int slab = slab_blocks(engine);
+    bool ok = true;
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->stopping && ok && engine->n_pinned < config->host_blocks) {
+        int first = engine->n_pinned, left = config->host_blocks - first;
+        int n = left < slab ? left : slab;
+        if (first >= kv_used(sched_kv(engine->sched), config->n_workers) + SLABS_AHEAD * slab) {
+            pthread_cond_wait(&engine->work, &engine->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        size_t bytes = (size_t)(host_block(engine, first + n) - host_block(engine, first));
+        ok = config->backend->pin(engine->workers[0].shards[0], host_block(engine, first), bytes);
+        if (!ok && config->verbose)
+            (void)fprintf(stderr, "host KV: block %d and those behind cannot be pinned\n", first);
+        pthread_mutex_lock(&engine->lock);
+        engine->n_pinned += ok ? n : 0;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
+}
+
 /* ---- opening: weights ---- */
 
 /* Uploads all that the forward pass needs of one shard, as the table of tensors says. rope_freqs is
@@ -408,7 +452,7 @@ static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
     int64_t most = INT32_MAX;
     for (int i = 0; i < engine->config.n_workers * n_shards; i++) {
         struct device *device = engine->workers[i / n_shards].shards[i % n_shards];
-        size_t left = backend->free_memory(device, false) / 10 * 9;
+        size_t left = backend->free_memory(device) / 10 * 9;
         size_t taken = backend->n_gpus > 0 ? 0 : taken_on_host;
         left = left > taken ? left - taken : 0;
         int64_t blocks = (int64_t)(left / bytes) / count_sharing(engine, device);
@@ -431,9 +475,9 @@ static bool size_tiers(struct engine *engine, char *error) {
     size_t shard_bytes = block_bytes(model, config->n_shards, config->kv_type);
     size_t all_bytes = block_bytes(model, 1, config->kv_type);
     int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * blocks_of(model->context_length);
-    size_t pinnable = config->backend->free_memory(engine->workers[0].shards[0], true);
     if (config->host_blocks < 0)
-        config->host_blocks = fewer(wanted * HOST_FACTOR, (int64_t)(pinnable / 4 / all_bytes));
+        config->host_blocks =
+            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / all_bytes));
     if (config->device_blocks < 0)
         config->device_blocks =
             fewer(wanted, most_blocks(engine, all_bytes * (size_t)config->host_blocks));
@@ -454,7 +498,7 @@ static bool open_tiers(struct engine *engine, char *error) {
         struct worker *worker = &engine->workers[i];
         for (int s = 0; s < config->n_shards; s++) {
             size_t bytes = n_device * block_bytes(model, config->n_shards, config->kv_type);
-            worker->shards[s]->kv = backend->alloc(worker->shards[s], bytes, false);
+            worker->shards[s]->kv = backend->alloc(worker->shards[s], bytes);
             ok = ok && worker->shards[s]->kv;
         }
         worker->transfers = calloc(n_device + n_host, sizeof *worker->transfers);
@@ -462,7 +506,7 @@ static bool open_tiers(struct engine *engine, char *error) {
     }
     if (n_host > 0) {
         size_t bytes = n_host * block_bytes(model, 1, config->kv_type);
-        engine->host_kv = backend->alloc(engine->workers[0].shards[0], bytes, true);
+        engine->host_kv = host_alloc(bytes);
         ok = ok && engine->host_kv;
     }
     return ok ||
@@ -519,6 +563,8 @@ bool engine_start(struct engine *engine) {
         ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
         engine->n_started += ok;
     }
+    engine->pins = engine->host_kv && engine->config.backend->pin &&
+                   pthread_create(&engine->pinner, NULL, pin_main, engine) == 0;
     return engine->n_started == engine->config.n_workers;
 }
 
@@ -527,7 +573,7 @@ static void close_worker(const struct engine *engine, struct worker *worker) {
     for (int s = 0; s < engine->config.n_shards; s++) {
         free(worker->layers[s]);
         if (worker->shards[s]) {
-            backend->release(worker->shards[s], worker->shards[s]->kv, false);
+            backend->release(worker->shards[s], worker->shards[s]->kv);
             backend->device_close(worker->shards[s]);
         }
     }
@@ -543,9 +589,12 @@ void engine_close(struct engine *engine) {
     engine_unlock(engine);
     for (int i = 0; i < engine->n_started; i++)
         pthread_join(engine->workers[i].thread, NULL);
+    if (engine->pins)
+        pthread_join(engine->pinner, NULL);
+    for (int first = 0; first < engine->n_pinned; first += slab_blocks(engine))
+        engine->config.backend->unpin(engine->workers[0].shards[0], host_block(engine, first));
+    free(engine->host_kv);
     sched_destroy(engine->sched);
-    if (engine->host_kv)
-        engine->config.backend->release(engine->workers[0].shards[0], engine->host_kv, true);
     for (int i = 0; i < engine->config.n_workers; i++)
         close_worker(engine, &engine->workers[i]);
     free(engine->rope_frequency);

@@ -156,11 +156,15 @@ struct backend {
     struct device *(*device_open)(struct backend *backend, const struct device *wanted,
                                   char *error);
     void (*device_close)(struct device *device);
-    /* memory: `pinned` host memory can be the other end of fast copies. NULL: no room */
-    void *(*alloc)(struct device *device, size_t bytes, bool pinned);
-    void (*release)(struct device *device, void *memory, bool pinned);
-    size_t (*free_memory)(struct device *device, bool pinned); /* bytes that alloc could give */
-    /* together: see model_together, NULL: none; they come in order, and a backend may make them one */
+    /* memory of the device; the host's is of host_alloc. NULL: no room */
+    void *(*alloc)(struct device *device, size_t bytes);
+    void (*release)(struct device *device, void *memory);
+    size_t (*free_memory)(struct device *device); /* bytes that alloc could give */
+    /* pinned host memory, of whole pages, is copied faster; a copy is of pinned memory alone, or of
+     * none. From any thread. False: the system refuses it. NULL: it makes no difference */
+    bool (*pin)(struct device *device, void *memory, size_t bytes);
+    void (*unpin)(struct device *device, void *memory);
+    /* together: see model_together, NULL: none; in order: a backend may make them one */
     const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
                                    const struct tensor *const *together, struct slice slice,
                                    char *error);
@@ -319,7 +323,6 @@ void sched_cancel(struct sched *sched, struct request *request, bool stop_found,
 struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
-bool sched_idle(const struct sched *sched); /* every request is finished */
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);
@@ -399,6 +402,9 @@ bool device_fits(const struct device *wanted, char *error);
 /* Bytes of memory that this machine has left, with what its file cache could give back: both
  * backends ask rather than be ended by the system once memory is used. 0: not known. (kernels.c) */
 size_t host_free_memory(void);
+/* Memory of this machine, at a border of pages, huge ones where it can be, to be freed by free; it
+ * takes none before it is written. NULL: no room. (kernels.c) */
+void *host_alloc(size_t bytes);
 
 static inline int blocks_of(int n_tokens) { /* blocks that hold so many tokens */
     return (n_tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;

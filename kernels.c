@@ -298,25 +298,26 @@ size_t host_free_memory(void) {
     return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
 }
 
-static size_t cpu_free_memory(struct device *device, bool pinned) {
-    (void)device;
-    (void)pinned;
-    return host_free_memory();
-}
-
-static void *cpu_alloc(struct device *device, size_t bytes, bool pinned) {
-    if (bytes > cpu_free_memory(device, pinned))
+void *host_alloc(size_t bytes) {
+    void *memory = NULL;
+    if (bytes > host_free_memory() || posix_memalign(&memory, HUGE_PAGE, bytes) != 0)
         return NULL;
-    char *memory = aligned_alloc(64, round_up(bytes > 0 ? bytes : 1, 64));
-    size_t first = -(uintptr_t)memory & (HUGE_PAGE - 1); /* whole ones: the rest would be wasted */
-    if (memory && first + HUGE_PAGE <= bytes)
-        madvise(memory + first, (bytes - first) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    madvise(memory, bytes & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE); /* of the last, it is waste */
     return memory;
 }
 
-static void cpu_release(struct device *device, void *memory, bool pinned) {
+static size_t cpu_free_memory(struct device *device) {
     (void)device;
-    (void)pinned;
+    return host_free_memory();
+}
+
+static void *cpu_alloc(struct device *device, size_t bytes) {
+    (void)device;
+    return host_alloc(bytes);
+}
+
+static void cpu_release(struct device *device, void *memory) {
+    (void)device;
     free(memory);
 }
 
@@ -338,7 +339,7 @@ static struct weight *pack_tensor(struct cpu_device *device, const struct tensor
     struct weight *weight = pack_open(tensor);
     if (!weight || weight->vector)
         return weight;
-    weight->panels = cpu_alloc(&device->device, pack_bytes(weight), false);
+    weight->panels = host_alloc(pack_bytes(weight));
     if (!weight->panels) {
         pack_close(weight);
         return NULL;
@@ -499,7 +500,7 @@ static size_t stride_of(int n) {
 static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
     assert(device->n_memory < MAX_ACTIVATIONS);
     size_t bytes = (rows * stride + LANES) * 4 + 64;
-    bool fits = bytes < HUGE_PAGE || bytes <= cpu_free_memory(&device->device, false);
+    bool fits = bytes < HUGE_PAGE || bytes <= host_free_memory();
     char *memory = fits ? calloc(1, bytes) : NULL;
     device->memory[device->n_memory++] = memory;
     return memory ? memory + (-(uintptr_t)memory & 63) : NULL;

@@ -470,27 +470,37 @@ static struct cuda_device *enter(struct device *device, const char *doing) {
 
 /* ---- memory and copies ---- */
 
-static size_t cuda_free_memory(struct device *device, bool pinned) {
+static size_t cuda_free_memory(struct device *device) {
     struct cuda_device *d = enter(device, "asking for its free memory");
     size_t available = 0, total = 0;
-    if (pinned)
-        return host_free_memory();
     TRY(d, cudaMemGetInfo(&available, &total));
     return available;
 }
 
-static void *cuda_alloc(struct device *device, size_t bytes, bool pinned) {
+static void *cuda_alloc(struct device *device, size_t bytes) {
     enter(device, "allocating");
     void *memory = NULL;
-    cudaError_t error =
-        pinned ? cudaHostAlloc(&memory, bytes, cudaHostAllocPortable) : cudaMalloc(&memory, bytes);
+    cudaError_t error = cudaMalloc(&memory, bytes);
     (void)cudaGetLastError(); /* no room is an answer, not a fault */
     return error == cudaSuccess ? memory : NULL;
 }
 
-static void cuda_release(struct device *device, void *memory, bool pinned) {
+static void cuda_release(struct device *device, void *memory) {
     struct cuda_device *d = enter(device, "freeing memory");
-    TRY(d, pinned ? cudaFreeHost(memory) : cudaFree(memory));
+    TRY(d, cudaFree(memory));
+}
+
+/* Beside the thread that drives the device: what is being done there stays as it is. */
+static bool cuda_pin(struct device *device, void *memory, size_t bytes) {
+    bool ok = cudaSetDevice(device->index) == cudaSuccess &&
+              cudaHostRegister(memory, bytes, cudaHostRegisterPortable) == cudaSuccess;
+    (void)cudaGetLastError();
+    return ok;
+}
+
+static void cuda_unpin(struct device *device, void *memory) {
+    struct cuda_device *d = enter(device, "unpinning memory");
+    TRY(d, cudaHostUnregister(memory));
 }
 
 static uint64_t cuda_copy(struct device *device, enum stream stream, const struct copy2d *copy) {
@@ -2517,34 +2527,63 @@ static void cuda_step_end(struct device *device, int *sampled) {
 
 /* ==== 10. What the chip can do at most ==== */
 
-enum { PROBE_MS = 1 /* that a probe takes at least */ };
+enum {
+    PROBE_MS = 1,        /* that a probe takes at least */
+    PROBE_PRODUCTS = 32, /* of 16 x 8 x 16 that a warp has in a step */
+    PROBE_READS = 16,    /* of 16 bytes that a thread asks for at once; a tile: of a block */
+    PROBE_TILE = PROBE_READS * THREADS,
+    PROBE_SHARED = 32 << 10 /* an operand of 256 rows */
+};
 
-/* Operations of 8 independent mma a step and warp. `sink` keeps them from being removed. */
-__global__ void mma_probe_kernel(int n_steps, float *sink) {
+/* Products by the fastest instruction that there is; `sink` keeps them from being removed. */
+__global__ void __launch_bounds__(THREADS) mma_probe_kernel(int n_steps, float *sink) {
     grid_wait();
     grid_launch_dependents();
-    const uint32_t a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00}, b[2] = {a[0], a[0]};
-    float sum[8][4] = {};
+    const uint32_t a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+    float sum[PROBE_PRODUCTS * 4];
+#ifdef HOPPER
+    DYNAMIC_SHARED(uint32_t, words);
+    for (int i = (int)threadIdx.x; i < PROBE_SHARED / 4; i += THREADS)
+        words[i] = a[0];
+    wgmma_sees_stores();
+    __syncthreads();
+    for (int step = 0; step < n_steps; step++) {
+        wgmma_begin();
+        wgmma<256>(sum, a, wgmma_rows(words), step > 0);
+        wgmma_commit();
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+#else
+    for (int i = 0; i < PROBE_PRODUCTS * 4; i++)
+        sum[i] = 0.0f;
     for (int step = 0; step < n_steps; step++)
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            mma_bf16(sum[i], a, b);
-    for (int i = 1; i < 8; i++)
-        sum[0][0] += sum[i][0];
-    if (sum[0][0] < 0.0f)
-        *sink = sum[0][0];
+        for (int i = 0; i < PROBE_PRODUCTS; i++)
+            mma_bf16(sum + i * 4, a, a);
+    for (int i = 1; i < PROBE_PRODUCTS; i++)
+        sum[0] += sum[i * 4];
+#endif
+    if (sum[0] < 0.0f)
+        *sink = sum[0];
 }
 
-/* Reads n times 16 bytes; `sink` keeps the reads from being removed. */
-__global__ void read_probe_kernel(const uint4 *memory, size_t n, uint32_t *sink) {
+/* Reads n times 16 bytes, a tile at least; `sink` keeps the reads from being removed. */
+__global__ void __launch_bounds__(THREADS)
+    read_probe_kernel(const uint4 *memory, size_t n, uint32_t *sink) {
     grid_wait();
     grid_launch_dependents();
-    size_t stride = (size_t)gridDim.x * THREADS, i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     uint32_t sum = 0;
-#pragma unroll 4
-    for (size_t at = i; at < n; at += stride) {
-        uint4 value = load16_once(memory + at);
-        sum += value.x ^ value.y ^ value.z ^ value.w;
+    for (size_t at = (size_t)blockIdx.x * PROBE_TILE; at < n;
+         at += (size_t)gridDim.x * PROBE_TILE) {
+        const uint4 *tile = memory + (at + PROBE_TILE <= n ? at : n - PROBE_TILE) + threadIdx.x;
+        uint4 value[PROBE_READS];
+#pragma unroll
+        for (int i = 0; i < PROBE_READS; i++)
+            value[i] = load16_once(tile + i * THREADS);
+#pragma unroll
+        for (int i = 0; i < PROBE_READS; i++)
+            sum += value[i].x ^ value[i].y ^ value[i].z ^ value[i].w;
     }
     if (sum == 0x5eed5eed)
         *sink = sum;
@@ -2575,18 +2614,20 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
     for (int i = 0; i < 2; i++)
         TRY(d, cudaEventCreateWithFlags(&events[i], cudaEventDefault));
     TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
-    int blocks = d->card->properties.multiProcessorCount * 2, steps = 16, repeats = 1;
+    int blocks = d->card->properties.multiProcessorCount, steps = 16, repeats = 1;
     float ms = 0.0f;
     for (; ms < PROBE_MS && steps < 1 << 20; steps *= 4) {
-        launch(d, "mma_probe_kernel", mma_probe_kernel, grid_of(blocks), THREADS, 0, steps, d->x);
+        launch(d, "mma_probe_kernel", mma_probe_kernel, grid_of(blocks), THREADS, PROBE_SHARED,
+               steps, d->x);
         ms = lap(d, events);
-        *ops = 8.0 * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 / (ms * 1e-3) * n;
+        *ops = (double)PROBE_PRODUCTS * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 /
+               (ms * 1e-3) * n;
     }
     const struct matrix *m = largest ? &largest->matrix : NULL;
     size_t bytes = m ? (size_t)m->n_panels * m->n_units * (size_t)unit_bytes(m->type) : 0;
-    for (ms = 0.0f; ms < PROBE_MS && bytes > 0 && repeats < 1 << 12; repeats *= 4) {
+    for (ms = 0.0f; ms < PROBE_MS && bytes >= PROBE_TILE * 16 && repeats < 1 << 12; repeats *= 4) {
         for (int i = 0; i < repeats; i++)
-            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
+            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(8 * blocks), THREADS, 0,
                    (const uint4 *)m->packed, bytes / sizeof(uint4), (uint32_t *)d->x);
         ms = lap(d, events);
         *read = (double)bytes * repeats / (ms * 1e-3) * n;
@@ -2796,6 +2837,8 @@ static void set_operations(struct backend *backend) {
     backend->alloc = cuda_alloc;
     backend->release = cuda_release;
     backend->free_memory = cuda_free_memory;
+    backend->pin = cuda_pin;
+    backend->unpin = cuda_unpin;
     backend->upload = cuda_upload;
     backend->limits = cuda_limits;
     backend->copy = cuda_copy;

@@ -571,10 +571,6 @@ void sched_cancel(struct sched *s, struct request *r, bool stop_found, double no
         finish(s, r, reason, now);
 }
 
-bool sched_idle(const struct sched *s) {
-    return !s->waiting.first && !s->admitted.first;
-}
-
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
     const struct list *lists[] = {&s->admitted, &s->waiting};
     int n = 0;

@@ -89,8 +89,8 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
                               .data = data};
     bench->tensors[bench->n_tensors++] = tensor;
     double start = seconds();
-    const struct weight *weight =
-        bench->backend->upload(bench->device, tensor, NULL, (struct slice){SLICE_WHOLE, 0, 1}, error);
+    const struct weight *weight = bench->backend->upload(bench->device, tensor, NULL,
+                                                         (struct slice){SLICE_WHOLE, 0, 1}, error);
     bench->pack_seconds += seconds() - start;
     bench->packed_bytes += (double)bytes;
     bench->weight_bytes += (double)bytes;
@@ -128,7 +128,7 @@ static void make_layer(struct bench *bench, enum tensor_type type, const struct 
 }
 
 static void *memory_of(struct bench *bench, size_t bytes) {
-    void *memory = bench->backend->alloc(bench->device, bytes, false);
+    void *memory = bench->backend->alloc(bench->device, bytes);
     if (!memory) {
         fprintf(stderr, "bench: no memory for %zu bytes\n", bytes);
         exit(1);
@@ -184,7 +184,7 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
 }
 
 static void close_bench(struct bench *bench) {
-    bench->backend->release(bench->device, bench->device->kv, false);
+    bench->backend->release(bench->device, bench->device->kv);
     bench->backend->device_close(bench->device);
     bench->backend->close(bench->backend);
     for (int i = 0; i < bench->n_tensors; i++)
@@ -342,8 +342,8 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
         printf("%-5s product, %3d rows: %6.1f Gop/s = %3.0f %% of %.1f, %5.1f GB/s of weights\n",
                type, counts[i], rate, 100 * rate / peak, peak, bytes / best * 1e-9);
     }
-    bench->backend->release(bench->device, rows, false);
-    bench->backend->release(bench->device, out, false);
+    bench->backend->release(bench->device, rows);
+    bench->backend->release(bench->device, out);
 }
 
 static bool asked(int argc, char **argv, const char *word) {

@@ -209,11 +209,23 @@ static void fill(struct bench *b, void *memory, size_t bytes) {
            bytes / 4);
 }
 
-static void *memory_of(struct bench *b, size_t bytes, bool pinned) {
-    void *memory = b->backend->alloc(&b->d->device, bytes, pinned);
+static void *memory_of(struct bench *b, size_t bytes) {
+    void *memory = b->backend->alloc(&b->d->device, bytes);
     if (!memory)
         quit("out of memory");
     return memory;
+}
+
+static char *pinned_memory(struct bench *b, size_t bytes) {
+    void *memory = host_alloc(bytes);
+    if (!memory || !b->backend->pin(&b->d->device, memory, bytes))
+        quit("no memory can be pinned");
+    return (char *)memory;
+}
+
+static void free_pinned(struct bench *b, void *memory) {
+    b->backend->unpin(&b->d->device, memory);
+    free(memory);
 }
 
 static double copy_rate(struct bench *b, void *to, const void *from) {
@@ -237,7 +249,7 @@ static void probe_products(struct bench *b) {
     if (cublasCreate(&handle) != CUBLAS_STATUS_SUCCESS)
         return;
     size_t bytes = (size_t)N * N * 2;
-    char *memory = (char *)memory_of(b, 3 * bytes, false);
+    char *memory = (char *)memory_of(b, 3 * bytes);
     fill(b, memory, 2 * bytes);
     bool ok = cublasSetStream(handle, compute_stream(b)) == CUBLAS_STATUS_SUCCESS;
     double time = time_on(b, compute_stream(b), [&] {
@@ -251,14 +263,14 @@ static void probe_products(struct bench *b) {
         b->multiply = 2.0 * N * N * N / time;
         b->multiplied_by = "cuBLAS";
     }
-    b->backend->release(&b->d->device, memory, false);
+    b->backend->release(&b->d->device, memory);
     (void)cublasDestroy(handle);
 #endif
 }
 
 static void probe(struct bench *b) {
-    char *memory = (char *)memory_of(b, 2 * (size_t)PROBE_BYTES, false);
-    char *pinned = (char *)memory_of(b, PROBE_BYTES, true);
+    char *memory = (char *)memory_of(b, 2 * (size_t)PROBE_BYTES);
+    char *pinned = pinned_memory(b, PROBE_BYTES);
     memset(pinned, 1, PROBE_BYTES);
     fill(b, memory, 2 * (size_t)PROBE_BYTES);
     b->copy = 2 * copy_rate(b, memory + PROBE_BYTES, memory);
@@ -270,8 +282,8 @@ static void probe(struct bench *b) {
                          (const uint4 *)(memory + PROBE_BYTES), (size_t)PROBE_BYTES / 16,
                          (uint32_t *)memory);
               });
-    b->backend->release(&b->d->device, memory, false);
-    b->backend->release(&b->d->device, pinned, true);
+    b->backend->release(&b->d->device, memory);
+    free_pinned(b, pinned);
     probe_products(b);
     char product[64] = "bf16 product not measured";
     if (b->multiply > 0)
@@ -447,7 +459,7 @@ static void make_kv(struct bench *b) {
     b->n_blocks = s->streams * blocks_of(s->context + 1);
     if (b->n_blocks < blocks_of(s->prompt))
         b->n_blocks = blocks_of(s->prompt);
-    b->d->device.kv = memory_of(b, (size_t)b->n_blocks * bytes, false);
+    b->d->device.kv = memory_of(b, (size_t)b->n_blocks * bytes);
     fill(b, b->d->device.kv, (size_t)b->n_blocks * bytes);
     b->slots = (int *)malloc((size_t)b->n_blocks * sizeof *b->slots);
     for (int i = 0; i < b->n_blocks && b->slots; i++) {
@@ -905,7 +917,7 @@ static void bench_paging(struct bench *b) {
     struct pager p = {b, NULL, block_bytes(&b->config, 1, KV_BF16)};
     if (b->n_blocks < PAGED_BLOCKS)
         quit("paging: too few blocks");
-    p.host = (char *)memory_of(b, PAGED_BLOCKS * p.bytes, true);
+    p.host = pinned_memory(b, PAGED_BLOCKS * p.bytes);
     TRY(b->d, cudaMemcpy(p.host, b->d->device.kv, PAGED_BLOCKS * p.bytes, cudaMemcpyDefault));
     double out = page_rate(&p, true, false), in = page_rate(&p, false, true);
     double both = page_rate(&p, true, true);
@@ -919,7 +931,7 @@ static void bench_paging(struct bench *b) {
     double beside = paged_step(&p, &batch);
     report(b, "  a decode step of 1 stream meanwhile: %.3f ms, alone %.3f: %+.1f %%", beside * 1e3,
            alone * 1e3, 100 * (beside / alone - 1));
-    b->backend->release(&b->d->device, p.host, true);
+    free_pinned(b, p.host);
 }
 
 /* ---- main ---- */
@@ -999,7 +1011,7 @@ int main(int argc, char **argv) {
     (void)puts("== summary");
     for (int i = 0; i < b->n_lines; i++)
         (void)puts(b->lines[i]);
-    b->backend->release(&b->d->device, b->d->device.kv, false);
+    b->backend->release(&b->d->device, b->d->device.kv);
     b->backend->device_close(&b->d->device);
     b->backend->close(b->backend);
     return 0;

@@ -71,6 +71,10 @@ enum {                                /* of every device: those of compute capab
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                       \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                              \
     X(cudaErrorNotReady, 600, "device not ready")                                                  \
+    X(cudaErrorHostMemoryAlreadyRegistered, 712,                                                   \
+      "part or all of the requested memory range is already mapped")                               \
+    X(cudaErrorHostMemoryNotRegistered, 713,                                                       \
+      "pointer does not correspond to a registered memory region")                                 \
     X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                   \
     X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")  \
     X(cudaErrorStreamCaptureInvalidated, 901,                                                      \
@@ -96,7 +100,7 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 enum { cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
-enum { cudaHostAllocPortable = 1 };
+enum { cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1 };
 
 typedef struct CUstream_st *cudaStream_t;
 typedef struct CUevent_st *cudaEvent_t;
@@ -169,7 +173,8 @@ enum { EMU_PINNED = -1, EMU_PAGEABLE = -2, EMU_INVALID = -3 }; /* places that ar
 
 struct emu_allocation {
     size_t bytes;
-    int place; /* a device, or EMU_PINNED */
+    int place;               /* a device, or EMU_PINNED */
+    bool registered = false; /* the caller's memory, pinned */
 };
 
 static struct { /* under emu.mutex */
@@ -205,7 +210,7 @@ static cudaError_t emu_enter(const char *call) {
     if (failure == cuda.failures.end() || failure->second-- > 0)
         return cudaSuccess;
     cuda.failures.erase(failure);
-    bool allocates = strcmp(call, "cudaMalloc") == 0 || strcmp(call, "cudaHostAlloc") == 0;
+    bool allocates = strcmp(call, "cudaMalloc") == 0 || strncmp(call, "cudaHost", 8) == 0;
     return allocates ? cudaErrorMemoryAllocation : cudaErrorLaunchFailure;
 }
 
@@ -590,7 +595,8 @@ static cudaError_t emu_free(void *memory, bool pinned) {
     if (!memory)
         return cudaSuccess;
     auto found = cuda.allocations.find((uintptr_t)memory);
-    if (found == cuda.allocations.end() || (found->second.place == EMU_PINNED) != pinned)
+    if (found == cuda.allocations.end() || found->second.registered ||
+        (found->second.place == EMU_PINNED) != pinned)
         return cudaErrorInvalidValue;
     if (!emu_allowed_in_capture())
         return cudaErrorStreamCaptureUnsupported;
@@ -630,6 +636,34 @@ cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned flags) {
 cudaError_t cudaFreeHost(void *memory) {
     EMU_CALL(__func__)
     return emu_result(emu_free(memory, true));
+}
+
+/* Pins memory of the caller's: whole pages, which no other registered memory may share. */
+cudaError_t cudaHostRegister(void *memory, size_t bytes, unsigned flags) {
+    EMU_CALL(__func__)
+    EMU_CHECK(memory && bytes > 0 && flags <= cudaHostRegisterPortable, cudaErrorInvalidValue)
+    EMU_CHECK(emu_allowed_in_capture(), cudaErrorStreamCaptureUnsupported)
+    uintptr_t begin = (uintptr_t)memory, end = begin + bytes;
+    for (const auto &[first, allocation] : cuda.allocations) {
+        uintptr_t last = first + allocation.bytes - 1;
+        EMU_CHECK(end <= first || begin > last || allocation.registered, cudaErrorInvalidValue)
+        EMU_CHECK((end - 1) / EMU_PAGE < first / EMU_PAGE || begin / EMU_PAGE > last / EMU_PAGE ||
+                      !allocation.registered,
+                  cudaErrorHostMemoryAlreadyRegistered)
+    }
+    cuda.allocations[begin] = {bytes, EMU_PINNED, true};
+    return cudaSuccess;
+}
+
+/* (copies that still need it fail when their turn comes) */
+cudaError_t cudaHostUnregister(void *memory) {
+    EMU_CALL(__func__)
+    auto found = cuda.allocations.find((uintptr_t)memory);
+    EMU_CHECK(found != cuda.allocations.end() && found->second.registered,
+              cudaErrorHostMemoryNotRegistered)
+    EMU_CHECK(emu_allowed_in_capture(), cudaErrorStreamCaptureUnsupported)
+    cuda.allocations.erase(found);
+    return cudaSuccess;
 }
 
 /* Where the bytes lie: a device, EMU_PINNED or EMU_PAGEABLE; EMU_INVALID: partly outside. */
@@ -824,7 +858,8 @@ void emu_devices(int n, size_t memory_each, int multiprocessors) {
     for (size_t i = cuda.zero.size(); i < cuda.streams.size(); i++)
         delete cuda.streams[i];
     for (auto &allocation : cuda.allocations)
-        free((void *)allocation.first);
+        if (!allocation.second.registered)
+            free((void *)allocation.first);
     cuda = {};
     cuda.n_devices = n;
     cuda.multiprocessors = multiprocessors;

@@ -373,7 +373,7 @@ static struct device *open_device(struct backend *backend, const struct device *
     need(device != NULL, error);
     size_t bytes =
         (size_t)kv_blocks * block_bytes(device->config, device->n_shards, device->kv_type);
-    device->kv = backend->alloc(device, bytes, false);
+    device->kv = backend->alloc(device, bytes);
     need(device->kv != NULL, "no memory for keys and values");
     poison_kv(device, bytes);
     for (int a = 0; a < N_ACTIVATIONS; a++)
@@ -382,7 +382,7 @@ static struct device *open_device(struct backend *backend, const struct device *
 }
 
 static void close_device(struct device *device) {
-    device->backend->release(device, device->kv, false);
+    device->backend->release(device, device->kv);
     device->backend->device_close(device);
 }
 
@@ -1841,15 +1841,16 @@ static void copies(struct check *check) {
     config.rope_dim = 0;
     struct backend *backend = open_backend(0, 1 + word(&random));
     struct device *devices[2];
-    uint8_t *memory[4]; /* pinned of device 0, of device 0, of device 1, pinned of device 1 */
+    uint8_t *memory[4]; /* of the host, of device 0, of device 1, of the host */
     size_t bytes = 64 * 2048;
     for (int i = 0; i < 2; i++) {
         struct device wanted = wanted_device(backend, &config, NULL, 1, kv_type_of(0));
         wanted.index = backend->n_gpus > 0 ? i % backend->n_gpus : i;
         devices[i] = open_device(backend, &wanted, 1);
-        memory[3 * i] = (uint8_t *)backend->alloc(devices[i], bytes, true);
-        memory[1 + i] = (uint8_t *)backend->alloc(devices[i], bytes, false);
+        memory[3 * i] = (uint8_t *)host_alloc(bytes);
+        memory[1 + i] = (uint8_t *)backend->alloc(devices[i], bytes);
         need(memory[3 * i] && memory[1 + i], "memory for copies");
+        need(!backend->pin || backend->pin(devices[i], memory[3 * i], bytes), "pinned memory");
     }
     for (int i = 0; i < COPIES * PIECE; i++)
         memory[0][i] = (uint8_t)word(&random);
@@ -1858,14 +1859,15 @@ static void copies(struct check *check) {
     CHECK(!memcmp(memory[0], memory[3], COPIES * PIECE), "bytes went through four places");
     for (int i = 0; i < 20; i++)
         check_pitches(check, &random, devices[i % 2], memory[i % 2 * 3], memory[1 + i % 2]);
-    for (int pinned = 0; pinned < 2; pinned++) {
-        CHECK(!backend->alloc(devices[0], (size_t)1 << 60, pinned), "more than there is");
-        CHECK(backend->free_memory(devices[0], pinned) > bytes, "some memory is free");
-    }
+    CHECK(!backend->alloc(devices[0], (size_t)1 << 60), "more than there is");
+    CHECK(!host_alloc((size_t)1 << 60), "more than there is");
+    CHECK(backend->free_memory(devices[0]) > bytes, "some memory is free");
     check_idle(check, devices[0]); /* no room is no fault */
     for (int i = 0; i < 2; i++) {
-        backend->release(devices[i], memory[3 * i], true);
-        backend->release(devices[i], memory[1 + i], false);
+        if (backend->unpin)
+            backend->unpin(devices[i], memory[3 * i]);
+        free(memory[3 * i]);
+        backend->release(devices[i], memory[1 + i]);
         close_device(devices[i]);
     }
     backend->close(backend);

@@ -357,11 +357,11 @@ __global__ void elements_kernel(const struct matrix m, float *out) {
 static std::vector<float> elements(struct device *device, const struct matrix &m) {
     struct cuda_device *d = enter(device, "testing");
     size_t n = (size_t)m.n_panels * PANEL * (size_t)m.n_units * UNIT;
-    float *out = (float *)device->backend->alloc(device, n * sizeof(float), false);
+    float *out = (float *)device->backend->alloc(device, n * sizeof(float));
     need(out != NULL, "no memory for the elements of a matrix");
     launch(d, "elements_kernel", elements_kernel, grid_of(m.n_panels * PANEL), THREADS, 0, m, out);
     std::vector<float> values = load(device, out, n);
-    device->backend->release(device, out, false);
+    device->backend->release(device, out);
     return values;
 }
 
@@ -416,7 +416,7 @@ static void attend(const struct trial *t) {
     struct cuda_device *d = enter(t->device, "testing");
     struct attention a = attention_of(d, t->layer);
     size_t n = (size_t)t->device->config->n_heads;
-    float *sinks = (float *)t->device->backend->alloc(t->device, n * sizeof(float), false);
+    float *sinks = (float *)t->device->backend->alloc(t->device, n * sizeof(float));
     need(sinks != NULL, "no memory for sinks");
     if (t->mask->sinks) {
         save(t->device, sinks, std::vector<float>(t->mask->sinks, t->mask->sinks + n));
@@ -425,7 +425,7 @@ static void attend(const struct trial *t) {
     a.window = t->mask->window > 0 ? t->mask->window : a.window;
     launch_attention(d, a);
     need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    t->device->backend->release(t->device, sinks, false);
+    t->device->backend->release(t->device, sinks);
 }
 
 /* Windows shorter and longer than texts, steps and splits; sinks that are much and little; chips
@@ -620,6 +620,33 @@ static void no_gpu(struct check *check) {
     CHECK(cudaGetLastError() == cudaSuccess, "no GPU is no fault");
 }
 
+/* Memory that is not pinned, or cannot be, is copied all the same. */
+static void memory_that_stays_pageable(struct check *check) {
+    struct random random = start("pageable");
+    struct model_config config = draw_config(&random, 1, 1);
+    config.rope_dim = 0;
+    struct device *device = open_alone(&config, 4);
+    struct backend *backend = device->backend;
+    char *host = (char *)host_alloc(100), *there = (char *)backend->alloc(device, 100);
+    memset(host, 7, 100);
+#ifdef CUDA_EMULATED
+    emu_fail("cudaHostRegister", 0);
+    CHECK(!backend->pin(device, host, 100), "it is refused once");
+#endif
+    for (int pinned = 0; pinned < 2; pinned++) {
+        CHECK(!pinned || backend->pin(device, host, 100), "it is not pinned");
+        struct copy2d in = {there, host, 100, 100, 100, 1}, out = {host, there, 100, 100, 100, 1};
+        wait_for(device, STREAM_PAGE_IN, backend->copy(device, STREAM_PAGE_IN, &in));
+        memset(host, 8, 100);
+        wait_for(device, STREAM_PAGE_OUT, backend->copy(device, STREAM_PAGE_OUT, &out));
+        CHECK(host[0] == 7 && host[99] == 7, "got %d, %d", host[0], host[99]);
+    }
+    backend->unpin(device, host);
+    backend->release(device, there);
+    free(host);
+    close_alone(device);
+}
+
 #ifdef CUDA_EMULATED
 /* ---- what only an emulated machine can be made to do ---- */
 
@@ -650,13 +677,11 @@ static bool try_worker(struct backend *backend, const struct test_model *m, char
             ok = ok && (!layer[role] ||
                         backend->upload(device, layer[role], together, {SLICE_WHOLE, 0, 1}, error));
         }
-    void *kv = ok ? backend->alloc(device, 1000, false) : NULL;
-    void *host = ok ? backend->alloc(device, 1000, true) : NULL;
-    if (ok && !(kv && host))
+    void *kv = ok ? backend->alloc(device, 1000) : NULL;
+    if (ok && !kv)
         snprintf(error, ERROR_LENGTH, "no room for blocks");
-    ok = ok && kv && host;
-    backend->release(device, kv, false);
-    backend->release(device, host, true);
+    ok = ok && kv;
+    backend->release(device, kv);
     backend->device_close(device);
     return ok;
 }
@@ -746,7 +771,8 @@ static void work(struct worker *worker, struct random *random) {
     struct story story = draw_story(random, 5, 3, device->config->vocab_size);
     struct check check = {0, 0};
     tell(&check, worker, random, &story, 10, 0, floats(nth(4, device->config->vocab_size + 1, 0)));
-    uint8_t *host = (uint8_t *)worker->backend->alloc(device, 1000, true);
+    uint8_t *host = (uint8_t *)host_alloc(1000);
+    need(worker->backend->pin(device, host, 1000), "pinned memory");
     struct copy2d copy = {host, device->kv, 10, 10, 10, 10},
                   rows = {host, device->kv, 20, 10, 5, 9};
     wait_for(device, STREAM_PAGE_OUT, worker->backend->copy(device, STREAM_PAGE_OUT, &copy));
@@ -807,6 +833,7 @@ int main(int argc, char **argv) {
         OP_TESTS,
         {"masks_of_attention", masks_of_attention},
         {"recorded_steps", recorded_steps},
+        {"memory_that_stays_pageable", memory_that_stays_pageable},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},
 #ifdef CUDA_EMULATED

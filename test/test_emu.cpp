@@ -461,7 +461,8 @@ static __global__ void pieces_kernel(const int *from, int *early, int *out) {
     __syncthreads();
     *own = 9;
     barrier_wait(barrier, 1); /* the phase before the first one is over */
-    copy_pieces<false>(own, from + threadIdx.x * 4, 16, barrier);
+    copy_pieces(own, from + threadIdx.x * 4, 16, false, barrier);
+    copies_sent(barrier);
     early[threadIdx.x] = under_asan ? -1 : *own; /* which would report it */
     barrier_wait(barrier, 0);
     out[threadIdx.x] = *own;
@@ -506,8 +507,9 @@ static __global__ void ring_kernel(const int *from, int *out, int wrong) {
         if (thread >= CONSUMERS) {
             int piece = thread % 32 * 32, bytes = thread % 2 ? 16 : 32; /* the rest stays garbage */
             barrier_wait(&empty[slot], turn ^ 1);
-            copy_pieces<true>(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
-                              thread % 32 == 31 ? 0 : bytes, &full[slot]);
+            copy_pieces(stage + piece, (const char *)(from + i * STAGE / 4) + piece,
+                        thread % 32 == 31 ? 0 : bytes, true, &full[slot]);
+            copies_sent(&full[slot]);
         } else {
             if (wrong != READ_EARLY)
                 barrier_wait(&full[slot], turn);
@@ -629,6 +631,43 @@ static void device_memory(struct check *check) {
     OK(cudaMalloc(&a, 0));
     CHECK(!a, "no bytes have an address");
     OK(cudaMalloc(&b, 1 << 20)); /* what was freed is there again */
+}
+
+/* Memory of the caller's, pinned for a while. */
+static void registered_memory(struct check *check) {
+    constexpr int PAGE = EMU_PAGE;
+    emu_devices(2, 1 << 20, 4);
+    alignas(PAGE) static char host[3 * PAGE + 64];
+    device_array<char> device(2 * PAGE, 1);
+    void *pinned;
+    OK(cudaHostAlloc(&pinned, 64, cudaHostAllocPortable));
+    FAILS(cudaHostRegister(nullptr, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(host, 0, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(host, 64, 2), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(device.data, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    FAILS(cudaHostRegister(pinned, 64, cudaHostRegisterPortable), cudaErrorInvalidValue);
+    emu_fail("cudaHostRegister", 0);
+    FAILS(cudaHostRegister(host, 64, cudaHostRegisterPortable), cudaErrorMemoryAllocation);
+    OK(cudaHostRegister(host + PAGE, PAGE, cudaHostRegisterPortable));
+    for (int at : {PAGE, PAGE - 1, 2 * PAGE - 1, PAGE - 64})
+        FAILS(cudaHostRegister(host + at, 65, cudaHostRegisterPortable),
+              cudaErrorHostMemoryAlreadyRegistered);
+    OK(cudaHostRegister(host + 2 * PAGE, PAGE + 64, cudaHostRegisterPortable));
+    for (int at : {0, PAGE}) /* from pageable to pinned memory; from one pinned piece to another */
+        FAILS(cudaMemcpyAsync(device.data, host + at, PAGE + 1, cudaMemcpyDefault, nullptr),
+              cudaErrorInvalidValue);
+    OK(cudaMemcpyAsync(host + PAGE, device.data, PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[PAGE] == 0, "a copy to pinned memory runs at once");
+    OK(cudaMemcpyAsync(host, device.data, PAGE, cudaMemcpyDefault, nullptr));
+    CHECK(host[0] == 1 && host[PAGE] == 1, "a copy to pageable memory is waited for");
+    FAILS(cudaFreeHost(host + PAGE), cudaErrorInvalidValue);
+    FAILS(cudaHostUnregister(host), cudaErrorHostMemoryNotRegistered);
+    FAILS(cudaHostUnregister(pinned), cudaErrorHostMemoryNotRegistered);
+    OK(cudaHostUnregister(host + PAGE));
+    FAILS(cudaHostUnregister(host + PAGE), cudaErrorHostMemoryNotRegistered);
+    OK(cudaHostUnregister(host + 2 * PAGE));
+    OK(cudaMemcpyAsync(host + PAGE, device.data, PAGE + 1, cudaMemcpyDefault, nullptr));
+    OK(cudaFreeHost(pinned));
 }
 
 static __global__ void shared_ends_kernel(int bytes, int *runs) {
@@ -1137,7 +1176,7 @@ static uint64_t *barrier_in(char *shared, int arrivals) {
 
 /* A whole warp sends a piece of 16 bytes for each lane, or one lane one of another kind. */
 static void send(char *shared, int to, const int *from, unsigned bytes) {
-    copy_pieces<false>(shared + to, from, bytes, barrier_in(shared, 1));
+    copy_pieces(shared + to, from, bytes, false, barrier_in(shared, 1));
 }
 
 static __global__ void sending_kernel(const int *from, int n) {
@@ -1146,8 +1185,10 @@ static __global__ void sending_kernel(const int *from, int n) {
     if (threadIdx.x == 0)
         barrier_in(shared, 1);
     __syncwarp();
-    for (int i = 0; i < n; i++)
-        copy_pieces<false>(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, barrier);
+    for (int i = 0; i < n; i++) {
+        copy_pieces(shared + 16 + i * 512 + threadIdx.x * 16, from, 16, false, barrier);
+        copies_sent(barrier);
+    }
 }
 
 static void send_and_forget(int n) {
@@ -1277,7 +1318,7 @@ static const mistake all_mistakes[] = {
     {"a count as a parity", ALWAYS, KERNEL(if (errs) barrier_wait(barrier_in(shared, 1), 2)),
      {THREAD "barrier_wait with parity 2"}},
     {"too many arrivals", ALWAYS, [] { send_and_forget(2); },
-     {"sending_kernel", "copy_pieces, but all 1 arrivals have come"}},
+     {"sending_kernel", "copies_sent, but all 1 arrivals have come"}},
     {"no wait for pieces", ALWAYS, [] { send_and_forget(1); },
      {"sending_kernel", "the block ends while pieces of copy_pieces are on their way"}},
     {"not one of some threads", ALWAYS, KERNEL(sync_threads<3, 32>()),
@@ -1416,6 +1457,7 @@ int main(int argc, char **argv) {
         TEST(errors),
         TEST(devices),
         TEST(device_memory),
+        TEST(registered_memory),
         TEST(launch_limits),
         TEST(copies_check_their_pointers),
         TEST(copies_of_rows),

@@ -72,10 +72,101 @@ static void other_steps_count_for_neither(struct check *check) {
     CHECK(engine->prefill.tokens == 0 && engine->prefill.seconds == 0, "prefill");
 }
 
+/* ---- pinning ---- */
+
+enum { PIN_LAYERS = 512, SLAB = 16, HOST_SLABS = 7, REFUSED = 6 /* 4 MB a block: 16 are 64 MB */ };
+
+static struct engine *pinning;
+static int n_pins; /* slabs, under the engine's lock */
+
+static bool count_pin(struct device *device, void *memory, size_t bytes) {
+    (void)device;
+    size_t slab = SLAB * block_bytes(&pinning->config.model->config, 1, KV_BF16);
+    engine_lock(pinning);
+    bool next = (char *)memory == pinning->host_kv + (size_t)n_pins * slab && bytes == slab;
+    bool ok = next && n_pins < REFUSED;
+    n_pins += ok ? 1 : 100; /* 100: another than the next, or the one that is refused */
+    engine_unlock(pinning);
+    return ok;
+}
+
+/* Blocks of its first worker that are copied to the host as soon as they are full. */
+static void fill_host(struct kv *kv, int n) {
+    for (int i = 0; i < n; i++) {
+        int tokens[BLOCK_TOKENS] = {kv_used(kv, 1)};
+        struct kv_copy_order order;
+        (void)kv_register(kv, kv_new(kv, 0), -1, tokens);
+        while (kv_next_copy(kv, 0, &order))
+            kv_copied(kv, &order, true);
+    }
+}
+
+/* Waits until the pinner has come so far; the watchdog knows if it never does. */
+static bool comes_to(int n) {
+    bool there = false, exact = false;
+    check_waits = "slabs to be pinned";
+    for (int i = 0; !there || i < 20; i++) { /* and not further */
+        engine_lock(pinning);
+        there = n_pins >= n;
+        exact = n_pins == n;
+        engine_wake(pinning);
+        engine_unlock(pinning);
+        usleep(1000);
+    }
+    return exact;
+}
+
+static void pins_ahead_of_what_is_used(struct check *check) {
+    static struct model model = {.config = {.n_layers = PIN_LAYERS,
+                                            .d_model = 64,
+                                            .n_heads = 2,
+                                            .n_kv_heads = 2,
+                                            .head_dim = 64,
+                                            .vocab_size = 50,
+                                            .context_length = 64}};
+    static struct backend backend = {.pin = count_pin};
+    static char memory[1]; /* addresses alone: nobody writes there */
+    static struct engine engine;
+    pthread_t thread;
+    int n = HOST_SLABS * SLAB;
+    engine = (struct engine){.config = {.model = &model,
+                                        .backend = &backend,
+                                        .n_workers = 1,
+                                        .n_shards = 1,
+                                        .workers = {{.prefills = true, .decodes = true}},
+                                        .max_batch = 1,
+                                        .chunk = 16,
+                                        .device_blocks = n,
+                                        .host_blocks = n,
+                                        .kv_type = KV_BF16,
+                                        .policy = KV_WRITE_THROUGH},
+                             .host_kv = memory};
+    pinning = &engine;
+    pthread_mutex_init(&engine.lock, NULL);
+    pthread_cond_init(&engine.work, NULL);
+    CHECK(open_sched(&engine) && slab_blocks(&engine) == SLAB, "%d blocks", slab_blocks(&engine));
+    CHECK(pthread_create(&thread, NULL, pin_main, &engine) == 0, "no thread");
+    CHECK(comes_to(SLABS_AHEAD), "%d slabs before any is used", n_pins);
+    for (int i = 0; i < 2; i++) {
+        engine_lock(&engine);
+        fill_host(sched_kv(engine.sched), i == 0 ? 1 : SLAB);
+        engine_unlock(&engine);
+        CHECK(comes_to(SLABS_AHEAD + 1 + i), "%d slabs", n_pins);
+    }
+    engine_lock(&engine);
+    fill_host(sched_kv(engine.sched), SLAB);
+    engine_unlock(&engine);
+    CHECK(comes_to(REFUSED + 100), "the slab that cannot be pinned is tried once: %d", n_pins);
+    pthread_join(thread, NULL); /* it has given up */
+    CHECK(engine.n_pinned == REFUSED * SLAB, "%d blocks", engine.n_pinned);
+    sched_destroy(engine.sched);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"work_of_a_step", work_of_a_step},
         {"other_steps_count_for_neither", other_steps_count_for_neither},
+        {"pins_ahead_of_what_is_used", pins_ahead_of_what_is_used},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -579,6 +579,16 @@ static void a_termination_ends_it(struct check *check) {
     setenv("TERM", "dumb", 1);
 }
 
+/* While weights are loaded, nobody but the watcher of signals looks. */
+static void a_termination_ends_the_loading(struct check *check) {
+    struct live live =
+        live_start(check, true, "random:llama-3.1-8b:q8_0 --ids 1 -n 1 --devices cpu:1");
+    live_until(&live, "loading [");
+    kill(live.pid, SIGTERM);
+    ends_soon(check, &live, 128 + SIGTERM);
+    CHECK(!strstr(live.text, "\033[K\r\033[K"), "it went on: %s", live.text); /* the bar's end */
+}
+
 /* Where there is no answer to stop, Ctrl-C ends the program. */
 static void an_interrupt_ends_other_work(struct check *check) {
     size_t length = 1 << 20;
@@ -778,6 +788,7 @@ int main(int argc, char **argv) {
                                         TEST(an_interrupt_ends_other_work),
                                         TEST(an_interrupt_may_come_last),
                                         TEST(a_termination_ends_it),
+                                        TEST(a_termination_ends_the_loading),
                                         TEST(a_closed_pipe_ends_the_answer),
                                         TEST(talks_at_a_terminal),
                                         TEST(waiting_costs_nothing),

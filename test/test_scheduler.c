@@ -66,6 +66,10 @@ struct totals {
 
 /* ---- randomness and the model ---- */
 
+static bool is_idle(const struct sched *s) {
+    return sched_unfinished(s, NULL, 0) == 0;
+}
+
 static uint64_t scramble(uint64_t x) {
     x = (x ^ (x >> 31)) * 0x7fb5d329728ea185u;
     x = (x ^ (x >> 27)) * 0x81dadef4bc2dd44du;
@@ -493,7 +497,7 @@ static void drain(struct machine *m, struct totals *totals) {
             report(m, "requests wait for nothing");
     }
     struct kv *kv = sched_kv(m->s);
-    if (!m->broken && (!sched_idle(m->s) || kv_pins(kv) != 0))
+    if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
     for (int place = 0; place < kv->n_places && !m->broken; place++) {
         int n_cached = kv->places[place].lists[MAIN].length;
@@ -667,7 +671,7 @@ static void one_request(struct check *check) {
     static struct job job;
     const struct request *r = &job.request;
     ask(s, &job, 0, 20, 13);
-    CHECK(r->state == REQUEST_WAITING && !sched_idle(s), "it waits");
+    CHECK(r->state == REQUEST_WAITING && !is_idle(s), "it waits");
     CHECK(!sched_next(s, 1, 0) && r->state == REQUEST_WAITING, "the decode worker starts it");
     struct step *step = sched_next(s, 0, 0);
     CHECK(step && step->batch.n_rows == 20 && step->n_copies == 0, "20 rows");
@@ -702,8 +706,7 @@ static void one_request(struct check *check) {
     CHECK(r->state == REQUEST_FINISHED && r->reason == FINISH_LENGTH && r->length == 33, "the end");
     int nodes[2];
     CHECK(kv_find(kv, r->tokens, 2, nodes) == 2 && kv_used(kv, 1) == 2, "both are cached");
-    CHECK(kv_pins(kv) == 0 && sched_idle(s) && !sched_next(s, 0, 4) && !sched_next(s, 1, 4),
-          "idle");
+    CHECK(kv_pins(kv) == 0 && is_idle(s) && !sched_next(s, 0, 4) && !sched_next(s, 1, 4), "idle");
     CHECK(kv_make_room(kv, 1, 3) && kv_state(kv, nodes[0], 1) == KV_VALID, "B goes first");
     CHECK(sched_stats(s).hand_overs == 1 && kv_stats(kv).transfers == 2, "counters");
     sched_destroy(s);
@@ -723,7 +726,7 @@ static void refusals(struct check *check) {
     }
     ask(s, &job, 3, 64, 10);
     CHECK(step_once(s, 0) == 64 && job.request.reason == FINISH_LENGTH, "as long as the device");
-    CHECK(job.request.length == 65 && sched_idle(s), "one token");
+    CHECK(job.request.length == 65 && is_idle(s), "one token");
     sched_destroy(s);
 }
 
@@ -740,7 +743,7 @@ static void cancel_in_mid_step(struct check *check) {
     sched_done(s, 0, step, 0);
     CHECK(jobs[0].request.reason == FINISH_CANCELLED, "cancelled");
     CHECK(jobs[1].request.reason == FINISH_STOP && jobs[1].request.length == 20, "stopped");
-    CHECK(sched_idle(s) && kv_used(sched_kv(s), 0) == 2, "what was computed stays cached");
+    CHECK(is_idle(s) && kv_used(sched_kv(s), 0) == 2, "what was computed stays cached");
     sched_destroy(s);
 }
 
@@ -752,7 +755,7 @@ static void youngest_is_preempted(struct check *check) {
         for (int i = 0; i < 4; i++)
             ask(s, &jobs[i], i, 10, 100);
         int n_steps = 0, first_end = 4, last_preempted = 4;
-        for (; !sched_idle(s) && n_steps < 2000; n_steps++) {
+        for (; !is_idle(s) && n_steps < 2000; n_steps++) {
             (void)step_once(s, 0);
             for (int i = 0; i < 4; i++) {
                 bool ended = jobs[i].request.state == REQUEST_FINISHED;
@@ -764,7 +767,7 @@ static void youngest_is_preempted(struct check *check) {
                 CHECK(!ended || first_end == 0, "request %d ended before the oldest", i);
             }
         }
-        CHECK(sched_idle(s), "they never end");
+        CHECK(is_idle(s), "they never end");
         CHECK(!jobs[0].request.preempted, "the oldest was preempted");
         CHECK(sched_stats(s).preemptions >= 3 && jobs[3].request.preempted, "no preemption");
         CHECK((kv_stats(sched_kv(s)).pages_in > 0) == (host > 0), "pages in");
@@ -787,7 +790,7 @@ static void first_come_first_served(struct check *check) {
         CHECK(jobs[2].request.state == REQUEST_WAITING, "overtaken");
     }
     CHECK(step_once(s, 0) == 64 && step_once(s, 0) == 9, "chunks of the second, then the third");
-    while (!sched_idle(s))
+    while (!is_idle(s))
         CHECK(step_once(s, 0) >= 0, "stuck");
     sched_destroy(s);
     s = open_one(6, 0, 1);
@@ -805,7 +808,7 @@ static void where_prompts_are_computed(struct check *check) {
     struct sched *s = open_pools(200, 200, 8, 16);
     static struct job jobs[4];
     ask(s, &jobs[0], 0, 200, 2);
-    while (!sched_idle(s))
+    while (!is_idle(s))
         CHECK(step_once(s, 0) >= 0 || step_once(s, 1) >= 0, "stuck");
     CHECK(sched_stats(s).hand_overs == 1 && sched_stats(s).local_prefills == 0, "a cold prompt");
     ask(s, &jobs[1], 1, 220, 1); /* the next turn: 192 tokens are cached, 28 are not */
