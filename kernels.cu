@@ -2310,26 +2310,21 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards) {
 
 /* ==== 8. Logits and samples ==== */
 
-enum sampler_stage { MAXIMUM, SELECT, SELECT_REST, RACE }; /* see lib/sampler.h */
-
 /* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
  * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
-template <int STAGE>
 __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
-    sample_kernel(const struct step_header *step, int first_sample, const float *logits,
+    sample_kernel(const struct step_header *step, int stage, int first_sample, const float *logits,
                   int logits_stride, int n_vocab, int part, struct sampler_row *rows,
                   int *sampled) {
     DYNAMIC_SHARED(sampler_key, shared);
     grid_launch_dependents();
-    int sample = first_sample + (int)blockIdx.y, first = (int)blockIdx.x * part;
+    int sample = smaller(first_sample + (int)blockIdx.y, step->n_samples - 1);
+    int first = (int)blockIdx.x * part, row = array_of<int>(step, step->sample_row)[sample];
     struct draw d = {};
-    if (sample < step->n_samples) { /* no kernel wrote the step */
-        d.sampling = array_of<struct sampling>(step, step->sampling)[sample];
-        d.position =
-            array_of<int>(step, step->position)[array_of<int>(step, step->sample_row)[sample]] + 1;
-    }
+    d.sampling = array_of<struct sampling>(step, step->sampling)[sample];
+    d.position = array_of<int>(step, step->position)[row] + 1; /* no kernel wrote the step */
     grid_wait();
-    if (sample >= step->n_samples)
+    if (sample < first_sample + (int)blockIdx.y)
         return;
     d.logits = logits + (size_t)blockIdx.y * logits_stride;
     d.n = n_vocab;
@@ -2338,12 +2333,12 @@ __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
     d.n_parts = (int)gridDim.x;
     d.row = &rows[blockIdx.y];
     d.shared = shared;
-    if (STAGE == MAXIMUM)
+    if (stage == 0)
         sampler_maximum(d);
-    else if (STAGE == RACE)
-        sampler_race(d, &sampled[sample]);
+    else if (stage < SAMPLER_STAGES - 1)
+        sampler_select(d, stage - 1);
     else
-        sampler_select(d, STAGE == SELECT_REST);
+        sampler_race(d, &sampled[sample]);
 }
 
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
@@ -2361,14 +2356,10 @@ static void multiply_logits(struct cuda_device *d, const struct weight *output, 
 static void draw_tokens(struct cuda_device *d, int first, int n) {
     int vocab = d->device.config->vocab_size, chip = 2 * d->gpu.properties->multiProcessorCount;
     int part = divide(divide(vocab * n, chip), SAMPLER_GROUP) * SAMPLER_GROUP;
-    for (int i = 0; i < SAMPLER_SELECTS + 2; i++)
-        launch(d, "sample_kernel",
-               i == 0                    ? sample_kernel<MAXIMUM>
-               : i < SAMPLER_SELECTS     ? sample_kernel<SELECT>
-               : i < SAMPLER_SELECTS + 1 ? sample_kernel<SELECT_REST>
-                                         : sample_kernel<RACE>,
-               grid_of(divide(vocab, part), n), SAMPLER_THREADS, SAMPLER_SHARED, d->step, first,
-               d->logits, d->logits_stride, vocab, part, d->sampler_rows, d->sampled);
+    for (int stage = 0; stage < SAMPLER_STAGES; stage++)
+        launch(d, "sample_kernel", sample_kernel, grid_of(divide(vocab, part), n), SAMPLER_THREADS,
+               SAMPLER_SHARED, d->step, stage, first, d->logits, d->logits_stride, vocab, part,
+               d->sampler_rows, d->sampled);
 }
 
 static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
@@ -2725,7 +2716,7 @@ static bool open_card(struct cuda_device *d, char *error) {
         return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
                     index, p->name, p->major, p->minor, MIN_MAJOR);
     }
-    if (cudaFuncSetAttribute(sample_kernel<RACE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
         return fail(error,

@@ -42,7 +42,6 @@
 #define DEVICE            static inline
 #define load16_once(from) load16(from)
 #define exp2_approx(x)    exp2f(x)
-#define log2_approx(x)    log2f(x)
 #define cospi(x)          cos(3.14159265358979324 * (x))
 #define sinpi(x)          sin(3.14159265358979324 * (x))
 #else
@@ -78,12 +77,6 @@ DEVICE float half_to_float(uint16_t bits) {
 DEVICE float exp2_approx(float x) { /* 2^x to 2 ulp, subnormal results 0 */
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float log2_approx(float x) { /* of normal x, to 2^-22, relative to results beyond 1 */
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

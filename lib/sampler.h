@@ -17,7 +17,7 @@
  *
  *     #define SAMPLER_GPU_IMPLEMENTATION            // in CUDA, by a few kernels: see below
  *     struct draw draw = {...};                     // what a block has of a row
- *     sampler_maximum(draw); sampler_select(draw, last); sampler_race(draw, &token);
+ *     sampler_maximum(draw); sampler_select(draw, step); sampler_race(draw, &token);
  *
  * Both keep no state and allocate nothing. */
 #ifndef SAMPLER_H
@@ -216,17 +216,15 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
 
 #include "gpu.h"
 
-/* A row is drawn by blocks that each have a part of its vocabulary, in a few kernels:
- *     sampler_maximum    the largest logit
- *     sampler_select     a digit of the least key that is kept; SAMPLER_SELECTS times
- *     sampler_race       the largest logit + g of those kept
+/* A row is drawn by blocks that each have a part of its vocabulary, in SAMPLER_STAGES kernels:
+ *     the largest logit; the least key that top_k keeps, by digits; that top_p keeps; the race
  * Tokens are in order by a *key*, the larger the sooner: the logit in an order-preserving form,
  * then the complement of the id, so that no two are alike. Which keys top_k and top_p keep is then
  * one question, asked twice: which is the largest key such that the tokens from it on count, or
- * weigh, at least `amount`? It is answered by digits of 11 bits, the highest first, with a
- * histogram for each of the keys that have the digits before it. All blocks of a row add to it, and
- * the last one to arrive finds the digit; those left after SAMPLER_SELECTS, of top_k and top_p
- * together, it finds alone. Three digits are the logit; two more tell equal ones apart.
+ * weigh, at least `amount`? It is answered by digits of 11 bits, the highest first: all blocks of
+ * a row add to a histogram of the keys that have the digits found before, and the last one to
+ * arrive finds the next. Three digits are the logit; two more tell equal ones apart. A kernel that
+ * has nothing to find returns at once.
  *
  * Sums are of whole numbers, weights in units of 2^-40, and the best is by a total order: a token
  * depends neither on the number of parts nor on the order of blocks. */
@@ -235,27 +233,18 @@ typedef unsigned long long sampler_key; /* 64 bits, as the atomic functions call
 enum {
     SAMPLER_THREADS = 512,
     SAMPLER_GROUP = 4 * SAMPLER_THREADS, /* tokens: a part is a multiple of it */
-    SAMPLER_AHEAD = 3,                   /* groups on their way */
-    SAMPLER_SELECTS = 5,
-    SAMPLER_ID_BITS = 23, /* of a key of 55 */
+    SAMPLER_ID_BITS = 23,                /* of a key of 55 */
     SAMPLER_IDS = 1 << SAMPLER_ID_BITS,
     SAMPLER_DIGITS = 5,
     SAMPLER_BITS = 11, /* of a digit */
     SAMPLER_BUCKETS = 1 << SAMPLER_BITS,
-    SAMPLER_EACH = SAMPLER_BUCKETS / SAMPLER_THREADS,
-    SAMPLER_WARPS = SAMPLER_THREADS / 32,
-    SAMPLER_SHARED = (SAMPLER_BUCKETS + SAMPLER_WARPS + 3) * 8 /* bytes: histogram, sums, found */
+    SAMPLER_STAGES = 2 * SAMPLER_DIGITS + 2,
+    SAMPLER_SHARED = 2 * SAMPLER_BUCKETS * 8 /* bytes: see gather_sums */
 };
 
-/* The digit to find: of top_k FIND_COUNT to FIND_COUNT + 4, of top_p FIND_WEIGHT to …, of which the
- * first three sum weights; the logit is known then, and equals are counted. */
-enum { FIND_FIRST, FIND_COUNT, FIND_WEIGHT = FIND_COUNT + SAMPLER_DIGITS, FIND_NOTHING = 100 };
-#define SAMPLER_MOST (~0ull >> (64 - 32 - SAMPLER_ID_BITS)) /* key */
-
 struct selection {
-    int step;                /* one of these */
-    sampler_key least, most; /* the key wanted lies between them; nothing left to find: least */
-    sampler_key amount;      /* wanted of them */
+    sampler_key least, most; /* the key wanted lies between them */
+    sampler_key amount;      /* wanted of them; 0: all, so it is `least` */
 };
 
 struct sampler_row { /* what kernels hand on; zero before and after a draw */
@@ -272,138 +261,81 @@ struct draw { /* one block's work; all threads have the same */
     int n, first, end, n_parts; /* tokens; the block's */
     struct sampler_row *row;
     sampler_key *shared; /* SAMPLER_SHARED bytes */
-    float max;           /* the largest scaled logit: set here */
+    float max;           /* the largest scaled logit: see find_max */
 };
 
 /* ---- keys and weights ---- */
 
-DEVICE float finite(float value) { /* NaN: the least; + 0: there is one zero */
-    return fminf(fmaxf(value, -FLT_MAX), FLT_MAX) + 0.0f;
-}
-
-DEVICE sampler_key make_key(float scaled, int token) {
-    uint32_t bits = __float_as_uint(scaled), id = SAMPLER_IDS - 1 - (uint32_t)token;
+DEVICE sampler_key make_key(float value, int token) { /* NaN: the least; + 0: there is one zero */
+    value = fminf(fmaxf(value, -FLT_MAX), FLT_MAX) + 0.0f;
+    uint32_t bits = __float_as_uint(value), id = SAMPLER_IDS - 1 - (uint32_t)token;
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
     return (sampler_key)bits << SAMPLER_ID_BITS | id;
 }
 
-DEVICE int token_of_key(sampler_key key) {
-    return (int)(~(uint32_t)key & (SAMPLER_IDS - 1));
-}
-
-DEVICE float scaled_of_key(sampler_key key) {
+DEVICE float value_of_key(sampler_key key) {
     uint32_t bits = (uint32_t)(key >> SAMPLER_ID_BITS);
     return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
 }
 
-DEVICE sampler_key weight_of(const struct draw &d, float scaled) { /* in units of 2^-40 */
-    return (sampler_key)(expf(scaled - d.max) * 1099511627776.0f);
-}
-
 /* Finds the maximum. False: the largest logit wins without a race. */
 DEVICE bool find_max(struct draw *d) {
-    float largest = scaled_of_key(d->row->largest), t = d->sampling.temperature;
-    d->max = finite(largest / t);
+    float largest = value_of_key(d->row->largest), t = d->sampling.temperature;
+    d->max = largest / t;
     return t > 0.0f && fmaxf(fabsf(largest), fabsf(d->max)) < FLT_MAX;
-}
-
-/* Keys, and the logits that may have them: most others are told without a division. */
-struct range {
-    sampler_key least, most;
-    float low, high;
-};
-
-DEVICE struct range make_range(const struct draw &d, sampler_key least, sampler_key most) {
-    float t = d.sampling.temperature, low = scaled_of_key(least), high = scaled_of_key(most);
-    struct range range = {least, most, -INFINITY, INFINITY};
-    if (low > -FLT_MAX) /* and not NaN: not a key of any logit */
-        range.low = low * t - 1e-6f * fabsf(low * t) - 1e-44f * (t + 1.0f);
-    if (high < FLT_MAX)
-        range.high = high * t + 1e-6f * fabsf(high * t) + 1e-44f * (t + 1.0f);
-    return range;
-}
-
-/* The token's key, or 0 where it is not in the range. */
-DEVICE sampler_key key_within(const struct draw &d, const struct range &r, int token, float logit) {
-    if (logit < r.low || logit > r.high)
-        return 0;
-    sampler_key key = make_key(finite(logit / d.sampling.temperature), token);
-    return key >= r.least && key <= r.most ? key : 0;
 }
 
 /* ---- what the threads of a block do together ---- */
 
-/* The largest of all threads' values, in every thread. */
-DEVICE sampler_key block_max(const struct draw &d, sampler_key value) {
-    for (int step = 16; step > 0; step /= 2) {
-        sampler_key other = __shfl_xor_sync(0xffffffffu, value, step);
-        value = other > value ? other : value;
-    }
-    __syncthreads();
-    if (threadIdx.x % 32 == 0)
-        d.shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    for (int i = 0; i < SAMPLER_WARPS; i++)
-        value = d.shared[i] > value ? d.shared[i] : value;
-    return value;
-}
-
-/* Whether it is the last block of the row to arrive: it sees what the others wrote. */
-DEVICE bool last_to_arrive(const struct draw &d) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int before = add_ordered(&d.row->arrived, 1);
-        d.shared[SAMPLER_BUCKETS] = before == d.n_parts - 1;
-        if (before == d.n_parts - 1)
-            d.row->arrived = 0;
-    }
-    __syncthreads();
-    return d.shared[SAMPLER_BUCKETS] != 0;
-}
-
-/* Calls visit(token, logit) for tokens [first, end) in parts of 4; those in flight are loaded. */
-template <typename Visit>
-DEVICE void visit_tokens(const struct draw &d, int first, int end, Visit visit) {
-    auto load = [&](int token) {
-        return token < end ? *reinterpret_cast<const float4 *>(d.logits + token)
-                           : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    };
-    float4 ahead[SAMPLER_AHEAD];
-    first += 4 * (int)threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < SAMPLER_AHEAD; i++)
-        ahead[i] = load(first + i * SAMPLER_GROUP);
+/* Calls visit(token, logit) for the block's tokens; the next ones are on their way meanwhile. */
+template <typename Visit> DEVICE void visit_tokens(const struct draw &d, Visit visit) {
+    const float4 *logits = reinterpret_cast<const float4 *>(d.logits);
+    auto load = [&](int token) { return logits[(token < d.end ? token : d.end - 1) / 4]; };
+    int first = d.first + 4 * (int)threadIdx.x;
 #pragma unroll 1
-    for (; first < end; first += SAMPLER_GROUP) {
-        float4 now = ahead[0];
-#pragma unroll
-        for (int i = 1; i < SAMPLER_AHEAD; i++)
-            ahead[i - 1] = ahead[i];
-        ahead[SAMPLER_AHEAD - 1] = load(first + SAMPLER_AHEAD * SAMPLER_GROUP);
+    for (float4 next = load(first); first < d.end; first += SAMPLER_GROUP) {
+        float4 now = next;
+        next = load(first + SAMPLER_GROUP);
 #pragma unroll 1
-        for (int token = first; token < first + 4 && token < end; token++) {
+        for (int token = first; token < first + 4 && token < d.end; token++) {
             visit(token, now.x);
             now = make_float4(now.y, now.z, now.w, 0.0f);
         }
     }
 }
 
+/* Raises *most to the largest of all threads' keys. */
+DEVICE void raise_key(sampler_key *most, sampler_key key) {
+    for (int step = 16; step > 0; step /= 2) {
+        sampler_key other = __shfl_xor_sync(0xffffffffu, key, step);
+        key = other > key ? other : key;
+    }
+    if (threadIdx.x % 32 == 0)
+        atomicMax(most, key);
+}
+
+/* Whether it is the last block of the row to arrive: it sees what the others wrote. */
+DEVICE bool last_to_arrive(const struct draw &d) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        d.shared[0] = add_ordered(&d.row->arrived, 1) == d.n_parts - 1;
+        if (d.shared[0])
+            d.row->arrived = 0;
+    }
+    __syncthreads();
+    return d.shared[0] != 0;
+}
+
 DEVICE void sampler_maximum(const struct draw &d) {
     sampler_key largest = 0;
-    visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-        sampler_key key = make_key(finite(logit), token);
+    visit_tokens(d, [&](int token, float logit) {
+        sampler_key key = make_key(logit, token);
         largest = key > largest ? key : largest;
     });
-    largest = block_max(d, largest);
-    if (threadIdx.x == 0)
-        atomicMax(&d.row->largest, largest);
+    raise_key(&d.row->largest, largest);
 }
 
 /* ---- what top_k and top_p keep ---- */
-
-DEVICE int shift_of(const struct selection &s) { /* of the next digit */
-    return SAMPLER_BITS * (SAMPLER_DIGITS - 1 - (s.step - FIND_COUNT) % SAMPLER_DIGITS);
-}
 
 /* Adds to a sum in shared memory, whose atomics are of 32 bits. */
 DEVICE void add_shared(sampler_key *sum, sampler_key value) {
@@ -414,188 +346,120 @@ DEVICE void add_shared(sampler_key *sum, sampler_key value) {
         atomicAdd(word + 1, high);
 }
 
-/* The histogram of the next digit, in shared memory, of tokens [first, end). A thread sums those in
- * a row that have the same digit: if all had, they would wait for each other. */
-DEVICE void count_tokens(const struct draw &d, const struct selection &s, int first, int end) {
-    const int shift = shift_of(s);
-    const bool weigh = s.step >= FIND_WEIGHT && s.step < FIND_WEIGHT + 3;
-    const sampler_key heavy = weigh ? make_key(d.max - 28.0f, SAMPLER_IDS - 1) : 0; /* or 0 units */
-    const struct range range = make_range(d, heavy > s.least ? heavy : s.least, s.most);
+/* The histogram of a digit of the block's tokens, which count 1 or weigh e^(scaled - max). A thread
+ * sums those in a row that have the same digit: if all had, they would wait for each other. */
+DEVICE void count_tokens(const struct draw &d, const struct selection &s, int shift, bool counts) {
+    sampler_key *sums = d.shared + SAMPLER_BUCKETS, sum = 0;
     int digit = 0;
-    sampler_key sum = 0;
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
-        d.shared[i] = 0;
+        sums[i] = 0;
     __syncthreads();
-    visit_tokens(d, first, end, [&](int token, float logit) {
-        sampler_key key = key_within(d, range, token, logit);
-        if (key == 0)
+    visit_tokens(d, [&](int token, float logit) {
+        sampler_key key = make_key(logit / d.sampling.temperature, token);
+        if (key < s.least || key > s.most)
             return;
         int next = (int)(key >> shift & (SAMPLER_BUCKETS - 1));
         if (next != digit) {
-            add_shared(&d.shared[digit], sum);
+            add_shared(&sums[digit], sum);
             digit = next;
             sum = 0;
         }
-        sum += weigh ? weight_of(d, scaled_of_key(key)) : 1;
+        sum += counts ? 1 : (sampler_key)(expf(value_of_key(key) - d.max) * 0x1p40f);
     });
-    add_shared(&d.shared[digit], sum);
+    add_shared(&sums[digit], sum);
     __syncthreads();
 }
 
-/* The digit, from its histogram. A thread has some buckets, those before it the higher ones. */
-DEVICE void find_digit(const struct draw &d, struct selection *s) {
-    sampler_key *sums = d.shared + SAMPLER_BUCKETS, *found = sums + SAMPLER_WARPS;
-    const int shift = shift_of(*s), top = SAMPLER_BUCKETS - 1 - (int)threadIdx.x * SAMPLER_EACH;
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    sampler_key own = 0, total = 0, amount = s->amount;
-    for (int i = 0; i < SAMPLER_EACH; i++)
-        own += d.shared[top - i];
-    sampler_key before = own; /* of those before it and its own, at first */
-    for (int step = 1; step < 32; step *= 2) {
-        sampler_key other = __shfl_up_sync(0xffffffffu, before, step);
-        before += lane >= step ? other : 0;
-    }
-    if (lane == 31)
-        sums[warp] = before;
-    __syncthreads();
-    for (int i = 0; i < SAMPLER_WARPS; total += sums[i++])
-        before += i < warp ? sums[i] : 0;
-    before -= own;
-    if (s->step == FIND_WEIGHT)
-        amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)total), 1.0);
-    if (before < amount && amount <= before + own) { /* one thread */
-        int digit = top;
-        for (; before + d.shared[digit] < amount; digit--)
-            before += d.shared[digit];
-        found[0] = ((s->most >> shift >> SAMPLER_BITS << SAMPLER_BITS) + digit) << shift;
-        found[1] = amount - before;
-        found[2] = d.shared[digit];
-        if (s->step == FIND_WEIGHT + 2) { /* from here on they are counted */
-            sampler_key weight = weight_of(d, scaled_of_key(found[0]));
-            found[1] = (found[1] + weight - 1) / weight;
-            found[2] /= weight;
-        }
-    }
-    __syncthreads();
-    s->least = found[0] > s->least ? found[0] : s->least;
-    s->most = found[0] + ((sampler_key)1 << shift) - 1;
-    s->amount = found[1];
-    s->step++;
-    if (shift == 0 || found[1] == found[2]) { /* all of them */
-        bool next = s->step <= FIND_WEIGHT && d.sampling.top_p < 1.0f;
-        *s = {next ? FIND_WEIGHT : FIND_NOTHING, s->least, SAMPLER_MOST, 0};
-    }
-}
-
-/* The histogram of the row out of those of its blocks, for the last one to arrive; else false. */
+/* For the last block to arrive, else false: the histogram of the row out of those of its blocks,
+ * and above it, as a tree, sums of two: [1] all, [i] that of [2 i] and [2 i + 1]. */
 DEVICE bool gather_sums(const struct draw &d) {
+    sampler_key *tree = d.shared, *sums = tree + SAMPLER_BUCKETS;
     for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS)
-        if (d.shared[i] > 0)
-            atomicAdd(&d.row->sums[i], d.shared[i]);
+        if (sums[i] > 0)
+            atomicAdd(&d.row->sums[i], sums[i]);
     if (!last_to_arrive(d))
         return false;
-#pragma unroll SAMPLER_EACH
-    for (int i = (int)threadIdx.x; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
-        d.shared[i] = d.row->sums[i];
-        d.row->sums[i] = 0;
+#pragma unroll
+    for (int i = 0; i < SAMPLER_BUCKETS; i += SAMPLER_THREADS) {
+        sums[i + threadIdx.x] = d.row->sums[i + threadIdx.x];
+        d.row->sums[i + threadIdx.x] = 0;
     }
     __syncthreads();
+    for (int width = SAMPLER_BUCKETS / 2; width > 0; width /= 2) {
+        for (int i = width + (int)threadIdx.x; i < 2 * width; i += SAMPLER_THREADS)
+            tree[i] = tree[2 * i] + tree[2 * i + 1];
+        __syncthreads();
+    }
     return true;
 }
 
-/* The row's next digit. `rest`: then all that are left, by the last block alone. */
-DEVICE void sampler_select(struct draw d, bool rest) {
-    struct selection s = d.row->selection;
-    if (s.step == FIND_FIRST)
-        s = {sampler_counts(&d.sampling, d.n) ? FIND_COUNT
-             : d.sampling.top_p < 1.0f        ? FIND_WEIGHT
-                                              : FIND_NOTHING,
-             0, SAMPLER_MOST, (sampler_key)d.sampling.top_k};
-    if (!find_max(&d) || s.step == FIND_NOTHING)
+/* A digit of the least key that top_k (steps 0 to 4) or top_p (5 to 9) keeps. */
+DEVICE void sampler_select(struct draw d, int step) {
+    const bool counts = step < SAMPLER_DIGITS;
+    const int shift = SAMPLER_BITS * (SAMPLER_DIGITS - 1 - step % SAMPLER_DIGITS);
+    if (counts ? !sampler_counts(&d.sampling, d.n) : !(d.sampling.top_p < 1.0f))
         return;
-    for (bool alone = false; !alone || (rest && s.step != FIND_NOTHING); alone = true) {
-        int first = alone ? 0 : d.first, end = alone ? d.n : d.end;
-        if (alone && shift_of(s) == 0) { /* ids that differ in the last digit */
-            first = token_of_key(s.most);
-            end = first + SAMPLER_BUCKETS < end ? first + SAMPLER_BUCKETS : end;
-        }
-        count_tokens(d, s, first, end);
-        if (!alone && !gather_sums(d))
-            return;
-        find_digit(d, &s);
+    struct selection s = d.row->selection;
+    if (step % SAMPLER_DIGITS == 0)
+        s = {s.least, ~0ull, counts ? (sampler_key)d.sampling.top_k : 1};
+    if (!find_max(&d) || s.amount == 0)
+        return;
+    count_tokens(d, s, shift, counts);
+    if (!gather_sums(d) || threadIdx.x > 0)
+        return;
+    if (step == SAMPLER_DIGITS)
+        s.amount = (sampler_key)fmax(ceil((double)d.sampling.top_p * (double)d.shared[1]), 1.0);
+    int at = 1;
+    while (at < SAMPLER_BUCKETS) {
+        at = 2 * at + 1; /* the higher half */
+        if (d.shared[at] < s.amount)
+            s.amount -= d.shared[at--];
     }
-    if (threadIdx.x == 0)
-        d.row->selection = s;
+    sampler_key digits = (s.least >> (shift + SAMPLER_BITS) << SAMPLER_BITS) + at - SAMPLER_BUCKETS;
+    sampler_key least = digits << shift, most = ((digits + 1) << shift) - 1;
+    d.row->selection = {least > s.least ? least : s.least, most,
+                        d.shared[at] == s.amount ? 0 : s.amount};
 }
 
 /* ---- the race ---- */
 
-/* g to 1e-4, without exact logarithms. */
-DEVICE float rough_noise(uint32_t word) {
-    float u = ((float)word + 0.5f) * 0x1p-32f, rest = ((float)~word + 0.5f) * 0x1p-32f;
-    float series = rest * (1.0f + rest * (0.5f + rest * (1.0f / 3.0f + rest * 0.25f)));
-    float wait = word < 0xe0000000u ? log2_approx(u) * -0.69314718f : series; /* -log(u) */
-    return log2_approx(wait) * -0.69314718f;
-}
-
-/* In the race: scaled - max + g, in units of 2^-36 from -8 on, in the place of a key's logit. The
- * winner is above -4, for so is the largest. */
-DEVICE sampler_key race_key(const struct draw &d, sampler_key key) {
-    int token = token_of_key(key);
-    double g = -log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
-    double value = (double)scaled_of_key(key) - (double)d.max + g;
-    sampler_key units = value > -8.0 ? (sampler_key)((value + 8.0) * 0x1p36) : 0;
-    return units << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
-}
-
-/* The least key that top_k, top_p and min_p keep. */
-DEVICE sampler_key least_kept(const struct draw &d) {
-    sampler_key least = d.row->selection.least;
-    if (!(d.sampling.min_p > 0.0f))
-        return least;
-    double exact = (double)d.max + log((double)d.sampling.min_p);
-    sampler_key bits = make_key((float)exact, 0) >> SAMPLER_ID_BITS;
-    bits += (double)(float)exact < exact;
-    return bits << SAMPLER_ID_BITS > least ? bits << SAMPLER_ID_BITS : least;
-}
-
-/* The best of the block's part: roughly first, then exactly those that may be it. */
-DEVICE sampler_key best_of_part(const struct draw &d) {
-    const struct range kept = make_range(d, least_kept(d), SAMPLER_MOST);
-    float best = -INFINITY, second = -INFINITY;
-    sampler_key best_key = 0, winner = 0;
-    visit_tokens(d, d.first, d.end, [&](int token, float logit) {
-        sampler_key key = key_within(d, kept, token, logit);
-        if (key == 0)
+/* The thread's best, if it may win: a key with scaled - max + g + 8, in units of 2^-36, in place of
+ * the logit. -log(u) >= 1 - u rules out most without a logarithm: a token wins only where
+ * 1 - u < e^(scaled - max - best). `best`, of the block so far, is also plus 8, and the bits of a
+ * float: above 0 they are in order. It begins below what the largest logit has with any g. */
+DEVICE sampler_key best_of_thread(const struct draw &d) {
+    const double enough = (double)d.max + log((double)d.sampling.min_p); /* 0: none */
+    const sampler_key least = d.row->selection.least;
+    unsigned *best = reinterpret_cast<unsigned *>(d.shared);
+    sampler_key winner = 0;
+    if (threadIdx.x == 0)
+        *best = __float_as_uint(4.0f);
+    __syncthreads();
+    visit_tokens(d, [&](int token, float logit) {
+        sampler_key key = make_key(logit / d.sampling.temperature, token);
+        if (key < least)
             return;
-        float noise = rough_noise(sampler_word(d.sampling.seed, d.position, token));
-        float value = scaled_of_key(key) - d.max + noise;
-        second = fmaxf(second, fminf(best, value));
-        best_key = value > best ? key : best_key;
-        best = fmaxf(best, value);
+        uint32_t word = sampler_word(d.sampling.seed, d.position, token);
+        float scaled = value_of_key(key), best_now = __uint_as_float(*(volatile unsigned *)best);
+        float most = 1.001f * expf(scaled - d.max - (best_now - 8.0f));
+        if ((float)~word * 0x1p-32f > most || (double)scaled < enough)
+            return;
+        double g = -log(-log(sampler_uniform(d.sampling.seed, d.position, token)));
+        double value = fmax((double)scaled - (double)d.max + g + 8.0, 0.0);
+        key = (sampler_key)(value * 0x1p36) << SAMPLER_ID_BITS | (key & (SAMPLER_IDS - 1));
+        winner = key > winner ? key : winner;
+        atomicMax(best, __float_as_uint((float)value));
     });
-    float enough = scaled_of_key(block_max(d, make_key(best, 0))) - 1e-3f;
-    if (best_key > 0 && best >= enough)
-        for (int at = d.first + 4 * (int)threadIdx.x; at < d.end; at += SAMPLER_GROUP)
-            for (int token = at; token < at + 4 && token < d.end; token++) {
-                sampler_key key = key_within(d, kept, token, d.logits[token]);
-                if (key > 0 && (key == best_key || second >= enough)) {
-                    key = race_key(d, key);
-                    winner = key > winner ? key : winner;
-                }
-            }
-    return block_max(d, winner);
+    return winner;
 }
 
 /* The last block of the row stores the token. */
 DEVICE void sampler_race(struct draw d, int *drawn) {
-    if (find_max(&d)) {
-        sampler_key winner = best_of_part(d);
-        if (threadIdx.x == 0)
-            atomicMax(&d.row->winner, winner);
-    }
+    if (find_max(&d))
+        raise_key(&d.row->winner, best_of_thread(d));
     if (last_to_arrive(d) && threadIdx.x == 0) {
-        *drawn = token_of_key(d.row->winner > 0 ? d.row->winner : d.row->largest);
+        sampler_key key = d.row->winner > 0 ? d.row->winner : d.row->largest;
+        *drawn = SAMPLER_IDS - 1 - (int)(key & (SAMPLER_IDS - 1));
         d.row->largest = d.row->winner = 0;
         d.row->selection = {};
     }

@@ -198,6 +198,11 @@ static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long 
         p, [=](unsigned long long old) { return old + value; });
 }
 
+static inline unsigned atomicMax(unsigned *p, unsigned value) {
+    return emu_atomic(
+        p, [=](unsigned old) { return old > value ? old : value; });
+}
+
 static inline unsigned long long atomicMax(unsigned long long *p, unsigned long long value) {
     return emu_atomic(
         p, [=](unsigned long long old) { return old > value ? old : value; });

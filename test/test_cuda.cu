@@ -336,7 +336,8 @@ static void check_idle(struct check *check, struct device *device) {
         CHECK(counter == 0, "a counter of splits is %d after an op", counter);
     int rows = device->rank > 0 ? 0 : min_of(device->max_samples, LOGIT_ROWS);
     for (const struct sampler_row &row : load(device, d->sampler_rows, (size_t)rows)) {
-        int left = row.largest > 0 || row.winner > 0 || row.selection.step || row.arrived;
+        int left = row.largest > 0 || row.winner > 0 || row.selection.least > 0 ||
+                   row.selection.most > 0 || row.selection.amount > 0 || row.arrived;
         for (sampler_key sum : row.sums)
             left += sum > 0;
         CHECK(!left, "%d of a sampler's words are not 0 after a draw", left);

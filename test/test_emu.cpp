@@ -245,18 +245,20 @@ static void warp_operations(struct check *check) {
 static __global__ void atomics_kernel(int *sum, unsigned *sums, unsigned long long *long_sum) {
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     atomicAdd(sum, i);
-    atomicAdd(sums, (unsigned)i << 20);
+    atomicAdd(&sums[0], (unsigned)i << 20);
+    atomicMax(&sums[1], (unsigned)i << 20);
     atomicAdd(&long_sum[0], (unsigned long long)i << 32);
     atomicMax(&long_sum[1], (unsigned long long)i << 32);
 }
 
 static void atomics(struct check *check) {
     device_array<int> sum(1, 3);
-    device_array<unsigned> sums(1, 7);
+    device_array<unsigned> sums(2, 7);
     device_array<unsigned long long> long_sum(2, 5);
     RUN(with(4, 64, 0)(atomics_kernel, sum.data, sums.data, long_sum.data));
     CHECK(sum[0] == 3 + 255 * 128, "got %d", sum[0]);
     CHECK(sums[0] == 7 + (255u * 128 << 20), "got %u", sums[0]);
+    CHECK(sums[1] == 255u << 20, "got %u", sums[1]);
     CHECK(long_sum[0] == 5 + (255ull * 128 << 32), "got %llx", long_sum[0]);
     CHECK(long_sum[1] == 255ull << 32, "got %llx", long_sum[1]);
 }
