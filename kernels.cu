@@ -103,9 +103,9 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
  * those of outputs group and group + 8 side by side.
  *
- * What is multiplied together is one matrix. Of gate and up, outputs 0 to 7 of a tile are gate's, the
- * others up's of the same numbers: so a lane has both sums that silu(gate) * up needs. Of q, k and
- * v, one follows the other. Those of several types become bf16.
+ * What is multiplied together is one matrix. Of gate and up, outputs 0 to 7 of a tile are gate's,
+ * the others up's of the same numbers: so a lane has both sums that silu(gate) * up needs. Of q, k
+ * and v, one follows the other. Those of several types become bf16.
  *
  * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
@@ -358,8 +358,8 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
     }
 }
 
-/* Packs the rows at hand into every step-th half of m's tiles, from half `first` on. One warp a half
- * tile, of 8 outputs, and unit; bound by memory. The twin of pack_panel. */
+/* Packs the rows at hand into every step-th half of m's tiles, from half `first` on. One warp a
+ * half tile, of 8 outputs, and unit; bound by memory. The twin of pack_panel. */
 __global__ void pack_kernel(const struct matrix m, int first, int step, const struct raw_rows raw) {
     grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
@@ -935,8 +935,8 @@ DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
     }
 }
 
-/* Units that are multiplied at a time: of few quantized rows several, or each would wait for the one
- * before. */
+/* Units that are multiplied at a time: of few quantized rows several, or each would wait for the
+ * one before. */
 static constexpr __host__ __device__ int units_at_once(int type, int rows) {
     return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
 }
@@ -1280,7 +1280,7 @@ static int rows_at_once(const struct cuda_device *d) {
 }
 
 /* Segments of an item: the more, the fewer sums pass through memory. One item a block is best, if
- * two thirds of the blocks have one; else no block shall have more to do than if items were small. */
+ * two thirds of the blocks have one; else no block may have more to do than with small items. */
 static int choose_grain(int n_panels, int n_segments, int blocks) {
     int grain = 1, least = divide(n_panels * n_segments, blocks);
     for (int i = 1; i <= n_segments; i *= 2) {
@@ -1371,7 +1371,7 @@ static struct product product_of(const struct cuda_device *d, const struct weigh
  * nothing changes no bit.
  *
  * In a block (see block_bytes in dynamo.h), here a *page*, a head's keys are planes of 16 rows, and
- * so are its values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
+ * so are its values. HEAD: 64, 128 or 256, what head_dim is padded to. Twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */

@@ -5,7 +5,8 @@
 #     test/gpu.sh build kernels      these alone, in this order
 #
 #   build      the program, the tests and the benchmark, for this machine's GPU
-#   kernels    make gpu-test: every op against float64
+#   kernels    make gpu-test: every op against float64, then products and attention once more by the
+#              portable twin of what Hopper alone can do (ARCH=sm_90)
 #   sanitize   some of those tests under compute-sanitizer: memory, races, barriers, unwritten memory
 #   schedules  the same text in every schedule, one GPU standing for several
 #   floors     what PyTorch reaches (test/floors.py)
@@ -85,6 +86,11 @@ build() {
 
 kernels() {
     run kernels 90 make gpu-test
+    case $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1) in
+    9.0) run twin 90 sh -c '
+        make ARCH=sm_90 VARIANT=twin CUDA= build/twin/test_cuda_gpu &&
+            build/twin/test_cuda_gpu products && build/twin/test_cuda_gpu attention' ;;
+    esac
 }
 
 sanitize() {

@@ -20,8 +20,9 @@ awk '
     match(name, /[a-z][a-z_]*_kernel/)
     kernel = substr(name, RSTART, RLENGTH)
     arguments = substr(name, RSTART + RLENGTH)
-    hot = kernel ~ /^(generated_product|prompt_product|norm|rope_append|embed|sample)_kernel$/ ||
-          (kernel ~ /_attention_kernel$/ && arguments ~ /^ILi(64|128)E/)
+    hot = kernel ~ /^(generated_product|norm|rope_append|embed|sample)_kernel$/ ||
+          (kernel ~ /_attention_kernel$/ && arguments ~ /^ILi(64|128)E/) ||
+          (kernel == "prompt_product_kernel" && arguments !~ /^ILi[0-9]ELi1E/) # GO_ON: of shards
 }
 /bytes stack frame/ && hot {
     n[kernel]++
