@@ -1552,8 +1552,8 @@ template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct 
     }
 }
 
-/* sum (16 queries of a warp, N) = a (16, K) . b, of which both are rows of a stage: of keys (N, K),
- * or, VALUES, of values (K, N), which are added to the sum. On Hopper it is only under way. */
+/* sum (16 queries of a warp, N) = a (16, K) . b, where b is a stage's keys (N, K); VALUES: sum += a
+ * . b of values (K, N), from a plane on. On Hopper it is only under way afterwards. */
 template <int VALUES, int K, int N>
 DEVICE void multiply(float (&sum)[N / 2], const uint32_t (&a)[K / 16][4], uint8_t *b) {
 #ifdef HOPPER
@@ -1790,8 +1790,8 @@ template <int HEAD>
 DEVICE void attend_page(const struct attention &a, uint8_t *page, int position,
                         const uint32_t (&q)[HEAD / 16][2], struct sums<HEAD> *s) {
     const int lane = (int)threadIdx.x % WARP;
-    const struct planes keys = {page, BLOCK_TOKENS};
-    const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
+    const struct planes keys = {page, BLOCK_TOKENS},
+                        values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
     float halves[2][4] = {}, scores[4], factor[2];
 #pragma unroll
     for (int i = 0; i < HEAD / 16; i++) {
@@ -1891,10 +1891,10 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
  * stage to be full, the stage must have been given back by whoever had it before, or what was there
  * before could be taken for its own; with 4 stages or more that one is never two rounds behind. */
 template <int HEAD>
-DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
-                          int end) {
+DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, int end) {
     const int warp = (int)threadIdx.x / WARP;
     constexpr int TOKENS = cut_of(HEAD).split / CONSUMERS;
+    float *parts = reinterpret_cast<float *>(r.stages + r.n * r.bytes);
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
@@ -1950,9 +1950,8 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
     const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
-    float *parts = reinterpret_cast<float *>(shared + a.n_stages * cut_of(HEAD).pages);
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
-        attend_splits<HEAD>(a, r, parts, begin, end);
+        attend_splits<HEAD>(a, r, begin, end);
     else if (begin < end)
         produce_splits<HEAD>(a, r, begin, end);
 }
