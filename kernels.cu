@@ -1361,11 +1361,9 @@ static struct product product_of(const struct cuda_device *d, const struct weigh
  *
  * A *query* is one head of one token. The queries of a KV head's group see the same keys, so they
  * are multiplied together, with a running softmax (FlashAttention-2, Dao 2023).
- *   prompt_attention      up to 128 queries of one sequence by 128 tokens a step: bound by the
- *                         tensor cores
- *   generated_attention   one token's heads; its text is cut into splits of fixed length, and
- *                         whoever ends last adds them up, in their order (Flash-Decoding, Dao et
- *                         al. 2023): bound by reading keys and values
+ *   prompt_attention      up to 128 queries of one sequence by 128 tokens a step
+ *   generated_attention   one token's heads; its text is cut into splits of fixed length, which
+ *                         whoever ends last adds up, in order (Flash-Decoding, Dao et al. 2023)
  * In both, a warp copies keys and values into a ring (chapter 4), and eight multiply. What a query
  * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
  * nothing changes no bit.
@@ -1491,8 +1489,8 @@ template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct 
     }
 }
 
-/* sum (16 queries of a warp, N) = a (16, K) . b, of which both are rows of a stage: of keys (N, K),
- * or, VALUES, of values (K, N), which are added to the sum. On Hopper it is only under way. */
+/* sum (16 queries of a warp, N) = a (16, K) . b, where b is a stage's keys (N, K); VALUES: sum += a
+ * . b of values (K, N), from a plane on. On Hopper it is only under way afterwards. */
 template <int VALUES, int K, int N>
 DEVICE void multiply(float (&sum)[N / 2], const uint32_t (&a)[K / 16][4], uint8_t *b) {
 #ifdef HOPPER
@@ -1567,17 +1565,6 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
     }
 }
 
-/* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage of
- * which the first n rows are a text's last, all others become 0. By all who multiply. */
-template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
-    constexpr int TOKENS = cut_of(HEAD).step;
-    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS * WARP)
-        if (i / 8 % TOKENS >= n)
-            reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
-    wgmma_sees_stores();
-    sync_threads<1, CONSUMERS * WARP>();
-}
-
 /* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of weights. */
 template <int N>
 DEVICE void store_queries(const struct attention &a, const struct queries &q, int query, int dim,
@@ -1647,7 +1634,12 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
         give_back(r, 1);
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
-    clear_rest<HEAD>(stage, q.s.start + q.s.n_rows - last);
+    /* Rows of values that no token has may hold NaN, which a weight of 0 does not hide. */
+    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS * WARP)
+        if (i / 8 % TOKENS >= q.s.start + q.s.n_rows - last)
+            reinterpret_cast<uint4 *>(stage)[i] = make_uint4(0, 0, 0, 0);
+    wgmma_sees_stores();
+    sync_threads<1, CONSUMERS * WARP>();
     multiply<1, TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
@@ -1735,8 +1727,8 @@ template <int HEAD>
 DEVICE void attend_page(const struct attention &a, uint8_t *page, int position,
                         const uint32_t (&q)[HEAD / 16][2], struct sums<HEAD> *s) {
     const int lane = (int)threadIdx.x % WARP;
-    const struct planes keys = {page, BLOCK_TOKENS};
-    const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
+    const struct planes keys = {page, BLOCK_TOKENS},
+                        values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
     float halves[2][4] = {}, scores[4], factor[2];
 #pragma unroll
     for (int i = 0; i < HEAD / 16; i++) {
@@ -1836,10 +1828,10 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
  * stage to be full, the stage must have been given back by whoever had it before, or what was there
  * before could be taken for its own; with 4 stages or more that one is never two rounds behind. */
 template <int HEAD>
-DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
-                          int end) {
+DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, int end) {
     const int warp = (int)threadIdx.x / WARP;
     constexpr int TOKENS = cut_of(HEAD).split / CONSUMERS;
+    float *parts = reinterpret_cast<float *>(r.stages + r.n * r.bytes);
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
@@ -1895,9 +1887,8 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
     const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
-    float *parts = reinterpret_cast<float *>(shared + a.n_stages * cut_of(HEAD).pages);
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
-        attend_splits<HEAD>(a, r, parts, begin, end);
+        attend_splits<HEAD>(a, r, begin, end);
     else if (begin < end)
         produce_splits<HEAD>(a, r, begin, end);
 }
@@ -1932,16 +1923,11 @@ static void launch_attention(struct cuda_device *d, const struct attention &a) {
 }
 
 static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
-    const struct model_config *config = d->device.config;
-    *h = {d->step,
-          d->q,
-          (uint8_t *)d->device.kv,
-          block_bytes(config, d->device.n_shards, KV_BF16),
-          layer,
-          d->n_heads,
-          d->n_kv_heads,
-          config->head_dim,
-          kv_head_dim(config, KV_BF16)};
+    const struct model_config *c = d->device.config;
+    const size_t bytes = block_bytes(c, d->device.n_shards, KV_BF16);
+    uint8_t *kv = (uint8_t *)d->device.kv;
+    const int width = kv_head_dim(c, KV_BF16);
+    *h = {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
 }
 
 static struct attention attention_of(const struct cuda_device *d, int layer) {
