@@ -571,6 +571,35 @@ static void recorded_steps(struct check *check) {
     free_model(m);
 }
 
+/* A chain of layers, again and again: kernels overlap, and whoever reads too early or writes too
+ * early gives other bits now and then. */
+static void chains(struct check *check) {
+    static const int rows[] = {1, 24, 64};
+    static struct test_batch test;
+    struct random random = start("chains");
+    for (enum tensor_type type : {TYPE_BF16, TYPE_Q8_0}) {
+        struct model_config config = draw_config(&random, 32, 1);
+        struct test_model *m = make_model_of(&random, config, type);
+        struct worker *worker = open_worker(0, 0, m, 1, 70);
+        for (int n : rows) {
+            struct batch *batch = start_batch(&test);
+            add_decode(batch, &random, n, 0, between(&random, 1, 300), config.vocab_size);
+            std::vector<float> kv(KV_BLOCKS * block_elements(worker->shards[0]));
+            for (float &element : kv)
+                element = (float)rounded(normal(&random));
+            struct decoded expected = decode(check, worker, batch, kv);
+            for (int i = 0; i < (EMULATED ? 2 : 100); i++) {
+                set_order(word(&random));
+                struct decoded got = decode(check, worker, batch, kv);
+                CHECK(got.logits == expected.logits && got.sampled == expected.sampled,
+                      "run %d of %d rows, type %d", i, n, (int)type);
+            }
+        }
+        close_worker(worker);
+        free_model(m);
+    }
+}
+
 /* ---- refusals: one line that says what to do ---- */
 
 static void refused_devices(struct check *check) {
@@ -834,6 +863,7 @@ int main(int argc, char **argv) {
         OP_TESTS,
         {"masks_of_attention", masks_of_attention},
         {"recorded_steps", recorded_steps},
+        {"chains", chains},
         {"memory_that_stays_pageable", memory_that_stays_pageable},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},
