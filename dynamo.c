@@ -378,10 +378,10 @@ static bool load_weights(const struct engine *engine, struct device *device,
             if (!tensor || role == ROPE_FREQS)
                 continue;
             struct slice slice = {model_tensors[i].slice, device->rank, device->n_shards};
-            const struct tensor *partner = role == FFN_GATE ? model->layers[layer][FFN_UP]
-                                           : role == FFN_UP ? model->layers[layer][FFN_GATE]
-                                                            : NULL;
-            to[layer][role] = engine->config.backend->upload(device, tensor, partner, slice, error);
+            const struct tensor *together[4];
+            model_together(model->layers[layer], role, together);
+            to[layer][role] =
+                engine->config.backend->upload(device, tensor, together, slice, error);
             if (!to[layer][role])
                 return false;
             gguf_release(tensor); /* the backend has a copy */

@@ -164,10 +164,10 @@ struct backend {
      * none. From any thread. False: the system refuses it. NULL: it makes no difference */
     bool (*pin)(struct device *device, void *memory, size_t bytes);
     void (*unpin)(struct device *device, void *memory);
-    /* partner: of gate it is up and of up it is gate, which comes first; else NULL. A backend may
-     * keep both as one matrix */
+    /* together: see model_together, NULL: none; they come in order, a backend may make them one */
     const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
-                                   const struct tensor *partner, struct slice slice, char *error);
+                                   const struct tensor *const *together, struct slice slice,
+                                   char *error);
     /* measures, between steps and in 0.1 s, what a worker's n devices reach at most: bytes read and
      * operations (a multiply-add is two) in products of `type`, both a second; 0: unknown */
     void (*limits)(struct device **shards, int n, enum tensor_type type, double *read, double *ops);

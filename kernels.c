@@ -359,10 +359,10 @@ static struct weight *add_weight(struct cpu_backend *cpu, struct weight *weight)
 }
 
 static const struct weight *cpu_upload(struct device *base, const struct tensor *tensor,
-                                       const struct tensor *partner, struct slice slice,
+                                       const struct tensor *const *together, struct slice slice,
                                        char *error) {
     struct cpu_device *device = (struct cpu_device *)base;
-    (void)partner; /* each is a matrix of its own */
+    (void)together; /* each is a matrix of its own */
     struct cpu_backend *cpu = device->cpu;
     pthread_mutex_lock(&cpu->upload_mutex);
     struct weight *weight = cpu->weights;

@@ -43,6 +43,7 @@ extern "C" {
 
 #include <assert.h>
 #include <float.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,9 +103,9 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
  * those of outputs group and group + 8 side by side.
  *
- * Gate and up are one matrix: outputs 0 to 7 of a tile are gate's, the others up's of the same
- * numbers, so that a lane has both sums of what silu(gate) * up needs. Where they are of two types,
- * both become bf16.
+ * What is multiplied together is one matrix. Of gate and up, outputs 0 to 7 of a tile are gate's, the
+ * others up's of the same numbers: so a lane has both sums that silu(gate) * up needs. Of q, k and
+ * v, one follows the other. Those of several types become bf16.
  *
  * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
  * a segment ends where any number of shards would cut, between heads or at an even k; it then
@@ -324,8 +325,8 @@ DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
     return raw.type == TYPE_F16 ? half_to_float(bits) : bf16_to_float(bits);
 }
 
-/* A lane's words of one of its two outputs in a tile: row `upper`, those of k outside [begin, end)
- * and of rows that are not there are 0. words: of the unit's tile. */
+/* A lane's words of one of its two outputs in a tile: those of k outside [begin, end) and of rows
+ * that are not there are 0. words: of the unit's tile. */
 DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int row, int upper,
                         int unit_k, int begin, int end, uint32_t *words) {
     int lane = (int)threadIdx.x % WARP;
@@ -357,37 +358,29 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
     }
 }
 
-/* Packs tiles [first_tile, first_tile + n_tiles) of m from the rows at hand. part: of a pair, 0 or 1
- * for gate or up. One warp a tile and unit; bound by memory. The twin of pack_panel. */
-__global__ void pack_kernel(const struct matrix m, int first_tile, int n_tiles, int part,
-                            const struct raw_rows raw) {
+/* Packs the rows at hand into every step-th half of m's tiles, from half `first` on. One warp a half
+ * tile, of 8 outputs, and unit; bound by memory. The twin of pack_panel. */
+__global__ void pack_kernel(const struct matrix m, int first, int step, const struct raw_rows raw) {
     grid_wait();
     int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
     size_t index = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
-    if (index >= (size_t)n_tiles * m.n_units)
+    int unit = (int)(index % m.n_units), row = (int)(index / m.n_units) * 8, segment = 0;
+    if (row >= raw.n_rows)
         return;
-    int unit = (int)(index % m.n_units), tile = (int)(index / m.n_units), segment = 0;
     while (unit >= m.segments.unit[segment + 1])
         segment++;
-    int begin = m.segments.k[segment], end = m.segments.k[segment + 1], to_tile = first_tile + tile;
-    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT;
+    int begin = m.segments.k[segment], end = m.segments.k[segment + 1];
+    int k = (begin / UNIT + unit - m.segments.unit[segment]) * UNIT, half = first + row / 8 * step;
     uint8_t *to = const_cast<uint8_t *>(m.packed) +
-                  ((size_t)(to_tile / 8) * m.n_units + unit) * unit_bytes(m.type);
-    for (int upper = m.paired ? part : 0; upper <= (m.paired ? part : 1); upper++) {
-        int first = m.paired ? tile * 8 : tile * TILE + upper * 8;
-        pack_output(m, raw, first + lane / 4, upper, k, begin, end,
-                    (uint32_t *)(to + to_tile % 8 * (numbers_bytes(m.type) / 8)));
-        if (m.type != PACKED_BF16 && lane < 16) { /* scales of 8 outputs, 2 times 32 k */
-            int row = first + lane % 8, at = k + lane / 8 * 32;
-            uint16_t scale = 0;
-            if (row < raw.n_rows && at >= begin / 32 * 32 && at < end)
-                (void)raw_number(raw, row, at, &scale);
-            ((uint16_t *)(to +
-                          numbers_bytes(
-                              m.type)))[(to_tile % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + upper] =
-                scale;
-        }
-    }
+                  ((size_t)(half / 16) * m.n_units + unit) * unit_bytes(m.type);
+    pack_output(m, raw, row + lane / 4, half % 2, k, begin, end,
+                (uint32_t *)(to + half / 2 % 8 * (numbers_bytes(m.type) / 8)));
+    row += lane % 8;
+    int at = k + lane / 8 * 32; /* scales of 8 outputs, 2 times 32 k */
+    if (m.type != PACKED_BF16 && lane < 16 && row < raw.n_rows && at >= begin / 32 * 32 && at < end)
+        (void)raw_number(raw, row, at,
+                         (uint16_t *)(to + numbers_bytes(m.type)) +
+                             (half / 2 % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + half % 2);
 }
 
 /* ==== 3. Devices: what they hold, memory, copies, uploads ====
@@ -402,8 +395,9 @@ struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
     struct slice slice;
     int gpu;
-    struct matrix matrix; /* of gate and up both have the same */
-    bool borrowed;        /* it belongs to the other of the two */
+    struct matrix matrix; /* of all that is multiplied together */
+    int first_half;       /* half tiles before this one's first */
+    bool borrowed;        /* it belongs to the first of them */
     float *vector;        /* device (its part of the tensor, and zeros to a multiple of 8) */
     struct weight *next;
 };
@@ -542,94 +536,6 @@ static void free_weight(struct weight *weight) {
     free(weight);
 }
 
-/* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
- * up once: the rest is made on the device. part: 1 for up, which shares its matrix with gate. */
-static bool pack_matrix(struct cuda_device *d, const struct tensor *tensor, int first_row,
-                        int n_rows, const struct matrix *m, int part) {
-    int tile_rows = m->paired ? TILE / 2 : TILE, all_tiles = m->n_panels * (PANEL / TILE);
-    size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
-    size_t tile_bytes = (size_t)tile_rows * row_bytes;
-    size_t period = tensor->period;
-    size_t most = tile_bytes > STAGING_BYTES ? tile_bytes : (size_t)STAGING_BYTES;
-    size_t all = tile_bytes * (size_t)all_tiles;
-    struct gpu_staging *staging = &d->card->staging;
-    struct gpu up = d->gpu; /* the same, but for the stream */
-    up.stream = staging->stream;
-    if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
-        return false;
-    int band = (int)(period > 0 ? (size_t)all_tiles : staging->bytes / tile_bytes);
-    for (int tile = 0; tile < all_tiles; tile += band) {
-        int n_tiles = smaller(all_tiles - tile, band), left = n_rows - tile * tile_rows;
-        struct raw_rows raw = {};
-        raw.row_bytes = row_bytes;
-        raw.type = tensor->type;
-        raw.n_rows = left < 0 ? 0 : smaller(left, n_tiles * tile_rows);
-        const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + tile * tile_rows) * row_bytes;
-        size_t bytes = (size_t)raw.n_rows * row_bytes;
-        if (period > 0) {
-            bytes = period < tensor->bytes ? period : tensor->bytes;
-            raw.period = bytes;
-            raw.first = offset % bytes;
-            offset = 0;
-        }
-        if (raw.n_rows > 0) /* else it is the rest of the last panel */
-            raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
-        size_t n_blocks = ((size_t)n_tiles * m->n_units * WARP + THREADS - 1) / THREADS;
-        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)n_blocks), THREADS, 0, *m, tile,
-                   n_tiles, part, raw);
-        gpu_staging_used(&d->gpu, staging);
-    }
-    return true;
-}
-
-/* partner: what w->tensor is multiplied together with, or NULL; then `other` is its weight, if that
- * is there. */
-static bool upload_matrix(struct cuda_device *d, struct weight *w, const struct tensor *partner,
-                          const struct weight *other) {
-    const struct tensor *tensor = w->tensor;
-    const struct slice *slice = &w->slice;
-    struct matrix *m = &w->matrix;
-    int rows = (int)tensor->rows / (slice->kind == SLICE_ROWS ? slice->count : 1);
-    int first_row = slice->kind == SLICE_ROWS ? slice->rank * rows : 0;
-    bool cut = slice->kind == SLICE_COLS, ok = true;
-    int grain = cut ? grain_of(d->device.config, (int)tensor->cols) : 0;
-    int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
-    m->segments =
-        make_segments((int)tensor->cols, grain, cut ? slice->rank * n_segments : 0, n_segments);
-    m->type = packed_type_of(tensor->type);
-    m->paired = partner != NULL;
-    if (partner && packed_type_of(partner->type) != m->type)
-        m->type = PACKED_BF16;
-    m->n_outputs = rows;
-    m->n_panels = divide(rows, m->paired ? PANEL / 2 : PANEL);
-    m->n_units = m->segments.unit[n_segments];
-    w->borrowed = other != NULL;
-    if (other)
-        m->packed = other->matrix.packed;
-    else
-        ok = cudaMalloc((void **)&m->packed, (size_t)m->n_panels * m->n_units *
-                                                 (size_t)unit_bytes(m->type)) == cudaSuccess;
-    (void)cudaGetLastError();
-    return ok && pack_matrix(d, tensor, first_row, rows, m, other != NULL);
-}
-
-/* A shard has its part of a bias; a norm is whole. */
-static bool upload_vector(struct cuda_device *d, struct weight *w) {
-    const struct tensor *tensor = w->tensor;
-    int n = (int)tensor->cols / (w->slice.kind == SLICE_WHOLE ? 1 : w->slice.count);
-    const char *from = (const char *)tensor->data;
-    if (w->slice.kind != SLICE_WHOLE)
-        from += (size_t)w->slice.rank * n * sizeof(float);
-    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
-    cudaStream_t stream = d->card->staging.stream;
-    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
-        return false;
-    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
-    TRY(d, cudaMemcpyAsync(w->vector, from, bytes, cudaMemcpyHostToDevice, stream));
-    return true;
-}
-
 static struct weight *find_weight(const struct cuda_device *d, const struct tensor *tensor,
                                   struct slice slice) {
     struct weight *w = d->cuda->weights;
@@ -639,20 +545,110 @@ static struct weight *find_weight(const struct cuda_device *d, const struct tens
     return w;
 }
 
+/* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
+ * up once: the rest is made on the device. */
+static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first_row, int n_rows) {
+    const struct tensor *tensor = w->tensor;
+    const struct matrix *m = &w->matrix;
+    size_t row_bytes = tensor->bytes / (size_t)tensor->rows, period = tensor->period;
+    size_t most = 8 * row_bytes > STAGING_BYTES ? 8 * row_bytes : (size_t)STAGING_BYTES;
+    size_t all = row_bytes * (size_t)divide(n_rows, 8) * 8;
+    struct gpu_staging *staging = &d->card->staging;
+    struct gpu up = d->gpu; /* the same, but for the stream */
+    up.stream = staging->stream;
+    if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
+        return false;
+    int band = period > 0 ? n_rows : (int)(staging->bytes / row_bytes / 8) * 8;
+    int step = m->paired ? 2 : 1;
+    for (int row = 0; row < n_rows; row += band) {
+        struct raw_rows raw = {};
+        raw.row_bytes = row_bytes;
+        raw.type = tensor->type;
+        raw.n_rows = smaller(n_rows - row, band);
+        const char *from = (const char *)tensor->data;
+        size_t offset = (size_t)(first_row + row) * row_bytes;
+        size_t bytes = (size_t)raw.n_rows * row_bytes;
+        if (period > 0) {
+            bytes = period < tensor->bytes ? period : tensor->bytes;
+            raw.period = bytes;
+            raw.first = offset % bytes;
+            offset = 0;
+        }
+        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
+        size_t n = (size_t)divide(raw.n_rows, 8) * (size_t)m->n_units * WARP;
+        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
+                   THREADS, 0, *m, w->first_half + row / 8 * step, step, raw);
+        gpu_staging_used(&d->gpu, staging);
+    }
+    return true;
+}
+
+static int rows_of(const struct tensor *tensor, struct slice slice) { /* that a shard has */
+    return (int)tensor->rows / (slice.kind == SLICE_ROWS ? slice.count : 1);
+}
+
+/* first: of together[0]; NULL: that is this one. Two are gate and up. */
+static bool upload_matrix(struct cuda_device *d, struct weight *w,
+                          const struct tensor *const *together, const struct weight *first) {
+    struct matrix *m = &w->matrix;
+    const struct slice *slice = &w->slice;
+    int rows = rows_of(w->tensor, *slice), cols = (int)w->tensor->cols, n_halves = 0;
+    bool cut = slice->kind == SLICE_COLS, ok = true;
+    int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
+    m->segments = make_segments(cols, cut ? grain_of(d->device.config, cols) : 0,
+                                cut ? slice->rank * n_segments : 0, n_segments);
+    m->n_units = m->segments.unit[n_segments];
+    m->type = packed_type_of(w->tensor->type);
+    m->paired = together[1] && !together[2];
+    for (int i = 0; together[i]; i++) {
+        if (together[i] == w->tensor)
+            w->first_half = m->paired ? i : n_halves;
+        if (packed_type_of(together[i]->type) != m->type)
+            m->type = PACKED_BF16;
+        m->n_outputs += m->paired ? rows * (i == 0) : rows_of(together[i], *slice);
+        n_halves += divide(rows_of(together[i], *slice), 8);
+    }
+    m->n_panels = divide(n_halves, PANEL / 8);
+    w->borrowed = first != NULL;
+    size_t bytes = (size_t)m->n_panels * (size_t)m->n_units * (size_t)unit_bytes(m->type);
+    if (first)
+        m->packed = first->matrix.packed;
+    else if ((ok = cudaMalloc((void **)&m->packed, bytes) == cudaSuccess))
+        TRY(d, cudaMemsetAsync((void *)m->packed, 0, bytes, d->card->staging.stream));
+    (void)cudaGetLastError();
+    return ok && pack_matrix(d, w, slice->kind == SLICE_ROWS ? slice->rank * rows : 0, rows);
+}
+
+/* A shard has its part of a bias; a norm is whole. */
+static bool upload_vector(struct cuda_device *d, struct weight *w) {
+    bool whole = w->slice.kind == SLICE_WHOLE;
+    int n = (int)w->tensor->cols / (whole ? 1 : w->slice.count), rank = whole ? 0 : w->slice.rank;
+    size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
+    cudaStream_t stream = d->card->staging.stream;
+    if (cudaMalloc((void **)&w->vector, room) != cudaSuccess)
+        return false;
+    TRY(d, cudaMemsetAsync(w->vector, 0, room, stream));
+    TRY(d, cudaMemcpyAsync(w->vector, (const char *)w->tensor->data + (size_t)rank * bytes, bytes,
+                           cudaMemcpyHostToDevice, stream));
+    return true;
+}
+
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
-                                        const struct tensor *partner, struct slice slice,
+                                        const struct tensor *const *together, struct slice slice,
                                         char *error) {
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
+    const struct tensor *const alone[] = {tensor, NULL};
+    together = together ? together : alone;
     pthread_mutex_lock(&cuda->upload_mutex);
     struct weight *w = find_weight(d, tensor, slice);
     if (!w && (w = (struct weight *)calloc(1, sizeof *w)) != NULL) {
-        const struct weight *other = partner ? find_weight(d, partner, slice) : NULL;
+        const struct weight *first = find_weight(d, together[0], slice);
         w->tensor = tensor;
         w->slice = slice;
         w->gpu = device->index;
         bool is_vector = tensor->rows == 1 && tensor->type == TYPE_F32;
-        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, partner, other)) {
+        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, together, first)) {
             w->next = cuda->weights;
             cuda->weights = w;
             TRY(d, cudaStreamSynchronize(d->card->staging.stream));
@@ -712,10 +708,11 @@ enum {
 };
 
 struct product {
-    struct matrix matrix[3]; /* of like type and K; SILU: one, a pair */
-    float *out[3];           /* (n_rows, out_stride) */
-    const float *bias[3];    /* (n_outputs), or NULL */
-    int n_matrices, n_panels, out_stride;
+    struct matrix matrix;
+    float *out; /* (n_rows, out_stride) */
+    const float
+        *bias[3]; /* bias[i][output], or NULL: of outputs to bias_end[0], [1], of the rest */
+    int bias_end[2], out_stride;
     bool adds; /* to what `out` holds; instead of a bias */
     struct planes input;
     int n_stages;
@@ -736,19 +733,11 @@ DEVICE float silu(float x) {
     return __fdividef(x, 1.0f + __expf(-x));
 }
 
-/* Which of the matrices has the panel, and its number there. */
-DEVICE int find_matrix(const struct product &p, int *panel) {
-    int which = 0;
-    for (; which + 1 < p.n_matrices && *panel >= p.matrix[which].n_panels; which++)
-        *panel -= p.matrix[which].n_panels;
-    return which;
-}
-
 /* Sums of a tile of 16 outputs and N times 8 rows: sum[4 j + e] of a lane is of output group +
  * e / 2 * 8 and row 8 j + 2 quad + e % 2. */
 struct corner {
-    int which, tile, row;   /* the matrix, the tile there, the first of the rows */
-    int begin_row, end_row; /* rows that are wanted */
+    int tile, row;          /* the first of the rows */
+    int begin_row, end_row; /* those that are wanted */
 };
 
 /* Calls act(i, e, offset in out) for those that are wanted of sum[i] with i % 4 == e. */
@@ -759,7 +748,7 @@ DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act
     for (int i = 0; i < N * 4; i++) {
         int row = at.row + i / 4 * 8 + quad * 2 + i % 2,
             output = at.tile * TILE + group + i % 4 / 2 * 8;
-        if (row >= at.begin_row && row < at.end_row && output < p.matrix[at.which].n_outputs)
+        if (row >= at.begin_row && row < at.end_row && output < p.matrix.n_outputs)
             act(i, (size_t)row * p.out_stride + output, output);
     }
 }
@@ -769,18 +758,21 @@ DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act
 template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum) {
     if constexpr (EPILOGUE != SILU) {
-        float *out = p.out[at.which];
-        const float *bias = p.bias[at.which];
-        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-            if (p.adds)
-                atomicAdd(out + offset, sum[i]);
-            else
-                out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
-        });
+        for_wanted<N>(
+            p, at,
+            [&](int i, size_t offset, int output) {
+                if (p.adds)
+                    atomicAdd(p.out + offset, sum[i]);
+                else {
+                    const float *bias =
+                        p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
+                    p.out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
+                }
+            });
     } else { /* lanes of two outputs swap, so that each has both of one row */
         const int lane = (int)threadIdx.x % WARP, odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
-        const bool there = output < p.matrix[at.which].n_outputs; /* segments begin at an even k */
+        const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
         uint16_t *to = plane_element(p.ffn, row, place(p.ffn_places, there ? output : 0));
 #pragma unroll
         for (int j = 0; j < N; j++) {
@@ -859,71 +851,60 @@ struct share {
 };
 
 DEVICE struct share find_share(const struct product &p) {
-    const int n_groups = p.matrix[0].segments.n / p.grain, n = p.n_panels * n_groups;
+    const int n_groups = p.matrix.segments.n / p.grain, n = p.matrix.n_panels * n_groups;
     return {n_groups, (int)((int64_t)blockIdx.x * n / gridDim.x),
             (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
 /* The block that has an item: the last one to begin before or with it. */
 DEVICE int owner_of(const struct product &p, int item, int n_groups) {
-    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.n_panels * n_groups));
-}
-
-/* A unit on its way through the panels. */
-struct walk {
-    int panel, unit;
-    const uint8_t *weights;
-};
-
-template <int TYPE> DEVICE struct walk start_walk(const struct product &p, int panel, int unit) {
-    int own = panel, which = find_matrix(p, &own);
-    size_t at = (size_t)own * p.matrix[0].n_units + unit;
-    return {panel, unit, p.matrix[which].packed + at * unit_bytes(TYPE)};
-}
-
-template <int TYPE> DEVICE void next_unit(const struct product &p, struct walk *w) {
-    w->weights += unit_bytes(TYPE);
-    if (++w->unit == p.matrix[0].n_units)
-        *w = start_walk<TYPE>(p, w->panel + 1, 0);
+    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.matrix.n_panels * n_groups));
 }
 
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
- * they do not depend on it; rows afterwards. */
+ * they do not depend on it; rows afterwards. Those who come next are let in when all has been asked
+ * for, or, where rows are few, at once. */
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r) {
-    const struct segments &segments = p.matrix[0].segments;
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const struct segments &segments = p.matrix.segments;
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct share s = find_share(p);
-    const int first = segments.unit[s.begin % s.n_groups * p.grain];
-    const int n = (s.end / s.n_groups - s.begin / s.n_groups) * n_units +
-                  segments.unit[s.end % s.n_groups * p.grain] - first; /* units in all */
-    const int n_ahead = smaller(n, r.n);
+    auto unit_of = [&](int item) { /* of all panels' units */
+                                   return item / s.n_groups * n_units +
+                                          segments.unit[item % s.n_groups * p.grain];
+    };
+    const int begin = unit_of(s.begin), n = unit_of(s.end) - begin, n_ahead = smaller(n, r.n);
     const struct ring start_ring = r;
-    struct walk w = start_walk<TYPE>(p, s.begin / s.n_groups, first);
-    const struct walk start = w;
+    const uint8_t *const first = p.matrix.packed + (size_t)begin * unit_bytes(TYPE), *from = first;
+    int unit = begin % n_units;
+    auto ask = [&](bool weights,
+                   bool rows) { /* and goes on to the next unit */
+                                size_t row = (size_t)unit * p.input.n_rows + p.first_row;
+                                uint8_t *to = wait_empty(r);
+                                uint32_t bytes = lane == 0 && rows      ? ROWS * ROW_BYTES
+                                                 : lane == 1 && weights ? unit_bytes(TYPE)
+                                                                        : 0;
+                                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
+                                            lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
+                                            bytes, lane == 1, r.full + r.at);
+                                if (rows)
+                                    copies_sent(r.full + r.at);
+                                next_stage(&r);
+                                from += unit_bytes(TYPE);
+                                unit = unit + 1 < n_units ? unit + 1 : 0;
+    };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
-    for (int i = 0; i < n_ahead; i++, next_unit<TYPE>(p, &w), next_stage(&r))
-        copy_pieces(r.stages + r.at * r.bytes + ROWS * ROW_BYTES, w.weights,
-                    lane == 0 ? unit_bytes(TYPE) : 0, true, r.full + r.at);
-    if (ROWS == GENERATED_ROWS && n_ahead == n)
-        grid_launch_dependents();
+    for (int i = 0; i < n_ahead; i++)
+        ask(true, false);
     grid_wait();
     copies_see_stores();
-    w = start;
+    from = first;
+    unit = begin % n_units;
     r = start_ring;
-    const uint8_t *rows = p.input.bytes + (size_t)p.first_row * ROW_BYTES;
-    for (int i = 0; i < n; i++, next_unit<TYPE>(p, &w), next_stage(&r)) {
-        const size_t plane = (size_t)w.unit * p.input.n_rows * ROW_BYTES;
-        uint8_t *to = wait_empty(r);
-        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES, lane == 0 ? rows + plane : w.weights,
-                    lane == 0                   ? ROWS * ROW_BYTES
-                    : lane == 1 && i >= n_ahead ? unit_bytes(TYPE)
-                                                : 0,
-                    lane == 1, r.full + r.at);
-        copies_sent(r.full + r.at);
-    }
-    if (ROWS == GENERATED_ROWS && n_ahead < n)
+    for (int i = 0; i < n; i++)
+        ask(i >= n_ahead, true);
+    if (ROWS == GENERATED_ROWS)
         grid_launch_dependents();
 }
 
@@ -936,26 +917,23 @@ DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float 
         sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
-#ifdef HOPPER
-/* sum (a tile of 16 outputs, ROWS rows) += a unit: four warps together. The last products still go
- * on when it returns, and read a[1]; those of the call before are done. */
+/* sum (a tile of 16 outputs, ROWS rows) += a unit. On Hopper the last products still go on when it
+ * returns, and read a[1]; those of the call before are done. */
 template <int TYPE, int ROWS, int M>
-DEVICE void multiply_together(const uint8_t *rows, const uint8_t *weights, int tile,
-                              uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
-    const uint64_t b = wgmma_rows(rows);
+DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
+                          uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
             load_scaled<TYPE>(weights, tile, half * 2 + i, (int)threadIdx.x % WARP, a[half][i]);
         wgmma_begin();
-        wgmma<ROWS>(sum, a[half][0], b + half * 4, true);
-        wgmma<ROWS>(sum, a[half][1], b + half * 4 + 2, true);
+        multiply_rows<ROWS>(sum, a[half][0], rows, half * 2, true);
+        multiply_rows<ROWS>(sum, a[half][1], rows, half * 2 + 1, true);
         wgmma_commit();
         wgmma_wait<1>(); /* those before, which read the other half of a */
     }
 }
-#endif
 
 /* Units that are multiplied at a time: of few quantized rows several, or each would wait for the one
  * before. */
@@ -963,64 +941,35 @@ static constexpr __host__ __device__ int units_at_once(int type, int rows) {
     return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
 }
 
-/* The same of generated rows and UNITS stages, everywhere. Quantized numbers are multiplied as whole
- * numbers, 32 k at a time, and their sums by the scale. */
+/* The same of quantized generated rows and UNITS stages: whole numbers are multiplied, 32 k at a
+ * time, and while the next are, their sums by the scale. */
 template <int TYPE, int ROWS, int UNITS, int M>
-DEVICE void multiply_units(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
-                           float (&sum)[ROWS / 2]) {
-    constexpr bool SCALED = TYPE != PACKED_BF16;
-    const int lane = (int)threadIdx.x % WARP;
+DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
+                             float (&sum)[ROWS / 2]) {
+    constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS, N = UNITS * 2 * PARTS;
     uint32_t scale[UNITS * 2];
-#ifdef HOPPER
-    if constexpr (!SCALED) {
-        multiply_together<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
-    } else {
+    float part[2][COLUMNS / 2];
 #pragma unroll
-        for (int i = 0; i < UNITS * 4; i++)
-            load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, lane, a[i / 2][i % 2],
-                               &scale[i / 2]);
-        constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS;
-        constexpr int N = UNITS * 2 * PARTS;
-        float part[2][COLUMNS / 2]; /* while one is made, the one before is scaled */
+    for (int i = 0; i < UNITS * 4; i++)
+        load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, (int)threadIdx.x % WARP,
+                           a[i / 2][i % 2], &scale[i / 2]);
 #pragma unroll
-        for (int i = 0; i <= N; i++) {
-            if (i < N) {
-                const int half = i / PARTS;
-                const uint64_t b =
-                    wgmma_rows(rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES) + half % 2 * 4;
-                wgmma_begin();
-                wgmma<COLUMNS>(part[i % 2], a[half][0], b, false);
-                wgmma<COLUMNS>(part[i % 2], a[half][1], b + 2, true);
-                wgmma_commit();
-            }
-            if (i == 0)
-                continue;
-            if (i < N)
-                wgmma_wait<1>();
-            else
-                wgmma_wait<0>();
+    for (int i = 0; i <= N; i++) {
+        if (i < N) {
+            const int half = i / PARTS;
+            const uint8_t *own = rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES;
+            wgmma_begin();
+            multiply_rows<COLUMNS>(part[i % 2], a[half][0], own, half % 2 * 2, false);
+            multiply_rows<COLUMNS>(part[i % 2], a[half][1], own, half % 2 * 2 + 1, true);
+            wgmma_commit();
+        }
+        if (i > 0 && i < N)
+            wgmma_wait<1>();
+        else if (i > 0)
+            wgmma_wait<0>();
+        if (i > 0)
             add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
-        }
     }
-#else
-#pragma unroll
-    for (int i = 0; i < UNITS * 2; i++) {
-        const uint8_t *weights = rows[i / 2] + ROWS * ROW_BYTES;
-        load_operand<TYPE>(weights, warp, i % 2 * 2, lane, a[i][0], &scale[i]);
-        load_operand<TYPE>(weights, warp, i % 2 * 2 + 1, lane, a[i][1], &scale[i]);
-#pragma unroll
-        for (int j = 0; j < ROWS / 8; j++) {
-            uint32_t b[4];
-            load_matrices(b, rows[i / 2] + (j * 8 + lane % 8) * ROW_BYTES +
-                                 ((i % 2 * 4 + lane / 8) ^ lane % 8) * 16);
-            float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-            mma_bf16(SCALED ? part : &sum[j * 4], a[i][0], b);
-            mma_bf16(SCALED ? part : &sum[j * 4], a[i][1], b + 2);
-            if constexpr (SCALED)
-                add_scaled(part, scale[i], j, sum);
-        }
-    }
-#endif
 }
 
 DEVICE float4 add4(float4 a, float4 b) {
@@ -1031,19 +980,15 @@ DEVICE float4 add4(float4 a, float4 b) {
  * `top`. kept: shared (3 levels, N / 4, consumers), left siblings. True: `sum` is of a node at the
  * top. */
 template <int N> DEVICE bool add_siblings(int segment, int top, float (&sum)[N], float4 *kept) {
-    for (int level = 0; level < top; level++, kept += N / 4 * CONSUMERS * WARP) {
+    float4 *own = reinterpret_cast<float4 *>(sum), *left = kept + threadIdx.x;
+    for (int level = 0; level < top; level++) {
         const bool is_right = segment >> level & 1;
 #pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            float4 *left = kept + i / 4 * CONSUMERS * WARP + threadIdx.x;
-            float4 own = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            if (is_right) {
-                own = add4(*left, own);
-                sum[i] = own.x, sum[i + 1] = own.y, sum[i + 2] = own.z, sum[i + 3] = own.w;
-            } else {
-                *left = own;
-            }
-        }
+        for (int i = 0; i < N / 4; i++, left += CONSUMERS * WARP)
+            if (is_right)
+                own[i] = add4(*left, own[i]);
+            else
+                *left = own[i];
         if (!is_right)
             return false;
     }
@@ -1073,7 +1018,7 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
     constexpr int N = ROWS < 32 ? ROWS / 8 : 4; /* times 8 rows at a time */
 #pragma unroll 1
     for (int first = 0; first < ROWS / 8; first += N, at.row += N * 8) {
-        float sum[N * 4] = {};
+        float4 sum[N] = {};
 #pragma unroll 1
         for (int half = 0; half < n_groups; half += 4)
 #pragma unroll
@@ -1085,11 +1030,9 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                                ? __ldcg(sums_of_item<ROWS>(p, owner, half + i) +
                                         (first + j) * CONSUMERS * WARP)
                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                const float4 own = add4(add4(v[0], v[1]), add4(v[2], v[3]));
-                sum[j * 4] += own.x, sum[j * 4 + 1] += own.y, sum[j * 4 + 2] += own.z;
-                sum[j * 4 + 3] += own.w;
+                sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
-        finish<EPILOGUE, N>(p, at, sum);
+        finish<EPILOGUE, N>(p, at, &sum[0].x);
     }
 }
 
@@ -1100,21 +1043,22 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++)
         sum[i] = 0.0f;
-    constexpr int UNITS = N / 2;
-    for (; UNITS > 1 && n >= UNITS; n -= UNITS) {
-        const uint8_t *rows[UNITS];
+    for (int done; n > 0; n -= done) {
+        const uint8_t *rows[N / 2];
         struct ring ahead = *r;
+        done = n < N / 2 ? 1 : N / 2;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++, next_stage(&ahead))
-            rows[i] = wait_full(ahead);
-        multiply_units<TYPE, ROWS, UNITS>(rows, warp, a, sum);
-        for (int i = 0; i < UNITS; i++, *first = false)
+        for (int i = 0; i < N / 2; i++, next_stage(&ahead))
+            if (i < done)
+                rows[i] = wait_full(ahead);
+        if constexpr (TYPE == PACKED_BF16)
+            multiply_unit<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
+        else if (done == N / 2)
+            multiply_numbers<TYPE, ROWS, N / 2>(rows, warp, a, sum);
+        else
+            multiply_numbers<TYPE, ROWS, 1>(rows, warp, a, sum);
+        for (int i = 0; i < done; i++, *first = false)
             advance(r, *first);
-    }
-    for (; n > 0; n--, *first = false) {
-        const uint8_t *rows[1] = {wait_full(*r)};
-        multiply_units<TYPE, ROWS, 1>(rows, warp, a, sum);
-        advance(r, *first);
     }
     wgmma_wait<0>();
 }
@@ -1143,21 +1087,19 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     }
     grid_wait();
     const struct share s = find_share(p);
-    const struct segments &segments = p.matrix[0].segments;
+    const struct segments &segments = p.matrix.segments;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
-        int panel = item / s.n_groups;
-        const int which = find_matrix(p, &panel);
-        struct corner at = {which, panel * (PANEL / TILE) + warp, p.first_row, 0,
-                            *p.n_generated - p.n_before};
+        const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
+                                  *p.n_generated - p.n_before};
         n_items = smaller(s.n_groups - group, s.end - item);
         const bool whole = n_items == s.n_groups;
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
                               : (p.grain > 1) + (p.grain > 2);
-        float sum[ROWS / 2];
+        alignas(16) float sum[ROWS / 2];
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
                                          a, sum);
@@ -1166,7 +1108,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
 #pragma unroll
             for (int j = 0; j < ROWS / 8; j++)
                 __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
-                       make_float4(sum[j * 4], sum[j * 4 + 1], sum[j * 4 + 2], sum[j * 4 + 3]));
+                       reinterpret_cast<float4 *>(sum)[j]);
         }
         if (whole)
             finish<EPILOGUE, ROWS / 8>(p, at, sum);
@@ -1205,14 +1147,13 @@ DEVICE struct row_tiles find_row_tiles(const struct product &p) {
 }
 
 template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix[0].n_units;
+    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct row_tiles t = find_row_tiles(p);
     grid_wait();
     copies_see_stores();
-    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
-        int panel = tile / t.n, which = find_matrix(p, &panel);
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
         const uint8_t *weights =
-            p.matrix[which].packed + (size_t)panel * n_units * unit_bytes(TYPE);
+            p.matrix.packed + (size_t)(tile / t.n) * n_units * unit_bytes(TYPE);
         const uint8_t *rows =
             p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES;
         for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
@@ -1243,7 +1184,7 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
                                  float (&sum)[WARP_SUMS * 4]) {
     const uint8_t *weights = rows + TILE_ROWS * ROW_BYTES;
 #ifdef HOPPER
-    multiply_together<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
+    multiply_unit<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
 #else
     const int lane = (int)threadIdx.x % WARP;
     (void)a;
@@ -1272,14 +1213,12 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
     const int warp = (int)threadIdx.x / WARP;
     grid_wait();
     const struct row_tiles t = find_row_tiles(p);
-    const int n_units = p.matrix[0].n_units;
+    const int n_units = p.matrix.n_units;
     bool first = true;
-    for (int tile = (int)blockIdx.x; tile < t.n * p.n_panels; tile += (int)gridDim.x) {
-        int panel = tile / t.n, row = t.begin + tile % t.n * TILE_ROWS;
-        const int which = find_matrix(p, &panel);
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
         auto corner_of = [&](int i) -> struct corner {
-            return {which, panel *(PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
-                    p.first_row, t.end};
+            return {tile / t.n * (PANEL / TILE) + tile_of(warp, i),
+                    t.begin + tile % t.n *TILE_ROWS + row_of(warp, i), p.first_row, t.end};
         };
         float sum[WARP_SUMS * 4];
         uint32_t a[2][2][4];
@@ -1356,14 +1295,14 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
-    int n_segments = p.matrix[0].segments.n, blocks = d->card->properties.multiProcessorCount;
+    int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
-    p.grain = choose_grain(p.n_panels, n_segments, blocks);
+    p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
     p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
-           grid_of(smaller(blocks, p.n_panels * n_segments / p.grain)), FED_THREADS,
+           grid_of(smaller(blocks, p.matrix.n_panels * n_segments / p.grain)), FED_THREADS,
            (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
 }
 
@@ -1372,7 +1311,7 @@ template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
         int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
-        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.n_panels;
+        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.matrix.n_panels;
         p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
         launch(d, "prompt_product_kernel",
@@ -1395,24 +1334,9 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     }
 }
 
-/* Matrices of one type together, each by itself where they are of several. */
 template <int EPILOGUE>
-static void launch_product(struct cuda_device *d, struct product p, int n_generated) {
-    int type = p.matrix[0].type;
-    p.n_panels = 0;
-    for (int i = 0; i < p.n_matrices; i++) {
-        type = p.matrix[i].type == type ? type : -1;
-        p.n_panels += p.matrix[i].n_panels;
-    }
-    struct product one = p;
-    one.n_matrices = 1;
-    for (int i = 0; i < p.n_matrices && type < 0; i++) {
-        one.matrix[0] = p.matrix[i];
-        one.bias[0] = p.bias[i];
-        one.out[0] = p.out[i];
-        launch_product<EPILOGUE>(d, one, n_generated);
-    }
-    switch (type) {
+static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
+    switch (p.matrix.type) {
     case PACKED_BF16: launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q8: launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q4: launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated); break;
@@ -1420,9 +1344,13 @@ static void launch_product(struct cuda_device *d, struct product p, int n_genera
 }
 
 /* A product of all rows of the step. */
-static struct product product_of(const struct cuda_device *d, const struct planes &input) {
+static struct product product_of(const struct cuda_device *d, const struct weight *matrix,
+                                 const struct planes &input, float *out, int out_stride) {
     struct product p = {};
+    p.matrix = matrix->matrix;
     p.input = input;
+    p.out = out;
+    p.out_stride = out_stride;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
     p.n_rows = d->n_rows - d->n_generated;
@@ -1442,8 +1370,8 @@ static struct product product_of(const struct cuda_device *d, const struct plane
  * gets does not depend on its neighbours: steps are counted from token 0, and one of which it sees
  * nothing changes no bit.
  *
- * In a block (see block_bytes in dynamo.h) a head's keys are planes of 16 rows, and so are its
- * values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
+ * In a block (see block_bytes in dynamo.h), here a *page*, a head's keys are planes of 16 rows, and
+ * so are its values. HEAD: 64, 128 or 256, what head_dim is padded to. The twin of attention_rows. */
 
 struct heads {                      /* of a layer: what rope and attention share */
     const struct step_header *step; /* device */
@@ -1457,7 +1385,7 @@ struct attention : heads {
     struct planes out; /* heads at `places` */
     struct segments places;
     float scale;        /* log2(e) / sqrt(head_dim) */
-    int window;         /* tokens that a query sees at most, its own among them; 0: all */
+    int window;         /* tokens that a query sees at most, its own among them; INT_MAX: all */
     const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
     int n_stages;       /* of the ring */
     int n_chunks, part; /* chunks of heads, of all groups; floats of a chunk's sums */
@@ -1477,27 +1405,52 @@ DEVICE struct planes page_of(const struct heads &h, const struct sequence &s, in
             BLOCK_TOKENS};
 }
 
-/* The first token that a query at `position` sees. */
-DEVICE int first_seen(const struct attention &a, int position) {
-    return a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
+/* Whether a query at `position` sees a token, or any of a page's, whose first is `from`. */
+DEVICE bool sees(const struct attention &a, int position, int token) {
+    return (unsigned)(position - token) < (unsigned)a.window;
+}
+
+DEVICE bool sees_page(const struct attention &a, int position, int from) {
+    return from <= position && position - (from + BLOCK_TOKENS - 1) < a.window;
+}
+
+/* Of the token without a value, where the largest score is `most`. */
+DEVICE float weight_of_sink(const struct attention &a, int head, float most) {
+    return a.sinks ? exp2_approx(a.sinks[head] * LOG2_E - most) : 0.0f;
+}
+
+/* How the work is cut: finer where heads are long, so that sums fit the registers, and rings 99 KB.
+ * There the two groups of four warps have the same 64 queries, and each half of their output. */
+struct cut {
+    int queries; /* of a block of prompt_attention */
+    int step;    /* tokens of a step; half as many where warps cannot leave registers to others */
+    int split;   /* tokens of a split, so few that one text fills the chip from 4k tokens on */
+    int heads;   /* of a group that are multiplied together for a generated token */
+    int pages;   /* bytes of a warp's part of a split */
+};
+
+static constexpr __host__ __device__ struct cut cut_of(int head) {
+    const int n = head > 128 ? 1 : 2;
+#ifdef HOPPER
+    const int step = n * 64;
+#else
+    const int step = n * 32;
+#endif
+    return {n * 64, step, n * 128, n * 4, n * 128 / CONSUMERS * head * 4};
+}
+
+/* A lane's words of a query as operand a of mma_bf16 (N 4; half: rows group or group + 8) or b. */
+template <int HEAD, int N>
+DEVICE void load_query(const struct attention &a, int row, int head, int half,
+                       uint32_t (&operand)[HEAD / 16][N]) {
+    const uint32_t *from =
+        reinterpret_cast<const uint32_t *>(a.q + ((size_t)row * a.n_heads + head) * HEAD);
+#pragma unroll
+    for (int i = 0; i < HEAD / 8; i++)
+        operand[i / 2][i % 2 * (N / 2) + half] = from[i * 4 + threadIdx.x % 4];
 }
 
 /* ---- prompts ---- */
-
-/* Queries of a block. Where heads are long, both groups of four warps have all of them, and each
- * half of the output: so it fits the registers. */
-static constexpr __host__ __device__ int tile_queries(int head) {
-    return head > 128 ? 64 : 128;
-}
-
-/* Tokens of a step: half as many where warps cannot leave registers to others. */
-static constexpr __host__ __device__ int step_tokens(int head) {
-#ifdef HOPPER
-    return tile_queries(head);
-#else
-    return tile_queries(head) / 2;
-#endif
-}
 
 /* The queries of one block: [first, last] of those of a sequence and KV head, which are numbered
  * token by token, and for each token the heads of the group; the steps of tokens that they see. */
@@ -1513,16 +1466,17 @@ template <int HEAD> DEVICE struct queries find_queries(const struct attention &a
     q.kv_head = (int)blockIdx.x % a.n_kv_heads;
     q.group = a.n_heads / a.n_kv_heads;
     q.first = item.y;
-    q.last = smaller(q.first + tile_queries(HEAD), q.s.n_rows * q.group) - 1;
-    q.begin = first_seen(a, q.s.start + q.first / q.group) / step_tokens(HEAD);
-    q.end = (q.s.start + q.last / q.group) / step_tokens(HEAD) + 1;
+    q.last = smaller(q.first + cut_of(HEAD).queries, q.s.n_rows * q.group) - 1;
+    const int position = q.s.start + q.first / q.group;
+    q.begin = (position - smaller(position, a.window - 1)) / cut_of(HEAD).step;
+    q.end = (q.s.start + q.last / q.group) / cut_of(HEAD).step + 1;
     return q;
 }
 
 /* The warp that copies: keys of the first step, then in turns keys of a step and values of the one
  * before. A lane has a page's plane; past the text's end it is the last page once more. */
 template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct ring r) {
-    constexpr int PAGES = step_tokens(HEAD) / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
+    constexpr int PAGES = cut_of(HEAD).step / BLOCK_TOKENS, PLANE = BLOCK_TOKENS * ROW_BYTES;
     const struct queries q = find_queries<HEAD>(a);
     const int lane = (int)threadIdx.x % WARP, page = lane % PAGES, plane = lane / PAGES;
     const int n = q.end - q.begin, last = (q.s.start + q.s.n_rows - 1) / BLOCK_TOKENS;
@@ -1537,55 +1491,37 @@ template <int HEAD> DEVICE void produce_steps(const struct attention &a, struct 
     }
 }
 
-/* scores (16 queries of a warp, TOKENS) = q . keys. On Hopper it is only under way. */
-template <int HEAD, int TOKENS>
-DEVICE void multiply_keys(float (&scores)[TOKENS / 2], const uint32_t (&q)[HEAD / 16][4],
-                          uint8_t *keys) {
+/* sum (16 queries of a warp, N) = a (16, K) . b, of which both are rows of a stage: of keys (N, K),
+ * or, VALUES, of values (K, N), which are added to the sum. On Hopper it is only under way. */
+template <int VALUES, int K, int N>
+DEVICE void multiply(float (&sum)[N / 2], const uint32_t (&a)[K / 16][4], uint8_t *b) {
 #ifdef HOPPER
     wgmma_begin();
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++)
-        wgmma<TOKENS>(scores, q[i], wgmma_rows(keys) + i / 4 * TOKENS * 8 + i % 4 * 2, i > 0);
+    for (int i = 0; i < K / 16; i++)
+        wgmma<N, VALUES>(sum, a[i],
+                         VALUES ? wgmma_columns(b, K * ROW_BYTES) + i * 128
+                                : wgmma_rows(b) + i / 4 * N * 8 + i % 4 * 2,
+                         VALUES || i > 0);
     wgmma_commit();
 #else
     const int lane = (int)threadIdx.x % WARP;
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++)
-        scores[i] = 0.0f;
+    for (int i = 0; i < N / 2 && !VALUES; i++)
+        sum[i] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++)
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; j++) {
-            uint32_t k[4];
-            load_matrices(k, plane_element({keys, TOKENS}, j * 16 + lane / 16 * 8 + lane % 8,
-                                           i * 16 + lane / 8 % 2 * 8));
-            mma_bf16(scores + j * 8, q[i], k);
-            mma_bf16(scores + j * 8 + 4, q[i], k + 2);
-        }
-#endif
-}
-
-/* output (16 queries, N of head_dim) += weights . values, of which `values` is the first plane */
-template <int TOKENS, int N>
-DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TOKENS / 16][4],
-                            uint8_t *values) {
-#ifdef HOPPER
-    wgmma_begin();
-#pragma unroll
-    for (int i = 0; i < TOKENS / 16; i++)
-        wgmma<N, 1>(output, weights[i], wgmma_columns(values, TOKENS * ROW_BYTES) + i * 128, true);
-    wgmma_commit();
-#else
-    const int lane = (int)threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 16; i++)
+    for (int i = 0; i < K / 16; i++)
 #pragma unroll
         for (int j = 0; j < N / 16; j++) {
-            uint32_t v[4];
-            load_matrices_transposed(
-                v, plane_element({values, TOKENS}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
-            mma_bf16(output + j * 8, weights[i], v);
-            mma_bf16(output + j * 8 + 4, weights[i], v + 2);
+            uint32_t part[4];
+            if (VALUES)
+                load_matrices_transposed(
+                    part, plane_element({b, K}, i * 16 + lane % 16, j * 16 + lane / 16 * 8));
+            else
+                load_matrices(part, plane_element({b, N}, j * 16 + lane / 16 * 8 + lane % 8,
+                                                  i * 16 + lane / 8 % 2 * 8));
+            mma_bf16(sum + j * 8, a[i], part);
+            mma_bf16(sum + j * 8 + 4, a[i], part + 2);
         }
 #endif
 }
@@ -1594,24 +1530,21 @@ DEVICE void multiply_values(float (&output)[N / 2], const uint32_t (&weights)[TO
  * that weights are powers of 2. */
 struct softmax {
     int position[2];
-    float largest[2], sum[2]; /* sum: of this lane's tokens */
-    float factor[2];          /* for what was added up before the last step */
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {}; /* sum: of this lane's tokens */
+    float factor[2]; /* for what was added up before the last step */
 };
 
 /* scores of tokens `from` to `from` + N - 1 become weights. */
 template <int N>
 DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int from,
                          struct softmax *s) {
-    const bool early = a.window > 0 && from <= s->position[1] - a.window;
-    if (__any_sync(0xffffffffu, early || from + N - 1 > s->position[0])) {
+    const int first = from + (int)threadIdx.x % 4 * 2; /* of the lane */
+    if (__any_sync(0xffffffffu,
+                   !sees(a, s->position[0], from + N - 1) || !sees(a, s->position[1], from)))
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            int before =
-                s->position[i / 2 % 2] - from - (int)threadIdx.x % 4 * 2 - i / 4 * 8 - i % 2;
-            if (before < 0 || (a.window > 0 && before >= a.window))
+        for (int i = 0; i < N / 2; i++)
+            if (!sees(a, s->position[i / 2 % 2], first + i / 4 * 8 + i % 2))
                 scores[i] = -INFINITY;
-        }
-    }
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float most = -INFINITY, sum = 0.0f;
@@ -1637,27 +1570,12 @@ DEVICE void softmax_step(const struct attention &a, float (&scores)[N / 2], int 
 /* Rows of values that no token has may hold NaN, which a weight of 0 does not hide: in a stage of
  * which the first n rows are a text's last, all others become 0. By all who multiply. */
 template <int HEAD> DEVICE void clear_rest(uint8_t *values, int n) {
-    for (int i = (int)threadIdx.x; i < step_tokens(HEAD) * HEAD / 8; i += CONSUMERS * WARP)
-        if (i / 8 % step_tokens(HEAD) >= n)
+    constexpr int TOKENS = cut_of(HEAD).step;
+    for (int i = (int)threadIdx.x; i < TOKENS * HEAD / 8; i += CONSUMERS * WARP)
+        if (i / 8 % TOKENS >= n)
             reinterpret_cast<uint4 *>(values)[i] = make_uint4(0, 0, 0, 0);
     wgmma_sees_stores();
     sync_threads<1, CONSUMERS * WARP>();
-}
-
-/* The operand of a lane's queries, from memory. */
-template <int HEAD>
-DEVICE void load_queries(const struct attention &a, const struct queries &q, int query,
-                         uint32_t (&operand)[HEAD / 16][4], int position[2]) {
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        int own = smaller(query + row * 8, q.last), head = q.kv_head * q.group + own % q.group;
-        size_t at = (size_t)(q.s.first_row + own / q.group) * a.n_heads + head;
-        const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
-        position[row] = q.s.start + own / q.group;
-#pragma unroll
-        for (int i = 0; i < HEAD / 8; i++)
-            operand[i / 2][i % 2 * 2 + row] = from[i * 4 + threadIdx.x % 4];
-    }
 }
 
 /* Writes N of head_dim, from `dim` on, of a lane's queries, divided by the sums of weights. */
@@ -1672,17 +1590,13 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         if (own > q.last)
             continue;
-        if (a.sinks)
-            sum += exp2_approx(a.sinks[head] * LOG2_E - s.largest[row]);
-        const int at = place(a.places, head * a.head_dim) + dim;
-        const float factor = 1.0f / sum;
+        const int to = q.s.first_row + own / q.group, at = place(a.places, head * a.head_dim) + dim;
+        const float factor = 1.0f / (sum + weight_of_sink(a, head, s.largest[row]));
 #pragma unroll
         for (int i = 0; i < N / 8; i++)
             if (dim + i * 8 < a.head_dim)
-                *reinterpret_cast<uint32_t *>(
-                    plane_element(a.out, q.s.first_row + own / q.group, at + i * 8)) =
-                    pack_bf16(output[i * 4 + row * 2] * factor,
-                              output[i * 4 + row * 2 + 1] * factor);
+                *reinterpret_cast<uint32_t *>(plane_element(a.out, to, at + i * 8)) = pack_bf16(
+                    output[i * 4 + row * 2] * factor, output[i * 4 + row * 2 + 1] * factor);
     }
 }
 
@@ -1690,16 +1604,21 @@ DEVICE void store_queries(const struct attention &a, const struct queries &q, in
  * step before are still being added up. Stages are given back after the softmax: by then all
  * products of them are done, also where no wgmma_wait says so. */
 template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct ring r) {
-    constexpr int TOKENS = step_tokens(HEAD), N = HEAD > 128 ? HEAD / 2 : HEAD;
-    const int mine =
-        (int)threadIdx.x / WARP * 16 % tile_queries(HEAD) + (int)threadIdx.x % WARP / 4;
-    const int dim = (int)threadIdx.x / WARP * 16 / tile_queries(HEAD) * N;
+    constexpr int TOKENS = cut_of(HEAD).step, N = HEAD > 128 ? HEAD / 2 : HEAD;
+    const int row = (int)threadIdx.x / WARP * 16, dim = row / cut_of(HEAD).queries * N;
+    const int mine = row % cut_of(HEAD).queries + (int)threadIdx.x % WARP / 4;
     uint32_t operand[HEAD / 16][4], weights[TOKENS / 16][4];
     float scores[TOKENS / 2], output[N / 2] = {};
-    struct softmax s = {{}, {-INFINITY, -INFINITY}, {}, {}};
+    struct softmax s;
     struct queries q = find_queries<HEAD>(a);
-    load_queries<HEAD>(a, q, q.first + mine, operand, s.position);
-    multiply_keys<HEAD, TOKENS>(scores, operand, wait_full(r));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int own = smaller(q.first + mine + half * 8, q.last), token = own / q.group;
+        s.position[half] = q.s.start + token;
+        load_query<HEAD>(a, q.s.first_row + token, q.kv_head * q.group + own % q.group, half,
+                         operand);
+    }
+    multiply<0, HEAD, TOKENS>(scores, operand, wait_full(r));
     wgmma_wait<0>();
     int from = q.begin * TOKENS, last = (q.end - 1) * TOKENS;
     softmax_step<TOKENS>(a, scores, from, &s);
@@ -1718,8 +1637,8 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
         next_stage(&r);
         uint8_t *values = wait_full(r) + dim * TOKENS * 2;
         next_stage(&r);
-        multiply_keys<HEAD, TOKENS>(scores, operand, stage);
-        multiply_values<TOKENS, N>(output, weights, values);
+        multiply<0, HEAD, TOKENS>(scores, operand, stage);
+        multiply<1, TOKENS, N>(output, weights, values);
         wgmma_wait<1>();
         softmax_step<TOKENS>(a, scores, from + TOKENS, &s);
         stage = wait_full(r);
@@ -1729,21 +1648,21 @@ template <int HEAD> DEVICE void attend_steps(const struct attention &a, struct r
     }
     q = find_queries<HEAD>(a); /* once more: there were no registers to keep it in */
     clear_rest<HEAD>(stage, q.s.start + q.s.n_rows - last);
-    multiply_values<TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
+    multiply<1, TOKENS, N>(output, weights, stage + dim * TOKENS * 2);
     wgmma_wait<0>();
     store_queries<N>(a, q, q.first + mine, dim, s, output);
 }
 
-/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first; a block
- * has tile_queries(HEAD). Shared: the ring. Bound by the tensor cores. */
+/* out = softmax(q . k) . v for rows of prompts. Grid: items x KV heads, long texts first. Shared:
+ * the ring. Bound by the tensor cores. */
 template <int HEAD>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1)
     prompt_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
-    constexpr int STAGE = step_tokens(HEAD) * HEAD * 2;
+    constexpr struct cut CUT = cut_of(HEAD);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, a.n_stages * (tile_queries(HEAD) / step_tokens(HEAD)), STAGE,
-                              0, CONSUMERS);
+    struct ring r =
+        open_ring(shared, a.n_stages * (CUT.queries / CUT.step), CUT.step * HEAD * 2, 0, CONSUMERS);
     grid_wait();
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
@@ -1757,28 +1676,13 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1)
 
 /* ---- generated tokens ---- */
 
-/* Tokens of a split, so few that one text fills the chip from 4k tokens on, and heads of a group
- * that are multiplied together: fewer where heads are long, so that the ring fits 99 KB. */
-static constexpr __host__ __device__ int split_tokens(int head) {
-    return head > 128 ? 128 : 256;
-}
-
-static constexpr __host__ __device__ int chunk_heads(int head) {
-    return head > 128 ? 4 : 8;
-}
-
-static constexpr __host__ __device__ int pages_bytes(int head) { /* of a warp's part of a split */
-    return split_tokens(head) / CONSUMERS * head * 4;
-}
-
 /* What a block works on at a time: a split, a KV head, and a chunk of its group's heads. Items are
  * numbered sequence by sequence, chunk by chunk of all its KV heads, split by split. */
 struct item {
-    struct sequence s;
-    int kv_head, first_head, n_heads; /* n_heads: 1 to chunk_heads */
+    struct sequence s; /* of one row; s.start: its position */
+    int kv_head, first_head, n_heads;
     int split, n_splits;
-    int begin, end; /* tokens that are seen */
-    int counter;    /* of those that share the heads */
+    int counter; /* of those that share the heads */
 };
 
 template <int HEAD> DEVICE struct item find_item(const struct attention &a, int index) {
@@ -1786,15 +1690,13 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
     const int group = a.n_heads / a.n_kv_heads, n_chunks = a.n_chunks / a.n_kv_heads;
     const int2 entry = array_of<int2>(a.step, a.step->splits)[index / a.n_chunks];
     it.s = array_of<struct sequence>(a.step, a.step->sequences)[entry.x];
-    it.end = it.s.start + 1;
-    it.begin = first_seen(a, it.s.start);
-    it.n_splits = divide(it.end, split_tokens(HEAD));
+    it.n_splits = divide(it.s.start + 1, cut_of(HEAD).split);
     const int within = index - (index / a.n_chunks - entry.y) * a.n_chunks;
-    const int chunk = within / it.n_splits, first = chunk % n_chunks * chunk_heads(HEAD);
+    const int chunk = within / it.n_splits, first = chunk % n_chunks * cut_of(HEAD).heads;
     it.split = within % it.n_splits;
     it.kv_head = chunk / n_chunks;
     it.first_head = it.kv_head * group + first;
-    it.n_heads = smaller(group - first, chunk_heads(HEAD));
+    it.n_heads = smaller(group - first, cut_of(HEAD).heads);
     it.counter = entry.x * a.n_chunks + chunk;
     return it;
 }
@@ -1803,13 +1705,13 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
  * the keys or the values of a page; those of which nothing is seen are not read. */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
-    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = pages_bytes(HEAD) / BYTES;
+    constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = cut_of(HEAD).pages / BYTES;
     const int lane = (int)threadIdx.x % WARP;
     auto find = [&](int index) -> const uint8_t * {
         const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
-        int block = it.split * split_tokens(HEAD) / BLOCK_TOKENS + lane / 2;
-        bool seen = block * BLOCK_TOKENS < it.end && (block + 1) * BLOCK_TOKENS > it.begin;
-        return seen ? page_of(a, it.s, block, it.kv_head, lane % 2).bytes : NULL;
+        int page = it.split * cut_of(HEAD).split / BLOCK_TOKENS + lane / 2;
+        bool seen = sees_page(a, it.s.start, page * BLOCK_TOKENS);
+        return seen ? page_of(a, it.s, page, it.kv_head, lane % 2).bytes : NULL;
     };
     const uint8_t *from = find(begin);
     copies_see_stores();
@@ -1824,25 +1726,14 @@ DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, 
     }
 }
 
-/* A warp's sums: dims are rows, heads columns. */
-template <int HEAD> struct sums { float output[HEAD / 16][4], largest[2], sum[2]; };
+template <int HEAD> struct sums { /* a warp's: dims are rows, heads columns */
+    float output[HEAD / 16][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+};
 
-/* The operand of a chunk's heads, from memory. */
+/* Adds a page to a warp's sums; `position` counts from its first token. */
 template <int HEAD>
-DEVICE void load_heads(const struct attention &a, const struct item &it,
-                       uint32_t (&q)[HEAD / 16][2]) {
-    const int lane = (int)threadIdx.x % WARP;
-    size_t at = (size_t)it.s.first_row * a.n_heads + it.first_head + lane / 4;
-    const uint32_t *from = reinterpret_cast<const uint32_t *>(a.q + at * HEAD);
-#pragma unroll
-    for (int i = 0; i < HEAD / 8; i++)
-        q[i / 2][i % 2] = lane / 4 < it.n_heads ? from[i * 4 + lane % 4] : 0;
-}
-
-/* Adds a page, of which tokens [begin, end) are seen, to a warp's sums. */
-template <int HEAD>
-DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[HEAD / 16][2],
-                        float scale, struct sums<HEAD> *s) {
+DEVICE void attend_page(const struct attention &a, uint8_t *page, int position,
+                        const uint32_t (&q)[HEAD / 16][2], struct sums<HEAD> *s) {
     const int lane = (int)threadIdx.x % WARP;
     const struct planes keys = {page, BLOCK_TOKENS};
     const struct planes values = {page + BLOCK_TOKENS * HEAD * 2, BLOCK_TOKENS};
@@ -1855,9 +1746,8 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* head 2 quad + i % 2 */
-        int token = lane / 4 + i / 2 * 8;
-        bool seen = token >= begin && token < end;
-        scores[i] = seen ? (halves[0][i] + halves[1][i]) * scale : -INFINITY;
+        bool seen = sees(a, position, lane / 4 + i / 2 * 8);
+        scores[i] = seen ? (halves[0][i] + halves[1][i]) * a.scale : -INFINITY;
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) { /* a page has a token that is seen: most is a number */
@@ -1879,9 +1769,9 @@ DEVICE void attend_page(uint8_t *page, int begin, int end, const uint32_t (&q)[H
             v, plane_element(values, lane % 8 + lane / 16 * 8, i * 16 + lane / 8 % 2 * 8));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            int token = lane % 4 * 2 + j / 2 * 8; /* what no token has may be NaN */
-            if (end < BLOCK_TOKENS)
-                v[j] &= token + 1 < end ? 0xffffffffu : token < end ? 0xffffu : 0u;
+            int later = position - lane % 4 * 2 - j / 2 * 8; /* what no token has may be NaN */
+            if (position < BLOCK_TOKENS - 1)
+                v[j] &= later > 0 ? 0xffffffffu : later == 0 ? 0xffffu : 0u;
             s->output[i][j] *= factor[j % 2];
         }
         mma_bf16(s->output[i], v, weights);
@@ -1912,15 +1802,16 @@ template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
     for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS * WARP) {
-        int head = i / (HEAD / 2), dim = i % (HEAD / 2) * 2, own = head * (HEAD + 4);
+        const int own = i / (HEAD / 2), head = it.first_head + own, dim = i % (HEAD / 2) * 2;
+        const float *first = parts + own * (HEAD + 4);
         float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
 #pragma unroll 8
         for (int j = 0; j < n; j++)
-            most = fmaxf(most, parts[own + j * a.part + HEAD]);
+            most = fmaxf(most, first[j * a.part + HEAD]);
         const float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
 #pragma unroll 8
         for (int j = 0; j < n; j++) {
-            const float *part = parts + own + j * a.part;
+            const float *part = first + j * a.part;
             float2 value = *reinterpret_cast<const float2 *>(part + dim);
             float factor = exp2_approx(part[HEAD] - base);
             x = fmaf(value.x, factor, x);
@@ -1928,13 +1819,12 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
             sum = fmaf(part[HEAD + 1], factor, sum);
         }
         if (to) {
-            *reinterpret_cast<float2 *>(to + own + dim) = make_float2(x, y);
+            float *whole = to + own * (HEAD + 4);
+            *reinterpret_cast<float2 *>(whole + dim) = make_float2(x, y);
             if (dim == 0)
-                *reinterpret_cast<float2 *>(to + own + HEAD) = make_float2(most, sum);
+                *reinterpret_cast<float2 *>(whole + HEAD) = make_float2(most, sum);
         } else if (dim < a.head_dim) {
-            head += it.first_head;
-            if (a.sinks)
-                sum += exp2_approx(a.sinks[head] * LOG2_E - most);
+            sum += weight_of_sink(a, head, most);
             *reinterpret_cast<uint32_t *>(
                 plane_element(a.out, it.s.first_row, place(a.places, head * a.head_dim) + dim)) =
                 pack_bf16(x / sum, y / sum);
@@ -1942,35 +1832,32 @@ DEVICE void merge_parts(const struct attention &a, const struct item &it, const 
     }
 }
 
-enum { LEAST_STAGES = 4 /* see attend_splits */ };
-
 /* A warp that multiplies: its pages of each split; all warps then add up. Before it waits for its
  * stage to be full, the stage must have been given back by whoever had it before, or what was there
- * before could be taken for its own; with LEAST_STAGES that one is never two rounds behind. */
+ * before could be taken for its own; with 4 stages or more that one is never two rounds behind. */
 template <int HEAD>
 DEVICE void attend_splits(const struct attention &a, struct ring r, float *parts, int begin,
                           int end) {
     const int warp = (int)threadIdx.x / WARP;
-    constexpr int TOKENS = split_tokens(HEAD) / CONSUMERS;
+    constexpr int TOKENS = cut_of(HEAD).split / CONSUMERS;
     int *last = reinterpret_cast<int *>(r.empty + r.n);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
         next_stage(&r);
     for (int index = begin; index < end; index++) {
         const struct item it = find_item<HEAD>(a, index);
-        struct sums<HEAD> s = {
-            {}, {-INFINITY, -INFINITY}, {}
-        };
-        if (index == begin || it.split == 0)
-            load_heads<HEAD>(a, it, q);
+        struct sums<HEAD> s;
+        if (index == begin || it.split == 0) { /* columns without a head are not stored */
+            int head = it.first_head + smaller((int)threadIdx.x % WARP / 4, it.n_heads - 1);
+            load_query<HEAD>(a, it.s.first_row, head, 0, q);
+        }
         (void)wait_empty(r);
         uint8_t *pages = wait_full(r);
 #pragma unroll
         for (int token = 0; token < TOKENS; token += BLOCK_TOKENS) {
             int from = (it.split * CONSUMERS + warp) * TOKENS + token;
-            if (from < it.end && from + BLOCK_TOKENS > it.begin)
-                attend_page<HEAD>(pages + token * HEAD * 4, it.begin - from, it.end - from, q,
-                                  a.scale, &s);
+            if (sees_page(a, it.s.start, from))
+                attend_page<HEAD>(a, pages + token * HEAD * 4, it.s.start - from, q, &s);
         }
         store_part<HEAD>(parts + warp * a.part, it.n_heads, s);
         give_back(r, 0);
@@ -2002,13 +1889,13 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, a.n_stages, pages_bytes(HEAD),
+    struct ring r = open_ring(shared, a.n_stages, cut_of(HEAD).pages,
                               CONSUMERS * a.part * (int)sizeof(float), 1);
     grid_wait();
     const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
     const int begin = (int)(blockIdx.x * n / gridDim.x);
     const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
-    float *parts = reinterpret_cast<float *>(shared + a.n_stages * pages_bytes(HEAD));
+    float *parts = reinterpret_cast<float *>(shared + a.n_stages * cut_of(HEAD).pages);
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
         attend_splits<HEAD>(a, r, parts, begin, end);
     else if (begin < end)
@@ -2019,17 +1906,17 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
 
 template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
     if (d->n_prompt_items > 0) {
-        int stage = tile_queries(HEAD) * HEAD * 2; /* or two stages, see step_tokens */
+        int stage = cut_of(HEAD).queries * HEAD * 2; /* or two stages: see struct cut */
         a.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES / 2);
         launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
                grid_of(d->n_prompt_items * d->n_kv_heads), PROMPT_THREADS,
                (size_t)(a.n_stages * stage + RING_BARRIERS), a);
     }
     if (d->n_generated > 0) {
-        int most = d->card->properties.multiProcessorCount, stage = pages_bytes(HEAD);
+        int most = d->card->properties.multiProcessorCount, stage = cut_of(HEAD).pages;
         int parts = CONSUMERS * a.part * (int)sizeof(float);
         a.n_stages = stages_of(d, stage, parts);
-        assert(a.n_stages >= LEAST_STAGES);
+        assert(a.n_stages >= 4);
         launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
                grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)), FED_THREADS,
                (size_t)(a.n_stages * stage + parts + RING_BARRIERS), a);
@@ -2046,15 +1933,15 @@ static void launch_attention(struct cuda_device *d, const struct attention &a) {
 
 static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
     const struct model_config *config = d->device.config;
-    h->step = d->step;
-    h->q = d->q;
-    h->kv = (uint8_t *)d->device.kv;
-    h->block_bytes = block_bytes(config, d->device.n_shards, KV_BF16);
-    h->layer = layer;
-    h->n_heads = d->n_heads;
-    h->n_kv_heads = d->n_kv_heads;
-    h->head_dim = config->head_dim;
-    h->width = kv_head_dim(config, KV_BF16);
+    *h = {d->step,
+          d->q,
+          (uint8_t *)d->device.kv,
+          block_bytes(config, d->device.n_shards, KV_BF16),
+          layer,
+          d->n_heads,
+          d->n_kv_heads,
+          config->head_dim,
+          kv_head_dim(config, KV_BF16)};
 }
 
 static struct attention attention_of(const struct cuda_device *d, int layer) {
@@ -2063,6 +1950,7 @@ static struct attention attention_of(const struct cuda_device *d, int layer) {
     a.out = d->attention;
     a.places = d->attention_places;
     a.scale = LOG2_E / sqrtf((float)a.head_dim);
+    a.window = INT_MAX;
     a.n_chunks = d->n_chunks;
     a.part = d->part;
     a.partial = d->partial;
@@ -2271,18 +2159,15 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
 enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time */ };
 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
-    const struct weight *const matrices[3] = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]};
-    const struct weight *const biases[3] = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]};
-    struct product p = product_of(d, d->h);
-    float *out = d->qkv;
+    struct product p = product_of(d, layer[ATTN_Q], d->h, d->qkv, d->qkv_stride); /* with k, v */
+    int dim = d->device.config->head_dim, begin[3] = {0, d->n_heads * dim, 0};
+    begin[2] = begin[1] + d->n_kv_heads * dim;
     for (int i = 0; i < 3; i++) {
-        p.matrix[i] = matrices[i]->matrix;
-        p.bias[i] = vector_of(biases[i]);
-        p.out[i] = out;
-        out += p.matrix[i].n_outputs;
+        const float *bias = vector_of(layer[Q_BIAS + i]);
+        p.bias[i] = bias ? bias - begin[i] : NULL;
     }
-    p.n_matrices = 3;
-    p.out_stride = d->qkv_stride;
+    p.bias_end[0] = begin[1];
+    p.bias_end[1] = begin[2];
     launch_product<STORE>(d, p, d->n_generated);
 }
 
@@ -2293,12 +2178,9 @@ static void cuda_norm_qkv(struct device *device, const struct weight *const *lay
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
-                                 enum product_input input) {
-    struct product p = product_of(d, input == INPUT_ATTENTION ? d->attention : d->ffn);
-    p.matrix[0] = matrix->matrix;
-    p.n_matrices = 1;
-    p.out_stride = d->x_stride;
-    return p;
+                                 enum product_input input, float *out) {
+    return product_of(d, matrix, input == INPUT_ATTENTION ? d->attention : d->ffn, out,
+                      d->x_stride);
 }
 
 /* One of several shards: generated rows' sums are left for all_reduce_add, prompt rows' are made
@@ -2306,9 +2188,8 @@ static struct product projection(const struct cuda_device *d, const struct weigh
 static void cuda_project_add(struct device *device, const struct weight *matrix,
                              enum product_input input) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct product p = projection(d, matrix, input);
+    struct product p = projection(d, matrix, input, d->x);
     if (device->n_shards == 1) {
-        p.out[0] = d->x;
         p.adds = true;
         launch_product<STORE>(d, p, d->n_generated);
         return;
@@ -2316,15 +2197,13 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     d->pending = matrix;
     d->pending_input = input;
     d->turn_of_sums ^= 1;
-    p.out[0] = d->sums[d->turn_of_sums];
+    p.out = d->sums[d->turn_of_sums];
     p.n_rows = 0;
     launch_product<STORE>(d, p, d->n_generated);
 }
 
 static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, d->h);
-    p.matrix[0] = layer[FFN_GATE]->matrix; /* and up */
-    p.n_matrices = 1;
+    struct product p = product_of(d, layer[FFN_GATE], d->h, NULL, 0); /* with up */
     p.ffn = d->ffn;
     p.ffn_places = d->ffn_places;
     launch_product<SILU>(d, p, d->n_generated);
@@ -2403,10 +2282,10 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
         size_t bytes = (size_t)n * last->x_stride * sizeof(float);
         for (int s = 0; s < n_shards; s++) {
             struct cuda_device *d = enter(&shards[s]->device, "adding up shards");
-            struct product p = projection(d, d->pending, d->pending_input);
+            struct product p = projection(d, d->pending, d->pending_input,
+                                          d == last ? d->x : d->sums[d->turn_of_sums]);
             p.first_row = row;
             p.n_rows = n;
-            p.out[0] = d == last ? d->x : d->sums[d->turn_of_sums];
             p.adds = d == last;
             if (s > 0) {
                 struct cuda_device *before = shards[s - 1];
@@ -2470,11 +2349,7 @@ __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
  * kernel of generated rows, whatever rows they are: there are few. */
 static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {
-    struct product p = product_of(d, d->h);
-    p.matrix[0] = output->matrix;
-    p.n_matrices = 1;
-    p.out[0] = d->logits;
-    p.out_stride = d->logits_stride;
+    struct product p = product_of(d, output, d->h, d->logits, d->logits_stride);
     p.n_generated = &d->step->n_samples;
     p.n_before = first;
     p.n_rows = 0;
@@ -2546,7 +2421,7 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
  * (NULL). Long texts come first, so that none is left alone at the end. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
     int head = kv_head_dim(d->device.config, KV_BF16), group = d->n_heads / d->n_kv_heads;
-    int tile = tile_queries(head), split = split_tokens(head);
+    int tile = cut_of(head).queries, split = cut_of(head).split;
     d->n_prompt_items = d->n_splits = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *s = &batch->sequence[i];
@@ -2800,8 +2675,8 @@ static bool allocate_activations(struct cuda_device *d) {
     d->n_kv_heads = c->n_kv_heads / n;
     d->d_ff = c->d_ff / n;
     int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
-    d->n_chunks = d->n_kv_heads * divide(group, chunk_heads(head));
-    d->part = smaller(group, chunk_heads(head)) * (head + 4);
+    d->n_chunks = d->n_kv_heads * divide(group, cut_of(head).heads);
+    d->part = smaller(group, cut_of(head).heads) * (head + 4);
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
     d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
     d->x_stride = stride_of(c->d_model);

@@ -377,11 +377,34 @@ DEVICE uint4 load16_once(const void *from) {
 #endif
 
 #ifndef HOPPER /* products are done at once, and registers are what they are */
+DEVICE void wgmma_begin() {}
+DEVICE void wgmma_commit() {}
 template <int NEWEST> DEVICE void wgmma_wait() {}
 template <int N> DEVICE void take_registers() {}
 template <int N> DEVICE void leave_registers() {}
 DEVICE void wgmma_sees_stores() {}
 #endif
+
+/* sum (16 rows of a warp, COLUMNS) += a . b of 16 k, or = where not `adds`: the same registers on
+ * every chip. rows: COLUMNS of b as wgmma_rows has them; k 16 i to 16 i + 15 of their 64. */
+template <int COLUMNS>
+DEVICE void multiply_rows(float (&sum)[COLUMNS / 2], const uint32_t a[4], const uint8_t *rows,
+                          int i, bool adds) {
+#ifdef HOPPER
+    wgmma<COLUMNS>(sum, a, wgmma_rows(rows) + 2 * i, adds);
+#else
+    const int lane = (int)threadIdx.x % 32;
+    uint32_t b[4]; /* of 16 columns, or of the last 8 twice */
+    for (int j = 0; j < COLUMNS / 8; j++) {
+        int row = (j / 2 * 2 + lane / 16 < COLUMNS / 8 ? j / 2 * 2 + lane / 16 : j) * 8 + lane % 8;
+        if (j % 2 == 0)
+            load_matrices(b, rows + row * 128 + ((i * 2 + lane / 8 % 2) ^ row % 8) * 16);
+        for (int e = 0; e < 4 && !adds; e++)
+            sum[j * 4 + e] = 0.0f;
+        mma_bf16(&sum[j * 4], a, b + j % 2 * 2);
+    }
+#endif
+}
 
 /* ---- the host's side ---- */
 

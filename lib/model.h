@@ -57,6 +57,19 @@ enum tensor_role {
     N_ROLES
 };
 
+/* The tensors of a layer that are multiplied together with that of a role, itself among them: q, k
+ * and v; gate and up. In this order, NULL behind the last. */
+static inline void model_together(const struct tensor *const *layer, int role,
+                                  const struct tensor *together[4]) {
+    int first = role >= ATTN_Q && role <= ATTN_V     ? (int)ATTN_Q
+                : role == FFN_GATE || role == FFN_UP ? (int)FFN_GATE
+                                                     : role;
+    int last = first == ATTN_Q ? (int)ATTN_V : first == FFN_GATE ? (int)FFN_UP : role;
+    for (int i = first; i <= last; i++)
+        together[i - first] = layer[i];
+    together[last - first + 1] = NULL;
+}
+
 enum slice_kind { SLICE_WHOLE, SLICE_ROWS, SLICE_COLS };
 
 struct slice { /* which part of a tensor a shard holds: part `rank` of `count` equal ones */

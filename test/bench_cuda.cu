@@ -331,10 +331,10 @@ static const struct tensor *keep(struct bench *b, struct tensor tensor) {
 }
 
 static const struct weight *load(struct bench *b, const struct tensor *tensor,
-                                 const struct tensor *partner) {
+                                 const struct tensor *const *together) {
     char error[ERROR_LENGTH];
     const struct weight *weight =
-        b->backend->upload(&b->d->device, tensor, partner, {SLICE_WHOLE, 0, 1}, error);
+        b->backend->upload(&b->d->device, tensor, together, {SLICE_WHOLE, 0, 1}, error);
     if (!weight)
         quit(error);
     return weight;
@@ -391,15 +391,16 @@ static void load_model(struct bench *b, bool repeats) {
     for (int i = 0; i < s->n_layers; i++) {
         const struct weight **layer = b->layers[i];
         layer[ATTN_NORM] = load_norm(b);
-        layer[ATTN_Q] = load_matrix(b, q, d, repeats);
-        layer[ATTN_K] = load_matrix(b, kv, d, repeats);
-        layer[ATTN_V] = load_matrix(b, kv, d, repeats);
+        const struct tensor *qkv[] = {make_matrix(b, q, d, repeats), make_matrix(b, kv, d, repeats),
+                                      make_matrix(b, kv, d, repeats), NULL};
+        for (int j = 0; j < 3; j++)
+            layer[ATTN_Q + j] = load(b, qkv[j], qkv);
         layer[ATTN_OUTPUT] = load_matrix(b, d, q, repeats);
         layer[FFN_NORM] = load_norm(b);
-        const struct tensor *gate = make_matrix(b, s->d_ff, d, repeats);
-        const struct tensor *up = make_matrix(b, s->d_ff, d, repeats);
-        layer[FFN_GATE] = load(b, gate, up);
-        layer[FFN_UP] = load(b, up, gate);
+        const struct tensor *pair[] = {make_matrix(b, s->d_ff, d, repeats),
+                                       make_matrix(b, s->d_ff, d, repeats), NULL};
+        for (int j = 0; j < 2; j++)
+            layer[FFN_GATE + j] = load(b, pair[j], pair);
         layer[FFN_DOWN] = load_matrix(b, d, s->d_ff, repeats);
     }
     b->load_seconds = seconds() - start;

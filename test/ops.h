@@ -399,15 +399,11 @@ static void close_alone(struct device *device) {
     backend->close(backend);
 }
 
-static const struct tensor *partner_of(const struct tensor *const *layer, int role) {
-    return role == FFN_GATE ? layer[FFN_UP] : role == FFN_UP ? layer[FFN_GATE] : NULL;
-}
-
 static const struct weight *upload(struct device *device, const struct tensor *tensor,
-                                   const struct tensor *partner, struct slice slice) {
+                                   const struct tensor *const *together, struct slice slice) {
     char error[ERROR_LENGTH] = "";
     const struct weight *weight =
-        tensor ? device->backend->upload(device, tensor, partner, slice, error) : NULL;
+        tensor ? device->backend->upload(device, tensor, together, slice, error) : NULL;
     need(weight || !tensor, error);
     return weight;
 }
@@ -427,10 +423,12 @@ static struct worker *open_worker_on(struct backend *backend, int variant,
         for (int j = 0; j < N_MODEL_TENSORS; j++) {
             int role = model_tensors[j].role;
             struct slice slice = {model_tensors[j].slice, i, n_shards};
-            for (int layer = 0; layer < m->model.config.n_layers && role != NO_ROLE; layer++)
+            for (int layer = 0; layer < m->model.config.n_layers && role != NO_ROLE; layer++) {
+                const struct tensor *together[4];
+                model_together(m->tensors[layer], role, together);
                 worker->weights[i][layer][role] =
-                    upload(worker->shards[i], m->tensors[layer][role],
-                           partner_of(m->tensors[layer], role), slice);
+                    upload(worker->shards[i], m->tensors[layer][role], together, slice);
+            }
         }
     }
     return worker;

@@ -391,18 +391,22 @@ static void read_weight(struct check *check, struct device *device, const struct
     const struct matrix &m = weight->matrix;
     std::vector<float> all = elements(device, m);
     size_t width = (size_t)m.n_units * UNIT, strange = 0;
-    for (int row = 0; row < m.n_outputs; row++) { /* of a pair: 8 of gate, 8 of up, in turns */
-        size_t at = m.paired ? row / 8 * TILE + row % 8 + (weight->borrowed ? 8 : 0) : row;
+    int n = (int)weight->tensor->rows;
+    n /= weight->slice.kind == SLICE_ROWS ? weight->slice.count : 1;
+    std::vector<bool> own(all.size() / width); /* rows of this part, and of the last panel's rest */
+    for (size_t i = 0; i < own.size(); i++)
+        own[i] = !m.paired && (int)i >= m.n_outputs;
+    for (int row = 0; row < n; row++) { /* of a pair: 8 of gate, 8 of up, in turns */
+        size_t at = (weight->first_half + row / 8 * (m.paired ? 2 : 1)) * 8 + row % 8;
+        own[at] = true;
         for (int place : places_of(m.segments)) {
             *values++ = all[at * width + place];
             all[at * width + place] = 0.0f;
         }
     }
     for (size_t i = 0; i < all.size(); i++)
-        strange += all[i] != 0.0f && !(m.paired && i / width / 8 % 2 != weight->borrowed);
+        strange += all[i] != 0.0f && own[i / width];
     CHECK(strange == 0, "%zu elements of a matrix that are none are not 0", strange);
-    CHECK(m.n_panels == divide(m.n_outputs * (m.paired ? 2 : 1), PANEL), "%d outputs in %d panels",
-          m.n_outputs, m.n_panels);
     check_segments(check, device, weight);
 }
 
@@ -418,7 +422,7 @@ static void attend(const struct trial *t) {
         save(t->device, sinks, std::vector<float>(t->mask->sinks, t->mask->sinks + n));
         a.sinks = sinks;
     }
-    a.window = t->mask->window;
+    a.window = t->mask->window > 0 ? t->mask->window : a.window;
     launch_attention(d, a);
     need_success(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     t->device->backend->release(t->device, sinks);
@@ -667,10 +671,12 @@ static bool try_worker(struct backend *backend, const struct test_model *m, char
         return false;
     bool ok = true;
     for (const struct tensor *const(&layer)[N_ROLES] : m->tensors)
-        for (int role = 0; role < N_ROLES; role++)
-            ok =
-                ok && (!layer[role] || backend->upload(device, layer[role], partner_of(layer, role),
-                                                       {SLICE_WHOLE, 0, 1}, error));
+        for (int role = 0; role < N_ROLES; role++) {
+            const struct tensor *together[4];
+            model_together(layer, role, together);
+            ok = ok && (!layer[role] ||
+                        backend->upload(device, layer[role], together, {SLICE_WHOLE, 0, 1}, error));
+        }
     void *kv = ok ? backend->alloc(device, 1000) : NULL;
     if (ok && !kv)
         snprintf(error, ERROR_LENGTH, "no room for blocks");
@@ -717,6 +723,7 @@ static void models_that_do_not_fit(struct check *check) {
     struct tensor *small = make_tensor(&random, TYPE_BF16, 100, 100, 1.0f, 0.0f);
     struct tensor *large = make_tensor(&random, TYPE_BF16, 1200, 10000, 1.0f, 0.0f);
     struct slice whole = {SLICE_WHOLE, 0, 1};
+
     CHECK(!backend->upload(device, large, NULL, whole, error), "24 MB of 20");
     int left = 0, total = 0, needed = 0;
     CHECK(sscanf(error, "t: device 0 (%*[^)]) has %d MB left of %d and needs %d for this tensor",
