@@ -5,9 +5,9 @@
  * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
  * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and
- * whoever called engine_open, who submits requests and follows them. All that they share is the
- * scheduler, under engine.lock; nothing is computed, copied, printed or waited for under it.
+ * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and who
+ * called engine_open, who submits requests and follows them. All that they share is the scheduler,
+ * under engine.lock; nothing is computed, copied, printed or waited for while it is held.
  *
  * Read `forward` first: it is the whole model. Then worker_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et

@@ -164,7 +164,7 @@ struct backend {
      * none. From any thread. False: the system refuses it. NULL: it makes no difference */
     bool (*pin)(struct device *device, void *memory, size_t bytes);
     void (*unpin)(struct device *device, void *memory);
-    /* together: see model_together, NULL: none; in order: a backend may make them one */
+    /* together: see model_together, NULL: none; they come in order, a backend may make them one */
     const struct weight *(*upload)(struct device *device, const struct tensor *tensor,
                                    const struct tensor *const *together, struct slice slice,
                                    char *error);
