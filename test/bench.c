@@ -89,8 +89,8 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
                               .data = data};
     bench->tensors[bench->n_tensors++] = tensor;
     double start = seconds();
-    const struct weight *weight =
-        bench->backend->upload(bench->device, tensor, NULL, (struct slice){SLICE_WHOLE, 0, 1}, error);
+    const struct weight *weight = bench->backend->upload(bench->device, tensor, NULL,
+                                                         (struct slice){SLICE_WHOLE, 0, 1}, error);
     bench->pack_seconds += seconds() - start;
     bench->packed_bytes += (double)bytes;
     bench->weight_bytes += (double)bytes;
