@@ -745,7 +745,7 @@ static void run_product(struct cpu_device *device, struct product *product, int 
         return;
     product->device = device;
     convert_rows(device, product, product->kind == PRODUCT_SILU ? 2 : n_matrices);
-    bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) != FORM_F32;
+    bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) == FORM_BF16;
     size_t unit = amx ? AMX_ROWS : TILE_ROWS;
     int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
     product->chunk_rows = rows;

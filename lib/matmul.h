@@ -21,13 +21,12 @@
  * How data flows: a matrix is packed once into *panels* of 64 outputs side by side for each k, in
  * its own type, so that a vector of 16 lanes holds 16 outputs and no sum runs across lanes. Shards
  * are views of the whole (pack_view). A kernel keeps 64 outputs of 1 to 6 rows in registers over
- * all of k. There are three, each compiled for every type and number of rows it can meet, and two
+ * all of k. There are three, each compiled for every type and number of rows it can meet, and one
  * for a matrix unit:
  *     tile_product   in the vectors of simd.h, for all types, on any processor; rows are f32
  *     dot_bf16       weights in BF16 times rows rounded to bf16 (AVX-512 BF16: vdpbf16ps)
  *     dot_q8         quantized weights times blocks of 32 bytes with a scale (VNNI: vpdpbusd)
  *     amx_bf16       as dot_bf16, 16 rows at a time (AMX: tdpbf16ps); the sums have another order
- *     amx_q8         as dot_q8, for many rows (AMX: tdpbssd); the same bits
  * All but the first are chosen while the program runs, and cost some precision: bf16 rows 2^-9 of
  * each element, Q8 rows 1/254 of a block's largest.
  *
@@ -53,8 +52,6 @@ enum {
     ROW_CHUNK = 96,   /* rows of a caller's part: they pay for its slabs; 0.1 to 0.5 ms */
     READ_AHEAD = 4096, /* how far ahead, in bytes, a kernel asks for a panel that is in memory */
     AMX_SLAB = 256,    /* k of a panel that many rows of bf16 use while it is in L1: 32 KiB */
-    AMX_Q8_ROWS = 48,  /* rows of a quantized type that the matrix unit takes at a time, in L1 */
-    AMX_PARTS = 2,     /* parts of blocks that it multiplies before their sums are scaled */
     Q8_BLOCK = 32      /* elements of a row that share a scale: as many as in Q8_0 and Q4_0 */
 };
 
@@ -110,7 +107,7 @@ struct tile {
     size_t stride;      /* bytes from row to row */
     float *out;         /* (rows, PANEL) */
     bool add, ahead;    /* ahead: the panel comes from memory */
-    bool amx;           /* the matrix unit (amx.h) takes it, but for FORM_F32; for a text: always */
+    bool amx;           /* the matrix unit (amx.h) takes FORM_BF16; for a text: always, or never */
 };
 
 /* Any number of rows, in groups of like size. */
@@ -770,17 +767,12 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
 #else /* other processors: the plain kernel alone, so nothing is ever converted */
 
 enum row_form dot_form(enum tensor_type type, bool plain) {
-    (void)type;
-    (void)plain;
+    (void)type, (void)plain;
     return FORM_F32;
 }
 
 void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
-    (void)form;
-    (void)from;
-    (void)begin;
-    (void)end;
-    (void)to;
+    (void)form, (void)from, (void)begin, (void)end, (void)to;
 }
 
 static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
@@ -791,191 +783,67 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
 /* ---- the matrix unit (amx.h) ---- */
 
 #ifdef AMX
-#define AMX_Q8                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-bf16,amx-int8")))
-
 /* The sums of 64 outputs for up to 16 rows. k in [begin, end) are whole tiles, or a part of one. */
-INLINE AMX void amx_sums(bool bf16, const struct tile *tile) {
+INLINE AMX void amx_sums(const struct tile *tile) {
     const size_t line = 4 * PANEL, stride = tile->stride; /* line: of the panel and of `out` */
     const char *input = tile->input, *words = tile->panel + (size_t)tile->begin / 2 * line;
-    const bool ahead = tile->ahead;
     amx_load_sums(!tile->add, (const char *)tile->out, line);
-    for (int left = tile->end - tile->begin; left > 0; left -= AMX_K) {
-        if (ahead)
+    for (int k = tile->begin; k < tile->end; k += AMX_K) {
+        if (tile->ahead)
             read_ahead(words, AMX_K / 2 * line);
         amx_load(4, input, stride);
         amx_load(5, words, line);
-        amx_dot(bf16, 0, 4, 5);
+        amx_dot(0, 4, 5);
         amx_load(6, words + 64, line);
-        amx_dot(bf16, 1, 4, 6);
+        amx_dot(1, 4, 6);
         amx_load(7, words + 128, line);
-        amx_dot(bf16, 2, 4, 7);
+        amx_dot(2, 4, 7);
         amx_load(5, words + 192, line);
-        amx_dot(bf16, 3, 4, 5);
+        amx_dot(3, 4, 5);
         input += 2 * AMX_K;
         words += AMX_K / 2 * line;
     }
     amx_store_sums((char *)tile->out, line);
 }
 
-/* Up to 16 rows, or a multiple of 16. Tiles begin at multiples of 32 k, wherever `tile` does. */
+/* Any number of rows. Tiles begin at multiples of 32 k, wherever `tile` does. */
 static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
-    const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS, end = tile.end;
-    for (int k = tile.begin, last = 0; k < end; k = tile.end) {
-        int n_k = AMX_K - k % AMX_K < end - k ? AMX_K - k % AMX_K : end - k; /* of a tile */
-        int next = (k / AMX_SLAB + 1) * AMX_SLAB;
-        next = next < end ? next : end / AMX_K * AMX_K;
-        if (n_k != last)
-            amx_configure(rows, divide_up(n_k, 2) * 4);
-        last = n_k;
-        tile.begin = k;
-        tile.end = n_k < AMX_K ? k + n_k : next;
-        for (int row = 0; row < n_rows; row += rows) {
-            struct tile part = tile;
-            part.input += (size_t)row * tile.stride;
-            part.out += row * PANEL;
-            part.ahead = tile.ahead && row == 0;
-            amx_sums(true, &part);
+    const int end = tile.end;
+    for (int k = tile.begin, shape = 0; k < end; k = tile.begin) {
+        int slab = (k / AMX_SLAB + 1) * AMX_SLAB, left = AMX_K - k % AMX_K; /* of a tile */
+        int n_k = left < end - k ? left : end - k;
+        tile.end = n_k < AMX_K ? k + n_k : slab < end ? slab : end / AMX_K * AMX_K;
+        struct tile part = tile;
+        for (int row = 0; row < n_rows; row += AMX_ROWS) {
+            int rows = n_rows - row < AMX_ROWS ? n_rows - row : AMX_ROWS;
+            if (shape != rows * AMX_K + n_k) /* it takes as long as 13 tiles */
+                amx_configure(rows, divide_up(n_k, 2));
+            shape = rows * AMX_K + n_k;
+            amx_sums(&part);
+            part.input += AMX_ROWS * tile.stride;
+            part.out += AMX_ROWS * PANEL;
+            part.ahead = false;
         }
         tile.input += (size_t)(tile.end - k) * 2;
+        tile.begin = tile.end;
         tile.add = true;
     }
     amx_release();
-}
-
-struct amx_part { /* of a block: of a panel, the numbers as signed bytes; of the first row */
-    struct scales scales;
-    ivec quads[Q8_BLOCK / 4][4];
-    const char *block, *bytes;
-};
-
-INLINE AMX_Q8 void amx_q8_part(enum tensor_type type, const struct tile *tile, unsigned k,
-                               struct amx_part *part) {
-    typedef uint8_t bytes_vec __attribute__((vector_size(64)));
-    const unsigned n_part = (unsigned)pack_block(type).n_part;
-    const uint8_t offset = (uint8_t)pack_block(type).offset;
-    part->block =
-        tile->input + dot_form_bytes(FORM_Q8, tile->begin, (int)(k / Q8_BLOCK * Q8_BLOCK));
-    part->bytes = part->block + k % Q8_BLOCK;
-    if (tile->ahead)
-        read_ahead(tile->panel + k / n_part * pack_part_bytes(type), pack_part_bytes(type));
-    load_scales(type, tile->panel, k, &part->scales);
-#pragma GCC unroll 8
-    for (unsigned at = 0; at < n_part; at += 4)
-        for (int i = 0; i < 4; i++)
-            part->quads[at / 4][i] =
-                (ivec)((bytes_vec)load_quad(type, tile->panel, k, at, i) - offset);
-}
-
-/* Adds whole numbers of n parts, [part][row][64], to the sums of rows, as dot_q8 does. n is a
- * constant where this is inlined: the scales of all stay in registers. */
-INLINE AMX_Q8 void amx_q8_scale(enum tensor_type type, int n, const struct amx_part *part,
-                                ivec (*whole)[AMX_ROWS][4], int first, int n_rows,
-                                const struct tile *tile) {
-    struct scales scales[AMX_PARTS];
-    for (int i = 0; i < n; i++)
-        scales[i] = part[i].scales;
-    for (int row = 0; row < n_rows; row++) {
-        float *out = tile->out + (first + row) * PANEL;
-        __m512 sum[4];
-        for (int i = 0; i < 4; i++)
-            sum[i] = _mm512_loadu_ps(out + i * LANES);
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++)
-            dot_q8_scale(type, 0, 4, &scales[i],
-                         part[i].block + (size_t)(first + row) * tile->stride,
-                         (const __m512i *)whole[i][row], sum);
-        for (int i = 0; i < 4; i++)
-            _mm512_storeu_ps(out + i * LANES, sum[i]);
-    }
-}
-
-/* Up to 16 rows, or a multiple of 16. A few parts of blocks at a time, for all rows: a tile of rows
- * is multiplied while the numbers of the one before are scaled. */
-INLINE AMX_Q8 void amx_q8(enum tensor_type type, int n_rows, const struct tile *tile) {
-    const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
-    const int rows = n_rows < AMX_ROWS ? n_rows : AMX_ROWS;
-    struct amx_part part[AMX_PARTS];
-    ivec whole[2][AMX_PARTS][AMX_ROWS][4];
-    amx_configure(rows, (int)n_part);
-    if (!tile->add)
-        memset(tile->out, 0, sizeof(float) * PANEL * (size_t)n_rows);
-    for (unsigned k = (unsigned)tile->begin / n_part * n_part, n = 0; k < end; n = 0) {
-        for (; n < AMX_PARTS && k < end; n++, k += n_part)
-            amx_q8_part(type, tile, k, &part[n]);
-        for (int row = 0; row < n_rows + rows; row += rows) {
-            for (unsigned i = 0; i < n && row < n_rows; i++) {
-                struct tile of_part = {.panel = (char *)part[i].quads,
-                                       .end = 1,
-                                       .input = part[i].bytes + (size_t)row * tile->stride,
-                                       .stride = tile->stride,
-                                       .out = (float *)whole[row / AMX_ROWS % 2][i]};
-                amx_sums(false, &of_part);
-            }
-            if (row == 0)
-                continue;
-            ivec(*before)[AMX_ROWS][4] = whole[(row - rows) / AMX_ROWS % 2];
-            if (n == AMX_PARTS)
-                amx_q8_scale(type, AMX_PARTS, part, before, row - rows, rows, tile);
-            else
-                for (unsigned i = 0; i < n; i++)
-                    amx_q8_scale(type, 1, &part[i], &before[i], row - rows, rows, tile);
-        }
-    }
-    amx_release();
-}
-
-static NOINLINE AMX_Q8 void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_BF16: amx_bf16(n_rows, *tile); return;
-    case TYPE_Q8_0: amx_q8(TYPE_Q8_0, n_rows, tile); return;
-    case TYPE_Q4_0: amx_q8(TYPE_Q4_0, n_rows, tile); return;
-    case TYPE_Q4_K: amx_q8(TYPE_Q4_K, n_rows, tile); return;
-    case TYPE_Q6_K: amx_q8(TYPE_Q6_K, n_rows, tile); return;
-    default: return; /* has no form but FORM_F32 */
-    }
-}
-
-static AMX void amx_busy(bool bf16, int n_dots) {
-    amx_configure(AMX_ROWS, bf16 ? 2 * AMX_K : Q8_BLOCK);
-    for (int i = 0; i < n_dots; i += 4) {
-        amx_dot(bf16, 0, 4, 5);
-        amx_dot(bf16, 1, 4, 6);
-        amx_dot(bf16, 2, 4, 7);
-        amx_dot(bf16, 3, 4, 5);
-    }
-    amx_release();
-}
-
-#else
-
-static void amx_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    dot_tile(type, n_rows, tile);
-}
-
-static void amx_busy(bool bf16, int n_dots) {
-    (void)bf16;
-    (void)n_dots;
 }
 #endif
 
 /* ---- larger products ---- */
 
-/* So many of the next rows go to the matrix unit: those of one tile, or of any number of whole
- * ones; few quantized rows are faster without. */
-static int amx_group(const struct tile *tile, int n_rows) {
-    if (!tile->amx || tile->form == FORM_F32 || (tile->form == FORM_Q8 && n_rows <= TILE_ROWS))
-        return 0;
-    int most = tile->form == FORM_Q8 ? AMX_Q8_ROWS : n_rows;
-    return n_rows < AMX_ROWS ? n_rows : (n_rows < most ? n_rows : most) / AMX_ROWS * AMX_ROWS;
-}
-
 void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
-    while (n_rows > 0) {
-        int group = amx_group(&tile, n_rows), n = divide_up(n_rows, divide_up(n_rows, TILE_ROWS));
-        if (group > 0)
-            amx_tile(type, n = group, &tile);
-        else if (tile.form == FORM_F32)
+#ifdef AMX
+    if (tile.amx && tile.form == FORM_BF16) {
+        amx_bf16(n_rows, tile);
+        return;
+    }
+#endif
+    for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
+        int n = divide_up(n_rows, groups);
+        if (tile.form == FORM_F32)
             plain_tile(type, n, &tile);
         else
             dot_tile(type, n, &tile);
@@ -1016,7 +884,7 @@ void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *s
     const char *panel = tile.panel;
     if (begin >= end) {
         memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
-    } else if (n_rows <= TILE_ROWS || n_rows == amx_group(&tile, n_rows)) {
+    } else if (n_rows <= TILE_ROWS) {
         tile_rows(type, tile, n_rows);
         return;
     }
@@ -1084,31 +952,21 @@ static void busy_f32(float *sink) {
 }
 
 #if defined(__x86_64__)
-static DOT_BF16 void busy_bf16(float *sink) {
-    __m512 sum[BUSY_SUMS];
-    __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3c003c00);
-    for (int i = 0; i < BUSY_SUMS; i++)
-        sum[i] = _mm512_set1_ps((float)i);
-    for (int k = 0; k < BUSY_STEPS; k++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < BUSY_SUMS; i++)
-            sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
-    }
-    for (int i = 1; i < BUSY_SUMS; i++)
-        sum[0] = _mm512_add_ps(sum[0], sum[i]);
-    _mm512_storeu_ps(sink, sum[0]);
-}
-
-/* In assembler: gcc 12 copies sums of this instruction to and fro. */
-static DOT_Q8 void busy_q8(float *sink) {
-    __m512i sum[BUSY_SUMS], factor = _mm512_set1_epi32(0x01020301);
+/* In assembler: gcc 12 copies sums of these instructions to and fro. */
+static DOT void busy_dot(bool bf16, float *sink) {
+    __m512i sum[BUSY_SUMS], factor = _mm512_set1_epi32(0x3c003c00);
 #pragma GCC unroll 24
     for (int i = 0; i < BUSY_SUMS; i++)
-        sum[i] = _mm512_set1_epi32(i);
+        sum[i] = _mm512_set1_epi32(0x3c003c00 + i);
     for (int k = 0; k < BUSY_STEPS; k++) {
+        if (bf16)
 #pragma GCC unroll 24
-        for (int i = 0; i < BUSY_SUMS; i++)
-            __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
+            for (int i = 0; i < BUSY_SUMS; i++)
+                __asm__("vdpbf16ps %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
+        else
+#pragma GCC unroll 24
+            for (int i = 0; i < BUSY_SUMS; i++)
+                __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
     }
 #pragma GCC unroll 24
     for (int i = 1; i < BUSY_SUMS; i++)
@@ -1117,27 +975,38 @@ static DOT_Q8 void busy_q8(float *sink) {
 }
 #endif
 
-void dot_busy(enum row_form form, bool amx, float *sink) {
-#if defined(__x86_64__)
-    if (amx && form != FORM_F32)
-        amx_busy(form == FORM_BF16, BUSY_STEPS * BUSY_SUMS);
-    else if (form == FORM_BF16)
-        busy_bf16(sink);
-    else if (form == FORM_Q8)
-        busy_q8(sink);
-    else
-        busy_f32(sink);
-#else /* no other form */
-    (void)form;
-    (void)amx;
-    busy_f32(sink);
+#ifdef AMX
+static AMX void busy_amx(void) { /* as many products of tiles as the others do of vectors */
+    amx_configure(AMX_ROWS, AMX_K / 2);
+    for (int k = 0; k < BUSY_STEPS * BUSY_SUMS; k += 4) {
+        amx_dot(0, 4, 5);
+        amx_dot(1, 4, 6);
+        amx_dot(2, 4, 7);
+        amx_dot(3, 4, 5);
+    }
+    amx_release();
+}
 #endif
+
+void dot_busy(enum row_form form, bool amx, float *sink) {
+    (void)form, (void)amx; /* other processors have neither */
+#ifdef AMX
+    if (form == FORM_BF16 && amx) {
+        busy_amx();
+        return;
+    }
+#endif
+#if defined(__x86_64__)
+    if (form != FORM_F32) {
+        busy_dot(form == FORM_BF16, sink);
+        return;
+    }
+#endif
+    busy_f32(sink);
 }
 
 double dot_busy_ops(enum row_form form, bool amx) {
-    int products = form == FORM_BF16 ? 2 : form == FORM_Q8 ? 4 : 1; /* of one lane */
-    if (amx && form != FORM_F32)                                    /* 32 of each of 16 x 16 sums */
-        return 2.0 * BUSY_STEPS * BUSY_SUMS * AMX_ROWS * LANES * 32;
-    return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products;
+    int products = form == FORM_Q8 ? 4 : form == FORM_F32 ? 1 : amx ? AMX_ROWS * AMX_K : 2;
+    return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products; /* products: of a lane */
 }
 #endif /* MATMUL_IMPLEMENTATION */

@@ -1,8 +1,8 @@
 /* amx_twin.h: the instructions of a matrix unit (AMX) in plain C, for machines without one.
  *
  * As Intel's manual defines them (Software Developer's Manual, volume 2: LDTILECFG, TILELOADD,
- * TDPBF16PS, TDPBSSD); shapes that a processor refuses end the test. Each thread has tiles of its
- * own. Include it before kernels.c, whose wrappers of the instructions call it while `twin_on`. */
+ * TDPBF16PS); shapes that a processor refuses end the test. Each thread has tiles of its own.
+ * Include it before kernels.c, whose wrappers of the instructions call it while `twin_on`. */
 #ifndef AMX_TWIN_H
 #define AMX_TWIN_H
 #include <assert.h>
@@ -55,13 +55,6 @@ static void twin_store(int tile, void *to, size_t stride) {
         memcpy((char *)to + row * stride, twin.tile[tile][row], twin.shape.row_bytes[tile]);
 }
 
-static int twin_words(int sum, int rows, int weights) { /* of k */
-    assert(twin.shape.rows[sum] == twin.shape.rows[rows] && twin.shape.rows[sum] > 0);
-    assert(twin.shape.row_bytes[rows] == twin.shape.rows[weights] * 4);
-    assert(twin.shape.row_bytes[sum] == twin.shape.row_bytes[weights]);
-    return twin.shape.rows[weights];
-}
-
 static float twin_flush(float value) { /* what is below the normal numbers is 0 */
     return fabsf(value) < 0x1p-126f ? copysignf(0.0f, value) : value;
 }
@@ -75,8 +68,11 @@ static float twin_f32(const char *bf16) {
 }
 
 /* Even and odd k are chains of their own, whose sums are added to what is there. */
-static void twin_dot_bf16(int sum, int rows, int weights) {
-    int n_words = twin_words(sum, rows, weights);
+static void twin_dot(int sum, int rows, int weights) {
+    int n_words = twin.shape.rows[weights]; /* of k */
+    assert(twin.shape.rows[sum] == twin.shape.rows[rows] && twin.shape.rows[sum] > 0);
+    assert(twin.shape.row_bytes[rows] == n_words * 4);
+    assert(twin.shape.row_bytes[sum] == twin.shape.row_bytes[weights]);
     for (int row = 0; row < twin.shape.rows[sum]; row++) {
         float part[16][2] = {{0}}, to[16];
         for (int k = 0; k < n_words; k++)
@@ -87,19 +83,6 @@ static void twin_dot_bf16(int sum, int rows, int weights) {
         memcpy(to, twin.tile[sum][row], sizeof to);
         for (int i = 0; i < 16; i++)
             to[i] = twin_flush(twin_flush(to[i]) + twin_flush(part[i][0] + part[i][1]));
-        memcpy(twin.tile[sum][row], to, sizeof to);
-    }
-}
-
-static void twin_dot_int8(int sum, int rows, int weights) {
-    int n_words = twin_words(sum, rows, weights);
-    for (int row = 0; row < twin.shape.rows[sum]; row++) {
-        int32_t to[16];
-        memcpy(to, twin.tile[sum][row], sizeof to);
-        for (int k = 0; k < n_words; k++)
-            for (int i = 0; i < 64; i++)
-                to[i / 4] +=
-                    (int8_t)twin.tile[rows][row][k * 4 + i % 4] * (int8_t)twin.tile[weights][k][i];
         memcpy(twin.tile[sum][row], to, sizeof to);
     }
 }
