@@ -71,7 +71,7 @@ $(B)/test_engine: test/test_engine.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)
 # the same tests of the emulated CUDA backend, and of the real one
 $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(if $(findstring emu,$@),$(EMU),dynamo)"' \
-		$(if $(findstring emu,$@),-DMANY_GPUS) $< $(LIBS) -o $@
+		$(if $(findstring emu,$@),-DMANY_GPUS=4) $< $(LIBS) -o $@
 
 # the kernels' tests on the CPU, beside the CPU backend, whose sampler is their model
 $(B)/test_cuda: test/test_cuda.cu $(B)/kernels.o $(B)/flags

@@ -4,12 +4,12 @@
  * requests. kernels.c is its specification: where the two differ, kernels.c is right.
  *
  *     1  a step, as kernels see it
- *     2  weights, in the order in which the tensor cores want them         pack_kernel
+ *     2  weights and rows, as the tensor cores read them                   pack_kernel
  *     3  devices: what they hold, memory, copies, uploads
  *     4  products                       generated_product_kernel, prompt_product_kernel
  *     5  attention                      prompt_attention_kernel, generated_attention_kernel
  *     6  embedding, norm, rope          embed_kernel, norm_kernel, rope_append_kernel
- *     7  the products of a layer; several shards              silu_kernel, reduce_kernel
+ *     7  the products of a layer; several shards                           reduce_kernel
  *     8  logits and samples                                                sample_kernel
  *     9  a step: begun, recorded, replayed, ended
  *    10  what the chip can do at most               mma_probe_kernel, read_probe_kernel

@@ -7,8 +7,8 @@
  * is 32 fibers on a CPU, so every kernel can be run, tested and stepped through without a GPU.
  *
  *     __global__ void double_kernel(float *x, int n) {
- *         grid_wait();                      // what the kernel before wrote is there
  *         grid_launch_dependents();         // the next one may begin, as far as its own grid_wait
+ *         grid_wait();                      // what the kernel before wrote is there
  *         int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
  *         if (i < n)
  *             x[i] *= 2.0f;
@@ -28,9 +28,7 @@
  *     a[2]         row group,     k 2 quad + 8, 2 quad + 9        a[3]         row group + 8
  *     b[0]         column group,  k 2 quad, 2 quad + 1            b[1]         k 2 quad + 8, + 9
  * each a[i] and b[i] two bf16, the first in the low half (PTX ISA, "Matrix Fragments for
- * mma.m16n8k16"). Which k of the matrices stands for which k of the instruction is up to the
- * caller, as long as a and b agree: if a lane's k are neighbours in memory, its operands are plain
- * 16-byte loads, and neither ldmatrix nor a swizzle is needed. */
+ * mma.m16n8k16"). On Hopper four warps multiply together, with b in shared memory: see wgmma. */
 #ifndef GPU_H
 #define GPU_H
 #include <assert.h>

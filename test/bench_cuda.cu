@@ -543,14 +543,44 @@ static void forward(struct bench *b, const struct batch *batch) {
     backend->step_end(device, batch->sampled);
 }
 
-/* Seconds of one of `n` things that `act` launches in a step of this batch, replayed as a graph. */
+/* Logits of a scene: 0 a few likely tokens, 1 all of like weight, 2 all the same, 3 two values, 4
+ * rounded to bf16. */
+static void make_logits(struct bench *b, int scene) {
+    size_t n = (size_t)LOGIT_ROWS * (size_t)b->d->logits_stride;
+    float *logits = (float *)malloc(n * sizeof *logits);
+    uint64_t state = 1;
+    for (size_t i = 0; i < n && logits; i++) {
+        float sum = -6.0f; /* of 12 random numbers: nearly normal */
+        for (int j = 0; j < 12; j++) {
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            sum += (float)(state >> 40) * 0x1p-24f;
+        }
+        logits[i] = scene == 0   ? 2.0f * sum + (state % 2000 == 0 ? 12.0f : 0.0f)
+                    : scene == 1 ? 0.3f * sum
+                    : scene == 2 ? 1.0f
+                    : scene == 3 ? (float)(i % 3 == 0)
+                                 : 0.5f * sum;
+        uint32_t bits;
+        memcpy(&bits, &logits[i], sizeof bits);
+        bits &= scene == 4 ? 0xffff0000u : 0xffffffffu;
+        memcpy(&logits[i], &bits, sizeof bits);
+    }
+    TRY(b->d, cudaMemcpy(b->d->logits, logits, n * sizeof *logits, cudaMemcpyHostToDevice));
+    free(logits);
+}
+
+/* Seconds of one of `n` things that `act` launches in a step of this batch, replayed as a graph.
+ * scene: logits that are to be there, see make_logits; -1: those that the model gives. */
 template <typename Act>
-static double time_recorded(struct bench *b, const struct batch *batch, int n, Act act) {
+static double time_recorded(struct bench *b, const struct batch *batch, int n, Act act,
+                            int scene = -1) {
     struct cuda_device *d = b->d;
     cudaStream_t stream = compute_stream(b);
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     forward(b, batch); /* so that there are inputs of every op */
+    if (scene >= 0)
+        make_logits(b, scene);
     forget_graphs(d);
     b->backend->step_begin(&d->device, batch); /* begins to record, if generated rows are all */
     if (!d->recording)
@@ -708,32 +738,6 @@ static void bench_small(struct bench *b) {
     report(b, "%s", layers);
 }
 
-/* Logits of a scene: 0 a few likely tokens, 1 all of like weight, 2 all the same, 3 two values, 4
- * rounded to bf16. */
-static void make_logits(struct bench *b, int scene) {
-    size_t n = (size_t)LOGIT_ROWS * (size_t)b->d->logits_stride;
-    float *logits = (float *)malloc(n * sizeof *logits);
-    uint64_t state = 1;
-    for (size_t i = 0; i < n && logits; i++) {
-        float sum = -6.0f; /* of 12 random numbers: nearly normal */
-        for (int j = 0; j < 12; j++) {
-            state = state * 6364136223846793005u + 1442695040888963407u;
-            sum += (float)(state >> 40) * 0x1p-24f;
-        }
-        logits[i] = scene == 0   ? 2.0f * sum + (state % 2000 == 0 ? 12.0f : 0.0f)
-                    : scene == 1 ? 0.3f * sum
-                    : scene == 2 ? 1.0f
-                    : scene == 3 ? (float)(i % 3 == 0)
-                                 : 0.5f * sum;
-        uint32_t bits;
-        memcpy(&bits, &logits[i], sizeof bits);
-        bits &= scene == 4 ? 0xffff0000u : 0xffffffffu;
-        memcpy(&logits[i], &bits, sizeof bits);
-    }
-    TRY(b->d, cudaMemcpy(b->d->logits, logits, n * sizeof *logits, cudaMemcpyHostToDevice));
-    free(logits);
-}
-
 /* The sampler: the largest logit alone, and with default options several kinds of logits. */
 static void bench_sampler(struct bench *b) {
     enum { SCENES = 5 };
@@ -744,13 +748,14 @@ static void bench_sampler(struct bench *b) {
         struct batch batch = decode_batch(b, many ? b->shape->streams : 1);
         (void)snprintf(text[many], LINE_LENGTH, "sample, us %3d rows:", batch.n_samples);
         for (int scene = -1; scene < SCENES; scene++) {
-            make_logits(b, scene < 0 ? 0 : scene);
+
             for (int i = 0; i < batch.n_samples; i++) {
                 batch.sampling[i].temperature = scene < 0 ? 0.0f : 0.8f;
                 batch.sampling[i].top_p = 0.95f;
             }
-            double time =
-                time_recorded(b, &batch, 4, [=](int) { draw_tokens(b->d, 0, b->d->n_samples); });
+            double time = time_recorded(
+                b, &batch, 4, [=](int) { draw_tokens(b->d, 0, b->d->n_samples); },
+                scene < 0 ? 0 : scene);
             size_t at = strlen(text[many]);
             (void)snprintf(text[many] + at, LINE_LENGTH - at, "  %s %.1f",
                            scene < 0 ? "greedy" : names[scene], time * 1e6);

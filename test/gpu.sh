@@ -8,7 +8,7 @@
 #   kernels    make gpu-test: every op against float64, then products and attention once more by the
 #              portable twin of what Hopper alone can do (ARCH=sm_90)
 #   sanitize   some of those tests under compute-sanitizer: memory, races, barriers, unwritten memory
-#   schedules  the same text in every schedule, one GPU standing for several
+#   schedules  the same text in every schedule, on all GPUs; one stands for those that are not there
 #   floors     what PyTorch reaches (test/floors.py)
 #   bench      what the backend reaches, beside the floors (test/bench_cuda.cu)
 #
@@ -117,6 +117,8 @@ schedules() {
         absent "schedules: build/native/test_gpu_schedules is not built"
         return
     fi
+    GPUS=$(nvidia-smi -L | wc -l)
+    export GPUS
     run schedules 150 build/native/test_gpu_schedules
 }
 

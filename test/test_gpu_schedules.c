@@ -1,11 +1,12 @@
 /* test_gpu_schedules.c: the CUDA backend from outside: the same text in every schedule, bit for bit
  * (see schedules.h), and logits as the models' original implementations have them.
  *
- * DYNAMO_PROGRAM is ./dynamo on a machine with a GPU, whose one device stands for several here, or
- * ./dynamo-emu, which has several (MANY_GPUS). What differs from test_schedules.c: tokens that were
- * generated get their keys and values from other kernels than tokens of prompts do, so a text that
- * was generated and is then read again as a prompt, or computed again after a drop, is outside the
- * promise: no second turns, and no schedule drops generated tokens. */
+ * DYNAMO_PROGRAM is ./dynamo on a machine with a GPU, where one device stands for several if there
+ * are no others, or ./dynamo-emu, which has several (MANY_GPUS). What differs from
+ * test_schedules.c: tokens that were generated get their keys and values from other kernels than
+ * tokens of prompts do, so a text that was generated and is then read again as a prompt, or computed
+ * again after a drop, is outside the promise: no second turns, and no schedule drops generated
+ * tokens. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #define GGUF_IMPLEMENTATION
@@ -22,40 +23,45 @@ enum { FEW = IN(TWIN), ALL = IN(TWIN) | IN(BF16) | IN(Q8), REQUESTS = 11, SOME_R
 
 static const struct {
     int models;
-    bool many; /* needs several GPUs */
+    int gpus; /* that it needs */
     const char *options, *proof;
 } schedules[] = {
     /* one worker: batches, chunks, shards */
-    {ALL, false, "--devices 0", "steps<=130 hand_overs<=0 kernel_launches>=1000"},
-    {FEW, false, "--devices 0 --max-batch 3 --chunk 7 --copy-delay 1", "steps>=110"},
-    {FEW, false, "--devices 0,0 --tp 2 --kv-device 1000b", "hand_overs<=0 kernel_launches>=1000"},
-    {ALL, false, "--devices 0,0,0,0 --tp 4 --kv-device 1000b --chunk 64", "steps<=200"},
+    {ALL, 1, "--devices 0", "steps<=130 hand_overs<=0 kernel_launches>=1000"},
+    {FEW, 1, "--devices 0 --max-batch 3 --chunk 7 --copy-delay 1", "steps>=110"},
+    {FEW, 1, "--devices 0,0 --tp 2 --kv-device 1000b", "hand_overs<=0 kernel_launches>=1000"},
+    {ALL, 1, "--devices 0,0,0,0 --tp 4 --kv-device 1000b --chunk 64", "steps<=200"},
     /* two pools */
-    {ALL, false, "--devices 0,0 --copy-delay 2", "hand_overs>=3 blocks_transferred>=5"},
-    {FEW, true, "--devices 0,1,2 --prefill 0,2 --decode 1 --chunk 16", "hand_overs>=5"},
-    {FEW, true, "--devices 0-3 --tp 2 --copy-delay 4", "hand_overs>=3 blocks_transferred>=5"},
-    {FEW, false, "--devices 0,0,0 --colocate --kv-device 100b", "hand_overs<=0"},
+    {ALL, 1, "--devices 0,0 --copy-delay 2", "hand_overs>=3 blocks_transferred>=5"},
+    {FEW, 2, "--devices 0,1 --copy-delay 3", "hand_overs>=3 blocks_transferred>=5"},
+    {FEW, 2, "--devices 0,1 --tp 2 --kv-device 1000b", "hand_overs<=0"},
+    {FEW, 3, "--devices 0,1,2 --prefill 0,2 --decode 1 --chunk 16", "hand_overs>=5"},
+    {FEW, 4, "--devices 0-3 --tp 2 --copy-delay 4", "hand_overs>=3 blocks_transferred>=5"},
+    {FEW, 1, "--devices 0,0,0 --colocate --kv-device 100b", "hand_overs<=0"},
     /* little memory: paged out and in */
-    {FEW, false, "--devices 0,0 --kv-device 16b --copy-delay 5", "pages_out>=1 evictions>=1"},
-    {IN(BF16) | IN(Q8), false, "--devices 0,0 --kv-device 8b", "pages_out>=1 evictions>=1"},
-    {FEW, false, "--devices 0 --kv-device 15b",
+    {FEW, 1, "--devices 0,0 --kv-device 16b --copy-delay 5", "pages_out>=1 evictions>=1"},
+    {IN(BF16) | IN(Q8), 1, "--devices 0,0 --kv-device 8b", "pages_out>=1 evictions>=1"},
+    {FEW, 1, "--devices 0 --kv-device 15b",
      "pages_out>=10 pages_in>=1 preemptions>=1 recomputed_tokens<=0"},
-    {FEW, false, "--devices 0,0 --kv-policy write-through --kv-device 20b --copy-delay 7",
+    {FEW, 1, "--devices 0,0 --kv-policy write-through --kv-device 20b --copy-delay 7",
      "pages_out>=20 evictions>=5"},
 };
 enum { N_SCHEDULES = sizeof schedules / sizeof *schedules };
 
+/* The emulator's, or as many as test/gpu.sh says there are. */
+static int count_gpus(void) {
 #ifdef MANY_GPUS
-static const bool many_gpus = true;
+    return MANY_GPUS;
 #else
-static const bool many_gpus = false;
+    return getenv("GPUS") ? atoi(getenv("GPUS")) : 1;
 #endif
+}
 
 static void run_matrix(struct check *check, int model) {
     struct turns *turns =
         turns_open(check, model, "--devices 0", model == TWIN ? REQUESTS : SOME_REQUESTS, 0);
     for (int i = model % SHARE; i < N_SCHEDULES; i += SHARE * SHARE) /* emulated fibers are slow */
-        if ((schedules[i].models & IN(model)) && (many_gpus || !schedules[i].many))
+        if ((schedules[i].models & IN(model)) && schedules[i].gpus <= count_gpus())
             run_schedule(check, turns, schedules[i].options, schedules[i].proof);
 }
 
