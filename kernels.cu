@@ -1178,12 +1178,13 @@ DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
     return (warp / (CONSUMERS / WARP_TILES) * WARP_GROUPS + i % WARP_GROUPS) * 8;
 }
 
-/* sum += a unit. */
+/* sum += a unit. Where each warp multiplies for itself, rows from n_rows on are left out. */
 template <int TYPE>
-DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2][2][4],
+DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint32_t (&a)[2][2][4],
                                  float (&sum)[WARP_SUMS * 4]) {
     const uint8_t *weights = rows + TILE_ROWS * ROW_BYTES;
 #ifdef HOPPER
+    (void)n_rows;
     multiply_unit<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
 #else
     const int lane = (int)threadIdx.x % WARP;
@@ -1196,6 +1197,8 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int warp, uint32_t (&a)[2]
             load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), i, lane, w[tile]);
 #pragma unroll
         for (int j = 0; j < WARP_GROUPS; j += 2) { /* 16 rows */
+            if (row_of(warp, j) >= n_rows)
+                break;
             load_matrices(b, rows + (row_of(warp, j) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
                                  ((i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll
@@ -1216,9 +1219,10 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
     const int n_units = p.matrix.n_units;
     bool first = true;
     for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
+        const int row = t.begin + tile % t.n * TILE_ROWS, n_rows = t.end - row;
         auto corner_of = [&](int i) -> struct corner {
-            return {tile / t.n * (PANEL / TILE) + tile_of(warp, i),
-                    t.begin + tile % t.n *TILE_ROWS + row_of(warp, i), p.first_row, t.end};
+            return {tile / t.n * (PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
+                    p.first_row, t.end};
         };
         float sum[WARP_SUMS * 4];
         uint32_t a[2][2][4];
@@ -1234,7 +1238,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
                 __syncwarp(); /* as above */
             }
         for (int unit = 0; unit < n_units; unit++, first = false) {
-            multiply_prompt_unit<TYPE>(wait_full(r), warp, a, sum);
+            multiply_prompt_unit<TYPE>(wait_full(r), n_rows, warp, a, sum);
             advance(&r, first);
         }
         wgmma_wait<0>();

@@ -188,9 +188,9 @@ static inline int add_ordered(int *p, int value) {
 }
 
 static inline float atomicAdd(float *p, float value) {
-    return __uint_as_float(emu_atomic((uint32_t *)(void *)p, [=](uint32_t old) {
-        return __float_as_uint(__uint_as_float(old) + value);
-    }));
+    return __uint_as_float(
+        emu_atomic((uint32_t *)(void *)p,
+                   [=](uint32_t old) { return __float_as_uint(__uint_as_float(old) + value); }));
 }
 
 static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long value) {
