@@ -678,7 +678,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * batch:
  *   generated_product   tokens that were generated, up to 64 rows: bound by reading the weights.
  *                       Each sum is a tree of K_SEGMENTS chains.
- *   prompt_product      rows of prompts: bound by multiplying. A block has 256 rows and a panel,
+ *   prompt_product      rows of prompts: bound by multiplying. A tile is 256 rows and a panel,
  *                       and each sum is one chain over all of K. Where shards cut K, a shard goes
  *                       on with the sums of the one before it: the same chain.
  * Both do their part of what follows a product: bias, silu(gate) * up, or adding to the residual.
@@ -710,8 +710,8 @@ enum {
 struct product {
     struct matrix matrix;
     float *out; /* (n_rows, out_stride) */
-    const float
-        *bias[3]; /* bias[i][output], or NULL: of outputs to bias_end[0], [1], of the rest */
+    /* bias[i][output], or NULL; i: of outputs before bias_end[0], before [1], of the rest */
+    const float *bias[3];
     int bias_end[2], out_stride;
     bool adds; /* to what `out` holds; instead of a bias */
     struct planes input;
@@ -1310,7 +1310,8 @@ static void launch_generated(struct cuda_device *d, struct product p) {
            (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
 }
 
-/* The product for n_generated rows, and for the prompt rows that p names. */
+/* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
+ * on to further tiles; where several devices share the GPU each has one, so that others get in. */
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
