@@ -138,10 +138,6 @@ dim3 blockDim, gridDim;
 
 /* ---- functions of one thread ---- */
 
-static inline int __popc(uint32_t x) {
-    return __builtin_popcount(x);
-}
-
 static inline int __ffs(int x) {
     return __builtin_ffs(x);
 }
@@ -158,8 +154,7 @@ static inline uint32_t __float_as_uint(float x) {
     return bits;
 }
 
-#define __expf(x) expf(x) /* macros, because math.h declares functions of these names */
-#define rsqrtf(x) (1.0f / sqrtf(x))
+#define __expf(x) expf(x) /* a macro, because math.h declares a function of this name */
 
 static inline float __fdividef(float x, float y) {
     return x / y;
@@ -929,7 +924,6 @@ template <typename T> static inline void __stcg(T *p, T value) {
     emu_check_aligned(p, sizeof value, "__stcg");
     *p = value;
 }
-#define __stcs(p, value) __stcg(p, value)
 
 static void emu_check_shared(const void *p, size_t bytes, size_t align, const char *call) {
     emu_self(call);

