@@ -71,6 +71,10 @@ static inline __host__ __device__ int smaller(int a, int b) {
     return a < b ? a : b;
 }
 
+static inline __host__ __device__ int larger(int a, int b) {
+    return a > b ? a : b;
+}
+
 /* ==== 1. A step, as kernels see it ====
  *
  * The host writes a step into one buffer behind this header and copies it up at once; arrays are
@@ -439,6 +443,8 @@ struct cuda_device {
     int *blocks_done;                 /* (multiprocessors) */
     float2 *turn;                     /* (max_rows, rope_dim / 2) cosine and sine */
     float *rope_frequency;            /* (rope_dim / 2) */
+    float *squares;                   /* (max_rows, norm_tiles): see struct normed */
+    bool normed;                      /* a product left them, not a norm_kernel */
     int *arrived;                     /* (max_rows, n_kv_heads, chunks) of attention */
     struct sampler_row *sampler_rows; /* (LOGIT_ROWS) */
     int *sampled, *sampled_host;      /* (max_samples) device, pinned */
@@ -700,12 +706,28 @@ enum {
     FED_THREADS = (CONSUMERS + 1) * WARP,
     PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
     MAX_STAGES = 24,
-    AHEAD_BYTES = 80 << 10, /* of weights that a block asks for ahead: more makes memory slower */
-    RING_BARRIERS = 2 * MAX_STAGES * 8 + 16, /* bytes of a ring's barriers, and an int */
-    ROW_BYTES = UNIT * 2,                    /* of a row of a unit */
-    ROW_TILE = 256,                          /* rows of a block of prompt_product at most */
-    GENERATED_ROWS = 64                      /* of a generated_product at most */
+    AHEAD_BYTES = 96 << 10, /* of weights that a block asks for ahead: more makes memory slower */
+    RING_BARRIERS = 2 * MAX_STAGES * 8 + 24 + 64 * 4, /* bytes of a ring's barriers, of an int and
+                                                         the scales of rows */
+    ROW_BYTES = UNIT * 2,                             /* of a row of a unit */
+    ROW_TILE = 256,      /* rows of a block of prompt_product at most */
+    GENERATED_ROWS = 64, /* of a generated_product at most */
+    NORMED_ROWS = 16     /* at most where it does the norm behind it, too */
 };
+
+/* Generated rows on their way through a norm: x * weight goes into a product, and what comes out is
+ * multiplied by 1 / root mean square of x. So whoever makes x makes the product's input as well, and
+ * the sums of squares of its tiles of 16; where a norm_kernel does, their sum alone. */
+struct normed {
+    float *squares; /* (n_rows, n_tiles) */
+    int n_tiles;    /* of whole panels; 1: sums of rows; 0: rows are what they seem */
+    int width;
+    float epsilon;
+};
+
+DEVICE float scale_of_norm(float squares, int width, float epsilon) {
+    return 1.0f / sqrtf(squares / (float)width + epsilon);
+}
 
 struct product {
     struct matrix matrix;
@@ -721,6 +743,9 @@ struct product {
     int n_before, grain;    /* grain: segments of an item */
     float4 *sums_of_blocks;
     int *blocks_done;
+    struct normed rows, next; /* of the input; of what is added to, if it is the next input */
+    const float *next_norm;   /* (n_outputs), or NULL */
+    struct planes next_input;
     /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
     int first_row, n_rows;
     const float *initial;
@@ -728,6 +753,28 @@ struct product {
     struct planes ffn;
     struct segments ffn_places;
 };
+
+/* The sum of a row's squares, from those of tiles; all lanes of a warp call it. */
+DEVICE float sum_of_tiles(const float *squares, int n_tiles) {
+    float sum = 0.0f;
+    for (int i = (int)threadIdx.x % WARP; i < n_tiles; i += WARP)
+        sum += squares[i];
+    for (int step = 16; step > 0; step /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    return sum;
+}
+
+/* Scales of ROWS rows, from their sums of squares, all in shared memory; all warps that multiply call
+ * it. */
+template <int ROWS>
+DEVICE void find_scales(const struct normed &n, const float *squares, float *scales) {
+    for (int row = (int)threadIdx.x / WARP; row < ROWS; row += CONSUMERS) {
+        float sum = sum_of_tiles(squares + row * n.n_tiles, n.n_tiles);
+        if (threadIdx.x % WARP == 0)
+            scales[row] = n.n_tiles > 0 ? scale_of_norm(sum, n.width, n.epsilon) : 1.0f;
+    }
+    sync_threads<1, CONSUMERS * WARP>();
+}
 
 DEVICE float silu(float x) {
     return __fdividef(x, 1.0f + __expf(-x));
@@ -753,30 +800,77 @@ DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act
     }
 }
 
+/* What a lane adds its sums to, of N times 8 rows, and the next norm's weights of its outputs: read
+ * long before they are needed. */
+template <int N> struct added { float x[N * 4], weight[2]; };
+
+template <int N>
+DEVICE void load_added(const struct product &p, const struct corner &at, struct added<N> *added) {
+    for_wanted<N>(
+        p, at,
+        [&](int i, size_t offset, int output) {
+            added->x[i] = p.out[offset];
+            added->weight[i % 4 / 2] = p.next_norm[output];
+        });
+}
+
+/* x += sum, and the next product's input: see struct normed. */
+template <int N>
+DEVICE void add_normed(const struct product &p, const struct corner &at, const float *sum,
+                       const struct added<N> &added) {
+    float x[N * 4] = {};
+    for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
+        x[i] = added.x[i] + sum[i];
+        p.out[offset] = x[i];
+        int row = at.row + i / 4 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+        *plane_element(p.next_input, row, output) =
+            (uint16_t)pack_bf16(x[i] * added.weight[i % 4 / 2], 0.0f);
+    });
+#pragma unroll
+    for (int i = 0; i < N * 2; i++) { /* outputs group and group + 8 of a row, then all groups */
+        const int first = i / 2 * 4 + i % 2;
+        const int row = at.row + i / 2 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+        float squares = x[first] * x[first] + x[first + 2] * x[first + 2];
+        for (int step = 4; step < WARP; step *= 2)
+            squares += __shfl_xor_sync(0xffffffffu, squares, step);
+        if (threadIdx.x % WARP < 4 && row < at.end_row)
+            p.next.squares[(size_t)row * p.next.n_tiles + at.tile] = squares;
+    }
+}
+
 /* What is done with the sums. All lanes of a warp call it. A sum is added to what is there by an
- * atomic addition because that waits for nothing; nobody else adds there. */
+ * atomic addition because that waits for nothing; nobody else adds there. scales: shared, of
+ * generated rows from first_row on; NULL: of prompts, which have none. added: NULL where a norm never
+ * follows in the same kernel. */
 template <int EPILOGUE, int N>
-DEVICE void finish(const struct product &p, const struct corner &at, const float *sum) {
+DEVICE void finish(const struct product &p, const struct corner &at, const float *sum,
+                   const float *scales, const struct added<N> *added) {
+    const int lane = (int)threadIdx.x % WARP;
+    auto scale = [&](int row) { return scales ? scales[row - p.first_row] : 1.0f; };
     if constexpr (EPILOGUE != SILU) {
-        for_wanted<N>(
-            p, at,
-            [&](int i, size_t offset, int output) {
-                if (p.adds)
-                    atomicAdd(p.out + offset, sum[i]);
-                else {
-                    const float *bias =
-                        p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-                    p.out[offset] = sum[i] + (bias ? bias[output] : 0.0f);
-                }
-            });
+        if (added && p.next_norm) {
+            add_normed<N>(p, at, sum, *added);
+            return;
+        }
+        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
+            if (p.adds) {
+                atomicAdd(p.out + offset, sum[i]);
+                return;
+            }
+            const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
+            p.out[offset] = sum[i] * scale(at.row + i / 4 * 8 + lane % 4 * 2 + i % 2) +
+                            (bias ? bias[output] : 0.0f);
+        });
     } else { /* lanes of two outputs swap, so that each has both of one row */
-        const int lane = (int)threadIdx.x % WARP, odd = lane / 4 % 2;
+        const int odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
         const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
         uint16_t *to = plane_element(p.ffn, row, place(p.ffn_places, there ? output : 0));
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float *s = sum + j * 4, y[2] = {silu(s[0]) * s[2], silu(s[1]) * s[3]};
+            const float *s = sum + j * 4, low = scale(row - odd + j * 8),
+                        high = scale(row - odd + 1 + j * 8);
+            const float y[2] = {silu(s[0] * low) * (s[2] * low), silu(s[1] * high) * (s[3] * high)};
             float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
             if (there && row + j * 8 >= at.begin_row && row + j * 8 < at.end_row)
                 *reinterpret_cast<uint32_t *>(to + j * 8 * UNIT) =
@@ -790,6 +884,7 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
 struct ring { /* of n stages, each `bytes`: a thread's place in it */
     uint8_t *stages;
     uint64_t *full, *empty; /* (n) barriers: copies have arrived; it may be written again */
+    uint64_t *once;         /* what is copied a single time has arrived */
     int n, bytes, at;
     uint32_t parity;
 };
@@ -798,8 +893,9 @@ struct ring { /* of n stages, each `bytes`: a thread's place in it */
  * barriers. A stage is empty when so many warps have given it back. */
 DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int warps) {
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
-    struct ring r = {shared, full, full + n, n, bytes, 0, 0};
+    struct ring r = {shared, full, full + n, full + 2 * n, n, bytes, 0, 0};
     if (threadIdx.x == 0) {
+        barrier_init(r.once, copy_arrivals());
         for (int i = 0; i < n; i++) {
             barrier_init(r.full + i, copy_arrivals());
             barrier_init(r.empty + i, warps);
@@ -861,37 +957,37 @@ DEVICE int owner_of(const struct product &p, int item, int n_groups) {
     return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.matrix.n_panels * n_groups));
 }
 
+static inline __host__ __device__ int squares_bytes(const struct product &p, int rows) {
+    return rows * p.rows.n_tiles * (int)sizeof(float);
+}
+
 /* The warp that asks for units: the first weights before the kernel before this has ended, since
  * they do not depend on it; rows afterwards. Those who come next are let in when all has been asked
  * for, or, where rows are few, at once. */
 template <int TYPE, int ROWS>
-DEVICE void produce_generated(const struct product &p, struct ring r) {
+DEVICE void produce_generated(const struct product &p, struct ring r, float *squares) {
     const struct segments &segments = p.matrix.segments;
     const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct share s = find_share(p);
-    auto unit_of = [&](int item) { /* of all panels' units */
-                                   return item / s.n_groups * n_units +
-                                          segments.unit[item % s.n_groups * p.grain];
+    auto unit_of = [&](int item) {  // of all panels' units
+        return item / s.n_groups * n_units + segments.unit[item % s.n_groups * p.grain];
     };
     const int begin = unit_of(s.begin), n = unit_of(s.end) - begin, n_ahead = smaller(n, r.n);
     const struct ring start_ring = r;
     const uint8_t *const first = p.matrix.packed + (size_t)begin * unit_bytes(TYPE), *from = first;
     int unit = begin % n_units;
-    auto ask = [&](bool weights,
-                   bool rows) { /* and goes on to the next unit */
-                                size_t row = (size_t)unit * p.input.n_rows + p.first_row;
-                                uint8_t *to = wait_empty(r);
-                                uint32_t bytes = lane == 0 && rows      ? ROWS * ROW_BYTES
-                                                 : lane == 1 && weights ? unit_bytes(TYPE)
-                                                                        : 0;
-                                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                                            lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
-                                            bytes, lane == 1, r.full + r.at);
-                                if (rows)
-                                    copies_sent(r.full + r.at);
-                                next_stage(&r);
-                                from += unit_bytes(TYPE);
-                                unit = unit + 1 < n_units ? unit + 1 : 0;
+    auto ask = [&](bool weights, bool rows) {  // and goes on to the next unit
+        size_t row = (size_t)unit * p.input.n_rows + p.first_row;
+        uint8_t *to = wait_empty(r);
+        uint32_t bytes = lane == 0 && rows ? ROWS * ROW_BYTES : 0;
+        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
+                    lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
+                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1, r.full + r.at);
+        if (rows)
+            copies_sent(r.full + r.at);
+        next_stage(&r);
+        from += unit_bytes(TYPE);
+        unit = unit + 1 < n_units ? unit + 1 : 0;
     };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
@@ -899,6 +995,9 @@ DEVICE void produce_generated(const struct product &p, struct ring r) {
         ask(true, false);
     grid_wait();
     copies_see_stores();
+    copy_pieces(squares, p.rows.squares + (size_t)p.first_row * p.rows.n_tiles,
+                lane == 0 ? squares_bytes(p, ROWS) : 0, false, r.once);
+    copies_sent(r.once);
     from = first;
     unit = begin % n_units;
     r = start_ring;
@@ -1005,7 +1104,8 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
 /* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
 DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
-                            int n_groups, int *last) {
+                            int n_groups, const float *scales, const struct added<ROWS / 8> *added,
+                            int *last) {
     sync_threads<1, CONSUMERS * WARP>();
     if (threadIdx.x == 0) {
         *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
@@ -1032,7 +1132,10 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
-        finish<EPILOGUE, N>(p, at, &sum[0].x);
+        if constexpr (N == ROWS / 8)
+            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
+        else
+            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, NULL);
     }
 }
 
@@ -1072,34 +1175,40 @@ static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblin
 }
 
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
- * first_row on. A block a multiprocessor: see struct share. Shared: the ring, and an int. Bound by
- * memory. */
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the scales of
+ * rows. Bound by memory. */
 template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
-    struct ring r =
-        open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS), kept_bytes(ROWS), CONSUMERS);
+    float *squares = reinterpret_cast<float *>(kept) + kept_bytes(ROWS) / 4;
+    struct ring r = open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS),
+                              kept_bytes(ROWS) + squares_bytes(p, ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     if (warp == CONSUMERS) {
-        produce_generated<TYPE, ROWS>(p, r);
+        produce_generated<TYPE, ROWS>(p, r, squares);
         return;
     }
-    grid_wait();
     const struct share s = find_share(p);
     const struct segments &segments = p.matrix.segments;
-    int *last = reinterpret_cast<int *>(r.empty + r.n);
+    const int end_row = *p.n_generated - p.n_before; /* no kernel wrote the step */
+    int *last = reinterpret_cast<int *>(r.once + 1);
+    float *scales = reinterpret_cast<float *>(last + 1);
+    struct added<ROWS / 8> read, *added = ROWS > NORMED_ROWS ? NULL : &read;
+    grid_wait();
     uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
         const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
-                                  *p.n_generated - p.n_before};
+                                  end_row};
         n_items = smaller(s.n_groups - group, s.end - item);
         const bool whole = n_items == s.n_groups;
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
                               : (p.grain > 1) + (p.grain > 2);
         alignas(16) float sum[ROWS / 2];
+        if (added && p.next_norm)
+            load_added<ROWS / 8>(p, at, added);
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
                                          a, sum);
@@ -1110,10 +1219,14 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
                 __stcg(sums_of_item<ROWS>(p, owner, i / p.grain) + j * CONSUMERS * WARP,
                        reinterpret_cast<float4 *>(sum)[j]);
         }
+        if (item == s.begin) {
+            barrier_wait(r.once, 0);
+            find_scales<ROWS>(p.rows, squares, scales);
+        }
         if (whole)
-            finish<EPILOGUE, ROWS / 8>(p, at, sum);
+            finish<EPILOGUE, ROWS / 8>(p, at, sum, scales, added);
         else
-            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, last);
+            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, scales, added, last);
     }
 }
 
@@ -1244,7 +1357,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         wgmma_wait<0>();
 #pragma unroll
         for (int i = 0; i < WARP_SUMS; i += WARP_GROUPS)
-            finish<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4]);
+            finish<EPILOGUE, WARP_GROUPS>(p, corner_of(i), &sum[i * 4], NULL, NULL);
     }
 }
 
@@ -1302,12 +1415,13 @@ static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
     int stage = generated_stage(TYPE, ROWS);
     p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
-    p.n_stages = smaller(stages_of(d, stage, kept_bytes(ROWS)), AHEAD_BYTES / unit_bytes(TYPE));
+    int others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
+    p.n_stages = smaller(stages_of(d, stage, others), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
     launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
            grid_of(smaller(blocks, p.matrix.n_panels * n_segments / p.grain)), FED_THREADS,
-           (size_t)(p.n_stages * stage + kept_bytes(ROWS) + RING_BARRIERS), p);
+           (size_t)(p.n_stages * stage + others + RING_BARRIERS), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
@@ -1699,27 +1813,47 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
 }
 
 /* The warp that copies: a stage is the keys and values of one warp's pages. Of an item a lane has
- * the keys or the values of a page; those of which nothing is seen are not read. */
+ * the keys or the values of a page; those of which nothing is seen are not read. Pages that earlier
+ * steps have filled are asked for before the kernel before this has ended, as far as the ring goes.
+ */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
     constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = cut_of(HEAD).pages / BYTES;
-    const int lane = (int)threadIdx.x % WARP;
-    auto find = [&](int index) -> const uint8_t * {
-        const struct item it = find_item<HEAD>(a, smaller(index, end - 1));
+    const int lane = (int)threadIdx.x % WARP, n = (end - begin) * CONSUMERS;
+    const int n_ahead = smaller(n, r.n);
+    const struct ring start = r;
+    struct found {
+        const uint8_t *page; /* NULL: nothing of it is seen */
+        bool fresh;          /* this step writes into it */
+    } own = {}, next;
+    auto find = [&](int i) -> struct found {
+        const struct item it = find_item<HEAD>(a, smaller(begin + i / CONSUMERS, end - 1));
         int page = it.split * cut_of(HEAD).split / BLOCK_TOKENS + lane / 2;
-        bool seen = sees_page(a, it.s.start, page * BLOCK_TOKENS);
-        return seen ? page_of(a, it.s, page, it.kv_head, lane % 2).bytes : NULL;
+        bool seen = sees_page(a, it.s.start, page *BLOCK_TOKENS);
+        return {seen ? page_of(a, it.s, page, it.kv_head, lane % 2).bytes : NULL,
+                page == it.s.start / BLOCK_TOKENS};
     };
-    const uint8_t *from = find(begin);
+    auto ask = [&](int i, bool old, bool fresh) {
+        bool wanted = own.page && (own.fresh ? fresh : old) && lane / PIECES == i % CONSUMERS;
+        copy_pieces(wait_empty(r) + lane % PIECES * BYTES, own.page, wanted ? BYTES : 0, true,
+                    r.full + r.at);
+    };
+    for (int i = 0; i < n_ahead; i++, next_stage(&r)) {
+        if (i % CONSUMERS == 0)
+            own = find(i);
+        ask(i, true, false);
+    }
+    r = start;
+    next = find(0);
+    grid_wait();
     copies_see_stores();
-    for (int index = begin; index < end; index++) {
-        const uint8_t *next = find(index + 1); /* long before it is needed */
-        for (int warp = 0; warp < CONSUMERS; warp++, next_stage(&r)) {
-            copy_pieces(wait_empty(r) + lane % PIECES * BYTES, from,
-                        from && lane / PIECES == warp ? BYTES : 0, true, r.full + r.at);
-            copies_sent(r.full + r.at);
+    for (int i = 0; i < n; i++, next_stage(&r)) {
+        if (i % CONSUMERS == 0) {
+            own = next;
+            next = find(i + CONSUMERS); /* long before it is needed */
         }
-        from = next;
+        ask(i, i >= n_ahead, true);
+        copies_sent(r.full + r.at);
     }
 }
 
@@ -1793,27 +1927,37 @@ template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struc
     }
 }
 
-/* Adds up `n` parts of each head, a.part floats apart, in their order. Where they are all there is,
- * their quotient is the output; else they become one part more, at `to`. */
+/* Adds up `n` parts of each head, a.part floats apart, in their order, which are read some at once.
+ * Where they are all there is, their quotient is the output; else they become one part more, at `to`.
+ */
 template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
+    constexpr int AT_ONCE = 8;
     for (int i = (int)threadIdx.x; i < it.n_heads * HEAD / 2; i += CONSUMERS * WARP) {
         const int own = i / (HEAD / 2), head = it.first_head + own, dim = i % (HEAD / 2) * 2;
         const float *first = parts + own * (HEAD + 4);
         float x = 0.0f, y = 0.0f, sum = 0.0f, most = -INFINITY;
-#pragma unroll 8
-        for (int j = 0; j < n; j++)
-            most = fmaxf(most, first[j * a.part + HEAD]);
+        for (int j = 0; j < n; j += AT_ONCE)
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+                most = fmaxf(most, first[smaller(j + k, n - 1) * a.part + HEAD]);
         const float base = most == -INFINITY ? 0.0f : most; /* nothing of it is seen */
-#pragma unroll 8
-        for (int j = 0; j < n; j++) {
-            const float *part = first + j * a.part;
-            float2 value = *reinterpret_cast<const float2 *>(part + dim);
-            float factor = exp2_approx(part[HEAD] - base);
-            x = fmaf(value.x, factor, x);
-            y = fmaf(value.y, factor, y);
-            sum = fmaf(part[HEAD + 1], factor, sum);
+        for (int j = 0; j < n; j += AT_ONCE) {
+            float2 value[AT_ONCE], end[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                const float *part = first + smaller(j + k, n - 1) * a.part;
+                value[k] = *reinterpret_cast<const float2 *>(part + dim);
+                end[k] = *reinterpret_cast<const float2 *>(part + HEAD);
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                float factor = j + k < n ? exp2_approx(end[k].x - base) : 0.0f;
+                x = fmaf(value[k].x, factor, x);
+                y = fmaf(value[k].y, factor, y);
+                sum = fmaf(end[k].y, factor, sum);
+            }
         }
         if (to) {
             float *whole = to + own * (HEAD + 4);
@@ -1837,13 +1981,15 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
     const int warp = (int)threadIdx.x / WARP;
     constexpr int TOKENS = cut_of(HEAD).split / CONSUMERS;
     float *parts = reinterpret_cast<float *>(r.stages + r.n * r.bytes);
-    int *last = reinterpret_cast<int *>(r.empty + r.n);
+    int *last = reinterpret_cast<int *>(r.once + 1);
     uint32_t q[HEAD / 16][2];
     for (int i = 0; i < warp; i++)
         next_stage(&r);
     for (int index = begin; index < end; index++) {
         const struct item it = find_item<HEAD>(a, index);
         struct sums<HEAD> s;
+        if (index == begin)
+            grid_wait();
         if (index == begin || it.split == 0) { /* columns without a head are not stored */
             int head = it.first_head + smaller((int)threadIdx.x % WARP / 4, it.n_heads - 1);
             load_query<HEAD>(a, it.s.first_row, head, 0, q);
@@ -1879,7 +2025,7 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
 }
 
 /* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
- * grid of fixed size serves any batch. Shared: the ring, the parts of the warps, and an int. Bound
+ * grid of fixed size serves any batch; of few items the first blocks, which start first, take one. Shared: the ring, the parts of the warps, and an int. Bound
  * by reading keys and values. */
 template <int HEAD>
 __global__ void __launch_bounds__(FED_THREADS, 1)
@@ -1888,14 +2034,18 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
     grid_launch_dependents();
     struct ring r = open_ring(shared, a.n_stages, cut_of(HEAD).pages,
                               CONSUMERS * a.part * (int)sizeof(float), 1);
-    grid_wait();
-    const int64_t n = (int64_t)a.step->n_splits * a.n_chunks;
-    const int begin = (int)(blockIdx.x * n / gridDim.x);
-    const int end = (int)((blockIdx.x + 1) * n / gridDim.x);
+    const int n = a.step->n_splits * a.n_chunks,
+              blocks = (int)gridDim.x; /* no kernel wrote the step */
+    auto share = [&](int block) {
+        return n < blocks ? smaller(block, n) : (int)((int64_t)block * n / blocks);
+    };
+    const int begin = share((int)blockIdx.x), end = share((int)blockIdx.x + 1);
     if (begin < end && threadIdx.x < CONSUMERS * WARP)
         attend_splits<HEAD>(a, r, begin, end);
     else if (begin < end)
         produce_splits<HEAD>(a, r, begin, end);
+    else
+        grid_wait();
 }
 
 /* ---- the op ---- */
@@ -1998,47 +2148,81 @@ DEVICE float sum_of_block(float value, float *shared) {
     return value;
 }
 
-/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample. What pads x and the weight
- * to a multiple of 8 is 0. */
+/* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample; of generated rows that do
+ * not, x * weight: see struct normed. What pads x and the weight to a multiple of 8 is 0. */
 __global__ void norm_kernel(const struct step_header *step, int first_sample, const float *x,
-                            int x_stride, int d_model, const float *weight, float epsilon,
+                            int x_stride, const struct normed n, const float *weight,
                             const struct planes h) {
     DYNAMIC_SHARED(float, shared);
     grid_launch_dependents();
+    const bool samples = first_sample != ALL_ROWS;
+    const int index = (int)blockIdx.x + (samples ? first_sample : 0);
+    const bool there = index < (samples ? step->n_samples : step->n_rows);
+    const int row = there && samples ? array_of<int>(step, step->sample_row)[index] : index;
     grid_wait();
-    bool samples = first_sample != ALL_ROWS;
-    int row = (int)blockIdx.x + (samples ? first_sample : 0);
-    if (row >= (samples ? step->n_samples : step->n_rows))
+    if (!there)
         return;
-    row = samples ? array_of<int>(step, step->sample_row)[row] : row;
+    const bool scaled = samples || row >= step->n_generated;
     const float *from = x + (size_t)row * x_stride;
-    float squares = 0.0f;
-    for (int i = (int)threadIdx.x * 4; i < x_stride; i += THREADS * 4) {
-        float4 v = *reinterpret_cast<const float4 *>(from + i);
-        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-    }
-    squares = sum_of_block(squares, shared);
-    float scale = 1.0f / sqrtf(squares / (float)d_model + epsilon);
-    for (int i = (int)threadIdx.x * 8; i < x_stride; i += THREADS * 8) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            float4 v = *reinterpret_cast<const float4 *>(from + i + j * 2);
-            float4 w = *reinterpret_cast<const float4 *>(weight + i + j * 2);
-            words[j] = pack_bf16(v.x * scale * w.x, v.y * scale * w.y);
-            words[j + 1] = pack_bf16(v.z * scale * w.z, v.w * scale * w.w);
+    float scale = 1.0f;
+    if (scaled) {
+        float squares = 0.0f;
+        for (int i = (int)threadIdx.x * 4; i < x_stride; i += THREADS * 4) {
+            float4 v = *reinterpret_cast<const float4 *>(from + i);
+            squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
         }
-        *reinterpret_cast<uint4 *>(plane_element(h, (int)blockIdx.x, i)) =
-            make_uint4(words[0], words[1], words[2], words[3]);
+        scale = scale_of_norm(sum_of_block(squares, shared), n.width, n.epsilon);
     }
+    for (int first = 0; first < x_stride; first += THREADS * 8) {
+        const int i = first + (int)threadIdx.x * 8;
+        alignas(16) float v[8] = {}, w[8];
+        if (i < x_stride) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                reinterpret_cast<float4 *>(v)[j] = reinterpret_cast<const float4 *>(from + i)[j];
+                reinterpret_cast<float4 *>(w)[j] = reinterpret_cast<const float4 *>(weight + i)[j];
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                words[j] =
+                    pack_bf16(v[j * 2] * scale * w[j * 2], v[j * 2 + 1] * scale * w[j * 2 + 1]);
+            *reinterpret_cast<uint4 *>(plane_element(h, (int)blockIdx.x, i)) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+        }
+        if (scaled)
+            continue;
+#pragma unroll
+        for (int j = 0; j < 8; j++) { /* in the order of add_normed */
+            v[j] *= v[j];
+            v[j] += __shfl_xor_sync(0xffffffffu, v[j], 1);
+        }
+        if (threadIdx.x % 2 == 0 && i < x_stride)
+            shared[i / TILE] = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+    }
+    __syncthreads();
+    if (scaled || threadIdx.x >= WARP)
+        return;
+    float sum = sum_of_tiles(shared, divide(n.width, TILE));
+    if (threadIdx.x == 0)
+        n.squares[row] = sum;
+}
+
+static int norm_tiles(const struct cuda_device *d) { /* of whole panels */
+    return divide(d->device.config->d_model, PANEL) * (PANEL / TILE);
+}
+
+static struct normed normed_of(const struct cuda_device *d) {
+    const struct model_config *c = d->device.config;
+    return {d->squares, d->normed ? norm_tiles(d) : 1, c->d_model, c->norm_epsilon};
 }
 
 /* Of all rows: first_sample ALL_ROWS; or of n samples from that one on. */
 static void launch_norm(struct cuda_device *d, const struct weight *weight, int first_sample,
                         int n) {
-    launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, THREADS / WARP * sizeof(float),
-           d->step, first_sample, d->x, d->x_stride, d->device.config->d_model, weight->vector,
-           d->device.config->norm_epsilon, d->h);
+    launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS,
+           (size_t)larger(norm_tiles(d), THREADS / WARP) * sizeof(float), d->step, first_sample,
+           d->x, d->x_stride, normed_of(d), weight->vector, d->h);
 }
 
 struct rope : heads {
@@ -2092,12 +2276,14 @@ DEVICE int2 find_pair(const struct rope &r, int n_turned, int pair) {
  * zeros up to `width`. One warp a row and head of q, k or v. */
 __global__ void rope_append_kernel(const struct rope r) {
     grid_launch_dependents();
-    grid_wait();
     int row = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
     int index = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
-    if (row >= r.step->n_rows || index >= r.n_heads + 2 * r.n_kv_heads)
+    struct head head = {};
+    if (row < r.step->n_rows && index < r.n_heads + 2 * r.n_kv_heads)
+        head = find_head(r, row, index);
+    grid_wait();
+    if (!head.from)
         return;
-    const struct head head = find_head(r, row, index);
     float scale = head.norm ? scale_of_head(head.from, r.head_dim, r.epsilon, lane) : 1.0f;
     for (int pair = lane; pair < r.width / 2; pair += WARP) {
         const int2 at = find_pair(r, head.n_turned, pair);
@@ -2159,13 +2345,16 @@ static void multiply_qkv(struct cuda_device *d, const struct weight *const *laye
     }
     p.bias_end[0] = begin[1];
     p.bias_end[1] = begin[2];
+    p.rows = normed_of(d);
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-static void cuda_norm_qkv(struct device *device, const struct weight *const *layer) {
-    struct cuda_device *d = (struct cuda_device *)device;
-    launch_norm(d, layer[ATTN_NORM], ALL_ROWS, d->n_rows);
-    multiply_qkv(d, layer);
+static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
+    struct product p = product_of(d, layer[FFN_GATE], d->h, NULL, 0); /* with up */
+    p.ffn = d->ffn;
+    p.ffn_places = d->ffn_places;
+    p.rows = normed_of(d);
+    launch_product<SILU>(d, p, d->n_generated);
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
@@ -2174,35 +2363,53 @@ static struct product projection(const struct cuda_device *d, const struct weigh
                       d->x_stride);
 }
 
+/* The product that waits, if one does, and the norm behind it, if there is one. */
+static void project_pending(struct cuda_device *d, const struct weight *norm) {
+    const bool waits = d->pending && d->device.n_shards == 1;
+    d->normed = waits;
+    if (waits) {
+        struct product p = projection(d, d->pending, d->pending_input, d->x);
+        p.adds = true;
+        if (norm) {
+            p.next = normed_of(d);
+            p.next_norm = norm->vector;
+            p.next_input = d->h;
+        }
+        launch_product<STORE>(d, p, d->n_generated);
+        d->pending = NULL;
+    } else if (norm)
+        launch_norm(d, norm, ALL_ROWS, d->n_rows);
+}
+
 /* One of several shards: generated rows' sums are left for all_reduce_add, prompt rows' are made
- * there, for each shard goes on where the one before it ended. */
+ * there, for each shard goes on where the one before it ended. Of one shard: where few generated
+ * rows are recorded, it waits for the norm behind it, which is then done together with it. */
 static void cuda_project_add(struct device *device, const struct weight *matrix,
                              enum product_input input) {
     struct cuda_device *d = (struct cuda_device *)device;
     struct product p = projection(d, matrix, input, d->x);
-    if (device->n_shards == 1) {
-        p.adds = true;
-        launch_product<STORE>(d, p, d->n_generated);
-        return;
-    }
     d->pending = matrix;
     d->pending_input = input;
+    if (device->n_shards == 1) {
+        if (!d->recording || d->n_rows > NORMED_ROWS)
+            project_pending(d, NULL);
+        return;
+    }
     d->turn_of_sums ^= 1;
     p.out = d->sums[d->turn_of_sums];
     p.n_rows = 0;
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, layer[FFN_GATE], d->h, NULL, 0); /* with up */
-    p.ffn = d->ffn;
-    p.ffn_places = d->ffn_places;
-    launch_product<SILU>(d, p, d->n_generated);
+static void cuda_norm_qkv(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    project_pending(d, layer[ATTN_NORM]);
+    multiply_qkv(d, layer);
 }
 
 static void cuda_norm_gate_up(struct device *device, const struct weight *const *layer) {
     struct cuda_device *d = (struct cuda_device *)device;
-    launch_norm(d, layer[FFN_NORM], ALL_ROWS, d->n_rows);
+    project_pending(d, layer[FFN_NORM]);
     multiply_gate_up(d, layer);
 }
 
@@ -2357,6 +2564,7 @@ static void cuda_sample(struct device *device, const struct weight *const *weigh
     struct cuda_device *d = enter(device, "sampling");
     size_t vocab = (size_t)device->config->vocab_size, width = vocab * sizeof(float);
     assert(!logits || !d->recording);
+    project_pending(d, NULL);
     for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
         int n = smaller(d->n_samples - first, LOGIT_ROWS);
         launch_norm(d, weights[OUTPUT_NORM], first, n);
@@ -2488,6 +2696,7 @@ static bool cuda_step_begin(struct device *device, const struct batch *batch) {
 static void cuda_step_end(struct device *device, int *sampled) {
     struct cuda_device *d = enter(device, "ending a step");
     cudaStream_t stream = d->streams[STREAM_COMPUTE];
+    project_pending(d, NULL);
     if (d->recording) {
         struct graph *graph = &d->graphs[d->recording];
         cudaGraph_t recorded;
@@ -2675,6 +2884,7 @@ static bool allocate_activations(struct cuda_device *d) {
     gpu_take(&d->gpu, &d->sums_of_blocks,
              blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP, &ok);
     gpu_take(&d->gpu, &d->blocks_done, blocks, &ok);
+    gpu_take(&d->gpu, &d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d), &ok);
     gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
     gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
     gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);

@@ -70,6 +70,8 @@ static void peek(struct check *check, struct device *device, enum activation a, 
                  int n_rows);
 /* A KV block as floats, (n_layers, {k, v}, heads of the shard, BLOCK_TOKENS, head_dim). */
 static void poke_block(struct device *device, int slot, const float *values);
+/* The scales of rows whose norm a backend leaves for the product behind it. */
+static void scale_normed(struct device *device, float *values);
 static void peek_block(struct device *device, int slot, float *values);
 static void poison_kv(struct device *device, size_t bytes); /* all NaN */
 /* The elements of a shard's part of a matrix; checks what else stands in the packed form. */
@@ -682,6 +684,8 @@ static void run_op(struct trial *t, enum op op, unsigned outputs) {
             if (values)
                 peek(check, device, (enum activation)a, values,
                      rows_of(device, (enum activation)a));
+            if (values && a == A_H && op != OP_LOGITS)
+                scale_normed(device, values);
             if (values && first)
                 CHECK(same_bits(first, values, n), "%s: other bits in order %d", op_names[op],
                       order);

@@ -249,6 +249,20 @@ static void peek(struct check *check, struct device *device, enum activation a, 
         device, a, [&](const auto &rows) { peek_rows(check, device, rows, values, n_rows); });
 }
 
+static void scale_normed(struct device *device, float *values) {
+    const struct normed n = normed_of(cuda_of(device));
+    size_t n_rows = (size_t)cuda_of(device)->n_generated, stride = (size_t)n.n_tiles;
+    std::vector<float> squares = load(device, n.squares, n_rows * stride);
+    for (size_t row = 0; row < n_rows; row++) {
+        double sum = 0.0;
+        for (int i = 0; i < n.n_tiles; i++)
+            sum += (double)squares[row * stride + (size_t)i];
+        float scale = (float)(1.0 / sqrt(sum / (double)n.width + (double)n.epsilon));
+        for (size_t i = 0; i < (size_t)n.width; i++)
+            values[row * (size_t)n.width + i] *= scale;
+    }
+}
+
 /* Calls `act` with each element of a block, and with its index in what ops.h has, or SIZE_MAX where
  * it pads a head. */
 template <typename Act> static void each_element(const struct device *device, Act act) {
