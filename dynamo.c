@@ -46,7 +46,7 @@ struct transfer {
 
 struct worker { /* a group of devices that hold one copy of the model between them */
     struct engine *engine;
-    int index;
+    int index, n_shards;
     struct device *shards[MAX_SHARDS];
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
     struct transfer *transfers; /* (n_transfers), with room for one into each slot there is */
@@ -78,7 +78,7 @@ struct engine {
 static void forward(struct worker *worker, const struct batch *batch, int *sampled, float *logits) {
     const struct backend *backend = worker->engine->config.backend;
     int n_layers = worker->engine->config.model->config.n_layers;
-    int n_shards = worker->engine->config.n_shards;
+    int n_shards = worker->n_shards;
     struct device **shards = worker->shards;
     bool record = true;
     for (int s = 0; s < n_shards; s++)
@@ -167,7 +167,7 @@ struct block_part {
 };
 
 static int shards_of(const struct engine *engine, int place) {
-    return place == engine->config.n_workers ? 1 : engine->config.n_shards;
+    return place == engine->config.n_workers ? 1 : engine->workers[place].n_shards;
 }
 
 static struct block_part block_part(const struct engine *engine, int place, int slot, int shard) {
@@ -412,13 +412,14 @@ static bool open_worker(struct engine *engine, int index, char *error) {
     struct worker *worker = &engine->workers[index];
     worker->engine = engine;
     worker->index = index;
-    for (int s = 0; s < config->n_shards; s++) {
+    worker->n_shards = config->workers[index].n_shards;
+    for (int s = 0; s < worker->n_shards; s++) {
         struct device wanted = {.backend = config->backend,
                                 .config = &config->model->config,
                                 .rope_frequency = engine->rope_frequency,
                                 .index = config->workers[index].devices[s],
                                 .rank = s,
-                                .n_shards = config->n_shards,
+                                .n_shards = worker->n_shards,
                                 .urgent = config->workers[index].decodes,
                                 .max_rows = config->max_batch + config->chunk,
                                 .max_samples = config->max_batch + config->chunk,
@@ -437,26 +438,32 @@ static bool open_worker(struct engine *engine, int index, char *error) {
 
 /* How many devices share the memory of one: those on its GPU, or, of the CPU, all. */
 static int count_sharing(const struct engine *engine, const struct device *device) {
-    int n = 0, n_shards = engine->config.n_shards;
-    for (int i = 0; i < engine->config.n_workers * n_shards; i++)
-        n += engine->config.backend->n_gpus == 0 ||
-             engine->workers[i / n_shards].shards[i % n_shards]->index == device->index;
+    int n = 0;
+    for (int w = 0; w < engine->config.n_workers; w++)
+        for (int s = 0; s < engine->workers[w].n_shards; s++)
+            n += engine->config.backend->n_gpus == 0 ||
+                 engine->workers[w].shards[s]->index == device->index;
     return n;
 }
 
-/* Blocks that each device can hold at most, if nine tenths of what is free there are taken. */
-static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
+static size_t shard_bytes(const struct engine *engine, int place) { /* of one block there */
+    return block_bytes(&engine->config.model->config, shards_of(engine, place),
+                       engine->config.kv_type);
+}
+
+/* Blocks that each device of a worker can hold at most, if nine tenths of what is free there are
+ * shared equally. */
+static int64_t most_blocks(const struct engine *engine, const struct worker *worker) {
     const struct backend *backend = engine->config.backend;
-    int n_shards = engine->config.n_shards;
-    size_t bytes = block_bytes(&engine->config.model->config, n_shards, engine->config.kv_type);
+    size_t host =
+        (size_t)engine->config.host_blocks * shard_bytes(engine, engine->config.n_workers);
+    size_t taken = backend->n_gpus > 0 ? 0 : host, bytes = shard_bytes(engine, worker->index);
     int64_t most = INT32_MAX;
-    for (int i = 0; i < engine->config.n_workers * n_shards; i++) {
-        struct device *device = engine->workers[i / n_shards].shards[i % n_shards];
-        size_t left = backend->free_memory(device) / 10 * 9;
-        size_t taken = backend->n_gpus > 0 ? 0 : taken_on_host;
+    for (int s = 0; s < worker->n_shards; s++) {
+        size_t left = backend->free_memory(worker->shards[s]) / 10 * 9;
         left = left > taken ? left - taken : 0;
-        int64_t blocks = (int64_t)(left / bytes) / count_sharing(engine, device);
-        most = blocks < most ? blocks : most;
+        int64_t n = (int64_t)(left / bytes) / count_sharing(engine, worker->shards[s]);
+        most = n < most ? n : most;
     }
     return most;
 }
@@ -471,49 +478,48 @@ static int fewer(int64_t wanted, int64_t most) {
  * run, and never more than the machine has free. */
 static bool size_tiers(struct engine *engine, char *error) {
     struct engine_config *config = &engine->config;
-    const struct model_config *model = &config->model->config;
-    size_t shard_bytes = block_bytes(model, config->n_shards, config->kv_type);
-    size_t all_bytes = block_bytes(model, 1, config->kv_type);
-    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * blocks_of(model->context_length);
+    int64_t context = blocks_of(config->model->config.context_length);
+    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * context;
+    size_t host_bytes = shard_bytes(engine, config->n_workers);
     if (config->host_blocks < 0)
         config->host_blocks =
-            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / all_bytes));
-    if (config->device_blocks < 0)
-        config->device_blocks =
-            fewer(wanted, most_blocks(engine, all_bytes * (size_t)config->host_blocks));
-    if (config->device_blocks < 1)
-        return fail(error,
-                    "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
-                    shard_bytes);
+            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / host_bytes));
+    for (int i = 0; i < config->n_workers; i++) {
+        int *blocks = &config->workers[i].blocks;
+        if (*blocks < 0)
+            *blocks = fewer(wanted, most_blocks(engine, &engine->workers[i]));
+        if (*blocks < 1)
+            return fail(error,
+                        "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
+                        shard_bytes(engine, i));
+    }
     return true;
 }
 
 static bool open_tiers(struct engine *engine, char *error) {
     const struct engine_config *config = &engine->config;
-    const struct backend *backend = config->backend;
-    const struct model_config *model = &config->model->config;
-    size_t n_device = (size_t)config->device_blocks, n_host = (size_t)config->host_blocks;
+    size_t bytes = 0, host_bytes;
     bool ok = true;
     for (int i = 0; i < config->n_workers; i++) {
         struct worker *worker = &engine->workers[i];
-        for (int s = 0; s < config->n_shards; s++) {
-            size_t bytes = n_device * block_bytes(model, config->n_shards, config->kv_type);
-            worker->shards[s]->kv = backend->alloc(worker->shards[s], bytes);
-            ok = ok && worker->shards[s]->kv;
+        for (int s = 0; s < worker->n_shards && ok; s++) {
+            bytes = (size_t)config->workers[i].blocks * shard_bytes(engine, i);
+            worker->shards[s]->kv = config->backend->alloc(worker->shards[s], bytes);
+            ok = worker->shards[s]->kv;
         }
-        worker->transfers = calloc(n_device + n_host, sizeof *worker->transfers);
+        worker->transfers = calloc((size_t)config->workers[i].blocks + (size_t)config->host_blocks,
+                                   sizeof *worker->transfers);
         ok = ok && worker->transfers;
     }
-    if (n_host > 0) {
-        size_t bytes = n_host * block_bytes(model, 1, config->kv_type);
-        engine->host_kv = host_alloc(bytes);
-        ok = ok && engine->host_kv;
+    host_bytes = (size_t)config->host_blocks * shard_bytes(engine, config->n_workers);
+    if (host_bytes > 0 && ok) {
+        engine->host_kv = host_alloc(host_bytes);
+        ok = engine->host_kv;
     }
-    return ok ||
-           fail(error,
-                "no memory for %d KV blocks on each of %d devices and %d on the host; lower "
-                "--kv-device or --kv-host",
-                config->device_blocks, config->n_workers * config->n_shards, config->host_blocks);
+    return ok || fail(error,
+                      "no memory for KV blocks: %zu bytes on a device, %zu on the host; lower "
+                      "--kv-device or --kv-host",
+                      bytes, host_bytes);
 }
 
 static bool open_sched(struct engine *engine) {
@@ -527,7 +533,7 @@ static bool open_sched(struct engine *engine) {
                                  .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};
     for (int i = 0; i < config->n_workers; i++) {
-        sched.kv.device_blocks[i] = config->device_blocks;
+        sched.kv.device_blocks[i] = config->workers[i].blocks;
         sched.prefills[i] = config->workers[i].prefills;
         sched.decodes[i] = config->workers[i].decodes;
     }
@@ -570,7 +576,7 @@ bool engine_start(struct engine *engine) {
 
 static void close_worker(const struct engine *engine, struct worker *worker) {
     const struct backend *backend = engine->config.backend;
-    for (int s = 0; s < engine->config.n_shards; s++) {
+    for (int s = 0; s < worker->n_shards; s++) {
         free(worker->layers[s]);
         if (worker->shards[s]) {
             backend->release(worker->shards[s], worker->shards[s]->kv);
@@ -653,7 +659,7 @@ void engine_limits(struct engine *engine, double *read, double *ops) {
     const struct engine_config *config = &engine->config;
     *read = *ops = 0;
     if (config->backend->limits) /* a backend need not know */
-        config->backend->limits(engine->workers[0].shards, config->n_shards,
+        config->backend->limits(engine->workers[0].shards, engine->workers[0].n_shards,
                                 config->model->layers[0][FFN_GATE]->type, read, ops);
 }
 

@@ -332,14 +332,16 @@ struct sched_stats sched_stats(const struct sched *sched);
 struct engine_config {
     const struct model *model; /* open; model, backend and ends_text outlive the engine */
     struct backend *backend;
-    const bool *ends_text;   /* (vocab_size) tokens that end an answer */
-    int n_workers, n_shards; /* n_shards: devices of each worker */
+    const bool *ends_text; /* (vocab_size) tokens that end an answer */
+    int n_workers;
     struct {
         int devices[MAX_SHARDS]; /* (n_shards) the index of each */
+        int n_shards;            /* a block of a worker of several is as many times smaller */
+        int blocks;              /* that each of its devices holds; -1: chosen */
         bool prefills, decodes;
     } workers[MAX_WORKERS];
-    int max_batch, chunk;           /* see struct sched_config */
-    int device_blocks, host_blocks; /* KV blocks of each device, of the host; -1: chosen */
+    int max_batch, chunk; /* see struct sched_config */
+    int host_blocks;      /* that the host holds; -1: chosen */
     enum kv_type kv_type;
     enum kv_policy policy;
     bool verbose;                                  /* a line on stderr for each step */

@@ -66,6 +66,9 @@ void stats_print(const struct answers *a) {
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     struct pace decode = now.decode, prefill = now.prefill;
     double read, ops;
+    int least = INT_MAX;
+    for (int i = 0; i < config->n_workers; i++)
+        least = config->workers[i].blocks < least ? config->workers[i].blocks : least;
     engine_limits(a->engine, &read, &ops);
     double reading = stats_rate(decode.bytes, decode.seconds);
     double multiplying = stats_rate(prefill.operations, prefill.seconds);
@@ -89,7 +92,7 @@ void stats_print(const struct answers *a) {
         {"evictions", "device copies evicted", (double)k.evictions, 0},
         {"host_evictions", "host copies evicted", (double)k.host_evictions, 0},
         {"blocks_lost", "blocks dropped for good", (double)k.lost, 0},
-        {"device_blocks", "blocks a worker holds", (double)config->device_blocks, 0},
+        {"device_blocks", "blocks a worker holds at least", (double)least, 0},
         {"device_blocks_used", "blocks in use or cached on workers", (double)now.device_used, 0},
         {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
         {"host_blocks_used", "blocks cached on the host", (double)now.host_used, 0},

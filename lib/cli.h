@@ -76,7 +76,7 @@ struct options {
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
     int template, kv_type, kv_policy; /* which of the words of --help, from 1; 0: not given */
-    int tp;                           /* 1, 2, 4 or 8 */
+    int tp, tp_prefill, tp_decode;    /* 1, 2, 4 or 8: the latter two are those of the workers */
     int max_batch, chunk, threads;    /* 0: not given */
     uint64_t copy_delay;              /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, version, help;
@@ -347,6 +347,10 @@ static const struct option_row option_rows[] = {
     {"--decode", "LIST", &PLACES, AT(decode), .help = "those of --devices that write answers"},
     {"--tp", "N", &INT, AT(tp), .low = 1, .high = 8,
      .help = "devices that share one copy of the model: 1, 2, 4 or 8"},
+    {"--tp-prefill", "N", &INT, AT(tp_prefill), .low = 1, .high = 8,
+     .help = "the same, of workers that read prompts (default: --tp)"},
+    {"--tp-decode", "N", &INT, AT(tp_decode), .low = 1, .high = 8,
+     .help = "the same, of workers that write answers (default: --tp)"},
     {"--colocate", NULL, &FLAG, AT(colocate), .help = "every worker prefills and decodes"},
     {"--threads", "N", &INT, AT(threads), .low = 1, .high = 1024, .help = "CPU threads"},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
@@ -615,7 +619,29 @@ static bool check_pools(const struct options *options, char *error) {
     return true;
 }
 
-static bool check_options(const struct options *options, char *error) {
+/* --tp is that of both pools, where they have none of their own. */
+static bool check_widths(struct options *options, char *error) {
+    int *widths[] = {&options->tp, &options->tp_prefill, &options->tp_decode};
+    static const char *const names[] = {"--tp", "--tp-prefill", "--tp-decode"};
+    const struct device_list *lists[] = {&options->devices, &options->prefill, &options->decode};
+    for (int i = 0; i < 3; i++) {
+        *widths[i] = *widths[i] > 0 ? *widths[i] : options->tp;
+        if (8 % *widths[i] != 0)
+            return fail(error, "%s: got %d, expected 1, 2, 4 or 8", names[i], *widths[i]);
+        bool counts = i > 0 || options->tp_prefill + options->tp_decode == 0;
+        if (counts && lists[i]->n % *widths[i])
+            return fail(error, "%s: every list of devices must divide into groups of %d", names[i],
+                        *widths[i]);
+    }
+    if (options->colocate && options->tp_prefill != options->tp_decode)
+        return fail(error,
+                    "--colocate: every worker prefills and decodes, but --tp-prefill is %d and "
+                    "--tp-decode %d",
+                    options->tp_prefill, options->tp_decode);
+    return true;
+}
+
+static bool check_options(struct options *options, char *error) {
     if (!options->model)
         return fail(error, "no model given; usage: dynamo MODEL [options], see --help");
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
@@ -632,12 +658,7 @@ static bool check_options(const struct options *options, char *error) {
         if (!rule->needs && first != last)
             return fail(error, "%s and %s exclude each other", first, last);
     }
-    int tp = options->tp;
-    if (8 % tp != 0)
-        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", tp);
-    if (options->devices.n % tp || options->prefill.n % tp || options->decode.n % tp)
-        return fail(error, "--tp: every list of devices must divide into groups of %d", tp);
-    return check_pools(options, error);
+    return check_widths(options, error) && check_pools(options, error);
 }
 
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]) {

@@ -78,7 +78,9 @@ static void every_option_is_read(struct check *check) {
     CHECK(o.devices.cpu && o.devices.n == 8 && o.devices.index[7] == 7, "%d", o.devices.n);
     CHECK(o.prefill.n == 4 && o.prefill.index[3] == 3 && !o.prefill.cpu, "%d", o.prefill.n);
     CHECK(o.decode.n == 4 && o.decode.index[0] == 6 && o.decode.index[2] == 4, "decode");
-    CHECK(o.tp == 2 && o.max_batch == 7 && o.chunk == 64 && o.threads == 3, "%d", o.tp);
+    CHECK(o.tp == 2 && o.tp_prefill == 2 && o.tp_decode == 2 && o.max_batch == 7 && o.chunk == 64 &&
+              o.threads == 3,
+          "%d", o.tp);
     CHECK(o.kv_device.value == 8 && o.kv_device.blocks && o.kv_device.given, "kv-device");
     CHECK(o.kv_host.value == 3ll << 30 && !o.kv_host.blocks && o.kv_host.given, "kv-host");
     CHECK(o.kv_type == 2 && o.kv_policy == 2, "%d", o.kv_type);
@@ -91,6 +93,8 @@ static void every_option_is_read(struct check *check) {
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
     CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
+    CHECK(parse(&o, "m --tp-decode 4 --tp 2", error) && o.tp_prefill == 2 && o.tp_decode == 4,
+          "widths: %d, %d", o.tp_prefill, o.tp_decode);
     CHECK(parse(&o, "m -f a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
     CHECK(parse(&o, "m --tokenize b", error) && !strcmp(o.tokenize, "b"), "%s", error);
     CHECK(parse(&o, "m --perplexity c", error) && !strcmp(o.perplexity, "c"), "%s", error);
@@ -108,7 +112,10 @@ static void good_values(struct check *check) {
                                 "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
                                 "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
                                 "-p a --logits f|--ids 3 --logits f|"
-                                "--devices 4,5 --prefill 1 --decode 0|--ids 0|--ids 999999999";
+                                "--devices cpu:8 --prefill 0-3 --decode 4-7 --tp-decode 4|"
+                                "--colocate --tp-prefill 2 --tp-decode 2|--devices cpu:3 "
+                                "--tp-prefill 2|--devices 4,5 --prefill 1 --decode 0|"
+                                "--ids 0|--ids 999999999";
     char error[ERROR_LENGTH], line[512], *items[64];
     struct options o;
     int n = split(lines, "|", items, 64);
@@ -155,8 +162,8 @@ static const struct {
     {"from 0 to 1", "--top-p 1.01|--min-p 2"},
     {"to 18446744073709551615", "--seed 18446744073709551616"},
     {"--stop: got", "--stop ''"},
-    {"1, 2, 4 or 8", "--tp 3"},
-    {"from 1 to 8", "--tp 0|--tp 16"},
+    {"1, 2, 4 or 8", "--tp 3|--tp-prefill 6|--tp-decode 5"},
+    {"from 1 to 8", "--tp 0|--tp 16|--tp-prefill 0|--tp-decode 9"},
     {"token ids", "--ids ''|--ids 1,|--ids ,1|--ids 1,,2|--ids -1|--ids 1.5|--ids 1;2|--ids a|"
                   "--ids 99999999999|--ids 1]"},
     {"--kv-device: got 0", "--kv-device 0"},
@@ -185,6 +192,9 @@ static const struct {
     {"--prefill: needs --decode", "--prefill 0"},
     {"needs --prefill", "--decode 0"},
     {"groups of 2", "--devices cpu:3 --tp 2|--prefill 0,1 --decode 2 --tp 2"},
+    {"--tp-decode: every list of devices must divide into groups of 4",
+     "--prefill 0 --decode 1,2 --tp-decode 4"},
+    {"--tp-prefill is 2 and --tp-decode 1", "--colocate --tp-prefill 2"},
     {"-p and --ids exclude each other", "-p a --ids 1"},
     {"exclude each other", "-p a -f b|--ids 1 -f b|--tokenize a -p b"},
     {"exclude",
@@ -480,6 +490,7 @@ static void help_is_whole(struct check *check) {
     static const char words[] = "usage: dynamo MODEL;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
                                 "--top-p P;--top-k K;--min-p P;--seed S;--stop TEXT;--system TEXT;"
                                 "--devices LIST;--prefill LIST;--decode LIST;--tp N;--colocate;"
+                                "--tp-prefill N;--tp-decode N;"
                                 "--kv-device SIZE;--kv-host SIZE;--kv-type f32|bf16;"
                                 "--kv-policy on-evict|write-through;--max-batch N;--chunk N;"
                                 "--threads N;--tokenizer FILE;--json;--stats;--verbose;--version;"

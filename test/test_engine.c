@@ -129,18 +129,17 @@ static void pins_ahead_of_what_is_used(struct check *check) {
     static struct engine engine;
     pthread_t thread;
     int n = HOST_SLABS * SLAB;
-    engine = (struct engine){.config = {.model = &model,
-                                        .backend = &backend,
-                                        .n_workers = 1,
-                                        .n_shards = 1,
-                                        .workers = {{.prefills = true, .decodes = true}},
-                                        .max_batch = 1,
-                                        .chunk = 16,
-                                        .device_blocks = n,
-                                        .host_blocks = n,
-                                        .kv_type = KV_BF16,
-                                        .policy = KV_WRITE_THROUGH},
-                             .host_kv = memory};
+    engine = (struct engine){
+        .config = {.model = &model,
+                   .backend = &backend,
+                   .n_workers = 1,
+                   .workers = {{.n_shards = 1, .blocks = n, .prefills = true, .decodes = true}},
+                   .max_batch = 1,
+                   .chunk = 16,
+                   .host_blocks = n,
+                   .kv_type = KV_BF16,
+                   .policy = KV_WRITE_THROUGH},
+        .host_kv = memory};
     pinning = &engine;
     pthread_mutex_init(&engine.lock, NULL);
     pthread_cond_init(&engine.work, NULL);

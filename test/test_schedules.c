@@ -52,6 +52,17 @@ static const struct schedule schedules[] = {
      "hand_overs>=10 blocks_transferred>=40"},
     {FEW_MODELS, "--devices cpu:4 --colocate --kv-device 100b --copy-delay 6",
      "hand_overs<=0 prefix_hit_tokens>=100"},
+    /* pools of different width: a device holds as many bytes, so a wide worker holds more blocks */
+    {FEW_MODELS, "--devices cpu:3 --tp-prefill 1 --tp-decode 2 --copy-delay 16",
+     "hand_overs>=15 blocks_transferred>=25"},
+    {FEW_MODELS, "--devices cpu:3 --tp-prefill 2 --tp-decode 1 --kv-device 28b --copy-delay 17",
+     "hand_overs>=10 blocks_transferred>=25 pages_out>=15"},
+    {FEW_MODELS, "--devices cpu:8 --prefill 0,1,2,3 --decode 4-7 --tp-prefill 1 --tp-decode 4",
+     "hand_overs>=10 blocks_transferred>=25"},
+    {IN(TWIN), "--devices cpu:6 --tp-prefill 4 --tp-decode 2 --copy-delay 18 --chunk 64",
+     "hand_overs>=10 blocks_transferred>=40"},
+    {IN(TWIN), "--devices cpu:5 --tp-prefill 1 --tp-decode 4 --kv-device 200K --copy-delay 19",
+     "device_blocks<=25 evictions>=15 hand_overs>=10 blocks_transferred>=25"},
     /* little memory: paged out and in */
     {ALL_MODELS, "--devices cpu:1 --kv-device 28b --copy-delay 7",
      "pages_out>=20 pages_in>=1 evictions>=20"},
