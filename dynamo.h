@@ -28,7 +28,7 @@
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
  *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_next(1)  hands out the two copy orders; worker 1 carries them out.
+ *     sched_copies(1) hands out the two copy orders; worker 1 carries them out.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
@@ -68,6 +68,7 @@ struct request {
     int *tokens;           /* (capacity of n_prompt + max_new) */
     int n_prompt, max_new; /* max_new >= 1 */
     struct sampling sampling;
+    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason;
@@ -75,15 +76,17 @@ struct request {
     int length, filled;
     int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
     int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
-    int prefill_worker, decode_worker;   /* equal: prefilled where it is decoded; -1: none */
+    int cached_on_host;                  /* those of them that were on the host alone */
+    int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
+                                            prefilled where it is decoded */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
     int saved;                           /* node of the block it was preempted in; -1: none */
-    int copy_failures;
-    bool in_step, preempted;
+    int copy_failures, preemptions;
+    bool in_step;
     enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
-    double submitted, first_token, last_token; /* seconds */
+    double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
     struct request *previous, *next;
 };
 
@@ -289,15 +292,16 @@ struct sched_config {
     bool prefills[MAX_WORKERS], decodes[MAX_WORKERS]; /* the roles of each worker */
     int max_batch;                                    /* requests that decode on one worker */
     int chunk;                                        /* prompt tokens in one step */
+    int max_queue;        /* requests that may wait; one more is refused. 0: any number */
+    int copies_in_flight; /* blocks that a worker copies at a time */
+    double copy_seconds;  /* a copy that takes longer fails those that wait for it; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
 
 struct step { /* what a worker does next; owned by the scheduler, valid until sched_done */
-    struct batch batch;           /* n_rows == 0: nothing to compute */
-    struct request **requests;    /* (n_sequences) */
-    struct kv_copy_order *copies; /* (n_copies) to be started, whether or not rows are there */
-    int n_copies;
+    struct batch batch;        /* n_rows > 0 */
+    struct request **requests; /* (n_sequences) */
 };
 
 struct sched_stats {
@@ -312,17 +316,28 @@ struct sched *sched_create(const struct sched_config *config); /* NULL: out of m
 void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
-/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. A worker that
- * got NULL is asked again after sched_submit, sched_cancel, sched_done or sched_copied, after any
- * call in which a request ended, and as soon as kv_pending has a copy for it.
+/* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
+ * go back. A worker that got NULL from sched_next and 0 from sched_copies is asked again when
+ * sched_concerned names it.
  * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
 void sched_cancel(struct sched *sched, struct request *request, bool stop_found, double now);
-/* The next step of an idle worker; NULL: nothing to compute or to copy at present. */
+/* The next step of an idle worker; NULL: nothing to compute at present. */
 struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
+/* Copies that a worker may start now, at most `most`, also while a step of it runs: as many as
+ * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
+int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most,
+                 double now);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+/* The workers (bit w: worker w) that have something to do or to look at since the last call of
+ * this: they alone need be woken. */
+uint32_t sched_concerned(struct sched *sched);
+/* When a deadline or the time of a copy runs out next: sched_expire is to be called then. INFINITY:
+ * never. */
+double sched_next_event(const struct sched *sched);
+void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);

@@ -199,8 +199,8 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
 static const char *check_request(const struct sched *s, const struct request *r, int *pins) {
     bool waits = r->state == REQUEST_WAITING;
     BROKEN(waits && (r->n_blocks > 0 || r->in_step), "a waiting request holds blocks");
-    BROKEN(waits != (r->decode_worker == -1), "a waiting request has a worker, or a working none");
-    BROKEN(r->saved != -1 && (!waits || !r->preempted), "saved, but not preempted");
+    BROKEN(!waits && r->decode_worker == -1, "a working request has no worker");
+    BROKEN(r->saved != -1 && (!waits || r->preemptions == 0), "saved, but not preempted");
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE, "a finished request is on a list");
     if (waits)
@@ -229,7 +229,7 @@ static const char *check_requests(const struct sched *s, const struct list *list
         BROKEN(r->previous != previous, "broken links between requests");
         BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
         BROKEN((r->state == REQUEST_WAITING) != (list == &s->waiting), "on the wrong list");
-        if (r->decode_worker != -1)
+        if (r->state != REQUEST_WAITING)
             n_admitted[r->decode_worker]++;
     }
     BROKEN(list->last != previous, "the last request");
