@@ -79,6 +79,8 @@ struct request {
     int cached_on_host;                  /* those of them that were on the host alone */
     int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
                                             prefilled where it is decoded */
+    uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
+    int n_hashes;                        /* computed once; the rest when they are asked for */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
@@ -250,9 +252,15 @@ struct kv;
 struct kv *kv_create(const struct kv_config *config); /* NULL: out of memory */
 void kv_destroy(struct kv *kv);
 
+/* The hash of a text up to the end of a block: of its BLOCK_TOKENS tokens and the hash of the text
+ * before it (0: it is the first). */
+uint64_t kv_hash(uint64_t before, const int *tokens);
 /* The longest cached prefix: nodes of full blocks equal to tokens[0, 16), [16, 32), …, at most
- * max_blocks of them. Returns their number. Nothing is pinned. */
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes);
+ * max_blocks of them; hashes (max_blocks) are theirs. Returns their number. Nothing is pinned. */
+int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
+            int *nodes);
+/* A number that changes whenever kv_find may return something else than before. */
+uint64_t kv_version(const struct kv *kv);
 /* Blocks that could be taken on `worker` sooner or later, if all unpinned ones are paged out. */
 int kv_reclaimable(const struct kv *kv, int worker);
 /* A private node with a pinned, writable copy on worker; -1: nothing is available. */
@@ -264,12 +272,16 @@ bool kv_send(struct kv *kv, int node, int worker);
 /* Makes a node resident on worker: pins the copy there, or takes a slot and orders a copy from a
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
-void kv_unpin(struct kv *kv, int node, int worker);
+/* Pins a copy that is KV_VALID or KV_ARRIVING, at any place: it stays there until kv_unpin. One
+ * that was arriving on the host and has failed is KV_RESERVED until then. */
+void kv_hold(struct kv *kv, int node, int place);
+void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int worker);
 int kv_slot(const struct kv *kv, int node, int worker);
-/* Registers a private, full node under `parent` (-1: the first block). If the index has the block
- * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
-int kv_register(struct kv *kv, int node, int parent, const int *tokens);
+/* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
+ * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
+ * the node that now stands for it. */
+int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
  * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
@@ -279,6 +291,7 @@ void kv_unkeep(struct kv *kv, int node);
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
+/* The next copy for a worker to carry out: those into the worker first, then page-outs. */
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);

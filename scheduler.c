@@ -225,7 +225,9 @@ static void finish(struct sched *s, struct request *r, enum finish_reason reason
     release_blocks(s, r);
     set_state(s, r, REQUEST_FINISHED);
     free(r->blocks);
+    free(r->hashes);
     r->blocks = NULL;
+    r->hashes = NULL;
     r->reason = reason;
     r->last_token = r->last_token > 0 ? r->last_token : now;
     s->stats.finished++;
@@ -242,13 +244,21 @@ static void preempt(struct sched *s, struct request *r) {
     s->stats.preemptions++;
 }
 
+/* The chained hashes of a request's first n full blocks: each is computed once. */
+static const uint64_t *hashes_of(struct request *r, int n) {
+    for (; r->n_hashes < n; r->n_hashes++)
+        r->hashes[r->n_hashes] = kv_hash(r->n_hashes > 0 ? r->hashes[r->n_hashes - 1] : 0,
+                                         r->tokens + (size_t)r->n_hashes * BLOCK_TOKENS);
+    return r->hashes;
+}
+
 /* Registers the blocks that have become full, and sends them to where they will be read. */
 static void register_full_blocks(struct sched *s, struct request *r) {
     for (; (r->n_registered + 1) * BLOCK_TOKENS <= r->filled; r->n_registered++) {
         int i = r->n_registered;
         r->n_ready = r->n_ready < i ? r->n_ready : i; /* another's copy may be on its way still */
         r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
-                                   r->tokens + (size_t)i * BLOCK_TOKENS);
+                                   hashes_of(r, i + 1)[i], r->tokens + (size_t)i * BLOCK_TOKENS);
         (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
     }
 }
@@ -277,7 +287,8 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
 static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
     bool resumes = r->length > r->n_prompt;
     int end = resumes ? r->length - 1 : r->length; /* the last token's K and V come by decoding */
-    int n_hits = kv_find(s->kv, r->tokens, (resumes ? end : end - 1) / BLOCK_TOKENS, r->blocks);
+    int n_full = (resumes ? end : end - 1) / BLOCK_TOKENS;
+    int n_hits = kv_find(s->kv, hashes_of(r, n_full), r->tokens, n_full, r->blocks);
     *plan = (struct plan){.n_hits = n_hits, .cached = n_hits * BLOCK_TOKENS, .end = end};
     if (r->saved != NONE && plan->cached == end - end % BLOCK_TOKENS) {
         plan->takes_saved = true;
@@ -612,11 +623,13 @@ void sched_submit(struct sched *s, struct request *r, double now) {
     } else if (queue_full) {
         (void)fail(r->error, "the queue is full: %d requests wait", s->config.max_queue);
     } else {
-        r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
-        if (!r->blocks)
+        size_t n = (size_t)blocks_of(s->max_length) + 1;
+        r->blocks = malloc(n * sizeof *r->blocks);
+        r->hashes = malloc(n * sizeof *r->hashes);
+        if (!r->blocks || !r->hashes)
             (void)fail(r->error, "out of memory");
     }
-    if (!r->blocks)
+    if (r->error[0])
         finish(s, r, FINISH_ERROR, now);
 }
 

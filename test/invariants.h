@@ -28,7 +28,6 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
     const struct copy *copy = copy_at(kv, id, place);
     bool in_use = copy->pins > 0 || copy->reads > 0 || copy->list != UNLISTED;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
-    BROKEN(place == kv->host && copy->pins != 0, "a pin on the host");
     switch (copy->state) {
     case KV_ABSENT: BROKEN(in_use, "an absent copy is in use"); return NULL;
     case KV_RESERVED:
@@ -62,10 +61,10 @@ static const char *check_index(const struct kv *kv, int id) {
     for (int parent = 0; parent < kv->n_nodes; parent++) {
         BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
         BROKEN(node->parent && kv->nodes[parent].serial == node->parent &&
-                   node->hash != block_hash(kv->nodes[parent].hash, node->tokens),
+                   node->hash != kv_hash(kv->nodes[parent].hash, node->tokens),
                "a wrong hash");
     }
-    BROKEN(!node->parent && node->hash != block_hash(0, node->tokens), "a wrong hash");
+    BROKEN(!node->parent && node->hash != kv_hash(0, node->tokens), "a wrong hash");
     return NULL;
 }
 
@@ -125,11 +124,14 @@ static const char *check_place(const struct kv *kv, int place) {
         }
     }
     BROKEN(n_taken != at->n_slots, "a slot is lost");
-    for (int i = 0; i < at->n_orders; i++) {
-        const struct kv_copy_order *order = &at->orders[(at->first_order + i) % kv->n_nodes];
+    for (int i = 0; i < at->in.n + at->out.n; i++) {
+        const struct ring *ring = i < at->in.n ? &at->in : &at->out;
+        int index = ring->first + (ring == &at->in ? i : i - at->in.n);
+        const struct kv_copy_order *order = &ring->orders[index % ring->size];
         const struct copy *source = copy_at(kv, order->node, order->from);
         const struct copy *target = copy_at(kv, order->node, order->to);
         BROKEN(order->worker != place, "an order for another worker");
+        BROKEN((order->to == kv->host) != (ring == &at->out), "an order on the wrong ring");
         BROKEN(source->state != KV_VALID || source->slot != order->from_slot, "an order's source");
         BROKEN(target->state != KV_ARRIVING || target->slot != order->to_slot, "an order's target");
     }

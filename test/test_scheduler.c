@@ -144,7 +144,7 @@ static void check_now(struct machine *m) {
     const struct kv *kv = sched_kv(m->s);
     int in_flight = m->n_flights;
     for (int i = 0; i < kv->n_places; i++)
-        in_flight += kv->places[i].n_orders;
+        in_flight += kv_pending(kv, i);
     for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
         in_flight -= kv->copies[i].state == KV_ARRIVING;
     if (broken || in_flight != 0)
@@ -435,7 +435,8 @@ static void print_machine(const struct machine *m) {
     for (int place = 0; place < m->s->kv->n_places; place++) {
         const struct place *at = &m->s->kv->places[place];
         printf("    place %d: %d slots, %d free, %d cached, %d orders\n", place, at->n_slots,
-               at->n_free, at->lists[MAIN].length + at->lists[DUPLICATES].length, at->n_orders);
+               at->n_free, at->lists[MAIN].length + at->lists[DUPLICATES].length,
+               kv_pending(m->s->kv, place));
     }
 }
 
@@ -718,8 +719,10 @@ static void one_request(struct check *check) {
     for (int i = 0; i < 11; i++)
         CHECK(r->state == REQUEST_RUNNING && step_once(s, 1) == 1, "token %d", i);
     CHECK(r->state == REQUEST_FINISHED && r->reason == FINISH_LENGTH && r->length == 33, "the end");
+    uint64_t hashes[2] = {kv_hash(0, r->tokens)};
+    hashes[1] = kv_hash(hashes[0], r->tokens + BLOCK_TOKENS);
     int nodes[2];
-    CHECK(kv_find(kv, r->tokens, 2, nodes) == 2 && kv_used(kv, 1) == 2, "both are cached");
+    CHECK(kv_find(kv, hashes, r->tokens, 2, nodes) == 2 && kv_used(kv, 1) == 2, "both are cached");
     CHECK(kv_pins(kv) == 0 && is_idle(s) && !sched_next(s, 0, 4) && !sched_next(s, 1, 4), "idle");
     CHECK(kv_make_room(kv, 1, 3) && kv_state(kv, nodes[0], 1) == KV_VALID, "B goes first");
     CHECK(sched_stats(s).hand_overs == 1 && kv_stats(kv).transfers == 2, "counters");
