@@ -29,6 +29,7 @@ enum {
     LOST_SHOWN = 32,       /* requests that a fault names */
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
     SLABS_AHEAD = 4,       /* pinned before they are needed */
+    COPY_ORDERS = 64,      /* that a worker takes at a time */
     CACHED_ANSWERS = 2, /* device KV by default: so many full contexts for each running request */
     HOST_FACTOR = 4     /* host KV by default: so many times the blocks wanted for a device */
 };
@@ -249,35 +250,20 @@ static bool collect_copies(struct worker *worker) {
 static void show_step(const struct worker *worker, const struct step *step) {
     bool prefills = worker->engine->config.workers[worker->index].prefills;
     bool decodes = worker->engine->config.workers[worker->index].decodes;
-    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests, %d copies started\n",
+    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests, %d copies on their way\n",
                   worker->index, prefills ? "prefill" : "", prefills && decodes ? "+" : "",
                   decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences,
-                  step->n_copies);
+                  worker->n_transfers);
 }
 
 /* Returns the seconds that it computed for. */
 static double do_step(struct worker *worker, struct step *step) {
-    for (int i = 0; i < step->n_copies; i++)
-        copy_block(worker, &step->copies[i]);
     double start = engine_now();
-    if (step->batch.n_rows > 0)
-        forward(worker, &step->batch, step->batch.sampled, NULL);
+    forward(worker, &step->batch, step->batch.sampled, NULL);
     double seconds = engine_now() - start;
     if (worker->engine->config.verbose)
         show_step(worker, step);
     return seconds;
-}
-
-/* Whether this worker's turn changed what others could do: it ended a request (n_finished were
- * before), or ordered copies that others carry out. */
-static bool concerns_others(const struct worker *worker, int64_t n_finished) {
-    const struct engine *engine = worker->engine;
-    if (sched_stats(engine->sched).finished != n_finished)
-        return true;
-    for (int i = 0; i < engine->config.n_workers; i++)
-        if (i != worker->index && kv_pending(sched_kv(engine->sched), i) > 0)
-            return true;
-    return false;
 }
 
 static void wait_for_work(struct worker *worker) {
@@ -299,18 +285,23 @@ static void *worker_main(void *argument) {
     struct engine *engine = worker->engine;
     pthread_mutex_lock(&engine->lock);
     while (!engine->stopping) {
-        bool changed = collect_copies(worker);
-        int64_t n_finished = sched_stats(engine->sched).finished;
+        (void)collect_copies(worker);
         struct step *step = sched_next(engine->sched, worker->index, engine_now());
-        if (concerns_others(worker, n_finished) || changed)
+        struct kv_copy_order orders[COPY_ORDERS];
+        int n = sched_copies(engine->sched, worker->index, orders, COPY_ORDERS, engine_now());
+        if (sched_concerned(engine->sched) & ~(1u << worker->index))
             engine_wake(engine);
-        if (!step) {
+        if (!step && n == 0) {
             wait_for_work(worker);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        double seconds = do_step(worker, step);
+        for (int i = 0; i < n; i++)
+            copy_block(worker, &orders[i]);
+        double seconds = step ? do_step(worker, step) : 0;
         pthread_mutex_lock(&engine->lock);
+        if (!step)
+            continue;
         count_pace(engine, &step->batch, seconds);
         sched_done(engine->sched, worker->index, step, engine_now());
         engine_wake(engine);
@@ -529,6 +520,7 @@ static bool open_sched(struct engine *engine) {
                                         .policy = config->policy},
                                  .max_batch = config->max_batch,
                                  .chunk = config->chunk,
+                                 .copies_in_flight = COPY_ORDERS,
                                  .context_length = config->model->config.context_length,
                                  .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};

@@ -28,7 +28,7 @@
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
  *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_next(1)  hands out the two copy orders; worker 1 carries them out.
+ *     sched_copies(1) hands out the two copy orders; worker 1 carries them out.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
@@ -68,6 +68,7 @@ struct request {
     int *tokens;           /* (capacity of n_prompt + max_new) */
     int n_prompt, max_new; /* max_new >= 1 */
     struct sampling sampling;
+    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason;
@@ -75,15 +76,19 @@ struct request {
     int length, filled;
     int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
     int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
-    int prefill_worker, decode_worker;   /* equal: prefilled where it is decoded; -1: none */
+    int cached_on_host;                  /* those of them that were on the host alone */
+    int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
+                                            prefilled where it is decoded */
+    uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
+    int n_hashes;                        /* computed once; the rest when they are asked for */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
     int saved;                           /* node of the block it was preempted in; -1: none */
-    int copy_failures;
-    bool in_step, preempted;
+    int copy_failures, preemptions;
+    bool in_step;
     enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
-    double submitted, first_token, last_token; /* seconds */
+    double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
     struct request *previous, *next;
 };
 
@@ -247,9 +252,15 @@ struct kv;
 struct kv *kv_create(const struct kv_config *config); /* NULL: out of memory */
 void kv_destroy(struct kv *kv);
 
+/* The hash of a text up to the end of a block: of its BLOCK_TOKENS tokens and the hash of the text
+ * before it (0: it is the first). */
+uint64_t kv_hash(uint64_t before, const int *tokens);
 /* The longest cached prefix: nodes of full blocks equal to tokens[0, 16), [16, 32), …, at most
- * max_blocks of them. Returns their number. Nothing is pinned. */
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes);
+ * max_blocks of them; hashes (max_blocks) are theirs. Returns their number. Nothing is pinned. */
+int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
+            int *nodes);
+/* A number that changes whenever kv_find may return something else than before. */
+uint64_t kv_version(const struct kv *kv);
 /* Blocks that could be taken on `worker` sooner or later, if all unpinned ones are paged out. */
 int kv_reclaimable(const struct kv *kv, int worker);
 /* A private node with a pinned, writable copy on worker; -1: nothing is available. */
@@ -261,12 +272,16 @@ bool kv_send(struct kv *kv, int node, int worker);
 /* Makes a node resident on worker: pins the copy there, or takes a slot and orders a copy from a
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
-void kv_unpin(struct kv *kv, int node, int worker);
+/* Pins a copy that is KV_VALID or KV_ARRIVING, at any place: it stays there until kv_unpin. One
+ * that was arriving on the host and has failed is KV_RESERVED until then. */
+void kv_hold(struct kv *kv, int node, int place);
+void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int worker);
 int kv_slot(const struct kv *kv, int node, int worker);
-/* Registers a private, full node under `parent` (-1: the first block). If the index has the block
- * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
-int kv_register(struct kv *kv, int node, int parent, const int *tokens);
+/* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
+ * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
+ * the node that now stands for it. */
+int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
  * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
@@ -276,6 +291,7 @@ void kv_unkeep(struct kv *kv, int node);
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
+/* The next copy for a worker to carry out: those into the worker first, then page-outs. */
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
@@ -289,15 +305,16 @@ struct sched_config {
     bool prefills[MAX_WORKERS], decodes[MAX_WORKERS]; /* the roles of each worker */
     int max_batch;                                    /* requests that decode on one worker */
     int chunk;                                        /* prompt tokens in one step */
+    int max_queue;        /* requests that may wait; one more is refused. 0: any number */
+    int copies_in_flight; /* blocks that a worker copies at a time */
+    double copy_seconds;  /* a copy that takes longer fails those that wait for it; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
 
 struct step { /* what a worker does next; owned by the scheduler, valid until sched_done */
-    struct batch batch;           /* n_rows == 0: nothing to compute */
-    struct request **requests;    /* (n_sequences) */
-    struct kv_copy_order *copies; /* (n_copies) to be started, whether or not rows are there */
-    int n_copies;
+    struct batch batch;        /* n_rows > 0 */
+    struct request **requests; /* (n_sequences) */
 };
 
 struct sched_stats {
@@ -312,17 +329,28 @@ struct sched *sched_create(const struct sched_config *config); /* NULL: out of m
 void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
-/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. A worker that
- * got NULL is asked again after sched_submit, sched_cancel, sched_done or sched_copied, after any
- * call in which a request ended, and as soon as kv_pending has a copy for it.
+/* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
+ * go back. A worker that got NULL from sched_next and 0 from sched_copies is asked again when
+ * sched_concerned names it.
  * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
 void sched_cancel(struct sched *sched, struct request *request, bool stop_found, double now);
-/* The next step of an idle worker; NULL: nothing to compute or to copy at present. */
+/* The next step of an idle worker; NULL: nothing to compute at present. */
 struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
+/* Copies that a worker may start now, at most `most`, also while a step of it runs: as many as
+ * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
+int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most,
+                 double now);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+/* The workers (bit w: worker w) that have something to do or to look at since the last call of
+ * this: they alone need be woken. */
+uint32_t sched_concerned(struct sched *sched);
+/* When a deadline or the time of a copy runs out next: sched_expire is to be called then. INFINITY:
+ * never. */
+double sched_next_event(const struct sched *sched);
+void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);

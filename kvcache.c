@@ -60,26 +60,30 @@ struct lru {
     int newest, oldest, length;
 };
 
+struct ring {                     /* of copy orders not yet given out */
+    struct kv_copy_order *orders; /* (size): as many as the worker has slots */
+    int size, first, n;
+};
+
 struct place {
     int n_slots, n_free;
     int *free_slots; /* (n_free) */
     struct lru lists[N_LISTS];
-    struct kv_copy_order *orders; /* ring (n_nodes) of copies for this worker to carry out */
-    int first_order, n_orders;
+    struct ring in, out; /* copies for this worker to carry out: into it, and to the host */
 };
 
 struct kv {
     int n_places, host; /* host == n_places - 1 */
     enum kv_policy policy;
     int n_nodes, n_buckets;
-    int first_free; /* free nodes are chained by next_in_bucket */
-    int n_spare;    /* duplicates on the host that the cleaners may need */
-    uint64_t last_serial;
-    struct node *nodes;           /* (n_nodes): as many as slots, so a slot is never without one */
-    struct copy *copies;          /* (n_nodes, n_places) */
-    int *buckets;                 /* (n_buckets) first node of each chain; a power of two */
-    int *slots;                   /* (n_nodes) the places' free_slots, one after another */
-    struct kv_copy_order *orders; /* (n_places, n_nodes) the places' orders */
+    int first_free;                /* free nodes are chained by next_in_bucket */
+    int n_spare;                   /* duplicates on the host that the cleaners may need */
+    uint64_t last_serial, version; /* version: of what kv_find returns */
+    struct node *nodes;            /* (n_nodes): as many as slots, so a slot is never without one */
+    struct copy *copies;           /* (n_nodes, n_places) */
+    int *buckets;                  /* (n_buckets) first node of each chain; a power of two */
+    int *slots;                    /* (n_nodes) the places' free_slots, one after another */
+    struct kv_copy_order *orders;  /* (n_nodes, 2) the rings of the places, one after another */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
@@ -170,10 +174,10 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     return hash ^ (hash >> 31);
 }
 
-static uint64_t block_hash(uint64_t hash, const int *tokens) {
+uint64_t kv_hash(uint64_t before, const int *tokens) {
     for (int i = 0; i < BLOCK_TOKENS; i++)
-        hash = mix(hash, (uint64_t)tokens[i]);
-    return hash;
+        before = mix(before, (uint64_t)tokens[i]);
+    return before;
 }
 
 static int *bucket_of(const struct kv *kv, uint64_t hash) {
@@ -198,6 +202,7 @@ static void free_node(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
     kv->stats.lost += node->serial || node->keeper;
     if (node->serial) {
+        kv->version++;
         int *link = bucket_of(kv, node->hash);
         while (*link != id)
             link = &kv->nodes[*link].next_in_bucket;
@@ -260,12 +265,12 @@ static bool make_host_room(struct kv *kv, bool urgent) {
 static void order_copy(struct kv *kv, int node, int from, int to) {
     struct copy *source = copy_at(kv, node, from), *target = copy_at(kv, node, to);
     int worker = to == kv->host ? from : to; /* a device fetches; the host is written to */
-    struct place *at = &kv->places[worker];
-    assert(source->state == KV_VALID && target->state == KV_RESERVED);
+    struct ring *ring = to == kv->host ? &kv->places[worker].out : &kv->places[worker].in;
+    assert(source->state == KV_VALID && target->state == KV_RESERVED && ring->n < ring->size);
     target->state = KV_ARRIVING;
     source->reads++;
-    int last = (at->first_order + at->n_orders++) % kv->n_nodes;
-    at->orders[last] = (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
+    ring->orders[(ring->first + ring->n++) % ring->size] =
+        (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
 }
 
 /* Orders a copy of a device's block to host. False: the host has no room for it now. */
@@ -301,7 +306,7 @@ static bool allocate(struct kv *kv) {
     kv->copies = calloc(n_nodes * n_places, sizeof *kv->copies);
     kv->buckets = calloc((size_t)kv->n_buckets, sizeof *kv->buckets);
     kv->slots = calloc(n_nodes, sizeof *kv->slots);
-    kv->orders = calloc(n_nodes * n_places, sizeof *kv->orders);
+    kv->orders = calloc(n_nodes * 2, sizeof *kv->orders);
     return kv->nodes && kv->copies && kv->buckets && kv->slots && kv->orders;
 }
 
@@ -314,7 +319,8 @@ static int watermark(const struct place *place, int most) {
 static void place_create(struct kv *kv, int index, int first) {
     struct place *place = &kv->places[index];
     place->free_slots = kv->slots + first;
-    place->orders = kv->orders + (size_t)index * (size_t)kv->n_nodes;
+    place->in = (struct ring){.orders = kv->orders + 2 * first, .size = place->n_slots};
+    place->out = (struct ring){.orders = place->in.orders + place->n_slots, .size = place->n_slots};
     for (int i = 0; i < place->n_slots; i++)
         place->free_slots[i] = place->n_slots - 1 - i; /* slot 0 is taken first */
     place->n_free = place->n_slots;
@@ -360,18 +366,21 @@ struct kv *kv_create(const struct kv_config *config) {
     return kv;
 }
 
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes) {
-    uint64_t parent = 0, hash = 0;
+int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
+            int *nodes) {
+    uint64_t parent = 0;
     int n = 0;
     for (; n < max_blocks; n++) {
-        const int *block = tokens + (size_t)n * BLOCK_TOKENS;
-        hash = block_hash(hash, block);
-        nodes[n] = find_child(kv, parent, hash, block);
+        nodes[n] = find_child(kv, parent, hashes[n], tokens + (size_t)n * BLOCK_TOKENS);
         if (nodes[n] == NONE)
             break;
         parent = kv->nodes[nodes[n]].serial;
     }
     return n;
+}
+
+uint64_t kv_version(const struct kv *kv) {
+    return kv->version;
 }
 
 int kv_reclaimable(const struct kv *kv, int worker) {
@@ -432,6 +441,13 @@ bool kv_fetch(struct kv *kv, int node, int worker) {
     return kv_send(kv, node, worker);
 }
 
+void kv_hold(struct kv *kv, int node, int place) {
+    struct copy *copy = copy_at(kv, node, place);
+    assert(copy->state == KV_VALID || copy->state == KV_ARRIVING);
+    copy->pins++;
+    settle(kv, node);
+}
+
 void kv_unpin(struct kv *kv, int node, int worker) {
     assert(copy_at(kv, node, worker)->pins > 0);
     copy_at(kv, node, worker)->pins--;
@@ -467,17 +483,18 @@ static void merge(struct kv *kv, int private, int winner) {
     settle(kv, private);
 }
 
-int kv_register(struct kv *kv, int id, int parent, const int *tokens) {
+int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tokens) {
     struct node *node = &kv->nodes[id];
     const struct node *before = parent == NONE ? NULL : &kv->nodes[parent];
     assert(!node->serial && (!before || before->serial));
     node->parent = before ? before->serial : 0;
-    node->hash = block_hash(before ? before->hash : 0, tokens);
+    node->hash = hash;
     int winner = find_child(kv, node->parent, node->hash, tokens);
     if (winner != NONE) {
         merge(kv, id, winner);
         return winner;
     }
+    kv->version++;
     node->serial = ++kv->last_serial;
     memcpy(node->tokens, tokens, sizeof node->tokens);
     node->next_in_bucket = *bucket_of(kv, node->hash);
@@ -500,11 +517,12 @@ void kv_unkeep(struct kv *kv, int node) {
 
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
-    if (at->n_orders == 0)
+    struct ring *ring = at->in.n > 0 ? &at->in : &at->out;
+    if (ring->n == 0)
         return false;
-    *order = at->orders[at->first_order];
-    at->first_order = (at->first_order + 1) % kv->n_nodes;
-    at->n_orders--;
+    *order = ring->orders[ring->first];
+    ring->first = (ring->first + 1) % ring->size;
+    ring->n--;
     return true;
 }
 
@@ -522,7 +540,7 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
 }
 
 int kv_pending(const struct kv *kv, int worker) {
-    return kv->places[worker].n_orders;
+    return kv->places[worker].in.n + kv->places[worker].out.n;
 }
 
 int kv_used(const struct kv *kv, int place) {

@@ -22,6 +22,7 @@
 #include "dynamo.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,8 +30,7 @@ enum {
     NONE = -1,
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
-    MAX_COPIES = 64,      /* copy orders given out with one step; the rest come with the next */
-    MAX_COPY_FAILURES = 3 /* copies that may fail before a request is given up */
+    MAX_COPY_FAILURES = 3       /* copies that may fail before a request is given up */
 };
 
 struct list { /* of requests, oldest first */
@@ -39,8 +39,14 @@ struct list { /* of requests, oldest first */
 
 struct worker {
     struct step step;
-    char *arena;    /* all arrays of the step */
-    int n_admitted; /* requests that decode here, or will */
+    char *arena;     /* all arrays of the step */
+    int n_admitted;  /* requests that decode here, or will */
+    struct copying { /* copies that it was given, the one that began first in front */
+        struct kv_copy_order order;
+        double started;
+    } * copying; /* (copies_in_flight) */
+    int n_copying;
+    int n_pending; /* orders of the cache that sched_concerned has told of */
 };
 
 struct sched {
@@ -49,6 +55,9 @@ struct sched {
     struct list waiting, admitted;
     struct worker workers[MAX_WORKERS];
     int max_length;
+    int n_waiting;
+    uint32_t concerned;
+    double next_deadline; /* no deadline is earlier */
     struct sched_stats stats;
 };
 
@@ -175,11 +184,16 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
     assert(allowed[r->state][state]);
     struct list *from = list_of(s, r->state), *to = list_of(s, state);
     r->state = state;
+    s->n_waiting += (to == &s->waiting) - (from == &s->waiting);
     if (from != to) {
         list_remove(from, r);
         if (to)
             list_insert(to, r);
     }
+}
+
+static void concern_all(struct sched *s) {
+    s->concerned |= (1u << s->config.kv.n_workers) - 1;
 }
 
 /* ---- blocks of a request ---- */
@@ -198,10 +212,11 @@ static void release_blocks(struct sched *s, struct request *r) {
     release_prefill_blocks(s, r);
     while (r->n_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
-    if (r->decode_worker != NONE)
+    if (r->state != REQUEST_WAITING) {
         s->workers[r->decode_worker].n_admitted--;
+        concern_all(s);
+    }
     r->n_registered = r->n_ready = 0;
-    r->prefill_worker = r->decode_worker = NONE;
 }
 
 static void finish(struct sched *s, struct request *r, enum finish_reason reason, double now) {
@@ -210,7 +225,9 @@ static void finish(struct sched *s, struct request *r, enum finish_reason reason
     release_blocks(s, r);
     set_state(s, r, REQUEST_FINISHED);
     free(r->blocks);
+    free(r->hashes);
     r->blocks = NULL;
+    r->hashes = NULL;
     r->reason = reason;
     r->last_token = r->last_token > 0 ? r->last_token : now;
     s->stats.finished++;
@@ -222,9 +239,17 @@ static void preempt(struct sched *s, struct request *r) {
     if (r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     release_blocks(s, r);
-    r->preempted = true;
+    r->preemptions++;
     set_state(s, r, REQUEST_WAITING);
     s->stats.preemptions++;
+}
+
+/* The chained hashes of a request's first n full blocks: each is computed once. */
+static const uint64_t *hashes_of(struct request *r, int n) {
+    for (; r->n_hashes < n; r->n_hashes++)
+        r->hashes[r->n_hashes] = kv_hash(r->n_hashes > 0 ? r->hashes[r->n_hashes - 1] : 0,
+                                         r->tokens + (size_t)r->n_hashes * BLOCK_TOKENS);
+    return r->hashes;
 }
 
 /* Registers the blocks that have become full, and sends them to where they will be read. */
@@ -233,7 +258,7 @@ static void register_full_blocks(struct sched *s, struct request *r) {
         int i = r->n_registered;
         r->n_ready = r->n_ready < i ? r->n_ready : i; /* another's copy may be on its way still */
         r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
-                                   r->tokens + (size_t)i * BLOCK_TOKENS);
+                                   hashes_of(r, i + 1)[i], r->tokens + (size_t)i * BLOCK_TOKENS);
         (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
     }
 }
@@ -262,7 +287,8 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
 static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
     bool resumes = r->length > r->n_prompt;
     int end = resumes ? r->length - 1 : r->length; /* the last token's K and V come by decoding */
-    int n_hits = kv_find(s->kv, r->tokens, (resumes ? end : end - 1) / BLOCK_TOKENS, r->blocks);
+    int n_full = (resumes ? end : end - 1) / BLOCK_TOKENS;
+    int n_hits = kv_find(s->kv, hashes_of(r, n_full), r->tokens, n_full, r->blocks);
     *plan = (struct plan){.n_hits = n_hits, .cached = n_hits * BLOCK_TOKENS, .end = end};
     if (r->saved != NONE && plan->cached == end - end % BLOCK_TOKENS) {
         plan->takes_saved = true;
@@ -341,7 +367,7 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
 }
 
 /* Admits the next request if `worker` is the one that starts it. False: not now. */
-static bool admit(struct sched *s, int worker) {
+static bool admit(struct sched *s, int worker, double now) {
     struct request *r = choose_request(s);
     struct plan plan;
     if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan))
@@ -355,8 +381,9 @@ static bool admit(struct sched *s, int worker) {
     r->n_registered = plan.cached / BLOCK_TOKENS;
     r->filled = plan.cached;
     r->prefill_end = plan.end;
+    r->admitted = r->admitted > 0 ? r->admitted : now;
     s->workers[plan.decode_worker].n_admitted++;
-    if (r->preempted) {
+    if (r->preemptions > 0) {
         s->stats.recomputed_tokens += plan.end - plan.cached;
     } else {
         r->cached_tokens = plan.cached;
@@ -455,18 +482,24 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
-    step->n_copies = 0;
-    while (admit(s, worker)) {
+    while (admit(s, worker, now)) {
     }
     start_arrived(s, worker, now);
     add_running(s, worker);
     add_prefill(s, worker, now);
     kv_clean(s->kv, worker);
-    while (step->n_copies < MAX_COPIES &&
-           kv_next_copy(s->kv, worker, &step->copies[step->n_copies]))
-        step->n_copies++;
     s->stats.steps += batch->n_rows > 0;
-    return batch->n_rows > 0 || step->n_copies > 0 ? step : NULL;
+    return batch->n_rows > 0 ? step : NULL;
+}
+
+int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most, double now) {
+    struct worker *w = &s->workers[worker];
+    int n = 0;
+    while (n < most && w->n_copying < s->config.copies_in_flight &&
+           kv_next_copy(s->kv, worker, &orders[n]))
+        w->copying[w->n_copying++] = (struct copying){orders[n++], now};
+    w->n_pending = kv_pending(s->kv, worker);
+    return n;
 }
 
 /* ---- what comes back ---- */
@@ -521,11 +554,38 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
         if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
             end_prefill(s, r);
     }
+    concern_all(s);
 }
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
     (void)now;
+    struct worker *w = &s->workers[order->worker];
+    int i = 0;
+    while (w->copying[i].order.to != order->to || w->copying[i].order.to_slot != order->to_slot)
+        i++;
+    assert(i < w->n_copying);
+    memmove(&w->copying[i], &w->copying[i + 1], (size_t)(--w->n_copying - i) * sizeof *w->copying);
     kv_copied(s->kv, order, ok);
+    concern_all(s);
+}
+
+uint32_t sched_concerned(struct sched *s) {
+    for (int w = 0; w < s->config.kv.n_workers; w++) {
+        int n = kv_pending(s->kv, w);
+        s->concerned |= n > s->workers[w].n_pending ? 1u << w : 0;
+        s->workers[w].n_pending = n;
+    }
+    uint32_t concerned = s->concerned;
+    s->concerned = 0;
+    return concerned;
+}
+
+double sched_next_event(const struct sched *s) {
+    double next = s->next_deadline;
+    for (int w = 0; w < s->config.kv.n_workers && s->config.copy_seconds > 0; w++)
+        if (s->workers[w].n_copying > 0)
+            next = fmin(next, s->workers[w].copying[0].started + s->config.copy_seconds);
+    return next;
 }
 
 /* ---- requests come and go ---- */
@@ -536,13 +596,19 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .n_prompt = r->n_prompt,
                           .max_new = r->max_new,
                           .sampling = r->sampling,
+                          .deadline = r->deadline,
                           .length = r->n_prompt,
                           .prefill_worker = NONE,
                           .decode_worker = NONE,
                           .saved = NONE,
                           .submitted = now};
     s->stats.submitted++;
+    concern_all(s);
+    if (r->deadline > 0)
+        s->next_deadline = fmin(s->next_deadline, now + r->deadline);
+    bool queue_full = s->config.max_queue > 0 && s->n_waiting >= s->config.max_queue;
     list_insert(&s->waiting, r);
+    s->n_waiting++;
     int context = s->config.context_length;
     if (r->n_prompt < 1) {
         (void)fail(r->error, "the prompt is empty");
@@ -554,12 +620,16 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                    "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
                    "raise --kv-device",
                    r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
+    } else if (queue_full) {
+        (void)fail(r->error, "the queue is full: %d requests wait", s->config.max_queue);
     } else {
-        r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
-        if (!r->blocks)
+        size_t n = (size_t)blocks_of(s->max_length) + 1;
+        r->blocks = malloc(n * sizeof *r->blocks);
+        r->hashes = malloc(n * sizeof *r->hashes);
+        if (!r->blocks || !r->hashes)
             (void)fail(r->error, "out of memory");
     }
-    if (!r->blocks)
+    if (r->error[0])
         finish(s, r, FINISH_ERROR, now);
 }
 
@@ -569,6 +639,67 @@ void sched_cancel(struct sched *s, struct request *r, bool stop_found, double no
         r->ending = reason;
     else if (r->state != REQUEST_FINISHED)
         finish(s, r, reason, now);
+}
+
+/* Ends a request with an error, as soon as no step holds it. */
+static void give_up(struct sched *s, struct request *r, double now) {
+    if (r->in_step)
+        r->ending = FINISH_ERROR;
+    else
+        finish(s, r, FINISH_ERROR, now);
+}
+
+/* Ends those of a list whose time has run out; finds the next deadline. */
+static void expire_requests(struct sched *s, struct list *list, double now) {
+    struct request *next;
+    for (struct request *r = list->first; r; r = next) {
+        next = r->next;
+        double end = r->submitted + r->deadline;
+        if (r->deadline <= 0 || r->ending != FINISH_NONE)
+            continue;
+        if (end <= now) {
+            (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
+            give_up(s, r, now);
+        } else {
+            s->next_deadline = fmin(s->next_deadline, end);
+        }
+    }
+}
+
+/* Ends the requests that wait for a block at a place. */
+static void expire_copy(struct sched *s, const struct kv_copy_order *order, double now) {
+    struct request *next;
+    for (struct request *r = s->admitted.first; r; r = next) {
+        next = r->next;
+        bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
+        if (order->to != (prefills ? r->prefill_worker : r->decode_worker))
+            continue;
+        int i = r->n_ready, n = blocks_of(r->filled);
+        while (i < n && r->blocks[i] != order->node)
+            i++;
+        if (i < n) {
+            (void)fail(r->error, "a copy of its KV blocks has not ended for %g s",
+                       s->config.copy_seconds);
+            give_up(s, r, now);
+        }
+    }
+}
+
+void sched_expire(struct sched *s, double now) {
+    s->next_deadline = INFINITY;
+    expire_requests(s, &s->waiting, now);
+    expire_requests(s, &s->admitted, now);
+    for (int i = 0; i < s->config.kv.n_workers && s->config.copy_seconds > 0; i++) {
+        struct worker *w = &s->workers[i];
+        for (int n = w->n_copying; n > 0 && now >= w->copying[0].started + s->config.copy_seconds;
+             n--) {
+            struct copying late = {w->copying[0].order, now}; /* those who wait for it later too */
+            memmove(&w->copying[0], &w->copying[1],
+                    (size_t)(w->n_copying - 1) * sizeof *w->copying);
+            w->copying[w->n_copying - 1] = late;
+            expire_copy(s, &late.order, now);
+        }
+    }
 }
 
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
@@ -589,13 +720,15 @@ static void *carve(char *arena, size_t *end, size_t n, size_t bytes_each) {
     return array;
 }
 
-/* Lays the arrays of a worker's step into its arena, one behind the other; returns the bytes that
+/* Lays the arrays of a worker into its arena, one behind the other; returns the bytes that
  * they take. arena NULL: that alone. */
-static size_t lay_out_step(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
+static size_t lay_out(struct worker *w, char *arena, size_t n_rows, size_t n_blocks,
+                      size_t n_copying) {
+    struct step *step = &w->step;
     struct batch *batch = &step->batch;
     size_t end = 0;
+    w->copying = carve(arena, &end, n_copying, sizeof *w->copying);
     step->requests = carve(arena, &end, n_rows, sizeof *step->requests);
-    step->copies = carve(arena, &end, MAX_COPIES, sizeof *step->copies);
     batch->sequence = carve(arena, &end, n_rows, sizeof *batch->sequence);
     batch->sampling = carve(arena, &end, n_rows, sizeof *batch->sampling);
     batch->token = carve(arena, &end, n_rows, sizeof *batch->token);
@@ -610,9 +743,10 @@ static size_t lay_out_step(struct step *step, char *arena, size_t n_rows, size_t
 static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
-    w->arena = calloc(1, lay_out_step(&w->step, NULL, n_rows, n_blocks));
+    size_t n_copying = (size_t)s->config.copies_in_flight;
+    w->arena = calloc(1, lay_out(w, NULL, n_rows, n_blocks, n_copying));
     if (w->arena)
-        (void)lay_out_step(&w->step, w->arena, n_rows, n_blocks);
+        (void)lay_out(w, w->arena, n_rows, n_blocks, n_copying);
     return w->arena;
 }
 
@@ -621,6 +755,7 @@ struct sched *sched_create(const struct sched_config *config) {
     if (!s)
         return NULL;
     s->config = *config;
+    s->next_deadline = INFINITY;
     s->max_length = config->context_length;
     for (int i = 0; i < config->kv.n_workers; i++) {
         int capacity = config->kv.device_blocks[i] * BLOCK_TOKENS;

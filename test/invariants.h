@@ -28,7 +28,6 @@ static const char *check_copy(const struct kv *kv, int id, int place) {
     const struct copy *copy = copy_at(kv, id, place);
     bool in_use = copy->pins > 0 || copy->reads > 0 || copy->list != UNLISTED;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
-    BROKEN(place == kv->host && copy->pins != 0, "a pin on the host");
     switch (copy->state) {
     case KV_ABSENT: BROKEN(in_use, "an absent copy is in use"); return NULL;
     case KV_RESERVED:
@@ -62,10 +61,10 @@ static const char *check_index(const struct kv *kv, int id) {
     for (int parent = 0; parent < kv->n_nodes; parent++) {
         BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
         BROKEN(node->parent && kv->nodes[parent].serial == node->parent &&
-                   node->hash != block_hash(kv->nodes[parent].hash, node->tokens),
+                   node->hash != kv_hash(kv->nodes[parent].hash, node->tokens),
                "a wrong hash");
     }
-    BROKEN(!node->parent && node->hash != block_hash(0, node->tokens), "a wrong hash");
+    BROKEN(!node->parent && node->hash != kv_hash(0, node->tokens), "a wrong hash");
     return NULL;
 }
 
@@ -125,11 +124,14 @@ static const char *check_place(const struct kv *kv, int place) {
         }
     }
     BROKEN(n_taken != at->n_slots, "a slot is lost");
-    for (int i = 0; i < at->n_orders; i++) {
-        const struct kv_copy_order *order = &at->orders[(at->first_order + i) % kv->n_nodes];
+    for (int i = 0; i < at->in.n + at->out.n; i++) {
+        const struct ring *ring = i < at->in.n ? &at->in : &at->out;
+        int index = ring->first + (ring == &at->in ? i : i - at->in.n);
+        const struct kv_copy_order *order = &ring->orders[index % ring->size];
         const struct copy *source = copy_at(kv, order->node, order->from);
         const struct copy *target = copy_at(kv, order->node, order->to);
         BROKEN(order->worker != place, "an order for another worker");
+        BROKEN((order->to == kv->host) != (ring == &at->out), "an order on the wrong ring");
         BROKEN(source->state != KV_VALID || source->slot != order->from_slot, "an order's source");
         BROKEN(target->state != KV_ARRIVING || target->slot != order->to_slot, "an order's target");
     }
@@ -199,8 +201,8 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
 static const char *check_request(const struct sched *s, const struct request *r, int *pins) {
     bool waits = r->state == REQUEST_WAITING;
     BROKEN(waits && (r->n_blocks > 0 || r->in_step), "a waiting request holds blocks");
-    BROKEN(waits != (r->decode_worker == -1), "a waiting request has a worker, or a working none");
-    BROKEN(r->saved != -1 && (!waits || !r->preempted), "saved, but not preempted");
+    BROKEN(!waits && r->decode_worker == -1, "a working request has no worker");
+    BROKEN(r->saved != -1 && (!waits || r->preemptions == 0), "saved, but not preempted");
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE, "a finished request is on a list");
     if (waits)
@@ -229,7 +231,7 @@ static const char *check_requests(const struct sched *s, const struct list *list
         BROKEN(r->previous != previous, "broken links between requests");
         BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
         BROKEN((r->state == REQUEST_WAITING) != (list == &s->waiting), "on the wrong list");
-        if (r->decode_worker != -1)
+        if (r->state != REQUEST_WAITING)
             n_admitted[r->decode_worker]++;
     }
     BROKEN(list->last != previous, "the last request");

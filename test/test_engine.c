@@ -95,7 +95,7 @@ static void fill_host(struct kv *kv, int n) {
     for (int i = 0; i < n; i++) {
         int tokens[BLOCK_TOKENS] = {kv_used(kv, 1)};
         struct kv_copy_order order;
-        (void)kv_register(kv, kv_new(kv, 0), -1, tokens);
+        (void)kv_register(kv, kv_new(kv, 0), -1, kv_hash(0, tokens), tokens);
         while (kv_next_copy(kv, 0, &order))
             kv_copied(kv, &order, true);
     }

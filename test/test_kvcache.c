@@ -21,6 +21,19 @@ static void write_text(int *tokens, int n_blocks, int text) {
         tokens[i] = i == 0 ? 1000 + text : i;
 }
 
+/* kv_find and kv_register with the hashes of the text. */
+static int find_text(const struct kv *kv, const int *tokens, int n_blocks, int *nodes) {
+    uint64_t hashes[8];
+    for (int i = 0; i < n_blocks; i++)
+        hashes[i] = kv_hash(i > 0 ? hashes[i - 1] : 0, tokens + i * BLOCK_TOKENS);
+    return kv_find(kv, hashes, tokens, n_blocks, nodes);
+}
+
+static int enter(struct kv *kv, int node, int parent, const int *tokens) {
+    uint64_t before = parent == -1 ? 0 : kv->nodes[parent].hash;
+    return kv_register(kv, node, parent, kv_hash(before, tokens), tokens);
+}
+
 /* Computes a text on a worker, registers its blocks and lets them go, the last first. */
 static void store(struct check *check, struct kv *kv, int worker, int text, int n_blocks) {
     int tokens[8 * BLOCK_TOKENS], nodes[8];
@@ -28,7 +41,7 @@ static void store(struct check *check, struct kv *kv, int worker, int text, int 
     for (int i = 0; i < n_blocks; i++) {
         CHECK(kv_make_room(kv, worker, 1), "no room for text %d, block %d", text, i);
         int node = kv_new(kv, worker);
-        nodes[i] = kv_register(kv, node, i > 0 ? nodes[i - 1] : -1, tokens + i * BLOCK_TOKENS);
+        nodes[i] = enter(kv, node, i > 0 ? nodes[i - 1] : -1, tokens + i * BLOCK_TOKENS);
     }
     for (int i = n_blocks - 1; i >= 0; i--)
         kv_unpin(kv, nodes[i], worker);
@@ -38,7 +51,7 @@ static void store(struct check *check, struct kv *kv, int worker, int text, int 
 static int find(const struct kv *kv, int text, int n_blocks) {
     int tokens[8 * BLOCK_TOKENS], nodes[8];
     write_text(tokens, n_blocks, text);
-    return kv_find(kv, tokens, n_blocks, nodes);
+    return find_text(kv, tokens, n_blocks, nodes);
 }
 
 /* Carries out all orders of a worker; returns how many there were. */
@@ -68,7 +81,7 @@ static void least_recently_used_goes_first(struct check *check) {
     for (int text = 0; text < 4; text++)
         store(check, kv, 0, text, 1);
     write_text(tokens, 1, 0);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1, "text 0 is not found");
+    CHECK(find_text(kv, tokens, 1, &node) == 1, "text 0 is not found");
     CHECK(kv_fetch(kv, node, 0), "fetch");
     kv_unpin(kv, node, 0); /* now 1 is the coldest, 0 the warmest */
     static const int order[] = {1, 2, 3, 0};
@@ -86,7 +99,7 @@ static void pinned_blocks_stay(struct check *check) {
     store(check, kv, 0, 1, 1);
     store(check, kv, 0, 2, 1);
     write_text(tokens, 1, 1);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
     CHECK(kv_make_room(kv, 0, 1), "the other one could go");
     CHECK(!kv_make_room(kv, 0, 2), "a pinned block was dropped");
     CHECK(find(kv, 1, 1) == 1 && find(kv, 2, 1) == 0, "the wrong one has gone");
@@ -108,7 +121,7 @@ static void page_out_and_in(struct check *check) {
     CHECK(kv_make_room(kv, 0, 1) && kv_used(kv, 0) == 1, "clean, and not dropped");
     CHECK(copy_all(kv, 0, true) == 1 && kv_make_room(kv, 0, 2), "the second one");
     write_text(tokens, 2, 1);
-    CHECK(kv_find(kv, tokens, 2, nodes) == 2, "not found on the host");
+    CHECK(find_text(kv, tokens, 2, nodes) == 2, "not found on the host");
     CHECK(kv_fetch(kv, nodes[0], 0) && kv_state(kv, nodes[0], 0) == KV_ARRIVING, "page in");
     CHECK(copy_all(kv, 0, false) == 1 && kv_state(kv, nodes[0], 0) == KV_RESERVED, "a failure");
     CHECK(kv_send(kv, nodes[0], 0) && copy_all(kv, 0, true) == 1, "ordered again");
@@ -131,7 +144,7 @@ static void duplicates_go_first(struct check *check) {
         CHECK(kv_make_room(kv, 0, 2), "no room");
     }
     write_text(tokens, 1, 3);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
     CHECK(copy_all(kv, 0, true) == 1, "page in");
     store(check, kv, 0, 4, 1);
     CHECK(!kv_make_room(kv, 0, 1) && copy_all(kv, 0, true) == 1, "page out");
@@ -215,23 +228,23 @@ static void collision_is_no_hit(struct check *check) {
     int one[BLOCK_TOKENS], other[BLOCK_TOKENS], found = -1;
     make_collision(one, other);
     CHECK(memcmp(one, other, sizeof one) != 0, "the blocks are equal");
-    CHECK(block_hash(0, one) == block_hash(0, other), "the hashes differ");
+    CHECK(kv_hash(0, one) == kv_hash(0, other), "the hashes differ");
     struct kv *kv = create(4, 0, KV_ON_EVICT);
-    int first = kv_register(kv, kv_new(kv, 0), -1, one);
-    CHECK(kv_find(kv, other, 1, &found) == 0, "a wrong hit");
-    int second = kv_register(kv, kv_new(kv, 0), -1, other);
+    int first = enter(kv, kv_new(kv, 0), -1, one);
+    CHECK(find_text(kv, other, 1, &found) == 0, "a wrong hit");
+    int second = enter(kv, kv_new(kv, 0), -1, other);
     CHECK(first != second, "two texts became one");
-    CHECK(kv_find(kv, one, 1, &found) == 1 && found == first, "the first is not found");
-    CHECK(kv_find(kv, other, 1, &found) == 1 && found == second, "the second is not found");
+    CHECK(find_text(kv, one, 1, &found) == 1 && found == first, "the first is not found");
+    CHECK(find_text(kv, other, 1, &found) == 1 && found == second, "the second is not found");
     int below[2][BLOCK_TOKENS] = {{0}};
-    (void)kv_register(kv, kv_new(kv, 0), second, below[0]);
+    (void)enter(kv, kv_new(kv, 0), second, below[0]);
     int path[2 * BLOCK_TOKENS];
     memcpy(path, one, sizeof one);
     memcpy(path + BLOCK_TOKENS, below[0], sizeof below[0]);
     int nodes[2];
-    CHECK(kv_find(kv, path, 2, nodes) == 1, "the child of another parent was found");
+    CHECK(find_text(kv, path, 2, nodes) == 1, "the child of another parent was found");
     memcpy(path, other, sizeof other);
-    CHECK(kv_find(kv, path, 2, nodes) == 2, "the child is not found");
+    CHECK(find_text(kv, path, 2, nodes) == 2, "the child is not found");
     CHECK(!kv_check(kv), "%s", kv_check(kv));
     kv_destroy(kv);
 }
@@ -242,12 +255,12 @@ static void first_registered_wins(struct check *check) {
     int tokens[BLOCK_TOKENS];
     write_text(tokens, 1, 1);
     int first = kv_new(kv, 0), second = kv_new(kv, 1);
-    CHECK(kv_register(kv, first, -1, tokens) == first, "the first");
-    CHECK(kv_register(kv, second, -1, tokens) == first, "the second has not given way");
+    CHECK(enter(kv, first, -1, tokens) == first, "the first");
+    CHECK(enter(kv, second, -1, tokens) == first, "the second has not given way");
     CHECK(kv_state(kv, first, 1) == KV_VALID, "its copy, on another worker, was of use");
     int third = kv_new(kv, 0);
     CHECK(kv_used(kv, 0) == 2, "two slots");
-    CHECK(kv_register(kv, third, -1, tokens) == first && kv_used(kv, 0) == 1, "a copy too many");
+    CHECK(enter(kv, third, -1, tokens) == first && kv_used(kv, 0) == 1, "a copy too many");
     kv_unpin(kv, first, 0);
     CHECK(!kv_make_room(kv, 0, 4), "it has two pins there");
     kv_unpin(kv, first, 0);
@@ -264,8 +277,8 @@ static void orphans_are_not_found(struct check *check) {
     struct kv *kv = kv_create(&config);
     int tokens[2 * BLOCK_TOKENS], nodes[2];
     write_text(tokens, 2, 1);
-    nodes[0] = kv_register(kv, kv_new(kv, 0), -1, tokens);
-    nodes[1] = kv_register(kv, kv_new(kv, 1), nodes[0], tokens + BLOCK_TOKENS);
+    nodes[0] = enter(kv, kv_new(kv, 0), -1, tokens);
+    nodes[1] = enter(kv, kv_new(kv, 1), nodes[0], tokens + BLOCK_TOKENS);
     kv_unpin(kv, nodes[1], 1);
     kv_unpin(kv, nodes[0], 0);
     CHECK(find(kv, 1, 2) == 2, "not found");
