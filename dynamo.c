@@ -5,11 +5,13 @@
  * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
  * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and who
- * called engine_open, who submits requests and follows them. All that they share is the scheduler,
- * under engine.lock; nothing is computed, copied, printed or waited for while it is held.
+ * Threads: one per worker (worker_main), one that carries blocks for all of them (courier_main), so
+ * that no copy waits for a step, with GPUs one that pins host memory (pin_main), and who called
+ * engine_open, who submits requests and follows them. All that they share is the scheduler, under
+ * engine.lock; nothing is computed, copied, polled or printed while it is held. Who has changed
+ * something wakes those whom it concerns.
  *
- * Read `forward` first: it is the whole model. Then worker_main and copy_block.
+ * Read `forward` first: it is the whole model. Then worker_main, courier_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
  * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
 #define _GNU_SOURCE
@@ -25,14 +27,17 @@
 #include <time.h>
 
 enum {
-    COPY_POLL_NS = 50000,  /* an idle worker looks after its copies so often */
+    COPY_BYTES = 64 << 20, /* of KV, about, that a worker copies at a time: 1 ms of a fast bus */
+    MIN_COPIES = 8,        /* blocks that it copies at a time, at least; */
+    MAX_COPIES = 128,      /* at most: a stream of a GPU has room for 1024 copies of 8 shards */
+    COPY_SECONDS = 60,     /* a copy that takes so long has failed */
     LOST_SHOWN = 32,       /* requests that a fault names */
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
     SLABS_AHEAD = 4,       /* pinned before they are needed */
-    COPY_ORDERS = 64,      /* that a worker takes at a time */
     CACHED_ANSWERS = 2, /* device KV by default: so many full contexts for each running request */
     HOST_FACTOR = 4     /* host KV by default: so many times the blocks wanted for a device */
 };
+static const double COPY_POLL = 50e-6; /* seconds after which the courier looks again */
 
 /* A block on its way: one piece for each pair of shards that share heads. */
 struct transfer {
@@ -50,8 +55,7 @@ struct worker { /* a group of devices that hold one copy of the model between th
     int index, n_shards;
     struct device *shards[MAX_SHARDS];
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
-    struct transfer *transfers; /* (n_transfers), with room for one into each slot there is */
-    int n_transfers;
+    pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
 };
 
@@ -65,10 +69,14 @@ struct engine {
     struct model_cost cost;
     struct pace prefill, decode; /* under the lock */
     pthread_mutex_t lock;
-    pthread_cond_t work, news; /* something to do for workers; something to show for callers */
-    int n_started;             /* workers whose threads run */
-    pthread_t pinner;          /* runs if `pins` */
-    bool pins, stopping;
+    pthread_cond_t copies, news; /* for courier and pinner; something to show for callers */
+    int64_t n_finished;          /* requests that callers know of */
+    int n_started;               /* workers whose threads run */
+    pthread_t courier, pinner;   /* run if `carries`, if `pins` */
+    bool carries, pins, stopping;
+    double next_event;          /* when the courier wakes at the latest */
+    struct transfer *transfers; /* (n_transfers) on their way, the courier's own */
+    int n_transfers;
 };
 
 /* ---- the model ---- */
@@ -201,13 +209,13 @@ static bool shared_heads(const struct engine *engine, struct block_part from, st
 }
 
 /* Starts the copies that an order asks for: every pair of shards copies the heads both hold. */
-static void copy_block(struct worker *worker, const struct kv_copy_order *order) {
-    const struct engine *engine = worker->engine;
+static void copy_block(const struct engine *engine, struct transfer *transfer) {
+    const struct kv_copy_order *order = &transfer->order;
+    const struct worker *worker = &engine->workers[order->worker];
     int host = engine->config.n_workers;
     bool out = order->to == host, in = order->from == host;
-    enum stream stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
-    struct transfer *transfer = &worker->transfers[worker->n_transfers++];
-    *transfer = (struct transfer){.order = *order, .stream = stream};
+    transfer->stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
+    transfer->n_pieces = 0;
     for (int t = 0; t < shards_of(engine, order->to); t++) {
         struct block_part to = block_part(engine, order->to, order->to_slot, t);
         for (int f = 0; f < shards_of(engine, order->from); f++) {
@@ -216,33 +224,115 @@ static void copy_block(struct worker *worker, const struct kv_copy_order *order)
             if (!shared_heads(engine, from, to, &copy))
                 continue;
             struct device *device = worker->shards[out ? f : t];
-            uint64_t ticket = engine->config.backend->copy(device, stream, &copy);
+            uint64_t ticket = engine->config.backend->copy(device, transfer->stream, &copy);
             transfer->pieces[transfer->n_pieces++] = (struct piece){device, ticket};
         }
     }
 }
 
-/* Reports the transfers that have ended. Under the lock: it only polls. */
-static bool collect_copies(struct worker *worker) {
-    struct engine *engine = worker->engine;
-    bool any = false;
-    for (int i = 0; i < worker->n_transfers;) {
-        struct transfer *transfer = &worker->transfers[i];
-        bool done = true;
-        for (int p = 0; p < transfer->n_pieces && done; p++) {
-            const struct piece *piece = &transfer->pieces[p];
-            done =
-                engine->config.backend->copy_done(piece->device, transfer->stream, piece->ticket);
-        }
-        if (!done) {
+static bool transfer_done(const struct engine *engine, const struct transfer *transfer) {
+    for (int p = 0; p < transfer->n_pieces; p++) {
+        const struct piece *piece = &transfer->pieces[p];
+        if (!engine->config.backend->copy_done(piece->device, transfer->stream, piece->ticket))
+            return false;
+    }
+    return true;
+}
+
+/* ---- waking ---- */
+
+/* `when` is a time of engine_now; INFINITY: until it is woken. */
+static void wait_until(struct engine *engine, pthread_cond_t *condition, double when) {
+    if (when == INFINITY) {
+        pthread_cond_wait(condition, &engine->lock);
+        return;
+    }
+    double seconds = floor(when);
+    struct timespec until = {(time_t)seconds, (long)((when - seconds) * 1e9)};
+    (void)pthread_cond_timedwait(condition, &engine->lock, &until);
+}
+
+/* Wakes the workers whom changes since the last call concern, the courier if there is something to
+ * copy or to end sooner, and callers if a request ended. With the lock held. */
+static void wake_concerned(struct engine *engine) {
+    uint32_t concerned = sched_concerned(engine->sched);
+    int64_t n_finished = sched_stats(engine->sched).finished;
+    bool carry = sched_next_event(engine->sched) < engine->next_event;
+    for (int i = 0; i < engine->config.n_workers; i++) {
+        if (concerned >> i & 1)
+            pthread_cond_signal(&engine->workers[i].work);
+        carry = carry || kv_pending(sched_kv(engine->sched), i) > 0;
+    }
+    if (carry)
+        pthread_cond_broadcast(&engine->copies);
+    if (n_finished != engine->n_finished)
+        pthread_cond_broadcast(&engine->news);
+    engine->n_finished = n_finished;
+}
+
+void engine_wake(struct engine *engine) {
+    wake_concerned(engine);
+    pthread_cond_broadcast(&engine->news);
+}
+
+/* ---- the courier ---- */
+
+static void take_orders(struct engine *engine, double now) {
+    struct kv_copy_order orders[MAX_COPIES];
+    for (int w = 0; w < engine->config.n_workers; w++) {
+        int n = sched_copies(engine->sched, w, orders, MAX_COPIES, now);
+        for (int i = 0; i < n; i++)
+            engine->transfers[engine->n_transfers++].order = orders[i];
+    }
+}
+
+/* Starts the copies from `first` on, and looks after all. Those that have ended are then the last;
+ * returns how many have not. Without the lock. */
+static int carry(struct engine *engine, int first) {
+    struct transfer *all = engine->transfers;
+    int n = engine->n_transfers;
+    for (int i = first; i < n; i++)
+        copy_block(engine, &all[i]);
+    for (int i = 0; i < n;) {
+        if (!transfer_done(engine, &all[i])) {
             i++;
             continue;
         }
-        sched_copied(engine->sched, &transfer->order, true, engine_now());
-        *transfer = worker->transfers[--worker->n_transfers];
-        any = true;
+        struct transfer ended = all[i];
+        all[i] = all[--n];
+        all[n] = ended;
     }
-    return any;
+    return n;
+}
+
+/* Carries all workers' copies, and calls sched_expire when it is time. */
+static void *courier_main(void *argument) {
+    struct engine *engine = argument;
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->stopping || engine->n_transfers > 0) { /* their memory must not go before */
+        int first = engine->n_transfers;
+        if (engine_now() >= sched_next_event(engine->sched))
+            sched_expire(engine->sched, engine_now());
+        if (!engine->stopping)
+            take_orders(engine, engine_now());
+        engine->next_event = sched_next_event(engine->sched);
+        wake_concerned(engine);
+        if (engine->n_transfers == 0) {
+            wait_until(engine, &engine->copies, engine->next_event);
+            continue;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        int n_left = carry(engine, first);
+        pthread_mutex_lock(&engine->lock);
+        bool none = n_left == engine->n_transfers;
+        while (engine->n_transfers > n_left)
+            sched_copied(engine->sched, &engine->transfers[--engine->n_transfers].order, true,
+                         engine_now());
+        if (none)
+            wait_until(engine, &engine->copies, engine_now() + COPY_POLL);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
 }
 
 /* ---- workers ---- */
@@ -250,34 +340,9 @@ static bool collect_copies(struct worker *worker) {
 static void show_step(const struct worker *worker, const struct step *step) {
     bool prefills = worker->engine->config.workers[worker->index].prefills;
     bool decodes = worker->engine->config.workers[worker->index].decodes;
-    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests, %d copies on their way\n",
-                  worker->index, prefills ? "prefill" : "", prefills && decodes ? "+" : "",
-                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences,
-                  worker->n_transfers);
-}
-
-/* Returns the seconds that it computed for. */
-static double do_step(struct worker *worker, struct step *step) {
-    double start = engine_now();
-    forward(worker, &step->batch, step->batch.sampled, NULL);
-    double seconds = engine_now() - start;
-    if (worker->engine->config.verbose)
-        show_step(worker, step);
-    return seconds;
-}
-
-static void wait_for_work(struct worker *worker) {
-    struct engine *engine = worker->engine;
-    if (worker->n_transfers == 0) {
-        pthread_cond_wait(&engine->work, &engine->lock);
-        return;
-    }
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += COPY_POLL_NS;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
-    (void)pthread_cond_timedwait(&engine->work, &engine->lock, &until);
+    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests\n", worker->index,
+                  prefills ? "prefill" : "", prefills && decodes ? "+" : "",
+                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences);
 }
 
 static void *worker_main(void *argument) {
@@ -285,29 +350,23 @@ static void *worker_main(void *argument) {
     struct engine *engine = worker->engine;
     pthread_mutex_lock(&engine->lock);
     while (!engine->stopping) {
-        (void)collect_copies(worker);
-        struct step *step = sched_next(engine->sched, worker->index, engine_now());
-        struct kv_copy_order orders[COPY_ORDERS];
-        int n = sched_copies(engine->sched, worker->index, orders, COPY_ORDERS, engine_now());
-        if (sched_concerned(engine->sched) & ~(1u << worker->index))
-            engine_wake(engine);
-        if (!step && n == 0) {
-            wait_for_work(worker);
+        double start = engine_now();
+        struct step *step = sched_next(engine->sched, worker->index, start);
+        wake_concerned(engine);
+        if (!step) {
+            pthread_cond_wait(&worker->work, &engine->lock);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        for (int i = 0; i < n; i++)
-            copy_block(worker, &orders[i]);
-        double seconds = step ? do_step(worker, step) : 0;
+        forward(worker, &step->batch, step->batch.sampled, NULL);
+        double end = engine_now();
+        if (engine->config.verbose)
+            show_step(worker, step);
         pthread_mutex_lock(&engine->lock);
-        if (!step)
-            continue;
-        count_pace(engine, &step->batch, seconds);
-        sched_done(engine->sched, worker->index, step, engine_now());
+        count_pace(engine, &step->batch, end - start);
+        sched_done(engine->sched, worker->index, step, end);
         engine_wake(engine);
     }
-    while (worker->n_transfers > 0) /* their memory must not go before they are done */
-        (void)collect_copies(worker);
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
@@ -337,7 +396,7 @@ static void *pin_main(void *argument) {
         int first = engine->n_pinned, left = config->host_blocks - first;
         int n = left < slab ? left : slab;
         if (first >= kv_used(sched_kv(engine->sched), config->n_workers) + SLABS_AHEAD * slab) {
-            pthread_cond_wait(&engine->work, &engine->lock);
+            pthread_cond_wait(&engine->copies, &engine->lock);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
@@ -498,9 +557,6 @@ static bool open_tiers(struct engine *engine, char *error) {
             worker->shards[s]->kv = config->backend->alloc(worker->shards[s], bytes);
             ok = worker->shards[s]->kv;
         }
-        worker->transfers = calloc((size_t)config->workers[i].blocks + (size_t)config->host_blocks,
-                                   sizeof *worker->transfers);
-        ok = ok && worker->transfers;
     }
     host_bytes = (size_t)config->host_blocks * shard_bytes(engine, config->n_workers);
     if (host_bytes > 0 && ok) {
@@ -515,12 +571,16 @@ static bool open_tiers(struct engine *engine, char *error) {
 
 static bool open_sched(struct engine *engine) {
     const struct engine_config *config = &engine->config;
+    int copies = (int)(COPY_BYTES / shard_bytes(engine, config->n_workers));
+    copies = copies < MIN_COPIES ? MIN_COPIES : copies > MAX_COPIES ? MAX_COPIES : copies;
     struct sched_config sched = {.kv = {.n_workers = config->n_workers,
                                         .host_blocks = config->host_blocks,
                                         .policy = config->policy},
                                  .max_batch = config->max_batch,
                                  .chunk = config->chunk,
-                                 .copies_in_flight = COPY_ORDERS,
+                                 .max_queue = config->max_queue,
+                                 .copies_in_flight = copies,
+                                 .copy_seconds = COPY_SECONDS,
                                  .context_length = config->model->config.context_length,
                                  .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};
@@ -529,11 +589,25 @@ static bool open_sched(struct engine *engine) {
         sched.prefills[i] = config->workers[i].prefills;
         sched.decodes[i] = config->workers[i].decodes;
     }
+    engine->transfers = malloc((size_t)(copies * config->n_workers) * sizeof *engine->transfers);
     engine->sched = sched_create(&sched);
-    return engine->sched != NULL;
+    return engine->sched && engine->transfers;
 }
 
 /* ---- the engine ---- */
+
+/* All conditions wait by the clock of engine_now, which nobody sets. */
+static void open_locks(struct engine *engine) {
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_cond_init(&engine->copies, &monotonic);
+    pthread_cond_init(&engine->news, &monotonic);
+    for (int i = 0; i < MAX_WORKERS; i++)
+        pthread_cond_init(&engine->workers[i].work, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
 
 struct engine *engine_open(const struct engine_config *config, char *error) {
     (void)fail(error, "out of memory");
@@ -542,9 +616,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
         return NULL;
     engine->config = *config;
     engine->cost = model_cost(config->model);
-    pthread_mutex_init(&engine->lock, NULL);
-    pthread_cond_init(&engine->work, NULL);
-    pthread_cond_init(&engine->news, NULL);
+    open_locks(engine);
     engine->rope_frequency = rope_frequencies(config->model);
     bool ok = engine->rope_frequency;
     for (int i = 0; i < config->n_workers && ok; i++)
@@ -561,9 +633,10 @@ bool engine_start(struct engine *engine) {
         ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
         engine->n_started += ok;
     }
+    engine->carries = pthread_create(&engine->courier, NULL, courier_main, engine) == 0;
     engine->pins = engine->host_kv && engine->config.backend->pin &&
                    pthread_create(&engine->pinner, NULL, pin_main, engine) == 0;
-    return engine->n_started == engine->config.n_workers;
+    return engine->carries && engine->n_started == engine->config.n_workers;
 }
 
 static void close_worker(const struct engine *engine, struct worker *worker) {
@@ -575,7 +648,6 @@ static void close_worker(const struct engine *engine, struct worker *worker) {
             backend->device_close(worker->shards[s]);
         }
     }
-    free(worker->transfers);
 }
 
 void engine_close(struct engine *engine) {
@@ -583,21 +655,28 @@ void engine_close(struct engine *engine) {
         return;
     engine_lock(engine);
     engine->stopping = true;
-    engine_wake(engine);
+    pthread_cond_broadcast(&engine->copies);
+    for (int i = 0; i < engine->n_started; i++)
+        pthread_cond_signal(&engine->workers[i].work);
     engine_unlock(engine);
     for (int i = 0; i < engine->n_started; i++)
         pthread_join(engine->workers[i].thread, NULL);
+    if (engine->carries)
+        pthread_join(engine->courier, NULL);
     if (engine->pins)
         pthread_join(engine->pinner, NULL);
     for (int first = 0; first < engine->n_pinned; first += slab_blocks(engine))
         engine->config.backend->unpin(engine->workers[0].shards[0], host_block(engine, first));
     free(engine->host_kv);
+    free(engine->transfers);
     sched_destroy(engine->sched);
     for (int i = 0; i < engine->config.n_workers; i++)
         close_worker(engine, &engine->workers[i]);
     free(engine->rope_frequency);
+    for (int i = 0; i < MAX_WORKERS; i++)
+        pthread_cond_destroy(&engine->workers[i].work);
     pthread_cond_destroy(&engine->news);
-    pthread_cond_destroy(&engine->work);
+    pthread_cond_destroy(&engine->copies);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
 }
@@ -618,13 +697,8 @@ struct sched *engine_sched(struct engine *engine) {
     return engine->sched;
 }
 
-void engine_wait(struct engine *engine) {
-    pthread_cond_wait(&engine->news, &engine->lock);
-}
-
-void engine_wake(struct engine *engine) {
-    pthread_cond_broadcast(&engine->work);
-    pthread_cond_broadcast(&engine->news);
+void engine_wait(struct engine *engine, double until) {
+    wait_until(engine, &engine->news, until);
 }
 
 double engine_now(void) {

@@ -2,7 +2,7 @@
  *
  * A request travels through these files, and each part of this header belongs to one of them:
  *
- *     dynamo.c     the model's forward pass, one thread per worker, main     (calls all below)
+ *     dynamo.c     the model's forward pass, the threads of workers, main    (calls all below)
  *     scheduler.c  who computes what next: a state machine over requests     -> kvcache.c
  *     kvcache.c    where each KV block is: slots, the global index, LRU
  *     kernels.c    the CPU backend: every op of the forward pass, the copies (kernels.cu: CUDA)
@@ -28,7 +28,7 @@
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
  *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_copies(1) hands out the two copy orders; worker 1 carries them out.
+ *     sched_copies(1) hands out the two copy orders, for the courier.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
@@ -176,7 +176,8 @@ struct backend {
     /* measures, between steps and in 0.1 s, what a worker's n devices reach at most: bytes read and
      * operations (a multiply-add is two) in products of `type`, both a second; 0: unknown */
     void (*limits)(struct device **shards, int n, enum tensor_type type, double *read, double *ops);
-    /* copies run beside the ops; a ticket is polled, never waited for */
+    /* copies run beside the ops; a ticket is polled, never waited for. These two are called by one
+     * thread for all devices, while others drive their steps */
     uint64_t (*copy)(struct device *device, enum stream stream, const struct copy2d *copy);
     bool (*copy_done)(struct device *device, enum stream stream, uint64_t ticket);
 
@@ -368,8 +369,8 @@ struct engine_config {
         int blocks;              /* that each of its devices holds; -1: chosen */
         bool prefills, decodes;
     } workers[MAX_WORKERS];
-    int max_batch, chunk; /* see struct sched_config */
-    int host_blocks;      /* that the host holds; -1: chosen */
+    int max_batch, chunk, max_queue; /* see struct sched_config */
+    int host_blocks;                 /* that the host holds; -1: chosen */
     enum kv_type kv_type;
     enum kv_policy policy;
     bool verbose;                                  /* a line on stderr for each step */
@@ -396,12 +397,13 @@ void engine_close(struct engine *engine); /* ends them; NULL: nothing is done */
 /* As it was given, with the numbers of blocks that were chosen. */
 const struct engine_config *engine_config_of(const struct engine *engine);
 /* Requests are submitted and read under the lock. engine_wait lets go of it until something has
- * changed or someone called engine_wake, which is called after sched_submit and sched_cancel (with
- * the lock held), so that the workers look again. */
+ * changed, someone called engine_wake, or it is `until` by engine_now (INFINITY: never).
+ * engine_wake is called after sched_submit and sched_cancel, with the lock held: it wakes the
+ * workers whom that concerns. */
 void engine_lock(struct engine *engine);
 void engine_unlock(struct engine *engine);
 struct sched *engine_sched(struct engine *engine);
-void engine_wait(struct engine *engine);
+void engine_wait(struct engine *engine, double until);
 void engine_wake(struct engine *engine);
 double engine_now(void); /* seconds; the clock of requests' times */
 struct engine_stats engine_stats(struct engine *engine);

@@ -29,6 +29,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -185,6 +186,7 @@ static bool open_engine(struct run *run, char *error) {
                                    .ends_text = run->ends_text,
                                    .max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH,
                                    .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
+                                   .max_queue = o->max_queue,
                                    .kv_type = run->backend->kv_type,
                                    .policy = KV_ON_EVICT,
                                    .verbose = o->verbose,
@@ -207,13 +209,58 @@ static bool open_engine(struct run *run, char *error) {
 
 /* ---- running ---- */
 
-/* How many requests failed; -1: the file cannot be read, and `error` says why. */
-static int run_file(struct run *run, char *error) {
+struct reader { /* of requests that come while others are answered */
+    struct run *run;
     struct requests requests;
-    if (!requests_read(&requests, run->options.file, &run->options.request, error))
+    int last; /* what requests_next returned last */
+    char error[ERROR_LENGTH];
+};
+
+static void *read_main(void *argument) {
+    struct reader *reader = argument;
+    struct engine *engine = reader->run->engine;
+    struct request_spec spec;
+    while (reader->last > 0) {
+        pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL); /* where it waits for a line */
+        reader->last =
+            requests_next(&reader->requests, &reader->run->options.request, &spec, reader->error);
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
+        engine_lock(engine);
+        reader->requests.more = reader->last > 0;
+        if (reader->last > 0)
+            requests_add(&reader->requests, &spec);
+        engine_wake(engine);
+        engine_unlock(engine);
+    }
+    return NULL;
+}
+
+/* How many requests failed; -1: the file cannot be read, and `error` says why. What is a file is
+ * read before the first request begins; of a pipe or a terminal each begins when it comes. */
+static int run_file(struct run *run, char *error) {
+    struct reader reader = {.run = run, .last = 1};
+    struct stat status;
+    pthread_t thread;
+    int n_failed = -1;
+    const char *path = run->options.file;
+    if (!requests_open(&reader.requests, path, error))
         return -1;
-    int n_failed = answers_run(&run->answers, requests.specs, requests.n);
-    requests_free(&requests);
+    bool reads = false,
+         regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
+    reader.requests.more = true;
+    if (regular)
+        read_main(&reader);
+    else
+        reads = pthread_create(&thread, NULL, read_main, &reader) == 0;
+    if (regular ? reader.last >= 0 : reads)
+        n_failed = answers_stream(&run->answers, &reader.requests);
+    if (reads) {
+        pthread_cancel(thread);
+        pthread_join(thread, NULL);
+    }
+    (void)fail(error, "%s", regular || reads ? reader.error : "cannot start threads");
+    n_failed = reader.last < 0 ? -1 : n_failed;
+    requests_free(&reader.requests);
     return n_failed;
 }
 
@@ -221,7 +268,7 @@ static int run_file(struct run *run, char *error) {
 static int run_piped(struct run *run, char *error) {
     struct request_spec spec = run->options.request;
     spec.prompt = cli_read_file("-", &spec.prompt_length, error);
-    int n_failed = spec.prompt ? answers_run(&run->answers, &spec, 1) : -1;
+    int n_failed = spec.prompt ? answers_run(&run->answers, &spec) : -1;
     free(spec.prompt);
     return n_failed;
 }
@@ -241,7 +288,7 @@ static int run_requests(struct run *run) {
     if (o->file)
         n_failed = run_file(run, error);
     else if (o->request.prompt || o->request.ids)
-        n_failed = answers_run(&run->answers, &o->request, 1);
+        n_failed = answers_run(&run->answers, &o->request);
     else
         n_failed = isatty(STDIN_FILENO) ? run_chat(run) : run_piped(run, error);
     if (n_failed < 0) {

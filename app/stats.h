@@ -28,6 +28,28 @@ static double stats_rate(double amount, double seconds) {
     return seconds > 0 ? amount / seconds : 0;
 }
 
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The value that a share of all requests stays within, in ms (nearest rank): 0.5, the median; 1,
+ * the longest. Requests that did not come so far count for nothing. */
+static double stats_within(const struct answers *a, enum answer_time time, double share) {
+    int n = a->n_times[time], rank = (int)ceil(share * n);
+    if (n == 0)
+        return 0;
+    qsort(a->times[time], (size_t)n, sizeof *a->times[time], compare_doubles);
+    return 1e3 * a->times[time][rank > 0 ? rank - 1 : 0];
+}
+
+static double stats_mean(const struct answers *a, enum answer_time time) {
+    double sum = 0;
+    for (int i = 0; i < a->n_times[time]; i++)
+        sum += a->times[time][i];
+    return a->n_times[time] > 0 ? 1e3 * sum / a->n_times[time] : 0;
+}
+
 struct number {
     const char *key, *label; /* of JSON, of the table */
     double value;
@@ -61,7 +83,6 @@ void stats_print(const struct answers *a) {
     struct engine_stats now = engine_stats(a->engine);
     struct sched_stats s = now.sched;
     struct kv_stats k = now.kv;
-    double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     struct pace decode = now.decode, prefill = now.prefill;
@@ -74,9 +95,15 @@ void stats_print(const struct answers *a) {
     double multiplying = stats_rate(prefill.operations, prefill.seconds);
     const struct number all[] = {
         {"requests", "requests", (double)s.submitted, 0},
-        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, 2},
-        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, 2},
+        {"queue_p50_ms", "time in the queue, median (ms)", stats_within(a, TIME_QUEUE, 0.5), 2},
+        {"queue_p99_ms", "time in the queue, 99 % (ms)", stats_within(a, TIME_QUEUE, 0.99), 2},
+        {"ttft_ms", "time to first token, mean (ms)", stats_mean(a, TIME_TTFT), 2},
+        {"ttft_p50_ms", "time to first token, median (ms)", stats_within(a, TIME_TTFT, 0.5), 2},
+        {"ttft_p99_ms", "time to first token, 99 % (ms)", stats_within(a, TIME_TTFT, 0.99), 2},
+        {"ttft_max_ms", "time to first token, longest (ms)", stats_within(a, TIME_TTFT, 1), 2},
         {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, 2},
+        {"itl_p50_ms", "the same of an answer, median (ms)", stats_within(a, TIME_ITL, 0.5), 2},
+        {"itl_p99_ms", "the same of an answer, 99 % (ms)", stats_within(a, TIME_ITL, 0.99), 2},
         {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, 2},
         {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, 0},
         {"decode_tokens", "tokens decoded", (double)s.decode_tokens, 0},

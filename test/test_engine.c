@@ -109,7 +109,7 @@ static bool comes_to(int n) {
         engine_lock(pinning);
         there = n_pins >= n;
         exact = n_pins == n;
-        engine_wake(pinning);
+        pthread_cond_broadcast(&pinning->copies);
         engine_unlock(pinning);
         usleep(1000);
     }
@@ -141,8 +141,7 @@ static void pins_ahead_of_what_is_used(struct check *check) {
                    .policy = KV_WRITE_THROUGH},
         .host_kv = memory};
     pinning = &engine;
-    pthread_mutex_init(&engine.lock, NULL);
-    pthread_cond_init(&engine.work, NULL);
+    open_locks(&engine);
     CHECK(open_sched(&engine) && slab_blocks(&engine) == SLAB, "%d blocks", slab_blocks(&engine));
     CHECK(pthread_create(&thread, NULL, pin_main, &engine) == 0, "no thread");
     CHECK(comes_to(SLABS_AHEAD), "%d slabs before any is used", n_pins);
@@ -159,6 +158,7 @@ static void pins_ahead_of_what_is_used(struct check *check) {
     pthread_join(thread, NULL); /* it has given up */
     CHECK(engine.n_pinned == REFUSED * SLAB, "%d blocks", engine.n_pinned);
     sched_destroy(engine.sched);
+    free(engine.transfers);
 }
 
 int main(int argc, char **argv) {
