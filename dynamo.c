@@ -289,10 +289,12 @@ static void *worker_main(void *argument) {
         struct step *step = sched_next(engine->sched, worker->index, engine_now());
         struct kv_copy_order orders[COPY_ORDERS];
         int n = sched_copies(engine->sched, worker->index, orders, COPY_ORDERS, engine_now());
-        if (sched_concerned(engine->sched) & ~(1u << worker->index))
+        uint32_t concerned = sched_concerned(engine->sched), self = 1u << worker->index;
+        if (concerned & ~self)
             engine_wake(engine);
         if (!step && n == 0) {
-            wait_for_work(worker);
+            if (!(concerned & self))
+                wait_for_work(worker);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);

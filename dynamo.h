@@ -82,13 +82,21 @@ struct request {
     uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
     int n_hashes;                        /* computed once; the rest when they are asked for */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
+    int *slots;                          /* (n_slots) of the first blocks, where it is computed */
+    int *held;                           /* (n_held) nodes whose host copies it holds as it waits */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
+    int n_slots, n_held, n_sent;         /* n_sent: registered ones offered to decode_worker */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
+    int n_hits;                          /* blocks that were cached at its last look-up, … */
+    uint64_t looked_up;                  /* … when kv_version was this */
+    int64_t tried;                       /* its last try: nothing has changed since */
+    int n_passed;                        /* younger ones admitted while it was the oldest waiting */
     int saved;                           /* node of the block it was preempted in; -1: none */
     int copy_failures, preemptions;
-    bool in_step;
-    enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
+    bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
+    enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
     double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
+    struct list *list;                                   /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -307,6 +315,7 @@ struct sched_config {
     int chunk;                                        /* prompt tokens in one step */
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */
+    int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
     double copy_seconds;  /* a copy that takes longer fails those that wait for it; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */

@@ -201,57 +201,96 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
 static const char *check_request(const struct sched *s, const struct request *r, int *pins) {
     bool waits = r->state == REQUEST_WAITING;
     BROKEN(waits && (r->n_blocks > 0 || r->in_step), "a waiting request holds blocks");
-    BROKEN(!waits && r->decode_worker == -1, "a working request has no worker");
     BROKEN(r->saved != -1 && (!waits || r->preemptions == 0), "saved, but not preempted");
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE, "a finished request is on a list");
+    BROKEN(r->n_held > 0 && !waits, "an admitted request holds copies on the host");
+    for (int i = 0; i < r->n_held; i++)
+        pins[r->held[i] * s->kv->n_places + s->kv->host]--;
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
-    BROKEN(!s->config.decodes[r->decode_worker], "it decodes on a worker that does not");
+    BROKEN(r->max_new > 1 && !s->config.decodes[r->decode_worker],
+           "it decodes on a worker that does not");
     BROKEN(r->prefill_worker != r->decode_worker && !s->config.prefills[r->prefill_worker],
            "it prefills on a worker that does not");
     BROKEN(r->n_registered != r->filled / BLOCK_TOKENS, "a full block is not registered");
     BROKEN(r->n_ready < 0 || r->n_ready > blocks_of(r->filled), "n_ready");
+    BROKEN(r->n_sent != r->n_registered, "a full block was not sent");
     BROKEN(blocks_of(r->filled) > r->n_blocks, "more filled than it has blocks");
     BROKEN(r->filled > r->prefill_end && prefills, "filled beyond the prompt");
     BROKEN(r->filled != r->length - 1 && r->state == REQUEST_RUNNING, "an answer with a gap");
     BROKEN((r->n_prefill_blocks > 0) != (prefills && r->prefill_worker != r->decode_worker),
            "blocks on the prefill worker");
+    for (int i = 0; i < r->n_slots; i++)
+        BROKEN(r->slots[i] != kv_slot(s->kv, r->blocks[i], worker_of(r)), "a wrong slot");
     return check_blocks(s, r, pins);
 }
 
-static const char *check_requests(const struct sched *s, const struct list *list, int *pins,
-                                  int *n_admitted) {
+static const char *check_requests(struct sched *s, const struct list *list, int *pins) {
     const struct request *previous = NULL;
-    for (const struct request *r = list->first; r; previous = r, r = r->next) {
+    int n = 0;
+    for (struct request *r = list->first; r; previous = r, r = r->next, n++) {
         const char *broken = check_request(s, r, pins);
         if (broken)
             return broken;
         BROKEN(r->previous != previous, "broken links between requests");
         BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
-        BROKEN((r->state == REQUEST_WAITING) != (list == &s->waiting), "on the wrong list");
-        if (r->state != REQUEST_WAITING)
-            n_admitted[r->decode_worker]++;
+        BROKEN(r->list != list || list_of(s, r) != list, "on the wrong list");
+        for (const struct request *o = list->first; o != r && r->state == REQUEST_PREFILL;
+             o = o->next)
+            BROKEN(o->state == REQUEST_PREFILL &&
+                       o->filled / BLOCK_TOKENS == r->filled / BLOCK_TOKENS &&
+                       r->filled / BLOCK_TOKENS < (r->prefill_end - 1) / BLOCK_TOKENS &&
+                       o->preemptions + r->preemptions == 0 &&
+                       memcmp(o->tokens, r->tokens,
+                              (size_t)(r->filled / BLOCK_TOKENS + 1) * sizeof(int) *
+                                  BLOCK_TOKENS) == 0 &&
+                       o->prefill_end >= (r->filled / BLOCK_TOKENS + 1) * BLOCK_TOKENS,
+                   "two requests compute the same block");
     }
     BROKEN(list->last != previous, "the last request");
+    BROKEN(list->length != n, "a list's length");
     return NULL;
 }
 
-static inline const char *sched_check(const struct sched *s) {
+/* The sums of a worker against its requests. */
+static const char *check_worker(const struct sched *s, int index) {
+    const struct worker *w = &s->workers[index];
+    int n_admitted = 0, n_blocks = 0, backlog = 0;
+    for (int i = 2; list_at(s, i); i++) {
+        for (const struct request *r = list_at(s, i)->first; r; r = r->next) {
+            n_admitted += r->decode_worker == index;
+            n_blocks += r->decode_worker == index ? r->n_blocks : 0;
+            backlog += r->prefill_worker == index ? prefill_left(r) : 0;
+        }
+    }
+    BROKEN(n_admitted != w->n_admitted, "n_admitted");
+    BROKEN(n_blocks != w->n_blocks, "a worker's sum of blocks");
+    BROKEN(backlog != w->backlog, "a worker's backlog");
+    BROKEN(w->turn && w->turn->list != &w->queues[RUNNING], "the turn of one that does not run");
+    BROKEN(w->n_copying > s->config.copies_in_flight, "too many copies at a time");
+    return NULL;
+}
+
+static inline const char *sched_check(struct sched *s) {
     const struct kv *kv = s->kv;
-    int n = kv->n_nodes * kv->n_places, n_admitted[MAX_WORKERS] = {0};
+    int n = kv->n_nodes * kv->n_places, n_held = 0;
     int *pins = malloc((size_t)n * sizeof *pins);
     for (int i = 0; i < n; i++)
         pins[i] = kv->copies[i].pins;
-    const char *broken = check_requests(s, &s->waiting, pins, n_admitted);
-    broken = broken ? broken : check_requests(s, &s->admitted, pins, n_admitted);
+    const char *broken = NULL;
+    for (int i = 0; list_at(s, i) && !broken; i++) {
+        broken = check_requests(s, list_at(s, i), pins);
+        for (const struct request *r = list_at(s, i)->first; r; r = r->next)
+            n_held += r->n_held;
+    }
     for (int i = 0; i < n && !broken; i++)
         broken = pins[i] != 0 ? "pins and requests do not add up" : NULL;
-    for (int w = 0; w < s->config.kv.n_workers && !broken; w++) {
-        broken = n_admitted[w] != s->workers[w].n_admitted ? "n_admitted" : NULL;
-        broken = n_admitted[w] > s->config.max_batch ? "more than max_batch" : broken;
-    }
+    for (int w = 0; w < s->config.kv.n_workers && !broken; w++)
+        broken = check_worker(s, w);
+    if (!broken && (n_held != s->n_held || n_held > s->config.kv.host_blocks / 2))
+        broken = "copies held on the host";
     free(pins);
     return broken;
 }
