@@ -1,29 +1,41 @@
 /* kvcache.c: where each KV block is, and which block makes room for another.
  *
  * Owns the slots of every place (each worker's device memory, and the host's), the index of blocks
- * that can be found again by content, and the LRU order. Refuses to touch memory: it deals in slot
- * numbers, and what is to be moved leaves as copy orders that somebody else carries out.
+ * that can be found again by content, and the order in which copies go. Refuses to touch memory: it
+ * deals in slot numbers, and what is to be moved leaves as copy orders that somebody else carries
+ * out.
  *
- * A *node* is the content of one block. It has a *copy* at some of the places. A copy is
+ * A *node* is the content of one block. It has a *copy* in a slot of some of the places. A copy is
  *     KV_RESERVED   a slot without content; its copy is not ordered yet, or has failed
  *     KV_ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
  *     KV_VALID      complete. With pins it is in use; with `reads`, copies are being made from it
  * A private node belongs to one request. A registered node is in the index: it is found by its
  * parent and its own 16 tokens, through a chained hash, but compared in full, so that two texts
- * with one hash stay two texts. Unpinned copies of registered nodes are on the LRU list of their
- * place (in the words of virtual memory: cached; clean if another valid copy exists, else dirty);
- * unpinned copies of private nodes are freed, unless their owner keeps them.
+ * with one hash stay two texts. Unpinned copies of registered nodes are cached; those of private
+ * nodes are freed, unless their owner keeps them.
  *
- * Whoever changes a node calls `settle` in the end, which puts each of its copies where it now
- * belongs: on a list, or back among the free slots. So the rules stand in one function.
+ * Each slot has one *standing* (enum standing), and each place counts how many have which. Cached
+ * copies are clean if the node has another valid copy, on the host or on a peer, else dirty: to
+ * drop a clean one loses nothing, and what was its duplicate is dirty from then on. That alone is
+ * no reason to go: the coldest copy of a place goes first, clean or dirty, and a dirty one is
+ * paged out before it goes. The cleaner does that in advance for the few that are next.
+ *
+ * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing: so
+ * the rules stand in one function. Clean and dirty copies of a place are on a heap each, the
+ * coldest on top: a copy that becomes cached costs O(1) when it is the hottest, as it is under LRU,
+ * and to take one out, or to go from clean to dirty, costs O(log n) in every order.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
  *   - a slot is free or belongs to exactly one copy; in-flight copies = reads = orders not ended;
- *   - a request pins the whole path of its blocks on its worker, last block released first, so a
- *     child is colder than its parent and leaves go first. Should a parent go before its child,
- *     the child cannot be found any more (a parent's serial number is never used again), and LRU
- *     takes it in its turn.
+ *   - a request pins the whole path of its blocks on its worker, last block released first, so
+ *     under LRU a child is colder than its parent and leaves go first. Should a parent go before
+ *     its child, the child cannot be found any more (a parent's serial number is never used again),
+ *     and goes in its turn;
+ *   - whoever waits for room gets it. A page-out that somebody waits for frees its slot as it ends,
+ *     so what others do on the host cannot undo it. If all of the host is pinned (or there is
+ *     none), dirty copies are lost rather than waited for. The cleaners alone come to an end: what
+ *     one of them takes from the host is not what another has put there (see choose_host_victim).
  * Chained hashing of full blocks as in vLLM (Kwon et al., "PagedAttention", SOSP 2023).
  * Read next: scheduler.c, which alone changes it. */
 #include "dynamo.h"
@@ -36,135 +48,72 @@ enum {
     NONE = -1,
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
-    CLEAN_SHARE = 8  /* on a small device both are a share of its blocks: one in so many */
+    CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
+    USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
-enum list_kind { UNLISTED, MAIN, DUPLICATES, N_LISTS };
+enum standing {
+    FREE,
+    PINNED,    /* in use, or reserved */
+    IN_FLIGHT, /* arriving */
+    BUSY,      /* unpinned; a copy is being made from it, or one that has failed will be again */
+    LEAVING,   /* likewise, a page-out, so that it can go */
+    CLEAN,     /* cached; another copy is valid. Can go at once */
+    DIRTY,     /* cached; the only one. Can go once it is paged out, or lost */
+    N_STANDINGS
+};
 
 struct copy {
-    enum kv_state state;
-    enum list_kind list;
-    int slot, pins, reads;
-    int newer, older; /* neighbours on the LRU list: nodes */
+    uint64_t heat;  /* smaller is colder; on the host, while it is CLEAN: since when it is that */
+    int node, next; /* next: copy of the same node, or free slot of the same place */
+    int pins, reads;
+    int at;   /* on a heap: the index there. Arriving, its order not given: the next such copy */
+    int from; /* arriving: the copy that it is made from */
+    unsigned char place, state, standing;
+    bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
 struct node {
-    int *keeper; /* private and kept while unpinned: set to -1 when the last copy is lost */
-    int next_in_bucket;
+    int *keeper;        /* private and kept while unpinned: set to -1 when the last copy is lost */
+    int next_in_bucket; /* or the next free node */
+    int first;          /* of its copies; NONE: it is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
     int tokens[BLOCK_TOKENS];
 };
 
-struct lru {
-    int newest, oldest, length;
+struct heap { /* each copy is colder than the two below it, at 2 i + 1 and 2 i + 2 */
+    int *copies, n;
 };
 
-struct ring {                     /* of copy orders not yet given out */
-    struct kv_copy_order *orders; /* (size): as many as the worker has slots */
-    int size, first, n;
+struct queue { /* of copies that arrive and whose orders are not yet given out */
+    int first, last, n;
 };
 
 struct place {
-    int n_slots, n_free;
-    int *free_slots; /* (n_free) */
-    struct lru lists[N_LISTS];
-    struct ring in, out; /* copies for this worker to carry out: into it, and to the host */
+    int first_slot, n_slots;  /* its copies are kv->copies[first_slot, first_slot + n_slots) */
+    int first_free;           /* copy */
+    int n[N_STANDINGS];       /* of its slots; their sum is n_slots */
+    int wanted;               /* free slots that kv_make_room was last asked for and had not */
+    struct heap clean, dirty; /* (n_slots) */
+    struct queue in, out;     /* orders for this worker: into it, and to the host */
 };
 
 struct kv {
     int n_places, host; /* host == n_places - 1 */
     enum kv_policy policy;
+    enum kv_order order;
     int n_nodes, n_buckets;
-    int first_free;                /* free nodes are chained by next_in_bucket */
-    int n_spare;                   /* duplicates on the host that the cleaners may need */
-    uint64_t last_serial, version; /* version: of what kv_find returns */
-    struct node *nodes;            /* (n_nodes): as many as slots, so a slot is never without one */
-    struct copy *copies;           /* (n_nodes, n_places) */
-    int *buckets;                  /* (n_buckets) first node of each chain; a power of two */
-    int *slots;                    /* (n_nodes) the places' free_slots, one after another */
-    struct kv_copy_order *orders;  /* (n_nodes, 2) the rings of the places, one after another */
+    int first_free;                       /* node */
+    int n_spare;                          /* clean copies on the host that the cleaners may need */
+    uint64_t last_serial, clock, version; /* version: of what kv_find returns */
+    struct node *nodes;  /* (n_nodes): as many as slots, so a slot is never without one */
+    struct copy *copies; /* (n_nodes): one for each slot, those of a place one after another */
+    int *buckets;        /* (n_buckets) first node of each chain; a power of two */
+    int *heaps;          /* (2, n_nodes) the places' heaps */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
-
-static struct copy *copy_at(const struct kv *kv, int node, int place) {
-    return &kv->copies[(size_t)node * (size_t)kv->n_places + (size_t)place];
-}
-
-/* Copies of a node in a state. While one is KV_RESERVED, a source for it must stay. */
-static int count(const struct kv *kv, int node, enum kv_state state) {
-    int n = 0;
-    for (int place = 0; place < kv->n_places; place++)
-        n += copy_at(kv, node, place)->state == state;
-    return n;
-}
-
-/* ---- decisions: change these to try another policy ---- */
-
-/* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
-static int choose_source(const struct kv *kv, int node) {
-    for (int place = 0; place < kv->n_places; place++)
-        if (copy_at(kv, node, place)->state == KV_VALID)
-            return place;
-    return NONE;
-}
-
-/* Which block leaves a place: the coldest of which another copy exists, or, if blocks may be lost,
- * the coldest. */
-static int choose_victim(const struct kv *kv, int place, enum list_kind kind, bool may_lose) {
-    int node = kv->places[place].lists[kind].oldest;
-    while (node != NONE &&
-           (copy_at(kv, node, place)->reads > 0 || count(kv, node, KV_RESERVED) > 0 ||
-            (count(kv, node, KV_VALID) < 2 && !may_lose)))
-        node = copy_at(kv, node, place)->newer;
-    return node;
-}
-
-/* ---- lists and slots ---- */
-
-/* Moves a copy to the newest end of a list of its place, or to none. */
-static void list_move(struct kv *kv, int node, int place, enum list_kind kind) {
-    struct copy *copy = copy_at(kv, node, place);
-    struct lru *list = &kv->places[place].lists[copy->list];
-    if (copy->list != UNLISTED) {
-        int *above = copy->newer == NONE ? &list->newest : &copy_at(kv, copy->newer, place)->older;
-        int *below = copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer;
-        *above = copy->older;
-        *below = copy->newer;
-        list->length--;
-    }
-    list = &kv->places[place].lists[kind];
-    copy->list = kind;
-    if (kind != UNLISTED) {
-        copy->newer = NONE;
-        copy->older = list->newest;
-        *(copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer) = node;
-        list->newest = node;
-        list->length++;
-    }
-}
-
-/* Gives a node a slot at a place, with one pin. False: none is free. */
-static bool occupy(struct kv *kv, int node, int place, enum kv_state state) {
-    struct place *at = &kv->places[place];
-    if (at->n_free == 0)
-        return false;
-    int slot = at->free_slots[--at->n_free];
-    *copy_at(kv, node, place) = (struct copy){.state = state, .slot = slot, .pins = 1};
-    return true;
-}
-
-static void free_slot(struct kv *kv, int node, int place) {
-    struct copy *copy = copy_at(kv, node, place);
-    struct place *at = &kv->places[place];
-    assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
-    list_move(kv, node, place, UNLISTED);
-    at->free_slots[at->n_free++] = copy->slot;
-    *copy = (struct copy){.state = KV_ABSENT};
-}
-
-/* ---- the index ---- */
 
 /* Mixes one value into a chained hash (the finalizer of SplitMix64, Steele et al. 2014). */
 static uint64_t mix(uint64_t hash, uint64_t value) {
@@ -173,6 +122,162 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
     return hash ^ (hash >> 31);
 }
+
+/* ---- decisions: change these to try another policy ---- */
+
+/* How hot a copy is, when it comes and each time its last pin goes. before: when it comes, the heat
+ * of the copy that it is made from (0: none); else its own. */
+static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
+    uint64_t now = ++kv->clock;
+    switch (kv->order) {
+    case KV_LRU: return now;
+    case KV_FIFO: return comes ? now : before;
+    case KV_LFU: return (((before >> USES_SHIFT) + 1) << USES_SHIFT) + now;
+    case KV_RANDOM: return mix(0, now);
+    }
+    return now;
+}
+
+/* Which of two cached copies of a place, clean or dirty, goes first. */
+static bool colder(const struct kv *kv, int a, int b) {
+    return kv->copies[a].heat < kv->copies[b].heat;
+}
+
+static int coldest(const struct heap *heap) {
+    return heap->n > 0 ? heap->copies[0] : NONE;
+}
+
+/* Which copy leaves a worker: the coldest, whatever its standing. */
+static int choose_victim(const struct kv *kv, int worker) {
+    int clean = coldest(&kv->places[worker].clean), dirty = coldest(&kv->places[worker].dirty);
+    return clean == NONE || (dirty != NONE && colder(kv, dirty, clean)) ? dirty : clean;
+}
+
+/* Which copy leaves the host: a clean one, whose block is on a device as well, except as many as
+ * the cleaners need; then the coldest that is nowhere else; if it is urgent, a clean one. Clean
+ * ones go in the order in which they became that: to a cleaner they matter only for as long as
+ * their other copies are cold. If they went by heat, cleaners would take what they have just put
+ * there, and blocks would go to and fro for ever. */
+static int choose_host_victim(const struct kv *kv, bool urgent) {
+    const struct place *host = &kv->places[kv->host];
+    int alone = coldest(&host->dirty);
+    return host->clean.n > (urgent && alone == NONE ? 0 : kv->n_spare) ? coldest(&host->clean)
+                                                                       : alone;
+}
+
+/* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
+static int choose_source(const struct kv *kv, int node) {
+    int best = NONE;
+    for (int c = kv->nodes[node].first; c != NONE; c = kv->copies[c].next)
+        if (kv->copies[c].state == KV_VALID &&
+            (best == NONE || kv->copies[c].place < kv->copies[best].place))
+            best = c;
+    return best;
+}
+
+/* ---- heaps ---- */
+
+static void heap_set(struct kv *kv, struct heap *heap, int i, int c) {
+    heap->copies[i] = c;
+    kv->copies[c].at = i;
+}
+
+/* Puts a copy into the gap at i, or where the gap must go: up, or down. */
+static void heap_fill(struct kv *kv, struct heap *heap, int i, int c) {
+    for (; i > 0 && colder(kv, c, heap->copies[(i - 1) / 2]); i = (i - 1) / 2)
+        heap_set(kv, heap, i, heap->copies[(i - 1) / 2]);
+    for (int child; (child = 2 * i + 1) < heap->n; i = child) {
+        if (child + 1 < heap->n && colder(kv, heap->copies[child + 1], heap->copies[child]))
+            child++;
+        if (!colder(kv, heap->copies[child], c))
+            break;
+        heap_set(kv, heap, i, heap->copies[child]);
+    }
+    heap_set(kv, heap, i, c);
+}
+
+static void heap_remove(struct kv *kv, struct heap *heap, int c) {
+    int last = heap->copies[--heap->n];
+    if (last != c)
+        heap_fill(kv, heap, kv->copies[c].at, last);
+}
+
+/* How many copies at i and below it are colder than a given one, counted up to `most`. */
+static int heap_count(const struct kv *kv, const struct heap *heap, int i, int than, int most) {
+    if (most <= 0 || i >= heap->n || !colder(kv, heap->copies[i], than))
+        return 0;
+    int n = 1 + heap_count(kv, heap, 2 * i + 1, than, most - 1);
+    return n + heap_count(kv, heap, 2 * i + 2, than, most - n);
+}
+
+/* ---- copies and slots ---- */
+
+static int copy_at(const struct kv *kv, int node, int place) { /* NONE: it has none there */
+    int c = kv->nodes[node].first;
+    while (c != NONE && kv->copies[c].place != place)
+        c = kv->copies[c].next;
+    return c;
+}
+
+static struct heap *heap_of(struct kv *kv, const struct copy *copy) { /* NULL: on none */
+    struct place *place = &kv->places[copy->place];
+    return copy->standing == CLEAN ? &place->clean : copy->standing == DIRTY ? &place->dirty : NULL;
+}
+
+static void set_standing(struct kv *kv, int c, enum standing standing) {
+    struct copy *copy = &kv->copies[c];
+    if (copy->standing == standing)
+        return;
+    if (heap_of(kv, copy))
+        heap_remove(kv, heap_of(kv, copy), c);
+    kv->places[copy->place].n[copy->standing]--;
+    copy->standing = (unsigned char)standing;
+    kv->places[copy->place].n[standing]++;
+    if (standing == CLEAN && copy->place == kv->host)
+        copy->heat = ++kv->clock;
+    struct heap *heap = heap_of(kv, copy);
+    if (heap)
+        heap_fill(kv, heap, heap->n++, c);
+}
+
+/* Gives a node a reserved slot at a place, with one pin. NONE: none is free. */
+static int occupy(struct kv *kv, int node, int place) {
+    struct place *at = &kv->places[place];
+    int c = at->first_free;
+    if (c == NONE)
+        return NONE;
+    struct copy *copy = &kv->copies[c];
+    at->first_free = copy->next;
+    copy->node = node;
+    copy->next = kv->nodes[node].first;
+    kv->nodes[node].first = c;
+    copy->pins = 1;
+    copy->state = KV_RESERVED;
+    set_standing(kv, c, PINNED);
+    return c;
+}
+
+static void unlink_copy(struct kv *kv, int c) { /* from its node */
+    int *link = &kv->nodes[kv->copies[c].node].first;
+    while (*link != c)
+        link = &kv->copies[*link].next;
+    *link = kv->copies[c].next;
+}
+
+static void free_slot(struct kv *kv, int c) {
+    struct copy *copy = &kv->copies[c];
+    struct place *at = &kv->places[copy->place];
+    assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
+    kv->stats.unused += copy->unused;
+    unlink_copy(kv, c);
+    set_standing(kv, c, FREE);
+    copy->state = KV_ABSENT;
+    copy->unused = false;
+    copy->next = at->first_free;
+    at->first_free = c;
+}
+
+/* ---- the index ---- */
 
 uint64_t kv_hash(uint64_t before, const int *tokens) {
     for (int i = 0; i < BLOCK_TOKENS; i++)
@@ -210,104 +315,121 @@ static void free_node(struct kv *kv, int id) {
     }
     if (node->keeper)
         *node->keeper = NONE;
-    *node = (struct node){.next_in_bucket = kv->first_free};
+    *node = (struct node){.next_in_bucket = kv->first_free, .first = NONE};
     kv->first_free = id;
+}
+
+/* Where a copy belongs whose node has so many valid and reserved copies. */
+static enum standing standing_of(const struct copy *copy, int n_valid, int n_reserved) {
+    if (copy->state == KV_ARRIVING)
+        return IN_FLIGHT;
+    if (copy->pins > 0)
+        return PINNED;
+    if (copy->reads > 0)
+        return copy->standing == LEAVING ? LEAVING : BUSY;
+    return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
 }
 
 /* Puts each copy of a changed node where it now belongs; frees a node without copies. */
 static void settle(struct kv *kv, int id) {
-    for (int place = 0; place < kv->n_places; place++)
-        if (copy_at(kv, id, place)->state == KV_RESERVED && copy_at(kv, id, place)->pins == 0)
-            free_slot(kv, id, place);
-    bool cached = kv->nodes[id].serial || kv->nodes[id].keeper;
-    bool useless = !cached && count(kv, id, KV_RESERVED) == 0;
-    bool duplicate = count(kv, id, KV_VALID) >= 2;
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, id, place);
-        bool unpinned = copy->state == KV_VALID && copy->pins == 0;
-        enum list_kind kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
-        kind = unpinned && cached ? kind : UNLISTED;
-        if (copy->list != kind)
-            list_move(kv, id, place, kind);
-        if (unpinned && useless && copy->reads == 0)
-            free_slot(kv, id, place);
+    const struct node *node = &kv->nodes[id];
+    int n[KV_VALID + 1] = {0};
+    for (int c = node->first, next; c != NONE; c = next) {
+        next = kv->copies[c].next;
+        if (kv->copies[c].state == KV_RESERVED && kv->copies[c].pins == 0)
+            free_slot(kv, c);
+        else
+            n[kv->copies[c].state]++;
     }
-    if (count(kv, id, KV_ABSENT) == kv->n_places)
+    for (int c = node->first, next; c != NONE; c = next) {
+        enum standing standing = standing_of(&kv->copies[c], n[KV_VALID], n[KV_RESERVED]);
+        next = kv->copies[c].next;
+        if (standing < CLEAN || node->serial || node->keeper)
+            set_standing(kv, c, standing);
+        else
+            free_slot(kv, c);
+    }
+    if (node->first == NONE)
         free_node(kv, id);
+}
+
+static void pin(struct kv *kv, int c) {
+    kv->copies[c].pins++;
+    kv->copies[c].unused = false;
+    settle(kv, kv->copies[c].node);
 }
 
 /* ---- making room ---- */
 
-/* Frees slots of a place until there are n; see choose_victim. */
-static bool drop_coldest(struct kv *kv, int place, enum list_kind kind, bool may_lose, int n) {
-    while (kv->places[place].n_free < n) {
-        int victim = choose_victim(kv, place, kind, may_lose);
+/* Drops a cached copy. If the block is on the host alone now, its heat goes there. */
+static void drop(struct kv *kv, int c) {
+    int node = kv->copies[c].node, host = copy_at(kv, node, kv->host);
+    *(host == c ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
+    uint64_t heat = kv->copies[c].heat;
+    free_slot(kv, c);
+    if (host != NONE && host != c && choose_source(kv, node) == host)
+        kv->copies[host].heat = heat;
+    settle(kv, node);
+}
+
+/* Orders a copy from one copy of a node to another; `to` must be KV_RESERVED. */
+static void order_copy(struct kv *kv, int from, int to) {
+    struct copy *source = &kv->copies[from], *target = &kv->copies[to];
+    assert(source->state == KV_VALID && target->state == KV_RESERVED);
+    target->state = KV_ARRIVING;
+    target->heat = choose_heat(kv, source->heat, true);
+    target->from = from;
+    target->at = NONE;
+    source->reads++;
+    struct queue *queue =
+        target->place == kv->host ? &kv->places[source->place].out : &kv->places[target->place].in;
+    *(queue->n++ > 0 ? &kv->copies[queue->last].at : &queue->first) = to;
+    queue->last = to;
+    settle(kv, source->node);
+}
+
+/* Orders a copy of a worker's copy to the host. False: the host has no room for it now. */
+static bool page_out(struct kv *kv, int c, bool urgent) {
+    struct place *host = &kv->places[kv->host];
+    if (host->n[FREE] == 0) {
+        int victim = choose_host_victim(kv, urgent);
         if (victim == NONE)
             return false;
-        free_slot(kv, victim, place);
-        *(place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
-        settle(kv, victim);
+        drop(kv, victim);
     }
+    int to = occupy(kv, kv->copies[c].node, kv->host);
+    kv->copies[to].pins = 0;
+    set_standing(kv, c, LEAVING); /* unless it is pinned */
+    order_copy(kv, c, to);
     return true;
 }
 
-/* A free slot on the host. The first to go are duplicates, except as many as the cleaners need:
- * if they took each other's, blocks would go to and fro for ever. */
-static bool make_host_room(struct kv *kv, bool urgent) {
+/* Makes a worker's coldest copy go, at once or when it is paged out. False: it must wait until
+ * something on the host that is in flight has come to its end. */
+static bool make_leave(struct kv *kv, int c) {
     const struct place *host = &kv->places[kv->host];
-    bool many = host->lists[DUPLICATES].length > kv->n_spare;
-    return (many && drop_coldest(kv, kv->host, DUPLICATES, false, 1)) ||
-           drop_coldest(kv, kv->host, MAIN, true, 1) ||
-           (urgent && drop_coldest(kv, kv->host, DUPLICATES, false, 1));
-}
-
-/* Orders a copy between two places of a node; `to` must be KV_RESERVED. */
-static void order_copy(struct kv *kv, int node, int from, int to) {
-    struct copy *source = copy_at(kv, node, from), *target = copy_at(kv, node, to);
-    int worker = to == kv->host ? from : to; /* a device fetches; the host is written to */
-    struct ring *ring = to == kv->host ? &kv->places[worker].out : &kv->places[worker].in;
-    assert(source->state == KV_VALID && target->state == KV_RESERVED && ring->n < ring->size);
-    target->state = KV_ARRIVING;
-    source->reads++;
-    ring->orders[(ring->first + ring->n++) % ring->size] =
-        (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
-}
-
-/* Orders a copy of a device's block to host. False: the host has no room for it now. */
-static bool page_out(struct kv *kv, int node, int worker, bool urgent) {
-    if (!make_host_room(kv, urgent) || !occupy(kv, node, kv->host, KV_RESERVED))
-        return false;
-    order_copy(kv, node, worker, kv->host);
-    copy_at(kv, node, kv->host)->pins = 0;
-    settle(kv, node);
+    bool may_lose = host->n[PINNED] == host->n_slots;
+    if (kv->copies[c].standing == DIRTY && !may_lose)
+        return page_out(kv, c, true);
+    drop(kv, c);
     return true;
 }
 
-static bool is_dirty(const struct kv *kv, int node, int worker) {
-    return count(kv, node, KV_VALID) < 2 && copy_at(kv, node, worker)->reads == 0;
-}
-
-/* Orders page-outs of the coldest blocks until, when they have ended, n can be reused at once. */
-static void page_out_coldest(struct kv *kv, int worker, bool urgent, int n) {
-    int n_ready = kv->places[worker].n_free;
-    int node = kv->places[worker].lists[MAIN].oldest;
-    for (; node != NONE && n_ready < n; node = copy_at(kv, node, worker)->newer) {
-        if (is_dirty(kv, node, worker) && !page_out(kv, node, worker, urgent))
-            return; /* the host's blocks are all on their way: their end will be heard of */
-        n_ready++;
-    }
+/* Slots that are free, will be, or can be at once when it is their turn; counted up to `most`. */
+static int count_ready(const struct kv *kv, const struct place *at, int most) {
+    int n = at->n[FREE] + at->n[LEAVING];
+    return n + heap_count(kv, &at->clean, 0, coldest(&at->dirty), most - n);
 }
 
 /* ---- the public functions: see dynamo.h ---- */
 
 static bool allocate(struct kv *kv) {
-    size_t n_nodes = (size_t)kv->n_nodes, n_places = (size_t)kv->n_places;
+    size_t n_nodes = (size_t)kv->n_nodes;
     kv->nodes = calloc(n_nodes, sizeof *kv->nodes);
-    kv->copies = calloc(n_nodes * n_places, sizeof *kv->copies);
+    kv->copies = calloc(n_nodes, sizeof *kv->copies);
     kv->buckets = calloc((size_t)kv->n_buckets, sizeof *kv->buckets);
-    kv->slots = calloc(n_nodes, sizeof *kv->slots);
-    kv->orders = calloc(n_nodes * 2, sizeof *kv->orders);
-    return kv->nodes && kv->copies && kv->buckets && kv->slots && kv->orders;
+    kv->heaps = calloc(2 * n_nodes, sizeof *kv->heaps);
+    return kv->nodes && kv->copies && kv->buckets && kv->heaps;
 }
 
 static int watermark(const struct place *place, int most) {
@@ -318,14 +440,15 @@ static int watermark(const struct place *place, int most) {
 /* Sets up place number `index`, whose slots begin at `first` of all slots. */
 static void place_create(struct kv *kv, int index, int first) {
     struct place *place = &kv->places[index];
-    place->free_slots = kv->slots + first;
-    place->in = (struct ring){.orders = kv->orders + 2 * first, .size = place->n_slots};
-    place->out = (struct ring){.orders = place->in.orders + place->n_slots, .size = place->n_slots};
-    for (int i = 0; i < place->n_slots; i++)
-        place->free_slots[i] = place->n_slots - 1 - i; /* slot 0 is taken first */
-    place->n_free = place->n_slots;
-    for (int i = 0; i < N_LISTS; i++)
-        place->lists[i] = (struct lru){NONE, NONE, 0};
+    int n = place->n_slots;
+    place->first_slot = first;
+    place->first_free = n > 0 ? first : NONE; /* slot 0 is taken first */
+    place->n[FREE] = n;
+    place->clean.copies = kv->heaps + 2 * (size_t)first;
+    place->dirty.copies = place->clean.copies + n;
+    for (int i = 0; i < n; i++)
+        kv->copies[first + i] =
+            (struct copy){.place = (unsigned char)index, .next = i + 1 < n ? first + i + 1 : NONE};
     kv->n_spare += index == kv->host ? 0 : watermark(place, CLEAN_HIGH);
 }
 
@@ -334,8 +457,7 @@ void kv_destroy(struct kv *kv) {
         free(kv->nodes);
         free(kv->copies);
         free(kv->buckets);
-        free(kv->slots);
-        free(kv->orders);
+        free(kv->heaps);
     }
     free(kv);
 }
@@ -347,6 +469,7 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->host = config->n_workers;
     kv->n_places = config->n_workers + 1;
     kv->policy = config->policy;
+    kv->order = config->order;
     for (int i = 0; i < kv->n_places; i++) {
         kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
         kv->n_nodes += kv->places[i].n_slots;
@@ -360,7 +483,8 @@ struct kv *kv_create(const struct kv_config *config) {
     for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots)
         place_create(kv, i, first);
     for (int i = 0; i < kv->n_nodes; i++)
-        kv->nodes[i].next_in_bucket = i + 1 < kv->n_nodes ? i + 1 : NONE;
+        kv->nodes[i] =
+            (struct node){.first = NONE, .next_in_bucket = i + 1 < kv->n_nodes ? i + 1 : NONE};
     for (int i = 0; i < kv->n_buckets; i++)
         kv->buckets[i] = NONE;
     return kv;
@@ -384,100 +508,109 @@ uint64_t kv_version(const struct kv *kv) {
 }
 
 int kv_reclaimable(const struct kv *kv, int worker) {
-    return kv->places[worker].n_free + kv->places[worker].lists[MAIN].length;
+    const int *n = kv->places[worker].n;
+    return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
 bool kv_make_room(struct kv *kv, int worker, int n) {
-    bool has_host = kv->places[kv->host].n_slots > 0;
-    if (drop_coldest(kv, worker, MAIN, !has_host, n))
-        return true;
-    if (has_host)
-        page_out_coldest(kv, worker, true, n);
-    return false;
+    struct place *at = &kv->places[worker];
+    at->wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
+    while (at->n[FREE] + at->n[LEAVING] < at->wanted) {
+        int victim = choose_victim(kv, worker);
+        if (victim == NONE || !make_leave(kv, victim))
+            break;
+    }
+    bool ok = at->n[FREE] >= n;
+    at->wanted = ok ? 0 : at->wanted;
+    return ok;
 }
 
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
-    int n_ready = at->n_free, low = watermark(at, CLEAN_LOW);
-    int node = at->lists[MAIN].oldest;
-    while (node != NONE && n_ready < low && !is_dirty(kv, node, worker)) {
-        node = copy_at(kv, node, worker)->newer;
-        n_ready++;
-    }
-    if (node != NONE && n_ready < low)
-        page_out_coldest(kv, worker, false, watermark(at, CLEAN_HIGH));
+    int low = watermark(at, CLEAN_LOW), high = watermark(at, CLEAN_HIGH);
+    if (at->dirty.n > 0 && count_ready(kv, at, low) < low)
+        while (at->dirty.n > 0 && count_ready(kv, at, high) < high &&
+               page_out(kv, coldest(&at->dirty), false)) {
+        }
 }
 
 int kv_new(struct kv *kv, int worker) {
-    int id = kv->first_free;
-    if (id == NONE || !occupy(kv, id, worker, KV_VALID))
+    int id = kv->first_free, c = id == NONE ? NONE : occupy(kv, id, worker);
+    if (c == NONE)
         return NONE;
     kv->first_free = kv->nodes[id].next_in_bucket;
+    kv->copies[c].state = KV_VALID;
+    kv->copies[c].heat = choose_heat(kv, 0, true);
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker)->state == KV_ABSENT);
-    return occupy(kv, node, worker, KV_RESERVED);
+    assert(copy_at(kv, node, worker) == NONE);
+    return occupy(kv, node, worker) != NONE;
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
-    int from = choose_source(kv, node);
-    if (copy_at(kv, node, worker)->state == KV_RESERVED && from != NONE) {
-        order_copy(kv, node, from, worker);
-        settle(kv, node);
-    }
+    int from = choose_source(kv, node), to = copy_at(kv, node, worker);
+    if (to != NONE && kv->copies[to].state == KV_RESERVED && from != NONE)
+        order_copy(kv, from, to);
     return from != NONE;
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    struct copy *copy = copy_at(kv, node, worker);
-    if (copy->state != KV_ABSENT) {
-        copy->pins++;
-        settle(kv, node);
-    } else if (choose_source(kv, node) == NONE || !occupy(kv, node, worker, KV_RESERVED)) {
+    int c = copy_at(kv, node, worker);
+    if (c != NONE)
+        pin(kv, c);
+    else if (choose_source(kv, node) == NONE || occupy(kv, node, worker) == NONE)
         return false;
-    }
     return kv_send(kv, node, worker);
 }
 
 void kv_hold(struct kv *kv, int node, int place) {
-    struct copy *copy = copy_at(kv, node, place);
-    assert(copy->state == KV_VALID || copy->state == KV_ARRIVING);
-    copy->pins++;
+    int c = copy_at(kv, node, place);
+    assert(c != NONE && kv->copies[c].state != KV_RESERVED);
+    pin(kv, c);
+}
+
+void kv_unpin(struct kv *kv, int node, int place) {
+    int c = copy_at(kv, node, place);
+    assert(c != NONE && kv->copies[c].pins > 0);
+    if (--kv->copies[c].pins == 0)
+        kv->copies[c].heat = choose_heat(kv, kv->copies[c].heat, false);
     settle(kv, node);
 }
 
-void kv_unpin(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker)->pins > 0);
-    copy_at(kv, node, worker)->pins--;
-    settle(kv, node);
-}
-
-enum kv_state kv_state(const struct kv *kv, int node, int worker) {
-    enum kv_state state = copy_at(kv, node, worker)->state;
-    for (int place = 0; place < kv->n_places && !kv->nodes[node].serial; place++)
-        if (state == KV_VALID && copy_at(kv, node, place)->reads > 0)
+enum kv_state kv_state(const struct kv *kv, int node, int place) {
+    int own = copy_at(kv, node, place);
+    enum kv_state state = own == NONE ? KV_ABSENT : kv->copies[own].state;
+    for (int c = kv->nodes[node].first; c != NONE && !kv->nodes[node].serial;
+         c = kv->copies[c].next)
+        if (state == KV_VALID && kv->copies[c].reads > 0)
             state = KV_ARRIVING; /* its owner must not write it while it is being copied */
     return state;
 }
 
 int kv_slot(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->slot;
+    return copy_at(kv, node, worker) - kv->places[worker].first_slot;
 }
 
 /* Moves the pins of a private node to the node that was registered first with its content, and
  * with them its slots where that one has none. */
 static void merge(struct kv *kv, int private, int winner) {
-    for (int place = 0; place < kv->n_places; place++) {
-        struct copy *mine = copy_at(kv, private, place), *other = copy_at(kv, winner, place);
-        assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->list == UNLISTED);
-        if (other->state == KV_ABSENT) {
-            *other = *mine;
-            *mine = (struct copy){.state = KV_ABSENT};
+    for (int c = kv->nodes[private].first, next; c != NONE; c = next) {
+        struct copy *mine = &kv->copies[c];
+        int other = copy_at(kv, winner, mine->place);
+        next = mine->next;
+        assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->standing == PINNED);
+        if (other == NONE) {
+            unlink_copy(kv, c);
+            mine->node = winner;
+            mine->next = kv->nodes[winner].first;
+            kv->nodes[winner].first = c;
+        } else {
+            kv->copies[other].pins += mine->pins;
+            kv->copies[other].unused = false;
+            mine->pins = 0;
         }
-        other->pins += mine->pins;
-        mine->pins = 0;
     }
     settle(kv, winner);
     settle(kv, private);
@@ -500,7 +633,7 @@ int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tok
     node->next_in_bucket = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
     if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0)
-        (void)page_out(kv, id, choose_source(kv, id), true);
+        (void)page_out(kv, choose_source(kv, id), true);
     return id;
 }
 
@@ -517,26 +650,38 @@ void kv_unkeep(struct kv *kv, int node) {
 
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
-    struct ring *ring = at->in.n > 0 ? &at->in : &at->out;
-    if (ring->n == 0)
+    struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
+    if (queue->n == 0)
         return false;
-    *order = ring->orders[ring->first];
-    ring->first = (ring->first + 1) % ring->size;
-    ring->n--;
+    int to = queue->first, from = kv->copies[to].from;
+    int target = kv->copies[to].place, source = kv->copies[from].place;
+    *order = (struct kv_copy_order){worker,
+                                    kv->copies[to].node,
+                                    source,
+                                    target,
+                                    from - kv->places[source].first_slot,
+                                    to - kv->places[target].first_slot};
+    queue->first = kv->copies[to].at;
+    queue->n--;
     return true;
 }
 
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
-    struct copy *source = copy_at(kv, order->node, order->from);
-    struct copy *target = copy_at(kv, order->node, order->to);
-    assert(target->state == KV_ARRIVING && source->reads > 0);
+    struct place *from = &kv->places[order->from], *to = &kv->places[order->to];
+    int c = from->first_slot + order->from_slot;
+    struct copy *source = &kv->copies[c], *target = &kv->copies[to->first_slot + order->to_slot];
+    assert(target->state == KV_ARRIVING && target->from == c && source->reads > 0);
+    bool leaves = source->standing == LEAVING;
     source->reads--;
     target->state = ok ? KV_VALID : KV_RESERVED;
+    target->unused = ok && order->to != kv->host && target->pins == 0;
     int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
                      : order->from == kv->host ? &kv->stats.pages_in
                                                : &kv->stats.transfers;
     *count += ok;
     settle(kv, order->node);
+    if (leaves && source->standing == CLEAN && from->n[FREE] < from->wanted)
+        drop(kv, c);
 }
 
 int kv_pending(const struct kv *kv, int worker) {
@@ -544,7 +689,15 @@ int kv_pending(const struct kv *kv, int worker) {
 }
 
 int kv_used(const struct kv *kv, int place) {
-    return kv->places[place].n_slots - kv->places[place].n_free;
+    return kv->places[place].n_slots - kv->places[place].n[FREE];
+}
+
+struct kv_usage kv_usage(const struct kv *kv, int place) {
+    const int *n = kv->places[place].n;
+    return (struct kv_usage){.free = n[FREE],
+                             .pinned = n[PINNED],
+                             .cached = n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY],
+                             .in_flight = n[IN_FLIGHT]};
 }
 
 struct kv_stats kv_stats(const struct kv *kv) {
