@@ -64,39 +64,39 @@ enum standing {
 };
 
 struct copy {
-    uint64_t heat;  /* smaller is colder; on the host, while it is CLEAN: since when it is that */
-    int node, next; /* next: copy of the same node, or free slot of the same place */
-    int pins, reads;
-    int at;   /* on a heap: the index there. Arriving, its order not given: the next such copy */
-    int from; /* arriving: the copy that it is made from */
+    uint64_t heat;     /* smaller is colder; on the host, while CLEAN: since when it is that */
+    struct copy *next; /* of the same node; or of the free slots of its place */
+    struct copy *from; /* KV_ARRIVING: that which it is made from */
+    int node, pins, reads;
+    int at; /* the index on its heap; in a queue of orders: the next copy there, of kv->copies */
     unsigned char place, state, standing;
     bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
 struct node {
     int *keeper;        /* private and kept while unpinned: set to -1 when the last copy is lost */
-    int next_in_bucket; /* or the next free node */
-    int first;          /* of its copies; NONE: it is free */
+    struct copy *first; /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
+    int next;                /* in its bucket; or of the free nodes */
     int tokens[BLOCK_TOKENS];
 };
 
 struct heap { /* each copy is colder than the two below it, at 2 i + 1 and 2 i + 2 */
-    int *copies, n;
+    struct copy **copies;
+    int n;
 };
 
-struct queue { /* of copies that arrive and whose orders are not yet given out */
+struct queue { /* of copies that arrive, whose orders are not yet given out */
     int first, last, n;
 };
 
 struct place {
-    int first_slot, n_slots;  /* its copies are kv->copies[first_slot, first_slot + n_slots) */
-    int first_free;           /* copy */
-    int n[N_STANDINGS];       /* of its slots; their sum is n_slots */
-    int wanted;               /* free slots that kv_make_room was last asked for and had not */
-    struct heap clean, dirty; /* (n_slots) */
-    struct queue in, out;     /* orders for this worker: into it, and to the host */
+    int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
+    int wanted;                  /* free slots that kv_make_room was asked for last and had not */
+    struct copy *copies, *free;  /* copies (n_slots): a slot's number is its index */
+    struct heap clean, dirty;
+    struct queue in, out; /* orders for this worker: into it, and to the host */
 };
 
 struct kv {
@@ -107,10 +107,10 @@ struct kv {
     int first_free;                       /* node */
     int n_spare;                          /* clean copies on the host that the cleaners may need */
     uint64_t last_serial, clock, version; /* version: of what kv_find returns */
-    struct node *nodes;  /* (n_nodes): as many as slots, so a slot is never without one */
-    struct copy *copies; /* (n_nodes): one for each slot, those of a place one after another */
-    int *buckets;        /* (n_buckets) first node of each chain; a power of two */
-    int *heaps;          /* (2, n_nodes) the places' heaps */
+    struct node *nodes;                   /* (n_nodes): as many as slots, so none is without one */
+    struct copy *copies;                  /* (n_nodes) of all places, one after another */
+    struct copy **heaps;                  /* (2, n_nodes) likewise */
+    int *buckets;                         /* (n_buckets) first node of each chain; a power of two */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
@@ -123,6 +123,10 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     return hash ^ (hash >> 31);
 }
 
+static struct copy *coldest(const struct heap *heap) {
+    return heap->n > 0 ? heap->copies[0] : NULL;
+}
+
 /* ---- decisions: change these to try another policy ---- */
 
 /* How hot a copy is, when it comes and each time its last pin goes. before: when it comes, the heat
@@ -130,7 +134,7 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
 static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
     uint64_t now = ++kv->clock;
     switch (kv->order) {
-    case KV_LRU: return now;
+    case KV_LRU: break;
     case KV_FIFO: return comes ? now : before;
     case KV_LFU: return (((before >> USES_SHIFT) + 1) << USES_SHIFT) + now;
     case KV_RANDOM: return mix(0, now);
@@ -138,19 +142,15 @@ static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
     return now;
 }
 
-/* Which of two cached copies of a place, clean or dirty, goes first. */
-static bool colder(const struct kv *kv, int a, int b) {
-    return kv->copies[a].heat < kv->copies[b].heat;
+/* Which of two cached copies of a place goes first. */
+static bool colder(const struct copy *a, const struct copy *b) {
+    return a->heat < b->heat;
 }
 
-static int coldest(const struct heap *heap) {
-    return heap->n > 0 ? heap->copies[0] : NONE;
-}
-
-/* Which copy leaves a worker: the coldest, whatever its standing. */
-static int choose_victim(const struct kv *kv, int worker) {
-    int clean = coldest(&kv->places[worker].clean), dirty = coldest(&kv->places[worker].dirty);
-    return clean == NONE || (dirty != NONE && colder(kv, dirty, clean)) ? dirty : clean;
+/* Which copy leaves a worker: the coldest, clean or dirty. NULL: none is cached. */
+static struct copy *choose_victim(const struct place *worker) {
+    struct copy *clean = coldest(&worker->clean), *dirty = coldest(&worker->dirty);
+    return !clean || (dirty && colder(dirty, clean)) ? dirty : clean;
 }
 
 /* Which copy leaves the host: a clean one, whose block is on a device as well, except as many as
@@ -158,123 +158,112 @@ static int choose_victim(const struct kv *kv, int worker) {
  * ones go in the order in which they became that: to a cleaner they matter only for as long as
  * their other copies are cold. If they went by heat, cleaners would take what they have just put
  * there, and blocks would go to and fro for ever. */
-static int choose_host_victim(const struct kv *kv, bool urgent) {
+static struct copy *choose_host_victim(const struct kv *kv, bool urgent) {
     const struct place *host = &kv->places[kv->host];
-    int alone = coldest(&host->dirty);
-    return host->clean.n > (urgent && alone == NONE ? 0 : kv->n_spare) ? coldest(&host->clean)
-                                                                       : alone;
+    int n_spare = urgent && host->dirty.n == 0 ? 0 : kv->n_spare;
+    return coldest(host->clean.n > n_spare ? &host->clean : &host->dirty);
 }
 
 /* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
-static int choose_source(const struct kv *kv, int node) {
-    int best = NONE;
-    for (int c = kv->nodes[node].first; c != NONE; c = kv->copies[c].next)
-        if (kv->copies[c].state == KV_VALID &&
-            (best == NONE || kv->copies[c].place < kv->copies[best].place))
+static struct copy *choose_source(const struct kv *kv, int node) {
+    struct copy *best = NULL;
+    for (struct copy *c = kv->nodes[node].first; c; c = c->next)
+        if (c->state == KV_VALID && (!best || c->place < best->place))
             best = c;
     return best;
 }
 
 /* ---- heaps ---- */
 
-static void heap_set(struct kv *kv, struct heap *heap, int i, int c) {
+static void heap_set(struct heap *heap, int i, struct copy *c) {
     heap->copies[i] = c;
-    kv->copies[c].at = i;
+    c->at = i;
 }
 
 /* Puts a copy into the gap at i, or where the gap must go: up, or down. */
-static void heap_fill(struct kv *kv, struct heap *heap, int i, int c) {
-    for (; i > 0 && colder(kv, c, heap->copies[(i - 1) / 2]); i = (i - 1) / 2)
-        heap_set(kv, heap, i, heap->copies[(i - 1) / 2]);
+static void heap_fill(struct heap *heap, int i, struct copy *c) {
+    struct copy **copies = heap->copies;
+    for (; i > 0 && colder(c, copies[(i - 1) / 2]); i = (i - 1) / 2)
+        heap_set(heap, i, copies[(i - 1) / 2]);
     for (int child; (child = 2 * i + 1) < heap->n; i = child) {
-        if (child + 1 < heap->n && colder(kv, heap->copies[child + 1], heap->copies[child]))
-            child++;
-        if (!colder(kv, heap->copies[child], c))
+        child += child + 1 < heap->n && colder(copies[child + 1], copies[child]);
+        if (!colder(copies[child], c))
             break;
-        heap_set(kv, heap, i, heap->copies[child]);
+        heap_set(heap, i, copies[child]);
     }
-    heap_set(kv, heap, i, c);
-}
-
-static void heap_remove(struct kv *kv, struct heap *heap, int c) {
-    int last = heap->copies[--heap->n];
-    if (last != c)
-        heap_fill(kv, heap, kv->copies[c].at, last);
+    heap_set(heap, i, c);
 }
 
 /* How many copies at i and below it are colder than a given one, counted up to `most`. */
-static int heap_count(const struct kv *kv, const struct heap *heap, int i, int than, int most) {
-    if (most <= 0 || i >= heap->n || !colder(kv, heap->copies[i], than))
+static int heap_count(const struct heap *heap, int i, const struct copy *than, int most) {
+    if (most <= 0 || i >= heap->n || !colder(heap->copies[i], than))
         return 0;
-    int n = 1 + heap_count(kv, heap, 2 * i + 1, than, most - 1);
-    return n + heap_count(kv, heap, 2 * i + 2, than, most - n);
+    int n = 1 + heap_count(heap, 2 * i + 1, than, most - 1);
+    return n + heap_count(heap, 2 * i + 2, than, most - n);
 }
 
 /* ---- copies and slots ---- */
 
-static int copy_at(const struct kv *kv, int node, int place) { /* NONE: it has none there */
-    int c = kv->nodes[node].first;
-    while (c != NONE && kv->copies[c].place != place)
-        c = kv->copies[c].next;
+static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL: none */
+    struct copy *c = kv->nodes[node].first;
+    while (c && c->place != place)
+        c = c->next;
     return c;
 }
 
-static struct heap *heap_of(struct kv *kv, const struct copy *copy) { /* NULL: on none */
-    struct place *place = &kv->places[copy->place];
-    return copy->standing == CLEAN ? &place->clean : copy->standing == DIRTY ? &place->dirty : NULL;
-}
-
-static void set_standing(struct kv *kv, int c, enum standing standing) {
-    struct copy *copy = &kv->copies[c];
-    if (copy->standing == standing)
+static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
+    struct place *at = &kv->places[c->place];
+    struct heap *heap = c->standing == CLEAN ? &at->clean : &at->dirty;
+    if (c->standing == standing)
         return;
-    if (heap_of(kv, copy))
-        heap_remove(kv, heap_of(kv, copy), c);
-    kv->places[copy->place].n[copy->standing]--;
-    copy->standing = (unsigned char)standing;
-    kv->places[copy->place].n[standing]++;
-    if (standing == CLEAN && copy->place == kv->host)
-        copy->heat = ++kv->clock;
-    struct heap *heap = heap_of(kv, copy);
-    if (heap)
-        heap_fill(kv, heap, heap->n++, c);
+    if (c->standing >= CLEAN && heap->copies[--heap->n] != c) /* the last one fills its gap */
+        heap_fill(heap, c->at, heap->copies[heap->n]);
+    at->n[c->standing]--;
+    at->n[standing]++;
+    c->standing = (unsigned char)standing;
+    if (standing == CLEAN && c->place == kv->host)
+        c->heat = ++kv->clock;
+    heap = standing == CLEAN ? &at->clean : &at->dirty;
+    if (standing >= CLEAN)
+        heap_fill(heap, heap->n++, c);
 }
 
-/* Gives a node a reserved slot at a place, with one pin. NONE: none is free. */
-static int occupy(struct kv *kv, int node, int place) {
-    struct place *at = &kv->places[place];
-    int c = at->first_free;
-    if (c == NONE)
-        return NONE;
-    struct copy *copy = &kv->copies[c];
-    at->first_free = copy->next;
-    copy->node = node;
-    copy->next = kv->nodes[node].first;
+static void link_copy(struct kv *kv, struct copy *c, int node) {
+    c->node = node;
+    c->next = kv->nodes[node].first;
     kv->nodes[node].first = c;
-    copy->pins = 1;
-    copy->state = KV_RESERVED;
-    set_standing(kv, c, PINNED);
+}
+
+static void unlink_copy(struct kv *kv, const struct copy *c) {
+    struct copy **link = &kv->nodes[c->node].first;
+    while (*link != c)
+        link = &(*link)->next;
+    *link = c->next;
+}
+
+/* Gives a node a slot at a place, with one pin. NULL: none is free. */
+static struct copy *occupy(struct kv *kv, int node, int place, enum kv_state state) {
+    struct copy *c = kv->places[place].free;
+    if (c) {
+        kv->places[place].free = c->next;
+        link_copy(kv, c, node);
+        c->pins = 1;
+        c->state = (unsigned char)state;
+        c->heat = choose_heat(kv, 0, true);
+        set_standing(kv, c, PINNED);
+    }
     return c;
 }
 
-static void unlink_copy(struct kv *kv, int c) { /* from its node */
-    int *link = &kv->nodes[kv->copies[c].node].first;
-    while (*link != c)
-        link = &kv->copies[*link].next;
-    *link = kv->copies[c].next;
-}
-
-static void free_slot(struct kv *kv, int c) {
-    struct copy *copy = &kv->copies[c];
-    struct place *at = &kv->places[copy->place];
-    assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
-    kv->stats.unused += copy->unused;
+static void free_slot(struct kv *kv, struct copy *c) {
+    assert(c->pins == 0 && c->reads == 0 && c->state != KV_ARRIVING);
+    kv->stats.unused += c->unused;
+    c->unused = false;
     unlink_copy(kv, c);
     set_standing(kv, c, FREE);
-    copy->state = KV_ABSENT;
-    copy->unused = false;
-    copy->next = at->first_free;
-    at->first_free = c;
+    c->state = KV_ABSENT;
+    c->next = kv->places[c->place].free;
+    kv->places[c->place].free = c;
 }
 
 /* ---- the index ---- */
@@ -296,7 +285,7 @@ static int find_child(const struct kv *kv, uint64_t parent, uint64_t hash, const
         if (node->parent == parent && node->hash == hash &&
             memcmp(node->tokens, tokens, sizeof node->tokens) == 0)
             break;
-        id = node->next_in_bucket;
+        id = node->next;
     }
     return id;
 }
@@ -310,23 +299,23 @@ static void free_node(struct kv *kv, int id) {
         kv->version++;
         int *link = bucket_of(kv, node->hash);
         while (*link != id)
-            link = &kv->nodes[*link].next_in_bucket;
-        *link = node->next_in_bucket;
+            link = &kv->nodes[*link].next;
+        *link = node->next;
     }
     if (node->keeper)
         *node->keeper = NONE;
-    *node = (struct node){.next_in_bucket = kv->first_free, .first = NONE};
+    *node = (struct node){.next = kv->first_free};
     kv->first_free = id;
 }
 
 /* Where a copy belongs whose node has so many valid and reserved copies. */
-static enum standing standing_of(const struct copy *copy, int n_valid, int n_reserved) {
-    if (copy->state == KV_ARRIVING)
+static enum standing standing_of(const struct copy *c, int n_valid, int n_reserved) {
+    if (c->state == KV_ARRIVING)
         return IN_FLIGHT;
-    if (copy->pins > 0)
+    if (c->pins > 0)
         return PINNED;
-    if (copy->reads > 0)
-        return copy->standing == LEAVING ? LEAVING : BUSY;
+    if (c->reads > 0)
+        return c->standing == LEAVING ? LEAVING : BUSY;
     return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
 }
 
@@ -334,103 +323,82 @@ static enum standing standing_of(const struct copy *copy, int n_valid, int n_res
 static void settle(struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
     int n[KV_VALID + 1] = {0};
-    for (int c = node->first, next; c != NONE; c = next) {
-        next = kv->copies[c].next;
-        if (kv->copies[c].state == KV_RESERVED && kv->copies[c].pins == 0)
+    for (struct copy *c = node->first, *next; c; c = next) {
+        next = c->next;
+        if (c->state == KV_RESERVED && c->pins == 0)
             free_slot(kv, c);
         else
-            n[kv->copies[c].state]++;
+            n[c->state]++;
     }
-    for (int c = node->first, next; c != NONE; c = next) {
-        enum standing standing = standing_of(&kv->copies[c], n[KV_VALID], n[KV_RESERVED]);
-        next = kv->copies[c].next;
+    for (struct copy *c = node->first, *next; c; c = next) {
+        enum standing standing = standing_of(c, n[KV_VALID], n[KV_RESERVED]);
+        next = c->next;
         if (standing < CLEAN || node->serial || node->keeper)
             set_standing(kv, c, standing);
         else
             free_slot(kv, c);
     }
-    if (node->first == NONE)
+    if (!node->first)
         free_node(kv, id);
 }
 
-static void pin(struct kv *kv, int c) {
-    kv->copies[c].pins++;
-    kv->copies[c].unused = false;
-    settle(kv, kv->copies[c].node);
+static void pin(struct kv *kv, struct copy *c) {
+    c->pins++;
+    c->unused = false;
+    settle(kv, c->node);
 }
 
 /* ---- making room ---- */
 
 /* Drops a cached copy. If the block is on the host alone now, its heat goes there. */
-static void drop(struct kv *kv, int c) {
-    int node = kv->copies[c].node, host = copy_at(kv, node, kv->host);
-    *(host == c ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
-    uint64_t heat = kv->copies[c].heat;
+static void drop(struct kv *kv, struct copy *c) {
+    uint64_t heat = c->heat;
+    int node = c->node;
+    *(c->place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
     free_slot(kv, c);
-    if (host != NONE && host != c && choose_source(kv, node) == host)
-        kv->copies[host].heat = heat;
+    struct copy *left = choose_source(kv, node);
+    if (left && left->place == kv->host)
+        left->heat = heat;
     settle(kv, node);
 }
 
 /* Orders a copy from one copy of a node to another; `to` must be KV_RESERVED. */
-static void order_copy(struct kv *kv, int from, int to) {
-    struct copy *source = &kv->copies[from], *target = &kv->copies[to];
-    assert(source->state == KV_VALID && target->state == KV_RESERVED);
-    target->state = KV_ARRIVING;
-    target->heat = choose_heat(kv, source->heat, true);
-    target->from = from;
-    target->at = NONE;
-    source->reads++;
-    struct queue *queue =
-        target->place == kv->host ? &kv->places[source->place].out : &kv->places[target->place].in;
-    *(queue->n++ > 0 ? &kv->copies[queue->last].at : &queue->first) = to;
-    queue->last = to;
-    settle(kv, source->node);
+static void order_copy(struct kv *kv, struct copy *from, struct copy *to) {
+    assert(from->state == KV_VALID && to->state == KV_RESERVED);
+    to->state = KV_ARRIVING;
+    to->heat = choose_heat(kv, from->heat, true);
+    to->from = from;
+    from->reads++;
+    bool out = to->place == kv->host;
+    struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
+    int index = (int)(to - kv->copies);
+    *(queue->n++ > 0 ? &kv->copies[queue->last].at : &queue->first) = index;
+    queue->last = index;
+    settle(kv, to->node);
 }
 
 /* Orders a copy of a worker's copy to the host. False: the host has no room for it now. */
-static bool page_out(struct kv *kv, int c, bool urgent) {
-    struct place *host = &kv->places[kv->host];
-    if (host->n[FREE] == 0) {
-        int victim = choose_host_victim(kv, urgent);
-        if (victim == NONE)
+static bool page_out(struct kv *kv, struct copy *c, bool urgent) {
+    if (kv->places[kv->host].n[FREE] == 0) {
+        struct copy *victim = choose_host_victim(kv, urgent);
+        if (!victim)
             return false;
         drop(kv, victim);
     }
-    int to = occupy(kv, kv->copies[c].node, kv->host);
-    kv->copies[to].pins = 0;
-    set_standing(kv, c, LEAVING); /* unless it is pinned */
+    struct copy *to = occupy(kv, c->node, kv->host, KV_RESERVED);
+    to->pins = 0;
+    set_standing(kv, c, LEAVING); /* unless it is pinned: see settle */
     order_copy(kv, c, to);
     return true;
 }
 
-/* Makes a worker's coldest copy go, at once or when it is paged out. False: it must wait until
- * something on the host that is in flight has come to its end. */
-static bool make_leave(struct kv *kv, int c) {
-    const struct place *host = &kv->places[kv->host];
-    bool may_lose = host->n[PINNED] == host->n_slots;
-    if (kv->copies[c].standing == DIRTY && !may_lose)
-        return page_out(kv, c, true);
-    drop(kv, c);
-    return true;
-}
-
 /* Slots that are free, will be, or can be at once when it is their turn; counted up to `most`. */
-static int count_ready(const struct kv *kv, const struct place *at, int most) {
+static int count_ready(const struct place *at, int most) {
     int n = at->n[FREE] + at->n[LEAVING];
-    return n + heap_count(kv, &at->clean, 0, coldest(&at->dirty), most - n);
+    return n + heap_count(&at->clean, 0, coldest(&at->dirty), most - n);
 }
 
 /* ---- the public functions: see dynamo.h ---- */
-
-static bool allocate(struct kv *kv) {
-    size_t n_nodes = (size_t)kv->n_nodes;
-    kv->nodes = calloc(n_nodes, sizeof *kv->nodes);
-    kv->copies = calloc(n_nodes, sizeof *kv->copies);
-    kv->buckets = calloc((size_t)kv->n_buckets, sizeof *kv->buckets);
-    kv->heaps = calloc(2 * n_nodes, sizeof *kv->heaps);
-    return kv->nodes && kv->copies && kv->buckets && kv->heaps;
-}
 
 static int watermark(const struct place *place, int most) {
     int share = place->n_slots / CLEAN_SHARE;
@@ -440,51 +408,57 @@ static int watermark(const struct place *place, int most) {
 /* Sets up place number `index`, whose slots begin at `first` of all slots. */
 static void place_create(struct kv *kv, int index, int first) {
     struct place *place = &kv->places[index];
-    int n = place->n_slots;
-    place->first_slot = first;
-    place->first_free = n > 0 ? first : NONE; /* slot 0 is taken first */
-    place->n[FREE] = n;
+    place->copies = kv->copies + first;
     place->clean.copies = kv->heaps + 2 * (size_t)first;
-    place->dirty.copies = place->clean.copies + n;
-    for (int i = 0; i < n; i++)
-        kv->copies[first + i] =
-            (struct copy){.place = (unsigned char)index, .next = i + 1 < n ? first + i + 1 : NONE};
+    place->dirty.copies = place->clean.copies + place->n_slots;
+    place->n[FREE] = place->n_slots;
+    for (int i = place->n_slots - 1; i >= 0; i--) { /* slot 0 is taken first */
+        place->copies[i] = (struct copy){.place = (unsigned char)index, .next = place->free};
+        place->free = &place->copies[i];
+    }
     kv->n_spare += index == kv->host ? 0 : watermark(place, CLEAN_HIGH);
 }
 
 void kv_destroy(struct kv *kv) {
-    if (kv) {
-        free(kv->nodes);
-        free(kv->copies);
-        free(kv->buckets);
-        free(kv->heaps);
-    }
     free(kv);
 }
 
+/* All in one piece of memory. */
+static struct kv *allocate(int n_nodes) {
+    int n_buckets = 16;
+    while (n_buckets < n_nodes)
+        n_buckets *= 2;
+    size_t n = (size_t)n_nodes;
+    struct kv *kv = calloc(1, sizeof *kv + n * (sizeof *kv->nodes + sizeof *kv->copies) +
+                                  2 * n * sizeof *kv->heaps + (size_t)n_buckets * sizeof(int));
+    if (kv) {
+        kv->n_nodes = n_nodes;
+        kv->n_buckets = n_buckets;
+        kv->nodes = (struct node *)(kv + 1);
+        kv->copies = (struct copy *)(kv->nodes + n);
+        kv->heaps = (struct copy **)(kv->copies + n);
+        kv->buckets = (int *)(kv->heaps + 2 * n);
+    }
+    return kv;
+}
+
 struct kv *kv_create(const struct kv_config *config) {
-    struct kv *kv = calloc(1, sizeof *kv);
+    int n_nodes = config->host_blocks;
+    for (int i = 0; i < config->n_workers; i++)
+        n_nodes += config->device_blocks[i];
+    struct kv *kv = allocate(n_nodes);
     if (!kv)
         return NULL;
     kv->host = config->n_workers;
     kv->n_places = config->n_workers + 1;
     kv->policy = config->policy;
     kv->order = config->order;
-    for (int i = 0; i < kv->n_places; i++) {
+    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots) {
         kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
-        kv->n_nodes += kv->places[i].n_slots;
-    }
-    for (kv->n_buckets = 16; kv->n_buckets < kv->n_nodes;)
-        kv->n_buckets *= 2;
-    if (!allocate(kv)) {
-        kv_destroy(kv);
-        return NULL;
-    }
-    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots)
         place_create(kv, i, first);
-    for (int i = 0; i < kv->n_nodes; i++)
-        kv->nodes[i] =
-            (struct node){.first = NONE, .next_in_bucket = i + 1 < kv->n_nodes ? i + 1 : NONE};
+    }
+    for (int i = 0; i < n_nodes; i++)
+        kv->nodes[i].next = i + 1 < n_nodes ? i + 1 : NONE;
     for (int i = 0; i < kv->n_buckets; i++)
         kv->buckets[i] = NONE;
     return kv;
@@ -514,11 +488,15 @@ int kv_reclaimable(const struct kv *kv, int worker) {
 
 bool kv_make_room(struct kv *kv, int worker, int n) {
     struct place *at = &kv->places[worker];
+    const struct place *host = &kv->places[kv->host];
+    struct copy *victim;
     at->wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
-    while (at->n[FREE] + at->n[LEAVING] < at->wanted) {
-        int victim = choose_victim(kv, worker);
-        if (victim == NONE || !make_leave(kv, victim))
-            break;
+    while (at->n[FREE] + at->n[LEAVING] < at->wanted && (victim = choose_victim(at))) {
+        bool may_lose = host->n[PINNED] == host->n_slots;
+        if (victim->standing == CLEAN || may_lose)
+            drop(kv, victim);
+        else if (!page_out(kv, victim, true))
+            break; /* what is in flight to the host or from it will make room there */
     }
     bool ok = at->n[FREE] >= n;
     at->wanted = ok ? 0 : at->wanted;
@@ -527,89 +505,87 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
 
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
-    int low = watermark(at, CLEAN_LOW), high = watermark(at, CLEAN_HIGH);
-    if (at->dirty.n > 0 && count_ready(kv, at, low) < low)
-        while (at->dirty.n > 0 && count_ready(kv, at, high) < high &&
-               page_out(kv, coldest(&at->dirty), false)) {
-        }
+    int n = watermark(at, CLEAN_LOW);
+    while (at->dirty.n > 0 && count_ready(at, n) < n && page_out(kv, coldest(&at->dirty), false))
+        n = watermark(at, CLEAN_HIGH);
 }
 
 int kv_new(struct kv *kv, int worker) {
-    int id = kv->first_free, c = id == NONE ? NONE : occupy(kv, id, worker);
-    if (c == NONE)
+    int id = kv->first_free;
+    if (id == NONE || !kv->places[worker].free)
         return NONE;
-    kv->first_free = kv->nodes[id].next_in_bucket;
-    kv->copies[c].state = KV_VALID;
-    kv->copies[c].heat = choose_heat(kv, 0, true);
+    kv->first_free = kv->nodes[id].next;
+    occupy(kv, id, worker, KV_VALID);
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker) == NONE);
-    return occupy(kv, node, worker) != NONE;
+    assert(!copy_at(kv, node, worker));
+    return occupy(kv, node, worker, KV_RESERVED);
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
-    int from = choose_source(kv, node), to = copy_at(kv, node, worker);
-    if (to != NONE && kv->copies[to].state == KV_RESERVED && from != NONE)
+    struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
+    if (from && to && to->state == KV_RESERVED)
         order_copy(kv, from, to);
-    return from != NONE;
+    return from;
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    int c = copy_at(kv, node, worker);
-    if (c != NONE)
+    struct copy *c = copy_at(kv, node, worker);
+    if (c)
         pin(kv, c);
-    else if (choose_source(kv, node) == NONE || occupy(kv, node, worker) == NONE)
+    else if (!choose_source(kv, node) || !occupy(kv, node, worker, KV_RESERVED))
         return false;
     return kv_send(kv, node, worker);
 }
 
 void kv_hold(struct kv *kv, int node, int place) {
-    int c = copy_at(kv, node, place);
-    assert(c != NONE && kv->copies[c].state != KV_RESERVED);
+    struct copy *c = copy_at(kv, node, place);
+    assert(c && c->state != KV_RESERVED);
     pin(kv, c);
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {
-    int c = copy_at(kv, node, place);
-    assert(c != NONE && kv->copies[c].pins > 0);
-    if (--kv->copies[c].pins == 0)
-        kv->copies[c].heat = choose_heat(kv, kv->copies[c].heat, false);
+    struct copy *c = copy_at(kv, node, place);
+    assert(c && c->pins > 0);
+    if (--c->pins == 0)
+        c->heat = choose_heat(kv, c->heat, false);
     settle(kv, node);
 }
 
 enum kv_state kv_state(const struct kv *kv, int node, int place) {
-    int own = copy_at(kv, node, place);
-    enum kv_state state = own == NONE ? KV_ABSENT : kv->copies[own].state;
-    for (int c = kv->nodes[node].first; c != NONE && !kv->nodes[node].serial;
-         c = kv->copies[c].next)
-        if (state == KV_VALID && kv->copies[c].reads > 0)
-            state = KV_ARRIVING; /* its owner must not write it while it is being copied */
-    return state;
+    const struct copy *own = copy_at(kv, node, place);
+    bool read = false;
+    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
+        read = read || c->reads > 0;
+    if (own && own->state == KV_VALID && read && !kv->nodes[node].serial)
+        return KV_ARRIVING; /* its owner must not write it while it is being copied */
+    return own ? (enum kv_state)own->state : KV_ABSENT;
+}
+
+static int slot_of(const struct kv *kv, const struct copy *c) {
+    return (int)(c - kv->places[c->place].copies);
 }
 
 int kv_slot(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker) - kv->places[worker].first_slot;
+    return slot_of(kv, copy_at(kv, node, worker));
 }
 
 /* Moves the pins of a private node to the node that was registered first with its content, and
  * with them its slots where that one has none. */
 static void merge(struct kv *kv, int private, int winner) {
-    for (int c = kv->nodes[private].first, next; c != NONE; c = next) {
-        struct copy *mine = &kv->copies[c];
-        int other = copy_at(kv, winner, mine->place);
+    for (struct copy *mine = kv->nodes[private].first, *next; mine; mine = next) {
+        struct copy *other = copy_at(kv, winner, mine->place);
         next = mine->next;
-        assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->standing == PINNED);
-        if (other == NONE) {
-            unlink_copy(kv, c);
-            mine->node = winner;
-            mine->next = kv->nodes[winner].first;
-            kv->nodes[winner].first = c;
-        } else {
-            kv->copies[other].pins += mine->pins;
-            kv->copies[other].unused = false;
+        assert(mine->reads == 0 && mine->standing == PINNED);
+        if (other) {
+            other->pins += mine->pins;
+            other->unused = false;
             mine->pins = 0;
+        } else {
+            unlink_copy(kv, mine);
+            link_copy(kv, mine, winner);
         }
     }
     settle(kv, winner);
@@ -630,7 +606,7 @@ int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tok
     kv->version++;
     node->serial = ++kv->last_serial;
     memcpy(node->tokens, tokens, sizeof node->tokens);
-    node->next_in_bucket = *bucket_of(kv, node->hash);
+    node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
     if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0)
         (void)page_out(kv, choose_source(kv, id), true);
@@ -653,35 +629,29 @@ bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
     if (queue->n == 0)
         return false;
-    int to = queue->first, from = kv->copies[to].from;
-    int target = kv->copies[to].place, source = kv->copies[from].place;
-    *order = (struct kv_copy_order){worker,
-                                    kv->copies[to].node,
-                                    source,
-                                    target,
-                                    from - kv->places[source].first_slot,
-                                    to - kv->places[target].first_slot};
-    queue->first = kv->copies[to].at;
+    const struct copy *to = &kv->copies[queue->first], *from = to->from;
+    *order = (struct kv_copy_order){worker,    to->node,          from->place,
+                                    to->place, slot_of(kv, from), slot_of(kv, to)};
+    queue->first = to->at;
     queue->n--;
     return true;
 }
 
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
-    struct place *from = &kv->places[order->from], *to = &kv->places[order->to];
-    int c = from->first_slot + order->from_slot;
-    struct copy *source = &kv->copies[c], *target = &kv->copies[to->first_slot + order->to_slot];
-    assert(target->state == KV_ARRIVING && target->from == c && source->reads > 0);
-    bool leaves = source->standing == LEAVING;
-    source->reads--;
-    target->state = ok ? KV_VALID : KV_RESERVED;
-    target->unused = ok && order->to != kv->host && target->pins == 0;
+    struct copy *to = &kv->places[order->to].copies[order->to_slot], *from = to->from;
+    const struct place *at = &kv->places[from->place];
+    assert(to->state == KV_ARRIVING && to->node == order->node && from->reads > 0);
+    bool leaves = from->standing == LEAVING;
+    from->reads--;
+    to->state = ok ? KV_VALID : KV_RESERVED;
+    to->unused = ok && to->place != kv->host && to->pins == 0;
     int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
                      : order->from == kv->host ? &kv->stats.pages_in
                                                : &kv->stats.transfers;
     *count += ok;
     settle(kv, order->node);
-    if (leaves && source->standing == CLEAN && from->n[FREE] < from->wanted)
-        drop(kv, c);
+    if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
+        drop(kv, from);
 }
 
 int kv_pending(const struct kv *kv, int worker) {

@@ -24,19 +24,18 @@
 /* So many copies of a node are in a state. */
 static int count(const struct kv *kv, int id, enum kv_state state) {
     int n = 0;
-    for (int c = kv->nodes[id].first; c != -1; c = kv->copies[c].next)
-        n += kv->copies[c].state == state;
+    for (const struct copy *c = kv->nodes[id].first; c; c = c->next)
+        n += c->state == state;
     return n;
 }
 
 /* The state of a copy: unlike kv_state also of one that its owner may not write. */
 static inline enum kv_state state_at(const struct kv *kv, int id, int place) {
-    int c = copy_at(kv, id, place);
-    return c == -1 ? KV_ABSENT : (enum kv_state)kv->copies[c].state;
+    const struct copy *copy = copy_at(kv, id, place);
+    return copy ? (enum kv_state)copy->state : KV_ABSENT;
 }
 
-static const char *check_copy(const struct kv *kv, int c) {
-    const struct copy *copy = &kv->copies[c];
+static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     int n_valid = count(kv, copy->node, KV_VALID), n_reserved = count(kv, copy->node, KV_RESERVED);
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
@@ -70,8 +69,7 @@ static const char *check_node(const struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
     int n_reads = 0, n_arriving = 0, n_pins = 0;
     bool places[MAX_WORKERS + 1] = {false};
-    for (int c = node->first; c != -1; c = kv->copies[c].next) {
-        const struct copy *copy = &kv->copies[c];
+    for (const struct copy *copy = node->first; copy; copy = copy->next) {
         BROKEN(copy->node != id || copy->state == KV_ABSENT, "a copy of another node, or of none");
         BROKEN(places[copy->place], "two copies at one place");
         places[copy->place] = true;
@@ -79,16 +77,16 @@ static const char *check_node(const struct kv *kv, int id) {
         n_reads += copy->reads;
         n_pins += copy->pins;
     }
-    for (int c = node->first; c != -1; c = kv->copies[c].next) {
-        const char *broken = check_copy(kv, c);
+    for (const struct copy *copy = node->first; copy; copy = copy->next) {
+        const char *broken = check_copy(kv, copy);
         if (broken)
             return broken;
     }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
     BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
-    BROKEN(node->first == -1 && (node->serial || node->keeper), "a node without copies");
-    BROKEN(node->first != -1 && !node->serial && !node->keeper && n_pins + n_reads == 0,
+    BROKEN(!node->first && (node->serial || node->keeper), "a node without copies");
+    BROKEN(node->first && !node->serial && !node->keeper && n_pins + n_reads == 0,
            "a private node that nobody owns");
     return check_index(kv, id);
 }
@@ -98,10 +96,10 @@ static const char *check_heap(const struct kv *kv, int place, enum standing stan
     const struct heap *heap = standing == CLEAN ? &at->clean : &at->dirty;
     BROKEN(heap->n != at->n[standing], "a heap has not all copies, or too many");
     for (int i = 0; i < heap->n; i++) {
-        const struct copy *copy = &kv->copies[heap->copies[i]];
+        const struct copy *copy = heap->copies[i];
         BROKEN(copy->standing != (unsigned)standing || copy->place != place, "on the wrong heap");
         BROKEN(copy->at != i, "a copy that does not know its place on the heap");
-        BROKEN(i > 0 && colder(kv, heap->copies[i], heap->copies[(i - 1) / 2]),
+        BROKEN(i > 0 && colder(heap->copies[i], heap->copies[(i - 1) / 2]),
                "a heap with a colder copy below a hotter one");
     }
     return NULL;
@@ -110,7 +108,7 @@ static const char *check_heap(const struct kv *kv, int place, enum standing stan
 static const char *check_queue(const struct kv *kv, int worker, const struct queue *queue) {
     int c = queue->first;
     for (int i = 0; i < queue->n; i++) {
-        const struct copy *target = &kv->copies[c], *source = &kv->copies[target->from];
+        const struct copy *target = &kv->copies[c], *source = target->from;
         bool out = queue == &kv->places[worker].out;
         BROKEN(target->state != KV_ARRIVING || source->state != KV_VALID, "an order's ends");
         BROKEN(target->node != source->node, "an order from one block to another");
@@ -125,20 +123,20 @@ static const char *check_queue(const struct kv *kv, int worker, const struct que
 static const char *check_place(const struct kv *kv, int place) {
     const struct place *at = &kv->places[place];
     int n[N_STANDINGS] = {0}, n_free = 0;
-    for (int c = at->first_slot; c < at->first_slot + at->n_slots; c++) {
-        const struct copy *copy = &kv->copies[c];
+    for (int i = 0; i < at->n_slots; i++) {
+        const struct copy *copy = &at->copies[i];
         n[copy->standing]++;
         BROKEN(copy->place != place, "a slot of another place");
         BROKEN((copy->state == KV_ABSENT) != (copy->standing == FREE), "a free slot with a copy");
         BROKEN(copy->standing == FREE && (copy->pins > 0 || copy->reads > 0 || copy->unused),
                "a free slot in use");
-        BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != c,
+        BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != copy,
                "a slot whose copy its node does not know");
     }
     for (int i = 0; i < N_STANDINGS; i++)
         BROKEN(n[i] != at->n[i], "slots of a standing");
-    for (int c = at->first_free; c != -1 && n_free <= at->n_slots; c = kv->copies[c].next, n_free++)
-        BROKEN(kv->copies[c].standing != FREE || kv->copies[c].place != place, "free, and is not");
+    for (const struct copy *c = at->free; c && n_free <= at->n_slots; c = c->next, n_free++)
+        BROKEN(c->standing != FREE || c->place != place, "on the free list, but not free");
     BROKEN(n_free != n[FREE], "a free slot is lost");
     struct kv_usage usage = kv_usage(kv, place);
     BROKEN(usage.free + usage.pinned + usage.cached + usage.in_flight != at->n_slots,
@@ -156,10 +154,10 @@ static inline const char *kv_check(const struct kv *kv) {
         broken = check_place(kv, place);
     for (int id = 0; id < kv->n_nodes && !broken; id++) {
         broken = check_node(kv, id);
-        n_nodes += kv->nodes[id].first != -1;
+        n_nodes += kv->nodes[id].first != NULL;
     }
     for (int id = kv->first_free; id != -1 && n_nodes <= kv->n_nodes; n_nodes++)
-        id = kv->nodes[id].next_in_bucket;
+        id = kv->nodes[id].next;
     if (!broken && n_nodes != kv->n_nodes)
         broken = "a node is lost";
     return broken;
@@ -182,7 +180,7 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
         const struct node *node = &kv->nodes[id];
         BROKEN((node->serial != 0) != (i < r->n_registered), "a block is registered, or is not");
         BROKEN(node->keeper, "a block of a table is kept");
-        BROKEN(copy_at(kv, id, r->decode_worker) == -1, "a block is not there");
+        BROKEN(!copy_at(kv, id, r->decode_worker), "a block is not there");
         if (node->serial) {
             BROKEN(node->parent != (i > 0 ? kv->nodes[r->blocks[i - 1]].serial : 0),
                    "blocks of another text");
@@ -190,9 +188,9 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
                           sizeof node->tokens) != 0,
                    "a block of other tokens");
         }
-        pins[copy_at(kv, id, r->decode_worker)]--;
+        pins[copy_at(kv, id, r->decode_worker) - kv->copies]--;
         if (i < r->n_prefill_blocks)
-            pins[copy_at(kv, id, r->prefill_worker)]--;
+            pins[copy_at(kv, id, r->prefill_worker) - kv->copies]--;
     }
     int worker = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL ? r->prefill_worker
                                                                             : r->decode_worker;
