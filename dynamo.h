@@ -32,7 +32,7 @@
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
- *     the end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If
+ *     the end        A and B are unpinned, B first: both stay cached on worker 1. If
  *                    it needs room, its coldest block is copied to host, then dropped. */
 #ifndef DYNAMO_H
 #define DYNAMO_H
@@ -291,7 +291,7 @@ int kv_slot(const struct kv *kv, int node, int worker);
  * the node that now stands for it. */
 int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
- * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
+ * node here, becomes -1 when its last copy is lost, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
 /* Makes n slots of a worker free: the coldest copies go, those that are nowhere else to the host
