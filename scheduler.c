@@ -54,7 +54,7 @@ struct list { /* of requests, oldest first */
 
 /* Where an admitted request stands: at its prefill worker as long as it has prompt tokens to
  * compute there, then at its decode worker. */
-enum queue {
+enum {
     PREFILLING,
     ARRIVING, /* its blocks are on their way */
     RUNNING,
@@ -277,9 +277,9 @@ static struct list *list_of(struct sched *s, const struct request *r) {
         return NULL;
     if (r->state == REQUEST_WAITING)
         return r->preemptions > 0 ? &s->preempted : &s->waiting;
-    enum queue queue = r->state == REQUEST_RUNNING ? lacks_block(r) ? STALLED : RUNNING
-                       : r->state == REQUEST_HAND_OVER || prefill_left(r) == 0 ? ARRIVING
-                                                                               : PREFILLING;
+    int queue = r->state == REQUEST_RUNNING ? lacks_block(r) ? STALLED : RUNNING
+                : r->state == REQUEST_HAND_OVER || prefill_left(r) == 0 ? ARRIVING
+                                                                        : PREFILLING;
     return &s->workers[worker_of(r)].queues[queue];
 }
 
@@ -634,14 +634,14 @@ static void start_arrived(struct sched *s, int worker, double now) {
     }
 }
 
+/* Gives a running request the block for its next token. */
 static bool take_block(struct sched *s, struct request *r, int worker) {
-    int node = kv_new(s->kv, worker);
-    if (node != NONE) {
-        r->blocks[r->n_blocks++] = node;
-        s->workers[worker].n_blocks++;
-        place_request(s, r);
-    }
-    return node != NONE;
+    if (!kv_make_room(s->kv, worker, 1))
+        return false;
+    r->blocks[r->n_blocks++] = kv_new(s->kv, worker);
+    s->workers[worker].n_blocks++;
+    place_request(s, r);
+    return true;
 }
 
 /* Gives those that lack a block one, the oldest first. If none can be freed, the youngest of the
@@ -660,10 +660,10 @@ static void grow_stalled(struct sched *s, int worker, double now) {
             withdraw(s, victim, FINISH_NONE, now);
         next = victim == r ? next : r->next;
     }
-    if (stalled->first)
-        (void)kv_make_room(s->kv, worker, stalled->length);
     while (stalled->first && take_block(s, stalled->first, worker)) {
     }
+    if (stalled->first)
+        (void)kv_make_room(s->kv, worker, stalled->length);
 }
 
 /* Adds the row of each running request. If there are more than max_batch they take turns. */
@@ -789,8 +789,7 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     send_full_blocks(s, r);
     if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
         end_prefill(s, r);
-    if (lacks_block(r) && (s->workers[worker].queues[STALLED].length > 0 ||
-                           !kv_make_room(s->kv, worker, 1) || !take_block(s, r, worker)))
+    if (lacks_block(r) && (s->workers[worker].queues[STALLED].first || !take_block(s, r, worker)))
         place_request(s, r); /* it is stalled */
 }
 

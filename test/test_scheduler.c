@@ -145,7 +145,7 @@ static void check_now(struct machine *m) {
     int in_flight = m->n_flights;
     for (int i = 0; i < kv->n_places; i++)
         in_flight += kv_pending(kv, i);
-    for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
+    for (int i = 0; i < kv->n_nodes; i++)
         in_flight -= kv->copies[i].state == KV_ARRIVING;
     if (broken || in_flight != 0)
         report(m, broken ? broken : "copies in flight and orders differ");
@@ -396,6 +396,7 @@ static void choose_config(struct machine *m) {
     config->kv.n_workers = between(m, 1, 4);
     config->kv.host_blocks = hosts[below(m, 8)];
     config->kv.policy = below(m, 3) ? KV_ON_EVICT : KV_WRITE_THROUGH;
+    config->kv.order = (enum kv_order)below(m, 4);
     int size = below(m, 3) ? between(m, 1, 12) : between(m, 1, 40);
     bool any_prefills = false, any_decodes = false;
     bool colocated = below(m, 4) == 0;
@@ -434,9 +435,9 @@ static void print_machine(const struct machine *m) {
         }
     }
     for (int place = 0; place < m->s->kv->n_places; place++) {
-        const struct place *at = &m->s->kv->places[place];
-        printf("    place %d: %d slots, %d free, %d cached, %d orders\n", place, at->n_slots,
-               at->n_free, at->lists[MAIN].length + at->lists[DUPLICATES].length,
+        struct kv_usage usage = kv_usage(m->s->kv, place);
+        printf("    place %d: %d free, %d pinned, %d cached, %d in flight, %d orders\n", place,
+               usage.free, usage.pinned, usage.cached, usage.in_flight,
                kv_pending(m->s->kv, place));
     }
 }
@@ -512,12 +513,9 @@ static void drain(struct machine *m, struct totals *totals) {
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
-    for (int place = 0; place < kv->n_places && !m->broken; place++) {
-        int n_cached = kv->places[place].lists[MAIN].length;
-        n_cached += kv->places[place].lists[DUPLICATES].length;
-        if (kv_used(kv, place) != n_cached || kv_pending(kv, place) > 0)
+    for (int place = 0; place < kv->n_places && !m->broken; place++)
+        if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
-    }
 }
 
 static bool machine_create(struct machine *m) {
