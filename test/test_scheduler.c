@@ -59,7 +59,9 @@ struct machine {
 };
 
 struct totals {
-    int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests;
+    int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests, late;
+    int64_t withdrawn[REQUEST_FINISHED], in_step; /* by state; while a step was under way */
+    char broken[256];                             /* the rule that was broken last */
     struct kv_stats kv;
     struct sched_stats sched;
 };
@@ -325,6 +327,7 @@ static void submit(struct machine *m) {
     r->n_prompt = make_prompt(m, job->tokens);
     r->max_new = below(m, 4) ? 1 + below(m, 120) : 1 + below(m, 4);
     r->sampling.seed = (uint64_t)r->id;
+    r->deadline = below(m, 12) ? 0 : 0.001 * below(m, 400);
     if (r->n_prompt >= 1 && r->n_prompt <= sched_max_length(m->s)) {
         foresee(m, job);
         int i = (int)(m->n_submitted++ % MAX_HISTORY);
@@ -347,6 +350,48 @@ static void cancel(struct machine *m) {
     }
 }
 
+/* Any admitted request, in any state, may have to go back into the queue. */
+static void withdraw_one(struct machine *m, struct totals *totals) {
+    struct request *r = NULL;
+    for (int n = 0, first = below(m, MAX_JOBS); n < MAX_JOBS && !r; n++) {
+        struct job *job = &m->jobs[(first + n) % MAX_JOBS];
+        enum request_state state = job->request.state;
+        bool admitted = state != REQUEST_WAITING && state != REQUEST_FINISHED;
+        r = job->live && admitted ? &job->request : NULL;
+    }
+    if (!r)
+        return;
+    totals->withdrawn[r->state]++;
+    totals->in_step += r->in_step;
+    withdraw(m->s, r, FINISH_NONE, m->now);
+    admit_waiting(m->s, m->now);
+    check_now(m);
+}
+
+static void expire(struct machine *m) {
+    if (sched_next_event(m->s) <= m->now) {
+        sched_expire(m->s, m->now);
+        check_now(m);
+    }
+}
+
+/* Whether a request that should have been answered has ended with an error that it may have. */
+static bool is_excused(struct machine *m, const struct request *r, struct totals *totals) {
+    static const char deadline[] = "its deadline", late[] = "a copy of its KV blocks has not ended";
+    if (r->reason != FINISH_ERROR)
+        return false;
+    bool full = strstr(r->error, "the queue is full") && m->config.max_queue > 0;
+    bool expired = strstr(r->error, deadline) && r->submitted + r->deadline <= m->now;
+    bool copy = strstr(r->error, late) && m->config.copy_seconds > 0;
+    bool failed = m->copies_fail && r->copy_failures > MAX_COPY_FAILURES;
+    totals->late += expired || copy;
+    totals->refused += full;
+    totals->failed_requests += failed;
+    if (full && (r->length > r->n_prompt || r->admitted > 0))
+        report(m, "a request that was admitted was refused");
+    return full || (expired && r->deadline > 0) || copy || failed;
+}
+
 /* Checks the answers of the requests that have ended, and makes room for others. */
 static int collect(struct machine *m, struct totals *totals) {
     int n_live = 0;
@@ -358,25 +403,21 @@ static int collect(struct machine *m, struct totals *totals) {
             continue;
         }
         job->live = false;
-        bool given_up = m->copies_fail && r->reason == FINISH_ERROR && job->reason != FINISH_ERROR;
         totals->cancelled += job->cancelled;
-        totals->refused += job->reason == FINISH_ERROR;
-        totals->failed_requests += given_up;
         if (job->reason == FINISH_ERROR) {
+            totals->refused++;
             if (r->reason != FINISH_ERROR || !r->error[0] || r->length != r->n_prompt)
                 report(m, "a prompt that cannot run was not refused");
             continue;
         }
-        if (given_up && r->copy_failures <= MAX_COPY_FAILURES)
-            report(m, "a request was given up too early");
         if (memcmp(r->tokens, job->text, (size_t)r->length * sizeof(int)) != 0)
             report(m, "the wrong answer");
-        if (job->cancelled) {
-            if (!given_up && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
-                report(m, "a cancelled request ended otherwise");
-        } else if (!given_up && (r->reason != job->reason || r->length != job->n_text)) {
+        if (is_excused(m, r, totals))
+            continue;
+        if (job->cancelled && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
+            report(m, "a cancelled request ended otherwise");
+        if (!job->cancelled && (r->reason != job->reason || r->length != job->n_text))
             report(m, "an answer that ends too early, or for the wrong reason");
-        }
     }
     return n_live;
 }
@@ -411,6 +452,8 @@ static void choose_config(struct machine *m) {
     config->prefills[0] |= !any_prefills;
     config->decodes[config->kv.n_workers - 1] |= !any_decodes;
     m->copies_fail = below(m, 6) == 0;
+    config->max_queue = below(m, 6) ? 0 : 1 + below(m, 16);
+    config->copy_seconds = below(m, 6) ? 0 : 0.02 + 0.001 * below(m, 100);
     m->full_check = below(m, 4) == 0;
 }
 
@@ -444,7 +487,7 @@ static void print_machine(const struct machine *m) {
 
 static void operate(struct machine *m, const int *weights, struct totals *totals) {
     int worker = below(m, m->config.kv.n_workers);
-    int choice = below(m, weights[0] + weights[1] + weights[2] + weights[3]);
+    int choice = below(m, weights[0] + weights[1] + weights[2] + weights[3] + weights[4]);
     m->now += 0.001;
     if ((choice -= weights[0]) < 0) {
         submit(m);
@@ -456,9 +499,12 @@ static void operate(struct machine *m, const int *weights, struct totals *totals
     } else if ((choice -= weights[2]) < 0) {
         if (m->n_flights > 0)
             end_copy(m, below(m, m->n_flights), totals);
-    } else {
+    } else if ((choice -= weights[3]) < 0) {
         cancel(m);
+    } else {
+        withdraw_one(m, totals);
     }
+    expire(m);
     (void)collect(m, totals);
 }
 
@@ -492,6 +538,8 @@ static void drain(struct machine *m, struct totals *totals) {
     (void)sched_concerned(m->s);
     while (active && !m->broken) {
         active = false;
+        m->now += 0.001;
+        expire(m);
         for (int i = 0; i < m->config.kv.n_workers && !m->broken; i++) {
             int w = (first + i) % m->config.kv.n_workers;
             active = (awake[w] && drive_worker(m, w, awake, totals)) || active;
@@ -567,7 +615,8 @@ static bool run_episode(uint64_t seed, struct totals *totals) {
     choose_config(&m);
     if (!machine_create(&m))
         return false;
-    int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40), below(&m, 3)};
+    int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40), below(&m, 3),
+                     below(&m, 3)};
     int operation = 0;
     for (; operation < EPISODE && !m.broken; operation++)
         operate(&m, weights, totals);
@@ -579,6 +628,7 @@ static bool run_episode(uint64_t seed, struct totals *totals) {
         print_machine(&m);
     }
     bool ok = !m.broken;
+    (void)snprintf(totals->broken, sizeof totals->broken, "%s", m.broken_text);
     machine_destroy(&m);
     return ok;
 }
@@ -588,7 +638,7 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
     printf("    from seed %llu\n", (unsigned long long)seed);
     for (int n_failed = 0; totals.operations < n_operations && n_failed < 10;) {
         bool ok = run_episode(seed, &totals);
-        CHECK(ok, "seed %llu", (unsigned long long)seed);
+        CHECK(ok, "seed %llu: %s", (unsigned long long)seed, totals.broken);
         n_failed += !ok;
         seed++;
     }
@@ -606,11 +656,16 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
                   {"prefix hit tokens", totals.sched.prefix_hit_tokens},
                   {"recomputed tokens", totals.sched.recomputed_tokens},
                   {"local prefills", totals.sched.local_prefills},
-                  {"failed copies", totals.failed_copies}};
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        CHECK(counts[i].count > 300, "only %lld %s", (long long)counts[i].count, counts[i].name);
-        printf("    %lld %s\n", (long long)counts[i].count, counts[i].name);
-    }
+                  {"failed copies", totals.failed_copies},
+                  {"deadlines and late copies", totals.late},
+                  {"withdrawn while loading", totals.withdrawn[REQUEST_LOADING]},
+                  {"withdrawn from prefill", totals.withdrawn[REQUEST_PREFILL]},
+                  {"withdrawn from hand-over", totals.withdrawn[REQUEST_HAND_OVER]},
+                  {"withdrawn while running", totals.withdrawn[REQUEST_RUNNING]},
+                  {"withdrawn in mid-step", totals.in_step}};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        printf("    %lld %s%s\n", (long long)counts[i].count, counts[i].name,
+               counts[i].count < 100 ? " (coverage: few)" : "");
     CHECK(totals.sched.submitted == totals.sched.finished, "requests are left");
     printf("    %lld operations, %lld requests (%lld cancelled, %lld refused, %lld given up), %lld "
            "tokens\n",
