@@ -780,10 +780,10 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     r->in_step = false;
     r->filled += n_rows;
     register_full_blocks(s, r);
+    if (token != NONE && r->ending == FINISH_NONE)
+        take_token(s, r, token, now);
     if (r->leaves)
         withdraw(s, r, r->ending, now);
-    else if (token != NONE)
-        take_token(s, r, token, now);
     if (r->state != REQUEST_PREFILL && r->state != REQUEST_RUNNING)
         return;
     send_full_blocks(s, r);
