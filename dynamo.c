@@ -253,8 +253,8 @@ static void wait_until(struct engine *engine, pthread_cond_t *condition, double 
 }
 
 /* Wakes the workers whom changes since the last call concern, the courier if there is something to
- * copy or to end sooner, and callers if a request ended. With the lock held. */
-static void wake_concerned(struct engine *engine) {
+ * copy or to end sooner, and callers if a request ended. With the lock held. Returns the workers. */
+static uint32_t wake_concerned(struct engine *engine) {
     uint32_t concerned = sched_concerned(engine->sched);
     int64_t n_finished = sched_stats(engine->sched).finished;
     bool carry = sched_next_event(engine->sched) < engine->next_event;
@@ -268,10 +268,11 @@ static void wake_concerned(struct engine *engine) {
     if (n_finished != engine->n_finished)
         pthread_cond_broadcast(&engine->news);
     engine->n_finished = n_finished;
+    return concerned;
 }
 
 void engine_wake(struct engine *engine) {
-    wake_concerned(engine);
+    (void)wake_concerned(engine);
     pthread_cond_broadcast(&engine->news);
 }
 
@@ -316,7 +317,7 @@ static void *courier_main(void *argument) {
         if (!engine->stopping)
             take_orders(engine, engine_now());
         engine->next_event = sched_next_event(engine->sched);
-        wake_concerned(engine);
+        (void)wake_concerned(engine);
         if (engine->n_transfers == 0) {
             wait_until(engine, &engine->copies, engine->next_event);
             continue;
@@ -352,9 +353,10 @@ static void *worker_main(void *argument) {
     while (!engine->stopping) {
         double start = engine_now();
         struct step *step = sched_next(engine->sched, worker->index, start);
-        wake_concerned(engine);
+        uint32_t concerned = wake_concerned(engine);
         if (!step) {
-            pthread_cond_wait(&worker->work, &engine->lock);
+            if (!(concerned >> worker->index & 1)) /* else it has itself changed something */
+                pthread_cond_wait(&worker->work, &engine->lock);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);

@@ -4,7 +4,7 @@
  *
  *     dynamo.c     the model's forward pass, the threads of workers, main    (calls all below)
  *     scheduler.c  who computes what next: a state machine over requests     -> kvcache.c
- *     kvcache.c    where each KV block is: slots, the global index, LRU
+ *     kvcache.c    where each KV block is: slots, the global index, what goes first
  *     kernels.c    the CPU backend: every op of the forward pass, the copies (kernels.cu: CUDA)
  *
  * The scheduler and the cache hold no device pointer, thread or clock: they deal in slot numbers
@@ -32,7 +32,7 @@
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
- *     the end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If
+ *     the end        A and B are unpinned, B first: both stay cached on worker 1. If
  *                    it needs room, its coldest block is copied to host, then dropped. */
 #ifndef DYNAMO_H
 #define DYNAMO_H
@@ -82,13 +82,21 @@ struct request {
     uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
     int n_hashes;                        /* computed once; the rest when they are asked for */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
+    int *slots;                          /* (n_slots) of the first blocks, where it is computed */
+    int *held;                           /* (n_held) nodes whose host copies it holds as it waits */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
+    int n_slots, n_held, n_sent;         /* n_sent: registered ones offered to decode_worker */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
+    int n_hits;                          /* blocks that were cached at its last look-up, … */
+    uint64_t looked_up;                  /* … when kv_version was this */
+    int64_t tried;                       /* its last try: nothing has changed since */
+    int n_passed;                        /* younger ones admitted while it was the oldest waiting */
     int saved;                           /* node of the block it was preempted in; -1: none */
     int copy_failures, preemptions;
-    bool in_step;
-    enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
+    bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
+    enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
     double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
+    struct list *list;                                   /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -230,6 +238,7 @@ __attribute__((weak)) struct backend *cuda_backend_open(const struct backend_opt
 /* A *place* is a worker (0 .. n_workers - 1) or the host (n_workers). A *node* is a block's
  * content; it has at most one *copy* at each place, in a *slot* there. */
 enum kv_policy { KV_ON_EVICT, KV_WRITE_THROUGH };
+enum kv_order { KV_LRU, KV_FIFO, KV_LFU, KV_RANDOM }; /* which copy of a place goes first */
 enum kv_state { KV_ABSENT, KV_RESERVED, KV_ARRIVING, KV_VALID };
 
 struct kv_config {
@@ -237,6 +246,7 @@ struct kv_config {
     int device_blocks[MAX_WORKERS]; /* slots of each worker */
     int host_blocks;                /* 0: no host tier */
     enum kv_policy policy;
+    enum kv_order order;
 };
 
 struct kv_copy_order { /* `worker` copies node from a slot of place `from` to a slot of `to` */
@@ -247,6 +257,15 @@ struct kv_stats {
     int64_t pages_out, pages_in, transfers; /* copies completed: to host, from host, peer to peer */
     int64_t evictions, host_evictions;      /* copies dropped to make room */
     int64_t lost;                           /* blocks whose last copy was dropped */
+    int64_t unused; /* copies that came to a worker for nobody (what had wanted them was gone), and
+                       left it without ever having been pinned */
+};
+
+struct kv_usage { /* the slots of a place: all of them, each counted once */
+    int free;
+    int pinned;    /* in use by requests, reserved or held for them */
+    int cached;    /* unpinned: kept for whoever may want them, until they must go */
+    int in_flight; /* a copy into them is under way */
 };
 
 struct kv;
@@ -277,18 +296,19 @@ bool kv_fetch(struct kv *kv, int node, int worker);
  * that was arriving on the host and has failed is KV_RESERVED until then. */
 void kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
-enum kv_state kv_state(const struct kv *kv, int node, int worker);
+enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
 /* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
  * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
  * the node that now stands for it. */
 int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
- * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
+ * node here, becomes -1 when its last copy is lost, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
-/* Makes n slots of a worker free: drops the coldest copies of what is also elsewhere (without a
- * host tier: any). False: not yet; page-outs that are on their way will make it true. */
+/* Makes n slots of a worker free: the coldest copies go, those that are nowhere else to the host
+ * first (without a host tier, or if all of it is pinned, they are lost). False: not yet, ask again
+ * when a copy has ended or blocks were unpinned; nothing goes if n cannot be reached at present. */
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
@@ -297,6 +317,7 @@ bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
+struct kv_usage kv_usage(const struct kv *kv, int place);
 struct kv_stats kv_stats(const struct kv *kv);
 
 /* ---- scheduler.c: who computes what next ---- */
@@ -308,6 +329,7 @@ struct sched_config {
     int chunk;                                        /* prompt tokens in one step */
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */
+    int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
     double copy_seconds;  /* a copy that takes longer fails those that wait for it; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */

@@ -1,5 +1,6 @@
 /* bench.c: what the CPU backend reaches of what this machine can do.
  *
+ *     bench cache                          what an operation of kvcache.c costs, by blocks
  *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain] [no-amx]
  *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
@@ -9,6 +10,8 @@
  * measured right before and after it: reading those weights, and the arithmetic that the type's
  * kernel uses. */
 #include "../kernels.c"
+
+#include <malloc.h>
 
 enum {
     MAX_LAYERS = 22,
@@ -346,6 +349,53 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
     bench->backend->release(bench->device, out);
 }
 
+/* Costs of the cache on a device of n blocks with a host of as many: to take, register and let go a
+ * block; to find one; to order the page-out of one when room for n / 2 is wanted; to ask for that
+ * room again while they are under way; to end one, which drops it. */
+static void bench_cache(void) {
+    enum { TEXT = 250, ASKED = 1000 }; /* blocks of a text */
+    printf("%8s %10s %10s %10s %10s %10s %10s\n", "blocks", "register", "find", "page out", "again",
+           "copied", "memory");
+    for (int n = 1000; n <= 1000000; n *= 10) {
+        struct kv_config config = {.n_workers = 1, .device_blocks = {n}, .host_blocks = n};
+        struct kv *kv = kv_create(&config);
+        int *tokens = calloc((size_t)n * BLOCK_TOKENS, sizeof *tokens), node = -1, found[TEXT];
+        uint64_t *hashes = calloc((size_t)n, sizeof *hashes);
+        double time[6] = {seconds()};
+        for (int i = 0; i < n; i++) {
+            tokens[i * BLOCK_TOKENS] = i;
+            bool first = i % TEXT == 0;
+            hashes[i] = kv_hash(first ? 0 : hashes[i - 1], tokens + i * BLOCK_TOKENS);
+            int parent = first ? -1 : node;
+            node = kv_register(kv, kv_new(kv, 0), parent, hashes[i], tokens + i * BLOCK_TOKENS);
+            kv_unpin(kv, node, 0);
+        }
+        time[1] = seconds();
+        int n_found = 0;
+        for (int i = 0; i < n; i += TEXT)
+            n_found += kv_find(kv, hashes + i, tokens + i * BLOCK_TOKENS, TEXT, found);
+        time[2] = seconds();
+        bool room = kv_make_room(kv, 0, n / 2);
+        time[3] = seconds();
+        for (int i = 0; i < ASKED; i++)
+            room = kv_make_room(kv, 0, n / 2) || room;
+        time[4] = seconds();
+        struct kv_copy_order order;
+        while (kv_next_copy(kv, 0, &order))
+            kv_copied(kv, &order, true);
+        time[5] = seconds();
+        int counts[] = {n, n_found, n / 2, ASKED, n / 2};
+        printf("%8d", n);
+        for (int i = 0; i < 5; i++)
+            printf(" %7.0f ns", (time[i + 1] - time[i]) / counts[i] * 1e9);
+        printf(" %4.0f B/slot%s\n", (double)malloc_usable_size(kv) / (2 * n),
+               room || n_found != n || kv_used(kv, 0) != n / 2 ? " (wrong)" : "");
+        kv_destroy(kv);
+        free(tokens);
+        free(hashes);
+    }
+}
+
 static bool asked(int argc, char **argv, const char *word) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], word))
@@ -360,6 +410,10 @@ int main(int argc, char **argv) {
     } types[] = {{"F32", TYPE_F32},   {"BF16", TYPE_BF16}, {"F16", TYPE_F16},  {"Q8_0", TYPE_Q8_0},
                  {"Q4_0", TYPE_Q4_0}, {"Q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}};
     enum { N_TYPES = sizeof types / sizeof *types, USUAL_TYPES = 4 };
+    if (argc == 1 || asked(argc, argv, "cache"))
+        bench_cache();
+    if (asked(argc, argv, "cache"))
+        return 0;
     bool some_type = false, part = asked(argc, argv, "kernel") || asked(argc, argv, "long") ||
                                    asked(argc, argv, "decode") || asked(argc, argv, "prefill");
     for (int i = 0; i < N_TYPES; i++)
