@@ -253,7 +253,7 @@ static void wait_until(struct engine *engine, pthread_cond_t *condition, double 
 }
 
 /* Wakes the workers whom changes since the last call concern, the courier if there is something to
- * copy or to end sooner, and callers if a request ended. With the lock held. Returns the workers. */
+ * copy or to end sooner, callers if a request ended. With the lock held. Returns the workers. */
 static uint32_t wake_concerned(struct engine *engine) {
     uint32_t concerned = sched_concerned(engine->sched);
     int64_t n_finished = sched_stats(engine->sched).finished;
@@ -715,10 +715,9 @@ struct engine_stats engine_stats(struct engine *engine) {
     struct engine_stats stats = {.sched = sched_stats(engine->sched),
                                  .kv = kv_stats(kv),
                                  .prefill = engine->prefill,
-                                 .decode = engine->decode,
-                                 .host_used = kv_used(kv, engine->config.n_workers)};
-    for (int i = 0; i < engine->config.n_workers; i++)
-        stats.device_used += kv_used(kv, i);
+                                 .decode = engine->decode};
+    for (int i = 0; i <= engine->config.n_workers; i++)
+        stats.places[i] = kv_usage(kv, i);
     engine_unlock(engine);
     return stats;
 }

@@ -407,8 +407,8 @@ struct pace { /* steps of one kind: of prompts, or of generated tokens */
 struct engine_stats {
     struct sched_stats sched;
     struct kv_stats kv;
-    struct pace prefill, decode; /* steps with rows of both kinds count for neither */
-    int device_used, host_used;  /* blocks in use or cached, on all workers and on the host */
+    struct pace prefill, decode;             /* steps with rows of both kinds count for neither */
+    struct kv_usage places[MAX_WORKERS + 1]; /* blocks of the workers, then of the host */
 };
 
 struct engine;

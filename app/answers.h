@@ -40,7 +40,7 @@ struct answers {
     atomic_int activity; /* enum activity; who sets INTERRUPTED calls engine_wake */
     int64_t n_requests, n_arrived;
     /* of all requests that ended, for stats.h */
-    int64_t n_tokens, n_intervals;
+    int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
     double interval_sum, busy_seconds;
     double *times[N_TIMES]; /* (n_times) of those that came so far */
     int n_times[N_TIMES];
@@ -329,6 +329,7 @@ static void count_ended(struct answers *a, const struct answer *answer) {
     const struct request *r = &answer->request;
     int n = n_generated(answer);
     a->n_tokens += n;
+    a->n_host_hits += r->cached_on_host;
     if (n > 1) {
         a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
