@@ -45,8 +45,8 @@ static const struct schedule schedules[] = {
      "hand_overs>=10 blocks_transferred>=25"},
     {FEW_MODELS, "--devices cpu:3 --prefill 0,2 --decode 1 --chunk 16",
      "hand_overs>=10 blocks_transferred>=25"},
-    {FEW_MODELS, "--devices cpu:4 --kv-device 100b --copy-delay 3 --max-batch 4",
-     "hand_overs>=10 local_prefills>=1 device_blocks_used>=101"},
+    {FEW_MODELS, "--devices cpu:4 --kv-device 80b --copy-delay 3 --max-batch 4",
+     "hand_overs>=10 local_prefills>=1 device_blocks_used>=81"},
     {FEW_MODELS, "--devices cpu:4 --tp 2 --copy-delay 4", "hand_overs>=15 blocks_transferred>=25"},
     {IN(TWIN), "--devices cpu:8 --tp 4 --copy-delay 5 --chunk 64",
      "hand_overs>=10 blocks_transferred>=40"},
@@ -228,7 +228,7 @@ static void nothing_runs_out_of_memory(struct check *check) {
     run_narrow(check, turns, "--devices cpu:2 --kv-device 14b --copy-delay 2 --chunk 7",
                "pages_out>=60 hand_overs>=40 blocks_transferred>=60");
     run_narrow(check, turns, "--devices cpu:2 --kv-device 14b --kv-host 0",
-               "preemptions>=3 recomputed_tokens>=30 blocks_lost>=60");
+               "pages_out<=0 hand_overs>=40 blocks_lost>=60");
     run_narrow(check, turns, "--devices cpu:4 --kv-device 14b --kv-host 5b --copy-delay 3",
                "pages_out>=60 host_evictions>=40 blocks_lost>=40 hand_overs>=40");
 }
