@@ -495,7 +495,7 @@ static void times_are_of_what_came(struct check *check) {
 static void every_block_is_accounted_for(struct check *check) {
     char lines[4096] = "", error[ERROR_LENGTH];
     for (int i = 0; i < 12; i++)
-        sprintf(lines + strlen(lines), "{'id':'%d','prompt':'Once there were %d cats'}\n", i, i);
+        sprintf(lines + strlen(lines), "{'prompt':'Once there were %d cats. " STORY "'}\n", i);
     write_requests(check, lines);
     struct outcome o = run(check, "model.bin -f $T/requests -n 60 --json --stats --kv-device 16b "
                                   "--kv-host 24b --devices cpu:3 --prefill 0 --decode 1,2");
