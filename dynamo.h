@@ -95,8 +95,9 @@ struct request {
     int copy_failures, preemptions;
     bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
     enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
-    double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
-    struct list *list;                                   /* of the scheduler: where it stands */
+    double submitted, first_token, last_token; /* seconds; 0: not yet */
+    double admitted, resumed;                  /* for the first time, for the last time */
+    struct list *list;                         /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
