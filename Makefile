@@ -117,7 +117,7 @@ bench: $(B)/bench
 	$(B)/bench
 
 $(B)/bench: test/bench.c $(B)/kvcache.o $(B)/flags
-	$(CC) $(FLAGS) -I. $(filter %.c %.o,$^) $(LIBS) -o $@
+	$(CC) $(FLAGS) -I. $< $(filter %.o,$^) $(LIBS) -o $@
 
 # what the CUDA backend reaches on this GPU (test/gpu.sh: with all else that needs one), beside the
 # vendor's library where it is there; emu-bench: that the benchmark runs

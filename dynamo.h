@@ -32,8 +32,8 @@
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
- *     the end        A and B are unpinned, B first: both stay cached on worker 1. If
- *                    it needs room, its coldest block is copied to host, then dropped. */
+ *     the end        A and B are unpinned, B first: both stay cached on worker 1. If it needs room,
+ *                    its coldest block is copied to host, then dropped. */
 #ifndef DYNAMO_H
 #define DYNAMO_H
 
@@ -95,8 +95,9 @@ struct request {
     int copy_failures, preemptions;
     bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
     enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
-    double submitted, admitted, first_token, last_token; /* seconds; 0: not yet; admitted: first */
-    struct list *list;                                   /* of the scheduler: where it stands */
+    double submitted, first_token, last_token; /* seconds; 0: not yet */
+    double admitted, resumed;                  /* for the first time, for the last time */
+    struct list *list;                         /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -292,8 +293,8 @@ bool kv_send(struct kv *kv, int node, int worker);
 /* Makes a node resident on worker: pins the copy there, or takes a slot and orders a copy from a
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
-/* Pins a copy that is KV_VALID or KV_ARRIVING, at any place: it stays there until kv_unpin. One
- * that was arriving on the host and has failed is KV_RESERVED until then. */
+/* Pins a copy, at any place: it stays there until kv_unpin. One that was arriving on the host and
+ * has failed is KV_RESERVED until then. */
 void kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int place);

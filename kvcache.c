@@ -2,8 +2,7 @@
  *
  * Owns the slots of every place (each worker's device memory, and the host's), the index of blocks
  * that can be found again by content, and the order in which copies go. Refuses to touch memory: it
- * deals in slot numbers, and what is to be moved leaves as copy orders that somebody else carries
- * out.
+ * deals in slot numbers; what is to be moved leaves as copy orders that somebody else carries out.
  *
  * A *node* is the content of one block. It has a *copy* in a slot of some of the places. A copy is
  *     KV_RESERVED   a slot without content; its copy is not ordered yet, or has failed
@@ -14,16 +13,15 @@
  * with one hash stay two texts. Unpinned copies of registered nodes are cached; those of private
  * nodes are freed, unless their owner keeps them.
  *
- * Each slot has one *standing* (enum standing), and each place counts how many have which. Cached
- * copies are clean if the node has another valid copy, on the host or on a peer, else dirty: to
- * drop a clean one loses nothing, and what was its duplicate is dirty from then on. That alone is
- * no reason to go: the coldest copy of a place goes first, clean or dirty, and a dirty one is
- * paged out before it goes. The cleaner does that in advance for the few that are next.
+ * Cached copies are clean if the node has another valid one, on the host or a peer, else dirty: to
+ * drop a clean one loses nothing, and what was its duplicate is dirty from then on. But that is no
+ * reason to go: the coldest copy of a place goes first, and if it is dirty it is paged out before
+ * it goes. The cleaner does so in advance for the few that are next.
  *
- * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing: so
- * the rules stand in one function. Clean and dirty copies of a place are on a heap each, the
- * coldest on top: a copy that becomes cached costs O(1) when it is the hottest, as it is under LRU,
- * and to take one out, or to go from clean to dirty, costs O(log n) in every order.
+ * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing
+ * (enum standing): so the rules stand in one function. Clean and dirty copies of a place are on a
+ * heap each, the coldest on top. To enter as the hottest, as under LRU, costs O(1), all else on a
+ * heap of n O(log n), in every order.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
@@ -32,10 +30,9 @@
  *     under LRU a child is colder than its parent and leaves go first. Should a parent go before
  *     its child, the child cannot be found any more (a parent's serial number is never used again),
  *     and goes in its turn;
- *   - whoever waits for room gets it. A page-out that somebody waits for frees its slot as it ends,
- *     so what others do on the host cannot undo it. If all of the host is pinned (or there is
- *     none), dirty copies are lost rather than waited for. The cleaners alone come to an end: what
- *     one of them takes from the host is not what another has put there (see choose_host_victim).
+ *   - room that unpinned copies can give comes: a page-out frees its slot as it ends if somebody
+ *     waits for that, so what others do on the host cannot undo it; if all of the host is pinned,
+ *     or there is none, dirty copies are lost. Cleaners come to an end: see choose_host_victim.
  * Chained hashing of full blocks as in vLLM (Kwon et al., "PagedAttention", SOSP 2023).
  * Read next: scheduler.c, which alone changes it. */
 #include "dynamo.h"
@@ -342,12 +339,6 @@ static void settle(struct kv *kv, int id) {
         free_node(kv, id);
 }
 
-static void pin(struct kv *kv, struct copy *c) {
-    c->pins++;
-    c->unused = false;
-    settle(kv, c->node);
-}
-
 /* ---- making room ---- */
 
 /* Drops a cached copy. If the block is on the host alone now, its heat goes there. */
@@ -392,12 +383,6 @@ static bool page_out(struct kv *kv, struct copy *c, bool urgent) {
     return true;
 }
 
-/* Slots that are free, will be, or can be at once when it is their turn; counted up to `most`. */
-static int count_ready(const struct place *at, int most) {
-    int n = at->n[FREE] + at->n[LEAVING];
-    return n + heap_count(&at->clean, 0, coldest(&at->dirty), most - n);
-}
-
 /* ---- the public functions: see dynamo.h ---- */
 
 static int watermark(const struct place *place, int most) {
@@ -423,44 +408,35 @@ void kv_destroy(struct kv *kv) {
     free(kv);
 }
 
-/* All in one piece of memory. */
-static struct kv *allocate(int n_nodes) {
-    int n_buckets = 16;
-    while (n_buckets < n_nodes)
-        n_buckets *= 2;
-    size_t n = (size_t)n_nodes;
-    struct kv *kv = calloc(1, sizeof *kv + n * (sizeof *kv->nodes + sizeof *kv->copies) +
-                                  2 * n * sizeof *kv->heaps + (size_t)n_buckets * sizeof(int));
-    if (kv) {
-        kv->n_nodes = n_nodes;
-        kv->n_buckets = n_buckets;
-        kv->nodes = (struct node *)(kv + 1);
-        kv->copies = (struct copy *)(kv->nodes + n);
-        kv->heaps = (struct copy **)(kv->copies + n);
-        kv->buckets = (int *)(kv->heaps + 2 * n);
-    }
-    return kv;
-}
-
 struct kv *kv_create(const struct kv_config *config) {
-    int n_nodes = config->host_blocks;
+    int n_nodes = config->host_blocks, n_buckets = 16;
     for (int i = 0; i < config->n_workers; i++)
         n_nodes += config->device_blocks[i];
-    struct kv *kv = allocate(n_nodes);
+    while (n_buckets < n_nodes)
+        n_buckets *= 2;
+    struct kv *kv; /* all is in one piece of memory */
+    size_t n = (size_t)n_nodes, node = sizeof *kv->nodes + sizeof *kv->copies;
+    kv = calloc(1, sizeof *kv + n * (node + 2 * sizeof *kv->heaps) +
+                       (size_t)n_buckets * sizeof *kv->buckets);
     if (!kv)
         return NULL;
-    kv->host = config->n_workers;
-    kv->n_places = config->n_workers + 1;
-    kv->policy = config->policy;
-    kv->order = config->order;
+    *kv = (struct kv){.n_places = config->n_workers + 1,
+                      .host = config->n_workers,
+                      .policy = config->policy,
+                      .order = config->order,
+                      .n_nodes = n_nodes,
+                      .n_buckets = n_buckets};
+    kv->nodes = (struct node *)(kv + 1);
+    kv->copies = (struct copy *)(kv->nodes + n);
+    kv->heaps = (struct copy **)(kv->copies + n);
+    kv->buckets = (int *)(kv->heaps + 2 * n);
     for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots) {
         kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
         place_create(kv, i, first);
     }
     for (int i = 0; i < n_nodes; i++)
         kv->nodes[i].next = i + 1 < n_nodes ? i + 1 : NONE;
-    for (int i = 0; i < kv->n_buckets; i++)
-        kv->buckets[i] = NONE;
+    memset(kv->buckets, NONE, (size_t)n_buckets * sizeof *kv->buckets);
     return kv;
 }
 
@@ -489,25 +465,28 @@ int kv_reclaimable(const struct kv *kv, int worker) {
 bool kv_make_room(struct kv *kv, int worker, int n) {
     struct place *at = &kv->places[worker];
     const struct place *host = &kv->places[kv->host];
+    int wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
     struct copy *victim;
-    at->wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
-    while (at->n[FREE] + at->n[LEAVING] < at->wanted && (victim = choose_victim(at))) {
+    while (at->n[FREE] + at->n[LEAVING] < wanted && (victim = choose_victim(at))) {
         bool may_lose = host->n[PINNED] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim);
         else if (!page_out(kv, victim, true))
             break; /* what is in flight to the host or from it will make room there */
     }
-    bool ok = at->n[FREE] >= n;
-    at->wanted = ok ? 0 : at->wanted;
-    return ok;
+    at->wanted = at->n[FREE] < n ? wanted : 0;
+    return at->n[FREE] >= n;
 }
 
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
-    int n = watermark(at, CLEAN_LOW);
-    while (at->dirty.n > 0 && count_ready(at, n) < n && page_out(kv, coldest(&at->dirty), false))
-        n = watermark(at, CLEAN_HIGH);
+    for (int n = watermark(at, CLEAN_LOW); at->dirty.n > 0; n = watermark(at, CLEAN_HIGH)) {
+        struct copy *next = coldest(&at->dirty);
+        int n_ready = at->n[FREE] + at->n[LEAVING]; /* and those that go before it */
+        n_ready += heap_count(&at->clean, 0, next, n - n_ready);
+        if (n_ready >= n || !page_out(kv, next, false))
+            break;
+    }
 }
 
 int kv_new(struct kv *kv, int worker) {
@@ -531,19 +510,20 @@ bool kv_send(struct kv *kv, int node, int worker) {
     return from;
 }
 
+void kv_hold(struct kv *kv, int node, int place) {
+    struct copy *c = copy_at(kv, node, place);
+    assert(c);
+    c->pins++;
+    c->unused = false;
+    settle(kv, node);
+}
+
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    struct copy *c = copy_at(kv, node, worker);
-    if (c)
-        pin(kv, c);
+    if (copy_at(kv, node, worker))
+        kv_hold(kv, node, worker);
     else if (!choose_source(kv, node) || !occupy(kv, node, worker, KV_RESERVED))
         return false;
     return kv_send(kv, node, worker);
-}
-
-void kv_hold(struct kv *kv, int node, int place) {
-    struct copy *c = copy_at(kv, node, place);
-    assert(c && c->state != KV_RESERVED);
-    pin(kv, c);
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {

@@ -13,8 +13,9 @@
  * block. Younger requests may pass one that does not fit, but not more than MAX_PASSED of them. A
  * request whose next block another one is about to compute waits for it: each block is computed
  * once. Only a running answer grows, which admission expects; if nothing can be freed for it all
- * the same, the youngest on that worker is preempted. The oldest is never preempted for a younger
- * one, so every request ends.
+ * the same, the youngest on that worker is preempted, and comes back before others; if that takes
+ * long they take turns. The oldest on a worker is never preempted for a younger one, so every
+ * request ends.
  *
  * An admitted request stands in one queue of one worker: of its prefill worker until its prompt is
  * computed, then of its decode worker. So a step touches only requests of its worker.
@@ -43,11 +44,13 @@ enum {
     MAX_CANDIDATES = 16,        /* waiting requests that are looked at, and prompts for a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
-    SPAN_TOKENS = 32,           /* answers are expected to end within spans of so many tokens */
-    N_SPANS = 64                /* the last span is all that is further away */
+    GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
+    PATIENCE_MS = 700, /* a preempted answer waits so long before it takes another's place */
+    SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
+    N_SPANS = 64       /* the last span is all that is further away */
 };
 
-struct list { /* of requests, oldest first */
+struct list { /* of requests, oldest first; preempted ones in the order in which they were that */
     struct request *first, *last;
     int length;
 };
@@ -111,11 +114,11 @@ static int prefill_left(const struct request *r) {
     return r->prefill_end > r->filled ? r->prefill_end - r->filled : 0;
 }
 
-/* Tokens that an answer is expected to go on for: until it is as long as answers have been, and
- * when it is, for a quarter of what it has. */
+/* Tokens that an answer is expected to go on for: until it is as long as answers have been, but at
+ * least for a quarter of that, or of what it has. */
 static int expected_left(const struct sched *s, const struct request *r) {
     int n = r->length - r->n_prompt, likely = (int)s->likely_answer;
-    int left = n < likely ? likely - n : n / 4 + 1;
+    int least = (n < likely ? likely : n) / 4 + 1, left = likely - n > least ? likely - n : least;
     left = left < r->max_new - n ? left : r->max_new - n;
     return left < s->max_length - r->length ? left : s->max_length - r->length;
 }
@@ -163,11 +166,12 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
         int then = held + n * (1 + span * SPAN_TOKENS / BLOCK_TOKENS);
         peak = then > peak ? then : peak;
     }
-    return peak <= n_blocks;
+    return peak <= n_blocks + n_blocks * GROWTH_SLACK / 100;
 }
 
 /* Whether a worker could take a plan's request now: its blocks can be freed there, also those that
- * stalled answers need, and an answer has room to grow. */
+ * stalled answers need, and a new answer has room to grow. One that was preempted need not wait for
+ * that. */
 static bool fits(const struct sched *s, const struct request *r, const struct plan *plan,
                  int worker, bool decodes) {
     const struct worker *w = &s->workers[worker];
@@ -175,7 +179,7 @@ static bool fits(const struct sched *s, const struct request *r, const struct pl
     int wanted = decodes ? blocks_of(r->length + expected_left(s, r)) : n_blocks;
     int lacks = plan->missing[worker] + n_blocks - plan->n_hits + w->queues[STALLED].length;
     return wanted <= s->config.kv.device_blocks[worker] && lacks <= kv_reclaimable(s->kv, worker) &&
-           (!decodes || room_to_grow(s, r, plan, worker));
+           (!decodes || r->preemptions > 0 || room_to_grow(s, r, plan, worker));
 }
 
 /* Which of two workers of equal cost: the one with more room, then the one not chosen for longer.
@@ -222,6 +226,15 @@ static struct request *choose_preempted(const struct worker *w) {
     return !running || (stalled && stalled->id > running->id) ? stalled : running;
 }
 
+/* Which running answer goes so that a preempted one can go on: the youngest that has had its time
+ * since it was admitted, never the oldest. NULL: none. */
+static struct request *choose_rotated(const struct worker *w, double now) {
+    struct request *r = w->queues[RUNNING].last;
+    while (r && now < r->resumed + 1e-3 * PATIENCE_MS)
+        r = r->previous;
+    return r == w->queues[RUNNING].first ? NULL : r;
+}
+
 /* How many tokens of a chunk the oldest prompt gets if others want their part: half of them. Of the
  * rest, those that it is enough for to the end get theirs, in the order of arrival. */
 static int oldest_share(const struct sched *s, const struct request *oldest) {
@@ -251,9 +264,9 @@ static void list_remove(struct list *list, struct request *r) {
     list->length--;
 }
 
-static void list_insert(struct list *list, struct request *r) {
+static void list_insert(struct list *list, struct request *r, bool at_end) {
     struct request *before = list->last;
-    while (before && before->id > r->id)
+    while (before && before->id > r->id && !at_end)
         before = before->previous;
     r->previous = before;
     r->next = before ? before->next : list->first;
@@ -296,7 +309,7 @@ static void place_request(struct sched *s, struct request *r) {
     }
     r->list = to;
     if (to) {
-        list_insert(to, r);
+        list_insert(to, r, to == &s->preempted);
         concern(s, r->state == REQUEST_WAITING ? NONE : worker_of(r));
     }
 }
@@ -560,6 +573,7 @@ static bool admit(struct sched *s, struct request *r, double now) {
     r->n_registered = r->n_sent = plan.cached / BLOCK_TOKENS;
     r->filled = plan.cached;
     r->prefill_end = plan.end;
+    r->resumed = now;
     r->admitted = r->admitted > 0 ? r->admitted : now;
     struct worker *prefills = &s->workers[plan.prefill_worker];
     struct worker *decodes = &s->workers[plan.decode_worker];
@@ -577,7 +591,7 @@ static bool admit(struct sched *s, struct request *r, double now) {
 static void admit_waiting(struct sched *s, double now) {
     struct request *old = s->preempted.first, *new = s->waiting.first, *passed = NULL;
     for (int n = 0; n < MAX_CANDIDATES && (old || new);) {
-        struct request **from = !new || (old && old->id < new->id) ? &old : &new, *r = *from;
+        struct request **from = old ? &old : &new, *r = *from;
         *from = r->next;
         int64_t changes = s->n_changes;
         if (r->tried != changes && admit(s, r, now)) {
@@ -666,6 +680,20 @@ static void grow_stalled(struct sched *s, int worker, double now) {
         (void)kv_make_room(s->kv, worker, stalled->length);
 }
 
+/* If there is not room for all answers, they take turns: none waits long. Without a host tier they
+ * do not, for each turn would compute anew what was dropped. */
+static void rotate(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    const struct request *waits = s->preempted.first;
+    if (!waits || waits->decode_worker != worker || s->config.kv.host_blocks == 0 ||
+        now < waits->last_token + 1e-3 * PATIENCE_MS ||
+        kv_reclaimable(s->kv, worker) >= blocks_of(waits->length) + w->queues[STALLED].length)
+        return;
+    struct request *victim = choose_rotated(w, now);
+    if (victim)
+        withdraw(s, victim, FINISH_NONE, now);
+}
+
 /* Adds the row of each running request. If there are more than max_batch they take turns. */
 static void add_running(struct sched *s, int worker, double now) {
     struct worker *w = &s->workers[worker];
@@ -718,6 +746,7 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     struct batch *batch = &step->batch;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
     grow_stalled(s, worker, now);
+    rotate(s, worker, now);
     admit_waiting(s, now);
     start_arrived(s, worker, now);
     add_running(s, worker, now);

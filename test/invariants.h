@@ -236,7 +236,8 @@ static const char *check_requests(struct sched *s, const struct list *list, int 
         if (broken)
             return broken;
         BROKEN(r->previous != previous, "broken links between requests");
-        BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
+        BROKEN(previous && previous->id >= r->id && list != &s->preempted,
+               "requests are not in order of arrival");
         BROKEN(r->list != list || list_of(s, r) != list, "on the wrong list");
         for (const struct request *o = list->first; o != r && r->state == REQUEST_PREFILL;
              o = o->next)
