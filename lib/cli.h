@@ -7,8 +7,10 @@
  *         return 2;
  *     }
  *     struct requests requests = {0};
- *     if (options.file && requests_read(&requests, options.file, &options.request, error))
- *         ... requests.specs[0, requests.n) ...
+ *     struct request_spec spec;
+ *     if (options.file && requests_open(&requests, options.file, error))
+ *         while (requests_next(&requests, &options.request, &spec, error) > 0)
+ *             requests_add(&requests, &spec);
  *     requests_free(&requests);
  *     cli_free(&options);
  *
@@ -19,8 +21,7 @@
  *
  * A file has one request a line: a JSON object if it starts with `{`, else the text itself; empty
  * lines are skipped. What a line does not say is as on the command line. A bad line becomes a
- * request with `error` set, so that the others go on. Lines can be taken as they come:
- * requests_open, requests_next.
+ * request with `error` set, so that the others go on.
  *
  * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
  * line of text. Texts are not copied: argv, and a request's line, must outlive what points into
@@ -132,9 +133,6 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
                   struct request_spec *spec, char error[ERROR_LENGTH]);
 /* Adds it to specs, which may move. */
 void requests_add(struct requests *requests, const struct request_spec *spec);
-/* Opens a file and reads all of it. */
-bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
-                   char error[ERROR_LENGTH]);
 void requests_free(struct requests *requests);
 
 /* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
@@ -678,15 +676,6 @@ void requests_add(struct requests *requests, const struct request_spec *spec) {
             abort();
     }
     requests->specs[requests->n++] = *spec;
-}
-
-bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
-                   char error[ERROR_LENGTH]) {
-    struct request_spec spec;
-    int got = requests_open(requests, path, error) ? 1 : -1;
-    while (got > 0 && (got = requests_next(requests, defaults, &spec, error)) > 0)
-        requests_add(requests, &spec);
-    return got == 0;
 }
 
 void requests_free(struct requests *requests) {

@@ -230,6 +230,15 @@ static void bad_lines(struct check *check) {
     }
 }
 
+static bool read_all(struct requests *requests, const char *path,
+                     const struct request_spec *defaults, char error[ERROR_LENGTH]) {
+    struct request_spec spec;
+    int got = requests_open(requests, path, error) ? 1 : -1;
+    while (got > 0 && (got = requests_next(requests, defaults, &spec, error)) > 0)
+        requests_add(requests, &spec);
+    return got == 0;
+}
+
 /* A file of a line each, written to a temporary file that is gone when it is closed. */
 static bool requests_of(struct options *options, const char *line, const char *text, size_t length,
                         struct requests *requests, char error[ERROR_LENGTH]) {
@@ -244,7 +253,7 @@ static bool requests_of(struct options *options, const char *line, const char *t
     bool good = parse(options, line, error);
     options->file = path;
     *requests = (struct requests){0};
-    good = good && requests_read(requests, options->file, &options->request, error);
+    good = good && read_all(requests, options->file, &options->request, error);
     fclose(file);
     return good;
 }
@@ -479,9 +488,8 @@ static void files_are_read_whole(struct check *check) {
             fclose(file);
     }
     struct options o;
-    struct requests requests;
-    CHECK(parse(&o, "m -f no/such/file", error) &&
-              !requests_read(&requests, o.file, &o.request, error),
+    struct requests requests = {0};
+    CHECK(parse(&o, "m -f no/such/file", error) && !read_all(&requests, o.file, &o.request, error),
           "-f");
     CHECK(!strncmp(error, "no/such/file: ", 14), "%s", error);
     cli_free(&o);
