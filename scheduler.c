@@ -128,19 +128,11 @@ struct growth {
     int n[N_SPANS], blocks[N_SPANS], sum; /* answers, what each alone holds now; that of all */
 };
 
-static void expect(const struct sched *s, const struct request *r, int n_blocks, struct growth *g) {
-    int span = expected_left(s, r) / SPAN_TOKENS;
-    span = span < N_SPANS ? span : N_SPANS - 1;
-    g->n[span]++;
+static void expect(struct growth *g, int n, int left, int n_blocks) {
+    int span = left / SPAN_TOKENS < N_SPANS ? left / SPAN_TOKENS : N_SPANS - 1;
+    g->n[span] += n;
     g->blocks[span] += n_blocks;
     g->sum += n_blocks;
-}
-
-static void expect_all(const struct sched *s, const struct list *list, int worker,
-                       struct growth *g) {
-    for (const struct request *r = list->first; r; r = r->next)
-        if (r->decode_worker == worker)
-            expect(s, r, r->n_blocks - r->cached_tokens / BLOCK_TOKENS, g);
 }
 
 /* Whether a worker holds the answers that are there or on their way, and this one, at any time
@@ -150,16 +142,18 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
     int pinned = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
-    int most = blocks_of((int)s->likely_answer) * (w->n_admitted + 1);
-    if (w->n_admitted == 0 || pinned + own + most <= n_blocks)
+    int likely = (int)s->likely_answer, n_prefilling = w->n_admitted;
+    if (w->n_admitted == 0 || pinned + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
         return true;
     struct growth g = {0};
-    for (int other = 0; other < s->config.kv.n_workers; other++)
-        expect_all(s, &s->workers[other].queues[PREFILLING], worker, &g);
-    for (int queue = ARRIVING; queue < N_QUEUES; queue++)
-        expect_all(s, &w->queues[queue], worker, &g);
+    for (int queue = ARRIVING; queue < N_QUEUES; queue++) {
+        n_prefilling -= w->queues[queue].length;
+        for (const struct request *o = w->queues[queue].first; o; o = o->next)
+            expect(&g, 1, expected_left(s, o), o->n_blocks - o->cached_tokens / BLOCK_TOKENS);
+    }
     int held = pinned > g.sum ? pinned - g.sum : 0, n = 0, peak = 0;
-    expect(s, r, own, &g);
+    expect(&g, n_prefilling, likely, 0);
+    expect(&g, 1, expected_left(s, r), own);
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
         held += g.blocks[span];
         n += g.n[span];
@@ -194,18 +188,21 @@ static bool is_idler(const struct sched *s, int worker, int other) {
  * block to be fetched for each that is not there. NONE: none has room. */
 static int choose_worker(const struct sched *s, const struct request *r, const struct plan *plan,
                          bool decodes) {
-    int best = NONE, least = 0;
-    for (int i = 0; i < s->config.kv.n_workers; i++) {
-        const struct worker *w = &s->workers[i];
-        int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
-        bool has_role = decodes ? s->config.decodes[i] : s->config.prefills[i];
-        if (has_role && (best == NONE || cost < least || (cost == least && is_idler(s, i, best))) &&
-            fits(s, r, plan, i, decodes)) {
-            best = i;
-            least = cost;
+    for (uint32_t full = 0;;) {
+        int best = NONE, least = 0;
+        for (int i = 0; i < s->config.kv.n_workers; i++) {
+            const struct worker *w = &s->workers[i];
+            int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
+            bool can = (decodes ? s->config.decodes[i] : s->config.prefills[i]) && !(full >> i & 1);
+            if (can && (best == NONE || cost < least || (cost == least && is_idler(s, i, best)))) {
+                best = i;
+                least = cost;
+            }
         }
+        if (best == NONE || fits(s, r, plan, best, decodes))
+            return best;
+        full |= 1u << best;
     }
-    return best;
 }
 
 /* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
