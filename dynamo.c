@@ -288,7 +288,7 @@ static void *worker_main(void *argument) {
         (void)collect_copies(worker);
         struct step *step = sched_next(engine->sched, worker->index, engine_now());
         struct kv_copy_order orders[COPY_ORDERS];
-        int n = sched_copies(engine->sched, worker->index, orders, COPY_ORDERS, engine_now());
+        int n = sched_copies(engine->sched, worker->index, orders, COPY_ORDERS);
         uint32_t concerned = sched_concerned(engine->sched), self = 1u << worker->index;
         if (concerned & ~self)
             engine_wake(engine);
