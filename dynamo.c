@@ -278,10 +278,10 @@ void engine_wake(struct engine *engine) {
 
 /* ---- the courier ---- */
 
-static void take_orders(struct engine *engine, double now) {
+static void take_orders(struct engine *engine) {
     struct kv_copy_order orders[MAX_COPIES];
     for (int w = 0; w < engine->config.n_workers; w++) {
-        int n = sched_copies(engine->sched, w, orders, MAX_COPIES, now);
+        int n = sched_copies(engine->sched, w, orders, MAX_COPIES);
         for (int i = 0; i < n; i++)
             engine->transfers[engine->n_transfers++].order = orders[i];
     }
@@ -315,7 +315,7 @@ static void *courier_main(void *argument) {
         if (engine_now() >= sched_next_event(engine->sched))
             sched_expire(engine->sched, engine_now());
         if (!engine->stopping)
-            take_orders(engine, engine_now());
+            take_orders(engine);
         engine->next_event = sched_next_event(engine->sched);
         (void)wake_concerned(engine);
         if (engine->n_transfers == 0) {

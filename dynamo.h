@@ -97,7 +97,8 @@ struct request {
     enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
-    struct list *list;                         /* of the scheduler: where it stands */
+    double late;       /* when it is too late for the block that it waits for; INFINITY: for none */
+    struct list *list; /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -331,7 +332,7 @@ struct sched_config {
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */
     int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
-    double copy_seconds;  /* a copy that takes longer fails those that wait for it; 0: no limit */
+    double copy_seconds;  /* who waits longer for a block fails; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
@@ -365,8 +366,7 @@ struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
 /* Copies that a worker may start now, at most `most`, also while a step of it runs: as many as
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
-int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most,
-                 double now);
+int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
 /* The workers (bit w: worker w) that have something to do or to look at since the last call of
  * this: they alone need be woken. */

@@ -67,19 +67,15 @@ enum {
 
 struct worker {
     struct step step;
-    char *arena; /* all arrays of the step, and `copying` */
+    char *arena; /* all arrays of the step */
     struct list queues[N_QUEUES];
     struct request *turn; /* of those running, the first in the next step; NULL: the oldest */
     int backlog;          /* prompt tokens that are left to those prefilling */
     int n_admitted;       /* requests that decode here, or will */
     int n_blocks;         /* their blocks here */
     int64_t chosen;       /* the number of the admission that chose it last */
-    struct copying {      /* copies that it was given, the one that began first in front */
-        struct kv_copy_order order;
-        double started;
-    } * copying; /* (copies_in_flight) */
-    int n_copying;
-    int n_pending; /* orders of the cache that sched_concerned has told of */
+    int n_copying;        /* copies that it was given and that have not ended */
+    int n_pending;        /* orders of the cache that sched_concerned has told of */
 };
 
 struct sched {
@@ -93,7 +89,7 @@ struct sched {
     int64_t n_chosen;                  /* admissions */
     double likely_answer;              /* tokens */
     uint32_t concerned;
-    double next_deadline; /* no deadline is earlier */
+    double next_event; /* no deadline is earlier, nor the time when a copy is late */
     struct sched_stats stats;
 };
 
@@ -128,19 +124,11 @@ struct growth {
     int n[N_SPANS], blocks[N_SPANS], sum; /* answers, what each alone holds now; that of all */
 };
 
-static void expect(const struct sched *s, const struct request *r, int n_blocks, struct growth *g) {
-    int span = expected_left(s, r) / SPAN_TOKENS;
-    span = span < N_SPANS ? span : N_SPANS - 1;
-    g->n[span]++;
+static void expect(struct growth *g, int n, int left, int n_blocks) {
+    int span = left / SPAN_TOKENS < N_SPANS ? left / SPAN_TOKENS : N_SPANS - 1;
+    g->n[span] += n;
     g->blocks[span] += n_blocks;
     g->sum += n_blocks;
-}
-
-static void expect_all(const struct sched *s, const struct list *list, int worker,
-                       struct growth *g) {
-    for (const struct request *r = list->first; r; r = r->next)
-        if (r->decode_worker == worker)
-            expect(s, r, r->n_blocks - r->cached_tokens / BLOCK_TOKENS, g);
 }
 
 /* Whether a worker holds the answers that are there or on their way, and this one, at any time
@@ -150,16 +138,18 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
     int pinned = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
-    int most = blocks_of((int)s->likely_answer) * (w->n_admitted + 1);
-    if (w->n_admitted == 0 || pinned + own + most <= n_blocks)
+    int likely = (int)s->likely_answer, n_prefilling = w->n_admitted;
+    if (w->n_admitted == 0 || pinned + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
         return true;
     struct growth g = {0};
-    for (int other = 0; other < s->config.kv.n_workers; other++)
-        expect_all(s, &s->workers[other].queues[PREFILLING], worker, &g);
-    for (int queue = ARRIVING; queue < N_QUEUES; queue++)
-        expect_all(s, &w->queues[queue], worker, &g);
+    for (int queue = ARRIVING; queue < N_QUEUES; queue++) {
+        n_prefilling -= w->queues[queue].length;
+        for (const struct request *o = w->queues[queue].first; o; o = o->next)
+            expect(&g, 1, expected_left(s, o), o->n_blocks - o->cached_tokens / BLOCK_TOKENS);
+    }
     int held = pinned > g.sum ? pinned - g.sum : 0, n = 0, peak = 0;
-    expect(s, r, own, &g);
+    expect(&g, n_prefilling, likely, 0);
+    expect(&g, 1, expected_left(s, r), own);
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
         held += g.blocks[span];
         n += g.n[span];
@@ -194,18 +184,21 @@ static bool is_idler(const struct sched *s, int worker, int other) {
  * block to be fetched for each that is not there. NONE: none has room. */
 static int choose_worker(const struct sched *s, const struct request *r, const struct plan *plan,
                          bool decodes) {
-    int best = NONE, least = 0;
-    for (int i = 0; i < s->config.kv.n_workers; i++) {
-        const struct worker *w = &s->workers[i];
-        int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
-        bool has_role = decodes ? s->config.decodes[i] : s->config.prefills[i];
-        if (has_role && (best == NONE || cost < least || (cost == least && is_idler(s, i, best))) &&
-            fits(s, r, plan, i, decodes)) {
-            best = i;
-            least = cost;
+    for (uint32_t full = 0;;) {
+        int best = NONE, least = 0;
+        for (int i = 0; i < s->config.kv.n_workers; i++) {
+            const struct worker *w = &s->workers[i];
+            int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
+            bool can = (decodes ? s->config.decodes[i] : s->config.prefills[i]) && !(full >> i & 1);
+            if (can && (best == NONE || cost < least || (cost == least && is_idler(s, i, best)))) {
+                best = i;
+                least = cost;
+            }
         }
+        if (best == NONE || fits(s, r, plan, best, decodes))
+            return best;
+        full |= 1u << best;
     }
-    return best;
 }
 
 /* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
@@ -357,6 +350,7 @@ static void release_blocks(struct sched *s, struct request *r) {
     while (r->n_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
     r->n_registered = r->n_ready = r->n_sent = r->n_slots = 0;
+    r->late = INFINITY;
     note_change(s);
 }
 
@@ -418,17 +412,20 @@ static void send_full_blocks(struct sched *s, struct request *r) {
 /* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
  * too many failures the request ends. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
-    while (r->n_ready < blocks_of(r->filled)) {
+    for (; r->n_ready < blocks_of(r->filled); r->n_ready++, r->late = INFINITY) {
         int node = r->blocks[r->n_ready];
         enum kv_state state = kv_state(s->kv, node, worker);
+        if (state == KV_VALID)
+            continue;
+        if (r->late == INFINITY && s->config.copy_seconds > 0)
+            r->late = now + s->config.copy_seconds;
+        s->next_event = fmin(s->next_event, r->late);
         if (state == KV_RESERVED &&
             (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
             (void)fail(r->error, "its KV blocks could not be copied");
             withdraw(s, r, FINISH_ERROR, now);
         }
-        if (state != KV_VALID)
-            return false;
-        r->n_ready++;
+        return false;
     }
     return true;
 }
@@ -542,18 +539,6 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     return ok;
 }
 
-static void count_admission(struct sched *s, struct request *r, const struct plan *plan) {
-    if (r->preemptions > 0) {
-        s->stats.recomputed_tokens += plan->end - plan->cached;
-        return;
-    }
-    r->cached_tokens = plan->cached;
-    r->cached_on_host = plan->n_alone * BLOCK_TOKENS;
-    s->stats.prefix_hit_tokens += plan->cached;
-    s->stats.local_prefills +=
-        plan->prefill_worker == plan->decode_worker && !s->config.prefills[plan->decode_worker];
-}
-
 /* Admits a waiting request. False: not now. */
 static bool admit(struct sched *s, struct request *r, double now) {
     struct plan plan;
@@ -581,7 +566,14 @@ static bool admit(struct sched *s, struct request *r, double now) {
     decodes->n_admitted++;
     decodes->n_blocks += r->n_blocks;
     prefills->chosen = decodes->chosen = ++s->n_chosen;
-    count_admission(s, r, &plan);
+    if (r->preemptions > 0) {
+        s->stats.recomputed_tokens += plan.end - plan.cached;
+    } else {
+        r->cached_tokens = plan.cached;
+        r->cached_on_host = plan.n_alone * BLOCK_TOKENS;
+        s->stats.prefix_hit_tokens += plan.cached;
+        s->stats.local_prefills += prefills == decodes && !s->config.prefills[r->decode_worker];
+    }
     set_state(s, r, REQUEST_LOADING);
     return true;
 }
@@ -757,12 +749,14 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     return batch->n_rows > 0 ? step : NULL;
 }
 
-int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most, double now) {
+int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most) {
     struct worker *w = &s->workers[worker];
     int n = 0;
     while (n < most && w->n_copying < s->config.copies_in_flight &&
-           kv_next_copy(s->kv, worker, &orders[n]))
-        w->copying[w->n_copying++] = (struct copying){orders[n++], now};
+           kv_next_copy(s->kv, worker, &orders[n])) {
+        n++;
+        w->n_copying++;
+    }
     w->n_pending = kv_pending(s->kv, worker);
     return n;
 }
@@ -837,12 +831,7 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
 }
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
-    struct worker *w = &s->workers[order->worker];
-    int i = 0;
-    while (w->copying[i].order.to != order->to || w->copying[i].order.to_slot != order->to_slot)
-        i++;
-    assert(i < w->n_copying);
-    memmove(&w->copying[i], &w->copying[i + 1], (size_t)(--w->n_copying - i) * sizeof *w->copying);
+    s->workers[order->worker].n_copying--;
     kv_copied(s->kv, order, ok);
     concern(s, order->worker);
     note_change(s);
@@ -888,10 +877,11 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .saved = NONE,
                           .looked_up = UINT64_MAX,
                           .tried = -1,
+                          .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
     if (r->deadline > 0)
-        s->next_deadline = fmin(s->next_deadline, now + r->deadline);
+        s->next_event = fmin(s->next_event, now + r->deadline);
     place_request(s, r);
     int context = s->config.context_length, most = s->config.max_queue;
     if (r->n_prompt < 1) {
@@ -942,61 +932,31 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
 /* ---- what takes too long ---- */
 
 double sched_next_event(const struct sched *s) {
-    double next = s->next_deadline;
-    for (int i = 0; i < s->config.kv.n_workers && s->config.copy_seconds > 0; i++)
-        if (s->workers[i].n_copying > 0)
-            next = fmin(next, s->workers[i].copying[0].started + s->config.copy_seconds);
-    return next;
+    return s->next_event;
 }
 
-/* Ends those of a list whose time has run out; finds the next deadline. */
-static void expire_requests(struct sched *s, const struct list *list, double now) {
-    struct request *next;
-    for (struct request *r = list->first; r; r = next) {
-        next = r->next;
-        double end = r->submitted + r->deadline;
-        if (r->deadline <= 0 || r->ending != FINISH_NONE)
-            continue;
-        if (end <= now) {
-            (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
-            withdraw(s, r, FINISH_ERROR, now);
-        } else {
-            s->next_deadline = fmin(s->next_deadline, end);
-        }
-    }
-}
-
-/* Ends the requests that wait for a copy on a worker. */
-static void expire_copy(struct sched *s, const struct kv_copy_order *order, double now) {
-    for (int queue = 0; queue < N_QUEUES && order->to < s->config.kv.n_workers; queue++) {
-        struct request *next;
-        for (struct request *r = s->workers[order->to].queues[queue].first; r; r = next) {
-            next = r->next;
-            int i = r->n_ready, n = blocks_of(r->filled);
-            while (i < n && r->blocks[i] != order->node)
-                i++;
-            if (i == n || r->ending != FINISH_NONE)
-                continue;
-            (void)fail(r->error, "a copy of its KV blocks has not ended for %g s",
-                       s->config.copy_seconds);
-            withdraw(s, r, FINISH_ERROR, now);
-        }
-    }
+/* Ends a request whose deadline, or whose time for a block to arrive, has run out. */
+static void expire(struct sched *s, struct request *r, double now) {
+    double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
+    if (r->ending != FINISH_NONE)
+        return;
+    if (end <= now)
+        (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
+    else if (r->late <= now)
+        (void)fail(r->error, "a KV block of it was not copied in %g s", s->config.copy_seconds);
+    if (r->error[0])
+        withdraw(s, r, FINISH_ERROR, now);
+    else
+        s->next_event = fmin(s->next_event, fmin(end, r->late));
 }
 
 void sched_expire(struct sched *s, double now) {
-    double most = s->config.copy_seconds;
-    s->next_deadline = INFINITY;
-    for (int i = 0; list_at(s, i); i++)
-        expire_requests(s, list_at(s, i), now);
-    for (int i = 0; i < s->config.kv.n_workers && most > 0; i++) {
-        struct worker *w = &s->workers[i];
-        for (int n = w->n_copying; n > 0 && w->copying[0].started + most <= now; n--) {
-            struct copying late = {w->copying[0].order, now}; /* who waits for it later has time */
-            size_t bytes = (size_t)(w->n_copying - 1) * sizeof *w->copying;
-            memmove(&w->copying[0], &w->copying[1], bytes);
-            w->copying[w->n_copying - 1] = late;
-            expire_copy(s, &late.order, now);
+    s->next_event = INFINITY;
+    for (int i = 0; list_at(s, i); i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            expire(s, r, now);
         }
     }
     admit_waiting(s, now);
@@ -1010,14 +970,11 @@ static void *carve(char *arena, size_t *end, size_t n, size_t bytes_each) {
     return array;
 }
 
-/* Lays the arrays of a worker into its arena, one behind the other; returns the bytes that they
- * take. arena NULL: that alone. */
-static size_t lay_out(struct worker *w, char *arena, size_t n_rows, size_t n_blocks,
-                      size_t n_copying) {
-    struct step *step = &w->step;
+/* Lays the arrays of a step into an arena, one behind the other; returns the bytes that they take.
+ * arena NULL: that alone. */
+static size_t lay_out(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
     struct batch *batch = &step->batch;
     size_t end = 0;
-    w->copying = carve(arena, &end, n_copying, sizeof *w->copying);
     step->requests = carve(arena, &end, n_rows, sizeof *step->requests);
     batch->sequence = carve(arena, &end, n_rows, sizeof *batch->sequence);
     batch->sampling = carve(arena, &end, n_rows, sizeof *batch->sampling);
@@ -1033,10 +990,9 @@ static size_t lay_out(struct worker *w, char *arena, size_t n_rows, size_t n_blo
 static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
-    size_t n_copying = (size_t)s->config.copies_in_flight;
-    w->arena = calloc(1, lay_out(w, NULL, n_rows, n_blocks, n_copying));
+    w->arena = calloc(1, lay_out(&w->step, NULL, n_rows, n_blocks));
     if (w->arena)
-        (void)lay_out(w, w->arena, n_rows, n_blocks, n_copying);
+        (void)lay_out(&w->step, w->arena, n_rows, n_blocks);
     return w->arena;
 }
 
@@ -1045,7 +1001,7 @@ struct sched *sched_create(const struct sched_config *config) {
     if (!s)
         return NULL;
     s->config = *config;
-    s->next_deadline = INFINITY;
+    s->next_event = INFINITY;
     s->likely_answer = config->likely_answer > 0 ? config->likely_answer : LIKELY_ANSWER;
     for (int i = 0; i < config->kv.n_workers; i++) {
         int n = config->kv.device_blocks[i], text = n * BLOCK_TOKENS;
