@@ -197,7 +197,7 @@ static struct request *submit_fake(int64_t id, int max_new) { /* with the lock h
 }
 
 static void finish_fake(struct request *r) { /* with the lock held */
-    check_waits = "an answer";
+    check_waits = "an answer, or copies while a step runs";
     while (r->state != REQUEST_FINISHED)
         engine_wait(threads, INFINITY);
     free(r->tokens);
@@ -225,7 +225,6 @@ static int64_t transfers_wanted; /* the step of worker 1 that finds this ends wh
 
 static void wait_for_copies(int worker) {
     int64_t wanted = __atomic_load_n(&transfers_wanted, __ATOMIC_SEQ_CST), done = 0;
-    check_waits = "copies while a step runs";
     while (worker == 1 && done < wanted) {
         engine_lock(threads);
         done = kv_stats(sched_kv(threads->sched)).transfers;
