@@ -33,6 +33,7 @@ def options():
     parser.add_argument("--rate", type=float, default=10, help="users who come in a second")
     parser.add_argument("--think", type=float, default=1, help="seconds between turns, mean")
     parser.add_argument("--system", type=int, default=32, help="words, or ids, that all share")
+    parser.add_argument("--first", type=int, default=0, help="more of them in a first turn, mean")
     parser.add_argument("--prompt", type=int, default=40, help="words, or ids, of a turn, mean")
     parser.add_argument("--answer", type=int, default=50, help="tokens of an answer, mean")
     parser.add_argument("--tail", type=float, default=0.5, help="0: no tail, all are the mean")
@@ -68,7 +69,8 @@ def write(o):
         arrival += rng.expovariate(o.rate)
         at = arrival
         for turn in range(o.turns):
-            said = text(rng, length(rng, o.prompt, o), o)
+            first = length(rng, o.first, o) if o.first and turn == 0 else 0
+            said = text(rng, first + length(rng, o.prompt, o), o)
             gap = [] if o.ids else ". "
             said = (system + gap + said if turn == 0 else said if o.ids else " " + said) or said
             line = {"id": f"u{user}t{turn}", "ids" if o.ids else "prompt": said,
@@ -102,7 +104,7 @@ def judge(answers_path, load_path):
         answer, before = answers.get(line["id"], {}), answers.get(line.get("after"))
         if answer and line["id"] not in followed:
             blocks += (answer["prompt_tokens"] + answer["completion_tokens"]) // BLOCK
-        if before and answer.get("prompt_tokens"):
+        if before and "queue_ms" in answer:
             whole = before["prompt_tokens"] + before["completion_tokens"]
             possible = (whole - 1) // BLOCK * BLOCK
             cacheable += possible
