@@ -20,15 +20,15 @@
  *     n_shards     devices of one worker; each holds n_heads / n_shards heads and as much of d_ff
  *
  * One block and one token on paper (2 workers: 0 prefills, 1 decodes; a prompt of 20 tokens):
- *     sched_submit   the request waits.
- *     sched_next(0)  no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
+ *     sched_submit   no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
  *                    a slot on worker 0 to be written and a slot reserved on worker 1.
+ *     sched_next(0)  the first chunk, here all of the prompt.
  *                    The step: rows 0-19, block table {slot of A, slot of B}, one sample (row 19).
  *     forward        row 3 of layer 5: rope_append writes its K to kv + slot(A) * block_bytes,
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
- *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_copies(1) hands out the two copy orders, for the courier.
+ *                    Token 20 is sampled. Both are sent: their slots on worker 1 are in flight.
+ *     sched_copies   hands out the two copy orders of worker 1; the courier carries them out.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.

@@ -242,11 +242,12 @@ static void concern(struct sched *s, int place) {
         s->concerned |= 1u << place;
 }
 
-/* Blocks may be free: waiting requests can be tried again, and workers that lack some. */
+/* Blocks may be free, or be written again: waiting requests can be tried again, and workers that
+ * lack some, or wait for some, look. */
 static void note_change(struct sched *s) {
     s->n_changes++;
     for (int i = 0; i < s->config.kv.n_workers; i++)
-        if (s->workers[i].queues[STALLED].first)
+        if (s->workers[i].queues[STALLED].first || s->workers[i].queues[ARRIVING].first)
             concern(s, i);
 }
 

@@ -1040,6 +1040,8 @@ static void copies_are_bounded_by_what_is_in_flight(struct check *check) {
         sched_copied(s, &orders[0], true, 0);
         CHECK(sched_copies(s, 1, orders, 200) == way, "one for one that has ended");
         CHECK(sched_concerned(s) >> 1 & 1, "its worker is told");
+        for (int i = 0; i < 2; i++)
+            sched_cancel(s, &jobs[i].request, false, 0);
         sched_destroy(s);
     }
 }
