@@ -371,8 +371,8 @@ void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool o
 /* The workers (bit w: worker w) that have something to do or to look at since the last call of
  * this: they alone need be woken. */
 uint32_t sched_concerned(struct sched *sched);
-/* When a deadline or the time of a copy runs out next: sched_expire is to be called then. INFINITY:
- * never. */
+/* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
+ * then. INFINITY: never. Any call may bring it nearer. */
 double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */

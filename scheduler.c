@@ -7,15 +7,14 @@
  * devices. README.md has a picture of a request's life; set_state is the one function that changes
  * it, and withdraw the one way out of it.
  *
- * Admission (every call ends with it, if something has changed) takes waiting requests in the order
- * of arrival, looks for the longest cached prefix, picks a prefill and a decode worker, and reserves
- * all blocks of the prompt on both: what is admitted can reach RUNNING without needing another
- * block. Younger requests may pass one that does not fit, but not more than MAX_PASSED of them. A
- * request whose next block another one is about to compute waits for it: each block is computed
- * once. Only a running answer grows, which admission expects; if nothing can be freed for it all
- * the same, the youngest on that worker is preempted, and comes back before others; if that takes
- * long they take turns. The oldest on a worker is never preempted for a younger one, so every
- * request ends.
+ * Admission (each call ends with it, if something has changed) takes waiting requests in the order
+ * of arrival, looks for the longest cached prefix, picks a prefill and a decode worker, and
+ * reserves all blocks of the prompt on both: what is admitted can reach RUNNING without another
+ * block. A few younger requests may pass one that does not fit. One whose next block another is
+ * about to compute waits for it, so each block is computed once. Only a running answer grows, which
+ * admission expects; if nothing can be freed for it all the same, the youngest on that worker is
+ * preempted, and comes back before others; if that takes long they take turns. The oldest on a
+ * worker is never preempted for a younger one, so every request ends.
  *
  * An admitted request stands in one queue of one worker: of its prefill worker until its prompt is
  * computed, then of its decode worker. So a step touches only requests of its worker.
@@ -25,8 +24,8 @@
  *     [n_registered, n_blocks)  private: being filled, or reserved for what comes
  *     [0, n_prefill_blocks)     pinned on the prefill worker too, until they are handed over
  * Continuous batching: Yu et al., "Orca", OSDI 2022; chunked prefill: Agrawal et al.,
- * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024; expected growth:
- * Gong et al., "Past-Future scheduler", ASPLOS 2025.
+ * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024; expected
+ * growth: Gong et al., "Past-Future scheduler", ASPLOS 2025.
  * Read next: dynamo.c, which drives it. */
 #include "dynamo.h"
 

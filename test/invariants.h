@@ -239,20 +239,26 @@ static const char *check_requests(struct sched *s, const struct list *list, int 
         BROKEN(previous && previous->id >= r->id && list != &s->preempted,
                "requests are not in order of arrival");
         BROKEN(r->list != list || list_of(s, r) != list, "on the wrong list");
-        for (const struct request *o = list->first; o != r && r->state == REQUEST_PREFILL;
-             o = o->next)
-            BROKEN(o->state == REQUEST_PREFILL &&
-                       o->filled / BLOCK_TOKENS == r->filled / BLOCK_TOKENS &&
-                       r->filled / BLOCK_TOKENS < (r->prefill_end - 1) / BLOCK_TOKENS &&
-                       o->preemptions + r->preemptions == 0 &&
-                       memcmp(o->tokens, r->tokens,
-                              (size_t)(r->filled / BLOCK_TOKENS + 1) * sizeof(int) *
-                                  BLOCK_TOKENS) == 0 &&
-                       o->prefill_end >= (r->filled / BLOCK_TOKENS + 1) * BLOCK_TOKENS,
-                   "two requests compute the same block");
     }
     BROKEN(list->last != previous, "the last request");
     BROKEN(list->length != n, "a list's length");
+    return NULL;
+}
+
+/* Whether two requests that are being prefilled compute the same block next. */
+static bool compute_the_same(const struct request *a, const struct request *b) {
+    int block = a->filled / BLOCK_TOKENS, end = (block + 1) * BLOCK_TOKENS;
+    return b->filled / BLOCK_TOKENS == block && end <= a->prefill_end && end <= b->prefill_end &&
+           memcmp(a->tokens, b->tokens, (size_t)end * sizeof *a->tokens) == 0;
+}
+
+static const char *check_computed_once(const struct sched *s) {
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        for (const struct request *a = s->workers[i].queues[PREFILLING].first; a; a = a->next)
+            for (int j = 0; j < s->config.kv.n_workers; j++)
+                for (const struct request *b = s->workers[j].queues[PREFILLING].first; b;
+                     b = b->next)
+                    BROKEN(a->id < b->id && compute_the_same(a, b), "a block is computed twice");
     return NULL;
 }
 
@@ -291,6 +297,7 @@ static inline const char *sched_check(struct sched *s) {
         broken = pins[i] != 0 ? "pins and requests do not add up" : NULL;
     for (int w = 0; w < s->config.kv.n_workers && !broken; w++)
         broken = check_worker(s, w);
+    broken = broken ? broken : check_computed_once(s);
     if (!broken && (n_held != s->n_held || n_held > s->config.kv.host_blocks / 2))
         broken = "copies held on the host";
     free(pins);

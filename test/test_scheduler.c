@@ -1339,8 +1339,9 @@ static void make_user(struct user *user, int id, int n_prompt, int wanted, doubl
         user->tokens[i] = (int)(2 + scramble((uint64_t)(id * 1000 + i)) % 62);
 }
 
-/* Short prompts, answers of 1,000 to 2,000 tokens, more of them than there is room for. What took so
- * many seconds when growth was not expected, with gaps of 25 to 120 s, takes about as long. */
+/* Short prompts, answers of 1,000 to 2,000 tokens, more of them than there is room for. What took
+ * so many seconds when growth was not expected, with gaps of 25 to 120 s and 176 to 301
+ * preemptions, takes about as long. */
 static void answers_have_room_to_grow(struct check *check) {
     static const struct {
         double every, seconds;
