@@ -1,4 +1,4 @@
-/* test_engine.c: what only a look into dynamo.c can tell: the work of a step that it counts, against
+/* test_engine.c: what only a look into dynamo.c can tell: the work of a step that it counts, beside
  * sums done by hand; whom it wakes, by what clock it waits, that copies go on while steps run; how
  * far it pins ahead. */
 #define _GNU_SOURCE
