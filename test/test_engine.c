@@ -1,6 +1,6 @@
-/* test_engine.c: what only a look into dynamo.c can tell: the work of a step that it counts, against
- * sums done by hand; which threads it wakes, by what clock they wait, that copies go on while steps
- * run; how far it pins ahead. */
+/* test_engine.c: what only a look into dynamo.c can tell: the work of a step that it counts, beside
+ * sums done by hand; whom it wakes, by what clock it waits, that copies go on while steps run; how
+ * far it pins ahead. */
 #define _GNU_SOURCE
 #include "../dynamo.h"
 #include <pthread.h>

@@ -382,6 +382,37 @@ static void turns_follow_answers(struct check *check) {
           whole.out);
 }
 
+/* Conversations of several times what the devices hold: with room on the host each turn finds all
+ * of the one before. */
+static void nothing_cached_is_lost(struct check *check) {
+    enum { USERS = 10, TURNS = 4 };
+    char *lines = keep(1 << 16);
+    int length = 0;
+    for (int i = 0; i < USERS * TURNS; i++) {
+        int user = i % USERS, turn = i / USERS;
+        length += sprintf(lines + length, "{\"id\":\"u%dt%d\",\"n\":30,\"prompt\":\"%s%s %d.\"",
+                          user, turn, turn > 0 ? " " : "", STORY, user);
+        length += turn == 0 ? sprintf(lines + length, "}\n")
+                            : sprintf(lines + length, ",\"after\":\"u%dt%d\"}\n", user, turn - 1);
+    }
+    write_file(check, "requests", lines, (size_t)length);
+    struct outcome o =
+        run(check, "model.bin -f $T/requests --seed 2 --json --stats --kv-device 24b "
+                   "--kv-host 1000b --devices cpu:2");
+    CHECK(o.status == 0 && number(&o, "stats", "pages_in") > 0 &&
+              number(&o, "stats", "host_hit_tokens") > 0,
+          "status %d: %s", o.status, o.err);
+    for (int i = USERS; i < USERS * TURNS; i++) {
+        char id[16], before[16];
+        snprintf(id, sizeof id, "u%dt%d", i % USERS, i / USERS);
+        snprintf(before, sizeof before, "u%dt%d", i % USERS, i / USERS - 1);
+        int n =
+            (int)(number(&o, before, "prompt_tokens") + number(&o, before, "completion_tokens"));
+        int found = (int)number(&o, id, "cached_tokens");
+        CHECK(found >= (n - 1) / 16 * 16, "%s: %d tokens of %d found", id, found, n);
+    }
+}
+
 /* Messages are what a conversation would be. */
 static void write_chat_model(struct check *check);
 static void messages_are_turns(struct check *check) {
@@ -987,6 +1018,7 @@ int main(int argc, char **argv) {
                                         TEST(bad_requests_refuse_only_themselves),
                                         TEST(each_request_has_its_noise),
                                         TEST(turns_follow_answers),
+                                        TEST(nothing_cached_is_lost),
                                         TEST(messages_are_turns),
                                         TEST(requests_come_at_their_time),
                                         TEST(lines_are_taken_as_they_come),
