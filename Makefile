@@ -116,8 +116,8 @@ soak: $(B)/test_scheduler
 bench: $(B)/bench
 	$(B)/bench
 
-$(B)/bench: test/bench.c $(B)/flags
-	$(CC) $(FLAGS) -I. $< $(LIBS) -o $@
+$(B)/bench: test/bench.c $(B)/scheduler.o $(B)/kvcache.o $(B)/flags
+	$(CC) $(FLAGS) -I. $< $(filter %.o,$^) $(LIBS) -o $@
 
 # what the CUDA backend reaches on this GPU (test/gpu.sh: with all else that needs one), beside the
 # vendor's library where it is there; emu-bench: that the benchmark runs

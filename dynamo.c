@@ -5,11 +5,13 @@
  * decide: which request, which worker and which block stand in scheduler.c and kvcache.c; and to
  * know of text, options and the terminal: those stand in app/, which calls it through dynamo.h.
  *
- * Threads: one per worker (worker_main), with GPUs one that pins host memory (pin_main), and who
- * called engine_open, who submits requests and follows them. All that they share is the scheduler,
- * under engine.lock; nothing is computed, copied, printed or waited for while it is held.
+ * Threads: one per worker (worker_main), one that carries blocks for all of them (courier_main), so
+ * that no copy waits for a step, with GPUs one that pins host memory (pin_main), and who called
+ * engine_open, who submits requests and follows them. All that they share is the scheduler, under
+ * engine.lock; nothing is computed, copied, polled or printed while it is held. Who has changed
+ * something wakes those whom it concerns.
  *
- * Read `forward` first: it is the whole model. Then worker_main and copy_block.
+ * Read `forward` first: it is the whole model. Then worker_main, courier_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
  * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
 #define _GNU_SOURCE
@@ -25,13 +27,17 @@
 #include <time.h>
 
 enum {
-    COPY_POLL_NS = 50000,  /* an idle worker looks after its copies so often */
+    COPY_BYTES = 64 << 20, /* of KV, about, that a worker copies at a time: 1 ms of a fast bus */
+    MIN_COPIES = 8,        /* blocks that it copies at a time, at least; */
+    MAX_COPIES = 128,      /* at most: a stream of a GPU has room for 1024 copies of 8 shards */
+    COPY_SECONDS = 60,     /* a copy that takes so long has failed */
     LOST_SHOWN = 32,       /* requests that a fault names */
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
     SLABS_AHEAD = 4,       /* pinned before they are needed */
     CACHED_ANSWERS = 2, /* device KV by default: so many full contexts for each running request */
     HOST_FACTOR = 4     /* host KV by default: so many times the blocks wanted for a device */
 };
+static const double COPY_POLL = 50e-6; /* seconds after which the courier looks again */
 
 /* A block on its way: one piece for each pair of shards that share heads. */
 struct transfer {
@@ -46,11 +52,10 @@ struct transfer {
 
 struct worker { /* a group of devices that hold one copy of the model between them */
     struct engine *engine;
-    int index;
+    int index, n_shards;
     struct device *shards[MAX_SHARDS];
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
-    struct transfer *transfers; /* (n_transfers), with room for one into each slot there is */
-    int n_transfers;
+    pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
 };
 
@@ -64,10 +69,14 @@ struct engine {
     struct model_cost cost;
     struct pace prefill, decode; /* under the lock */
     pthread_mutex_t lock;
-    pthread_cond_t work, news; /* something to do for workers; something to show for callers */
-    int n_started;             /* workers whose threads run */
-    pthread_t pinner;          /* runs if `pins` */
-    bool pins, stopping;
+    pthread_cond_t copies, news; /* for courier and pinner; something to show for callers */
+    int64_t n_finished;          /* requests that callers know of */
+    int n_started;               /* workers whose threads run */
+    pthread_t courier, pinner;   /* run if `carries`, if `pins` */
+    bool carries, pins, stopping;
+    double next_event;          /* when the courier wakes at the latest */
+    struct transfer *transfers; /* (n_transfers) on their way, the courier's own */
+    int n_transfers;
 };
 
 /* ---- the model ---- */
@@ -78,7 +87,7 @@ struct engine {
 static void forward(struct worker *worker, const struct batch *batch, int *sampled, float *logits) {
     const struct backend *backend = worker->engine->config.backend;
     int n_layers = worker->engine->config.model->config.n_layers;
-    int n_shards = worker->engine->config.n_shards;
+    int n_shards = worker->n_shards;
     struct device **shards = worker->shards;
     bool record = true;
     for (int s = 0; s < n_shards; s++)
@@ -167,7 +176,7 @@ struct block_part {
 };
 
 static int shards_of(const struct engine *engine, int place) {
-    return place == engine->config.n_workers ? 1 : engine->config.n_shards;
+    return place == engine->config.n_workers ? 1 : engine->workers[place].n_shards;
 }
 
 static struct block_part block_part(const struct engine *engine, int place, int slot, int shard) {
@@ -200,13 +209,13 @@ static bool shared_heads(const struct engine *engine, struct block_part from, st
 }
 
 /* Starts the copies that an order asks for: every pair of shards copies the heads both hold. */
-static void copy_block(struct worker *worker, const struct kv_copy_order *order) {
-    const struct engine *engine = worker->engine;
+static void copy_block(const struct engine *engine, struct transfer *transfer) {
+    const struct kv_copy_order *order = &transfer->order;
+    const struct worker *worker = &engine->workers[order->worker];
     int host = engine->config.n_workers;
     bool out = order->to == host, in = order->from == host;
-    enum stream stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
-    struct transfer *transfer = &worker->transfers[worker->n_transfers++];
-    *transfer = (struct transfer){.order = *order, .stream = stream};
+    transfer->stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
+    transfer->n_pieces = 0;
     for (int t = 0; t < shards_of(engine, order->to); t++) {
         struct block_part to = block_part(engine, order->to, order->to_slot, t);
         for (int f = 0; f < shards_of(engine, order->from); f++) {
@@ -215,33 +224,116 @@ static void copy_block(struct worker *worker, const struct kv_copy_order *order)
             if (!shared_heads(engine, from, to, &copy))
                 continue;
             struct device *device = worker->shards[out ? f : t];
-            uint64_t ticket = engine->config.backend->copy(device, stream, &copy);
+            uint64_t ticket = engine->config.backend->copy(device, transfer->stream, &copy);
             transfer->pieces[transfer->n_pieces++] = (struct piece){device, ticket};
         }
     }
 }
 
-/* Reports the transfers that have ended. Under the lock: it only polls. */
-static bool collect_copies(struct worker *worker) {
-    struct engine *engine = worker->engine;
-    bool any = false;
-    for (int i = 0; i < worker->n_transfers;) {
-        struct transfer *transfer = &worker->transfers[i];
-        bool done = true;
-        for (int p = 0; p < transfer->n_pieces && done; p++) {
-            const struct piece *piece = &transfer->pieces[p];
-            done =
-                engine->config.backend->copy_done(piece->device, transfer->stream, piece->ticket);
-        }
-        if (!done) {
+static bool transfer_done(const struct engine *engine, const struct transfer *transfer) {
+    for (int p = 0; p < transfer->n_pieces; p++) {
+        const struct piece *piece = &transfer->pieces[p];
+        if (!engine->config.backend->copy_done(piece->device, transfer->stream, piece->ticket))
+            return false;
+    }
+    return true;
+}
+
+/* ---- waking ---- */
+
+/* `when` is a time of engine_now; INFINITY: until it is woken. */
+static void wait_until(struct engine *engine, pthread_cond_t *condition, double when) {
+    if (when == INFINITY) {
+        pthread_cond_wait(condition, &engine->lock);
+        return;
+    }
+    double seconds = floor(when);
+    struct timespec until = {(time_t)seconds, (long)((when - seconds) * 1e9)};
+    (void)pthread_cond_timedwait(condition, &engine->lock, &until);
+}
+
+/* Wakes the workers whom changes since the last call concern, the courier if there is something to
+ * copy or to end sooner, callers if a request ended. With the lock held. Returns the workers. */
+static uint32_t wake_concerned(struct engine *engine) {
+    uint32_t concerned = sched_concerned(engine->sched);
+    int64_t n_finished = sched_stats(engine->sched).finished;
+    bool carry = sched_next_event(engine->sched) < engine->next_event;
+    for (int i = 0; i < engine->config.n_workers; i++) {
+        if (concerned >> i & 1)
+            pthread_cond_signal(&engine->workers[i].work);
+        carry = carry || kv_pending(sched_kv(engine->sched), i) > 0;
+    }
+    if (carry)
+        pthread_cond_broadcast(&engine->copies);
+    if (n_finished != engine->n_finished)
+        pthread_cond_broadcast(&engine->news);
+    engine->n_finished = n_finished;
+    return concerned;
+}
+
+void engine_wake(struct engine *engine) {
+    (void)wake_concerned(engine);
+    pthread_cond_broadcast(&engine->news);
+}
+
+/* ---- the courier ---- */
+
+static void take_orders(struct engine *engine) {
+    struct kv_copy_order orders[MAX_COPIES];
+    for (int w = 0; w < engine->config.n_workers; w++) {
+        int n = sched_copies(engine->sched, w, orders, MAX_COPIES);
+        for (int i = 0; i < n; i++)
+            engine->transfers[engine->n_transfers++].order = orders[i];
+    }
+}
+
+/* Starts the copies from `first` on, and looks after all. Those that have ended are then the last;
+ * returns how many have not. Without the lock. */
+static int carry(struct engine *engine, int first) {
+    struct transfer *all = engine->transfers;
+    int n = engine->n_transfers;
+    for (int i = first; i < n; i++)
+        copy_block(engine, &all[i]);
+    for (int i = 0; i < n;) {
+        if (!transfer_done(engine, &all[i])) {
             i++;
             continue;
         }
-        sched_copied(engine->sched, &transfer->order, true, engine_now());
-        *transfer = worker->transfers[--worker->n_transfers];
-        any = true;
+        struct transfer ended = all[i];
+        all[i] = all[--n];
+        all[n] = ended;
     }
-    return any;
+    return n;
+}
+
+/* Carries all workers' copies, and calls sched_expire when it is time. */
+static void *courier_main(void *argument) {
+    struct engine *engine = argument;
+    pthread_mutex_lock(&engine->lock);
+    while (!engine->stopping || engine->n_transfers > 0) { /* their memory must not go before */
+        int first = engine->n_transfers;
+        if (engine_now() >= sched_next_event(engine->sched))
+            sched_expire(engine->sched, engine_now());
+        if (!engine->stopping)
+            take_orders(engine);
+        engine->next_event = sched_next_event(engine->sched);
+        (void)wake_concerned(engine);
+        if (engine->n_transfers == 0) {
+            wait_until(engine, &engine->copies, engine->next_event);
+            continue;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        int n_left = carry(engine, first);
+        pthread_mutex_lock(&engine->lock);
+        bool none = n_left == engine->n_transfers;
+        while (engine->n_transfers > n_left)
+            sched_copied(engine->sched, &engine->transfers[--engine->n_transfers].order, true,
+                         engine_now());
+        if (none)
+            wait_until(engine, &engine->copies, engine_now() + COPY_POLL);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
 }
 
 /* ---- workers ---- */
@@ -249,49 +341,9 @@ static bool collect_copies(struct worker *worker) {
 static void show_step(const struct worker *worker, const struct step *step) {
     bool prefills = worker->engine->config.workers[worker->index].prefills;
     bool decodes = worker->engine->config.workers[worker->index].decodes;
-    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests, %d copies started\n",
-                  worker->index, prefills ? "prefill" : "", prefills && decodes ? "+" : "",
-                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences,
-                  step->n_copies);
-}
-
-/* Returns the seconds that it computed for. */
-static double do_step(struct worker *worker, struct step *step) {
-    for (int i = 0; i < step->n_copies; i++)
-        copy_block(worker, &step->copies[i]);
-    double start = engine_now();
-    if (step->batch.n_rows > 0)
-        forward(worker, &step->batch, step->batch.sampled, NULL);
-    double seconds = engine_now() - start;
-    if (worker->engine->config.verbose)
-        show_step(worker, step);
-    return seconds;
-}
-
-/* Whether this worker's turn changed what others could do: it ended a request (n_finished were
- * before), or ordered copies that others carry out. */
-static bool concerns_others(const struct worker *worker, int64_t n_finished) {
-    const struct engine *engine = worker->engine;
-    if (sched_stats(engine->sched).finished != n_finished)
-        return true;
-    for (int i = 0; i < engine->config.n_workers; i++)
-        if (i != worker->index && kv_pending(sched_kv(engine->sched), i) > 0)
-            return true;
-    return false;
-}
-
-static void wait_for_work(struct worker *worker) {
-    struct engine *engine = worker->engine;
-    if (worker->n_transfers == 0) {
-        pthread_cond_wait(&engine->work, &engine->lock);
-        return;
-    }
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += COPY_POLL_NS;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
-    (void)pthread_cond_timedwait(&engine->work, &engine->lock, &until);
+    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests\n", worker->index,
+                  prefills ? "prefill" : "", prefills && decodes ? "+" : "",
+                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences);
 }
 
 static void *worker_main(void *argument) {
@@ -299,24 +351,24 @@ static void *worker_main(void *argument) {
     struct engine *engine = worker->engine;
     pthread_mutex_lock(&engine->lock);
     while (!engine->stopping) {
-        bool changed = collect_copies(worker);
-        int64_t n_finished = sched_stats(engine->sched).finished;
-        struct step *step = sched_next(engine->sched, worker->index, engine_now());
-        if (concerns_others(worker, n_finished) || changed)
-            engine_wake(engine);
+        double start = engine_now();
+        struct step *step = sched_next(engine->sched, worker->index, start);
+        uint32_t concerned = wake_concerned(engine);
         if (!step) {
-            wait_for_work(worker);
+            if (!(concerned >> worker->index & 1)) /* else it has itself changed something */
+                pthread_cond_wait(&worker->work, &engine->lock);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        double seconds = do_step(worker, step);
+        forward(worker, &step->batch, step->batch.sampled, NULL);
+        double end = engine_now();
+        if (engine->config.verbose)
+            show_step(worker, step);
         pthread_mutex_lock(&engine->lock);
-        count_pace(engine, &step->batch, seconds);
-        sched_done(engine->sched, worker->index, step, engine_now());
+        count_pace(engine, &step->batch, end - start);
+        sched_done(engine->sched, worker->index, step, end);
         engine_wake(engine);
     }
-    while (worker->n_transfers > 0) /* their memory must not go before they are done */
-        (void)collect_copies(worker);
     pthread_mutex_unlock(&engine->lock);
     return NULL;
 }
@@ -346,7 +398,7 @@ static void *pin_main(void *argument) {
         int first = engine->n_pinned, left = config->host_blocks - first;
         int n = left < slab ? left : slab;
         if (first >= kv_used(sched_kv(engine->sched), config->n_workers) + SLABS_AHEAD * slab) {
-            pthread_cond_wait(&engine->work, &engine->lock);
+            pthread_cond_wait(&engine->copies, &engine->lock);
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
@@ -412,13 +464,14 @@ static bool open_worker(struct engine *engine, int index, char *error) {
     struct worker *worker = &engine->workers[index];
     worker->engine = engine;
     worker->index = index;
-    for (int s = 0; s < config->n_shards; s++) {
+    worker->n_shards = config->workers[index].n_shards;
+    for (int s = 0; s < worker->n_shards; s++) {
         struct device wanted = {.backend = config->backend,
                                 .config = &config->model->config,
                                 .rope_frequency = engine->rope_frequency,
                                 .index = config->workers[index].devices[s],
                                 .rank = s,
-                                .n_shards = config->n_shards,
+                                .n_shards = worker->n_shards,
                                 .urgent = config->workers[index].decodes,
                                 .max_rows = config->max_batch + config->chunk,
                                 .max_samples = config->max_batch + config->chunk,
@@ -437,26 +490,32 @@ static bool open_worker(struct engine *engine, int index, char *error) {
 
 /* How many devices share the memory of one: those on its GPU, or, of the CPU, all. */
 static int count_sharing(const struct engine *engine, const struct device *device) {
-    int n = 0, n_shards = engine->config.n_shards;
-    for (int i = 0; i < engine->config.n_workers * n_shards; i++)
-        n += engine->config.backend->n_gpus == 0 ||
-             engine->workers[i / n_shards].shards[i % n_shards]->index == device->index;
+    int n = 0;
+    for (int w = 0; w < engine->config.n_workers; w++)
+        for (int s = 0; s < engine->workers[w].n_shards; s++)
+            n += engine->config.backend->n_gpus == 0 ||
+                 engine->workers[w].shards[s]->index == device->index;
     return n;
 }
 
-/* Blocks that each device can hold at most, if nine tenths of what is free there are taken. */
-static int64_t most_blocks(const struct engine *engine, size_t taken_on_host) {
+static size_t shard_bytes(const struct engine *engine, int place) { /* of one block there */
+    return block_bytes(&engine->config.model->config, shards_of(engine, place),
+                       engine->config.kv_type);
+}
+
+/* Blocks that each device of a worker can hold at most, if nine tenths of what is free there are
+ * shared equally. */
+static int64_t most_blocks(const struct engine *engine, const struct worker *worker) {
     const struct backend *backend = engine->config.backend;
-    int n_shards = engine->config.n_shards;
-    size_t bytes = block_bytes(&engine->config.model->config, n_shards, engine->config.kv_type);
+    size_t host =
+        (size_t)engine->config.host_blocks * shard_bytes(engine, engine->config.n_workers);
+    size_t taken = backend->n_gpus > 0 ? 0 : host, bytes = shard_bytes(engine, worker->index);
     int64_t most = INT32_MAX;
-    for (int i = 0; i < engine->config.n_workers * n_shards; i++) {
-        struct device *device = engine->workers[i / n_shards].shards[i % n_shards];
-        size_t left = backend->free_memory(device) / 10 * 9;
-        size_t taken = backend->n_gpus > 0 ? 0 : taken_on_host;
+    for (int s = 0; s < worker->n_shards; s++) {
+        size_t left = backend->free_memory(worker->shards[s]) / 10 * 9;
         left = left > taken ? left - taken : 0;
-        int64_t blocks = (int64_t)(left / bytes) / count_sharing(engine, device);
-        most = blocks < most ? blocks : most;
+        int64_t n = (int64_t)(left / bytes) / count_sharing(engine, worker->shards[s]);
+        most = n < most ? n : most;
     }
     return most;
 }
@@ -471,71 +530,86 @@ static int fewer(int64_t wanted, int64_t most) {
  * run, and never more than the machine has free. */
 static bool size_tiers(struct engine *engine, char *error) {
     struct engine_config *config = &engine->config;
-    const struct model_config *model = &config->model->config;
-    size_t shard_bytes = block_bytes(model, config->n_shards, config->kv_type);
-    size_t all_bytes = block_bytes(model, 1, config->kv_type);
-    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * blocks_of(model->context_length);
+    int64_t context = blocks_of(config->model->config.context_length);
+    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * context;
+    size_t host_bytes = shard_bytes(engine, config->n_workers);
     if (config->host_blocks < 0)
         config->host_blocks =
-            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / all_bytes));
-    if (config->device_blocks < 0)
-        config->device_blocks =
-            fewer(wanted, most_blocks(engine, all_bytes * (size_t)config->host_blocks));
-    if (config->device_blocks < 1)
-        return fail(error,
-                    "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
-                    shard_bytes);
+            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / host_bytes));
+    for (int i = 0; i < config->n_workers; i++) {
+        int *blocks = &config->workers[i].blocks;
+        if (*blocks < 0)
+            *blocks = fewer(wanted, most_blocks(engine, &engine->workers[i]));
+        if (*blocks < 1)
+            return fail(error,
+                        "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
+                        shard_bytes(engine, i));
+    }
     return true;
 }
 
 static bool open_tiers(struct engine *engine, char *error) {
     const struct engine_config *config = &engine->config;
-    const struct backend *backend = config->backend;
-    const struct model_config *model = &config->model->config;
-    size_t n_device = (size_t)config->device_blocks, n_host = (size_t)config->host_blocks;
+    size_t bytes = 0, host_bytes;
     bool ok = true;
     for (int i = 0; i < config->n_workers; i++) {
         struct worker *worker = &engine->workers[i];
-        for (int s = 0; s < config->n_shards; s++) {
-            size_t bytes = n_device * block_bytes(model, config->n_shards, config->kv_type);
-            worker->shards[s]->kv = backend->alloc(worker->shards[s], bytes);
-            ok = ok && worker->shards[s]->kv;
+        for (int s = 0; s < worker->n_shards && ok; s++) {
+            bytes = (size_t)config->workers[i].blocks * shard_bytes(engine, i);
+            worker->shards[s]->kv = config->backend->alloc(worker->shards[s], bytes);
+            ok = worker->shards[s]->kv;
         }
-        worker->transfers = calloc(n_device + n_host, sizeof *worker->transfers);
-        ok = ok && worker->transfers;
     }
-    if (n_host > 0) {
-        size_t bytes = n_host * block_bytes(model, 1, config->kv_type);
-        engine->host_kv = host_alloc(bytes);
-        ok = ok && engine->host_kv;
+    host_bytes = (size_t)config->host_blocks * shard_bytes(engine, config->n_workers);
+    if (host_bytes > 0 && ok) {
+        engine->host_kv = host_alloc(host_bytes);
+        ok = engine->host_kv;
     }
-    return ok ||
-           fail(error,
-                "no memory for %d KV blocks on each of %d devices and %d on the host; lower "
-                "--kv-device or --kv-host",
-                config->device_blocks, config->n_workers * config->n_shards, config->host_blocks);
+    return ok || fail(error,
+                      "no memory for KV blocks: %zu bytes on a device, %zu on the host; lower "
+                      "--kv-device or --kv-host",
+                      bytes, host_bytes);
 }
 
 static bool open_sched(struct engine *engine) {
     const struct engine_config *config = &engine->config;
+    int copies = (int)(COPY_BYTES / shard_bytes(engine, config->n_workers));
+    copies = copies < MIN_COPIES ? MIN_COPIES : copies > MAX_COPIES ? MAX_COPIES : copies;
     struct sched_config sched = {.kv = {.n_workers = config->n_workers,
                                         .host_blocks = config->host_blocks,
                                         .policy = config->policy},
                                  .max_batch = config->max_batch,
                                  .chunk = config->chunk,
+                                 .max_queue = config->max_queue,
+                                 .copies_in_flight = copies,
+                                 .copy_seconds = COPY_SECONDS,
                                  .context_length = config->model->config.context_length,
                                  .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};
     for (int i = 0; i < config->n_workers; i++) {
-        sched.kv.device_blocks[i] = config->device_blocks;
+        sched.kv.device_blocks[i] = config->workers[i].blocks;
         sched.prefills[i] = config->workers[i].prefills;
         sched.decodes[i] = config->workers[i].decodes;
     }
+    engine->transfers = malloc((size_t)(copies * config->n_workers) * sizeof *engine->transfers);
     engine->sched = sched_create(&sched);
-    return engine->sched != NULL;
+    return engine->sched && engine->transfers;
 }
 
 /* ---- the engine ---- */
+
+/* All conditions wait by the clock of engine_now, which nobody sets. */
+static void open_locks(struct engine *engine) {
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_cond_init(&engine->copies, &monotonic);
+    pthread_cond_init(&engine->news, &monotonic);
+    for (int i = 0; i < MAX_WORKERS; i++)
+        pthread_cond_init(&engine->workers[i].work, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
 
 struct engine *engine_open(const struct engine_config *config, char *error) {
     (void)fail(error, "out of memory");
@@ -544,9 +618,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
         return NULL;
     engine->config = *config;
     engine->cost = model_cost(config->model);
-    pthread_mutex_init(&engine->lock, NULL);
-    pthread_cond_init(&engine->work, NULL);
-    pthread_cond_init(&engine->news, NULL);
+    open_locks(engine);
     engine->rope_frequency = rope_frequencies(config->model);
     bool ok = engine->rope_frequency;
     for (int i = 0; i < config->n_workers && ok; i++)
@@ -563,21 +635,21 @@ bool engine_start(struct engine *engine) {
         ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
         engine->n_started += ok;
     }
+    engine->carries = pthread_create(&engine->courier, NULL, courier_main, engine) == 0;
     engine->pins = engine->host_kv && engine->config.backend->pin &&
                    pthread_create(&engine->pinner, NULL, pin_main, engine) == 0;
-    return engine->n_started == engine->config.n_workers;
+    return engine->carries && engine->n_started == engine->config.n_workers;
 }
 
 static void close_worker(const struct engine *engine, struct worker *worker) {
     const struct backend *backend = engine->config.backend;
-    for (int s = 0; s < engine->config.n_shards; s++) {
+    for (int s = 0; s < worker->n_shards; s++) {
         free(worker->layers[s]);
         if (worker->shards[s]) {
             backend->release(worker->shards[s], worker->shards[s]->kv);
             backend->device_close(worker->shards[s]);
         }
     }
-    free(worker->transfers);
 }
 
 void engine_close(struct engine *engine) {
@@ -585,21 +657,28 @@ void engine_close(struct engine *engine) {
         return;
     engine_lock(engine);
     engine->stopping = true;
-    engine_wake(engine);
+    pthread_cond_broadcast(&engine->copies);
+    for (int i = 0; i < engine->n_started; i++)
+        pthread_cond_signal(&engine->workers[i].work);
     engine_unlock(engine);
     for (int i = 0; i < engine->n_started; i++)
         pthread_join(engine->workers[i].thread, NULL);
+    if (engine->carries)
+        pthread_join(engine->courier, NULL);
     if (engine->pins)
         pthread_join(engine->pinner, NULL);
     for (int first = 0; first < engine->n_pinned; first += slab_blocks(engine))
         engine->config.backend->unpin(engine->workers[0].shards[0], host_block(engine, first));
     free(engine->host_kv);
+    free(engine->transfers);
     sched_destroy(engine->sched);
     for (int i = 0; i < engine->config.n_workers; i++)
         close_worker(engine, &engine->workers[i]);
     free(engine->rope_frequency);
+    for (int i = 0; i < MAX_WORKERS; i++)
+        pthread_cond_destroy(&engine->workers[i].work);
     pthread_cond_destroy(&engine->news);
-    pthread_cond_destroy(&engine->work);
+    pthread_cond_destroy(&engine->copies);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
 }
@@ -620,13 +699,8 @@ struct sched *engine_sched(struct engine *engine) {
     return engine->sched;
 }
 
-void engine_wait(struct engine *engine) {
-    pthread_cond_wait(&engine->news, &engine->lock);
-}
-
-void engine_wake(struct engine *engine) {
-    pthread_cond_broadcast(&engine->work);
-    pthread_cond_broadcast(&engine->news);
+void engine_wait(struct engine *engine, double until) {
+    wait_until(engine, &engine->news, until);
 }
 
 double engine_now(void) {
@@ -641,10 +715,9 @@ struct engine_stats engine_stats(struct engine *engine) {
     struct engine_stats stats = {.sched = sched_stats(engine->sched),
                                  .kv = kv_stats(kv),
                                  .prefill = engine->prefill,
-                                 .decode = engine->decode,
-                                 .host_used = kv_used(kv, engine->config.n_workers)};
-    for (int i = 0; i < engine->config.n_workers; i++)
-        stats.device_used += kv_used(kv, i);
+                                 .decode = engine->decode};
+    for (int i = 0; i <= engine->config.n_workers; i++)
+        stats.places[i] = kv_usage(kv, i);
     engine_unlock(engine);
     return stats;
 }
@@ -653,7 +726,7 @@ void engine_limits(struct engine *engine, double *read, double *ops) {
     const struct engine_config *config = &engine->config;
     *read = *ops = 0;
     if (config->backend->limits) /* a backend need not know */
-        config->backend->limits(engine->workers[0].shards, config->n_shards,
+        config->backend->limits(engine->workers[0].shards, engine->workers[0].n_shards,
                                 config->model->layers[0][FFN_GATE]->type, read, ops);
 }
 

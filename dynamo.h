@@ -2,9 +2,9 @@
  *
  * A request travels through these files, and each part of this header belongs to one of them:
  *
- *     dynamo.c     the model's forward pass, one thread per worker, main     (calls all below)
+ *     dynamo.c     the model's forward pass, the threads of workers, main    (calls all below)
  *     scheduler.c  who computes what next: a state machine over requests     -> kvcache.c
- *     kvcache.c    where each KV block is: slots, the global index, LRU
+ *     kvcache.c    where each KV block is: slots, the global index, what goes first
  *     kernels.c    the CPU backend: every op of the forward pass, the copies (kernels.cu: CUDA)
  *
  * The scheduler and the cache hold no device pointer, thread or clock: they deal in slot numbers
@@ -20,20 +20,20 @@
  *     n_shards     devices of one worker; each holds n_heads / n_shards heads and as much of d_ff
  *
  * One block and one token on paper (2 workers: 0 prefills, 1 decodes; a prompt of 20 tokens):
- *     sched_submit   the request waits.
- *     sched_next(0)  no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
+ *     sched_submit   no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
  *                    a slot on worker 0 to be written and a slot reserved on worker 1.
+ *     sched_next(0)  the first chunk, here all of the prompt.
  *                    The step: rows 0-19, block table {slot of A, slot of B}, one sample (row 19).
  *     forward        row 3 of layer 5: rope_append writes its K to kv + slot(A) * block_bytes,
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
  *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
- *                    Both are sent: their slots on worker 1 are in flight. Token 20 is sampled.
- *     sched_next(1)  hands out the two copy orders; worker 1 carries them out.
+ *                    Token 20 is sampled. Both are sent: their slots on worker 1 are in flight.
+ *     sched_copies   hands out the two copy orders of worker 1; the courier carries them out.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
  *     sched_next(1)  all blocks are there: a step of one row, token 20 at position 20, in B.
  *     sched_done(1)  token 21 is sampled, and so on. When B is full it is registered under A.
- *     the end        A and B are unpinned, B first: both stay cached, on worker 1's LRU list. If
- *                    it needs room, its coldest block is copied to host, then dropped. */
+ *     the end        A and B are unpinned, B first: both stay cached on worker 1. If it needs room,
+ *                    its coldest block is copied to host, then dropped. */
 #ifndef DYNAMO_H
 #define DYNAMO_H
 
@@ -68,6 +68,7 @@ struct request {
     int *tokens;           /* (capacity of n_prompt + max_new) */
     int n_prompt, max_new; /* max_new >= 1 */
     struct sampling sampling;
+    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason;
@@ -75,15 +76,29 @@ struct request {
     int length, filled;
     int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
     int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
-    int prefill_worker, decode_worker;   /* equal: prefilled where it is decoded; -1: none */
+    int cached_on_host;                  /* those of them that were on the host alone */
+    int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
+                                            prefilled where it is decoded */
+    uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
+    int n_hashes;                        /* computed once; the rest when they are asked for */
     int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
+    int *slots;                          /* (n_slots) of the first blocks, where it is computed */
+    int *held;                           /* (n_held) nodes whose host copies it holds as it waits */
     int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
+    int n_slots, n_held, n_sent;         /* n_sent: registered ones offered to decode_worker */
     int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
+    int n_hits;                          /* blocks that were cached at its last look-up, … */
+    uint64_t looked_up;                  /* … when kv_version was this */
+    int64_t tried;                       /* its last try: nothing has changed since */
+    int n_passed;                        /* younger ones admitted while it was the oldest waiting */
     int saved;                           /* node of the block it was preempted in; -1: none */
-    int copy_failures;
-    bool in_step, preempted;
-    enum finish_reason ending; /* cancelled in mid-step: how it ends when the step is done */
-    double submitted, first_token, last_token; /* seconds */
+    int copy_failures, preemptions;
+    bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
+    enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
+    double submitted, first_token, last_token; /* seconds; 0: not yet */
+    double admitted, resumed;                  /* for the first time, for the last time */
+    double late;       /* when it is too late for the block that it waits for; INFINITY: for none */
+    struct list *list; /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -171,7 +186,8 @@ struct backend {
     /* measures, between steps and in 0.1 s, what a worker's n devices reach at most: bytes read and
      * operations (a multiply-add is two) in products of `type`, both a second; 0: unknown */
     void (*limits)(struct device **shards, int n, enum tensor_type type, double *read, double *ops);
-    /* copies run beside the ops; a ticket is polled, never waited for */
+    /* copies run beside the ops; a ticket is polled, never waited for. These two are called by one
+     * thread for all devices, while others drive their steps */
     uint64_t (*copy)(struct device *device, enum stream stream, const struct copy2d *copy);
     bool (*copy_done)(struct device *device, enum stream stream, uint64_t ticket);
 
@@ -224,6 +240,7 @@ __attribute__((weak)) struct backend *cuda_backend_open(const struct backend_opt
 /* A *place* is a worker (0 .. n_workers - 1) or the host (n_workers). A *node* is a block's
  * content; it has at most one *copy* at each place, in a *slot* there. */
 enum kv_policy { KV_ON_EVICT, KV_WRITE_THROUGH };
+enum kv_order { KV_LRU, KV_FIFO, KV_LFU, KV_RANDOM }; /* which copy of a place goes first */
 enum kv_state { KV_ABSENT, KV_RESERVED, KV_ARRIVING, KV_VALID };
 
 struct kv_config {
@@ -231,6 +248,7 @@ struct kv_config {
     int device_blocks[MAX_WORKERS]; /* slots of each worker */
     int host_blocks;                /* 0: no host tier */
     enum kv_policy policy;
+    enum kv_order order;
 };
 
 struct kv_copy_order { /* `worker` copies node from a slot of place `from` to a slot of `to` */
@@ -241,15 +259,30 @@ struct kv_stats {
     int64_t pages_out, pages_in, transfers; /* copies completed: to host, from host, peer to peer */
     int64_t evictions, host_evictions;      /* copies dropped to make room */
     int64_t lost;                           /* blocks whose last copy was dropped */
+    int64_t unused; /* copies that came to a worker for nobody (what had wanted them was gone), and
+                       left it without ever having been pinned */
+};
+
+struct kv_usage { /* the slots of a place: all of them, each counted once */
+    int free;
+    int pinned;    /* in use by requests, reserved or held for them */
+    int cached;    /* unpinned: kept for whoever may want them, until they must go */
+    int in_flight; /* a copy into them is under way */
 };
 
 struct kv;
 struct kv *kv_create(const struct kv_config *config); /* NULL: out of memory */
 void kv_destroy(struct kv *kv);
 
+/* The hash of a text up to the end of a block: of its BLOCK_TOKENS tokens and the hash of the text
+ * before it (0: it is the first). */
+uint64_t kv_hash(uint64_t before, const int *tokens);
 /* The longest cached prefix: nodes of full blocks equal to tokens[0, 16), [16, 32), …, at most
- * max_blocks of them. Returns their number. Nothing is pinned. */
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes);
+ * max_blocks of them; hashes (max_blocks) are theirs. Returns their number. Nothing is pinned. */
+int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
+            int *nodes);
+/* A number that changes whenever kv_find may return something else than before. */
+uint64_t kv_version(const struct kv *kv);
 /* Blocks that could be taken on `worker` sooner or later, if all unpinned ones are paged out. */
 int kv_reclaimable(const struct kv *kv, int worker);
 /* A private node with a pinned, writable copy on worker; -1: nothing is available. */
@@ -261,25 +294,32 @@ bool kv_send(struct kv *kv, int node, int worker);
 /* Makes a node resident on worker: pins the copy there, or takes a slot and orders a copy from a
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
-void kv_unpin(struct kv *kv, int node, int worker);
-enum kv_state kv_state(const struct kv *kv, int node, int worker);
+/* Pins a copy, at any place: it stays there until kv_unpin. One that was arriving on the host and
+ * has failed is KV_RESERVED until then. */
+void kv_hold(struct kv *kv, int node, int place);
+void kv_unpin(struct kv *kv, int node, int place);
+enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
-/* Registers a private, full node under `parent` (-1: the first block). If the index has the block
- * already, the pins move to it and `node` is gone. Returns the node that now stands for it. */
-int kv_register(struct kv *kv, int node, int parent, const int *tokens);
+/* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
+ * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
+ * the node that now stands for it. */
+int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *tokens);
 /* The owner keeps a private node that it is about to unpin: it stays cached, and *keeper, set to
- * node here, becomes -1 when LRU takes its last copy, or at kv_unkeep (when fetched again). */
+ * node here, becomes -1 when its last copy is lost, or at kv_unkeep (when fetched again). */
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
-/* Makes n slots of a worker free: drops the coldest copies of what is also elsewhere (without a
- * host tier: any). False: not yet; page-outs that are on their way will make it true. */
+/* Makes n slots of a worker free: the coldest copies go, those that are nowhere else to the host
+ * first (without a host tier, or if all of it is pinned, they are lost). False: not yet, ask again
+ * when a copy has ended or blocks were unpinned; nothing goes if n cannot be reached at present. */
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
+/* The next copy for a worker to carry out: those into the worker first, then page-outs. */
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
+struct kv_usage kv_usage(const struct kv *kv, int place);
 struct kv_stats kv_stats(const struct kv *kv);
 
 /* ---- scheduler.c: who computes what next ---- */
@@ -289,15 +329,17 @@ struct sched_config {
     bool prefills[MAX_WORKERS], decodes[MAX_WORKERS]; /* the roles of each worker */
     int max_batch;                                    /* requests that decode on one worker */
     int chunk;                                        /* prompt tokens in one step */
+    int max_queue;        /* requests that may wait; one more is refused. 0: any number */
+    int copies_in_flight; /* blocks that a worker copies at a time */
+    int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
+    double copy_seconds;  /* who waits longer for a block fails; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
 
 struct step { /* what a worker does next; owned by the scheduler, valid until sched_done */
-    struct batch batch;           /* n_rows == 0: nothing to compute */
-    struct request **requests;    /* (n_sequences) */
-    struct kv_copy_order *copies; /* (n_copies) to be started, whether or not rows are there */
-    int n_copies;
+    struct batch batch;        /* n_rows > 0 */
+    struct request **requests; /* (n_sequences) */
 };
 
 struct sched_stats {
@@ -312,17 +354,27 @@ struct sched *sched_create(const struct sched_config *config); /* NULL: out of m
 void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
-/* All calls are made under one lock of the caller; `now` is in seconds, of any clock. A worker that
- * got NULL is asked again after sched_submit, sched_cancel, sched_done or sched_copied, after any
- * call in which a request ended, and as soon as kv_pending has a copy for it.
+/* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
+ * go back. A worker that got NULL from sched_next and 0 from sched_copies is asked again when
+ * sched_concerned names it.
  * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
 void sched_cancel(struct sched *sched, struct request *request, bool stop_found, double now);
-/* The next step of an idle worker; NULL: nothing to compute or to copy at present. */
+/* The next step of an idle worker; NULL: nothing to compute at present. */
 struct step *sched_next(struct sched *sched, int worker, double now);
 void sched_done(struct sched *sched, int worker, struct step *step, double now);
+/* Copies that a worker may start now, at most `most`, also while a step of it runs: as many as
+ * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
+int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+/* The workers (bit w: worker w) that have something to do or to look at since the last call of
+ * this: they alone need be woken. */
+uint32_t sched_concerned(struct sched *sched);
+/* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
+ * then. INFINITY: never. Any call may bring it nearer. */
+double sched_next_event(const struct sched *sched);
+void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
 struct sched_stats sched_stats(const struct sched *sched);
@@ -332,14 +384,16 @@ struct sched_stats sched_stats(const struct sched *sched);
 struct engine_config {
     const struct model *model; /* open; model, backend and ends_text outlive the engine */
     struct backend *backend;
-    const bool *ends_text;   /* (vocab_size) tokens that end an answer */
-    int n_workers, n_shards; /* n_shards: devices of each worker */
+    const bool *ends_text; /* (vocab_size) tokens that end an answer */
+    int n_workers;
     struct {
         int devices[MAX_SHARDS]; /* (n_shards) the index of each */
+        int n_shards;            /* a block of a worker of several is as many times smaller */
+        int blocks;              /* that each of its devices holds; -1: chosen */
         bool prefills, decodes;
     } workers[MAX_WORKERS];
-    int max_batch, chunk;           /* see struct sched_config */
-    int device_blocks, host_blocks; /* KV blocks of each device, of the host; -1: chosen */
+    int max_batch, chunk, max_queue; /* see struct sched_config */
+    int host_blocks;                 /* that the host holds; -1: chosen */
     enum kv_type kv_type;
     enum kv_policy policy;
     bool verbose;                                  /* a line on stderr for each step */
@@ -354,8 +408,8 @@ struct pace { /* steps of one kind: of prompts, or of generated tokens */
 struct engine_stats {
     struct sched_stats sched;
     struct kv_stats kv;
-    struct pace prefill, decode; /* steps with rows of both kinds count for neither */
-    int device_used, host_used;  /* blocks in use or cached, on all workers and on the host */
+    struct pace prefill, decode;             /* steps with rows of both kinds count for neither */
+    struct kv_usage places[MAX_WORKERS + 1]; /* blocks of the workers, then of the host */
 };
 
 struct engine;
@@ -366,12 +420,13 @@ void engine_close(struct engine *engine); /* ends them; NULL: nothing is done */
 /* As it was given, with the numbers of blocks that were chosen. */
 const struct engine_config *engine_config_of(const struct engine *engine);
 /* Requests are submitted and read under the lock. engine_wait lets go of it until something has
- * changed or someone called engine_wake, which is called after sched_submit and sched_cancel (with
- * the lock held), so that the workers look again. */
+ * changed, someone called engine_wake, or it is `until` by engine_now (INFINITY: never).
+ * engine_wake is called after sched_submit and sched_cancel, with the lock held: it wakes the
+ * workers whom that concerns. */
 void engine_lock(struct engine *engine);
 void engine_unlock(struct engine *engine);
 struct sched *engine_sched(struct engine *engine);
-void engine_wait(struct engine *engine);
+void engine_wait(struct engine *engine, double until);
 void engine_wake(struct engine *engine);
 double engine_now(void); /* seconds; the clock of requests' times */
 struct engine_stats engine_stats(struct engine *engine);

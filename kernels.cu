@@ -430,7 +430,8 @@ struct cuda_device {
     struct device device;
     struct cuda_backend *cuda;
     struct card *card;
-    struct gpu gpu; /* its stream is that of computing; its pieces are all memory below */
+    struct gpu gpu;     /* its stream is that of computing; its pieces are all memory below */
+    struct gpu copying; /* the same, of the thread that copies meanwhile */
     cudaStream_t streams[N_STREAMS];
     struct gpu_tickets copies[N_STREAMS];
     int n_heads, n_kv_heads, d_ff; /* of this shard */
@@ -512,20 +513,23 @@ static void cuda_unpin(struct device *device, void *memory) {
 static uint64_t cuda_copy(struct device *device, enum stream stream, const struct copy2d *copy) {
     static const char *const names[N_STREAMS] = {"copying", "paging out", "paging in",
                                                  "handing over blocks"};
-    struct cuda_device *d = enter(device, names[stream]);
+    struct cuda_device *d = (struct cuda_device *)device;
     cudaStream_t on = d->streams[stream];
+    gpu_enter(&d->copying, names[stream]);
     if (copy->width == copy->to_pitch && copy->width == copy->from_pitch)
-        TRY(d, cudaMemcpyAsync(copy->to, copy->from, copy->width * copy->height, cudaMemcpyDefault,
-                               on));
+        GPU_TRY(&d->copying, cudaMemcpyAsync(copy->to, copy->from, copy->width * copy->height,
+                                             cudaMemcpyDefault, on));
     else
-        TRY(d, cudaMemcpy2DAsync(copy->to, copy->to_pitch, copy->from, copy->from_pitch,
-                                 copy->width, copy->height, cudaMemcpyDefault, on));
-    return gpu_ticket(&d->gpu, &d->copies[stream], on);
+        GPU_TRY(&d->copying,
+                cudaMemcpy2DAsync(copy->to, copy->to_pitch, copy->from, copy->from_pitch,
+                                  copy->width, copy->height, cudaMemcpyDefault, on));
+    return gpu_ticket(&d->copying, &d->copies[stream], on);
 }
 
 static bool cuda_copy_done(struct device *device, enum stream stream, uint64_t ticket) {
-    struct cuda_device *d = enter(device, "polling a copy");
-    return gpu_ticket_done(&d->gpu, &d->copies[stream], ticket);
+    struct cuda_device *d = (struct cuda_device *)device;
+    gpu_enter(&d->copying, "polling a copy");
+    return gpu_ticket_done(&d->copying, &d->copies[stream], ticket);
 }
 
 /* ---- weights ---- */
@@ -2946,6 +2950,7 @@ static void open_streams(struct cuda_device *d) {
         gpu_tickets_open(&d->gpu, &d->copies[stream]);
     }
     d->gpu.stream = d->streams[STREAM_COMPUTE];
+    d->copying = d->gpu;
     TRY(d, cudaEventCreateWithFlags(&d->ready, cudaEventDisableTiming));
 }
 

@@ -1,29 +1,38 @@
 /* kvcache.c: where each KV block is, and which block makes room for another.
  *
  * Owns the slots of every place (each worker's device memory, and the host's), the index of blocks
- * that can be found again by content, and the LRU order. Refuses to touch memory: it deals in slot
- * numbers, and what is to be moved leaves as copy orders that somebody else carries out.
+ * that can be found again by content, and the order in which copies go. Refuses to touch memory: it
+ * deals in slot numbers; what is to be moved leaves as copy orders that somebody else carries out.
  *
- * A *node* is the content of one block. It has a *copy* at some of the places. A copy is
+ * A *node* is the content of one block. It has a *copy* in a slot of some of the places. A copy is
  *     KV_RESERVED   a slot without content; its copy is not ordered yet, or has failed
  *     KV_ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
  *     KV_VALID      complete. With pins it is in use; with `reads`, copies are being made from it
  * A private node belongs to one request. A registered node is in the index: it is found by its
  * parent and its own 16 tokens, through a chained hash, but compared in full, so that two texts
- * with one hash stay two texts. Unpinned copies of registered nodes are on the LRU list of their
- * place (in the words of virtual memory: cached; clean if another valid copy exists, else dirty);
- * unpinned copies of private nodes are freed, unless their owner keeps them.
+ * with one hash stay two texts. Unpinned copies of registered nodes are cached; those of private
+ * nodes are freed, unless their owner keeps them.
  *
- * Whoever changes a node calls `settle` in the end, which puts each of its copies where it now
- * belongs: on a list, or back among the free slots. So the rules stand in one function.
+ * Cached copies are clean if the node has another valid one, on the host or a peer, else dirty: to
+ * drop a clean one loses nothing, and what was its duplicate is dirty from then on. But that is no
+ * reason to go: the coldest copy of a place goes first, and if it is dirty it is paged out before
+ * it goes. The cleaner does so in advance for the few that are next.
+ *
+ * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing
+ * (enum standing): so the rules stand in one function. Clean and dirty copies of a place are on a
+ * heap each, the coldest on top. To enter as the hottest, as under LRU, costs O(1), all else on a
+ * heap of n O(log n), in every order.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
  *   - a slot is free or belongs to exactly one copy; in-flight copies = reads = orders not ended;
- *   - a request pins the whole path of its blocks on its worker, last block released first, so a
- *     child is colder than its parent and leaves go first. Should a parent go before its child,
- *     the child cannot be found any more (a parent's serial number is never used again), and LRU
- *     takes it in its turn.
+ *   - a request pins the whole path of its blocks on its worker, last block released first, so
+ *     under LRU a child is colder than its parent and leaves go first. Should a parent go before
+ *     its child, the child cannot be found any more (a parent's serial number is never used again),
+ *     and goes in its turn;
+ *   - room that unpinned copies can give comes: a page-out frees its slot as it ends if somebody
+ *     waits for that, so what others do on the host cannot undo it; if all of the host is pinned,
+ *     or there is none, dirty copies are lost. Cleaners come to an end: see choose_host_victim.
  * Chained hashing of full blocks as in vLLM (Kwon et al., "PagedAttention", SOSP 2023).
  * Read next: scheduler.c, which alone changes it. */
 #include "dynamo.h"
@@ -36,131 +45,72 @@ enum {
     NONE = -1,
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
-    CLEAN_SHARE = 8  /* on a small device both are a share of its blocks: one in so many */
+    CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
+    USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
-enum list_kind { UNLISTED, MAIN, DUPLICATES, N_LISTS };
+enum standing {
+    FREE,
+    PINNED,    /* in use, or reserved */
+    IN_FLIGHT, /* arriving */
+    BUSY,      /* unpinned; a copy is being made from it, or one that has failed will be again */
+    LEAVING,   /* likewise, a page-out, so that it can go */
+    CLEAN,     /* cached; another copy is valid. Can go at once */
+    DIRTY,     /* cached; the only one. Can go once it is paged out, or lost */
+    N_STANDINGS
+};
 
 struct copy {
-    enum kv_state state;
-    enum list_kind list;
-    int slot, pins, reads;
-    int newer, older; /* neighbours on the LRU list: nodes */
+    uint64_t heat;     /* smaller is colder; on the host, while CLEAN: since when it is that */
+    struct copy *next; /* of the same node; or of the free slots of its place */
+    struct copy *from; /* KV_ARRIVING: that which it is made from */
+    int node, pins, reads;
+    int at; /* the index on its heap; in a queue of orders: the next copy there, of kv->copies */
+    unsigned char place, state, standing;
+    bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
 struct node {
-    int *keeper; /* private and kept while unpinned: set to -1 when the last copy is lost */
-    int next_in_bucket;
+    int *keeper;        /* private and kept while unpinned: set to -1 when the last copy is lost */
+    struct copy *first; /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
+    int next;                /* in its bucket; or of the free nodes */
     int tokens[BLOCK_TOKENS];
 };
 
-struct lru {
-    int newest, oldest, length;
+struct heap { /* each copy is colder than the two below it, at 2 i + 1 and 2 i + 2 */
+    struct copy **copies;
+    int n;
+};
+
+struct queue { /* of copies that arrive, whose orders are not yet given out */
+    int first, last, n;
 };
 
 struct place {
-    int n_slots, n_free;
-    int *free_slots; /* (n_free) */
-    struct lru lists[N_LISTS];
-    struct kv_copy_order *orders; /* ring (n_nodes) of copies for this worker to carry out */
-    int first_order, n_orders;
+    int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
+    int wanted;                  /* free slots that kv_make_room was asked for last and had not */
+    struct copy *copies, *free;  /* copies (n_slots): a slot's number is its index */
+    struct heap clean, dirty;
+    struct queue in, out; /* orders for this worker: into it, and to the host */
 };
 
 struct kv {
     int n_places, host; /* host == n_places - 1 */
     enum kv_policy policy;
+    enum kv_order order;
     int n_nodes, n_buckets;
-    int first_free; /* free nodes are chained by next_in_bucket */
-    int n_spare;    /* duplicates on the host that the cleaners may need */
-    uint64_t last_serial;
-    struct node *nodes;           /* (n_nodes): as many as slots, so a slot is never without one */
-    struct copy *copies;          /* (n_nodes, n_places) */
-    int *buckets;                 /* (n_buckets) first node of each chain; a power of two */
-    int *slots;                   /* (n_nodes) the places' free_slots, one after another */
-    struct kv_copy_order *orders; /* (n_places, n_nodes) the places' orders */
+    int first_free;                       /* node */
+    int n_spare;                          /* clean copies on the host that the cleaners may need */
+    uint64_t last_serial, clock, version; /* version: of what kv_find returns */
+    struct node *nodes;                   /* (n_nodes): as many as slots, so none is without one */
+    struct copy *copies;                  /* (n_nodes) of all places, one after another */
+    struct copy **heaps;                  /* (2, n_nodes) likewise */
+    int *buckets;                         /* (n_buckets) first node of each chain; a power of two */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
-
-static struct copy *copy_at(const struct kv *kv, int node, int place) {
-    return &kv->copies[(size_t)node * (size_t)kv->n_places + (size_t)place];
-}
-
-/* Copies of a node in a state. While one is KV_RESERVED, a source for it must stay. */
-static int count(const struct kv *kv, int node, enum kv_state state) {
-    int n = 0;
-    for (int place = 0; place < kv->n_places; place++)
-        n += copy_at(kv, node, place)->state == state;
-    return n;
-}
-
-/* ---- decisions: change these to try another policy ---- */
-
-/* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
-static int choose_source(const struct kv *kv, int node) {
-    for (int place = 0; place < kv->n_places; place++)
-        if (copy_at(kv, node, place)->state == KV_VALID)
-            return place;
-    return NONE;
-}
-
-/* Which block leaves a place: the coldest of which another copy exists, or, if blocks may be lost,
- * the coldest. */
-static int choose_victim(const struct kv *kv, int place, enum list_kind kind, bool may_lose) {
-    int node = kv->places[place].lists[kind].oldest;
-    while (node != NONE &&
-           (copy_at(kv, node, place)->reads > 0 || count(kv, node, KV_RESERVED) > 0 ||
-            (count(kv, node, KV_VALID) < 2 && !may_lose)))
-        node = copy_at(kv, node, place)->newer;
-    return node;
-}
-
-/* ---- lists and slots ---- */
-
-/* Moves a copy to the newest end of a list of its place, or to none. */
-static void list_move(struct kv *kv, int node, int place, enum list_kind kind) {
-    struct copy *copy = copy_at(kv, node, place);
-    struct lru *list = &kv->places[place].lists[copy->list];
-    if (copy->list != UNLISTED) {
-        int *above = copy->newer == NONE ? &list->newest : &copy_at(kv, copy->newer, place)->older;
-        int *below = copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer;
-        *above = copy->older;
-        *below = copy->newer;
-        list->length--;
-    }
-    list = &kv->places[place].lists[kind];
-    copy->list = kind;
-    if (kind != UNLISTED) {
-        copy->newer = NONE;
-        copy->older = list->newest;
-        *(copy->older == NONE ? &list->oldest : &copy_at(kv, copy->older, place)->newer) = node;
-        list->newest = node;
-        list->length++;
-    }
-}
-
-/* Gives a node a slot at a place, with one pin. False: none is free. */
-static bool occupy(struct kv *kv, int node, int place, enum kv_state state) {
-    struct place *at = &kv->places[place];
-    if (at->n_free == 0)
-        return false;
-    int slot = at->free_slots[--at->n_free];
-    *copy_at(kv, node, place) = (struct copy){.state = state, .slot = slot, .pins = 1};
-    return true;
-}
-
-static void free_slot(struct kv *kv, int node, int place) {
-    struct copy *copy = copy_at(kv, node, place);
-    struct place *at = &kv->places[place];
-    assert(copy->pins == 0 && copy->reads == 0 && copy->state != KV_ARRIVING);
-    list_move(kv, node, place, UNLISTED);
-    at->free_slots[at->n_free++] = copy->slot;
-    *copy = (struct copy){.state = KV_ABSENT};
-}
-
-/* ---- the index ---- */
 
 /* Mixes one value into a chained hash (the finalizer of SplitMix64, Steele et al. 2014). */
 static uint64_t mix(uint64_t hash, uint64_t value) {
@@ -170,10 +120,155 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     return hash ^ (hash >> 31);
 }
 
-static uint64_t block_hash(uint64_t hash, const int *tokens) {
+static struct copy *coldest(const struct heap *heap) {
+    return heap->n > 0 ? heap->copies[0] : NULL;
+}
+
+/* ---- decisions: change these to try another policy ---- */
+
+/* How hot a copy is, when it comes and each time its last pin goes. before: when it comes, the heat
+ * of the copy that it is made from (0: none); else its own. */
+static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
+    uint64_t now = ++kv->clock;
+    switch (kv->order) {
+    case KV_LRU: break;
+    case KV_FIFO: return comes ? now : before;
+    case KV_LFU: return (((before >> USES_SHIFT) + 1) << USES_SHIFT) + now;
+    case KV_RANDOM: return mix(0, now);
+    }
+    return now;
+}
+
+/* Which of two cached copies of a place goes first. */
+static bool colder(const struct copy *a, const struct copy *b) {
+    return a->heat < b->heat;
+}
+
+/* Which copy leaves a worker: the coldest, clean or dirty. NULL: none is cached. */
+static struct copy *choose_victim(const struct place *worker) {
+    struct copy *clean = coldest(&worker->clean), *dirty = coldest(&worker->dirty);
+    return !clean || (dirty && colder(dirty, clean)) ? dirty : clean;
+}
+
+/* Which copy leaves the host: a clean one, whose block is on a device as well, except as many as
+ * the cleaners need; then the coldest that is nowhere else; if it is urgent, a clean one. Clean
+ * ones go in the order in which they became that: to a cleaner they matter only for as long as
+ * their other copies are cold. If they went by heat, cleaners would take what they have just put
+ * there, and blocks would go to and fro for ever. */
+static struct copy *choose_host_victim(const struct kv *kv, bool urgent) {
+    const struct place *host = &kv->places[kv->host];
+    int n_spare = urgent && host->dirty.n == 0 ? 0 : kv->n_spare;
+    return coldest(host->clean.n > n_spare ? &host->clean : &host->dirty);
+}
+
+/* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
+static struct copy *choose_source(const struct kv *kv, int node) {
+    struct copy *best = NULL;
+    for (struct copy *c = kv->nodes[node].first; c; c = c->next)
+        if (c->state == KV_VALID && (!best || c->place < best->place))
+            best = c;
+    return best;
+}
+
+/* ---- heaps ---- */
+
+static void heap_set(struct heap *heap, int i, struct copy *c) {
+    heap->copies[i] = c;
+    c->at = i;
+}
+
+/* Puts a copy into the gap at i, or where the gap must go: up, or down. */
+static void heap_fill(struct heap *heap, int i, struct copy *c) {
+    struct copy **copies = heap->copies;
+    for (; i > 0 && colder(c, copies[(i - 1) / 2]); i = (i - 1) / 2)
+        heap_set(heap, i, copies[(i - 1) / 2]);
+    for (int child; (child = 2 * i + 1) < heap->n; i = child) {
+        child += child + 1 < heap->n && colder(copies[child + 1], copies[child]);
+        if (!colder(copies[child], c))
+            break;
+        heap_set(heap, i, copies[child]);
+    }
+    heap_set(heap, i, c);
+}
+
+/* How many copies at i and below it are colder than a given one, counted up to `most`. */
+static int heap_count(const struct heap *heap, int i, const struct copy *than, int most) {
+    if (most <= 0 || i >= heap->n || !colder(heap->copies[i], than))
+        return 0;
+    int n = 1 + heap_count(heap, 2 * i + 1, than, most - 1);
+    return n + heap_count(heap, 2 * i + 2, than, most - n);
+}
+
+/* ---- copies and slots ---- */
+
+static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL: none */
+    struct copy *c = kv->nodes[node].first;
+    while (c && c->place != place)
+        c = c->next;
+    return c;
+}
+
+static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
+    struct place *at = &kv->places[c->place];
+    struct heap *heap = c->standing == CLEAN ? &at->clean : &at->dirty;
+    if (c->standing == standing)
+        return;
+    if (c->standing >= CLEAN && heap->copies[--heap->n] != c) /* the last one fills its gap */
+        heap_fill(heap, c->at, heap->copies[heap->n]);
+    at->n[c->standing]--;
+    at->n[standing]++;
+    c->standing = (unsigned char)standing;
+    if (standing == CLEAN && c->place == kv->host)
+        c->heat = ++kv->clock;
+    heap = standing == CLEAN ? &at->clean : &at->dirty;
+    if (standing >= CLEAN)
+        heap_fill(heap, heap->n++, c);
+}
+
+static void link_copy(struct kv *kv, struct copy *c, int node) {
+    c->node = node;
+    c->next = kv->nodes[node].first;
+    kv->nodes[node].first = c;
+}
+
+static void unlink_copy(struct kv *kv, const struct copy *c) {
+    struct copy **link = &kv->nodes[c->node].first;
+    while (*link != c)
+        link = &(*link)->next;
+    *link = c->next;
+}
+
+/* Gives a node a slot at a place, with one pin. NULL: none is free. */
+static struct copy *occupy(struct kv *kv, int node, int place, enum kv_state state) {
+    struct copy *c = kv->places[place].free;
+    if (c) {
+        kv->places[place].free = c->next;
+        link_copy(kv, c, node);
+        c->pins = 1;
+        c->state = (unsigned char)state;
+        c->heat = choose_heat(kv, 0, true);
+        set_standing(kv, c, PINNED);
+    }
+    return c;
+}
+
+static void free_slot(struct kv *kv, struct copy *c) {
+    assert(c->pins == 0 && c->reads == 0 && c->state != KV_ARRIVING);
+    kv->stats.unused += c->unused;
+    c->unused = false;
+    unlink_copy(kv, c);
+    set_standing(kv, c, FREE);
+    c->state = KV_ABSENT;
+    c->next = kv->places[c->place].free;
+    kv->places[c->place].free = c;
+}
+
+/* ---- the index ---- */
+
+uint64_t kv_hash(uint64_t before, const int *tokens) {
     for (int i = 0; i < BLOCK_TOKENS; i++)
-        hash = mix(hash, (uint64_t)tokens[i]);
-    return hash;
+        before = mix(before, (uint64_t)tokens[i]);
+    return before;
 }
 
 static int *bucket_of(const struct kv *kv, uint64_t hash) {
@@ -187,7 +282,7 @@ static int find_child(const struct kv *kv, uint64_t parent, uint64_t hash, const
         if (node->parent == parent && node->hash == hash &&
             memcmp(node->tokens, tokens, sizeof node->tokens) == 0)
             break;
-        id = node->next_in_bucket;
+        id = node->next;
     }
     return id;
 }
@@ -198,112 +293,97 @@ static void free_node(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
     kv->stats.lost += node->serial || node->keeper;
     if (node->serial) {
+        kv->version++;
         int *link = bucket_of(kv, node->hash);
         while (*link != id)
-            link = &kv->nodes[*link].next_in_bucket;
-        *link = node->next_in_bucket;
+            link = &kv->nodes[*link].next;
+        *link = node->next;
     }
     if (node->keeper)
         *node->keeper = NONE;
-    *node = (struct node){.next_in_bucket = kv->first_free};
+    *node = (struct node){.next = kv->first_free};
     kv->first_free = id;
+}
+
+/* Where a copy belongs whose node has so many valid and reserved copies. */
+static enum standing standing_of(const struct copy *c, int n_valid, int n_reserved) {
+    if (c->state == KV_ARRIVING)
+        return IN_FLIGHT;
+    if (c->pins > 0)
+        return PINNED;
+    if (c->reads > 0)
+        return c->standing == LEAVING ? LEAVING : BUSY;
+    return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
 }
 
 /* Puts each copy of a changed node where it now belongs; frees a node without copies. */
 static void settle(struct kv *kv, int id) {
-    for (int place = 0; place < kv->n_places; place++)
-        if (copy_at(kv, id, place)->state == KV_RESERVED && copy_at(kv, id, place)->pins == 0)
-            free_slot(kv, id, place);
-    bool cached = kv->nodes[id].serial || kv->nodes[id].keeper;
-    bool useless = !cached && count(kv, id, KV_RESERVED) == 0;
-    bool duplicate = count(kv, id, KV_VALID) >= 2;
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, id, place);
-        bool unpinned = copy->state == KV_VALID && copy->pins == 0;
-        enum list_kind kind = place == kv->host && duplicate ? DUPLICATES : MAIN;
-        kind = unpinned && cached ? kind : UNLISTED;
-        if (copy->list != kind)
-            list_move(kv, id, place, kind);
-        if (unpinned && useless && copy->reads == 0)
-            free_slot(kv, id, place);
+    const struct node *node = &kv->nodes[id];
+    int n[KV_VALID + 1] = {0};
+    for (struct copy *c = node->first, *next; c; c = next) {
+        next = c->next;
+        if (c->state == KV_RESERVED && c->pins == 0)
+            free_slot(kv, c);
+        else
+            n[c->state]++;
     }
-    if (count(kv, id, KV_ABSENT) == kv->n_places)
+    for (struct copy *c = node->first, *next; c; c = next) {
+        enum standing standing = standing_of(c, n[KV_VALID], n[KV_RESERVED]);
+        next = c->next;
+        if (standing < CLEAN || node->serial || node->keeper)
+            set_standing(kv, c, standing);
+        else
+            free_slot(kv, c);
+    }
+    if (!node->first)
         free_node(kv, id);
 }
 
 /* ---- making room ---- */
 
-/* Frees slots of a place until there are n; see choose_victim. */
-static bool drop_coldest(struct kv *kv, int place, enum list_kind kind, bool may_lose, int n) {
-    while (kv->places[place].n_free < n) {
-        int victim = choose_victim(kv, place, kind, may_lose);
-        if (victim == NONE)
-            return false;
-        free_slot(kv, victim, place);
-        *(place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
-        settle(kv, victim);
-    }
-    return true;
-}
-
-/* A free slot on the host. The first to go are duplicates, except as many as the cleaners need:
- * if they took each other's, blocks would go to and fro for ever. */
-static bool make_host_room(struct kv *kv, bool urgent) {
-    const struct place *host = &kv->places[kv->host];
-    bool many = host->lists[DUPLICATES].length > kv->n_spare;
-    return (many && drop_coldest(kv, kv->host, DUPLICATES, false, 1)) ||
-           drop_coldest(kv, kv->host, MAIN, true, 1) ||
-           (urgent && drop_coldest(kv, kv->host, DUPLICATES, false, 1));
-}
-
-/* Orders a copy between two places of a node; `to` must be KV_RESERVED. */
-static void order_copy(struct kv *kv, int node, int from, int to) {
-    struct copy *source = copy_at(kv, node, from), *target = copy_at(kv, node, to);
-    int worker = to == kv->host ? from : to; /* a device fetches; the host is written to */
-    struct place *at = &kv->places[worker];
-    assert(source->state == KV_VALID && target->state == KV_RESERVED);
-    target->state = KV_ARRIVING;
-    source->reads++;
-    int last = (at->first_order + at->n_orders++) % kv->n_nodes;
-    at->orders[last] = (struct kv_copy_order){worker, node, from, to, source->slot, target->slot};
-}
-
-/* Orders a copy of a device's block to host. False: the host has no room for it now. */
-static bool page_out(struct kv *kv, int node, int worker, bool urgent) {
-    if (!make_host_room(kv, urgent) || !occupy(kv, node, kv->host, KV_RESERVED))
-        return false;
-    order_copy(kv, node, worker, kv->host);
-    copy_at(kv, node, kv->host)->pins = 0;
+/* Drops a cached copy. If the block is on the host alone now, its heat goes there. */
+static void drop(struct kv *kv, struct copy *c) {
+    uint64_t heat = c->heat;
+    int node = c->node;
+    *(c->place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
+    free_slot(kv, c);
+    struct copy *left = choose_source(kv, node);
+    if (left && left->place == kv->host)
+        left->heat = heat;
     settle(kv, node);
-    return true;
 }
 
-static bool is_dirty(const struct kv *kv, int node, int worker) {
-    return count(kv, node, KV_VALID) < 2 && copy_at(kv, node, worker)->reads == 0;
+/* Orders a copy from one copy of a node to another; `to` must be KV_RESERVED. */
+static void order_copy(struct kv *kv, struct copy *from, struct copy *to) {
+    assert(from->state == KV_VALID && to->state == KV_RESERVED);
+    to->state = KV_ARRIVING;
+    to->heat = choose_heat(kv, from->heat, true);
+    to->from = from;
+    from->reads++;
+    bool out = to->place == kv->host;
+    struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
+    int index = (int)(to - kv->copies);
+    *(queue->n++ > 0 ? &kv->copies[queue->last].at : &queue->first) = index;
+    queue->last = index;
+    settle(kv, to->node);
 }
 
-/* Orders page-outs of the coldest blocks until, when they have ended, n can be reused at once. */
-static void page_out_coldest(struct kv *kv, int worker, bool urgent, int n) {
-    int n_ready = kv->places[worker].n_free;
-    int node = kv->places[worker].lists[MAIN].oldest;
-    for (; node != NONE && n_ready < n; node = copy_at(kv, node, worker)->newer) {
-        if (is_dirty(kv, node, worker) && !page_out(kv, node, worker, urgent))
-            return; /* the host's blocks are all on their way: their end will be heard of */
-        n_ready++;
+/* Orders a copy of a worker's copy to the host. False: the host has no room for it now. */
+static bool page_out(struct kv *kv, struct copy *c, bool urgent) {
+    if (kv->places[kv->host].n[FREE] == 0) {
+        struct copy *victim = choose_host_victim(kv, urgent);
+        if (!victim)
+            return false;
+        drop(kv, victim);
     }
+    struct copy *to = occupy(kv, c->node, kv->host, KV_RESERVED);
+    to->pins = 0;
+    set_standing(kv, c, LEAVING); /* unless it is pinned: see settle */
+    order_copy(kv, c, to);
+    return true;
 }
 
 /* ---- the public functions: see dynamo.h ---- */
-
-static bool allocate(struct kv *kv) {
-    size_t n_nodes = (size_t)kv->n_nodes, n_places = (size_t)kv->n_places;
-    kv->nodes = calloc(n_nodes, sizeof *kv->nodes);
-    kv->copies = calloc(n_nodes * n_places, sizeof *kv->copies);
-    kv->buckets = calloc((size_t)kv->n_buckets, sizeof *kv->buckets);
-    kv->slots = calloc(n_nodes, sizeof *kv->slots);
-    kv->orders = calloc(n_nodes * n_places, sizeof *kv->orders);
-    return kv->nodes && kv->copies && kv->buckets && kv->slots && kv->orders;
-}
 
 static int watermark(const struct place *place, int most) {
     int share = place->n_slots / CLEAN_SHARE;
@@ -313,60 +393,59 @@ static int watermark(const struct place *place, int most) {
 /* Sets up place number `index`, whose slots begin at `first` of all slots. */
 static void place_create(struct kv *kv, int index, int first) {
     struct place *place = &kv->places[index];
-    place->free_slots = kv->slots + first;
-    place->orders = kv->orders + (size_t)index * (size_t)kv->n_nodes;
-    for (int i = 0; i < place->n_slots; i++)
-        place->free_slots[i] = place->n_slots - 1 - i; /* slot 0 is taken first */
-    place->n_free = place->n_slots;
-    for (int i = 0; i < N_LISTS; i++)
-        place->lists[i] = (struct lru){NONE, NONE, 0};
+    place->copies = kv->copies + first;
+    place->clean.copies = kv->heaps + 2 * (size_t)first;
+    place->dirty.copies = place->clean.copies + place->n_slots;
+    place->n[FREE] = place->n_slots;
+    for (int i = place->n_slots - 1; i >= 0; i--) { /* slot 0 is taken first */
+        place->copies[i] = (struct copy){.place = (unsigned char)index, .next = place->free};
+        place->free = &place->copies[i];
+    }
     kv->n_spare += index == kv->host ? 0 : watermark(place, CLEAN_HIGH);
 }
 
 void kv_destroy(struct kv *kv) {
-    if (kv) {
-        free(kv->nodes);
-        free(kv->copies);
-        free(kv->buckets);
-        free(kv->slots);
-        free(kv->orders);
-    }
     free(kv);
 }
 
 struct kv *kv_create(const struct kv_config *config) {
-    struct kv *kv = calloc(1, sizeof *kv);
+    int n_nodes = config->host_blocks, n_buckets = 16;
+    for (int i = 0; i < config->n_workers; i++)
+        n_nodes += config->device_blocks[i];
+    while (n_buckets < n_nodes)
+        n_buckets *= 2;
+    struct kv *kv; /* all is in one piece of memory */
+    size_t n = (size_t)n_nodes, node = sizeof *kv->nodes + sizeof *kv->copies;
+    kv = calloc(1, sizeof *kv + n * (node + 2 * sizeof *kv->heaps) +
+                       (size_t)n_buckets * sizeof *kv->buckets);
     if (!kv)
         return NULL;
-    kv->host = config->n_workers;
-    kv->n_places = config->n_workers + 1;
-    kv->policy = config->policy;
-    for (int i = 0; i < kv->n_places; i++) {
+    *kv = (struct kv){.n_places = config->n_workers + 1,
+                      .host = config->n_workers,
+                      .policy = config->policy,
+                      .order = config->order,
+                      .n_nodes = n_nodes,
+                      .n_buckets = n_buckets};
+    kv->nodes = (struct node *)(kv + 1);
+    kv->copies = (struct copy *)(kv->nodes + n);
+    kv->heaps = (struct copy **)(kv->copies + n);
+    kv->buckets = (int *)(kv->heaps + 2 * n);
+    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots) {
         kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
-        kv->n_nodes += kv->places[i].n_slots;
-    }
-    for (kv->n_buckets = 16; kv->n_buckets < kv->n_nodes;)
-        kv->n_buckets *= 2;
-    if (!allocate(kv)) {
-        kv_destroy(kv);
-        return NULL;
-    }
-    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots)
         place_create(kv, i, first);
-    for (int i = 0; i < kv->n_nodes; i++)
-        kv->nodes[i].next_in_bucket = i + 1 < kv->n_nodes ? i + 1 : NONE;
-    for (int i = 0; i < kv->n_buckets; i++)
-        kv->buckets[i] = NONE;
+    }
+    for (int i = 0; i < n_nodes; i++)
+        kv->nodes[i].next = i + 1 < n_nodes ? i + 1 : NONE;
+    memset(kv->buckets, NONE, (size_t)n_buckets * sizeof *kv->buckets);
     return kv;
 }
 
-int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes) {
-    uint64_t parent = 0, hash = 0;
+int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
+            int *nodes) {
+    uint64_t parent = 0;
     int n = 0;
     for (; n < max_blocks; n++) {
-        const int *block = tokens + (size_t)n * BLOCK_TOKENS;
-        hash = block_hash(hash, block);
-        nodes[n] = find_child(kv, parent, hash, block);
+        nodes[n] = find_child(kv, parent, hashes[n], tokens + (size_t)n * BLOCK_TOKENS);
         if (nodes[n] == NONE)
             break;
         parent = kv->nodes[nodes[n]].serial;
@@ -374,116 +453,143 @@ int kv_find(const struct kv *kv, const int *tokens, int max_blocks, int *nodes) 
     return n;
 }
 
+uint64_t kv_version(const struct kv *kv) {
+    return kv->version;
+}
+
 int kv_reclaimable(const struct kv *kv, int worker) {
-    return kv->places[worker].n_free + kv->places[worker].lists[MAIN].length;
+    const int *n = kv->places[worker].n;
+    return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
 bool kv_make_room(struct kv *kv, int worker, int n) {
-    bool has_host = kv->places[kv->host].n_slots > 0;
-    if (drop_coldest(kv, worker, MAIN, !has_host, n))
-        return true;
-    if (has_host)
-        page_out_coldest(kv, worker, true, n);
-    return false;
+    struct place *at = &kv->places[worker];
+    const struct place *host = &kv->places[kv->host];
+    int wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
+    struct copy *victim;
+    while (at->n[FREE] + at->n[LEAVING] < wanted && (victim = choose_victim(at))) {
+        bool may_lose = host->n[PINNED] == host->n_slots;
+        if (victim->standing == CLEAN || may_lose)
+            drop(kv, victim);
+        else if (!page_out(kv, victim, true))
+            break; /* what is in flight to the host or from it will make room there */
+    }
+    at->wanted = at->n[FREE] < n ? wanted : 0;
+    return at->n[FREE] >= n;
 }
 
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
-    int n_ready = at->n_free, low = watermark(at, CLEAN_LOW);
-    int node = at->lists[MAIN].oldest;
-    while (node != NONE && n_ready < low && !is_dirty(kv, node, worker)) {
-        node = copy_at(kv, node, worker)->newer;
-        n_ready++;
+    for (int n = watermark(at, CLEAN_LOW); at->dirty.n > 0; n = watermark(at, CLEAN_HIGH)) {
+        struct copy *next = coldest(&at->dirty);
+        int n_ready = at->n[FREE] + at->n[LEAVING]; /* and those that go before it */
+        n_ready += heap_count(&at->clean, 0, next, n - n_ready);
+        if (n_ready >= n || !page_out(kv, next, false))
+            break;
     }
-    if (node != NONE && n_ready < low)
-        page_out_coldest(kv, worker, false, watermark(at, CLEAN_HIGH));
 }
 
 int kv_new(struct kv *kv, int worker) {
     int id = kv->first_free;
-    if (id == NONE || !occupy(kv, id, worker, KV_VALID))
+    if (id == NONE || !kv->places[worker].free)
         return NONE;
-    kv->first_free = kv->nodes[id].next_in_bucket;
+    kv->first_free = kv->nodes[id].next;
+    occupy(kv, id, worker, KV_VALID);
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker)->state == KV_ABSENT);
+    assert(!copy_at(kv, node, worker));
     return occupy(kv, node, worker, KV_RESERVED);
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
-    int from = choose_source(kv, node);
-    if (copy_at(kv, node, worker)->state == KV_RESERVED && from != NONE) {
-        order_copy(kv, node, from, worker);
-        settle(kv, node);
-    }
-    return from != NONE;
+    struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
+    if (from && to && to->state == KV_RESERVED)
+        order_copy(kv, from, to);
+    return from;
 }
 
-bool kv_fetch(struct kv *kv, int node, int worker) {
-    struct copy *copy = copy_at(kv, node, worker);
-    if (copy->state != KV_ABSENT) {
-        copy->pins++;
-        settle(kv, node);
-    } else if (choose_source(kv, node) == NONE || !occupy(kv, node, worker, KV_RESERVED)) {
-        return false;
-    }
-    return kv_send(kv, node, worker);
-}
-
-void kv_unpin(struct kv *kv, int node, int worker) {
-    assert(copy_at(kv, node, worker)->pins > 0);
-    copy_at(kv, node, worker)->pins--;
+void kv_hold(struct kv *kv, int node, int place) {
+    struct copy *c = copy_at(kv, node, place);
+    assert(c);
+    c->pins++;
+    c->unused = false;
     settle(kv, node);
 }
 
-enum kv_state kv_state(const struct kv *kv, int node, int worker) {
-    enum kv_state state = copy_at(kv, node, worker)->state;
-    for (int place = 0; place < kv->n_places && !kv->nodes[node].serial; place++)
-        if (state == KV_VALID && copy_at(kv, node, place)->reads > 0)
-            state = KV_ARRIVING; /* its owner must not write it while it is being copied */
-    return state;
+bool kv_fetch(struct kv *kv, int node, int worker) {
+    if (copy_at(kv, node, worker))
+        kv_hold(kv, node, worker);
+    else if (!choose_source(kv, node) || !occupy(kv, node, worker, KV_RESERVED))
+        return false;
+    return kv_send(kv, node, worker);
+}
+
+void kv_unpin(struct kv *kv, int node, int place) {
+    struct copy *c = copy_at(kv, node, place);
+    assert(c && c->pins > 0);
+    if (--c->pins == 0)
+        c->heat = choose_heat(kv, c->heat, false);
+    settle(kv, node);
+}
+
+enum kv_state kv_state(const struct kv *kv, int node, int place) {
+    const struct copy *own = copy_at(kv, node, place);
+    bool read = false;
+    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
+        read = read || c->reads > 0;
+    if (own && own->state == KV_VALID && read && !kv->nodes[node].serial)
+        return KV_ARRIVING; /* its owner must not write it while it is being copied */
+    return own ? (enum kv_state)own->state : KV_ABSENT;
+}
+
+static int slot_of(const struct kv *kv, const struct copy *c) {
+    return (int)(c - kv->places[c->place].copies);
 }
 
 int kv_slot(const struct kv *kv, int node, int worker) {
-    return copy_at(kv, node, worker)->slot;
+    return slot_of(kv, copy_at(kv, node, worker));
 }
 
 /* Moves the pins of a private node to the node that was registered first with its content, and
  * with them its slots where that one has none. */
 static void merge(struct kv *kv, int private, int winner) {
-    for (int place = 0; place < kv->n_places; place++) {
-        struct copy *mine = copy_at(kv, private, place), *other = copy_at(kv, winner, place);
-        assert(mine->reads == 0 && mine->state != KV_ARRIVING && mine->list == UNLISTED);
-        if (other->state == KV_ABSENT) {
-            *other = *mine;
-            *mine = (struct copy){.state = KV_ABSENT};
+    for (struct copy *mine = kv->nodes[private].first, *next; mine; mine = next) {
+        struct copy *other = copy_at(kv, winner, mine->place);
+        next = mine->next;
+        assert(mine->reads == 0 && mine->standing == PINNED);
+        if (other) {
+            other->pins += mine->pins;
+            other->unused = false;
+            mine->pins = 0;
+        } else {
+            unlink_copy(kv, mine);
+            link_copy(kv, mine, winner);
         }
-        other->pins += mine->pins;
-        mine->pins = 0;
     }
     settle(kv, winner);
     settle(kv, private);
 }
 
-int kv_register(struct kv *kv, int id, int parent, const int *tokens) {
+int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tokens) {
     struct node *node = &kv->nodes[id];
     const struct node *before = parent == NONE ? NULL : &kv->nodes[parent];
     assert(!node->serial && (!before || before->serial));
     node->parent = before ? before->serial : 0;
-    node->hash = block_hash(before ? before->hash : 0, tokens);
+    node->hash = hash;
     int winner = find_child(kv, node->parent, node->hash, tokens);
     if (winner != NONE) {
         merge(kv, id, winner);
         return winner;
     }
+    kv->version++;
     node->serial = ++kv->last_serial;
     memcpy(node->tokens, tokens, sizeof node->tokens);
-    node->next_in_bucket = *bucket_of(kv, node->hash);
+    node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
     if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0)
-        (void)page_out(kv, id, choose_source(kv, id), true);
+        (void)page_out(kv, choose_source(kv, id), true);
     return id;
 }
 
@@ -500,33 +606,48 @@ void kv_unkeep(struct kv *kv, int node) {
 
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
-    if (at->n_orders == 0)
+    struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
+    if (queue->n == 0)
         return false;
-    *order = at->orders[at->first_order];
-    at->first_order = (at->first_order + 1) % kv->n_nodes;
-    at->n_orders--;
+    const struct copy *to = &kv->copies[queue->first], *from = to->from;
+    *order = (struct kv_copy_order){worker,    to->node,          from->place,
+                                    to->place, slot_of(kv, from), slot_of(kv, to)};
+    queue->first = to->at;
+    queue->n--;
     return true;
 }
 
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
-    struct copy *source = copy_at(kv, order->node, order->from);
-    struct copy *target = copy_at(kv, order->node, order->to);
-    assert(target->state == KV_ARRIVING && source->reads > 0);
-    source->reads--;
-    target->state = ok ? KV_VALID : KV_RESERVED;
+    struct copy *to = &kv->places[order->to].copies[order->to_slot], *from = to->from;
+    const struct place *at = &kv->places[from->place];
+    assert(to->state == KV_ARRIVING && to->node == order->node && from->reads > 0);
+    bool leaves = from->standing == LEAVING;
+    from->reads--;
+    to->state = ok ? KV_VALID : KV_RESERVED;
+    to->unused = ok && to->place != kv->host && to->pins == 0;
     int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
                      : order->from == kv->host ? &kv->stats.pages_in
                                                : &kv->stats.transfers;
     *count += ok;
     settle(kv, order->node);
+    if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
+        drop(kv, from);
 }
 
 int kv_pending(const struct kv *kv, int worker) {
-    return kv->places[worker].n_orders;
+    return kv->places[worker].in.n + kv->places[worker].out.n;
 }
 
 int kv_used(const struct kv *kv, int place) {
-    return kv->places[place].n_slots - kv->places[place].n_free;
+    return kv->places[place].n_slots - kv->places[place].n[FREE];
+}
+
+struct kv_usage kv_usage(const struct kv *kv, int place) {
+    const int *n = kv->places[place].n;
+    return (struct kv_usage){.free = n[FREE],
+                             .pinned = n[PINNED],
+                             .cached = n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY],
+                             .in_flight = n[IN_FLIGHT]};
 }
 
 struct kv_stats kv_stats(const struct kv *kv) {

@@ -2,26 +2,35 @@
  *
  * Owns the queue of requests, their life (enum request_state) and their block tables. Refuses to
  * know of time, threads, devices and addresses: a driver asks sched_next for an idle worker's next
- * step, carries it out, and reports sched_done and sched_copied. Every call is a function of the
- * state and its arguments, so the same code runs under tests as on devices. README.md has a picture
- * of a request's life; set_state is the one function that changes it.
+ * step and sched_copies for copies, carries them out, and reports sched_done and sched_copied.
+ * Every call is a function of the state and its arguments, so the same code runs under tests as on
+ * devices. README.md has a picture of a request's life; set_state is the one function that changes
+ * it, and withdraw the one way out of it.
  *
- * Admission takes the oldest waiting request, looks for its longest cached prefix, picks a prefill
- * and a decode worker, and reserves all blocks of its prompt on both: what is admitted can reach
- * RUNNING without needing another block. Only a running answer grows; if nothing can be freed for
- * it, the youngest running request is preempted. The oldest is never preempted for a younger one,
- * so every request ends.
+ * Admission (each call ends with it, if something has changed) takes waiting requests in the order
+ * of arrival, looks for the longest cached prefix, picks a prefill and a decode worker, and
+ * reserves all blocks of the prompt on both: what is admitted can reach RUNNING without another
+ * block. A few younger requests may pass one that does not fit. One whose next block another is
+ * about to compute waits for it, so each block is computed once. Only a running answer grows, which
+ * admission expects; if nothing can be freed for it all the same, the youngest on that worker is
+ * preempted, and comes back before others; if that takes long they take turns. The oldest on a
+ * worker is never preempted for a younger one, so every request ends.
+ *
+ * An admitted request stands in one queue of one worker: of its prefill worker until its prompt is
+ * computed, then of its decode worker. So a step touches only requests of its worker.
  *
  * Block ownership of a request, by half-open intervals of its table:
  *     [0, n_registered)         in the index, shared, pinned, never written
  *     [n_registered, n_blocks)  private: being filled, or reserved for what comes
  *     [0, n_prefill_blocks)     pinned on the prefill worker too, until they are handed over
  * Continuous batching: Yu et al., "Orca", OSDI 2022; chunked prefill: Agrawal et al.,
- * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024.
+ * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024; expected
+ * growth: Gong et al., "Past-Future scheduler", ASPLOS 2025.
  * Read next: dynamo.c, which drives it. */
 #include "dynamo.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,272 +38,459 @@ enum {
     NONE = -1,
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
-    MAX_COPIES = 64,      /* copy orders given out with one step; the rest come with the next */
-    MAX_COPY_FAILURES = 3 /* copies that may fail before a request is given up */
+    MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
+    MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
+    MAX_CANDIDATES = 16,        /* waiting requests that are looked at, and prompts for a chunk */
+    LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
+    ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
+    GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
+    PATIENCE_MS = 700, /* a preempted answer waits so long before it takes another's place */
+    SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
+    N_SPANS = 64       /* the last span is all that is further away */
 };
 
-struct list { /* of requests, oldest first */
+struct list { /* of requests, oldest first; preempted ones in the order in which they were that */
     struct request *first, *last;
+    int length;
+};
+
+/* Where an admitted request stands: at its prefill worker as long as it has prompt tokens to
+ * compute there, then at its decode worker. */
+enum {
+    PREFILLING,
+    ARRIVING, /* its blocks are on their way */
+    RUNNING,
+    STALLED, /* as RUNNING, but it lacks a block for its next token */
+    N_QUEUES
 };
 
 struct worker {
     struct step step;
-    char *arena;    /* all arrays of the step */
-    int n_admitted; /* requests that decode here, or will */
+    char *arena; /* all arrays of the step */
+    struct list queues[N_QUEUES];
+    struct request *turn; /* of those running, the first in the next step; NULL: the oldest */
+    int backlog;          /* prompt tokens that are left to those prefilling */
+    int n_admitted;       /* requests that decode here, or will */
+    int n_blocks;         /* their blocks here */
+    int64_t chosen;       /* the number of the admission that chose it last */
+    int n_copying;        /* copies that it was given and that have not ended */
+    int n_pending;        /* orders of the cache that sched_concerned has told of */
 };
 
 struct sched {
     struct sched_config config;
     struct kv *kv;
-    struct list waiting, admitted;
+    struct list waiting, preempted; /* new requests; those that have lost their blocks */
     struct worker workers[MAX_WORKERS];
-    int max_length;
+    int max_length, max_prompt_blocks; /* the largest text; the largest prefill worker */
+    int n_held;                        /* copies on the host that waiting requests hold */
+    int64_t n_changes;                 /* of what may let a waiting request be admitted */
+    int64_t n_chosen;                  /* admissions */
+    double likely_answer;              /* tokens */
+    uint32_t concerned;
+    double next_event; /* no deadline is earlier, nor the time when a copy is late */
     struct sched_stats stats;
 };
 
-/* What admission decides about a request. hits are the first blocks of its table. */
+/* What admission decides about a request. Its hits are the first blocks of its table. */
 struct plan {
     int prefill_worker, decode_worker;
-    int n_hits;              /* cached blocks, the saved one included */
-    int cached, end;         /* tokens [cached, end) are to be prefilled */
-    int n_prefill, n_decode; /* blocks to hold on each side */
-    bool takes_saved;
+    int n_hits;               /* cached blocks, the saved one included */
+    int n_alone;              /* hits that are on the host alone */
+    int missing[MAX_WORKERS]; /* hits that are not on the worker */
+    int cached, end;          /* tokens [cached, end) are to be prefilled */
+    int n_prefill, n_decode;  /* blocks to hold on each side */
 };
 
 /* ---- decisions: change these to try another policy ---- */
-
-/* Which request is admitted next: the oldest, preempted ones included. */
-static struct request *choose_request(const struct sched *s) {
-    return s->waiting.first;
-}
-
-static int missing_blocks(const struct sched *s, const struct request *r, int n_hits, int worker) {
-    int n = 0;
-    for (int i = 0; i < n_hits; i++)
-        n += kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
-    return n;
-}
-
-/* Which worker decodes it: the one with the fewest blocks in use and to be fetched. NONE: full. */
-static int choose_decode_worker(const struct sched *s, const struct request *r, int n_hits) {
-    int best = NONE, least = 0;
-    for (int w = 0; w < s->config.kv.n_workers; w++) {
-        if (!s->config.decodes[w] || s->workers[w].n_admitted >= s->config.max_batch)
-            continue;
-        int cost = missing_blocks(s, r, n_hits, w);
-        for (const struct request *other = s->admitted.first; other; other = other->next)
-            cost += other->decode_worker == w ? other->n_blocks : 0;
-        if (best == NONE || cost < least) {
-            best = w;
-            least = cost;
-        }
-    }
-    return best;
-}
 
 /* Prompt tokens that it has still to compute; an answer's tokens are none. */
 static int prefill_left(const struct request *r) {
     return r->prefill_end > r->filled ? r->prefill_end - r->filled : 0;
 }
 
-static int prefill_backlog(const struct sched *s, int worker) {
-    int tokens = 0;
-    for (const struct request *r = s->admitted.first; r; r = r->next)
-        tokens += r->prefill_worker == worker ? prefill_left(r) : 0;
-    return tokens;
+/* Tokens that an answer is expected to go on for: until it is as long as answers have been, but at
+ * least for a quarter of that, or of what it has. */
+static int expected_left(const struct sched *s, const struct request *r) {
+    int n = r->length - r->n_prompt, likely = (int)s->likely_answer;
+    int least = (n < likely ? likely : n) / 4 + 1, left = likely - n > least ? likely - n : least;
+    left = left < r->max_new - n ? left : r->max_new - n;
+    return left < s->max_length - r->length ? left : s->max_length - r->length;
 }
 
-/* Which worker prefills it: the one with the least to do: prompt tokens, and a block to be fetched
- * for each that is not there. */
-static int choose_prefill_worker(const struct sched *s, const struct request *r, int n_hits) {
-    int best = NONE, least = 0;
-    for (int w = 0; w < s->config.kv.n_workers; w++) {
-        if (!s->config.prefills[w])
-            continue;
-        int cost = prefill_backlog(s, w) + missing_blocks(s, r, n_hits, w);
-        if (best == NONE || cost < least) {
-            best = w;
-            least = cost;
-        }
+/* How the blocks of answers on one worker will grow: by spans of time until they end. */
+struct growth {
+    int n[N_SPANS], blocks[N_SPANS], sum; /* answers, what each alone holds now; that of all */
+};
+
+static void expect(struct growth *g, int n, int left, int n_blocks) {
+    int span = left / SPAN_TOKENS < N_SPANS ? left / SPAN_TOKENS : N_SPANS - 1;
+    g->n[span] += n;
+    g->blocks[span] += n_blocks;
+    g->sum += n_blocks;
+}
+
+/* Whether a worker holds the answers that are there or on their way, and this one, at any time
+ * until the last is expected to end. */
+static bool room_to_grow(const struct sched *s, const struct request *r, const struct plan *plan,
+                         int worker) {
+    const struct worker *w = &s->workers[worker];
+    int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
+    int pinned = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
+    int likely = (int)s->likely_answer, n_prefilling = w->n_admitted;
+    if (w->n_admitted == 0 || pinned + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
+        return true;
+    struct growth g = {0};
+    for (int queue = ARRIVING; queue < N_QUEUES; queue++) {
+        n_prefilling -= w->queues[queue].length;
+        for (const struct request *o = w->queues[queue].first; o; o = o->next)
+            expect(&g, 1, expected_left(s, o), o->n_blocks - o->cached_tokens / BLOCK_TOKENS);
     }
-    return best;
+    int held = pinned > g.sum ? pinned - g.sum : 0, n = 0, peak = 0;
+    expect(&g, n_prefilling, likely, 0);
+    expect(&g, 1, expected_left(s, r), own);
+    for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
+        held += g.blocks[span];
+        n += g.n[span];
+        int then = held + n * (1 + span * SPAN_TOKENS / BLOCK_TOKENS);
+        peak = then > peak ? then : peak;
+    }
+    return peak <= n_blocks + n_blocks * GROWTH_SLACK / 100;
 }
 
-/* Whether the decode worker prefills by itself: it can as well; there is nothing to compute; little
- * is left after a hit that covers most; or the prefill pool is far behind. */
+/* Whether a worker could take a plan's request now: its blocks can be freed there, also those that
+ * stalled answers need, and a new answer has room to grow. One that was preempted need not wait for
+ * that. */
+static bool fits(const struct sched *s, const struct request *r, const struct plan *plan,
+                 int worker, bool decodes) {
+    const struct worker *w = &s->workers[worker];
+    int n_blocks = decodes ? plan->n_decode : blocks_of(plan->end);
+    int wanted = decodes ? blocks_of(r->length + expected_left(s, r)) : n_blocks;
+    int lacks = plan->missing[worker] + n_blocks - plan->n_hits + w->queues[STALLED].length;
+    return wanted <= s->config.kv.device_blocks[worker] && lacks <= kv_reclaimable(s->kv, worker) &&
+           (!decodes || r->preemptions > 0 || room_to_grow(s, r, plan, worker));
+}
+
+/* Which of two workers of equal cost: the one with more room, then the one not chosen for longer.
+ * So a cache is not overwritten while another stands empty. */
+static bool is_idler(const struct sched *s, int worker, int other) {
+    int used = kv_used(s->kv, worker) - kv_used(s->kv, other);
+    return used < 0 || (used == 0 && s->workers[worker].chosen < s->workers[other].chosen);
+}
+
+/* Which worker decodes a request: of those that have room, the one with the fewest blocks in use
+ * and to be fetched. Which one prefills it: the one with the least to do, prompt tokens, and a
+ * block to be fetched for each that is not there. NONE: none has room. */
+static int choose_worker(const struct sched *s, const struct request *r, const struct plan *plan,
+                         bool decodes) {
+    for (uint32_t full = 0;;) {
+        int best = NONE, least = 0;
+        for (int i = 0; i < s->config.kv.n_workers; i++) {
+            const struct worker *w = &s->workers[i];
+            int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
+            bool can = (decodes ? s->config.decodes[i] : s->config.prefills[i]) && !(full >> i & 1);
+            if (can && (best == NONE || cost < least || (cost == least && is_idler(s, i, best)))) {
+                best = i;
+                least = cost;
+            }
+        }
+        if (best == NONE || fits(s, r, plan, best, decodes))
+            return best;
+        full |= 1u << best;
+    }
+}
+
+/* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
+ * there is nothing to compute; little is left after a hit that covers most; or the prefill pool,
+ * of which this worker has the least to do, is far behind. */
 static bool prefills_locally(const struct sched *s, const struct plan *plan, int prefill_worker) {
     int left = plan->end - plan->cached;
     return s->config.prefills[plan->decode_worker] || left == 0 ||
+           blocks_of(plan->end) > s->max_prompt_blocks ||
            (left <= LOCAL_PREFILL_TOKENS && plan->cached > left) ||
-           (left <= s->config.chunk &&
-            prefill_backlog(s, prefill_worker) > BUSY_CHUNKS * s->config.chunk);
+           (left <= s->config.chunk && prefill_worker != NONE &&
+            s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
 }
 
-/* Which running request makes room: the youngest on that worker. Never one that has rows in the
- * step at hand (`in_step`), which the older ones than the one that grows have. */
-static struct request *choose_preempted(const struct sched *s, int worker) {
-    struct request *r = s->admitted.last;
-    while (r && (r->state != REQUEST_RUNNING || r->decode_worker != worker))
+/* Which running request makes room: the youngest on that worker. */
+static struct request *choose_preempted(const struct worker *w) {
+    struct request *running = w->queues[RUNNING].last, *stalled = w->queues[STALLED].last;
+    return !running || (stalled && stalled->id > running->id) ? stalled : running;
+}
+
+/* Which running answer goes so that a preempted one can go on: the youngest that has had its time
+ * since it was admitted, never the oldest. NULL: none. */
+static struct request *choose_rotated(const struct worker *w, double now) {
+    struct request *r = w->queues[RUNNING].last;
+    while (r && now < r->resumed + 1e-3 * PATIENCE_MS)
         r = r->previous;
-    return r;
+    return r == w->queues[RUNNING].first ? NULL : r;
+}
+
+/* How many tokens of a chunk the oldest prompt gets if others want their part: half of them. Of the
+ * rest, those that it is enough for to the end get theirs, in the order of arrival. */
+static int oldest_share(const struct sched *s, const struct request *oldest) {
+    int half = (s->config.chunk + 1) / 2;
+    return prefill_left(oldest) < half ? prefill_left(oldest) : half;
 }
 
 /* ---- lists, states ---- */
+
+static void concern(struct sched *s, int place) {
+    if (place >= 0 && place < s->config.kv.n_workers)
+        s->concerned |= 1u << place;
+}
+
+/* Blocks may be free, or be written again: waiting requests can be tried again, and workers that
+ * lack some, or wait for some, look. */
+static void note_change(struct sched *s) {
+    s->n_changes++;
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        if (s->workers[i].queues[STALLED].first || s->workers[i].queues[ARRIVING].first)
+            concern(s, i);
+}
 
 static void list_remove(struct list *list, struct request *r) {
     *(r->previous ? &r->previous->next : &list->first) = r->next;
     *(r->next ? &r->next->previous : &list->last) = r->previous;
     r->previous = r->next = NULL;
+    list->length--;
 }
 
-static void list_insert(struct list *list, struct request *r) {
+static void list_insert(struct list *list, struct request *r, bool at_end) {
     struct request *before = list->last;
-    while (before && before->id > r->id)
+    while (before && before->id > r->id && !at_end)
         before = before->previous;
     r->previous = before;
     r->next = before ? before->next : list->first;
     *(r->previous ? &r->previous->next : &list->first) = r;
     *(r->next ? &r->next->previous : &list->last) = r;
+    list->length++;
 }
 
-static struct list *list_of(struct sched *s, enum request_state state) {
-    return state == REQUEST_WAITING ? &s->waiting : state == REQUEST_FINISHED ? NULL : &s->admitted;
+static bool lacks_block(const struct request *r) { /* for the token that it computes next */
+    return r->state == REQUEST_RUNNING && r->n_blocks * BLOCK_TOKENS <= r->filled;
+}
+
+/* The worker whose steps and copies a request waits for now. */
+static int worker_of(const struct request *r) {
+    bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
+    return prefills ? r->prefill_worker : r->decode_worker;
+}
+
+static struct list *list_of(struct sched *s, const struct request *r) {
+    if (r->state == REQUEST_FINISHED)
+        return NULL;
+    if (r->state == REQUEST_WAITING)
+        return r->preemptions > 0 ? &s->preempted : &s->waiting;
+    int queue = r->state == REQUEST_RUNNING ? lacks_block(r) ? STALLED : RUNNING
+                : r->state == REQUEST_HAND_OVER || prefill_left(r) == 0 ? ARRIVING
+                                                                        : PREFILLING;
+    return &s->workers[worker_of(r)].queues[queue];
+}
+
+/* Puts a request that has changed into the list where it now belongs. */
+static void place_request(struct sched *s, struct request *r) {
+    struct list *to = list_of(s, r);
+    if (to == r->list)
+        return;
+    if (r->list) {
+        for (int i = 0; i < s->config.kv.n_workers; i++)
+            if (s->workers[i].turn == r)
+                s->workers[i].turn = r->next;
+        list_remove(r->list, r);
+    }
+    r->list = to;
+    if (to) {
+        list_insert(to, r, to == &s->preempted);
+        concern(s, r->state == REQUEST_WAITING ? NONE : worker_of(r));
+    }
 }
 
 /* The one place where a request's state changes: see the picture in README.md. */
 static void set_state(struct sched *s, struct request *r, enum request_state state) {
     static const bool allowed[REQUEST_FINISHED + 1][REQUEST_FINISHED + 1] = {
-        [REQUEST_WAITING] = {[REQUEST_LOADING] = true, [REQUEST_FINISHED] = true},
-        [REQUEST_LOADING] =
-            {[REQUEST_PREFILL] = true, [REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
-        [REQUEST_PREFILL] =
-            {[REQUEST_HAND_OVER] = true, [REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
-        [REQUEST_HAND_OVER] = {[REQUEST_RUNNING] = true, [REQUEST_FINISHED] = true},
-        [REQUEST_RUNNING] = {[REQUEST_WAITING] = true, [REQUEST_FINISHED] = true},
+        [REQUEST_WAITING] = {[REQUEST_LOADING] = true},
+        [REQUEST_LOADING] = {[REQUEST_PREFILL] = true, [REQUEST_RUNNING] = true},
+        [REQUEST_PREFILL] = {[REQUEST_HAND_OVER] = true, [REQUEST_RUNNING] = true},
+        [REQUEST_HAND_OVER] = {[REQUEST_RUNNING] = true},
     };
-    assert(allowed[r->state][state]);
-    struct list *from = list_of(s, r->state), *to = list_of(s, state);
+    bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING; /* from anywhere */
+    assert(r->state != REQUEST_FINISHED && r->state != state &&
+           (leaves || allowed[r->state][state]));
     r->state = state;
-    if (from != to) {
-        list_remove(from, r);
-        if (to)
-            list_insert(to, r);
-    }
+    place_request(s, r);
 }
 
 /* ---- blocks of a request ---- */
-
-static bool lacks_block(const struct request *r) { /* for the token that it computes next */
-    return r->state == REQUEST_RUNNING && r->n_blocks * BLOCK_TOKENS <= r->filled;
-}
 
 static void release_prefill_blocks(struct sched *s, struct request *r) {
     while (r->n_prefill_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_prefill_blocks], r->prefill_worker);
 }
 
-/* Lets go of all blocks, the last first: so it is colder than what stands before it. */
-static void release_blocks(struct sched *s, struct request *r) {
-    release_prefill_blocks(s, r);
-    while (r->n_blocks > 0)
-        kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
-    if (r->decode_worker != NONE)
-        s->workers[r->decode_worker].n_admitted--;
-    r->n_registered = r->n_ready = 0;
-    r->prefill_worker = r->decode_worker = NONE;
+static void release_held(struct sched *s, struct request *r) {
+    s->n_held -= r->n_held;
+    while (r->n_held > 0)
+        kv_unpin(s->kv, r->held[--r->n_held], s->config.kv.n_workers);
 }
 
-static void finish(struct sched *s, struct request *r, enum finish_reason reason, double now) {
-    if (r->saved != NONE)
+/* Lets go of all blocks, the last first: so it is colder than what stands before it. */
+static void release_blocks(struct sched *s, struct request *r) {
+    release_held(s, r);
+    release_prefill_blocks(s, r);
+    if (r->state != REQUEST_WAITING) {
+        struct worker *decodes = &s->workers[r->decode_worker];
+        decodes->n_admitted--;
+        decodes->n_blocks -= r->n_blocks;
+        s->workers[r->prefill_worker].backlog -= prefill_left(r);
+        concern(s, r->prefill_worker);
+        concern(s, r->decode_worker);
+    }
+    while (r->n_blocks > 0)
+        kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
+    r->n_registered = r->n_ready = r->n_sent = r->n_slots = 0;
+    r->late = INFINITY;
+    note_change(s);
+}
+
+/* Takes a request out of the state it is in, or will when the step is done that it takes part in.
+ * FINISH_NONE: back into the queue. Its full blocks stay findable in the cache; the last, partly
+ * filled one of an answer is kept for it, so that nothing need be computed again. */
+static void withdraw(struct sched *s, struct request *r, enum finish_reason reason, double now) {
+    r->leaves = r->in_step;
+    r->ending = r->ending == FINISH_NONE ? reason : r->ending;
+    if (r->in_step)
+        return;
+    bool waits = r->ending == FINISH_NONE;
+    if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
+        kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
+    else if (!waits && r->saved != NONE)
         kv_unkeep(s->kv, r->saved);
     release_blocks(s, r);
+    if (waits) {
+        r->preemptions++;
+        r->looked_up = UINT64_MAX; /* the table has other nodes than hits */
+        s->stats.preemptions++;
+        set_state(s, r, REQUEST_WAITING);
+        return;
+    }
     set_state(s, r, REQUEST_FINISHED);
-    free(r->blocks);
-    r->blocks = NULL;
-    r->reason = reason;
+    free(r->hashes); /* and the arrays behind them */
+    r->hashes = NULL;
+    r->reason = r->ending;
     r->last_token = r->last_token > 0 ? r->last_token : now;
     s->stats.finished++;
 }
 
-/* Puts a running request back into the queue. Its full blocks stay findable in the cache; the
- * last, partly filled one is kept for it, so that nothing need be computed again. */
-static void preempt(struct sched *s, struct request *r) {
-    if (r->filled % BLOCK_TOKENS != 0)
-        kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
-    release_blocks(s, r);
-    r->preempted = true;
-    set_state(s, r, REQUEST_WAITING);
-    s->stats.preemptions++;
+/* The chained hashes of a request's first n full blocks: each is computed once. */
+static const uint64_t *hashes_of(struct request *r, int n) {
+    for (; r->n_hashes < n; r->n_hashes++)
+        r->hashes[r->n_hashes] = kv_hash(r->n_hashes > 0 ? r->hashes[r->n_hashes - 1] : 0,
+                                         r->tokens + (size_t)r->n_hashes * BLOCK_TOKENS);
+    return r->hashes;
 }
 
-/* Registers the blocks that have become full, and sends them to where they will be read. */
+/* Registers the blocks that have become full. */
 static void register_full_blocks(struct sched *s, struct request *r) {
     for (; (r->n_registered + 1) * BLOCK_TOKENS <= r->filled; r->n_registered++) {
-        int i = r->n_registered;
+        int i = r->n_registered, node = r->blocks[i];
+        r->blocks[i] = kv_register(s->kv, node, i > 0 ? r->blocks[i - 1] : NONE,
+                                   hashes_of(r, i + 1)[i], r->tokens + (size_t)i * BLOCK_TOKENS);
         r->n_ready = r->n_ready < i ? r->n_ready : i; /* another's copy may be on its way still */
-        r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
-                                   r->tokens + (size_t)i * BLOCK_TOKENS);
-        (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
+        r->n_slots = node == r->blocks[i] || r->n_slots < i ? r->n_slots : i;
+        s->n_changes += r->state == REQUEST_PREFILL; /* who waits for it may look again */
     }
+}
+
+/* Sends the registered blocks to where they will be read, if they are not there. */
+static void send_full_blocks(struct sched *s, struct request *r) {
+    for (; r->n_sent < r->n_registered; r->n_sent++)
+        (void)kv_send(s->kv, r->blocks[r->n_sent], r->decode_worker);
 }
 
 /* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
  * too many failures the request ends. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
-    while (r->n_ready < blocks_of(r->filled)) {
+    for (; r->n_ready < blocks_of(r->filled); r->n_ready++, r->late = INFINITY) {
         int node = r->blocks[r->n_ready];
         enum kv_state state = kv_state(s->kv, node, worker);
+        if (state == KV_VALID)
+            continue;
+        if (r->late == INFINITY && s->config.copy_seconds > 0)
+            r->late = now + s->config.copy_seconds;
+        s->next_event = fmin(s->next_event, r->late);
         if (state == KV_RESERVED &&
             (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
             (void)fail(r->error, "its KV blocks could not be copied");
-            finish(s, r, FINISH_ERROR, now);
+            withdraw(s, r, FINISH_ERROR, now);
         }
-        if (state != KV_VALID)
-            return false;
-        r->n_ready++;
+        return false;
     }
     return true;
 }
 
 /* ---- admission ---- */
 
-/* Finds the cached prefix and the workers. False: no decode worker takes another request now. */
-static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
+/* Finds the cached prefix, and where it is. What is on the host alone is held there, so that no
+ * room is made at its cost, as long as half of the host stays for others. */
+static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     bool resumes = r->length > r->n_prompt;
     int end = resumes ? r->length - 1 : r->length; /* the last token's K and V come by decoding */
-    int n_hits = kv_find(s->kv, r->tokens, (resumes ? end : end - 1) / BLOCK_TOKENS, r->blocks);
-    *plan = (struct plan){.n_hits = n_hits, .cached = n_hits * BLOCK_TOKENS, .end = end};
+    int n_full = (resumes ? end : end - 1) / BLOCK_TOKENS, host = s->config.kv.n_workers;
+    if (r->looked_up != kv_version(s->kv)) {
+        r->n_hits = kv_find(s->kv, hashes_of(r, n_full), r->tokens, n_full, r->blocks);
+        r->looked_up = kv_version(s->kv);
+    }
+    *plan = (struct plan){.n_hits = r->n_hits, .cached = r->n_hits * BLOCK_TOKENS, .end = end};
     if (r->saved != NONE && plan->cached == end - end % BLOCK_TOKENS) {
-        plan->takes_saved = true;
         plan->cached = end;
         r->blocks[plan->n_hits++] = r->saved;
     }
-    plan->decode_worker = choose_decode_worker(s, r, plan->n_hits);
-    if (plan->decode_worker == NONE)
+    bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
+    plan->n_decode = blocks_of(last ? end : end + 1);
+    release_held(s, r);
+    for (int i = 0; i < plan->n_hits; i++) {
+        int n_missing = 0;
+        for (int w = 0; w < host; w++) {
+            bool missing = kv_state(s->kv, r->blocks[i], w) == KV_ABSENT;
+            plan->missing[w] += missing;
+            n_missing += missing;
+        }
+        plan->n_alone += n_missing == host;
+        if (n_missing == host && s->n_held < s->config.kv.host_blocks / 2) {
+            kv_hold(s->kv, r->blocks[i], host);
+            r->held[r->n_held++] = r->blocks[i];
+            s->n_held++;
+        }
+    }
+}
+
+/* Whether an admitted request is about to compute the first block that this one lacks. */
+static bool is_being_computed(struct sched *s, struct request *r, const struct plan *plan) {
+    int block = plan->n_hits, end = (block + 1) * BLOCK_TOKENS;
+    if (end > plan->end)
         return false;
-    plan->prefill_worker = choose_prefill_worker(s, r, plan->n_hits);
-    if (prefills_locally(s, plan, plan->prefill_worker))
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        for (struct request *o = s->workers[i].queues[PREFILLING].first; o; o = o->next)
+            if (end <= o->prefill_end && o->filled < end &&
+                hashes_of(o, block + 1)[block] == hashes_of(r, block + 1)[block])
+                return true;
+    return false;
+}
+
+/* Chooses the workers. False: none has room, or another request computes what this one needs. */
+static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
+    if (is_being_computed(s, r, plan))
+        return false;
+    plan->decode_worker = choose_worker(s, r, plan, true);
+    plan->prefill_worker = choose_worker(s, r, plan, false);
+    if (plan->decode_worker != NONE && prefills_locally(s, plan, plan->prefill_worker))
         plan->prefill_worker = plan->decode_worker;
-    int first_answer = end < s->max_length ? end + 1 : end;
-    plan->n_decode = blocks_of(first_answer);
-    plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(end);
-    return true;
-}
-
-/* Running requests of a worker that lack a block for their next token, of those before `end`. */
-static int count_stalled(const struct sched *s, int worker, const struct request *end) {
-    int n = 0;
-    for (const struct request *r = s->admitted.first; r != end; r = r->next)
-        n += r->decode_worker == worker && lacks_block(r);
-    return n;
-}
-
-/* Whether a worker has room for what the request lacks there, and for older requests that wait for
- * a block. If not, the cache has begun to make it. */
-static bool make_room(struct sched *s, const struct request *r, const struct plan *plan, int worker,
-                      int n_blocks) {
-    int lacks = missing_blocks(s, r, plan->n_hits, worker) + n_blocks - plan->n_hits;
-    return kv_make_room(s->kv, worker, lacks + count_stalled(s, worker, NULL));
+    else if (r->max_new == 1)
+        plan->decode_worker = plan->prefill_worker; /* its one token comes with the prompt */
+    plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(plan->end);
+    return plan->decode_worker != NONE && plan->prefill_worker != NONE;
 }
 
 /* Pins the hits that are on a worker, so that they stay, or fetches those that are not. */
@@ -324,8 +520,11 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     bool ok = true;
     for (int i = 0; i < n_sides; i++)
         take_hits(s, r, plan, sides[i], false);
-    for (int i = 0; i < n_sides; i++) /* both begin to make it */
-        ok = make_room(s, r, plan, sides[i], n_blocks[i]) && ok;
+    for (int i = 0; i < n_sides; i++) { /* both begin to make it */
+        int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
+        n += s->workers[sides[i]].queues[STALLED].length;
+        ok = kv_make_room(s->kv, sides[i], n) && ok;
+    }
     for (int i = 0; i < n_sides; i++)
         if (ok)
             take_hits(s, r, plan, sides[i], true);
@@ -340,32 +539,64 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     return ok;
 }
 
-/* Admits the next request if `worker` is the one that starts it. False: not now. */
-static bool admit(struct sched *s, int worker) {
-    struct request *r = choose_request(s);
+/* Admits a waiting request. False: not now. */
+static bool admit(struct sched *s, struct request *r, double now) {
     struct plan plan;
-    if (!r || !make_plan(s, r, &plan) || plan.prefill_worker != worker || !reserve(s, r, &plan))
+    look_up(s, r, &plan);
+    if (!make_plan(s, r, &plan) || !reserve(s, r, &plan))
         return false;
+    if (r->n_held > 0) {
+        release_held(s, r);
+        note_change(s);
+    }
     if (r->saved != NONE)
         kv_unkeep(s->kv, r->saved); /* in the table again, or of no use: its tokens come anew */
     r->prefill_worker = plan.prefill_worker;
     r->decode_worker = plan.decode_worker;
     r->n_blocks = plan.n_decode;
     r->n_prefill_blocks = plan.n_prefill;
-    r->n_registered = plan.cached / BLOCK_TOKENS;
+    r->n_registered = r->n_sent = plan.cached / BLOCK_TOKENS;
     r->filled = plan.cached;
     r->prefill_end = plan.end;
-    s->workers[plan.decode_worker].n_admitted++;
-    if (r->preempted) {
+    r->resumed = now;
+    r->admitted = r->admitted > 0 ? r->admitted : now;
+    struct worker *prefills = &s->workers[plan.prefill_worker];
+    struct worker *decodes = &s->workers[plan.decode_worker];
+    prefills->backlog += prefill_left(r);
+    decodes->n_admitted++;
+    decodes->n_blocks += r->n_blocks;
+    prefills->chosen = decodes->chosen = ++s->n_chosen;
+    if (r->preemptions > 0) {
         s->stats.recomputed_tokens += plan.end - plan.cached;
     } else {
         r->cached_tokens = plan.cached;
+        r->cached_on_host = plan.n_alone * BLOCK_TOKENS;
         s->stats.prefix_hit_tokens += plan.cached;
-        s->stats.local_prefills +=
-            plan.prefill_worker == plan.decode_worker && !s->config.prefills[plan.decode_worker];
+        s->stats.local_prefills += prefills == decodes && !s->config.prefills[r->decode_worker];
     }
     set_state(s, r, REQUEST_LOADING);
     return true;
+}
+
+/* Admits what fits: in the order of arrival, but a request that does not fit lets at most
+ * MAX_PASSED younger ones pass. One is tried again when something has changed. */
+static void admit_waiting(struct sched *s, double now) {
+    struct request *old = s->preempted.first, *new = s->waiting.first, *passed = NULL;
+    for (int n = 0; n < MAX_CANDIDATES && (old || new);) {
+        struct request **from = old ? &old : &new, *r = *from;
+        *from = r->next;
+        int64_t changes = s->n_changes;
+        if (r->tried != changes && admit(s, r, now)) {
+            if (passed && ++passed->n_passed >= MAX_PASSED)
+                return;
+            continue;
+        }
+        r->tried = changes;
+        passed = passed ? passed : r;
+        if (passed->n_passed >= MAX_PASSED)
+            return;
+        n++;
+    }
 }
 
 /* ---- composing a step ---- */
@@ -374,23 +605,24 @@ static bool admit(struct sched *s, int worker) {
 static void add_rows(struct sched *s, struct request *r, int worker, int n_rows) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
-    struct sequence *sequence = &batch->sequence[batch->n_sequences];
-    bool samples = r->filled + n_rows == r->length;
     int n_blocks = blocks_of(r->filled + n_rows);
-    *sequence = (struct sequence){.first_row = batch->n_rows,
-                                  .n_rows = n_rows,
-                                  .start = r->filled,
-                                  .first_block = batch->n_blocks,
-                                  .n_blocks = n_blocks,
-                                  .generated = r->state == REQUEST_RUNNING};
+    batch->sequence[batch->n_sequences] =
+        (struct sequence){.first_row = batch->n_rows,
+                          .n_rows = n_rows,
+                          .start = r->filled,
+                          .first_block = batch->n_blocks,
+                          .n_blocks = n_blocks,
+                          .generated = r->state == REQUEST_RUNNING};
     for (int i = 0; i < n_rows; i++) {
         batch->token[batch->n_rows] = r->tokens[r->filled + i];
         batch->position[batch->n_rows] = r->filled + i;
         batch->row_sequence[batch->n_rows++] = batch->n_sequences;
     }
-    for (int i = 0; i < n_blocks; i++)
-        batch->block_table[batch->n_blocks++] = kv_slot(s->kv, r->blocks[i], worker);
-    if (samples) {
+    for (; r->n_slots < n_blocks; r->n_slots++)
+        r->slots[r->n_slots] = kv_slot(s->kv, r->blocks[r->n_slots], worker);
+    memcpy(batch->block_table + batch->n_blocks, r->slots, (size_t)n_blocks * sizeof *r->slots);
+    batch->n_blocks += n_blocks;
+    if (r->filled + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
@@ -398,56 +630,106 @@ static void add_rows(struct sched *s, struct request *r, int worker, int n_rows)
     r->in_step = true;
 }
 
-/* Gives a running request the block for its next token. If none can be freed, the youngest is
- * preempted; the youngest itself waits for the others to end. */
-static bool grow(struct sched *s, struct request *r, int worker) {
-    if (!lacks_block(r))
-        return true;
-    int n = count_stalled(s, worker, r) + 1; /* those before it come first */
-    struct request *victim = choose_preempted(s, worker);
-    if (kv_reclaimable(s->kv, worker) < n && victim != r)
-        preempt(s, victim);
-    if (!kv_make_room(s->kv, worker, n))
-        return false;
-    r->blocks[r->n_blocks++] = kv_new(s->kv, worker);
-    return true;
-}
-
-/* Requests whose last blocks have arrived begin to run; all, before one looks for a victim. */
+/* Requests whose last blocks have arrived begin to run. */
 static void start_arrived(struct sched *s, int worker, double now) {
     struct request *next;
-    for (struct request *r = s->admitted.first; r; r = next) {
+    for (struct request *r = s->workers[worker].queues[ARRIVING].first; r; r = next) {
         next = r->next;
-        bool decodes = r->state == REQUEST_HAND_OVER || r->state == REQUEST_RUNNING ||
-                       (r->state == REQUEST_LOADING && prefill_left(r) == 0);
-        if (r->decode_worker == worker && decodes && blocks_ready(s, r, worker, now) &&
-            r->state != REQUEST_RUNNING)
+        if (blocks_ready(s, r, worker, now))
             set_state(s, r, REQUEST_RUNNING);
     }
 }
 
-static void add_running(struct sched *s, int worker) {
-    for (struct request *r = s->admitted.first; r; r = r->next) /* grow may preempt a later one */
-        if (r->decode_worker == worker && r->state == REQUEST_RUNNING &&
-            r->n_ready == blocks_of(r->filled) && grow(s, r, worker))
-            add_rows(s, r, worker, 1);
+/* Gives a running request the block for its next token. */
+static bool take_block(struct sched *s, struct request *r, int worker) {
+    if (!kv_make_room(s->kv, worker, 1))
+        return false;
+    r->blocks[r->n_blocks++] = kv_new(s->kv, worker);
+    s->workers[worker].n_blocks++;
+    place_request(s, r);
+    return true;
 }
 
-/* Adds chunks of prompts, the oldest first, at most `chunk` tokens in all. */
-static void add_prefill(struct sched *s, int worker, double now) {
-    int budget = s->config.chunk;
+/* Gives those that lack a block one, the oldest first. If none can be freed, the youngest of the
+ * worker's running requests is preempted; the youngest itself waits for others to end. One that
+ * fills its worker goes on at a larger one. */
+static void grow_stalled(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    struct list *stalled = &w->queues[STALLED];
     struct request *next;
-    for (struct request *r = s->admitted.first; r && budget > 0; r = next) {
-        next = r->next;
-        if (r->prefill_worker != worker || prefill_left(r) == 0)
-            continue;
+    int n = 0;
+    for (struct request *r = stalled->first; r; r = next) {
+        bool outgrows = r->n_blocks == s->config.kv.device_blocks[worker];
+        struct request *victim = outgrows ? r : choose_preempted(w);
+        next = victim == r ? r->next : NULL;
+        if (outgrows || (kv_reclaimable(s->kv, worker) < ++n && victim != r))
+            withdraw(s, victim, FINISH_NONE, now);
+        next = victim == r ? next : r->next;
+    }
+    while (stalled->first && take_block(s, stalled->first, worker)) {
+    }
+    if (stalled->first)
+        (void)kv_make_room(s->kv, worker, stalled->length);
+}
+
+/* If there is not room for all answers, they take turns: none waits long. Without a host tier they
+ * do not, for each turn would compute anew what was dropped. */
+static void rotate(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    const struct request *waits = s->preempted.first;
+    if (!waits || waits->decode_worker != worker || s->config.kv.host_blocks == 0 ||
+        now < waits->last_token + 1e-3 * PATIENCE_MS ||
+        kv_reclaimable(s->kv, worker) >= blocks_of(waits->length) + w->queues[STALLED].length)
+        return;
+    struct request *victim = choose_rotated(w, now);
+    if (victim)
+        withdraw(s, victim, FINISH_NONE, now);
+}
+
+/* Adds the row of each running request. If there are more than max_batch they take turns. */
+static void add_running(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    struct list *running = &w->queues[RUNNING];
+    struct request *r = w->turn ? w->turn : running->first, *next;
+    int n_rows = s->config.max_batch;
+    for (int n = running->length; n > 0 && n_rows > 0; n--, r = next) {
+        next = r->next ? r->next : running->first;
         if (blocks_ready(s, r, worker, now)) {
-            if (r->state == REQUEST_LOADING)
-                set_state(s, r, REQUEST_PREFILL);
-            int n_rows = prefill_left(r) < budget ? prefill_left(r) : budget;
-            add_rows(s, r, worker, n_rows);
-            budget -= n_rows;
+            add_rows(s, r, worker, 1);
+            n_rows--;
         }
+    }
+    w->turn = n_rows == 0 ? r : NULL;
+}
+
+/* Adds chunks of prompts, at most `chunk` tokens in all: the oldest one's share, those that can be
+ * read to the end with the rest, and what is left to the oldest of the others. */
+static void add_prefill(struct sched *s, int worker, double now) {
+    struct request *oldest[2] = {NULL, NULL}, *next; /* the second: of those not read to the end */
+    int rest = s->config.chunk, n_missed = 0, share = 0;
+    struct list *list = &s->workers[worker].queues[PREFILLING];
+    for (struct request *r = list->first; r && n_missed < MAX_CANDIDATES && rest > 0; r = next) {
+        next = r->next;
+        if (!blocks_ready(s, r, worker, now))
+            continue;
+        if (r->state == REQUEST_LOADING)
+            set_state(s, r, REQUEST_PREFILL);
+        if (!oldest[0]) {
+            oldest[0] = r;
+            share = oldest_share(s, r);
+            rest -= share;
+        } else if (prefill_left(r) <= rest) {
+            rest -= prefill_left(r);
+            add_rows(s, r, worker, prefill_left(r));
+        } else {
+            oldest[1] = n_missed++ == 0 ? r : oldest[1];
+        }
+    }
+    rest += share;
+    for (int i = 0; i < 2 && oldest[i] && rest > 0; i++) {
+        int n_rows = prefill_left(oldest[i]) < rest ? prefill_left(oldest[i]) : rest;
+        add_rows(s, oldest[i], worker, n_rows);
+        rest -= n_rows;
     }
 }
 
@@ -455,18 +737,28 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
-    step->n_copies = 0;
-    while (admit(s, worker)) {
-    }
+    grow_stalled(s, worker, now);
+    rotate(s, worker, now);
+    admit_waiting(s, now);
     start_arrived(s, worker, now);
-    add_running(s, worker);
+    add_running(s, worker, now);
     add_prefill(s, worker, now);
+    admit_waiting(s, now);
     kv_clean(s->kv, worker);
-    while (step->n_copies < MAX_COPIES &&
-           kv_next_copy(s->kv, worker, &step->copies[step->n_copies]))
-        step->n_copies++;
     s->stats.steps += batch->n_rows > 0;
-    return batch->n_rows > 0 || step->n_copies > 0 ? step : NULL;
+    return batch->n_rows > 0 ? step : NULL;
+}
+
+int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most) {
+    struct worker *w = &s->workers[worker];
+    int n = 0;
+    while (n < most && w->n_copying < s->config.copies_in_flight &&
+           kv_next_copy(s->kv, worker, &orders[n])) {
+        n++;
+        w->n_copying++;
+    }
+    w->n_pending = kv_pending(s->kv, worker);
+    return n;
 }
 
 /* ---- what comes back ---- */
@@ -475,13 +767,16 @@ struct step *sched_next(struct sched *s, int worker, double now) {
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    if (s->config.ends_text[token]) {
-        finish(s, r, FINISH_STOP, now);
-        return;
+    enum finish_reason reason = s->config.ends_text[token] ? FINISH_STOP : FINISH_NONE;
+    if (reason == FINISH_NONE) {
+        r->tokens[r->length++] = token;
+        if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length)
+            reason = FINISH_LENGTH;
     }
-    r->tokens[r->length++] = token;
-    if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length)
-        finish(s, r, FINISH_LENGTH, now);
+    if (reason == FINISH_NONE)
+        return;
+    s->likely_answer += (r->length - r->n_prompt - s->likely_answer) / ANSWER_WEIGHT;
+    withdraw(s, r, reason, now);
 }
 
 /* The prompt is done: hands the request over, or goes on where it is. */
@@ -493,42 +788,81 @@ static void end_prefill(struct sched *s, struct request *r) {
     if (r->filled % BLOCK_TOKENS != 0)
         (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
     release_prefill_blocks(s, r);
-    r->n_ready = 0;
+    r->n_ready = r->n_slots = 0;
+    note_change(s);
     s->stats.hand_overs++;
     set_state(s, r, REQUEST_HAND_OVER);
 }
 
+/* What n_rows more computed rows of a request come to, and the token sampled of the last, or NONE.
+ * Nothing is sent before the answer is known to go on. */
+static void take_rows(struct sched *s, struct request *r, int worker, int n_rows, int token,
+                      double now) {
+    if (r->state == REQUEST_PREFILL)
+        s->workers[worker].backlog -= n_rows;
+    r->in_step = false;
+    r->filled += n_rows;
+    register_full_blocks(s, r);
+    if (token != NONE && r->ending == FINISH_NONE)
+        take_token(s, r, token, now);
+    if (r->leaves)
+        withdraw(s, r, r->ending, now);
+    if (r->state != REQUEST_PREFILL && r->state != REQUEST_RUNNING)
+        return;
+    send_full_blocks(s, r);
+    if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
+        end_prefill(s, r);
+    if (lacks_block(r) && (s->workers[worker].queues[STALLED].first || !take_block(s, r, worker)))
+        place_request(s, r); /* it is stalled */
+}
+
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
-    (void)worker;
     for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
-        struct request *r = step->requests[i];
         const struct sequence *sequence = &batch->sequence[i];
         int last_row = sequence->first_row + sequence->n_rows - 1;
         bool sampled = sample < batch->n_samples && batch->sample_row[sample] == last_row;
-        int token = sampled ? batch->sampled[sample++] : NONE;
         *(sequence->generated ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             sequence->n_rows;
-        r->in_step = false;
-        r->filled += sequence->n_rows;
-        register_full_blocks(s, r);
-        if (r->ending != FINISH_NONE) {
-            finish(s, r, r->ending, now);
-            continue;
-        }
-        if (sampled)
-            take_token(s, r, token, now);
-        if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
-            end_prefill(s, r);
+        take_rows(s, step->requests[i], worker, sequence->n_rows,
+                  sampled ? batch->sampled[sample++] : NONE, now);
     }
+    admit_waiting(s, now);
 }
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
-    (void)now;
+    s->workers[order->worker].n_copying--;
     kv_copied(s->kv, order, ok);
+    concern(s, order->worker);
+    note_change(s);
+    admit_waiting(s, now);
+}
+
+uint32_t sched_concerned(struct sched *s) {
+    for (int w = 0; w < s->config.kv.n_workers; w++) {
+        int n = kv_pending(s->kv, w);
+        s->concerned |= n > s->workers[w].n_pending ? 1u << w : 0;
+        s->workers[w].n_pending = n;
+    }
+    uint32_t concerned = s->concerned;
+    s->concerned = 0;
+    return concerned;
 }
 
 /* ---- requests come and go ---- */
+
+/* One allocation holds the request's arrays. */
+static bool allocate_tables(const struct sched *s, struct request *r) {
+    int room = s->max_length - r->n_prompt;
+    size_t n = (size_t)blocks_of(r->n_prompt + (r->max_new < room ? r->max_new : room)) + 1;
+    r->hashes = malloc(n * (sizeof *r->hashes + 3 * sizeof *r->blocks));
+    if (r->hashes) {
+        r->blocks = (int *)(r->hashes + n);
+        r->slots = r->blocks + n;
+        r->held = r->slots + n;
+    }
+    return r->hashes;
+}
 
 void sched_submit(struct sched *s, struct request *r, double now) {
     *r = (struct request){.id = r->id,
@@ -536,14 +870,20 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .n_prompt = r->n_prompt,
                           .max_new = r->max_new,
                           .sampling = r->sampling,
+                          .deadline = r->deadline,
                           .length = r->n_prompt,
                           .prefill_worker = NONE,
                           .decode_worker = NONE,
                           .saved = NONE,
+                          .looked_up = UINT64_MAX,
+                          .tried = -1,
+                          .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
-    list_insert(&s->waiting, r);
-    int context = s->config.context_length;
+    if (r->deadline > 0)
+        s->next_event = fmin(s->next_event, now + r->deadline);
+    place_request(s, r);
+    int context = s->config.context_length, most = s->config.max_queue;
     if (r->n_prompt < 1) {
         (void)fail(r->error, "the prompt is empty");
     } else if (r->n_prompt > context) {
@@ -554,31 +894,72 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                    "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
                    "raise --kv-device",
                    r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
+    } else if (!allocate_tables(s, r)) {
+        (void)fail(r->error, "out of memory");
     } else {
-        r->blocks = malloc(((size_t)blocks_of(s->max_length) + 1) * sizeof *r->blocks);
-        if (!r->blocks)
-            (void)fail(r->error, "out of memory");
+        admit_waiting(s, now);
+        if (r->state == REQUEST_WAITING && most > 0 && s->waiting.length > most)
+            (void)fail(r->error, "the queue is full: %d requests wait", most);
     }
-    if (!r->blocks)
-        finish(s, r, FINISH_ERROR, now);
+    if (r->error[0])
+        withdraw(s, r, FINISH_ERROR, now);
 }
 
 void sched_cancel(struct sched *s, struct request *r, bool stop_found, double now) {
-    enum finish_reason reason = stop_found ? FINISH_STOP : FINISH_CANCELLED;
-    if (r->in_step)
-        r->ending = reason;
-    else if (r->state != REQUEST_FINISHED)
-        finish(s, r, reason, now);
+    if (r->state != REQUEST_FINISHED)
+        withdraw(s, r, stop_found ? FINISH_STOP : FINISH_CANCELLED, now);
+    admit_waiting(s, now);
+}
+
+/* All lists of requests, one after another: NULL after the last. */
+static const struct list *list_at(const struct sched *s, int i) {
+    return i == 0   ? &s->preempted
+           : i == 1 ? &s->waiting
+           : i < 2 + s->config.kv.n_workers * N_QUEUES
+               ? &s->workers[(i - 2) / N_QUEUES].queues[(i - 2) % N_QUEUES]
+               : NULL;
 }
 
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
-    const struct list *lists[] = {&s->admitted, &s->waiting};
     int n = 0;
-    for (int i = 0; i < 2; i++)
-        for (const struct request *r = lists[i]->first; r; r = r->next, n++)
+    for (int i = 0; list_at(s, i); i++)
+        for (const struct request *r = list_at(s, i)->first; r; r = r->next, n++)
             if (n < most)
                 ids[n] = r->id;
     return n;
+}
+
+/* ---- what takes too long ---- */
+
+double sched_next_event(const struct sched *s) {
+    return s->next_event;
+}
+
+/* Ends a request whose deadline, or whose time for a block to arrive, has run out. */
+static void expire(struct sched *s, struct request *r, double now) {
+    double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
+    if (r->ending != FINISH_NONE)
+        return;
+    if (end <= now)
+        (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
+    else if (r->late <= now)
+        (void)fail(r->error, "a KV block of it was not copied in %g s", s->config.copy_seconds);
+    if (r->error[0])
+        withdraw(s, r, FINISH_ERROR, now);
+    else
+        s->next_event = fmin(s->next_event, fmin(end, r->late));
+}
+
+void sched_expire(struct sched *s, double now) {
+    s->next_event = INFINITY;
+    for (int i = 0; list_at(s, i); i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            expire(s, r, now);
+        }
+    }
+    admit_waiting(s, now);
 }
 
 /* ---- creation ---- */
@@ -589,13 +970,12 @@ static void *carve(char *arena, size_t *end, size_t n, size_t bytes_each) {
     return array;
 }
 
-/* Lays the arrays of a worker's step into its arena, one behind the other; returns the bytes that
- * they take. arena NULL: that alone. */
-static size_t lay_out_step(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
+/* Lays the arrays of a step into an arena, one behind the other; returns the bytes that they take.
+ * arena NULL: that alone. */
+static size_t lay_out(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
     struct batch *batch = &step->batch;
     size_t end = 0;
     step->requests = carve(arena, &end, n_rows, sizeof *step->requests);
-    step->copies = carve(arena, &end, MAX_COPIES, sizeof *step->copies);
     batch->sequence = carve(arena, &end, n_rows, sizeof *batch->sequence);
     batch->sampling = carve(arena, &end, n_rows, sizeof *batch->sampling);
     batch->token = carve(arena, &end, n_rows, sizeof *batch->token);
@@ -610,9 +990,9 @@ static size_t lay_out_step(struct step *step, char *arena, size_t n_rows, size_t
 static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
-    w->arena = calloc(1, lay_out_step(&w->step, NULL, n_rows, n_blocks));
+    w->arena = calloc(1, lay_out(&w->step, NULL, n_rows, n_blocks));
     if (w->arena)
-        (void)lay_out_step(&w->step, w->arena, n_rows, n_blocks);
+        (void)lay_out(&w->step, w->arena, n_rows, n_blocks);
     return w->arena;
 }
 
@@ -621,11 +1001,17 @@ struct sched *sched_create(const struct sched_config *config) {
     if (!s)
         return NULL;
     s->config = *config;
-    s->max_length = config->context_length;
+    s->next_event = INFINITY;
+    s->likely_answer = config->likely_answer > 0 ? config->likely_answer : LIKELY_ANSWER;
     for (int i = 0; i < config->kv.n_workers; i++) {
-        int capacity = config->kv.device_blocks[i] * BLOCK_TOKENS;
-        s->max_length = capacity < s->max_length ? capacity : s->max_length;
+        int n = config->kv.device_blocks[i], text = n * BLOCK_TOKENS;
+        if (config->decodes[i])
+            s->max_length = text > s->max_length ? text : s->max_length;
+        if (config->prefills[i])
+            s->max_prompt_blocks = n > s->max_prompt_blocks ? n : s->max_prompt_blocks;
     }
+    if (s->max_length > config->context_length)
+        s->max_length = config->context_length;
     s->kv = kv_create(&config->kv);
     bool ok = s->kv != NULL;
     for (int i = 0; i < config->kv.n_workers; i++)

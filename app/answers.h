@@ -1,11 +1,12 @@
 /* answers.h: requests on their way in, the text of their answers on its way out.
  *
  *     struct answers answers = {.engine = engine, .tokenizer = tokenizer};
- *     int n_failed = answers_run(&answers, specs, n_specs);
+ *     int n_failed = answers_run(&answers, &spec);
  *
- * Turns request_specs into requests, submits them all, and shows their text as it comes: the
- * answers in the order of the requests, the first unfinished one streaming; or as JSON, one object
- * a request, as it ends. Decides nothing about when they run.
+ * Turns request_specs into requests, submits each when its time has come and the answer that it
+ * follows is there, and shows their text as it comes: the answers in the order of the requests, the
+ * first unfinished one streaming; or as JSON, one object a request, as it ends. Decides nothing
+ * about when they run.
  *
  * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
  * [safe, length) held back, because it could be the beginning of a stop text.
@@ -22,6 +23,9 @@
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
 enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
+/* What is told of a request, in seconds: from arrival to admission, from arrival to the first
+ * token, and between two tokens in the mean. */
+enum answer_time { TIME_QUEUE, TIME_TTFT, TIME_ITL, N_TIMES };
 
 struct answers {
     struct engine *engine;
@@ -29,19 +33,26 @@ struct answers {
     const char *no_tokenizer;          /* why there is none */
     enum template_kind template;       /* of prompts; TEMPLATE_NONE: they are continued */
     bool json;
-    uint64_t seed;  /* of the run, which --stats tells */
+    uint64_t seed;  /* of the run, which --stats tells; the first request's */
     bool converses; /* each prompt follows the one before and its answer */
     int *history;   /* (n_history) what was said; see answers_forget */
     int n_history;
     atomic_int activity; /* enum activity; who sets INTERRUPTED calls engine_wake */
-    int64_t next_id;
-    /* sums over all requests that ended, for stats.h */
-    int64_t n_ended, n_tokens, n_intervals;
-    double ttft_sum, ttft_max, interval_sum, busy_seconds;
+    int64_t n_requests, n_arrived;
+    /* of all requests that ended, for stats.h */
+    int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
+    double interval_sum, busy_seconds;
+    double *times[N_TIMES]; /* (n_times) of those that came so far */
+    int n_times[N_TIMES];
 };
 
-/* Runs requests to their ends. Returns how many of them failed or were cancelled. */
-int answers_run(struct answers *answers, const struct request_spec *specs, int n_specs);
+/* Runs a request to its end. Returns how many failed or were cancelled. */
+int answers_run(struct answers *answers, const struct request_spec *spec);
+/* The same, of those that are there, and of what is added, under the engine's lock and followed by
+ * engine_wake, while requests->more. */
+int answers_stream(struct answers *answers, const struct requests *requests);
+/* The seconds an answer took: n of the request's time; false: it did not come so far. */
+bool answers_time(const struct request *request, enum answer_time time, double *seconds);
 /* Begins a new conversation. */
 void answers_forget(struct answers *answers);
 /* The ids of a prompt as a request would have them. NULL: `error`. */
@@ -59,13 +70,15 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 #include <string.h>
 
 struct answer {
-    const struct request_spec *spec;
+    struct request_spec spec;
+    int64_t place;        /* in the run */
+    struct answer *after; /* NULL: it follows none */
     struct request request;
     struct tok_stream stream;
     char *text; /* generated (length bytes) */
     size_t length, capacity, shown, safe;
     int n_seen; /* tokens, the prompt's included, that went through stream */
-    bool echoed, stopped, ended;
+    bool prepared, submitted, echoed, stopped, ended;
 };
 
 static const char *const reason_names[] = {"none", "stop", "length", "cancelled", "error"};
@@ -77,70 +90,129 @@ static int n_generated(const struct answer *answer) {
 
 /* ---- prompts ---- */
 
-static int *copy_ids(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                     char *error) {
-    int vocab_size = engine_config_of(a->engine)->model->config.vocab_size;
-    for (int i = 0; i < spec->n_ids; i++) {
-        if (spec->ids[i] < 0 || spec->ids[i] >= vocab_size) {
-            (void)fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
-                       vocab_size - 1);
-            return NULL;
-        }
+/* Lengthens ids (n_ids), which it frees where it fails. */
+static int *join(int *ids, int *n_ids, const int *more, int n_more) {
+    int *longer = realloc(ids, ((size_t)*n_ids + (size_t)n_more + 1) * sizeof *ids);
+    if (!longer) {
+        free(ids);
+        return NULL;
     }
-    size_t bytes = (size_t)spec->n_ids * sizeof *spec->ids;
-    int *ids = malloc(bytes);
-    *n_ids = ids ? spec->n_ids : 0;
-    return ids ? memcpy(ids, spec->ids, bytes) : NULL;
+    if (n_more > 0)
+        memcpy(longer + *n_ids, more, (size_t)n_more * sizeof *more);
+    *n_ids += n_more;
+    return longer;
 }
 
-int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                    char error[ERROR_LENGTH]) {
-    (void)fail(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
+static bool ids_fit(const struct answers *a, const struct request_spec *spec, char *error) {
+    int vocab_size = engine_config_of(a->engine)->model->config.vocab_size;
+    for (int i = 0; i < spec->n_ids; i++)
+        if (spec->ids[i] < 0 || spec->ids[i] >= vocab_size)
+            return fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
+                        vocab_size - 1);
+    return true;
+}
+
+/* The ids of what has been said, which is the beginning, and of the request. */
+static int *encode(const struct answers *a, const struct request_spec *spec, const int *history,
+                   int n_history, int *n_ids, char *error) {
+    int *ids = NULL;
+    struct turn turn = {.history = history, .n_history = n_history, .system = spec->system};
     *n_ids = 0;
-    if (!spec->prompt)
-        return copy_ids(a, spec, n_ids, error);
+    (void)fail(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
+    if (!spec->prompt) {
+        if (ids_fit(a, spec, error) && (ids = join(NULL, n_ids, history, n_history)))
+            ids = join(ids, n_ids, spec->ids, spec->n_ids);
+        return ids;
+    }
     if (!a->tokenizer) {
         (void)fail(error, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
     }
-    struct turn turn = {.history = a->history,
-                        .n_history = a->n_history,
-                        .system = spec->system,
-                        .user = spec->prompt,
-                        .user_length = spec->prompt_length};
-    return template_ids(a->template, a->tokenizer, &turn, n_ids);
+    for (int i = 0; i <= spec->n_earlier; i += 2) {
+        bool last = i == spec->n_earlier;
+        turn.user = last ? spec->prompt : spec->earlier[i].text;
+        turn.user_length = last ? spec->prompt_length : spec->earlier[i].length;
+        int n = 0, *text = NULL, *longer = template_ids(a->template, a->tokenizer, &turn, n_ids);
+        free(ids);
+        ids = longer;
+        if (last || !ids)
+            break;
+        text = tok_encode(a->tokenizer, spec->earlier[i + 1].text, spec->earlier[i + 1].length, &n);
+        ids = join(ids, n_ids, text, text ? n : 0);
+        free(text);
+        turn.history = ids;
+        turn.n_history = *n_ids;
+    }
+    return ids;
+}
+
+int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
+                    char error[ERROR_LENGTH]) {
+    return encode(a, spec, NULL, 0, n_ids, error);
+}
+
+/* The first request without a seed has that of the run, so that one prompt has what --seed says;
+ * the others each another, which no JSON reader rounds. (SplitMix64) */
+static uint64_t seed_of(const struct answers *a, int64_t place) {
+    uint64_t z = a->seed + (uint64_t)place * 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return place == 0 ? a->seed : (z ^ z >> 31) >> 11;
+}
+
+/* Its ids, when what it follows is there. NULL: `error`. */
+static int *prompt_ids(const struct answers *a, const struct answer *answer, int room, int *n_ids,
+                       char *error) {
+    const struct request_spec *spec = &answer->spec;
+    const struct request *before = answer->after ? &answer->after->request : NULL;
+    if (spec->error)
+        (void)fail(error, "%s", spec->error);
+    else if (spec->prompt && spec->prompt_length / TOK_TOKEN_LENGTH > (size_t)room)
+        (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
+                   spec->prompt_length, room); /* no need to encode it */
+    else if (spec->after && !before)
+        (void)fail(error, "after: got \"%.200s\", expected the id of a request before it",
+                   spec->after);
+    else if (before && before->reason != FINISH_STOP && before->reason != FINISH_LENGTH)
+        (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
+    else
+        return encode(a, spec, before ? before->tokens : a->history,
+                      before ? before->length : a->n_history, n_ids, error);
+    return NULL;
 }
 
 /* Fills in the request; with an error set if it can not even be submitted. */
-static void prepare(struct answers *a, struct answer *answer, const struct request_spec *spec) {
+static void prepare(const struct answers *a, struct answer *answer) {
     char error[ERROR_LENGTH];
+    const struct request_spec *spec = &answer->spec;
     struct request *r = &answer->request;
-    *answer = (struct answer){.spec = spec};
-    *r = (struct request){.id = a->next_id++, .sampling = spec->sampling};
     int n_ids = 0, room = sched_max_length(engine_sched(a->engine));
-    bool fits = !spec->prompt || spec->prompt_length / TOK_TOKEN_LENGTH <= (size_t)room;
-    int *ids = fits && !spec->error ? answers_encode(a, spec, &n_ids, error) : NULL;
-    if (!fits) /* no need to encode it */
-        (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
-                   spec->prompt_length, room);
+    int *ids = prompt_ids(a, answer, room, &n_ids, error);
     room -= n_ids;
     room = room < 1 ? 1 : room;
     r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
     r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
     r->n_prompt = n_ids;
+    answer->prepared = true;
     if (!r->tokens) {
         free(ids);
-        (void)fail(r->error, "%s", spec->error ? spec->error : error);
+        (void)fail(r->error, "%s", error);
         r->state = REQUEST_FINISHED;
         r->reason = FINISH_ERROR;
     }
+}
+
+static bool is_of(const struct answer *answer, const char *id) {
+    char number[32];
+    (void)snprintf(number, sizeof number, "%" PRId64, answer->place);
+    return strcmp(answer->spec.id ? answer->spec.id : number, id) == 0;
 }
 
 /* ---- answers ---- */
 
 /* Appends bytes, and looks for the stop texts in what is there. */
 static void append(struct answer *answer, const char *bytes, size_t n, bool last) {
-    const struct request_spec *spec = answer->spec;
+    const struct request_spec *spec = &answer->spec;
     if (answer->length + n > answer->capacity) {
         answer->capacity = (answer->length + n) * 2;
         answer->text = realloc(answer->text, answer->capacity);
@@ -174,12 +246,24 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
 
 /* ---- showing ---- */
 
+bool answers_time(const struct request *r, enum answer_time time, double *seconds) {
+    int n = r->length - r->n_prompt;
+    switch (time) {
+    case TIME_QUEUE: *seconds = r->admitted - r->submitted; return r->admitted > 0;
+    case TIME_TTFT: *seconds = r->first_token - r->submitted; return r->first_token > 0;
+    default:
+        *seconds = n > 1 ? (r->last_token - r->first_token) / (n - 1) : 0;
+        return r->first_token > 0 && n > 1;
+    }
+}
+
 static void show_json(const struct answer *answer) {
+    static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
     const struct request *r = &answer->request;
     int n = n_generated(answer);
     char number[32];
-    (void)snprintf(number, sizeof number, "%" PRId64, r->id);
-    const char *id = answer->spec->id ? answer->spec->id : number;
+    (void)snprintf(number, sizeof number, "%" PRId64, answer->place);
+    const char *id = answer->spec.id ? answer->spec.id : number;
     (void)fputs("{\"id\":", stdout);
     json_string(stdout, id, strlen(id));
     (void)fputs(",\"text\":", stdout);
@@ -194,11 +278,16 @@ static void show_json(const struct answer *answer) {
         (void)fputs(",\"error\":", stdout);
         json_string(stdout, r->error, strlen(r->error));
     }
-    printf(",\"prompt_tokens\":%d,\"cached_tokens\":%d,\"completion_tokens\":%d", r->n_prompt,
-           r->cached_tokens, n);
-    if (r->first_token > 0)
-        printf(",\"ttft_ms\":%.15g,\"itl_ms\":%.15g", 1e3 * (r->first_token - r->submitted),
-               n > 1 ? 1e3 * (r->last_token - r->first_token) / (n - 1) : 0);
+    printf(",\"seed\":%" PRIu64 ",\"prompt_tokens\":%d,\"cached_tokens\":%d,\"cached_on_host\":%d"
+           ",\"completion_tokens\":%d,\"preemptions\":%d",
+           r->sampling.seed, r->n_prompt, r->cached_tokens, r->cached_on_host, n, r->preemptions);
+    if (r->admitted > 0)
+        printf(",\"prefill_worker\":%d,\"decode_worker\":%d", r->prefill_worker, r->decode_worker);
+    for (int i = 0; i < N_TIMES; i++) {
+        double seconds;
+        if (answers_time(r, (enum answer_time)i, &seconds))
+            printf(",\"%s\":%.15g", times[i], 1e3 * seconds);
+    }
     (void)fputs("}\n", stdout);
 }
 
@@ -208,18 +297,18 @@ static void echo(const struct answers *a, struct answer *answer) {
     struct tok_stream stream = {0};
     char out[TOK_TEXT_SIZE];
     answer->echoed = true;
-    if (answer->spec->prompt && a->template != TEMPLATE_NONE)
+    if (answer->spec.prompt && a->template != TEMPLATE_NONE)
         return;
-    if (answer->spec->prompt)
-        (void)fwrite(answer->spec->prompt, 1, answer->spec->prompt_length, stdout);
-    for (int i = 0; i < r->n_prompt && !answer->spec->prompt && a->tokenizer; i++)
+    if (answer->spec.prompt)
+        (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
+    for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++)
         (void)fwrite(out, 1, tok_decode(a->tokenizer, &stream, r->tokens[i], out), stdout);
 }
 
 /* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
-static int show_text(const struct answers *a, struct answer *all, int n, int first) {
+static int show_text(const struct answers *a, struct answer **all, int n, int first) {
     for (; first < n; first++) {
-        struct answer *answer = &all[first];
+        struct answer *answer = all[first];
         const struct request *r = &answer->request;
         bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
         if (!answer->echoed && !refused)
@@ -231,24 +320,30 @@ static int show_text(const struct answers *a, struct answer *all, int n, int fir
             break;
         (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
         if (r->reason == FINISH_ERROR)
-            (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", r->id, r->error);
+            (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", answer->place, r->error);
     }
     return first;
 }
 
 static void count_ended(struct answers *a, const struct answer *answer) {
     const struct request *r = &answer->request;
-    a->n_ended++;
     int n = n_generated(answer);
     a->n_tokens += n;
-    if (r->first_token > 0) {
-        double ttft = r->first_token - r->submitted;
-        a->ttft_sum += ttft;
-        a->ttft_max = ttft > a->ttft_max ? ttft : a->ttft_max;
-    }
+    a->n_host_hits += r->cached_on_host;
     if (n > 1) {
         a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
+    }
+    for (int i = 0; i < N_TIMES; i++) {
+        double seconds;
+        if (!answers_time(r, (enum answer_time)i, &seconds))
+            continue;
+        int count = a->n_times[i]++;
+        if ((count & (count - 1)) == 0) /* 0, and powers of two */
+            a->times[i] = realloc(a->times[i], (2 * (size_t)count + 1) * sizeof *a->times[i]);
+        if (!a->times[i])
+            abort();
+        a->times[i][count] = seconds;
     }
 }
 
@@ -276,45 +371,111 @@ static bool advance(struct answers *a, struct answer *answer) {
         sched_cancel(engine_sched(a->engine), r, true, engine_now());
         engine_wake(a->engine);
     }
-    return !answer->stopped || finished;
+    return !answer->stopped || finished || r->state == REQUEST_FINISHED;
 }
 
-/* Submits all requests, or cancels them. Called with the lock held. */
-static void tell_all(struct answers *a, struct answer *all, int n, bool cancel) {
-    for (int i = 0; i < n; i++)
-        if (cancel)
-            sched_cancel(engine_sched(a->engine), &all[i].request, false, engine_now());
-        else if (all[i].request.state != REQUEST_FINISHED)
-            sched_submit(engine_sched(a->engine), &all[i].request, engine_now());
+struct answer_list { /* the answers of a run; in pointers, for the scheduler has theirs */
+    struct answer **all;
+    int n;
+    double start;
+};
+
+/* Takes up requests that are new, and makes ids of those that follow none. Called with the lock
+ * held, which is let go meanwhile: so one that is added now is seen as well. */
+static bool take_up(struct answers *a, struct answer_list *list, const struct requests *requests) {
+    int before = list->n;
+    while (list->n < requests->n) {
+        struct answer *answer = calloc(1, sizeof *answer);
+        if ((list->n & (list->n - 1)) == 0) /* 0, and powers of two */
+            list->all = realloc(list->all, (2 * (size_t)list->n + 1) * sizeof *list->all);
+        if (!answer || !list->all)
+            abort();
+        answer->spec = requests->specs[list->n];
+        engine_unlock(a->engine);
+        answer->place = a->n_requests++;
+        answer->request.sampling = answer->spec.sampling;
+        if (!answer->spec.seeded)
+            answer->request.sampling.seed = seed_of(a, answer->place);
+        for (int i = list->n - 1; i >= 0 && answer->spec.after && !answer->after; i--)
+            answer->after = is_of(list->all[i], answer->spec.after) ? list->all[i] : NULL;
+        if (!answer->after)
+            prepare(a, answer);
+        list->all[list->n++] = answer;
+        engine_lock(a->engine);
+    }
+    return list->n > before;
+}
+
+/* Submits it, or not yet; then `next` is at the latest when its time comes. Called with the lock
+ * held, which is let go while ids are made of the text that follows an answer. */
+static bool submit(struct answers *a, struct answer *answer, double start, double *next) {
+    struct request *r = &answer->request;
+    double at = start + (double)answer->spec.at;
+    if (answer->submitted || (answer->after && !answer->after->ended))
+        return false;
+    if (!answer->prepared) {
+        engine_unlock(a->engine);
+        prepare(a, answer);
+        engine_lock(a->engine);
+    }
+    answer->submitted = r->state == REQUEST_FINISHED || engine_now() >= at;
+    if (!answer->submitted) {
+        *next = at < *next ? at : *next;
+        return false;
+    }
+    if (r->state != REQUEST_FINISHED) {
+        r->id = a->n_arrived++;
+        r->deadline = (double)answer->spec.deadline;
+        sched_submit(engine_sched(a->engine), r, engine_now());
+    }
+    return true;
+}
+
+/* Called with the lock held. */
+static void cancel_all(struct answers *a, const struct answer_list *list) {
+    for (int i = 0; i < list->n; i++) {
+        struct answer *answer = list->all[i];
+        if (answer->submitted) {
+            sched_cancel(engine_sched(a->engine), &answer->request, false, engine_now());
+        } else {
+            answer->request.state = REQUEST_FINISHED;
+            answer->request.reason = FINISH_CANCELLED;
+            answer->submitted = answer->prepared = true;
+        }
+    }
     engine_wake(a->engine);
 }
 
-/* Follows all requests until each has ended. */
-static void follow(struct answers *a, struct answer *all, int n) {
+/* Follows all requests until each has ended and no others can come. */
+static void follow(struct answers *a, struct answer_list *list, const struct requests *requests) {
     int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
     engine_lock(a->engine);
     a->activity = ANSWERING;
-    tell_all(a, all, n, false);
-    while (n_ended < n) {
-        bool any = false;
-        for (int i = first; i < n; i++) {
-            bool before = all[i].ended;
-            any = advance(a, &all[i]) || any;
-            n_ended += all[i].ended && !before;
-            first += i == first && all[i].ended;
+    while (n_ended < list->n || (!cancelled && (requests->more || list->n < requests->n))) {
+        double next = INFINITY;
+        bool any = !cancelled && take_up(a, list, requests), submitted = false;
+        for (int i = first; i < list->n; i++)
+            submitted = submit(a, list->all[i], list->start, &next) || submitted;
+        if (submitted)
+            engine_wake(a->engine);
+        for (int i = first; i < list->n; i++) {
+            bool before = list->all[i]->ended;
+            any = (list->all[i]->submitted && advance(a, list->all[i])) || any;
+            n_ended += list->all[i]->ended && !before;
+            first += i == first && list->all[i]->ended;
         }
         if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
-            tell_all(a, all, n, true);
+            cancel_all(a, list);
         }
         if (!any) {
-            engine_wait(a->engine);
+            engine_wait(a->engine, next);
             continue;
         }
         engine_unlock(a->engine);
         if (!a->json)
-            first_shown = show_text(a, all, n, first_shown);
+            first_shown = show_text(a, list->all, list->n, first_shown);
         (void)fflush(stdout);
         engine_lock(a->engine);
     }
@@ -338,26 +499,28 @@ static void remember(struct answers *a, struct request *r) {
     r->tokens = NULL;
 }
 
-int answers_run(struct answers *a, const struct request_spec *specs, int n_specs) {
-    struct answer *all = calloc((size_t)n_specs + 1, sizeof *all);
-    if (!all)
-        abort();
-    for (int i = 0; i < n_specs; i++)
-        prepare(a, &all[i], &specs[i]);
-    double start = engine_now();
-    follow(a, all, n_specs);
-    a->busy_seconds += engine_now() - start;
+int answers_stream(struct answers *a, const struct requests *requests) {
+    struct answer_list list = {.start = engine_now()};
+    follow(a, &list, requests);
+    a->busy_seconds += engine_now() - list.start;
     int n_failed = 0;
-    for (int i = 0; i < n_specs; i++) {
-        enum finish_reason reason = all[i].request.reason;
+    for (int i = 0; i < list.n; i++) {
+        struct answer *answer = list.all[i];
+        enum finish_reason reason = answer->request.reason;
         n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
         if (a->converses)
-            remember(a, &all[i].request);
-        free(all[i].request.tokens);
-        free(all[i].text);
+            remember(a, &answer->request);
+        free(answer->request.tokens);
+        free(answer->text);
+        free(answer);
     }
-    free(all);
+    free(list.all);
     return n_failed;
+}
+
+int answers_run(struct answers *a, const struct request_spec *spec) {
+    struct request_spec one = *spec;
+    return answers_stream(a, &(struct requests){.specs = &one, .n = 1});
 }
 
 #endif /* ANSWERS_IMPLEMENTATION */

@@ -32,6 +32,13 @@ static int evaluate_failed(const char *subject, const char *why) {
     return 1;
 }
 
+/* Tokens of one text, on the first worker. */
+static int evaluate_longest(const struct answers *a) {
+    int all = sched_max_length(engine_sched(a->engine));
+    int here = engine_config_of(a->engine)->workers[0].blocks * BLOCK_TOKENS;
+    return here < all ? here : all;
+}
+
 static int evaluate_vocab(const struct answers *a) {
     return engine_config_of(a->engine)->model->config.vocab_size;
 }
@@ -54,7 +61,7 @@ static int chunk_logits(const struct answers *a, const int *tokens, int start, i
 /* ---- logits ---- */
 
 int evaluate_logits(const struct answers *a, const struct request_spec *spec, const char *path) {
-    int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
+    int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
     int n_ids = 0;
     int *ids = answers_encode(a, spec, &n_ids, error);
@@ -106,7 +113,7 @@ static void add_surprise(const struct answers *a, const int *tokens, int n, floa
 /* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
  * with the last token of the window before, so that every token but the first is predicted. */
 int evaluate_perplexity(const struct answers *a, const char *path) {
-    int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
+    int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
     struct request_spec spec = {0};
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);

@@ -29,16 +29,11 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-enum {
-    EXIT_FILE = 1,
-    EXIT_USAGE = 2,
-    EXIT_REQUESTS = 3,
-    DEFAULT_DEVICES = 2, /* one prefills, one decodes */
-    DEFAULT_BATCH = 32
-};
+enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, DEFAULT_BATCH = 32 };
 
 struct run { /* all that a run opens */
     struct options options;
@@ -122,46 +117,55 @@ static bool open_backend(struct run *run, char *error) {
 /* ---- which devices do what ---- */
 
 /* The devices that --prefill and --decode count: those of --devices; else all GPUs, of which a lone
- * one stands for two devices, or as many CPU devices. */
+ * one stands for two workers, or as many CPU devices. */
 static struct device_list list_devices(const struct options *o, int n_gpus) {
     int named = o->prefill.n + o->decode.n;
     struct device_list all = o->devices;
     if (all.n > 0)
         return all;
-    all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : DEFAULT_DEVICES * o->tp;
+    all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : o->tp_prefill + o->tp_decode;
     for (int i = 0; i < all.n; i++)
         all.index[i] = n_gpus > 0 ? i % n_gpus : i;
     return all;
 }
 
+/* How many of n devices prefill, where nobody said it: half of them, or as near as makes whole
+ * workers; 0: each does both; -1: they make no whole workers. */
+static int share_devices(const struct options *o, int n) {
+    for (int i = 0; i < n && !o->colocate; i++) {
+        int n_prefill = i < n / 2 ? n / 2 - i : i; /* fewer, then more */
+        if (n_prefill > 0 && n_prefill % o->tp_prefill == 0 && (n - n_prefill) % o->tp_decode == 0)
+            return n_prefill;
+    }
+    return o->tp_prefill == o->tp_decode && n % o->tp_decode == 0 ? 0 : -1;
+}
+
 /* Gives each worker its devices and its role. */
 static bool plan_workers(const struct options *o, struct engine_config *config, char *error) {
-    struct device_list all = list_devices(o, config->backend->n_gpus), empty = {0};
-    struct device_list prefill = o->prefill, decode = o->prefill.n > 0 ? o->decode : empty;
-    if (prefill.n == 0) { /* the first half prefills */
-        int n_prefill = all.n / o->tp / 2 * o->tp;
-        for (int i = 0; i < all.n; i++) {
-            struct device_list *list = i < n_prefill && !o->colocate ? &prefill : &decode;
-            list->index[list->n++] = i;
+    struct device_list all = list_devices(o, config->backend->n_gpus),
+                       pools[] = {o->prefill, o->decode};
+    int n_prefill = o->prefill.n > 0 ? o->prefill.n : share_devices(o, all.n);
+    for (int i = 0; i < all.n && o->prefill.n == 0; i++) {
+        struct device_list *list = &pools[i >= n_prefill];
+        list->index[list->n++] = i;
+    }
+    for (int pool = 0; pool < 2 && n_prefill >= 0; pool++) {
+        int width = pool == 0 ? o->tp_prefill : o->tp_decode;
+        for (int i = 0; i < pools[pool].n; i++) {
+            int worker = config->n_workers + i / width;
+            if (worker == MAX_WORKERS)
+                return fail(error, "--devices: they make more than %d workers", MAX_WORKERS);
+            config->workers[worker].devices[i % width] = all.index[pools[pool].index[i]];
+            config->workers[worker].n_shards = width;
+            config->workers[worker].prefills = pool == 0 || n_prefill == 0;
+            config->workers[worker].decodes = pool == 1;
         }
+        config->n_workers += pools[pool].n / width;
     }
-    int n = prefill.n + decode.n;
-    if (n / o->tp > MAX_WORKERS || n % o->tp != 0)
-        return fail(error,
-                    "--devices: %d devices with --tp %d: they make no whole workers, or more "
-                    "than %d",
-                    n, o->tp, MAX_WORKERS);
-    config->n_shards = o->tp;
-    config->n_workers = n / o->tp;
-    for (int i = 0; i < n; i++) {
-        int worker = i / o->tp;
-        bool prefills = i < prefill.n;
-        int place = prefills ? prefill.index[i] : decode.index[i - prefill.n];
-        config->workers[worker].devices[i % o->tp] = all.index[place];
-        config->workers[worker].prefills = prefills || prefill.n == 0;
-        config->workers[worker].decodes = !prefills;
-    }
-    return true;
+    return n_prefill >= 0 || fail(error,
+                                  "--devices: %d devices make no whole workers of %d that prefill "
+                                  "and of %d that decode",
+                                  all.n, o->tp_prefill, o->tp_decode);
 }
 
 /* Blocks that a size option stands for; -1: the engine chooses. */
@@ -182,6 +186,7 @@ static bool open_engine(struct run *run, char *error) {
                                    .ends_text = run->ends_text,
                                    .max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH,
                                    .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
+                                   .max_queue = o->max_queue,
                                    .kv_type = run->backend->kv_type,
                                    .policy = KV_ON_EVICT,
                                    .verbose = o->verbose,
@@ -192,8 +197,11 @@ static bool open_engine(struct run *run, char *error) {
         config.policy = (enum kv_policy)(o->kv_policy - 1);
     if (!plan_workers(o, &config, error))
         return false;
-    int shards = model->n_kv_heads % o->tp == 0 ? o->tp : 1; /* else the device refuses */
-    config.device_blocks = blocks_from(o->kv_device, block_bytes(model, shards, config.kv_type));
+    for (int i = 0; i < config.n_workers; i++) {
+        int n = config.workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
+        size_t bytes = block_bytes(model, n_shards, config.kv_type); /* else the device refuses */
+        config.workers[i].blocks = blocks_from(o->kv_device, bytes);
+    }
     config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
     run->engine = engine_open(&config, error);
     return run->engine != NULL;
@@ -201,13 +209,58 @@ static bool open_engine(struct run *run, char *error) {
 
 /* ---- running ---- */
 
-/* How many requests failed; -1: the file cannot be read, and `error` says why. */
-static int run_file(struct run *run, char *error) {
+struct reader { /* of requests that come while others are answered */
+    struct run *run;
     struct requests requests;
-    if (!requests_read(&requests, run->options.file, &run->options.request, error))
+    int last; /* what requests_next returned last */
+    char error[ERROR_LENGTH];
+};
+
+static void *read_main(void *argument) {
+    struct reader *reader = argument;
+    struct engine *engine = reader->run->engine;
+    struct request_spec spec;
+    while (reader->last > 0) {
+        pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL); /* where it waits for a line */
+        reader->last =
+            requests_next(&reader->requests, &reader->run->options.request, &spec, reader->error);
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, NULL);
+        engine_lock(engine);
+        reader->requests.more = reader->last > 0;
+        if (reader->last > 0)
+            requests_add(&reader->requests, &spec);
+        engine_wake(engine);
+        engine_unlock(engine);
+    }
+    return NULL;
+}
+
+/* How many requests failed; -1: the file cannot be read, and `error` says why. What is a file is
+ * read before the first request begins; of a pipe or a terminal each begins when it comes. */
+static int run_file(struct run *run, char *error) {
+    struct reader reader = {.run = run, .last = 1};
+    struct stat status;
+    pthread_t thread;
+    int n_failed = -1;
+    const char *path = run->options.file;
+    if (!requests_open(&reader.requests, path, error))
         return -1;
-    int n_failed = answers_run(&run->answers, requests.specs, requests.n);
-    requests_free(&requests);
+    bool reads = false,
+         regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
+    reader.requests.more = true;
+    if (regular)
+        read_main(&reader);
+    else
+        reads = pthread_create(&thread, NULL, read_main, &reader) == 0;
+    if (regular ? reader.last >= 0 : reads)
+        n_failed = answers_stream(&run->answers, &reader.requests);
+    if (reads) {
+        pthread_cancel(thread);
+        pthread_join(thread, NULL);
+    }
+    (void)fail(error, "%s", regular || reads ? reader.error : "cannot start threads");
+    n_failed = reader.last < 0 ? -1 : n_failed;
+    requests_free(&reader.requests);
     return n_failed;
 }
 
@@ -215,7 +268,7 @@ static int run_file(struct run *run, char *error) {
 static int run_piped(struct run *run, char *error) {
     struct request_spec spec = run->options.request;
     spec.prompt = cli_read_file("-", &spec.prompt_length, error);
-    int n_failed = spec.prompt ? answers_run(&run->answers, &spec, 1) : -1;
+    int n_failed = spec.prompt ? answers_run(&run->answers, &spec) : -1;
     free(spec.prompt);
     return n_failed;
 }
@@ -235,7 +288,7 @@ static int run_requests(struct run *run) {
     if (o->file)
         n_failed = run_file(run, error);
     else if (o->request.prompt || o->request.ids)
-        n_failed = answers_run(&run->answers, &o->request, 1);
+        n_failed = answers_run(&run->answers, &o->request);
     else
         n_failed = isatty(STDIN_FILENO) ? run_chat(run) : run_piped(run, error);
     if (n_failed < 0) {

@@ -28,31 +28,87 @@ static double stats_rate(double amount, double seconds) {
     return seconds > 0 ? amount / seconds : 0;
 }
 
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The value that a share of all requests stays within, in ms (nearest rank): 0.5, the median; 1,
+ * the longest. Requests that did not come so far count for nothing. */
+static double stats_within(const struct answers *a, enum answer_time time, double share) {
+    int n = a->n_times[time], rank = (int)ceil(share * n);
+    if (n == 0)
+        return 0;
+    qsort(a->times[time], (size_t)n, sizeof *a->times[time], compare_doubles);
+    return 1e3 * a->times[time][rank > 0 ? rank - 1 : 0];
+}
+
+static double stats_mean(const struct answers *a, enum answer_time time) {
+    double sum = 0;
+    for (int i = 0; i < a->n_times[time]; i++)
+        sum += a->times[time][i];
+    return a->n_times[time] > 0 ? 1e3 * sum / a->n_times[time] : 0;
+}
+
 struct number {
     const char *key, *label; /* of JSON, of the table */
     double value;
     int decimals; /* of the table */
 };
 
-static void stats_json(const char *backend, const struct number *numbers, size_t n) {
-    printf("{\"stats\":{\"backend\":\"%s\"", backend);
+static const char *const stats_times[N_TIMES][2] = {[TIME_QUEUE] = {"queue", "time in the queue"},
+                                                    [TIME_TTFT] = {"ttft", "time to first token"},
+                                                    [TIME_ITL] = {"itl", "inter-token latency"}};
+
+static void stats_json(const struct answers *a, const struct engine_stats *now,
+                       const struct number *numbers, size_t n) {
+    const struct engine_config *config = engine_config_of(a->engine);
+    printf("{\"stats\":{\"backend\":\"%s\"", config->backend->name);
     for (size_t i = 0; i < n; i++)
         printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
-    (void)fputs("}}\n", stdout);
+    for (int i = 0; i < N_TIMES; i++)
+        for (int percent = 50; percent < 100; percent += 49)
+            printf(",\"%s_p%d_ms\":%.15g", stats_times[i][0], percent,
+                   stats_within(a, (enum answer_time)i, 0.01 * percent));
+    (void)fputs(",\"places\":[", stdout); /* the workers, and last the host */
+    for (int i = 0; i <= config->n_workers; i++) {
+        struct kv_usage u = now->places[i];
+        int all = i < config->n_workers ? config->workers[i].blocks : config->host_blocks;
+        printf("%s{\"devices\":%d,\"blocks\":%d,\"free\":%d,\"pinned\":%d,\"cached\":%d,"
+               "\"in_flight\":%d}",
+               i > 0 ? "," : "", i < config->n_workers ? config->workers[i].n_shards : 0, all,
+               u.free, u.pinned, u.cached, u.in_flight);
+    }
+    (void)fputs("]}}\n", stdout);
 }
 
-static void stats_table(const char *backend, uint64_t seed, const struct number *numbers,
-                        size_t n) {
+static void stats_table(const struct answers *a, const struct engine_stats *now,
+                        const struct number *numbers, size_t n) {
+    const struct engine_config *config = engine_config_of(a->engine);
     bool colour = isatty(STDERR_FILENO);
     const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
+    char words[64];
     (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);
     (void)fprintf(stderr, label, "backend");
-    (void)fprintf(stderr, "%s\n", backend);
+    (void)fprintf(stderr, "%s\n", config->backend->name);
     (void)fprintf(stderr, label, "seed");
-    (void)fprintf(stderr, "%" PRIu64 "\n", seed);
+    (void)fprintf(stderr, "%" PRIu64 "\n", a->seed);
+    for (int i = 0; i < N_TIMES; i++) {
+        (void)snprintf(words, sizeof words, "%s: median, 99 %%", stats_times[i][1]);
+        (void)fprintf(stderr, label, words);
+        (void)fprintf(stderr, "%.2f, %.2f ms\n", stats_within(a, (enum answer_time)i, 0.5),
+                      stats_within(a, (enum answer_time)i, 0.99));
+    }
     for (size_t i = 0; i < n; i++) {
         (void)fprintf(stderr, label, numbers[i].label);
         (void)fprintf(stderr, "%.*f\n", numbers[i].decimals, numbers[i].value);
+    }
+    for (int i = 0; i <= config->n_workers; i++) {
+        struct kv_usage u = now->places[i];
+        (void)snprintf(words, sizeof words, "blocks of worker %d", i);
+        (void)fprintf(stderr, label, i < config->n_workers ? words : "blocks of the host");
+        (void)fprintf(stderr, "%d free, %d pinned, %d cached, %d in flight\n", u.free, u.pinned,
+                      u.cached, u.in_flight);
     }
 }
 
@@ -61,24 +117,30 @@ void stats_print(const struct answers *a) {
     struct engine_stats now = engine_stats(a->engine);
     struct sched_stats s = now.sched;
     struct kv_stats k = now.kv;
-    double n_requests = a->n_ended > 0 ? (double)a->n_ended : 1;
     double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
     double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     struct pace decode = now.decode, prefill = now.prefill;
     double read, ops;
+    int least = INT_MAX, used = 0;
+    for (int i = 0; i < config->n_workers; i++) {
+        least = config->workers[i].blocks < least ? config->workers[i].blocks : least;
+        used += config->workers[i].blocks - now.places[i].free;
+    }
+    int host_used = config->host_blocks - now.places[config->n_workers].free;
     engine_limits(a->engine, &read, &ops);
     double reading = stats_rate(decode.bytes, decode.seconds);
     double multiplying = stats_rate(prefill.operations, prefill.seconds);
     const struct number all[] = {
         {"requests", "requests", (double)s.submitted, 0},
-        {"ttft_ms", "time to first token, mean (ms)", 1e3 * a->ttft_sum / n_requests, 2},
-        {"ttft_max_ms", "time to first token, longest (ms)", 1e3 * a->ttft_max, 2},
+        {"ttft_ms", "time to first token, mean (ms)", stats_mean(a, TIME_TTFT), 2},
+        {"ttft_max_ms", "time to first token, longest (ms)", stats_within(a, TIME_TTFT, 1), 2},
         {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, 2},
         {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, 2},
         {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, 0},
         {"decode_tokens", "tokens decoded", (double)s.decode_tokens, 0},
         {"steps", "steps", (double)s.steps, 0},
         {"prefix_hit_tokens", "prompt tokens found cached", (double)s.prefix_hit_tokens, 0},
+        {"host_hit_tokens", "of them on the host alone", (double)a->n_host_hits, 0},
         {"recomputed_tokens", "tokens computed again", (double)s.recomputed_tokens, 0},
         {"hand_overs", "requests handed over", (double)s.hand_overs, 0},
         {"local_prefills", "prompts prefilled by decoders", (double)s.local_prefills, 0},
@@ -89,10 +151,11 @@ void stats_print(const struct answers *a) {
         {"evictions", "device copies evicted", (double)k.evictions, 0},
         {"host_evictions", "host copies evicted", (double)k.host_evictions, 0},
         {"blocks_lost", "blocks dropped for good", (double)k.lost, 0},
-        {"device_blocks", "blocks a worker holds", (double)config->device_blocks, 0},
-        {"device_blocks_used", "blocks in use or cached on workers", (double)now.device_used, 0},
+        {"copies_unused", "copies to workers never used", (double)k.unused, 0},
+        {"device_blocks", "blocks a worker holds at least", (double)least, 0},
+        {"device_blocks_used", "blocks in use or cached on workers", (double)used, 0},
         {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
-        {"host_blocks_used", "blocks cached on the host", (double)now.host_used, 0},
+        {"host_blocks_used", "blocks cached on the host", (double)host_used, 0},
         {"decode_tokens_per_second", "decode steps: tokens/s",
          stats_rate((double)decode.tokens, decode.seconds), 2},
         {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, 2},
@@ -104,10 +167,7 @@ void stats_print(const struct answers *a) {
         {"peak_gflops", "the devices multiply at most", ops * 1e-9, 2},
         {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), 2},
         {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, 0}};
-    if (a->json)
-        stats_json(config->backend->name, all, sizeof all / sizeof *all);
-    else
-        stats_table(config->backend->name, a->seed, all, sizeof all / sizeof *all);
+    (a->json ? stats_json : stats_table)(a, &now, all, sizeof all / sizeof *all);
 }
 
 void stats_summary(const struct answers *a) {

@@ -386,7 +386,7 @@ void chat_run(struct chat *chat) {
             break;
         if (spec.prompt[0] == '/' && spec.prompt[1] >= 'a' && spec.prompt[1] <= 'z') {
             goes_on = chat_command(chat, spec.prompt);
-        } else if (spec.prompt_length > 0 && answers_run(chat->answers, &spec, 1) > 0 &&
+        } else if (spec.prompt_length > 0 && answers_run(chat->answers, &spec) > 0 &&
                    chat->answers->n_history > 0) {
             (void)fputs("If the conversation has become too long: /clear begins a new one.\n",
                         stderr);

@@ -6,9 +6,11 @@
  *         fprintf(stderr, "dynamo: %s\n", error);
  *         return 2;
  *     }
- *     struct requests requests;
- *     if (options.file && requests_read(&requests, options.file, &options.request, error))
- *         ... requests.specs[0, requests.n) ...
+ *     struct requests requests = {0};
+ *     struct request_spec spec;
+ *     if (options.file && requests_open(&requests, options.file, error))
+ *         while (requests_next(&requests, &options.request, &spec, error) > 0)
+ *             requests_add(&requests, &spec);
  *     requests_free(&requests);
  *     cli_free(&options);
  *
@@ -22,7 +24,7 @@
  * request with `error` set, so that the others go on.
  *
  * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
- * line of text. Texts are not copied: argv, and the text of a file, must outlive what points into
+ * line of text. Texts are not copied: argv, and a request's line, must outlive what points into
  * them. What stands in a struct after parsing is in range; 0, NULL or n == 0 means: not given.
  * Define CLI_IMPLEMENTATION in one file, before including this (json.h's is needed, too).
  * Read next: json.h. */
@@ -55,18 +57,30 @@ struct device_list {
     int index[VALUE_DEVICES];
 };
 
+struct said { /* (length) */
+    char *text;
+    size_t length;
+};
+
 struct request_spec {
     const char *id;       /* NULL: the file gave none */
     char *prompt;         /* NULL if ids are given; may hold zero bytes and invalid UTF-8 */
     size_t prompt_length; /* bytes */
     int *ids;             /* (n_ids) token ids; NULL if a prompt is given */
     int n_ids;
+    struct said *earlier; /* (n_earlier) before the prompt: a user's and the answer, in turns */
+    int n_earlier;
+    const char *after; /* id of an earlier request, which this one continues; NULL: none */
+    float at;          /* arrival, in seconds after the start */
+    float deadline;    /* seconds after its arrival; 0: none */
+    bool seeded;       /* its line has a seed of its own */
     int n; /* tokens to write at most; -1: until the end token or the end of the context */
     struct sampling sampling;
     char *stop[VALUE_STOPS]; /* (n_stop) none of them empty */
     int n_stop;
     const char *system; /* NULL: none */
     char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
+    char *line;         /* that it was read from; its texts point into it */
 };
 
 struct options {
@@ -76,8 +90,9 @@ struct options {
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
     int template, kv_type, kv_policy; /* which of the words of --help, from 1; 0: not given */
-    int tp;                           /* 1, 2, 4 or 8 */
+    int tp, tp_prefill, tp_decode;    /* 1, 2, 4 or 8: the latter two are those of the workers */
     int max_batch, chunk, threads;    /* 0: not given */
+    int max_queue;                    /* 0: no bound */
     uint64_t copy_delay;              /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, version, help;
     uint64_t given; /* for cli_given */
@@ -102,13 +117,22 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 
 struct requests {
     struct request_spec *specs; /* (n) */
-    int n;
-    char *text; /* the file; specs point into it */
+    int n, capacity;
+    bool more; /* others will be added; who reads beside another thread changes it under a lock */
+    FILE *file;
+    const char *name;
+    int n_lines; /* that were read */
+    char *text;  /* a line that is being read */
 };
 
-/* Reads the requests of a file (`-`: stdin). False: it cannot be read, `error` says why. */
-bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
-                   char error[ERROR_LENGTH]);
+/* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
+ * follows. */
+bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]);
+/* Reads up to the next request. 0: there is none; < 0: the file cannot be read, see `error`. */
+int requests_next(struct requests *requests, const struct request_spec *defaults,
+                  struct request_spec *spec, char error[ERROR_LENGTH]);
+/* Adds it to specs, which may move. */
+void requests_add(struct requests *requests, const struct request_spec *spec);
 void requests_free(struct requests *requests);
 
 /* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
@@ -296,6 +320,7 @@ static const struct kind DEVICES = {read_devices, 0,
                                     "cpu:N, or device numbers such as 0,1 or 0-7; at most 64"};
 static const struct kind PLACES = {read_places, 0, "positions in --devices, such as 0,1 or 0-7"};
 static const struct kind CHOICE = {read_choice, 0, NULL};
+static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see set_messages */
 
 /* ---- the table of options ---- */
 
@@ -321,6 +346,10 @@ static const struct option_row option_rows[] = {
     {"--logits", "FILE", &TEXT, AT(logits), .help = "write the prompt's logits to FILE (float32)"},
     {"--tokenizer", "FILE", &TEXT, AT(tokenizer), .help = "tokenizer.bin of a llama2.c model"},
     {.kind = &TEXT, .offset = AT(request.id), .key = "id"},
+    {.kind = &MESSAGES, .offset = AT(request), .key = "messages"},
+    {.kind = &TEXT, .offset = AT(request.after), .key = "after"},
+    {.kind = &REAL, .offset = AT(request.at), .key = "at", .high = 1e6},
+    {.kind = &REAL, .offset = AT(request.deadline), .key = "deadline", .high = 1e6},
     {.help = "How to write"},
     {"-n", "N", &INT, AT(request.n), .key = "n", .low = 1, .high = INT_MAX,
      .help = "tokens at most (default: until the end)"},
@@ -333,7 +362,7 @@ static const struct option_row option_rows[] = {
     {"--min-p", "P", &REAL, AT(request.sampling.min_p), .key = "min_p", .high = 1,
      .help = "only those at least P times as likely as the first (default 0)"},
     {"--seed", "S", &SEED, AT(request.sampling.seed), .key = "seed",
-     .help = "the same seed gives the same text (default: from the clock)"},
+     .help = "of the run: the first request's, the others get their own from it"},
     {"--stop", "TEXT", &STOP, AT(request), .key = "stop",
      .help = "end before this text; may be given several times"},
     {"--system", "TEXT", &TEXT, AT(request.system), .key = "system",
@@ -347,6 +376,10 @@ static const struct option_row option_rows[] = {
     {"--decode", "LIST", &PLACES, AT(decode), .help = "those of --devices that write answers"},
     {"--tp", "N", &INT, AT(tp), .low = 1, .high = 8,
      .help = "devices that share one copy of the model: 1, 2, 4 or 8"},
+    {"--tp-prefill", "N", &INT, AT(tp_prefill), .low = 1, .high = 8,
+     .help = "the same, of workers that read prompts (default: --tp)"},
+    {"--tp-decode", "N", &INT, AT(tp_decode), .low = 1, .high = 8,
+     .help = "the same, of workers that write answers (default: --tp)"},
     {"--colocate", NULL, &FLAG, AT(colocate), .help = "every worker prefills and decodes"},
     {"--threads", "N", &INT, AT(threads), .low = 1, .high = 1024, .help = "CPU threads"},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
@@ -359,6 +392,8 @@ static const struct option_row option_rows[] = {
      .help = "requests in one decode step, at most"},
     {"--chunk", "N", &INT, AT(chunk), .low = 1, .high = 1 << 20,
      .help = "prompt tokens in one prefill step, at most"},
+    {"--max-queue", "N", &INT, AT(max_queue), .high = INT_MAX,
+     .help = "requests that may wait, others are refused (default 0: any number)"},
     {.help = "What to show"},
     {"--json", NULL, &FLAG, AT(json), .help = "one JSON object a request"},
     {"--stats", NULL, &FLAG, AT(stats), .help = "a table of speeds and of what the pager did"},
@@ -455,6 +490,40 @@ static const struct option_row *give(uint64_t *given, const char *name, bool key
     return row;
 }
 
+/* `[{"role": "user", "content": "Hi"}, ...]`: the last is the prompt, what is before it has been
+ * said. The keys of a message may come in any order. */
+static bool set_messages(struct request_spec *request, struct json_node *nodes, int list,
+                         char *error) {
+    static const char *const roles[] = {"user", "assistant", "system"};
+    int number = 0, n = 0;
+    free(request->earlier);
+    request->earlier = calloc((size_t)(nodes[list].next - list), sizeof *request->earlier);
+    for (int i = list + 1; request->earlier && i < nodes[list].next; i = nodes[i].next, number++) {
+        const struct json_node *parts[2] = {NULL, NULL};
+        for (int key = i + 1; nodes[i].type == '{' && key < nodes[i].next;
+             key = nodes[key + 1].next) {
+            bool content = strcmp(nodes[key].text, "content") == 0;
+            if ((content || strcmp(nodes[key].text, "role") == 0) && nodes[key + 1].type == '"')
+                parts[content] = &nodes[key + 1];
+        }
+        const char *role = parts[0] ? parts[0]->text : "none", *expected = roles[n % 2];
+        bool system = number == 0 && strcmp(role, roles[2]) == 0;
+        if (!parts[1] || (!system && strcmp(role, expected) != 0))
+            return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
+                        number + 1, role, parts[1] ? "" : " and no content", expected);
+        if (system)
+            request->system = parts[1]->text;
+        else
+            request->earlier[n++] = (struct said){parts[1]->text, parts[1]->length};
+    }
+    if (n % 2 == 0)
+        return fail(error, "messages: got %d, expected the last to be the user's", number);
+    request->n_earlier = n - 1;
+    request->prompt = request->earlier[n - 1].text;
+    request->prompt_length = request->earlier[n - 1].length;
+    return true;
+}
+
 bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
              char error[ERROR_LENGTH]) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
@@ -463,6 +532,8 @@ bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *no
     if (!row)
         return false;
     int at = key + 1;
+    if (row->kind == &MESSAGES && value->type == '[')
+        return set_messages(request, nodes, at, error);
     if (row->kind == &STOP) {
         request->n_stop = 0;
         at += value->type == '[';
@@ -471,7 +542,7 @@ bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *no
     for (; at < value->next; at = nodes[at].next) {
         struct json_node *node = &nodes[at];
         size_t bracket = node->type == '['; /* of token ids */
-        if (node->type != row->kind->json ||
+        if (node->type != row->kind->json || !row->kind->read ||
             !read_value(target, row, node->text + bracket, node->length - 2 * bracket))
             return refuse_value(row, row->key, node->type == '"' ? "\"" : "", node->text,
                                 node->length, error);
@@ -509,7 +580,7 @@ char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) 
     return good ? text : NULL;
 }
 
-enum { MAX_LINES = 1 << 16 /* of a file: all are in flight together */ };
+enum { MAX_LINES = 1 << 16 /* of a file: all may be in flight together */ };
 
 /* text[length] is 0. */
 static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
@@ -524,59 +595,100 @@ static bool read_request(struct request_spec *request, char *text, size_t length
     for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
         good = cli_set(request, &given, nodes, key, error);
     free(nodes);
-    if (good && !request->prompt == !request->ids)
-        return fail(error, "expected either prompt or ids");
+    request->seeded = cli_given(given, "--seed");
+    int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
+    if (good && n != 1)
+        return fail(error, "expected one of prompt, ids and messages");
     return good;
 }
 
-bool requests_read(struct requests *requests, const char *path, const struct request_spec *defaults,
-                   char error[ERROR_LENGTH]) {
-    const char *name = strcmp(path, "-") ? path : "stdin";
-    size_t length, n_lines = 1;
-    *requests = (struct requests){.text = cli_read_file(path, &length, error)};
-    if (!requests->text)
-        return false;
-    char *text_end = requests->text + length;
-    for (char *at = requests->text; at < text_end; at++)
-        n_lines += *at == '\n';
-    if (n_lines > MAX_LINES) {
-        requests_free(requests);
-        return fail(error, "%.400s: got %zu lines, expected at most %d; split it", name, n_lines,
-                    (int)MAX_LINES);
+bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]) {
+    bool std = strcmp(path, "-") == 0;
+    requests->name = std ? "stdin" : path;
+    requests->file = std ? stdin : fopen(path, "rb");
+    return requests->file || fail(error, "%.400s: %s", requests->name, strerror(errno));
+}
+
+/* Reads a line into requests->text, without its end. Returns its length; < 0: there is none, or
+ * an error is set. */
+static ptrdiff_t read_line(struct requests *requests, char *error) {
+    size_t n = 0, room = 0;
+    int byte;
+    *error = 0;
+    while ((byte = getc_unlocked(requests->file)) != EOF && byte != '\n') {
+        if (n + 1 >= room) {
+            room = room > 0 ? 2 * room : 256;
+            char *larger = n < CLI_FILE_LENGTH ? realloc(requests->text, room) : NULL;
+            if (!larger) {
+                (void)fail(error, "%.400s: got more than %d bytes", requests->name,
+                           CLI_FILE_LENGTH);
+                return -1;
+            }
+            requests->text = larger;
+        }
+        requests->text[n++] = (char)byte;
     }
-    requests->specs = calloc(n_lines, sizeof *requests->specs);
-    if (!requests->specs) {
-        requests_free(requests);
-        return fail(error, "%.400s: out of memory", name);
+    if (byte == EOF && ferror(requests->file)) {
+        (void)fail(error, "%.400s: %s", requests->name, strerror(errno));
+        return -1;
     }
-    int number = 1;
-    for (char *line = requests->text, *end; line < text_end; line = end + 1, number++) {
-        char wrong[ERROR_LENGTH];
-        end = memchr(line, '\n', (size_t)(text_end - line));
-        end = end ? end : text_end;
-        char *stop = end > line && end[-1] == '\r' ? end - 1 : end;
-        *stop = 0;
-        if (stop == line)
-            continue;
-        struct request_spec *spec = &requests->specs[requests->n++];
-        *spec = *defaults;
-        if (read_request(spec, line, (size_t)(stop - line), wrong))
-            continue;
-        spec->error = malloc(ERROR_LENGTH);
-        if (!spec->error)
+    if (byte == EOF && n == 0)
+        return -1;
+    if (n > 0 && requests->text[n - 1] == '\r')
+        n--;
+    if (n > 0)
+        requests->text[n] = 0;
+    return (ptrdiff_t)n;
+}
+
+int requests_next(struct requests *requests, const struct request_spec *defaults,
+                  struct request_spec *spec, char error[ERROR_LENGTH]) {
+    char wrong[ERROR_LENGTH];
+    ptrdiff_t length = 0;
+    while (length == 0) {
+        length = read_line(requests, error);
+        if (length < 0)
+            return *error ? -1 : 0;
+        if (++requests->n_lines > MAX_LINES) {
+            (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
+                       (int)MAX_LINES);
+            return -1;
+        }
+    }
+    *spec = *defaults;
+    spec->line = requests->text;
+    requests->text = NULL;
+    if (read_request(spec, spec->line, (size_t)length, wrong))
+        return 1;
+    spec->error = malloc(ERROR_LENGTH);
+    if (!spec->error)
+        abort();
+    fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
+    return 1;
+}
+
+void requests_add(struct requests *requests, const struct request_spec *spec) {
+    if (requests->n == requests->capacity) {
+        requests->capacity = requests->capacity > 0 ? 2 * requests->capacity : 16;
+        requests->specs =
+            realloc(requests->specs, (size_t)requests->capacity * sizeof *requests->specs);
+        if (!requests->specs)
             abort();
-        fail(spec->error, "%.200s:%d: %.250s", name, number, wrong);
     }
-    return true;
+    requests->specs[requests->n++] = *spec;
 }
 
 void requests_free(struct requests *requests) {
     for (int i = 0; i < requests->n; i++) {
         free(requests->specs[i].ids);
+        free(requests->specs[i].earlier);
         free(requests->specs[i].error);
+        free(requests->specs[i].line);
     }
     free(requests->specs);
     free(requests->text);
+    if (requests->file && requests->file != stdin)
+        (void)fclose(requests->file);
 }
 
 bool requests_stop(const char *text, size_t length, char *const *stop, int n_stop, size_t *safe) {
@@ -615,7 +727,29 @@ static bool check_pools(const struct options *options, char *error) {
     return true;
 }
 
-static bool check_options(const struct options *options, char *error) {
+/* --tp is that of both pools, where they have none of their own. */
+static bool check_widths(struct options *options, char *error) {
+    int *widths[] = {&options->tp, &options->tp_prefill, &options->tp_decode};
+    static const char *const names[] = {"--tp", "--tp-prefill", "--tp-decode"};
+    const struct device_list *lists[] = {&options->devices, &options->prefill, &options->decode};
+    for (int i = 0; i < 3; i++) {
+        *widths[i] = *widths[i] > 0 ? *widths[i] : options->tp;
+        if (8 % *widths[i] != 0)
+            return fail(error, "%s: got %d, expected 1, 2, 4 or 8", names[i], *widths[i]);
+        bool counts = i > 0 || options->tp_prefill + options->tp_decode == 0;
+        if (counts && lists[i]->n % *widths[i])
+            return fail(error, "%s: every list of devices must divide into groups of %d", names[i],
+                        *widths[i]);
+    }
+    if (options->colocate && options->tp_prefill != options->tp_decode)
+        return fail(error,
+                    "--colocate: every worker prefills and decodes, but --tp-prefill is %d and "
+                    "--tp-decode %d",
+                    options->tp_prefill, options->tp_decode);
+    return true;
+}
+
+static bool check_options(struct options *options, char *error) {
     if (!options->model)
         return fail(error, "no model given; usage: dynamo MODEL [options], see --help");
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
@@ -632,12 +766,7 @@ static bool check_options(const struct options *options, char *error) {
         if (!rule->needs && first != last)
             return fail(error, "%s and %s exclude each other", first, last);
     }
-    int tp = options->tp;
-    if (8 % tp != 0)
-        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", tp);
-    if (options->devices.n % tp || options->prefill.n % tp || options->decode.n % tp)
-        return fail(error, "--tp: every list of devices must divide into groups of %d", tp);
-    return check_pools(options, error);
+    return check_widths(options, error) && check_pools(options, error);
 }
 
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]) {
@@ -689,7 +818,8 @@ void cli_help(FILE *stream) {
         "  dynamo model.bin -f prompts.txt --devices cpu:4 --kv-device 64b --kv-host 1G\n"
         "      many prompts at once on four small devices: blocks are paged out and in\n"
         "  dynamo model.bin -f requests.jsonl --json --stats > answers.jsonl\n"
-        "      one request a line, each with options of its own: {\"prompt\": \"Hi\", \"n\": 9}\n"
+        "      one request a line, each with options of its own: {\"prompt\": \"Hi\", \"n\": 9};\n"
+        "      \"at\": its second, \"after\": whose answer it follows, \"deadline\", \"messages\"\n"
         "  dynamo model.bin -p \"Once\" --seed 7 --colocate\n"
         "      the same text as without --colocate: no schedule changes a text\n"
         "  dynamo model.bin --perplexity story.txt\n"

@@ -1,5 +1,7 @@
 /* bench.c: what the CPU backend reaches of what this machine can do.
  *
+ *     bench cache                          what an operation of kvcache.c costs, by blocks
+ *     bench scheduler                      what scheduler.c costs, by workers, requests, context
  *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain] [no-amx]
  *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
@@ -9,6 +11,8 @@
  * measured right before and after it: reading those weights, and the arithmetic that the type's
  * kernel uses. */
 #include "../kernels.c"
+
+#include <malloc.h>
 
 enum {
     MAX_LAYERS = 22,
@@ -346,6 +350,141 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
     bench->backend->release(bench->device, out);
 }
 
+/* Costs of the cache on a device of n blocks with a host of as many: to take, register and let go a
+ * block; to find one; to order the page-out of one when room for n / 2 is wanted; to ask for that
+ * room again while they are under way; to end one, which drops it. */
+static void bench_cache(void) {
+    enum { TEXT = 250, ASKED = 1000 }; /* blocks of a text */
+    printf("%8s %10s %10s %10s %10s %10s %10s\n", "blocks", "register", "find", "page out", "again",
+           "copied", "memory");
+    for (int n = 1000; n <= 1000000; n *= 10) {
+        struct kv_config config = {.n_workers = 1, .device_blocks = {n}, .host_blocks = n};
+        struct kv *kv = kv_create(&config);
+        int *tokens = calloc((size_t)n * BLOCK_TOKENS, sizeof *tokens), node = -1, found[TEXT];
+        uint64_t *hashes = calloc((size_t)n, sizeof *hashes);
+        double time[6] = {seconds()};
+        for (int i = 0; i < n; i++) {
+            tokens[i * BLOCK_TOKENS] = i;
+            bool first = i % TEXT == 0;
+            hashes[i] = kv_hash(first ? 0 : hashes[i - 1], tokens + i * BLOCK_TOKENS);
+            int parent = first ? -1 : node;
+            node = kv_register(kv, kv_new(kv, 0), parent, hashes[i], tokens + i * BLOCK_TOKENS);
+            kv_unpin(kv, node, 0);
+        }
+        time[1] = seconds();
+        int n_found = 0;
+        for (int i = 0; i < n; i += TEXT)
+            n_found += kv_find(kv, hashes + i, tokens + i * BLOCK_TOKENS, TEXT, found);
+        time[2] = seconds();
+        bool room = kv_make_room(kv, 0, n / 2);
+        time[3] = seconds();
+        for (int i = 0; i < ASKED; i++)
+            room = kv_make_room(kv, 0, n / 2) || room;
+        time[4] = seconds();
+        struct kv_copy_order order;
+        while (kv_next_copy(kv, 0, &order))
+            kv_copied(kv, &order, true);
+        time[5] = seconds();
+        int counts[] = {n, n_found, n / 2, ASKED, n / 2};
+        printf("%8d", n);
+        for (int i = 0; i < 5; i++)
+            printf(" %7.0f ns", (time[i + 1] - time[i]) / counts[i] * 1e9);
+        printf(" %4.0f B/slot%s\n", (double)malloc_usable_size(kv) / (2 * n),
+               room || n_found != n || kv_used(kv, 0) != n / 2 ? " (wrong)" : "");
+        kv_destroy(kv);
+        free(tokens);
+        free(hashes);
+    }
+}
+
+/* Takes a worker's step and ends it: token 1 for all. Returns its rows. */
+static int bench_step(struct sched *s, int worker, double *spent) {
+    double start = seconds();
+    struct step *step = sched_next(s, worker, 0);
+    *spent += seconds() - start;
+    int n_rows = step ? step->batch.n_rows : 0;
+    for (int i = 0; step && i < step->batch.n_samples; i++)
+        step->batch.sampled[i] = 1;
+    start = seconds();
+    if (step)
+        sched_done(s, worker, step, 0);
+    *spent += seconds() - start;
+    return n_rows;
+}
+
+/* Steps of all workers, a row for each of their requests: nanoseconds a row. */
+static double bench_steps(struct sched *s, int n_workers) {
+    double spent = 0, rows = 0;
+    for (int step = 0; step < 48; step++)
+        for (int w = 0; w < n_workers; w++)
+            rows += bench_step(s, w, &spent);
+    return spent / rows * 1e9;
+}
+
+/* n_workers, each with n running requests that have so much text, and then others that wait. */
+static void bench_requests(int n_workers, int n, int context, int n_waiting) {
+    enum { ANSWER = 1024 };
+    static const bool ends_text[2] = {false, false};
+    struct sched_config config = {.kv = {.n_workers = n_workers},
+                                  .max_batch = n,
+                                  .chunk = 16384,
+                                  .copies_in_flight = 64,
+                                  .likely_answer = 1,
+                                  .context_length = context + ANSWER,
+                                  .vocab_size = 2,
+                                  .ends_text = ends_text};
+    for (int w = 0; w < n_workers; w++) {
+        config.kv.device_blocks[w] = n * blocks_of(context + ANSWER);
+        config.prefills[w] = config.decodes[w] = true;
+    }
+    struct sched *s = sched_create(&config);
+    int n_all = n_workers * n + n_waiting;
+    struct request *requests = calloc((size_t)n_all, sizeof *requests);
+    int *tokens = calloc((size_t)n_all * (size_t)(context + ANSWER), sizeof *tokens);
+    double submit = 0, start = 0, queue = 0, spent = 0;
+    for (int i = 0; i < n_all; i++) {
+        struct request *r = &requests[i];
+        *r = (struct request){.id = i, .n_prompt = context, .max_new = ANSWER};
+        r->tokens = tokens + (size_t)i * (size_t)(context + ANSWER);
+        r->tokens[0] = i;
+        start = seconds();
+        sched_submit(s, r, 0);
+        submit += i < n_workers * n ? seconds() - start : 0;
+        queue += i < n_workers * n ? 0 : seconds() - start;
+        for (int w = 0; w < n_workers && i % 64 == 63 && i < n_workers * n; w++)
+            (void)bench_step(s, w, &spent);
+        int rows = i == n_workers * n - 1 ? 0 : i + 1;
+        for (int round = 0; rows != i + 1 && round < 1000; round++) {
+            rows = 0;
+            for (int w = 0; w < n_workers; w++)
+                rows += bench_step(s, w, &spent); /* until only generated rows are left */
+        }
+        if (i == n_workers * n - 1)
+            printf("%8d %8d %8d %10.0f ns", n_workers, n, context, bench_steps(s, n_workers));
+    }
+    printf(" %10.0f ns %10.0f ns", bench_steps(s, n_workers), submit / (n_workers * n) * 1e9);
+    printf(" %10.0f ns\n", n_waiting > 0 ? queue / n_waiting * 1e9 : 0);
+    for (int i = n_all - 1; i >= 0; i--)
+        sched_cancel(s, &requests[i], false, 0);
+    sched_destroy(s);
+    free(requests);
+    free(tokens);
+}
+
+/* A step costs so much for each of its requests, without and with requests that wait; to submit one
+ * that is admitted, and one that must wait. */
+static void bench_scheduler(void) {
+    printf("%8s %8s %8s %13s %13s %13s %13s\n", "workers", "each", "context", "a row",
+           "others wait", "admitted", "waits");
+    for (int n_workers = 1; n_workers <= 16; n_workers *= 2)
+        bench_requests(n_workers, 500, 256, 1000);
+    for (int n = 10; n <= 4000; n = n == 1000 ? 4000 : n * 10)
+        bench_requests(1, n, 256, 1000);
+    for (int context = 1024; context <= 65536; context *= 8)
+        bench_requests(1, 32, context, 8);
+    bench_requests(1, 32, 131072, 8);
+}
+
 static bool asked(int argc, char **argv, const char *word) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], word))
@@ -360,6 +499,12 @@ int main(int argc, char **argv) {
     } types[] = {{"F32", TYPE_F32},   {"BF16", TYPE_BF16}, {"F16", TYPE_F16},  {"Q8_0", TYPE_Q8_0},
                  {"Q4_0", TYPE_Q4_0}, {"Q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}};
     enum { N_TYPES = sizeof types / sizeof *types, USUAL_TYPES = 4 };
+    if (argc == 1 || asked(argc, argv, "cache"))
+        bench_cache();
+    if (argc == 1 || asked(argc, argv, "scheduler"))
+        bench_scheduler();
+    if (asked(argc, argv, "cache") || asked(argc, argv, "scheduler"))
+        return 0;
     bool some_type = false, part = asked(argc, argv, "kernel") || asked(argc, argv, "long") ||
                                    asked(argc, argv, "decode") || asked(argc, argv, "prefill");
     for (int i = 0; i < N_TYPES; i++)

@@ -32,11 +32,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char path[64], error[ERROR_LENGTH] = "";
     char *words[] = {(char[]){"dynamo"}, (char[]){"m"}, (char[]){"-f"}, path, NULL};
     struct options options;
-    struct requests requests;
+    struct requests requests = {0};
+    struct request_spec read;
     fuzz_runs++;
     fuzz_file(path, sizeof path, data, size);
     FUZZ_CHECK(cli_parse(&options, 4, words, error));
-    FUZZ_CHECK(requests_read(&requests, options.file, &options.request, error));
+    FUZZ_CHECK(requests_open(&requests, options.file, error));
+    while (requests_next(&requests, &options.request, &read, error) > 0)
+        requests_add(&requests, &read);
+    FUZZ_CHECK(!*error);
     for (int i = 0; i < requests.n; i++) {
         const struct request_spec *spec = &requests.specs[i];
         FUZZ_CHECK(spec->error ? !strchr(spec->error, '\n') : !spec->prompt != !spec->ids);

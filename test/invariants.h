@@ -19,36 +19,32 @@
         }                                                                                          \
     } while (0)
 
-enum { CHECK_SLOTS = 4096 }; /* no test has a larger place */
-
 /* ---- the cache ---- */
 
-static const char *check_copy(const struct kv *kv, int id, int place) {
-    const struct node *node = &kv->nodes[id];
+/* So many copies of a node are in a state. */
+static int count(const struct kv *kv, int id, enum kv_state state) {
+    int n = 0;
+    for (const struct copy *c = kv->nodes[id].first; c; c = c->next)
+        n += c->state == state;
+    return n;
+}
+
+/* The state of a copy: unlike kv_state also of one that its owner may not write. */
+static inline enum kv_state state_at(const struct kv *kv, int id, int place) {
     const struct copy *copy = copy_at(kv, id, place);
-    bool in_use = copy->pins > 0 || copy->reads > 0 || copy->list != UNLISTED;
+    return copy ? (enum kv_state)copy->state : KV_ABSENT;
+}
+
+static const char *check_copy(const struct kv *kv, const struct copy *copy) {
+    int n_valid = count(kv, copy->node, KV_VALID), n_reserved = count(kv, copy->node, KV_RESERVED);
+    bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
-    BROKEN(place == kv->host && copy->pins != 0, "a pin on the host");
-    switch (copy->state) {
-    case KV_ABSENT: BROKEN(in_use, "an absent copy is in use"); return NULL;
-    case KV_RESERVED:
-        BROKEN(copy->pins == 0, "a reserved slot that nobody waits for");
-        BROKEN(copy->reads > 0 || copy->list != UNLISTED, "a reserved slot is read or listed");
-        break;
-    case KV_ARRIVING:
-        BROKEN(copy->reads > 0 || copy->list != UNLISTED, "an arriving copy is read or listed");
-        break;
-    case KV_VALID:
-        BROKEN(!in_use && count(kv, id, KV_RESERVED) == 0, "a valid copy is nowhere");
-        BROKEN(copy->pins > 0 && copy->list != UNLISTED, "a pinned copy is listed");
-        BROKEN(copy->pins == 0 && node->serial && copy->list == UNLISTED, "cached, unlisted");
-        BROKEN(copy->list == DUPLICATES && (place != kv->host || count(kv, id, KV_VALID) < 2),
-               "not a duplicate");
-        BROKEN(copy->list == MAIN && place == kv->host && count(kv, id, KV_VALID) >= 2,
-               "a duplicate on the main list");
-        break;
-    }
-    BROKEN(copy->slot < 0 || copy->slot >= kv->places[place].n_slots, "a slot outside its place");
+    BROKEN(copy->state == KV_RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
+    BROKEN(copy->state != KV_VALID && copy->reads > 0, "a copy without content is read");
+    BROKEN(copy->standing != (unsigned)standing_of(copy, n_valid, n_reserved), "a copy's standing");
+    BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
+    BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
+           "a private copy is cached that nobody keeps");
     return NULL;
 }
 
@@ -62,114 +58,121 @@ static const char *check_index(const struct kv *kv, int id) {
     for (int parent = 0; parent < kv->n_nodes; parent++) {
         BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
         BROKEN(node->parent && kv->nodes[parent].serial == node->parent &&
-                   node->hash != block_hash(kv->nodes[parent].hash, node->tokens),
+                   node->hash != kv_hash(kv->nodes[parent].hash, node->tokens),
                "a wrong hash");
     }
-    BROKEN(!node->parent && node->hash != block_hash(0, node->tokens), "a wrong hash");
+    BROKEN(!node->parent && node->hash != kv_hash(0, node->tokens), "a wrong hash");
     return NULL;
 }
 
 static const char *check_node(const struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
-    int n_copies = 0, n_reads = 0, n_arriving = 0, n_pins = 0;
-    for (int place = 0; place < kv->n_places; place++) {
-        const struct copy *copy = copy_at(kv, id, place);
-        const char *broken = check_copy(kv, id, place);
-        if (broken)
-            return broken;
-        n_copies += copy->state != KV_ABSENT;
+    int n_reads = 0, n_arriving = 0, n_pins = 0;
+    bool places[MAX_WORKERS + 1] = {false};
+    for (const struct copy *copy = node->first; copy; copy = copy->next) {
+        BROKEN(copy->node != id || copy->state == KV_ABSENT, "a copy of another node, or of none");
+        BROKEN(places[copy->place], "two copies at one place");
+        places[copy->place] = true;
         n_arriving += copy->state == KV_ARRIVING;
         n_reads += copy->reads;
         n_pins += copy->pins;
     }
+    for (const struct copy *copy = node->first; copy; copy = copy->next) {
+        const char *broken = check_copy(kv, copy);
+        if (broken)
+            return broken;
+    }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
     BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
-    BROKEN(n_copies == 0 && (node->serial || node->keeper), "a node without copies");
-    BROKEN(n_copies > 0 && !node->serial && !node->keeper && n_pins + n_reads == 0,
+    BROKEN(!node->first && (node->serial || node->keeper), "a node without copies");
+    BROKEN(node->first && !node->serial && !node->keeper && n_pins + n_reads == 0,
            "a private node that nobody owns");
     return check_index(kv, id);
 }
 
-static const char *check_list(const struct kv *kv, int place, enum list_kind kind) {
-    const struct lru *list = &kv->places[place].lists[kind];
-    int length = 0, older = -1;
-    for (int id = list->oldest; id != -1; id = copy_at(kv, id, place)->newer) {
-        BROKEN(copy_at(kv, id, place)->list != kind, "on a list it does not know of");
-        BROKEN(copy_at(kv, id, place)->older != older, "broken list links");
-        BROKEN(++length > kv->n_nodes, "a list runs in a circle");
-        older = id;
+static const char *check_heap(const struct kv *kv, int place, enum standing standing) {
+    const struct place *at = &kv->places[place];
+    const struct heap *heap = standing == CLEAN ? &at->clean : &at->dirty;
+    BROKEN(heap->n != at->n[standing], "a heap has not all copies, or too many");
+    for (int i = 0; i < heap->n; i++) {
+        const struct copy *copy = heap->copies[i];
+        BROKEN(copy->standing != (unsigned)standing || copy->place != place, "on the wrong heap");
+        BROKEN(copy->at != i, "a copy that does not know its place on the heap");
+        BROKEN(i > 0 && colder(heap->copies[i], heap->copies[(i - 1) / 2]),
+               "a heap with a colder copy below a hotter one");
     }
-    BROKEN(list->newest != older, "a list ends early");
-    BROKEN(list->length != length, "a list's length");
-    for (int id = 0; id < kv->n_nodes; id++)
-        length -= copy_at(kv, id, place)->list == kind;
-    BROKEN(length != 0, "a copy says that it is on a list and is not");
+    return NULL;
+}
+
+static const char *check_queue(const struct kv *kv, int worker, const struct queue *queue) {
+    int c = queue->first;
+    for (int i = 0; i < queue->n; i++) {
+        const struct copy *target = &kv->copies[c], *source = target->from;
+        bool out = queue == &kv->places[worker].out;
+        BROKEN(target->state != KV_ARRIVING || source->state != KV_VALID, "an order's ends");
+        BROKEN(target->node != source->node, "an order from one block to another");
+        BROKEN((target->place == kv->host) != out, "an order in the wrong queue");
+        BROKEN((out ? source->place : target->place) != worker, "an order for another worker");
+        BROKEN(i == queue->n - 1 && queue->last != c, "a queue's last order");
+        c = target->at;
+    }
     return NULL;
 }
 
 static const char *check_place(const struct kv *kv, int place) {
     const struct place *at = &kv->places[place];
-    bool taken[CHECK_SLOTS] = {false};
-    int n_taken = at->n_free;
-    for (int i = 0; i < at->n_free; i++) {
-        BROKEN(taken[at->free_slots[i]], "a slot is free twice");
-        taken[at->free_slots[i]] = true;
+    int n[N_STANDINGS] = {0}, n_free = 0;
+    for (int i = 0; i < at->n_slots; i++) {
+        const struct copy *copy = &at->copies[i];
+        n[copy->standing]++;
+        BROKEN(copy->place != place, "a slot of another place");
+        BROKEN((copy->state == KV_ABSENT) != (copy->standing == FREE), "a free slot with a copy");
+        BROKEN(copy->standing == FREE && (copy->pins > 0 || copy->reads > 0 || copy->unused),
+               "a free slot in use");
+        BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != copy,
+               "a slot whose copy its node does not know");
     }
-    for (int id = 0; id < kv->n_nodes; id++) {
-        const struct copy *copy = copy_at(kv, id, place);
-        if (copy->state != KV_ABSENT) {
-            BROKEN(taken[copy->slot], "two copies share a slot, or it is free as well");
-            taken[copy->slot] = true;
-            n_taken++;
-        }
-    }
-    BROKEN(n_taken != at->n_slots, "a slot is lost");
-    for (int i = 0; i < at->n_orders; i++) {
-        const struct kv_copy_order *order = &at->orders[(at->first_order + i) % kv->n_nodes];
-        const struct copy *source = copy_at(kv, order->node, order->from);
-        const struct copy *target = copy_at(kv, order->node, order->to);
-        BROKEN(order->worker != place, "an order for another worker");
-        BROKEN(source->state != KV_VALID || source->slot != order->from_slot, "an order's source");
-        BROKEN(target->state != KV_ARRIVING || target->slot != order->to_slot, "an order's target");
-    }
-    return NULL;
+    for (int i = 0; i < N_STANDINGS; i++)
+        BROKEN(n[i] != at->n[i], "slots of a standing");
+    for (const struct copy *c = at->free; c && n_free <= at->n_slots; c = c->next, n_free++)
+        BROKEN(c->standing != FREE || c->place != place, "on the free list, but not free");
+    BROKEN(n_free != n[FREE], "a free slot is lost");
+    struct kv_usage usage = kv_usage(kv, place);
+    BROKEN(usage.free + usage.pinned + usage.cached + usage.in_flight != at->n_slots,
+           "the usage of a place does not add up");
+    const char *broken = check_heap(kv, place, CLEAN);
+    broken = broken ? broken : check_heap(kv, place, DIRTY);
+    broken = broken ? broken : check_queue(kv, place, &at->in);
+    return broken ? broken : check_queue(kv, place, &at->out);
 }
 
 static inline const char *kv_check(const struct kv *kv) {
     const char *broken = NULL;
-    int n_used = 0;
+    int n_nodes = 0;
+    for (int place = 0; place < kv->n_places && !broken; place++)
+        broken = check_place(kv, place);
     for (int id = 0; id < kv->n_nodes && !broken; id++) {
         broken = check_node(kv, id);
-        for (int place = 0; place < kv->n_places; place++) {
-            if (copy_at(kv, id, place)->state != KV_ABSENT) {
-                n_used++;
-                break;
-            }
-        }
+        n_nodes += kv->nodes[id].first != NULL;
     }
-    for (int place = 0; place < kv->n_places && !broken; place++) {
-        broken = check_place(kv, place);
-        for (int kind = MAIN; kind < N_LISTS && !broken; kind++)
-            broken = check_list(kv, place, (enum list_kind)kind);
-    }
-    for (int id = kv->first_free; id != -1 && n_used <= kv->n_nodes; n_used++)
-        id = kv->nodes[id].next_in_bucket;
-    if (!broken && n_used != kv->n_nodes)
+    for (int id = kv->first_free; id != -1 && n_nodes <= kv->n_nodes; n_nodes++)
+        id = kv->nodes[id].next;
+    if (!broken && n_nodes != kv->n_nodes)
         broken = "a node is lost";
     return broken;
 }
 
 static inline int64_t kv_pins(const struct kv *kv) {
     int64_t n = 0;
-    for (int i = 0; i < kv->n_nodes * kv->n_places; i++)
-        n += kv->copies[i].pins;
+    for (int c = 0; c < kv->n_nodes; c++)
+        n += kv->copies[c].pins;
     return n;
 }
 
 /* ---- the scheduler ---- */
 
-/* Takes the request's pins off `pins` (n_nodes, n_places), and checks its table. */
+/* Takes the request's pins off `pins`, those of each slot, and checks its table. */
 static const char *check_blocks(const struct sched *s, const struct request *r, int *pins) {
     const struct kv *kv = s->kv;
     for (int i = 0; i < r->n_blocks; i++) {
@@ -177,7 +180,7 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
         const struct node *node = &kv->nodes[id];
         BROKEN((node->serial != 0) != (i < r->n_registered), "a block is registered, or is not");
         BROKEN(node->keeper, "a block of a table is kept");
-        BROKEN(copy_at(kv, id, r->decode_worker)->state == KV_ABSENT, "a block is not there");
+        BROKEN(!copy_at(kv, id, r->decode_worker), "a block is not there");
         if (node->serial) {
             BROKEN(node->parent != (i > 0 ? kv->nodes[r->blocks[i - 1]].serial : 0),
                    "blocks of another text");
@@ -185,71 +188,118 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
                           sizeof node->tokens) != 0,
                    "a block of other tokens");
         }
-        pins[id * kv->n_places + r->decode_worker]--;
+        pins[copy_at(kv, id, r->decode_worker) - kv->copies]--;
         if (i < r->n_prefill_blocks)
-            pins[id * kv->n_places + r->prefill_worker]--;
+            pins[copy_at(kv, id, r->prefill_worker) - kv->copies]--;
     }
     int worker = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL ? r->prefill_worker
                                                                             : r->decode_worker;
     for (int i = 0; r->in_step && i < blocks_of(r->filled); i++)
-        BROKEN(copy_at(kv, r->blocks[i], worker)->state != KV_VALID, "a step reads a lost block");
+        BROKEN(state_at(kv, r->blocks[i], worker) != KV_VALID, "a step reads a lost block");
     return NULL;
 }
 
 static const char *check_request(const struct sched *s, const struct request *r, int *pins) {
     bool waits = r->state == REQUEST_WAITING;
     BROKEN(waits && (r->n_blocks > 0 || r->in_step), "a waiting request holds blocks");
-    BROKEN(waits != (r->decode_worker == -1), "a waiting request has a worker, or a working none");
-    BROKEN(r->saved != -1 && (!waits || !r->preempted), "saved, but not preempted");
+    BROKEN(r->saved != -1 && (!waits || r->preemptions == 0), "saved, but not preempted");
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE, "a finished request is on a list");
+    BROKEN(r->n_held > 0 && !waits, "an admitted request holds copies on the host");
+    for (int i = 0; i < r->n_held; i++)
+        pins[copy_at(s->kv, r->held[i], s->kv->host) - s->kv->copies]--;
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
-    BROKEN(!s->config.decodes[r->decode_worker], "it decodes on a worker that does not");
+    BROKEN(r->max_new > 1 && !s->config.decodes[r->decode_worker],
+           "it decodes on a worker that does not");
     BROKEN(r->prefill_worker != r->decode_worker && !s->config.prefills[r->prefill_worker],
            "it prefills on a worker that does not");
     BROKEN(r->n_registered != r->filled / BLOCK_TOKENS, "a full block is not registered");
     BROKEN(r->n_ready < 0 || r->n_ready > blocks_of(r->filled), "n_ready");
+    BROKEN(r->n_sent != r->n_registered, "a full block was not sent");
     BROKEN(blocks_of(r->filled) > r->n_blocks, "more filled than it has blocks");
     BROKEN(r->filled > r->prefill_end && prefills, "filled beyond the prompt");
     BROKEN(r->filled != r->length - 1 && r->state == REQUEST_RUNNING, "an answer with a gap");
     BROKEN((r->n_prefill_blocks > 0) != (prefills && r->prefill_worker != r->decode_worker),
            "blocks on the prefill worker");
+    for (int i = 0; i < r->n_slots; i++)
+        BROKEN(r->slots[i] != kv_slot(s->kv, r->blocks[i], worker_of(r)), "a wrong slot");
     return check_blocks(s, r, pins);
 }
 
-static const char *check_requests(const struct sched *s, const struct list *list, int *pins,
-                                  int *n_admitted) {
+static const char *check_requests(struct sched *s, const struct list *list, int *pins) {
     const struct request *previous = NULL;
-    for (const struct request *r = list->first; r; previous = r, r = r->next) {
+    int n = 0;
+    for (struct request *r = list->first; r; previous = r, r = r->next, n++) {
         const char *broken = check_request(s, r, pins);
         if (broken)
             return broken;
         BROKEN(r->previous != previous, "broken links between requests");
-        BROKEN(previous && previous->id >= r->id, "requests are not in order of arrival");
-        BROKEN((r->state == REQUEST_WAITING) != (list == &s->waiting), "on the wrong list");
-        if (r->decode_worker != -1)
-            n_admitted[r->decode_worker]++;
+        BROKEN(previous && previous->id >= r->id && list != &s->preempted,
+               "requests are not in order of arrival");
+        BROKEN(r->list != list || list_of(s, r) != list, "on the wrong list");
     }
     BROKEN(list->last != previous, "the last request");
+    BROKEN(list->length != n, "a list's length");
     return NULL;
 }
 
-static inline const char *sched_check(const struct sched *s) {
+/* Whether two requests that are being prefilled compute the same block next. */
+static bool compute_the_same(const struct request *a, const struct request *b) {
+    int block = a->filled / BLOCK_TOKENS, end = (block + 1) * BLOCK_TOKENS;
+    return b->filled / BLOCK_TOKENS == block && end <= a->prefill_end && end <= b->prefill_end &&
+           memcmp(a->tokens, b->tokens, (size_t)end * sizeof *a->tokens) == 0;
+}
+
+static const char *check_computed_once(const struct sched *s) {
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        for (const struct request *a = s->workers[i].queues[PREFILLING].first; a; a = a->next)
+            for (int j = 0; j < s->config.kv.n_workers; j++)
+                for (const struct request *b = s->workers[j].queues[PREFILLING].first; b;
+                     b = b->next)
+                    BROKEN(a->id < b->id && compute_the_same(a, b), "a block is computed twice");
+    return NULL;
+}
+
+/* The sums of a worker against its requests. */
+static const char *check_worker(const struct sched *s, int index) {
+    const struct worker *w = &s->workers[index];
+    int n_admitted = 0, n_blocks = 0, backlog = 0;
+    for (int i = 2; list_at(s, i); i++) {
+        for (const struct request *r = list_at(s, i)->first; r; r = r->next) {
+            n_admitted += r->decode_worker == index;
+            n_blocks += r->decode_worker == index ? r->n_blocks : 0;
+            backlog += r->prefill_worker == index ? prefill_left(r) : 0;
+        }
+    }
+    BROKEN(n_admitted != w->n_admitted, "n_admitted");
+    BROKEN(n_blocks != w->n_blocks, "a worker's sum of blocks");
+    BROKEN(backlog != w->backlog, "a worker's backlog");
+    BROKEN(w->turn && w->turn->list != &w->queues[RUNNING], "the turn of one that does not run");
+    BROKEN(w->n_copying > s->config.copies_in_flight, "too many copies at a time");
+    return NULL;
+}
+
+static inline const char *sched_check(struct sched *s) {
     const struct kv *kv = s->kv;
-    int n = kv->n_nodes * kv->n_places, n_admitted[MAX_WORKERS] = {0};
+    int n = kv->n_nodes, n_held = 0;
     int *pins = malloc((size_t)n * sizeof *pins);
     for (int i = 0; i < n; i++)
         pins[i] = kv->copies[i].pins;
-    const char *broken = check_requests(s, &s->waiting, pins, n_admitted);
-    broken = broken ? broken : check_requests(s, &s->admitted, pins, n_admitted);
+    const char *broken = NULL;
+    for (int i = 0; list_at(s, i) && !broken; i++) {
+        broken = check_requests(s, list_at(s, i), pins);
+        for (const struct request *r = list_at(s, i)->first; r; r = r->next)
+            n_held += r->n_held;
+    }
     for (int i = 0; i < n && !broken; i++)
         broken = pins[i] != 0 ? "pins and requests do not add up" : NULL;
-    for (int w = 0; w < s->config.kv.n_workers && !broken; w++) {
-        broken = n_admitted[w] != s->workers[w].n_admitted ? "n_admitted" : NULL;
-        broken = n_admitted[w] > s->config.max_batch ? "more than max_batch" : broken;
-    }
+    for (int w = 0; w < s->config.kv.n_workers && !broken; w++)
+        broken = check_worker(s, w);
+    broken = broken ? broken : check_computed_once(s);
+    if (!broken && (n_held != s->n_held || n_held > s->config.kv.host_blocks / 2))
+        broken = "copies held on the host";
     free(pins);
     return broken;
 }

@@ -78,7 +78,9 @@ static void every_option_is_read(struct check *check) {
     CHECK(o.devices.cpu && o.devices.n == 8 && o.devices.index[7] == 7, "%d", o.devices.n);
     CHECK(o.prefill.n == 4 && o.prefill.index[3] == 3 && !o.prefill.cpu, "%d", o.prefill.n);
     CHECK(o.decode.n == 4 && o.decode.index[0] == 6 && o.decode.index[2] == 4, "decode");
-    CHECK(o.tp == 2 && o.max_batch == 7 && o.chunk == 64 && o.threads == 3, "%d", o.tp);
+    CHECK(o.tp == 2 && o.tp_prefill == 2 && o.tp_decode == 2 && o.max_batch == 7 && o.chunk == 64 &&
+              o.threads == 3,
+          "%d", o.tp);
     CHECK(o.kv_device.value == 8 && o.kv_device.blocks && o.kv_device.given, "kv-device");
     CHECK(o.kv_host.value == 3ll << 30 && !o.kv_host.blocks && o.kv_host.given, "kv-host");
     CHECK(o.kv_type == 2 && o.kv_policy == 2, "%d", o.kv_type);
@@ -91,6 +93,8 @@ static void every_option_is_read(struct check *check) {
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
     CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
+    CHECK(parse(&o, "m --tp-decode 4 --tp 2", error) && o.tp_prefill == 2 && o.tp_decode == 4,
+          "widths: %d, %d", o.tp_prefill, o.tp_decode);
     CHECK(parse(&o, "m -f a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
     CHECK(parse(&o, "m --tokenize b", error) && !strcmp(o.tokenize, "b"), "%s", error);
     CHECK(parse(&o, "m --perplexity c", error) && !strcmp(o.perplexity, "c"), "%s", error);
@@ -108,7 +112,10 @@ static void good_values(struct check *check) {
                                 "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
                                 "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
                                 "-p a --logits f|--ids 3 --logits f|"
-                                "--devices 4,5 --prefill 1 --decode 0|--ids 0|--ids 999999999";
+                                "--devices cpu:8 --prefill 0-3 --decode 4-7 --tp-decode 4|"
+                                "--colocate --tp-prefill 2 --tp-decode 2|--devices cpu:3 "
+                                "--tp-prefill 2|--devices 4,5 --prefill 1 --decode 0|"
+                                "--ids 0|--ids 999999999";
     char error[ERROR_LENGTH], line[512], *items[64];
     struct options o;
     int n = split(lines, "|", items, 64);
@@ -155,8 +162,8 @@ static const struct {
     {"from 0 to 1", "--top-p 1.01|--min-p 2"},
     {"to 18446744073709551615", "--seed 18446744073709551616"},
     {"--stop: got", "--stop ''"},
-    {"1, 2, 4 or 8", "--tp 3"},
-    {"from 1 to 8", "--tp 0|--tp 16"},
+    {"1, 2, 4 or 8", "--tp 3|--tp-prefill 6|--tp-decode 5"},
+    {"from 1 to 8", "--tp 0|--tp 16|--tp-prefill 0|--tp-decode 9"},
     {"token ids", "--ids ''|--ids 1,|--ids ,1|--ids 1,,2|--ids -1|--ids 1.5|--ids 1;2|--ids a|"
                   "--ids 99999999999|--ids 1]"},
     {"--kv-device: got 0", "--kv-device 0"},
@@ -168,6 +175,7 @@ static const struct {
     {"--kv-policy: got f32", "--kv-policy f32 bf16"},
     {"on-evict|write-through", "--kv-policy write"},
     {"from 1", "--threads 0|--max-batch 0|--chunk 0"},
+    {"--max-queue: got -1", "--max-queue -1"},
     {"to 1024", "--threads 1025"},
     {"cpu:N",
      "--devices ''|--devices cpu:0|--devices cpu:65|--devices cpu:|--devices cpux|--devices gpu|"
@@ -185,6 +193,9 @@ static const struct {
     {"--prefill: needs --decode", "--prefill 0"},
     {"needs --prefill", "--decode 0"},
     {"groups of 2", "--devices cpu:3 --tp 2|--prefill 0,1 --decode 2 --tp 2"},
+    {"--tp-decode: every list of devices must divide into groups of 4",
+     "--prefill 0 --decode 1,2 --tp-decode 4"},
+    {"--tp-prefill is 2 and --tp-decode 1", "--colocate --tp-prefill 2"},
     {"-p and --ids exclude each other", "-p a --ids 1"},
     {"exclude each other", "-p a -f b|--ids 1 -f b|--tokenize a -p b"},
     {"exclude",
@@ -219,6 +230,15 @@ static void bad_lines(struct check *check) {
     }
 }
 
+static bool read_all(struct requests *requests, const char *path,
+                     const struct request_spec *defaults, char error[ERROR_LENGTH]) {
+    struct request_spec spec;
+    int got = requests_open(requests, path, error) ? 1 : -1;
+    while (got > 0 && (got = requests_next(requests, defaults, &spec, error)) > 0)
+        requests_add(requests, &spec);
+    return got == 0;
+}
+
 /* A file of a line each, written to a temporary file that is gone when it is closed. */
 static bool requests_of(struct options *options, const char *line, const char *text, size_t length,
                         struct requests *requests, char error[ERROR_LENGTH]) {
@@ -233,7 +253,7 @@ static bool requests_of(struct options *options, const char *line, const char *t
     bool good = parse(options, line, error);
     options->file = path;
     *requests = (struct requests){0};
-    good = good && requests_read(requests, options->file, &options->request, error);
+    good = good && read_all(requests, options->file, &options->request, error);
     fclose(file);
     return good;
 }
@@ -293,7 +313,27 @@ static const struct {
     {"byte 1: expected", "{"},
     {"byte 13", "{'prompt':'a'"},
     {"byte 15", "{'prompt':'a'} x"},
-    {"either prompt or ids", "{}|{'n':1}|{'prompt':'a','ids':[1]}"},
+    {"one of prompt, ids and messages",
+     "{}|{'n':1}|{'prompt':'a','ids':[1]}|{'ids':[1],'messages':[{'role':'user','content':'a'}]}|"
+     "{'prompt':'a','messages':[{'role':'user','content':'a'}]}"},
+    {"at: got -1, expected a number from 0 to 1000000", "{'prompt':'a','at':-1}"},
+    {"at: got \"1\", expected a number", "{'prompt':'a','at':'1'}"},
+    {"deadline: got 1e7, expected a number", "{'prompt':'a','deadline':1e7}"},
+    {"after: got 7, expected a text", "{'prompt':'a','after':7}"},
+    {"messages: got \"a\", expected a list", "{'messages':'a'}"},
+    {"messages: number 1: got role none and no content, expected user",
+     "{'messages':[1]}|{'messages':['a']}|{'messages':[{}]}|{'messages':[{'role':1}]}"},
+    {"number 1: got role user and no content",
+     "{'messages':[{'role':'user'}]}|{'messages':[{'role':'user','content':['a']}]}"},
+    {"number 1: got role assistant, expected user",
+     "{'messages':[{'role':'assistant','content':'a'}]}"},
+    {"number 2: got role user, expected assistant",
+     "{'messages':[{'role':'user','content':'a'},{'role':'user','content':'a'}]}"},
+    {"number 2: got role system, expected assistant",
+     "{'messages':[{'role':'user','content':'a'},{'role':'system','content':'a'}]}"},
+    {"expected the last to be the user's",
+     "{'messages':[]}|{'messages':[{'role':'system','content':'a'}]}|"
+     "{'messages':[{'role':'user','content':'a'},{'role':'assistant','content':'a'}]}"},
     {"prompt: got 1, expected a text", "{'prompt':1}"},
     {"promt: unknown key; did you mean prompt", "{'promt':'a'}"},
     {"unknown key", "{'prompt':'a','n\\u0000':1}"},
@@ -319,7 +359,7 @@ static const struct {
 
 static void bad_requests_stand_alone(struct check *check) {
     for (size_t i = 0; i < COUNT(bad_requests_by_words); i++) {
-        char text[256], place[64], error[ERROR_LENGTH], *items[64];
+        char text[512], place[64], error[ERROR_LENGTH], *items[64];
         int n = split(bad_requests_by_words[i].lines, "|", items, 64);
         for (int k = 0; k < n; k++) {
             struct options o;
@@ -339,6 +379,61 @@ static void bad_requests_stand_alone(struct check *check) {
             cli_free(&o);
         }
     }
+}
+
+static void loads_are_read(struct check *check) {
+    static const char text[] =
+        "{\"id\": \"a\", \"prompt\": \"x\", \"at\": 1.5, \"deadline\": 2e1, \"seed\": 4}\n"
+        "{\"after\": \"a\", \"ids\": [1]}\n"
+        "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, {\"content\": \"u\\u0000\", "
+        "\"name\": {\"role\": 1}, \"role\": \"user\"}, {\"role\": \"assistant\", \"content\": "
+        "\"\"}, {\"role\": \"user\", \"content\": \"last\"}]}\nplain";
+    struct options o;
+    struct requests requests;
+    char error[ERROR_LENGTH];
+    CHECK(requests_of(&o, "m --max-queue 7", text, sizeof text - 1, &requests, error), "%s", error);
+    CHECK(o.max_queue == 7, "%d", o.max_queue);
+    struct request_spec *r = requests.specs;
+    CHECK(requests.n == 4, "%d requests", requests.n);
+    for (int i = 0; i < requests.n; i++)
+        CHECK(!r[i].error, "%s", r[i].error);
+    if (requests.n == 4) {
+        CHECK(r[0].at == 1.5f && r[0].deadline == 20 && r[0].seeded && !r[0].after, "the first");
+        CHECK(!strcmp(r[1].after, "a") && r[1].at == 0 && r[1].deadline == 0 && !r[1].seeded,
+              "a turn");
+        CHECK(!strcmp(r[2].system, "s") && r[2].n_earlier == 2 && r[2].earlier[0].length == 2 &&
+                  r[2].earlier[1].length == 0 && !strcmp(r[2].prompt, "last"),
+              "messages");
+        CHECK(!r[3].system && r[3].n_earlier == 0 && !r[3].seeded, "text");
+    }
+    requests_free(&requests);
+    cli_free(&o);
+}
+
+/* A line is there when it has been written, not when the file ends. */
+static void lines_come_one_by_one(struct check *check) {
+    int ends[2];
+    char path[32], error[ERROR_LENGTH] = "";
+    struct requests requests = {0};
+    struct request_spec spec, defaults = {.n = 3};
+    CHECK(pipe(ends) == 0, "no pipe");
+    snprintf(path, sizeof path, "/dev/fd/%d", ends[0]);
+    CHECK(requests_open(&requests, path, error), "%s", error);
+    for (int i = 0; i < 3; i++) {
+        static const char *const lines[] = {"\n\r\nfirst\r\n", "{\"n\":0}\n", "last"};
+        CHECK(write(ends[1], lines[i], strlen(lines[i])) > 0, "the pipe is closed");
+        if (i == 2)
+            close(ends[1]);
+        CHECK(requests_next(&requests, &defaults, &spec, error) == 1, "line %d: %s", i, error);
+        CHECK(i == 1 ? strstr(spec.error, ":4: n: got 0") != NULL
+                     : !spec.error && !strcmp(spec.prompt, i == 0 ? "first" : "last"),
+              "line %d: %s", i, spec.error ? spec.error : spec.prompt);
+        requests_add(&requests, &spec);
+    }
+    CHECK(requests_next(&requests, &defaults, &spec, error) == 0, "the end: %s", error);
+    CHECK(requests.n == 3 && requests.specs[2].n == 3, "%d requests", requests.n);
+    requests_free(&requests);
+    close(ends[0]);
 }
 
 static void damaged_requests(struct check *check) {
@@ -393,9 +488,8 @@ static void files_are_read_whole(struct check *check) {
             fclose(file);
     }
     struct options o;
-    struct requests requests;
-    CHECK(parse(&o, "m -f no/such/file", error) &&
-              !requests_read(&requests, o.file, &o.request, error),
+    struct requests requests = {0};
+    CHECK(parse(&o, "m -f no/such/file", error) && !read_all(&requests, o.file, &o.request, error),
           "-f");
     CHECK(!strncmp(error, "no/such/file: ", 14), "%s", error);
     cli_free(&o);
@@ -477,14 +571,16 @@ static void stops_match_the_definition(struct check *check) {
 }
 
 static void help_is_whole(struct check *check) {
-    static const char words[] = "usage: dynamo MODEL;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
-                                "--top-p P;--top-k K;--min-p P;--seed S;--stop TEXT;--system TEXT;"
-                                "--devices LIST;--prefill LIST;--decode LIST;--tp N;--colocate;"
-                                "--kv-device SIZE;--kv-host SIZE;--kv-type f32|bf16;"
-                                "--kv-policy on-evict|write-through;--max-batch N;--chunk N;"
-                                "--threads N;--tokenizer FILE;--json;--stats;--verbose;--version;"
-                                "--help;--tokenize FILE;--perplexity FILE;--logits FILE;[prompt];"
-                                "[ids];[temperature];[top_p];[stop];  dynamo model.bin -f";
+    static const char words[] =
+        "usage: dynamo MODEL;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
+        "--top-p P;--top-k K;--min-p P;--seed S;--stop TEXT;--system TEXT;"
+        "--devices LIST;--prefill LIST;--decode LIST;--tp N;--colocate;"
+        "--tp-prefill N;--tp-decode N;"
+        "--kv-device SIZE;--kv-host SIZE;--kv-type f32|bf16;"
+        "--kv-policy on-evict|write-through;--max-batch N;--chunk N;--max-queue N;"
+        "--threads N;--tokenizer FILE;--json;--stats;--verbose;--version;"
+        "--help;--tokenize FILE;--perplexity FILE;--logits FILE;[prompt];"
+        "[ids];[temperature];[top_p];[stop];  dynamo model.bin -f";
     char *text = NULL, *items[64];
     size_t length = 0;
     FILE *stream = open_memstream(&text, &length);
@@ -532,6 +628,7 @@ int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(defaults_hold),     TEST(every_option_is_read),
                                         TEST(good_values),       TEST(bad_lines),
                                         TEST(requests_are_read), TEST(bad_requests_stand_alone),
+                                        TEST(loads_are_read),    TEST(lines_come_one_by_one),
                                         TEST(damaged_requests),  TEST(files_are_read_whole),
                                         TEST(stops_are_found),   TEST(stops_match_the_definition),
                                         TEST(help_is_whole),     TEST(loading_shows_a_bar)};

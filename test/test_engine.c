@@ -1,7 +1,41 @@
-/* test_engine.c: the work of a step that dynamo.c counts, against sums done by hand. */
-#define main dynamo_main
+/* test_engine.c: what only a look into dynamo.c can tell: the work of a step that it counts, beside
+ * sums done by hand; whom it wakes, by what clock it waits, that copies go on while steps run; how
+ * far it pins ahead. */
+#define _GNU_SOURCE
+#include "../dynamo.h"
+#include <pthread.h>
+#include <time.h>
+
+/* What dynamo.c asks of the clock and of the scheduler is counted. */
+static int n_wall_clock, n_asked[MAX_WORKERS];
+
+static int counted_time(clockid_t clock, struct timespec *now) {
+    n_wall_clock += clock != CLOCK_MONOTONIC;
+    return clock_gettime(clock, now);
+}
+
+static int counted_condition(pthread_cond_t *condition, const pthread_condattr_t *attributes) {
+    clockid_t clock = CLOCK_REALTIME;
+    if (attributes)
+        pthread_condattr_getclock(attributes, &clock);
+    n_wall_clock += clock != CLOCK_MONOTONIC;
+    return pthread_cond_init(condition, attributes);
+}
+
+static struct step *counted_next(struct sched *sched, int worker, double now) { /* under the lock */
+    n_asked[worker]++;
+    return sched_next(sched, worker, now);
+}
+
+#define main              dynamo_main
+#define clock_gettime     counted_time
+#define pthread_cond_init counted_condition
+#define sched_next        counted_next
 #include "../dynamo.c"
 #undef main
+#undef clock_gettime
+#undef pthread_cond_init
+#undef sched_next
 #include "check.h"
 
 enum { ROWS = 4, MATRICES = 7 };
@@ -72,6 +106,166 @@ static void other_steps_count_for_neither(struct check *check) {
     CHECK(engine->prefill.tokens == 0 && engine->prefill.seconds == 0, "prefill");
 }
 
+/* ---- threads ---- */
+
+enum { FAKE_WORKERS = 8, FAKE_BLOCKS = 64, FAKE_PROMPT = 40, FAKE_ANSWER = 400 };
+
+/* A backend that computes and copies nothing: each step says token 7, each copy is done at once. */
+static const struct batch *fake_batch[FAKE_WORKERS];
+static void (*fake_hook)(int worker); /* called in each step; NULL: nothing is */
+
+static bool fake_begin(struct device *device, const struct batch *batch) {
+    fake_batch[device->index] = batch;
+    return false;
+}
+
+static void fake_end(struct device *device, int *sampled) {
+    for (int i = 0; i < fake_batch[device->index]->n_samples; i++)
+        sampled[i] = 7;
+    if (fake_hook)
+        fake_hook(device->index);
+}
+
+static uint64_t fake_copy(struct device *device, enum stream stream, const struct copy2d *copy) {
+    (void)device, (void)stream, (void)copy;
+    return 1;
+}
+
+static bool fake_done(struct device *device, enum stream stream, uint64_t ticket) {
+    (void)device, (void)stream;
+    return ticket == 1;
+}
+
+static void fake_release(struct device *device, void *memory) {
+    (void)device, (void)memory;
+}
+
+static void fake_close(struct device *device) {
+    (void)device;
+}
+
+static struct engine *threads;
+
+/* Half of the workers prefill, half decode. */
+static void open_fakes(struct check *check, int n_workers) {
+    static struct model model = {.config = {.n_layers = 1,
+                                            .n_kv_heads = 1,
+                                            .head_dim = 64,
+                                            .vocab_size = 50,
+                                            .context_length = FAKE_BLOCKS * BLOCK_TOKENS}};
+    static struct backend backend = {.step_begin = fake_begin,
+                                     .step_end = fake_end,
+                                     .copy = fake_copy,
+                                     .copy_done = fake_done,
+                                     .release = fake_release,
+                                     .device_close = fake_close};
+    static struct device devices[FAKE_WORKERS];
+    static const bool ends_text[50];
+    static char memory[1]; /* addresses alone */
+    threads = calloc(1, sizeof *threads);
+    threads->config = (struct engine_config){.model = &model,
+                                             .backend = &backend,
+                                             .ends_text = ends_text,
+                                             .n_workers = n_workers,
+                                             .max_batch = 4,
+                                             .chunk = 16,
+                                             .kv_type = KV_BF16};
+    for (int i = 0; i < n_workers; i++) {
+        bool prefills = i < n_workers / 2;
+        devices[i] = (struct device){.index = i, .kv = memory};
+        threads->workers[i] = (struct worker){.engine = threads, .index = i, .n_shards = 1};
+        threads->workers[i].shards[0] = &devices[i];
+        threads->config.workers[i].n_shards = 1;
+        threads->config.workers[i].blocks = FAKE_BLOCKS;
+        threads->config.workers[i].prefills = prefills;
+        threads->config.workers[i].decodes = !prefills;
+    }
+    memset(n_asked, 0, sizeof n_asked);
+    open_locks(threads);
+    CHECK(open_sched(threads) && engine_start(threads), "no engine");
+}
+
+static struct request *submit_fake(int64_t id, int max_new) { /* with the lock held */
+    struct request *r = calloc(1, sizeof *r);
+    *r = (struct request){.id = id, .n_prompt = FAKE_PROMPT, .max_new = max_new};
+    r->tokens = calloc((size_t)(FAKE_PROMPT + max_new), sizeof *r->tokens);
+    for (int i = 0; i < FAKE_PROMPT; i++)
+        r->tokens[i] = (int)id;
+    sched_submit(threads->sched, r, engine_now());
+    engine_wake(threads);
+    return r;
+}
+
+static void finish_fake(struct request *r) { /* with the lock held */
+    check_waits = "an answer, or copies while a step runs";
+    while (r->state != REQUEST_FINISHED)
+        engine_wait(threads, INFINITY);
+    free(r->tokens);
+    free(r);
+}
+
+/* A request has two workers: no other is asked for steps, however long its answer is. */
+static void only_those_concerned_are_woken(struct check *check) {
+    open_fakes(check, FAKE_WORKERS);
+    engine_lock(threads);
+    struct request *r = submit_fake(1, FAKE_ANSWER);
+    finish_fake(r);
+    int n_most = 0, n_others = 0;
+    for (int i = 0; i < FAKE_WORKERS; i++)
+        n_most = n_asked[i] > n_most ? n_asked[i] : n_most;
+    for (int i = 0; i < FAKE_WORKERS; i++)
+        n_others += n_asked[i] < n_most ? n_asked[i] : 0;
+    engine_unlock(threads);
+    engine_close(threads);
+    CHECK(n_most >= FAKE_ANSWER - 1, "asked %d times for the answer's steps", n_most);
+    CHECK(n_others < FAKE_ANSWER / 4, "the others were asked %d times", n_others);
+}
+
+static int64_t transfers_wanted; /* the step of worker 1 that finds this ends when they are done */
+
+static void wait_for_copies(int worker) {
+    int64_t wanted = __atomic_load_n(&transfers_wanted, __ATOMIC_SEQ_CST), done = 0;
+    while (worker == 1 && done < wanted) {
+        engine_lock(threads);
+        done = kv_stats(sched_kv(threads->sched)).transfers;
+        engine_unlock(threads);
+        usleep(1000);
+    }
+}
+
+/* Blocks of a second prompt are copied to the worker, and seen to be there, in a step of it. */
+static void copies_go_on_while_a_step_runs(struct check *check) {
+    open_fakes(check, 2);
+    __atomic_store_n(&transfers_wanted, 0, __ATOMIC_SEQ_CST);
+    fake_hook = wait_for_copies;
+    engine_lock(threads);
+    struct request *first = submit_fake(1, FAKE_ANSWER);
+    while (first->state != REQUEST_RUNNING && first->state != REQUEST_FINISHED)
+        engine_wait(threads, INFINITY);
+    int64_t before = kv_stats(sched_kv(threads->sched)).transfers;
+    __atomic_store_n(&transfers_wanted, before + 3, __ATOMIC_SEQ_CST);
+    struct request *second = submit_fake(2, 5);
+    finish_fake(second);
+    finish_fake(first);
+    CHECK(kv_stats(sched_kv(threads->sched)).transfers >= before + 3, "copies");
+    engine_unlock(threads);
+    fake_hook = NULL;
+    engine_close(threads);
+}
+
+static void nobody_waits_by_the_wall_clock(struct check *check) {
+    n_wall_clock = 0;
+    open_fakes(check, 2);
+    engine_lock(threads);
+    finish_fake(submit_fake(1, 20));
+    double until = engine_now() + 1e-3;
+    while (engine_now() < until)
+        engine_wait(threads, until);
+    engine_unlock(threads);
+    engine_close(threads);
+    CHECK(n_wall_clock == 0, "the wall clock was asked, or waited by, %d times", n_wall_clock);
+}
+
 /* ---- pinning ---- */
 
 enum { PIN_LAYERS = 512, SLAB = 16, HOST_SLABS = 7, REFUSED = 6 /* 4 MB a block: 16 are 64 MB */ };
@@ -95,7 +289,7 @@ static void fill_host(struct kv *kv, int n) {
     for (int i = 0; i < n; i++) {
         int tokens[BLOCK_TOKENS] = {kv_used(kv, 1)};
         struct kv_copy_order order;
-        (void)kv_register(kv, kv_new(kv, 0), -1, tokens);
+        (void)kv_register(kv, kv_new(kv, 0), -1, kv_hash(0, tokens), tokens);
         while (kv_next_copy(kv, 0, &order))
             kv_copied(kv, &order, true);
     }
@@ -109,7 +303,7 @@ static bool comes_to(int n) {
         engine_lock(pinning);
         there = n_pins >= n;
         exact = n_pins == n;
-        engine_wake(pinning);
+        pthread_cond_broadcast(&pinning->copies);
         engine_unlock(pinning);
         usleep(1000);
     }
@@ -129,21 +323,19 @@ static void pins_ahead_of_what_is_used(struct check *check) {
     static struct engine engine;
     pthread_t thread;
     int n = HOST_SLABS * SLAB;
-    engine = (struct engine){.config = {.model = &model,
-                                        .backend = &backend,
-                                        .n_workers = 1,
-                                        .n_shards = 1,
-                                        .workers = {{.prefills = true, .decodes = true}},
-                                        .max_batch = 1,
-                                        .chunk = 16,
-                                        .device_blocks = n,
-                                        .host_blocks = n,
-                                        .kv_type = KV_BF16,
-                                        .policy = KV_WRITE_THROUGH},
-                             .host_kv = memory};
+    engine = (struct engine){
+        .config = {.model = &model,
+                   .backend = &backend,
+                   .n_workers = 1,
+                   .workers = {{.n_shards = 1, .blocks = n, .prefills = true, .decodes = true}},
+                   .max_batch = 1,
+                   .chunk = 16,
+                   .host_blocks = n,
+                   .kv_type = KV_BF16,
+                   .policy = KV_WRITE_THROUGH},
+        .host_kv = memory};
     pinning = &engine;
-    pthread_mutex_init(&engine.lock, NULL);
-    pthread_cond_init(&engine.work, NULL);
+    open_locks(&engine);
     CHECK(open_sched(&engine) && slab_blocks(&engine) == SLAB, "%d blocks", slab_blocks(&engine));
     CHECK(pthread_create(&thread, NULL, pin_main, &engine) == 0, "no thread");
     CHECK(comes_to(SLABS_AHEAD), "%d slabs before any is used", n_pins);
@@ -160,12 +352,16 @@ static void pins_ahead_of_what_is_used(struct check *check) {
     pthread_join(thread, NULL); /* it has given up */
     CHECK(engine.n_pinned == REFUSED * SLAB, "%d blocks", engine.n_pinned);
     sched_destroy(engine.sched);
+    free(engine.transfers);
 }
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"work_of_a_step", work_of_a_step},
         {"other_steps_count_for_neither", other_steps_count_for_neither},
+        {"only_those_concerned_are_woken", only_those_concerned_are_woken},
+        {"copies_go_on_while_a_step_runs", copies_go_on_while_a_step_runs},
+        {"nobody_waits_by_the_wall_clock", nobody_waits_by_the_wall_clock},
         {"pins_ahead_of_what_is_used", pins_ahead_of_what_is_used},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);

@@ -38,6 +38,15 @@ static const struct {
     {FEW, 3, "--devices 0,1,2 --prefill 0,2 --decode 1 --chunk 16", "hand_overs>=5"},
     {FEW, 4, "--devices 0-3 --tp 2 --copy-delay 4", "hand_overs>=3 blocks_transferred>=5"},
     {FEW, 1, "--devices 0,0,0 --colocate --kv-device 100b", "hand_overs<=0"},
+    /* pools of different width */
+    {IN(BF16), 3, "--devices 0,1,2 --tp-prefill 1 --tp-decode 2 --kv-device 1000b --copy-delay 8",
+     "hand_overs>=3 blocks_transferred>=5"},
+    {FEW, 1, "--devices 0,0,0 --tp-prefill 2 --tp-decode 1 --kv-device 16b",
+     "hand_overs>=3 blocks_transferred>=5 pages_out>=1"},
+    {FEW, 4, "--devices 0,0,1,2,3 --tp-prefill 1 --tp-decode 4 --kv-device 1000b --copy-delay 9",
+     "hand_overs>=3 blocks_transferred>=5"},
+    {IN(BF16), 4, "--devices 0,1,2,3,0,1 --tp-prefill 4 --tp-decode 2 --kv-device 1000b",
+     "hand_overs>=3 blocks_transferred>=5"},
     /* little memory: paged out and in */
     {FEW, 1, "--devices 0,0 --kv-device 16b --copy-delay 5", "pages_out>=1 evictions>=1"},
     {IN(BF16) | IN(Q8), 1, "--devices 0,0 --kv-device 8b", "pages_out>=1 evictions>=1"},

@@ -21,6 +21,19 @@ static void write_text(int *tokens, int n_blocks, int text) {
         tokens[i] = i == 0 ? 1000 + text : i;
 }
 
+/* kv_find and kv_register with the hashes of the text. */
+static int find_text(const struct kv *kv, const int *tokens, int n_blocks, int *nodes) {
+    uint64_t hashes[8];
+    for (int i = 0; i < n_blocks; i++)
+        hashes[i] = kv_hash(i > 0 ? hashes[i - 1] : 0, tokens + i * BLOCK_TOKENS);
+    return kv_find(kv, hashes, tokens, n_blocks, nodes);
+}
+
+static int enter(struct kv *kv, int node, int parent, const int *tokens) {
+    uint64_t before = parent == -1 ? 0 : kv->nodes[parent].hash;
+    return kv_register(kv, node, parent, kv_hash(before, tokens), tokens);
+}
+
 /* Computes a text on a worker, registers its blocks and lets them go, the last first. */
 static void store(struct check *check, struct kv *kv, int worker, int text, int n_blocks) {
     int tokens[8 * BLOCK_TOKENS], nodes[8];
@@ -28,7 +41,7 @@ static void store(struct check *check, struct kv *kv, int worker, int text, int 
     for (int i = 0; i < n_blocks; i++) {
         CHECK(kv_make_room(kv, worker, 1), "no room for text %d, block %d", text, i);
         int node = kv_new(kv, worker);
-        nodes[i] = kv_register(kv, node, i > 0 ? nodes[i - 1] : -1, tokens + i * BLOCK_TOKENS);
+        nodes[i] = enter(kv, node, i > 0 ? nodes[i - 1] : -1, tokens + i * BLOCK_TOKENS);
     }
     for (int i = n_blocks - 1; i >= 0; i--)
         kv_unpin(kv, nodes[i], worker);
@@ -38,7 +51,7 @@ static void store(struct check *check, struct kv *kv, int worker, int text, int 
 static int find(const struct kv *kv, int text, int n_blocks) {
     int tokens[8 * BLOCK_TOKENS], nodes[8];
     write_text(tokens, n_blocks, text);
-    return kv_find(kv, tokens, n_blocks, nodes);
+    return find_text(kv, tokens, n_blocks, nodes);
 }
 
 /* Carries out all orders of a worker; returns how many there were. */
@@ -68,7 +81,7 @@ static void least_recently_used_goes_first(struct check *check) {
     for (int text = 0; text < 4; text++)
         store(check, kv, 0, text, 1);
     write_text(tokens, 1, 0);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1, "text 0 is not found");
+    CHECK(find_text(kv, tokens, 1, &node) == 1, "text 0 is not found");
     CHECK(kv_fetch(kv, node, 0), "fetch");
     kv_unpin(kv, node, 0); /* now 1 is the coldest, 0 the warmest */
     static const int order[] = {1, 2, 3, 0};
@@ -86,10 +99,24 @@ static void pinned_blocks_stay(struct check *check) {
     store(check, kv, 0, 1, 1);
     store(check, kv, 0, 2, 1);
     write_text(tokens, 1, 1);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
     CHECK(kv_make_room(kv, 0, 1), "the other one could go");
     CHECK(!kv_make_room(kv, 0, 2), "a pinned block was dropped");
     CHECK(find(kv, 1, 1) == 1 && find(kv, 2, 1) == 0, "the wrong one has gone");
+    kv_destroy(kv);
+}
+
+/* When so many cannot be had at present, the others stay. */
+static void nothing_goes_in_vain(struct check *check) {
+    struct kv *kv = create(3, 0, KV_ON_EVICT);
+    for (int text = 1; text <= 3; text++)
+        store(check, kv, 0, text, 1);
+    int tokens[BLOCK_TOKENS], node = -1;
+    write_text(tokens, 1, 2);
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(!kv_make_room(kv, 0, 3) && find(kv, 1, 1) && find(kv, 3, 1), "dropped in vain");
+    kv_unpin(kv, node, 0);
+    CHECK(kv_make_room(kv, 0, 3) && kv_used(kv, 0) == 0, "now they go");
     kv_destroy(kv);
 }
 
@@ -108,7 +135,7 @@ static void page_out_and_in(struct check *check) {
     CHECK(kv_make_room(kv, 0, 1) && kv_used(kv, 0) == 1, "clean, and not dropped");
     CHECK(copy_all(kv, 0, true) == 1 && kv_make_room(kv, 0, 2), "the second one");
     write_text(tokens, 2, 1);
-    CHECK(kv_find(kv, tokens, 2, nodes) == 2, "not found on the host");
+    CHECK(find_text(kv, tokens, 2, nodes) == 2, "not found on the host");
     CHECK(kv_fetch(kv, nodes[0], 0) && kv_state(kv, nodes[0], 0) == KV_ARRIVING, "page in");
     CHECK(copy_all(kv, 0, false) == 1 && kv_state(kv, nodes[0], 0) == KV_RESERVED, "a failure");
     CHECK(kv_send(kv, nodes[0], 0) && copy_all(kv, 0, true) == 1, "ordered again");
@@ -131,7 +158,7 @@ static void duplicates_go_first(struct check *check) {
         CHECK(kv_make_room(kv, 0, 2), "no room");
     }
     write_text(tokens, 1, 3);
-    CHECK(kv_find(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
     CHECK(copy_all(kv, 0, true) == 1, "page in");
     store(check, kv, 0, 4, 1);
     CHECK(!kv_make_room(kv, 0, 1) && copy_all(kv, 0, true) == 1, "page out");
@@ -169,6 +196,23 @@ static void write_through_copies_at_once(struct check *check) {
     kv_destroy(kv);
 }
 
+/* Text 1 came to the host before text 2, but was used after it. */
+static void host_learns_what_was_used(struct check *check) {
+    struct kv *kv = create(2, 2, KV_WRITE_THROUGH);
+    int tokens[BLOCK_TOKENS], node = -1;
+    for (int text = 1; text <= 2; text++) {
+        store(check, kv, 0, text, 1);
+        CHECK(copy_all(kv, 0, true) == 1, "to the host at once");
+    }
+    write_text(tokens, 1, 1);
+    CHECK(find_text(kv, tokens, 1, &node) == 1 && kv_fetch(kv, node, 0), "fetch");
+    kv_unpin(kv, node, 0);
+    CHECK(kv_make_room(kv, 0, 2), "both are clean");
+    store(check, kv, 0, 3, 1);
+    CHECK(copy_all(kv, 0, true) == 1 && find(kv, 1, 1) && !find(kv, 2, 1), "the colder one goes");
+    kv_destroy(kv);
+}
+
 /* The cleaner works between its watermarks, and stops when a small host cannot help. */
 static void cleaner_stops(struct check *check) {
     for (int host_blocks = 0; host_blocks <= 80; host_blocks++) {
@@ -185,6 +229,249 @@ static void cleaner_stops(struct check *check) {
         CHECK(n == (host_blocks < 8 ? host_blocks : 8), "host %d: %d copies", host_blocks, n);
         kv_destroy(kv);
     }
+}
+
+/* Two workers of as many blocks each, and the host. */
+static struct kv *create_two(int device_blocks, int host_blocks, enum kv_order order) {
+    struct kv_config config = {.n_workers = 2,
+                               .device_blocks = {device_blocks, device_blocks},
+                               .host_blocks = host_blocks,
+                               .order = order};
+    return kv_create(&config);
+}
+
+static int node_of(const struct kv *kv, int text) { /* of the first block; -1: not cached */
+    int tokens[BLOCK_TOKENS], node = -1;
+    write_text(tokens, 1, text);
+    return find_text(kv, tokens, 1, &node) == 1 ? node : -1;
+}
+
+/* Uses a text's first block on a worker, which fetches it if it must. */
+static void use(struct check *check, struct kv *kv, int worker, int text) {
+    int node = node_of(kv, text);
+    CHECK(node != -1 && kv_fetch(kv, node, worker), "text %d cannot be had", text);
+    (void)copy_all(kv, worker, true);
+    CHECK(kv_state(kv, node, worker) == KV_VALID, "text %d has not come", text);
+    kv_unpin(kv, node, worker);
+}
+
+/* 32 cold texts are on worker 0 alone, 32 hot ones on a peer (or the host) too: the cold ones go,
+ * though each must be paged out first. */
+static void coldest_go_clean_or_dirty(struct check *check) {
+    static const enum kv_order orders[] = {KV_LRU, KV_FIFO, KV_LFU};
+    for (int i = 0; i < 6; i++) {
+        struct kv *kv = create_two(64, 128, orders[i % 3]);
+        for (int text = 0; text < 64; text++)
+            store(check, kv, 0, text, 1);
+        for (int text = 32; text < 64; text++) {
+            if (i < 3)
+                use(check, kv, 1, text);
+            else
+                CHECK(page_out(kv, copy_at(kv, node_of(kv, text), 0), true), "no room");
+            (void)copy_all(kv, 0, true);
+            use(check, kv, 0, text);
+        }
+        CHECK(kv->places[0].clean.n == 32 && kv->places[0].dirty.n == 32, "half of them");
+        kv_clean(kv, 0);
+        CHECK(kv_pending(kv, 0) == 8, "what is clean, but hot, is not ready to go");
+        for (int n = 1; n <= 32; n++)
+            for (int ask = 0; !kv_make_room(kv, 0, n) && ask < 10; ask++)
+                (void)copy_all(kv, 0, true);
+        CHECK(kv_usage(kv, 0).free == 32, "%d free", kv_usage(kv, 0).free);
+        for (int text = 0; text < 64; text++)
+            CHECK(kv_state(kv, node_of(kv, text), 0) == (text < 32 ? KV_ABSENT : KV_VALID),
+                  "case %d, text %d", i, text);
+        CHECK(kv_stats(kv).lost == 0 && !kv_check(kv), "%s", kv_check(kv));
+        kv_destroy(kv);
+    }
+}
+
+/* While page-outs are under way that will make the room, asking again costs nothing: it looks at no
+ * block, for there is none here that it could look at. Each frees its slot as it ends. */
+static void asking_again_looks_at_no_block(struct check *check) {
+    struct kv *kv = create(256, 256, KV_ON_EVICT);
+    for (int text = 0; text < 256; text++)
+        store(check, kv, 0, text, 1);
+    CHECK(!kv_make_room(kv, 0, 100) && kv_pending(kv, 0) == 100, "100 page-outs");
+    struct kv aside = *kv;
+    kv->nodes = NULL;
+    kv->copies = NULL;
+    kv->places[0].copies = NULL;
+    kv->places[0].clean.copies = kv->places[0].dirty.copies = NULL;
+    for (int i = 0; i < 1000; i++)
+        CHECK(!kv_make_room(kv, 0, 1 + i % 100), "not yet");
+    CHECK(kv_pending(kv, 0) == 100, "%d page-outs", kv_pending(kv, 0));
+    *kv = aside;
+    CHECK(copy_all(kv, 0, true) == 100 && kv_usage(kv, 0).free == 100, "as they end");
+    CHECK(kv_make_room(kv, 0, 100) && find(kv, 0, 1) && find(kv, 255, 1), "nothing is lost");
+    kv_destroy(kv);
+}
+
+/* What waits for room on the device is held on the host, though it is the coldest there. When all
+ * of the host is held, others are lost: nobody waits for ever. */
+static void held_on_the_host(struct check *check) {
+    for (int n_held = 2; n_held <= 4; n_held += 2) {
+        struct kv *kv = create(4, 4, KV_ON_EVICT);
+        int nodes[4];
+        store(check, kv, 0, 1, 4);
+        CHECK(!kv_make_room(kv, 0, 4) && copy_all(kv, 0, true) == 4, "page out");
+        for (int i = 0; i < n_held; i++) {
+            int tokens[4 * BLOCK_TOKENS];
+            write_text(tokens, 4, 1);
+            CHECK(find_text(kv, tokens, 4, nodes) == 4, "not on the host");
+            kv_hold(kv, nodes[i], HOST_OF_ONE);
+        }
+        for (int text = 2; text < 12; text++) {
+            for (int i = 0; !kv_make_room(kv, 0, 4) && i < 10; i++)
+                (void)copy_all(kv, 0, true);
+            store(check, kv, 0, text, 4);
+            CHECK(find(kv, 1, 4) >= n_held, "%d of it are left", find(kv, 1, 4));
+            CHECK(kv_usage(kv, HOST_OF_ONE).pinned == n_held, "pinned");
+        }
+        CHECK(kv_make_room(kv, 0, 4) == (n_held == 4), "the host can take some, or none");
+        for (int i = n_held - 1; i >= 0; i--)
+            kv_unpin(kv, nodes[i], HOST_OF_ONE);
+        CHECK(kv_usage(kv, HOST_OF_ONE).pinned == 0 && !kv_check(kv), "%s", kv_check(kv));
+        kv_destroy(kv);
+    }
+}
+
+/* Both workers want all their blocks at once and the host is small: whatever the order, and though
+ * each asks, and cleans, whenever a copy of the other has ended, both come to their end. */
+static void small_hosts_serve_all(struct check *check) {
+    static const int hosts[] = {0, 1, 2, 5, 9};
+    for (int i = 0; i < 20; i++) {
+        struct kv *kv = create_two(16, hosts[i / 4], (enum kv_order)(i % 4));
+        struct kv_copy_order order;
+        bool had[2] = {false, false};
+        int n_copies = 0;
+        for (int text = 0; text < 32; text++)
+            store(check, kv, text % 2, text, 1);
+        for (int turn = 0; !(had[0] && had[1]) && n_copies < 500; turn = !turn) {
+            for (int j = 0; j < 2; j++) {
+                int worker = j == 0 ? turn : !turn;
+                had[worker] = had[worker] || kv_make_room(kv, worker, 16);
+                kv_clean(kv, worker);
+            }
+            if (kv_next_copy(kv, turn, &order)) {
+                kv_copied(kv, &order, true);
+                n_copies++;
+            }
+            CHECK(!kv_check(kv), "%s", kv_check(kv));
+        }
+        CHECK(had[0] && had[1] && n_copies <= 32, "order %d, host %d: %d copies", i % 4,
+              hosts[i / 4], n_copies);
+        kv_destroy(kv);
+    }
+}
+
+/* The cleaners of two workers come to their end in every order, with blocks that are here and
+ * there, of different ages and uses. */
+static void cleaners_stop_in_every_order(struct check *check) {
+    for (int i = 0; i < 4 * 70; i++) {
+        struct kv *kv = create_two(24, i / 4, (enum kv_order)(i % 4));
+        int n = 0;
+        for (int text = 0; text < 48; text++)
+            store(check, kv, text % 2, text, 1);
+        for (int text = 0; text < 48; text += 3) /* the hot ones are on the host too, if it can */
+            for (int again = 0; again < 4; again++) {
+                (void)(again == 2 && page_out(kv, copy_at(kv, node_of(kv, text), text % 2), true));
+                (void)copy_all(kv, text % 2, true);
+                use(check, kv, text % 2, text);
+            }
+        for (int idle = 0; idle < 2 && n < 1000; idle++) {
+            for (int worker = 0; worker < 2; worker++) {
+                kv_clean(kv, worker);
+                int n_copied = copy_all(kv, worker, true);
+                n += n_copied;
+                idle = n_copied > 0 ? -1 : idle;
+            }
+        }
+        CHECK(n < 200, "order %d, host %d: it never stops", i % 4, i / 4);
+        CHECK(!kv_check(kv), "%s", kv_check(kv));
+        kv_destroy(kv);
+    }
+}
+
+/* Texts 0 to 3 come in this order; then 0 is used again twice, and 1 once. */
+static void orders_differ(struct check *check) {
+    static const enum kv_order orders[] = {KV_LRU, KV_FIFO, KV_LFU, KV_RANDOM, KV_RANDOM};
+    static const char *expected[] = {"2301", "0123", "2310"};
+    char gone[5][8] = {""};
+    for (int i = 0; i < 5; i++) {
+        struct kv_config config = {.n_workers = 1, .device_blocks = {4}, .order = orders[i]};
+        struct kv *kv = kv_create(&config);
+        for (int text = 0; text < 4; text++)
+            store(check, kv, 0, text, 1);
+        for (int again = 0; again < 3; again++)
+            use(check, kv, 0, again / 2);
+        for (int n = 1; n <= 4; n++) {
+            CHECK(kv_make_room(kv, 0, n), "no room");
+            for (int text = 0; text < 4; text++)
+                if (!find(kv, text, 1) && !strchr(gone[i], '0' + text))
+                    gone[i][n - 1] = (char)('0' + text);
+        }
+        CHECK(i >= 3 || strcmp(gone[i], expected[i]) == 0, "order %d: %s", i, gone[i]);
+        kv_destroy(kv);
+    }
+    CHECK(strlen(gone[3]) == 4 && strcmp(gone[3], gone[4]) == 0, "%s, %s", gone[3], gone[4]);
+}
+
+/* Each slot is counted once, and a copy that came when nobody wanted it any more, and went. */
+static void slots_and_copies_are_accounted_for(struct check *check) {
+    struct kv *kv = create_two(4, 4, KV_LRU);
+    struct kv_copy_order order = {0};
+    for (int text = 0; text < 3; text++)
+        store(check, kv, 0, text, 1);
+    int node = node_of(kv, 0);
+    CHECK(kv_fetch(kv, node, 1) && kv_next_copy(kv, 1, &order), "a transfer");
+    struct kv_usage here = kv_usage(kv, 0), there = kv_usage(kv, 1);
+    CHECK(here.free == 1 && here.cached == 3 && here.pinned == 0 && here.in_flight == 0, "here");
+    CHECK(there.free == 3 && there.cached == 0 && there.in_flight == 1, "there");
+    kv_copied(kv, &order, true);
+    CHECK(kv_usage(kv, 1).pinned == 1 && kv_usage(kv, 1).in_flight == 0, "it has come");
+    kv_unpin(kv, node, 1);
+    node = node_of(kv, 1);
+    CHECK(kv_fetch(kv, node, 1) && kv_next_copy(kv, 1, &order), "a transfer");
+    kv_unpin(kv, node, 1); /* given up before it has come */
+    kv_copied(kv, &order, true);
+    CHECK(kv_usage(kv, 1).cached == 2 && kv_stats(kv).unused == 0, "both are still there");
+    CHECK(kv_make_room(kv, 1, 4) && kv_stats(kv).evictions == 2, "both have gone");
+    CHECK(kv_stats(kv).unused == 1, "%d copies were never used", (int)kv_stats(kv).unused);
+    kv_destroy(kv);
+}
+
+/* Copies that somebody waits for are not behind page-outs. */
+static void copies_in_go_first(struct check *check) {
+    struct kv *kv = create_two(4, 8, KV_LRU);
+    struct kv_copy_order order;
+    store(check, kv, 1, 9, 1);
+    for (int text = 0; text < 3; text++)
+        store(check, kv, 0, text, 1);
+    CHECK(!kv_make_room(kv, 0, 4) && kv_pending(kv, 0) == 3, "page-outs");
+    CHECK(kv_fetch(kv, node_of(kv, 9), 0) && kv_pending(kv, 0) == 4, "one in");
+    CHECK(kv_next_copy(kv, 0, &order) && order.from == 1 && order.to == 0, "it goes first");
+    for (int i = 0; i < 3; i++)
+        CHECK(kv_next_copy(kv, 0, &order) && order.to == 2, "then those out");
+    CHECK(!kv_next_copy(kv, 0, &order) && !kv_check(kv), "and no more");
+    kv_destroy(kv);
+}
+
+static void version_tells_of_changes(struct check *check) {
+    struct kv *kv = create(2, 1, KV_ON_EVICT);
+    uint64_t version = kv_version(kv);
+    store(check, kv, 0, 1, 1);
+    CHECK(kv_version(kv) != version, "a block was registered");
+    version = kv_version(kv);
+    use(check, kv, 0, 1);
+    (void)kv_make_room(kv, 0, 2);
+    CHECK(copy_all(kv, 0, true) == 1 && kv_make_room(kv, 0, 2), "to the host");
+    CHECK(kv_version(kv) == version && find(kv, 1, 1) == 1, "it moved, and is found as before");
+    store(check, kv, 0, 2, 1);
+    version = kv_version(kv);
+    CHECK(!kv_make_room(kv, 0, 2) && find(kv, 1, 1) == 0, "lost");
+    CHECK(kv_version(kv) != version, "a block was lost");
+    kv_destroy(kv);
 }
 
 /* Two blocks with one 64-bit hash, found as a collision of the upper halves before the last token,
@@ -215,23 +502,23 @@ static void collision_is_no_hit(struct check *check) {
     int one[BLOCK_TOKENS], other[BLOCK_TOKENS], found = -1;
     make_collision(one, other);
     CHECK(memcmp(one, other, sizeof one) != 0, "the blocks are equal");
-    CHECK(block_hash(0, one) == block_hash(0, other), "the hashes differ");
+    CHECK(kv_hash(0, one) == kv_hash(0, other), "the hashes differ");
     struct kv *kv = create(4, 0, KV_ON_EVICT);
-    int first = kv_register(kv, kv_new(kv, 0), -1, one);
-    CHECK(kv_find(kv, other, 1, &found) == 0, "a wrong hit");
-    int second = kv_register(kv, kv_new(kv, 0), -1, other);
+    int first = enter(kv, kv_new(kv, 0), -1, one);
+    CHECK(find_text(kv, other, 1, &found) == 0, "a wrong hit");
+    int second = enter(kv, kv_new(kv, 0), -1, other);
     CHECK(first != second, "two texts became one");
-    CHECK(kv_find(kv, one, 1, &found) == 1 && found == first, "the first is not found");
-    CHECK(kv_find(kv, other, 1, &found) == 1 && found == second, "the second is not found");
+    CHECK(find_text(kv, one, 1, &found) == 1 && found == first, "the first is not found");
+    CHECK(find_text(kv, other, 1, &found) == 1 && found == second, "the second is not found");
     int below[2][BLOCK_TOKENS] = {{0}};
-    (void)kv_register(kv, kv_new(kv, 0), second, below[0]);
+    (void)enter(kv, kv_new(kv, 0), second, below[0]);
     int path[2 * BLOCK_TOKENS];
     memcpy(path, one, sizeof one);
     memcpy(path + BLOCK_TOKENS, below[0], sizeof below[0]);
     int nodes[2];
-    CHECK(kv_find(kv, path, 2, nodes) == 1, "the child of another parent was found");
+    CHECK(find_text(kv, path, 2, nodes) == 1, "the child of another parent was found");
     memcpy(path, other, sizeof other);
-    CHECK(kv_find(kv, path, 2, nodes) == 2, "the child is not found");
+    CHECK(find_text(kv, path, 2, nodes) == 2, "the child is not found");
     CHECK(!kv_check(kv), "%s", kv_check(kv));
     kv_destroy(kv);
 }
@@ -242,12 +529,12 @@ static void first_registered_wins(struct check *check) {
     int tokens[BLOCK_TOKENS];
     write_text(tokens, 1, 1);
     int first = kv_new(kv, 0), second = kv_new(kv, 1);
-    CHECK(kv_register(kv, first, -1, tokens) == first, "the first");
-    CHECK(kv_register(kv, second, -1, tokens) == first, "the second has not given way");
+    CHECK(enter(kv, first, -1, tokens) == first, "the first");
+    CHECK(enter(kv, second, -1, tokens) == first, "the second has not given way");
     CHECK(kv_state(kv, first, 1) == KV_VALID, "its copy, on another worker, was of use");
     int third = kv_new(kv, 0);
     CHECK(kv_used(kv, 0) == 2, "two slots");
-    CHECK(kv_register(kv, third, -1, tokens) == first && kv_used(kv, 0) == 1, "a copy too many");
+    CHECK(enter(kv, third, -1, tokens) == first && kv_used(kv, 0) == 1, "a copy too many");
     kv_unpin(kv, first, 0);
     CHECK(!kv_make_room(kv, 0, 4), "it has two pins there");
     kv_unpin(kv, first, 0);
@@ -264,8 +551,8 @@ static void orphans_are_not_found(struct check *check) {
     struct kv *kv = kv_create(&config);
     int tokens[2 * BLOCK_TOKENS], nodes[2];
     write_text(tokens, 2, 1);
-    nodes[0] = kv_register(kv, kv_new(kv, 0), -1, tokens);
-    nodes[1] = kv_register(kv, kv_new(kv, 1), nodes[0], tokens + BLOCK_TOKENS);
+    nodes[0] = enter(kv, kv_new(kv, 0), -1, tokens);
+    nodes[1] = enter(kv, kv_new(kv, 1), nodes[0], tokens + BLOCK_TOKENS);
     kv_unpin(kv, nodes[1], 1);
     kv_unpin(kv, nodes[0], 0);
     CHECK(find(kv, 1, 2) == 2, "not found");
@@ -324,11 +611,22 @@ int main(int argc, char **argv) {
         {"tail_goes_first", tail_goes_first},
         {"least_recently_used_goes_first", least_recently_used_goes_first},
         {"pinned_blocks_stay", pinned_blocks_stay},
+        {"nothing_goes_in_vain", nothing_goes_in_vain},
         {"page_out_and_in", page_out_and_in},
         {"duplicates_go_first", duplicates_go_first},
         {"full_host_loses_the_coldest", full_host_loses_the_coldest},
         {"write_through_copies_at_once", write_through_copies_at_once},
+        {"host_learns_what_was_used", host_learns_what_was_used},
         {"cleaner_stops", cleaner_stops},
+        {"coldest_go_clean_or_dirty", coldest_go_clean_or_dirty},
+        {"asking_again_looks_at_no_block", asking_again_looks_at_no_block},
+        {"held_on_the_host", held_on_the_host},
+        {"small_hosts_serve_all", small_hosts_serve_all},
+        {"cleaners_stop_in_every_order", cleaners_stop_in_every_order},
+        {"orders_differ", orders_differ},
+        {"slots_and_copies_are_accounted_for", slots_and_copies_are_accounted_for},
+        {"copies_in_go_first", copies_in_go_first},
+        {"version_tells_of_changes", version_tells_of_changes},
         {"collision_is_no_hit", collision_is_no_hit},
         {"first_registered_wins", first_registered_wins},
         {"orphans_are_not_found", orphans_are_not_found},

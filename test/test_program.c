@@ -244,7 +244,7 @@ static void requests_finish_together(struct check *check) {
          "--ids 1,300,301 -n 9 --top-k 5 --seed 78"},
         {"d", "{'id':'d','prompt':'caf\\u00e9 \\ud83d\\ude00','temperature':0,'n':3}\n",
          "-p 'caf\xC3\xA9 \xF0\x9F\x98\x80' -t 0 -n 3 --seed 5"},
-        {"5", "The dog", "-p 'The dog' --seed 5"},
+        {"5", "The dog", "-p 'The dog'"},
     };
     static const char *const keys[] = {"text", "ids", "finish_reason", "prompt_tokens",
                                        "completion_tokens"};
@@ -255,7 +255,9 @@ static void requests_finish_together(struct check *check) {
     struct outcome o = run(check, "model.bin -f $T/requests --seed 5 --json");
     CHECK(o.status == 0 && count_lines(o.out) == 6, "status %d: %s%s", o.status, o.err, o.out);
     for (size_t i = 0; i < COUNT(rows); i++) {
-        struct outcome one = run(check, "model.bin %s --json", rows[i].alone);
+        /* with a seed of its own where it was given none */
+        struct outcome one = run(check, "model.bin %s --json%s%s", rows[i].alone,
+                                 i < 5 ? "" : " --seed ", i < 5 ? "" : answer(&o, "5", "seed"));
         for (size_t k = 0; k < COUNT(keys); k++) {
             const char *a = answer(&o, rows[i].id, keys[k]), *b = answer(&one, "0", keys[k]);
             CHECK(strcmp(a, "(none)") && !strcmp(a, b), "%s: %s: %s, alone: %s", rows[i].id,
@@ -277,8 +279,12 @@ static void bad_requests_refuse_only_themselves(struct check *check) {
         {"{'id':'x','prompt':5}", "prompt: got 5, expected a text"},
         {"{'id':'x','prompt':'a','zap':1}", "zap: unknown key"},
         {"{'id':'x','prompt':'a','temperture':1}", "did you mean temperature"},
-        {"{'id':'x','prompt':'a','ids':[1]}", "either prompt or ids"},
-        {"{'id':'x'}", "either prompt or ids"},
+        {"{'id':'x','prompt':'a','ids':[1]}", "expected one of prompt, ids and messages"},
+        {"{'id':'x'}", "expected one of prompt, ids and messages"},
+        {"{'id':'x','prompt':'a','after':'nobody'}", "after: got \"nobody\", expected the id of"},
+        {"{'id':'x','prompt':'a','at':-1}", "at: got -1, expected a number from 0"},
+        {"{'id':'x','prompt':'a','deadline':'soon'}", "deadline: got \"soon\", expected a number"},
+        {"{'id':'x','messages':[{'role':'assistant','content':'a'}]}", "expected user"},
         {"{'id':'x','ids':[99999]}", "99999 is no token"},
         {"{'id':'x','ids':[-1]}", "-1"},
         {"{'id':'x','ids':'1'}", "expected token ids"},
@@ -316,7 +322,239 @@ static void bad_requests_refuse_only_themselves(struct check *check) {
     CHECK(rest && !strstr(rest, "dynamo: "), "more lines than bad requests: %s", rest);
 }
 
+/* One and the same prompt: each draws by a seed of its own, which its answer tells. */
+static void each_request_has_its_noise(struct check *check) {
+    enum { N = 6 };
+    static const char words[] = "model.bin -f $T/requests --seed 11 -n 30 --json";
+    write_requests(check, "Once upon a time\nOnce upon a time\n{'prompt':'Once upon a time'}\n"
+                          "{'prompt':'Once upon a time','seed':3}\nOnce upon a time\n"
+                          "Once upon a time\n");
+    struct outcome o = run(check, "%s", words), again = run(check, "%s --devices cpu:3", words);
+    CHECK(!strcmp(answer(&o, "0", "seed"), "11"), "the first has that of the run: %s", o.out);
+    CHECK(!strcmp(answer(&o, "3", "seed"), "3"), "its own: %s", o.out);
+    for (char a[] = "0"; *a < '0' + N; ++*a) {
+        for (char b[] = "0"; *b < *a; ++*b)
+            CHECK(strcmp(answer(&o, a, "text"), answer(&o, b, "text")) &&
+                      strcmp(answer(&o, a, "seed"), answer(&o, b, "seed")),
+                  "%s and %s: one noise: %s", a, b, o.out);
+        CHECK(!strcmp(answer(&o, a, "text"), answer(&again, a, "text")), "%s: another text", a);
+        struct outcome one = run(check, ONCE "-n 30 --json --seed %s", answer(&o, a, "seed"));
+        CHECK(!strcmp(answer(&o, a, "text"), answer(&one, "0", "text")), "%s: not by its seed", a);
+    }
+}
+
+/* ---- loads ---- */
+
+/* A turn begins with all of the one that it follows, found in the cache but for the last token. */
+static void turns_follow_answers(struct check *check) {
+    static const char turn[] = ",'prompt':' The bear was happy. Then he went to the old forest.'";
+    char lines[1024];
+    snprintf(lines, sizeof lines,
+             "{'id':'a','prompt':'Once upon a time','n':40,'temperature':0}\n"
+             "{'id':'b','after':'a'%s,'n':30,'temperature':0}\n"
+             "{'id':'c','after':'b','ids':[5,6,7],'n':20,'temperature':0}\n"
+             "{'id':'d','after':'4','prompt':'x'}\n{'prompt':'x','n':1,'id':'e','ids':[1]}\n"
+             "{'after':'e','id':'f','prompt':'x'}\n",
+             turn);
+    write_requests(check, lines);
+    struct outcome o = run(check, "model.bin -f $T/requests --json --stats --max-batch 1");
+    CHECK(o.status == 3, "status %d: %s%s", o.status, o.err, o.out);
+    static const char *const follows[][2] = {{"a", "b"}, {"b", "c"}};
+    for (int i = 0; i < 2; i++) {
+        const char *before = follows[i][0], *id = follows[i][1];
+        int n =
+            (int)(number(&o, before, "prompt_tokens") + number(&o, before, "completion_tokens"));
+        int n_prompt = (int)number(&o, id, "prompt_tokens"), n_own = n_prompt - n;
+        CHECK(i == 0 ? n_own > 5 : n_own == 3, "%s: %d tokens of its own: %s", id, n_own, o.out);
+        CHECK(number(&o, id, "cached_tokens") == (n - 1) / 16 * 16, "%s of %d: %s", id, n, o.out);
+    }
+    const char *d = answer(&o, "d", "error"), *f = answer(&o, "f", "error");
+    CHECK(strstr(d, "expected the id of a request before it"), "%s", d);
+    CHECK(strstr(f, "ended without an answer"), "%s", f);
+    /* the same text as of one prompt that holds it all */
+    snprintf(lines, sizeof lines, "%s", answer(&o, "b", "text"));
+    struct outcome whole =
+        run(check,
+            "model.bin -p 'Once upon a time%s The bear was happy. Then he went to the old "
+            "forest.' -n 30 -t 0 --json",
+            answer(&o, "a", "text"));
+    CHECK(strchr(lines, '\'') || !strcmp(answer(&whole, "0", "text"), lines), "%s: %s", lines,
+          whole.out);
+}
+
+/* Conversations of several times what the devices hold: with room on the host each turn finds all
+ * of the one before. */
+static void nothing_cached_is_lost(struct check *check) {
+    enum { USERS = 10, TURNS = 4 };
+    char *lines = keep(1 << 16);
+    int length = 0;
+    for (int i = 0; i < USERS * TURNS; i++) {
+        int user = i % USERS, turn = i / USERS;
+        length += sprintf(lines + length, "{\"id\":\"u%dt%d\",\"n\":30,\"prompt\":\"%s%s %d.\"",
+                          user, turn, turn > 0 ? " " : "", STORY, user);
+        length += turn == 0 ? sprintf(lines + length, "}\n")
+                            : sprintf(lines + length, ",\"after\":\"u%dt%d\"}\n", user, turn - 1);
+    }
+    write_file(check, "requests", lines, (size_t)length);
+    struct outcome o =
+        run(check, "model.bin -f $T/requests --seed 2 --json --stats --kv-device 24b "
+                   "--kv-host 1000b --devices cpu:2");
+    CHECK(o.status == 0 && number(&o, "stats", "pages_in") > 0 &&
+              number(&o, "stats", "host_hit_tokens") > 0,
+          "status %d: %s", o.status, o.err);
+    for (int i = USERS; i < USERS * TURNS; i++) {
+        char id[16], before[16];
+        snprintf(id, sizeof id, "u%dt%d", i % USERS, i / USERS);
+        snprintf(before, sizeof before, "u%dt%d", i % USERS, i / USERS - 1);
+        int n =
+            (int)(number(&o, before, "prompt_tokens") + number(&o, before, "completion_tokens"));
+        int found = (int)number(&o, id, "cached_tokens");
+        CHECK(found >= (n - 1) / 16 * 16, "%s: %d tokens of %d found", id, found, n);
+    }
+}
+
+/* Messages are what a conversation would be. */
+static void write_chat_model(struct check *check);
+static void messages_are_turns(struct check *check) {
+    write_chat_model(check);
+    write_requests(check,
+                   "{'id':'a','prompt':'Tell me of the fox','n':20,'temperature':0,'system':'S'}\n"
+                   "{'id':'b','messages':[{'role':'system','content':'S'},"
+                   "{'role':'user','content':'Tell me of the fox'}],'n':20,'temperature':0}\n"
+                   "{'id':'c','messages':[{'role':'user','content':'Hi'},{'role':'assistant',"
+                   "'content':'Hello.'},{'content':'Go on','role':'user'}],'n':3}\n"
+                   "{'id':'d','prompt':'Hi','n':3}\n");
+    struct outcome o =
+        run(check, "$T/chat.gguf -f $T/requests --json --max-batch 1 --devices cpu:1");
+    CHECK(o.status == 0, "status %d: %s%s", o.status, o.err, o.out);
+    CHECK(!strcmp(answer(&o, "a", "ids"), answer(&o, "b", "ids")), "%s", o.out);
+    CHECK(number(&o, "a", "prompt_tokens") == number(&o, "b", "prompt_tokens"), "%s", o.out);
+    double longer = number(&o, "c", "prompt_tokens"), first = number(&o, "d", "prompt_tokens");
+    CHECK(longer > first + 8, "%g tokens, the first turn %g: %s", longer, first, o.out);
+}
+
+static double monotonic(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Nothing comes before its time, and what has none does not wait for it. */
+static void requests_come_at_their_time(struct check *check) {
+    write_requests(check, "{'id':'late','prompt':'The cat','n':2,'at':0.4}\n"
+                          "{'id':'turn','after':'soon','prompt':' and','n':2,'at':0.2}\n"
+                          "{'id':'soon','prompt':'The dog','n':2}\n"
+                          "{'id':'after','after':'soon','prompt':' and','n':2}\n");
+    double start = monotonic();
+    struct outcome o = run(check, "model.bin -f $T/requests --json --stats");
+    CHECK(o.status == 3 && monotonic() - start >= 0.4, "status %d: %s", o.status, o.out);
+    CHECK(strstr(answer(&o, "turn", "error"), "before it"), "%s", o.out);
+    const char *soon = strstr(o.out, "\"soon\""), *after = strstr(o.out, "\"after\"");
+    CHECK(soon && after && soon < after, "in order: %s", o.out);
+    CHECK(number(&o, "late", "completion_tokens") == 2, "%s", o.out);
+}
+
+/* An answer comes while the next line has not been written. */
+static void lines_are_taken_as_they_come(struct check *check) {
+    CHECK(mkfifo(scratch("lines"), 0600) == 0, "no pipe");
+    int pipe = open(scratch("lines"), O_RDWR | O_CLOEXEC);
+    struct live live = live_start(check, false, "model.bin -f $T/lines -n 8 -t 0 --json");
+    static const char *const lines[] = {"The cat\n", "{\"prompt\":\" and\",\"after\":\"0\"}\n",
+                                        "The dog"};
+    for (int i = 0; i < 3; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "{\"id\":\"%d\"", i);
+        CHECK(write(pipe, lines[i], strlen(lines[i])) > 0, "the pipe is closed");
+        if (i == 2)
+            close(pipe);
+        live_until(&live, id);
+        live_until(&live, "\"completion_tokens\":8");
+    }
+    CHECK(live_end(&live) == 0, "%s", live.text);
+    /* an interrupt ends it while it waits for a line */
+    pipe = open(scratch("lines"), O_RDWR | O_CLOEXEC);
+    live = live_start(check, false, "model.bin -f $T/lines -n 8 -t 0 --json");
+    CHECK(write(pipe, lines[0], strlen(lines[0])) > 0, "the pipe is closed");
+    live_until(&live, "\"completion_tokens\":8");
+    kill(live.pid, SIGINT);
+    CHECK(live_end(&live) == 0, "all that came was answered: %s", live.text);
+    close(pipe);
+}
+
+/* Who cannot be answered in time, or finds the queue full, is told so. */
+static void write_endless_model(struct check *check, float scale);
+static void loads_have_bounds(struct check *check) {
+    write_endless_model(check, 1);
+    write_requests(check, "{'ids':[1,5],'deadline':0.05}\n{'ids':[1,6],'n':5}\n");
+    struct outcome o = run(check, "$T/endless -t 0 -f $T/requests --json");
+    CHECK(o.status == 3 && !strcmp(answer(&o, "0", "finish_reason"), "error") &&
+              strstr(answer(&o, "0", "error"), "deadline"),
+          "status %d: %s: %s", o.status, answer(&o, "0", "finish_reason"),
+          answer(&o, "0", "error"));
+    CHECK(number(&o, "1", "completion_tokens") == 5, "%s", answer(&o, "1", "error"));
+    write_requests(check, "{'ids':[1,5],'n':9}\n{'ids':[1,6],'n':9}\n{'ids':[1,7],'n':9}\n"
+                          "{'ids':[1,8],'n':9}\n{'ids':[1,9],'n':9}\n{'ids':[1,10],'n':9}\n");
+    o = run(check, "$T/endless -t 0 -f $T/requests --json --max-queue 2 --devices cpu:1 "
+                   "--kv-device 1b --kv-host 0");
+    int n_refused = count_of(o.out, "queue"),
+        n_done = count_of(o.out, "\"finish_reason\":\"length");
+    CHECK(o.status == 3 && strstr(answer(&o, "5", "error"), "queue"), "status %d: %s", o.status,
+          o.out);
+    CHECK(n_done >= 2 && n_done <= 4, "%d answered, %d refused: %s", n_done, n_refused, o.out);
+}
+
 /* ---- what is shown where ---- */
+
+/* Requests that fail count for no time; a second answer has the median of one. */
+static void times_are_of_what_came(struct check *check) {
+    write_requests(check, "The cat\n{'id':'x'}\n{'ids':[-1]}\n");
+    struct outcome o = run(check, "model.bin -f $T/requests -n 4 --json --stats");
+    static const char *const keys[] = {"ttft_ms", "ttft_p50_ms", "ttft_p99_ms", "ttft_max_ms"};
+    double ttft = number(&o, "0", "ttft_ms"), queue = number(&o, "0", "queue_ms");
+    CHECK(o.status == 3 && ttft > 0 && queue >= 0 && queue <= ttft, "%s", o.out);
+    for (size_t i = 0; i < COUNT(keys); i++)
+        CHECK(fabs(number(&o, "stats", keys[i]) - ttft) < 1e-9, "%s of %g: %s", keys[i], ttft,
+              o.out);
+    CHECK(fabs(number(&o, "stats", "itl_p50_ms") - number(&o, "0", "itl_ms")) < 1e-9, "%s", o.out);
+    CHECK(number(&o, "stats", "queue_p99_ms") == queue, "%s", o.out);
+    CHECK(number(&o, "0", "prefill_worker") == 0 && number(&o, "0", "decode_worker") == 1 &&
+              number(&o, "0", "preemptions") == 0 && number(&o, "0", "cached_on_host") == 0,
+          "%s", o.out);
+}
+
+/* At the end each block of each place is counted once, and none is in use. */
+static void every_block_is_accounted_for(struct check *check) {
+    char lines[4096] = "", error[ERROR_LENGTH];
+    for (int i = 0; i < 12; i++)
+        sprintf(lines + strlen(lines), "{'prompt':'Once there were %d cats. " STORY "'}\n", i);
+    write_requests(check, lines);
+    struct outcome o = run(check, "model.bin -f $T/requests -n 60 --json --stats --kv-device 16b "
+                                  "--kv-host 24b --devices cpu:3 --prefill 0 --decode 1,2");
+    char *line = strstr(o.out, "{\"stats\"");
+    CHECK(o.status == 0 && line && number(&o, "stats", "pages_out") > 0, "%s%s", o.err, o.out);
+    if (!line)
+        return;
+    line[strcspn(line, "\n")] = 0;
+    struct json_node *nodes = json_parse(line, strlen(line), error);
+    const struct json_node *stats = nodes ? value_of(nodes, 0, "stats") : NULL;
+    const struct json_node *list = stats ? value_of(nodes, (int)(stats - nodes), "places") : NULL;
+    CHECK(list, "no places: %s", error);
+    int n_places = 0;
+    for (int at = list ? (int)(list - nodes) + 1 : 0; list && at < list->next; n_places++) {
+        static const char *const keys[] = {"blocks", "free", "pinned", "cached", "in_flight"};
+        int n[5];
+        for (int k = 0; k < 5; k++) {
+            const struct json_node *value = value_of(nodes, at, keys[k]);
+            n[k] = value ? atoi(value->text) : -1;
+        }
+        CHECK(n[0] == (n_places < 3 ? 16 : 24) && n[1] + n[2] + n[3] + n[4] == n[0] && n[2] == 0 &&
+                  n[3] > 0,
+              "place %d: %d blocks: %d, %d, %d, %d", n_places, n[0], n[1], n[2], n[3], n[4]);
+        at = nodes[at].next;
+    }
+    CHECK(n_places == 4, "%d places", n_places);
+    free(nodes);
+}
 
 static void statistics_add_up(struct check *check) {
     static const char *const keys[] = {"kernel_launches",   "pages_out",   "pages_in",
@@ -402,11 +640,12 @@ static void schedules_change_no_text(struct check *check) {
     static const char *const options[][2] = {
         {"--kv-device 4b --kv-host 4b", NULL},
         {"--kv-device 6b --kv-host 32b --copy-delay 3", "pages_out"},
-        {"--kv-device 6b --kv-host 0", "recomputed_tokens"},
+        {"--kv-device 6b --kv-host 0", "blocks_lost"},
         {"--kv-device 9b --kv-host 40b --kv-policy write-through", "pages_out"},
         {"--devices cpu:4 --copy-delay 5", "blocks_transferred"},
         {"--devices cpu:3 --prefill 2 --decode 0,1", "blocks_transferred"},
         {"--devices cpu:4 --tp 2", "hand_overs"},
+        {"--devices cpu:3 --tp-decode 2", "hand_overs"},
         {"--colocate", NULL},
         {"--devices cpu:1", NULL},
         {"--chunk 3 --max-batch 2 --threads 1", NULL},
@@ -777,6 +1016,15 @@ int main(int argc, char **argv) {
                                         TEST(perplexity_is_that_of_the_logits),
                                         TEST(requests_finish_together),
                                         TEST(bad_requests_refuse_only_themselves),
+                                        TEST(each_request_has_its_noise),
+                                        TEST(turns_follow_answers),
+                                        TEST(nothing_cached_is_lost),
+                                        TEST(messages_are_turns),
+                                        TEST(requests_come_at_their_time),
+                                        TEST(lines_are_taken_as_they_come),
+                                        TEST(loads_have_bounds),
+                                        TEST(times_are_of_what_came),
+                                        TEST(every_block_is_accounted_for),
                                         TEST(statistics_add_up),
                                         TEST(piped_stdin_is_one_prompt),
                                         TEST(tells_about_itself),
