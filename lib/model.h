@@ -155,7 +155,7 @@ struct model {
     const struct tensor *(*layers)[N_ROLES]; /* (n_layers) by role; absent ones are NULL */
     struct gguf *file;                       /* NULL: random weights */
     bool is_checkpoint;    /* llama2.c's, which has its tokenizer in a file beside it */
-    struct tensor *placed; /* (n_placed) those that no file lists; else NULL */
+    struct tensor *placed; /* (n_placed) those that no file lists */
     void *random;          /* (random_bytes) random weights; else NULL */
     size_t random_bytes;
     int n_placed;
@@ -206,13 +206,12 @@ static int model_extent(const struct model_config *config, enum extent extent) {
     return extents[extent];
 }
 
-/* Room for what the config says; `places`: also for tensors that no file lists. */
-static bool model_reserve(struct model *model, bool places) {
+/* Room for what the config says. */
+static bool model_reserve(struct model *model) {
     size_t n_layers = (size_t)model->config.n_layers;
     model->layers = calloc(n_layers, sizeof *model->layers);
-    if (places)
-        model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
-    return model->layers && (model->placed || !places);
+    model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
+    return model->layers && model->placed;
 }
 
 /* A tensor that no file lists: it has the shape that the config gives it. */
@@ -378,7 +377,7 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
     struct gguf *file = reader->file;
-    gguf_expect(file, model_reserve(model, reader->bytes != NULL), "out of memory");
+    gguf_expect(file, model_reserve(model), "out of memory");
     for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *entry = &model_tensors[i];
         int copies = entry->layered ? model->config.n_layers : 1;
@@ -492,10 +491,6 @@ static size_t random_round_up(size_t value, size_t unit) {
 
 /* ---- what a name stands for ---- */
 
-static bool random_equal(const char *text, size_t length, const char *name) {
-    return strlen(name) == length && strncasecmp(text, name, length) == 0;
-}
-
 /* All that there is, in one line. */
 static void random_list(const char *name, char *error) {
     size_t room = ERROR_LENGTH;
@@ -512,35 +507,31 @@ static void random_list(const char *name, char *error) {
     fail_clean(error);
 }
 
-/* Blocks do not reach beyond a row: all numbers of columns must be multiples of theirs. */
-static bool random_fits(const struct random_weights *r, const char *name, char *error) {
-    const struct model_config *config = &r->shape->config;
-    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
-    for (size_t i = 0; i < 3; i++)
-        if (cols[i] % r->block.elements)
-            return fail(error,
-                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
-                        "%s; no file could have it either",
-                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
-    return true;
-}
-
 static bool random_parse(struct random_weights *r, const char *name, char *error) {
-    const char *shape = strchr(name, ':') + 1, *colon = strchr(shape, ':');
-    const char *type = colon ? colon + 1 : "BF16";
-    size_t length = colon ? (size_t)(colon - shape) : strlen(shape);
+    const char *shape = strchr(name, ':') + 1;
+    size_t length = strcspn(shape, ":");
+    const char *type = shape[length] ? shape + length + 1 : "BF16";
     for (size_t i = 0; i < RANDOM_SHAPES; i++)
-        if (random_equal(shape, length, random_shapes[i].name))
+        if (strlen(random_shapes[i].name) == length &&
+            strncasecmp(shape, random_shapes[i].name, length) == 0)
             r->shape = &random_shapes[i];
     for (size_t i = 0; i < RANDOM_TYPES; i++)
-        if (random_equal(type, strlen(type), gguf_type_name(random_types[i].type)))
+        if (strcasecmp(type, gguf_type_name(random_types[i].type)) == 0)
             r->type = &random_types[i];
     if (!r->shape || !r->type) {
         random_list(name, error);
         return false;
     }
     r->block = gguf_block(r->type->type);
-    return random_fits(r, name, error);
+    const struct model_config *config = &r->shape->config;
+    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
+    for (size_t i = 0; i < 3; i++)
+        if (cols[i] % r->block.elements) /* blocks do not reach beyond a row */
+            return fail(error,
+                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
+                        "%s; no file could have it either",
+                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
+    return true;
 }
 
 /* ---- where tensors lie ---- */
@@ -601,22 +592,13 @@ static uint16_t random_half(float value) {
     return (uint16_t)(bits >> 13 | (value < 0 ? 0x8000u : 0));
 }
 
-/* Random bits become a number from -deviation * sqrt(3) to as much, of the type's size. */
-static void random_weight(enum tensor_type type, uint8_t *weight) {
-    const float largest = (float)(RANDOM_DEVIATION * sqrt(3));
-    int32_t wide;
-    int16_t narrow;
-    float value;
-    if (type == TYPE_F32) {
-        memcpy(&wide, weight, 4);
-        value = (float)wide * 0x1p-31f * largest;
-        memcpy(weight, &value, 4);
-        return;
-    }
-    memcpy(&narrow, weight, 2);
-    value = (float)narrow * 0x1p-15f * largest;
+/* Random bits, as many as the type has, become a number from -deviation * sqrt(3) to as much. */
+static void random_weight(enum tensor_type type, size_t bytes, uint8_t *weight) {
+    int32_t bits = 0;
+    memcpy((uint8_t *)&bits + 4 - bytes, weight, bytes);
+    float value = (float)bits * 0x1p-31f * (float)(RANDOM_DEVIATION * sqrt(3));
     uint16_t half = random_half(value);
-    memcpy(weight, type == TYPE_F16 ? (uint8_t *)&half : (uint8_t *)&value + 2, 2);
+    memcpy(weight, type == TYPE_F16 ? (uint8_t *)&half : (uint8_t *)&value + 4 - bytes, bytes);
 }
 
 /* The random bytes of a block stay, but for its scales, which are made such that the mean is 0. */
@@ -663,44 +645,37 @@ static void random_write(const struct random_weights *r, uint8_t *to) {
     }
     for (size_t at = 0; at < r->period; at += r->block.bytes)
         if (r->block.elements == 1)
-            random_weight(r->type->type, to + at);
+            random_weight(r->type->type, r->block.bytes, to + at);
         else
             random_scale(r->type, to + at);
 }
 
 /* ---- the address range ---- */
 
-/* Maps [from, from + bytes) of the memory at `range + at`, over what is reserved there. */
-static bool random_map_at(uint8_t *range, size_t at, size_t bytes, int memory, size_t from) {
-    return mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) !=
-           MAP_FAILED;
-}
-
-/* The address range, [0, end) of it; NULL: errno. */
-static uint8_t *random_map(const struct random_weights *r, int memory) {
-    size_t held = r->tile + r->period;
+/* Maps it into the model. False: errno. */
+static bool random_map(const struct random_weights *r, struct model *model, int memory) {
+    size_t held = r->tile + r->period, from = 0;
     if (memory < 0 || ftruncate(memory, (off_t)held) != 0)
-        return NULL;
+        return false;
     uint8_t *writable = mmap(NULL, held, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
     if (writable == MAP_FAILED)
-        return NULL;
+        return false;
     random_write(r, writable);
     munmap(writable, held);
     uint8_t *range =
         mmap(NULL, r->end, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED)
-        return NULL;
-    bool ok = random_map_at(range, 0, r->tile, memory, 0);
-    for (size_t at = r->tile; at < r->end && ok; at += r->period) {
-        size_t left = r->end - at;
-        ok = random_map_at(range, at, left < r->period ? left : r->period, memory, r->tile);
+        return false;
+    model->random = range;
+    model->random_bytes = r->end;
+    for (size_t at = 0, bytes; at < r->end; at += bytes) { /* over what is reserved there */
+        bytes = held - from < r->end - at ? held - from : r->end - at;
+        if (mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) ==
+            MAP_FAILED)
+            return false;
+        from = r->tile; /* the vectors are there once */
     }
-    if (ok)
-        return range;
-    int why = errno;
-    munmap(range, r->end);
-    errno = why;
-    return NULL;
+    return true;
 }
 
 static bool random_open(struct model *model, const char *name, char *error) {
@@ -708,23 +683,19 @@ static bool random_open(struct model *model, const char *name, char *error) {
     if (!random_parse(&r, name, error))
         return false;
     model->config = r.shape->config;
-    if (!model_reserve(model, true))
+    if (!model_reserve(model))
         return fail(error, "%.100s: out of memory", name);
     random_lay_out(&r, model);
     int memory = memfd_create(name, MFD_CLOEXEC);
-    uint8_t *range = random_map(&r, memory);
-    if (!range)
+    bool ok = random_map(&r, model, memory);
+    *error = 0;
+    if (!ok)
         (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, r.end, strerror(errno));
     if (memory >= 0)
         close(memory);
-    if (!range)
-        return false;
-    for (int i = 0; i < model->n_placed; i++)
-        model->placed[i].data = range + (uintptr_t)model->placed[i].data;
-    model->random = range;
-    model->random_bytes = r.end;
-    *error = 0;
-    return true;
+    for (int i = 0; i < model->n_placed && ok; i++)
+        model->placed[i].data = (uint8_t *)model->random + (uintptr_t)model->placed[i].data;
+    return ok;
 }
 
 /* ---- opening and closing ---- */
