@@ -58,13 +58,13 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
     char error[ERROR_LENGTH];
     int n_ids = 0;
     int *ids = answers_encode(a, spec, &n_ids, error);
-    if (!ids)
-        return evaluate_failed("--logits", error);
-    if (n_ids < 1 || n_ids > longest) {
+    if (ids && (n_ids < 1 || n_ids > longest)) {
         (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, longest);
         free(ids);
-        return evaluate_failed("--logits", error);
+        ids = NULL;
     }
+    if (!ids)
+        return evaluate_failed("--logits", error);
     FILE *file = fopen(path, "wb");
     float *logits = chunk_create(a);
     bool ok = file && logits;
@@ -103,8 +103,8 @@ static void add_surprise(const struct answers *a, const int *tokens, int n, floa
     }
 }
 
-/* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
- * with the last token of the window before, so that every token but the first is predicted. */
+/* Windows of max_length tokens, each begun by the last token of the window before, so that every
+ * token but the first is predicted; or, as a text is, by the beginning-of-text token in its place. */
 int evaluate_perplexity(const struct answers *a, const char *path) {
     int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
     char error[ERROR_LENGTH];
@@ -112,27 +112,20 @@ int evaluate_perplexity(const struct answers *a, const char *path) {
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
     if (!spec.prompt)
         return evaluate_failed("", error);
-    int n_ids = 0, first_id = -1, n_predicted = 0;
+    int n_ids = 0, n_predicted = 0;
     int *ids = answers_encode(a, &spec, &n_ids, error);
     free(spec.prompt);
-    int *window = malloc((size_t)longest * sizeof *window);
     float *logits = chunk_create(a);
     double sum = 0;
-    bool ok = ids && window && logits;
-    if (ok && a->tokenizer && tok_adds_bos(a->tokenizer))
-        first_id = tok_bos(a->tokenizer);
-    for (int next = first_id >= 0; next + (first_id < 0) < n_ids && ok;) {
-        int n = 0;
-        if (first_id >= 0)
-            window[n++] = first_id;
-        while (next < n_ids && n < longest)
-            window[n++] = ids[next++];
-        add_surprise(a, window, n, logits, &sum);
+    bool ok = ids && logits;
+    for (int start = 0; start + 1 < n_ids && ok; start += longest - 1) {
+        int n = n_ids - start < longest ? n_ids - start : longest;
+        if (tok_adds_bos(a->tokenizer))
+            ids[start] = tok_bos(a->tokenizer);
+        add_surprise(a, ids + start, n, logits, &sum);
         n_predicted += n - 1;
-        next -= first_id < 0 && next < n_ids;
     }
     free(ids);
-    free(window);
     free(logits);
     if (!ok || n_predicted == 0)
         return evaluate_failed(path, ok ? "too short to predict a token" : error);

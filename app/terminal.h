@@ -155,7 +155,9 @@ static void editor_cut(struct editor *e, size_t from, size_t to) {
     e->line[e->length] = 0;
 }
 
-/* What an escape sequence stands for, as the Ctrl key that does the same; 0: nothing. */
+enum { KEY_DELETE = 256 }; /* other keys are bytes */
+
+/* What an escape sequence stands for, as the Ctrl key that does the same if one does; 0: nothing. */
 static int editor_escape(void) {
     char byte = 0, number = 0;
     if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
@@ -175,7 +177,7 @@ static int editor_escape(void) {
     case 'F':
     case '4':
     case '8': return CTRL('E'); /* End */
-    case '3': return CTRL('D'); /* Delete */
+    case '3': return KEY_DELETE;
     default: return 0;
     }
 }
@@ -211,8 +213,8 @@ static enum editor_state editor_key(struct editor *e, int key) {
     case CTRL('D'):
         if (e->length == 0)
             return ENDED;
-        editor_cut(e, e->at, e->at + editor_next(e, e->at));
-        break;
+        /* fall through */
+    case KEY_DELETE: editor_cut(e, e->at, e->at + editor_next(e, e->at)); break;
     case CTRL('W'):
         while (word > 0 && e->line[word - 1] == ' ')
             word--;
@@ -226,23 +228,19 @@ static enum editor_state editor_key(struct editor *e, int key) {
 }
 
 static enum editor_state editor_line(struct editor *e) {
-    char bytes[256];
     enum editor_state state = EDITING;
     editor_show(e);
     while (state == EDITING) {
-        ssize_t n = read(STDIN_FILENO, bytes, 1);
+        char byte;
+        ssize_t n = read(STDIN_FILENO, &byte, 1);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return ENDED;
-        unsigned char byte = (unsigned char)*bytes;
-        int key = byte == 27 ? editor_escape() : byte;
-        if (byte == 27 && key == CTRL('D') && e->length == 0)
-            continue; /* Delete, where Ctrl-D would end it */
-        if (byte == '\t' || (byte >= ' ' && byte != 127))
-            editor_insert(e, bytes, 1);
+        if (byte == '\t' || ((unsigned char)byte >= ' ' && byte != 127))
+            editor_insert(e, &byte, 1);
         else
-            state = editor_key(e, key);
+            state = editor_key(e, byte == 27 ? editor_escape() : byte);
         int more = 0;
         if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
             editor_show(e); /* once for all that was pasted */
@@ -250,67 +248,60 @@ static enum editor_state editor_line(struct editor *e) {
     return state;
 }
 
-static void editor_remember(struct editor *e, const char *line) {
-    if (!*line || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
+static void editor_remember(struct editor *e) {
+    if (e->length == 0 || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], e->line)))
         return;
     if (e->n_history == EDITOR_LINES) {
         free(e->history[0]);
         memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
         e->n_history--;
     }
-    e->history[e->n_history] = strdup(line);
+    e->history[e->n_history] = strdup(e->line);
     e->n_history += e->history[e->n_history] != NULL;
 }
 
 /* One line as it comes, without its newline. */
-static char *editor_plain(const char *prompt, size_t *length) {
-    char *line = NULL;
-    size_t capacity = 0;
+static bool editor_plain(struct editor *e) {
     if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
-        (void)fputs(prompt, stderr);
-    ssize_t bytes = getline(&line, &capacity, stdin);
-    if (bytes < 0) {
-        free(line);
-        return NULL;
-    }
-    bytes -= line[bytes - 1] == '\n';
-    line[bytes] = 0;
-    *length = (size_t)bytes;
-    return line;
+        (void)fputs(e->prompt, stderr);
+    ssize_t bytes = getline(&e->line, &e->capacity, stdin);
+    if (bytes < 0)
+        return false;
+    e->length = (size_t)(bytes - (e->line[bytes - 1] == '\n'));
+    e->line[e->length] = 0;
+    return true;
 }
 
-static char *editor_one(struct editor *e, const char *prompt, size_t *length) {
-    if (!editor_raw())
-        return editor_plain(prompt, length);
+/* Leaves one line in the editor; false: the end of input. */
+static bool editor_one(struct editor *e, const char *prompt) {
     e->length = e->at = 0;
     e->shown = e->n_history;
     e->prompt = prompt;
+    if (!editor_raw())
+        return editor_plain(e);
     editor_insert(e, "", 0);
-    enum editor_state state = editor_line(e);
+    bool entered = editor_line(e) == ENTERED;
     (void)fputc('\n', stderr);
     editor_restore();
-    if (state == ENDED)
-        return NULL;
-    editor_remember(e, e->line);
-    *length = e->length;
-    return strndup(e->line, e->length);
+    if (entered)
+        editor_remember(e);
+    return entered;
 }
 
 char *editor_read(struct editor *e, const char *prompt, size_t *length) {
-    char *text = editor_one(e, prompt, length);
-    while (text && *length > 0 && text[*length - 1] == '\\') {
-        size_t more = 0;
-        char *next = editor_one(e, ". ", &more);
-        char *both = next ? realloc(text, *length + more + 1) : NULL;
-        if (!both) {
-            free(next);
+    char *text = NULL;
+    *length = 0;
+    while (editor_one(e, text ? ". " : prompt)) {
+        char *longer = realloc(text, *length + e->length + 1);
+        if (!longer)
             break;
-        }
-        text = both;
-        text[*length - 1] = '\n';
-        memcpy(text + *length, next, more + 1);
-        *length += more;
-        free(next);
+        text = longer;
+        if (*length > 0)
+            text[*length - 1] = '\n'; /* it was a backslash */
+        memcpy(text + *length, e->line, e->length + 1);
+        *length += e->length;
+        if (*length == 0 || text[*length - 1] != '\\')
+            break;
     }
     return text;
 }

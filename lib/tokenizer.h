@@ -46,13 +46,11 @@ struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]);
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]);
 void tok_close(struct tokenizer *tokenizer);
 
-int tok_vocab_size(const struct tokenizer *tokenizer);
 int tok_bos(const struct tokenizer *tokenizer); /* -1: none */
 int tok_eos(const struct tokenizer *tokenizer); /* -1: none */
 bool tok_adds_bos(const struct tokenizer *tokenizer);
 /* End of text, of turn or of message: where generation stops. */
 bool tok_ends_text(const struct tokenizer *tokenizer, int token);
-bool tok_is_control(const struct tokenizer *tokenizer, int token);
 /* The token of exactly this text, a control token before any other; -1: none. */
 int tok_find(const struct tokenizer *tokenizer, const char *text, size_t length);
 /* The ids of a text, to be freed. A byte that is not UTF-8 stands for itself. NULL: out of memory,
@@ -797,10 +795,6 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char err
     return t;
 }
 
-int tok_vocab_size(const struct tokenizer *t) {
-    return t->n_tokens;
-}
-
 int tok_bos(const struct tokenizer *t) {
     return t->bos;
 }
@@ -815,10 +809,6 @@ bool tok_adds_bos(const struct tokenizer *t) {
 
 bool tok_ends_text(const struct tokenizer *t, int token) {
     return token >= 0 && token < t->n_tokens && t->tokens[token].ends_text;
-}
-
-bool tok_is_control(const struct tokenizer *t, int token) {
-    return token >= 0 && token < t->n_tokens && t->tokens[token].type == TOKEN_CONTROL;
 }
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {
