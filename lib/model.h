@@ -109,7 +109,8 @@ enum {
     MODEL_QWEN3 = 4,
     MODEL_TIED = 8,    /* its output is its embedding: known of checkpoints and random weights */
     MODEL_UNTIED = 16, /* it is not: likewise */
-    MODEL_ALL = 31
+    MODEL_SCALED = 32, /* rope as in Llama 3.1: known of random weights */
+    MODEL_ALL = 63
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
@@ -137,7 +138,7 @@ static const struct model_tensor model_tensors[] = {
     {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
     {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
     {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
-    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
+    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, SLICE_WHOLE},
     {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
     {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
     {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
@@ -221,12 +222,9 @@ static struct tensor *model_place(struct model *model, const struct model_tensor
     int cols = model_extent(&model->config, entry->cols);
     struct gguf_block block = gguf_block(type);
     struct tensor *tensor = &model->placed[model->n_placed++];
-    *tensor = (struct tensor){.name = {entry->name, strlen(entry->name)},
-                              .type = type,
-                              .rows = rows,
-                              .cols = cols,
-                              .bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes,
-                              .data = data};
+    size_t bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes;
+    struct gguf_string name = {entry->name, strlen(entry->name)};
+    *tensor = (struct tensor){name, type, rows, cols, bytes, data, 0};
     return tensor;
 }
 
@@ -440,8 +438,7 @@ enum {
 
 struct random_shape {
     const char *name;
-    unsigned kind; /* MODEL_LLAMA to MODEL_UNTIED */
-    bool scaled;   /* rope as in Llama 3.1 */
+    unsigned kind; /* MODEL_LLAMA to MODEL_SCALED */
     struct model_config config;
 };
 
@@ -456,9 +453,9 @@ static const struct random_shape random_shapes[] = {
      .config = {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"qwen3-0.6b", MODEL_QWEN3 | MODEL_TIED,
      .config = {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
-    {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+    {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
      .config = {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
-    {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+    {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
      .config = {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
@@ -484,10 +481,6 @@ struct random_weights {
     size_t tile, end;        /* bytes before the tile, and before the end of all matrices */
     size_t period;           /* of the tile */
 };
-
-static size_t random_round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
 
 /* ---- what a name stands for ---- */
 
@@ -542,7 +535,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
     const struct model_tensor *entry = model_tensors;
     while (entry->role != role)
         entry++;
-    if (!(entry->required_by & r->shape->kind) && !(role == ROPE_FREQS && r->shape->scaled))
+    if (!(entry->required_by & r->shape->kind))
         return;
     bool is_vector = entry->rows == DIM_ONE;
     size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
@@ -552,7 +545,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
     if (is_vector)
         return;
     size_t gap = (size_t)r->block.bytes * RANDOM_GRAIN;
-    r->end += random_round_up(tensor->bytes, gap) + gap;
+    r->end += (tensor->bytes + gap - 1) / gap * gap + gap;
     tensor->period = tensor->bytes > r->period ? r->period : 0;
 }
 
@@ -564,8 +557,8 @@ static void random_lay_out(struct random_weights *r, struct model *model) {
         odd /= 2;
     size_t unit = odd * RANDOM_PAGE;
     r->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
-    r->tile = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
-    r->end = r->tile = random_round_up(r->tile, RANDOM_PAGE);
+    size_t vectors = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
+    r->end = r->tile = (vectors + RANDOM_PAGE - 1) / RANDOM_PAGE * RANDOM_PAGE;
     random_place(r, model, TOKEN_EMBD, 0);
     for (int layer = 0; layer < model->config.n_layers; layer++)
         for (int role = ATTN_NORM; role < N_ROLES; role++)
@@ -631,13 +624,10 @@ static float random_rope(double theta, int pair, int rope_dim) {
 /* Writes vectors and tile. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
-    const float one = 1;
-    for (int i = 0; i < config->rope_dim / 2 && r->shape->scaled; i++) {
-        float divisor = random_rope(config->rope_theta, i, config->rope_dim);
-        memcpy(to + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
-    }
-    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof one)
-        memcpy(to + at, &one, sizeof one);
+    for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
+        ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
+    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof(float))
+        *(float *)(to + at) = 1;
     to += r->tile;
     for (size_t at = 0; at < r->period; at += 8) {
         uint64_t bits = random_bits(at / 8);
