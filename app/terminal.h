@@ -20,20 +20,6 @@
 
 #include "answers.h"
 
-enum { EDITOR_LINES = 100 /* of history */ };
-
-struct editor {
-    char *line; /* (length) what is typed, a zero byte behind it */
-    size_t length, capacity, at;
-    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
-    int n_history, shown;        /* shown == n_history: the new line */
-    const char *prompt;
-};
-
-char *editor_read(struct editor *editor, const char *prompt, size_t *length);
-void editor_close(struct editor *editor);
-void editor_restore(void);
-
 struct chat {
     struct answers *answers;
     struct request_spec defaults; /* of each turn */
@@ -41,6 +27,7 @@ struct chat {
 };
 
 void chat_run(struct chat *chat);
+void editor_restore(void);
 
 #endif /* TERMINAL_H */
 
@@ -60,6 +47,16 @@ void chat_run(struct chat *chat);
 #include <unistd.h>
 
 /* ---- the line editor ---- */
+
+enum { EDITOR_LINES = 100 /* of history */ };
+
+struct editor {
+    char *line; /* (length) what is typed, a zero byte behind it */
+    size_t length, capacity, at;
+    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
+    int n_history, shown;        /* shown == n_history: the new line */
+    const char *prompt;
+};
 
 static struct termios editor_before;
 static atomic_bool editor_is_raw;
@@ -86,12 +83,11 @@ static bool editor_raw(void) {
 }
 
 static int columns_of(uint32_t code) {
-    enum unicode_class kind = unicode_class_of(code);
     bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
                 (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
                 (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
                 (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
-    return kind == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
+    return unicode_class_of(code) == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
 }
 
 /* Bytes of the character behind `at`, or before it. */
@@ -113,21 +109,20 @@ static void editor_show(const struct editor *e) {
     int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 8 ? size.ws_col : 80;
     int room = width - (int)strlen(e->prompt) - 1, before = 0, used = 0;
     uint32_t code;
-    size_t first = e->at, last;
+    size_t first = e->at;
     for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
         n = editor_previous(e, first);
         (void)utf8_char(e->line + first - n, n, &code);
         before += columns_of(code);
     }
     (void)fprintf(stderr, "\r\033[K%s", e->prompt);
-    for (last = first; last < e->length; last += editor_next(e, last)) {
-        (void)utf8_char(e->line + last, e->length - last, &code);
+    for (size_t at = first, n; at < e->length; at += n) {
+        n = utf8_char(e->line + at, e->length - at, &code);
         used += columns_of(code);
         if (used > room)
             break;
         bool printable = code >= ' ' && code != 127 && code != UINT32_MAX;
-        (void)fwrite(printable ? e->line + last : "?", 1, printable ? editor_next(e, last) : 1,
-                     stderr);
+        (void)fwrite(printable ? e->line + at : "?", 1, printable ? n : 1, stderr);
     }
     if (e->at < e->length)
         (void)fprintf(stderr, "\r\033[%dC", (int)strlen(e->prompt) + before);
@@ -288,7 +283,8 @@ static bool editor_one(struct editor *e, const char *prompt) {
     return entered;
 }
 
-char *editor_read(struct editor *e, const char *prompt, size_t *length) {
+/* A line and those that continue it, to be freed. NULL: the end of input. */
+static char *editor_read(struct editor *e, const char *prompt, size_t *length) {
     char *text = NULL;
     *length = 0;
     while (editor_one(e, text ? ". " : prompt)) {
@@ -304,13 +300,6 @@ char *editor_read(struct editor *e, const char *prompt, size_t *length) {
             break;
     }
     return text;
-}
-
-void editor_close(struct editor *e) {
-    for (int i = 0; i < e->n_history; i++)
-        free(e->history[i]);
-    free(e->line);
-    *e = (struct editor){0};
 }
 
 /* ---- the conversation ---- */
@@ -385,7 +374,9 @@ void chat_run(struct chat *chat) {
         free(spec.prompt);
     }
     free(chat->system);
-    editor_close(&editor);
+    for (int i = 0; i < editor.n_history; i++)
+        free(editor.history[i]);
+    free(editor.line);
 }
 
 #endif /* TERMINAL_IMPLEMENTATION */

@@ -138,9 +138,9 @@ static const struct pattern patterns[] = {
     {"llama4", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
 };
 
-static const struct pattern *pattern_find(const char *name, size_t length) {
+static const struct pattern *pattern_find(struct gguf_string name) {
     for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
-        if (strlen(patterns[i].name) == length && memcmp(patterns[i].name, name, length) == 0)
+        if (gguf_equals(name, patterns[i].name))
             return &patterns[i];
     return NULL;
 }
@@ -261,9 +261,8 @@ static size_t word_size(const struct pattern *pattern, const char *text, size_t 
  *
  * Tokens are copied and become the bytes they stand for. One hash table has them all, and the
  * merges of `gpt2`: what a merge makes is a token's text, cut in two. In `llama` any two neighbours
- * that spell a token merge, so it needs no entries for them. A file is believed in nothing, and
- * what is wrong with it is one line in `error`. Once it is read, every byte has a token, what a
- * merge makes is a token, scores are finite, ids are in range. */
+ * that spell a token merge, so it needs no entries for them. Once a file is read, every byte has a
+ * token, what a merge makes is a token, scores are finite, ids are in range. */
 
 enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
 
@@ -448,7 +447,7 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
     t->byte_level = gguf_equals(model, "gpt2");
-    t->pattern = t->byte_level ? pattern_find(pre.data, pre.length) : NULL;
+    t->pattern = t->byte_level ? pattern_find(pre) : NULL;
     if (t->byte_level ? t->pattern != NULL : gguf_equals(model, "llama"))
         return true;
     struct gguf_string got = t->byte_level ? pre : model;
@@ -683,20 +682,20 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
     bool ok = e.symbols && e.heap && e.text && e.tokens;
     for (size_t at = 0; ok && at < length;) {
         int token = user_token(t, text + at, length - at);
-        size_t size = token >= 0 ? (size_t)t->tokens[token].length : 1;
-        if (token >= 0) {
-            encode_fragment(&e, text + begin, at - begin);
-            e.tokens[e.n_tokens++] = token;
-            begin = at + size;
+        if (token < 0) {
+            at++;
+            continue;
         }
-        at += size;
+        encode_fragment(&e, text + begin, at - begin);
+        e.tokens[e.n_tokens++] = token;
+        at += (size_t)t->tokens[token].length;
+        begin = at;
     }
-    if (ok) {
+    if (ok)
         encode_fragment(&e, text + begin, length - begin);
-        *n_tokens = e.n_tokens;
-    } else {
+    else
         free(e.tokens);
-    }
+    *n_tokens = e.n_tokens;
     free(e.symbols);
     free(e.heap);
     free(e.text);

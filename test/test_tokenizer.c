@@ -510,7 +510,7 @@ static void check_splits(struct check *check, const char *path) {
             length = from_hex(rest, text);
             continue;
         }
-        const struct pattern *pattern = pattern_find(line, strlen(line));
+        const struct pattern *pattern = pattern_find((struct gguf_string){line, strlen(line)});
         CHECK(pattern != NULL, "%s", line);
         size_t at = 0;
         n_lines++;
@@ -569,12 +569,13 @@ static void whole_words(struct check *check) { /* with no merges left */
     static const char *const names[] = {"llama-bpe", "qwen2", "llama3", "gpt-4o"};
     for (int i = 0; i < 4; i++) {
         int n = 0, *ids;
-        t->pattern = pattern_find(names[i], strlen(names[i]));
+        t->pattern = pattern_find((struct gguf_string){names[i], strlen(names[i])});
         ids = tok_encode(t, "Hello", 5, &n);
         CHECK(n == (i % 2 ? 5 : 1), "%s: %d tokens", names[i], n);
         free(ids);
     }
-    CHECK(!pattern_find("llama", 5) && !pattern_find("", 0), "no such patterns");
+    CHECK(!pattern_find((struct gguf_string){"llama", 5}), "no such pattern");
+    CHECK(!pattern_find((struct gguf_string){"", 0}), "no such pattern");
     tok_close(t);
 }
 
