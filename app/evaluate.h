@@ -104,7 +104,7 @@ static void add_surprise(const struct answers *a, const int *tokens, int n, floa
 }
 
 /* Windows of max_length tokens, each begun by the last token of the window before, so that every
- * token but the first is predicted; or, as a text is, by the beginning-of-text token in its place. */
+ * token but the first is predicted; or by the beginning-of-text token instead, if texts have it. */
 int evaluate_perplexity(const struct answers *a, const char *path) {
     int longest = sched_max_length(engine_sched(a->engine)); /* tokens of one text */
     char error[ERROR_LENGTH];
@@ -156,7 +156,7 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 }
 
 int evaluate_tokenize(const char *name, const char *beside, const char *path) {
-    char error[ERROR_LENGTH], why[ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct model model = {0};
     struct gguf *file = NULL;
     struct tokenizer *tokenizer = NULL;
@@ -172,13 +172,13 @@ int evaluate_tokenize(const char *name, const char *beside, const char *path) {
     if (!tokenizer)
         return evaluate_failed(subject, error);
     size_t length;
-    char *text = cli_read_file(path, &length, why);
+    char *text = cli_read_file(path, &length, error);
     bool ok = text && tokenize_texts(tokenizer, text, length);
     if (text && !ok)
-        (void)fail(why, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
+        (void)fail(error, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
     free(text);
     tok_close(tokenizer);
-    return ok ? 0 : evaluate_failed("", why);
+    return ok ? 0 : evaluate_failed("", error);
 }
 
 #endif /* EVALUATE_IMPLEMENTATION */

@@ -152,7 +152,7 @@ static void editor_cut(struct editor *e, size_t from, size_t to) {
 
 enum { KEY_DELETE = 256 }; /* other keys are bytes */
 
-/* What an escape sequence stands for, as the Ctrl key that does the same if one does; 0: nothing. */
+/* What an escape sequence means: KEY_DELETE, or the Ctrl key that does the same. 0: nothing. */
 static int editor_escape(void) {
     char byte = 0, number = 0;
     if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
@@ -267,7 +267,7 @@ static bool editor_plain(struct editor *e) {
     return true;
 }
 
-/* Leaves one line in the editor; false: the end of input. */
+/* Leaves one line in the editor. False: the end of input. */
 static bool editor_one(struct editor *e, const char *prompt) {
     e->length = e->at = 0;
     e->shown = e->n_history;

@@ -182,9 +182,6 @@ bool model_is_random(const char *name); /* it begins with `random:` */
 
 enum { REQUIRED = -1 }; /* in place of a default */
 
-/* Those that gguf.h knows the size of. */
-#define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
-
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
     "embedding_length",        "feed_forward_length", "block_count",   "attention.head_count",
@@ -348,7 +345,7 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     struct gguf *file = reader->file;
     int rows = model_extent(&model->config, entry->rows);
     int cols = model_extent(&model->config, entry->cols);
-    bool required = entry->required_by & reader->kind;
+    bool required = entry->required_by & reader->kind, is_vector = entry->rows == DIM_ONE;
     const char *name = entry->layered ? gguf_about(file, "blk.%d.%s", layer, entry->name)
                                       : gguf_about(file, "%s", entry->name);
     const struct tensor *tensor;
@@ -365,11 +362,11 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     if (!tensor)
         return NULL;
     gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
-    bool typed = entry->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    bool typed = is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                entry->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
+                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K", rows, cols);
     return tensor;
 }
 

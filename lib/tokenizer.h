@@ -82,6 +82,7 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 
 /* ---- words ----
@@ -158,17 +159,12 @@ static size_t run_end(const char *text, size_t length, size_t at, unsigned set) 
 
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
 static size_t ending_size(const char *text, size_t length, bool any_case) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     if (length == 0 || text[0] != '\'')
         return 0;
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
-        size_t size = 1; /* so many bytes are alike */
-        for (const char *letter = endings[i]; *letter && size < length; letter++, size++) {
-            bool capital = any_case && text[size] == *letter - 'a' + 'A';
-            if (text[size] != *letter && !capital)
-                break;
-        }
-        if (size == strlen(endings[i]) + 1)
+        size_t size = strlen(endings[i]);
+        if (size <= length && (any_case ? strncasecmp : strncmp)(text, endings[i], size) == 0)
             return size;
     }
     return 0;
