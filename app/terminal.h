@@ -304,23 +304,13 @@ static char *editor_read(struct editor *e, const char *prompt, size_t *length) {
 
 /* ---- the conversation ---- */
 
-enum chat_command { CHAT_HELP, CHAT_STATS, CHAT_CLEAR, CHAT_SYSTEM, CHAT_EXIT, N_CHAT_COMMANDS };
-
-static const struct {
-    const char *name, *help;
-} chat_commands[] = {
-    [CHAT_HELP] = {"/help", "these commands"},
-    [CHAT_STATS] = {"/stats", "speeds, and what the pools and the pager did so far"},
-    [CHAT_CLEAR] = {"/clear", "forget what was said"},
-    [CHAT_SYSTEM] = {"/system", "TEXT: what the model is told first, in a new conversation"},
-    [CHAT_EXIT] = {"/exit", "leave; so does Ctrl-D"},
-};
-
-static void chat_help(void) {
-    for (int i = 0; i < N_CHAT_COMMANDS; i++)
-        (void)fprintf(stderr, "%-8s  %s\n", chat_commands[i].name, chat_commands[i].help);
-    (void)fputs("A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n", stderr);
-}
+static const char chat_help[] =
+    "/help     these commands\n"
+    "/stats    speeds, and what the pools and the pager did so far\n"
+    "/clear    forget what was said\n"
+    "/system   TEXT: what the model is told first, in a new conversation\n"
+    "/exit     leave; so does Ctrl-D\n"
+    "A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n";
 
 /* Forgets what was said, and says so; a base model has nothing to forget. */
 static void chat_restart(struct chat *chat, const char *of_chat, const char *of_base) {
@@ -331,29 +321,27 @@ static void chat_restart(struct chat *chat, const char *of_chat, const char *of_
 /* What a line that begins with / asks for: a command's name, alone or with something behind it.
  * False: the end. */
 static bool chat_command(struct chat *chat, const char *line) {
+    char name[16];
     size_t length = strcspn(line, " ");
-    int command = 0;
-    while (command < N_CHAT_COMMANDS && (strlen(chat_commands[command].name) != length ||
-                                         strncmp(line, chat_commands[command].name, length) != 0))
-        command++;
-    switch (command) {
-    case CHAT_HELP: chat_help(); break;
-    case CHAT_STATS: stats_print(chat->answers); break;
-    case CHAT_CLEAR:
+    (void)snprintf(name, sizeof name, "%.*s", (int)length, line);
+    bool goes_on = strcmp(name, "/exit") != 0;
+    if (!strcmp(name, "/help")) {
+        (void)fputs(chat_help, stderr);
+    } else if (!strcmp(name, "/stats")) {
+        stats_print(chat->answers);
+    } else if (!strcmp(name, "/clear")) {
         chat_restart(chat, "A new conversation begins.\n",
                      "There is nothing to clear: this model continues each prompt by itself.\n");
-        break;
-    case CHAT_SYSTEM:
+    } else if (!strcmp(name, "/system")) {
         free(chat->system);
         chat->system = strdup(line + length + strspn(line + length, " "));
         chat->defaults.system = chat->system;
         chat_restart(chat, "A new conversation begins with it.\n",
                      "It will stand before each prompt: this model has no place for it.\n");
-        break;
-    case CHAT_EXIT: return false;
-    default: (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
+    } else if (goes_on) {
+        (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     }
-    return true;
+    return goes_on;
 }
 
 void chat_run(struct chat *chat) {
