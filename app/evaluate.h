@@ -65,13 +65,13 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
     char error[ERROR_LENGTH];
     int n_ids = 0;
     int *ids = answers_encode(a, spec, &n_ids, error);
-    if (!ids)
-        return evaluate_failed("--logits", error);
-    if (n_ids < 1 || n_ids > longest) {
+    if (ids && (n_ids < 1 || n_ids > longest)) {
         (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, longest);
         free(ids);
-        return evaluate_failed("--logits", error);
+        ids = NULL;
     }
+    if (!ids)
+        return evaluate_failed("--logits", error);
     FILE *file = fopen(path, "wb");
     float *logits = chunk_create(a);
     bool ok = file && logits;
@@ -110,8 +110,8 @@ static void add_surprise(const struct answers *a, const int *tokens, int n, floa
     }
 }
 
-/* Windows of max_length tokens, each begun like a text: with the beginning-of-text token, or else
- * with the last token of the window before, so that every token but the first is predicted. */
+/* Windows of max_length tokens, each begun by the last token of the window before, so that every
+ * token but the first is predicted; or by the beginning-of-text token instead, if texts have it. */
 int evaluate_perplexity(const struct answers *a, const char *path) {
     int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
@@ -119,27 +119,20 @@ int evaluate_perplexity(const struct answers *a, const char *path) {
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
     if (!spec.prompt)
         return evaluate_failed("", error);
-    int n_ids = 0, first_id = -1, n_predicted = 0;
+    int n_ids = 0, n_predicted = 0;
     int *ids = answers_encode(a, &spec, &n_ids, error);
     free(spec.prompt);
-    int *window = malloc((size_t)longest * sizeof *window);
     float *logits = chunk_create(a);
     double sum = 0;
-    bool ok = ids && window && logits;
-    if (ok && a->tokenizer && tok_adds_bos(a->tokenizer))
-        first_id = tok_bos(a->tokenizer);
-    for (int next = first_id >= 0; next + (first_id < 0) < n_ids && ok;) {
-        int n = 0;
-        if (first_id >= 0)
-            window[n++] = first_id;
-        while (next < n_ids && n < longest)
-            window[n++] = ids[next++];
-        add_surprise(a, window, n, logits, &sum);
+    bool ok = ids && logits;
+    for (int start = 0; start + 1 < n_ids && ok; start += longest - 1) {
+        int n = n_ids - start < longest ? n_ids - start : longest;
+        if (tok_adds_bos(a->tokenizer))
+            ids[start] = tok_bos(a->tokenizer);
+        add_surprise(a, ids + start, n, logits, &sum);
         n_predicted += n - 1;
-        next -= first_id < 0 && next < n_ids;
     }
     free(ids);
-    free(window);
     free(logits);
     if (!ok || n_predicted == 0)
         return evaluate_failed(path, ok ? "too short to predict a token" : error);
@@ -170,7 +163,7 @@ static bool tokenize_texts(const struct tokenizer *tokenizer, const char *text, 
 }
 
 int evaluate_tokenize(const char *name, const char *beside, const char *path) {
-    char error[ERROR_LENGTH], why[ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     struct model model = {0};
     struct gguf *file = NULL;
     struct tokenizer *tokenizer = NULL;
@@ -186,13 +179,13 @@ int evaluate_tokenize(const char *name, const char *beside, const char *path) {
     if (!tokenizer)
         return evaluate_failed(subject, error);
     size_t length;
-    char *text = cli_read_file(path, &length, why);
+    char *text = cli_read_file(path, &length, error);
     bool ok = text && tokenize_texts(tokenizer, text, length);
     if (text && !ok)
-        (void)fail(why, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
+        (void)fail(error, "%.200s: " ANSWERS_TOO_LONG, path, TOK_TEXT_LENGTH);
     free(text);
     tok_close(tokenizer);
-    return ok ? 0 : evaluate_failed("", why);
+    return ok ? 0 : evaluate_failed("", error);
 }
 
 #endif /* EVALUATE_IMPLEMENTATION */

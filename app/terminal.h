@@ -20,20 +20,6 @@
 
 #include "answers.h"
 
-enum { EDITOR_LINES = 100 /* of history */ };
-
-struct editor {
-    char *line; /* (length) what is typed, a zero byte behind it */
-    size_t length, capacity, at;
-    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
-    int n_history, shown;        /* shown == n_history: the new line */
-    const char *prompt;
-};
-
-char *editor_read(struct editor *editor, const char *prompt, size_t *length);
-void editor_close(struct editor *editor);
-void editor_restore(void);
-
 struct chat {
     struct answers *answers;
     struct request_spec defaults; /* of each turn */
@@ -41,6 +27,7 @@ struct chat {
 };
 
 void chat_run(struct chat *chat);
+void editor_restore(void);
 
 #endif /* TERMINAL_H */
 
@@ -60,6 +47,16 @@ void chat_run(struct chat *chat);
 #include <unistd.h>
 
 /* ---- the line editor ---- */
+
+enum { EDITOR_LINES = 100 /* of history */ };
+
+struct editor {
+    char *line; /* (length) what is typed, a zero byte behind it */
+    size_t length, capacity, at;
+    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
+    int n_history, shown;        /* shown == n_history: the new line */
+    const char *prompt;
+};
 
 static struct termios editor_before;
 static atomic_bool editor_is_raw;
@@ -86,12 +83,11 @@ static bool editor_raw(void) {
 }
 
 static int columns_of(uint32_t code) {
-    enum unicode_class kind = unicode_class_of(code);
     bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
                 (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
                 (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
                 (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
-    return kind == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
+    return unicode_class_of(code) == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
 }
 
 /* Bytes of the character behind `at`, or before it. */
@@ -113,21 +109,20 @@ static void editor_show(const struct editor *e) {
     int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 8 ? size.ws_col : 80;
     int room = width - (int)strlen(e->prompt) - 1, before = 0, used = 0;
     uint32_t code;
-    size_t first = e->at, last;
+    size_t first = e->at;
     for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
         n = editor_previous(e, first);
         (void)utf8_char(e->line + first - n, n, &code);
         before += columns_of(code);
     }
     (void)fprintf(stderr, "\r\033[K%s", e->prompt);
-    for (last = first; last < e->length; last += editor_next(e, last)) {
-        (void)utf8_char(e->line + last, e->length - last, &code);
+    for (size_t at = first, n; at < e->length; at += n) {
+        n = utf8_char(e->line + at, e->length - at, &code);
         used += columns_of(code);
         if (used > room)
             break;
         bool printable = code >= ' ' && code != 127 && code != UINT32_MAX;
-        (void)fwrite(printable ? e->line + last : "?", 1, printable ? editor_next(e, last) : 1,
-                     stderr);
+        (void)fwrite(printable ? e->line + at : "?", 1, printable ? n : 1, stderr);
     }
     if (e->at < e->length)
         (void)fprintf(stderr, "\r\033[%dC", (int)strlen(e->prompt) + before);
@@ -155,7 +150,9 @@ static void editor_cut(struct editor *e, size_t from, size_t to) {
     e->line[e->length] = 0;
 }
 
-/* What an escape sequence stands for, as the Ctrl key that does the same; 0: nothing. */
+enum { KEY_DELETE = 256 }; /* other keys are bytes */
+
+/* What an escape sequence means: KEY_DELETE, or the Ctrl key that does the same. 0: nothing. */
 static int editor_escape(void) {
     char byte = 0, number = 0;
     if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
@@ -175,7 +172,7 @@ static int editor_escape(void) {
     case 'F':
     case '4':
     case '8': return CTRL('E'); /* End */
-    case '3': return CTRL('D'); /* Delete */
+    case '3': return KEY_DELETE;
     default: return 0;
     }
 }
@@ -211,8 +208,8 @@ static enum editor_state editor_key(struct editor *e, int key) {
     case CTRL('D'):
         if (e->length == 0)
             return ENDED;
-        editor_cut(e, e->at, e->at + editor_next(e, e->at));
-        break;
+        /* fall through */
+    case KEY_DELETE: editor_cut(e, e->at, e->at + editor_next(e, e->at)); break;
     case CTRL('W'):
         while (word > 0 && e->line[word - 1] == ' ')
             word--;
@@ -226,23 +223,19 @@ static enum editor_state editor_key(struct editor *e, int key) {
 }
 
 static enum editor_state editor_line(struct editor *e) {
-    char bytes[256];
     enum editor_state state = EDITING;
     editor_show(e);
     while (state == EDITING) {
-        ssize_t n = read(STDIN_FILENO, bytes, 1);
+        char byte;
+        ssize_t n = read(STDIN_FILENO, &byte, 1);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return ENDED;
-        unsigned char byte = (unsigned char)*bytes;
-        int key = byte == 27 ? editor_escape() : byte;
-        if (byte == 27 && key == CTRL('D') && e->length == 0)
-            continue; /* Delete, where Ctrl-D would end it */
-        if (byte == '\t' || (byte >= ' ' && byte != 127))
-            editor_insert(e, bytes, 1);
+        if (byte == '\t' || ((unsigned char)byte >= ' ' && byte != 127))
+            editor_insert(e, &byte, 1);
         else
-            state = editor_key(e, key);
+            state = editor_key(e, byte == 27 ? editor_escape() : byte);
         int more = 0;
         if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
             editor_show(e); /* once for all that was pasted */
@@ -250,97 +243,74 @@ static enum editor_state editor_line(struct editor *e) {
     return state;
 }
 
-static void editor_remember(struct editor *e, const char *line) {
-    if (!*line || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
+static void editor_remember(struct editor *e) {
+    if (e->length == 0 || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], e->line)))
         return;
     if (e->n_history == EDITOR_LINES) {
         free(e->history[0]);
         memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
         e->n_history--;
     }
-    e->history[e->n_history] = strdup(line);
+    e->history[e->n_history] = strdup(e->line);
     e->n_history += e->history[e->n_history] != NULL;
 }
 
 /* One line as it comes, without its newline. */
-static char *editor_plain(const char *prompt, size_t *length) {
-    char *line = NULL;
-    size_t capacity = 0;
+static bool editor_plain(struct editor *e) {
     if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
-        (void)fputs(prompt, stderr);
-    ssize_t bytes = getline(&line, &capacity, stdin);
-    if (bytes < 0) {
-        free(line);
-        return NULL;
-    }
-    bytes -= line[bytes - 1] == '\n';
-    line[bytes] = 0;
-    *length = (size_t)bytes;
-    return line;
+        (void)fputs(e->prompt, stderr);
+    ssize_t bytes = getline(&e->line, &e->capacity, stdin);
+    if (bytes < 0)
+        return false;
+    e->length = (size_t)(bytes - (e->line[bytes - 1] == '\n'));
+    e->line[e->length] = 0;
+    return true;
 }
 
-static char *editor_one(struct editor *e, const char *prompt, size_t *length) {
-    if (!editor_raw())
-        return editor_plain(prompt, length);
+/* Leaves one line in the editor. False: the end of input. */
+static bool editor_one(struct editor *e, const char *prompt) {
     e->length = e->at = 0;
     e->shown = e->n_history;
     e->prompt = prompt;
+    if (!editor_raw())
+        return editor_plain(e);
     editor_insert(e, "", 0);
-    enum editor_state state = editor_line(e);
+    bool entered = editor_line(e) == ENTERED;
     (void)fputc('\n', stderr);
     editor_restore();
-    if (state == ENDED)
-        return NULL;
-    editor_remember(e, e->line);
-    *length = e->length;
-    return strndup(e->line, e->length);
+    if (entered)
+        editor_remember(e);
+    return entered;
 }
 
-char *editor_read(struct editor *e, const char *prompt, size_t *length) {
-    char *text = editor_one(e, prompt, length);
-    while (text && *length > 0 && text[*length - 1] == '\\') {
-        size_t more = 0;
-        char *next = editor_one(e, ". ", &more);
-        char *both = next ? realloc(text, *length + more + 1) : NULL;
-        if (!both) {
-            free(next);
+/* A line and those that continue it, to be freed. NULL: the end of input. */
+static char *editor_read(struct editor *e, const char *prompt, size_t *length) {
+    char *text = NULL;
+    *length = 0;
+    while (editor_one(e, text ? ". " : prompt)) {
+        char *longer = realloc(text, *length + e->length + 1);
+        if (!longer)
             break;
-        }
-        text = both;
-        text[*length - 1] = '\n';
-        memcpy(text + *length, next, more + 1);
-        *length += more;
-        free(next);
+        text = longer;
+        if (*length > 0)
+            text[*length - 1] = '\n'; /* it was a backslash */
+        memcpy(text + *length, e->line, e->length + 1);
+        *length += e->length;
+        if (*length == 0 || text[*length - 1] != '\\')
+            break;
     }
     return text;
 }
 
-void editor_close(struct editor *e) {
-    for (int i = 0; i < e->n_history; i++)
-        free(e->history[i]);
-    free(e->line);
-    *e = (struct editor){0};
-}
-
 /* ---- the conversation ---- */
 
-enum chat_command { CHAT_HELP, CHAT_STATS, CHAT_CLEAR, CHAT_SYSTEM, CHAT_EXIT, N_CHAT_COMMANDS };
-
-static const struct {
-    const char *name, *help;
-} chat_commands[] = {
-    [CHAT_HELP] = {"/help", "these commands"},
-    [CHAT_STATS] = {"/stats", "speeds, and what the pools and the pager did so far"},
-    [CHAT_CLEAR] = {"/clear", "forget what was said"},
-    [CHAT_SYSTEM] = {"/system", "TEXT: what the model is told first, in a new conversation"},
-    [CHAT_EXIT] = {"/exit", "leave; so does Ctrl-D"},
-};
-
-static void chat_help(void) {
-    for (int i = 0; i < N_CHAT_COMMANDS; i++)
-        (void)fprintf(stderr, "%-8s  %s\n", chat_commands[i].name, chat_commands[i].help);
-    (void)fputs("A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n", stderr);
-}
+static const char chat_help[] =
+    "/help     these commands\n"
+    "/stats    speeds, and what the pools and the pager did so far\n"
+    "/clear    forget what was said\n"
+    "/system   TEXT: what the model is told first, in a new conversation\n"
+    "/exit     leave; so does Ctrl-D\n"
+    "A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n";
 
 /* Forgets what was said, and says so; a base model has nothing to forget. */
 static void chat_restart(struct chat *chat, const char *of_chat, const char *of_base) {
@@ -351,29 +321,27 @@ static void chat_restart(struct chat *chat, const char *of_chat, const char *of_
 /* What a line that begins with / asks for: a command's name, alone or with something behind it.
  * False: the end. */
 static bool chat_command(struct chat *chat, const char *line) {
+    char name[16];
     size_t length = strcspn(line, " ");
-    int command = 0;
-    while (command < N_CHAT_COMMANDS && (strlen(chat_commands[command].name) != length ||
-                                         strncmp(line, chat_commands[command].name, length) != 0))
-        command++;
-    switch (command) {
-    case CHAT_HELP: chat_help(); break;
-    case CHAT_STATS: stats_print(chat->answers); break;
-    case CHAT_CLEAR:
+    (void)snprintf(name, sizeof name, "%.*s", (int)length, line);
+    bool goes_on = strcmp(name, "/exit") != 0;
+    if (!strcmp(name, "/help")) {
+        (void)fputs(chat_help, stderr);
+    } else if (!strcmp(name, "/stats")) {
+        stats_print(chat->answers);
+    } else if (!strcmp(name, "/clear")) {
         chat_restart(chat, "A new conversation begins.\n",
                      "There is nothing to clear: this model continues each prompt by itself.\n");
-        break;
-    case CHAT_SYSTEM:
+    } else if (!strcmp(name, "/system")) {
         free(chat->system);
         chat->system = strdup(line + length + strspn(line + length, " "));
         chat->defaults.system = chat->system;
         chat_restart(chat, "A new conversation begins with it.\n",
                      "It will stand before each prompt: this model has no place for it.\n");
-        break;
-    case CHAT_EXIT: return false;
-    default: (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
+    } else if (goes_on) {
+        (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
     }
-    return true;
+    return goes_on;
 }
 
 void chat_run(struct chat *chat) {
@@ -394,7 +362,9 @@ void chat_run(struct chat *chat) {
         free(spec.prompt);
     }
     free(chat->system);
-    editor_close(&editor);
+    for (int i = 0; i < editor.n_history; i++)
+        free(editor.history[i]);
+    free(editor.line);
 }
 
 #endif /* TERMINAL_IMPLEMENTATION */

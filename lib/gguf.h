@@ -278,9 +278,8 @@ static size_t gguf_take_count(struct gguf *file, size_t bytes_each, size_t most)
     size_t room = (file->size - file->at) / bytes_each;
     gguf_expect(file, count <= room, "got %ju, but only %zu have room; is it complete?",
                 (uintmax_t)count, room);
-    bool fits =
-        gguf_expect(file, count <= most, "got %ju, expected at most %zu", (uintmax_t)count, most);
-    return fits ? (size_t)count : 0;
+    gguf_expect(file, count <= most, "got %ju, expected at most %zu", (uintmax_t)count, most);
+    return file->error[0] ? 0 : (size_t)count;
 }
 
 static struct gguf_string gguf_take_string(struct gguf *file) {
@@ -410,12 +409,11 @@ bool gguf_get_int(struct gguf *file, const char *key, int64_t *value) {
 
 bool gguf_get_float(struct gguf *file, const char *key, double *value) {
     const struct gguf_array *found = gguf_find(file, key, false, GGUF_FLOATS, "a float");
-    float single = 0;
-    if (found)
-        memcpy(found->type == GGUF_F32 ? (void *)&single : value, found->values,
-               gguf_values[found->type].bytes);
+    float single;
     if (found && found->type == GGUF_F32)
-        *value = (double)single;
+        *value = (double)*(float *)memcpy(&single, found->values, sizeof single);
+    else if (found)
+        memcpy(value, found->values, sizeof *value);
     return found;
 }
 
@@ -528,10 +526,10 @@ static struct gguf *gguf_open_one(const char *path, char *error) {
 
 enum { SPLIT_ENDING = 32, SPLIT_MAX_PARTS = 99999 /* a name has five digits for it */ };
 
-struct split {         /* a split model while it is put together */
-    struct gguf *file; /* the first part, joined by those that were checked */
-    const char *path;  /* of the part that was named */
-    size_t stem;       /* bytes of the path before the ending that tells the part */
+struct split {          /* a split model while it is put together */
+    const char *path;   /* of the part that was named */
+    size_t stem;        /* bytes of the path before the ending that tells the part */
+    struct gguf *first; /* joined by the parts that were checked */
     int64_t n_parts, n_tensors;
 };
 
@@ -546,9 +544,8 @@ static void split_ending(char ending[SPLIT_ENDING], int64_t no, int64_t n_parts)
     snprintf(ending, SPLIT_ENDING, "-%05d-of-%05d.gguf", (int)no + 1, (int)n_parts);
 }
 
-/* Reads the keys of the part that was named, which its name must fit. Returns its number. */
-static int64_t split_read(struct split *split) {
-    struct gguf *file = split->file;
+/* Reads the keys of the part that was named, which its name must fit. */
+static void split_read(struct split *split, struct gguf *file) {
     char ending[SPLIT_ENDING];
     split->n_tensors = split_key(file, "tensors.count");
     split->n_parts = split_key(file, "count");
@@ -557,13 +554,12 @@ static int64_t split_read(struct split *split) {
     int64_t no = split_key(file, "no");
     if (!gguf_expect(file, no >= 0 && no < split->n_parts, "got %jd, expected 0 to %jd",
                      (intmax_t)no, (intmax_t)split->n_parts - 1))
-        return 0;
+        return;
     split_ending(ending, no, split->n_parts);
     size_t length = strlen(split->path), tail = strlen(ending);
     bool fits = length >= tail && !strcmp(split->path + length - tail, ending);
     gguf_expect(file, fits, "got %jd, expected a name that ends in %s", (intmax_t)no, ending);
-    split->stem = fits ? length - tail : 0;
-    return no;
+    split->stem = length - tail;
 }
 
 /* Leaves gguf_error in the part if its keys tell that it is not this part of this model. */
@@ -580,17 +576,32 @@ static void split_check(const struct split *split, struct gguf *part, int64_t no
                     (intmax_t)value, (intmax_t)numbers[i].expected, hint);
     }
     for (size_t i = 0; i < 2; i++) { /* the first part has these, the others may */
-        struct gguf_string text = {"", 0}, first = text;
-        bool both = gguf_get_string(split->file, texts[i], &first) &&
-                    gguf_get_string(part, gguf_about(part, "%s", texts[i]), &text);
-        gguf_expect(part, !both || gguf_compare_names(&text, &first) == 0,
-                    "got %.*s, expected %.*s; %s", gguf_shown(text), text.data, gguf_shown(first),
-                    first.data, hint);
+        struct gguf_string got = {"", 0}, expected = got;
+        bool both = gguf_get_string(split->first, texts[i], &expected) &&
+                    gguf_get_string(part, gguf_about(part, "%s", texts[i]), &got);
+        gguf_expect(part, !both || gguf_compare_names(&got, &expected) == 0,
+                    "got %.*s, expected %.*s; %s", gguf_shown(got), got.data, gguf_shown(expected),
+                    expected.data, hint);
     }
 }
 
-/* Opens a part and checks it, against itself if it is the first. */
-static struct gguf *split_open(struct split *split, int64_t no, char *error) {
+/* Adds the tensors of a part to the first's, which owns the part from now on. */
+static void split_add(struct gguf *first, struct gguf *part) {
+    size_t n_own = first->n_tensors, n = n_own + part->n_tensors;
+    struct tensor *tensors = realloc(first->tensors, (n + 1) * sizeof *tensors);
+    part->next = first->next;
+    first->next = part;
+    if (tensors)
+        first->tensors = tensors;
+    if (!gguf_expect(part, tensors, "out of memory"))
+        return;
+    memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
+    first->n_tensors = n;
+    gguf_sort(part, tensors, n, sizeof *tensors);
+}
+
+/* Opens a part, checks it (the first against itself) and joins it to the first. */
+static bool split_take(struct split *split, int64_t no, char *error) {
     char path[4096], ending[SPLIT_ENDING]; /* no path that is longer can be opened */
     split_ending(ending, no, split->n_parts);
     snprintf(path, sizeof path, "%.*s%s", (int)split->stem, split->path, ending);
@@ -599,69 +610,47 @@ static struct gguf *split_open(struct split *split, int64_t no, char *error) {
     if (!part) {
         snprintf(error + length, ERROR_LENGTH - length, "; it is part %jd of %jd", (intmax_t)no + 1,
                  (intmax_t)split->n_parts);
-        return NULL;
+        return false;
     }
     if (no == 0)
-        split->file = part;
+        split->first = part;
     split_check(split, part, no);
-    return part;
+    if (no > 0)
+        split_add(split->first, part);
+    return gguf_is_fine(part, error);
 }
 
-/* Adds the tensors of a part to the file's, which owns the part from now on. */
-static void split_add(struct gguf *file, struct gguf *part) {
-    size_t n_own = file->n_tensors, n = n_own + part->n_tensors;
-    struct tensor *tensors = realloc(file->tensors, (n + 1) * sizeof *tensors);
-    part->next = file->next;
-    file->next = part;
-    if (!tensors) {
-        gguf_expect(part, false, "out of memory");
-        return;
+/* All parts as one file, whichever was named. */
+static struct gguf *split_open(struct split *split, char *error) {
+    bool ok = true;
+    for (int64_t no = 0; no < split->n_parts && ok; no++)
+        ok = split_take(split, no, error);
+    struct gguf *file = split->first;
+    if (ok) {
+        gguf_about(file, "split.tensors.count");
+        gguf_expect(file, file->n_tensors == (uint64_t)split->n_tensors,
+                    "got %jd, but the parts hold %zu", (intmax_t)split->n_tensors, file->n_tensors);
     }
-    if (part->n_tensors > 0)
-        memcpy(tensors + n_own, part->tensors, part->n_tensors * sizeof *tensors);
-    file->tensors = tensors;
-    file->n_tensors = n;
-    gguf_sort(part, tensors, n, sizeof *tensors);
-}
-
-/* Joins all parts to the first, whichever was named. */
-static bool split_join(struct split *split, char *error) {
-    int64_t named = split_read(split);
-    if (!gguf_is_fine(split->file, error))
-        return false;
-    if (named > 0) {
-        gguf_close(split->file);
-        split->file = NULL;
-        if (!split_open(split, 0, error))
-            return false;
-    }
-    struct gguf *file = split->file;
-    bool ok = gguf_is_fine(file, error);
-    for (int64_t no = 1; no < split->n_parts && ok; no++) {
-        struct gguf *part = split_open(split, no, error);
-        if (!part)
-            return false;
-        split_add(file, part);
-        ok = gguf_is_fine(part, error);
-    }
-    if (!ok)
-        return false;
-    gguf_about(file, "split.tensors.count");
-    gguf_expect(file, file->n_tensors == (uint64_t)split->n_tensors,
-                "got %jd, but the parts hold %zu", (intmax_t)split->n_tensors, file->n_tensors);
-    return gguf_is_fine(file, error);
+    if (ok && gguf_is_fine(file, error))
+        return file;
+    gguf_close(file);
+    return NULL;
 }
 
 struct gguf *gguf_open(const char *path, char error[ERROR_LENGTH]) {
-    struct split split = {.file = gguf_open_one(path, error), .path = path};
+    struct split split = {.path = path};
+    struct gguf *file = gguf_open_one(path, error);
     int64_t n_parts = 1;
-    if (!split.file)
+    if (!file)
         return NULL;
-    gguf_get_int(split.file, gguf_about(split.file, "split.count"), &n_parts);
-    if (n_parts == 1 ? gguf_is_fine(split.file, error) : split_join(&split, error))
-        return split.file;
-    gguf_close(split.file);
-    return NULL;
+    gguf_get_int(file, gguf_about(file, "split.count"), &n_parts);
+    if (n_parts != 1)
+        split_read(&split, file);
+    bool ok = gguf_is_fine(file, error);
+    if (ok && n_parts == 1)
+        return file;
+    gguf_close(file);
+    return ok ? split_open(&split, error) : NULL;
 }
 
 #endif /* GGUF_IMPLEMENTATION */

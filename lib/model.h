@@ -109,7 +109,8 @@ enum {
     MODEL_QWEN3 = 4,
     MODEL_TIED = 8,    /* its output is its embedding: known of checkpoints and random weights */
     MODEL_UNTIED = 16, /* it is not: likewise */
-    MODEL_ALL = 31
+    MODEL_SCALED = 32, /* rope as in Llama 3.1: known of random weights */
+    MODEL_ALL = 63
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
@@ -137,7 +138,7 @@ static const struct model_tensor model_tensors[] = {
     {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
     {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
     {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
-    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, 0, SLICE_WHOLE},
+    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, SLICE_WHOLE},
     {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
     {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
     {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
@@ -155,7 +156,7 @@ struct model {
     const struct tensor *(*layers)[N_ROLES]; /* (n_layers) by role; absent ones are NULL */
     struct gguf *file;                       /* NULL: random weights */
     bool is_checkpoint;    /* llama2.c's, which has its tokenizer in a file beside it */
-    struct tensor *placed; /* (n_placed) those that no file lists; else NULL */
+    struct tensor *placed; /* (n_placed) those that no file lists */
     void *random;          /* (random_bytes) random weights; else NULL */
     size_t random_bytes;
     int n_placed;
@@ -181,9 +182,6 @@ bool model_is_random(const char *name); /* it begins with `random:` */
 
 enum { REQUIRED = -1 }; /* in place of a default */
 
-/* Those that gguf.h knows the size of. */
-#define MATRIX_TYPES "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K"
-
 /* The int32 that begin a checkpoint; vocab_size is negative if it is untied. */
 static const char *const model_header[] = {
     "embedding_length",        "feed_forward_length", "block_count",   "attention.head_count",
@@ -206,13 +204,12 @@ static int model_extent(const struct model_config *config, enum extent extent) {
     return extents[extent];
 }
 
-/* Room for what the config says; `places`: also for tensors that no file lists. */
-static bool model_reserve(struct model *model, bool places) {
+/* Room for what the config says. */
+static bool model_reserve(struct model *model) {
     size_t n_layers = (size_t)model->config.n_layers;
     model->layers = calloc(n_layers, sizeof *model->layers);
-    if (places)
-        model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
-    return model->layers && (model->placed || !places);
+    model->placed = calloc((n_layers + 1) * N_MODEL_TENSORS, sizeof *model->placed);
+    return model->layers && model->placed;
 }
 
 /* A tensor that no file lists: it has the shape that the config gives it. */
@@ -222,12 +219,9 @@ static struct tensor *model_place(struct model *model, const struct model_tensor
     int cols = model_extent(&model->config, entry->cols);
     struct gguf_block block = gguf_block(type);
     struct tensor *tensor = &model->placed[model->n_placed++];
-    *tensor = (struct tensor){.name = {entry->name, strlen(entry->name)},
-                              .type = type,
-                              .rows = rows,
-                              .cols = cols,
-                              .bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes,
-                              .data = data};
+    size_t bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes;
+    struct gguf_string name = {entry->name, strlen(entry->name)};
+    *tensor = (struct tensor){name, type, rows, cols, bytes, data, 0};
     return tensor;
 }
 
@@ -351,7 +345,7 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     struct gguf *file = reader->file;
     int rows = model_extent(&model->config, entry->rows);
     int cols = model_extent(&model->config, entry->cols);
-    bool required = entry->required_by & reader->kind;
+    bool required = entry->required_by & reader->kind, is_vector = entry->rows == DIM_ONE;
     const char *name = entry->layered ? gguf_about(file, "blk.%d.%s", layer, entry->name)
                                       : gguf_about(file, "%s", entry->name);
     const struct tensor *tensor;
@@ -368,17 +362,17 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     if (!tensor)
         return NULL;
     gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
-    bool typed = entry->rows == DIM_ONE ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    bool typed = is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                entry->rows == DIM_ONE ? "F32" : MATRIX_TYPES, rows, cols);
+                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K", rows, cols);
     return tensor;
 }
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
     struct gguf *file = reader->file;
-    gguf_expect(file, model_reserve(model, reader->bytes != NULL), "out of memory");
+    gguf_expect(file, model_reserve(model), "out of memory");
     for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *entry = &model_tensors[i];
         int copies = entry->layered ? model->config.n_layers : 1;
@@ -441,8 +435,7 @@ enum {
 
 struct random_shape {
     const char *name;
-    unsigned kind; /* MODEL_LLAMA to MODEL_UNTIED */
-    bool scaled;   /* rope as in Llama 3.1 */
+    unsigned kind; /* MODEL_LLAMA to MODEL_SCALED */
     struct model_config config;
 };
 
@@ -457,9 +450,9 @@ static const struct random_shape random_shapes[] = {
      .config = {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"qwen3-0.6b", MODEL_QWEN3 | MODEL_TIED,
      .config = {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
-    {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+    {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
      .config = {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
-    {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED, .scaled = true,
+    {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
      .config = {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
@@ -486,15 +479,7 @@ struct random_weights {
     size_t period;           /* of the tile */
 };
 
-static size_t random_round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
-
 /* ---- what a name stands for ---- */
-
-static bool random_equal(const char *text, size_t length, const char *name) {
-    return strlen(name) == length && strncasecmp(text, name, length) == 0;
-}
 
 /* All that there is, in one line. */
 static void random_list(const char *name, char *error) {
@@ -512,35 +497,31 @@ static void random_list(const char *name, char *error) {
     fail_clean(error);
 }
 
-/* Blocks do not reach beyond a row: all numbers of columns must be multiples of theirs. */
-static bool random_fits(const struct random_weights *r, const char *name, char *error) {
-    const struct model_config *config = &r->shape->config;
-    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
-    for (size_t i = 0; i < 3; i++)
-        if (cols[i] % r->block.elements)
-            return fail(error,
-                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
-                        "%s; no file could have it either",
-                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
-    return true;
-}
-
 static bool random_parse(struct random_weights *r, const char *name, char *error) {
-    const char *shape = strchr(name, ':') + 1, *colon = strchr(shape, ':');
-    const char *type = colon ? colon + 1 : "BF16";
-    size_t length = colon ? (size_t)(colon - shape) : strlen(shape);
+    const char *shape = strchr(name, ':') + 1;
+    size_t length = strcspn(shape, ":");
+    const char *type = shape[length] ? shape + length + 1 : "BF16";
     for (size_t i = 0; i < RANDOM_SHAPES; i++)
-        if (random_equal(shape, length, random_shapes[i].name))
+        if (strlen(random_shapes[i].name) == length &&
+            strncasecmp(shape, random_shapes[i].name, length) == 0)
             r->shape = &random_shapes[i];
     for (size_t i = 0; i < RANDOM_TYPES; i++)
-        if (random_equal(type, strlen(type), gguf_type_name(random_types[i].type)))
+        if (strcasecmp(type, gguf_type_name(random_types[i].type)) == 0)
             r->type = &random_types[i];
     if (!r->shape || !r->type) {
         random_list(name, error);
         return false;
     }
     r->block = gguf_block(r->type->type);
-    return random_fits(r, name, error);
+    const struct model_config *config = &r->shape->config;
+    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
+    for (size_t i = 0; i < 3; i++)
+        if (cols[i] % r->block.elements) /* blocks do not reach beyond a row */
+            return fail(error,
+                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
+                        "%s; no file could have it either",
+                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
+    return true;
 }
 
 /* ---- where tensors lie ---- */
@@ -551,7 +532,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
     const struct model_tensor *entry = model_tensors;
     while (entry->role != role)
         entry++;
-    if (!(entry->required_by & r->shape->kind) && !(role == ROPE_FREQS && r->shape->scaled))
+    if (!(entry->required_by & r->shape->kind))
         return;
     bool is_vector = entry->rows == DIM_ONE;
     size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
@@ -561,7 +542,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
     if (is_vector)
         return;
     size_t gap = (size_t)r->block.bytes * RANDOM_GRAIN;
-    r->end += random_round_up(tensor->bytes, gap) + gap;
+    r->end += (tensor->bytes + gap - 1) / gap * gap + gap;
     tensor->period = tensor->bytes > r->period ? r->period : 0;
 }
 
@@ -573,8 +554,8 @@ static void random_lay_out(struct random_weights *r, struct model *model) {
         odd /= 2;
     size_t unit = odd * RANDOM_PAGE;
     r->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
-    r->tile = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
-    r->end = r->tile = random_round_up(r->tile, RANDOM_PAGE);
+    size_t vectors = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
+    r->end = r->tile = (vectors + RANDOM_PAGE - 1) / RANDOM_PAGE * RANDOM_PAGE;
     random_place(r, model, TOKEN_EMBD, 0);
     for (int layer = 0; layer < model->config.n_layers; layer++)
         for (int role = ATTN_NORM; role < N_ROLES; role++)
@@ -601,22 +582,13 @@ static uint16_t random_half(float value) {
     return (uint16_t)(bits >> 13 | (value < 0 ? 0x8000u : 0));
 }
 
-/* Random bits become a number from -deviation * sqrt(3) to as much, of the type's size. */
-static void random_weight(enum tensor_type type, uint8_t *weight) {
-    const float largest = (float)(RANDOM_DEVIATION * sqrt(3));
-    int32_t wide;
-    int16_t narrow;
-    float value;
-    if (type == TYPE_F32) {
-        memcpy(&wide, weight, 4);
-        value = (float)wide * 0x1p-31f * largest;
-        memcpy(weight, &value, 4);
-        return;
-    }
-    memcpy(&narrow, weight, 2);
-    value = (float)narrow * 0x1p-15f * largest;
+/* Random bits, as many as the type has, become a number from -deviation * sqrt(3) to as much. */
+static void random_weight(enum tensor_type type, size_t bytes, uint8_t *weight) {
+    int32_t bits = 0;
+    memcpy((uint8_t *)&bits + 4 - bytes, weight, bytes);
+    float value = (float)bits * 0x1p-31f * (float)(RANDOM_DEVIATION * sqrt(3));
     uint16_t half = random_half(value);
-    memcpy(weight, type == TYPE_F16 ? (uint8_t *)&half : (uint8_t *)&value + 2, 2);
+    memcpy(weight, type == TYPE_F16 ? (uint8_t *)&half : (uint8_t *)&value + 4 - bytes, bytes);
 }
 
 /* The random bytes of a block stay, but for its scales, which are made such that the mean is 0. */
@@ -649,13 +621,10 @@ static float random_rope(double theta, int pair, int rope_dim) {
 /* Writes vectors and tile. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
-    const float one = 1;
-    for (int i = 0; i < config->rope_dim / 2 && r->shape->scaled; i++) {
-        float divisor = random_rope(config->rope_theta, i, config->rope_dim);
-        memcpy(to + (size_t)i * sizeof divisor, &divisor, sizeof divisor);
-    }
-    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof one)
-        memcpy(to + at, &one, sizeof one);
+    for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
+        ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
+    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof(float))
+        *(float *)(to + at) = 1;
     to += r->tile;
     for (size_t at = 0; at < r->period; at += 8) {
         uint64_t bits = random_bits(at / 8);
@@ -663,44 +632,37 @@ static void random_write(const struct random_weights *r, uint8_t *to) {
     }
     for (size_t at = 0; at < r->period; at += r->block.bytes)
         if (r->block.elements == 1)
-            random_weight(r->type->type, to + at);
+            random_weight(r->type->type, r->block.bytes, to + at);
         else
             random_scale(r->type, to + at);
 }
 
 /* ---- the address range ---- */
 
-/* Maps [from, from + bytes) of the memory at `range + at`, over what is reserved there. */
-static bool random_map_at(uint8_t *range, size_t at, size_t bytes, int memory, size_t from) {
-    return mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) !=
-           MAP_FAILED;
-}
-
-/* The address range, [0, end) of it; NULL: errno. */
-static uint8_t *random_map(const struct random_weights *r, int memory) {
-    size_t held = r->tile + r->period;
+/* Maps it into the model. False: errno. */
+static bool random_map(const struct random_weights *r, struct model *model, int memory) {
+    size_t held = r->tile + r->period, from = 0;
     if (memory < 0 || ftruncate(memory, (off_t)held) != 0)
-        return NULL;
+        return false;
     uint8_t *writable = mmap(NULL, held, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
     if (writable == MAP_FAILED)
-        return NULL;
+        return false;
     random_write(r, writable);
     munmap(writable, held);
     uint8_t *range =
         mmap(NULL, r->end, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED)
-        return NULL;
-    bool ok = random_map_at(range, 0, r->tile, memory, 0);
-    for (size_t at = r->tile; at < r->end && ok; at += r->period) {
-        size_t left = r->end - at;
-        ok = random_map_at(range, at, left < r->period ? left : r->period, memory, r->tile);
+        return false;
+    model->random = range;
+    model->random_bytes = r->end;
+    for (size_t at = 0, bytes; at < r->end; at += bytes) { /* over what is reserved there */
+        bytes = held - from < r->end - at ? held - from : r->end - at;
+        if (mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) ==
+            MAP_FAILED)
+            return false;
+        from = r->tile; /* the vectors are there once */
     }
-    if (ok)
-        return range;
-    int why = errno;
-    munmap(range, r->end);
-    errno = why;
-    return NULL;
+    return true;
 }
 
 static bool random_open(struct model *model, const char *name, char *error) {
@@ -708,23 +670,19 @@ static bool random_open(struct model *model, const char *name, char *error) {
     if (!random_parse(&r, name, error))
         return false;
     model->config = r.shape->config;
-    if (!model_reserve(model, true))
+    if (!model_reserve(model))
         return fail(error, "%.100s: out of memory", name);
     random_lay_out(&r, model);
     int memory = memfd_create(name, MFD_CLOEXEC);
-    uint8_t *range = random_map(&r, memory);
-    if (!range)
+    bool ok = random_map(&r, model, memory);
+    *error = 0;
+    if (!ok)
         (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, r.end, strerror(errno));
     if (memory >= 0)
         close(memory);
-    if (!range)
-        return false;
-    for (int i = 0; i < model->n_placed; i++)
-        model->placed[i].data = range + (uintptr_t)model->placed[i].data;
-    model->random = range;
-    model->random_bytes = r.end;
-    *error = 0;
-    return true;
+    for (int i = 0; i < model->n_placed && ok; i++)
+        model->placed[i].data = (uint8_t *)model->random + (uintptr_t)model->placed[i].data;
+    return ok;
 }
 
 /* ---- opening and closing ---- */

@@ -118,10 +118,9 @@ static const struct template_row {
 
 struct template_writer {
     const struct tokenizer *tokenizer;
-    FILE *run; /* text that is not yet encoded */
-    char *text;
+    char *text; /* (length) not yet encoded */
     size_t length;
-    int *ids;
+    int *ids; /* (n_ids) */
     int n_ids;
     bool ok;
 };
@@ -137,28 +136,25 @@ static void template_add(struct template_writer *w, const int *ids, int n) {
     w->n_ids += n;
 }
 
-static void template_start_run(struct template_writer *w) {
-    w->run = open_memstream(&w->text, &w->length);
-    w->ok = w->ok && w->run;
+static void template_text(struct template_writer *w, const char *text, size_t length) {
+    char *larger = w->ok ? realloc(w->text, w->length + length + 1) : NULL;
+    w->ok = larger != NULL;
+    if (!w->ok)
+        return;
+    w->text = larger;
+    memcpy(w->text + w->length, text, length);
+    w->length += length;
 }
 
-/* Encodes the text so far, and adds a special token if there is one. */
-static void template_end_run(struct template_writer *w, int token) {
-    bool written = w->run && fclose(w->run) == 0;
-    w->run = NULL;
-    w->ok = w->ok && written;
-    if (w->ok) {
+/* Encodes the text so far. */
+static void template_end_run(struct template_writer *w) {
+    if (w->ok && w->length > 0) {
         int n = 0, *ids = tok_encode(w->tokenizer, w->text, w->length, &n);
         w->ok = ids != NULL;
         template_add(w, ids, n);
-        if (token >= 0)
-            template_add(w, &token, 1);
         free(ids);
     }
-    free(w->text);
-    w->text = NULL;
-    if (w->ok)
-        template_start_run(w);
+    w->length = 0;
 }
 
 /* The special token at the start of a template's text, and its length; -1: none. */
@@ -180,10 +176,12 @@ static void template_write(struct template_writer *w, const char *text) {
     while (text && *text && w->ok) {
         size_t length;
         int token = template_special(w->tokenizer, text, &length);
-        if (token >= 0)
-            template_end_run(w, token);
-        else if (*text != *BOS && *text != *EOS) /* a vocabulary may have neither */
-            (void)fwrite(text, 1, length, w->run);
+        if (token >= 0) {
+            template_end_run(w);
+            template_add(w, &token, 1);
+        } else if (*text != *BOS && *text != *EOS) { /* a vocabulary may have neither */
+            template_text(w, text, length);
+        }
         text += length;
     }
 }
@@ -198,15 +196,13 @@ static void template_write_typed(struct template_writer *w, const char *text, si
         text++;
         length--;
     }
-    if (w->ok)
-        (void)fwrite(text, 1, length, w->run);
+    template_text(w, text, length);
 }
 
 int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids) {
     const struct template_row *t = &templates[kind];
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
-    template_start_run(&w);
     template_add(&w, turn->history, turn->n_history);
     if (turn->n_history > 0) {
         template_write(&w, t->end);
@@ -226,9 +222,7 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
         template_write(&w, t->before_user);
     template_write_typed(&w, turn->user, turn->user_length, t->trims);
     template_write(&w, t->after_user);
-    template_end_run(&w, -1);
-    if (w.run)
-        (void)fclose(w.run);
+    template_end_run(&w);
     free(w.text);
     *n_ids = w.ok ? w.n_ids : 0;
     if (w.ok)
@@ -276,4 +270,5 @@ enum template_kind template_of(struct gguf *file, const struct tokenizer *tokeni
                templates[nearest].name);
     return nearest;
 }
+
 #endif /* TEMPLATE_IMPLEMENTATION */

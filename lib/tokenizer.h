@@ -46,13 +46,11 @@ struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]);
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]);
 void tok_close(struct tokenizer *tokenizer);
 
-int tok_vocab_size(const struct tokenizer *tokenizer);
 int tok_bos(const struct tokenizer *tokenizer); /* -1: none */
 int tok_eos(const struct tokenizer *tokenizer); /* -1: none */
 bool tok_adds_bos(const struct tokenizer *tokenizer);
 /* End of text, of turn or of message: where generation stops. */
 bool tok_ends_text(const struct tokenizer *tokenizer, int token);
-bool tok_is_control(const struct tokenizer *tokenizer, int token);
 /* The token of exactly this text, a control token before any other; -1: none. */
 int tok_find(const struct tokenizer *tokenizer, const char *text, size_t length);
 /* The ids of a text, to be freed. A byte that is not UTF-8 stands for itself. NULL: out of memory,
@@ -84,6 +82,7 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/stat.h>
 
 /* ---- words ----
@@ -140,9 +139,9 @@ static const struct pattern patterns[] = {
     {"llama4", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
 };
 
-static const struct pattern *pattern_find(const char *name, size_t length) {
+static const struct pattern *pattern_find(struct gguf_string name) {
     for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
-        if (strlen(patterns[i].name) == length && memcmp(patterns[i].name, name, length) == 0)
+        if (gguf_equals(name, patterns[i].name))
             return &patterns[i];
     return NULL;
 }
@@ -160,17 +159,12 @@ static size_t run_end(const char *text, size_t length, size_t at, unsigned set) 
 
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
 static size_t ending_size(const char *text, size_t length, bool any_case) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     if (length == 0 || text[0] != '\'')
         return 0;
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++) {
-        size_t size = 1; /* so many bytes are alike */
-        for (const char *letter = endings[i]; *letter && size < length; letter++, size++) {
-            bool capital = any_case && text[size] == *letter - 'a' + 'A';
-            if (text[size] != *letter && !capital)
-                break;
-        }
-        if (size == strlen(endings[i]) + 1)
+        size_t size = strlen(endings[i]);
+        if (size <= length && (any_case ? strncasecmp : strncmp)(text, endings[i], size) == 0)
             return size;
     }
     return 0;
@@ -263,9 +257,8 @@ static size_t word_size(const struct pattern *pattern, const char *text, size_t 
  *
  * Tokens are copied and become the bytes they stand for. One hash table has them all, and the
  * merges of `gpt2`: what a merge makes is a token's text, cut in two. In `llama` any two neighbours
- * that spell a token merge, so it needs no entries for them. A file is believed in nothing, and
- * what is wrong with it is one line in `error`. Once it is read, every byte has a token, what a
- * merge makes is a token, scores are finite, ids are in range. */
+ * that spell a token merge, so it needs no entries for them. Once a file is read, every byte has a
+ * token, what a merge makes is a token, scores are finite, ids are in range. */
 
 enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
 
@@ -450,7 +443,7 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
     t->byte_level = gguf_equals(model, "gpt2");
-    t->pattern = t->byte_level ? pattern_find(pre.data, pre.length) : NULL;
+    t->pattern = t->byte_level ? pattern_find(pre) : NULL;
     if (t->byte_level ? t->pattern != NULL : gguf_equals(model, "llama"))
         return true;
     struct gguf_string got = t->byte_level ? pre : model;
@@ -685,20 +678,20 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
     bool ok = e.symbols && e.heap && e.text && e.tokens;
     for (size_t at = 0; ok && at < length;) {
         int token = user_token(t, text + at, length - at);
-        size_t size = token >= 0 ? (size_t)t->tokens[token].length : 1;
-        if (token >= 0) {
-            encode_fragment(&e, text + begin, at - begin);
-            e.tokens[e.n_tokens++] = token;
-            begin = at + size;
+        if (token < 0) {
+            at++;
+            continue;
         }
-        at += size;
+        encode_fragment(&e, text + begin, at - begin);
+        e.tokens[e.n_tokens++] = token;
+        at += (size_t)t->tokens[token].length;
+        begin = at;
     }
-    if (ok) {
+    if (ok)
         encode_fragment(&e, text + begin, length - begin);
-        *n_tokens = e.n_tokens;
-    } else {
+    else
         free(e.tokens);
-    }
+    *n_tokens = e.n_tokens;
     free(e.symbols);
     free(e.heap);
     free(e.text);
@@ -797,10 +790,6 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char err
     return t;
 }
 
-int tok_vocab_size(const struct tokenizer *t) {
-    return t->n_tokens;
-}
-
 int tok_bos(const struct tokenizer *t) {
     return t->bos;
 }
@@ -815,10 +804,6 @@ bool tok_adds_bos(const struct tokenizer *t) {
 
 bool tok_ends_text(const struct tokenizer *t, int token) {
     return token >= 0 && token < t->n_tokens && t->tokens[token].ends_text;
-}
-
-bool tok_is_control(const struct tokenizer *t, int token) {
-    return token >= 0 && token < t->n_tokens && t->tokens[token].type == TOKEN_CONTROL;
 }
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {
