@@ -1023,10 +1023,10 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
 struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
     const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
-    bool ahead;            /* the planes come from memory: ask for those that are read next */
-    int dim, n_tokens, at; /* at: first of the output elements */
-    const float *input;    /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
-    float *output;         /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
+    bool ahead; /* the planes come from memory: ask for those that are read next */
+    int dim, n_tokens;
+    const float *input; /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
+    float *output;      /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
 
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
@@ -1048,7 +1048,7 @@ static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) 
 }
 
 /* scores[row][KV_TILE] = query[row] . key[token]: 16 tokens a vector */
-INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+INLINE void score_kernel(int n_rows, enum kv_type type, const struct kv_tile *tile) {
     vec sum[QUERY_ROWS][KV_TILE_BLOCKS];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
@@ -1071,17 +1071,18 @@ INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *ti
             store(tile->output + row * KV_TILE + i * LANES, sum[row][i]);
 }
 
-/* output[row][at + 16 * n_vectors] += weight[row][token] * value[token] */
-INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct kv_tile *tile) {
+/* output[row][begin + 16 * n_vectors] += weight[row][token] * value[token] */
+INLINE void value_kernel(int n_rows, enum kv_type type, int begin, int n_vectors,
+                         const struct kv_tile *tile) {
     vec sum[QUERY_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = load(tile->output + row * HEAD_STRIDE + tile->at + i * LANES);
-    int left = tile->dim - tile->at;
+            sum[row][i] = load(tile->output + row * HEAD_STRIDE + begin + i * LANES);
+    int left = tile->dim - begin;
     for (int token = 0; token < tile->n_tokens; token++) {
         const char *plane = tile->value[token / BLOCK_TOKENS];
-        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + tile->at);
+        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + begin);
         vec values[4];
         for (int i = 0; i < n_vectors; i++)
             values[i] = n_vectors > 1 || left >= LANES
@@ -1097,51 +1098,30 @@ INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const str
     }
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            store(tile->output + row * HEAD_STRIDE + tile->at + i * LANES, sum[row][i]);
-}
-
-/* One kernel for each number of rows; type and n_vectors are constants where this is inlined. */
-INLINE void score_rows(enum kv_type type, int n_rows, const struct kv_tile *tile) {
-    switch (n_rows) {
-    case 1: score_kernel(type, 1, tile); return;
-    case 2: score_kernel(type, 2, tile); return;
-    case 3: score_kernel(type, 3, tile); return;
-    case 4: score_kernel(type, 4, tile); return;
-    case 5: score_kernel(type, 5, tile); return;
-    case 6: score_kernel(type, 6, tile); return;
-    }
-}
-
-INLINE void value_rows(enum kv_type type, int n_vectors, int n_rows, const struct kv_tile *tile) {
-    switch (n_rows) {
-    case 1: value_kernel(type, 1, n_vectors, tile); return;
-    case 2: value_kernel(type, 2, n_vectors, tile); return;
-    case 3: value_kernel(type, 3, n_vectors, tile); return;
-    case 4: value_kernel(type, 4, n_vectors, tile); return;
-    case 5: value_kernel(type, 5, n_vectors, tile); return;
-    case 6: value_kernel(type, 6, n_vectors, tile); return;
-    }
+            store(tile->output + row * HEAD_STRIDE + begin + i * LANES, sum[row][i]);
 }
 
 static void compute_scores(enum kv_type type, int n_rows, const struct kv_tile *tile) {
     if (type == KV_F32)
-        score_rows(KV_F32, n_rows, tile);
+        WITH_ROWS(n_rows, score_kernel, KV_F32, tile);
     else
-        score_rows(KV_BF16, n_rows, tile);
+        WITH_ROWS(n_rows, score_kernel, KV_BF16, tile);
 }
 
 /* All elements of the outputs: 4 vectors at a time, then one. */
-static void add_values(enum kv_type type, int n_rows, struct kv_tile *tile) {
-    for (tile->at = 0; tile->dim - tile->at >= 4 * LANES; tile->at += 4 * LANES)
-        if (type == KV_F32)
-            value_rows(KV_F32, 4, n_rows, tile);
-        else
-            value_rows(KV_BF16, 4, n_rows, tile);
-    for (; tile->at < tile->dim; tile->at += LANES)
-        if (type == KV_F32)
-            value_rows(KV_F32, 1, n_rows, tile);
-        else
-            value_rows(KV_BF16, 1, n_rows, tile);
+INLINE void value_vectors(int n_rows, enum kv_type type, const struct kv_tile *tile) {
+    int at = 0;
+    for (; tile->dim - at >= 4 * LANES; at += 4 * LANES)
+        value_kernel(n_rows, type, at, 4, tile);
+    for (; at < tile->dim; at += LANES)
+        value_kernel(n_rows, type, at, 1, tile);
+}
+
+static void add_values(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+    if (type == KV_F32)
+        WITH_ROWS(n_rows, value_vectors, KV_F32, tile);
+    else
+        WITH_ROWS(n_rows, value_vectors, KV_BF16, tile);
 }
 
 /* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum

@@ -128,6 +128,19 @@ double dot_busy_ops(enum row_form form, bool amx); /* of one such call, two a mu
 
 /* ---- for the caller's arithmetic too ---- */
 
+/* kernel(n_rows, ...), with n_rows a constant: a kernel is compiled for each number of rows. */
+#define WITH_ROWS(n_rows, kernel, ...)                                                             \
+    do {                                                                                           \
+        switch (n_rows) {                                                                          \
+        case 1: kernel(1, __VA_ARGS__); break;                                                     \
+        case 2: kernel(2, __VA_ARGS__); break;                                                     \
+        case 3: kernel(3, __VA_ARGS__); break;                                                     \
+        case 4: kernel(4, __VA_ARGS__); break;                                                     \
+        case 5: kernel(5, __VA_ARGS__); break;                                                     \
+        case 6: kernel(6, __VA_ARGS__); break;                                                     \
+        }                                                                                          \
+    } while (0)
+
 static inline size_t round_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
 }
@@ -419,7 +432,7 @@ void pack_read_row(const struct weight *weight, int row, float *out) {
 
 /* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
  * constants where it is inlined; each sum is one chain over k, whatever they are. */
-INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
+INLINE void tile_product(int n_rows, enum tensor_type type, const struct tile *tile) {
     vec sum[TILE_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
@@ -452,46 +465,20 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
             store(tile->out + row * PANEL + i * LANES, sum[row][i]);
 }
 
-/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
-INLINE void tile_product_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: tile_product(type, 1, tile); return;
-    case 2: tile_product(type, 2, tile); return;
-    case 3: tile_product(type, 3, tile); return;
-    case 4: tile_product(type, 4, tile); return;
-    case 5: tile_product(type, 5, tile); return;
-    case 6: tile_product(type, 6, tile); return;
+/* A function for each type, with a kernel for each number of rows: all in one would take the
+ * compiler minutes. `...`: the instructions that it may use. */
+#define KERNELS(name, kernel, type, ...)                                                           \
+    static NOINLINE __VA_ARGS__ void name(int n_rows, const struct tile *tile) {                   \
+        WITH_ROWS(n_rows, kernel, type, tile);                                                     \
     }
-}
 
-/* A function for each type: all kernels in one would take the compiler minutes. */
-static NOINLINE void tile_f32(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_F32, n_rows, tile);
-}
-
-static NOINLINE void tile_f16(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_F16, n_rows, tile);
-}
-
-static NOINLINE void tile_bf16(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_BF16, n_rows, tile);
-}
-
-static NOINLINE void tile_q8_0(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q8_0, n_rows, tile);
-}
-
-static NOINLINE void tile_q4_0(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q4_0, n_rows, tile);
-}
-
-static NOINLINE void tile_q4_k(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q4_K, n_rows, tile);
-}
-
-static NOINLINE void tile_q6_k(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q6_K, n_rows, tile);
-}
+KERNELS(tile_f32, tile_product, TYPE_F32)
+KERNELS(tile_f16, tile_product, TYPE_F16)
+KERNELS(tile_bf16, tile_product, TYPE_BF16)
+KERNELS(tile_q8_0, tile_product, TYPE_Q8_0)
+KERNELS(tile_q4_0, tile_product, TYPE_Q4_0)
+KERNELS(tile_q4_k, tile_product, TYPE_Q4_K)
+KERNELS(tile_q6_k, tile_product, TYPE_Q6_K)
 
 static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
@@ -599,7 +586,8 @@ INLINE DOT void dot_store_sums(const struct tile *tile, int n_rows, int first, i
 }
 
 /* Each instruction adds two products to each of 16 sums. */
-INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
+INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct tile *tile) {
+    (void)type; /* BF16 */
     __m512 sum[TILE_ROWS][4];
     dot_load_sums(tile, n_rows, 0, 4, sum);
     const char *input = tile->input;
@@ -677,8 +665,8 @@ INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
     }
 }
 
-INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_vectors,
-                          const struct tile *tile) {
+INLINE DOT_Q8 void dot_q8_part(enum tensor_type type, int n_rows, int first, int n_vectors,
+                               const struct tile *tile) {
     const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
     const size_t bytes = pack_part_bytes(type), stride = tile->stride;
     const char *block = tile->input;
@@ -703,65 +691,30 @@ INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_ve
 }
 
 /* More than 3 rows: half a panel at a time, so that the sums of both kinds fit into registers. */
-INLINE DOT_Q8 void dot_q8_halves(enum tensor_type type, int n_rows, const struct tile *tile) {
-    dot_q8(type, n_rows, 0, 2, tile);
-    dot_q8(type, n_rows, 2, 2, tile);
-}
-
-/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
-INLINE DOT_Q8 void dot_q8_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: dot_q8(type, 1, 0, 4, tile); return;
-    case 2: dot_q8(type, 2, 0, 4, tile); return;
-    case 3: dot_q8(type, 3, 0, 4, tile); return;
-    case 4: dot_q8_halves(type, 4, tile); return;
-    case 5: dot_q8_halves(type, 5, tile); return;
-    case 6: dot_q8_halves(type, 6, tile); return;
+INLINE DOT_Q8 void dot_q8(int n_rows, enum tensor_type type, const struct tile *tile) {
+    if (n_rows > 3) {
+        dot_q8_part(type, n_rows, 0, 2, tile);
+        dot_q8_part(type, n_rows, 2, 2, tile);
+    } else {
+        dot_q8_part(type, n_rows, 0, 4, tile);
     }
 }
 
-static NOINLINE DOT_Q8 void dot_q8_0(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q8_0, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q4_0(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q4_0, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q4_k(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q4_K, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q6_k(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q6_K, n_rows, tile);
-}
-
-static void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_Q8_0: dot_q8_0(n_rows, tile); return;
-    case TYPE_Q4_0: dot_q4_0(n_rows, tile); return;
-    case TYPE_Q4_K: dot_q4_k(n_rows, tile); return;
-    case TYPE_Q6_K: dot_q6_k(n_rows, tile); return;
-    default: return; /* not quantized: has no such form */
-    }
-}
-
-static DOT_BF16 void dot_bf16_tile(int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: dot_bf16(1, tile); return;
-    case 2: dot_bf16(2, tile); return;
-    case 3: dot_bf16(3, tile); return;
-    case 4: dot_bf16(4, tile); return;
-    case 5: dot_bf16(5, tile); return;
-    case 6: dot_bf16(6, tile); return;
-    }
-}
+KERNELS(dot_tile_bf16, dot_bf16, TYPE_BF16, DOT_BF16)
+KERNELS(dot_tile_q8_0, dot_q8, TYPE_Q8_0, DOT_Q8)
+KERNELS(dot_tile_q4_0, dot_q8, TYPE_Q4_0, DOT_Q8)
+KERNELS(dot_tile_q4_k, dot_q8, TYPE_Q4_K, DOT_Q8)
+KERNELS(dot_tile_q6_k, dot_q8, TYPE_Q6_K, DOT_Q8)
 
 static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    if (tile->form == FORM_BF16)
-        dot_bf16_tile(n_rows, tile);
-    else
-        dot_q8_tile(type, n_rows, tile);
+    switch (type) {
+    case TYPE_BF16: dot_tile_bf16(n_rows, tile); return;
+    case TYPE_Q8_0: dot_tile_q8_0(n_rows, tile); return;
+    case TYPE_Q4_0: dot_tile_q4_0(n_rows, tile); return;
+    case TYPE_Q4_K: dot_tile_q4_k(n_rows, tile); return;
+    case TYPE_Q6_K: dot_tile_q6_k(n_rows, tile); return;
+    default: return; /* has no such form */
+    }
 }
 
 #else /* other processors: the plain kernel alone, so nothing is ever converted */
