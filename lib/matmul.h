@@ -110,9 +110,7 @@ struct tile {
     bool amx;           /* the matrix unit (amx.h) takes FORM_BF16; for a text: always, or never */
 };
 
-/* Any number of rows, in groups of like size. */
-void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
-/* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
+/* Of any number of rows: out = input . weights. slab (SLAB, PANEL) is overwritten. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
 /* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. The input
  * has them one behind the other, each converted on its own. spare: a tile for each level. */
@@ -430,14 +428,32 @@ void pack_read_row(const struct weight *weight, int row, float *out) {
 
 /* ---- the plain kernel ---- */
 
+/* n_rows x n_vectors sums, from vector `first` of a panel's 4. In kernels all loops over rows and
+ * vectors are unrolled, or the sums would not stay in registers. */
+INLINE void load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                      vec sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] =
+                tile->add ? load(tile->out + row * PANEL + (first + i) * LANES) : (vec){0};
+}
+
+INLINE void store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                       vec sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            store(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
+}
+
 /* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
  * constants where it is inlined; each sum is one chain over k, whatever they are. */
 INLINE void tile_product(int n_rows, enum tensor_type type, const struct tile *tile) {
     vec sum[TILE_ROWS][4];
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
+    load_sums(tile, n_rows, 0, 4, sum);
     const float *input = (const float *)(const void *)tile->input;
     size_t stride = tile->stride / sizeof(float);
     for (int k = tile->begin; k < tile->end;) {
@@ -460,9 +476,7 @@ INLINE void tile_product(int n_rows, enum tensor_type type, const struct tile *t
             }
         }
     }
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+    store_sums(tile, n_rows, 0, 4, sum);
 }
 
 /* A function for each type, with a kernel for each number of rows: all in one would take the
@@ -564,32 +578,11 @@ void dot_convert(enum row_form form, const float *from, int begin, int end, char
         dot_convert_q8(from, begin, end, to);
 }
 
-/* n_rows x n_vectors sums, from vector `first` of a panel's 4. Here and below all loops over rows
- * and vectors are unrolled, or the sums would not stay in registers. */
-INLINE DOT void dot_load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
-                              __m512 sum[TILE_ROWS][4]) {
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
-                                    : _mm512_setzero_ps();
-}
-
-INLINE DOT void dot_store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
-                               __m512 sum[TILE_ROWS][4]) {
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
-}
-
 /* Each instruction adds two products to each of 16 sums. */
 INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct tile *tile) {
     (void)type; /* BF16 */
-    __m512 sum[TILE_ROWS][4];
-    dot_load_sums(tile, n_rows, 0, 4, sum);
+    vec sum[TILE_ROWS][4];
+    load_sums(tile, n_rows, 0, 4, sum);
     const char *input = tile->input;
     for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
         __m512bh weights[4];
@@ -605,7 +598,7 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct ti
                     _mm512_dpbf16_ps(sum[row][i], weights[i], (__m512bh)_mm512_set1_epi32(pair));
         }
     }
-    dot_store_sums(tile, n_rows, 0, 4, sum);
+    store_sums(tile, n_rows, 0, 4, sum);
 }
 
 /* A part of a block that begins at k, of rows whose blocks begin at `block`, `stride` bytes apart:
@@ -653,7 +646,7 @@ INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first,
 /* Adds one row's whole numbers of that part to its sums, scaled. */
 INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
                                 const struct scales *scales, const char *row,
-                                const __m512i whole[4], __m512 sum[4]) {
+                                const __m512i whole[4], vec sum[4]) {
     const struct q8_block *block = (const struct q8_block *)(const void *)row;
     __m512 scale = _mm512_set1_ps(block->scale), total = _mm512_set1_ps(block->scaled_sum);
 #pragma GCC unroll 4
@@ -670,8 +663,8 @@ INLINE DOT_Q8 void dot_q8_part(enum tensor_type type, int n_rows, int first, int
     const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
     const size_t bytes = pack_part_bytes(type), stride = tile->stride;
     const char *block = tile->input;
-    __m512 sum[TILE_ROWS][4];
-    dot_load_sums(tile, n_rows, first, n_vectors, sum);
+    vec sum[TILE_ROWS][4];
+    load_sums(tile, n_rows, first, n_vectors, sum);
     for (unsigned k = (unsigned)tile->begin / n_part * n_part; k < end; k += n_part) {
         struct scales scales;
         __m512i whole[TILE_ROWS][4];
@@ -687,7 +680,7 @@ INLINE DOT_Q8 void dot_q8_part(enum tensor_type type, int n_rows, int first, int
         if ((k + n_part) % Q8_BLOCK == 0)
             block += sizeof(struct q8_block);
     }
-    dot_store_sums(tile, n_rows, first, n_vectors, sum);
+    store_sums(tile, n_rows, first, n_vectors, sum);
 }
 
 /* More than 3 rows: half a panel at a time, so that the sums of both kinds fit into registers. */
@@ -787,7 +780,8 @@ static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
 
 /* ---- larger products ---- */
 
-void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
+/* Any number of rows, in groups of like size. */
+static void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
 #ifdef AMX
     if (tile.amx && tile.form == FORM_BF16) {
         amx_bf16(n_rows, tile);
@@ -911,16 +905,13 @@ static DOT void busy_dot(bool bf16, float *sink) {
 #pragma GCC unroll 24
     for (int i = 0; i < BUSY_SUMS; i++)
         sum[i] = _mm512_set1_epi32(0x3c003c00 + i);
-    for (int k = 0; k < BUSY_STEPS; k++) {
-        if (bf16)
+    for (int k = 0; k < BUSY_STEPS; k++)
 #pragma GCC unroll 24
-            for (int i = 0; i < BUSY_SUMS; i++)
+        for (int i = 0; i < BUSY_SUMS; i++)
+            if (bf16)
                 __asm__("vdpbf16ps %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
-        else
-#pragma GCC unroll 24
-            for (int i = 0; i < BUSY_SUMS; i++)
+            else
                 __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
-    }
 #pragma GCC unroll 24
     for (int i = 1; i < BUSY_SUMS; i++)
         sum[0] = _mm512_add_epi32(sum[0], sum[i]);
@@ -942,20 +933,17 @@ static AMX void busy_amx(void) { /* as many products of tiles as the others do o
 #endif
 
 void dot_busy(enum row_form form, bool amx, float *sink) {
-    (void)form, (void)amx; /* other processors have neither */
+    (void)amx;
+    if (form == FORM_F32)
+        busy_f32(sink);
 #ifdef AMX
-    if (form == FORM_BF16 && amx) {
+    else if (form == FORM_BF16 && amx)
         busy_amx();
-        return;
-    }
 #endif
 #if defined(__x86_64__)
-    if (form != FORM_F32) {
+    else
         busy_dot(form == FORM_BF16, sink);
-        return;
-    }
 #endif
-    busy_f32(sink);
 }
 
 double dot_busy_ops(enum row_form form, bool amx) {
