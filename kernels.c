@@ -81,10 +81,6 @@ enum {
     HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
 
-static int smaller(int a, int b) {
-    return a < b ? a : b;
-}
-
 /* ---- the copier ---- */
 
 /* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into

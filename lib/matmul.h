@@ -143,6 +143,10 @@ static inline size_t round_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
 }
 
+static inline int smaller(int a, int b) {
+    return a < b ? a : b;
+}
+
 static inline int divide_up(int value, int unit) {
     return (value + unit - 1) / unit;
 }
@@ -273,8 +277,8 @@ INLINE vec load_weight(enum tensor_type type, const char *panel, unsigned k, int
 }
 
 INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales change */
-    int next = (k / pack_block(type).n_part + 1) * pack_block(type).n_part;
-    return pack_quantized(type) && next < end ? next : end;
+    int n_part = pack_block(type).n_part;
+    return pack_quantized(type) ? smaller((k / n_part + 1) * n_part, end) : end;
 }
 
 /* to[word][64] = from[row][word], for n_rows rows of `bytes` bytes that lie `stride` bytes apart.
@@ -334,7 +338,7 @@ static void pack_quantized_panel(const struct weight *weight, const char *from, 
 
 void pack_panel(const struct weight *weight, int index) {
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
-    int first = index * PANEL, n = weight->n_rows - first < PANEL ? weight->n_rows - first : PANEL;
+    int first = index * PANEL, n = smaller(weight->n_rows - first, PANEL);
     size_t stride = pack_row_bytes(weight);
     const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
     if (pack_quantized(weight->type)) {
@@ -550,11 +554,9 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
 
 static void dot_convert_q8(const float *from, int begin, int end, char *to) {
     struct q8_block *block = (struct q8_block *)(void *)to;
-    for (int k = begin; k < end; block++) {
-        int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
-        next = next < end ? next : end;
+    for (int k = begin, next; k < end; k = next, block++) {
+        next = smaller((k / Q8_BLOCK + 1) * Q8_BLOCK, end);
         dot_convert_block(from + (k - begin), next - k, block, k % Q8_BLOCK);
-        k = next;
     }
 }
 
@@ -562,7 +564,7 @@ static void dot_convert_q8(const float *from, int begin, int end, char *to) {
  * zero beside it: weights are multiplied in pairs, and what stood there might be no number. */
 static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
     for (int k = 0; k < count; k += LANES) {
-        int n = count - k < LANES ? count - k : LANES;
+        int n = smaller(count - k, LANES);
         __m256bh halves = _mm512_cvtneps_pbh((__m512)load_part(from + k, n));
         if (n == LANES)
             memcpy(to + k * 2, &halves, sizeof halves);
@@ -756,12 +758,11 @@ INLINE AMX void amx_sums(const struct tile *tile) {
 static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
     const int end = tile.end;
     for (int k = tile.begin, shape = 0; k < end; k = tile.begin) {
-        int slab = (k / AMX_SLAB + 1) * AMX_SLAB, left = AMX_K - k % AMX_K; /* of a tile */
-        int n_k = left < end - k ? left : end - k;
+        int slab = (k / AMX_SLAB + 1) * AMX_SLAB, n_k = smaller(AMX_K - k % AMX_K, end - k);
         tile.end = n_k < AMX_K ? k + n_k : slab < end ? slab : end / AMX_K * AMX_K;
         struct tile part = tile;
         for (int row = 0; row < n_rows; row += AMX_ROWS) {
-            int rows = n_rows - row < AMX_ROWS ? n_rows - row : AMX_ROWS;
+            int rows = smaller(n_rows - row, AMX_ROWS);
             if (shape != rows * AMX_K + n_k) /* it takes as long as 13 tiles */
                 amx_configure(rows, divide_up(n_k, 2));
             shape = rows * AMX_K + n_k;
@@ -827,33 +828,27 @@ static void widen(enum tensor_type type, const char *panel, int begin, int end, 
 /* Many rows keep their sums in `out` from slab to slab of the panel, which the plain kernel first
  * turns into f32: the same bits. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
-    int begin = tile.begin, end = tile.end, slab_k = tile.form == FORM_F32 ? SLAB : DOT_SLAB;
-    const char *panel = tile.panel;
-    if (begin >= end) {
+    const int begin = tile.begin, end = tile.end;
+    const int slab_k = n_rows <= TILE_ROWS ? end : tile.form == FORM_F32 ? SLAB : DOT_SLAB;
+    if (begin >= end)
         memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
-    } else if (n_rows <= TILE_ROWS) {
-        tile_rows(type, tile, n_rows);
-        return;
-    }
-    for (int k = begin; k < end;) {
-        int next = (k / slab_k + 1) * slab_k;
-        next = next < end ? next : end;
-        tile.begin = k;
-        tile.end = next;
-        tile.add = k > begin;
+    for (int k = begin, next; k < end; k = next) {
+        next = smaller((k / slab_k + 1) * slab_k, end);
+        struct tile part = tile;
+        part.begin = k;
+        part.end = next;
+        part.add = k > begin;
         if (type == TYPE_F32 || tile.form != FORM_F32 || n_rows <= DIRECT_ROWS) {
-            tile_rows(type, tile, n_rows);
+            tile_rows(type, part, n_rows);
         } else {
-            widen(type, panel, k, next + (next & 1), slab);
-            tile.panel = (const char *)slab;
-            tile.ahead = false;
-            tile.end = next - k;
-            tile.begin = 0;
-            tile_rows(TYPE_F32, tile, n_rows);
+            widen(type, tile.panel, k, next + (next & 1), slab);
+            part.panel = (const char *)slab;
+            part.ahead = false;
+            part.begin = 0;
+            part.end = next - k;
+            tile_rows(TYPE_F32, part, n_rows);
         }
-        tile.panel = panel;
         tile.input += dot_form_bytes(tile.form, k, next);
-        k = next;
     }
 }
 
