@@ -81,135 +81,6 @@ enum {
     HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
 
-/* ---- the copier ---- */
-
-/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
- * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
- * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
- * other: so a test meets orders that are rare. */
-
-struct copy_queue {
-    atomic_uint_fast64_t added, done;
-};
-
-struct copy_order {
-    struct copy_queue *queue;
-    struct copy2d copy;
-    struct copy_order *next;
-};
-
-struct copier {
-    pthread_t thread;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake, idle;
-    struct copy_order *first; /* the running one stays in the list */
-    bool stop;
-    uint64_t delay_seed;
-};
-
-static uint32_t copier_random(uint64_t *state) { /* splitmix64 */
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (uint32_t)(z >> 32);
-}
-
-static void copier_copy(const struct copy2d *copy) {
-    for (size_t row = 0; row < copy->height; row++) {
-        memcpy((char *)copy->to + row * copy->to_pitch,
-               (const char *)copy->from + row * copy->from_pitch, copy->width);
-    }
-}
-
-/* The first copy in the list; or, where copies are delayed, the first of a random queue. */
-static struct copy_order *copier_pick(struct copier *copier, uint32_t random) {
-    if (copier->delay_seed == 0)
-        return copier->first;
-    uint32_t count = 0;
-    for (struct copy_order *order = copier->first; order; order = order->next)
-        count++;
-    struct copy_order *chosen = copier->first, *first = copier->first;
-    for (uint32_t i = random % count; i > 0; i--)
-        chosen = chosen->next;
-    while (first->queue != chosen->queue)
-        first = first->next;
-    return first;
-}
-
-static void *copier_main(void *argument) {
-    struct copier *copier = argument;
-    uint64_t random = copier->delay_seed;
-    pthread_mutex_lock(&copier->mutex);
-    for (;;) {
-        while (!copier->first && !copier->stop)
-            pthread_cond_wait(&copier->wake, &copier->mutex);
-        if (!copier->first)
-            break;
-        struct copy_order *order = copier_pick(copier, copier_random(&random));
-        pthread_mutex_unlock(&copier->mutex);
-        if (copier->delay_seed) {
-            long delay = (long)(copier_random(&random) % MAX_COPY_DELAY);
-            nanosleep(&(struct timespec){0, delay * 1000}, NULL);
-        }
-        copier_copy(&order->copy);
-        pthread_mutex_lock(&copier->mutex);
-        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
-        struct copy_order **link = &copier->first;
-        while (*link != order)
-            link = &(*link)->next;
-        *link = order->next;
-        free(order);
-        pthread_cond_broadcast(&copier->idle);
-    }
-    pthread_mutex_unlock(&copier->mutex);
-    return NULL;
-}
-
-static uint64_t copier_add(struct copier *copier, struct copy_queue *queue,
-                           const struct copy2d *copy) {
-    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
-    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
-        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
-        abort();
-    }
-    *order = (struct copy_order){queue, *copy, NULL};
-    pthread_mutex_lock(&copier->mutex);
-    while (*link)
-        link = &(*link)->next;
-    *link = order;
-    uint64_t ticket = atomic_fetch_add(&queue->added, 1) + 1;
-    pthread_cond_signal(&copier->wake);
-    pthread_mutex_unlock(&copier->mutex);
-    return ticket;
-}
-
-static bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
-    return atomic_load_explicit(&queue->done, memory_order_acquire) >= ticket;
-}
-
-static void copier_drain(struct copier *copier, struct copy_queue *queue) {
-    pthread_mutex_lock(&copier->mutex);
-    while (atomic_load(&queue->done) < atomic_load(&queue->added))
-        pthread_cond_wait(&copier->idle, &copier->mutex);
-    pthread_mutex_unlock(&copier->mutex);
-}
-
-static bool copier_open(struct copier *copier, uint64_t delay_seed) {
-    *copier = (struct copier){.delay_seed = delay_seed};
-    pthread_mutex_init(&copier->mutex, NULL);
-    pthread_cond_init(&copier->wake, NULL);
-    pthread_cond_init(&copier->idle, NULL);
-    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
-}
-
-static void copier_close(struct copier *copier) {
-    pthread_mutex_lock(&copier->mutex);
-    copier->stop = true;
-    pthread_cond_broadcast(&copier->wake);
-    pthread_mutex_unlock(&copier->mutex);
-    pthread_join(copier->thread, NULL);
-}
-
 /* ---- what a device is: one of several that share the threads and the weights ---- */
 
 struct kv_view { /* the keys and values of one sequence, layer and head */
@@ -237,6 +108,26 @@ struct scratch { /* of one thread: what a tile of a product or of attention work
     alignas(64) float slab[SLAB * PANEL];
     float tile[5][ROW_CHUNK * PANEL];
     struct attention_scratch attention;
+};
+
+struct copy_queue {
+    uint64_t added; /* under the copier's mutex */
+    atomic_uint_fast64_t done;
+};
+
+struct copy_order {
+    struct copy_queue *queue;
+    struct copy2d copy;
+    struct copy_order *next;
+};
+
+struct copier {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;   /* there is a copy more, or one less, or `stop` */
+    struct copy_order *first; /* the running one stays in the list */
+    bool stop;
+    uint64_t delay_seed;
 };
 
 struct cpu_backend {
@@ -278,7 +169,129 @@ static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *
         pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
 }
 
-/* ---- memory, copies and weights ---- */
+/* ---- rows: ops that make each row from one row ---- */
+
+/* Makes rows [first, end). */
+typedef void rows_function(struct cpu_device *device, const void *argument, int first, int end);
+
+struct row_job {
+    struct cpu_device *device;
+    rows_function *run;
+    const void *argument;
+    int n_rows, tile_rows;
+};
+
+static void row_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct row_job *job = argument;
+    int first = tile * job->tile_rows;
+    (void)scratch;
+    job->run(job->device, job->argument, first, smaller(first + job->tile_rows, job->n_rows));
+}
+
+/* Rows [0, n_rows), so many of them a tile. */
+static void for_rows(struct cpu_device *device, int n_rows, int tile_rows, rows_function *run,
+                     const void *argument) {
+    struct row_job job = {device, run, argument, n_rows, tile_rows};
+    parallel_for(device, divide_up(n_rows, tile_rows), row_tile, &job);
+}
+
+/* ---- copies ---- */
+
+/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
+ * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
+ * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
+ * other: so a test meets orders that are rare. */
+
+/* Where the first copy hangs in the list; or, where copies are delayed, the first of a queue that a
+ * random one is of. */
+static struct copy_order **next_copy(struct copier *copier, unsigned *random) {
+    struct copy_order **first = &copier->first, *chosen = copier->first;
+    int n = 0;
+    for (struct copy_order *order = chosen; order && copier->delay_seed; order = order->next)
+        if (rand_r(random) % ++n == 0)
+            chosen = order;
+    while ((*first)->queue != chosen->queue)
+        first = &(*first)->next;
+    return first;
+}
+
+static void *copier_main(void *argument) {
+    struct copier *copier = argument;
+    unsigned random = (unsigned)copier->delay_seed;
+    pthread_mutex_lock(&copier->mutex);
+    while (copier->first || !copier->stop) {
+        if (!copier->first) {
+            pthread_cond_wait(&copier->changed, &copier->mutex);
+            continue;
+        }
+        struct copy_order **link = next_copy(copier, &random), *order = *link;
+        const struct copy2d *copy = &order->copy;
+        pthread_mutex_unlock(&copier->mutex);
+        if (copier->delay_seed)
+            nanosleep(&(struct timespec){0, rand_r(&random) % MAX_COPY_DELAY * 1000}, NULL);
+        for (size_t row = 0; row < copy->height; row++)
+            memcpy((char *)copy->to + row * copy->to_pitch,
+                   (const char *)copy->from + row * copy->from_pitch, copy->width);
+        pthread_mutex_lock(&copier->mutex);
+        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
+        *link = order->next;
+        free(order);
+        pthread_cond_broadcast(&copier->changed);
+    }
+    pthread_mutex_unlock(&copier->mutex);
+    return NULL;
+}
+
+static bool copier_open(struct copier *copier, uint64_t delay_seed) {
+    *copier = (struct copier){.delay_seed = delay_seed};
+    pthread_mutex_init(&copier->mutex, NULL);
+    pthread_cond_init(&copier->changed, NULL);
+    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
+}
+
+static void copier_close(struct copier *copier) {
+    pthread_mutex_lock(&copier->mutex);
+    copier->stop = true;
+    pthread_cond_broadcast(&copier->changed);
+    pthread_mutex_unlock(&copier->mutex);
+    pthread_join(copier->thread, NULL);
+}
+
+static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct copier *copier = &device->cpu->copier;
+    struct copy_queue *queue = &device->copies[stream];
+    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
+    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
+        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
+        abort();
+    }
+    *order = (struct copy_order){queue, *copy, NULL};
+    pthread_mutex_lock(&copier->mutex);
+    while (*link)
+        link = &(*link)->next;
+    *link = order;
+    uint64_t ticket = ++queue->added;
+    pthread_cond_broadcast(&copier->changed);
+    pthread_mutex_unlock(&copier->mutex);
+    return ticket;
+}
+
+static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    return atomic_load_explicit(&device->copies[stream].done, memory_order_acquire) >= ticket;
+}
+
+static void finish_copies(struct cpu_device *device) {
+    struct copier *copier = &device->cpu->copier;
+    pthread_mutex_lock(&copier->mutex);
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        while (device->copies[stream].done < device->copies[stream].added)
+            pthread_cond_wait(&copier->changed, &copier->mutex);
+    pthread_mutex_unlock(&copier->mutex);
+}
+
+/* ---- memory and weights ---- */
 
 /* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
 size_t host_free_memory(void) {
@@ -315,15 +328,6 @@ static void *cpu_alloc(struct device *device, size_t bytes) {
 static void cpu_release(struct device *device, void *memory) {
     (void)device;
     free(memory);
-}
-
-static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    return copier_add(&device->cpu->copier, &device->copies[stream], copy);
-}
-
-static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
-    return copier_done(&((struct cpu_device *)base)->copies[stream], ticket);
 }
 
 static void pack_tile(const void *argument, int tile, struct scratch *scratch) {
@@ -505,8 +509,7 @@ static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
 static void cpu_device_close(struct device *base) {
     struct cpu_device *device = (struct cpu_device *)base;
     struct cpu_backend *cpu = device->cpu;
-    for (int stream = 0; stream < N_STREAMS; stream++)
-        copier_drain(&cpu->copier, &device->copies[stream]);
+    finish_copies(device);
     if (device->job)
         pool_give_job(&cpu->pool, device->job);
     for (int i = 0; i < device->n_memory; i++)
@@ -707,11 +710,10 @@ static void convert_row(const struct product *product, enum row_form form, int r
     }
 }
 
-static void convert_tile(const void *argument, int tile, struct scratch *scratch) {
+static void convert_tile(struct cpu_device *device, const void *argument, int first, int end) {
     const struct product *product = argument;
-    (void)scratch;
-    int end_row = smaller((tile + 1) * NORM_ROWS, product->n_rows);
-    for (int row = tile * NORM_ROWS; row < end_row; row++)
+    (void)device;
+    for (int row = first; row < end; row++)
         for (int form = FORM_F32 + 1; form < N_FORMS; form++)
             if (product->input[form])
                 convert_row(product, (enum row_form)form, row);
@@ -731,7 +733,7 @@ static void convert_rows(struct cpu_device *device, struct product *product, int
         as_it_is = false;
     }
     if (!as_it_is)
-        parallel_for(device, divide_up(product->n_rows, NORM_ROWS), convert_tile, product);
+        for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
 }
 
 /* n_matrices side by side, but for PRODUCT_SILU, which makes one of two. */
@@ -757,29 +759,7 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- rows: ops that make each row from one row ---- */
-
-struct row_job { /* fields that its `run` does not need are 0 */
-    struct cpu_device *device;
-    const struct weight *weight;
-    const struct weight *const *layer;
-    const int *rows; /* (n_rows) row of x that each row is made from; NULL: its own */
-    struct cpu_device **shards;
-    int n_rows, n_shards, layer_index, tile_rows;
-    void (*run)(const struct row_job *job, int row);
-};
-
-static void row_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct row_job *job = argument;
-    (void)scratch;
-    int end = smaller((tile + 1) * NORM_ROWS, job->n_rows);
-    for (int row = tile * NORM_ROWS; row < end; row++)
-        job->run(job, row);
-}
-
-static void for_rows(const struct row_job *job) {
-    parallel_for(job->device, divide_up(job->n_rows, NORM_ROWS), row_tile, job);
-}
+/* ---- RMS norm ---- */
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
@@ -795,34 +775,38 @@ static void rmsnorm(float *out, const float *x, const float *weight, int n, floa
     }
 }
 
-static void norm_row(const struct row_job *job, int row) {
-    struct cpu_device *device = job->device;
-    size_t from = (size_t)(job->rows ? job->rows[row] : row);
-    rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
-            job->weight->vector, device->device.config->d_model,
-            device->device.config->norm_epsilon);
+struct norm {
+    const struct weight *weight;
+    const int *rows; /* (n_rows) row of x that each row of h is made from; NULL: its own */
+};
+
+static void norm_tile(struct cpu_device *device, const void *argument, int first, int end) {
+    const struct norm *norm = argument;
+    const struct model_config *config = device->device.config;
+    for (int row = first; row < end; row++) {
+        size_t from = (size_t)(norm->rows ? norm->rows[row] : row);
+        rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
+                norm->weight->vector, config->d_model, config->norm_epsilon);
+    }
 }
 
 static void norm_rows(struct cpu_device *device, const struct weight *weight, const int *rows,
                       int n_rows) {
-    struct row_job job = {
-        .device = device, .weight = weight, .rows = rows, .n_rows = n_rows, .run = norm_row};
-    for_rows(&job);
+    struct norm norm = {weight, rows};
+    for_rows(device, n_rows, NORM_ROWS, norm_tile, &norm);
 }
 
 /* ---- embed, norm_qkv ---- */
 
-static void embed_row(const struct row_job *job, int row) {
-    struct cpu_device *device = job->device;
-    pack_read_row(job->weight, device->batch->token[row],
-                  device->x + (size_t)row * device->x_stride);
+static void embed_tile(struct cpu_device *device, const void *token_embd, int first, int end) {
+    for (int row = first; row < end; row++)
+        pack_read_row(token_embd, device->batch->token[row],
+                      device->x + (size_t)row * device->x_stride);
 }
 
 static void cpu_embed(struct device *base, const struct weight *token_embd) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct row_job job = {
-        .device = device, .weight = token_embd, .n_rows = device->batch->n_rows, .run = embed_row};
-    for_rows(&job);
+    for_rows(device, device->batch->n_rows, NORM_ROWS, embed_tile, token_embd);
 }
 
 static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
@@ -848,18 +832,24 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
-static void turn_row(const struct row_job *job, int row) {
-    const struct device *device = &job->device->device;
-    int dim = device->config->rope_dim, step = device->config->rope_adjacent ? 2 : 1;
-    int partner = device->config->rope_adjacent ? 1 : dim / 2;
-    double position = job->device->batch->position[row];
-    float *cosine = job->device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
+static void turn_row(struct cpu_device *device, int row) {
+    const struct model_config *config = device->device.config;
+    int dim = config->rope_dim, step = config->rope_adjacent ? 2 : 1;
+    int partner = config->rope_adjacent ? 1 : dim / 2;
+    double position = device->batch->position[row];
+    float *cosine = device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
     for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
-        double angle = position * (double)device->rope_frequency[i];
+        double angle = position * (double)device->device.rope_frequency[i];
         cosine[0] = cosine[partner] = (float)cos(angle);
         sine[partner] = (float)sin(angle);
         sine[0] = -sine[partner];
     }
+}
+
+static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
+    (void)unused;
+    for (int row = first; row < end; row++)
+        turn_row(device, row);
 }
 
 /* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
@@ -960,49 +950,41 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     }
 }
 
+struct append {
+    const struct weight *const *layer;
+    int layer_index;
+};
+
 /* Rows that stand in one block are written together. */
-static void append_rows(const struct row_job *job, int row, int end) {
-    const struct cpu_device *device = job->device;
+static void append_tile(struct cpu_device *device, const void *argument, int row, int end) {
+    const struct append *append = argument;
     const struct batch *batch = device->batch;
-    while (row < end) {
+    for (int i = row; i < end; i++) {
+        turn_heads(device, append->layer[ATTN_Q_NORM], device->q + (size_t)i * device->q_stride,
+                   device->n_heads, i);
+        turn_heads(device, append->layer[ATTN_K_NORM], device->k + (size_t)i * device->kv_stride,
+                   device->n_kv_heads, i);
+    }
+    for (int n; row < end; row += n) {
         const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
         int position = batch->position[row];
-        int n = smaller(end, sequence->first_row + sequence->n_rows) - row;
+        n = smaller(end, sequence->first_row + sequence->n_rows) - row;
         n = smaller(n, BLOCK_TOKENS - position % BLOCK_TOKENS);
         size_t at = (size_t)row * device->kv_stride;
         for (int head = 0; head < device->n_kv_heads; head++) {
-            struct kv_view view = kv_view(device, sequence, job->layer_index, head, false);
+            struct kv_view view = kv_view(device, sequence, append->layer_index, head, false);
             append_write(&view, position, n, device->k + at, device->v + at, device->kv_stride);
             at += (size_t)view.dim;
         }
-        row += n;
     }
-}
-
-static void append_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct row_job *job = argument;
-    const struct cpu_device *device = job->device;
-    (void)scratch;
-    int first = tile * job->tile_rows, end = smaller(first + job->tile_rows, job->n_rows);
-    for (int row = first; row < end; row++) {
-        turn_heads(device, job->layer[ATTN_Q_NORM], device->q + (size_t)row * device->q_stride,
-                   device->n_heads, row);
-        turn_heads(device, job->layer[ATTN_K_NORM], device->k + (size_t)row * device->kv_stride,
-                   device->n_kv_heads, row);
-    }
-    append_rows(job, first, end);
 }
 
 static void cpu_rope_append(struct device *base, const struct weight *const *layer,
                             int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
-    int n_rows = device->batch->n_rows;
-    struct row_job job = {.device = device,
-                          .layer = layer,
-                          .layer_index = layer_index,
-                          .n_rows = n_rows,
-                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS};
-    parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
+    struct append append = {layer, layer_index};
+    int n_rows = device->batch->n_rows, tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS;
+    for_rows(device, n_rows, tile_rows, append_tile, &append);
 }
 
 /* ---- attention ---- */
@@ -1288,31 +1270,28 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
     run_product(device, &product, 1);
 }
 
-static void reduce_row(const struct row_job *job, int row) {
-    size_t at = (size_t)row * job->device->x_stride;
-    for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
+/* Of all shards: their partial sums, as a binary tree, to each one's x. */
+static void reduce_tile(struct cpu_device *device, const void *argument, int first, int end) {
+    struct cpu_device *const *shards = argument;
+    int n_shards = device->device.n_shards;
+    for (size_t at = (size_t)first * device->x_stride; at < (size_t)end * device->x_stride;
+         at += LANES) {
         vec sum[MAX_SHARDS];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            sum[shard] = load(job->shards[shard]->partial + at);
-        for (int n = job->n_shards; n > 1; n /= 2)
+        for (int shard = 0; shard < n_shards; shard++)
+            sum[shard] = load(shards[shard]->partial + at);
+        for (int n = n_shards; n > 1; n /= 2)
             for (int j = 0; j < n / 2; j++)
                 sum[j] = sum[2 * j] + sum[2 * j + 1];
-        vec total = load(job->device->x + at) + sum[0];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            store(job->shards[shard]->x + at, total);
+        vec total = load(device->x + at) + sum[0];
+        for (int shard = 0; shard < n_shards; shard++)
+            store(shards[shard]->x + at, total);
     }
 }
 
 static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     struct cpu_device *device = (struct cpu_device *)shards[0];
-    if (n_shards == 1)
-        return; /* project_add has done it */
-    struct row_job job = {.device = device,
-                          .shards = (struct cpu_device **)shards,
-                          .n_shards = n_shards,
-                          .n_rows = device->batch->n_rows,
-                          .run = reduce_row};
-    for_rows(&job);
+    if (n_shards > 1) /* else project_add has done it */
+        for_rows(device, device->batch->n_rows, NORM_ROWS, reduce_tile, shards);
 }
 
 /* ---- norm_gate_up ---- */
@@ -1345,27 +1324,19 @@ static void compute_logits(struct cpu_device *device, const struct weight *const
     run_product(device, &product, 1);
 }
 
-struct draw_job {
-    const struct cpu_device *device;
-    int first;
-};
-
-static void draw_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct draw_job *job = argument;
-    const struct cpu_device *device = job->device;
+static void draw_token(struct cpu_device *device, const void *first, int index, int end) {
     const struct batch *batch = device->batch;
-    (void)scratch;
-    int n = device->device.config->vocab_size, sample = job->first + index;
+    int n = device->device.config->vocab_size, sample = *(const int *)first + index;
     size_t at = (size_t)index * (size_t)n;
     int position = batch->position[batch->sample_row[sample]] + 1;
+    (void)end;
     device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
                                            n, device->scaled + at, device->candidates + at);
 }
 
 /* The tokens of samples [first, first + n), of which the logits are there. */
 static void draw_tokens(struct cpu_device *device, int first, int n) {
-    const struct draw_job job = {device, first};
-    parallel_for(device, n, draw_tile, &job);
+    for_rows(device, n, 1, draw_token, &first);
 }
 
 static void cpu_sample(struct device *base, const struct weight *const *weights, float *logits) {
@@ -1395,8 +1366,7 @@ static bool cpu_step_begin(struct device *base, const struct batch *batch) {
         device->first_tile[i + 1] =
             device->first_tile[i] + divide_up(batch->sequence[i].n_rows * group, QUERIES);
     }
-    struct row_job job = {.device = device, .n_rows = batch->n_rows, .run = turn_row};
-    for_rows(&job);
+    for_rows(device, batch->n_rows, NORM_ROWS, turn_tile, NULL);
     return true;
 }
 
