@@ -86,10 +86,10 @@ enum {
 struct kv_view { /* the keys and values of one sequence, layer and head */
     enum kv_type type;
     int dim;
-    void *kv;
-    size_t block_elements, key, value; /* of a block; where the head's planes begin in it */
-    size_t next_key;                   /* where the keys lie that will be read after these */
-    const int *table;                  /* (blocks of the sequence) slots */
+    char *kv;                 /* the blocks; sizes here are in bytes */
+    size_t block, key, value; /* of a block; where the head's planes begin in it */
+    size_t next_key;          /* where the keys lie that will be read after these */
+    const int *table;         /* (blocks of the sequence) slots */
 };
 
 struct softmax { /* of one query, over the tokens seen so far */
@@ -97,11 +97,12 @@ struct softmax { /* of one query, over the tokens seen so far */
     vec sum; /* lane by lane; lanes are added at the end */
 };
 
-struct attention_scratch {
-    alignas(64) float query[QUERIES * HEAD_STRIDE];
+struct attention_scratch {    /* queries of a tile, and what is made of them */
+    int n, position[QUERIES]; /* (n) ascending: a query sees tokens [0, position] */
+    struct softmax state[QUERIES];
+    alignas(64) float query[QUERIES * HEAD_STRIDE]; /* divided by sqrt(dim) */
     alignas(64) float output[QUERIES * HEAD_STRIDE];
     alignas(64) float scores[QUERIES * KV_TILE];
-    struct softmax state[QUERIES];
 };
 
 struct scratch { /* of one thread: what a tile of a product or of attention works on */
@@ -581,18 +582,16 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
 
 /* ---- products ---- */
 
-enum product_kind { PRODUCT_STORE, PRODUCT_SILU, PRODUCT_SEGMENTS };
-
 struct product { /* up to three matrices times the same rows */
     const struct cpu_device *device;
-    enum product_kind kind;
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
-    float *out[3];                            /* (n_rows, out_stride) */
+    bool silu;     /* one output of two matrices: silu(the first) * the second */
+    float *out[3]; /* (n_rows, out_stride) */
     size_t out_stride[3];
     const float *rows; /* (n_rows, stride) the input as it is */
     size_t stride;
     int n_rows;
-    int unit, first_segment, n_segments; /* PRODUCT_SEGMENTS */
+    int unit, first_segment, n_segments; /* in which K is summed; 0: it is not cut */
     bool add;                            /* out += */
     /* the rest is run_product's: panels of each matrix, tiles before it; the input in the forms
      * that the matrices want; the rows are cut into n_chunks of chunk_rows */
@@ -648,45 +647,42 @@ static void multiply(const struct product *product, const struct weight *matrix,
                         .out = out,
                         .ahead = true,
                         .amx = product->device->cpu->amx};
-    if (product->kind == PRODUCT_SEGMENTS)
+    if (product->n_segments > 0)
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
                         place->n_rows, scratch->slab, scratch->tile + 1);
     else
         panel_product(matrix->type, tile, place->n_rows, scratch->slab);
 }
 
-/* Outputs [begin, end) of one row, with bias, and added to what is there. */
-static void store_row(const struct product *product, int which, int row, int begin, int end,
-                      const float *sums) {
-    float *out = product->out[which] + (size_t)row * product->out_stride[which];
-    const struct weight *bias = product->bias[which];
-    for (int i = 0; i < end - begin; i += LANES) {
-        int n = end - begin - i;
-        vec value = load(sums + i);
-        if (bias)
-            value += load_part(bias->vector + begin + i, n);
-        if (product->add)
-            value += load_part(out + begin + i, n);
-        store_part(out + begin + i, value, n);
-    }
-}
-
-/* sums (n_rows, PANEL); a shard may start and end inside a panel. */
+/* Adds sums (n_rows, PANEL), with bias, to what is there, or stores them; a shard may start and end
+ * inside a panel. */
 static void store_tile(const struct product *product, const struct place *place,
                        const float *sums) {
-    const struct weight *matrix = product->matrix[place->which];
+    const struct weight *matrix = product->matrix[place->which],
+                        *bias = product->bias[place->which];
+    size_t stride = product->out_stride[place->which];
+    float *out = product->out[place->which] + (size_t)place->row * stride;
     int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
     int from = begin < 0 ? -begin : 0;
-    for (int i = 0; i < place->n_rows; i++)
-        store_row(product, place->which, place->row + i, begin + from, smaller(end, matrix->n_rows),
-                  sums + i * PANEL + from);
+    end = smaller(end, matrix->n_rows);
+    for (int row = 0; row < place->n_rows; row++, sums += PANEL, out += stride) {
+        for (int i = from; begin + i < end; i += LANES) {
+            int at = begin + i;
+            vec value = load(sums + i);
+            if (bias)
+                value += load_part(bias->vector + at, end - at);
+            if (product->add)
+                value += load_part(out + at, end - at);
+            store_part(out + at, value, end - at);
+        }
+    }
 }
 
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
     const struct product *product = argument;
     struct place place = find_tile(product, index);
     multiply(product, product->matrix[place.which], &place, scratch->tile[0], scratch);
-    if (product->kind == PRODUCT_SILU) { /* matrix[0] is the gate */
+    if (product->silu) {
         multiply(product, product->matrix[1], &place, scratch->tile[1], scratch);
         silu_multiply(scratch->tile[0], scratch->tile[1], place.n_rows * PANEL);
     }
@@ -695,15 +691,14 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
 
 /* A row into a form, segment by segment where K is cut. */
 static void convert_row(const struct product *product, enum row_form form, int row) {
-    bool cut = product->kind == PRODUCT_SEGMENTS;
+    int cols = product->matrix[0]->cols, segment = product->first_segment;
     const float *from = product->rows + (size_t)row * product->stride;
     char *to = product->device->converted[form] + (size_t)row * product->input_stride[form];
-    for (int i = 0; i < (cut ? product->n_segments : 1); i++) {
-        int segment = product->first_segment + i, begin = 0, end = product->matrix[0]->cols;
-        if (cut) {
-            begin = segment_begin(product->matrix[0]->cols, product->unit, segment);
-            end = segment_begin(product->matrix[0]->cols, product->unit, segment + 1);
-        }
+    if (product->n_segments == 0)
+        dot_convert(form, from, 0, cols, to);
+    for (int i = 0; i < product->n_segments; i++, segment++) {
+        int begin = segment_begin(cols, product->unit, segment);
+        int end = segment_begin(cols, product->unit, segment + 1);
         dot_convert(form, from, begin, end, to);
         from += end - begin;
         to += dot_form_bytes(form, begin, end);
@@ -736,20 +731,19 @@ static void convert_rows(struct cpu_device *device, struct product *product, int
         for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
 }
 
-/* n_matrices side by side, but for PRODUCT_SILU, which makes one of two. */
-static void run_product(struct cpu_device *device, struct product *product, int n_matrices) {
-    int n_chunks = divide_up(product->n_rows, ROW_CHUNK);
+static void run_product(struct cpu_device *device, struct product *product) {
+    int n_chunks = divide_up(product->n_rows, ROW_CHUNK), n_matrices = 0, n_tiles = 0;
     if (n_chunks == 0)
         return;
+    while (n_matrices < 3 && product->matrix[n_matrices])
+        n_matrices++;
     product->device = device;
-    convert_rows(device, product, product->kind == PRODUCT_SILU ? 2 : n_matrices);
+    convert_rows(device, product, n_matrices);
     bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) == FORM_BF16;
     size_t unit = amx ? AMX_ROWS : TILE_ROWS;
-    int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
-    product->chunk_rows = rows;
-    product->n_chunks = divide_up(product->n_rows, rows);
-    int n_tiles = 0;
-    for (int i = 0; i < n_matrices; i++) {
+    product->chunk_rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
+    product->n_chunks = divide_up(product->n_rows, product->chunk_rows);
+    for (int i = 0; i < (product->silu ? 1 : n_matrices); i++) {
         const struct weight *matrix = product->matrix[i];
         int first = matrix->first_row / PANEL;
         product->n_panels[i] = divide_up(matrix->first_row + matrix->n_rows, PANEL) - first;
@@ -820,7 +814,7 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
         .rows = device->h,
         .stride = device->x_stride,
         .n_rows = device->batch->n_rows};
-    run_product(device, &product, 3);
+    run_product(device, &product);
 }
 
 /* ---- rope_append ---- */
@@ -886,13 +880,12 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                               int layer, int head, bool next) {
     const struct model_config *config = device->device.config;
     enum kv_type type = device->device.kv_type;
-    size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
-    size_t plane = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type));
-    size_t key = ((size_t)(layer * 2) * (size_t)device->n_kv_heads + (size_t)head) * plane;
+    size_t plane = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type)) * kv_element_bytes(type);
+    size_t key = (size_t)(layer * 2 * device->n_kv_heads + head) * plane;
     return (struct kv_view){.type = type,
                             .dim = config->head_dim,
                             .kv = device->device.kv,
-                            .block_elements = block,
+                            .block = block_bytes(config, device->device.n_shards, type),
                             .key = key,
                             .value = key + (size_t)device->n_kv_heads * plane,
                             .next_key = next ? key + plane : key,
@@ -934,10 +927,9 @@ static void append_keys(enum kv_type type, char *key, const float *k, size_t str
 static void append_write(const struct kv_view *view, int position, int n, const float *k,
                          const float *v, size_t stride) {
     size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
-    char *block = (char *)view->kv +
-                  (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements * element;
-    char *key = block + (view->key + token) * element;
-    char *value = block + (view->value + token * (size_t)view->dim) * element;
+    char *block = view->kv + (size_t)view->table[position / BLOCK_TOKENS] * view->block;
+    char *key = block + view->key + token * element;
+    char *value = block + view->value + token * (size_t)view->dim * element;
     if (n == BLOCK_TOKENS)
         append_keys(view->type, key, k, stride, view->dim);
     for (int row = 0; row < n; row++) {
@@ -998,11 +990,12 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
  * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
  * a block that were never written may hold anything. */
 
-struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
-    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
+struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
+    enum kv_type type;
+    int dim, start, n_tokens;                                /* start: the first token */
+    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes of their blocks */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
-    bool ahead; /* the planes come from memory: ask for those that are read next */
-    int dim, n_tokens;
+    bool ahead;         /* the planes come from memory: ask for those that are read next */
     const float *input; /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
     float *output;      /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
@@ -1079,8 +1072,8 @@ INLINE void value_kernel(int n_rows, enum kv_type type, int begin, int n_vectors
             store(tile->output + row * HEAD_STRIDE + begin + i * LANES, sum[row][i]);
 }
 
-static void compute_scores(enum kv_type type, int n_rows, const struct kv_tile *tile) {
-    if (type == KV_F32)
+static void compute_scores(int n_rows, const struct kv_tile *tile) {
+    if (tile->type == KV_F32)
         WITH_ROWS(n_rows, score_kernel, KV_F32, tile);
     else
         WITH_ROWS(n_rows, score_kernel, KV_BF16, tile);
@@ -1095,17 +1088,17 @@ INLINE void value_vectors(int n_rows, enum kv_type type, const struct kv_tile *t
         value_kernel(n_rows, type, at, 1, tile);
 }
 
-static void add_values(enum kv_type type, int n_rows, const struct kv_tile *tile) {
-    if (type == KV_F32)
+static void add_values(int n_rows, const struct kv_tile *tile) {
+    if (tile->type == KV_F32)
         WITH_ROWS(n_rows, value_vectors, KV_F32, tile);
     else
         WITH_ROWS(n_rows, value_vectors, KV_BF16, tile);
 }
 
 /* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum
- * than before scales what is there of the output, which is padded to whole vectors. */
+ * than before scales what is there of the output (dim). */
 static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
-                         int padded) {
+                         int dim) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec zero = {0}, none = zero - INFINITY;
     vec value[KV_TILE / LANES], largest = none;
@@ -1118,7 +1111,7 @@ static void softmax_tile(float *scores, int visible, struct softmax *state, floa
         vec scale = exp_vec(zero + (state->max - max));
         state->max = max;
         state->sum *= scale;
-        for (int at = 0; at < padded; at += LANES)
+        for (int at = 0; at < dim; at += LANES)
             store(output + at, load(output + at) * scale);
     }
     for (int i = 0; i < KV_TILE / LANES; i++) {
@@ -1135,61 +1128,59 @@ static void find_planes(const struct kv_view *view, int start, int end, size_t o
     int last = (end - 1) / BLOCK_TOKENS;
     for (int i = 0; i < KV_TILE_BLOCKS; i++) {
         int block = smaller(start / BLOCK_TOKENS + i, last);
-        size_t at = (size_t)view->table[block] * view->block_elements + offset;
-        plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
+        plane[i] = view->kv + (size_t)view->table[block] * view->block + offset;
     }
 }
 
-/* Adds a tile, which begins at token `start`, to queries [first, n): those that see of it. */
-static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int start, int first,
-                        int n, const int *position, struct attention_scratch *scratch) {
-    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = tile->n_tokens;
-    for (int rows; first < n; first += rows) {
-        rows = smaller(n - first, QUERY_ROWS);
+/* Adds a tile to the queries from `first` on, which see of it. */
+static void attend_tile(struct kv_tile *tile, int first, struct attention_scratch *scratch) {
+    int n_tokens = tile->n_tokens;
+    for (int rows; first < scratch->n; first += rows) {
+        const int *position = scratch->position + first;
         float *scores = scratch->scores + first * KV_TILE;
         float *output = scratch->output + first * HEAD_STRIDE;
+        rows = smaller(scratch->n - first, QUERY_ROWS);
         tile->input = scratch->query + first * HEAD_STRIDE;
         tile->output = scores;
-        compute_scores(view->type, rows, tile);
-        for (int i = 0; i < rows; i++) {
-            softmax_tile(scores + i * KV_TILE, position[first + i] - start + 1,
-                         &scratch->state[first + i], output + i * HEAD_STRIDE, padded);
-        }
-        tile->n_tokens = smaller(position[first + rows - 1] - start + 1, n_tokens);
+        compute_scores(rows, tile);
+        for (int i = 0; i < rows; i++)
+            softmax_tile(scores + i * KV_TILE, position[i] - tile->start + 1,
+                         &scratch->state[first + i], output + i * HEAD_STRIDE, tile->dim);
+        tile->n_tokens = smaller(position[rows - 1] - tile->start + 1, n_tokens);
         tile->input = scores;
         tile->output = output;
-        add_values(view->type, rows, tile);
+        add_values(rows, tile);
         tile->ahead = false; /* the next queries find them in a cache */
     }
 }
 
-/* scratch->query (n, HEAD_STRIDE), divided by sqrt(dim) -> scratch->output (n, HEAD_STRIDE), for
- * queries at position[n], which ascend. */
-static void attention_rows(const struct kv_view *view, int n, const int *position,
-                           struct attention_scratch *scratch) {
-    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
+/* The outputs of scratch->n queries. */
+static void attention_rows(const struct kv_view *view, struct attention_scratch *scratch) {
+    int n = scratch->n, end = scratch->position[n - 1] + 1, first = 0;
     for (int i = 0; i < n; i++) {
         scratch->state[i] = (struct softmax){.max = -INFINITY};
-        memset(scratch->output + i * HEAD_STRIDE, 0, sizeof(float) * (size_t)padded);
+        for (int at = 0; at < view->dim; at += LANES)
+            store(scratch->output + i * HEAD_STRIDE + at, (vec){0});
     }
     for (int start = 0; start < end; start += KV_TILE) {
-        int next = start + KV_TILE;
-        struct kv_tile tile = {
-            .dim = view->dim, .n_tokens = smaller(end - start, KV_TILE), .ahead = true};
+        bool last = start + KV_TILE >= end;
+        struct kv_tile tile = {.type = view->type,
+                               .dim = view->dim,
+                               .start = start,
+                               .n_tokens = smaller(end - start, KV_TILE),
+                               .ahead = true};
         find_planes(view, start, end, view->key, tile.key);
         find_planes(view, start, end, view->value, tile.value);
-        if (next < end)
-            find_planes(view, next, end, view->key, tile.next_key);
-        else
-            find_planes(view, 0, end, view->next_key, tile.next_key);
-        while (position[first] < start)
+        find_planes(view, last ? 0 : start + KV_TILE, end, last ? view->next_key : view->key,
+                    tile.next_key);
+        while (scratch->position[first] < start)
             first++;
-        attend_tile(view, &tile, start, first, n, position, scratch);
+        attend_tile(&tile, first, scratch);
     }
     for (int i = 0; i < n; i++) {
         float sum = sum_lanes(scratch->state[i].sum);
         float *output = scratch->output + i * HEAD_STRIDE;
-        for (int at = 0; at < padded; at += LANES)
+        for (int at = 0; at < view->dim; at += LANES)
             store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
     }
 }
@@ -1204,20 +1195,19 @@ static void attend(const struct attention_job *job, const struct sequence *seque
                    int head, bool next, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    int n = smaller(sequence->n_rows * group - first, QUERIES);
-    int position[QUERIES] = {0};
     size_t at[QUERIES];
     float scale = 1.0f / sqrtf((float)dim);
-    for (int i = 0; i < n; i++) {
+    scratch->n = smaller(sequence->n_rows * group - first, QUERIES);
+    for (int i = 0; i < scratch->n; i++) {
         int row = (first + i) / group, own_head = head * group + (first + i) % group;
-        position[i] = sequence->start + row;
+        scratch->position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         for (int j = 0; j < dim; j++)
             scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
     }
     struct kv_view view = kv_view(device, sequence, job->layer, head, next);
-    attention_rows(&view, n, position, scratch);
-    for (int i = 0; i < n; i++)
+    attention_rows(&view, scratch);
+    for (int i = 0; i < scratch->n; i++)
         memcpy(device->attention + at[i], scratch->output + i * HEAD_STRIDE,
                sizeof(float) * (size_t)dim);
 }
@@ -1256,8 +1246,7 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
     struct cpu_device *device = (struct cpu_device *)base;
     bool attends = input == INPUT_ATTENTION;
     int n_segments = K_SEGMENTS / base->n_shards;
-    struct product product = {.kind = PRODUCT_SEGMENTS,
-                              .matrix = {matrix},
+    struct product product = {.matrix = {matrix},
                               .out = {base->n_shards == 1 ? device->x : device->partial},
                               .out_stride = {device->x_stride},
                               .rows = attends ? device->attention : device->ffn,
@@ -1267,7 +1256,7 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
                               .first_segment = base->rank * n_segments,
                               .n_segments = n_segments,
                               .add = base->n_shards == 1};
-    run_product(device, &product, 1);
+    run_product(device, &product);
 }
 
 /* Of all shards: their partial sums, as a binary tree, to each one's x. */
@@ -1299,14 +1288,14 @@ static void cpu_all_reduce_add(struct device **shards, int n_shards) {
 static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.kind = PRODUCT_SILU,
-                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
+    struct product product = {.matrix = {layer[FFN_GATE], layer[FFN_UP]},
+                              .silu = true,
                               .out = {device->ffn},
                               .out_stride = {device->ffn_stride},
                               .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = device->batch->n_rows};
-    run_product(device, &product, 1);
+    run_product(device, &product);
 }
 
 /* ---- sample ---- */
@@ -1321,7 +1310,7 @@ static void compute_logits(struct cpu_device *device, const struct weight *const
                               .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = n};
-    run_product(device, &product, 1);
+    run_product(device, &product);
 }
 
 static void draw_token(struct cpu_device *device, const void *first, int index, int end) {
