@@ -593,11 +593,10 @@ struct product { /* up to three matrices times the same rows */
     int n_rows;
     int unit, first_segment, n_segments; /* in which K is summed; 0: it is not cut */
     bool add;                            /* out += */
-    /* the rest is run_product's: panels of each matrix, tiles before it; the input in the forms
-     * that the matrices want; the rows are cut into n_chunks of chunk_rows */
+    /* the rest is run_product's: panels of each matrix, tiles before it; the forms of rows that the
+     * matrices want; the rows are cut into n_chunks of chunk_rows */
     int n_panels[3], first_tile[4];
-    const char *input[N_FORMS];   /* (n_rows, input_stride) */
-    size_t input_stride[N_FORMS]; /* bytes */
+    bool wants[N_FORMS];
     int chunk_rows, n_chunks;
 };
 
@@ -637,16 +636,19 @@ static struct place find_tile(const struct product *product, int index) {
 /* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
 static void multiply(const struct product *product, const struct weight *matrix,
                      const struct place *place, float *out, struct scratch *scratch) {
-    enum row_form form = dot_form(matrix->type, product->device->cpu->plain);
-    size_t stride = product->input_stride[form];
+    const struct cpu_device *device = product->device;
+    enum row_form form = dot_form(matrix->type, device->cpu->plain);
+    bool as_it_is = form == FORM_F32;
+    size_t stride = as_it_is ? product->stride * sizeof(float) : device->converted_stride[form];
+    const char *input = as_it_is ? (const char *)product->rows : device->converted[form];
     struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
                         .end = matrix->cols,
                         .form = form,
-                        .input = product->input[form] + (size_t)place->row * stride,
+                        .input = input + (size_t)place->row * stride,
                         .stride = stride,
                         .out = out,
                         .ahead = true,
-                        .amx = product->device->cpu->amx};
+                        .amx = device->cpu->amx};
     if (product->n_segments > 0)
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
                         place->n_rows, scratch->slab, scratch->tile + 1);
@@ -662,13 +664,11 @@ static void store_tile(const struct product *product, const struct place *place,
                         *bias = product->bias[place->which];
     size_t stride = product->out_stride[place->which];
     float *out = product->out[place->which] + (size_t)place->row * stride;
-    int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
-    int from = begin < 0 ? -begin : 0;
-    end = smaller(end, matrix->n_rows);
+    int begin = place->panel * PANEL - matrix->first_row,
+        end = smaller(begin + PANEL, matrix->n_rows);
     for (int row = 0; row < place->n_rows; row++, sums += PANEL, out += stride) {
-        for (int i = from; begin + i < end; i += LANES) {
-            int at = begin + i;
-            vec value = load(sums + i);
+        for (int at = begin < 0 ? 0 : begin; at < end; at += LANES) {
+            vec value = load(sums + at - begin);
             if (bias)
                 value += load_part(bias->vector + at, end - at);
             if (product->add)
@@ -691,9 +691,10 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
 
 /* A row into a form, segment by segment where K is cut. */
 static void convert_row(const struct product *product, enum row_form form, int row) {
+    const struct cpu_device *device = product->device;
     int cols = product->matrix[0]->cols, segment = product->first_segment;
     const float *from = product->rows + (size_t)row * product->stride;
-    char *to = product->device->converted[form] + (size_t)row * product->input_stride[form];
+    char *to = device->converted[form] + (size_t)row * device->converted_stride[form];
     if (product->n_segments == 0)
         dot_convert(form, from, 0, cols, to);
     for (int i = 0; i < product->n_segments; i++, segment++) {
@@ -710,35 +711,19 @@ static void convert_tile(struct cpu_device *device, const void *argument, int fi
     (void)device;
     for (int row = first; row < end; row++)
         for (int form = FORM_F32 + 1; form < N_FORMS; form++)
-            if (product->input[form])
+            if (product->wants[form])
                 convert_row(product, (enum row_form)form, row);
-}
-
-/* The input in each form that one of the matrices wants. */
-static void convert_rows(struct cpu_device *device, struct product *product, int n_matrices) {
-    bool as_it_is = true;
-    product->input[FORM_F32] = (const char *)product->rows;
-    product->input_stride[FORM_F32] = product->stride * sizeof(float);
-    for (int i = 0; i < n_matrices; i++) {
-        enum row_form form = dot_form(product->matrix[i]->type, device->cpu->plain);
-        if (form == FORM_F32)
-            continue;
-        product->input[form] = device->converted[form];
-        product->input_stride[form] = device->converted_stride[form];
-        as_it_is = false;
-    }
-    if (!as_it_is)
-        for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
 }
 
 static void run_product(struct cpu_device *device, struct product *product) {
     int n_chunks = divide_up(product->n_rows, ROW_CHUNK), n_matrices = 0, n_tiles = 0;
     if (n_chunks == 0)
         return;
-    while (n_matrices < 3 && product->matrix[n_matrices])
-        n_matrices++;
     product->device = device;
-    convert_rows(device, product, n_matrices);
+    for (; n_matrices < 3 && product->matrix[n_matrices]; n_matrices++)
+        product->wants[dot_form(product->matrix[n_matrices]->type, device->cpu->plain)] = true;
+    if (product->wants[FORM_BF16] || product->wants[FORM_Q8])
+        for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
     bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) == FORM_BF16;
     size_t unit = amx ? AMX_ROWS : TILE_ROWS;
     product->chunk_rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
@@ -826,24 +811,21 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
-static void turn_row(struct cpu_device *device, int row) {
+static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
     const struct model_config *config = device->device.config;
     int dim = config->rope_dim, step = config->rope_adjacent ? 2 : 1;
     int partner = config->rope_adjacent ? 1 : dim / 2;
-    double position = device->batch->position[row];
-    float *cosine = device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
-    for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
-        double angle = position * (double)device->device.rope_frequency[i];
-        cosine[0] = cosine[partner] = (float)cos(angle);
-        sine[partner] = (float)sin(angle);
-        sine[0] = -sine[partner];
-    }
-}
-
-static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
     (void)unused;
-    for (int row = first; row < end; row++)
-        turn_row(device, row);
+    for (int row = first; row < end; row++) {
+        double position = device->batch->position[row];
+        float *cosine = device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
+        for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
+            double angle = position * (double)device->device.rope_frequency[i];
+            cosine[0] = cosine[partner] = (float)cos(angle);
+            sine[partner] = (float)sin(angle);
+            sine[0] = -sine[partner];
+        }
+    }
 }
 
 /* Pairs (a, b) become (a cos - b sin, b cos + a sin). */
@@ -892,22 +874,14 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                             .table = device->batch->block_table + sequence->first_block};
 }
 
+/* The first `count` lanes, if there are so many. */
 static void append_store(enum kv_type type, char *to, vec value, int count) {
     if (type == KV_F32) {
         store_part((float *)(void *)to, value, count);
         return;
     }
     half_vec halves = narrow_bf16((ivec)value);
-    memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
-}
-
-/* One row's key: an element goes into each line of the plane. */
-static void append_key(enum kv_type type, char *key, const float *k, int dim) {
-    for (size_t i = 0; i < (size_t)dim; i++)
-        if (type == KV_F32)
-            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
-        else
-            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
+    memcpy(to, &halves, sizeof(uint16_t) * (size_t)smaller(count, LANES));
 }
 
 /* A block's keys, 16 elements at a time. */
@@ -933,9 +907,9 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     if (n == BLOCK_TOKENS)
         append_keys(view->type, key, k, stride, view->dim);
     for (int row = 0; row < n; row++) {
-        if (n < BLOCK_TOKENS)
-            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
-                       view->dim);
+        for (int i = 0; i < view->dim && n < BLOCK_TOKENS; i++) /* one in each line of the plane */
+            append_store(view->type, key + (size_t)(i * BLOCK_TOKENS + row) * element,
+                         (vec){k[(size_t)row * stride + (size_t)i]}, 1);
         for (int at = 0; at < view->dim; at += LANES)
             append_store(view->type, value + (size_t)(row * view->dim + at) * element,
                          load(v + (size_t)row * stride + at), view->dim - at);
@@ -1300,19 +1274,6 @@ static void cpu_norm_gate_up(struct device *base, const struct weight *const *la
 
 /* ---- sample ---- */
 
-/* Of samples [first, first + n) of the step, n <= LOGIT_ROWS. */
-static void compute_logits(struct cpu_device *device, const struct weight *const *weights,
-                           int first, int n) {
-    norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
-    struct product product = {.matrix = {weights[OUTPUT]},
-                              .out = {device->logits},
-                              .out_stride = {(size_t)device->device.config->vocab_size},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = n};
-    run_product(device, &product);
-}
-
 static void draw_token(struct cpu_device *device, const void *first, int index, int end) {
     const struct batch *batch = device->batch;
     int n = device->device.config->vocab_size, sample = *(const int *)first + index;
@@ -1334,7 +1295,14 @@ static void cpu_sample(struct device *base, const struct weight *const *weights,
     int n_samples = device->batch->n_samples;
     for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
         int n = smaller(n_samples - first, LOGIT_ROWS);
-        compute_logits(device, weights, first, n);
+        norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
+        struct product product = {.matrix = {weights[OUTPUT]},
+                                  .out = {device->logits},
+                                  .out_stride = {vocab},
+                                  .rows = device->h,
+                                  .stride = device->x_stride,
+                                  .n_rows = n};
+        run_product(device, &product);
         if (logits)
             memcpy(logits + (size_t)first * vocab, device->logits,
                    (size_t)n * vocab * sizeof *logits);

@@ -84,21 +84,17 @@ INLINE vec min_vec(vec a, vec b) {
 #endif
 }
 
-/* Each lane takes its partner's value: the one `step` lanes away, in the other half of a group. */
+/* Each lane takes the value of the lane `step` away, in the other half of a group of 2 * step. */
+#define LANES_FROM(value, step)                                                                    \
+    __builtin_shufflevector(value, value, 0 ^ step, 1 ^ step, 2 ^ step, 3 ^ step, 4 ^ step,        \
+                            5 ^ step, 6 ^ step, 7 ^ step, 8 ^ step, 9 ^ step, 10 ^ step,           \
+                            11 ^ step, 12 ^ step, 13 ^ step, 14 ^ step, 15 ^ step)
 INLINE vec lanes_from(vec value, int step) {
     switch (step) {
-    case 8:
-        return __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5,
-                                       6, 7);
-    case 4:
-        return __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9,
-                                       10, 11);
-    case 2:
-        return __builtin_shufflevector(value, value, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15,
-                                       12, 13);
-    default:
-        return __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12,
-                                       15, 14);
+    case 8: return LANES_FROM(value, 8);
+    case 4: return LANES_FROM(value, 4);
+    case 2: return LANES_FROM(value, 2);
+    default: return LANES_FROM(value, 1);
     }
 }
 
@@ -163,15 +159,7 @@ INLINE vec widen_int8(const char *from) {
 #endif
 }
 
-INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE half_vec narrow_bf16(ivec bits) { /* the same of 16 numbers; NaN stays one */
+INLINE half_vec narrow_bf16(ivec bits) { /* to nearest, ties to even; NaN stays one */
     ivec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
     return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), half_vec);
