@@ -146,7 +146,7 @@ struct cpu_device {
     struct job *job;
     struct scratch *scratch; /* of the thread that drives it */
     const struct batch *batch;
-    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    int n_heads, n_kv_heads; /* of this shard */
     size_t x_stride, q_stride, kv_stride, ffn_stride;
     float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
     float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
@@ -411,7 +411,7 @@ static void read_tile(const void *argument, int tile, struct scratch *scratch) {
 static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct tile *like = argument;
     (void)tile;
-    dot_busy(like->form, like->amx, scratch->slab);
+    (void)dot_busy(like->form, like->amx, scratch->slab);
 }
 
 static double clock_seconds(void) {
@@ -428,8 +428,7 @@ static double best_time(struct cpu_device *device, int n_tiles, tile_function *r
     for (int i = 0; i < LIMIT_REPEATS; i++) {
         double start = clock_seconds();
         parallel_for(device, n_tiles, run, argument);
-        double time = clock_seconds() - start;
-        best = time < best ? time : best;
+        best = fmin(best, clock_seconds() - start);
     }
     pool_leave(&device->cpu->pool);
     return best;
@@ -456,7 +455,7 @@ static void cpu_limits(struct device **shards, int n, enum tensor_type type, dou
     pthread_mutex_unlock(&cpu->upload_mutex);
     *read = n_pieces > 0 ? n_bytes / best_time(device, n_pieces, read_tile, pieces) : 0;
     struct tile like = {.form = dot_form(type, cpu->plain), .amx = cpu->amx};
-    *ops = LIMIT_MULTIPLIES * dot_busy_ops(like.form, like.amx) /
+    *ops = LIMIT_MULTIPLIES * dot_busy(like.form, like.amx, device->scratch->slab) /
            best_time(device, LIMIT_MULTIPLIES, multiply_tile, &like);
 }
 
@@ -509,10 +508,9 @@ static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
 
 static void cpu_device_close(struct device *base) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct cpu_backend *cpu = device->cpu;
     finish_copies(device);
     if (device->job)
-        pool_give_job(&cpu->pool, device->job);
+        pool_give_job(&device->cpu->pool, device->job);
     for (int i = 0; i < device->n_memory; i++)
         free(device->memory[i]);
     free(device);
@@ -527,7 +525,7 @@ static bool allocate_activations(struct cpu_device *device) {
     device->x_stride = stride_of(config->d_model);
     device->q_stride = stride_of(device->n_heads * config->head_dim);
     device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
-    device->ffn_stride = stride_of(device->d_ff);
+    device->ffn_stride = stride_of(config->d_ff / device->device.n_shards);
     device->x = zeros(device, rows, device->x_stride);
     device->h = zeros(device, normed, device->x_stride);
     device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
@@ -569,7 +567,6 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
         device->cpu = cpu;
         device->n_heads = wanted->config->n_heads / wanted->n_shards;
         device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
-        device->d_ff = wanted->config->d_ff / wanted->n_shards;
         device->job = pool_take_job(&cpu->pool, wanted->urgent);
         if (device->job && allocate_activations(device))
             return &device->device;

@@ -120,9 +120,9 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
 /* ---- what a processor can do ---- */
 
 /* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
- * limit. sink (LANES): what is computed, which nobody wants. */
-void dot_busy(enum row_form form, bool amx, float *sink);
-double dot_busy_ops(enum row_form form, bool amx); /* of one such call, two a multiply-add */
+ * limit. Returns the number of operations, two a multiply-add. sink (LANES): what is computed, which
+ * nobody wants. */
+double dot_busy(enum row_form form, bool amx, float *sink);
 
 /* ---- for the caller's arithmetic too ---- */
 
@@ -376,11 +376,10 @@ struct weight *pack_open(const struct tensor *tensor) {
     *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
     weight->n_rows = (int)tensor->rows;
     weight->n_cols = weight->cols = (int)tensor->cols;
-    struct pack_block layout = pack_block(tensor->type);
     if (weight->n_rows > 1 || pack_quantized(tensor->type)) {
         size_t n_k = round_up((size_t)weight->cols, 2); /* kernels take two k at a time */
         weight->panel_bytes =
-            n_k / (size_t)layout.n_k * (size_t)(layout.header + layout.n_words * 4 * PANEL);
+            n_k / (size_t)pack_block(tensor->type).n_part * pack_part_bytes(tensor->type);
     } else if (!pack_vector(weight)) {
         free(weight);
         return NULL;
@@ -603,12 +602,13 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct ti
     store_sums(tile, n_rows, 0, 4, sum);
 }
 
-/* A part of a block that begins at k, of rows whose blocks begin at `block`, `stride` bytes apart:
- * what the offset of the weights' numbers makes of it, -offset * the sum of a row's bytes. */
-INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vectors,
-                                 const char *block, size_t stride, unsigned k,
-                                 __m512i whole[TILE_ROWS][4]) {
-    const int offset = pack_block(type).offset;
+/* A part of a block that begins at k, times rows whose blocks begin at `block`, `stride` bytes apart.
+ * Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum of its
+ * bytes; each instruction adds four products to each of 16 sums. */
+INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
+                                   const char *panel, const char *block, size_t stride, unsigned k,
+                                   __m512i whole[TILE_ROWS][4]) {
+    const char *quads = block + k % Q8_BLOCK;
     const char *sums = block + Q8_BLOCK + k % Q8_BLOCK / 16 * sizeof(int32_t);
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++) {
@@ -616,15 +616,8 @@ INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vector
         int32_t all = pack_block(type).n_part == Q8_BLOCK ? sum[0] + sum[1] : sum[0];
 #pragma GCC unroll 4
         for (int i = 0; i < n_vectors; i++)
-            whole[row][i] = _mm512_set1_epi32(-offset * all);
+            whole[row][i] = _mm512_set1_epi32(-pack_block(type).offset * all);
     }
-}
-
-/* Adds the products of the bytes of that part: each instruction four to each of 16 sums. */
-INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
-                                   const char *panel, const char *block, size_t stride, unsigned k,
-                                   __m512i whole[TILE_ROWS][4]) {
-    const char *quads = block + k % Q8_BLOCK;
 #pragma GCC unroll 8
     for (unsigned at = 0; at < (unsigned)pack_block(type).n_part; at += 4) {
         __m512i weights[4];
@@ -673,7 +666,6 @@ INLINE DOT_Q8 void dot_q8_part(enum tensor_type type, int n_rows, int first, int
         if (tile->ahead && first == 0)
             read_ahead(tile->panel + k / n_part * bytes, bytes);
         load_scales(type, tile->panel, k, &scales);
-        dot_q8_offset(type, n_rows, n_vectors, block, stride, k, whole);
         dot_q8_multiply(type, n_rows, first, n_vectors, tile->panel, block, stride, k, whole);
 #pragma GCC unroll 6
         for (int row = 0; row < n_rows; row++)
@@ -927,8 +919,8 @@ static AMX void busy_amx(void) { /* as many products of tiles as the others do o
 }
 #endif
 
-void dot_busy(enum row_form form, bool amx, float *sink) {
-    (void)amx;
+double dot_busy(enum row_form form, bool amx, float *sink) {
+    int products = form == FORM_Q8 ? 4 : form == FORM_F32 ? 1 : amx ? AMX_ROWS * AMX_K : 2;
     if (form == FORM_F32)
         busy_f32(sink);
 #ifdef AMX
@@ -939,10 +931,6 @@ void dot_busy(enum row_form form, bool amx, float *sink) {
     else
         busy_dot(form == FORM_BF16, sink);
 #endif
-}
-
-double dot_busy_ops(enum row_form form, bool amx) {
-    int products = form == FORM_Q8 ? 4 : form == FORM_F32 ? 1 : amx ? AMX_ROWS * AMX_K : 2;
     return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products; /* products: of a lane */
 }
 #endif /* MATMUL_IMPLEMENTATION */
