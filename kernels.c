@@ -871,14 +871,22 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                             .table = device->batch->block_table + sequence->first_block};
 }
 
-/* The first `count` lanes, if there are so many. */
 static void append_store(enum kv_type type, char *to, vec value, int count) {
     if (type == KV_F32) {
         store_part((float *)(void *)to, value, count);
         return;
     }
     half_vec halves = narrow_bf16((ivec)value);
-    memcpy(to, &halves, sizeof(uint16_t) * (size_t)smaller(count, LANES));
+    memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
+}
+
+/* One row's key: an element goes into each line of the plane. */
+static void append_key(enum kv_type type, char *key, const float *k, int dim) {
+    for (size_t i = 0; i < (size_t)dim; i++)
+        if (type == KV_F32)
+            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
+        else
+            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
 }
 
 /* A block's keys, 16 elements at a time. */
@@ -904,9 +912,9 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     if (n == BLOCK_TOKENS)
         append_keys(view->type, key, k, stride, view->dim);
     for (int row = 0; row < n; row++) {
-        for (int i = 0; i < view->dim && n < BLOCK_TOKENS; i++) /* one in each line of the plane */
-            append_store(view->type, key + (size_t)(i * BLOCK_TOKENS + row) * element,
-                         (vec){k[(size_t)row * stride + (size_t)i]}, 1);
+        if (n < BLOCK_TOKENS)
+            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
+                       view->dim);
         for (int at = 0; at < view->dim; at += LANES)
             append_store(view->type, value + (size_t)(row * view->dim + at) * element,
                          load(v + (size_t)row * stride + at), view->dim - at);
