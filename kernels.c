@@ -25,13 +25,13 @@
  *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
  * Contents:
- *     the copier                copies beside the computation
  *     what a device is          scratch, the backend, a device with its activations
- *     memory, copies, weights   alloc, release, copy, upload
- *     devices                   what fits, open and close
+ *     rows                      tiles of ops that make each row from one row
+ *     copies                    a thread does them beside the computation
+ *     memory and weights        alloc, release, upload
  *     the machine's limits      what memory and arithmetic give at most
+ *     devices                   what fits, open and close
  *     products                  matrices times rows, cut into tiles
- *     rows                      tiles of the cheap ops; RMS norm
  *     embed, norm_qkv           the ops, from here on in the order of the forward pass
  *     rope_append               new keys and values, turned and written into their blocks
  *     attention                 over the paged keys and values of one head
@@ -609,21 +609,17 @@ struct place { /* of a tile: one panel of one matrix times a chunk of the rows *
 };
 
 /* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
- * that one thread is likely to take are neighbours. */
-static int panel_of_tile(int tile, int n_panels, int n_threads) {
-    int own = n_panels / n_threads;
-    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
-}
-
+ * that one thread is likely to take are neighbours; unless neighbours share a panel, which is better
+ * still. */
 static struct place find_tile(const struct product *product, int index) {
-    int which = 0;
+    int which = 0, n_threads = product->device->cpu->pool.n_threads;
     while (index >= product->first_tile[which + 1])
         which++;
     index -= product->first_tile[which];
     int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
-    int n_threads = product->device->cpu->pool.n_threads;
-    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        panel = panel_of_tile(panel, product->n_panels[which], n_threads);
+    int own = product->n_panels[which] / n_threads;
+    if (product->n_chunks == 1 && panel < own * n_threads)
+        panel = panel % n_threads * own + panel / n_threads;
     return (struct place){.which = which,
                           .panel = product->matrix[which]->first_row / PANEL + panel,
                           .row = row,
@@ -735,7 +731,7 @@ static void run_product(struct cpu_device *device, struct product *product) {
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- RMS norm ---- */
+/* ---- embed, norm_qkv ---- */
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
@@ -771,8 +767,6 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
     struct norm norm = {weight, rows};
     for_rows(device, n_rows, NORM_ROWS, norm_tile, &norm);
 }
-
-/* ---- embed, norm_qkv ---- */
 
 static void embed_tile(struct cpu_device *device, const void *token_embd, int first, int end) {
     for (int row = first; row < end; row++)
