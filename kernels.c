@@ -609,8 +609,7 @@ struct place { /* of a tile: one panel of one matrix times a chunk of the rows *
 };
 
 /* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
- * that one thread is likely to take are neighbours; unless neighbours share a panel, which is better
- * still. */
+ * that one thread is likely to take are neighbours; unless those share a panel, which is better. */
 static struct place find_tile(const struct product *product, int index) {
     int which = 0, n_threads = product->device->cpu->pool.n_threads;
     while (index >= product->first_tile[which + 1])

@@ -120,13 +120,13 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
 /* ---- what a processor can do ---- */
 
 /* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
- * limit. Returns the number of operations, two a multiply-add. sink (LANES): what is computed, which
+ * limit. Returns the number of operations, two a multiply-add. sink (LANES): what is computed, and
  * nobody wants. */
 double dot_busy(enum row_form form, bool amx, float *sink);
 
 /* ---- for the caller's arithmetic too ---- */
 
-/* kernel(n_rows, ...), with n_rows a constant: a kernel is compiled for each number of rows. */
+/* kernel(n_rows, ...), 1 to TILE_ROWS rows, a constant: one is compiled for each number. */
 #define WITH_ROWS(n_rows, kernel, ...)                                                             \
     do {                                                                                           \
         switch (n_rows) {                                                                          \
@@ -602,8 +602,8 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct ti
     store_sums(tile, n_rows, 0, 4, sum);
 }
 
-/* A part of a block that begins at k, times rows whose blocks begin at `block`, `stride` bytes apart.
- * Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum of its
+/* A part of a block that begins at k times rows whose blocks begin at `block`, `stride` bytes
+ * apart. Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum of its
  * bytes; each instruction adds four products to each of 16 sums. */
 INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
                                    const char *panel, const char *block, size_t stride, unsigned k,
