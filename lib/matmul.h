@@ -603,8 +603,8 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct ti
 }
 
 /* A part of a block that begins at k times rows whose blocks begin at `block`, `stride` bytes
- * apart. Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum of its
- * bytes; each instruction adds four products to each of 16 sums. */
+ * apart. Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum
+ * of its bytes; each instruction adds four products to each of 16 sums. */
 INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
                                    const char *panel, const char *block, size_t stride, unsigned k,
                                    __m512i whole[TILE_ROWS][4]) {
