@@ -22,7 +22,8 @@
 enum { LANES = 16 /* floats in a vector */ };
 
 #define INLINE   static inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
+/* At a cache line: else a kernel's short loops are up to 1.4 times slower where they lie badly. */
+#define NOINLINE __attribute__((noinline, aligned(64)))
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
