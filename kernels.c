@@ -25,13 +25,13 @@
  *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
  * Contents:
- *     the copier                copies beside the computation
  *     what a device is          scratch, the backend, a device with its activations
- *     memory, copies, weights   alloc, release, copy, upload
- *     devices                   what fits, open and close
+ *     rows                      tiles of ops that make each row from one row
+ *     copies                    a thread does them beside the computation
+ *     memory and weights        alloc, release, upload
  *     the machine's limits      what memory and arithmetic give at most
+ *     devices                   what fits, open and close
  *     products                  matrices times rows, cut into tiles
- *     rows                      tiles of the cheap ops; RMS norm
  *     embed, norm_qkv           the ops, from here on in the order of the forward pass
  *     rope_append               new keys and values, turned and written into their blocks
  *     attention                 over the paged keys and values of one head
@@ -81,19 +81,39 @@ enum {
     HEAD_STRIDE = MAX_HEAD_DIM + LANES /* not 2^n, which would alias in the L1 cache */
 };
 
-static int smaller(int a, int b) {
-    return a < b ? a : b;
-}
+/* ---- what a device is: one of several that share the threads and the weights ---- */
 
-/* ---- the copier ---- */
+struct kv_view { /* the keys and values of one sequence, layer and head */
+    enum kv_type type;
+    int dim;
+    char *kv;                 /* the blocks; sizes here are in bytes */
+    size_t block, key, value; /* of a block; where the head's planes begin in it */
+    size_t next_key;          /* where the keys lie that will be read after these */
+    const int *table;         /* (blocks of the sequence) slots */
+};
 
-/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
- * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
- * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
- * other: so a test meets orders that are rare. */
+struct softmax { /* of one query, over the tokens seen so far */
+    float max;
+    vec sum; /* lane by lane; lanes are added at the end */
+};
+
+struct attention_scratch {    /* queries of a tile, and what is made of them */
+    int n, position[QUERIES]; /* (n) ascending: a query sees tokens [0, position] */
+    struct softmax state[QUERIES];
+    alignas(64) float query[QUERIES * HEAD_STRIDE]; /* divided by sqrt(dim) */
+    alignas(64) float output[QUERIES * HEAD_STRIDE];
+    alignas(64) float scores[QUERIES * KV_TILE];
+};
+
+struct scratch { /* of one thread: what a tile of a product or of attention works on */
+    alignas(64) float slab[SLAB * PANEL];
+    float tile[5][ROW_CHUNK * PANEL];
+    struct attention_scratch attention;
+};
 
 struct copy_queue {
-    atomic_uint_fast64_t added, done;
+    uint64_t added; /* under the copier's mutex */
+    atomic_uint_fast64_t done;
 };
 
 struct copy_order {
@@ -105,142 +125,10 @@ struct copy_order {
 struct copier {
     pthread_t thread;
     pthread_mutex_t mutex;
-    pthread_cond_t wake, idle;
+    pthread_cond_t changed;   /* there is a copy more, or one less, or `stop` */
     struct copy_order *first; /* the running one stays in the list */
     bool stop;
     uint64_t delay_seed;
-};
-
-static uint32_t copier_random(uint64_t *state) { /* splitmix64 */
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return (uint32_t)(z >> 32);
-}
-
-static void copier_copy(const struct copy2d *copy) {
-    for (size_t row = 0; row < copy->height; row++) {
-        memcpy((char *)copy->to + row * copy->to_pitch,
-               (const char *)copy->from + row * copy->from_pitch, copy->width);
-    }
-}
-
-/* The first copy in the list; or, where copies are delayed, the first of a random queue. */
-static struct copy_order *copier_pick(struct copier *copier, uint32_t random) {
-    if (copier->delay_seed == 0)
-        return copier->first;
-    uint32_t count = 0;
-    for (struct copy_order *order = copier->first; order; order = order->next)
-        count++;
-    struct copy_order *chosen = copier->first, *first = copier->first;
-    for (uint32_t i = random % count; i > 0; i--)
-        chosen = chosen->next;
-    while (first->queue != chosen->queue)
-        first = first->next;
-    return first;
-}
-
-static void *copier_main(void *argument) {
-    struct copier *copier = argument;
-    uint64_t random = copier->delay_seed;
-    pthread_mutex_lock(&copier->mutex);
-    for (;;) {
-        while (!copier->first && !copier->stop)
-            pthread_cond_wait(&copier->wake, &copier->mutex);
-        if (!copier->first)
-            break;
-        struct copy_order *order = copier_pick(copier, copier_random(&random));
-        pthread_mutex_unlock(&copier->mutex);
-        if (copier->delay_seed) {
-            long delay = (long)(copier_random(&random) % MAX_COPY_DELAY);
-            nanosleep(&(struct timespec){0, delay * 1000}, NULL);
-        }
-        copier_copy(&order->copy);
-        pthread_mutex_lock(&copier->mutex);
-        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
-        struct copy_order **link = &copier->first;
-        while (*link != order)
-            link = &(*link)->next;
-        *link = order->next;
-        free(order);
-        pthread_cond_broadcast(&copier->idle);
-    }
-    pthread_mutex_unlock(&copier->mutex);
-    return NULL;
-}
-
-static uint64_t copier_add(struct copier *copier, struct copy_queue *queue,
-                           const struct copy2d *copy) {
-    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
-    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
-        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
-        abort();
-    }
-    *order = (struct copy_order){queue, *copy, NULL};
-    pthread_mutex_lock(&copier->mutex);
-    while (*link)
-        link = &(*link)->next;
-    *link = order;
-    uint64_t ticket = atomic_fetch_add(&queue->added, 1) + 1;
-    pthread_cond_signal(&copier->wake);
-    pthread_mutex_unlock(&copier->mutex);
-    return ticket;
-}
-
-static bool copier_done(const struct copy_queue *queue, uint64_t ticket) {
-    return atomic_load_explicit(&queue->done, memory_order_acquire) >= ticket;
-}
-
-static void copier_drain(struct copier *copier, struct copy_queue *queue) {
-    pthread_mutex_lock(&copier->mutex);
-    while (atomic_load(&queue->done) < atomic_load(&queue->added))
-        pthread_cond_wait(&copier->idle, &copier->mutex);
-    pthread_mutex_unlock(&copier->mutex);
-}
-
-static bool copier_open(struct copier *copier, uint64_t delay_seed) {
-    *copier = (struct copier){.delay_seed = delay_seed};
-    pthread_mutex_init(&copier->mutex, NULL);
-    pthread_cond_init(&copier->wake, NULL);
-    pthread_cond_init(&copier->idle, NULL);
-    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
-}
-
-static void copier_close(struct copier *copier) {
-    pthread_mutex_lock(&copier->mutex);
-    copier->stop = true;
-    pthread_cond_broadcast(&copier->wake);
-    pthread_mutex_unlock(&copier->mutex);
-    pthread_join(copier->thread, NULL);
-}
-
-/* ---- what a device is: one of several that share the threads and the weights ---- */
-
-struct kv_view { /* the keys and values of one sequence, layer and head */
-    enum kv_type type;
-    int dim;
-    void *kv;
-    size_t block_elements, key, value; /* of a block; where the head's planes begin in it */
-    size_t next_key;                   /* where the keys lie that will be read after these */
-    const int *table;                  /* (blocks of the sequence) slots */
-};
-
-struct softmax { /* of one query, over the tokens seen so far */
-    float max;
-    vec sum; /* lane by lane; lanes are added at the end */
-};
-
-struct attention_scratch {
-    alignas(64) float query[QUERIES * HEAD_STRIDE];
-    alignas(64) float output[QUERIES * HEAD_STRIDE];
-    alignas(64) float scores[QUERIES * KV_TILE];
-    struct softmax state[QUERIES];
-};
-
-struct scratch { /* of one thread: what a tile of a product or of attention works on */
-    alignas(64) float slab[SLAB * PANEL];
-    float tile[5][ROW_CHUNK * PANEL];
-    struct attention_scratch attention;
 };
 
 struct cpu_backend {
@@ -258,7 +146,7 @@ struct cpu_device {
     struct job *job;
     struct scratch *scratch; /* of the thread that drives it */
     const struct batch *batch;
-    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    int n_heads, n_kv_heads; /* of this shard */
     size_t x_stride, q_stride, kv_stride, ffn_stride;
     float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
     float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
@@ -282,7 +170,129 @@ static void parallel_for(struct cpu_device *device, int n_tiles, tile_function *
         pool_run(&device->cpu->pool, device->job, device->scratch, n_tiles, run, argument);
 }
 
-/* ---- memory, copies and weights ---- */
+/* ---- rows: ops that make each row from one row ---- */
+
+/* Makes rows [first, end). */
+typedef void rows_function(struct cpu_device *device, const void *argument, int first, int end);
+
+struct row_job {
+    struct cpu_device *device;
+    rows_function *run;
+    const void *argument;
+    int n_rows, tile_rows;
+};
+
+static void row_tile(const void *argument, int tile, struct scratch *scratch) {
+    const struct row_job *job = argument;
+    int first = tile * job->tile_rows;
+    (void)scratch;
+    job->run(job->device, job->argument, first, smaller(first + job->tile_rows, job->n_rows));
+}
+
+/* Rows [0, n_rows), so many of them a tile. */
+static void for_rows(struct cpu_device *device, int n_rows, int tile_rows, rows_function *run,
+                     const void *argument) {
+    struct row_job job = {device, run, argument, n_rows, tile_rows};
+    parallel_for(device, divide_up(n_rows, tile_rows), row_tile, &job);
+}
+
+/* ---- copies ---- */
+
+/* A thread copies memory beside the computation, as a GPU's copy engine does. Copies go into
+ * queues, the streams of a device; those of one queue are done in order, and each has a ticket,
+ * which is polled. With a `delay_seed` each takes a random time, and the queues overtake each
+ * other: so a test meets orders that are rare. */
+
+/* Where the first copy hangs in the list; or, where copies are delayed, the first of a queue that a
+ * random one is of. */
+static struct copy_order **next_copy(struct copier *copier, unsigned *random) {
+    struct copy_order **first = &copier->first, *chosen = copier->first;
+    int n = 0;
+    for (struct copy_order *order = chosen; order && copier->delay_seed; order = order->next)
+        if (rand_r(random) % ++n == 0)
+            chosen = order;
+    while ((*first)->queue != chosen->queue)
+        first = &(*first)->next;
+    return first;
+}
+
+static void *copier_main(void *argument) {
+    struct copier *copier = argument;
+    unsigned random = (unsigned)copier->delay_seed;
+    pthread_mutex_lock(&copier->mutex);
+    while (copier->first || !copier->stop) {
+        if (!copier->first) {
+            pthread_cond_wait(&copier->changed, &copier->mutex);
+            continue;
+        }
+        struct copy_order **link = next_copy(copier, &random), *order = *link;
+        const struct copy2d *copy = &order->copy;
+        pthread_mutex_unlock(&copier->mutex);
+        if (copier->delay_seed)
+            nanosleep(&(struct timespec){0, rand_r(&random) % MAX_COPY_DELAY * 1000}, NULL);
+        for (size_t row = 0; row < copy->height; row++)
+            memcpy((char *)copy->to + row * copy->to_pitch,
+                   (const char *)copy->from + row * copy->from_pitch, copy->width);
+        pthread_mutex_lock(&copier->mutex);
+        atomic_fetch_add_explicit(&order->queue->done, 1, memory_order_release);
+        *link = order->next;
+        free(order);
+        pthread_cond_broadcast(&copier->changed);
+    }
+    pthread_mutex_unlock(&copier->mutex);
+    return NULL;
+}
+
+static bool copier_open(struct copier *copier, uint64_t delay_seed) {
+    *copier = (struct copier){.delay_seed = delay_seed};
+    pthread_mutex_init(&copier->mutex, NULL);
+    pthread_cond_init(&copier->changed, NULL);
+    return pthread_create(&copier->thread, NULL, copier_main, copier) == 0;
+}
+
+static void copier_close(struct copier *copier) {
+    pthread_mutex_lock(&copier->mutex);
+    copier->stop = true;
+    pthread_cond_broadcast(&copier->changed);
+    pthread_mutex_unlock(&copier->mutex);
+    pthread_join(copier->thread, NULL);
+}
+
+static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct copier *copier = &device->cpu->copier;
+    struct copy_queue *queue = &device->copies[stream];
+    struct copy_order *order = malloc(sizeof *order), **link = &copier->first;
+    if (!order) { /* copies cannot fail: the program ends here, as with any fault of a device */
+        fprintf(stderr, "dynamo: %s:%d: no memory for a copy order\n", __FILE__, __LINE__);
+        abort();
+    }
+    *order = (struct copy_order){queue, *copy, NULL};
+    pthread_mutex_lock(&copier->mutex);
+    while (*link)
+        link = &(*link)->next;
+    *link = order;
+    uint64_t ticket = ++queue->added;
+    pthread_cond_broadcast(&copier->changed);
+    pthread_mutex_unlock(&copier->mutex);
+    return ticket;
+}
+
+static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    return atomic_load_explicit(&device->copies[stream].done, memory_order_acquire) >= ticket;
+}
+
+static void finish_copies(struct cpu_device *device) {
+    struct copier *copier = &device->cpu->copier;
+    pthread_mutex_lock(&copier->mutex);
+    for (int stream = 0; stream < N_STREAMS; stream++)
+        while (device->copies[stream].done < device->copies[stream].added)
+            pthread_cond_wait(&copier->changed, &copier->mutex);
+    pthread_mutex_unlock(&copier->mutex);
+}
+
+/* ---- memory and weights ---- */
 
 /* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
 size_t host_free_memory(void) {
@@ -319,15 +329,6 @@ static void *cpu_alloc(struct device *device, size_t bytes) {
 static void cpu_release(struct device *device, void *memory) {
     (void)device;
     free(memory);
-}
-
-static uint64_t cpu_copy(struct device *base, enum stream stream, const struct copy2d *copy) {
-    struct cpu_device *device = (struct cpu_device *)base;
-    return copier_add(&device->cpu->copier, &device->copies[stream], copy);
-}
-
-static bool cpu_copy_done(struct device *base, enum stream stream, uint64_t ticket) {
-    return copier_done(&((struct cpu_device *)base)->copies[stream], ticket);
 }
 
 static void pack_tile(const void *argument, int tile, struct scratch *scratch) {
@@ -410,7 +411,7 @@ static void read_tile(const void *argument, int tile, struct scratch *scratch) {
 static void multiply_tile(const void *argument, int tile, struct scratch *scratch) {
     const struct tile *like = argument;
     (void)tile;
-    dot_busy(like->form, like->amx, scratch->slab);
+    (void)dot_busy(like->form, like->amx, scratch->slab);
 }
 
 static double clock_seconds(void) {
@@ -427,8 +428,7 @@ static double best_time(struct cpu_device *device, int n_tiles, tile_function *r
     for (int i = 0; i < LIMIT_REPEATS; i++) {
         double start = clock_seconds();
         parallel_for(device, n_tiles, run, argument);
-        double time = clock_seconds() - start;
-        best = time < best ? time : best;
+        best = fmin(best, clock_seconds() - start);
     }
     pool_leave(&device->cpu->pool);
     return best;
@@ -455,7 +455,7 @@ static void cpu_limits(struct device **shards, int n, enum tensor_type type, dou
     pthread_mutex_unlock(&cpu->upload_mutex);
     *read = n_pieces > 0 ? n_bytes / best_time(device, n_pieces, read_tile, pieces) : 0;
     struct tile like = {.form = dot_form(type, cpu->plain), .amx = cpu->amx};
-    *ops = LIMIT_MULTIPLIES * dot_busy_ops(like.form, like.amx) /
+    *ops = LIMIT_MULTIPLIES * dot_busy(like.form, like.amx, device->scratch->slab) /
            best_time(device, LIMIT_MULTIPLIES, multiply_tile, &like);
 }
 
@@ -508,11 +508,9 @@ static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
 
 static void cpu_device_close(struct device *base) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct cpu_backend *cpu = device->cpu;
-    for (int stream = 0; stream < N_STREAMS; stream++)
-        copier_drain(&cpu->copier, &device->copies[stream]);
+    finish_copies(device);
     if (device->job)
-        pool_give_job(&cpu->pool, device->job);
+        pool_give_job(&device->cpu->pool, device->job);
     for (int i = 0; i < device->n_memory; i++)
         free(device->memory[i]);
     free(device);
@@ -527,7 +525,7 @@ static bool allocate_activations(struct cpu_device *device) {
     device->x_stride = stride_of(config->d_model);
     device->q_stride = stride_of(device->n_heads * config->head_dim);
     device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
-    device->ffn_stride = stride_of(device->d_ff);
+    device->ffn_stride = stride_of(config->d_ff / device->device.n_shards);
     device->x = zeros(device, rows, device->x_stride);
     device->h = zeros(device, normed, device->x_stride);
     device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
@@ -569,7 +567,6 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
         device->cpu = cpu;
         device->n_heads = wanted->config->n_heads / wanted->n_shards;
         device->n_kv_heads = wanted->config->n_kv_heads / wanted->n_shards;
-        device->d_ff = wanted->config->d_ff / wanted->n_shards;
         device->job = pool_take_job(&cpu->pool, wanted->urgent);
         if (device->job && allocate_activations(device))
             return &device->device;
@@ -582,24 +579,21 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
 
 /* ---- products ---- */
 
-enum product_kind { PRODUCT_STORE, PRODUCT_SILU, PRODUCT_SEGMENTS };
-
 struct product { /* up to three matrices times the same rows */
     const struct cpu_device *device;
-    enum product_kind kind;
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
-    float *out[3];                            /* (n_rows, out_stride) */
+    bool silu;     /* one output of two matrices: silu(the first) * the second */
+    float *out[3]; /* (n_rows, out_stride) */
     size_t out_stride[3];
     const float *rows; /* (n_rows, stride) the input as it is */
     size_t stride;
     int n_rows;
-    int unit, first_segment, n_segments; /* PRODUCT_SEGMENTS */
+    int unit, first_segment, n_segments; /* in which K is summed; 0: it is not cut */
     bool add;                            /* out += */
-    /* the rest is run_product's: panels of each matrix, tiles before it; the input in the forms
-     * that the matrices want; the rows are cut into n_chunks of chunk_rows */
+    /* the rest is run_product's: panels of each matrix, tiles before it; the forms of rows that the
+     * matrices want; the rows are cut into n_chunks of chunk_rows */
     int n_panels[3], first_tile[4];
-    const char *input[N_FORMS];   /* (n_rows, input_stride) */
-    size_t input_stride[N_FORMS]; /* bytes */
+    bool wants[N_FORMS];
     int chunk_rows, n_chunks;
 };
 
@@ -615,21 +609,16 @@ struct place { /* of a tile: one panel of one matrix times a chunk of the rows *
 };
 
 /* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
- * that one thread is likely to take are neighbours. */
-static int panel_of_tile(int tile, int n_panels, int n_threads) {
-    int own = n_panels / n_threads;
-    return tile < own * n_threads ? tile % n_threads * own + tile / n_threads : tile;
-}
-
+ * that one thread is likely to take are neighbours; unless those share a panel, which is better. */
 static struct place find_tile(const struct product *product, int index) {
-    int which = 0;
+    int which = 0, n_threads = product->device->cpu->pool.n_threads;
     while (index >= product->first_tile[which + 1])
         which++;
     index -= product->first_tile[which];
     int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
-    int n_threads = product->device->cpu->pool.n_threads;
-    if (product->n_chunks == 1) /* else neighbouring tiles share a panel, which is better still */
-        panel = panel_of_tile(panel, product->n_panels[which], n_threads);
+    int own = product->n_panels[which] / n_threads;
+    if (product->n_chunks == 1 && panel < own * n_threads)
+        panel = panel % n_threads * own + panel / n_threads;
     return (struct place){.which = which,
                           .panel = product->matrix[which]->first_row / PANEL + panel,
                           .row = row,
@@ -639,55 +628,53 @@ static struct place find_tile(const struct product *product, int index) {
 /* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
 static void multiply(const struct product *product, const struct weight *matrix,
                      const struct place *place, float *out, struct scratch *scratch) {
-    enum row_form form = dot_form(matrix->type, product->device->cpu->plain);
-    size_t stride = product->input_stride[form];
+    const struct cpu_device *device = product->device;
+    enum row_form form = dot_form(matrix->type, device->cpu->plain);
+    bool as_it_is = form == FORM_F32;
+    size_t stride = as_it_is ? product->stride * sizeof(float) : device->converted_stride[form];
+    const char *input = as_it_is ? (const char *)product->rows : device->converted[form];
     struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
                         .end = matrix->cols,
                         .form = form,
-                        .input = product->input[form] + (size_t)place->row * stride,
+                        .input = input + (size_t)place->row * stride,
                         .stride = stride,
                         .out = out,
                         .ahead = true,
-                        .amx = product->device->cpu->amx};
-    if (product->kind == PRODUCT_SEGMENTS)
+                        .amx = device->cpu->amx};
+    if (product->n_segments > 0)
         segment_product(matrix, product->unit, product->first_segment, product->n_segments, tile,
                         place->n_rows, scratch->slab, scratch->tile + 1);
     else
         panel_product(matrix->type, tile, place->n_rows, scratch->slab);
 }
 
-/* Outputs [begin, end) of one row, with bias, and added to what is there. */
-static void store_row(const struct product *product, int which, int row, int begin, int end,
-                      const float *sums) {
-    float *out = product->out[which] + (size_t)row * product->out_stride[which];
-    const struct weight *bias = product->bias[which];
-    for (int i = 0; i < end - begin; i += LANES) {
-        int n = end - begin - i;
-        vec value = load(sums + i);
-        if (bias)
-            value += load_part(bias->vector + begin + i, n);
-        if (product->add)
-            value += load_part(out + begin + i, n);
-        store_part(out + begin + i, value, n);
-    }
-}
-
-/* sums (n_rows, PANEL); a shard may start and end inside a panel. */
+/* Adds sums (n_rows, PANEL), with bias, to what is there, or stores them; a shard may start and end
+ * inside a panel. */
 static void store_tile(const struct product *product, const struct place *place,
                        const float *sums) {
-    const struct weight *matrix = product->matrix[place->which];
-    int begin = place->panel * PANEL - matrix->first_row, end = begin + PANEL;
-    int from = begin < 0 ? -begin : 0;
-    for (int i = 0; i < place->n_rows; i++)
-        store_row(product, place->which, place->row + i, begin + from, smaller(end, matrix->n_rows),
-                  sums + i * PANEL + from);
+    const struct weight *matrix = product->matrix[place->which],
+                        *bias = product->bias[place->which];
+    size_t stride = product->out_stride[place->which];
+    float *out = product->out[place->which] + (size_t)place->row * stride;
+    int begin = place->panel * PANEL - matrix->first_row,
+        end = smaller(begin + PANEL, matrix->n_rows);
+    for (int row = 0; row < place->n_rows; row++, sums += PANEL, out += stride) {
+        for (int at = begin < 0 ? 0 : begin; at < end; at += LANES) {
+            vec value = load(sums + at - begin);
+            if (bias)
+                value += load_part(bias->vector + at, end - at);
+            if (product->add)
+                value += load_part(out + at, end - at);
+            store_part(out + at, value, end - at);
+        }
+    }
 }
 
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
     const struct product *product = argument;
     struct place place = find_tile(product, index);
     multiply(product, product->matrix[place.which], &place, scratch->tile[0], scratch);
-    if (product->kind == PRODUCT_SILU) { /* matrix[0] is the gate */
+    if (product->silu) {
         multiply(product, product->matrix[1], &place, scratch->tile[1], scratch);
         silu_multiply(scratch->tile[0], scratch->tile[1], place.n_rows * PANEL);
     }
@@ -696,62 +683,44 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
 
 /* A row into a form, segment by segment where K is cut. */
 static void convert_row(const struct product *product, enum row_form form, int row) {
-    bool cut = product->kind == PRODUCT_SEGMENTS;
+    const struct cpu_device *device = product->device;
+    int cols = product->matrix[0]->cols, segment = product->first_segment;
     const float *from = product->rows + (size_t)row * product->stride;
-    char *to = product->device->converted[form] + (size_t)row * product->input_stride[form];
-    for (int i = 0; i < (cut ? product->n_segments : 1); i++) {
-        int segment = product->first_segment + i, begin = 0, end = product->matrix[0]->cols;
-        if (cut) {
-            begin = segment_begin(product->matrix[0]->cols, product->unit, segment);
-            end = segment_begin(product->matrix[0]->cols, product->unit, segment + 1);
-        }
+    char *to = device->converted[form] + (size_t)row * device->converted_stride[form];
+    if (product->n_segments == 0)
+        dot_convert(form, from, 0, cols, to);
+    for (int i = 0; i < product->n_segments; i++, segment++) {
+        int begin = segment_begin(cols, product->unit, segment);
+        int end = segment_begin(cols, product->unit, segment + 1);
         dot_convert(form, from, begin, end, to);
         from += end - begin;
         to += dot_form_bytes(form, begin, end);
     }
 }
 
-static void convert_tile(const void *argument, int tile, struct scratch *scratch) {
+static void convert_tile(struct cpu_device *device, const void *argument, int first, int end) {
     const struct product *product = argument;
-    (void)scratch;
-    int end_row = smaller((tile + 1) * NORM_ROWS, product->n_rows);
-    for (int row = tile * NORM_ROWS; row < end_row; row++)
+    (void)device;
+    for (int row = first; row < end; row++)
         for (int form = FORM_F32 + 1; form < N_FORMS; form++)
-            if (product->input[form])
+            if (product->wants[form])
                 convert_row(product, (enum row_form)form, row);
 }
 
-/* The input in each form that one of the matrices wants. */
-static void convert_rows(struct cpu_device *device, struct product *product, int n_matrices) {
-    bool as_it_is = true;
-    product->input[FORM_F32] = (const char *)product->rows;
-    product->input_stride[FORM_F32] = product->stride * sizeof(float);
-    for (int i = 0; i < n_matrices; i++) {
-        enum row_form form = dot_form(product->matrix[i]->type, device->cpu->plain);
-        if (form == FORM_F32)
-            continue;
-        product->input[form] = device->converted[form];
-        product->input_stride[form] = device->converted_stride[form];
-        as_it_is = false;
-    }
-    if (!as_it_is)
-        parallel_for(device, divide_up(product->n_rows, NORM_ROWS), convert_tile, product);
-}
-
-/* n_matrices side by side, but for PRODUCT_SILU, which makes one of two. */
-static void run_product(struct cpu_device *device, struct product *product, int n_matrices) {
-    int n_chunks = divide_up(product->n_rows, ROW_CHUNK);
+static void run_product(struct cpu_device *device, struct product *product) {
+    int n_chunks = divide_up(product->n_rows, ROW_CHUNK), n_matrices = 0, n_tiles = 0;
     if (n_chunks == 0)
         return;
     product->device = device;
-    convert_rows(device, product, product->kind == PRODUCT_SILU ? 2 : n_matrices);
+    for (; n_matrices < 3 && product->matrix[n_matrices]; n_matrices++)
+        product->wants[dot_form(product->matrix[n_matrices]->type, device->cpu->plain)] = true;
+    if (product->wants[FORM_BF16] || product->wants[FORM_Q8])
+        for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
     bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) == FORM_BF16;
     size_t unit = amx ? AMX_ROWS : TILE_ROWS;
-    int rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
-    product->chunk_rows = rows;
-    product->n_chunks = divide_up(product->n_rows, rows);
-    int n_tiles = 0;
-    for (int i = 0; i < n_matrices; i++) {
+    product->chunk_rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
+    product->n_chunks = divide_up(product->n_rows, product->chunk_rows);
+    for (int i = 0; i < (product->silu ? 1 : n_matrices); i++) {
         const struct weight *matrix = product->matrix[i];
         int first = matrix->first_row / PANEL;
         product->n_panels[i] = divide_up(matrix->first_row + matrix->n_rows, PANEL) - first;
@@ -761,29 +730,7 @@ static void run_product(struct cpu_device *device, struct product *product, int 
     parallel_for(device, n_tiles, product_tile, product);
 }
 
-/* ---- rows: ops that make each row from one row ---- */
-
-struct row_job { /* fields that its `run` does not need are 0 */
-    struct cpu_device *device;
-    const struct weight *weight;
-    const struct weight *const *layer;
-    const int *rows; /* (n_rows) row of x that each row is made from; NULL: its own */
-    struct cpu_device **shards;
-    int n_rows, n_shards, layer_index, tile_rows;
-    void (*run)(const struct row_job *job, int row);
-};
-
-static void row_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct row_job *job = argument;
-    (void)scratch;
-    int end = smaller((tile + 1) * NORM_ROWS, job->n_rows);
-    for (int row = tile * NORM_ROWS; row < end; row++)
-        job->run(job, row);
-}
-
-static void for_rows(const struct row_job *job) {
-    parallel_for(job->device, divide_up(job->n_rows, NORM_ROWS), row_tile, job);
-}
+/* ---- embed, norm_qkv ---- */
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
@@ -799,34 +746,36 @@ static void rmsnorm(float *out, const float *x, const float *weight, int n, floa
     }
 }
 
-static void norm_row(const struct row_job *job, int row) {
-    struct cpu_device *device = job->device;
-    size_t from = (size_t)(job->rows ? job->rows[row] : row);
-    rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
-            job->weight->vector, device->device.config->d_model,
-            device->device.config->norm_epsilon);
+struct norm {
+    const struct weight *weight;
+    const int *rows; /* (n_rows) row of x that each row of h is made from; NULL: its own */
+};
+
+static void norm_tile(struct cpu_device *device, const void *argument, int first, int end) {
+    const struct norm *norm = argument;
+    const struct model_config *config = device->device.config;
+    for (int row = first; row < end; row++) {
+        size_t from = (size_t)(norm->rows ? norm->rows[row] : row);
+        rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
+                norm->weight->vector, config->d_model, config->norm_epsilon);
+    }
 }
 
 static void norm_rows(struct cpu_device *device, const struct weight *weight, const int *rows,
                       int n_rows) {
-    struct row_job job = {
-        .device = device, .weight = weight, .rows = rows, .n_rows = n_rows, .run = norm_row};
-    for_rows(&job);
+    struct norm norm = {weight, rows};
+    for_rows(device, n_rows, NORM_ROWS, norm_tile, &norm);
 }
 
-/* ---- embed, norm_qkv ---- */
-
-static void embed_row(const struct row_job *job, int row) {
-    struct cpu_device *device = job->device;
-    pack_read_row(job->weight, device->batch->token[row],
-                  device->x + (size_t)row * device->x_stride);
+static void embed_tile(struct cpu_device *device, const void *token_embd, int first, int end) {
+    for (int row = first; row < end; row++)
+        pack_read_row(token_embd, device->batch->token[row],
+                      device->x + (size_t)row * device->x_stride);
 }
 
 static void cpu_embed(struct device *base, const struct weight *token_embd) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct row_job job = {
-        .device = device, .weight = token_embd, .n_rows = device->batch->n_rows, .run = embed_row};
-    for_rows(&job);
+    for_rows(device, device->batch->n_rows, NORM_ROWS, embed_tile, token_embd);
 }
 
 static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
@@ -840,7 +789,7 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
         .rows = device->h,
         .stride = device->x_stride,
         .n_rows = device->batch->n_rows};
-    run_product(device, &product, 3);
+    run_product(device, &product);
 }
 
 /* ---- rope_append ---- */
@@ -852,17 +801,20 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
-static void turn_row(const struct row_job *job, int row) {
-    const struct device *device = &job->device->device;
-    int dim = device->config->rope_dim, step = device->config->rope_adjacent ? 2 : 1;
-    int partner = device->config->rope_adjacent ? 1 : dim / 2;
-    double position = job->device->batch->position[row];
-    float *cosine = job->device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
-    for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
-        double angle = position * (double)device->rope_frequency[i];
-        cosine[0] = cosine[partner] = (float)cos(angle);
-        sine[partner] = (float)sin(angle);
-        sine[0] = -sine[partner];
+static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
+    const struct model_config *config = device->device.config;
+    int dim = config->rope_dim, step = config->rope_adjacent ? 2 : 1;
+    int partner = config->rope_adjacent ? 1 : dim / 2;
+    (void)unused;
+    for (int row = first; row < end; row++) {
+        double position = device->batch->position[row];
+        float *cosine = device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
+        for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
+            double angle = position * (double)device->device.rope_frequency[i];
+            cosine[0] = cosine[partner] = (float)cos(angle);
+            sine[partner] = (float)sin(angle);
+            sine[0] = -sine[partner];
+        }
     }
 }
 
@@ -900,13 +852,12 @@ static struct kv_view kv_view(const struct cpu_device *device, const struct sequ
                               int layer, int head, bool next) {
     const struct model_config *config = device->device.config;
     enum kv_type type = device->device.kv_type;
-    size_t block = block_bytes(config, device->device.n_shards, type) / kv_element_bytes(type);
-    size_t plane = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type));
-    size_t key = ((size_t)(layer * 2) * (size_t)device->n_kv_heads + (size_t)head) * plane;
+    size_t plane = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type)) * kv_element_bytes(type);
+    size_t key = (size_t)(layer * 2 * device->n_kv_heads + head) * plane;
     return (struct kv_view){.type = type,
                             .dim = config->head_dim,
                             .kv = device->device.kv,
-                            .block_elements = block,
+                            .block = block_bytes(config, device->device.n_shards, type),
                             .key = key,
                             .value = key + (size_t)device->n_kv_heads * plane,
                             .next_key = next ? key + plane : key,
@@ -948,10 +899,9 @@ static void append_keys(enum kv_type type, char *key, const float *k, size_t str
 static void append_write(const struct kv_view *view, int position, int n, const float *k,
                          const float *v, size_t stride) {
     size_t element = kv_element_bytes(view->type), token = (size_t)(position % BLOCK_TOKENS);
-    char *block = (char *)view->kv +
-                  (size_t)view->table[position / BLOCK_TOKENS] * view->block_elements * element;
-    char *key = block + (view->key + token) * element;
-    char *value = block + (view->value + token * (size_t)view->dim) * element;
+    char *block = view->kv + (size_t)view->table[position / BLOCK_TOKENS] * view->block;
+    char *key = block + view->key + token * element;
+    char *value = block + view->value + token * (size_t)view->dim * element;
     if (n == BLOCK_TOKENS)
         append_keys(view->type, key, k, stride, view->dim);
     for (int row = 0; row < n; row++) {
@@ -964,49 +914,41 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     }
 }
 
+struct append {
+    const struct weight *const *layer;
+    int layer_index;
+};
+
 /* Rows that stand in one block are written together. */
-static void append_rows(const struct row_job *job, int row, int end) {
-    const struct cpu_device *device = job->device;
+static void append_tile(struct cpu_device *device, const void *argument, int row, int end) {
+    const struct append *append = argument;
     const struct batch *batch = device->batch;
-    while (row < end) {
+    for (int i = row; i < end; i++) {
+        turn_heads(device, append->layer[ATTN_Q_NORM], device->q + (size_t)i * device->q_stride,
+                   device->n_heads, i);
+        turn_heads(device, append->layer[ATTN_K_NORM], device->k + (size_t)i * device->kv_stride,
+                   device->n_kv_heads, i);
+    }
+    for (int n; row < end; row += n) {
         const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
         int position = batch->position[row];
-        int n = smaller(end, sequence->first_row + sequence->n_rows) - row;
+        n = smaller(end, sequence->first_row + sequence->n_rows) - row;
         n = smaller(n, BLOCK_TOKENS - position % BLOCK_TOKENS);
         size_t at = (size_t)row * device->kv_stride;
         for (int head = 0; head < device->n_kv_heads; head++) {
-            struct kv_view view = kv_view(device, sequence, job->layer_index, head, false);
+            struct kv_view view = kv_view(device, sequence, append->layer_index, head, false);
             append_write(&view, position, n, device->k + at, device->v + at, device->kv_stride);
             at += (size_t)view.dim;
         }
-        row += n;
     }
-}
-
-static void append_tile(const void *argument, int tile, struct scratch *scratch) {
-    const struct row_job *job = argument;
-    const struct cpu_device *device = job->device;
-    (void)scratch;
-    int first = tile * job->tile_rows, end = smaller(first + job->tile_rows, job->n_rows);
-    for (int row = first; row < end; row++) {
-        turn_heads(device, job->layer[ATTN_Q_NORM], device->q + (size_t)row * device->q_stride,
-                   device->n_heads, row);
-        turn_heads(device, job->layer[ATTN_K_NORM], device->k + (size_t)row * device->kv_stride,
-                   device->n_kv_heads, row);
-    }
-    append_rows(job, first, end);
 }
 
 static void cpu_rope_append(struct device *base, const struct weight *const *layer,
                             int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
-    int n_rows = device->batch->n_rows;
-    struct row_job job = {.device = device,
-                          .layer = layer,
-                          .layer_index = layer_index,
-                          .n_rows = n_rows,
-                          .tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS};
-    parallel_for(device, divide_up(n_rows, job.tile_rows), append_tile, &job);
+    struct append append = {layer, layer_index};
+    int n_rows = device->batch->n_rows, tile_rows = n_rows > MANY_ROWS ? BLOCK_TOKENS : APPEND_ROWS;
+    for_rows(device, n_rows, tile_rows, append_tile, &append);
 }
 
 /* ---- attention ---- */
@@ -1020,13 +962,14 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
  * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
  * a block that were never written may hold anything. */
 
-struct kv_tile { /* the blocks of up to KV_TILE tokens, and what is made of them */
-    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes */
+struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
+    enum kv_type type;
+    int dim, start, n_tokens;                                /* start: the first token */
+    const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes of their blocks */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
-    bool ahead;            /* the planes come from memory: ask for those that are read next */
-    int dim, n_tokens, at; /* at: first of the output elements */
-    const float *input;    /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
-    float *output;         /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
+    bool ahead;         /* the planes come from memory: ask for those that are read next */
+    const float *input; /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
+    float *output;      /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
 
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
@@ -1048,7 +991,7 @@ static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) 
 }
 
 /* scores[row][KV_TILE] = query[row] . key[token]: 16 tokens a vector */
-INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *tile) {
+INLINE void score_kernel(int n_rows, enum kv_type type, const struct kv_tile *tile) {
     vec sum[QUERY_ROWS][KV_TILE_BLOCKS];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
@@ -1071,17 +1014,18 @@ INLINE void score_kernel(enum kv_type type, int n_rows, const struct kv_tile *ti
             store(tile->output + row * KV_TILE + i * LANES, sum[row][i]);
 }
 
-/* output[row][at + 16 * n_vectors] += weight[row][token] * value[token] */
-INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const struct kv_tile *tile) {
+/* output[row][begin + 16 * n_vectors] += weight[row][token] * value[token] */
+INLINE void value_kernel(int n_rows, enum kv_type type, int begin, int n_vectors,
+                         const struct kv_tile *tile) {
     vec sum[QUERY_ROWS][4];
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = load(tile->output + row * HEAD_STRIDE + tile->at + i * LANES);
-    int left = tile->dim - tile->at;
+            sum[row][i] = load(tile->output + row * HEAD_STRIDE + begin + i * LANES);
+    int left = tile->dim - begin;
     for (int token = 0; token < tile->n_tokens; token++) {
         const char *plane = tile->value[token / BLOCK_TOKENS];
-        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + tile->at);
+        size_t at = (size_t)(token % BLOCK_TOKENS * tile->dim + begin);
         vec values[4];
         for (int i = 0; i < n_vectors; i++)
             values[i] = n_vectors > 1 || left >= LANES
@@ -1097,57 +1041,36 @@ INLINE void value_kernel(enum kv_type type, int n_rows, int n_vectors, const str
     }
     for (int row = 0; row < n_rows; row++)
         for (int i = 0; i < n_vectors; i++)
-            store(tile->output + row * HEAD_STRIDE + tile->at + i * LANES, sum[row][i]);
+            store(tile->output + row * HEAD_STRIDE + begin + i * LANES, sum[row][i]);
 }
 
-/* One kernel for each number of rows; type and n_vectors are constants where this is inlined. */
-INLINE void score_rows(enum kv_type type, int n_rows, const struct kv_tile *tile) {
-    switch (n_rows) {
-    case 1: score_kernel(type, 1, tile); return;
-    case 2: score_kernel(type, 2, tile); return;
-    case 3: score_kernel(type, 3, tile); return;
-    case 4: score_kernel(type, 4, tile); return;
-    case 5: score_kernel(type, 5, tile); return;
-    case 6: score_kernel(type, 6, tile); return;
-    }
-}
-
-INLINE void value_rows(enum kv_type type, int n_vectors, int n_rows, const struct kv_tile *tile) {
-    switch (n_rows) {
-    case 1: value_kernel(type, 1, n_vectors, tile); return;
-    case 2: value_kernel(type, 2, n_vectors, tile); return;
-    case 3: value_kernel(type, 3, n_vectors, tile); return;
-    case 4: value_kernel(type, 4, n_vectors, tile); return;
-    case 5: value_kernel(type, 5, n_vectors, tile); return;
-    case 6: value_kernel(type, 6, n_vectors, tile); return;
-    }
-}
-
-static void compute_scores(enum kv_type type, int n_rows, const struct kv_tile *tile) {
-    if (type == KV_F32)
-        score_rows(KV_F32, n_rows, tile);
+static void compute_scores(int n_rows, const struct kv_tile *tile) {
+    if (tile->type == KV_F32)
+        WITH_ROWS(n_rows, score_kernel, KV_F32, tile);
     else
-        score_rows(KV_BF16, n_rows, tile);
+        WITH_ROWS(n_rows, score_kernel, KV_BF16, tile);
 }
 
 /* All elements of the outputs: 4 vectors at a time, then one. */
-static void add_values(enum kv_type type, int n_rows, struct kv_tile *tile) {
-    for (tile->at = 0; tile->dim - tile->at >= 4 * LANES; tile->at += 4 * LANES)
-        if (type == KV_F32)
-            value_rows(KV_F32, 4, n_rows, tile);
-        else
-            value_rows(KV_BF16, 4, n_rows, tile);
-    for (; tile->at < tile->dim; tile->at += LANES)
-        if (type == KV_F32)
-            value_rows(KV_F32, 1, n_rows, tile);
-        else
-            value_rows(KV_BF16, 1, n_rows, tile);
+INLINE void value_vectors(int n_rows, enum kv_type type, const struct kv_tile *tile) {
+    int at = 0;
+    for (; tile->dim - at >= 4 * LANES; at += 4 * LANES)
+        value_kernel(n_rows, type, at, 4, tile);
+    for (; at < tile->dim; at += LANES)
+        value_kernel(n_rows, type, at, 1, tile);
+}
+
+static void add_values(int n_rows, const struct kv_tile *tile) {
+    if (tile->type == KV_F32)
+        WITH_ROWS(n_rows, value_vectors, KV_F32, tile);
+    else
+        WITH_ROWS(n_rows, value_vectors, KV_BF16, tile);
 }
 
 /* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum
- * than before scales what is there of the output, which is padded to whole vectors. */
+ * than before scales what is there of the output (dim). */
 static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
-                         int padded) {
+                         int dim) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec zero = {0}, none = zero - INFINITY;
     vec value[KV_TILE / LANES], largest = none;
@@ -1160,7 +1083,7 @@ static void softmax_tile(float *scores, int visible, struct softmax *state, floa
         vec scale = exp_vec(zero + (state->max - max));
         state->max = max;
         state->sum *= scale;
-        for (int at = 0; at < padded; at += LANES)
+        for (int at = 0; at < dim; at += LANES)
             store(output + at, load(output + at) * scale);
     }
     for (int i = 0; i < KV_TILE / LANES; i++) {
@@ -1177,61 +1100,59 @@ static void find_planes(const struct kv_view *view, int start, int end, size_t o
     int last = (end - 1) / BLOCK_TOKENS;
     for (int i = 0; i < KV_TILE_BLOCKS; i++) {
         int block = smaller(start / BLOCK_TOKENS + i, last);
-        size_t at = (size_t)view->table[block] * view->block_elements + offset;
-        plane[i] = (const char *)view->kv + at * kv_element_bytes(view->type);
+        plane[i] = view->kv + (size_t)view->table[block] * view->block + offset;
     }
 }
 
-/* Adds a tile, which begins at token `start`, to queries [first, n): those that see of it. */
-static void attend_tile(const struct kv_view *view, struct kv_tile *tile, int start, int first,
-                        int n, const int *position, struct attention_scratch *scratch) {
-    int padded = (view->dim + LANES - 1) / LANES * LANES, n_tokens = tile->n_tokens;
-    for (int rows; first < n; first += rows) {
-        rows = smaller(n - first, QUERY_ROWS);
+/* Adds a tile to the queries from `first` on, which see of it. */
+static void attend_tile(struct kv_tile *tile, int first, struct attention_scratch *scratch) {
+    int n_tokens = tile->n_tokens;
+    for (int rows; first < scratch->n; first += rows) {
+        const int *position = scratch->position + first;
         float *scores = scratch->scores + first * KV_TILE;
         float *output = scratch->output + first * HEAD_STRIDE;
+        rows = smaller(scratch->n - first, QUERY_ROWS);
         tile->input = scratch->query + first * HEAD_STRIDE;
         tile->output = scores;
-        compute_scores(view->type, rows, tile);
-        for (int i = 0; i < rows; i++) {
-            softmax_tile(scores + i * KV_TILE, position[first + i] - start + 1,
-                         &scratch->state[first + i], output + i * HEAD_STRIDE, padded);
-        }
-        tile->n_tokens = smaller(position[first + rows - 1] - start + 1, n_tokens);
+        compute_scores(rows, tile);
+        for (int i = 0; i < rows; i++)
+            softmax_tile(scores + i * KV_TILE, position[i] - tile->start + 1,
+                         &scratch->state[first + i], output + i * HEAD_STRIDE, tile->dim);
+        tile->n_tokens = smaller(position[rows - 1] - tile->start + 1, n_tokens);
         tile->input = scores;
         tile->output = output;
-        add_values(view->type, rows, tile);
+        add_values(rows, tile);
         tile->ahead = false; /* the next queries find them in a cache */
     }
 }
 
-/* scratch->query (n, HEAD_STRIDE), divided by sqrt(dim) -> scratch->output (n, HEAD_STRIDE), for
- * queries at position[n], which ascend. */
-static void attention_rows(const struct kv_view *view, int n, const int *position,
-                           struct attention_scratch *scratch) {
-    int padded = (view->dim + LANES - 1) / LANES * LANES, end = position[n - 1] + 1, first = 0;
+/* The outputs of scratch->n queries. */
+static void attention_rows(const struct kv_view *view, struct attention_scratch *scratch) {
+    int n = scratch->n, end = scratch->position[n - 1] + 1, first = 0;
     for (int i = 0; i < n; i++) {
         scratch->state[i] = (struct softmax){.max = -INFINITY};
-        memset(scratch->output + i * HEAD_STRIDE, 0, sizeof(float) * (size_t)padded);
+        for (int at = 0; at < view->dim; at += LANES)
+            store(scratch->output + i * HEAD_STRIDE + at, (vec){0});
     }
     for (int start = 0; start < end; start += KV_TILE) {
-        int next = start + KV_TILE;
-        struct kv_tile tile = {
-            .dim = view->dim, .n_tokens = smaller(end - start, KV_TILE), .ahead = true};
+        bool last = start + KV_TILE >= end;
+        struct kv_tile tile = {.type = view->type,
+                               .dim = view->dim,
+                               .start = start,
+                               .n_tokens = smaller(end - start, KV_TILE),
+                               .ahead = true};
         find_planes(view, start, end, view->key, tile.key);
         find_planes(view, start, end, view->value, tile.value);
-        if (next < end)
-            find_planes(view, next, end, view->key, tile.next_key);
-        else
-            find_planes(view, 0, end, view->next_key, tile.next_key);
-        while (position[first] < start)
+        find_planes(view, last ? 0 : start + KV_TILE, end, last ? view->next_key : view->key,
+                    tile.next_key);
+        while (scratch->position[first] < start)
             first++;
-        attend_tile(view, &tile, start, first, n, position, scratch);
+        attend_tile(&tile, first, scratch);
     }
     for (int i = 0; i < n; i++) {
         float sum = sum_lanes(scratch->state[i].sum);
         float *output = scratch->output + i * HEAD_STRIDE;
-        for (int at = 0; at < padded; at += LANES)
+        for (int at = 0; at < view->dim; at += LANES)
             store(output + at, (load(output + at) + 0.0f) / sum); /* + 0: never -0 */
     }
 }
@@ -1246,20 +1167,19 @@ static void attend(const struct attention_job *job, const struct sequence *seque
                    int head, bool next, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    int n = smaller(sequence->n_rows * group - first, QUERIES);
-    int position[QUERIES] = {0};
     size_t at[QUERIES];
     float scale = 1.0f / sqrtf((float)dim);
-    for (int i = 0; i < n; i++) {
+    scratch->n = smaller(sequence->n_rows * group - first, QUERIES);
+    for (int i = 0; i < scratch->n; i++) {
         int row = (first + i) / group, own_head = head * group + (first + i) % group;
-        position[i] = sequence->start + row;
+        scratch->position[i] = sequence->start + row;
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         for (int j = 0; j < dim; j++)
             scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
     }
     struct kv_view view = kv_view(device, sequence, job->layer, head, next);
-    attention_rows(&view, n, position, scratch);
-    for (int i = 0; i < n; i++)
+    attention_rows(&view, scratch);
+    for (int i = 0; i < scratch->n; i++)
         memcpy(device->attention + at[i], scratch->output + i * HEAD_STRIDE,
                sizeof(float) * (size_t)dim);
 }
@@ -1298,8 +1218,7 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
     struct cpu_device *device = (struct cpu_device *)base;
     bool attends = input == INPUT_ATTENTION;
     int n_segments = K_SEGMENTS / base->n_shards;
-    struct product product = {.kind = PRODUCT_SEGMENTS,
-                              .matrix = {matrix},
+    struct product product = {.matrix = {matrix},
                               .out = {base->n_shards == 1 ? device->x : device->partial},
                               .out_stride = {device->x_stride},
                               .rows = attends ? device->attention : device->ffn,
@@ -1309,34 +1228,31 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
                               .first_segment = base->rank * n_segments,
                               .n_segments = n_segments,
                               .add = base->n_shards == 1};
-    run_product(device, &product, 1);
+    run_product(device, &product);
 }
 
-static void reduce_row(const struct row_job *job, int row) {
-    size_t at = (size_t)row * job->device->x_stride;
-    for (int i = 0; i < job->device->device.config->d_model; i += LANES, at += LANES) {
+/* Of all shards: their partial sums, as a binary tree, to each one's x. */
+static void reduce_tile(struct cpu_device *device, const void *argument, int first, int end) {
+    struct cpu_device *const *shards = argument;
+    int n_shards = device->device.n_shards;
+    for (size_t at = (size_t)first * device->x_stride; at < (size_t)end * device->x_stride;
+         at += LANES) {
         vec sum[MAX_SHARDS];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            sum[shard] = load(job->shards[shard]->partial + at);
-        for (int n = job->n_shards; n > 1; n /= 2)
+        for (int shard = 0; shard < n_shards; shard++)
+            sum[shard] = load(shards[shard]->partial + at);
+        for (int n = n_shards; n > 1; n /= 2)
             for (int j = 0; j < n / 2; j++)
                 sum[j] = sum[2 * j] + sum[2 * j + 1];
-        vec total = load(job->device->x + at) + sum[0];
-        for (int shard = 0; shard < job->n_shards; shard++)
-            store(job->shards[shard]->x + at, total);
+        vec total = load(device->x + at) + sum[0];
+        for (int shard = 0; shard < n_shards; shard++)
+            store(shards[shard]->x + at, total);
     }
 }
 
 static void cpu_all_reduce_add(struct device **shards, int n_shards) {
     struct cpu_device *device = (struct cpu_device *)shards[0];
-    if (n_shards == 1)
-        return; /* project_add has done it */
-    struct row_job job = {.device = device,
-                          .shards = (struct cpu_device **)shards,
-                          .n_shards = n_shards,
-                          .n_rows = device->batch->n_rows,
-                          .run = reduce_row};
-    for_rows(&job);
+    if (n_shards > 1) /* else project_add has done it */
+        for_rows(device, device->batch->n_rows, NORM_ROWS, reduce_tile, shards);
 }
 
 /* ---- norm_gate_up ---- */
@@ -1344,52 +1260,31 @@ static void cpu_all_reduce_add(struct device **shards, int n_shards) {
 static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.kind = PRODUCT_SILU,
-                              .matrix = {layer[FFN_GATE], layer[FFN_UP]},
+    struct product product = {.matrix = {layer[FFN_GATE], layer[FFN_UP]},
+                              .silu = true,
                               .out = {device->ffn},
                               .out_stride = {device->ffn_stride},
                               .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = device->batch->n_rows};
-    run_product(device, &product, 1);
+    run_product(device, &product);
 }
 
 /* ---- sample ---- */
 
-/* Of samples [first, first + n) of the step, n <= LOGIT_ROWS. */
-static void compute_logits(struct cpu_device *device, const struct weight *const *weights,
-                           int first, int n) {
-    norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
-    struct product product = {.matrix = {weights[OUTPUT]},
-                              .out = {device->logits},
-                              .out_stride = {(size_t)device->device.config->vocab_size},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = n};
-    run_product(device, &product, 1);
-}
-
-struct draw_job {
-    const struct cpu_device *device;
-    int first;
-};
-
-static void draw_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct draw_job *job = argument;
-    const struct cpu_device *device = job->device;
+static void draw_token(struct cpu_device *device, const void *first, int index, int end) {
     const struct batch *batch = device->batch;
-    (void)scratch;
-    int n = device->device.config->vocab_size, sample = job->first + index;
+    int n = device->device.config->vocab_size, sample = *(const int *)first + index;
     size_t at = (size_t)index * (size_t)n;
     int position = batch->position[batch->sample_row[sample]] + 1;
+    (void)end;
     device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
                                            n, device->scaled + at, device->candidates + at);
 }
 
 /* The tokens of samples [first, first + n), of which the logits are there. */
 static void draw_tokens(struct cpu_device *device, int first, int n) {
-    const struct draw_job job = {device, first};
-    parallel_for(device, n, draw_tile, &job);
+    for_rows(device, n, 1, draw_token, &first);
 }
 
 static void cpu_sample(struct device *base, const struct weight *const *weights, float *logits) {
@@ -1398,7 +1293,14 @@ static void cpu_sample(struct device *base, const struct weight *const *weights,
     int n_samples = device->batch->n_samples;
     for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
         int n = smaller(n_samples - first, LOGIT_ROWS);
-        compute_logits(device, weights, first, n);
+        norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
+        struct product product = {.matrix = {weights[OUTPUT]},
+                                  .out = {device->logits},
+                                  .out_stride = {vocab},
+                                  .rows = device->h,
+                                  .stride = device->x_stride,
+                                  .n_rows = n};
+        run_product(device, &product);
         if (logits)
             memcpy(logits + (size_t)first * vocab, device->logits,
                    (size_t)n * vocab * sizeof *logits);
@@ -1419,8 +1321,7 @@ static bool cpu_step_begin(struct device *base, const struct batch *batch) {
         device->first_tile[i + 1] =
             device->first_tile[i] + divide_up(batch->sequence[i].n_rows * group, QUERIES);
     }
-    struct row_job job = {.device = device, .n_rows = batch->n_rows, .run = turn_row};
-    for_rows(&job);
+    for_rows(device, batch->n_rows, NORM_ROWS, turn_tile, NULL);
     return true;
 }
 

@@ -110,9 +110,7 @@ struct tile {
     bool amx;           /* the matrix unit (amx.h) takes FORM_BF16; for a text: always, or never */
 };
 
-/* Any number of rows, in groups of like size. */
-void tile_rows(enum tensor_type type, struct tile tile, int n_rows);
-/* The same for long k: out = input . weights. slab (SLAB, PANEL) is overwritten. */
+/* Of any number of rows: out = input . weights. slab (SLAB, PANEL) is overwritten. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab);
 /* Sums segments [first, first + count) of K, a power of two of them, as a binary tree. The input
  * has them one behind the other, each converted on its own. spare: a tile for each level. */
@@ -122,14 +120,31 @@ void segment_product(const struct weight *matrix, int unit, int first, int count
 /* ---- what a processor can do ---- */
 
 /* Multiplies and adds as the kernel of a form does, and nothing else, so that the time of it is a
- * limit. sink (LANES): what is computed, which nobody wants. */
-void dot_busy(enum row_form form, bool amx, float *sink);
-double dot_busy_ops(enum row_form form, bool amx); /* of one such call, two a multiply-add */
+ * limit. Returns the number of operations, two a multiply-add. sink (LANES): what is computed, and
+ * nobody wants. */
+double dot_busy(enum row_form form, bool amx, float *sink);
 
 /* ---- for the caller's arithmetic too ---- */
 
+/* kernel(n_rows, ...), 1 to TILE_ROWS rows, a constant: one is compiled for each number. */
+#define WITH_ROWS(n_rows, kernel, ...)                                                             \
+    do {                                                                                           \
+        switch (n_rows) {                                                                          \
+        case 1: kernel(1, __VA_ARGS__); break;                                                     \
+        case 2: kernel(2, __VA_ARGS__); break;                                                     \
+        case 3: kernel(3, __VA_ARGS__); break;                                                     \
+        case 4: kernel(4, __VA_ARGS__); break;                                                     \
+        case 5: kernel(5, __VA_ARGS__); break;                                                     \
+        case 6: kernel(6, __VA_ARGS__); break;                                                     \
+        }                                                                                          \
+    } while (0)
+
 static inline size_t round_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
+}
+
+static inline int smaller(int a, int b) {
+    return a < b ? a : b;
 }
 
 static inline int divide_up(int value, int unit) {
@@ -262,8 +277,8 @@ INLINE vec load_weight(enum tensor_type type, const char *panel, unsigned k, int
 }
 
 INLINE int part_end(enum tensor_type type, int k, int end) { /* where the scales change */
-    int next = (k / pack_block(type).n_part + 1) * pack_block(type).n_part;
-    return pack_quantized(type) && next < end ? next : end;
+    int n_part = pack_block(type).n_part;
+    return pack_quantized(type) ? smaller((k / n_part + 1) * n_part, end) : end;
 }
 
 /* to[word][64] = from[row][word], for n_rows rows of `bytes` bytes that lie `stride` bytes apart.
@@ -323,7 +338,7 @@ static void pack_quantized_panel(const struct weight *weight, const char *from, 
 
 void pack_panel(const struct weight *weight, int index) {
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
-    int first = index * PANEL, n = weight->n_rows - first < PANEL ? weight->n_rows - first : PANEL;
+    int first = index * PANEL, n = smaller(weight->n_rows - first, PANEL);
     size_t stride = pack_row_bytes(weight);
     const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
     if (pack_quantized(weight->type)) {
@@ -361,11 +376,10 @@ struct weight *pack_open(const struct tensor *tensor) {
     *weight = (struct weight){.tensor = tensor, .type = tensor->type, .owner = true};
     weight->n_rows = (int)tensor->rows;
     weight->n_cols = weight->cols = (int)tensor->cols;
-    struct pack_block layout = pack_block(tensor->type);
     if (weight->n_rows > 1 || pack_quantized(tensor->type)) {
         size_t n_k = round_up((size_t)weight->cols, 2); /* kernels take two k at a time */
         weight->panel_bytes =
-            n_k / (size_t)layout.n_k * (size_t)(layout.header + layout.n_words * 4 * PANEL);
+            n_k / (size_t)pack_block(tensor->type).n_part * pack_part_bytes(tensor->type);
     } else if (!pack_vector(weight)) {
         free(weight);
         return NULL;
@@ -417,14 +431,32 @@ void pack_read_row(const struct weight *weight, int row, float *out) {
 
 /* ---- the plain kernel ---- */
 
-/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
- * constants where it is inlined; each sum is one chain over k, whatever they are. */
-INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *tile) {
-    vec sum[TILE_ROWS][4];
+/* n_rows x n_vectors sums, from vector `first` of a panel's 4. In kernels all loops over rows and
+ * vectors are unrolled, or the sums would not stay in registers. */
+INLINE void load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                      vec sum[TILE_ROWS][4]) {
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            sum[row][i] = tile->add ? load(tile->out + row * PANEL + i * LANES) : (vec){0};
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            sum[row][i] =
+                tile->add ? load(tile->out + row * PANEL + (first + i) * LANES) : (vec){0};
+}
+
+INLINE void store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
+                       vec sum[TILE_ROWS][4]) {
+#pragma GCC unroll 6
+    for (int row = 0; row < n_rows; row++)
+#pragma GCC unroll 4
+        for (int i = 0; i < n_vectors; i++)
+            store(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
+}
+
+/* The heart of this file: n_rows x 4 sums stay in registers over all of k. `type` and `n_rows` are
+ * constants where it is inlined; each sum is one chain over k, whatever they are. */
+INLINE void tile_product(int n_rows, enum tensor_type type, const struct tile *tile) {
+    vec sum[TILE_ROWS][4];
+    load_sums(tile, n_rows, 0, 4, sum);
     const float *input = (const float *)(const void *)tile->input;
     size_t stride = tile->stride / sizeof(float);
     for (int k = tile->begin; k < tile->end;) {
@@ -447,51 +479,23 @@ INLINE void tile_product(enum tensor_type type, int n_rows, const struct tile *t
             }
         }
     }
-    for (int row = 0; row < n_rows; row++)
-        for (int i = 0; i < 4; i++)
-            store(tile->out + row * PANEL + i * LANES, sum[row][i]);
+    store_sums(tile, n_rows, 0, 4, sum);
 }
 
-/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
-INLINE void tile_product_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: tile_product(type, 1, tile); return;
-    case 2: tile_product(type, 2, tile); return;
-    case 3: tile_product(type, 3, tile); return;
-    case 4: tile_product(type, 4, tile); return;
-    case 5: tile_product(type, 5, tile); return;
-    case 6: tile_product(type, 6, tile); return;
+/* A function for each type, with a kernel for each number of rows: all in one would take the
+ * compiler minutes. `...`: the instructions that it may use. */
+#define KERNELS(name, kernel, type, ...)                                                           \
+    static NOINLINE __VA_ARGS__ void name(int n_rows, const struct tile *tile) {                   \
+        WITH_ROWS(n_rows, kernel, type, tile);                                                     \
     }
-}
 
-/* A function for each type: all kernels in one would take the compiler minutes. */
-static NOINLINE void tile_f32(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_F32, n_rows, tile);
-}
-
-static NOINLINE void tile_f16(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_F16, n_rows, tile);
-}
-
-static NOINLINE void tile_bf16(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_BF16, n_rows, tile);
-}
-
-static NOINLINE void tile_q8_0(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q8_0, n_rows, tile);
-}
-
-static NOINLINE void tile_q4_0(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q4_0, n_rows, tile);
-}
-
-static NOINLINE void tile_q4_k(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q4_K, n_rows, tile);
-}
-
-static NOINLINE void tile_q6_k(int n_rows, const struct tile *tile) {
-    tile_product_rows(TYPE_Q6_K, n_rows, tile);
-}
+KERNELS(tile_f32, tile_product, TYPE_F32)
+KERNELS(tile_f16, tile_product, TYPE_F16)
+KERNELS(tile_bf16, tile_product, TYPE_BF16)
+KERNELS(tile_q8_0, tile_product, TYPE_Q8_0)
+KERNELS(tile_q4_0, tile_product, TYPE_Q4_0)
+KERNELS(tile_q4_k, tile_product, TYPE_Q4_K)
+KERNELS(tile_q6_k, tile_product, TYPE_Q6_K)
 
 static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
@@ -549,11 +553,9 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
 
 static void dot_convert_q8(const float *from, int begin, int end, char *to) {
     struct q8_block *block = (struct q8_block *)(void *)to;
-    for (int k = begin; k < end; block++) {
-        int next = (k / Q8_BLOCK + 1) * Q8_BLOCK;
-        next = next < end ? next : end;
+    for (int k = begin, next; k < end; k = next, block++) {
+        next = smaller((k / Q8_BLOCK + 1) * Q8_BLOCK, end);
         dot_convert_block(from + (k - begin), next - k, block, k % Q8_BLOCK);
-        k = next;
     }
 }
 
@@ -561,7 +563,7 @@ static void dot_convert_q8(const float *from, int begin, int end, char *to) {
  * zero beside it: weights are multiplied in pairs, and what stood there might be no number. */
 static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
     for (int k = 0; k < count; k += LANES) {
-        int n = count - k < LANES ? count - k : LANES;
+        int n = smaller(count - k, LANES);
         __m256bh halves = _mm512_cvtneps_pbh((__m512)load_part(from + k, n));
         if (n == LANES)
             memcpy(to + k * 2, &halves, sizeof halves);
@@ -577,31 +579,11 @@ void dot_convert(enum row_form form, const float *from, int begin, int end, char
         dot_convert_q8(from, begin, end, to);
 }
 
-/* n_rows x n_vectors sums, from vector `first` of a panel's 4. Here and below all loops over rows
- * and vectors are unrolled, or the sums would not stay in registers. */
-INLINE DOT void dot_load_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
-                              __m512 sum[TILE_ROWS][4]) {
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            sum[row][i] = tile->add ? _mm512_loadu_ps(tile->out + row * PANEL + (first + i) * LANES)
-                                    : _mm512_setzero_ps();
-}
-
-INLINE DOT void dot_store_sums(const struct tile *tile, int n_rows, int first, int n_vectors,
-                               __m512 sum[TILE_ROWS][4]) {
-#pragma GCC unroll 6
-    for (int row = 0; row < n_rows; row++)
-#pragma GCC unroll 4
-        for (int i = 0; i < n_vectors; i++)
-            _mm512_storeu_ps(tile->out + row * PANEL + (first + i) * LANES, sum[row][i]);
-}
-
 /* Each instruction adds two products to each of 16 sums. */
-INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
-    __m512 sum[TILE_ROWS][4];
-    dot_load_sums(tile, n_rows, 0, 4, sum);
+INLINE DOT_BF16 void dot_bf16(int n_rows, enum tensor_type type, const struct tile *tile) {
+    (void)type; /* BF16 */
+    vec sum[TILE_ROWS][4];
+    load_sums(tile, n_rows, 0, 4, sum);
     const char *input = tile->input;
     for (int k = tile->begin; k < tile->end; k += 2, input += 4) {
         __m512bh weights[4];
@@ -617,15 +599,16 @@ INLINE DOT_BF16 void dot_bf16(int n_rows, const struct tile *tile) {
                     _mm512_dpbf16_ps(sum[row][i], weights[i], (__m512bh)_mm512_set1_epi32(pair));
         }
     }
-    dot_store_sums(tile, n_rows, 0, 4, sum);
+    store_sums(tile, n_rows, 0, 4, sum);
 }
 
-/* A part of a block that begins at k, of rows whose blocks begin at `block`, `stride` bytes apart:
- * what the offset of the weights' numbers makes of it, -offset * the sum of a row's bytes. */
-INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vectors,
-                                 const char *block, size_t stride, unsigned k,
-                                 __m512i whole[TILE_ROWS][4]) {
-    const int offset = pack_block(type).offset;
+/* A part of a block that begins at k times rows whose blocks begin at `block`, `stride` bytes
+ * apart. Sums begin with what the offset of the weights' numbers makes of a row, -offset * the sum
+ * of its bytes; each instruction adds four products to each of 16 sums. */
+INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
+                                   const char *panel, const char *block, size_t stride, unsigned k,
+                                   __m512i whole[TILE_ROWS][4]) {
+    const char *quads = block + k % Q8_BLOCK;
     const char *sums = block + Q8_BLOCK + k % Q8_BLOCK / 16 * sizeof(int32_t);
 #pragma GCC unroll 6
     for (int row = 0; row < n_rows; row++) {
@@ -633,15 +616,8 @@ INLINE DOT_Q8 void dot_q8_offset(enum tensor_type type, int n_rows, int n_vector
         int32_t all = pack_block(type).n_part == Q8_BLOCK ? sum[0] + sum[1] : sum[0];
 #pragma GCC unroll 4
         for (int i = 0; i < n_vectors; i++)
-            whole[row][i] = _mm512_set1_epi32(-offset * all);
+            whole[row][i] = _mm512_set1_epi32(-pack_block(type).offset * all);
     }
-}
-
-/* Adds the products of the bytes of that part: each instruction four to each of 16 sums. */
-INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first, int n_vectors,
-                                   const char *panel, const char *block, size_t stride, unsigned k,
-                                   __m512i whole[TILE_ROWS][4]) {
-    const char *quads = block + k % Q8_BLOCK;
 #pragma GCC unroll 8
     for (unsigned at = 0; at < (unsigned)pack_block(type).n_part; at += 4) {
         __m512i weights[4];
@@ -665,7 +641,7 @@ INLINE DOT_Q8 void dot_q8_multiply(enum tensor_type type, int n_rows, int first,
 /* Adds one row's whole numbers of that part to its sums, scaled. */
 INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
                                 const struct scales *scales, const char *row,
-                                const __m512i whole[4], __m512 sum[4]) {
+                                const __m512i whole[4], vec sum[4]) {
     const struct q8_block *block = (const struct q8_block *)(const void *)row;
     __m512 scale = _mm512_set1_ps(block->scale), total = _mm512_set1_ps(block->scaled_sum);
 #pragma GCC unroll 4
@@ -677,20 +653,19 @@ INLINE DOT_Q8 void dot_q8_scale(enum tensor_type type, int first, int n_vectors,
     }
 }
 
-INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_vectors,
-                          const struct tile *tile) {
+INLINE DOT_Q8 void dot_q8_part(enum tensor_type type, int n_rows, int first, int n_vectors,
+                               const struct tile *tile) {
     const unsigned n_part = (unsigned)pack_block(type).n_part, end = (unsigned)tile->end;
     const size_t bytes = pack_part_bytes(type), stride = tile->stride;
     const char *block = tile->input;
-    __m512 sum[TILE_ROWS][4];
-    dot_load_sums(tile, n_rows, first, n_vectors, sum);
+    vec sum[TILE_ROWS][4];
+    load_sums(tile, n_rows, first, n_vectors, sum);
     for (unsigned k = (unsigned)tile->begin / n_part * n_part; k < end; k += n_part) {
         struct scales scales;
         __m512i whole[TILE_ROWS][4];
         if (tile->ahead && first == 0)
             read_ahead(tile->panel + k / n_part * bytes, bytes);
         load_scales(type, tile->panel, k, &scales);
-        dot_q8_offset(type, n_rows, n_vectors, block, stride, k, whole);
         dot_q8_multiply(type, n_rows, first, n_vectors, tile->panel, block, stride, k, whole);
 #pragma GCC unroll 6
         for (int row = 0; row < n_rows; row++)
@@ -699,69 +674,34 @@ INLINE DOT_Q8 void dot_q8(enum tensor_type type, int n_rows, int first, int n_ve
         if ((k + n_part) % Q8_BLOCK == 0)
             block += sizeof(struct q8_block);
     }
-    dot_store_sums(tile, n_rows, first, n_vectors, sum);
+    store_sums(tile, n_rows, first, n_vectors, sum);
 }
 
 /* More than 3 rows: half a panel at a time, so that the sums of both kinds fit into registers. */
-INLINE DOT_Q8 void dot_q8_halves(enum tensor_type type, int n_rows, const struct tile *tile) {
-    dot_q8(type, n_rows, 0, 2, tile);
-    dot_q8(type, n_rows, 2, 2, tile);
-}
-
-/* One kernel for each number of rows, of a type that is a constant where this is inlined. */
-INLINE DOT_Q8 void dot_q8_rows(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: dot_q8(type, 1, 0, 4, tile); return;
-    case 2: dot_q8(type, 2, 0, 4, tile); return;
-    case 3: dot_q8(type, 3, 0, 4, tile); return;
-    case 4: dot_q8_halves(type, 4, tile); return;
-    case 5: dot_q8_halves(type, 5, tile); return;
-    case 6: dot_q8_halves(type, 6, tile); return;
+INLINE DOT_Q8 void dot_q8(int n_rows, enum tensor_type type, const struct tile *tile) {
+    if (n_rows > 3) {
+        dot_q8_part(type, n_rows, 0, 2, tile);
+        dot_q8_part(type, n_rows, 2, 2, tile);
+    } else {
+        dot_q8_part(type, n_rows, 0, 4, tile);
     }
 }
 
-static NOINLINE DOT_Q8 void dot_q8_0(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q8_0, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q4_0(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q4_0, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q4_k(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q4_K, n_rows, tile);
-}
-
-static NOINLINE DOT_Q8 void dot_q6_k(int n_rows, const struct tile *tile) {
-    dot_q8_rows(TYPE_Q6_K, n_rows, tile);
-}
-
-static void dot_q8_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_Q8_0: dot_q8_0(n_rows, tile); return;
-    case TYPE_Q4_0: dot_q4_0(n_rows, tile); return;
-    case TYPE_Q4_K: dot_q4_k(n_rows, tile); return;
-    case TYPE_Q6_K: dot_q6_k(n_rows, tile); return;
-    default: return; /* not quantized: has no such form */
-    }
-}
-
-static DOT_BF16 void dot_bf16_tile(int n_rows, const struct tile *tile) {
-    switch (n_rows) {
-    case 1: dot_bf16(1, tile); return;
-    case 2: dot_bf16(2, tile); return;
-    case 3: dot_bf16(3, tile); return;
-    case 4: dot_bf16(4, tile); return;
-    case 5: dot_bf16(5, tile); return;
-    case 6: dot_bf16(6, tile); return;
-    }
-}
+KERNELS(dot_tile_bf16, dot_bf16, TYPE_BF16, DOT_BF16)
+KERNELS(dot_tile_q8_0, dot_q8, TYPE_Q8_0, DOT_Q8)
+KERNELS(dot_tile_q4_0, dot_q8, TYPE_Q4_0, DOT_Q8)
+KERNELS(dot_tile_q4_k, dot_q8, TYPE_Q4_K, DOT_Q8)
+KERNELS(dot_tile_q6_k, dot_q8, TYPE_Q6_K, DOT_Q8)
 
 static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    if (tile->form == FORM_BF16)
-        dot_bf16_tile(n_rows, tile);
-    else
-        dot_q8_tile(type, n_rows, tile);
+    switch (type) {
+    case TYPE_BF16: dot_tile_bf16(n_rows, tile); return;
+    case TYPE_Q8_0: dot_tile_q8_0(n_rows, tile); return;
+    case TYPE_Q4_0: dot_tile_q4_0(n_rows, tile); return;
+    case TYPE_Q4_K: dot_tile_q4_k(n_rows, tile); return;
+    case TYPE_Q6_K: dot_tile_q6_k(n_rows, tile); return;
+    default: return; /* has no such form */
+    }
 }
 
 #else /* other processors: the plain kernel alone, so nothing is ever converted */
@@ -810,12 +750,11 @@ INLINE AMX void amx_sums(const struct tile *tile) {
 static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
     const int end = tile.end;
     for (int k = tile.begin, shape = 0; k < end; k = tile.begin) {
-        int slab = (k / AMX_SLAB + 1) * AMX_SLAB, left = AMX_K - k % AMX_K; /* of a tile */
-        int n_k = left < end - k ? left : end - k;
+        int slab = (k / AMX_SLAB + 1) * AMX_SLAB, n_k = smaller(AMX_K - k % AMX_K, end - k);
         tile.end = n_k < AMX_K ? k + n_k : slab < end ? slab : end / AMX_K * AMX_K;
         struct tile part = tile;
         for (int row = 0; row < n_rows; row += AMX_ROWS) {
-            int rows = n_rows - row < AMX_ROWS ? n_rows - row : AMX_ROWS;
+            int rows = smaller(n_rows - row, AMX_ROWS);
             if (shape != rows * AMX_K + n_k) /* it takes as long as 13 tiles */
                 amx_configure(rows, divide_up(n_k, 2));
             shape = rows * AMX_K + n_k;
@@ -834,7 +773,8 @@ static NOINLINE AMX void amx_bf16(int n_rows, struct tile tile) {
 
 /* ---- larger products ---- */
 
-void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
+/* Any number of rows, in groups of like size. */
+static void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
 #ifdef AMX
     if (tile.amx && tile.form == FORM_BF16) {
         amx_bf16(n_rows, tile);
@@ -880,33 +820,27 @@ static void widen(enum tensor_type type, const char *panel, int begin, int end, 
 /* Many rows keep their sums in `out` from slab to slab of the panel, which the plain kernel first
  * turns into f32: the same bits. */
 void panel_product(enum tensor_type type, struct tile tile, int n_rows, float *slab) {
-    int begin = tile.begin, end = tile.end, slab_k = tile.form == FORM_F32 ? SLAB : DOT_SLAB;
-    const char *panel = tile.panel;
-    if (begin >= end) {
+    const int begin = tile.begin, end = tile.end;
+    const int slab_k = n_rows <= TILE_ROWS ? end : tile.form == FORM_F32 ? SLAB : DOT_SLAB;
+    if (begin >= end)
         memset(tile.out, 0, sizeof(float) * (size_t)n_rows * PANEL);
-    } else if (n_rows <= TILE_ROWS) {
-        tile_rows(type, tile, n_rows);
-        return;
-    }
-    for (int k = begin; k < end;) {
-        int next = (k / slab_k + 1) * slab_k;
-        next = next < end ? next : end;
-        tile.begin = k;
-        tile.end = next;
-        tile.add = k > begin;
+    for (int k = begin, next; k < end; k = next) {
+        next = smaller((k / slab_k + 1) * slab_k, end);
+        struct tile part = tile;
+        part.begin = k;
+        part.end = next;
+        part.add = k > begin;
         if (type == TYPE_F32 || tile.form != FORM_F32 || n_rows <= DIRECT_ROWS) {
-            tile_rows(type, tile, n_rows);
+            tile_rows(type, part, n_rows);
         } else {
-            widen(type, panel, k, next + (next & 1), slab);
-            tile.panel = (const char *)slab;
-            tile.ahead = false;
-            tile.end = next - k;
-            tile.begin = 0;
-            tile_rows(TYPE_F32, tile, n_rows);
+            widen(type, tile.panel, k, next + (next & 1), slab);
+            part.panel = (const char *)slab;
+            part.ahead = false;
+            part.begin = 0;
+            part.end = next - k;
+            tile_rows(TYPE_F32, part, n_rows);
         }
-        tile.panel = panel;
         tile.input += dot_form_bytes(tile.form, k, next);
-        k = next;
     }
 }
 
@@ -958,16 +892,13 @@ static DOT void busy_dot(bool bf16, float *sink) {
 #pragma GCC unroll 24
     for (int i = 0; i < BUSY_SUMS; i++)
         sum[i] = _mm512_set1_epi32(0x3c003c00 + i);
-    for (int k = 0; k < BUSY_STEPS; k++) {
-        if (bf16)
+    for (int k = 0; k < BUSY_STEPS; k++)
 #pragma GCC unroll 24
-            for (int i = 0; i < BUSY_SUMS; i++)
+        for (int i = 0; i < BUSY_SUMS; i++)
+            if (bf16)
                 __asm__("vdpbf16ps %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
-        else
-#pragma GCC unroll 24
-            for (int i = 0; i < BUSY_SUMS; i++)
+            else
                 __asm__("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(factor));
-    }
 #pragma GCC unroll 24
     for (int i = 1; i < BUSY_SUMS; i++)
         sum[0] = _mm512_add_epi32(sum[0], sum[i]);
@@ -988,25 +919,18 @@ static AMX void busy_amx(void) { /* as many products of tiles as the others do o
 }
 #endif
 
-void dot_busy(enum row_form form, bool amx, float *sink) {
-    (void)form, (void)amx; /* other processors have neither */
+double dot_busy(enum row_form form, bool amx, float *sink) {
+    int products = form == FORM_Q8 ? 4 : form == FORM_F32 ? 1 : amx ? AMX_ROWS * AMX_K : 2;
+    if (form == FORM_F32)
+        busy_f32(sink);
 #ifdef AMX
-    if (form == FORM_BF16 && amx) {
+    else if (form == FORM_BF16 && amx)
         busy_amx();
-        return;
-    }
 #endif
 #if defined(__x86_64__)
-    if (form != FORM_F32) {
+    else
         busy_dot(form == FORM_BF16, sink);
-        return;
-    }
 #endif
-    busy_f32(sink);
-}
-
-double dot_busy_ops(enum row_form form, bool amx) {
-    int products = form == FORM_Q8 ? 4 : form == FORM_F32 ? 1 : amx ? AMX_ROWS * AMX_K : 2;
     return 2.0 * BUSY_STEPS * BUSY_SUMS * LANES * products; /* products: of a lane */
 }
 #endif /* MATMUL_IMPLEMENTATION */

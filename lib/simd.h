@@ -22,7 +22,8 @@
 enum { LANES = 16 /* floats in a vector */ };
 
 #define INLINE   static inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
+/* At a cache line: else a kernel's short loops are up to 1.4 times slower where they lie badly. */
+#define NOINLINE __attribute__((noinline, aligned(64)))
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
@@ -84,21 +85,17 @@ INLINE vec min_vec(vec a, vec b) {
 #endif
 }
 
-/* Each lane takes its partner's value: the one `step` lanes away, in the other half of a group. */
+/* Each lane takes the value of the lane `step` away, in the other half of a group of 2 * step. */
+#define LANES_FROM(value, step)                                                                    \
+    __builtin_shufflevector(value, value, 0 ^ step, 1 ^ step, 2 ^ step, 3 ^ step, 4 ^ step,        \
+                            5 ^ step, 6 ^ step, 7 ^ step, 8 ^ step, 9 ^ step, 10 ^ step,           \
+                            11 ^ step, 12 ^ step, 13 ^ step, 14 ^ step, 15 ^ step)
 INLINE vec lanes_from(vec value, int step) {
     switch (step) {
-    case 8:
-        return __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5,
-                                       6, 7);
-    case 4:
-        return __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9,
-                                       10, 11);
-    case 2:
-        return __builtin_shufflevector(value, value, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15,
-                                       12, 13);
-    default:
-        return __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12,
-                                       15, 14);
+    case 8: return LANES_FROM(value, 8);
+    case 4: return LANES_FROM(value, 4);
+    case 2: return LANES_FROM(value, 2);
+    default: return LANES_FROM(value, 1);
     }
 }
 

@@ -338,7 +338,7 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
                                       .stride = COLS + PAD,
                                       .n_rows = counts[i]};
             double start = seconds();
-            run_product(device, &product, 1);
+            run_product(device, &product);
             best = seconds() - start < best ? seconds() - start : best;
         }
         pool_leave(&device->cpu->pool);
