@@ -197,14 +197,11 @@ DEVICE float bf16_to_float(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
-/* Two numbers in the low bytes of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
-DEVICE uint32_t bytes_to_bf16(uint32_t word) {
-    return fma_bf16(and_or(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, /* times 1 */
-                    and_xor(word, 0x00800080u, 0xc380c380u)); /* - 256, with bit 7 - 128 */
-}
-
-DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
-    return fma_bf16(and_or(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
+/* Two numbers, in the low bits of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
+template <int TYPE> DEVICE uint32_t whole_to_bf16(uint32_t word) {
+    const bool wide = TYPE == PACKED_Q8; /* then - 256, with bit 7 - 128; else - 136 */
+    return fma_bf16(and_or(word, wide ? 0x007f007fu : 0x000f000fu, 0x43004300u), 0x3f803f80u,
+                    wide ? and_xor(word, 0x00800080u, 0xc380c380u) : 0xc308c308u);
 }
 
 /* The operand of fragment i (0 to 3) of a tile; of quantized types whole numbers, and *scale is the
@@ -221,8 +218,8 @@ DEVICE void load_operand(const uint8_t *unit, int tile, int i, int lane, uint32_
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t word = j % 2 ? words.y : words.x;
-            a[j] = TYPE == PACKED_Q8 ? bytes_to_bf16(word >> j / 2 * 8)
-                                     : nibbles_to_bf16(word >> (i % 2 * 2 + j / 2) * 4);
+            a[j] = whole_to_bf16<TYPE>(word >>
+                                       (TYPE == PACKED_Q8 ? j / 2 * 8 : (i % 2 * 2 + j / 2) * 4));
         }
         *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
                                                      (tile * 2 + i / 2) * 32 + lane / 4 * 4);
@@ -716,8 +713,8 @@ enum {
 };
 
 /* Generated rows on their way through a norm: x * weight goes into a product, and what comes out is
- * multiplied by 1 / root mean square of x. So whoever makes x makes the product's input as well, and
- * the sums of squares of its tiles of 16; where a norm_kernel does, their sum alone. */
+ * multiplied by 1 / root mean square of x. So whoever makes x makes the product's input as well,
+ * and the sums of squares of its tiles of 16; where a norm_kernel does, their sum alone. */
 struct normed {
     float *squares; /* (n_rows, n_tiles) */
     int n_tiles;    /* of whole panels; 1: sums of rows; 0: rows are what they seem */
@@ -764,8 +761,7 @@ DEVICE float sum_of_tiles(const float *squares, int n_tiles) {
     return sum;
 }
 
-/* Scales of ROWS rows, from their sums of squares, all in shared memory; all warps that multiply call
- * it. */
+/* Scales of ROWS rows, from their sums of squares, all in shared memory, by all that multiply. */
 template <int ROWS>
 DEVICE void find_scales(const struct normed &n, const float *squares, float *scales) {
     for (int row = (int)threadIdx.x / WARP; row < ROWS; row += CONSUMERS) {
@@ -787,50 +783,40 @@ struct corner {
     int begin_row, end_row; /* those that are wanted */
 };
 
-/* Calls act(i, e, offset in out) for those that are wanted of sum[i] with i % 4 == e. */
+/* Calls act(i, row, output, offset in out) for those sum[i] that are wanted. */
 template <int N, typename Act>
 DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act) {
     const int quad = (int)threadIdx.x % 4, group = (int)threadIdx.x % WARP / 4;
 #pragma unroll
     for (int i = 0; i < N * 4; i++) {
-        int row = at.row + i / 4 * 8 + quad * 2 + i % 2,
-            output = at.tile * TILE + group + i % 4 / 2 * 8;
+        int row = at.row + i / 4 * 8 + quad * 2 + i % 2;
+        int output = at.tile * TILE + group + i % 4 / 2 * 8;
         if (row >= at.begin_row && row < at.end_row && output < p.matrix.n_outputs)
-            act(i, (size_t)row * p.out_stride + output, output);
+            act(i, row, output, (size_t)row * p.out_stride + output);
     }
 }
 
-/* What a lane adds its sums to, of N times 8 rows, and the next norm's weights of its outputs: read
- * long before they are needed. */
-template <int N> struct added { float x[N * 4], weight[2]; };
-
-template <int N>
-DEVICE void load_added(const struct product &p, const struct corner &at, struct added<N> *added) {
-    for_wanted<N>(
-        p, at,
-        [&](int i, size_t offset, int output) {
-            added->x[i] = p.out[offset];
-            added->weight[i % 4 / 2] = p.next_norm[output];
-        });
-}
+/* What a lane adds its sums to, of few rows, and the next norm's weights of its outputs: read long
+ * before they are needed. */
+struct added {
+    float x[NORMED_ROWS / 2], weight[2];
+};
 
 /* x += sum, and the next product's input: see struct normed. */
 template <int N>
 DEVICE void add_normed(const struct product &p, const struct corner &at, const float *sum,
-                       const struct added<N> &added) {
+                       const struct added &added) {
     float x[N * 4] = {};
-    for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-        x[i] = added.x[i] + sum[i];
-        p.out[offset] = x[i];
-        int row = at.row + i / 4 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+    for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
+        p.out[offset] = x[i] = added.x[i] + sum[i];
         *plane_element(p.next_input, row, output) =
             (uint16_t)pack_bf16(x[i] * added.weight[i % 4 / 2], 0.0f);
     });
 #pragma unroll
     for (int i = 0; i < N * 2; i++) { /* outputs group and group + 8 of a row, then all groups */
-        const int first = i / 2 * 4 + i % 2;
+        const float *own = x + i / 2 * 4 + i % 2;
         const int row = at.row + i / 2 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
-        float squares = x[first] * x[first] + x[first + 2] * x[first + 2];
+        float squares = own[0] * own[0] + own[2] * own[2];
         for (int step = 4; step < WARP; step *= 2)
             squares += __shfl_xor_sync(0xffffffffu, squares, step);
         if (threadIdx.x % WARP < 4 && row < at.end_row)
@@ -840,28 +826,23 @@ DEVICE void add_normed(const struct product &p, const struct corner &at, const f
 
 /* What is done with the sums. All lanes of a warp call it. A sum is added to what is there by an
  * atomic addition because that waits for nothing; nobody else adds there. scales: shared, of
- * generated rows from first_row on; NULL: of prompts, which have none. added: NULL where a norm never
- * follows in the same kernel. */
+ * generated rows from first_row on, and added; NULL: of prompts, which have none. */
 template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum,
-                   const float *scales, const struct added<N> *added) {
-    const int lane = (int)threadIdx.x % WARP;
+                   const float *scales, const struct added *added) {
     auto scale = [&](int row) { return scales ? scales[row - p.first_row] : 1.0f; };
     if constexpr (EPILOGUE != SILU) {
-        if (added && p.next_norm) {
-            add_normed<N>(p, at, sum, *added);
-            return;
-        }
-        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-            if (p.adds) {
-                atomicAdd(p.out + offset, sum[i]);
-                return;
-            }
+        if constexpr (N <= NORMED_ROWS / 8)
+            if (added && p.next_norm)
+                return add_normed<N>(p, at, sum, *added);
+        for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
+            if (p.adds)
+                return (void)atomicAdd(p.out + offset, sum[i]);
             const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-            p.out[offset] = sum[i] * scale(at.row + i / 4 * 8 + lane % 4 * 2 + i % 2) +
-                            (bias ? bias[output] : 0.0f);
+            p.out[offset] = sum[i] * scale(row) + (bias ? bias[output] : 0.0f);
         });
     } else { /* lanes of two outputs swap, so that each has both of one row */
+        const int lane = (int)threadIdx.x % WARP;
         const int odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
         const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
@@ -880,6 +861,10 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
 }
 
 /* ---- the ring ---- */
+
+static constexpr __host__ __device__ int stage_bytes(int type, int rows) { /* a unit, with rows */
+    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
 
 struct ring { /* of n stages, each `bytes`: a thread's place in it */
     uint8_t *stages;
@@ -973,21 +958,25 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
         return item / s.n_groups * n_units + segments.unit[item % s.n_groups * p.grain];
     };
     const int begin = unit_of(s.begin), n = unit_of(s.end) - begin, n_ahead = smaller(n, r.n);
-    const struct ring start_ring = r;
-    const uint8_t *const first = p.matrix.packed + (size_t)begin * unit_bytes(TYPE), *from = first;
-    int unit = begin % n_units;
+    struct {
+        struct ring r;
+        const uint8_t *from; /* the unit's weights */
+        int unit;            /* of its panel */
+    } at = {r, p.matrix.packed + (size_t)begin * unit_bytes(TYPE), begin % n_units};
+    const auto start = at;
     auto ask = [&](bool weights, bool rows) {  // and goes on to the next unit
-        size_t row = (size_t)unit * p.input.n_rows + p.first_row;
-        uint8_t *to = wait_empty(r);
+        size_t row = (size_t)at.unit * p.input.n_rows + p.first_row;
+        uint8_t *to = wait_empty(at.r);
         uint32_t bytes = lane == 0 && rows ? ROWS * ROW_BYTES : 0;
         copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                    lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
-                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1, r.full + r.at);
+                    lane == 0 ? p.input.bytes + row * ROW_BYTES : at.from,
+                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1,
+                    at.r.full + at.r.at);
         if (rows)
-            copies_sent(r.full + r.at);
-        next_stage(&r);
-        from += unit_bytes(TYPE);
-        unit = unit + 1 < n_units ? unit + 1 : 0;
+            copies_sent(at.r.full + at.r.at);
+        next_stage(&at.r);
+        at.from += unit_bytes(TYPE);
+        at.unit = at.unit + 1 < n_units ? at.unit + 1 : 0;
     };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
@@ -998,22 +987,11 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
     copy_pieces(squares, p.rows.squares + (size_t)p.first_row * p.rows.n_tiles,
                 lane == 0 ? squares_bytes(p, ROWS) : 0, false, r.once);
     copies_sent(r.once);
-    from = first;
-    unit = begin % n_units;
-    r = start_ring;
+    at = start;
     for (int i = 0; i < n; i++)
         ask(i >= n_ahead, true);
     if (ROWS == GENERATED_ROWS)
         grid_launch_dependents();
-}
-
-/* sum += part * scale, of columns `index` times as many as part has. */
-template <int N>
-DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
-    const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
 /* sum (a tile of 16 outputs, ROWS rows) += a unit. On Hopper the last products still go on when it
@@ -1062,12 +1040,16 @@ DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_
             multiply_rows<COLUMNS>(part[i % 2], a[half][1], own, half % 2 * 2 + 1, true);
             wgmma_commit();
         }
-        if (i > 0 && i < N)
-            wgmma_wait<1>();
-        else if (i > 0)
-            wgmma_wait<0>();
-        if (i > 0)
-            add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+        if (i == 0)
+            continue;
+        i < N ? wgmma_wait<1>() : wgmma_wait<0>(); /* for those of i - 1 */
+        const uint32_t both = scale[(i - 1) / PARTS];
+        const float low = half_to_float((uint16_t)both),
+                    high = half_to_float((uint16_t)(both >> 16));
+        float *own = sum + (i - 1) % PARTS * (COLUMNS / 2);
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; j++)
+            own[j] = fmaf(part[(i - 1) % 2][j], j % 4 < 2 ? low : high, own[j]);
     }
 }
 
@@ -1104,7 +1086,7 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
 /* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
 DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
-                            int n_groups, const float *scales, const struct added<ROWS / 8> *added,
+                            int n_groups, const float *scales, const struct added *added,
                             int *last) {
     sync_threads<1, CONSUMERS * WARP>();
     if (threadIdx.x == 0) {
@@ -1132,10 +1114,7 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
-        if constexpr (N == ROWS / 8)
-            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
-        else
-            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, NULL);
+        finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
     }
 }
 
@@ -1166,23 +1145,19 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
     wgmma_wait<0>();
 }
 
-static constexpr __host__ __device__ int generated_stage(int type, int rows) {
-    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
-}
-
 static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblings */
     return 3 * rows / 8 * CONSUMERS * WARP * 16;
 }
 
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
- * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the scales of
- * rows. Bound by memory. */
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the
+ * scales of rows. Bound by memory. */
 template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
-    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
+    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * stage_bytes(TYPE, ROWS));
     float *squares = reinterpret_cast<float *>(kept) + kept_bytes(ROWS) / 4;
-    struct ring r = open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS),
+    struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS),
                               kept_bytes(ROWS) + squares_bytes(p, ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     if (warp == CONSUMERS) {
@@ -1194,7 +1169,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     const int end_row = *p.n_generated - p.n_before; /* no kernel wrote the step */
     int *last = reinterpret_cast<int *>(r.once + 1);
     float *scales = reinterpret_cast<float *>(last + 1);
-    struct added<ROWS / 8> read, *added = ROWS > NORMED_ROWS ? NULL : &read;
+    struct added added;
     grid_wait();
     uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
     bool first = true;
@@ -1207,8 +1182,11 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
                               : (p.grain > 1) + (p.grain > 2);
         alignas(16) float sum[ROWS / 2];
-        if (added && p.next_norm)
-            load_added<ROWS / 8>(p, at, added);
+        if (ROWS <= NORMED_ROWS && p.next_norm)
+            for_wanted<ROWS / 8>(p, at, [&](int i, int, int output, size_t offset) {
+                added.x[i] = p.out[offset];
+                added.weight[i % 4 / 2] = p.next_norm[output];
+            });
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
                                          a, sum);
@@ -1224,17 +1202,14 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
             find_scales<ROWS>(p.rows, squares, scales);
         }
         if (whole)
-            finish<EPILOGUE, ROWS / 8>(p, at, sum, scales, added);
+            finish<EPILOGUE, ROWS / 8>(p, at, sum, scales, &added);
         else
-            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, scales, added, last);
+            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, scales, &added,
+                                            last);
     }
 }
 
 /* ---- prompts ---- */
-
-static constexpr __host__ __device__ int prompt_stage(int type) {
-    return ROW_TILE * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
-}
 
 /* On Hopper a warp has the sums of a tile of outputs and 256 rows. Elsewhere, where each warp reads
  * its operands for itself, of 4 tiles and 48 rows: more would not fit the registers. */
@@ -1345,7 +1320,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
             for (int i = 0; i < WARP_SUMS; i += 2) {
-                for_wanted<2>(p, corner_of(i), [&](int k, size_t offset, int) {
+                for_wanted<2>(p, corner_of(i), [&](int k, int, int, size_t offset) {
                     sum[i * 4 + k] = p.initial[offset];
                 });
                 __syncwarp(); /* as above */
@@ -1368,7 +1343,7 @@ template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
+    struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROW_TILE), 0, CONSUMERS);
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
         multiply_prompts<TYPE, EPILOGUE>(p, r);
@@ -1391,7 +1366,7 @@ static int stages_of(const struct cuda_device *d, int bytes, int others) {
 /* Generated rows that a block has room for, with enough stages: fewer on chips with less. */
 static int rows_at_once(const struct cuda_device *d) {
     int rows = GENERATED_ROWS;
-    while (stages_of(d, generated_stage(PACKED_BF16, rows), kept_bytes(rows)) < 4)
+    while (stages_of(d, stage_bytes(PACKED_BF16, rows), kept_bytes(rows)) < 4)
         rows /= 2;
     return rows;
 }
@@ -1413,7 +1388,7 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
-    int stage = generated_stage(TYPE, ROWS);
+    int stage = stage_bytes(TYPE, ROWS);
     p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
     int others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.n_stages = smaller(stages_of(d, stage, others), AHEAD_BYTES / unit_bytes(TYPE));
@@ -1431,13 +1406,13 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     if (p.n_rows > 0) {
         int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
         int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.matrix.n_panels;
-        p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
+        p.n_stages = stages_of(d, stage_bytes(TYPE, ROW_TILE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
         launch(d, "prompt_product_kernel",
                p.initial ? prompt_product_kernel<TYPE, GOES_ON>
                          : prompt_product_kernel<TYPE, EPILOGUE>,
                grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), PROMPT_THREADS,
-               (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
+               (size_t)(p.n_stages * stage_bytes(TYPE, ROW_TILE) + RING_BARRIERS), p);
     }
     int most = rows_at_once(d);
     for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
@@ -1927,9 +1902,8 @@ template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struc
     }
 }
 
-/* Adds up `n` parts of each head, a.part floats apart, in their order, which are read some at once.
- * Where they are all there is, their quotient is the output; else they become one part more, at `to`.
- */
+/* Adds up `n` parts of each head, a.part floats apart, in their order, some read at once. Where they
+ * are all there is, their quotient is the output; else they become one part more, at `to`. */
 template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
@@ -2025,8 +1999,8 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
 }
 
 /* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
- * grid of fixed size serves any batch; of few items the first blocks, which start first, take one. Shared: the ring, the parts of the warps, and an int. Bound
- * by reading keys and values. */
+ * grid of fixed size serves any batch; of few items the first blocks, which start first, take one.
+ * Shared: the ring, the parts of the warps, and an int. Bound by reading keys and values. */
 template <int HEAD>
 __global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
