@@ -430,7 +430,7 @@ struct cuda_device {
     struct gpu gpu; /* its stream is that of computing; its pieces are all memory below */
     cudaStream_t streams[N_STREAMS];
     struct gpu_tickets copies[N_STREAMS];
-    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    int n_heads, n_kv_heads; /* of this shard */
     int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
@@ -557,30 +557,25 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
     size_t most = 8 * row_bytes > STAGING_BYTES ? 8 * row_bytes : (size_t)STAGING_BYTES;
     size_t all = row_bytes * (size_t)divide(n_rows, 8) * 8;
     struct gpu_staging *staging = &d->card->staging;
-    struct gpu up = d->gpu; /* the same, but for the stream */
-    up.stream = staging->stream;
+    struct gpu beside = d->gpu; /* the same, but for the stream */
+    beside.stream = staging->stream;
     if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
         return false;
     int band = period > 0 ? n_rows : (int)(staging->bytes / row_bytes / 8) * 8;
     int step = m->paired ? 2 : 1;
     for (int row = 0; row < n_rows; row += band) {
-        struct raw_rows raw = {};
-        raw.row_bytes = row_bytes;
-        raw.type = tensor->type;
-        raw.n_rows = smaller(n_rows - row, band);
-        const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + row) * row_bytes;
-        size_t bytes = (size_t)raw.n_rows * row_bytes;
-        if (period > 0) {
-            bytes = period < tensor->bytes ? period : tensor->bytes;
-            raw.period = bytes;
-            raw.first = offset % bytes;
-            offset = 0;
-        }
-        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
-        size_t n = (size_t)divide(raw.n_rows, 8) * (size_t)m->n_units * WARP;
-        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
-                   THREADS, 0, *m, w->first_half + row / 8 * step, step, raw);
+        const int own = smaller(n_rows - row, band);
+        const size_t at = (size_t)(first_row + row) * row_bytes;
+        const char *data = (const char *)tensor->data + (period > 0 ? 0 : at);
+        const char *up =
+            gpu_staging_up(&d->gpu, staging, data, period > 0 ? period : (size_t)own * row_bytes);
+        const struct raw_rows raw = {
+            (const uint8_t *)up, row_bytes, period > 0 ? at % period : 0, period,
+            tensor->type,        own};
+        size_t n = (size_t)divide(own, 8) * (size_t)m->n_units * WARP;
+        gpu_launch(&beside, "pack_kernel", pack_kernel,
+                   dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
+                   w->first_half + row / 8 * step, step, raw);
         gpu_staging_used(&d->gpu, staging);
     }
     return true;
@@ -608,7 +603,7 @@ static bool upload_matrix(struct cuda_device *d, struct weight *w,
             w->first_half = m->paired ? i : n_halves;
         if (packed_type_of(together[i]->type) != m->type)
             m->type = PACKED_BF16;
-        m->n_outputs += m->paired ? rows * (i == 0) : rows_of(together[i], *slice);
+        m->n_outputs += m->paired && i > 0 ? 0 : rows_of(together[i], *slice);
         n_halves += divide(rows_of(together[i], *slice), 8);
     }
     m->n_panels = divide(n_halves, PANEL / 8);
@@ -1359,7 +1354,6 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const
 /* The stages of so many bytes that a block of this chip has room for, beside `others`. */
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
     int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
-
     return smaller(room / bytes, MAX_STAGES);
 }
 
@@ -1388,9 +1382,8 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
-    int stage = stage_bytes(TYPE, ROWS);
+    int stage = stage_bytes(TYPE, ROWS), others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
-    int others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.n_stages = smaller(stages_of(d, stage, others), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
@@ -1404,8 +1397,8 @@ static void launch_generated(struct cuda_device *d, struct product p) {
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
-        int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
-        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.matrix.n_panels;
+        int blocks = d->card->properties.multiProcessorCount;
+        int n = divide(p.first_row % 8 + p.n_rows, ROW_TILE) * p.matrix.n_panels;
         p.n_stages = stages_of(d, stage_bytes(TYPE, ROW_TILE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
         launch(d, "prompt_product_kernel",
@@ -1416,15 +1409,13 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     }
     int most = rows_at_once(d);
     for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
-        int n = smaller(n_generated - p.first_row, most);
-        if (n > 32)
-            launch_generated<TYPE, EPILOGUE, 64>(d, p);
-        else if (n > 16)
-            launch_generated<TYPE, EPILOGUE, 32>(d, p);
-        else if (n > 8)
-            launch_generated<TYPE, EPILOGUE, 16>(d, p);
-        else
-            launch_generated<TYPE, EPILOGUE, 8>(d, p);
+        switch (divide(smaller(n_generated - p.first_row, most), 8)) {
+        case 1: launch_generated<TYPE, EPILOGUE, 8>(d, p); break;
+        case 2: launch_generated<TYPE, EPILOGUE, 16>(d, p); break;
+        case 3:
+        case 4: launch_generated<TYPE, EPILOGUE, 32>(d, p); break;
+        default: launch_generated<TYPE, EPILOGUE, 64>(d, p);
+        }
     }
 }
 
@@ -2051,26 +2042,18 @@ static void launch_attention(struct cuda_device *d, const struct attention &a) {
     }
 }
 
-static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
+static struct heads heads_of(const struct cuda_device *d, int layer) {
     const struct model_config *c = d->device.config;
     const size_t bytes = block_bytes(c, d->device.n_shards, KV_BF16);
     uint8_t *kv = (uint8_t *)d->device.kv;
     const int width = kv_head_dim(c, KV_BF16);
-    *h = {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
+    return {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
 }
 
 static struct attention attention_of(const struct cuda_device *d, int layer) {
-    struct attention a = {};
-    set_heads(d, layer, &a);
-    a.out = d->attention;
-    a.places = d->attention_places;
-    a.scale = LOG2_E / sqrtf((float)a.head_dim);
-    a.window = INT_MAX;
-    a.n_chunks = d->n_chunks;
-    a.part = d->part;
-    a.partial = d->partial;
-    a.arrived = d->arrived;
-    return a;
+    const float scale = LOG2_E / sqrtf((float)d->device.config->head_dim);
+    return {heads_of(d, layer), d->attention, d->attention_places, scale,     INT_MAX, NULL, 0,
+            d->n_chunks,        d->part,      d->partial,          d->arrived};
 }
 
 static void cuda_attention(struct device *device, int layer_index) {
@@ -2236,7 +2219,7 @@ DEVICE float scale_of_head(const float *from, int head_dim, float epsilon, int l
         squares += from[i] * from[i];
     for (int i = 16; i > 0; i /= 2)
         squares += __shfl_xor_sync(0xffffffffu, squares, i);
-    return 1.0f / sqrtf(squares / (float)head_dim + epsilon);
+    return scale_of_norm(squares, head_dim, epsilon);
 }
 
 /* The elements of a head that turn together as pair `pair`, or stay as they are. */
@@ -2289,17 +2272,16 @@ static const float *vector_of(const struct weight *weight) {
 static void cuda_rope_append(struct device *device, const struct weight *const *layer,
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    const struct model_config *config = device->config;
-    struct rope r = {};
-    set_heads(d, layer_index, &r);
-    r.qkv = d->qkv;
-    r.qkv_stride = d->qkv_stride;
-    r.rope_dim = config->rope_dim;
-    r.adjacent = config->rope_adjacent;
-    r.epsilon = config->norm_epsilon;
-    r.q_norm = vector_of(layer[ATTN_Q_NORM]);
-    r.k_norm = vector_of(layer[ATTN_K_NORM]);
-    r.turn = d->turn;
+    const struct model_config *c = device->config;
+    const struct rope r = {heads_of(d, layer_index),
+                           d->qkv,
+                           d->qkv_stride,
+                           c->rope_dim,
+                           c->rope_adjacent,
+                           c->norm_epsilon,
+                           vector_of(layer[ATTN_Q_NORM]),
+                           vector_of(layer[ATTN_K_NORM]),
+                           d->turn};
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
            grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
@@ -2311,14 +2293,12 @@ enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time 
 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
     struct product p = product_of(d, layer[ATTN_Q], d->h, d->qkv, d->qkv_stride); /* with k, v */
-    int dim = d->device.config->head_dim, begin[3] = {0, d->n_heads * dim, 0};
-    begin[2] = begin[1] + d->n_kv_heads * dim;
+    p.bias_end[0] = d->n_heads * d->device.config->head_dim;
+    p.bias_end[1] = p.bias_end[0] + d->n_kv_heads * d->device.config->head_dim;
     for (int i = 0; i < 3; i++) {
         const float *bias = vector_of(layer[Q_BIAS + i]);
-        p.bias[i] = bias ? bias - begin[i] : NULL;
+        p.bias[i] = bias ? bias - (i > 0 ? p.bias_end[i - 1] : 0) : NULL;
     }
-    p.bias_end[0] = begin[1];
-    p.bias_end[1] = begin[2];
     p.rows = normed_of(d);
     launch_product<STORE>(d, p, d->n_generated);
 }
@@ -2819,16 +2799,14 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
            fail(error, "--kv-type: the CUDA backend keeps keys and values in bf16");
 }
 
-/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
-static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
-    int most =
-        d->device.max_rows > d->device.max_samples ? d->device.max_rows : d->device.max_samples;
-    p->n_rows = divide(most + ROW_TILE, 8) * 8;
-    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
+static int stride_of(int n) { /* to a multiple of 8: rows begin at 16 bytes */
+    return divide(n, 8) * 8;
 }
 
-static int stride_of(int n) { /* rows begin at 16 bytes */
-    return divide(n, 8) * 8;
+/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
+static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
+    p->n_rows = stride_of(larger(d->device.max_rows, d->device.max_samples) + ROW_TILE);
+    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
 }
 
 static bool allocate_activations(struct cuda_device *d) {
@@ -2836,9 +2814,9 @@ static bool allocate_activations(struct cuda_device *d) {
     int n = d->device.n_shards, rank = d->device.rank, n_segments = K_SEGMENTS / n;
     int q_cols = c->n_heads * c->head_dim, first = rank * n_segments;
     size_t rows = (size_t)d->device.max_rows, samples = (size_t)d->device.max_samples;
+    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
-    d->d_ff = c->d_ff / n;
     int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
     d->n_chunks = d->n_kv_heads * divide(group, cut_of(head).heads);
     d->part = smaller(group, cut_of(head).heads) * (head + 4);
@@ -2847,28 +2825,28 @@ static bool allocate_activations(struct cuda_device *d) {
     d->x_stride = stride_of(c->d_model);
     d->qkv_stride = (d->n_heads + 2 * d->n_kv_heads) * c->head_dim;
     d->logits_stride = stride_of(c->vocab_size);
-    bool ok = true, many = n > 1;
-    gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
+    size_t x = (size_t)d->x_stride, shared_x = n > 1 ? x : 0;
+    size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
+    bool ok = true;
+    auto take = [&](auto **memory, size_t elements) { gpu_take(&d->gpu, memory, elements, &ok); };
+    take(&d->x, rows * x);
     take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
-    gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
-    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * head), &ok);
+    take(&d->qkv, rows * (size_t)d->qkv_stride);
+    take(&d->q, rows * (size_t)(d->n_heads * head));
     take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
     take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
-    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
-    gpu_take(&d->gpu, &d->sums_of_blocks,
-             blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP, &ok);
-    gpu_take(&d->gpu, &d->blocks_done, blocks, &ok);
-    gpu_take(&d->gpu, &d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d), &ok);
-    gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
-    gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
-    gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
-    size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
-    gpu_take(&d->gpu, &d->logits, logit_rows * (size_t)d->logits_stride, &ok);
-    gpu_take(&d->gpu, &d->sampler_rows, logit_rows, &ok);
-    gpu_take(&d->gpu, &d->sampled, samples, &ok);
-    gpu_take(&d->gpu, &d->sums[0], many ? rows * (size_t)d->x_stride : 0, &ok);
-    gpu_take(&d->gpu, &d->sums[1], many ? rows * (size_t)d->x_stride : 0, &ok);
-    gpu_take(&d->gpu, &d->gathered, many ? (rows + MAX_SHARDS) * (size_t)d->x_stride : 0, &ok);
+    take(&d->sums_of_blocks, blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP);
+    take(&d->blocks_done, blocks);
+    take(&d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d));
+    take(&d->turn, rows * (size_t)(c->rope_dim / 2));
+    take(&d->rope_frequency, (size_t)c->rope_dim / 2);
+    take(&d->arrived, rows * (size_t)d->n_heads);
+    take(&d->logits, logit_rows * (size_t)d->logits_stride);
+    take(&d->sampler_rows, logit_rows);
+    take(&d->sampled, samples);
+    take(&d->sums[0], rows * shared_x);
+    take(&d->sums[1], rows * shared_x);
+    take(&d->gathered, (rows + MAX_SHARDS) * shared_x);
     ok = ok && cudaHostAlloc((void **)&d->sampled_host, samples * sizeof(int),
                              cudaHostAllocPortable) == cudaSuccess;
     if (ok)
@@ -2887,10 +2865,9 @@ static bool open_card(struct cuda_device *d, char *error) {
         return true;
     TRY(d, cudaGetDeviceProperties(&card->properties, index));
     const cudaDeviceProp *p = &card->properties;
-    if (p->major < MIN_MAJOR) {
+    if (p->major < MIN_MAJOR)
         return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
                     index, p->name, p->major, p->minor, MIN_MAJOR);
-    }
     if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
@@ -2995,33 +2972,35 @@ static void cuda_close(struct backend *backend) {
     free(cuda);
 }
 
-static void set_operations(struct backend *backend) {
-    backend->name = "cuda";
-    backend->close = cuda_close;
-    backend->device_open = cuda_device_open;
-    backend->device_close = cuda_device_close;
-    backend->alloc = cuda_alloc;
-    backend->release = cuda_release;
-    backend->free_memory = cuda_free_memory;
-    backend->pin = cuda_pin;
-    backend->unpin = cuda_unpin;
-    backend->upload = cuda_upload;
-    backend->limits = cuda_limits;
-    backend->copy = cuda_copy;
-    backend->copy_done = cuda_copy_done;
-    backend->step_begin = cuda_step_begin;
-    backend->embed = cuda_embed;
-    backend->norm_qkv = cuda_norm_qkv;
-    backend->rope_append = cuda_rope_append;
-    backend->attention = cuda_attention;
-    backend->project_add = cuda_project_add;
-    backend->norm_gate_up = cuda_norm_gate_up;
-    backend->all_reduce_add = cuda_all_reduce_add;
-    backend->sample = cuda_sample;
-    backend->step_end = cuda_step_end;
-    backend->kv_type = KV_BF16;
-    backend->chunk = CHUNK_ROWS;
-}
+static const struct backend operations = {
+    .name = "cuda",
+    .close = cuda_close,
+    .device_open = cuda_device_open,
+    .device_close = cuda_device_close,
+    .alloc = cuda_alloc,
+    .release = cuda_release,
+    .free_memory = cuda_free_memory,
+    .pin = cuda_pin,
+    .unpin = cuda_unpin,
+    .upload = cuda_upload,
+    .limits = cuda_limits,
+    .copy = cuda_copy,
+    .copy_done = cuda_copy_done,
+    .step_begin = cuda_step_begin,
+    .embed = cuda_embed,
+    .norm_qkv = cuda_norm_qkv,
+    .rope_append = cuda_rope_append,
+    .attention = cuda_attention,
+    .project_add = cuda_project_add,
+    .norm_gate_up = cuda_norm_gate_up,
+    .all_reduce_add = cuda_all_reduce_add,
+    .sample = cuda_sample,
+    .step_end = cuda_step_end,
+    .kv_type = KV_BF16,
+    .chunk = CHUNK_ROWS,
+    .n_gpus = 0,
+    .kernel_launches = 0,
+};
 
 /* Why there is no GPU, in one line. */
 static void explain_absence(cudaError_t status, char *error) {
@@ -3053,7 +3032,7 @@ extern "C" struct backend *cuda_backend_open(const struct backend_options *optio
         return NULL;
     }
     emu_seed(options->copy_delay_seed);
-    set_operations(&cuda->backend);
+    cuda->backend = operations;
     cuda->options = *options;
     cuda->backend.n_gpus = smaller(n_gpus, MAX_GPUS);
     pthread_mutex_init(&cuda->upload_mutex, NULL);
