@@ -332,28 +332,26 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
                         int unit_k, int begin, int end, uint32_t *words) {
     int lane = (int)threadIdx.x % WARP;
     for (int fragment = 0; fragment < 4; fragment++) {
-        uint32_t word = 0, number[4]; /* k, k + 1, k + 8, k + 9 */
+        uint32_t number[4]; /* k, k + 1, k + 8, k + 9 */
         for (int i = 0; i < 4; i++) {
             int k = unit_k + fragment * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
-            bool there = row < raw.n_rows && k >= begin && k < end;
             uint16_t scale;
-            if (m.type == PACKED_BF16)
-                number[i] = there ? pack_bf16(raw_element(raw, row, k), 0.0f) : 0;
+            if (row >= raw.n_rows || k < begin || k >= end)
+                number[i] = m.type == PACKED_BF16 ? 0 : m.type == PACKED_Q8 ? 128 : 8;
+            else if (m.type == PACKED_BF16)
+                number[i] = pack_bf16(raw_element(raw, row, k), 0.0f);
             else
-                number[i] = there                 ? raw_number(raw, row, k, &scale)
-                            : m.type == PACKED_Q8 ? 128u
-                                                  : 8u;
+                number[i] = raw_number(raw, row, k, &scale);
         }
+        const uint32_t low = number[0] | number[1] << 16, high = number[2] | number[3] << 16;
         if (m.type == PACKED_BF16) {
             uint32_t *to = words + (fragment * 32 + lane) * 4 + upper;
-            to[0] = number[0] | number[1] << 16;
-            to[2] = number[2] | number[3] << 16;
+            to[0] = low;
+            to[2] = high;
         } else if (m.type == PACKED_Q8) {
-            word = number[0] | number[2] << 8 | number[1] << 16 | number[3] << 24;
-            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = word;
+            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = low | high << 8;
         } else {
-            word = number[0] | number[2] << 4 | number[1] << 16 | number[3] << 20;
-            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper;
+            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper, word = low | high << 4;
             *to = fragment % 2 ? *to | word << 8 : word;
         }
     }
@@ -576,7 +574,6 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
         gpu_launch(&beside, "pack_kernel", pack_kernel,
                    dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
                    w->first_half + row / 8 * step, step, raw);
-        gpu_staging_used(&d->gpu, staging);
     }
     return true;
 }
@@ -1007,12 +1004,6 @@ DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
     }
 }
 
-/* Units that are multiplied at a time: of few quantized rows several, or each would wait for the
- * one before. */
-static constexpr __host__ __device__ int units_at_once(int type, int rows) {
-    return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
-}
-
 /* The same of quantized generated rows and UNITS stages: whole numbers are multiplied, 32 k at a
  * time, and while the next are, their sums by the scale. */
 template <int TYPE, int ROWS, int UNITS, int M>
@@ -1078,19 +1069,25 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
            threadIdx.x;
 }
 
+/* Adds a block's arrivals to a counter. True: they are `all` by now, and it is 0 again. By all that
+ * multiply, after a barrier of theirs; last: shared. */
+DEVICE bool last_to_come(int *counter, int own, int all, int *last) {
+    if (threadIdx.x == 0) {
+        *last = add_ordered(counter, own) + own == all;
+        if (*last)
+            *counter = 0;
+    }
+    sync_threads<1, CONSUMERS * WARP>();
+    return *last;
+}
+
 /* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
 DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
                             int n_groups, const float *scales, const struct added *added,
                             int *last) {
     sync_threads<1, CONSUMERS * WARP>();
-    if (threadIdx.x == 0) {
-        *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
-        if (*last)
-            p.blocks_done[owner] = 0;
-    }
-    sync_threads<1, CONSUMERS * WARP>();
-    if (!*last)
+    if (!last_to_come(p.blocks_done + owner, n_items, n_groups, last))
         return;
     constexpr int N = ROWS < 32 ? ROWS / 8 : 4; /* times 8 rows at a time */
 #pragma unroll 1
@@ -1166,7 +1163,9 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     float *scales = reinterpret_cast<float *>(last + 1);
     struct added added;
     grid_wait();
-    uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
+    /* at a time: of few quantized rows several, or each would wait for the one before */
+    constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : ROWS > 8 ? 2 : 4;
+    uint32_t a[UNITS * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
@@ -1893,8 +1892,8 @@ template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struc
     }
 }
 
-/* Adds up `n` parts of each head, a.part floats apart, in their order, some read at once. Where they
- * are all there is, their quotient is the output; else they become one part more, at `to`. */
+/* Adds up `n` parts of each head, a.part floats apart, in order, some read at once. Where they are
+ * all there is, their quotient is the output; else they become one part more, at `to`. */
 template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
@@ -1977,14 +1976,8 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
         sync_threads<1, CONSUMERS * WARP>(); /* the parts are added up */
         if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
             continue; /* the counter is told of all splits that the block has at once */
-        if (threadIdx.x == 0) {
-            int own = smaller(it.split, index - begin) + 1, *counter = a.arrived + it.counter;
-            *last = add_ordered(counter, own) + own == it.n_splits;
-            if (*last)
-                *counter = 0;
-        }
-        sync_threads<1, CONSUMERS * WARP>();
-        if (*last)
+        int own = smaller(it.split, index - begin) + 1;
+        if (last_to_come(a.arrived + it.counter, own, it.n_splits, last))
             merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, it.n_splits, NULL);
     }
 }
@@ -2402,8 +2395,8 @@ static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device 
 
 /* Every shard fetches the sums of all others, and adds the same tree to its own x. */
 static void reduce_generated(struct cuda_device **shards, int n_shards) {
-    int end = shards[0]->n_generated, most = shards[0]->device.max_rows / n_shards;
-    int piece = most > 0 ? most : 1; /* n_shards of them fit into `gathered` */
+    int end = shards[0]->n_generated;
+    int piece = larger(shards[0]->device.max_rows / n_shards, 1); /* `gathered` holds n_shards */
     for (int row = 0; row < end; row += piece) {
         int n = smaller(end - row, piece) * shards[0]->x_stride;
         size_t at = (size_t)row * shards[0]->x_stride;
@@ -2756,8 +2749,8 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
             (!largest || w->tensor->bytes > largest->tensor->bytes))
             largest = w;
     cudaEvent_t events[2];
-    for (int i = 0; i < 2; i++)
-        TRY(d, cudaEventCreateWithFlags(&events[i], cudaEventDefault));
+    TRY(d, cudaEventCreateWithFlags(&events[0], cudaEventDefault));
+    TRY(d, cudaEventCreateWithFlags(&events[1], cudaEventDefault));
     TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
     int blocks = d->card->properties.multiProcessorCount, steps = 16, repeats = 1;
     float ms = 0.0f;
@@ -2777,8 +2770,8 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
         ms = lap(d, events);
         *read = (double)bytes * repeats / (ms * 1e-3) * n;
     }
-    for (int i = 0; i < 2; i++)
-        TRY(d, cudaEventDestroy(events[i]));
+    TRY(d, cudaEventDestroy(events[0]));
+    TRY(d, cudaEventDestroy(events[1]));
 }
 
 /* ==== 11. Opening and closing ==== */
