@@ -929,11 +929,6 @@ DEVICE struct share find_share(const struct product &p) {
             (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
-/* The block that has an item: the last one to begin before or with it. */
-DEVICE int owner_of(const struct product &p, int item, int n_groups) {
-    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.matrix.n_panels * n_groups));
-}
-
 static inline __host__ __device__ int squares_bytes(const struct product &p, int rows) {
     return rows * p.rows.n_tiles * (int)sizeof(float);
 }
@@ -1069,25 +1064,19 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
            threadIdx.x;
 }
 
-/* Adds a block's arrivals to a counter. True: they are `all` by now, and it is 0 again. By all that
- * multiply, after a barrier of theirs; last: shared. */
-DEVICE bool last_to_come(int *counter, int own, int all, int *last) {
-    if (threadIdx.x == 0) {
-        *last = add_ordered(counter, own) + own == all;
-        if (*last)
-            *counter = 0;
-    }
-    sync_threads<1, CONSUMERS * WARP>();
-    return *last;
-}
-
 /* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
 DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
                             int n_groups, const float *scales, const struct added *added,
                             int *last) {
     sync_threads<1, CONSUMERS * WARP>();
-    if (!last_to_come(p.blocks_done + owner, n_items, n_groups, last))
+    if (threadIdx.x == 0) {
+        *last = add_ordered(p.blocks_done + owner, n_items) + n_items == n_groups;
+        if (*last)
+            p.blocks_done[owner] = 0;
+    }
+    sync_threads<1, CONSUMERS * WARP>();
+    if (!*last)
         return;
     constexpr int N = ROWS < 32 ? ROWS / 8 : 4; /* times 8 rows at a time */
 #pragma unroll 1
@@ -1103,7 +1092,7 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                     v[i] = half + i < n_groups && at.row + j * 8 < at.end_row
                                ? __ldcg(sums_of_item<ROWS>(p, owner, half + i) +
                                         (first + j) * CONSUMERS * WARP)
-                               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                               : float4{};
                 sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
         finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
@@ -1168,7 +1157,9 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     uint32_t a[UNITS * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
-        const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
+        const int group = item % s.n_groups, n_all = p.matrix.n_panels * s.n_groups;
+        /* of the panel's first item: the last block to begin before or with it */
+        const int owner = (int)(((int64_t)(item - group + 1) * gridDim.x - 1) / n_all);
         const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
                                   end_row};
         n_items = smaller(s.n_groups - group, s.end - item);
@@ -1976,8 +1967,14 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
         sync_threads<1, CONSUMERS * WARP>(); /* the parts are added up */
         if (!partial || (it.split < it.n_splits - 1 && index < end - 1))
             continue; /* the counter is told of all splits that the block has at once */
-        int own = smaller(it.split, index - begin) + 1;
-        if (last_to_come(a.arrived + it.counter, own, it.n_splits, last))
+        if (threadIdx.x == 0) {
+            int own = smaller(it.split, index - begin) + 1, *counter = a.arrived + it.counter;
+            *last = add_ordered(counter, own) + own == it.n_splits;
+            if (*last)
+                *counter = 0;
+        }
+        sync_threads<1, CONSUMERS * WARP>();
+        if (*last)
             merge_parts<HEAD>(a, it, partial - (size_t)it.split * a.part, it.n_splits, NULL);
     }
 }
