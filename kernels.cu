@@ -197,14 +197,11 @@ DEVICE float bf16_to_float(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
-/* Two numbers in the low bytes of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
-DEVICE uint32_t bytes_to_bf16(uint32_t word) {
-    return fma_bf16(and_or(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, /* times 1 */
-                    and_xor(word, 0x00800080u, 0xc380c380u)); /* - 256, with bit 7 - 128 */
-}
-
-DEVICE uint32_t nibbles_to_bf16(uint32_t word) { /* the same of 4 bits */
-    return fma_bf16(and_or(word, 0x000f000fu, 0x43004300u), 0x3f803f80u, 0xc308c308u);
+/* Two numbers, in the low bits of the halves, as bf16: 128 + the last 7 bits is 0x4300 + those. */
+template <int TYPE> DEVICE uint32_t whole_to_bf16(uint32_t word) {
+    const bool wide = TYPE == PACKED_Q8; /* then - 256, with bit 7 - 128; else - 136 */
+    return fma_bf16(and_or(word, wide ? 0x007f007fu : 0x000f000fu, 0x43004300u), 0x3f803f80u,
+                    wide ? and_xor(word, 0x00800080u, 0xc380c380u) : 0xc308c308u);
 }
 
 /* The operand of fragment i (0 to 3) of a tile; of quantized types whole numbers, and *scale is the
@@ -221,8 +218,8 @@ DEVICE void load_operand(const uint8_t *unit, int tile, int i, int lane, uint32_
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t word = j % 2 ? words.y : words.x;
-            a[j] = TYPE == PACKED_Q8 ? bytes_to_bf16(word >> j / 2 * 8)
-                                     : nibbles_to_bf16(word >> (i % 2 * 2 + j / 2) * 4);
+            a[j] = whole_to_bf16<TYPE>(word >>
+                                       (TYPE == PACKED_Q8 ? j / 2 * 8 : (i % 2 * 2 + j / 2) * 4));
         }
         *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
                                                      (tile * 2 + i / 2) * 32 + lane / 4 * 4);
@@ -335,28 +332,26 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
                         int unit_k, int begin, int end, uint32_t *words) {
     int lane = (int)threadIdx.x % WARP;
     for (int fragment = 0; fragment < 4; fragment++) {
-        uint32_t word = 0, number[4]; /* k, k + 1, k + 8, k + 9 */
+        uint32_t number[4]; /* k, k + 1, k + 8, k + 9 */
         for (int i = 0; i < 4; i++) {
             int k = unit_k + fragment * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
-            bool there = row < raw.n_rows && k >= begin && k < end;
             uint16_t scale;
-            if (m.type == PACKED_BF16)
-                number[i] = there ? pack_bf16(raw_element(raw, row, k), 0.0f) : 0;
+            if (row >= raw.n_rows || k < begin || k >= end)
+                number[i] = m.type == PACKED_BF16 ? 0 : m.type == PACKED_Q8 ? 128 : 8;
+            else if (m.type == PACKED_BF16)
+                number[i] = pack_bf16(raw_element(raw, row, k), 0.0f);
             else
-                number[i] = there                 ? raw_number(raw, row, k, &scale)
-                            : m.type == PACKED_Q8 ? 128u
-                                                  : 8u;
+                number[i] = raw_number(raw, row, k, &scale);
         }
+        const uint32_t low = number[0] | number[1] << 16, high = number[2] | number[3] << 16;
         if (m.type == PACKED_BF16) {
             uint32_t *to = words + (fragment * 32 + lane) * 4 + upper;
-            to[0] = number[0] | number[1] << 16;
-            to[2] = number[2] | number[3] << 16;
+            to[0] = low;
+            to[2] = high;
         } else if (m.type == PACKED_Q8) {
-            word = number[0] | number[2] << 8 | number[1] << 16 | number[3] << 24;
-            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = word;
+            words[(fragment / 2 * 32 + lane) * 4 + fragment % 2 * 2 + upper] = low | high << 8;
         } else {
-            word = number[0] | number[2] << 4 | number[1] << 16 | number[3] << 20;
-            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper;
+            uint32_t *to = words + lane * 4 + fragment / 2 * 2 + upper, word = low | high << 4;
             *to = fragment % 2 ? *to | word << 8 : word;
         }
     }
@@ -434,7 +429,7 @@ struct cuda_device {
     struct gpu copying; /* the same, of the thread that copies meanwhile */
     cudaStream_t streams[N_STREAMS];
     struct gpu_tickets copies[N_STREAMS];
-    int n_heads, n_kv_heads, d_ff; /* of this shard */
+    int n_heads, n_kv_heads; /* of this shard */
     int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
@@ -564,31 +559,25 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
     size_t most = 8 * row_bytes > STAGING_BYTES ? 8 * row_bytes : (size_t)STAGING_BYTES;
     size_t all = row_bytes * (size_t)divide(n_rows, 8) * 8;
     struct gpu_staging *staging = &d->card->staging;
-    struct gpu up = d->gpu; /* the same, but for the stream */
-    up.stream = staging->stream;
+    struct gpu beside = d->gpu; /* the same, but for the stream */
+    beside.stream = staging->stream;
     if (!gpu_staging_reserve(&d->gpu, staging, period > 0 ? period : all < most ? all : most))
         return false;
     int band = period > 0 ? n_rows : (int)(staging->bytes / row_bytes / 8) * 8;
     int step = m->paired ? 2 : 1;
     for (int row = 0; row < n_rows; row += band) {
-        struct raw_rows raw = {};
-        raw.row_bytes = row_bytes;
-        raw.type = tensor->type;
-        raw.n_rows = smaller(n_rows - row, band);
-        const char *from = (const char *)tensor->data;
-        size_t offset = (size_t)(first_row + row) * row_bytes;
-        size_t bytes = (size_t)raw.n_rows * row_bytes;
-        if (period > 0) {
-            bytes = period < tensor->bytes ? period : tensor->bytes;
-            raw.period = bytes;
-            raw.first = offset % bytes;
-            offset = 0;
-        }
-        raw.bytes = (const uint8_t *)gpu_staging_up(&d->gpu, staging, from + offset, bytes);
-        size_t n = (size_t)divide(raw.n_rows, 8) * (size_t)m->n_units * WARP;
-        gpu_launch(&up, "pack_kernel", pack_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
-                   THREADS, 0, *m, w->first_half + row / 8 * step, step, raw);
-        gpu_staging_used(&d->gpu, staging);
+        const int own = smaller(n_rows - row, band);
+        const size_t at = (size_t)(first_row + row) * row_bytes;
+        const char *data = (const char *)tensor->data + (period > 0 ? 0 : at);
+        const char *up =
+            gpu_staging_up(&d->gpu, staging, data, period > 0 ? period : (size_t)own * row_bytes);
+        const struct raw_rows raw = {
+            (const uint8_t *)up, row_bytes, period > 0 ? at % period : 0, period,
+            tensor->type,        own};
+        size_t n = (size_t)divide(own, 8) * (size_t)m->n_units * WARP;
+        gpu_launch(&beside, "pack_kernel", pack_kernel,
+                   dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
+                   w->first_half + row / 8 * step, step, raw);
     }
     return true;
 }
@@ -615,7 +604,7 @@ static bool upload_matrix(struct cuda_device *d, struct weight *w,
             w->first_half = m->paired ? i : n_halves;
         if (packed_type_of(together[i]->type) != m->type)
             m->type = PACKED_BF16;
-        m->n_outputs += m->paired ? rows * (i == 0) : rows_of(together[i], *slice);
+        m->n_outputs += m->paired && i > 0 ? 0 : rows_of(together[i], *slice);
         n_halves += divide(rows_of(together[i], *slice), 8);
     }
     m->n_panels = divide(n_halves, PANEL / 8);
@@ -720,8 +709,8 @@ enum {
 };
 
 /* Generated rows on their way through a norm: x * weight goes into a product, and what comes out is
- * multiplied by 1 / root mean square of x. So whoever makes x makes the product's input as well, and
- * the sums of squares of its tiles of 16; where a norm_kernel does, their sum alone. */
+ * multiplied by 1 / root mean square of x. So whoever makes x makes the product's input as well,
+ * and the sums of squares of its tiles of 16; where a norm_kernel does, their sum alone. */
 struct normed {
     float *squares; /* (n_rows, n_tiles) */
     int n_tiles;    /* of whole panels; 1: sums of rows; 0: rows are what they seem */
@@ -768,8 +757,7 @@ DEVICE float sum_of_tiles(const float *squares, int n_tiles) {
     return sum;
 }
 
-/* Scales of ROWS rows, from their sums of squares, all in shared memory; all warps that multiply call
- * it. */
+/* Scales of ROWS rows, from their sums of squares, all in shared memory, by all that multiply. */
 template <int ROWS>
 DEVICE void find_scales(const struct normed &n, const float *squares, float *scales) {
     for (int row = (int)threadIdx.x / WARP; row < ROWS; row += CONSUMERS) {
@@ -791,50 +779,40 @@ struct corner {
     int begin_row, end_row; /* those that are wanted */
 };
 
-/* Calls act(i, e, offset in out) for those that are wanted of sum[i] with i % 4 == e. */
+/* Calls act(i, row, output, offset in out) for those sum[i] that are wanted. */
 template <int N, typename Act>
 DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act) {
     const int quad = (int)threadIdx.x % 4, group = (int)threadIdx.x % WARP / 4;
 #pragma unroll
     for (int i = 0; i < N * 4; i++) {
-        int row = at.row + i / 4 * 8 + quad * 2 + i % 2,
-            output = at.tile * TILE + group + i % 4 / 2 * 8;
+        int row = at.row + i / 4 * 8 + quad * 2 + i % 2;
+        int output = at.tile * TILE + group + i % 4 / 2 * 8;
         if (row >= at.begin_row && row < at.end_row && output < p.matrix.n_outputs)
-            act(i, (size_t)row * p.out_stride + output, output);
+            act(i, row, output, (size_t)row * p.out_stride + output);
     }
 }
 
-/* What a lane adds its sums to, of N times 8 rows, and the next norm's weights of its outputs: read
- * long before they are needed. */
-template <int N> struct added { float x[N * 4], weight[2]; };
-
-template <int N>
-DEVICE void load_added(const struct product &p, const struct corner &at, struct added<N> *added) {
-    for_wanted<N>(
-        p, at,
-        [&](int i, size_t offset, int output) {
-            added->x[i] = p.out[offset];
-            added->weight[i % 4 / 2] = p.next_norm[output];
-        });
-}
+/* What a lane adds its sums to, of few rows, and the next norm's weights of its outputs: read long
+ * before they are needed. */
+struct added {
+    float x[NORMED_ROWS / 2], weight[2];
+};
 
 /* x += sum, and the next product's input: see struct normed. */
 template <int N>
 DEVICE void add_normed(const struct product &p, const struct corner &at, const float *sum,
-                       const struct added<N> &added) {
+                       const struct added &added) {
     float x[N * 4] = {};
-    for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-        x[i] = added.x[i] + sum[i];
-        p.out[offset] = x[i];
-        int row = at.row + i / 4 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+    for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
+        p.out[offset] = x[i] = added.x[i] + sum[i];
         *plane_element(p.next_input, row, output) =
             (uint16_t)pack_bf16(x[i] * added.weight[i % 4 / 2], 0.0f);
     });
 #pragma unroll
     for (int i = 0; i < N * 2; i++) { /* outputs group and group + 8 of a row, then all groups */
-        const int first = i / 2 * 4 + i % 2;
+        const float *own = x + i / 2 * 4 + i % 2;
         const int row = at.row + i / 2 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
-        float squares = x[first] * x[first] + x[first + 2] * x[first + 2];
+        float squares = own[0] * own[0] + own[2] * own[2];
         for (int step = 4; step < WARP; step *= 2)
             squares += __shfl_xor_sync(0xffffffffu, squares, step);
         if (threadIdx.x % WARP < 4 && row < at.end_row)
@@ -844,28 +822,23 @@ DEVICE void add_normed(const struct product &p, const struct corner &at, const f
 
 /* What is done with the sums. All lanes of a warp call it. A sum is added to what is there by an
  * atomic addition because that waits for nothing; nobody else adds there. scales: shared, of
- * generated rows from first_row on; NULL: of prompts, which have none. added: NULL where a norm never
- * follows in the same kernel. */
+ * generated rows from first_row on, and added; NULL: of prompts, which have none. */
 template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum,
-                   const float *scales, const struct added<N> *added) {
-    const int lane = (int)threadIdx.x % WARP;
+                   const float *scales, const struct added *added) {
     auto scale = [&](int row) { return scales ? scales[row - p.first_row] : 1.0f; };
     if constexpr (EPILOGUE != SILU) {
-        if (added && p.next_norm) {
-            add_normed<N>(p, at, sum, *added);
-            return;
-        }
-        for_wanted<N>(p, at, [&](int i, size_t offset, int output) {
-            if (p.adds) {
-                atomicAdd(p.out + offset, sum[i]);
-                return;
-            }
+        if constexpr (N <= NORMED_ROWS / 8)
+            if (added && p.next_norm)
+                return add_normed<N>(p, at, sum, *added);
+        for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
+            if (p.adds)
+                return (void)atomicAdd(p.out + offset, sum[i]);
             const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-            p.out[offset] = sum[i] * scale(at.row + i / 4 * 8 + lane % 4 * 2 + i % 2) +
-                            (bias ? bias[output] : 0.0f);
+            p.out[offset] = sum[i] * scale(row) + (bias ? bias[output] : 0.0f);
         });
     } else { /* lanes of two outputs swap, so that each has both of one row */
+        const int lane = (int)threadIdx.x % WARP;
         const int odd = lane / 4 % 2;
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
         const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
@@ -884,6 +857,10 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
 }
 
 /* ---- the ring ---- */
+
+static constexpr __host__ __device__ int stage_bytes(int type, int rows) { /* a unit, with rows */
+    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
+}
 
 struct ring { /* of n stages, each `bytes`: a thread's place in it */
     uint8_t *stages;
@@ -956,11 +933,6 @@ DEVICE struct share find_share(const struct product &p) {
             (int)((int64_t)(blockIdx.x + 1) * n / gridDim.x)};
 }
 
-/* The block that has an item: the last one to begin before or with it. */
-DEVICE int owner_of(const struct product &p, int item, int n_groups) {
-    return (int)(((int64_t)(item + 1) * gridDim.x - 1) / (p.matrix.n_panels * n_groups));
-}
-
 static inline __host__ __device__ int squares_bytes(const struct product &p, int rows) {
     return rows * p.rows.n_tiles * (int)sizeof(float);
 }
@@ -977,21 +949,25 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
         return item / s.n_groups * n_units + segments.unit[item % s.n_groups * p.grain];
     };
     const int begin = unit_of(s.begin), n = unit_of(s.end) - begin, n_ahead = smaller(n, r.n);
-    const struct ring start_ring = r;
-    const uint8_t *const first = p.matrix.packed + (size_t)begin * unit_bytes(TYPE), *from = first;
-    int unit = begin % n_units;
+    struct {
+        struct ring r;
+        const uint8_t *from; /* the unit's weights */
+        int unit;            /* of its panel */
+    } at = {r, p.matrix.packed + (size_t)begin * unit_bytes(TYPE), begin % n_units};
+    const auto start = at;
     auto ask = [&](bool weights, bool rows) {  // and goes on to the next unit
-        size_t row = (size_t)unit * p.input.n_rows + p.first_row;
-        uint8_t *to = wait_empty(r);
+        size_t row = (size_t)at.unit * p.input.n_rows + p.first_row;
+        uint8_t *to = wait_empty(at.r);
         uint32_t bytes = lane == 0 && rows ? ROWS * ROW_BYTES : 0;
         copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                    lane == 0 ? p.input.bytes + row * ROW_BYTES : from,
-                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1, r.full + r.at);
+                    lane == 0 ? p.input.bytes + row * ROW_BYTES : at.from,
+                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1,
+                    at.r.full + at.r.at);
         if (rows)
-            copies_sent(r.full + r.at);
-        next_stage(&r);
-        from += unit_bytes(TYPE);
-        unit = unit + 1 < n_units ? unit + 1 : 0;
+            copies_sent(at.r.full + at.r.at);
+        next_stage(&at.r);
+        at.from += unit_bytes(TYPE);
+        at.unit = at.unit + 1 < n_units ? at.unit + 1 : 0;
     };
     if (ROWS < GENERATED_ROWS)
         grid_launch_dependents();
@@ -1002,22 +978,11 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
     copy_pieces(squares, p.rows.squares + (size_t)p.first_row * p.rows.n_tiles,
                 lane == 0 ? squares_bytes(p, ROWS) : 0, false, r.once);
     copies_sent(r.once);
-    from = first;
-    unit = begin % n_units;
-    r = start_ring;
+    at = start;
     for (int i = 0; i < n; i++)
         ask(i >= n_ahead, true);
     if (ROWS == GENERATED_ROWS)
         grid_launch_dependents();
-}
-
-/* sum += part * scale, of columns `index` times as many as part has. */
-template <int N>
-DEVICE void add_scaled(const float (&part)[N], uint32_t scale, int index, float *sum) {
-    const float low = half_to_float((uint16_t)scale), high = half_to_float((uint16_t)(scale >> 16));
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        sum[index * N + i] = fmaf(part[i], i % 4 < 2 ? low : high, sum[index * N + i]);
 }
 
 /* sum (a tile of 16 outputs, ROWS rows) += a unit. On Hopper the last products still go on when it
@@ -1036,12 +1001,6 @@ DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
         wgmma_commit();
         wgmma_wait<1>(); /* those before, which read the other half of a */
     }
-}
-
-/* Units that are multiplied at a time: of few quantized rows several, or each would wait for the
- * one before. */
-static constexpr __host__ __device__ int units_at_once(int type, int rows) {
-    return type == PACKED_BF16 || rows > 16 ? 1 : rows > 8 ? 2 : 4;
 }
 
 /* The same of quantized generated rows and UNITS stages: whole numbers are multiplied, 32 k at a
@@ -1066,12 +1025,16 @@ DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_
             multiply_rows<COLUMNS>(part[i % 2], a[half][1], own, half % 2 * 2 + 1, true);
             wgmma_commit();
         }
-        if (i > 0 && i < N)
-            wgmma_wait<1>();
-        else if (i > 0)
-            wgmma_wait<0>();
-        if (i > 0)
-            add_scaled(part[(i - 1) % 2], scale[(i - 1) / PARTS], (i - 1) % PARTS, sum);
+        if (i == 0)
+            continue;
+        i < N ? wgmma_wait<1>() : wgmma_wait<0>(); /* for those of i - 1 */
+        const uint32_t both = scale[(i - 1) / PARTS];
+        const float low = half_to_float((uint16_t)both),
+                    high = half_to_float((uint16_t)(both >> 16));
+        float *own = sum + (i - 1) % PARTS * (COLUMNS / 2);
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 2; j++)
+            own[j] = fmaf(part[(i - 1) % 2][j], j % 4 < 2 ? low : high, own[j]);
     }
 }
 
@@ -1108,7 +1071,7 @@ template <int ROWS> DEVICE float4 *sums_of_item(const struct product &p, int own
 /* The last block to leave sums of a panel's items adds them all up. at: of the warp's tile. */
 template <int EPILOGUE, int ROWS>
 DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner, int n_items,
-                            int n_groups, const float *scales, const struct added<ROWS / 8> *added,
+                            int n_groups, const float *scales, const struct added *added,
                             int *last) {
     sync_threads<1, CONSUMERS * WARP>();
     if (threadIdx.x == 0) {
@@ -1133,13 +1096,10 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
                     v[i] = half + i < n_groups && at.row + j * 8 < at.end_row
                                ? __ldcg(sums_of_item<ROWS>(p, owner, half + i) +
                                         (first + j) * CONSUMERS * WARP)
-                               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                               : float4{};
                 sum[j] = add4(sum[j], add4(add4(v[0], v[1]), add4(v[2], v[3])));
             }
-        if constexpr (N == ROWS / 8)
-            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
-        else
-            finish<EPILOGUE, N>(p, at, &sum[0].x, scales, NULL);
+        finish<EPILOGUE, N>(p, at, &sum[0].x, scales, added);
     }
 }
 
@@ -1170,23 +1130,19 @@ DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint3
     wgmma_wait<0>();
 }
 
-static constexpr __host__ __device__ int generated_stage(int type, int rows) {
-    return rows * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
-}
-
 static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblings */
     return 3 * rows / 8 * CONSUMERS * WARP * 16;
 }
 
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
- * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the scales of
- * rows. Bound by memory. */
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the
+ * scales of rows. Bound by memory. */
 template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
-    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * generated_stage(TYPE, ROWS));
+    float4 *kept = reinterpret_cast<float4 *>(shared + p.n_stages * stage_bytes(TYPE, ROWS));
     float *squares = reinterpret_cast<float *>(kept) + kept_bytes(ROWS) / 4;
-    struct ring r = open_ring(shared, p.n_stages, generated_stage(TYPE, ROWS),
+    struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS),
                               kept_bytes(ROWS) + squares_bytes(p, ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     if (warp == CONSUMERS) {
@@ -1198,12 +1154,16 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     const int end_row = *p.n_generated - p.n_before; /* no kernel wrote the step */
     int *last = reinterpret_cast<int *>(r.once + 1);
     float *scales = reinterpret_cast<float *>(last + 1);
-    struct added<ROWS / 8> read, *added = ROWS > NORMED_ROWS ? NULL : &read;
+    struct added added;
     grid_wait();
-    uint32_t a[units_at_once(TYPE, ROWS) * 2][2][4];
+    /* at a time: of few quantized rows several, or each would wait for the one before */
+    constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : ROWS > 8 ? 2 : 4;
+    uint32_t a[UNITS * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
-        const int group = item % s.n_groups, owner = owner_of(p, item - group, s.n_groups);
+        const int group = item % s.n_groups, n_all = p.matrix.n_panels * s.n_groups;
+        /* of the panel's first item: the last block to begin before or with it */
+        const int owner = (int)(((int64_t)(item - group + 1) * gridDim.x - 1) / n_all);
         const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
                                   end_row};
         n_items = smaller(s.n_groups - group, s.end - item);
@@ -1211,8 +1171,11 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
                               : (p.grain > 1) + (p.grain > 2);
         alignas(16) float sum[ROWS / 2];
-        if (added && p.next_norm)
-            load_added<ROWS / 8>(p, at, added);
+        if (ROWS <= NORMED_ROWS && p.next_norm)
+            for_wanted<ROWS / 8>(p, at, [&](int i, int, int output, size_t offset) {
+                added.x[i] = p.out[offset];
+                added.weight[i % 4 / 2] = p.next_norm[output];
+            });
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
                                          a, sum);
@@ -1228,17 +1191,14 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
             find_scales<ROWS>(p.rows, squares, scales);
         }
         if (whole)
-            finish<EPILOGUE, ROWS / 8>(p, at, sum, scales, added);
+            finish<EPILOGUE, ROWS / 8>(p, at, sum, scales, &added);
         else
-            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, scales, added, last);
+            add_shared_sums<EPILOGUE, ROWS>(p, at, owner, n_items, s.n_groups, scales, &added,
+                                            last);
     }
 }
 
 /* ---- prompts ---- */
-
-static constexpr __host__ __device__ int prompt_stage(int type) {
-    return ROW_TILE * ROW_BYTES + (unit_bytes(type) + 1023) / 1024 * 1024;
-}
 
 /* On Hopper a warp has the sums of a tile of outputs and 256 rows. Elsewhere, where each warp reads
  * its operands for itself, of 4 tiles and 48 rows: more would not fit the registers. */
@@ -1349,7 +1309,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
             for (int i = 0; i < WARP_SUMS; i += 2) {
-                for_wanted<2>(p, corner_of(i), [&](int k, size_t offset, int) {
+                for_wanted<2>(p, corner_of(i), [&](int k, int, int, size_t offset) {
                     sum[i * 4 + k] = p.initial[offset];
                 });
                 __syncwarp(); /* as above */
@@ -1372,7 +1332,7 @@ template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
-    struct ring r = open_ring(shared, p.n_stages, prompt_stage(TYPE), 0, CONSUMERS);
+    struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROW_TILE), 0, CONSUMERS);
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
         multiply_prompts<TYPE, EPILOGUE>(p, r);
@@ -1388,14 +1348,13 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const
 /* The stages of so many bytes that a block of this chip has room for, beside `others`. */
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
     int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
-
     return smaller(room / bytes, MAX_STAGES);
 }
 
 /* Generated rows that a block has room for, with enough stages: fewer on chips with less. */
 static int rows_at_once(const struct cuda_device *d) {
     int rows = GENERATED_ROWS;
-    while (stages_of(d, generated_stage(PACKED_BF16, rows), kept_bytes(rows)) < 4)
+    while (stages_of(d, stage_bytes(PACKED_BF16, rows), kept_bytes(rows)) < 4)
         rows /= 2;
     return rows;
 }
@@ -1417,9 +1376,8 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
-    int stage = generated_stage(TYPE, ROWS);
+    int stage = stage_bytes(TYPE, ROWS), others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
-    int others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.n_stages = smaller(stages_of(d, stage, others), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
@@ -1433,27 +1391,25 @@ static void launch_generated(struct cuda_device *d, struct product p) {
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
-        int aligned = p.first_row / 8 * 8, blocks = d->card->properties.multiProcessorCount;
-        int n = divide(p.first_row + p.n_rows - aligned, ROW_TILE) * p.matrix.n_panels;
-        p.n_stages = stages_of(d, prompt_stage(TYPE), 0);
+        int blocks = d->card->properties.multiProcessorCount;
+        int n = divide(p.first_row % 8 + p.n_rows, ROW_TILE) * p.matrix.n_panels;
+        p.n_stages = stages_of(d, stage_bytes(TYPE, ROW_TILE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
         launch(d, "prompt_product_kernel",
                p.initial ? prompt_product_kernel<TYPE, GOES_ON>
                          : prompt_product_kernel<TYPE, EPILOGUE>,
                grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), PROMPT_THREADS,
-               (size_t)(p.n_stages * prompt_stage(TYPE) + RING_BARRIERS), p);
+               (size_t)(p.n_stages * stage_bytes(TYPE, ROW_TILE) + RING_BARRIERS), p);
     }
     int most = rows_at_once(d);
     for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
-        int n = smaller(n_generated - p.first_row, most);
-        if (n > 32)
-            launch_generated<TYPE, EPILOGUE, 64>(d, p);
-        else if (n > 16)
-            launch_generated<TYPE, EPILOGUE, 32>(d, p);
-        else if (n > 8)
-            launch_generated<TYPE, EPILOGUE, 16>(d, p);
-        else
-            launch_generated<TYPE, EPILOGUE, 8>(d, p);
+        switch (divide(smaller(n_generated - p.first_row, most), 8)) {
+        case 1: launch_generated<TYPE, EPILOGUE, 8>(d, p); break;
+        case 2: launch_generated<TYPE, EPILOGUE, 16>(d, p); break;
+        case 3:
+        case 4: launch_generated<TYPE, EPILOGUE, 32>(d, p); break;
+        default: launch_generated<TYPE, EPILOGUE, 64>(d, p);
+        }
     }
 }
 
@@ -1931,9 +1887,8 @@ template <int HEAD> DEVICE void store_part(float *part, int n_heads, const struc
     }
 }
 
-/* Adds up `n` parts of each head, a.part floats apart, in their order, which are read some at once.
- * Where they are all there is, their quotient is the output; else they become one part more, at `to`.
- */
+/* Adds up `n` parts of each head, a.part floats apart, in order, some read at once. Where they are
+ * all there is, their quotient is the output; else they become one part more, at `to`. */
 template <int HEAD>
 DEVICE void merge_parts(const struct attention &a, const struct item &it, const float *parts, int n,
                         float *to) {
@@ -2029,8 +1984,8 @@ DEVICE void attend_splits(const struct attention &a, struct ring r, int begin, i
 }
 
 /* out = softmax(q . k) . v for generated tokens: a block takes items that lie side by side, so a
- * grid of fixed size serves any batch; of few items the first blocks, which start first, take one. Shared: the ring, the parts of the warps, and an int. Bound
- * by reading keys and values. */
+ * grid of fixed size serves any batch; of few items the first blocks, which start first, take one.
+ * Shared: the ring, the parts of the warps, and an int. Bound by reading keys and values. */
 template <int HEAD>
 __global__ void __launch_bounds__(FED_THREADS, 1)
     generated_attention_kernel(const struct attention a) {
@@ -2081,26 +2036,18 @@ static void launch_attention(struct cuda_device *d, const struct attention &a) {
     }
 }
 
-static void set_heads(const struct cuda_device *d, int layer, struct heads *h) {
+static struct heads heads_of(const struct cuda_device *d, int layer) {
     const struct model_config *c = d->device.config;
     const size_t bytes = block_bytes(c, d->device.n_shards, KV_BF16);
     uint8_t *kv = (uint8_t *)d->device.kv;
     const int width = kv_head_dim(c, KV_BF16);
-    *h = {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
+    return {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
 }
 
 static struct attention attention_of(const struct cuda_device *d, int layer) {
-    struct attention a = {};
-    set_heads(d, layer, &a);
-    a.out = d->attention;
-    a.places = d->attention_places;
-    a.scale = LOG2_E / sqrtf((float)a.head_dim);
-    a.window = INT_MAX;
-    a.n_chunks = d->n_chunks;
-    a.part = d->part;
-    a.partial = d->partial;
-    a.arrived = d->arrived;
-    return a;
+    const float scale = LOG2_E / sqrtf((float)d->device.config->head_dim);
+    return {heads_of(d, layer), d->attention, d->attention_places, scale,     INT_MAX, NULL, 0,
+            d->n_chunks,        d->part,      d->partial,          d->arrived};
 }
 
 static void cuda_attention(struct device *device, int layer_index) {
@@ -2266,7 +2213,7 @@ DEVICE float scale_of_head(const float *from, int head_dim, float epsilon, int l
         squares += from[i] * from[i];
     for (int i = 16; i > 0; i /= 2)
         squares += __shfl_xor_sync(0xffffffffu, squares, i);
-    return 1.0f / sqrtf(squares / (float)head_dim + epsilon);
+    return scale_of_norm(squares, head_dim, epsilon);
 }
 
 /* The elements of a head that turn together as pair `pair`, or stay as they are. */
@@ -2319,17 +2266,16 @@ static const float *vector_of(const struct weight *weight) {
 static void cuda_rope_append(struct device *device, const struct weight *const *layer,
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    const struct model_config *config = device->config;
-    struct rope r = {};
-    set_heads(d, layer_index, &r);
-    r.qkv = d->qkv;
-    r.qkv_stride = d->qkv_stride;
-    r.rope_dim = config->rope_dim;
-    r.adjacent = config->rope_adjacent;
-    r.epsilon = config->norm_epsilon;
-    r.q_norm = vector_of(layer[ATTN_Q_NORM]);
-    r.k_norm = vector_of(layer[ATTN_K_NORM]);
-    r.turn = d->turn;
+    const struct model_config *c = device->config;
+    const struct rope r = {heads_of(d, layer_index),
+                           d->qkv,
+                           d->qkv_stride,
+                           c->rope_dim,
+                           c->rope_adjacent,
+                           c->norm_epsilon,
+                           vector_of(layer[ATTN_Q_NORM]),
+                           vector_of(layer[ATTN_K_NORM]),
+                           d->turn};
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
            grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
@@ -2341,14 +2287,12 @@ enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time 
 
 static void multiply_qkv(struct cuda_device *d, const struct weight *const *layer) {
     struct product p = product_of(d, layer[ATTN_Q], d->h, d->qkv, d->qkv_stride); /* with k, v */
-    int dim = d->device.config->head_dim, begin[3] = {0, d->n_heads * dim, 0};
-    begin[2] = begin[1] + d->n_kv_heads * dim;
+    p.bias_end[0] = d->n_heads * d->device.config->head_dim;
+    p.bias_end[1] = p.bias_end[0] + d->n_kv_heads * d->device.config->head_dim;
     for (int i = 0; i < 3; i++) {
         const float *bias = vector_of(layer[Q_BIAS + i]);
-        p.bias[i] = bias ? bias - begin[i] : NULL;
+        p.bias[i] = bias ? bias - (i > 0 ? p.bias_end[i - 1] : 0) : NULL;
     }
-    p.bias_end[0] = begin[1];
-    p.bias_end[1] = begin[2];
     p.rows = normed_of(d);
     launch_product<STORE>(d, p, d->n_generated);
 }
@@ -2452,8 +2396,8 @@ static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device 
 
 /* Every shard fetches the sums of all others, and adds the same tree to its own x. */
 static void reduce_generated(struct cuda_device **shards, int n_shards) {
-    int end = shards[0]->n_generated, most = shards[0]->device.max_rows / n_shards;
-    int piece = most > 0 ? most : 1; /* n_shards of them fit into `gathered` */
+    int end = shards[0]->n_generated;
+    int piece = larger(shards[0]->device.max_rows / n_shards, 1); /* `gathered` holds n_shards */
     for (int row = 0; row < end; row += piece) {
         int n = smaller(end - row, piece) * shards[0]->x_stride;
         size_t at = (size_t)row * shards[0]->x_stride;
@@ -2806,8 +2750,8 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
             (!largest || w->tensor->bytes > largest->tensor->bytes))
             largest = w;
     cudaEvent_t events[2];
-    for (int i = 0; i < 2; i++)
-        TRY(d, cudaEventCreateWithFlags(&events[i], cudaEventDefault));
+    TRY(d, cudaEventCreateWithFlags(&events[0], cudaEventDefault));
+    TRY(d, cudaEventCreateWithFlags(&events[1], cudaEventDefault));
     TRY(d, cudaEventRecord(events[0], d->streams[STREAM_COMPUTE]));
     int blocks = d->card->properties.multiProcessorCount, steps = 16, repeats = 1;
     float ms = 0.0f;
@@ -2827,8 +2771,8 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
         ms = lap(d, events);
         *read = (double)bytes * repeats / (ms * 1e-3) * n;
     }
-    for (int i = 0; i < 2; i++)
-        TRY(d, cudaEventDestroy(events[i]));
+    TRY(d, cudaEventDestroy(events[0]));
+    TRY(d, cudaEventDestroy(events[1]));
 }
 
 /* ==== 11. Opening and closing ==== */
@@ -2849,16 +2793,14 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
            fail(error, "--kv-type: the CUDA backend keeps keys and values in bf16");
 }
 
-/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
-static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
-    int most =
-        d->device.max_rows > d->device.max_samples ? d->device.max_rows : d->device.max_samples;
-    p->n_rows = divide(most + ROW_TILE, 8) * 8;
-    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
+static int stride_of(int n) { /* to a multiple of 8: rows begin at 16 bytes */
+    return divide(n, 8) * 8;
 }
 
-static int stride_of(int n) { /* rows begin at 16 bytes */
-    return divide(n, 8) * 8;
+/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
+static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
+    p->n_rows = stride_of(larger(d->device.max_rows, d->device.max_samples) + ROW_TILE);
+    gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
 }
 
 static bool allocate_activations(struct cuda_device *d) {
@@ -2866,9 +2808,9 @@ static bool allocate_activations(struct cuda_device *d) {
     int n = d->device.n_shards, rank = d->device.rank, n_segments = K_SEGMENTS / n;
     int q_cols = c->n_heads * c->head_dim, first = rank * n_segments;
     size_t rows = (size_t)d->device.max_rows, samples = (size_t)d->device.max_samples;
+    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
     d->n_heads = c->n_heads / n;
     d->n_kv_heads = c->n_kv_heads / n;
-    d->d_ff = c->d_ff / n;
     int head = kv_head_dim(c, KV_BF16), group = c->n_heads / c->n_kv_heads;
     d->n_chunks = d->n_kv_heads * divide(group, cut_of(head).heads);
     d->part = smaller(group, cut_of(head).heads) * (head + 4);
@@ -2877,28 +2819,28 @@ static bool allocate_activations(struct cuda_device *d) {
     d->x_stride = stride_of(c->d_model);
     d->qkv_stride = (d->n_heads + 2 * d->n_kv_heads) * c->head_dim;
     d->logits_stride = stride_of(c->vocab_size);
-    bool ok = true, many = n > 1;
-    gpu_take(&d->gpu, &d->x, rows * (size_t)d->x_stride, &ok);
+    size_t x = (size_t)d->x_stride, shared_x = n > 1 ? x : 0;
+    size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
+    bool ok = true;
+    auto take = [&](auto **memory, size_t elements) { gpu_take(&d->gpu, memory, elements, &ok); };
+    take(&d->x, rows * x);
     take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
-    gpu_take(&d->gpu, &d->qkv, rows * (size_t)d->qkv_stride, &ok);
-    gpu_take(&d->gpu, &d->q, rows * (size_t)(d->n_heads * head), &ok);
+    take(&d->qkv, rows * (size_t)d->qkv_stride);
+    take(&d->q, rows * (size_t)(d->n_heads * head));
     take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
     take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
-    size_t blocks = (size_t)d->card->properties.multiProcessorCount;
-    gpu_take(&d->gpu, &d->sums_of_blocks,
-             blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP, &ok);
-    gpu_take(&d->gpu, &d->blocks_done, blocks, &ok);
-    gpu_take(&d->gpu, &d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d), &ok);
-    gpu_take(&d->gpu, &d->turn, rows * (size_t)(c->rope_dim / 2), &ok);
-    gpu_take(&d->gpu, &d->rope_frequency, (size_t)c->rope_dim / 2, &ok);
-    gpu_take(&d->gpu, &d->arrived, rows * (size_t)d->n_heads, &ok);
-    size_t logit_rows = rank > 0 ? 0 : samples < LOGIT_ROWS ? samples : (size_t)LOGIT_ROWS;
-    gpu_take(&d->gpu, &d->logits, logit_rows * (size_t)d->logits_stride, &ok);
-    gpu_take(&d->gpu, &d->sampler_rows, logit_rows, &ok);
-    gpu_take(&d->gpu, &d->sampled, samples, &ok);
-    gpu_take(&d->gpu, &d->sums[0], many ? rows * (size_t)d->x_stride : 0, &ok);
-    gpu_take(&d->gpu, &d->sums[1], many ? rows * (size_t)d->x_stride : 0, &ok);
-    gpu_take(&d->gpu, &d->gathered, many ? (rows + MAX_SHARDS) * (size_t)d->x_stride : 0, &ok);
+    take(&d->sums_of_blocks, blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP);
+    take(&d->blocks_done, blocks);
+    take(&d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d));
+    take(&d->turn, rows * (size_t)(c->rope_dim / 2));
+    take(&d->rope_frequency, (size_t)c->rope_dim / 2);
+    take(&d->arrived, rows * (size_t)d->n_heads);
+    take(&d->logits, logit_rows * (size_t)d->logits_stride);
+    take(&d->sampler_rows, logit_rows);
+    take(&d->sampled, samples);
+    take(&d->sums[0], rows * shared_x);
+    take(&d->sums[1], rows * shared_x);
+    take(&d->gathered, (rows + MAX_SHARDS) * shared_x);
     ok = ok && cudaHostAlloc((void **)&d->sampled_host, samples * sizeof(int),
                              cudaHostAllocPortable) == cudaSuccess;
     if (ok)
@@ -2917,10 +2859,9 @@ static bool open_card(struct cuda_device *d, char *error) {
         return true;
     TRY(d, cudaGetDeviceProperties(&card->properties, index));
     const cudaDeviceProp *p = &card->properties;
-    if (p->major < MIN_MAJOR) {
+    if (p->major < MIN_MAJOR)
         return fail(error, "device %d (%s) has compute capability %d.%d, expected %d.0 or newer",
                     index, p->name, p->major, p->minor, MIN_MAJOR);
-    }
     if (cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              SAMPLER_SHARED) != cudaSuccess) {
         (void)cudaGetLastError();
@@ -3026,33 +2967,35 @@ static void cuda_close(struct backend *backend) {
     free(cuda);
 }
 
-static void set_operations(struct backend *backend) {
-    backend->name = "cuda";
-    backend->close = cuda_close;
-    backend->device_open = cuda_device_open;
-    backend->device_close = cuda_device_close;
-    backend->alloc = cuda_alloc;
-    backend->release = cuda_release;
-    backend->free_memory = cuda_free_memory;
-    backend->pin = cuda_pin;
-    backend->unpin = cuda_unpin;
-    backend->upload = cuda_upload;
-    backend->limits = cuda_limits;
-    backend->copy = cuda_copy;
-    backend->copy_done = cuda_copy_done;
-    backend->step_begin = cuda_step_begin;
-    backend->embed = cuda_embed;
-    backend->norm_qkv = cuda_norm_qkv;
-    backend->rope_append = cuda_rope_append;
-    backend->attention = cuda_attention;
-    backend->project_add = cuda_project_add;
-    backend->norm_gate_up = cuda_norm_gate_up;
-    backend->all_reduce_add = cuda_all_reduce_add;
-    backend->sample = cuda_sample;
-    backend->step_end = cuda_step_end;
-    backend->kv_type = KV_BF16;
-    backend->chunk = CHUNK_ROWS;
-}
+static const struct backend operations = {
+    .name = "cuda",
+    .close = cuda_close,
+    .device_open = cuda_device_open,
+    .device_close = cuda_device_close,
+    .alloc = cuda_alloc,
+    .release = cuda_release,
+    .free_memory = cuda_free_memory,
+    .pin = cuda_pin,
+    .unpin = cuda_unpin,
+    .upload = cuda_upload,
+    .limits = cuda_limits,
+    .copy = cuda_copy,
+    .copy_done = cuda_copy_done,
+    .step_begin = cuda_step_begin,
+    .embed = cuda_embed,
+    .norm_qkv = cuda_norm_qkv,
+    .rope_append = cuda_rope_append,
+    .attention = cuda_attention,
+    .project_add = cuda_project_add,
+    .norm_gate_up = cuda_norm_gate_up,
+    .all_reduce_add = cuda_all_reduce_add,
+    .sample = cuda_sample,
+    .step_end = cuda_step_end,
+    .kv_type = KV_BF16,
+    .chunk = CHUNK_ROWS,
+    .n_gpus = 0,
+    .kernel_launches = 0,
+};
 
 /* Why there is no GPU, in one line. */
 static void explain_absence(cudaError_t status, char *error) {
@@ -3084,7 +3027,7 @@ extern "C" struct backend *cuda_backend_open(const struct backend_options *optio
         return NULL;
     }
     emu_seed(options->copy_delay_seed);
-    set_operations(&cuda->backend);
+    cuda->backend = operations;
     cuda->options = *options;
     cuda->backend.n_gpus = smaller(n_gpus, MAX_GPUS);
     pthread_mutex_init(&cuda->upload_mutex, NULL);

@@ -107,23 +107,20 @@ DEVICE void barrier_arrive(uint64_t *barrier) {
         : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900 /* may sleep for a while; older chips ask again and again */
+#define BARRIER_ASK "try_wait"
+#else
+#define BARRIER_ASK "test_wait"
+#endif
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
     uint32_t done, address = shared_address(barrier);
-    do {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+    do
+        asm volatile("{ .reg .pred p; mbarrier." BARRIER_ASK ".parity.shared::cta.b64 p, [%1], %2;"
                      " selp.u32 %0, 1, 0, p; }"
                      : "=r"(done)
                      : "r"(address), "r"(parity)
                      : "memory");
-#else
-        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;"
-                     " selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done)
-                     : "r"(address), "r"(parity)
-                     : "memory");
-#endif
-    } while (!done);
+    while (!done);
 }
 
 /* All 32 lanes call it, each with a piece of its own to copy from device to shared memory: `bytes`
@@ -253,18 +250,17 @@ DEVICE uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HOPPER 1
 
-/* b: N rows of 64 k, 128 bytes each, 16-byte chunks at chunk ^ row % 8; 1024-byte aligned. k 16 i
- * to 16 i + 15 of it: add 2 i. (PTX ISA, "Matrix Descriptor Format": 128-byte swizzle.) */
-DEVICE uint64_t wgmma_rows(const void *p) {
-    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
-           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
-
-/* b the other way round: rows are k, of 64 columns each; the next 64 columns lie `apart` bytes
- * further. k 16 i to 16 i + 15: add 128 i. */
+/* b: k in rows of 64 columns, 128 bytes each, 16-byte chunks at chunk ^ row % 8; 1024-byte aligned.
+ * The next 64 columns lie `apart` bytes further. k 16 i to 16 i + 15: add 128 i. (PTX ISA, "Matrix
+ * Descriptor Format": 128-byte swizzle.) */
 DEVICE uint64_t wgmma_columns(const void *p, uint32_t apart) {
     return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(apart >> 4) << 16 |
            (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* b the other way round: N rows of 64 k; `apart` means nothing. k 16 i to 16 i + 15: add 2 i. */
+DEVICE uint64_t wgmma_rows(const void *p) {
+    return wgmma_columns(p, 16);
 }
 
 DEVICE void wgmma_begin() {
@@ -356,15 +352,14 @@ DEVICE uint2 load8(const void *from) {
     return *reinterpret_cast<const uint2 *>(from);
 }
 
-/* Of weights: read once a step, by one warp, so they need no place in the L1 cache. */
-DEVICE uint4 load16_once(const void *from) {
+DEVICE uint4
+load16_once(const void *from) { /* of device memory: it needs no place in the L1 cache */
     uint4 value;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
         : "l"(from));
     return value;
 }
-
 #endif
 
 #ifndef HOPPER /* products are done at once, and registers are what they are */
@@ -438,11 +433,11 @@ bool gpu_ticket_done(const struct gpu *gpu, struct gpu_tickets *tickets, uint64_
 /* Two buffers on either side, so that one is filled while the GPU works on the other. Zeroed
  * before it is opened.
  *     gpu_staging_reserve   makes both hold so many bytes; false: no room
- *     gpu_staging_up        copies them to the device, on `stream`, and returns where they are
- *     gpu_staging_used      what is on the stream by now is the last that reads them */
+ *     gpu_staging_up        copies them to the device, on `stream`, and returns where they are, for
+ *                           what is put on the stream until the next call */
 struct gpu_staging {
     cudaStream_t stream;
-    cudaEvent_t free[2];
+    cudaEvent_t free[2];       /* what reads a buffer has ended */
     char *host[2], *device[2]; /* (bytes) */
     size_t bytes;
     int turn;
@@ -452,7 +447,6 @@ void gpu_staging_close(struct gpu_staging *staging);
 bool gpu_staging_reserve(const struct gpu *gpu, struct gpu_staging *staging, size_t bytes);
 const char *gpu_staging_up(const struct gpu *gpu, struct gpu_staging *staging, const void *from,
                            size_t bytes);
-void gpu_staging_used(const struct gpu *gpu, struct gpu_staging *staging);
 
 /* Zeroed memory for n of T, until gpu_free. Clears *ok where there is no room. */
 template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n, bool *ok) {
@@ -570,8 +564,8 @@ bool gpu_staging_reserve(const struct gpu *gpu, struct gpu_staging *staging, siz
     if (bytes <= staging->bytes)
         return true;
     bool ok = true;
+    GPU_TRY(gpu, cudaStreamSynchronize(staging->stream));
     for (int i = 0; i < 2; i++) {
-        GPU_TRY(gpu, cudaEventSynchronize(staging->free[i]));
         cudaFree(staging->device[i]);
         cudaFreeHost(staging->host[i]);
         staging->device[i] = staging->host[i] = NULL;
@@ -585,15 +579,12 @@ bool gpu_staging_reserve(const struct gpu *gpu, struct gpu_staging *staging, siz
 
 const char *gpu_staging_up(const struct gpu *gpu, struct gpu_staging *staging, const void *from,
                            size_t bytes) {
+    GPU_TRY(gpu, cudaEventRecord(staging->free[staging->turn], staging->stream));
+    staging->turn ^= 1;
     char *host = staging->host[staging->turn], *device = staging->device[staging->turn];
     GPU_TRY(gpu, cudaEventSynchronize(staging->free[staging->turn]));
     memcpy(host, from, bytes);
     GPU_TRY(gpu, cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, staging->stream));
     return device;
-}
-
-void gpu_staging_used(const struct gpu *gpu, struct gpu_staging *staging) {
-    GPU_TRY(gpu, cudaEventRecord(staging->free[staging->turn], staging->stream));
-    staging->turn ^= 1;
 }
 #endif /* GPU_IMPLEMENTATION */

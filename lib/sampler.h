@@ -424,9 +424,8 @@ DEVICE void sampler_select(struct draw d, int step) {
 /* ---- the race ---- */
 
 /* The thread's best, if it may win: a key with scaled - max + g + 8, in units of 2^-36, in place of
- * the logit. -log(u) >= 1 - u rules out most without a logarithm: a token wins only where
- * 1 - u < e^(scaled - max - best). `best`, of the block so far, is also plus 8, and the bits of a
- * float: above 0 they are in order. It begins below what the largest logit has with any g. */
+ * the logit. Most are ruled out as in C. `best`, of the block so far, is also plus 8, and the bits
+ * of a float: above 0 they are in order. It begins below what the largest logit has with any g. */
 DEVICE sampler_key best_of_thread(const struct draw &d) {
     const double enough = (double)d.max + log((double)d.sampling.min_p); /* 0: none */
     const sampler_key least = d.row->selection.least;
