@@ -43,7 +43,7 @@ static const struct {
      "hand_overs>=3 blocks_transferred>=5"},
     {FEW, 1, "--devices 0,0,0 --tp-prefill 2 --tp-decode 1 --kv-device 16b",
      "hand_overs>=3 blocks_transferred>=5 pages_out>=1"},
-    {FEW, 4, "--devices 0,0,1,2,3 --tp-prefill 1 --tp-decode 4 --kv-device 1000b --copy-delay 9",
+    {IN(BF16), 4, "--devices 0,0,1,2,3 --tp-prefill 1 --tp-decode 4 --kv-device 1000b --copy-delay 9",
      "hand_overs>=3 blocks_transferred>=5"},
     {IN(BF16), 4, "--devices 0,1,2,3,0,1 --tp-prefill 4 --tp-decode 2 --kv-device 1000b",
      "hand_overs>=3 blocks_transferred>=5"},
