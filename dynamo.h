@@ -71,30 +71,22 @@ struct request {
     double deadline; /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
-    enum finish_reason reason;
+    enum finish_reason reason; /* why it has ended, or will when its step is done */
     char error[ERROR_LENGTH];
     int length, filled;
-    int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
-    int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
-    int cached_on_host;                  /* those of them that were on the host alone */
-    int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
-                                            prefilled where it is decoded */
-    uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
-    int n_hashes;                        /* computed once; the rest when they are asked for */
-    int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
-    int *slots;                          /* (n_slots) of the first blocks, where it is computed */
-    int *held;                           /* (n_held) nodes whose host copies it holds as it waits */
-    int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
-    int n_slots, n_held, n_sent;         /* n_sent: registered ones offered to decode_worker */
-    int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
-    int n_hits;                          /* blocks that were cached at its last look-up, … */
-    uint64_t looked_up;                  /* … when kv_version was this */
-    int64_t tried;                       /* its last try: nothing has changed since */
-    int n_passed;                        /* younger ones admitted while it was the oldest waiting */
-    int saved;                           /* node of the block it was preempted in; -1: none */
+    int cached_tokens;                 /* prompt tokens that the first prefix hit covered */
+    int cached_on_host;                /* those of them that were on the host alone */
+    int prefill_worker, decode_worker; /* those that it has, or had last; -1: none yet. Equal:
+                                          prefilled where it is decoded */
+    uint64_t *hashes; /* kv_hash up to the end of each full block; one allocation with … */
+    int *blocks;      /* (n_blocks) nodes of the cache, in order of position */
+    int *slots;       /* (n_slots) of the first blocks, those seen to be where it is computed */
+    int n_blocks, n_slots;
+    int64_t tried; /* its last try to be admitted: nothing has changed since */
+    int n_passed;  /* younger ones admitted while it was the oldest waiting */
+    int saved;     /* node of the block it was preempted in; -1: none */
     int copy_failures, preemptions;
-    bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
-    enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
+    bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
     double late;       /* when it is too late for the block that it waits for; INFINITY: for none */
