@@ -81,7 +81,8 @@ struct request {
     uint64_t *hashes; /* kv_hash up to the end of each full block; one allocation with … */
     int *blocks;      /* (n_blocks) nodes of the cache, in order of position */
     int *slots;       /* (n_slots) of the first blocks, those seen to be where it is computed */
-    int n_blocks, n_slots;
+    int *held;        /* (n_held) nodes whose host copies it holds as it waits */
+    int n_blocks, n_slots, n_held;
     int64_t tried; /* its last try to be admitted: nothing has changed since */
     int n_passed;  /* younger ones admitted while it was the oldest waiting */
     int saved;     /* node of the block it was preempted in; -1: none */

@@ -305,8 +305,14 @@ static void release_prefill_blocks(struct sched *s, const struct request *r) {
         kv_unpin(s->kv, r->blocks[--n], r->prefill_worker);
 }
 
+static void release_held(struct sched *s, struct request *r) {
+    while (r->n_held > 0)
+        kv_unpin(s->kv, r->held[--r->n_held], s->config.kv.n_workers);
+}
+
 /* Lets go of all blocks, the last first: so it is colder than what stands before it. */
 static void release_blocks(struct sched *s, struct request *r) {
+    release_held(s, r);
     release_prefill_blocks(s, r);
     if (r->state != REQUEST_WAITING) {
         struct worker *decodes = &s->workers[r->decode_worker];
@@ -390,12 +396,12 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
 
 /* ---- admission ---- */
 
-/* Finds the cached prefix, and where it is. What the oldest waiting request has on the host alone
- * becomes the hottest there, so that no room is made at its cost. */
+/* Finds the cached prefix, and where it is. What is on the host alone is held there, so that no
+ * room is made at its cost, as long as half of the host stays for others. */
 static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     int end = prefill_end(r), host = s->config.kv.n_workers;
     int n_full = (r->length - 1) / BLOCK_TOKENS; /* a token is left to be computed */
-    const struct request *oldest = s->preempted.first ? s->preempted.first : s->waiting.first;
+    release_held(s, r);
     *plan = (struct plan){.end = end};
     plan->n_hits = kv_find(s->kv, r->hashes, r->tokens, n_full, r->blocks);
     plan->cached = plan->n_hits * BLOCK_TOKENS;
@@ -405,7 +411,7 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     }
     bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
     plan->n_decode = blocks_of(last ? end : end + 1);
-    for (int i = plan->n_hits - 1; i >= 0; i--) {
+    for (int i = 0; i < plan->n_hits; i++) {
         int n_missing = 0;
         for (int w = 0; w < host; w++) {
             bool missing = kv_state(s->kv, r->blocks[i], w) == KV_ABSENT;
@@ -413,9 +419,9 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
             n_missing += missing;
         }
         plan->n_alone += n_missing == host;
-        if (n_missing == host && r == oldest) {
+        if (n_missing == host && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
             kv_hold(s->kv, r->blocks[i], host);
-            kv_unpin(s->kv, r->blocks[i], host);
+            r->held[r->n_held++] = r->blocks[i];
         }
     }
 }
@@ -493,6 +499,7 @@ static bool admit(struct sched *s, struct request *r, double now) {
     look_up(s, r, &plan);
     if (is_being_computed(s, r, &plan) || !choose_workers(s, r, &plan) || !reserve(s, r, &plan))
         return false;
+    release_held(s, r);
     if (r->saved != NONE)
         kv_unkeep(s->kv, r->saved); /* in the table again, or of no use: its tokens come anew */
     r->prefill_worker = plan.prefill_worker;
@@ -782,11 +789,12 @@ uint32_t sched_concerned(struct sched *s) {
 /* One allocation holds the request's arrays. The prompt is hashed once. */
 static bool make_tables(const struct sched *s, struct request *r) {
     size_t n = (size_t)blocks_of(min(r->n_prompt + r->max_new, s->max_length)) + 1;
-    r->hashes = malloc(n * (sizeof *r->hashes + sizeof *r->blocks + sizeof *r->slots));
+    r->hashes = malloc(n * (sizeof *r->hashes + 3 * sizeof *r->blocks));
     if (!r->hashes)
         return false;
     r->blocks = (int *)(r->hashes + n);
     r->slots = r->blocks + n;
+    r->held = r->slots + n;
     for (int i = 0; i < r->n_prompt / BLOCK_TOKENS; i++)
         hash_block(r, i);
     return true;

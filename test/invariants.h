@@ -206,6 +206,9 @@ static const char *check_request(const struct sched *s, const struct request *r,
     BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE && !r->leaves, "a finished request is on a list");
     BROKEN(r->leaves && !r->in_step, "it should have left");
+    BROKEN(r->n_held > 0 && !waits, "an admitted request holds copies on the host");
+    for (int i = 0; i < r->n_held; i++)
+        pins[copy_at(s->kv, r->held[i], s->kv->host) - s->kv->copies]--;
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;

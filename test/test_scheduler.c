@@ -927,7 +927,7 @@ static void run_all(struct check *check, struct sched *s) {
  * not be made at its cost, however often it is tried. */
 static void a_waiting_prompt_keeps_what_is_cached(struct check *check) {
     struct sched *s = open_one(12, 20, 4);
-    static struct job jobs[4];
+    static struct job jobs[5];
     for (int i = 0; i < 3; i++) {
         ask(s, &jobs[i], i, 160, 2);
         run_all(check, s);
@@ -936,9 +936,14 @@ static void a_waiting_prompt_keeps_what_is_cached(struct check *check) {
     CHECK(found == 10, "%d blocks are cached at arrival", found);
     ask_after(s, &jobs[3], 3, 165, 2, jobs[0].tokens, 160);
     CHECK(jobs[3].request.state == REQUEST_WAITING, "it waits for room");
+    CHECK(jobs[3].request.n_held > 0 && !sched_check(s), "it is held: %s", sched_check(s));
     run_all(check, s);
     CHECK(jobs[3].request.cached_tokens == 160, "%d tokens found", jobs[3].request.cached_tokens);
-    CHECK(jobs[3].request.cached_on_host >= 128, "they were on the host");
+    CHECK(jobs[3].request.cached_on_host >= 128 && jobs[3].request.n_held == 0,
+          "they were on the host");
+    ask_after(s, &jobs[4], 4, 165, 2, jobs[1].tokens, 160);
+    sched_cancel(s, &jobs[4].request, false, 0);
+    CHECK(kv_pins(sched_kv(s)) == 0, "nothing is held for one that has gone");
     sched_destroy(s);
 }
 
