@@ -20,9 +20,9 @@
  * computed, then of its decode worker. So a step touches only requests of its worker.
  *
  * Block ownership of a request, by half-open intervals of its table:
- *     [0, n_registered)         in the index, shared, pinned, never written
- *     [n_registered, n_blocks)  private: being filled, or reserved for what comes
- *     [0, n_prefill_blocks)     pinned on the prefill worker too, until they are handed over
+ *     [0, filled / 16)         in the index, shared, pinned, never written
+ *     [filled / 16, n_blocks)  private: being filled, or reserved for what comes
+ * Until it is handed over, those of its prompt are pinned on its prefill worker too.
  * Continuous batching: Yu et al., "Orca", OSDI 2022; chunked prefill: Agrawal et al.,
  * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024; expected
  * growth: Gong et al., "Past-Future scheduler", ASPLOS 2025.
@@ -204,21 +204,13 @@ static bool prefills_locally(const struct sched *s, const struct plan *plan, int
             s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
 }
 
-/* Which running answer makes room for others: the youngest. NULL: none runs. */
-static struct request *choose_preempted(const struct worker *w) {
+/* Which running answer makes room for others: the youngest that was admitted by a given time. NULL:
+ * none was. */
+static struct request *choose_preempted(const struct worker *w, double by) {
     struct request *r = w->decoding.last;
-    while (r && r->state != REQUEST_RUNNING)
+    while (r && (r->state != REQUEST_RUNNING || r->resumed > by))
         r = r->previous;
     return r;
-}
-
-/* Which running answer goes so that a preempted one can go on: the youngest that has had its time
- * since it was admitted, never the oldest. NULL: none. */
-static struct request *choose_rotated(const struct worker *w, double now) {
-    struct request *r = w->decoding.last;
-    while (r && (r->state != REQUEST_RUNNING || now < r->resumed + 1e-3 * PATIENCE_MS))
-        r = r->previous;
-    return r == w->decoding.first ? NULL : r;
 }
 
 /* How many tokens of a chunk the oldest prompt gets if others want their part: half of them. Of the
@@ -273,17 +265,11 @@ static struct list *list_of(struct sched *s, const struct request *r) {
     return prefill_left(r) > 0 ? &w->prefilling : &w->decoding;
 }
 
-/* The one place where a request's state changes: see the picture in README.md. */
+/* The one place where a request's state changes: see the picture in README.md. It goes forward, or
+ * leaves. */
 static void set_state(struct sched *s, struct request *r, enum request_state state) {
-    static const bool allowed[REQUEST_FINISHED + 1][REQUEST_FINISHED + 1] = {
-        [REQUEST_WAITING] = {[REQUEST_LOADING] = true},
-        [REQUEST_LOADING] = {[REQUEST_PREFILL] = true, [REQUEST_RUNNING] = true},
-        [REQUEST_PREFILL] = {[REQUEST_HAND_OVER] = true, [REQUEST_RUNNING] = true},
-        [REQUEST_HAND_OVER] = {[REQUEST_RUNNING] = true},
-    };
-    bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING; /* from anywhere */
-    assert(r->state != REQUEST_FINISHED && r->state != state &&
-           (leaves || allowed[r->state][state]));
+    bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING;
+    assert(r->state != REQUEST_FINISHED && (leaves ? r->state != state : r->state < state));
     r->state = state;
     struct list *list = list_of(s, r);
     if (list == r->list)
@@ -449,23 +435,15 @@ static bool choose_workers(struct sched *s, const struct request *r, struct plan
     return plan->decode_worker != NONE && plan->prefill_worker != NONE;
 }
 
-/* Pins the hits that are on a worker, so that they stay, or fetches those that are not. */
+/* Pins the hits that are on a worker (there), so that they stay, or fetches the others. */
 static void take_hits(struct sched *s, const struct request *r, const struct plan *plan, int worker,
-                      bool fetch) {
+                      bool there) {
     for (int i = 0; i < plan->n_hits; i++) {
-        bool absent = kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
-        if (absent == fetch) {
+        if ((kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT) == there) {
             bool ok = kv_fetch(s->kv, r->blocks[i], worker);
             assert(ok);
         }
     }
-}
-
-static void release_hits(struct sched *s, const struct request *r, const struct plan *plan,
-                         int worker) {
-    for (int i = plan->n_hits - 1; i >= 0; i--)
-        if (kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT)
-            kv_unpin(s->kv, r->blocks[i], worker);
 }
 
 /* Takes all blocks of a plan, on both sides, or none. If there was room nothing had to go to the
@@ -475,15 +453,17 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     int n_blocks[] = {plan->n_decode, plan->n_prefill}, n_sides = plan->n_prefill > 0 ? 2 : 1;
     bool ok = true;
     for (int i = 0; i < n_sides; i++) { /* both begin to make room */
-        take_hits(s, r, plan, sides[i], false);
+        take_hits(s, r, plan, sides[i], true);
         int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
         ok = kv_make_room(s->kv, sides[i], n + s->workers[sides[i]].n_stalled) && ok;
     }
-    for (int i = 0; i < n_sides; i++)
+    for (int i = 0; i < n_sides; i++) {
         if (ok)
-            take_hits(s, r, plan, sides[i], true);
-        else
-            release_hits(s, r, plan, sides[i]);
+            take_hits(s, r, plan, sides[i], false);
+        for (int hit = plan->n_hits - 1; hit >= 0 && !ok; hit--)
+            if (kv_state(s->kv, r->blocks[hit], sides[i]) != KV_ABSENT)
+                kv_unpin(s->kv, r->blocks[hit], sides[i]);
+    }
     for (int i = plan->n_hits; i < plan->n_decode && ok; i++) {
         bool both = i < plan->n_prefill;
         r->blocks[i] = kv_new(s->kv, sides[both]);
@@ -534,15 +514,15 @@ static void admit_waiting(struct sched *s, double now) {
         *from = r->next;
         int64_t changes = s->n_changes;
         if (r->tried != changes && admit(s, r, now)) {
-            if (passed && ++passed->n_passed >= MAX_PASSED)
-                return;
-            continue;
+            if (passed)
+                passed->n_passed++;
+        } else {
+            r->tried = changes;
+            passed = passed ? passed : r;
+            n++;
         }
-        r->tried = changes;
-        passed = passed ? passed : r;
-        if (passed->n_passed >= MAX_PASSED)
+        if (passed && passed->n_passed >= MAX_PASSED)
             return;
-        n++;
     }
 }
 
@@ -596,7 +576,7 @@ static void give_blocks(struct sched *s, int worker) {
 static void preempt(struct sched *s, int worker, double now) {
     struct worker *w = &s->workers[worker];
     while (w->n_stalled > 0) {
-        struct request *youngest = choose_preempted(w);
+        struct request *youngest = choose_preempted(w, now);
         if (kv_reclaimable(s->kv, worker) >= w->n_stalled - lacks_block(youngest))
             return;
         withdraw(s, youngest, FINISH_NONE, now);
@@ -612,8 +592,8 @@ static void rotate(struct sched *s, int worker, double now) {
         now < waits->last_token + 1e-3 * PATIENCE_MS ||
         kv_reclaimable(s->kv, worker) >= blocks_of(waits->length) + w->n_stalled)
         return;
-    struct request *victim = choose_rotated(w, now);
-    if (victim)
+    struct request *victim = choose_preempted(w, now - 1e-3 * PATIENCE_MS);
+    if (victim && victim != w->decoding.first) /* the oldest stays */
         withdraw(s, victim, FINISH_NONE, now);
 }
 
@@ -702,16 +682,13 @@ int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int 
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    enum finish_reason reason = s->config.ends_text[token] ? FINISH_STOP : FINISH_NONE;
-    if (reason == FINISH_NONE) {
+    bool stops = s->config.ends_text[token];
+    if (!stops)
         r->tokens[r->length++] = token;
-        if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length)
-            reason = FINISH_LENGTH;
-    }
-    if (reason == FINISH_NONE)
+    if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
         return;
     s->likely_answer += (r->length - r->n_prompt - s->likely_answer) / ANSWER_WEIGHT;
-    withdraw(s, r, reason, now);
+    withdraw(s, r, stops ? FINISH_STOP : FINISH_LENGTH, now);
 }
 
 /* The prompt is done: hands the request over, or goes on where it is. */
