@@ -73,20 +73,17 @@ struct request {
     enum request_state state;
     enum finish_reason reason; /* why it has ended, or will when its step is done */
     char error[ERROR_LENGTH];
-    int length, filled;
-    int cached_tokens;                 /* prompt tokens that the first prefix hit covered */
-    int cached_on_host;                /* those of them that were on the host alone */
-    int prefill_worker, decode_worker; /* those that it has, or had last; -1: none yet. Equal:
-                                          prefilled where it is decoded */
-    uint64_t *hashes; /* kv_hash up to the end of each full block; one allocation with … */
-    int *blocks;      /* (n_blocks) nodes of the cache, in order of position */
-    int *slots;       /* (n_slots) of the first blocks, those seen to be where it is computed */
-    int *held;        /* (n_held) nodes whose host copies it holds as it waits */
-    int n_blocks, n_slots, n_held;
-    int64_t tried; /* its last try to be admitted: nothing has changed since */
-    int n_passed;  /* younger ones admitted while it was the oldest waiting */
-    int saved;     /* node of the block it was preempted in; -1: none */
-    int copy_failures, preemptions;
+    int length, filled, preemptions;
+    int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
+    int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
+    uint64_t *hashes;      /* kv_hash up to the end of each full block. In one piece with */
+    int *blocks, n_blocks; /* … nodes of the cache, in order of position; */
+    int *slots, n_slots;   /* … of the first blocks, seen to be where it is computed; */
+    int *held, n_held;     /* … nodes whose host copies it holds as it waits */
+    int64_t tried;         /* its last try to be admitted: nothing has changed since */
+    int n_passed;          /* younger ones admitted while it was the oldest waiting */
+    int saved;             /* node of the block it was preempted in; -1: none */
+    int copy_failures;
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
@@ -348,8 +345,8 @@ void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
 /* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
- * go back. A worker that got NULL from sched_next and 0 from sched_copies is asked again when
- * sched_concerned names it.
+ * go back. A worker that got NULL from sched_next is asked again when sched_concerned names it;
+ * sched_copies whenever kv_pending says that there are orders.
  * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
@@ -361,8 +358,8 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
 int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
-/* The workers (bit w: worker w) that have something to do or to look at since the last call of
- * this: they alone need be woken. */
+/* The workers (bit w: worker w) that may have a step to compute since the last call of this: they
+ * alone need be woken. */
 uint32_t sched_concerned(struct sched *sched);
 /* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
  * then. INFINITY: never. Any call may bring it nearer. */

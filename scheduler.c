@@ -40,7 +40,8 @@ enum {
     BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
     MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
-    MAX_CANDIDATES = 16,        /* waiting requests that are looked at, and prompts for a chunk */
+    MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
+    MAX_PROMPTS = 64,           /* that share a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
     GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
@@ -213,10 +214,11 @@ static struct request *choose_preempted(const struct worker *w, double by) {
     return r;
 }
 
-/* How many tokens of a chunk the oldest prompt gets if others want their part: half of them. Of the
- * rest, those that it is enough for to the end get theirs, in the order of arrival. */
-static int oldest_share(const struct sched *s, const struct request *oldest) {
-    return min(prefill_left(oldest), (s->config.chunk + 1) / 2);
+/* How many of the `rest` tokens of a chunk a prompt gets at first: the oldest half of them, of the
+ * others those that it is enough for to the end. What is left goes to the oldest that want more. */
+static int choose_share(const struct request *r, bool oldest, int rest) {
+    int left = prefill_left(r);
+    return oldest ? min(left, (rest + 1) / 2) : left <= rest ? left : 0;
 }
 
 /* ---- lists, states ---- */
@@ -327,17 +329,15 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     else if (!waits && r->saved != NONE)
         kv_unkeep(s->kv, r->saved);
     release_blocks(s, r);
-    if (waits) {
-        r->preemptions++;
-        s->stats.preemptions++;
-        set_state(s, r, REQUEST_WAITING);
+    r->preemptions += waits;
+    s->stats.preemptions += waits;
+    s->stats.finished += !waits;
+    set_state(s, r, waits ? REQUEST_WAITING : REQUEST_FINISHED);
+    if (waits)
         return;
-    }
-    set_state(s, r, REQUEST_FINISHED);
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
-    s->stats.finished++;
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -617,35 +617,25 @@ static void add_running(struct sched *s, int worker, double now) {
     w->turn = n_rows == 0 && r ? r->id : 0;
 }
 
-/* Adds chunks of prompts, at most `chunk` tokens in all: the oldest one's share, those that can be
- * read to the end with the rest, and what is left to the oldest of the others. */
+/* Adds chunks of prompts, at most `chunk` tokens in all. */
 static void add_prefill(struct sched *s, int worker, double now) {
-    struct request *oldest[2] = {NULL, NULL}, *next; /* the second: of those not read to the end */
-    int rest = s->config.chunk, n_missed = 0, share = 0;
-    struct worker *w = &s->workers[worker];
-    for (struct request *r = w->prefilling.first; r && n_missed < MAX_CANDIDATES && rest > 0;
-         r = next) {
+    struct request *ready[MAX_PROMPTS], *next;
+    int share[MAX_PROMPTS], n = 0, rest = s->config.chunk;
+    for (struct request *r = s->workers[worker].prefilling.first; r && n < MAX_PROMPTS; r = next) {
         next = r->next;
         if (!blocks_ready(s, r, worker, now))
             continue;
         if (r->state == REQUEST_LOADING)
             set_state(s, r, REQUEST_PREFILL);
-        if (!oldest[0]) {
-            oldest[0] = r;
-            share = oldest_share(s, r);
-            rest -= share;
-        } else if (prefill_left(r) <= rest) {
-            rest -= prefill_left(r);
-            add_rows(s, r, worker, prefill_left(r));
-        } else {
-            oldest[1] = n_missed++ == 0 ? r : oldest[1];
-        }
+        ready[n] = r;
+        share[n] = choose_share(r, n == 0, rest);
+        rest -= share[n++];
     }
-    rest += share;
-    for (int i = 0; i < 2 && oldest[i] && rest > 0; i++) {
-        int n_rows = min(prefill_left(oldest[i]), rest);
-        add_rows(s, oldest[i], worker, n_rows);
-        rest -= n_rows;
+    for (int i = 0; i < n; i++) {
+        int more = min(prefill_left(ready[i]) - share[i], rest);
+        rest -= more;
+        if (share[i] + more > 0)
+            add_rows(s, ready[i], worker, share[i] + more);
     }
 }
 
@@ -656,7 +646,6 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     preempt(s, worker, now);
     give_blocks(s, worker);
     rotate(s, worker, now);
-    admit_waiting(s, now);
     add_running(s, worker, now);
     add_prefill(s, worker, now);
     admit_waiting(s, now);
@@ -668,11 +657,9 @@ struct step *sched_next(struct sched *s, int worker, double now) {
 int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most) {
     struct worker *w = &s->workers[worker];
     int n = 0;
-    while (n < most && w->n_copying < s->config.copies_in_flight &&
-           kv_next_copy(s->kv, worker, &orders[n])) {
-        n++;
-        w->n_copying++;
-    }
+    for (; n < most && w->n_copying < s->config.copies_in_flight; n++, w->n_copying++)
+        if (!kv_next_copy(s->kv, worker, &orders[n]))
+            break;
     return n;
 }
 
@@ -691,19 +678,18 @@ static void take_token(struct sched *s, struct request *r, int token, double now
     withdraw(s, r, stops ? FINISH_STOP : FINISH_LENGTH, now);
 }
 
-/* The prompt is done: hands the request over, or goes on where it is. */
+/* The prompt is done. What was computed on another worker goes on to the decode worker. */
 static void end_prefill(struct sched *s, struct request *r) {
-    if (r->prefill_worker == r->decode_worker) {
-        set_state(s, r, REQUEST_RUNNING);
-        return;
+    bool stays = r->prefill_worker == r->decode_worker;
+    if (!stays) {
+        if (r->filled % BLOCK_TOKENS != 0)
+            (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
+        release_prefill_blocks(s, r);
+        r->n_slots = 0;
+        note_change(s);
+        s->stats.hand_overs++;
     }
-    if (r->filled % BLOCK_TOKENS != 0)
-        (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
-    release_prefill_blocks(s, r);
-    r->n_slots = 0;
-    note_change(s);
-    s->stats.hand_overs++;
-    set_state(s, r, REQUEST_HAND_OVER);
+    set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
 
 /* What n_rows more computed rows of a request come to, and the token sampled of the last, or NONE.
@@ -735,13 +721,12 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
     for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
-        const struct sequence *sequence = &batch->sequence[i];
-        int last_row = sequence->first_row + sequence->n_rows - 1;
-        bool sampled = sample < batch->n_samples && batch->sample_row[sample] == last_row;
-        *(sequence->generated ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
-            sequence->n_rows;
-        take_rows(s, step->requests[i], worker, sequence->n_rows,
-                  sampled ? batch->sampled[sample++] : NONE, now);
+        struct request *r = step->requests[i];
+        int n_rows = batch->sequence[i].n_rows;
+        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NONE;
+        *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
+            n_rows;
+        take_rows(s, r, worker, n_rows, token, now);
     }
     give_blocks(s, worker);
     admit_waiting(s, now);
@@ -915,14 +900,13 @@ struct sched *sched_create(const struct sched_config *config) {
     }
     s->max_length = min(s->max_length, config->context_length);
     s->kv = kv_create(&config->kv);
-    bool ok = s->kv != NULL;
+    bool ok = s->kv;
     for (int i = 0; i < config->kv.n_workers; i++)
         ok = worker_create(&s->workers[i], s) && ok;
-    if (!ok) {
-        sched_destroy(s);
-        return NULL;
-    }
-    return s;
+    if (ok)
+        return s;
+    sched_destroy(s);
+    return NULL;
 }
 
 void sched_destroy(struct sched *s) {
