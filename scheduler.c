@@ -810,12 +810,10 @@ void sched_cancel(struct sched *s, struct request *r, bool stop_found, double no
 
 /* All lists of requests, one after another: NULL after the last. */
 static const struct list *list_at(const struct sched *s, int i) {
-    const struct worker *w = &s->workers[i / 2 - 1];
-    return i == 0                           ? &s->preempted
-           : i == 1                         ? &s->waiting
-           : i / 2 > s->config.kv.n_workers ? NULL
-           : i % 2 == 0                     ? &w->prefilling
-                                            : &w->decoding;
+    int n = i - 2 * s->config.kv.n_workers;
+    if (n < 0)
+        return i % 2 == 0 ? &s->workers[i / 2].prefilling : &s->workers[i / 2].decoding;
+    return n == 0 ? &s->preempted : n == 1 ? &s->waiting : NULL;
 }
 
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {

@@ -262,7 +262,7 @@ static const char *check_computed_once(const struct sched *s) {
 static const char *check_worker(const struct sched *s, int index) {
     const struct worker *w = &s->workers[index];
     int n_admitted = 0, n_stalled = 0, backlog = 0;
-    for (int i = 2; list_at(s, i); i++) {
+    for (int i = 0; i < 2 * s->config.kv.n_workers; i++) {
         for (const struct request *r = list_at(s, i)->first; r; r = r->next) {
             n_admitted += r->decode_worker == index;
             n_stalled += r->decode_worker == index && lacks_block(r);
