@@ -101,8 +101,8 @@ static int max(int a, int b) {
 
 /* ---- decisions: change these to try another policy ---- */
 
-/* What prefill steps compute: the prompt; after a preemption also the answer but for its last token,
- * whose K and V come by decoding. */
+/* What prefill steps compute: the prompt; after a preemption also the answer, but for its last
+ * token, whose K and V come by decoding. */
 static int prefill_end(const struct request *r) {
     return max(r->n_prompt, r->length - 1);
 }
@@ -205,8 +205,8 @@ static bool prefills_locally(const struct sched *s, const struct plan *plan, int
             s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
 }
 
-/* Which running answer makes room for others: the youngest that was admitted by a given time. NULL:
- * none was. */
+/* Which running answer makes room for others: the youngest that was admitted by a given time.
+ * NULL: none was. */
 static struct request *choose_preempted(const struct worker *w, double by) {
     struct request *r = w->decoding.last;
     while (r && (r->state != REQUEST_RUNNING || r->resumed > by))
@@ -576,7 +576,7 @@ static void give_blocks(struct sched *s, int worker) {
 static void preempt(struct sched *s, int worker, double now) {
     struct worker *w = &s->workers[worker];
     while (w->n_stalled > 0) {
-        struct request *youngest = choose_preempted(w, now);
+        struct request *youngest = choose_preempted(w, INFINITY);
         if (kv_reclaimable(s->kv, worker) >= w->n_stalled - lacks_block(youngest))
             return;
         withdraw(s, youngest, FINISH_NONE, now);
