@@ -349,7 +349,8 @@ static void hash_block(struct request *r, int i) {
  * then, in another slot, and be on its way still. */
 static void register_full_blocks(struct sched *s, struct request *r, int first) {
     for (int i = first; i < r->filled / BLOCK_TOKENS; i++) {
-        hash_block(r, i);
+        if ((i + 1) * BLOCK_TOKENS > r->n_prompt) /* else it was hashed when it came */
+            hash_block(r, i);
         r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
                                    r->hashes[i], r->tokens + (size_t)i * BLOCK_TOKENS);
         r->n_slots = min(r->n_slots, i);
