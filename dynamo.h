@@ -71,30 +71,20 @@ struct request {
     double deadline; /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
-    enum finish_reason reason;
+    enum finish_reason reason; /* why it has ended, or will when its step is done */
     char error[ERROR_LENGTH];
-    int length, filled;
-    int prefill_end;                     /* [filled, prefill_end) is left to prefill steps */
-    int cached_tokens;                   /* prompt tokens that the first prefix hit covered */
-    int cached_on_host;                  /* those of them that were on the host alone */
-    int prefill_worker, decode_worker;   /* those that it has, or had last; -1: none yet. Equal:
-                                            prefilled where it is decoded */
-    uint64_t *hashes;                    /* (n_hashes) kv_hash up to the end of each full block */
-    int n_hashes;                        /* computed once; the rest when they are asked for */
-    int *blocks;                         /* (n_blocks) nodes of the cache, in order of position */
-    int *slots;                          /* (n_slots) of the first blocks, where it is computed */
-    int *held;                           /* (n_held) nodes whose host copies it holds as it waits */
-    int n_blocks, n_registered, n_ready; /* all; those in the index; those seen to have arrived */
-    int n_slots, n_held, n_sent;         /* n_sent: registered ones offered to decode_worker */
-    int n_prefill_blocks;                /* the first of them are pinned on prefill_worker too */
-    int n_hits;                          /* blocks that were cached at its last look-up, … */
-    uint64_t looked_up;                  /* … when kv_version was this */
-    int64_t tried;                       /* its last try: nothing has changed since */
-    int n_passed;                        /* younger ones admitted while it was the oldest waiting */
-    int saved;                           /* node of the block it was preempted in; -1: none */
-    int copy_failures, preemptions;
-    bool in_step, leaves;      /* leaves: it is withdrawn when the step is done; … */
-    enum finish_reason ending; /* … so: FINISH_NONE: it waits again */
+    int length, filled, preemptions;
+    int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
+    int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
+    uint64_t *hashes;      /* kv_hash up to the end of each full block. In one piece with */
+    int *blocks, n_blocks; /* … nodes of the cache, in order of position; */
+    int *slots, n_slots;   /* … of the first blocks, seen to be where it is computed; */
+    int *held, n_held;     /* … nodes whose host copies it holds as it waits */
+    int64_t tried;         /* its last try to be admitted: nothing has changed since */
+    int n_passed;          /* younger ones admitted while it was the oldest waiting */
+    int saved;             /* node of the block it was preempted in; -1: none */
+    int copy_failures;
+    bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
     double late;       /* when it is too late for the block that it waits for; INFINITY: for none */
@@ -355,8 +345,8 @@ void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
 int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
 /* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
- * go back. A worker that got NULL from sched_next and 0 from sched_copies is asked again when
- * sched_concerned names it.
+ * go back. A worker that got NULL from sched_next is asked again when sched_concerned names it;
+ * sched_copies whenever kv_pending says that there are orders.
  * A request that can never run is finished at once, with FINISH_ERROR and a reason. */
 void sched_submit(struct sched *sched, struct request *request, double now);
 /* Ends a request as soon as no step holds it: FINISH_CANCELLED, or FINISH_STOP. */
@@ -368,8 +358,8 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
 int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
-/* The workers (bit w: worker w) that have something to do or to look at since the last call of
- * this: they alone need be woken. */
+/* The workers (bit w: worker w) that may have a step to compute since the last call of this: they
+ * alone need be woken. */
 uint32_t sched_concerned(struct sched *sched);
 /* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
  * then. INFINITY: never. Any call may bring it nearer. */

@@ -20,9 +20,9 @@
  * computed, then of its decode worker. So a step touches only requests of its worker.
  *
  * Block ownership of a request, by half-open intervals of its table:
- *     [0, n_registered)         in the index, shared, pinned, never written
- *     [n_registered, n_blocks)  private: being filled, or reserved for what comes
- *     [0, n_prefill_blocks)     pinned on the prefill worker too, until they are handed over
+ *     [0, filled / 16)         in the index, shared, pinned, never written
+ *     [filled / 16, n_blocks)  private: being filled, or reserved for what comes
+ * Until it is handed over, those of its prompt are pinned on its prefill worker too.
  * Continuous batching: Yu et al., "Orca", OSDI 2022; chunked prefill: Agrawal et al.,
  * "Sarathi-Serve", OSDI 2024; separate pools: Zhong et al., "DistServe", OSDI 2024; expected
  * growth: Gong et al., "Past-Future scheduler", ASPLOS 2025.
@@ -40,7 +40,8 @@ enum {
     BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
     MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
-    MAX_CANDIDATES = 16,        /* waiting requests that are looked at, and prompts for a chunk */
+    MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
+    MAX_PROMPTS = 64,           /* that share a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
     GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
@@ -54,27 +55,16 @@ struct list { /* of requests, oldest first; preempted ones in the order in which
     int length;
 };
 
-/* Where an admitted request stands: at its prefill worker as long as it has prompt tokens to
- * compute there, then at its decode worker. */
-enum {
-    PREFILLING,
-    ARRIVING, /* its blocks are on their way */
-    RUNNING,
-    STALLED, /* as RUNNING, but it lacks a block for its next token */
-    N_QUEUES
-};
-
 struct worker {
     struct step step;
-    char *arena; /* all arrays of the step */
-    struct list queues[N_QUEUES];
-    struct request *turn; /* of those running, the first in the next step; NULL: the oldest */
-    int backlog;          /* prompt tokens that are left to those prefilling */
-    int n_admitted;       /* requests that decode here, or will */
-    int n_blocks;         /* their blocks here */
-    int64_t chosen;       /* the number of the admission that chose it last */
-    int n_copying;        /* copies that it was given and that have not ended */
-    int n_pending;        /* orders of the cache that sched_concerned has told of */
+    struct list prefilling; /* requests that have prompt tokens to compute here */
+    struct list decoding;   /* those that run here, or will when their blocks have arrived */
+    int64_t turn;   /* of those decoding, who begins the next step: the first from this id */
+    int n_stalled;  /* of those decoding, how many lack a block for their next token */
+    int n_admitted; /* requests that decode here, or will */
+    int backlog;    /* prompt tokens that are left to those prefilling */
+    int n_copying;  /* copies that it was given and that have not ended */
+    int64_t chosen; /* the number of the admission that chose it last */
 };
 
 struct sched {
@@ -83,7 +73,6 @@ struct sched {
     struct list waiting, preempted; /* new requests; those that have lost their blocks */
     struct worker workers[MAX_WORKERS];
     int max_length, max_prompt_blocks; /* the largest text; the largest prefill worker */
-    int n_held;                        /* copies on the host that waiting requests hold */
     int64_t n_changes;                 /* of what may let a waiting request be admitted */
     int64_t n_chosen;                  /* admissions */
     double likely_answer;              /* tokens */
@@ -94,40 +83,44 @@ struct sched {
 
 /* What admission decides about a request. Its hits are the first blocks of its table. */
 struct plan {
-    int prefill_worker, decode_worker;
+    int decode_worker, prefill_worker;
     int n_hits;               /* cached blocks, the saved one included */
     int n_alone;              /* hits that are on the host alone */
     int missing[MAX_WORKERS]; /* hits that are not on the worker */
     int cached, end;          /* tokens [cached, end) are to be prefilled */
-    int n_prefill, n_decode;  /* blocks to hold on each side */
+    int n_decode, n_prefill;  /* blocks to hold on each side */
 };
+
+static int min(int a, int b) {
+    return a < b ? a : b;
+}
+
+static int max(int a, int b) {
+    return a > b ? a : b;
+}
 
 /* ---- decisions: change these to try another policy ---- */
 
-/* Prompt tokens that it has still to compute; an answer's tokens are none. */
+/* What prefill steps compute: the prompt; after a preemption also the answer, but for its last
+ * token, whose K and V come by decoding. */
+static int prefill_end(const struct request *r) {
+    return max(r->n_prompt, r->length - 1);
+}
+
 static int prefill_left(const struct request *r) {
-    return r->prefill_end > r->filled ? r->prefill_end - r->filled : 0;
+    return max(prefill_end(r) - r->filled, 0);
 }
 
 /* Tokens that an answer is expected to go on for: until it is as long as answers have been, but at
  * least for a quarter of that, or of what it has. */
 static int expected_left(const struct sched *s, const struct request *r) {
     int n = r->length - r->n_prompt, likely = (int)s->likely_answer;
-    int least = (n < likely ? likely : n) / 4 + 1, left = likely - n > least ? likely - n : least;
-    left = left < r->max_new - n ? left : r->max_new - n;
-    return left < s->max_length - r->length ? left : s->max_length - r->length;
+    int left = max(likely - n, max(likely, n) / 4 + 1);
+    return min(left, min(r->max_new - n, s->max_length - r->length));
 }
 
-/* How the blocks of answers on one worker will grow: by spans of time until they end. */
-struct growth {
-    int n[N_SPANS], blocks[N_SPANS], sum; /* answers, what each alone holds now; that of all */
-};
-
-static void expect(struct growth *g, int n, int left, int n_blocks) {
-    int span = left / SPAN_TOKENS < N_SPANS ? left / SPAN_TOKENS : N_SPANS - 1;
-    g->n[span] += n;
-    g->blocks[span] += n_blocks;
-    g->sum += n_blocks;
+static int span_of(int n_tokens) {
+    return min(n_tokens / SPAN_TOKENS, N_SPANS - 1);
 }
 
 /* Whether a worker holds the answers that are there or on their way, and this one, at any time
@@ -136,26 +129,29 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
-    int pinned = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
-    int likely = (int)s->likely_answer, n_prefilling = w->n_admitted;
-    if (w->n_admitted == 0 || pinned + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
+    int held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
+    int likely = (int)s->likely_answer, n_there = 0;
+    if (w->n_admitted == 0 || held + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
         return true;
-    struct growth g = {0};
-    for (int queue = ARRIVING; queue < N_QUEUES; queue++) {
-        n_prefilling -= w->queues[queue].length;
-        for (const struct request *o = w->queues[queue].first; o; o = o->next)
-            expect(&g, 1, expected_left(s, o), o->n_blocks - o->cached_tokens / BLOCK_TOKENS);
+    int n[N_SPANS] = {0}, blocks[N_SPANS] = {0}; /* answers that end then; what each alone holds */
+    for (const struct request *o = w->decoding.first; o; o = o->next) {
+        int span = span_of(expected_left(s, o));
+        n[span]++;
+        blocks[span] += o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
+        held -= o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
     }
-    int held = pinned > g.sum ? pinned - g.sum : 0, n = 0, peak = 0;
-    expect(&g, n_prefilling, likely, 0);
-    expect(&g, 1, expected_left(s, r), own);
+    n[span_of(likely)] += w->n_admitted - w->decoding.length;
+    n[span_of(expected_left(s, r))]++;
+    blocks[span_of(expected_left(s, r))] += own;
+    held = max(held, 0);
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
-        held += g.blocks[span];
-        n += g.n[span];
-        int then = held + n * (1 + span * SPAN_TOKENS / BLOCK_TOKENS);
-        peak = then > peak ? then : peak;
+        held += blocks[span];
+        n_there += n[span];
+        if (held + n_there * (1 + span * SPAN_TOKENS / BLOCK_TOKENS) >
+            n_blocks + n_blocks * GROWTH_SLACK / 100)
+            return false;
     }
-    return peak <= n_blocks + n_blocks * GROWTH_SLACK / 100;
+    return true;
 }
 
 /* Whether a worker could take a plan's request now: its blocks can be freed there, also those that
@@ -166,7 +162,7 @@ static bool fits(const struct sched *s, const struct request *r, const struct pl
     const struct worker *w = &s->workers[worker];
     int n_blocks = decodes ? plan->n_decode : blocks_of(plan->end);
     int wanted = decodes ? blocks_of(r->length + expected_left(s, r)) : n_blocks;
-    int lacks = plan->missing[worker] + n_blocks - plan->n_hits + w->queues[STALLED].length;
+    int lacks = plan->missing[worker] + n_blocks - plan->n_hits + w->n_stalled;
     return wanted <= s->config.kv.device_blocks[worker] && lacks <= kv_reclaimable(s->kv, worker) &&
            (!decodes || r->preemptions > 0 || room_to_grow(s, r, plan, worker));
 }
@@ -183,21 +179,18 @@ static bool is_idler(const struct sched *s, int worker, int other) {
  * block to be fetched for each that is not there. NONE: none has room. */
 static int choose_worker(const struct sched *s, const struct request *r, const struct plan *plan,
                          bool decodes) {
-    for (uint32_t full = 0;;) {
-        int best = NONE, least = 0;
-        for (int i = 0; i < s->config.kv.n_workers; i++) {
-            const struct worker *w = &s->workers[i];
-            int cost = plan->missing[i] + (decodes ? w->n_blocks : w->backlog);
-            bool can = (decodes ? s->config.decodes[i] : s->config.prefills[i]) && !(full >> i & 1);
-            if (can && (best == NONE || cost < least || (cost == least && is_idler(s, i, best)))) {
-                best = i;
-                least = cost;
-            }
+    int best = NONE, least = 0;
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        int in_use = s->config.kv.device_blocks[i] - kv_reclaimable(s->kv, i);
+        int cost = plan->missing[i] + (decodes ? in_use : s->workers[i].backlog);
+        bool can = decodes ? s->config.decodes[i] : s->config.prefills[i];
+        bool better = best == NONE || cost < least || (cost == least && is_idler(s, i, best));
+        if (can && better && fits(s, r, plan, i, decodes)) {
+            best = i;
+            least = cost;
         }
-        if (best == NONE || fits(s, r, plan, best, decodes))
-            return best;
-        full |= 1u << best;
     }
+    return best;
 }
 
 /* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
@@ -212,55 +205,43 @@ static bool prefills_locally(const struct sched *s, const struct plan *plan, int
             s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
 }
 
-/* Which running request makes room: the youngest on that worker. */
-static struct request *choose_preempted(const struct worker *w) {
-    struct request *running = w->queues[RUNNING].last, *stalled = w->queues[STALLED].last;
-    return !running || (stalled && stalled->id > running->id) ? stalled : running;
-}
-
-/* Which running answer goes so that a preempted one can go on: the youngest that has had its time
- * since it was admitted, never the oldest. NULL: none. */
-static struct request *choose_rotated(const struct worker *w, double now) {
-    struct request *r = w->queues[RUNNING].last;
-    while (r && now < r->resumed + 1e-3 * PATIENCE_MS)
+/* Which running answer makes room for others: the youngest that was admitted by a given time.
+ * NULL: none was. */
+static struct request *choose_preempted(const struct worker *w, double by) {
+    struct request *r = w->decoding.last;
+    while (r && (r->state != REQUEST_RUNNING || r->resumed > by))
         r = r->previous;
-    return r == w->queues[RUNNING].first ? NULL : r;
+    return r;
 }
 
-/* How many tokens of a chunk the oldest prompt gets if others want their part: half of them. Of the
- * rest, those that it is enough for to the end get theirs, in the order of arrival. */
-static int oldest_share(const struct sched *s, const struct request *oldest) {
-    int half = (s->config.chunk + 1) / 2;
-    return prefill_left(oldest) < half ? prefill_left(oldest) : half;
+/* How many of the `rest` tokens of a chunk a prompt gets at first: the oldest half of them, of the
+ * others those that it is enough for to the end. What is left goes to the oldest that want more. */
+static int choose_share(const struct request *r, bool oldest, int rest) {
+    int left = prefill_left(r);
+    return oldest ? min(left, (rest + 1) / 2) : left <= rest ? left : 0;
 }
 
 /* ---- lists, states ---- */
 
-static void concern(struct sched *s, int place) {
-    if (place >= 0 && place < s->config.kv.n_workers)
-        s->concerned |= 1u << place;
-}
-
-/* Blocks may be free, or be written again: waiting requests can be tried again, and workers that
- * lack some, or wait for some, look. */
+/* Blocks may be free, or be written again: waiting requests can be tried again, and workers whose
+ * answers lack some, or wait for some, look. */
 static void note_change(struct sched *s) {
     s->n_changes++;
     for (int i = 0; i < s->config.kv.n_workers; i++)
-        if (s->workers[i].queues[STALLED].first || s->workers[i].queues[ARRIVING].first)
-            concern(s, i);
+        s->concerned |= s->workers[i].decoding.first ? 1u << i : 0;
 }
 
-static void list_remove(struct list *list, struct request *r) {
-    *(r->previous ? &r->previous->next : &list->first) = r->next;
-    *(r->next ? &r->next->previous : &list->last) = r->previous;
-    r->previous = r->next = NULL;
-    list->length--;
+static void list_remove(struct request *r) {
+    *(r->previous ? &r->previous->next : &r->list->first) = r->next;
+    *(r->next ? &r->next->previous : &r->list->last) = r->previous;
+    r->list->length--;
 }
 
 static void list_insert(struct list *list, struct request *r, bool at_end) {
     struct request *before = list->last;
     while (before && before->id > r->id && !at_end)
         before = before->previous;
+    r->list = list;
     r->previous = before;
     r->next = before ? before->next : list->first;
     *(r->previous ? &r->previous->next : &list->first) = r;
@@ -272,10 +253,9 @@ static bool lacks_block(const struct request *r) { /* for the token that it comp
     return r->state == REQUEST_RUNNING && r->n_blocks * BLOCK_TOKENS <= r->filled;
 }
 
-/* The worker whose steps and copies a request waits for now. */
+/* The worker whose steps and copies an admitted request waits for now. */
 static int worker_of(const struct request *r) {
-    bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
-    return prefills ? r->prefill_worker : r->decode_worker;
+    return prefill_left(r) > 0 ? r->prefill_worker : r->decode_worker;
 }
 
 static struct list *list_of(struct sched *s, const struct request *r) {
@@ -283,54 +263,37 @@ static struct list *list_of(struct sched *s, const struct request *r) {
         return NULL;
     if (r->state == REQUEST_WAITING)
         return r->preemptions > 0 ? &s->preempted : &s->waiting;
-    int queue = r->state == REQUEST_RUNNING ? lacks_block(r) ? STALLED : RUNNING
-                : r->state == REQUEST_HAND_OVER || prefill_left(r) == 0 ? ARRIVING
-                                                                        : PREFILLING;
-    return &s->workers[worker_of(r)].queues[queue];
+    struct worker *w = &s->workers[worker_of(r)];
+    return prefill_left(r) > 0 ? &w->prefilling : &w->decoding;
 }
 
-/* Puts a request that has changed into the list where it now belongs. */
-static void place_request(struct sched *s, struct request *r) {
-    struct list *to = list_of(s, r);
-    if (to == r->list)
-        return;
-    if (r->list) {
-        for (int i = 0; i < s->config.kv.n_workers; i++)
-            if (s->workers[i].turn == r)
-                s->workers[i].turn = r->next;
-        list_remove(r->list, r);
-    }
-    r->list = to;
-    if (to) {
-        list_insert(to, r, to == &s->preempted);
-        concern(s, r->state == REQUEST_WAITING ? NONE : worker_of(r));
-    }
-}
-
-/* The one place where a request's state changes: see the picture in README.md. */
+/* The one place where a request's state changes: see the picture in README.md. It goes forward, or
+ * leaves. */
 static void set_state(struct sched *s, struct request *r, enum request_state state) {
-    static const bool allowed[REQUEST_FINISHED + 1][REQUEST_FINISHED + 1] = {
-        [REQUEST_WAITING] = {[REQUEST_LOADING] = true},
-        [REQUEST_LOADING] = {[REQUEST_PREFILL] = true, [REQUEST_RUNNING] = true},
-        [REQUEST_PREFILL] = {[REQUEST_HAND_OVER] = true, [REQUEST_RUNNING] = true},
-        [REQUEST_HAND_OVER] = {[REQUEST_RUNNING] = true},
-    };
-    bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING; /* from anywhere */
-    assert(r->state != REQUEST_FINISHED && r->state != state &&
-           (leaves || allowed[r->state][state]));
+    bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING;
+    assert(r->state != REQUEST_FINISHED && (leaves ? r->state != state : r->state < state));
     r->state = state;
-    place_request(s, r);
+    struct list *list = list_of(s, r);
+    if (list == r->list)
+        return;
+    list_remove(r);
+    r->list = NULL;
+    if (list)
+        list_insert(list, r, list == &s->preempted);
+    s->concerned |= leaves ? 0 : 1u << worker_of(r);
 }
 
 /* ---- blocks of a request ---- */
 
-static void release_prefill_blocks(struct sched *s, struct request *r) {
-    while (r->n_prefill_blocks > 0)
-        kv_unpin(s->kv, r->blocks[--r->n_prefill_blocks], r->prefill_worker);
+/* Lets go of the blocks on the prefill worker, if that is another. */
+static void release_prefill_blocks(struct sched *s, const struct request *r) {
+    bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
+    int n = prefills && r->prefill_worker != r->decode_worker ? blocks_of(prefill_end(r)) : 0;
+    while (n > 0)
+        kv_unpin(s->kv, r->blocks[--n], r->prefill_worker);
 }
 
 static void release_held(struct sched *s, struct request *r) {
-    s->n_held -= r->n_held;
     while (r->n_held > 0)
         kv_unpin(s->kv, r->held[--r->n_held], s->config.kv.n_workers);
 }
@@ -342,14 +305,12 @@ static void release_blocks(struct sched *s, struct request *r) {
     if (r->state != REQUEST_WAITING) {
         struct worker *decodes = &s->workers[r->decode_worker];
         decodes->n_admitted--;
-        decodes->n_blocks -= r->n_blocks;
+        decodes->n_stalled -= lacks_block(r);
         s->workers[r->prefill_worker].backlog -= prefill_left(r);
-        concern(s, r->prefill_worker);
-        concern(s, r->decode_worker);
     }
     while (r->n_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
-    r->n_registered = r->n_ready = r->n_sent = r->n_slots = 0;
+    r->n_slots = 0;
     r->late = INFINITY;
     note_change(s);
 }
@@ -359,64 +320,54 @@ static void release_blocks(struct sched *s, struct request *r) {
  * filled one of an answer is kept for it, so that nothing need be computed again. */
 static void withdraw(struct sched *s, struct request *r, enum finish_reason reason, double now) {
     r->leaves = r->in_step;
-    r->ending = r->ending == FINISH_NONE ? reason : r->ending;
+    r->reason = r->reason == FINISH_NONE ? reason : r->reason;
     if (r->in_step)
         return;
-    bool waits = r->ending == FINISH_NONE;
+    bool waits = r->reason == FINISH_NONE;
     if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     else if (!waits && r->saved != NONE)
         kv_unkeep(s->kv, r->saved);
     release_blocks(s, r);
-    if (waits) {
-        r->preemptions++;
-        r->looked_up = UINT64_MAX; /* the table has other nodes than hits */
-        s->stats.preemptions++;
-        set_state(s, r, REQUEST_WAITING);
+    r->preemptions += waits;
+    s->stats.preemptions += waits;
+    s->stats.finished += !waits;
+    set_state(s, r, waits ? REQUEST_WAITING : REQUEST_FINISHED);
+    if (waits)
         return;
-    }
-    set_state(s, r, REQUEST_FINISHED);
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
-    r->reason = r->ending;
     r->last_token = r->last_token > 0 ? r->last_token : now;
-    s->stats.finished++;
 }
 
-/* The chained hashes of a request's first n full blocks: each is computed once. */
-static const uint64_t *hashes_of(struct request *r, int n) {
-    for (; r->n_hashes < n; r->n_hashes++)
-        r->hashes[r->n_hashes] = kv_hash(r->n_hashes > 0 ? r->hashes[r->n_hashes - 1] : 0,
-                                         r->tokens + (size_t)r->n_hashes * BLOCK_TOKENS);
-    return r->hashes;
+/* The chained hash of a full block: those before it have theirs. */
+static void hash_block(struct request *r, int i) {
+    r->hashes[i] = kv_hash(i > 0 ? r->hashes[i - 1] : 0, r->tokens + (size_t)i * BLOCK_TOKENS);
 }
 
-/* Registers the blocks that have become full. */
-static void register_full_blocks(struct sched *s, struct request *r) {
-    for (; (r->n_registered + 1) * BLOCK_TOKENS <= r->filled; r->n_registered++) {
-        int i = r->n_registered, node = r->blocks[i];
-        r->blocks[i] = kv_register(s->kv, node, i > 0 ? r->blocks[i - 1] : NONE,
-                                   hashes_of(r, i + 1)[i], r->tokens + (size_t)i * BLOCK_TOKENS);
-        r->n_ready = r->n_ready < i ? r->n_ready : i; /* another's copy may be on its way still */
-        r->n_slots = node == r->blocks[i] || r->n_slots < i ? r->n_slots : i;
+/* Registers the blocks that have become full, from `first` on. Another's may stand for one of them
+ * then, in another slot, and be on its way still. */
+static void register_full_blocks(struct sched *s, struct request *r, int first) {
+    for (int i = first; i < r->filled / BLOCK_TOKENS; i++) {
+        if ((i + 1) * BLOCK_TOKENS > r->n_prompt) /* else it was hashed when it came */
+            hash_block(r, i);
+        r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
+                                   r->hashes[i], r->tokens + (size_t)i * BLOCK_TOKENS);
+        r->n_slots = min(r->n_slots, i);
         s->n_changes += r->state == REQUEST_PREFILL; /* who waits for it may look again */
     }
-}
-
-/* Sends the registered blocks to where they will be read, if they are not there. */
-static void send_full_blocks(struct sched *s, struct request *r) {
-    for (; r->n_sent < r->n_registered; r->n_sent++)
-        (void)kv_send(s->kv, r->blocks[r->n_sent], r->decode_worker);
 }
 
 /* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
  * too many failures the request ends. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
-    for (; r->n_ready < blocks_of(r->filled); r->n_ready++, r->late = INFINITY) {
-        int node = r->blocks[r->n_ready];
+    for (; r->n_slots < blocks_of(r->filled); r->n_slots++, r->late = INFINITY) {
+        int node = r->blocks[r->n_slots];
         enum kv_state state = kv_state(s->kv, node, worker);
-        if (state == KV_VALID)
+        if (state == KV_VALID) {
+            r->slots[r->n_slots] = kv_slot(s->kv, node, worker);
             continue;
+        }
         if (r->late == INFINITY && s->config.copy_seconds > 0)
             r->late = now + s->config.copy_seconds;
         s->next_event = fmin(s->next_event, r->late);
@@ -435,21 +386,18 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
 /* Finds the cached prefix, and where it is. What is on the host alone is held there, so that no
  * room is made at its cost, as long as half of the host stays for others. */
 static void look_up(struct sched *s, struct request *r, struct plan *plan) {
-    bool resumes = r->length > r->n_prompt;
-    int end = resumes ? r->length - 1 : r->length; /* the last token's K and V come by decoding */
-    int n_full = (resumes ? end : end - 1) / BLOCK_TOKENS, host = s->config.kv.n_workers;
-    if (r->looked_up != kv_version(s->kv)) {
-        r->n_hits = kv_find(s->kv, hashes_of(r, n_full), r->tokens, n_full, r->blocks);
-        r->looked_up = kv_version(s->kv);
-    }
-    *plan = (struct plan){.n_hits = r->n_hits, .cached = r->n_hits * BLOCK_TOKENS, .end = end};
+    int end = prefill_end(r), host = s->config.kv.n_workers;
+    int n_full = (r->length - 1) / BLOCK_TOKENS; /* a token is left to be computed */
+    release_held(s, r);
+    *plan = (struct plan){.end = end};
+    plan->n_hits = kv_find(s->kv, r->hashes, r->tokens, n_full, r->blocks);
+    plan->cached = plan->n_hits * BLOCK_TOKENS;
     if (r->saved != NONE && plan->cached == end - end % BLOCK_TOKENS) {
         plan->cached = end;
         r->blocks[plan->n_hits++] = r->saved;
     }
     bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
     plan->n_decode = blocks_of(last ? end : end + 1);
-    release_held(s, r);
     for (int i = 0; i < plan->n_hits; i++) {
         int n_missing = 0;
         for (int w = 0; w < host; w++) {
@@ -458,31 +406,26 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
             n_missing += missing;
         }
         plan->n_alone += n_missing == host;
-        if (n_missing == host && s->n_held < s->config.kv.host_blocks / 2) {
+        if (n_missing == host && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
             kv_hold(s->kv, r->blocks[i], host);
             r->held[r->n_held++] = r->blocks[i];
-            s->n_held++;
         }
     }
 }
 
 /* Whether an admitted request is about to compute the first block that this one lacks. */
-static bool is_being_computed(struct sched *s, struct request *r, const struct plan *plan) {
+static bool is_being_computed(const struct sched *s, const struct request *r,
+                              const struct plan *plan) {
     int block = plan->n_hits, end = (block + 1) * BLOCK_TOKENS;
-    if (end > plan->end)
-        return false;
-    for (int i = 0; i < s->config.kv.n_workers; i++)
-        for (struct request *o = s->workers[i].queues[PREFILLING].first; o; o = o->next)
-            if (end <= o->prefill_end && o->filled < end &&
-                hashes_of(o, block + 1)[block] == hashes_of(r, block + 1)[block])
+    for (int i = 0; i < s->config.kv.n_workers && end <= plan->end; i++)
+        for (const struct request *o = s->workers[i].prefilling.first; o; o = o->next)
+            if (end <= prefill_end(o) && o->filled < end && o->hashes[block] == r->hashes[block])
                 return true;
     return false;
 }
 
-/* Chooses the workers. False: none has room, or another request computes what this one needs. */
-static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
-    if (is_being_computed(s, r, plan))
-        return false;
+/* Chooses the workers. False: none has room. */
+static bool choose_workers(struct sched *s, const struct request *r, struct plan *plan) {
     plan->decode_worker = choose_worker(s, r, plan, true);
     plan->prefill_worker = choose_worker(s, r, plan, false);
     if (plan->decode_worker != NONE && prefills_locally(s, plan, plan->prefill_worker))
@@ -493,47 +436,39 @@ static bool make_plan(struct sched *s, struct request *r, struct plan *plan) {
     return plan->decode_worker != NONE && plan->prefill_worker != NONE;
 }
 
-/* Pins the hits that are on a worker, so that they stay, or fetches those that are not. */
+/* Pins the hits that are on a worker (there), so that they stay, or fetches the others. */
 static void take_hits(struct sched *s, const struct request *r, const struct plan *plan, int worker,
-                      bool fetch) {
+                      bool there) {
     for (int i = 0; i < plan->n_hits; i++) {
-        bool absent = kv_state(s->kv, r->blocks[i], worker) == KV_ABSENT;
-        if (absent == fetch) {
+        if ((kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT) == there) {
             bool ok = kv_fetch(s->kv, r->blocks[i], worker);
             assert(ok);
         }
     }
 }
 
-static void release_hits(struct sched *s, const struct request *r, const struct plan *plan,
-                         int worker) {
-    for (int i = plan->n_hits - 1; i >= 0; i--)
-        if (kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT)
-            kv_unpin(s->kv, r->blocks[i], worker);
-}
-
-/* Takes all blocks of a plan, on both sides, or none. */
+/* Takes all blocks of a plan, on both sides, or none. If there was room nothing had to go to the
+ * host for it, so all hits are where they were. */
 static bool reserve(struct sched *s, struct request *r, const struct plan *plan) {
-    int prefill = plan->prefill_worker, decode = plan->decode_worker;
-    int sides[] = {decode, prefill}, n_blocks[] = {plan->n_decode, plan->n_prefill};
-    int n_sides = prefill == decode ? 1 : 2;
+    int sides[] = {plan->decode_worker, plan->prefill_worker};
+    int n_blocks[] = {plan->n_decode, plan->n_prefill}, n_sides = plan->n_prefill > 0 ? 2 : 1;
     bool ok = true;
-    for (int i = 0; i < n_sides; i++)
-        take_hits(s, r, plan, sides[i], false);
-    for (int i = 0; i < n_sides; i++) { /* both begin to make it */
+    for (int i = 0; i < n_sides; i++) { /* both begin to make room */
+        take_hits(s, r, plan, sides[i], true);
         int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
-        n += s->workers[sides[i]].queues[STALLED].length;
-        ok = kv_make_room(s->kv, sides[i], n) && ok;
+        ok = kv_make_room(s->kv, sides[i], n + s->workers[sides[i]].n_stalled) && ok;
     }
-    for (int i = 0; i < n_sides; i++)
+    for (int i = 0; i < n_sides; i++) {
         if (ok)
-            take_hits(s, r, plan, sides[i], true);
-        else
-            release_hits(s, r, plan, sides[i]);
+            take_hits(s, r, plan, sides[i], false);
+        for (int hit = plan->n_hits - 1; hit >= 0 && !ok; hit--)
+            if (kv_state(s->kv, r->blocks[hit], sides[i]) != KV_ABSENT)
+                kv_unpin(s->kv, r->blocks[hit], sides[i]);
+    }
     for (int i = plan->n_hits; i < plan->n_decode && ok; i++) {
         bool both = i < plan->n_prefill;
-        r->blocks[i] = kv_new(s->kv, both ? prefill : decode);
-        ok = r->blocks[i] != NONE && (!both || kv_reserve(s->kv, r->blocks[i], decode));
+        r->blocks[i] = kv_new(s->kv, sides[both]);
+        ok = r->blocks[i] != NONE && (!both || kv_reserve(s->kv, r->blocks[i], sides[0]));
         assert(ok); /* there was room */
     }
     return ok;
@@ -543,28 +478,21 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
 static bool admit(struct sched *s, struct request *r, double now) {
     struct plan plan;
     look_up(s, r, &plan);
-    if (!make_plan(s, r, &plan) || !reserve(s, r, &plan))
+    if (is_being_computed(s, r, &plan) || !choose_workers(s, r, &plan) || !reserve(s, r, &plan))
         return false;
-    if (r->n_held > 0) {
-        release_held(s, r);
-        note_change(s);
-    }
+    release_held(s, r);
     if (r->saved != NONE)
         kv_unkeep(s->kv, r->saved); /* in the table again, or of no use: its tokens come anew */
     r->prefill_worker = plan.prefill_worker;
     r->decode_worker = plan.decode_worker;
     r->n_blocks = plan.n_decode;
-    r->n_prefill_blocks = plan.n_prefill;
-    r->n_registered = r->n_sent = plan.cached / BLOCK_TOKENS;
     r->filled = plan.cached;
-    r->prefill_end = plan.end;
     r->resumed = now;
     r->admitted = r->admitted > 0 ? r->admitted : now;
     struct worker *prefills = &s->workers[plan.prefill_worker];
     struct worker *decodes = &s->workers[plan.decode_worker];
     prefills->backlog += prefill_left(r);
     decodes->n_admitted++;
-    decodes->n_blocks += r->n_blocks;
     prefills->chosen = decodes->chosen = ++s->n_chosen;
     if (r->preemptions > 0) {
         s->stats.recomputed_tokens += plan.end - plan.cached;
@@ -587,15 +515,15 @@ static void admit_waiting(struct sched *s, double now) {
         *from = r->next;
         int64_t changes = s->n_changes;
         if (r->tried != changes && admit(s, r, now)) {
-            if (passed && ++passed->n_passed >= MAX_PASSED)
-                return;
-            continue;
+            if (passed)
+                passed->n_passed++;
+        } else {
+            r->tried = changes;
+            passed = passed ? passed : r;
+            n++;
         }
-        r->tried = changes;
-        passed = passed ? passed : r;
-        if (passed->n_passed >= MAX_PASSED)
+        if (passed && passed->n_passed >= MAX_PASSED)
             return;
-        n++;
     }
 }
 
@@ -630,46 +558,30 @@ static void add_rows(struct sched *s, struct request *r, int worker, int n_rows)
     r->in_step = true;
 }
 
-/* Requests whose last blocks have arrived begin to run. */
-static void start_arrived(struct sched *s, int worker, double now) {
-    struct request *next;
-    for (struct request *r = s->workers[worker].queues[ARRIVING].first; r; r = next) {
-        next = r->next;
-        if (blocks_ready(s, r, worker, now))
-            set_state(s, r, REQUEST_RUNNING);
-    }
-}
-
-/* Gives a running request the block for its next token. */
-static bool take_block(struct sched *s, struct request *r, int worker) {
-    if (!kv_make_room(s->kv, worker, 1))
-        return false;
-    r->blocks[r->n_blocks++] = kv_new(s->kv, worker);
-    s->workers[worker].n_blocks++;
-    place_request(s, r);
-    return true;
-}
-
-/* Gives those that lack a block one, the oldest first. If none can be freed, the youngest of the
- * worker's running requests is preempted; the youngest itself waits for others to end. One that
- * fills its worker goes on at a larger one. */
-static void grow_stalled(struct sched *s, int worker, double now) {
+/* Gives answers that lack a block for their next token one, the oldest first. */
+static void give_blocks(struct sched *s, int worker) {
     struct worker *w = &s->workers[worker];
-    struct list *stalled = &w->queues[STALLED];
-    struct request *next;
-    int n = 0;
-    for (struct request *r = stalled->first; r; r = next) {
-        bool outgrows = r->n_blocks == s->config.kv.device_blocks[worker];
-        struct request *victim = outgrows ? r : choose_preempted(w);
-        next = victim == r ? r->next : NULL;
-        if (outgrows || (kv_reclaimable(s->kv, worker) < ++n && victim != r))
-            withdraw(s, victim, FINISH_NONE, now);
-        next = victim == r ? next : r->next;
+    if (w->n_stalled > 0)
+        (void)kv_make_room(s->kv, worker, min(w->n_stalled, kv_reclaimable(s->kv, worker)));
+    for (struct request *r = w->decoding.first; r && w->n_stalled > 0; r = r->next) {
+        int node = lacks_block(r) ? kv_new(s->kv, worker) : NONE;
+        if (node != NONE) {
+            r->blocks[r->n_blocks++] = node;
+            w->n_stalled--;
+        }
     }
-    while (stalled->first && take_block(s, stalled->first, worker)) {
+}
+
+/* As long as there are not blocks enough for all answers the youngest is preempted, though not for
+ * the block that it lacks itself: for that it waits until others end. */
+static void preempt(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    while (w->n_stalled > 0) {
+        struct request *youngest = choose_preempted(w, INFINITY);
+        if (kv_reclaimable(s->kv, worker) >= w->n_stalled - lacks_block(youngest))
+            return;
+        withdraw(s, youngest, FINISH_NONE, now);
     }
-    if (stalled->first)
-        (void)kv_make_room(s->kv, worker, stalled->length);
 }
 
 /* If there is not room for all answers, they take turns: none waits long. Without a host tier they
@@ -679,57 +591,52 @@ static void rotate(struct sched *s, int worker, double now) {
     const struct request *waits = s->preempted.first;
     if (!waits || waits->decode_worker != worker || s->config.kv.host_blocks == 0 ||
         now < waits->last_token + 1e-3 * PATIENCE_MS ||
-        kv_reclaimable(s->kv, worker) >= blocks_of(waits->length) + w->queues[STALLED].length)
+        kv_reclaimable(s->kv, worker) >= blocks_of(waits->length) + w->n_stalled)
         return;
-    struct request *victim = choose_rotated(w, now);
-    if (victim)
+    struct request *victim = choose_preempted(w, now - 1e-3 * PATIENCE_MS);
+    if (victim && victim != w->decoding.first) /* the oldest stays */
         withdraw(s, victim, FINISH_NONE, now);
 }
 
-/* Adds the row of each running request. If there are more than max_batch they take turns. */
+/* Adds a row for each answer that has its blocks. More than max_batch of them take turns. */
 static void add_running(struct sched *s, int worker, double now) {
     struct worker *w = &s->workers[worker];
-    struct list *running = &w->queues[RUNNING];
-    struct request *r = w->turn ? w->turn : running->first, *next;
+    struct request *r = w->decoding.first, *next;
     int n_rows = s->config.max_batch;
-    for (int n = running->length; n > 0 && n_rows > 0; n--, r = next) {
-        next = r->next ? r->next : running->first;
-        if (blocks_ready(s, r, worker, now)) {
-            add_rows(s, r, worker, 1);
-            n_rows--;
-        }
+    while (r && r->id < w->turn)
+        r = r->next;
+    for (int n = w->decoding.length; n > 0 && n_rows > 0; n--, r = next) {
+        r = r ? r : w->decoding.first;
+        next = r->next;
+        if (lacks_block(r) || !blocks_ready(s, r, worker, now))
+            continue;
+        if (r->state != REQUEST_RUNNING)
+            set_state(s, r, REQUEST_RUNNING);
+        add_rows(s, r, worker, 1);
+        n_rows--;
     }
-    w->turn = n_rows == 0 ? r : NULL;
+    w->turn = n_rows == 0 && r ? r->id : 0;
 }
 
-/* Adds chunks of prompts, at most `chunk` tokens in all: the oldest one's share, those that can be
- * read to the end with the rest, and what is left to the oldest of the others. */
+/* Adds chunks of prompts, at most `chunk` tokens in all. */
 static void add_prefill(struct sched *s, int worker, double now) {
-    struct request *oldest[2] = {NULL, NULL}, *next; /* the second: of those not read to the end */
-    int rest = s->config.chunk, n_missed = 0, share = 0;
-    struct list *list = &s->workers[worker].queues[PREFILLING];
-    for (struct request *r = list->first; r && n_missed < MAX_CANDIDATES && rest > 0; r = next) {
+    struct request *ready[MAX_PROMPTS], *next;
+    int share[MAX_PROMPTS], n = 0, rest = s->config.chunk;
+    for (struct request *r = s->workers[worker].prefilling.first; r && n < MAX_PROMPTS; r = next) {
         next = r->next;
         if (!blocks_ready(s, r, worker, now))
             continue;
         if (r->state == REQUEST_LOADING)
             set_state(s, r, REQUEST_PREFILL);
-        if (!oldest[0]) {
-            oldest[0] = r;
-            share = oldest_share(s, r);
-            rest -= share;
-        } else if (prefill_left(r) <= rest) {
-            rest -= prefill_left(r);
-            add_rows(s, r, worker, prefill_left(r));
-        } else {
-            oldest[1] = n_missed++ == 0 ? r : oldest[1];
-        }
+        ready[n] = r;
+        share[n] = choose_share(r, n == 0, rest);
+        rest -= share[n++];
     }
-    rest += share;
-    for (int i = 0; i < 2 && oldest[i] && rest > 0; i++) {
-        int n_rows = prefill_left(oldest[i]) < rest ? prefill_left(oldest[i]) : rest;
-        add_rows(s, oldest[i], worker, n_rows);
-        rest -= n_rows;
+    for (int i = 0; i < n; i++) {
+        int more = min(prefill_left(ready[i]) - share[i], rest);
+        rest -= more;
+        if (share[i] + more > 0)
+            add_rows(s, ready[i], worker, share[i] + more);
     }
 }
 
@@ -737,10 +644,9 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
-    grow_stalled(s, worker, now);
+    preempt(s, worker, now);
+    give_blocks(s, worker);
     rotate(s, worker, now);
-    admit_waiting(s, now);
-    start_arrived(s, worker, now);
     add_running(s, worker, now);
     add_prefill(s, worker, now);
     admit_waiting(s, now);
@@ -752,12 +658,9 @@ struct step *sched_next(struct sched *s, int worker, double now) {
 int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most) {
     struct worker *w = &s->workers[worker];
     int n = 0;
-    while (n < most && w->n_copying < s->config.copies_in_flight &&
-           kv_next_copy(s->kv, worker, &orders[n])) {
-        n++;
-        w->n_copying++;
-    }
-    w->n_pending = kv_pending(s->kv, worker);
+    for (; n < most && w->n_copying < s->config.copies_in_flight; n++, w->n_copying++)
+        if (!kv_next_copy(s->kv, worker, &orders[n]))
+            break;
     return n;
 }
 
@@ -767,83 +670,78 @@ int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int 
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    enum finish_reason reason = s->config.ends_text[token] ? FINISH_STOP : FINISH_NONE;
-    if (reason == FINISH_NONE) {
+    bool stops = s->config.ends_text[token];
+    if (!stops)
         r->tokens[r->length++] = token;
-        if (r->length - r->n_prompt >= r->max_new || r->length >= s->max_length)
-            reason = FINISH_LENGTH;
-    }
-    if (reason == FINISH_NONE)
+    if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
         return;
     s->likely_answer += (r->length - r->n_prompt - s->likely_answer) / ANSWER_WEIGHT;
-    withdraw(s, r, reason, now);
+    withdraw(s, r, stops ? FINISH_STOP : FINISH_LENGTH, now);
 }
 
-/* The prompt is done: hands the request over, or goes on where it is. */
+/* The prompt is done. What was computed on another worker goes on to the decode worker. */
 static void end_prefill(struct sched *s, struct request *r) {
-    if (r->n_prefill_blocks == 0) {
-        set_state(s, r, REQUEST_RUNNING);
-        return;
+    bool stays = r->prefill_worker == r->decode_worker;
+    if (!stays) {
+        if (r->filled % BLOCK_TOKENS != 0)
+            (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
+        release_prefill_blocks(s, r);
+        r->n_slots = 0;
+        note_change(s);
+        s->stats.hand_overs++;
     }
-    if (r->filled % BLOCK_TOKENS != 0)
-        (void)kv_send(s->kv, r->blocks[r->filled / BLOCK_TOKENS], r->decode_worker);
-    release_prefill_blocks(s, r);
-    r->n_ready = r->n_slots = 0;
-    note_change(s);
-    s->stats.hand_overs++;
-    set_state(s, r, REQUEST_HAND_OVER);
+    set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
 
 /* What n_rows more computed rows of a request come to, and the token sampled of the last, or NONE.
  * Nothing is sent before the answer is known to go on. */
 static void take_rows(struct sched *s, struct request *r, int worker, int n_rows, int token,
                       double now) {
+    struct worker *w = &s->workers[worker];
+    int first = r->filled / BLOCK_TOKENS; /* of the blocks that may be full now */
     if (r->state == REQUEST_PREFILL)
-        s->workers[worker].backlog -= n_rows;
+        w->backlog -= n_rows;
     r->in_step = false;
     r->filled += n_rows;
-    register_full_blocks(s, r);
-    if (token != NONE && r->ending == FINISH_NONE)
+    w->n_stalled += lacks_block(r);
+    register_full_blocks(s, r, first);
+    if (token != NONE && r->reason == FINISH_NONE)
         take_token(s, r, token, now);
     if (r->leaves)
-        withdraw(s, r, r->ending, now);
+        withdraw(s, r, r->reason, now);
     if (r->state != REQUEST_PREFILL && r->state != REQUEST_RUNNING)
         return;
-    send_full_blocks(s, r);
-    if (r->state == REQUEST_PREFILL && r->filled == r->prefill_end)
+    for (int i = first; i < r->filled / BLOCK_TOKENS; i++)
+        (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
+    if (r->state == REQUEST_PREFILL && prefill_left(r) == 0)
         end_prefill(s, r);
-    if (lacks_block(r) && (s->workers[worker].queues[STALLED].first || !take_block(s, r, worker)))
-        place_request(s, r); /* it is stalled */
+    if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[worker])
+        withdraw(s, r, FINISH_NONE, now); /* it fills its worker, and goes on at a larger one */
 }
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
     for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
-        const struct sequence *sequence = &batch->sequence[i];
-        int last_row = sequence->first_row + sequence->n_rows - 1;
-        bool sampled = sample < batch->n_samples && batch->sample_row[sample] == last_row;
-        *(sequence->generated ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
-            sequence->n_rows;
-        take_rows(s, step->requests[i], worker, sequence->n_rows,
-                  sampled ? batch->sampled[sample++] : NONE, now);
+        struct request *r = step->requests[i];
+        int n_rows = batch->sequence[i].n_rows;
+        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NONE;
+        *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
+            n_rows;
+        take_rows(s, r, worker, n_rows, token, now);
     }
+    give_blocks(s, worker);
     admit_waiting(s, now);
 }
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
     s->workers[order->worker].n_copying--;
+    s->concerned |= 1u << order->worker;
     kv_copied(s->kv, order, ok);
-    concern(s, order->worker);
     note_change(s);
     admit_waiting(s, now);
 }
 
 uint32_t sched_concerned(struct sched *s) {
-    for (int w = 0; w < s->config.kv.n_workers; w++) {
-        int n = kv_pending(s->kv, w);
-        s->concerned |= n > s->workers[w].n_pending ? 1u << w : 0;
-        s->workers[w].n_pending = n;
-    }
     uint32_t concerned = s->concerned;
     s->concerned = 0;
     return concerned;
@@ -851,17 +749,18 @@ uint32_t sched_concerned(struct sched *s) {
 
 /* ---- requests come and go ---- */
 
-/* One allocation holds the request's arrays. */
-static bool allocate_tables(const struct sched *s, struct request *r) {
-    int room = s->max_length - r->n_prompt;
-    size_t n = (size_t)blocks_of(r->n_prompt + (r->max_new < room ? r->max_new : room)) + 1;
+/* One allocation holds the request's arrays. The prompt is hashed once. */
+static bool make_tables(const struct sched *s, struct request *r) {
+    size_t n = (size_t)blocks_of(min(r->n_prompt + r->max_new, s->max_length)) + 1;
     r->hashes = malloc(n * (sizeof *r->hashes + 3 * sizeof *r->blocks));
-    if (r->hashes) {
-        r->blocks = (int *)(r->hashes + n);
-        r->slots = r->blocks + n;
-        r->held = r->slots + n;
-    }
-    return r->hashes;
+    if (!r->hashes)
+        return false;
+    r->blocks = (int *)(r->hashes + n);
+    r->slots = r->blocks + n;
+    r->held = r->slots + n;
+    for (int i = 0; i < r->n_prompt / BLOCK_TOKENS; i++)
+        hash_block(r, i);
+    return true;
 }
 
 void sched_submit(struct sched *s, struct request *r, double now) {
@@ -875,14 +774,13 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .prefill_worker = NONE,
                           .decode_worker = NONE,
                           .saved = NONE,
-                          .looked_up = UINT64_MAX,
                           .tried = -1,
                           .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
     if (r->deadline > 0)
         s->next_event = fmin(s->next_event, now + r->deadline);
-    place_request(s, r);
+    list_insert(&s->waiting, r, true);
     int context = s->config.context_length, most = s->config.max_queue;
     if (r->n_prompt < 1) {
         (void)fail(r->error, "the prompt is empty");
@@ -894,7 +792,7 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                    "the prompt has %d tokens and needs %d KV blocks, a device holds %d; "
                    "raise --kv-device",
                    r->n_prompt, blocks_of(r->n_prompt), s->max_length / BLOCK_TOKENS);
-    } else if (!allocate_tables(s, r)) {
+    } else if (!make_tables(s, r)) {
         (void)fail(r->error, "out of memory");
     } else {
         admit_waiting(s, now);
@@ -913,11 +811,10 @@ void sched_cancel(struct sched *s, struct request *r, bool stop_found, double no
 
 /* All lists of requests, one after another: NULL after the last. */
 static const struct list *list_at(const struct sched *s, int i) {
-    return i == 0   ? &s->preempted
-           : i == 1 ? &s->waiting
-           : i < 2 + s->config.kv.n_workers * N_QUEUES
-               ? &s->workers[(i - 2) / N_QUEUES].queues[(i - 2) % N_QUEUES]
-               : NULL;
+    int n = i - 2 * s->config.kv.n_workers;
+    if (n < 0)
+        return i % 2 == 0 ? &s->workers[i / 2].prefilling : &s->workers[i / 2].decoding;
+    return n == 0 ? &s->preempted : n == 1 ? &s->waiting : NULL;
 }
 
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
@@ -938,7 +835,7 @@ double sched_next_event(const struct sched *s) {
 /* Ends a request whose deadline, or whose time for a block to arrive, has run out. */
 static void expire(struct sched *s, struct request *r, double now) {
     double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
-    if (r->ending != FINISH_NONE)
+    if (r->reason != FINISH_NONE)
         return;
     if (end <= now)
         (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
@@ -964,36 +861,26 @@ void sched_expire(struct sched *s, double now) {
 
 /* ---- creation ---- */
 
-static void *carve(char *arena, size_t *end, size_t n, size_t bytes_each) {
-    void *array = arena ? arena + *end : NULL;
-    *end += (n * bytes_each + 15) / 16 * 16;
-    return array;
-}
-
-/* Lays the arrays of a step into an arena, one behind the other; returns the bytes that they take.
- * arena NULL: that alone. */
-static size_t lay_out(struct step *step, char *arena, size_t n_rows, size_t n_blocks) {
-    struct batch *batch = &step->batch;
-    size_t end = 0;
-    step->requests = carve(arena, &end, n_rows, sizeof *step->requests);
-    batch->sequence = carve(arena, &end, n_rows, sizeof *batch->sequence);
-    batch->sampling = carve(arena, &end, n_rows, sizeof *batch->sampling);
-    batch->token = carve(arena, &end, n_rows, sizeof *batch->token);
-    batch->position = carve(arena, &end, n_rows, sizeof *batch->position);
-    batch->row_sequence = carve(arena, &end, n_rows, sizeof *batch->row_sequence);
-    batch->sample_row = carve(arena, &end, n_rows, sizeof *batch->sample_row);
-    batch->sampled = carve(arena, &end, n_rows, sizeof *batch->sampled);
-    batch->block_table = carve(arena, &end, n_rows * n_blocks, sizeof *batch->block_table);
-    return end;
-}
-
+/* All arrays of a worker's step are one piece of memory, which begins with the requests. */
 static bool worker_create(struct worker *w, const struct sched *s) {
-    size_t n_rows = (size_t)(s->config.max_batch + s->config.chunk);
+    struct batch *batch = &w->step.batch;
+    size_t n = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
-    w->arena = calloc(1, lay_out(&w->step, NULL, n_rows, n_blocks));
-    if (w->arena)
-        (void)lay_out(&w->step, w->arena, n_rows, n_blocks);
-    return w->arena;
+    struct request **requests =
+        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->sequence +
+                      (5 + n_blocks) * sizeof(int));
+    if (!requests)
+        return false;
+    w->step.requests = requests;
+    batch->sampling = (struct sampling *)(requests + n);
+    batch->sequence = (struct sequence *)(batch->sampling + n);
+    batch->token = (int *)(batch->sequence + n);
+    batch->position = batch->token + n;
+    batch->row_sequence = batch->position + n;
+    batch->sample_row = batch->row_sequence + n;
+    batch->sampled = batch->sample_row + n;
+    batch->block_table = batch->sampled + n;
+    return true;
 }
 
 struct sched *sched_create(const struct sched_config *config) {
@@ -1004,28 +891,26 @@ struct sched *sched_create(const struct sched_config *config) {
     s->next_event = INFINITY;
     s->likely_answer = config->likely_answer > 0 ? config->likely_answer : LIKELY_ANSWER;
     for (int i = 0; i < config->kv.n_workers; i++) {
-        int n = config->kv.device_blocks[i], text = n * BLOCK_TOKENS;
+        int n = config->kv.device_blocks[i];
         if (config->decodes[i])
-            s->max_length = text > s->max_length ? text : s->max_length;
+            s->max_length = max(s->max_length, n * BLOCK_TOKENS);
         if (config->prefills[i])
-            s->max_prompt_blocks = n > s->max_prompt_blocks ? n : s->max_prompt_blocks;
+            s->max_prompt_blocks = max(s->max_prompt_blocks, n);
     }
-    if (s->max_length > config->context_length)
-        s->max_length = config->context_length;
+    s->max_length = min(s->max_length, config->context_length);
     s->kv = kv_create(&config->kv);
-    bool ok = s->kv != NULL;
+    bool ok = s->kv;
     for (int i = 0; i < config->kv.n_workers; i++)
         ok = worker_create(&s->workers[i], s) && ok;
-    if (!ok) {
-        sched_destroy(s);
-        return NULL;
-    }
-    return s;
+    if (ok)
+        return s;
+    sched_destroy(s);
+    return NULL;
 }
 
 void sched_destroy(struct sched *s) {
     for (int i = 0; s && i < s->config.kv.n_workers; i++)
-        free(s->workers[i].arena);
+        free(s->workers[i].step.requests);
     if (s)
         kv_destroy(s->kv);
     free(s);
