@@ -81,7 +81,9 @@ struct request {
     int *slots, n_slots;   /* … of the first blocks, seen to be where it is computed; */
     int *held, n_held;     /* … nodes whose host copies it holds as it waits */
     int64_t tried;         /* its last try to be admitted: nothing has changed since */
-    int n_passed;          /* younger ones admitted while it was the oldest waiting */
+    int n_passed;          /* others admitted while it was the first that did not fit */
+    const struct request *leader; /* computes what it waits for, its first `shared` tokens; or NULL */
+    int shared;                   /* 0: it has not waited so */
     int saved;             /* node of the block it was preempted in; -1: none */
     int copy_failures;
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */

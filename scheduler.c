@@ -71,6 +71,8 @@ struct sched {
     struct sched_config config;
     struct kv *kv;
     struct list waiting, preempted; /* new requests; those that have lost their blocks */
+    struct list following,
+        released; /* those that wait for what another computes; that has it now */
     struct worker workers[MAX_WORKERS];
     int max_length, max_prompt_blocks; /* the largest text; the largest prefill worker */
     int64_t n_changes;                 /* of what may let a waiting request be admitted */
@@ -261,10 +263,23 @@ static int worker_of(const struct request *r) {
 static struct list *list_of(struct sched *s, const struct request *r) {
     if (r->state == REQUEST_FINISHED)
         return NULL;
+    if (r->state == REQUEST_WAITING && r->preemptions == 0 && r->shared > 0)
+        return r->leader ? &s->following : &s->released;
     if (r->state == REQUEST_WAITING)
         return r->preemptions > 0 ? &s->preempted : &s->waiting;
     struct worker *w = &s->workers[worker_of(r)];
     return prefill_left(r) > 0 ? &w->prefilling : &w->decoding;
+}
+
+/* Puts a request that has changed where it now belongs. */
+static void place_request(struct sched *s, struct request *r) {
+    struct list *list = list_of(s, r);
+    if (list == r->list)
+        return;
+    list_remove(r);
+    r->list = NULL;
+    if (list)
+        list_insert(list, r, r->state == REQUEST_WAITING);
 }
 
 /* The one place where a request's state changes: see the picture in README.md. It goes forward, or
@@ -273,14 +288,9 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
     bool leaves = state == REQUEST_FINISHED || state == REQUEST_WAITING;
     assert(r->state != REQUEST_FINISHED && (leaves ? r->state != state : r->state < state));
     r->state = state;
-    struct list *list = list_of(s, r);
-    if (list == r->list)
-        return;
-    list_remove(r);
-    r->list = NULL;
-    if (list)
-        list_insert(list, r, list == &s->preempted);
-    s->concerned |= leaves ? 0 : 1u << worker_of(r);
+    bool moves = list_of(s, r) != r->list;
+    place_request(s, r);
+    s->concerned |= leaves || !moves ? 0 : 1u << worker_of(r);
 }
 
 /* ---- blocks of a request ---- */
@@ -315,6 +325,20 @@ static void release_blocks(struct sched *s, struct request *r) {
     note_change(s);
 }
 
+/* Those that follow a request can be admitted when it has computed what they share, or will not. */
+static void release_followers(struct sched *s, const struct request *leader) {
+    bool computes = leader->state == REQUEST_LOADING || leader->state == REQUEST_PREFILL;
+    struct request *next;
+    for (struct request *r = s->following.first; r; r = next) {
+        next = r->next;
+        if (r->leader == leader && (!computes || leader->filled >= r->shared)) {
+            r->leader = NULL;
+            r->tried = -1;
+            place_request(s, r);
+        }
+    }
+}
+
 /* Takes a request out of the state it is in, or will when the step is done that it takes part in.
  * FINISH_NONE: back into the queue. Its full blocks stay findable in the cache; the last, partly
  * filled one of an answer is kept for it, so that nothing need be computed again. */
@@ -333,6 +357,7 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     s->stats.preemptions += waits;
     s->stats.finished += !waits;
     set_state(s, r, waits ? REQUEST_WAITING : REQUEST_FINISHED);
+    release_followers(s, r);
     if (waits)
         return;
     free(r->hashes); /* and the arrays behind them */
@@ -413,15 +438,26 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     }
 }
 
-/* Whether an admitted request is about to compute the first block that this one lacks. */
-static bool is_being_computed(const struct sched *s, const struct request *r,
-                              const struct plan *plan) {
+/* The admitted request that is about to compute the first block that this one lacks; or NULL. */
+static const struct request *find_leader(const struct sched *s, const struct request *r,
+                                         const struct plan *plan) {
     int block = plan->n_hits, end = (block + 1) * BLOCK_TOKENS;
     for (int i = 0; i < s->config.kv.n_workers && end <= plan->end; i++)
         for (const struct request *o = s->workers[i].prefilling.first; o; o = o->next)
             if (end <= prefill_end(o) && o->filled < end && o->hashes[block] == r->hashes[block])
-                return true;
-    return false;
+                return o;
+    return NULL;
+}
+
+/* A new request waits apart for what another one computes, all that they share: it neither stands
+ * in the way of those behind it, nor do they pass it. */
+static void follow(struct sched *s, struct request *r, const struct request *leader, int block) {
+    int n = (r->n_prompt < prefill_end(leader) ? r->n_prompt : prefill_end(leader)) / BLOCK_TOKENS;
+    while (block < n && leader->hashes[block] == r->hashes[block])
+        block++;
+    r->leader = leader;
+    r->shared = block * BLOCK_TOKENS;
+    place_request(s, r);
 }
 
 /* Chooses the workers. False: none has room. */
@@ -478,7 +514,10 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
 static bool admit(struct sched *s, struct request *r, double now) {
     struct plan plan;
     look_up(s, r, &plan);
-    if (is_being_computed(s, r, &plan) || !choose_workers(s, r, &plan) || !reserve(s, r, &plan))
+    const struct request *leader = find_leader(s, r, &plan);
+    if (leader && r->preemptions == 0)
+        follow(s, r, leader, plan.n_hits);
+    if (leader || !choose_workers(s, r, &plan) || !reserve(s, r, &plan))
         return false;
     release_held(s, r);
     if (r->saved != NONE)
@@ -506,25 +545,29 @@ static bool admit(struct sched *s, struct request *r, double now) {
     return true;
 }
 
-/* Admits what fits: in the order of arrival, but a request that does not fit lets at most
- * MAX_PASSED younger ones pass. One is tried again when something has changed. */
+/* Admits what fits: who was preempted, who has followed another, and new ones, each in order. The
+ * first of them that does not fit lets at most MAX_PASSED behind it pass. One is tried again when
+ * something has changed. */
 static void admit_waiting(struct sched *s, double now) {
-    struct request *old = s->preempted.first, *new = s->waiting.first, *passed = NULL;
-    for (int n = 0; n < MAX_CANDIDATES && (old || new);) {
-        struct request **from = old ? &old : &new, *r = *from;
-        *from = r->next;
-        int64_t changes = s->n_changes;
-        if (r->tried != changes && admit(s, r, now)) {
-            if (passed)
-                passed->n_passed++;
-        } else {
-            r->tried = changes;
-            passed = passed ? passed : r;
-            n++;
+    const struct list *lists[] = {&s->preempted, &s->released, &s->waiting};
+    struct request *passed[] = {NULL, NULL, NULL}, *next;
+    for (int i = 0, n = 0; i < 3; i++)
+        for (struct request *r = lists[i]->first; r && n < MAX_CANDIDATES; r = next) {
+            next = r->next;
+            for (int j = 0; j <= i; j++)
+                if (passed[j] && passed[j]->n_passed >= MAX_PASSED)
+                    return;
+            int64_t changes = s->n_changes;
+            if (r->tried != changes && admit(s, r, now)) {
+                for (int j = 0; j <= i; j++)
+                    if (passed[j])
+                        passed[j]->n_passed++;
+            } else if (!r->leader) {
+                r->tried = changes;
+                passed[i] = passed[i] ? passed[i] : r;
+                n++;
+            }
         }
-        if (passed && passed->n_passed >= MAX_PASSED)
-            return;
-    }
 }
 
 /* ---- composing a step ---- */
@@ -705,6 +748,7 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     r->filled += n_rows;
     w->n_stalled += lacks_block(r);
     register_full_blocks(s, r, first);
+    release_followers(s, r);
     if (token != NONE && r->reason == FINISH_NONE)
         take_token(s, r, token, now);
     if (r->leaves)
@@ -796,8 +840,9 @@ void sched_submit(struct sched *s, struct request *r, double now) {
         (void)fail(r->error, "out of memory");
     } else {
         admit_waiting(s, now);
-        if (r->state == REQUEST_WAITING && most > 0 && s->waiting.length > most)
-            (void)fail(r->error, "the queue is full: %d requests wait", most);
+        if (r->state == REQUEST_WAITING && most > 0 &&
+            s->waiting.length + s->released.length + s->following.length > most)
+            (void)fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
     }
     if (r->error[0])
         withdraw(s, r, FINISH_ERROR, now);
@@ -814,7 +859,8 @@ static const struct list *list_at(const struct sched *s, int i) {
     int n = i - 2 * s->config.kv.n_workers;
     if (n < 0)
         return i % 2 == 0 ? &s->workers[i / 2].prefilling : &s->workers[i / 2].decoding;
-    return n == 0 ? &s->preempted : n == 1 ? &s->waiting : NULL;
+    const struct list *lists[] = {&s->preempted, &s->released, &s->waiting, &s->following};
+    return n < 4 ? lists[n] : NULL;
 }
 
 int sched_unfinished(const struct sched *s, int64_t *ids, int most) {

@@ -233,7 +233,7 @@ static const char *check_requests(struct sched *s, const struct list *list, int 
         if (broken)
             return broken;
         BROKEN(r->previous != previous, "broken links between requests");
-        BROKEN(previous && previous->id >= r->id && list != &s->preempted,
+        BROKEN(previous && previous->id >= r->id && r->preemptions + r->shared == 0,
                "requests are not in order of arrival");
         BROKEN(r->list != list || list_of(s, r) != list, "on the wrong list");
     }
