@@ -147,10 +147,10 @@ static void check_now(struct machine *m) {
     broken = broken ? broken : sched_check(m->s);
     const struct kv *kv = sched_kv(m->s);
     int in_flight = m->n_flights;
-    for (int i = 0; i < kv->n_places; i++)
+    for (int i = 0; i <= kv->host; i++)
         in_flight += kv_pending(kv, i);
-    for (int i = 0; i < kv->n_nodes; i++)
-        in_flight -= kv->copies[i].state == KV_ARRIVING;
+    for (int i = 0; i < n_slots(kv); i++)
+        in_flight -= kv->places[0].copies[i].standing == IN_FLIGHT;
     if (broken || in_flight != 0)
         report(m, broken ? broken : "copies in flight and orders differ");
 }
@@ -479,7 +479,7 @@ static void print_machine(const struct machine *m) {
                 r->length, r->n_blocks, r->n_ready, r->in_step ? ", in a step" : "");
         }
     }
-    for (int place = 0; place < m->s->kv->n_places; place++) {
+    for (int place = 0; place <= m->s->kv->host; place++) {
         struct kv_usage usage = kv_usage(m->s->kv, place);
         printf("    place %d: %d free, %d pinned, %d cached, %d in flight, %d orders\n", place,
                usage.free, usage.pinned, usage.cached, usage.in_flight,
@@ -563,7 +563,7 @@ static void drain(struct machine *m, struct totals *totals) {
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
-    for (int place = 0; place < kv->n_places && !m->broken; place++)
+    for (int place = 0; place <= kv->host && !m->broken; place++)
         if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
 }
