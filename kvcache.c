@@ -290,14 +290,16 @@ static void free_node(struct kv *kv, int id) {
     kv->first_free = id;
 }
 
-/* Where a copy belongs whose node has so many valid and reserved copies. */
-static enum standing standing_of(const struct copy *c, int n_valid, int n_reserved) {
-    if (c->standing < IN_USE)
-        return c->standing;
-    if (c->pins > 0)
-        return IN_USE;
+/* Where a copy belongs whose node has so many valid and reserved copies. FREE: nobody needs it. */
+static enum standing standing_of(const struct kv *kv, const struct copy *c, int n_valid,
+                                 int n_reserved) {
+    const struct node *node = &kv->nodes[c->node];
+    if (c->standing == IN_FLIGHT || c->pins > 0)
+        return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
         return c->standing == LEAVING ? LEAVING : BUSY;
+    if (c->standing == RESERVED || !(node->serial || node->keeper || n_reserved > 0))
+        return FREE;
     return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
 }
 
@@ -305,20 +307,17 @@ static enum standing standing_of(const struct copy *c, int n_valid, int n_reserv
 static void settle(struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
     int n_valid = 0, n_reserved = 0;
-    for (struct copy *c = node->first, *next; c; c = next) {
-        next = c->next;
+    for (const struct copy *c = node->first; c; c = c->next) {
         n_valid += c->standing >= IN_USE;
         n_reserved += c->standing == RESERVED && c->pins > 0;
-        if (c->standing == RESERVED && c->pins == 0)
-            free_slot(kv, c);
     }
     for (struct copy *c = node->first, *next; c; c = next) {
-        enum standing standing = standing_of(c, n_valid, n_reserved);
+        enum standing standing = standing_of(kv, c, n_valid, n_reserved);
         next = c->next;
-        if (standing < CLEAN || node->serial || node->keeper)
-            set_standing(kv, c, standing);
-        else
+        if (standing == FREE)
             free_slot(kv, c);
+        else
+            set_standing(kv, c, standing);
     }
     if (!node->first)
         free_node(kv, id);
@@ -550,9 +549,8 @@ static void merge(struct kv *kv, int private, int winner) {
 
 int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tokens) {
     struct node *node = &kv->nodes[id];
-    const struct node *before = parent == NONE ? NULL : &kv->nodes[parent];
-    assert(!node->serial && (!before || before->serial));
-    node->parent = before ? before->serial : 0;
+    node->parent = parent == NONE ? 0 : kv->nodes[parent].serial;
+    assert(!node->serial && (parent == NONE || node->parent));
     node->hash = hash;
     int winner = find_child(kv, node->parent, node->hash, tokens);
     if (winner != NONE) {
@@ -596,14 +594,12 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     struct copy *to = &kv->places[order->to].copies[order->to_slot], *from = to->from;
     const struct place *at = &kv->places[from->place];
     assert(to->standing == IN_FLIGHT && to->node == order->node && from->reads > 0);
+    bool out = order->to == kv->host, in = order->from == kv->host;
     bool leaves = from->standing == LEAVING;
     from->reads--;
     set_standing(kv, to, ok ? IN_USE : RESERVED);
-    to->unused = ok && to->place != kv->host && to->pins == 0;
-    int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
-                     : order->from == kv->host ? &kv->stats.pages_in
-                                               : &kv->stats.transfers;
-    *count += ok;
+    to->unused = ok && !out && to->pins == 0;
+    *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from);

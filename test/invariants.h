@@ -52,7 +52,7 @@ static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
     BROKEN(copy->standing == RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
     BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
-    BROKEN(copy->standing != standing_of(copy, n_valid, n_reserved), "a copy's standing");
+    BROKEN(copy->standing != standing_of(kv, copy, n_valid, n_reserved), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
     BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
            "a private copy is cached that nobody keeps");
