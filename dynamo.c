@@ -59,6 +59,12 @@ struct worker { /* a group of devices that hold one copy of the model between th
     pthread_t thread;
 };
 
+/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
+ * each row, and each sample, is multiplied. */
+struct model_cost {
+    double bytes, row_weights, sample_weights;
+};
+
 struct engine {
     struct engine_config config;
     float *rope_frequency; /* (rope_dim / 2) */
@@ -120,7 +126,7 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
 
 /* ---- what a step costs ---- */
 
-struct model_cost model_cost(const struct model *model) {
+static struct model_cost model_cost(const struct model *model) {
     struct model_cost cost = {0};
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
@@ -138,44 +144,37 @@ struct model_cost model_cost(const struct model *model) {
     return cost;
 }
 
-void step_work(const struct model_cost *cost, const struct model_config *config,
-               enum kv_type kv_type, const struct batch *batch, double *bytes, double *operations) {
-    double seen = 0; /* tokens that rows attend to */
-    for (int i = 0; i < batch->n_rows; i++)
-        seen += batch->position[i] + 1;
-    *bytes = cost->bytes + (double)batch->n_blocks * (double)block_bytes(config, 1, kv_type);
-    *operations =
-        2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
-        4 * seen * config->n_layers * config->n_heads * config->head_dim;
+static size_t part_bytes(const struct engine *engine, int n) { /* of one of n parts of a block */
+    return block_bytes(&engine->config.model->config, n, engine->config.kv_type);
 }
 
-/* A step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed
- * for itself, and one with rows of both kinds not at all. */
+/* What a step reads and computes at least: the matrices, and the keys and values of its texts. A
+ * step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed for
+ * itself, and one with rows of both kinds not at all. */
 static void count_pace(struct engine *engine, const struct batch *batch, double seconds) {
+    const struct model_config *config = &engine->config.model->config;
+    const struct model_cost *cost = &engine->cost;
     int n_generated = 0;
+    double seen = 0; /* tokens that rows attend to */
     for (int i = 0; i < batch->n_sequences; i++)
         n_generated += batch->sequence[i].generated;
     if (batch->n_rows == 0 || (n_generated > 0 && n_generated < batch->n_sequences))
         return;
+    for (int i = 0; i < batch->n_rows; i++)
+        seen += batch->position[i] + 1;
     struct pace *sum = n_generated > 0 ? &engine->decode : &engine->prefill;
-    double bytes, operations;
-    step_work(&engine->cost, &engine->config.model->config, engine->config.kv_type, batch, &bytes,
-              &operations);
     sum->tokens += batch->n_rows;
     sum->seconds += seconds;
-    sum->bytes += bytes;
-    sum->operations += operations;
+    sum->bytes += cost->bytes + (double)batch->n_blocks * (double)part_bytes(engine, 1);
+    sum->operations +=
+        2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
+        4 * seen * config->n_layers * config->n_heads * config->head_dim;
 }
 
 /* ---- copies ---- */
 
 static int shards_of(const struct engine *engine, int place) { /* the host is one */
     return place == engine->config.n_workers ? 1 : engine->workers[place].n_shards;
-}
-
-/* Bytes of a block, or of one of n parts of it, each of as many heads. */
-static size_t part_bytes(const struct engine *engine, int n) {
-    return block_bytes(&engine->config.model->config, n, engine->config.kv_type);
 }
 
 static size_t shard_bytes(const struct engine *engine, int place) { /* of one block there */
@@ -263,12 +262,6 @@ void engine_wake(struct engine *engine) {
 
 /* ---- the courier ---- */
 
-static void take_orders(struct engine *engine) {
-    for (int w = 0; w < engine->config.n_workers; w++)
-        while (sched_copies(engine->sched, w, &engine->transfers[engine->n_transfers].order, 1))
-            engine->n_transfers++;
-}
-
 /* Starts the copies from `first` on, and looks after all. Those that have ended are then the last;
  * returns how many have not. Without the lock. */
 static int carry(struct engine *engine, int first) {
@@ -294,8 +287,9 @@ static void *courier_main(void *argument) {
         int first = engine->n_transfers;
         if (engine_now() >= sched_next_event(engine->sched))
             sched_expire(engine->sched, engine_now());
-        if (!engine->stopping)
-            take_orders(engine);
+        for (int w = 0; w < engine->config.n_workers && !engine->stopping; w++)
+            while (sched_copies(engine->sched, w, &engine->transfers[engine->n_transfers].order, 1))
+                engine->n_transfers++;
         engine->next_event = sched_next_event(engine->sched);
         (void)wake_concerned(engine);
         if (engine->n_transfers == 0) {
