@@ -35,19 +35,19 @@ enum {
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
     SLABS_AHEAD = 4,       /* pinned before they are needed */
     CACHED_ANSWERS = 2, /* device KV by default: so many full contexts for each running request */
-    HOST_FACTOR = 4     /* host KV by default: so many times the blocks wanted for a device */
+    HOST_FACTOR = 4,    /* host KV by default: so many times the blocks wanted for a device */
+    MOST_WANTED = INT32_MAX / 64 /* blocks of a device by default: slots are numbered by ints */
 };
 static const double COPY_POLL = 50e-6; /* seconds after which the courier looks again */
 
-/* A block on its way: one piece for each pair of shards that share heads. */
-struct transfer {
+struct transfer { /* a block on its way, in pieces */
     struct kv_copy_order order;
     enum stream stream;
     int n_pieces;
     struct piece {
         struct device *device;
         uint64_t ticket;
-    } pieces[2 * MAX_SHARDS];
+    } pieces[MAX_SHARDS];
 };
 
 struct worker { /* a group of devices that hold one copy of the model between them */
@@ -57,6 +57,12 @@ struct worker { /* a group of devices that hold one copy of the model between th
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
     pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
+};
+
+/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
+ * each row, and each sample, is multiplied. */
+struct model_cost {
+    double bytes, row_weights, sample_weights;
 };
 
 struct engine {
@@ -120,7 +126,7 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
 
 /* ---- what a step costs ---- */
 
-struct model_cost model_cost(const struct model *model) {
+static struct model_cost model_cost(const struct model *model) {
     struct model_cost cost = {0};
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
@@ -138,95 +144,73 @@ struct model_cost model_cost(const struct model *model) {
     return cost;
 }
 
-void step_work(const struct model_cost *cost, const struct model_config *config,
-               enum kv_type kv_type, const struct batch *batch, double *bytes, double *operations) {
-    double seen = 0; /* tokens that rows attend to */
-    for (int i = 0; i < batch->n_rows; i++)
-        seen += batch->position[i] + 1;
-    *bytes = cost->bytes + (double)batch->n_blocks * (double)block_bytes(config, 1, kv_type);
-    *operations =
-        2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
-        4 * seen * config->n_layers * config->n_heads * config->head_dim;
+static size_t part_bytes(const struct engine *engine, int n) { /* of one of n parts of a block */
+    return block_bytes(&engine->config.model->config, n, engine->config.kv_type);
 }
 
-/* A step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed
- * for itself, and one with rows of both kinds not at all. */
+/* What a step reads and computes at least: the matrices, and the keys and values of its texts. A
+ * step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed for
+ * itself, and one with rows of both kinds not at all. */
 static void count_pace(struct engine *engine, const struct batch *batch, double seconds) {
+    const struct model_config *config = &engine->config.model->config;
+    const struct model_cost *cost = &engine->cost;
     int n_generated = 0;
+    double seen = 0; /* tokens that rows attend to */
     for (int i = 0; i < batch->n_sequences; i++)
         n_generated += batch->sequence[i].generated;
     if (batch->n_rows == 0 || (n_generated > 0 && n_generated < batch->n_sequences))
         return;
+    for (int i = 0; i < batch->n_rows; i++)
+        seen += batch->position[i] + 1;
     struct pace *sum = n_generated > 0 ? &engine->decode : &engine->prefill;
-    double bytes, operations;
-    step_work(&engine->cost, &engine->config.model->config, engine->config.kv_type, batch, &bytes,
-              &operations);
     sum->tokens += batch->n_rows;
     sum->seconds += seconds;
-    sum->bytes += bytes;
-    sum->operations += operations;
+    sum->bytes += cost->bytes + (double)batch->n_blocks * (double)part_bytes(engine, 1);
+    sum->operations +=
+        2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
+        4 * seen * config->n_layers * config->n_heads * config->head_dim;
 }
 
 /* ---- copies ---- */
 
-/* Where the heads of one shard's part of a block lie; the host is one shard with all heads. */
-struct block_part {
-    char *address;
-    int first_head, n_heads;
-};
-
-static int shards_of(const struct engine *engine, int place) {
+static int shards_of(const struct engine *engine, int place) { /* the host is one */
     return place == engine->config.n_workers ? 1 : engine->workers[place].n_shards;
 }
 
-static struct block_part block_part(const struct engine *engine, int place, int slot, int shard) {
-    const struct model_config *config = &engine->config.model->config;
+static size_t shard_bytes(const struct engine *engine, int place) { /* of one block there */
+    return part_bytes(engine, shards_of(engine, place));
+}
+
+/* Where piece p of n of a block begins, in the shard that has it. */
+static char *piece_address(const struct engine *engine, int place, int slot, int p, int n) {
+    int each = n / shards_of(engine, place); /* pieces of a shard, side by side in each layer */
     bool host = place == engine->config.n_workers;
-    int n_shards = shards_of(engine, place), n_heads = config->n_kv_heads / n_shards;
-    char *base = host ? engine->host_kv : engine->workers[place].shards[shard]->kv;
-    size_t bytes = block_bytes(config, n_shards, engine->config.kv_type);
-    return (struct block_part){base + (size_t)slot * bytes, shard * n_heads, n_heads};
+    char *kv = host ? engine->host_kv : engine->workers[place].shards[p / each]->kv;
+    size_t width = part_bytes(engine, n) / (2 * (size_t)engine->config.model->config.n_layers);
+    return kv + (size_t)slot * shard_bytes(engine, place) + (size_t)(p % each) * width;
 }
 
-/* The heads that two parts of a block both hold, of all layers. False: they share none. */
-static bool shared_heads(const struct engine *engine, struct block_part from, struct block_part to,
-                         struct copy2d *copy) {
-    const struct model_config *config = &engine->config.model->config;
-    enum kv_type type = engine->config.kv_type;
-    size_t head_bytes = (size_t)(BLOCK_TOKENS * kv_head_dim(config, type)) * kv_element_bytes(type);
-    int first = to.first_head > from.first_head ? to.first_head : from.first_head;
-    int to_end = to.first_head + to.n_heads, from_end = from.first_head + from.n_heads;
-    int end = to_end < from_end ? to_end : from_end;
-    if (first >= end)
-        return false;
-    *copy = (struct copy2d){.to = to.address + (size_t)(first - to.first_head) * head_bytes,
-                            .from = from.address + (size_t)(first - from.first_head) * head_bytes,
-                            .to_pitch = (size_t)to.n_heads * head_bytes,
-                            .from_pitch = (size_t)from.n_heads * head_bytes,
-                            .width = (size_t)(end - first) * head_bytes,
-                            .height = (size_t)config->n_layers * 2};
-    return true;
-}
-
-/* Starts the copies that an order asks for: every pair of shards copies the heads both hold. */
+/* Starts the copies that an order asks for: in as many pieces as the wider place has shards (their
+ * numbers are powers of two), so that each is in one shard here and in one there. */
 static void copy_block(const struct engine *engine, struct transfer *transfer) {
     const struct kv_copy_order *order = &transfer->order;
-    const struct worker *worker = &engine->workers[order->worker];
-    int host = engine->config.n_workers;
+    int from = shards_of(engine, order->from), to = shards_of(engine, order->to);
+    int n = from > to ? from : to, host = engine->config.n_workers;
     bool out = order->to == host, in = order->from == host;
+    size_t height = 2 * (size_t)engine->config.model->config.n_layers;
+    struct copy2d copy = {.to_pitch = part_bytes(engine, to) / height,
+                          .from_pitch = part_bytes(engine, from) / height,
+                          .width = part_bytes(engine, n) / height,
+                          .height = height};
     transfer->stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
-    transfer->n_pieces = 0;
-    for (int t = 0; t < shards_of(engine, order->to); t++) {
-        struct block_part to = block_part(engine, order->to, order->to_slot, t);
-        for (int f = 0; f < shards_of(engine, order->from); f++) {
-            struct block_part from = block_part(engine, order->from, order->from_slot, f);
-            struct copy2d copy;
-            if (!shared_heads(engine, from, to, &copy))
-                continue;
-            struct device *device = worker->shards[out ? f : t];
-            uint64_t ticket = engine->config.backend->copy(device, transfer->stream, &copy);
-            transfer->pieces[transfer->n_pieces++] = (struct piece){device, ticket};
-        }
+    transfer->n_pieces = n;
+    for (int p = 0; p < n; p++) {
+        copy.to = piece_address(engine, order->to, order->to_slot, p, n);
+        copy.from = piece_address(engine, order->from, order->from_slot, p, n);
+        int shard = p * (out ? from : to) / n;
+        struct device *device = engine->workers[order->worker].shards[shard];
+        uint64_t ticket = engine->config.backend->copy(device, transfer->stream, &copy);
+        transfer->pieces[p] = (struct piece){device, ticket};
     }
 }
 
@@ -278,15 +262,6 @@ void engine_wake(struct engine *engine) {
 
 /* ---- the courier ---- */
 
-static void take_orders(struct engine *engine) {
-    struct kv_copy_order orders[MAX_COPIES];
-    for (int w = 0; w < engine->config.n_workers; w++) {
-        int n = sched_copies(engine->sched, w, orders, MAX_COPIES);
-        for (int i = 0; i < n; i++)
-            engine->transfers[engine->n_transfers++].order = orders[i];
-    }
-}
-
 /* Starts the copies from `first` on, and looks after all. Those that have ended are then the last;
  * returns how many have not. Without the lock. */
 static int carry(struct engine *engine, int first) {
@@ -294,11 +269,9 @@ static int carry(struct engine *engine, int first) {
     int n = engine->n_transfers;
     for (int i = first; i < n; i++)
         copy_block(engine, &all[i]);
-    for (int i = 0; i < n;) {
-        if (!transfer_done(engine, &all[i])) {
-            i++;
+    for (int i = n - 1; i >= 0; i--) {
+        if (!transfer_done(engine, &all[i]))
             continue;
-        }
         struct transfer ended = all[i];
         all[i] = all[--n];
         all[n] = ended;
@@ -314,8 +287,9 @@ static void *courier_main(void *argument) {
         int first = engine->n_transfers;
         if (engine_now() >= sched_next_event(engine->sched))
             sched_expire(engine->sched, engine_now());
-        if (!engine->stopping)
-            take_orders(engine);
+        for (int w = 0; w < engine->config.n_workers && !engine->stopping; w++)
+            while (sched_copies(engine->sched, w, &engine->transfers[engine->n_transfers].order, 1))
+                engine->n_transfers++;
         engine->next_event = sched_next_event(engine->sched);
         (void)wake_concerned(engine);
         if (engine->n_transfers == 0) {
@@ -325,11 +299,11 @@ static void *courier_main(void *argument) {
         pthread_mutex_unlock(&engine->lock);
         int n_left = carry(engine, first);
         pthread_mutex_lock(&engine->lock);
-        bool none = n_left == engine->n_transfers;
-        while (engine->n_transfers > n_left)
-            sched_copied(engine->sched, &engine->transfers[--engine->n_transfers].order, true,
-                         engine_now());
-        if (none)
+        int n = engine->n_transfers;
+        engine->n_transfers = n_left;
+        for (int i = n_left; i < n; i++)
+            sched_copied(engine->sched, &engine->transfers[i].order, true, engine_now());
+        if (n_left == n)
             wait_until(engine, &engine->copies, engine_now() + COPY_POLL);
     }
     pthread_mutex_unlock(&engine->lock);
@@ -378,12 +352,12 @@ static void *worker_main(void *argument) {
 /* Blocks of host KV that are pinned at a time. 16 blocks are whole pages: a block in bf16 is a
  * multiple of 4 KB, and a page has 64 KB at most. */
 static int slab_blocks(const struct engine *engine) {
-    size_t bytes = block_bytes(&engine->config.model->config, 1, engine->config.kv_type);
+    size_t bytes = part_bytes(engine, 1);
     return (int)((SLAB_BYTES / 16 + bytes - 1) / bytes * 16);
 }
 
 static char *host_block(const struct engine *engine, int block) {
-    return block_part(engine, engine->config.n_workers, block, 0).address;
+    return engine->host_kv + (size_t)block * part_bytes(engine, 1);
 }
 
 /* Pinning takes far longer than copying, so it is done in the background, some slabs ahead: a slot
@@ -498,32 +472,23 @@ static int count_sharing(const struct engine *engine, const struct device *devic
     return n;
 }
 
-static size_t shard_bytes(const struct engine *engine, int place) { /* of one block there */
-    return block_bytes(&engine->config.model->config, shards_of(engine, place),
-                       engine->config.kv_type);
+static int64_t fewer(int64_t a, int64_t b) {
+    return a < b ? a : b;
 }
 
 /* Blocks that each device of a worker can hold at most, if nine tenths of what is free there are
  * shared equally. */
 static int64_t most_blocks(const struct engine *engine, const struct worker *worker) {
     const struct backend *backend = engine->config.backend;
-    size_t host =
-        (size_t)engine->config.host_blocks * shard_bytes(engine, engine->config.n_workers);
+    size_t host = (size_t)engine->config.host_blocks * part_bytes(engine, 1);
     size_t taken = backend->n_gpus > 0 ? 0 : host, bytes = shard_bytes(engine, worker->index);
     int64_t most = INT32_MAX;
     for (int s = 0; s < worker->n_shards; s++) {
         size_t left = backend->free_memory(worker->shards[s]) / 10 * 9;
         left = left > taken ? left - taken : 0;
-        int64_t n = (int64_t)(left / bytes) / count_sharing(engine, worker->shards[s]);
-        most = n < most ? n : most;
+        most = fewer(most, (int64_t)(left / bytes) / count_sharing(engine, worker->shards[s]));
     }
     return most;
-}
-
-/* Blocks, whose slots are numbered by ints. */
-static int fewer(int64_t wanted, int64_t most) {
-    int64_t n = wanted < most ? wanted : most, limit = INT32_MAX / 64;
-    return (int)(n < limit ? n : limit);
 }
 
 /* Chooses how many blocks each tier holds, where nobody said it: full contexts for all that can
@@ -531,15 +496,14 @@ static int fewer(int64_t wanted, int64_t most) {
 static bool size_tiers(struct engine *engine, char *error) {
     struct engine_config *config = &engine->config;
     int64_t context = blocks_of(config->model->config.context_length);
-    int64_t wanted = (int64_t)CACHED_ANSWERS * config->max_batch * context;
-    size_t host_bytes = shard_bytes(engine, config->n_workers);
+    int64_t wanted = fewer(CACHED_ANSWERS * config->max_batch * context, MOST_WANTED);
+    int64_t host = (int64_t)(host_free_memory() / 4 / part_bytes(engine, 1));
     if (config->host_blocks < 0)
-        config->host_blocks =
-            fewer(wanted * HOST_FACTOR, (int64_t)(host_free_memory() / 4 / host_bytes));
+        config->host_blocks = (int)fewer(wanted * HOST_FACTOR, host);
     for (int i = 0; i < config->n_workers; i++) {
         int *blocks = &config->workers[i].blocks;
         if (*blocks < 0)
-            *blocks = fewer(wanted, most_blocks(engine, &engine->workers[i]));
+            *blocks = (int)fewer(wanted, most_blocks(engine, &engine->workers[i]));
         if (*blocks < 1)
             return fail(error,
                         "room for no KV block of %zu bytes; raise --kv-device or lower --kv-host",
@@ -550,7 +514,7 @@ static bool size_tiers(struct engine *engine, char *error) {
 
 static bool open_tiers(struct engine *engine, char *error) {
     const struct engine_config *config = &engine->config;
-    size_t bytes = 0, host_bytes;
+    size_t bytes = 0, host_bytes = (size_t)config->host_blocks * part_bytes(engine, 1);
     bool ok = true;
     for (int i = 0; i < config->n_workers; i++) {
         struct worker *worker = &engine->workers[i];
@@ -560,7 +524,6 @@ static bool open_tiers(struct engine *engine, char *error) {
             ok = worker->shards[s]->kv;
         }
     }
-    host_bytes = (size_t)config->host_blocks * shard_bytes(engine, config->n_workers);
     if (host_bytes > 0 && ok) {
         engine->host_kv = host_alloc(host_bytes);
         ok = engine->host_kv;
@@ -573,7 +536,7 @@ static bool open_tiers(struct engine *engine, char *error) {
 
 static bool open_sched(struct engine *engine) {
     const struct engine_config *config = &engine->config;
-    int copies = (int)(COPY_BYTES / shard_bytes(engine, config->n_workers));
+    int copies = (int)(COPY_BYTES / part_bytes(engine, 1));
     copies = copies < MIN_COPIES ? MIN_COPIES : copies > MAX_COPIES ? MAX_COPIES : copies;
     struct sched_config sched = {.kv = {.n_workers = config->n_workers,
                                         .host_blocks = config->host_blocks,

@@ -394,7 +394,7 @@ struct engine_config {
 
 struct pace { /* steps of one kind: of prompts, or of generated tokens */
     int64_t tokens;
-    double seconds, bytes, operations; /* what step_work says of them */
+    double seconds, bytes, operations; /* read and computed at least; a multiply-add is two */
 };
 
 struct engine_stats {
@@ -430,16 +430,6 @@ void engine_limits(struct engine *engine, double *read, double *ops);
 void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
 /* Names the requests that end with the program on stderr: for backend_options.lost. */
 void engine_tell_lost(struct engine *engine);
-/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
- * each row, and each sample, is multiplied. */
-struct model_cost {
-    double bytes, row_weights, sample_weights;
-};
-struct model_cost model_cost(const struct model *model);
-/* The bytes that a step reads and the operations that it computes at least (a multiply-add is two):
- * the matrices, and the keys and values of its texts. */
-void step_work(const struct model_cost *cost, const struct model_config *config,
-               enum kv_type kv_type, const struct batch *batch, double *bytes, double *operations);
 
 /* ---- small things that several files need ---- */
 

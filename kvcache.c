@@ -4,14 +4,11 @@
  * that can be found again by content, and the order in which copies go. Refuses to touch memory: it
  * deals in slot numbers; what is to be moved leaves as copy orders that somebody else carries out.
  *
- * A *node* is the content of one block. It has a *copy* in a slot of some of the places. A copy is
- *     KV_RESERVED   a slot without content; its copy is not ordered yet, or has failed
- *     KV_ARRIVING   a copy into it is in flight: the slot is neither reused nor freed until it ends
- *     KV_VALID      complete. With pins it is in use; with `reads`, copies are being made from it
- * A private node belongs to one request. A registered node is in the index: it is found by its
- * parent and its own 16 tokens, through a chained hash, but compared in full, so that two texts
- * with one hash stay two texts. Unpinned copies of registered nodes are cached; those of private
- * nodes are freed, unless their owner keeps them.
+ * A *node* is the content of one block. It has a *copy* in a slot of some of the places. A private
+ * node belongs to one request. A registered node is in the index: it is found by its parent and its
+ * own 16 tokens, through a chained hash, but compared in full, so that two texts with one hash stay
+ * two texts. Unpinned copies of registered nodes are cached; those of private nodes are freed,
+ * unless their owner keeps them.
  *
  * Cached copies are clean if the node has another valid one, on the host or a peer, else dirty: to
  * drop a clean one loses nothing, and what was its duplicate is dirty from then on. But that is no
@@ -49,65 +46,62 @@ enum {
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
+/* How it is with a slot. Its state (enum kv_state) goes on here: from IN_USE on it is KV_VALID. */
 enum standing {
-    FREE,
-    PINNED,    /* in use, or reserved */
-    IN_FLIGHT, /* arriving */
-    BUSY,      /* unpinned; a copy is being made from it, or one that has failed will be again */
-    LEAVING,   /* likewise, a page-out, so that it can go */
-    CLEAN,     /* cached; another copy is valid. Can go at once */
-    DIRTY,     /* cached; the only one. Can go once it is paged out, or lost */
+    FREE = KV_ABSENT,
+    RESERVED = KV_RESERVED,  /* pinned, but empty: its copy is not yet ordered, or has failed */
+    IN_FLIGHT = KV_ARRIVING, /* a copy into it is under way: not reused or freed until that ends */
+    IN_USE = KV_VALID,       /* complete, and pinned */
+    BUSY,    /* unpinned; a copy is being made from it, or one that has failed will be again */
+    LEAVING, /* likewise, a page-out, so that it can go */
+    CLEAN,   /* cached; another copy is valid. Can go at once */
+    DIRTY,   /* cached; the only one. Can go once it is paged out, or lost */
     N_STANDINGS
 };
 
 struct copy {
-    uint64_t heat;     /* smaller is colder; on the host, while CLEAN: since when it is that */
-    struct copy *next; /* of the same node; or of the free slots of its place */
-    struct copy *from; /* KV_ARRIVING: that which it is made from */
-    int node, pins, reads;
-    int at; /* the index on its heap; in a queue of orders: the next copy there, of kv->copies */
-    unsigned char place, state, standing;
+    uint64_t heat;      /* smaller is colder; on the host, while CLEAN: since when it is that */
+    struct copy *next;  /* of the same node; or of the free slots of its place */
+    struct copy *from;  /* IN_FLIGHT: that which it is made from */
+    struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
+    int node, pins, reads, at; /* reads: copies made from it now; at: its index on a heap */
+    unsigned char place;
+    enum standing standing : 8;
     bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
 struct node {
-    int *keeper;        /* private and kept while unpinned: set to -1 when the last copy is lost */
-    struct copy *first; /* of its copies; NULL: the node is free */
+    int *keeper;             /* private and kept: set to -1 when the last copy is lost */
+    struct copy *first;      /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
     int next;                /* in its bucket; or of the free nodes */
     int tokens[BLOCK_TOKENS];
 };
 
-struct heap { /* each copy is colder than the two below it, at 2 i + 1 and 2 i + 2 */
-    struct copy **copies;
-    int n;
-};
-
 struct queue { /* of copies that arrive, whose orders are not yet given out */
-    int first, last, n;
+    struct copy *first, *last;
+    int n;
 };
 
 struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
     int wanted;                  /* free slots that kv_make_room was asked for last and had not */
     struct copy *copies, *free;  /* copies (n_slots): a slot's number is its index */
-    struct heap clean, dirty;
+    /* of CLEAN and of DIRTY: (n) each colder than the two below it, at 2 i + 1 and 2 i + 2 */
+    struct copy **heap[N_STANDINGS];
     struct queue in, out; /* orders for this worker: into it, and to the host */
 };
 
 struct kv {
-    int n_places, host; /* host == n_places - 1 */
-    enum kv_policy policy;
-    enum kv_order order;
-    int n_nodes, n_buckets;
-    int first_free;                       /* node */
-    int n_spare;                          /* clean copies on the host that the cleaners may need */
-    uint64_t last_serial, clock, version; /* version: of what kv_find returns */
-    struct node *nodes;                   /* (n_nodes): as many as slots, so none is without one */
-    struct copy *copies;                  /* (n_nodes) of all places, one after another */
-    struct copy **heaps;                  /* (2, n_nodes) likewise */
-    int *buckets;                         /* (n_buckets) first node of each chain; a power of two */
+    struct kv_config config;
+    int host;                /* its place, behind the workers */
+    int n_spare;             /* clean copies on the host that the cleaners may need */
+    int first_free;          /* node */
+    uint64_t clock, version; /* version: of what kv_find returns; it numbers registrations, too */
+    struct node *nodes;      /* as many as slots, so none is without one */
+    size_t n_buckets;        /* a power of two */
+    int *buckets;            /* (n_buckets) first node of each chain */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
@@ -120,8 +114,8 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
     return hash ^ (hash >> 31);
 }
 
-static struct copy *coldest(const struct heap *heap) {
-    return heap->n > 0 ? heap->copies[0] : NULL;
+static struct copy *coldest(const struct place *at, enum standing standing) {
+    return at->n[standing] > 0 ? at->heap[standing][0] : NULL;
 }
 
 /* ---- decisions: change these to try another policy ---- */
@@ -130,13 +124,12 @@ static struct copy *coldest(const struct heap *heap) {
  * of the copy that it is made from (0: none); else its own. */
 static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
     uint64_t now = ++kv->clock;
-    switch (kv->order) {
-    case KV_LRU: break;
+    switch (kv->config.order) {
     case KV_FIFO: return comes ? now : before;
     case KV_LFU: return (((before >> USES_SHIFT) + 1) << USES_SHIFT) + now;
     case KV_RANDOM: return mix(0, now);
+    default: return now; /* KV_LRU */
     }
-    return now;
 }
 
 /* Which of two cached copies of a place goes first. */
@@ -146,7 +139,7 @@ static bool colder(const struct copy *a, const struct copy *b) {
 
 /* Which copy leaves a worker: the coldest, clean or dirty. NULL: none is cached. */
 static struct copy *choose_victim(const struct place *worker) {
-    struct copy *clean = coldest(&worker->clean), *dirty = coldest(&worker->dirty);
+    struct copy *clean = coldest(worker, CLEAN), *dirty = coldest(worker, DIRTY);
     return !clean || (dirty && colder(dirty, clean)) ? dirty : clean;
 }
 
@@ -157,46 +150,45 @@ static struct copy *choose_victim(const struct place *worker) {
  * there, and blocks would go to and fro for ever. */
 static struct copy *choose_host_victim(const struct kv *kv, bool urgent) {
     const struct place *host = &kv->places[kv->host];
-    int n_spare = urgent && host->dirty.n == 0 ? 0 : kv->n_spare;
-    return coldest(host->clean.n > n_spare ? &host->clean : &host->dirty);
+    int n_spare = urgent && host->n[DIRTY] == 0 ? 0 : kv->n_spare;
+    return coldest(host, host->n[CLEAN] > n_spare ? CLEAN : DIRTY);
 }
 
 /* Which copy a block is fetched from: a peer's memory is nearer than the host's. */
 static struct copy *choose_source(const struct kv *kv, int node) {
     struct copy *best = NULL;
     for (struct copy *c = kv->nodes[node].first; c; c = c->next)
-        if (c->state == KV_VALID && (!best || c->place < best->place))
+        if (c->standing >= IN_USE && (!best || c->place < best->place))
             best = c;
     return best;
 }
 
 /* ---- heaps ---- */
 
-static void heap_set(struct heap *heap, int i, struct copy *c) {
-    heap->copies[i] = c;
+static void heap_set(struct copy **heap, int i, struct copy *c) {
+    heap[i] = c;
     c->at = i;
 }
 
-/* Puts a copy into the gap at i, or where the gap must go: up, or down. */
-static void heap_fill(struct heap *heap, int i, struct copy *c) {
-    struct copy **copies = heap->copies;
-    for (; i > 0 && colder(c, copies[(i - 1) / 2]); i = (i - 1) / 2)
-        heap_set(heap, i, copies[(i - 1) / 2]);
-    for (int child; (child = 2 * i + 1) < heap->n; i = child) {
-        child += child + 1 < heap->n && colder(copies[child + 1], copies[child]);
-        if (!colder(copies[child], c))
+/* Puts a copy into the gap at i of a heap of n, or where the gap must go: up, or down. */
+static void heap_fill(struct copy **heap, int n, int i, struct copy *c) {
+    for (; i > 0 && colder(c, heap[(i - 1) / 2]); i = (i - 1) / 2)
+        heap_set(heap, i, heap[(i - 1) / 2]);
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && colder(heap[child + 1], heap[child]);
+        if (!colder(heap[child], c))
             break;
-        heap_set(heap, i, copies[child]);
+        heap_set(heap, i, heap[child]);
     }
     heap_set(heap, i, c);
 }
 
-/* How many copies at i and below it are colder than a given one, counted up to `most`. */
-static int heap_count(const struct heap *heap, int i, const struct copy *than, int most) {
-    if (most <= 0 || i >= heap->n || !colder(heap->copies[i], than))
+/* How many clean copies at i and below it are colder than a given one, counted up to `most`. */
+static int count_colder(const struct place *at, int i, const struct copy *than, int most) {
+    if (most <= 0 || i >= at->n[CLEAN] || !colder(at->heap[CLEAN][i], than))
         return 0;
-    int n = 1 + heap_count(heap, 2 * i + 1, than, most - 1);
-    return n + heap_count(heap, 2 * i + 2, than, most - n);
+    int n = 1 + count_colder(at, 2 * i + 1, than, most - 1);
+    return n + count_colder(at, 2 * i + 2, than, most - n);
 }
 
 /* ---- copies and slots ---- */
@@ -210,19 +202,17 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL:
 
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
-    struct heap *heap = c->standing == CLEAN ? &at->clean : &at->dirty;
+    struct copy **from = at->heap[c->standing], **to = at->heap[standing];
     if (c->standing == standing)
         return;
-    if (c->standing >= CLEAN && heap->copies[--heap->n] != c) /* the last one fills its gap */
-        heap_fill(heap, c->at, heap->copies[heap->n]);
-    at->n[c->standing]--;
-    at->n[standing]++;
-    c->standing = (unsigned char)standing;
+    int last = --at->n[c->standing], n = at->n[standing]++;
+    if (from && from[last] != c) /* the last one fills its gap */
+        heap_fill(from, last, c->at, from[last]);
+    c->standing = standing;
     if (standing == CLEAN && c->place == kv->host)
         c->heat = ++kv->clock;
-    heap = standing == CLEAN ? &at->clean : &at->dirty;
-    if (standing >= CLEAN)
-        heap_fill(heap, heap->n++, c);
+    if (to)
+        heap_fill(to, n, n, c);
 }
 
 static void link_copy(struct kv *kv, struct copy *c, int node) {
@@ -239,26 +229,24 @@ static void unlink_copy(struct kv *kv, const struct copy *c) {
 }
 
 /* Gives a node a slot at a place, with one pin. NULL: none is free. */
-static struct copy *occupy(struct kv *kv, int node, int place, enum kv_state state) {
+static struct copy *occupy(struct kv *kv, int node, int place, enum standing standing) {
     struct copy *c = kv->places[place].free;
     if (c) {
         kv->places[place].free = c->next;
         link_copy(kv, c, node);
         c->pins = 1;
-        c->state = (unsigned char)state;
         c->heat = choose_heat(kv, 0, true);
-        set_standing(kv, c, PINNED);
+        set_standing(kv, c, standing);
     }
     return c;
 }
 
 static void free_slot(struct kv *kv, struct copy *c) {
-    assert(c->pins == 0 && c->reads == 0 && c->state != KV_ARRIVING);
+    assert(c->pins == 0 && c->reads == 0 && c->standing != IN_FLIGHT);
     kv->stats.unused += c->unused;
     c->unused = false;
     unlink_copy(kv, c);
     set_standing(kv, c, FREE);
-    c->state = KV_ABSENT;
     c->next = kv->places[c->place].free;
     kv->places[c->place].free = c;
 }
@@ -272,18 +260,15 @@ uint64_t kv_hash(uint64_t before, const int *tokens) {
 }
 
 static int *bucket_of(const struct kv *kv, uint64_t hash) {
-    return &kv->buckets[hash & (uint64_t)(kv->n_buckets - 1)];
+    return &kv->buckets[hash & (kv->n_buckets - 1)];
 }
 
 static int find_child(const struct kv *kv, uint64_t parent, uint64_t hash, const int *tokens) {
+    const struct node *nodes = kv->nodes;
     int id = *bucket_of(kv, hash);
-    while (id != NONE) {
-        const struct node *node = &kv->nodes[id];
-        if (node->parent == parent && node->hash == hash &&
-            memcmp(node->tokens, tokens, sizeof node->tokens) == 0)
-            break;
-        id = node->next;
-    }
+    while (id != NONE && (nodes[id].parent != parent || nodes[id].hash != hash ||
+                          memcmp(nodes[id].tokens, tokens, sizeof nodes->tokens) != 0))
+        id = nodes[id].next;
     return id;
 }
 
@@ -305,35 +290,34 @@ static void free_node(struct kv *kv, int id) {
     kv->first_free = id;
 }
 
-/* Where a copy belongs whose node has so many valid and reserved copies. */
-static enum standing standing_of(const struct copy *c, int n_valid, int n_reserved) {
-    if (c->state == KV_ARRIVING)
-        return IN_FLIGHT;
-    if (c->pins > 0)
-        return PINNED;
+/* Where a copy belongs whose node has so many valid and reserved copies. FREE: nobody needs it. */
+static enum standing standing_of(const struct kv *kv, const struct copy *c, int n_valid,
+                                 int n_reserved) {
+    const struct node *node = &kv->nodes[c->node];
+    if (c->standing == IN_FLIGHT || c->pins > 0)
+        return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
         return c->standing == LEAVING ? LEAVING : BUSY;
+    if (c->standing == RESERVED || !(node->serial || node->keeper || n_reserved > 0))
+        return FREE;
     return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
 }
 
 /* Puts each copy of a changed node where it now belongs; frees a node without copies. */
 static void settle(struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
-    int n[KV_VALID + 1] = {0};
-    for (struct copy *c = node->first, *next; c; c = next) {
-        next = c->next;
-        if (c->state == KV_RESERVED && c->pins == 0)
-            free_slot(kv, c);
-        else
-            n[c->state]++;
+    int n_valid = 0, n_reserved = 0;
+    for (const struct copy *c = node->first; c; c = c->next) {
+        n_valid += c->standing >= IN_USE;
+        n_reserved += c->standing == RESERVED && c->pins > 0;
     }
     for (struct copy *c = node->first, *next; c; c = next) {
-        enum standing standing = standing_of(c, n[KV_VALID], n[KV_RESERVED]);
+        enum standing standing = standing_of(kv, c, n_valid, n_reserved);
         next = c->next;
-        if (standing < CLEAN || node->serial || node->keeper)
-            set_standing(kv, c, standing);
-        else
+        if (standing == FREE)
             free_slot(kv, c);
+        else
+            set_standing(kv, c, standing);
     }
     if (!node->first)
         free_node(kv, id);
@@ -353,18 +337,17 @@ static void drop(struct kv *kv, struct copy *c) {
     settle(kv, node);
 }
 
-/* Orders a copy from one copy of a node to another; `to` must be KV_RESERVED. */
+/* Orders a copy from one copy of a node to another. */
 static void order_copy(struct kv *kv, struct copy *from, struct copy *to) {
-    assert(from->state == KV_VALID && to->state == KV_RESERVED);
-    to->state = KV_ARRIVING;
+    assert(from->standing >= IN_USE && to->standing == RESERVED);
+    bool out = to->place == kv->host;
+    struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
+    *(queue->n++ > 0 ? &queue->last->after : &queue->first) = to;
+    queue->last = to;
     to->heat = choose_heat(kv, from->heat, true);
     to->from = from;
     from->reads++;
-    bool out = to->place == kv->host;
-    struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
-    int index = (int)(to - kv->copies);
-    *(queue->n++ > 0 ? &kv->copies[queue->last].at : &queue->first) = index;
-    queue->last = index;
+    set_standing(kv, to, IN_FLIGHT);
     settle(kv, to->node);
 }
 
@@ -376,7 +359,7 @@ static bool page_out(struct kv *kv, struct copy *c, bool urgent) {
             return false;
         drop(kv, victim);
     }
-    struct copy *to = occupy(kv, c->node, kv->host, KV_RESERVED);
+    struct copy *to = occupy(kv, c->node, kv->host, RESERVED);
     to->pins = 0;
     set_standing(kv, c, LEAVING); /* unless it is pinned: see settle */
     order_copy(kv, c, to);
@@ -390,53 +373,45 @@ static int watermark(const struct place *place, int most) {
     return share < most ? share : most;
 }
 
-/* Sets up place number `index`, whose slots begin at `first` of all slots. */
-static void place_create(struct kv *kv, int index, int first) {
-    struct place *place = &kv->places[index];
-    place->copies = kv->copies + first;
-    place->clean.copies = kv->heaps + 2 * (size_t)first;
-    place->dirty.copies = place->clean.copies + place->n_slots;
-    place->n[FREE] = place->n_slots;
-    for (int i = place->n_slots - 1; i >= 0; i--) { /* slot 0 is taken first */
-        place->copies[i] = (struct copy){.place = (unsigned char)index, .next = place->free};
-        place->free = &place->copies[i];
-    }
-    kv->n_spare += index == kv->host ? 0 : watermark(place, CLEAN_HIGH);
-}
-
 void kv_destroy(struct kv *kv) {
     free(kv);
 }
 
 struct kv *kv_create(const struct kv_config *config) {
-    int n_nodes = config->host_blocks, n_buckets = 16;
+    size_t n = (size_t)config->host_blocks, n_buckets = 16;
     for (int i = 0; i < config->n_workers; i++)
-        n_nodes += config->device_blocks[i];
-    while (n_buckets < n_nodes)
+        n += (size_t)config->device_blocks[i];
+    while (n_buckets < n)
         n_buckets *= 2;
-    struct kv *kv; /* all is in one piece of memory */
-    size_t n = (size_t)n_nodes, node = sizeof *kv->nodes + sizeof *kv->copies;
-    kv = calloc(1, sizeof *kv + n * (node + 2 * sizeof *kv->heaps) +
-                       (size_t)n_buckets * sizeof *kv->buckets);
+    size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct copy *);
+    struct kv *kv = calloc(1, sizeof *kv + n * each + n_buckets * sizeof *kv->buckets);
     if (!kv)
         return NULL;
-    *kv = (struct kv){.n_places = config->n_workers + 1,
-                      .host = config->n_workers,
-                      .policy = config->policy,
-                      .order = config->order,
-                      .n_nodes = n_nodes,
-                      .n_buckets = n_buckets};
-    kv->nodes = (struct node *)(kv + 1);
-    kv->copies = (struct copy *)(kv->nodes + n);
-    kv->heaps = (struct copy **)(kv->copies + n);
-    kv->buckets = (int *)(kv->heaps + 2 * n);
-    for (int i = 0, first = 0; i < kv->n_places; first += kv->places[i++].n_slots) {
-        kv->places[i].n_slots = i == kv->host ? config->host_blocks : config->device_blocks[i];
-        place_create(kv, i, first);
+    kv->config = *config;
+    kv->host = config->n_workers;
+    kv->n_buckets = n_buckets;
+    kv->nodes = (struct node *)(kv + 1); /* all is in one piece of memory */
+    struct copy *copies = (struct copy *)(kv->nodes + n);
+    struct copy **heaps = (struct copy **)(copies + n);
+    kv->buckets = (int *)(heaps + 2 * n);
+    for (int i = 0; i <= kv->host; i++) {
+        struct place *at = &kv->places[i];
+        at->n_slots = i < kv->host ? config->device_blocks[i] : config->host_blocks;
+        at->n[FREE] = at->n_slots;
+        at->heap[CLEAN] = heaps;
+        at->heap[DIRTY] = heaps += at->n_slots;
+        heaps += at->n_slots;
+        at->copies = copies;
+        copies += at->n_slots;
+        for (int slot = at->n_slots - 1; slot >= 0; slot--) { /* slot 0 is taken first */
+            at->copies[slot] = (struct copy){.place = (unsigned char)i, .next = at->free};
+            at->free = &at->copies[slot];
+        }
+        kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
     }
-    for (int i = 0; i < n_nodes; i++)
-        kv->nodes[i].next = i + 1 < n_nodes ? i + 1 : NONE;
-    memset(kv->buckets, NONE, (size_t)n_buckets * sizeof *kv->buckets);
+    for (size_t i = 0; i < n; i++)
+        kv->nodes[i].next = i + 1 < n ? (int)i + 1 : NONE;
+    memset(kv->buckets, NONE, n_buckets * sizeof *kv->buckets);
     return kv;
 }
 
@@ -468,7 +443,7 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     int wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
     struct copy *victim;
     while (at->n[FREE] + at->n[LEAVING] < wanted && (victim = choose_victim(at))) {
-        bool may_lose = host->n[PINNED] == host->n_slots;
+        bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim);
         else if (!page_out(kv, victim, true))
@@ -480,10 +455,10 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
 
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
-    for (int n = watermark(at, CLEAN_LOW); at->dirty.n > 0; n = watermark(at, CLEAN_HIGH)) {
-        struct copy *next = coldest(&at->dirty);
+    for (int n = watermark(at, CLEAN_LOW); at->n[DIRTY] > 0; n = watermark(at, CLEAN_HIGH)) {
+        struct copy *next = coldest(at, DIRTY);
         int n_ready = at->n[FREE] + at->n[LEAVING]; /* and those that go before it */
-        n_ready += heap_count(&at->clean, 0, next, n - n_ready);
+        n_ready += count_colder(at, 0, next, n - n_ready);
         if (n_ready >= n || !page_out(kv, next, false))
             break;
     }
@@ -491,21 +466,20 @@ void kv_clean(struct kv *kv, int worker) {
 
 int kv_new(struct kv *kv, int worker) {
     int id = kv->first_free;
-    if (id == NONE || !kv->places[worker].free)
+    if (!occupy(kv, id, worker, IN_USE))
         return NONE;
     kv->first_free = kv->nodes[id].next;
-    occupy(kv, id, worker, KV_VALID);
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
     assert(!copy_at(kv, node, worker));
-    return occupy(kv, node, worker, KV_RESERVED);
+    return occupy(kv, node, worker, RESERVED);
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
     struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
-    if (from && to && to->state == KV_RESERVED)
+    if (from && to && to->standing == RESERVED)
         order_copy(kv, from, to);
     return from;
 }
@@ -521,7 +495,7 @@ void kv_hold(struct kv *kv, int node, int place) {
 bool kv_fetch(struct kv *kv, int node, int worker) {
     if (copy_at(kv, node, worker))
         kv_hold(kv, node, worker);
-    else if (!choose_source(kv, node) || !occupy(kv, node, worker, KV_RESERVED))
+    else if (!choose_source(kv, node) || !occupy(kv, node, worker, RESERVED))
         return false;
     return kv_send(kv, node, worker);
 }
@@ -539,9 +513,10 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
     bool read = false;
     for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
         read = read || c->reads > 0;
-    if (own && own->state == KV_VALID && read && !kv->nodes[node].serial)
-        return KV_ARRIVING; /* its owner must not write it while it is being copied */
-    return own ? (enum kv_state)own->state : KV_ABSENT;
+    if (!own || own->standing < IN_USE)
+        return own ? (enum kv_state)own->standing : KV_ABSENT;
+    /* its owner must not write it while it is being copied */
+    return read && !kv->nodes[node].serial ? KV_ARRIVING : KV_VALID;
 }
 
 static int slot_of(const struct kv *kv, const struct copy *c) {
@@ -558,7 +533,7 @@ static void merge(struct kv *kv, int private, int winner) {
     for (struct copy *mine = kv->nodes[private].first, *next; mine; mine = next) {
         struct copy *other = copy_at(kv, winner, mine->place);
         next = mine->next;
-        assert(mine->reads == 0 && mine->standing == PINNED);
+        assert(mine->reads == 0 && mine->standing != IN_FLIGHT);
         if (other) {
             other->pins += mine->pins;
             other->unused = false;
@@ -574,21 +549,19 @@ static void merge(struct kv *kv, int private, int winner) {
 
 int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tokens) {
     struct node *node = &kv->nodes[id];
-    const struct node *before = parent == NONE ? NULL : &kv->nodes[parent];
-    assert(!node->serial && (!before || before->serial));
-    node->parent = before ? before->serial : 0;
+    node->parent = parent == NONE ? 0 : kv->nodes[parent].serial;
+    assert(!node->serial && (parent == NONE || node->parent));
     node->hash = hash;
     int winner = find_child(kv, node->parent, node->hash, tokens);
     if (winner != NONE) {
         merge(kv, id, winner);
         return winner;
     }
-    kv->version++;
-    node->serial = ++kv->last_serial;
+    node->serial = ++kv->version;
     memcpy(node->tokens, tokens, sizeof node->tokens);
     node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
-    if (kv->policy == KV_WRITE_THROUGH && kv->places[kv->host].n_slots > 0)
+    if (kv->config.policy == KV_WRITE_THROUGH)
         (void)page_out(kv, choose_source(kv, id), true);
     return id;
 }
@@ -609,10 +582,10 @@ bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
     if (queue->n == 0)
         return false;
-    const struct copy *to = &kv->copies[queue->first], *from = to->from;
+    const struct copy *to = queue->first, *from = to->from;
     *order = (struct kv_copy_order){worker,    to->node,          from->place,
                                     to->place, slot_of(kv, from), slot_of(kv, to)};
-    queue->first = to->at;
+    queue->first = to->after;
     queue->n--;
     return true;
 }
@@ -620,15 +593,13 @@ bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     struct copy *to = &kv->places[order->to].copies[order->to_slot], *from = to->from;
     const struct place *at = &kv->places[from->place];
-    assert(to->state == KV_ARRIVING && to->node == order->node && from->reads > 0);
+    assert(to->standing == IN_FLIGHT && to->node == order->node && from->reads > 0);
+    bool out = order->to == kv->host, in = order->from == kv->host;
     bool leaves = from->standing == LEAVING;
     from->reads--;
-    to->state = ok ? KV_VALID : KV_RESERVED;
-    to->unused = ok && to->place != kv->host && to->pins == 0;
-    int64_t *count = order->to == kv->host     ? &kv->stats.pages_out
-                     : order->from == kv->host ? &kv->stats.pages_in
-                                               : &kv->stats.transfers;
-    *count += ok;
+    set_standing(kv, to, ok ? IN_USE : RESERVED);
+    to->unused = ok && !out && to->pins == 0;
+    *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from);
@@ -645,8 +616,8 @@ int kv_used(const struct kv *kv, int place) {
 struct kv_usage kv_usage(const struct kv *kv, int place) {
     const int *n = kv->places[place].n;
     return (struct kv_usage){.free = n[FREE],
-                             .pinned = n[PINNED],
-                             .cached = n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY],
+                             .pinned = n[RESERVED] + n[IN_USE],
+                             .cached = kv_reclaimable(kv, place) - n[FREE],
                              .in_flight = n[IN_FLIGHT]};
 }
 

@@ -4,8 +4,8 @@
  *     stats_print(&answers);   // no step is running; takes 0.1 s
  *     stats_summary(&answers); // a line, without
  *
- * Steps of workers that share a machine are each held against the whole of it. Read next: step_work
- * in dynamo.c, which says what a step reads and computes, and `limits` of the backends. */
+ * Steps of workers that share a machine are each held against the whole of it. Read next:
+ * count_pace in dynamo.c, which says what a step reads and computes, and the backends' `limits`. */
 #ifndef STATS_H
 #define STATS_H
 

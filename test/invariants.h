@@ -21,27 +21,38 @@
 
 /* ---- the cache ---- */
 
-/* So many copies of a node are in a state. */
-static int count(const struct kv *kv, int id, enum kv_state state) {
+static inline int n_slots(const struct kv *kv) { /* of all places, and the number of nodes */
     int n = 0;
-    for (const struct copy *c = kv->nodes[id].first; c; c = c->next)
-        n += c->state == state;
+    for (int place = 0; place <= kv->host; place++)
+        n += kv->places[place].n_slots;
     return n;
 }
 
 /* The state of a copy: unlike kv_state also of one that its owner may not write. */
+static inline enum kv_state state_of(const struct copy *copy) {
+    return copy->standing < IN_USE ? (enum kv_state)copy->standing : KV_VALID;
+}
+
 static inline enum kv_state state_at(const struct kv *kv, int id, int place) {
     const struct copy *copy = copy_at(kv, id, place);
-    return copy ? (enum kv_state)copy->state : KV_ABSENT;
+    return copy ? state_of(copy) : KV_ABSENT;
+}
+
+/* So many copies of a node are in a state. */
+static int count(const struct kv *kv, int id, enum kv_state state) {
+    int n = 0;
+    for (const struct copy *c = kv->nodes[id].first; c; c = c->next)
+        n += state_of(c) == state;
+    return n;
 }
 
 static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     int n_valid = count(kv, copy->node, KV_VALID), n_reserved = count(kv, copy->node, KV_RESERVED);
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
-    BROKEN(copy->state == KV_RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
-    BROKEN(copy->state != KV_VALID && copy->reads > 0, "a copy without content is read");
-    BROKEN(copy->standing != (unsigned)standing_of(copy, n_valid, n_reserved), "a copy's standing");
+    BROKEN(copy->standing == RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
+    BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
+    BROKEN(copy->standing != standing_of(kv, copy, n_valid, n_reserved), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
     BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
            "a private copy is cached that nobody keeps");
@@ -55,7 +66,7 @@ static const char *check_index(const struct kv *kv, int id) {
     BROKEN(node->keeper, "a registered node is kept");
     BROKEN(count(kv, id, KV_VALID) == 0, "a registered node has no valid copy");
     BROKEN(find_child(kv, node->parent, node->hash, node->tokens) != id, "not findable, or twice");
-    for (int parent = 0; parent < kv->n_nodes; parent++) {
+    for (int parent = 0; parent < n_slots(kv); parent++) {
         BROKEN(parent != id && kv->nodes[parent].serial == node->serial, "two of one number");
         BROKEN(node->parent && kv->nodes[parent].serial == node->parent &&
                    node->hash != kv_hash(kv->nodes[parent].hash, node->tokens),
@@ -70,10 +81,10 @@ static const char *check_node(const struct kv *kv, int id) {
     int n_reads = 0, n_arriving = 0, n_pins = 0;
     bool places[MAX_WORKERS + 1] = {false};
     for (const struct copy *copy = node->first; copy; copy = copy->next) {
-        BROKEN(copy->node != id || copy->state == KV_ABSENT, "a copy of another node, or of none");
+        BROKEN(copy->node != id || copy->standing == FREE, "a copy of another node, or of none");
         BROKEN(places[copy->place], "two copies at one place");
         places[copy->place] = true;
-        n_arriving += copy->state == KV_ARRIVING;
+        n_arriving += copy->standing == IN_FLIGHT;
         n_reads += copy->reads;
         n_pins += copy->pins;
     }
@@ -93,29 +104,27 @@ static const char *check_node(const struct kv *kv, int id) {
 
 static const char *check_heap(const struct kv *kv, int place, enum standing standing) {
     const struct place *at = &kv->places[place];
-    const struct heap *heap = standing == CLEAN ? &at->clean : &at->dirty;
-    BROKEN(heap->n != at->n[standing], "a heap has not all copies, or too many");
-    for (int i = 0; i < heap->n; i++) {
-        const struct copy *copy = heap->copies[i];
-        BROKEN(copy->standing != (unsigned)standing || copy->place != place, "on the wrong heap");
+    struct copy *const *heap = at->heap[standing];
+    for (int i = 0; i < at->n[standing]; i++) {
+        const struct copy *copy = heap[i];
+        BROKEN(copy->standing != standing || copy->place != place, "on the wrong heap");
         BROKEN(copy->at != i, "a copy that does not know its place on the heap");
-        BROKEN(i > 0 && colder(heap->copies[i], heap->copies[(i - 1) / 2]),
+        BROKEN(i > 0 && colder(heap[i], heap[(i - 1) / 2]),
                "a heap with a colder copy below a hotter one");
     }
     return NULL;
 }
 
 static const char *check_queue(const struct kv *kv, int worker, const struct queue *queue) {
-    int c = queue->first;
-    for (int i = 0; i < queue->n; i++) {
-        const struct copy *target = &kv->copies[c], *source = target->from;
+    const struct copy *target = queue->first;
+    for (int i = 0; i < queue->n; i++, target = target->after) {
+        const struct copy *source = target->from;
         bool out = queue == &kv->places[worker].out;
-        BROKEN(target->state != KV_ARRIVING || source->state != KV_VALID, "an order's ends");
+        BROKEN(target->standing != IN_FLIGHT || source->standing < IN_USE, "an order's ends");
         BROKEN(target->node != source->node, "an order from one block to another");
         BROKEN((target->place == kv->host) != out, "an order in the wrong queue");
         BROKEN((out ? source->place : target->place) != worker, "an order for another worker");
-        BROKEN(i == queue->n - 1 && queue->last != c, "a queue's last order");
-        c = target->at;
+        BROKEN(i == queue->n - 1 && queue->last != target, "a queue's last order");
     }
     return NULL;
 }
@@ -127,7 +136,6 @@ static const char *check_place(const struct kv *kv, int place) {
         const struct copy *copy = &at->copies[i];
         n[copy->standing]++;
         BROKEN(copy->place != place, "a slot of another place");
-        BROKEN((copy->state == KV_ABSENT) != (copy->standing == FREE), "a free slot with a copy");
         BROKEN(copy->standing == FREE && (copy->pins > 0 || copy->reads > 0 || copy->unused),
                "a free slot in use");
         BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != copy,
@@ -150,23 +158,23 @@ static const char *check_place(const struct kv *kv, int place) {
 static inline const char *kv_check(const struct kv *kv) {
     const char *broken = NULL;
     int n_nodes = 0;
-    for (int place = 0; place < kv->n_places && !broken; place++)
+    for (int place = 0; place <= kv->host && !broken; place++)
         broken = check_place(kv, place);
-    for (int id = 0; id < kv->n_nodes && !broken; id++) {
+    for (int id = 0; id < n_slots(kv) && !broken; id++) {
         broken = check_node(kv, id);
         n_nodes += kv->nodes[id].first != NULL;
     }
-    for (int id = kv->first_free; id != -1 && n_nodes <= kv->n_nodes; n_nodes++)
+    for (int id = kv->first_free; id != -1 && n_nodes <= n_slots(kv); n_nodes++)
         id = kv->nodes[id].next;
-    if (!broken && n_nodes != kv->n_nodes)
+    if (!broken && n_nodes != n_slots(kv))
         broken = "a node is lost";
     return broken;
 }
 
 static inline int64_t kv_pins(const struct kv *kv) {
     int64_t n = 0;
-    for (int c = 0; c < kv->n_nodes; c++)
-        n += kv->copies[c].pins;
+    for (int c = 0; c < n_slots(kv); c++)
+        n += kv->places[0].copies[c].pins;
     return n;
 }
 
@@ -190,9 +198,9 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
                           sizeof node->tokens) != 0,
                    "a block of other tokens");
         }
-        pins[copy_at(kv, id, r->decode_worker) - kv->copies]--;
+        pins[copy_at(kv, id, r->decode_worker) - kv->places[0].copies]--;
         if (prefills && i < blocks_of(prefill_end(r)) && r->prefill_worker != r->decode_worker)
-            pins[copy_at(kv, id, r->prefill_worker) - kv->copies]--;
+            pins[copy_at(kv, id, r->prefill_worker) - kv->places[0].copies]--;
     }
     for (int i = 0; r->in_step && i < blocks_of(r->filled); i++)
         BROKEN(state_at(kv, r->blocks[i], worker_of(r)) != KV_VALID, "a step reads a lost block");
@@ -208,7 +216,7 @@ static const char *check_request(const struct sched *s, const struct request *r,
     BROKEN(r->leaves && !r->in_step, "it should have left");
     BROKEN(r->n_held > 0 && !waits, "an admitted request holds copies on the host");
     for (int i = 0; i < r->n_held; i++)
-        pins[copy_at(s->kv, r->held[i], s->kv->host) - s->kv->copies]--;
+        pins[copy_at(s->kv, r->held[i], s->kv->host) - s->kv->places[0].copies]--;
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
@@ -278,10 +286,10 @@ static const char *check_worker(const struct sched *s, int index) {
 
 static inline const char *sched_check(struct sched *s) {
     const struct kv *kv = s->kv;
-    int n = kv->n_nodes;
+    int n = n_slots(kv);
     int *pins = malloc((size_t)n * sizeof *pins);
     for (int i = 0; i < n; i++)
-        pins[i] = kv->copies[i].pins;
+        pins[i] = kv->places[0].copies[i].pins;
     const char *broken = NULL;
     for (int i = 0; list_at(s, i) && !broken; i++)
         broken = check_requests(s, list_at(s, i), pins);

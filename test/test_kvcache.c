@@ -56,7 +56,7 @@ static int find(const struct kv *kv, int text, int n_blocks) {
 
 /* Carries out all orders of a worker; returns how many there were. */
 static int copy_all(struct kv *kv, int worker, bool ok) {
-    struct kv_copy_order order;
+    struct kv_copy_order order = {0};
     int n = 0;
     for (; kv_next_copy(kv, worker, &order); n++)
         kv_copied(kv, &order, ok);
@@ -126,7 +126,7 @@ static void page_out_and_in(struct check *check) {
     store(check, kv, 0, 1, 2);
     CHECK(!kv_make_room(kv, 0, 2), "dirty blocks were dropped");
     CHECK(kv_pending(kv, 0) == 2 && !kv_make_room(kv, 0, 2), "two page-outs are wanted");
-    struct kv_copy_order order;
+    struct kv_copy_order order = {0};
     CHECK(kv_next_copy(kv, 0, &order), "no order");
     CHECK(order.worker == 0 && order.from == 0 && order.to == HOST_OF_ONE, "the order");
     CHECK(order.from_slot == 1, "the tail is in slot 1, ordered was %d", order.from_slot);
@@ -271,7 +271,7 @@ static void coldest_go_clean_or_dirty(struct check *check) {
             (void)copy_all(kv, 0, true);
             use(check, kv, 0, text);
         }
-        CHECK(kv->places[0].clean.n == 32 && kv->places[0].dirty.n == 32, "half of them");
+        CHECK(kv->places[0].n[CLEAN] == 32 && kv->places[0].n[DIRTY] == 32, "half of them");
         kv_clean(kv, 0);
         CHECK(kv_pending(kv, 0) == 8, "what is clean, but hot, is not ready to go");
         for (int n = 1; n <= 32; n++)
@@ -295,9 +295,8 @@ static void asking_again_looks_at_no_block(struct check *check) {
     CHECK(!kv_make_room(kv, 0, 100) && kv_pending(kv, 0) == 100, "100 page-outs");
     struct kv aside = *kv;
     kv->nodes = NULL;
-    kv->copies = NULL;
     kv->places[0].copies = NULL;
-    kv->places[0].clean.copies = kv->places[0].dirty.copies = NULL;
+    kv->places[0].heap[CLEAN] = kv->places[0].heap[DIRTY] = NULL;
     for (int i = 0; i < 1000; i++)
         CHECK(!kv_make_room(kv, 0, 1 + i % 100), "not yet");
     CHECK(kv_pending(kv, 0) == 100, "%d page-outs", kv_pending(kv, 0));
@@ -342,7 +341,7 @@ static void small_hosts_serve_all(struct check *check) {
     static const int hosts[] = {0, 1, 2, 5, 9};
     for (int i = 0; i < 20; i++) {
         struct kv *kv = create_two(16, hosts[i / 4], (enum kv_order)(i % 4));
-        struct kv_copy_order order;
+        struct kv_copy_order order = {0};
         bool had[2] = {false, false};
         int n_copies = 0;
         for (int text = 0; text < 32; text++)
@@ -444,7 +443,7 @@ static void slots_and_copies_are_accounted_for(struct check *check) {
 /* Copies that somebody waits for are not behind page-outs. */
 static void copies_in_go_first(struct check *check) {
     struct kv *kv = create_two(4, 8, KV_LRU);
-    struct kv_copy_order order;
+    struct kv_copy_order order = {0};
     store(check, kv, 1, 9, 1);
     for (int text = 0; text < 3; text++)
         store(check, kv, 0, text, 1);
@@ -570,7 +569,7 @@ static void kept_blocks(struct check *check) {
     kv_unpin(kv, node, 0);
     CHECK(keeper == node && kv_used(kv, 0) == 1, "it is not kept");
     CHECK(!kv_make_room(kv, 0, 2) && kv_pending(kv, 0) == 1, "it is paged out like any other");
-    struct kv_copy_order order;
+    struct kv_copy_order order = {0};
     CHECK(kv_next_copy(kv, 0, &order), "no order");
     CHECK(kv_fetch(kv, node, 0), "pinned again, while it is copied");
     kv_unkeep(kv, node);

@@ -147,10 +147,10 @@ static void check_now(struct machine *m) {
     broken = broken ? broken : sched_check(m->s);
     const struct kv *kv = sched_kv(m->s);
     int in_flight = m->n_flights;
-    for (int i = 0; i < kv->n_places; i++)
+    for (int i = 0; i <= kv->host; i++)
         in_flight += kv_pending(kv, i);
-    for (int i = 0; i < kv->n_nodes; i++)
-        in_flight -= kv->copies[i].state == KV_ARRIVING;
+    for (int i = 0; i < n_slots(kv); i++)
+        in_flight -= kv->places[0].copies[i].standing == IN_FLIGHT;
     if (broken || in_flight != 0)
         report(m, broken ? broken : "copies in flight and orders differ");
 }
@@ -479,7 +479,7 @@ static void print_machine(const struct machine *m) {
                 r->length, r->n_blocks, r->n_slots, r->in_step ? ", in a step" : "");
         }
     }
-    for (int place = 0; place < m->s->kv->n_places; place++) {
+    for (int place = 0; place <= m->s->kv->host; place++) {
         struct kv_usage usage = kv_usage(m->s->kv, place);
         printf("    place %d: %d free, %d pinned, %d cached, %d in flight, %d orders\n", place,
                usage.free, usage.pinned, usage.cached, usage.in_flight,
@@ -563,7 +563,7 @@ static void drain(struct machine *m, struct totals *totals) {
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
-    for (int place = 0; place < kv->n_places && !m->broken; place++)
+    for (int place = 0; place <= kv->host && !m->broken; place++)
         if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
 }
@@ -882,6 +882,57 @@ static void passed_by_a_few(struct check *check) {
     sched_destroy(s);
 }
 
+static void run_all(struct check *check, struct sched *s);
+static struct sched *open_workers(int n, const int *blocks, const char *roles, int chunk);
+
+/* Answers that are preempted again and again come back first, but they let new requests pass a large
+ * one no more often than it may be passed. */
+static void passed_by_a_few_of_preempted(struct check *check) {
+    enum { SMALL = 120 };
+    struct sched *s = open_one(12, 40, 8);
+    static struct job jobs[SMALL + 1];
+    for (int i = 0; i < 4; i++)
+        ask(s, &jobs[i], i, 20, 100); /* 2 blocks, 8 in the end: expected to be short */
+    for (int i = 0; i < 3; i++)
+        CHECK(step_once(s, 0) > 0, "they begin");
+    CHECK(jobs[3].request.decode_worker >= 0, "not all do");
+    ask(s, &jobs[4], 4, 150, 2); /* 10 blocks */
+    for (int i = 5; i <= SMALL; i++)
+        ask(s, &jobs[i], i, 3, 20);
+    int n_passed = 0;
+    for (int step = 0; jobs[4].request.decode_worker < 0 && step < 5000; step++) {
+        (void)step_once(s, 0);
+        n_passed = 0;
+        for (int i = 5; i <= SMALL; i++)
+            n_passed += jobs[i].request.decode_worker >= 0;
+    }
+    CHECK(sched_stats(s).preemptions > 0, "nobody was preempted");
+    CHECK(jobs[4].request.decode_worker >= 0 && n_passed <= MAX_PASSED, "%d have passed it", n_passed);
+    run_all(check, s);
+    sched_destroy(s);
+}
+
+/* Many that wait for one prefix keep nobody else waiting, where there is room. */
+static void sharers_stop_nobody(struct check *check) {
+    enum { SHARERS = 24, OTHERS = 40, PREFIX = 640 };
+    struct sched *s = open_workers(2, (int[]){400, 400}, "bb", 64);
+    static struct job jobs[SHARERS + OTHERS];
+    for (int i = 0; i < SHARERS; i++)
+        ask_after(s, &jobs[i], i, PREFIX + 3, 2, jobs[0].tokens, i > 0 ? PREFIX : 0);
+    (void)step_once(s, 0);
+    (void)step_once(s, 1);
+    int n_waiting = 0;
+    for (int i = SHARERS; i < SHARERS + OTHERS; i++)
+        ask(s, &jobs[i], i, 3, 1);
+    for (int i = SHARERS; i < SHARERS + OTHERS; i++)
+        n_waiting += jobs[i].request.state == REQUEST_WAITING;
+    CHECK(n_waiting == 0, "%d others wait", n_waiting);
+    run_all(check, s);
+    CHECK(sched_stats(s).prefill_tokens <= PREFIX + SHARERS * (3 + BLOCK_TOKENS) + OTHERS * 3,
+          "%d tokens were computed", (int)sched_stats(s).prefill_tokens);
+    sched_destroy(s);
+}
+
 static void where_prompts_are_computed(struct check *check) {
     struct sched *s = open_pools(200, 200, 8, 16);
     static struct job jobs[4];
@@ -1156,7 +1207,8 @@ static void a_full_queue_refuses(struct check *check) {
         ask(s, &jobs[i], i, 50, 9);
     for (int i = 0; i < 4; i++)
         CHECK((jobs[i].request.reason == FINISH_ERROR) == (i == 3), "request %d", i);
-    CHECK(strstr(jobs[3].request.error, "queue is full: 2"), "%s", jobs[3].request.error);
+    CHECK(strstr(jobs[3].request.error, "queue is full: as many as --max-queue says, 2"), "%s",
+          jobs[3].request.error);
     run_all(check, s);
     CHECK(jobs[2].request.reason == FINISH_LENGTH && jobs[3].request.first_token == 0, "the rest");
     sched_destroy(s);
@@ -1387,6 +1439,8 @@ int main(int argc, char **argv) {
         {"cancel_in_mid_step", cancel_in_mid_step},
         {"youngest_is_preempted", youngest_is_preempted},
         {"passed_by_a_few", passed_by_a_few},
+        {"passed_by_a_few_of_preempted", passed_by_a_few_of_preempted},
+        {"sharers_stop_nobody", sharers_stop_nobody},
         {"where_prompts_are_computed", where_prompts_are_computed},
         {"a_waiting_prompt_keeps_what_is_cached", a_waiting_prompt_keeps_what_is_cached},
         {"paced_load_is_spread", paced_load_is_spread},
