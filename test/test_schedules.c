@@ -90,9 +90,9 @@ static const struct schedule schedules[] = {
     {FEW_MODELS, "--devices cpu:4 --kv-policy write-through --kv-device 28b --kv-host 12b",
      "pages_out>=40 host_evictions>=20"},
     /* one after another: second turns start from what the first ones left */
-    {IDS_MODELS, "--devices cpu:1 --max-batch 1", "steps>=1600 prefix_hit_tokens>=900"},
+    {IDS_MODELS, "--devices cpu:1 --max-batch 1", "steps>=1600 prefix_hit_tokens>=800"},
     {IDS_MODELS, "--devices cpu:2 --max-batch 1 --copy-delay 14",
-     "prefix_hit_tokens>=900 hand_overs>=10 local_prefills>=5"},
+     "prefix_hit_tokens>=800 hand_overs>=10 local_prefills>=5"},
     {IDS_MODELS, "--devices cpu:2 --max-batch 1 --kv-device 28b --copy-delay 15",
      "prefix_hit_tokens>=500 pages_out>=60 pages_in>=10 evictions>=60"},
 };
