@@ -101,10 +101,6 @@ struct options {
 /* False: `error` is one line, without the program's name. With --help or --version nothing else is
  * required; else `model` is not NULL. In any case, cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
-/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. given: which keys
- * were set before, at first 0. */
-bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
-             char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
 bool cli_given(uint64_t given, const char *option); /* given: options->given */
 void cli_help(FILE *stream);
@@ -117,7 +113,7 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 
 struct requests {
     struct request_spec *specs; /* (n) */
-    int n, capacity;
+    int n;
     bool more; /* others will be added; who reads beside another thread changes it under a lock */
     FILE *file;
     const char *name;
@@ -327,81 +323,75 @@ static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see se
 /* A row with a key is a field of options.request; without a name, a key of request files only;
  * without a kind, a heading of --help. */
 struct option_row {
-    const char *name, *argument;
+    const char *name, *argument, *help;
     const struct kind *kind;
-    size_t offset; /* in struct options */
-    const char *key, *help;
+    size_t offset;    /* in struct options */
     double low, high; /* of a number */
+    const char *key;
 };
 
-#define AT(field) offsetof(struct options, field)
+#define AT(field) .offset = offsetof(struct options, field)
 static const struct option_row option_rows[] = {
     {.help = "What to run (without any: a conversation at a prompt; piped stdin is one prompt)"},
-    {"-p", "TEXT", &PROMPT, AT(request), .key = "prompt", .help = "one prompt"},
-    {"--ids", "1,15,7", &IDS, AT(request), .key = "ids", .help = "one prompt as token ids"},
-    {"-f", "FILE", &TEXT, AT(file),
-     .help = "one request a line: text, or JSON with [keys]; - is stdin"},
-    {"--tokenize", "FILE", &TEXT, AT(tokenize), .help = "print the token ids of FILE's texts"},
-    {"--perplexity", "FILE", &TEXT, AT(perplexity), .help = "how well the model predicts FILE"},
-    {"--logits", "FILE", &TEXT, AT(logits), .help = "write the prompt's logits to FILE (float32)"},
-    {"--tokenizer", "FILE", &TEXT, AT(tokenizer), .help = "tokenizer.bin of a llama2.c model"},
-    {.kind = &TEXT, .offset = AT(request.id), .key = "id"},
-    {.kind = &MESSAGES, .offset = AT(request), .key = "messages"},
-    {.kind = &TEXT, .offset = AT(request.after), .key = "after"},
-    {.kind = &REAL, .offset = AT(request.at), .key = "at", .high = 1e6},
-    {.kind = &REAL, .offset = AT(request.deadline), .key = "deadline", .high = 1e6},
+    {"-p", "TEXT", "one prompt", &PROMPT, AT(request), .key = "prompt"},
+    {"--ids", "1,15,7", "one prompt as token ids", &IDS, AT(request), .key = "ids"},
+    {"-f", "FILE", "one request a line: text, or JSON with [keys]; - is stdin", &TEXT, AT(file)},
+    {"--tokenize", "FILE", "print the token ids of FILE's texts", &TEXT, AT(tokenize)},
+    {"--perplexity", "FILE", "how well the model predicts FILE", &TEXT, AT(perplexity)},
+    {"--logits", "FILE", "write the prompt's logits to FILE (float32)", &TEXT, AT(logits)},
+    {"--tokenizer", "FILE", "tokenizer.bin of a llama2.c model", &TEXT, AT(tokenizer)},
+    {.kind = &TEXT, AT(request.id), .key = "id"},
+    {.kind = &MESSAGES, AT(request), .key = "messages"},
+    {.kind = &TEXT, AT(request.after), .key = "after"},
+    {.kind = &REAL, AT(request.at), .high = 1e6, .key = "at"},
+    {.kind = &REAL, AT(request.deadline), .high = 1e6, .key = "deadline"},
     {.help = "How to write"},
-    {"-n", "N", &INT, AT(request.n), .key = "n", .low = 1, .high = INT_MAX,
-     .help = "tokens at most (default: until the end)"},
-    {"-t", "T", &REAL, AT(request.sampling.temperature), .key = "temperature", .high = 100,
-     .help = "0: the likeliest token; 1: as the model says (default 0.8)"},
-    {"--top-p", "P", &REAL, AT(request.sampling.top_p), .key = "top_p", .high = 1,
-     .help = "only the likeliest, of probability P together (default 0.95)"},
-    {"--top-k", "K", &INT, AT(request.sampling.top_k), .key = "top_k", .high = INT_MAX,
-     .help = "only the K likeliest tokens (default 0: all)"},
-    {"--min-p", "P", &REAL, AT(request.sampling.min_p), .key = "min_p", .high = 1,
-     .help = "only those at least P times as likely as the first (default 0)"},
-    {"--seed", "S", &SEED, AT(request.sampling.seed), .key = "seed",
-     .help = "of the run: the first request's, the others get their own from it"},
-    {"--stop", "TEXT", &STOP, AT(request), .key = "stop",
-     .help = "end before this text; may be given several times"},
-    {"--system", "TEXT", &TEXT, AT(request.system), .key = "system",
-     .help = "what a chat model is told first"},
-    {"--template", "auto|chatml|llama3|llama2|mistral|none", &CHOICE, AT(template),
-     .help = "how a chat model is spoken to (default: as the file says)"},
+    {"-n", "N", "tokens at most (default: until the end)", &INT, AT(request.n), 1, INT_MAX,
+     .key = "n"},
+    {"-t", "T", "0: the likeliest token; 1: as the model says (default 0.8)", &REAL,
+     AT(request.sampling.temperature), 0, 100, .key = "temperature"},
+    {"--top-p", "P", "only the likeliest, of probability P together (default 0.95)", &REAL,
+     AT(request.sampling.top_p), 0, 1, .key = "top_p"},
+    {"--top-k", "K", "only the K likeliest tokens (default 0: all)", &INT,
+     AT(request.sampling.top_k), 0, INT_MAX, .key = "top_k"},
+    {"--min-p", "P", "only those at least P times as likely as the first (default 0)", &REAL,
+     AT(request.sampling.min_p), 0, 1, .key = "min_p"},
+    {"--seed", "S", "of the run: the first request's, the others get their own from it", &SEED,
+     AT(request.sampling.seed), .key = "seed"},
+    {"--stop", "TEXT", "end before this text; may be given several times", &STOP, AT(request),
+     .key = "stop"},
+    {"--system", "TEXT", "what a chat model is told first", &TEXT, AT(request.system),
+     .key = "system"},
+    {"--template", "auto|chatml|llama3|llama2|mistral|none",
+     "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
-    {"--devices", "LIST", &DEVICES, AT(devices),
-     .help = "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0"},
-    {"--prefill", "LIST", &PLACES, AT(prefill), .help = "those of --devices that read prompts"},
-    {"--decode", "LIST", &PLACES, AT(decode), .help = "those of --devices that write answers"},
-    {"--tp", "N", &INT, AT(tp), .low = 1, .high = 8,
-     .help = "devices that share one copy of the model: 1, 2, 4 or 8"},
-    {"--tp-prefill", "N", &INT, AT(tp_prefill), .low = 1, .high = 8,
-     .help = "the same, of workers that read prompts (default: --tp)"},
-    {"--tp-decode", "N", &INT, AT(tp_decode), .low = 1, .high = 8,
-     .help = "the same, of workers that write answers (default: --tp)"},
-    {"--colocate", NULL, &FLAG, AT(colocate), .help = "every worker prefills and decodes"},
-    {"--threads", "N", &INT, AT(threads), .low = 1, .high = 1024, .help = "CPU threads"},
+    {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},
+    {"--prefill", "LIST", "those of --devices that read prompts", &PLACES, AT(prefill)},
+    {"--decode", "LIST", "those of --devices that write answers", &PLACES, AT(decode)},
+    {"--tp", "N", "devices that share one copy of the model: 1, 2, 4 or 8", &INT, AT(tp), 1, 8},
+    {"--tp-prefill", "N", "the same, of workers that read prompts (default: --tp)", &INT,
+     AT(tp_prefill), 1, 8},
+    {"--tp-decode", "N", "the same, of workers that write answers (default: --tp)", &INT,
+     AT(tp_decode), 1, 8},
+    {"--colocate", NULL, "every worker prefills and decodes", &FLAG, AT(colocate)},
+    {"--threads", "N", "CPU threads", &INT, AT(threads), 1, 1024},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
-    {"--kv-device", "SIZE", &SIZE, AT(kv_device), .low = 1, .help = "KV cache on each device"},
-    {"--kv-host", "SIZE", &SIZE, AT(kv_host), .help = "KV cache in host memory; 0: none"},
-    {"--kv-type", "f32|bf16", &CHOICE, AT(kv_type), .help = "type of its numbers"},
-    {"--kv-policy", "on-evict|write-through", &CHOICE, AT(kv_policy),
-     .help = "copy blocks to the host when they must go, or at once"},
-    {"--max-batch", "N", &INT, AT(max_batch), .low = 1, .high = 65536,
-     .help = "requests in one decode step, at most"},
-    {"--chunk", "N", &INT, AT(chunk), .low = 1, .high = 1 << 20,
-     .help = "prompt tokens in one prefill step, at most"},
-    {"--max-queue", "N", &INT, AT(max_queue), .high = INT_MAX,
-     .help = "requests that may wait, others are refused (default 0: any number)"},
+    {"--kv-device", "SIZE", "KV cache on each device", &SIZE, AT(kv_device), 1},
+    {"--kv-host", "SIZE", "KV cache in host memory; 0: none", &SIZE, AT(kv_host)},
+    {"--kv-type", "f32|bf16", "type of its numbers", &CHOICE, AT(kv_type)},
+    {"--kv-policy", "on-evict|write-through",
+     "copy blocks to the host when they must go, or at once", &CHOICE, AT(kv_policy)},
+    {"--max-batch", "N", "requests in one decode step, at most", &INT, AT(max_batch), 1, 65536},
+    {"--chunk", "N", "prompt tokens in one prefill step, at most", &INT, AT(chunk), 1, 1 << 20},
+    {"--max-queue", "N", "requests that may wait, others are refused (default 0: any number)", &INT,
+     AT(max_queue), 0, INT_MAX},
     {.help = "What to show"},
-    {"--json", NULL, &FLAG, AT(json), .help = "one JSON object a request"},
-    {"--stats", NULL, &FLAG, AT(stats), .help = "a table of speeds and of what the pager did"},
-    {"--verbose", NULL, &FLAG, AT(verbose), .help = "each step of each worker"},
-    {"--copy-delay", "SEED", &SEED, AT(copy_delay),
-     .help = "for tests: delay CPU copies at random"},
-    {"--version", NULL, &FLAG, AT(version), .help = "print the version"},
-    {"--help", NULL, &FLAG, AT(help), .help = "print this"},
+    {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
+    {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
+    {"--verbose", NULL, "each step of each worker", &FLAG, AT(verbose)},
+    {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
+    {"--version", NULL, "print the version", &FLAG, AT(version)},
+    {"--help", NULL, "print this", &FLAG, AT(help)},
 };
 #undef AT
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
@@ -524,8 +514,9 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
     return true;
 }
 
-bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
-             char error[ERROR_LENGTH]) {
+/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
+static bool set_field(struct request_spec *request, uint64_t *given, struct json_node *nodes,
+                      int key, char *error) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
     bool plain = name->length == strlen(name->text); /* no zero byte inside */
     const struct option_row *row = give(given, plain ? name->text : "", true, error);
@@ -552,34 +543,6 @@ bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *no
 
 /* ---- files of requests ---- */
 
-char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
-    FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    const char *name = file == stdin ? "stdin" : path;
-    char *text = NULL, *larger = NULL;
-    *length = 0;
-    for (size_t room = 4096, n = 1; file && n > 0 && *length <= CLI_FILE_LENGTH;
-         room = *length + 4096) {
-        larger = realloc(text, *length + room);
-        if (!larger)
-            break;
-        text = larger;
-        n = fread(text + *length, 1, room - 1, file);
-        *length += n;
-    }
-    bool good = larger && !ferror(file);
-    if (!good)
-        fail(error, "%.400s: %s", name, strerror(errno));
-    else if (*length > CLI_FILE_LENGTH)
-        good = fail(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
-    else
-        text[*length] = 0;
-    if (file && file != stdin)
-        fclose(file);
-    if (!good)
-        free(text);
-    return good ? text : NULL;
-}
-
 enum { MAX_LINES = 1 << 16 /* of a file: all may be in flight together */ };
 
 /* text[length] is 0. */
@@ -593,7 +556,7 @@ static bool read_request(struct request_spec *request, char *text, size_t length
     struct json_node *nodes = json_parse(text, length, error);
     bool good = nodes != NULL;
     for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
-        good = cli_set(request, &given, nodes, key, error);
+        good = set_field(request, &given, nodes, key, error);
     free(nodes);
     request->seeded = cli_given(given, "--seed");
     int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
@@ -609,72 +572,64 @@ bool requests_open(struct requests *requests, const char *path, char error[ERROR
     return requests->file || fail(error, "%.400s: %s", requests->name, strerror(errno));
 }
 
-/* Reads a line into requests->text, without its end. Returns its length; < 0: there is none, or
- * an error is set. */
-static ptrdiff_t read_line(struct requests *requests, char *error) {
-    size_t n = 0, room = 0;
+/* Reads into requests->text what comes before `end`, a byte or EOF, and puts a zero byte there. */
+static bool read_until(struct requests *requests, int end, size_t *length, char *error) {
+    size_t n = 0;
     int byte;
     *error = 0;
-    while ((byte = getc_unlocked(requests->file)) != EOF && byte != '\n') {
-        if (n + 1 >= room) {
-            room = room > 0 ? 2 * room : 256;
-            char *larger = n < CLI_FILE_LENGTH ? realloc(requests->text, room) : NULL;
-            if (!larger) {
-                (void)fail(error, "%.400s: got more than %d bytes", requests->name,
-                           CLI_FILE_LENGTH);
-                return -1;
-            }
-            requests->text = larger;
-        }
+    while ((byte = getc_unlocked(requests->file)) != EOF && byte != end && n <= CLI_FILE_LENGTH) {
+        requests->text = grow(requests->text, n, 1);
         requests->text[n++] = (char)byte;
     }
-    if (byte == EOF && ferror(requests->file)) {
-        (void)fail(error, "%.400s: %s", requests->name, strerror(errno));
-        return -1;
+    requests->text = grow(requests->text, n, 1);
+    requests->text[n] = 0;
+    *length = n;
+    if (byte == EOF && ferror(requests->file))
+        return fail(error, "%.400s: %s", requests->name, strerror(errno));
+    return n <= CLI_FILE_LENGTH ||
+           fail(error, "%.400s: got more than %d bytes", requests->name, CLI_FILE_LENGTH);
+}
+
+char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
+    struct requests whole = {0};
+    char *text = NULL;
+    if (requests_open(&whole, path, error) && read_until(&whole, EOF, length, error)) {
+        text = whole.text;
+        whole.text = NULL;
     }
-    if (byte == EOF && n == 0)
-        return -1;
-    if (n > 0 && requests->text[n - 1] == '\r')
-        n--;
-    if (n > 0)
-        requests->text[n] = 0;
-    return (ptrdiff_t)n;
+    requests_free(&whole);
+    return text;
 }
 
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]) {
     char wrong[ERROR_LENGTH];
-    ptrdiff_t length = 0;
+    size_t length = 0;
     while (length == 0) {
-        length = read_line(requests, error);
-        if (length < 0)
-            return *error ? -1 : 0;
+        if (!read_until(requests, '\n', &length, error))
+            return -1;
+        if (length == 0 && feof(requests->file))
+            return 0;
         if (++requests->n_lines > MAX_LINES) {
             (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
                        (int)MAX_LINES);
             return -1;
         }
+        length -= length > 0 && requests->text[length - 1] == '\r';
+        requests->text[length] = 0;
     }
     *spec = *defaults;
     spec->line = requests->text;
     requests->text = NULL;
-    if (read_request(spec, spec->line, (size_t)length, wrong))
+    if (read_request(spec, spec->line, length, wrong))
         return 1;
-    spec->error = malloc(ERROR_LENGTH);
-    if (!spec->error)
-        abort();
+    spec->error = grow(NULL, 0, ERROR_LENGTH);
     fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
     return 1;
 }
 
 void requests_add(struct requests *requests, const struct request_spec *spec) {
-    if (requests->n == requests->capacity) {
-        requests->capacity = requests->capacity > 0 ? 2 * requests->capacity : 16;
-        requests->specs =
-            realloc(requests->specs, (size_t)requests->capacity * sizeof *requests->specs);
-        if (!requests->specs)
-            abort();
-    }
+    requests->specs = grow(requests->specs, (size_t)requests->n, sizeof *spec);
     requests->specs[requests->n++] = *spec;
 }
 
