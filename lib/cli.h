@@ -40,6 +40,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
+    CLI_FILE_LINES = 1 << 16,  /* of requests: all may be in flight together */
     VALUE_DEVICES = 64,        /* of a list */
     VALUE_STOPS = 16           /* texts that end an answer */
 };
@@ -68,7 +69,7 @@ struct request_spec {
     size_t prompt_length; /* bytes */
     int *ids;             /* (n_ids) token ids; NULL if a prompt is given */
     int n_ids;
-    struct said *earlier; /* (n_earlier) before the prompt: a user's and the answer, in turns */
+    struct said *earlier; /* (n_earlier + 1) a user's and the answer, in turns; last the prompt */
     int n_earlier;
     const char *after; /* id of an earlier request, which this one continues; NULL: none */
     float at;          /* arrival, in seconds after the start */
@@ -154,14 +155,23 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 struct value {
     char *text; /* (length); NULL: none was given */
     size_t length;
-    double low, high;  /* of INT and REAL; low: of SIZE */
-    const char *words; /* of CHOICE: f32|bf16 */
+    const struct option_row *row;
 };
 
 struct kind {
     bool (*read)(const struct value *value, void *target);
     char json;            /* the json_node's type */
-    const char *expected; /* NULL: one of the words */
+    const char *expected; /* NULL: one of the words of `argument` */
+};
+
+/* A row with a key is a field of options.request; without a name, a key of request files only;
+ * without a kind, a heading of --help. */
+struct option_row {
+    const char *name, *argument, *help;
+    const struct kind *kind;
+    size_t offset;    /* in struct options */
+    double low, high; /* of INT and REAL; low: of SIZE */
+    const char *key;
 };
 
 static bool read_flag(const struct value *value, void *target) {
@@ -194,7 +204,8 @@ static bool read_number(const struct value *value, const char *bytes, double *nu
     char *end;
     *number = strtod(value->text, &end);
     return value->length > 0 && strspn(value->text, bytes) >= value->length &&
-           end == value->text + value->length && *number >= value->low && *number <= value->high;
+           end == value->text + value->length && *number >= value->row->low &&
+           *number <= value->row->high;
 }
 
 static bool read_int(const struct value *value, void *target) {
@@ -224,7 +235,7 @@ static bool read_size(const struct value *value, void *target) {
     int shift = unit ? 10 * (int)(unit - units) : 0;
     uint64_t number;
     struct value digits = {.text = value->text, .length = value->length - (unit != NULL)};
-    if (!read_seed(&digits, &number) || (double)number < value->low ||
+    if (!read_seed(&digits, &number) || (double)number < value->row->low ||
         number > (uint64_t)1 << (53 - shift))
         return false;
     *(struct size *)target = (struct size){(int64_t)number << shift, unit == units, true};
@@ -288,7 +299,7 @@ static bool read_devices(const struct value *value, void *target) {
 }
 
 static bool read_choice(const struct value *value, void *target) {
-    const char *words = value->words;
+    const char *words = value->row->argument;
     for (int choice = 1;; choice++) {
         size_t length = strcspn(words, "|");
         *(int *)target = choice;
@@ -319,16 +330,6 @@ static const struct kind CHOICE = {read_choice, 0, NULL};
 static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see set_messages */
 
 /* ---- the table of options ---- */
-
-/* A row with a key is a field of options.request; without a name, a key of request files only;
- * without a kind, a heading of --help. */
-struct option_row {
-    const char *name, *argument, *help;
-    const struct kind *kind;
-    size_t offset;    /* in struct options */
-    double low, high; /* of a number */
-    const char *key;
-};
 
 #define AT(field) .offset = offsetof(struct options, field)
 static const struct option_row option_rows[] = {
@@ -408,20 +409,16 @@ static const struct rule {
     {{"--decode", "--prefill"}, "--prefill"},
 };
 
-static bool read_value(void *target, const struct option_row *row, char *text, size_t length) {
-    struct value value = {text, length, row->low, row->high, row->argument};
-    return row->kind->read(&value, target);
-}
-
 /* `name`: the option or the key; `quote`: what stands around the text, or "". */
-static bool refuse_value(const struct option_row *row, const char *name, const char *quote,
-                         const char *text, size_t length, char *error) {
+static bool refuse_value(const struct value *value, const char *name, const char *quote,
+                         char *error) {
+    const struct option_row *row = value->row;
     const char *expected = row->kind->expected ? row->kind->expected : row->argument;
     char range[64] = "";
     if (row->high > row->low)
         snprintf(range, sizeof range, " from %.10g to %.10g", row->low, row->high);
     return fail(error, "%s: got %s%.*s%s, expected %s%s", name, quote,
-                length < 60 ? (int)length : 60, text, quote, expected, range);
+                value->length < 60 ? (int)value->length : 60, value->text, quote, expected, range);
 }
 
 /* The name by which a row is known on the command line, or in a request file. */
@@ -486,9 +483,7 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
                          char *error) {
     static const char *const roles[] = {"user", "assistant", "system"};
     int number = 0, n = 0;
-    free(request->earlier);
-    request->earlier = calloc((size_t)(nodes[list].next - list), sizeof *request->earlier);
-    for (int i = list + 1; request->earlier && i < nodes[list].next; i = nodes[i].next, number++) {
+    for (int i = list + 1; i < nodes[list].next; i = nodes[i].next, number++) {
         const struct json_node *parts[2] = {NULL, NULL};
         for (int key = i + 1; nodes[i].type == '{' && key < nodes[i].next;
              key = nodes[key + 1].next) {
@@ -501,6 +496,7 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
         if (!parts[1] || (!system && strcmp(role, expected) != 0))
             return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
                         number + 1, role, parts[1] ? "" : " and no content", expected);
+        request->earlier = grow(request->earlier, (size_t)n, sizeof *request->earlier);
         if (system)
             request->system = parts[1]->text;
         else
@@ -533,17 +529,15 @@ static bool set_field(struct request_spec *request, uint64_t *given, struct json
     for (; at < value->next; at = nodes[at].next) {
         struct json_node *node = &nodes[at];
         size_t bracket = node->type == '['; /* of token ids */
-        if (node->type != row->kind->json || !row->kind->read ||
-            !read_value(target, row, node->text + bracket, node->length - 2 * bracket))
-            return refuse_value(row, row->key, node->type == '"' ? "\"" : "", node->text,
-                                node->length, error);
+        struct value inside = {node->text + bracket, node->length - 2 * bracket, row};
+        if (node->type != row->kind->json || !row->kind->read || !row->kind->read(&inside, target))
+            return refuse_value(&(struct value){node->text, node->length, row}, row->key,
+                                node->type == '"' ? "\"" : "", error);
     }
     return true;
 }
 
 /* ---- files of requests ---- */
-
-enum { MAX_LINES = 1 << 16 /* of a file: all may be in flight together */ };
 
 /* text[length] is 0. */
 static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
@@ -610,9 +604,9 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
             return -1;
         if (length == 0 && feof(requests->file))
             return 0;
-        if (++requests->n_lines > MAX_LINES) {
+        if (++requests->n_lines > CLI_FILE_LINES) {
             (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
-                       (int)MAX_LINES);
+                       CLI_FILE_LINES);
             return -1;
         }
         length -= length > 0 && requests->text[length - 1] == '\r';
@@ -669,15 +663,16 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 
 /* The positions of --prefill and --decode: inside --devices, and each in one pool. */
 static bool check_pools(const struct options *options, char *error) {
+    const struct device_list *pools[] = {&options->prefill, &options->decode};
     bool used[VALUE_DEVICES] = {false};
-    for (int i = 0; i < options->prefill.n + options->decode.n && options->devices.n; i++) {
-        bool prefill = i < options->prefill.n;
-        int index =
-            prefill ? options->prefill.index[i] : options->decode.index[i - options->prefill.n];
-        if (index >= options->devices.n || used[index])
-            return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
-                        prefill ? "--prefill" : "--decode", index, options->devices.n - 1);
-        used[index] = true;
+    for (int pool = 0; pool < 2 && options->devices.n > 0; pool++) {
+        for (int i = 0; i < pools[pool]->n; i++) {
+            int index = pools[pool]->index[i];
+            if (index >= options->devices.n || used[index])
+                return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
+                            pool == 0 ? "--prefill" : "--decode", index, options->devices.n - 1);
+            used[index] = true;
+        }
     }
     return true;
 }
@@ -745,9 +740,9 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
             value = argv[++i];
         if (row->kind != &FLAG && !value)
             return fail(error, "%s: missing value (%s)", word, row->argument);
-        size_t length = value ? strlen(value) : 0;
-        if (!read_value((char *)options + row->offset, row, value, length))
-            return refuse_value(row, word, "", value, length, error);
+        struct value whole = {value, value ? strlen(value) : 0, row};
+        if (!row->kind->read(&whole, (char *)options + row->offset))
+            return refuse_value(&whole, word, "", error);
     }
     return options->help || options->version || check_options(options, error);
 }
