@@ -274,9 +274,8 @@ static int run_piped(struct run *run, char *error) {
 }
 
 static int run_chat(struct run *run) {
-    struct chat chat = {.answers = &run->answers, .defaults = run->options.request};
     run->answers.converses = true;
-    chat_run(&chat);
+    chat_run(&run->answers, &run->options.request);
     answers_forget(&run->answers);
     return 0; /* who talks has seen what failed */
 }
