@@ -78,7 +78,7 @@ struct answer {
     struct tok_stream stream;
     char *text; /* generated (length bytes) */
     size_t length, shown, safe;
-    int n_seen; /* tokens, the prompt's included, that went through stream */
+    int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
     bool submitted, echoed, stopped, ended;
 };
 
@@ -173,7 +173,7 @@ static int *prompt_ids(const struct answers *a, const struct answer *answer, int
         (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
     else
         return answers_encode(a, spec, before ? before->tokens : a->history,
-                              before ? before->length : a->n_history, n_ids, error);
+                              before ? answer->after->n_seen : a->n_history, n_ids, error);
     return NULL;
 }
 
@@ -463,13 +463,14 @@ void answers_forget(struct answers *a) {
     a->n_history = 0;
 }
 
-/* The tokens of a request that ran are what was said so far. */
-static void remember(struct answers *a, struct request *r) {
+/* The tokens of a request that ran, up to a stop text, are what was said so far. */
+static void remember(struct answers *a, struct answer *answer) {
+    struct request *r = &answer->request;
     if (r->reason == FINISH_ERROR || a->template == TEMPLATE_NONE)
         return;
     free(a->history);
     a->history = r->tokens;
-    a->n_history = r->length;
+    a->n_history = answer->n_seen;
     r->tokens = NULL;
 }
 
@@ -483,7 +484,7 @@ int answers_stream(struct answers *a, const struct requests *requests) {
         enum finish_reason reason = answer->request.reason;
         n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
         if (a->converses)
-            remember(a, &answer->request);
+            remember(a, answer);
         free(answer->request.tokens);
         free(answer->text);
         free(answer);

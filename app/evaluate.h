@@ -116,6 +116,8 @@ int evaluate_perplexity(const struct answers *a, const char *path) {
     int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
     struct request_spec spec = {0};
+    if (longest < 2)
+        return evaluate_failed("--perplexity", "a context of 1 token has none to predict");
     spec.prompt = cli_read_file(path, &spec.prompt_length, error);
     if (!spec.prompt)
         return evaluate_failed("", error);
