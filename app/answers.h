@@ -30,9 +30,9 @@ enum answer_time { TIME_QUEUE, TIME_TTFT, TIME_ITL, N_TIMES };
 
 struct answers {
     struct engine *engine;
-    const struct tokenizer *tokenizer; /* NULL: ids only */
-    const char *no_tokenizer;          /* why there is none */
-    enum template_kind template;       /* of prompts; TEMPLATE_NONE: they are continued */
+    struct tokenizer *tokenizer;     /* NULL: ids only */
+    char no_tokenizer[ERROR_LENGTH]; /* why there is none */
+    enum template_kind template;     /* of prompts; TEMPLATE_NONE: they are continued */
     bool json;
     uint64_t seed;  /* of the run, which --stats tells; the first request's */
     bool converses; /* each prompt follows the one before and its answer */

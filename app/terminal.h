@@ -335,7 +335,7 @@ static bool chat_command(struct answers *answers, const char *line, char **syste
 void chat_run(struct answers *answers, const struct request_spec *defaults) {
     struct editor editor = {0};
     char *system = NULL; /* that of the defaults */
-    bool goes_on = true;
+    bool goes_on = answers->converses = true;
     while (goes_on) {
         struct request_spec spec = *defaults;
         spec.system = system ? system : defaults->system;
@@ -352,6 +352,7 @@ void chat_run(struct answers *answers, const struct request_spec *defaults) {
         free(spec.prompt);
     }
     free(system);
+    answers_forget(answers);
     for (int i = 0; i < editor.n_history; i++)
         free(editor.history[i]);
     free(editor.line);

@@ -1,14 +1,9 @@
 /* cli.h: the command line, the files of requests, and a terminal's progress bar.
  *
  *     struct options options;
- *     char error[ERROR_LENGTH];
- *     if (!cli_parse(&options, argc, argv, error)) {
- *         fprintf(stderr, "dynamo: %s\n", error);
- *         return 2;
- *     }
  *     struct requests requests = {0};
  *     struct request_spec spec;
- *     if (options.file && requests_open(&requests, options.file, error))
+ *     if (cli_parse(&options, argc, argv, error) && requests_open(&requests, options.file, error))
  *         while (requests_next(&requests, &options.request, &spec, error) > 0)
  *             requests_add(&requests, &spec);
  *     requests_free(&requests);
