@@ -107,7 +107,7 @@ static int *join(int *ids, int *n_ids, const int *more, int n_more) {
 static bool ids_fit(const struct answers *a, const struct request_spec *spec, char *error) {
     int vocab_size = engine_config_of(a->engine)->model->config.vocab_size;
     for (int i = 0; i < spec->n_ids; i++)
-        if (spec->ids[i] < 0 || spec->ids[i] >= vocab_size)
+        if (spec->ids[i] >= vocab_size)
             return fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
                         vocab_size - 1);
     return true;

@@ -476,7 +476,7 @@ static const struct option_row *give(uint64_t *given, const char *name, bool key
  * said. The keys of a message may come in any order. */
 static bool set_messages(struct request_spec *request, struct json_node *nodes, int list,
                          char *error) {
-    static const char *const roles[] = {"user", "assistant", "system"};
+    static const char *const roles[] = {"user", "assistant"};
     int number = 0, n = 0;
     for (int i = list + 1; i < nodes[list].next; i = nodes[i].next, number++) {
         const struct json_node *parts[2] = {NULL, NULL};
@@ -487,15 +487,14 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
                 parts[content] = &nodes[key + 1];
         }
         const char *role = parts[0] ? parts[0]->text : "none", *expected = roles[n % 2];
-        bool system = number == 0 && strcmp(role, roles[2]) == 0;
+        bool system = number == 0 && strcmp(role, "system") == 0;
         if (!parts[1] || (!system && strcmp(role, expected) != 0))
             return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
                         number + 1, role, parts[1] ? "" : " and no content", expected);
         request->earlier = grow(request->earlier, (size_t)n, sizeof *request->earlier);
-        if (system)
-            request->system = parts[1]->text;
-        else
-            request->earlier[n++] = (struct said){parts[1]->text, parts[1]->length};
+        request->earlier[n] = (struct said){parts[1]->text, parts[1]->length};
+        request->system = system ? parts[1]->text : request->system;
+        n += !system;
     }
     if (n % 2 == 0)
         return fail(error, "messages: got %d, expected the last to be the user's", number);
@@ -549,9 +548,7 @@ static bool read_request(struct request_spec *request, char *text, size_t length
     free(nodes);
     request->seeded = cli_given(given, "--seed");
     int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
-    if (good && n != 1)
-        return fail(error, "expected one of prompt, ids and messages");
-    return good;
+    return good && (n == 1 || fail(error, "expected one of prompt, ids and messages"));
 }
 
 bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]) {
