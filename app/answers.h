@@ -17,6 +17,7 @@
 #include "../dynamo.h"
 #include "../lib/cli.h"
 #include "../lib/template.h"
+#include "../lib/text.h"
 #include "../lib/tokenizer.h"
 #include <stdatomic.h>
 
@@ -29,9 +30,9 @@ enum answer_time { TIME_QUEUE, TIME_TTFT, TIME_ITL, N_TIMES };
 
 struct answers {
     struct engine *engine;
-    const struct tokenizer *tokenizer; /* NULL: ids only */
-    const char *no_tokenizer;          /* why there is none */
-    enum template_kind template;       /* of prompts; TEMPLATE_NONE: they are continued */
+    struct tokenizer *tokenizer;     /* NULL: ids only */
+    char no_tokenizer[ERROR_LENGTH]; /* why there is none */
+    enum template_kind template;     /* of prompts; TEMPLATE_NONE: they are continued */
     bool json;
     uint64_t seed;  /* of the run, which --stats tells; the first request's */
     bool converses; /* each prompt follows the one before and its answer */
@@ -51,13 +52,12 @@ int answers_run(struct answers *answers, const struct request_spec *spec);
 /* The same, of those that are there, and of what is added, under the engine's lock and followed by
  * engine_wake, while requests->more. */
 int answers_stream(struct answers *answers, const struct requests *requests);
-/* The seconds an answer took: n of the request's time; false: it did not come so far. */
-bool answers_time(const struct request *request, enum answer_time time, double *seconds);
 /* Begins a new conversation. */
 void answers_forget(struct answers *answers);
-/* The ids of a prompt as a request would have them. NULL: `error`. */
-int *answers_encode(const struct answers *answers, const struct request_spec *spec, int *n_ids,
-                    char error[ERROR_LENGTH]);
+/* The ids of history (n_history), which is the beginning, and of a request's prompt; to be freed.
+ * NULL: `error`. */
+int *answers_encode(const struct answers *answers, const struct request_spec *spec,
+                    const int *history, int n_history, int *n_ids, char error[ERROR_LENGTH]);
 
 #endif /* ANSWERS_H */
 
@@ -72,13 +72,14 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 struct answer {
     struct request_spec spec;
     int64_t place;        /* in the run */
+    char number[24];      /* the same in digits, its id if it has none */
     struct answer *after; /* NULL: it follows none */
     struct request request;
     struct tok_stream stream;
     char *text; /* generated (length bytes) */
-    size_t length, capacity, shown, safe;
-    int n_seen; /* tokens, the prompt's included, that went through stream */
-    bool prepared, submitted, echoed, stopped, ended;
+    size_t length, shown, safe;
+    int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
+    bool submitted, echoed, stopped, ended;
 };
 
 static const char *const reason_names[] = {"none", "stop", "length", "cancelled", "error"};
@@ -106,15 +107,16 @@ static int *join(int *ids, int *n_ids, const int *more, int n_more) {
 static bool ids_fit(const struct answers *a, const struct request_spec *spec, char *error) {
     int vocab_size = engine_config_of(a->engine)->model->config.vocab_size;
     for (int i = 0; i < spec->n_ids; i++)
-        if (spec->ids[i] < 0 || spec->ids[i] >= vocab_size)
+        if (spec->ids[i] >= vocab_size)
             return fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
                         vocab_size - 1);
     return true;
 }
 
-/* The ids of what has been said, which is the beginning, and of the request. */
-static int *encode(const struct answers *a, const struct request_spec *spec, const int *history,
-                   int n_history, int *n_ids, char *error) {
+int *answers_encode(const struct answers *a, const struct request_spec *spec, const int *history,
+                    int n_history, int *n_ids, char error[ERROR_LENGTH]) {
+    const struct said one = {spec->prompt, spec->prompt_length};
+    const struct said *said = spec->earlier ? spec->earlier : &one; /* the prompt is the last */
     int *ids = NULL;
     struct turn turn = {.history = history, .n_history = n_history, .system = spec->system};
     *n_ids = 0;
@@ -129,26 +131,20 @@ static int *encode(const struct answers *a, const struct request_spec *spec, con
         return NULL;
     }
     for (int i = 0; i <= spec->n_earlier; i += 2) {
-        bool last = i == spec->n_earlier;
-        turn.user = last ? spec->prompt : spec->earlier[i].text;
-        turn.user_length = last ? spec->prompt_length : spec->earlier[i].length;
-        int n = 0, *text = NULL, *longer = template_ids(a->template, a->tokenizer, &turn, n_ids);
+        turn.user = said[i].text;
+        turn.user_length = said[i].length;
+        int *longer = template_ids(a->template, a->tokenizer, &turn, n_ids);
         free(ids);
         ids = longer;
-        if (last || !ids)
+        if (!ids || i == spec->n_earlier)
             break;
-        text = tok_encode(a->tokenizer, spec->earlier[i + 1].text, spec->earlier[i + 1].length, &n);
+        int n = 0, *text = tok_encode(a->tokenizer, said[i + 1].text, said[i + 1].length, &n);
         ids = join(ids, n_ids, text, text ? n : 0);
         free(text);
         turn.history = ids;
         turn.n_history = *n_ids;
     }
     return ids;
-}
-
-int *answers_encode(const struct answers *a, const struct request_spec *spec, int *n_ids,
-                    char error[ERROR_LENGTH]) {
-    return encode(a, spec, NULL, 0, n_ids, error);
 }
 
 /* The first request without a seed has that of the run, so that one prompt has what --seed says;
@@ -176,8 +172,8 @@ static int *prompt_ids(const struct answers *a, const struct answer *answer, int
     else if (before && before->reason != FINISH_STOP && before->reason != FINISH_LENGTH)
         (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
     else
-        return encode(a, spec, before ? before->tokens : a->history,
-                      before ? before->length : a->n_history, n_ids, error);
+        return answers_encode(a, spec, before ? before->tokens : a->history,
+                              before ? answer->after->n_seen : a->n_history, n_ids, error);
     return NULL;
 }
 
@@ -193,7 +189,6 @@ static void prepare(const struct answers *a, struct answer *answer) {
     r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
     r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
     r->n_prompt = n_ids;
-    answer->prepared = true;
     if (!r->tokens) {
         free(ids);
         (void)fail(r->error, "%s", error);
@@ -202,26 +197,15 @@ static void prepare(const struct answers *a, struct answer *answer) {
     }
 }
 
-static bool is_of(const struct answer *answer, const char *id) {
-    char number[32];
-    (void)snprintf(number, sizeof number, "%" PRId64, answer->place);
-    return strcmp(answer->spec.id ? answer->spec.id : number, id) == 0;
-}
-
 /* ---- answers ---- */
 
 /* Appends bytes, and looks for the stop texts in what is there. */
 static void append(struct answer *answer, const char *bytes, size_t n, bool last) {
     const struct request_spec *spec = &answer->spec;
-    if (answer->length + n > answer->capacity) {
-        answer->capacity = (answer->length + n) * 2;
-        answer->text = realloc(answer->text, answer->capacity);
-        if (!answer->text)
-            abort();
+    for (size_t i = 0; i < n; i++) {
+        answer->text = grow(answer->text, answer->length, 1);
+        answer->text[answer->length++] = bytes[i];
     }
-    if (n > 0)
-        memcpy(answer->text + answer->length, bytes, n);
-    answer->length += n;
     answer->stopped =
         requests_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
     if (answer->stopped)
@@ -246,14 +230,13 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
 
 /* ---- showing ---- */
 
-bool answers_time(const struct request *r, enum answer_time time, double *seconds) {
+/* In seconds; < 0: it did not come so far. */
+static double time_of(const struct request *r, enum answer_time time) {
     int n = r->length - r->n_prompt;
     switch (time) {
-    case TIME_QUEUE: *seconds = r->admitted - r->submitted; return r->admitted > 0;
-    case TIME_TTFT: *seconds = r->first_token - r->submitted; return r->first_token > 0;
-    default:
-        *seconds = n > 1 ? (r->last_token - r->first_token) / (n - 1) : 0;
-        return r->first_token > 0 && n > 1;
+    case TIME_QUEUE: return r->admitted > 0 ? r->admitted - r->submitted : -1;
+    case TIME_TTFT: return r->first_token > 0 ? r->first_token - r->submitted : -1;
+    default: return r->first_token > 0 && n > 1 ? (r->last_token - r->first_token) / (n - 1) : -1;
     }
 }
 
@@ -261,11 +244,8 @@ static void show_json(const struct answer *answer) {
     static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
     const struct request *r = &answer->request;
     int n = n_generated(answer);
-    char number[32];
-    (void)snprintf(number, sizeof number, "%" PRId64, answer->place);
-    const char *id = answer->spec.id ? answer->spec.id : number;
     (void)fputs("{\"id\":", stdout);
-    json_string(stdout, id, strlen(id));
+    json_string(stdout, answer->spec.id, strlen(answer->spec.id));
     (void)fputs(",\"text\":", stdout);
     json_string(stdout, answer->text, answer->length);
     (void)fputs(",\"ids\":[", stdout);
@@ -284,8 +264,8 @@ static void show_json(const struct answer *answer) {
     if (r->admitted > 0)
         printf(",\"prefill_worker\":%d,\"decode_worker\":%d", r->prefill_worker, r->decode_worker);
     for (int i = 0; i < N_TIMES; i++) {
-        double seconds;
-        if (answers_time(r, (enum answer_time)i, &seconds))
+        double seconds = time_of(r, (enum answer_time)i);
+        if (seconds >= 0)
             printf(",\"%s\":%.15g", times[i], 1e3 * seconds);
     }
     (void)fputs("}\n", stdout);
@@ -335,15 +315,11 @@ static void count_ended(struct answers *a, const struct answer *answer) {
         a->interval_sum += r->last_token - r->first_token;
     }
     for (int i = 0; i < N_TIMES; i++) {
-        double seconds;
-        if (!answers_time(r, (enum answer_time)i, &seconds))
+        double seconds = time_of(r, (enum answer_time)i);
+        if (seconds < 0)
             continue;
-        int count = a->n_times[i]++;
-        if ((count & (count - 1)) == 0) /* 0, and powers of two */
-            a->times[i] = realloc(a->times[i], (2 * (size_t)count + 1) * sizeof *a->times[i]);
-        if (!a->times[i])
-            abort();
-        a->times[i][count] = seconds;
+        a->times[i] = grow(a->times[i], (size_t)a->n_times[i], sizeof *a->times[i]);
+        a->times[i][a->n_times[i]++] = seconds;
     }
 }
 
@@ -385,21 +361,21 @@ struct answer_list { /* the answers of a run; in pointers, for the scheduler has
 static bool take_up(struct answers *a, struct answer_list *list, const struct requests *requests) {
     int before = list->n;
     while (list->n < requests->n) {
-        struct answer *answer = calloc(1, sizeof *answer);
-        if ((list->n & (list->n - 1)) == 0) /* 0, and powers of two */
-            list->all = realloc(list->all, (2 * (size_t)list->n + 1) * sizeof *list->all);
-        if (!answer || !list->all)
-            abort();
-        answer->spec = requests->specs[list->n];
+        struct answer *answer = grow(NULL, 0, sizeof *answer);
+        *answer = (struct answer){.spec = requests->specs[list->n], .place = a->n_requests++};
         engine_unlock(a->engine);
-        answer->place = a->n_requests++;
+        (void)snprintf(answer->number, sizeof answer->number, "%" PRId64, answer->place);
+        if (!answer->spec.id)
+            answer->spec.id = answer->number;
         answer->request.sampling = answer->spec.sampling;
         if (!answer->spec.seeded)
             answer->request.sampling.seed = seed_of(a, answer->place);
         for (int i = list->n - 1; i >= 0 && answer->spec.after && !answer->after; i--)
-            answer->after = is_of(list->all[i], answer->spec.after) ? list->all[i] : NULL;
+            if (strcmp(list->all[i]->spec.id, answer->spec.after) == 0)
+                answer->after = list->all[i];
         if (!answer->after)
             prepare(a, answer);
+        list->all = grow(list->all, (size_t)list->n, sizeof *list->all);
         list->all[list->n++] = answer;
         engine_lock(a->engine);
     }
@@ -413,7 +389,7 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
     double at = start + (double)answer->spec.at;
     if (answer->submitted || (answer->after && !answer->after->ended))
         return false;
-    if (!answer->prepared) {
+    if (!r->tokens && r->state != REQUEST_FINISHED) {
         engine_unlock(a->engine);
         prepare(a, answer);
         engine_lock(a->engine);
@@ -440,7 +416,7 @@ static void cancel_all(struct answers *a, const struct answer_list *list) {
         } else {
             answer->request.state = REQUEST_FINISHED;
             answer->request.reason = FINISH_CANCELLED;
-            answer->submitted = answer->prepared = true;
+            answer->submitted = true;
         }
     }
     engine_wake(a->engine);
@@ -448,11 +424,11 @@ static void cancel_all(struct answers *a, const struct answer_list *list) {
 
 /* Follows all requests until each has ended and no others can come. */
 static void follow(struct answers *a, struct answer_list *list, const struct requests *requests) {
-    int n_ended = 0, first_shown = 0, first = 0; /* [0, first) have ended */
+    int first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
     engine_lock(a->engine);
     a->activity = ANSWERING;
-    while (n_ended < list->n || (!cancelled && (requests->more || list->n < requests->n))) {
+    while (first < list->n || (!cancelled && (requests->more || list->n < requests->n))) {
         double next = INFINITY;
         bool any = !cancelled && take_up(a, list, requests), submitted = false;
         for (int i = first; i < list->n; i++)
@@ -460,9 +436,7 @@ static void follow(struct answers *a, struct answer_list *list, const struct req
         if (submitted)
             engine_wake(a->engine);
         for (int i = first; i < list->n; i++) {
-            bool before = list->all[i]->ended;
             any = (list->all[i]->submitted && advance(a, list->all[i])) || any;
-            n_ended += list->all[i]->ended && !before;
             first += i == first && list->all[i]->ended;
         }
         if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
@@ -489,13 +463,14 @@ void answers_forget(struct answers *a) {
     a->n_history = 0;
 }
 
-/* The tokens of a request that ran are what was said so far. */
-static void remember(struct answers *a, struct request *r) {
+/* The tokens of a request that ran, up to a stop text, are what was said so far. */
+static void remember(struct answers *a, struct answer *answer) {
+    struct request *r = &answer->request;
     if (r->reason == FINISH_ERROR || a->template == TEMPLATE_NONE)
         return;
     free(a->history);
     a->history = r->tokens;
-    a->n_history = r->length;
+    a->n_history = answer->n_seen;
     r->tokens = NULL;
 }
 
@@ -509,7 +484,7 @@ int answers_stream(struct answers *a, const struct requests *requests) {
         enum finish_reason reason = answer->request.reason;
         n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
         if (a->converses)
-            remember(a, &answer->request);
+            remember(a, answer);
         free(answer->request.tokens);
         free(answer->text);
         free(answer);

@@ -38,13 +38,11 @@ enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, DEFAULT_BATCH = 32 };
 struct run { /* all that a run opens */
     struct options options;
     struct model model;
-    struct tokenizer *tokenizer; /* NULL: there is none; then no_tokenizer says why */
-    char no_tokenizer[ERROR_LENGTH];
     bool *ends_text; /* (vocab_size) */
     struct backend *backend;
-    struct engine *engine;
+    struct answers answers;  /* with the tokenizer and the engine */
+    sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
-    struct answers answers;
 };
 
 static void complain(const char *line) {
@@ -62,13 +60,14 @@ static void open_tokenizer(struct run *run) {
     int folder = slash ? (int)(slash - o->model) + 1 : 0;
     (void)snprintf(beside, sizeof beside, "%.*stokenizer.bin", folder, o->model);
     if (o->tokenizer || run->model.is_checkpoint) {
-        run->tokenizer = tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside,
-                                             run->model.config.vocab_size, run->no_tokenizer);
+        run->answers.tokenizer =
+            tok_open_checkpoint(o->tokenizer ? o->tokenizer : beside, run->model.config.vocab_size,
+                                run->answers.no_tokenizer);
         return;
     }
-    run->tokenizer = run->model.file ? tok_open(run->model.file, error) : NULL;
-    if (!run->tokenizer)
-        (void)fail(run->no_tokenizer, "%.200s: %.300s", o->model,
+    run->answers.tokenizer = run->model.file ? tok_open(run->model.file, error) : NULL;
+    if (!run->answers.tokenizer)
+        (void)fail(run->answers.no_tokenizer, "%.200s: %.300s", o->model,
                    run->model.file ? error : "random weights have none; give --ids");
 }
 
@@ -78,19 +77,19 @@ static bool open_model(struct run *run, char *error) {
         return false;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
-    if (!run->tokenizer && (o->tokenizer || o->request.prompt))
-        return fail(error, "no tokenizer: %.480s", run->no_tokenizer);
+    if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt))
+        return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    for (int i = 0; i < n && run->ends_text && run->tokenizer; i++)
-        run->ends_text[i] = tok_ends_text(run->tokenizer, i);
+    for (int i = 0; i < n && run->ends_text && run->answers.tokenizer; i++)
+        run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
     return run->ends_text || fail(error, "out of memory");
 }
 
 static void tell_lost(void *context) {
     const struct run *run = context;
-    if (run->engine)
-        engine_tell_lost(run->engine);
+    if (run->answers.engine)
+        engine_tell_lost(run->answers.engine);
 }
 
 /* CUDA where there is a GPU, unless the CPU is asked for. */
@@ -188,13 +187,11 @@ static bool open_engine(struct run *run, char *error) {
                                    .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
                                    .max_queue = o->max_queue,
                                    .kv_type = run->backend->kv_type,
-                                   .policy = KV_ON_EVICT,
                                    .verbose = o->verbose,
                                    .progress = show_loading};
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
         config.kv_type = (enum kv_type)(o->kv_type - 1);
-    if (o->kv_policy > 0)
-        config.policy = (enum kv_policy)(o->kv_policy - 1);
+    config.policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
     if (!plan_workers(o, &config, error))
         return false;
     for (int i = 0; i < config.n_workers; i++) {
@@ -203,8 +200,8 @@ static bool open_engine(struct run *run, char *error) {
         config.workers[i].blocks = blocks_from(o->kv_device, bytes);
     }
     config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
-    run->engine = engine_open(&config, error);
-    return run->engine != NULL;
+    run->answers.engine = engine_open(&config, error);
+    return run->answers.engine != NULL;
 }
 
 /* ---- running ---- */
@@ -218,7 +215,7 @@ struct reader { /* of requests that come while others are answered */
 
 static void *read_main(void *argument) {
     struct reader *reader = argument;
-    struct engine *engine = reader->run->engine;
+    struct engine *engine = reader->run->answers.engine;
     struct request_spec spec;
     while (reader->last > 0) {
         pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL); /* where it waits for a line */
@@ -238,30 +235,26 @@ static void *read_main(void *argument) {
 /* How many requests failed; -1: the file cannot be read, and `error` says why. What is a file is
  * read before the first request begins; of a pipe or a terminal each begins when it comes. */
 static int run_file(struct run *run, char *error) {
-    struct reader reader = {.run = run, .last = 1};
+    struct reader reader = {.run = run, .requests.more = true, .last = 1};
     struct stat status;
     pthread_t thread;
     int n_failed = -1;
-    const char *path = run->options.file;
-    if (!requests_open(&reader.requests, path, error))
+    if (!requests_open(&reader.requests, run->options.file, error))
         return -1;
-    bool reads = false,
-         regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
-    reader.requests.more = true;
+    bool regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
     if (regular)
         read_main(&reader);
-    else
-        reads = pthread_create(&thread, NULL, read_main, &reader) == 0;
-    if (regular ? reader.last >= 0 : reads)
+    if (!regular && pthread_create(&thread, NULL, read_main, &reader) != 0)
+        (void)fail(reader.error, "cannot start threads");
+    else if (!regular || reader.last == 0)
         n_failed = answers_stream(&run->answers, &reader.requests);
-    if (reads) {
+    if (!regular && n_failed >= 0) {
         pthread_cancel(thread);
         pthread_join(thread, NULL);
     }
-    (void)fail(error, "%s", regular || reads ? reader.error : "cannot start threads");
-    n_failed = reader.last < 0 ? -1 : n_failed;
+    memcpy(error, reader.error, ERROR_LENGTH);
     requests_free(&reader.requests);
-    return n_failed;
+    return reader.last < 0 ? -1 : n_failed;
 }
 
 /* All of a piped stdin is one prompt. */
@@ -273,24 +266,18 @@ static int run_piped(struct run *run, char *error) {
     return n_failed;
 }
 
-static int run_chat(struct run *run) {
-    struct chat chat = {.answers = &run->answers, .defaults = run->options.request};
-    run->answers.converses = true;
-    chat_run(&chat);
-    answers_forget(&run->answers);
-    return 0; /* who talks has seen what failed */
-}
-
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
-    int n_failed;
+    int n_failed = 0;
     if (o->file)
         n_failed = run_file(run, error);
     else if (o->request.prompt || o->request.ids)
         n_failed = answers_run(&run->answers, &o->request);
+    else if (isatty(STDIN_FILENO))
+        chat_run(&run->answers, &o->request); /* who talks has seen what failed */
     else
-        n_failed = isatty(STDIN_FILENO) ? run_chat(run) : run_piped(run, error);
+        n_failed = run_piped(run, error);
     if (n_failed < 0) {
         complain(error);
         return EXIT_FILE;
@@ -308,11 +295,11 @@ static bool choose_template(struct run *run) {
     char note[ERROR_LENGTH] = "";
     bool asked = o->template > TEMPLATE_AUTO;
     run->answers.template = TEMPLATE_NONE;
-    if (o->logits || o->perplexity || !run->tokenizer)
+    if (o->logits || o->perplexity || !run->answers.tokenizer)
         return true;
     run->answers.template = asked ? (enum template_kind)o->template
-                                  : template_of(run->model.file, run->tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template, run->tokenizer, note);
+                                  : template_of(run->model.file, run->answers.tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
     if (*note)
         (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
     return fits;
@@ -321,9 +308,6 @@ static bool choose_template(struct run *run) {
 static int run_engine(struct run *run) {
     const struct options *o = &run->options;
     struct answers *answers = &run->answers;
-    answers->engine = run->engine;
-    answers->tokenizer = run->tokenizer;
-    answers->no_tokenizer = run->no_tokenizer;
     answers->json = o->json;
     answers->seed = o->request.sampling.seed;
     if (!choose_template(run))
@@ -332,7 +316,7 @@ static int run_engine(struct run *run) {
         return evaluate_logits(answers, &o->request, o->logits);
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
-    if (engine_start(run->engine))
+    if (engine_start(run->answers.engine))
         return run_requests(run);
     complain("cannot start threads");
     return EXIT_FILE;
@@ -340,32 +324,23 @@ static int run_engine(struct run *run) {
 
 /* ---- signals ---- */
 
-static void signals_of_run(sigset_t *signals) {
-    sigemptyset(signals);
-    sigaddset(signals, SIGINT);
-    sigaddset(signals, SIGTERM);
-    sigaddset(signals, SIGHUP);
-}
-
 /* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
  * finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
-    sigset_t signals;
-    signals_of_run(&signals);
     for (;;) {
         int number, answering = ANSWERING;
-        (void)sigwait(&signals, &number);
+        (void)sigwait(&run->signals, &number);
         if (number != SIGINT ||
             !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
             editor_restore();
             _exit(128 + number);
         }
         pthread_mutex_lock(&run->closing);
-        if (run->engine) { /* else its answers have just ended */
-            engine_lock(run->engine);
-            engine_wake(run->engine);
-            engine_unlock(run->engine);
+        if (run->answers.engine) { /* else its answers have just ended */
+            engine_lock(run->answers.engine);
+            engine_wake(run->answers.engine);
+            engine_unlock(run->answers.engine);
         }
         pthread_mutex_unlock(&run->closing);
     }
@@ -375,11 +350,13 @@ static void *watch_signals(void *argument) {
 /* Signals are for watch_signals alone; a closed stdout is an error of fflush, not a death. Before
  * any other thread is started, so that none of them takes one. */
 static bool start_watching(struct run *run) {
-    sigset_t signals;
     pthread_t watcher;
-    signals_of_run(&signals);
-    sigaddset(&signals, SIGPIPE);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    sigemptyset(&run->signals);
+    sigaddset(&run->signals, SIGINT);
+    sigaddset(&run->signals, SIGTERM);
+    sigaddset(&run->signals, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &run->signals, NULL);
+    (void)signal(SIGPIPE, SIG_IGN);
     return pthread_create(&watcher, NULL, watch_signals, run) == 0 && pthread_detach(watcher) == 0;
 }
 
@@ -399,13 +376,13 @@ static int run_model(struct run *run) {
     else
         complain(error);
     pthread_mutex_lock(&run->closing);
-    struct engine *engine = run->engine;
-    run->engine = NULL;
+    struct engine *engine = run->answers.engine;
+    run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
     if (run->backend)
         run->backend->close(run->backend);
-    tok_close(run->tokenizer);
+    tok_close(run->answers.tokenizer);
     model_close(&run->model);
     free(run->ends_text);
     return status;

@@ -24,8 +24,8 @@ void stats_summary(const struct answers *answers);
 #include <inttypes.h>
 #include <unistd.h>
 
-static double stats_rate(double amount, double seconds) {
-    return seconds > 0 ? amount / seconds : 0;
+static double stats_ratio(double amount, double whole) {
+    return whole > 0 ? amount / whole : 0;
 }
 
 static int compare_doubles(const void *a, const void *b) {
@@ -47,7 +47,7 @@ static double stats_mean(const struct answers *a, enum answer_time time) {
     double sum = 0;
     for (int i = 0; i < a->n_times[time]; i++)
         sum += a->times[time][i];
-    return a->n_times[time] > 0 ? 1e3 * sum / a->n_times[time] : 0;
+    return stats_ratio(1e3 * sum, a->n_times[time]);
 }
 
 struct number {
@@ -117,8 +117,6 @@ void stats_print(const struct answers *a) {
     struct engine_stats now = engine_stats(a->engine);
     struct sched_stats s = now.sched;
     struct kv_stats k = now.kv;
-    double n_intervals = a->n_intervals > 0 ? (double)a->n_intervals : 1;
-    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
     struct pace decode = now.decode, prefill = now.prefill;
     double read, ops;
     int least = INT_MAX, used = 0;
@@ -128,14 +126,16 @@ void stats_print(const struct answers *a) {
     }
     int host_used = config->host_blocks - now.places[config->n_workers].free;
     engine_limits(a->engine, &read, &ops);
-    double reading = stats_rate(decode.bytes, decode.seconds);
-    double multiplying = stats_rate(prefill.operations, prefill.seconds);
+    double reading = stats_ratio(decode.bytes, decode.seconds);
+    double multiplying = stats_ratio(prefill.operations, prefill.seconds);
     const struct number all[] = {
         {"requests", "requests", (double)s.submitted, 0},
         {"ttft_ms", "time to first token, mean (ms)", stats_mean(a, TIME_TTFT), 2},
         {"ttft_max_ms", "time to first token, longest (ms)", stats_within(a, TIME_TTFT, 1), 2},
-        {"itl_ms", "inter-token latency (ms)", 1e3 * a->interval_sum / n_intervals, 2},
-        {"tokens_per_second", "generated tokens/s", (double)a->n_tokens / seconds, 2},
+        {"itl_ms", "inter-token latency (ms)",
+         stats_ratio(1e3 * a->interval_sum, (double)a->n_intervals), 2},
+        {"tokens_per_second", "generated tokens/s",
+         stats_ratio((double)a->n_tokens, a->busy_seconds), 2},
         {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, 0},
         {"decode_tokens", "tokens decoded", (double)s.decode_tokens, 0},
         {"steps", "steps", (double)s.steps, 0},
@@ -157,15 +157,15 @@ void stats_print(const struct answers *a) {
         {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
         {"host_blocks_used", "blocks cached on the host", (double)host_used, 0},
         {"decode_tokens_per_second", "decode steps: tokens/s",
-         stats_rate((double)decode.tokens, decode.seconds), 2},
+         stats_ratio((double)decode.tokens, decode.seconds), 2},
         {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, 2},
         {"read_gb_per_second", "the devices read at most (GB/s)", read * 1e-9, 2},
-        {"decode_share", "decode steps: share of that", stats_rate(reading, read), 2},
+        {"decode_share", "decode steps: share of that", stats_ratio(reading, read), 2},
         {"prefill_tokens_per_second", "prefill steps: tokens/s",
-         stats_rate((double)prefill.tokens, prefill.seconds), 2},
+         stats_ratio((double)prefill.tokens, prefill.seconds), 2},
         {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, 2},
         {"peak_gflops", "the devices multiply at most", ops * 1e-9, 2},
-        {"prefill_share", "prefill steps: share of that", stats_rate(multiplying, ops), 2},
+        {"prefill_share", "prefill steps: share of that", stats_ratio(multiplying, ops), 2},
         {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, 0}};
     (a->json ? stats_json : stats_table)(a, &now, all, sizeof all / sizeof *all);
 }
@@ -175,15 +175,14 @@ void stats_summary(const struct answers *a) {
     struct engine_stats now = engine_stats(a->engine);
     struct sched_stats s = now.sched;
     struct kv_stats k = now.kv;
-    double seconds = a->busy_seconds > 0 ? a->busy_seconds : 1;
-    (void)fprintf(stderr,
-                  "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64
-                  " found cached, %" PRId64 " blocks handed over | %" PRId64
-                  " tokens generated, %.0f tokens/s | %" PRId64 " blocks paged out, %" PRId64
-                  " in, %" PRId64 " preemptions]\n",
-                  config->n_workers, config->n_workers == 1 ? "" : "s", s.prefill_tokens,
-                  s.prefix_hit_tokens, k.transfers, a->n_tokens, (double)a->n_tokens / seconds,
-                  k.pages_out, k.pages_in, s.preemptions);
+    (void)fprintf(
+        stderr,
+        "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64 " found cached, %" PRId64
+        " blocks handed over | %" PRId64 " tokens generated, %.0f tokens/s | %" PRId64
+        " blocks paged out, %" PRId64 " in, %" PRId64 " preemptions]\n",
+        config->n_workers, config->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
+        k.transfers, a->n_tokens, stats_ratio((double)a->n_tokens, a->busy_seconds), k.pages_out,
+        k.pages_in, s.preemptions);
 }
 
 #endif /* STATS_IMPLEMENTATION */

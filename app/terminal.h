@@ -1,8 +1,7 @@
 /* terminal.h: a conversation at a prompt: a line editor, the commands, and what was said so far.
  *
- *     struct chat chat = {.answers = &answers, .defaults = options.request};
- *     chat_run(&chat);    // until the end of input, or /exit
- *     editor_restore();   // from any thread, for who ends the program in between
+ *     chat_run(&answers, &options.request); // until the end of input, or /exit
+ *     editor_restore(); // from any thread, for who ends the program in between
  *
  * With a chat model each turn follows all turns before it, as token ids: the answers as they were
  * generated, also those that Ctrl-C cut off. So the next turn's prompt begins with blocks that the
@@ -20,13 +19,7 @@
 
 #include "answers.h"
 
-struct chat {
-    struct answers *answers;
-    struct request_spec defaults; /* of each turn */
-    char *system;                 /* owned; NULL: that of the defaults */
-};
-
-void chat_run(struct chat *chat);
+void chat_run(struct answers *answers, const struct request_spec *defaults);
 void editor_restore(void);
 
 #endif /* TERMINAL_H */
@@ -52,7 +45,7 @@ enum { EDITOR_LINES = 100 /* of history */ };
 
 struct editor {
     char *line; /* (length) what is typed, a zero byte behind it */
-    size_t length, capacity, at;
+    size_t length, at;
     char *history[EDITOR_LINES]; /* (n_history) the oldest first */
     int n_history, shown;        /* shown == n_history: the new line */
     const char *prompt;
@@ -130,17 +123,11 @@ static void editor_show(const struct editor *e) {
 }
 
 static void editor_insert(struct editor *e, const char *bytes, size_t n) {
-    if (e->length + n + 1 > e->capacity) {
-        e->capacity = (e->length + n + 1) * 2;
-        e->line = realloc(e->line, e->capacity);
-        if (!e->line)
-            abort();
+    for (size_t i = 0; i < n; i++) {
+        e->line = grow(e->line, e->length + 1, 1);
+        memmove(e->line + e->at + 1, e->line + e->at, e->length++ - e->at + 1);
+        e->line[e->at++] = bytes[i];
     }
-    memmove(e->line + e->at + n, e->line + e->at, e->length - e->at);
-    memcpy(e->line + e->at, bytes, n);
-    e->at += n;
-    e->length += n;
-    e->line[e->length] = 0;
 }
 
 static void editor_cut(struct editor *e, size_t from, size_t to) {
@@ -259,7 +246,8 @@ static void editor_remember(struct editor *e) {
 static bool editor_plain(struct editor *e) {
     if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
         (void)fputs(e->prompt, stderr);
-    ssize_t bytes = getline(&e->line, &e->capacity, stdin);
+    size_t capacity = 0; /* what the line has, it may not know */
+    ssize_t bytes = getline(&e->line, &capacity, stdin);
     if (bytes < 0)
         return false;
     e->length = (size_t)(bytes - (e->line[bytes - 1] == '\n'));
@@ -274,7 +262,8 @@ static bool editor_one(struct editor *e, const char *prompt) {
     e->prompt = prompt;
     if (!editor_raw())
         return editor_plain(e);
-    editor_insert(e, "", 0);
+    e->line = grow(e->line, 0, 1);
+    *e->line = 0;
     bool entered = editor_line(e) == ENTERED;
     (void)fputc('\n', stderr);
     editor_restore();
@@ -313,14 +302,14 @@ static const char chat_help[] =
     "A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n";
 
 /* Forgets what was said, and says so; a base model has nothing to forget. */
-static void chat_restart(struct chat *chat, const char *of_chat, const char *of_base) {
-    answers_forget(chat->answers);
-    (void)fputs(chat->answers->template == TEMPLATE_NONE ? of_base : of_chat, stderr);
+static void chat_restart(struct answers *answers, const char *of_chat, const char *of_base) {
+    answers_forget(answers);
+    (void)fputs(answers->template == TEMPLATE_NONE ? of_base : of_chat, stderr);
 }
 
 /* What a line that begins with / asks for: a command's name, alone or with something behind it.
- * False: the end. */
-static bool chat_command(struct chat *chat, const char *line) {
+ * *system: that of /system, owned by the caller. False: the end. */
+static bool chat_command(struct answers *answers, const char *line, char **system) {
     char name[16];
     size_t length = strcspn(line, " ");
     (void)snprintf(name, sizeof name, "%.*s", (int)length, line);
@@ -328,15 +317,14 @@ static bool chat_command(struct chat *chat, const char *line) {
     if (!strcmp(name, "/help")) {
         (void)fputs(chat_help, stderr);
     } else if (!strcmp(name, "/stats")) {
-        stats_print(chat->answers);
+        stats_print(answers);
     } else if (!strcmp(name, "/clear")) {
-        chat_restart(chat, "A new conversation begins.\n",
+        chat_restart(answers, "A new conversation begins.\n",
                      "There is nothing to clear: this model continues each prompt by itself.\n");
     } else if (!strcmp(name, "/system")) {
-        free(chat->system);
-        chat->system = strdup(line + length + strspn(line + length, " "));
-        chat->defaults.system = chat->system;
-        chat_restart(chat, "A new conversation begins with it.\n",
+        free(*system);
+        *system = strdup(line + length + strspn(line + length, " "));
+        chat_restart(answers, "A new conversation begins with it.\n",
                      "It will stand before each prompt: this model has no place for it.\n");
     } else if (goes_on) {
         (void)fprintf(stderr, "%.*s: unknown command; /help lists all\n", (int)length, line);
@@ -344,24 +332,27 @@ static bool chat_command(struct chat *chat, const char *line) {
     return goes_on;
 }
 
-void chat_run(struct chat *chat) {
+void chat_run(struct answers *answers, const struct request_spec *defaults) {
     struct editor editor = {0};
-    bool goes_on = true;
+    char *system = NULL; /* that of the defaults */
+    bool goes_on = answers->converses = true;
     while (goes_on) {
-        struct request_spec spec = chat->defaults;
+        struct request_spec spec = *defaults;
+        spec.system = system ? system : defaults->system;
         spec.prompt = editor_read(&editor, "> ", &spec.prompt_length);
         if (!spec.prompt)
             break;
         if (spec.prompt[0] == '/' && spec.prompt[1] >= 'a' && spec.prompt[1] <= 'z') {
-            goes_on = chat_command(chat, spec.prompt);
-        } else if (spec.prompt_length > 0 && answers_run(chat->answers, &spec) > 0 &&
-                   chat->answers->n_history > 0) {
+            goes_on = chat_command(answers, spec.prompt, &system);
+        } else if (spec.prompt_length > 0 && answers_run(answers, &spec) > 0 &&
+                   answers->n_history > 0) {
             (void)fputs("If the conversation has become too long: /clear begins a new one.\n",
                         stderr);
         }
         free(spec.prompt);
     }
-    free(chat->system);
+    free(system);
+    answers_forget(answers);
     for (int i = 0; i < editor.n_history; i++)
         free(editor.history[i]);
     free(editor.line);

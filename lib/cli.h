@@ -1,14 +1,9 @@
 /* cli.h: the command line, the files of requests, and a terminal's progress bar.
  *
  *     struct options options;
- *     char error[ERROR_LENGTH];
- *     if (!cli_parse(&options, argc, argv, error)) {
- *         fprintf(stderr, "dynamo: %s\n", error);
- *         return 2;
- *     }
  *     struct requests requests = {0};
  *     struct request_spec spec;
- *     if (options.file && requests_open(&requests, options.file, error))
+ *     if (cli_parse(&options, argc, argv, error) && requests_open(&requests, options.file, error))
  *         while (requests_next(&requests, &options.request, &spec, error) > 0)
  *             requests_add(&requests, &spec);
  *     requests_free(&requests);
@@ -40,6 +35,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
+    CLI_FILE_LINES = 1 << 16,  /* of requests: all may be in flight together */
     VALUE_DEVICES = 64,        /* of a list */
     VALUE_STOPS = 16           /* texts that end an answer */
 };
@@ -68,7 +64,7 @@ struct request_spec {
     size_t prompt_length; /* bytes */
     int *ids;             /* (n_ids) token ids; NULL if a prompt is given */
     int n_ids;
-    struct said *earlier; /* (n_earlier) before the prompt: a user's and the answer, in turns */
+    struct said *earlier; /* (n_earlier + 1) a user's and the answer, in turns; last the prompt */
     int n_earlier;
     const char *after; /* id of an earlier request, which this one continues; NULL: none */
     float at;          /* arrival, in seconds after the start */
@@ -101,10 +97,6 @@ struct options {
 /* False: `error` is one line, without the program's name. With --help or --version nothing else is
  * required; else `model` is not NULL. In any case, cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
-/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. given: which keys
- * were set before, at first 0. */
-bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
-             char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
 bool cli_given(uint64_t given, const char *option); /* given: options->given */
 void cli_help(FILE *stream);
@@ -117,7 +109,7 @@ void cli_progress(const char *label, int64_t done, int64_t total);
 
 struct requests {
     struct request_spec *specs; /* (n) */
-    int n, capacity;
+    int n;
     bool more; /* others will be added; who reads beside another thread changes it under a lock */
     FILE *file;
     const char *name;
@@ -158,14 +150,23 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 struct value {
     char *text; /* (length); NULL: none was given */
     size_t length;
-    double low, high;  /* of INT and REAL; low: of SIZE */
-    const char *words; /* of CHOICE: f32|bf16 */
+    const struct option_row *row;
 };
 
 struct kind {
     bool (*read)(const struct value *value, void *target);
     char json;            /* the json_node's type */
-    const char *expected; /* NULL: one of the words */
+    const char *expected; /* NULL: one of the words of `argument` */
+};
+
+/* A row with a key is a field of options.request; without a name, a key of request files only;
+ * without a kind, a heading of --help. */
+struct option_row {
+    const char *name, *argument, *help;
+    const struct kind *kind;
+    size_t offset;    /* in struct options */
+    double low, high; /* of INT and REAL; low: of SIZE */
+    const char *key;
 };
 
 static bool read_flag(const struct value *value, void *target) {
@@ -198,7 +199,8 @@ static bool read_number(const struct value *value, const char *bytes, double *nu
     char *end;
     *number = strtod(value->text, &end);
     return value->length > 0 && strspn(value->text, bytes) >= value->length &&
-           end == value->text + value->length && *number >= value->low && *number <= value->high;
+           end == value->text + value->length && *number >= value->row->low &&
+           *number <= value->row->high;
 }
 
 static bool read_int(const struct value *value, void *target) {
@@ -228,7 +230,7 @@ static bool read_size(const struct value *value, void *target) {
     int shift = unit ? 10 * (int)(unit - units) : 0;
     uint64_t number;
     struct value digits = {.text = value->text, .length = value->length - (unit != NULL)};
-    if (!read_seed(&digits, &number) || (double)number < value->low ||
+    if (!read_seed(&digits, &number) || (double)number < value->row->low ||
         number > (uint64_t)1 << (53 - shift))
         return false;
     *(struct size *)target = (struct size){(int64_t)number << shift, unit == units, true};
@@ -292,7 +294,7 @@ static bool read_devices(const struct value *value, void *target) {
 }
 
 static bool read_choice(const struct value *value, void *target) {
-    const char *words = value->words;
+    const char *words = value->row->argument;
     for (int choice = 1;; choice++) {
         size_t length = strcspn(words, "|");
         *(int *)target = choice;
@@ -324,84 +326,68 @@ static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see se
 
 /* ---- the table of options ---- */
 
-/* A row with a key is a field of options.request; without a name, a key of request files only;
- * without a kind, a heading of --help. */
-struct option_row {
-    const char *name, *argument;
-    const struct kind *kind;
-    size_t offset; /* in struct options */
-    const char *key, *help;
-    double low, high; /* of a number */
-};
-
-#define AT(field) offsetof(struct options, field)
+#define AT(field) .offset = offsetof(struct options, field)
 static const struct option_row option_rows[] = {
     {.help = "What to run (without any: a conversation at a prompt; piped stdin is one prompt)"},
-    {"-p", "TEXT", &PROMPT, AT(request), .key = "prompt", .help = "one prompt"},
-    {"--ids", "1,15,7", &IDS, AT(request), .key = "ids", .help = "one prompt as token ids"},
-    {"-f", "FILE", &TEXT, AT(file),
-     .help = "one request a line: text, or JSON with [keys]; - is stdin"},
-    {"--tokenize", "FILE", &TEXT, AT(tokenize), .help = "print the token ids of FILE's texts"},
-    {"--perplexity", "FILE", &TEXT, AT(perplexity), .help = "how well the model predicts FILE"},
-    {"--logits", "FILE", &TEXT, AT(logits), .help = "write the prompt's logits to FILE (float32)"},
-    {"--tokenizer", "FILE", &TEXT, AT(tokenizer), .help = "tokenizer.bin of a llama2.c model"},
-    {.kind = &TEXT, .offset = AT(request.id), .key = "id"},
-    {.kind = &MESSAGES, .offset = AT(request), .key = "messages"},
-    {.kind = &TEXT, .offset = AT(request.after), .key = "after"},
-    {.kind = &REAL, .offset = AT(request.at), .key = "at", .high = 1e6},
-    {.kind = &REAL, .offset = AT(request.deadline), .key = "deadline", .high = 1e6},
+    {"-p", "TEXT", "one prompt", &PROMPT, AT(request), .key = "prompt"},
+    {"--ids", "1,15,7", "one prompt as token ids", &IDS, AT(request), .key = "ids"},
+    {"-f", "FILE", "one request a line: text, or JSON with [keys]; - is stdin", &TEXT, AT(file)},
+    {"--tokenize", "FILE", "print the token ids of FILE's texts", &TEXT, AT(tokenize)},
+    {"--perplexity", "FILE", "how well the model predicts FILE", &TEXT, AT(perplexity)},
+    {"--logits", "FILE", "write the prompt's logits to FILE (float32)", &TEXT, AT(logits)},
+    {"--tokenizer", "FILE", "tokenizer.bin of a llama2.c model", &TEXT, AT(tokenizer)},
+    {.kind = &TEXT, AT(request.id), .key = "id"},
+    {.kind = &MESSAGES, AT(request), .key = "messages"},
+    {.kind = &TEXT, AT(request.after), .key = "after"},
+    {.kind = &REAL, AT(request.at), .high = 1e6, .key = "at"},
+    {.kind = &REAL, AT(request.deadline), .high = 1e6, .key = "deadline"},
     {.help = "How to write"},
-    {"-n", "N", &INT, AT(request.n), .key = "n", .low = 1, .high = INT_MAX,
-     .help = "tokens at most (default: until the end)"},
-    {"-t", "T", &REAL, AT(request.sampling.temperature), .key = "temperature", .high = 100,
-     .help = "0: the likeliest token; 1: as the model says (default 0.8)"},
-    {"--top-p", "P", &REAL, AT(request.sampling.top_p), .key = "top_p", .high = 1,
-     .help = "only the likeliest, of probability P together (default 0.95)"},
-    {"--top-k", "K", &INT, AT(request.sampling.top_k), .key = "top_k", .high = INT_MAX,
-     .help = "only the K likeliest tokens (default 0: all)"},
-    {"--min-p", "P", &REAL, AT(request.sampling.min_p), .key = "min_p", .high = 1,
-     .help = "only those at least P times as likely as the first (default 0)"},
-    {"--seed", "S", &SEED, AT(request.sampling.seed), .key = "seed",
-     .help = "of the run: the first request's, the others get their own from it"},
-    {"--stop", "TEXT", &STOP, AT(request), .key = "stop",
-     .help = "end before this text; may be given several times"},
-    {"--system", "TEXT", &TEXT, AT(request.system), .key = "system",
-     .help = "what a chat model is told first"},
-    {"--template", "auto|chatml|llama3|llama2|mistral|none", &CHOICE, AT(template),
-     .help = "how a chat model is spoken to (default: as the file says)"},
+    {"-n", "N", "tokens at most (default: until the end)", &INT, AT(request.n), 1, INT_MAX,
+     .key = "n"},
+    {"-t", "T", "0: the likeliest token; 1: as the model says (default 0.8)", &REAL,
+     AT(request.sampling.temperature), 0, 100, .key = "temperature"},
+    {"--top-p", "P", "only the likeliest, of probability P together (default 0.95)", &REAL,
+     AT(request.sampling.top_p), 0, 1, .key = "top_p"},
+    {"--top-k", "K", "only the K likeliest tokens (default 0: all)", &INT,
+     AT(request.sampling.top_k), 0, INT_MAX, .key = "top_k"},
+    {"--min-p", "P", "only those at least P times as likely as the first (default 0)", &REAL,
+     AT(request.sampling.min_p), 0, 1, .key = "min_p"},
+    {"--seed", "S", "of the run: the first request's, the others get their own from it", &SEED,
+     AT(request.sampling.seed), .key = "seed"},
+    {"--stop", "TEXT", "end before this text; may be given several times", &STOP, AT(request),
+     .key = "stop"},
+    {"--system", "TEXT", "what a chat model is told first", &TEXT, AT(request.system),
+     .key = "system"},
+    {"--template", "auto|chatml|llama3|llama2|mistral|none",
+     "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
-    {"--devices", "LIST", &DEVICES, AT(devices),
-     .help = "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0"},
-    {"--prefill", "LIST", &PLACES, AT(prefill), .help = "those of --devices that read prompts"},
-    {"--decode", "LIST", &PLACES, AT(decode), .help = "those of --devices that write answers"},
-    {"--tp", "N", &INT, AT(tp), .low = 1, .high = 8,
-     .help = "devices that share one copy of the model: 1, 2, 4 or 8"},
-    {"--tp-prefill", "N", &INT, AT(tp_prefill), .low = 1, .high = 8,
-     .help = "the same, of workers that read prompts (default: --tp)"},
-    {"--tp-decode", "N", &INT, AT(tp_decode), .low = 1, .high = 8,
-     .help = "the same, of workers that write answers (default: --tp)"},
-    {"--colocate", NULL, &FLAG, AT(colocate), .help = "every worker prefills and decodes"},
-    {"--threads", "N", &INT, AT(threads), .low = 1, .high = 1024, .help = "CPU threads"},
+    {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},
+    {"--prefill", "LIST", "those of --devices that read prompts", &PLACES, AT(prefill)},
+    {"--decode", "LIST", "those of --devices that write answers", &PLACES, AT(decode)},
+    {"--tp", "N", "devices that share one copy of the model: 1, 2, 4 or 8", &INT, AT(tp), 1, 8},
+    {"--tp-prefill", "N", "the same, of workers that read prompts (default: --tp)", &INT,
+     AT(tp_prefill), 1, 8},
+    {"--tp-decode", "N", "the same, of workers that write answers (default: --tp)", &INT,
+     AT(tp_decode), 1, 8},
+    {"--colocate", NULL, "every worker prefills and decodes", &FLAG, AT(colocate)},
+    {"--threads", "N", "CPU threads", &INT, AT(threads), 1, 1024},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
-    {"--kv-device", "SIZE", &SIZE, AT(kv_device), .low = 1, .help = "KV cache on each device"},
-    {"--kv-host", "SIZE", &SIZE, AT(kv_host), .help = "KV cache in host memory; 0: none"},
-    {"--kv-type", "f32|bf16", &CHOICE, AT(kv_type), .help = "type of its numbers"},
-    {"--kv-policy", "on-evict|write-through", &CHOICE, AT(kv_policy),
-     .help = "copy blocks to the host when they must go, or at once"},
-    {"--max-batch", "N", &INT, AT(max_batch), .low = 1, .high = 65536,
-     .help = "requests in one decode step, at most"},
-    {"--chunk", "N", &INT, AT(chunk), .low = 1, .high = 1 << 20,
-     .help = "prompt tokens in one prefill step, at most"},
-    {"--max-queue", "N", &INT, AT(max_queue), .high = INT_MAX,
-     .help = "requests that may wait, others are refused (default 0: any number)"},
+    {"--kv-device", "SIZE", "KV cache on each device", &SIZE, AT(kv_device), 1},
+    {"--kv-host", "SIZE", "KV cache in host memory; 0: none", &SIZE, AT(kv_host)},
+    {"--kv-type", "f32|bf16", "type of its numbers", &CHOICE, AT(kv_type)},
+    {"--kv-policy", "on-evict|write-through",
+     "copy blocks to the host when they must go, or at once", &CHOICE, AT(kv_policy)},
+    {"--max-batch", "N", "requests in one decode step, at most", &INT, AT(max_batch), 1, 65536},
+    {"--chunk", "N", "prompt tokens in one prefill step, at most", &INT, AT(chunk), 1, 1 << 20},
+    {"--max-queue", "N", "requests that may wait, others are refused (default 0: any number)", &INT,
+     AT(max_queue), 0, INT_MAX},
     {.help = "What to show"},
-    {"--json", NULL, &FLAG, AT(json), .help = "one JSON object a request"},
-    {"--stats", NULL, &FLAG, AT(stats), .help = "a table of speeds and of what the pager did"},
-    {"--verbose", NULL, &FLAG, AT(verbose), .help = "each step of each worker"},
-    {"--copy-delay", "SEED", &SEED, AT(copy_delay),
-     .help = "for tests: delay CPU copies at random"},
-    {"--version", NULL, &FLAG, AT(version), .help = "print the version"},
-    {"--help", NULL, &FLAG, AT(help), .help = "print this"},
+    {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
+    {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
+    {"--verbose", NULL, "each step of each worker", &FLAG, AT(verbose)},
+    {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
+    {"--version", NULL, "print the version", &FLAG, AT(version)},
+    {"--help", NULL, "print this", &FLAG, AT(help)},
 };
 #undef AT
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
@@ -418,20 +404,16 @@ static const struct rule {
     {{"--decode", "--prefill"}, "--prefill"},
 };
 
-static bool read_value(void *target, const struct option_row *row, char *text, size_t length) {
-    struct value value = {text, length, row->low, row->high, row->argument};
-    return row->kind->read(&value, target);
-}
-
 /* `name`: the option or the key; `quote`: what stands around the text, or "". */
-static bool refuse_value(const struct option_row *row, const char *name, const char *quote,
-                         const char *text, size_t length, char *error) {
+static bool refuse_value(const struct value *value, const char *name, const char *quote,
+                         char *error) {
+    const struct option_row *row = value->row;
     const char *expected = row->kind->expected ? row->kind->expected : row->argument;
     char range[64] = "";
     if (row->high > row->low)
         snprintf(range, sizeof range, " from %.10g to %.10g", row->low, row->high);
     return fail(error, "%s: got %s%.*s%s, expected %s%s", name, quote,
-                length < 60 ? (int)length : 60, text, quote, expected, range);
+                value->length < 60 ? (int)value->length : 60, value->text, quote, expected, range);
 }
 
 /* The name by which a row is known on the command line, or in a request file. */
@@ -494,11 +476,9 @@ static const struct option_row *give(uint64_t *given, const char *name, bool key
  * said. The keys of a message may come in any order. */
 static bool set_messages(struct request_spec *request, struct json_node *nodes, int list,
                          char *error) {
-    static const char *const roles[] = {"user", "assistant", "system"};
+    static const char *const roles[] = {"user", "assistant"};
     int number = 0, n = 0;
-    free(request->earlier);
-    request->earlier = calloc((size_t)(nodes[list].next - list), sizeof *request->earlier);
-    for (int i = list + 1; request->earlier && i < nodes[list].next; i = nodes[i].next, number++) {
+    for (int i = list + 1; i < nodes[list].next; i = nodes[i].next, number++) {
         const struct json_node *parts[2] = {NULL, NULL};
         for (int key = i + 1; nodes[i].type == '{' && key < nodes[i].next;
              key = nodes[key + 1].next) {
@@ -507,14 +487,14 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
                 parts[content] = &nodes[key + 1];
         }
         const char *role = parts[0] ? parts[0]->text : "none", *expected = roles[n % 2];
-        bool system = number == 0 && strcmp(role, roles[2]) == 0;
+        bool system = number == 0 && strcmp(role, "system") == 0;
         if (!parts[1] || (!system && strcmp(role, expected) != 0))
             return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
                         number + 1, role, parts[1] ? "" : " and no content", expected);
-        if (system)
-            request->system = parts[1]->text;
-        else
-            request->earlier[n++] = (struct said){parts[1]->text, parts[1]->length};
+        request->earlier = grow(request->earlier, (size_t)n, sizeof *request->earlier);
+        request->earlier[n] = (struct said){parts[1]->text, parts[1]->length};
+        request->system = system ? parts[1]->text : request->system;
+        n += !system;
     }
     if (n % 2 == 0)
         return fail(error, "messages: got %d, expected the last to be the user's", number);
@@ -524,8 +504,9 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
     return true;
 }
 
-bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *nodes, int key,
-             char error[ERROR_LENGTH]) {
+/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
+static bool set_field(struct request_spec *request, uint64_t *given, struct json_node *nodes,
+                      int key, char *error) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
     bool plain = name->length == strlen(name->text); /* no zero byte inside */
     const struct option_row *row = give(given, plain ? name->text : "", true, error);
@@ -542,45 +523,15 @@ bool cli_set(struct request_spec *request, uint64_t *given, struct json_node *no
     for (; at < value->next; at = nodes[at].next) {
         struct json_node *node = &nodes[at];
         size_t bracket = node->type == '['; /* of token ids */
-        if (node->type != row->kind->json || !row->kind->read ||
-            !read_value(target, row, node->text + bracket, node->length - 2 * bracket))
-            return refuse_value(row, row->key, node->type == '"' ? "\"" : "", node->text,
-                                node->length, error);
+        struct value inside = {node->text + bracket, node->length - 2 * bracket, row};
+        if (node->type != row->kind->json || !row->kind->read || !row->kind->read(&inside, target))
+            return refuse_value(&(struct value){node->text, node->length, row}, row->key,
+                                node->type == '"' ? "\"" : "", error);
     }
     return true;
 }
 
 /* ---- files of requests ---- */
-
-char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
-    FILE *file = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    const char *name = file == stdin ? "stdin" : path;
-    char *text = NULL, *larger = NULL;
-    *length = 0;
-    for (size_t room = 4096, n = 1; file && n > 0 && *length <= CLI_FILE_LENGTH;
-         room = *length + 4096) {
-        larger = realloc(text, *length + room);
-        if (!larger)
-            break;
-        text = larger;
-        n = fread(text + *length, 1, room - 1, file);
-        *length += n;
-    }
-    bool good = larger && !ferror(file);
-    if (!good)
-        fail(error, "%.400s: %s", name, strerror(errno));
-    else if (*length > CLI_FILE_LENGTH)
-        good = fail(error, "%.400s: got more than %d bytes", name, CLI_FILE_LENGTH);
-    else
-        text[*length] = 0;
-    if (file && file != stdin)
-        fclose(file);
-    if (!good)
-        free(text);
-    return good ? text : NULL;
-}
-
-enum { MAX_LINES = 1 << 16 /* of a file: all may be in flight together */ };
 
 /* text[length] is 0. */
 static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
@@ -593,13 +544,11 @@ static bool read_request(struct request_spec *request, char *text, size_t length
     struct json_node *nodes = json_parse(text, length, error);
     bool good = nodes != NULL;
     for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
-        good = cli_set(request, &given, nodes, key, error);
+        good = set_field(request, &given, nodes, key, error);
     free(nodes);
     request->seeded = cli_given(given, "--seed");
     int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
-    if (good && n != 1)
-        return fail(error, "expected one of prompt, ids and messages");
-    return good;
+    return good && (n == 1 || fail(error, "expected one of prompt, ids and messages"));
 }
 
 bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]) {
@@ -609,72 +558,64 @@ bool requests_open(struct requests *requests, const char *path, char error[ERROR
     return requests->file || fail(error, "%.400s: %s", requests->name, strerror(errno));
 }
 
-/* Reads a line into requests->text, without its end. Returns its length; < 0: there is none, or
- * an error is set. */
-static ptrdiff_t read_line(struct requests *requests, char *error) {
-    size_t n = 0, room = 0;
+/* Reads into requests->text what comes before `end`, a byte or EOF, and puts a zero byte there. */
+static bool read_until(struct requests *requests, int end, size_t *length, char *error) {
+    size_t n = 0;
     int byte;
     *error = 0;
-    while ((byte = getc_unlocked(requests->file)) != EOF && byte != '\n') {
-        if (n + 1 >= room) {
-            room = room > 0 ? 2 * room : 256;
-            char *larger = n < CLI_FILE_LENGTH ? realloc(requests->text, room) : NULL;
-            if (!larger) {
-                (void)fail(error, "%.400s: got more than %d bytes", requests->name,
-                           CLI_FILE_LENGTH);
-                return -1;
-            }
-            requests->text = larger;
-        }
+    while ((byte = getc_unlocked(requests->file)) != EOF && byte != end && n <= CLI_FILE_LENGTH) {
+        requests->text = grow(requests->text, n, 1);
         requests->text[n++] = (char)byte;
     }
-    if (byte == EOF && ferror(requests->file)) {
-        (void)fail(error, "%.400s: %s", requests->name, strerror(errno));
-        return -1;
+    requests->text = grow(requests->text, n, 1);
+    requests->text[n] = 0;
+    *length = n;
+    if (byte == EOF && ferror(requests->file))
+        return fail(error, "%.400s: %s", requests->name, strerror(errno));
+    return n <= CLI_FILE_LENGTH ||
+           fail(error, "%.400s: got more than %d bytes", requests->name, CLI_FILE_LENGTH);
+}
+
+char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) {
+    struct requests whole = {0};
+    char *text = NULL;
+    if (requests_open(&whole, path, error) && read_until(&whole, EOF, length, error)) {
+        text = whole.text;
+        whole.text = NULL;
     }
-    if (byte == EOF && n == 0)
-        return -1;
-    if (n > 0 && requests->text[n - 1] == '\r')
-        n--;
-    if (n > 0)
-        requests->text[n] = 0;
-    return (ptrdiff_t)n;
+    requests_free(&whole);
+    return text;
 }
 
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]) {
     char wrong[ERROR_LENGTH];
-    ptrdiff_t length = 0;
+    size_t length = 0;
     while (length == 0) {
-        length = read_line(requests, error);
-        if (length < 0)
-            return *error ? -1 : 0;
-        if (++requests->n_lines > MAX_LINES) {
+        if (!read_until(requests, '\n', &length, error))
+            return -1;
+        if (length == 0 && feof(requests->file))
+            return 0;
+        if (++requests->n_lines > CLI_FILE_LINES) {
             (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
-                       (int)MAX_LINES);
+                       CLI_FILE_LINES);
             return -1;
         }
+        length -= length > 0 && requests->text[length - 1] == '\r';
+        requests->text[length] = 0;
     }
     *spec = *defaults;
     spec->line = requests->text;
     requests->text = NULL;
-    if (read_request(spec, spec->line, (size_t)length, wrong))
+    if (read_request(spec, spec->line, length, wrong))
         return 1;
-    spec->error = malloc(ERROR_LENGTH);
-    if (!spec->error)
-        abort();
+    spec->error = grow(NULL, 0, ERROR_LENGTH);
     fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
     return 1;
 }
 
 void requests_add(struct requests *requests, const struct request_spec *spec) {
-    if (requests->n == requests->capacity) {
-        requests->capacity = requests->capacity > 0 ? 2 * requests->capacity : 16;
-        requests->specs =
-            realloc(requests->specs, (size_t)requests->capacity * sizeof *requests->specs);
-        if (!requests->specs)
-            abort();
-    }
+    requests->specs = grow(requests->specs, (size_t)requests->n, sizeof *spec);
     requests->specs[requests->n++] = *spec;
 }
 
@@ -714,15 +655,16 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 
 /* The positions of --prefill and --decode: inside --devices, and each in one pool. */
 static bool check_pools(const struct options *options, char *error) {
+    const struct device_list *pools[] = {&options->prefill, &options->decode};
     bool used[VALUE_DEVICES] = {false};
-    for (int i = 0; i < options->prefill.n + options->decode.n && options->devices.n; i++) {
-        bool prefill = i < options->prefill.n;
-        int index =
-            prefill ? options->prefill.index[i] : options->decode.index[i - options->prefill.n];
-        if (index >= options->devices.n || used[index])
-            return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
-                        prefill ? "--prefill" : "--decode", index, options->devices.n - 1);
-        used[index] = true;
+    for (int pool = 0; pool < 2 && options->devices.n > 0; pool++) {
+        for (int i = 0; i < pools[pool]->n; i++) {
+            int index = pools[pool]->index[i];
+            if (index >= options->devices.n || used[index])
+                return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
+                            pool == 0 ? "--prefill" : "--decode", index, options->devices.n - 1);
+            used[index] = true;
+        }
     }
     return true;
 }
@@ -790,9 +732,9 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
             value = argv[++i];
         if (row->kind != &FLAG && !value)
             return fail(error, "%s: missing value (%s)", word, row->argument);
-        size_t length = value ? strlen(value) : 0;
-        if (!read_value((char *)options + row->offset, row, value, length))
-            return refuse_value(row, word, "", value, length, error);
+        struct value whole = {value, value ? strlen(value) : 0, row};
+        if (!row->kind->read(&whole, (char *)options + row->offset))
+            return refuse_value(&whole, word, "", error);
     }
     return options->help || options->version || check_options(options, error);
 }

@@ -1,4 +1,4 @@
-/* text.h: what all that reads needs: one line that says what is wrong, and UTF-8.
+/* text.h: what all that reads needs: a line that says what is wrong, memory that grows, UTF-8.
  *
  *     bool parse(const char *text, char error[ERROR_LENGTH]) {
  *         if (*text != '{')
@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 enum { ERROR_LENGTH = 512 }; /* bytes of a line, with its end */
 
@@ -35,6 +36,16 @@ __attribute__((format(printf, 2, 3))) static inline bool fail(char error[ERROR_L
     va_end(values);
     fail_clean(error);
     return false;
+}
+
+/* Room for one more behind n items of `size` bytes. At powers of two it makes room for as many
+ * again, so who adds one by one needs no capacity. Ends the program where there is no memory. */
+static inline void *grow(void *items, size_t n, size_t size) {
+    if ((n & (n - 1)) == 0)
+        items = realloc(items, (2 * n + 1) * size);
+    if (!items)
+        abort();
+    return items;
 }
 
 /* Reads one UTF-8 character. > 0: its bytes. 0: all `length` bytes begin one. < 0: so many bytes

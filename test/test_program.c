@@ -454,6 +454,26 @@ static void requests_come_at_their_time(struct check *check) {
     CHECK(number(&o, "late", "completion_tokens") == 2, "%s", o.out);
 }
 
+/* What was generated behind a stop text, before anybody found it, is not said: else the time that
+ * it took would change the next turn. */
+static void a_turn_follows_what_was_said(struct check *check) {
+    write_requests(check, "{'id':'a','prompt':'The cat','n':99,'stop':['. ']}\n"
+                          "{'id':'b','after':'a','ids':[264],'n':2}\n");
+    for (int i = 0; i < 5; i++) {
+        struct outcome o = run(check, "model.bin -f $T/requests --seed %d --json", i);
+        double said = number(&o, "a", "prompt_tokens") + number(&o, "a", "completion_tokens");
+        CHECK(o.status == 0 && number(&o, "b", "prompt_tokens") == said + 1, "%s", o.out);
+    }
+}
+
+/* A model whose context is one token predicts none; it says so, and ends. */
+static void a_context_of_one_token_predicts_none(struct check *check) {
+    shell(check, "cp " AIDREAMS " $T/one && printf '\\1\\0\\0\\0' | "
+                 "dd of=$T/one bs=1 seek=24 conv=notrunc status=none && truncate -s -8128 $T/one");
+    expect(check, "$T/one --tokenizer " AIDREAMS_TOKENIZER " --perplexity Makefile", 1, NULL,
+           "dynamo: --perplexity: a context of 1 token *");
+}
+
 /* An answer comes while the next line has not been written. */
 static void lines_are_taken_as_they_come(struct check *check) {
     CHECK(mkfifo(scratch("lines"), 0600) == 0, "no pipe");
@@ -1021,6 +1041,8 @@ int main(int argc, char **argv) {
                                         TEST(nothing_cached_is_lost),
                                         TEST(messages_are_turns),
                                         TEST(requests_come_at_their_time),
+                                        TEST(a_turn_follows_what_was_said),
+                                        TEST(a_context_of_one_token_predicts_none),
                                         TEST(lines_are_taken_as_they_come),
                                         TEST(loads_have_bounds),
                                         TEST(times_are_of_what_came),
