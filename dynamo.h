@@ -76,15 +76,15 @@ struct request {
     int length, filled, preemptions;
     int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
     int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
-    uint64_t *hashes;      /* kv_hash up to the end of each full block. In one piece with */
-    int *blocks, n_blocks; /* … nodes of the cache, in order of position; */
-    int *slots, n_slots;   /* … of the first blocks, seen to be where it is computed; */
-    int *held, n_held;     /* … nodes whose host copies it holds as it waits */
-    int64_t tried;         /* its last try to be admitted: nothing has changed since */
-    int n_passed;          /* others admitted while it was the first that did not fit */
-    const struct request *leader; /* computes what it waits for, its first `shared` tokens; or NULL */
-    int shared;                   /* 0: it has not waited so */
-    int saved;             /* node of the block it was preempted in; -1: none */
+    uint64_t *hashes;             /* kv_hash up to the end of each full block. In one piece with */
+    int *blocks, n_blocks;        /* … nodes of the cache, in order of position; */
+    int *slots, n_slots;          /* … of the first blocks, seen to be where it is computed; */
+    int *held, n_held;            /* … nodes whose host copies it holds as it waits */
+    int64_t tried;                /* its last try to be admitted: nothing has changed since */
+    int n_passed;                 /* others admitted while it was the first that did not fit */
+    int shared;                   /* tokens that it has waited for another to compute, who is … */
+    const struct request *leader; /* … or NULL: they are there */
+    int saved;                    /* node of the block it was preempted in; -1: none */
     int copy_failures;
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
@@ -273,8 +273,6 @@ uint64_t kv_hash(uint64_t before, const int *tokens);
  * max_blocks of them; hashes (max_blocks) are theirs. Returns their number. Nothing is pinned. */
 int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int max_blocks,
             int *nodes);
-/* A number that changes whenever kv_find may return something else than before. */
-uint64_t kv_version(const struct kv *kv);
 /* Blocks that could be taken on `worker` sooner or later, if all unpinned ones are paged out. */
 int kv_reclaimable(const struct kv *kv, int worker);
 /* A private node with a pinned, writable copy on worker; -1: nothing is available. */

@@ -95,13 +95,13 @@ struct place {
 
 struct kv {
     struct kv_config config;
-    int host;                /* its place, behind the workers */
-    int n_spare;             /* clean copies on the host that the cleaners may need */
-    int first_free;          /* node */
-    uint64_t clock, version; /* version: of what kv_find returns; it numbers registrations, too */
-    struct node *nodes;      /* as many as slots, so none is without one */
-    size_t n_buckets;        /* a power of two */
-    int *buckets;            /* (n_buckets) first node of each chain */
+    int host;                    /* its place, behind the workers */
+    int n_spare;                 /* clean copies on the host that the cleaners may need */
+    int first_free;              /* node */
+    uint64_t clock, last_serial; /* last_serial: of the last registration */
+    struct node *nodes;          /* as many as slots, so none is without one */
+    size_t n_buckets;            /* a power of two */
+    int *buckets;                /* (n_buckets) first node of each chain */
     struct place places[MAX_WORKERS + 1];
     struct kv_stats stats;
 };
@@ -278,7 +278,6 @@ static void free_node(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
     kv->stats.lost += node->serial || node->keeper;
     if (node->serial) {
-        kv->version++;
         int *link = bucket_of(kv, node->hash);
         while (*link != id)
             link = &kv->nodes[*link].next;
@@ -428,10 +427,6 @@ int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int 
     return n;
 }
 
-uint64_t kv_version(const struct kv *kv) {
-    return kv->version;
-}
-
 int kv_reclaimable(const struct kv *kv, int worker) {
     const int *n = kv->places[worker].n;
     return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
@@ -557,7 +552,7 @@ int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tok
         merge(kv, id, winner);
         return winner;
     }
-    node->serial = ++kv->version;
+    node->serial = ++kv->last_serial;
     memcpy(node->tokens, tokens, sizeof node->tokens);
     node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;

@@ -278,15 +278,15 @@ static int run_requests(struct run *run) {
         chat_run(&run->answers, &o->request); /* who talks has seen what failed */
     else
         n_failed = run_piped(run, error);
-    if (n_failed < 0) {
+    if (n_failed < 0)
         complain(error);
+    if (n_failed < 0 && run->answers.n_requests == 0)
         return EXIT_FILE;
-    }
     if (o->stats)
         stats_print(&run->answers);
     else if (!o->json)
         stats_summary(&run->answers);
-    return n_failed > 0 ? EXIT_REQUESTS : 0;
+    return n_failed < 0 ? EXIT_FILE : n_failed > 0 ? EXIT_REQUESTS : 0;
 }
 
 /* How prompts become tokens; evaluations take them as they are. False: not as --template says. */

@@ -456,23 +456,6 @@ static void copies_in_go_first(struct check *check) {
     kv_destroy(kv);
 }
 
-static void version_tells_of_changes(struct check *check) {
-    struct kv *kv = create(2, 1, KV_ON_EVICT);
-    uint64_t version = kv_version(kv);
-    store(check, kv, 0, 1, 1);
-    CHECK(kv_version(kv) != version, "a block was registered");
-    version = kv_version(kv);
-    use(check, kv, 0, 1);
-    (void)kv_make_room(kv, 0, 2);
-    CHECK(copy_all(kv, 0, true) == 1 && kv_make_room(kv, 0, 2), "to the host");
-    CHECK(kv_version(kv) == version && find(kv, 1, 1) == 1, "it moved, and is found as before");
-    store(check, kv, 0, 2, 1);
-    version = kv_version(kv);
-    CHECK(!kv_make_room(kv, 0, 2) && find(kv, 1, 1) == 0, "lost");
-    CHECK(kv_version(kv) != version, "a block was lost");
-    kv_destroy(kv);
-}
-
 /* Two blocks with one 64-bit hash, found as a collision of the upper halves before the last token,
  * which then makes the lower halves equal. */
 static void make_collision(int *one, int *other) {
@@ -625,7 +608,6 @@ int main(int argc, char **argv) {
         {"orders_differ", orders_differ},
         {"slots_and_copies_are_accounted_for", slots_and_copies_are_accounted_for},
         {"copies_in_go_first", copies_in_go_first},
-        {"version_tells_of_changes", version_tells_of_changes},
         {"collision_is_no_hit", collision_is_no_hit},
         {"first_registered_wins", first_registered_wins},
         {"orphans_are_not_found", orphans_are_not_found},
