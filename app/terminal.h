@@ -246,7 +246,9 @@ static void editor_remember(struct editor *e) {
 static bool editor_plain(struct editor *e) {
     if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
         (void)fputs(e->prompt, stderr);
-    size_t capacity = 0; /* what the line has, it may not know */
+    size_t capacity = 0; /* that of the line before is not known */
+    free(e->line);
+    e->line = NULL;
     ssize_t bytes = getline(&e->line, &capacity, stdin);
     if (bytes < 0)
         return false;
