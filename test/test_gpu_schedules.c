@@ -74,6 +74,7 @@ static void run_matrix(struct check *check, int model) {
     for (int i = 0; i < N_SCHEDULES; i += step)
         if ((schedules[i].models & IN(model)) && schedules[i].gpus <= count_gpus())
             run_schedule(check, turns, schedules[i].options, schedules[i].proof);
+    check_coverage(check);
 }
 
 static void same_text_where_bits_count(struct check *check) {

@@ -103,6 +103,7 @@ static void run_matrix(struct check *check, int model) {
     for (int i = model % SHARE; i < N_SCHEDULES; i += SHARE)
         if (schedules[i].models & IN(model))
             run_schedule(check, turns, schedules[i].options, schedules[i].proof);
+    check_coverage(check);
 }
 
 static void same_text_where_each_bit_counts(struct check *check) {
