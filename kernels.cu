@@ -555,7 +555,8 @@ static struct weight *find_weight(const struct cuda_device *d, const struct tens
 static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first_row, int n_rows) {
     const struct tensor *tensor = w->tensor;
     const struct matrix *m = &w->matrix;
-    size_t row_bytes = tensor->bytes / (size_t)tensor->rows, period = tensor->period;
+    size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
+    size_t period = tensor->period < tensor->bytes ? tensor->period : tensor->bytes;
     size_t most = 8 * row_bytes > STAGING_BYTES ? 8 * row_bytes : (size_t)STAGING_BYTES;
     size_t all = row_bytes * (size_t)divide(n_rows, 8) * 8;
     struct gpu_staging *staging = &d->card->staging;
