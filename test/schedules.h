@@ -343,8 +343,8 @@ static void check_answer(struct check *check, const char *name, const struct wis
           wish->id, got->reason, alone->reason);
 }
 
-/* Counters that were to be reached, and those that were not: how often blocks are paged, and requests
- * preempted, depends on the clock as well. */
+/* Counters that were to be reached, and those that were not: how often blocks are paged, and
+ * requests preempted, depends on the clock as well. */
 static int n_wished, n_missed;
 
 /* proof: conditions on the counters such as `pages_out>=20 preemptions<=0`. */
