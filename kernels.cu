@@ -701,12 +701,12 @@ enum {
     PROMPT_THREADS = (CONSUMERS + 4) * WARP, /* registers are left by groups of four warps */
     MAX_STAGES = 24,
     AHEAD_BYTES = 96 << 10, /* of weights that a block asks for ahead: more makes memory slower */
-    RING_BARRIERS = 2 * MAX_STAGES * 8 + 24 + 64 * 4, /* bytes of a ring's barriers, of an int and
-                                                         the scales of rows */
-    ROW_BYTES = UNIT * 2,                             /* of a row of a unit */
-    ROW_TILE = 256,      /* rows of a block of prompt_product at most */
-    GENERATED_ROWS = 64, /* of a generated_product at most */
-    NORMED_ROWS = 16     /* at most where it does the norm behind it, too */
+    GENERATED_ROWS = 64,    /* of a generated_product at most */
+    /* bytes of a ring's barriers, of an int and the scales of rows */
+    RING_BARRIERS = 2 * MAX_STAGES * 8 + 24 + GENERATED_ROWS * 4,
+    ROW_BYTES = UNIT * 2, /* of a row of a unit */
+    ROW_TILE = 256,       /* rows of a block of prompt_product at most */
+    NORMED_ROWS = 16      /* at most where it does the norm behind it, too */
 };
 
 /* Generated rows on their way through a norm: x * weight goes into a product, and what comes out is

@@ -71,8 +71,8 @@ struct sched {
     struct sched_config config;
     struct kv *kv;
     struct list waiting, preempted; /* new requests; those that have lost their blocks */
-    struct list following,
-        released; /* those that wait for what another computes; that has it now */
+    struct list following;          /* new ones that wait for what another computes */
+    struct list released;           /* those that have followed: it is computed, or will not be */
     struct worker workers[MAX_WORKERS];
     int max_length, max_prompt_blocks; /* the largest text; the largest prefill worker */
     int64_t n_changes;                 /* of what may let a waiting request be admitted */
@@ -452,7 +452,7 @@ static const struct request *find_leader(const struct sched *s, const struct req
 /* A new request waits apart for what another one computes, all that they share: it neither stands
  * in the way of those behind it, nor do they pass it. */
 static void follow(struct sched *s, struct request *r, const struct request *leader, int block) {
-    int n = (r->n_prompt < prefill_end(leader) ? r->n_prompt : prefill_end(leader)) / BLOCK_TOKENS;
+    int n = min(r->n_prompt, prefill_end(leader)) / BLOCK_TOKENS;
     while (block < n && leader->hashes[block] == r->hashes[block])
         block++;
     r->leader = leader;
