@@ -56,6 +56,9 @@ static const struct subject models[N_MODELS] = {
 
 struct wish { /* a request as the test sees it */
     char id[ID_LENGTH];
+    char
+        after[ID_LENGTH]; /* empty: none; else the first n_before of its ids are said by that one */
+    int n_before;
     int ids[MAX_TOKENS];
     int n_ids, n_words; /* one of them is 0 */
     int n;
@@ -193,10 +196,12 @@ static void put_words(FILE *file, const struct wish *wish) {
 /* The request as a line of a request file. */
 static void put_wish(FILE *file, const struct wish *wish) {
     fprintf(file, "{\"id\": \"%s\", ", wish->id);
+    if (wish->after[0])
+        fprintf(file, "\"after\": \"%s\", ", wish->after);
     fprintf(file, wish->n_words > 0 ? "\"prompt\": \"" : "\"ids\": [");
     put_words(file, wish);
-    for (int i = 0; i < wish->n_ids; i++)
-        fprintf(file, i > 0 ? ",%d" : "%d", wish->ids[i]);
+    for (int i = wish->n_before; i < wish->n_ids; i++)
+        fprintf(file, i > wish->n_before ? ",%d" : "%d", wish->ids[i]);
     fprintf(file, wish->n_words > 0 ? "\"" : "]");
     fprintf(file, ", \"n\": %d, \"temperature\": %g, \"top_p\": %g, \"min_p\": %g", wish->n,
             wish->temperature, wish->top_p, wish->min_p);
