@@ -31,6 +31,7 @@ enum {
     MIN_COPIES = 8,        /* blocks that it copies at a time, at least; */
     MAX_COPIES = 128,      /* at most: a stream of a GPU has room for 1024 copies of 8 shards */
     COPY_SECONDS = 60,     /* a copy that takes so long has failed */
+    NOBODY = -1,           /* no worker */
     LOST_SHOWN = 32,       /* requests that a fault names */
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
     SLABS_AHEAD = 4,       /* pinned before they are needed */
@@ -57,12 +58,6 @@ struct worker { /* a group of devices that hold one copy of the model between th
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
     pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
-};
-
-/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
- * each row, and each sample, is multiplied. */
-struct model_cost {
-    double bytes, row_weights, sample_weights;
 };
 
 struct engine {
@@ -126,7 +121,7 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
 
 /* ---- what a step costs ---- */
 
-static struct model_cost model_cost(const struct model *model) {
+struct model_cost model_cost(const struct model *model) {
     struct model_cost cost = {0};
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
@@ -148,27 +143,35 @@ static size_t part_bytes(const struct engine *engine, int n) { /* of one of n pa
     return block_bytes(&engine->config.model->config, n, engine->config.kv_type);
 }
 
-/* What a step reads and computes at least: the matrices, and the keys and values of its texts. A
- * step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed for
- * itself, and one with rows of both kinds not at all. */
-static void count_pace(struct engine *engine, const struct batch *batch, double seconds) {
-    const struct model_config *config = &engine->config.model->config;
-    const struct model_cost *cost = &engine->cost;
-    int n_generated = 0;
+/* The matrices are read once, and the keys and values of its texts. */
+struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
+                           enum kv_type kv_type, const struct batch *batch) {
+    struct step_cost step = {0};
     double seen = 0; /* tokens that rows attend to */
-    for (int i = 0; i < batch->n_sequences; i++)
-        n_generated += batch->sequence[i].generated;
-    if (batch->n_rows == 0 || (n_generated > 0 && n_generated < batch->n_sequences))
-        return;
-    for (int i = 0; i < batch->n_rows; i++)
-        seen += batch->position[i] + 1;
-    struct pace *sum = n_generated > 0 ? &engine->decode : &engine->prefill;
-    sum->tokens += batch->n_rows;
-    sum->seconds += seconds;
-    sum->bytes += cost->bytes + (double)batch->n_blocks * (double)part_bytes(engine, 1);
-    sum->operations +=
+    for (int i = 0; i < batch->n_sequences; i++) {
+        const struct sequence *sequence = &batch->sequence[i];
+        step.n_generated += sequence->generated;
+        seen += sequence->n_rows * (sequence->start + 0.5 * (sequence->n_rows + 1));
+    }
+    step.bytes = cost->bytes + (double)batch->n_blocks * (double)block_bytes(config, 1, kv_type);
+    step.operations =
         2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
         4 * seen * config->n_layers * config->n_heads * config->head_dim;
+    return step;
+}
+
+/* A step of generated tokens is bound by reading, a step of prompts by arithmetic: each is summed
+ * for itself, and one with rows of both kinds not at all. */
+static void count_pace(struct engine *engine, const struct batch *batch, double seconds) {
+    struct step_cost cost =
+        step_cost(&engine->config.model->config, &engine->cost, engine->config.kv_type, batch);
+    if (batch->n_rows == 0 || (cost.n_generated > 0 && cost.n_generated < batch->n_sequences))
+        return;
+    struct pace *sum = cost.n_generated > 0 ? &engine->decode : &engine->prefill;
+    sum->tokens += batch->n_rows;
+    sum->seconds += seconds;
+    sum->bytes += cost.bytes;
+    sum->operations += cost.operations;
 }
 
 /* ---- copies ---- */
@@ -237,16 +240,17 @@ static void wait_until(struct engine *engine, pthread_cond_t *condition, double 
 }
 
 /* Wakes the workers whom changes since the last call concern, the courier if there is something to
- * copy or to end sooner, callers if a request ended. With the lock held. Returns the workers. */
-static uint32_t wake_concerned(struct engine *engine) {
-    uint32_t concerned = sched_concerned(engine->sched);
+ * copy or to end sooner, callers if a request ended. With the lock held. True: they concern the
+ * worker that has called, too. */
+static bool wake_concerned(struct engine *engine, int self) {
     int64_t n_finished = sched_stats(engine->sched).finished;
-    bool carry = sched_next_event(engine->sched) < engine->next_event;
-    for (int i = 0; i < engine->config.n_workers; i++) {
-        if (concerned >> i & 1)
-            pthread_cond_signal(&engine->workers[i].work);
-        carry = carry || kv_pending(sched_kv(engine->sched), i) > 0;
+    bool carry = sched_next_event(engine->sched) < engine->next_event, concerned = false;
+    for (int w; (w = sched_concerned(engine->sched)) >= 0;) {
+        pthread_cond_signal(&engine->workers[w].work);
+        concerned = concerned || w == self;
     }
+    for (int i = 0; i < engine->config.n_workers; i++)
+        carry = carry || kv_pending(sched_kv(engine->sched), i) > 0;
     if (carry)
         pthread_cond_broadcast(&engine->copies);
     if (n_finished != engine->n_finished)
@@ -256,7 +260,7 @@ static uint32_t wake_concerned(struct engine *engine) {
 }
 
 void engine_wake(struct engine *engine) {
-    (void)wake_concerned(engine);
+    (void)wake_concerned(engine, NOBODY);
     pthread_cond_broadcast(&engine->news);
 }
 
@@ -291,7 +295,7 @@ static void *courier_main(void *argument) {
             while (sched_copies(engine->sched, w, &engine->transfers[engine->n_transfers].order, 1))
                 engine->n_transfers++;
         engine->next_event = sched_next_event(engine->sched);
-        (void)wake_concerned(engine);
+        (void)wake_concerned(engine, NOBODY);
         if (engine->n_transfers == 0) {
             wait_until(engine, &engine->copies, engine->next_event);
             continue;
@@ -327,9 +331,9 @@ static void *worker_main(void *argument) {
     while (!engine->stopping) {
         double start = engine_now();
         struct step *step = sched_next(engine->sched, worker->index, start);
-        uint32_t concerned = wake_concerned(engine);
+        bool concerned = wake_concerned(engine, worker->index);
         if (!step) {
-            if (!(concerned >> worker->index & 1)) /* else it has itself changed something */
+            if (!concerned) /* else it has itself changed something */
                 pthread_cond_wait(&worker->work, &engine->lock);
             continue;
         }
@@ -534,9 +538,8 @@ static bool open_tiers(struct engine *engine, char *error) {
                       bytes, host_bytes);
 }
 
-static bool open_sched(struct engine *engine) {
-    const struct engine_config *config = &engine->config;
-    int copies = (int)(COPY_BYTES / part_bytes(engine, 1));
+struct sched_config engine_sched_config(const struct engine_config *config) {
+    int copies = (int)(COPY_BYTES / block_bytes(&config->model->config, 1, config->kv_type));
     copies = copies < MIN_COPIES ? MIN_COPIES : copies > MAX_COPIES ? MAX_COPIES : copies;
     struct sched_config sched = {.kv = {.n_workers = config->n_workers,
                                         .host_blocks = config->host_blocks,
@@ -554,7 +557,13 @@ static bool open_sched(struct engine *engine) {
         sched.prefills[i] = config->workers[i].prefills;
         sched.decodes[i] = config->workers[i].decodes;
     }
-    engine->transfers = malloc((size_t)(copies * config->n_workers) * sizeof *engine->transfers);
+    return sched;
+}
+
+static bool open_sched(struct engine *engine) {
+    struct sched_config sched = engine_sched_config(&engine->config);
+    size_t n = (size_t)(sched.copies_in_flight * sched.kv.n_workers);
+    engine->transfers = malloc(n * sizeof *engine->transfers);
     engine->sched = sched_create(&sched);
     return engine->sched && engine->transfers;
 }

@@ -42,7 +42,7 @@
 
 enum {
     BLOCK_TOKENS = 16, /* tokens in a KV block: small enough to share, large enough to copy fast */
-    MAX_WORKERS = 16,
+    MAX_WORKERS = 128,
     LOGIT_ROWS = 64, /* logits of a device at a time: a row of a large vocabulary is 0.5 MB */
     MAX_SHARDS = 8   /* devices of one worker: their number divides K_SEGMENTS */
 };
@@ -358,9 +358,9 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
 int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
-/* The workers (bit w: worker w) that may have a step to compute since the last call of this: they
- * alone need be woken. */
-uint32_t sched_concerned(struct sched *sched);
+/* The workers that may have a step to compute, and need be woken: one of them with each call, which
+ * strikes it off; -1: there are no others. */
+int sched_concerned(struct sched *sched);
 /* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
  * then. INFINITY: never. Any call may bring it nearer. */
 double sched_next_event(const struct sched *sched);
@@ -395,6 +395,18 @@ struct pace { /* steps of one kind: of prompts, or of generated tokens */
     double seconds, bytes, operations; /* read and computed at least; a multiply-add is two */
 };
 
+/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
+ * each row, and each sample, is multiplied. */
+struct model_cost {
+    double bytes, row_weights, sample_weights;
+};
+
+/* What a step reads and computes at least, on all devices of its worker. */
+struct step_cost {
+    int n_generated; /* sequences whose row is a generated token */
+    double bytes, operations;
+};
+
 struct engine_stats {
     struct sched_stats sched;
     struct kv_stats kv;
@@ -426,6 +438,11 @@ void engine_limits(struct engine *engine, double *read, double *ops);
  * computed by such calls before; n is at most `chunk`. Goes around the scheduler: before
  * engine_start. */
 void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
+/* The scheduler that a configuration stands for, of which all numbers of blocks are known. */
+struct sched_config engine_sched_config(const struct engine_config *config);
+struct model_cost model_cost(const struct model *model);
+struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
+                           enum kv_type kv_type, const struct batch *batch);
 /* Names the requests that end with the program on stderr: for backend_options.lost. */
 void engine_tell_lost(struct engine *engine);
 

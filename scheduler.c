@@ -74,11 +74,11 @@ struct sched {
     struct list following;          /* new ones that wait for what another computes */
     struct list released;           /* those that have followed: it is computed, or will not be */
     struct worker workers[MAX_WORKERS];
-    int max_length, max_prompt_blocks; /* the largest text; the largest prefill worker */
-    int64_t n_changes;                 /* of what may let a waiting request be admitted */
-    int64_t n_chosen;                  /* admissions */
-    double likely_answer;              /* tokens */
-    uint32_t concerned;
+    int max_length, max_prompt_blocks;    /* the largest text; the largest prefill worker */
+    int64_t n_changes;                    /* of what may let a waiting request be admitted */
+    int64_t n_chosen;                     /* admissions */
+    double likely_answer;                 /* tokens */
+    uint64_t concerned[MAX_WORKERS / 64]; /* a bit for each worker */
     double next_event; /* no deadline is earlier, nor the time when a copy is late */
     struct sched_stats stats;
 };
@@ -225,12 +225,17 @@ static int choose_share(const struct request *r, bool oldest, int rest) {
 
 /* ---- lists, states ---- */
 
+static void concern(struct sched *s, int worker) {
+    s->concerned[worker / 64] |= (uint64_t)1 << worker % 64;
+}
+
 /* Blocks may be free, or be written again: waiting requests can be tried again, and workers whose
  * answers lack some, or wait for some, look. */
 static void note_change(struct sched *s) {
     s->n_changes++;
     for (int i = 0; i < s->config.kv.n_workers; i++)
-        s->concerned |= s->workers[i].decoding.first ? 1u << i : 0;
+        if (s->workers[i].decoding.first)
+            concern(s, i);
 }
 
 static void list_remove(struct request *r) {
@@ -290,7 +295,8 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
     r->state = state;
     bool moves = list_of(s, r) != r->list;
     place_request(s, r);
-    s->concerned |= leaves || !moves ? 0 : 1u << worker_of(r);
+    if (moves && !leaves)
+        concern(s, worker_of(r));
 }
 
 /* ---- blocks of a request ---- */
@@ -779,16 +785,20 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
     s->workers[order->worker].n_copying--;
-    s->concerned |= 1u << order->worker;
+    concern(s, order->worker);
     kv_copied(s->kv, order, ok);
     note_change(s);
     admit_waiting(s, now);
 }
 
-uint32_t sched_concerned(struct sched *s) {
-    uint32_t concerned = s->concerned;
-    s->concerned = 0;
-    return concerned;
+int sched_concerned(struct sched *s) {
+    for (int i = 0; i < MAX_WORKERS / 64; i++) {
+        uint64_t all = s->concerned[i];
+        s->concerned[i] &= all - 1; /* without the first */
+        if (all != 0)
+            return 64 * i + __builtin_ctzll(all);
+    }
+    return NONE;
 }
 
 /* ---- requests come and go ---- */

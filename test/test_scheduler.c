@@ -74,6 +74,14 @@ static bool is_idle(const struct sched *s) {
     return sched_unfinished(s, NULL, 0) == 0;
 }
 
+/* Whether a worker is among those to be woken, all of whom are struck off. */
+static bool is_concerned(struct sched *s, int worker) {
+    bool found = false;
+    for (int w; (w = sched_concerned(s)) >= 0;)
+        found = found || w == worker;
+    return found;
+}
+
 static uint64_t scramble(uint64_t x) {
     x = (x ^ (x >> 31)) * 0x7fb5d329728ea185u;
     x = (x ^ (x >> 27)) * 0x81dadef4bc2dd44du;
@@ -512,9 +520,10 @@ static void operate(struct machine *m, const int *weights, struct totals *totals
 
 /* Those who are concerned by what happened, or have a step in hand or something to copy. */
 static void wake_concerned(struct machine *m, bool *awake) {
-    uint32_t concerned = sched_concerned(m->s);
     for (int w = 0; w < m->config.kv.n_workers; w++)
-        awake[w] = awake[w] || m->running[w] || concerned >> w & 1 || kv_pending(m->s->kv, w) > 0;
+        awake[w] = awake[w] || m->running[w] || kv_pending(m->s->kv, w) > 0;
+    for (int w; (w = sched_concerned(m->s)) >= 0;)
+        awake[w] = true;
 }
 
 /* Asks one worker; true: it had something to do. */
@@ -537,7 +546,7 @@ static void drain(struct machine *m, struct totals *totals) {
     bool active = true, awake[MAX_WORKERS];
     int round = 0, quiet_since = 0, first = below(m, m->config.kv.n_workers);
     memset(awake, true, sizeof awake);
-    (void)sched_concerned(m->s);
+    (void)is_concerned(m->s, 0);
     while (active && !m->broken) {
         active = false;
         m->now += 0.001;
@@ -754,7 +763,7 @@ static void one_request(struct check *check) {
     static struct job job;
     const struct request *r = &job.request;
     ask(s, &job, 0, 20, 13);
-    CHECK(r->state == REQUEST_LOADING && sched_concerned(s) == 1, "worker 0 has something to do");
+    CHECK(r->state == REQUEST_LOADING && is_concerned(s, 0), "worker 0 has something to do");
     CHECK(!sched_next(s, 1, 0), "the decode worker has nothing");
     struct step *step = sched_next(s, 0, 0);
     CHECK(step && step->batch.n_rows == 20, "20 rows");
@@ -1092,7 +1101,7 @@ static void copies_are_bounded_by_what_is_in_flight(struct check *check) {
         CHECK(sched_copies(s, 1, orders + n, 200 - n) == 0, "no more");
         sched_copied(s, &orders[0], true, 0);
         CHECK(sched_copies(s, 1, orders, 200) == way, "one for one that has ended");
-        CHECK(sched_concerned(s) >> 1 & 1, "its worker is told");
+        CHECK(is_concerned(s, 1), "its worker is told");
         for (int i = 0; i < 2; i++)
             sched_cancel(s, &jobs[i].request, false, 0);
         sched_destroy(s);
