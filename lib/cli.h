@@ -36,7 +36,7 @@ enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
     CLI_FILE_LINES = 1 << 16,  /* of requests: all may be in flight together */
-    VALUE_DEVICES = 64,        /* of a list */
+    VALUE_DEVICES = 1024,      /* of a list */
     VALUE_STOPS = 16           /* texts that end an answer */
 };
 
@@ -83,6 +83,9 @@ struct options {
     const char *model;
     struct request_spec request; /* -p or --ids; and what a line of -f starts from */
     const char *file, *tokenizer, *tokenize, *perplexity, *logits;
+    const char *replay, *sim, *plan, *rates, *trace;
+    float rate, ttft, itl; /* requests a second; targets, ms. 0: not given */
+    int limit;             /* requests of --replay; 0: all */
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
     int template, kv_type, kv_policy; /* which of the words of --help, from 1; 0: not given */
@@ -319,7 +322,7 @@ static const struct kind REAL = {read_real, '0', "a number"};
 static const struct kind SEED = {read_seed, '0', "a whole number from 0 to 18446744073709551615"};
 static const struct kind SIZE = {read_size, 0, "bytes such as 512M (K, M, G) or blocks such as 8b"};
 static const struct kind DEVICES = {read_devices, 0,
-                                    "cpu:N, or device numbers such as 0,1 or 0-7; at most 64"};
+                                    "cpu:N, or device numbers such as 0,1 or 0-7; at most 1024"};
 static const struct kind PLACES = {read_places, 0, "positions in --devices, such as 0,1 or 0-7"};
 static const struct kind CHOICE = {read_choice, 0, NULL};
 static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see set_messages */
@@ -381,6 +384,19 @@ static const struct option_row option_rows[] = {
     {"--chunk", "N", "prompt tokens in one prefill step, at most", &INT, AT(chunk), 1, 1 << 20},
     {"--max-queue", "N", "requests that may wait, others are refused (default 0: any number)", &INT,
      AT(max_queue), 0, INT_MAX},
+    {.help = "Loads, and clusters that need not be there"},
+    {"--replay", "FILE|IN:OUT", "requests of a Mooncake trace; or of IN tokens each, and OUT back",
+     &TEXT, AT(replay)},
+    {"--rate", "R", "requests a second in the mean (default: the trace's; IN:OUT: all at once)",
+     &REAL, AT(rate), 1e-6, 1e6},
+    {"--limit", "N", "requests of the load at most (IN:OUT: default 1000)", &INT, AT(limit), 1,
+     INT_MAX},
+    {"--ttft", "MS", "target: time to first token", &REAL, AT(ttft), 1e-3, 1e9},
+    {"--itl", "MS", "target: inter-token latency", &REAL, AT(itl), 1e-3, 1e9},
+    {"--sim", "CLUSTER", "run the load in virtual time on h100x8, 2xh100x8, …", &TEXT, AT(sim)},
+    {"--plan", "CLUSTER", "rank the splits of its GPUs into pools for the load", &TEXT, AT(plan)},
+    {"--rates", "FILE", "what was measured, in place of the chips' data sheets", &TEXT, AT(rates)},
+    {"--trace", "FILE", "write steps, copies and decisions for Perfetto", &TEXT, AT(trace)},
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
@@ -390,14 +406,20 @@ static const struct option_row option_rows[] = {
     {"--help", NULL, "print this", &FLAG, AT(help)},
 };
 #undef AT
-enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
+enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 6 };
 static_assert(N_ROWS <= 64, "struct options has one bit for each row");
 
 static const struct rule {
-    const char *options[5];
+    const char *options[N_TOGETHER];
     const char *needs; /* the first needs one of the others; NULL: at most one may be given */
 } rules[] = {
-    {{"-p", "--ids", "-f", "--tokenize", "--perplexity"}, NULL},
+    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay"}, NULL},
+    {{"--sim", "--plan"}, NULL},
+    {{"--sim", "--replay", "-f"}, "--replay or -f"},
+    {{"--plan", "--replay", "-f"}, "--replay or -f"},
+    {{"--rate", "--replay"}, "--replay"},
+    {{"--limit", "--replay"}, "--replay"},
+    {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
     {{"--prefill", "--decode"}, "--decode"},
@@ -697,7 +719,7 @@ static bool check_options(struct options *options, char *error) {
     for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
         const struct rule *rule = &rules[i];
         const char *first = NULL, *last = NULL;
-        for (int j = 0; j < 5 && rule->options[j]; j++) {
+        for (int j = 0; j < N_TOGETHER && rule->options[j]; j++) {
             if (cli_given(options->given, rule->options[j])) {
                 last = rule->options[j];
                 first = first ? first : last;
