@@ -65,6 +65,7 @@ struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error, or cancelled */
     int64_t good;             /* that kept both targets */
     int64_t prompt_tokens, cached_tokens, cached_on_host, generated_tokens;
+    char first_error[ERROR_LENGTH];       /* of the first that failed with one; "": none */
     double seconds;                       /* from the start until the last ended */
     double times[N_TIMES][N_LOAD_SHARES]; /* in ms; quantiles within 0.5 percent */
 };
@@ -422,6 +423,8 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->cached_on_host += r->cached_on_host;
     sums->generated_tokens += r->length > r->n_prompt ? r->length - r->n_prompt : 0;
     load->last_ended = fmax(load->last_ended, now);
+    if (r->error[0] && !sums->first_error[0])
+        (void)fail(sums->first_error, "request %" PRId64 ": %.400s", item->place, r->error);
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
@@ -661,6 +664,8 @@ static void load_table(const struct load_result *result, const struct figure *fi
     (void)fputs("time to first token: from arrival to the first token, the queue included; "
                 "inter-token latency: the mean gap between the tokens of an answer\n",
                 stdout);
+    if (result->first_error[0])
+        printf("the first that failed: %s\n", result->first_error);
 }
 
 void load_print(const struct load *load, const struct load_report *report) {

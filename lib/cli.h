@@ -421,6 +421,13 @@ static const struct rule {
     {{"--plan", "--replay", "-f"}, "--replay or -f"},
     {{"--rate", "--replay"}, "--replay"},
     {{"--limit", "--replay"}, "--replay"},
+    {{"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {{"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {{"-n", "--replay"}, NULL}, /* a load says how long its prompts and answers are */
+    {{"--stop", "--replay"}, NULL},
+    {{"--system", "--replay"}, NULL},
+    {{"--template", "--replay"}, NULL},
+    {{"--stats", "--replay"}, NULL}, /* it ends with a table of its own */
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
