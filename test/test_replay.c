@@ -524,6 +524,8 @@ static void an_engine_runs_loads(struct check *check) {
     CHECK(load_is_done(load) && r.requests == 2 && r.failed == 2, "interrupted: %d, %d failed",
           (int)r.requests, (int)r.failed);
     load_close(load);
+    for (int i = 0; i < N_TIMES; i++)
+        free(a.times[i]);
     engine_close(engine);
     backend->close(backend);
     model_close(&model);
