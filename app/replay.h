@@ -64,7 +64,8 @@ enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error, or cancelled */
     int64_t good;             /* that kept both targets */
-    int64_t prompt_tokens, cached_tokens, cached_on_host, generated_tokens;
+    int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
+    int64_t generated_tokens;
     char first_error[ERROR_LENGTH];       /* of the first that failed with one; "": none */
     double seconds;                       /* from the start until the last ended */
     double times[N_TIMES][N_LOAD_SHARES]; /* in ms; quantiles within 0.5 percent */
@@ -406,7 +407,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->requests++;
     sums->failed += failed;
     sums->good += is_good(load, r);
-    sums->prompt_tokens += r->n_prompt;
+    sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
     sums->generated_tokens += r->length > r->n_prompt ? r->length - r->n_prompt : 0;
@@ -534,9 +535,10 @@ struct running {               /* requests of a load that an engine has */
     int n;
 };
 
-/* Submits what has arrived. Prompts are made without the lock. */
+/* Submits what has arrived, at a time about as many as run, so that those that have ended meanwhile
+ * are not kept. Prompts are made without the lock. */
 static void submit_arrived(struct load *load, struct engine *engine, struct running *running) {
-    while (load_next(load) <= engine_now()) {
+    for (int n = running->n + 64; n > 0 && load_next(load) <= engine_now(); n--) {
         struct request *r = load_take(load);
         running->requests = grow(running->requests, (size_t)running->n, sizeof r);
         running->requests[running->n++] = r;
