@@ -645,8 +645,6 @@ static void load_table(const struct load_result *result, const struct figure *fi
     (void)fputs("time to first token: from arrival to the first token, the queue included; "
                 "inter-token latency: the mean gap between the tokens of an answer\n",
                 stdout);
-    if (result->first_error[0])
-        printf("the first that failed: %s\n", result->first_error);
 }
 
 void load_print(const struct load *load, const struct load_report *report) {

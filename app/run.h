@@ -26,6 +26,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "terminal.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -287,6 +288,20 @@ static bool open_load(struct run *run, char *error) {
     return run->load || !wanted;
 }
 
+/* Says what went wrong with a load that has ended. */
+static int load_status(const struct load *load) {
+    struct load_result result = load_result(load);
+    char line[ERROR_LENGTH];
+    if (load_error(load))
+        complain(load_error(load));
+    if (load_error(load) || result.failed == 0)
+        return load_error(load) ? EXIT_FILE : 0;
+    (void)fail(line, "%" PRId64 " of %" PRId64 " requests failed%s%.400s", result.failed,
+               result.requests, *result.first_error ? "; " : "", result.first_error);
+    complain(line);
+    return EXIT_REQUESTS;
+}
+
 static int run_load(struct run *run) {
     struct load *load = run->load;
     load_run(load, &run->answers);
@@ -294,9 +309,7 @@ static int run_load(struct run *run) {
     load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
                                            .sched = stats.sched,
                                            .kv = stats.kv});
-    if (load_error(load))
-        complain(load_error(load));
-    return load_error(load) ? EXIT_FILE : load_result(load).failed > 0 ? EXIT_REQUESTS : 0;
+    return load_status(load);
 }
 
 static int run_requests(struct run *run) {

@@ -110,6 +110,12 @@ static void bad_commands_are_refused(struct check *check) {
         {1, "288 columns, expected a multiple of 256", "random:stories-15m:q4_k --ids 1"},
         {1, "is not a regular file", "$T/pipe -p a|" AIDREAMS " --tokenizer $T/pipe -p a"},
         {3, "--kv-device", "model.bin --ids " SIXTEEN ",315 -n 3 --kv-device 1b"},
+        {1, "/nowhere: No such file", "model.bin --replay /nowhere"},
+        {1, "--replay: got 0:4, expected at least 1:1", "model.bin --replay 0:4"},
+        {1, "README.md:1: byte 0: expected a value", "model.bin --replay README.md --json"},
+        {1, "/dev/null: no requests in it", "model.bin --replay /dev/null"},
+        {3, "3 of 3 requests failed; request 0: the prompt has 99999 tokens",
+         "model.bin --replay 99999:9 --limit 3|model.bin --replay 99999:9 --limit 3 --json"},
     };
     char *items[16];
     CHECK(mkfifo(scratch("pipe"), 0600) == 0, "no pipe"); /* it has no writer: nobody may wait */
