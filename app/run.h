@@ -6,8 +6,8 @@
  *
  * Opens what the options name: the model, its tokenizer, a backend, then the engine; says which
  * devices form a worker, and which workers prefill and which decode. Then runs one of: an
- * evaluation, one prompt, a file of requests, a load, a conversation. Here alone signals are taken and exit
- * statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
+ * evaluation, one prompt, a file of requests, a load, a conversation. Here alone signals are taken
+ * and exit statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
  * Read next: answers.h, and engine_open in dynamo.c. */
 #ifndef RUN_H
 #define RUN_H

@@ -303,6 +303,42 @@ static void bad_traces_are_told_by_their_line(struct check *check) {
           "%s", error);
 }
 
+/* Bytes of a good trace changed, left out or doubled: each is a load, or refused in one line. */
+static void broken_traces_are_survived(struct check *check) {
+    static const char bytes[] = "0123456789-.eE,:{}[]\" \n\\\x01\xff";
+    enum { TIMES = 4000 };
+    char error[ERROR_LENGTH], text[2 * sizeof trace];
+    int n_refused = 0, n_cut = 0;
+    for (int i = 0; i < TIMES; i++) {
+        size_t n = sizeof trace - 1;
+        memcpy(text, trace, n + 1);
+        for (int edit = 0; edit <= i % 3; edit++) {
+            uint64_t word = answers_random(7, (uint64_t)(4 * i + edit));
+            size_t at = word / 1024 % n;
+            if (word % 3 == 0)
+                text[at] = bytes[word / 8 % (sizeof bytes - 1)];
+            else /* what comes then, one byte back or on */
+                memmove(text + at + (word % 3 == 1), text + at + (word % 3 == 2),
+                        n - at + (word % 3 == 1));
+            n = strlen(text);
+        }
+        double at;
+        write_file(text);
+        struct load *load = open_with((struct load_options){.replay = file_name}, error);
+        n_refused += !load;
+        while (load && !load_is_done(load))
+            free(take_only(load, &at).tokens);
+        n_cut += load && load_error(load);
+        if (load && load_error(load))
+            (void)snprintf(error, sizeof error, "%s", load_error(load));
+        if (!load || load_error(load))
+            CHECK(strstr(error, file_name) == error && !strchr(error, '\n'), "%s", error);
+        load_close(load);
+    }
+    CHECK(n_refused > TIMES / 20 && n_cut > TIMES / 20 && n_refused + n_cut < TIMES - TIMES / 40,
+          "%d refused, %d cut", n_refused, n_cut);
+}
+
 static void lines_follow_answers(struct check *check) {
     char error[ERROR_LENGTH];
     write_file("{\"id\":\"b\",\"after\":\"none\",\"ids\":[9],\"n\":1}\n" /* fails */
@@ -539,6 +575,7 @@ int main(int argc, char **argv) {
         {"plain prompts share nothing", plain_prompts_share_nothing},
         {"a trace becomes requests", a_trace_becomes_requests},
         {"bad traces are told by their line", bad_traces_are_told_by_their_line},
+        {"broken traces are survived", broken_traces_are_survived},
         {"lines follow answers", lines_follow_answers},
         {"what came of a load is summed", what_came_of_a_load_is_summed},
         {"loads left early are freed", loads_left_early_are_freed},
