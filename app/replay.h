@@ -16,8 +16,9 @@
  *     {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [46, 47, ...]}
  * Each hash id stands for HASH_TOKENS tokens of the prompt and all before them. The tokens are made
  * from the ids, so that prompts which begin with the same ids begin with the same tokens, and a
- * prefix cache finds what it would have found when the trace was taken. Prompts of IN:OUT have
- * nothing in common. An answer is as long as the load says: its driver takes no token for an end.
+ * prefix cache finds what it would have found when the trace was taken (but for answers: a later
+ * turn has the trace's tokens in their place). Prompts of IN:OUT have nothing in common. An answer
+ * is as long as the load says, and for a line of -f that is its n: no token ends it.
  *
  * Owns what is known of requests until they have ended, and the statistics, in memory that does not
  * grow with a trace: it is read one line ahead, and a quantile comes from a sketch of fixed size.
@@ -55,9 +56,9 @@ struct request *load_take(struct load *load);
 void load_ended(struct load *load, struct request *request, double now);
 /* All that were taken have ended, and no other will come. */
 bool load_is_done(const struct load *load);
-const char *
-load_error(const struct load *load); /* why it came to an end too soon; NULL: it did not */
-void load_close(struct load *load);  /* when all that were taken have ended */
+/* Why it came to an end too soon: a line of the trace. NULL: it did not. */
+const char *load_error(const struct load *load);
+void load_close(struct load *load); /* when all that were taken have ended */
 
 enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 

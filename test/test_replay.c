@@ -230,6 +230,8 @@ static void a_trace_becomes_requests(struct check *check) {
         CHECK(r[i].n_prompt == lengths[i][0] && r[i].max_new == lengths[i][1], "%d: %d in, %d out",
               i, r[i].n_prompt, r[i].max_new);
         int n = i > 0 ? shared_blocks(&r[0], &r[i]) : 0;
+        CHECK(kv_hash(0, r[i].tokens) != kv_hash(0, r[i].tokens + BLOCK_TOKENS),
+              "%d: a block is like the next", i);
         CHECK(n == shared[i], "%d: shares %d blocks", i, n);
     }
     CHECK(load && load_is_done(load) && !load_error(load), "it does not end");
