@@ -14,6 +14,7 @@
 #include "invariants.h"
 
 #include <math.h>
+#include <time.h>
 
 enum {
     MAX_TEXT = 1024,
@@ -1293,6 +1294,58 @@ static void a_copy_that_never_ends(struct check *check) {
     sched_destroy(s);
 }
 
+/* ---- a long queue ---- */
+
+enum { QUEUE = 20000, SHORT_QUEUE = 100, SMALL_ANSWER = 8 };
+
+struct small { /* a request of one token */
+    struct request request;
+    int tokens[1 + SMALL_ANSWER];
+};
+
+/* Seconds of processor time to preempt n running answers, the youngest first, as `preempt` does,
+ * where as many new requests wait. Those that were preempted before wait as well. */
+static double time_preemptions(struct check *check, int n) {
+    struct sched *s = open_one(2 * n, 0, 1);
+    struct small *all = calloc((size_t)(3 * n), sizeof *all);
+    for (int i = 0; i < 3 * n; i++) {
+        all[i].request = (struct request){.id = i, .n_prompt = 1, .max_new = SMALL_ANSWER};
+        all[i].request.tokens = all[i].tokens;
+        sched_submit(s, &all[i].request, 0);
+    }
+    const struct worker *w = &s->workers[0];
+    while (w->prefilling.length > 0)
+        CHECK(step_once(s, 0) > 0, "stuck");
+    CHECK(w->decoding.length >= n && s->waiting.length >= n, "%d run, %d wait", w->decoding.length,
+          s->waiting.length);
+    clock_t start = clock();
+    for (int i = 0; i < n; i++)
+        withdraw(s, choose_preempted(w, INFINITY), FINISH_NONE, 0);
+    double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+    CHECK(sched_stats(s).preemptions == n && s->preempted.length == n, "all of them wait");
+    for (int i = 0; i < 3 * n; i++)
+        withdraw(s, &all[i].request, FINISH_CANCELLED, 0);
+    CHECK(is_idle(s), "some are left");
+    sched_destroy(s);
+    free(all);
+    return seconds;
+}
+
+/* As many preemptions into a queue 200 times as long take about as long: up to 3 times that, for
+ * the caches; with a walk over the queue it would be 1,000 times. */
+static void preempting_costs_the_same(struct check *check) {
+    double least[2] = {INFINITY, INFINITY}; /* of three tries: others use the caches, too */
+    for (int try = 0; try < 3; try++) {
+        double seconds = 0;
+        for (int i = 0; i < QUEUE / SHORT_QUEUE; i++)
+            seconds += time_preemptions(check, SHORT_QUEUE);
+        least[0] = fmin(least[0], seconds);
+        least[1] = fmin(least[1], time_preemptions(check, QUEUE));
+    }
+    CHECK(least[1] < 20 * fmax(least[0], 1e-3), "%.3f us a preemption, in a short queue %.3f",
+          1e6 * least[1] / QUEUE, 1e6 * least[0] / QUEUE);
+}
+
 /* ---- a load in virtual time ---- */
 
 enum { USERS = 400, USER_TEXT = 4400 };
@@ -1464,6 +1517,7 @@ int main(int argc, char **argv) {
         {"a_full_queue_refuses", a_full_queue_refuses},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
+        {"preempting_costs_the_same", preempting_costs_the_same},
         {"answers_have_room_to_grow", answers_have_room_to_grow},
         {"random_operations", random_operations},
     };
