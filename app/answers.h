@@ -271,7 +271,8 @@ static void show_json(const struct answer *answer) {
     (void)fputs("}\n", stdout);
 }
 
-/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. */
+/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. Of a
+ * request that follows another its own part alone. */
 static void echo(const struct answers *a, struct answer *answer) {
     const struct request *r = &answer->request;
     struct tok_stream stream = {0};
@@ -281,8 +282,10 @@ static void echo(const struct answers *a, struct answer *answer) {
         return;
     if (answer->spec.prompt)
         (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
-    for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++)
-        (void)fwrite(out, 1, tok_decode(a->tokenizer, &stream, r->tokens[i], out), stdout);
+    for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++) {
+        size_t n = tok_decode(a->tokenizer, &stream, r->tokens[i], out);
+        (void)fwrite(out, 1, i < r->n_prompt - answer->spec.n_ids ? 0 : n, stdout);
+    }
 }
 
 /* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
@@ -291,7 +294,7 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
         struct answer *answer = all[first];
         const struct request *r = &answer->request;
         bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
-        if (!answer->echoed && !refused)
+        if (!answer->echoed && !refused && (r->tokens || answer->ended))
             echo(a, answer);
         if (answer->safe > answer->shown)
             (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);

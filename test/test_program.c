@@ -466,6 +466,22 @@ static void a_turn_follows_what_was_said(struct check *check) {
     }
 }
 
+/* Of a turn its own ids alone are shown, whether what it follows ended just now or long ago. */
+static void a_turn_shows_its_own_part(struct check *check) {
+    static const char *const between[] = {"", "{'prompt':'A dog','n':99}\n"};
+    for (int i = 0; i < 2; i++) {
+        char lines[256];
+        snprintf(lines, sizeof lines,
+                 "{'id':'a','prompt':'The cat','n':3}\n%s"
+                 "{'after':'a','ids':[264,300],'n':1}\n",
+                 between[i]);
+        write_requests(check, lines);
+        struct outcome o = run(check, "model.bin -f $T/requests");
+        char *own = strstr(o.out, "\n\n thear"); /* the texts of these tokens */
+        CHECK(o.status == 0 && own && !strstr(own, "The cat"), "status %d: %s", o.status, o.out);
+    }
+}
+
 /* A model whose context is one token predicts none; it says so, and ends. */
 static void a_context_of_one_token_predicts_none(struct check *check) {
     shell(check, "cp " AIDREAMS " $T/one && printf '\\1\\0\\0\\0' | "
@@ -1042,6 +1058,7 @@ int main(int argc, char **argv) {
                                         TEST(messages_are_turns),
                                         TEST(requests_come_at_their_time),
                                         TEST(a_turn_follows_what_was_said),
+                                        TEST(a_turn_shows_its_own_part),
                                         TEST(a_context_of_one_token_predicts_none),
                                         TEST(lines_are_taken_as_they_come),
                                         TEST(loads_have_bounds),
