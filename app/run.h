@@ -123,6 +123,7 @@ static struct device_list list_devices(const struct options *o, int n_gpus) {
     if (all.n > 0)
         return all;
     all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : o->tp_prefill + o->tp_decode;
+    all.n = all.n < VALUE_DEVICES ? all.n : VALUE_DEVICES;
     for (int i = 0; i < all.n; i++)
         all.index[i] = n_gpus > 0 ? i % n_gpus : i;
     return all;
@@ -151,10 +152,13 @@ static bool plan_workers(const struct options *o, struct engine_config *config, 
     for (int pool = 0; pool < 2 && n_prefill >= 0; pool++) {
         int width = pool == 0 ? o->tp_prefill : o->tp_decode;
         for (int i = 0; i < pools[pool].n; i++) {
-            int worker = config->n_workers + i / width;
+            int worker = config->n_workers + i / width, index = pools[pool].index[i];
+            if (index >= all.n)
+                return fail(error, "%s: got device %d, expected 0 to %d",
+                            pool == 0 ? "--prefill" : "--decode", index, all.n - 1);
             if (worker == MAX_WORKERS)
                 return fail(error, "--devices: they make more than %d workers", MAX_WORKERS);
-            config->workers[worker].devices[i % width] = all.index[pools[pool].index[i]];
+            config->workers[worker].devices[i % width] = all.index[index];
             config->workers[worker].n_shards = width;
             config->workers[worker].prefills = pool == 0 || n_prefill == 0;
             config->workers[worker].decodes = pool == 1;
@@ -373,8 +377,10 @@ static int run_model(struct run *run) {
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     if (open_model(run, error) && open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
-    else
+    else {
         complain(error);
+        status = strncmp(error, "--", 2) == 0 ? EXIT_USAGE : EXIT_FILE; /* an option is at fault */
+    }
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
     run->answers.engine = NULL;
