@@ -240,6 +240,12 @@ static double time_of(const struct request *r, enum answer_time time) {
     }
 }
 
+/* The text of an answer that was shown to its end; others may still follow its tokens. */
+static void free_text(struct answer *answer) {
+    free(answer->text);
+    answer->text = NULL;
+}
+
 static void show_json(const struct answer *answer) {
     static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
     const struct request *r = &answer->request;
@@ -301,6 +307,7 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
         answer->shown = answer->safe;
         if (!answer->ended)
             break;
+        free_text(answer);
         (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
         if (r->reason == FINISH_ERROR)
             (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", answer->place, r->error);
@@ -342,8 +349,10 @@ static bool advance(struct answers *a, struct answer *answer) {
     if (finished) {
         answer->ended = true;
         count_ended(a, answer);
-        if (a->json)
+        if (a->json) {
             show_json(answer);
+            free_text(answer);
+        }
     }
     engine_lock(a->engine);
     if (answer->stopped && !was_stopped) {
