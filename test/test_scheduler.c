@@ -1048,6 +1048,32 @@ static void paced_load_is_spread(struct check *check) {
     }
 }
 
+/* When all caches are full it goes round; the emptier one goes before who has waited longer. */
+static void equal_workers_take_turns(struct check *check) {
+    static const char *const roles[] = {"bbbb", "ppdd"};
+    static struct job job;
+    for (int way = 0; way < 2; way++) {
+        struct sched *s = open_workers(4, (int[]){14, 14, 14, 14}, roles[way], 64);
+        int n_on[4] = {0};
+        for (int i = 0; i < 40; i++) {
+            ask(s, &job, i, 209, 2);
+            run_all(check, s);
+            n_on[job.request.decode_worker] += i >= 8;
+            n_on[job.request.prefill_worker] += i >= 8;
+        }
+        for (int w = 0; w < 4; w++)
+            CHECK(n_on[w] == 16, "%s: worker %d was chosen %d times", roles[way], w, n_on[w]);
+        sched_destroy(s);
+    }
+    struct sched *s = open_workers(2, (int[]){200, 200}, "bb", 64);
+    for (int i = 0; i < 3; i++) {
+        ask(s, &job, i, i == 0 ? 640 : 20, 2);
+        run_all(check, s);
+        CHECK(job.request.decode_worker == (i > 0), "request %d is on the fuller worker", i);
+    }
+    sched_destroy(s);
+}
+
 /* Whoever computes it may go: the next one goes on. */
 static void a_shared_prefix_is_computed_once(struct check *check) {
     enum { ALL = 32, SHARED_TOKENS = 960, OWN = 20 };
@@ -1225,6 +1251,38 @@ static void a_full_queue_refuses(struct check *check) {
     sched_destroy(s);
 }
 
+/* Those that follow another count, before what they share is computed and after; one that need not
+ * wait is not refused. All have deadlines. */
+static void followers_wait_in_the_queue(struct check *check) {
+    struct sched *s = open_one(8, 0, 4);
+    static struct job jobs[7];
+    s->config.max_queue = 2;
+    ask(s, &jobs[0], 0, 64, 30);
+    for (int i = 1; i < 4; i++)
+        ask_after(s, &jobs[i], i, 124, 9, jobs[0].tokens, 64);
+    CHECK(s->following.length == 2 && jobs[3].request.reason == FINISH_ERROR, "two may follow");
+    jobs[2].request.deadline = 1;
+    sched_expire(s, 1);
+    CHECK(jobs[2].request.reason == FINISH_ERROR && s->following.length == 1, "its deadline");
+    ask_after(s, &jobs[4], 4, 124, 9, jobs[0].tokens, 64);
+    CHECK(step_once(s, 0) == 64 && s->released.length == 2, "it is there, but no room");
+    ask(s, &jobs[5], 5, 100, 9);
+    CHECK(jobs[5].request.reason == FINISH_ERROR, "two wait");
+    ask(s, &jobs[6], 6, 3, 9);
+    CHECK(jobs[6].request.state == REQUEST_LOADING, "it need not wait");
+    jobs[4].request.deadline = 2;
+    sched_expire(s, 2);
+    CHECK(jobs[4].request.reason == FINISH_ERROR && s->released.length == 1, "its deadline");
+    CHECK(step_once(s, 0) == 4, "both run");
+    jobs[6].request.deadline = 3;
+    withdraw(s, &jobs[6].request, FINISH_NONE, 2);
+    CHECK(s->preempted.length == 1, "it is preempted");
+    sched_expire(s, 3);
+    CHECK(jobs[6].request.reason == FINISH_ERROR, "its deadline");
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 static void deadlines_end_requests(struct check *check) {
     struct sched *s = open_pools(12, 12, 4, 64);
     static struct job jobs[4];
@@ -1275,8 +1333,9 @@ static void a_copy_that_never_ends(struct check *check) {
     sched_copied(s, &orders[0], true, 2);
     sched_copied(s, &orders[2], true, 2);
     CHECK(!sched_next(s, 1, 2), "it waits for the other");
+    CHECK(!sched_next(s, 1, 3), "it still waits, no longer than before");
     sched_expire(s, 3);
-    CHECK(jobs[0].request.state == REQUEST_HAND_OVER, "too early");
+    CHECK(jobs[0].request.state == REQUEST_HAND_OVER && sched_next_event(s) == 4, "too early");
     sched_expire(s, 4);
     CHECK(jobs[0].request.reason == FINISH_ERROR && strstr(jobs[0].request.error, "2 s"), "%s",
           jobs[0].request.error);
@@ -1507,6 +1566,7 @@ int main(int argc, char **argv) {
         {"where_prompts_are_computed", where_prompts_are_computed},
         {"a_waiting_prompt_keeps_what_is_cached", a_waiting_prompt_keeps_what_is_cached},
         {"paced_load_is_spread", paced_load_is_spread},
+        {"equal_workers_take_turns", equal_workers_take_turns},
         {"a_shared_prefix_is_computed_once", a_shared_prefix_is_computed_once},
         {"copies_are_bounded_by_what_is_in_flight", copies_are_bounded_by_what_is_in_flight},
         {"nothing_is_sent_for_nothing", nothing_is_sent_for_nothing},
@@ -1515,6 +1575,7 @@ int main(int argc, char **argv) {
         {"a_full_worker_is_passed_by", a_full_worker_is_passed_by},
         {"workers_of_different_sizes", workers_of_different_sizes},
         {"a_full_queue_refuses", a_full_queue_refuses},
+        {"followers_wait_in_the_queue", followers_wait_in_the_queue},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"preempting_costs_the_same", preempting_costs_the_same},
