@@ -1103,16 +1103,8 @@ static void a_shared_prefix_is_computed_once(struct check *check) {
 
 static void copies_are_bounded_by_what_is_in_flight(struct check *check) {
     for (int way = 0; way < 2; way++) {
-        struct sched_config config = {.kv = {.n_workers = 2, .device_blocks = {200, 200}},
-                                      .prefills = {true, false},
-                                      .decodes = {false, true},
-                                      .max_batch = 4,
-                                      .chunk = 1600,
-                                      .copies_in_flight = way == 0 ? 150 : 10,
-                                      .context_length = 4096,
-                                      .vocab_size = VOCABULARY,
-                                      .ends_text = ends_text};
-        struct sched *s = sched_create(&config);
+        struct sched *s = open_pools(200, 200, 4, 1600);
+        s->config.copies_in_flight = way == 0 ? 150 : 10;
         static struct job jobs[2];
         struct kv_copy_order orders[200];
         ask(s, &jobs[0], 0, 1000, 40);
