@@ -17,7 +17,7 @@
 static void bad_values_are_refused(struct check *check) {
     static const char values[] =
         "-n 0|-n -5|-n 1.5|-n 99999999999|-t -1|-t nan|-t inf|--top-p 1.1|--min-p x|"
-        "--top-k -1|--seed -1|--tp 3|--devices cpu:0|--devices cpu:65|"
+        "--top-k -1|--seed -1|--tp 3|--devices cpu:0|--devices cpu:1025|"
         "--devices cpu:99999999999|--devices 0-99999999|--devices 3-1|--kv-device 0|"
         "--kv-device 8x|--kv-type f8|--kv-policy lru|--max-batch 0|--chunk 0|--threads 0|"
         "--seed 99999999999999999999";
