@@ -374,7 +374,8 @@ static void cleaners_stop_in_every_order(struct check *check) {
             store(check, kv, text % 2, text, 1);
         for (int text = 0; text < 48; text += 3) /* the hot ones are on the host too, if it can */
             for (int again = 0; again < 4; again++) {
-                (void)(again == 2 && page_out(kv, copy_at(kv, node_of(kv, text), text % 2), true, "test"));
+                (void)(again == 2 &&
+                       page_out(kv, copy_at(kv, node_of(kv, text), text % 2), true, "test"));
                 (void)copy_all(kv, text % 2, true);
                 use(check, kv, text % 2, text);
             }
