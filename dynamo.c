@@ -776,6 +776,7 @@ void engine_tell_lost(struct engine *engine) {
 #define ANSWERS_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
+#define TRACE_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
@@ -783,6 +784,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/run.h"
 #include "app/stats.h"
 #include "app/terminal.h"
+#include "app/trace.h"
 
 int main(int argc, char **argv) {
     return run_program(argc, argv);
