@@ -96,7 +96,7 @@ static void trace_start(struct trace *t, const char *phase, const char *name, in
     t->any = true;
 }
 
-static void trace_name(struct trace *t, const char *what, int place, int lane, const char *name) {
+static void trace_label(struct trace *t, const char *what, int place, int lane, const char *name) {
     trace_start(t, "M", what, place, lane, 0);
     (void)fprintf(t->file, ",\"args\":{\"name\":\"%s\"}}", name);
 }
@@ -163,130 +163,111 @@ static void trace_put_flows(struct trace *t, const struct event *e, int64_t at) 
 
 /* ---- what there is to say of an event ---- */
 
-enum trace_type { AN_INT, AN_ID, A_TEXT, A_PLACE, A_TIER, THE_BYTES, A_REASON };
-#define AT(field) offsetof(struct event, field)
-static const struct trace_row {
-    const char *name; /* of the event */
-    struct {
-        const char *key;
-        enum trace_type type;
-        size_t offset;
-    } fields[8];
-} trace_rows[] = {
-    [EVENT_SUBMITTED] = {"submitted",
-                         {{"request", AN_ID, AT(request)}, {"prompt_tokens", AN_INT, AT(n)}}},
-    [EVENT_FOLLOWS] = {"follows",
-                       {{"request", AN_ID, AT(request)},
-                        {"leader", AN_ID, AT(other)},
-                        {"shared_tokens", AN_INT, AT(n)}}},
-    [EVENT_ADMITTED] = {"admitted",
-                        {{"request", AN_ID, AT(request)},
-                         {"prefill", A_PLACE, AT(from)},
-                         {"why_prefill", A_TEXT, AT(why_prefill)},
-                         {"decode", A_PLACE, AT(to)},
-                         {"why_decode", A_TEXT, AT(why)},
-                         {"cached_tokens", AN_INT, AT(n)},
-                         {"cached_on_host", AN_INT, AT(n_host)}}},
-    [EVENT_PREEMPTED] = {"preempted",
-                         {{"request", AN_ID, AT(request)},
-                          {"at", A_PLACE, AT(worker)},
-                          {"why", A_TEXT, AT(why)}}},
-    [EVENT_HANDED_OVER] = {"handed over",
-                           {{"request", AN_ID, AT(request)},
-                            {"from", A_PLACE, AT(from)},
-                            {"to", A_PLACE, AT(to)}}},
-    [EVENT_FINISHED] = {"finished",
-                        {{"request", AN_ID, AT(request)},
-                         {"at", A_PLACE, AT(worker)},
-                         {"tokens", AN_INT, AT(n)},
-                         {"reason", A_REASON, AT(reason)},
-                         {"error", A_TEXT, AT(why)}}},
-    [EVENT_EVICTED] = {"evicted",
-                       {{"block", AN_INT, AT(node)},
-                        {"tier", A_TIER, AT(from)},
-                        {"from", A_PLACE, AT(from)},
-                        {"bytes", THE_BYTES, 0},
-                        {"why", A_TEXT, AT(why)}}},
-    [EVENT_COPY_ORDERED] = {"copy ordered",
-                            {{"block", AN_INT, AT(node)},
-                             {"tier", A_TIER, AT(to)},
-                             {"from", A_PLACE, AT(from)},
-                             {"to", A_PLACE, AT(to)},
-                             {"bytes", THE_BYTES, 0},
-                             {"why", A_TEXT, AT(why)}}},
-    [EVENT_STEP] = {"step", {{"at", A_PLACE, AT(worker)}}}, /* and of its batch: see below */
-    [EVENT_COPY] = {"copy",
-                    {{"block", AN_INT, AT(node)},
-                     {"tier", A_TIER, AT(to)},
-                     {"from", A_PLACE, AT(from)},
-                     {"to", A_PLACE, AT(to)},
-                     {"bytes", THE_BYTES, 0}}}};
-#undef AT
-
-/* The first value of an event is told with comma == false. */
-static void trace_text(FILE *out, bool json, bool comma, const char *key, const char *text) {
-    (void)fprintf(out, json ? "%s\"%s\":" : "%s%s ", comma ? json ? "," : ", " : "", key);
-    if (json)
-        json_string(out, text, strlen(text));
-    else
-        (void)fputs(text, out);
-}
-
-static void trace_number(FILE *out, bool json, bool comma, const char *key, double number) {
-    (void)fprintf(out, json ? "%s\"%s\":%.15g" : "%s%s %.15g", comma ? json ? "," : ", " : "", key,
-                  number);
-}
-
-static void trace_batch(FILE *out, bool json, const struct step *step, int n_answers) {
-    const struct batch *batch = &step->batch;
-    trace_number(out, json, true, "rows", batch->n_rows);
-    trace_number(out, json, true, "prompts", batch->n_sequences - n_answers);
-    trace_number(out, json, true, "answers", n_answers);
-    trace_number(out, json, true, "blocks", batch->n_blocks);
-    (void)fputs(json ? ",\"requests\":[" : ", requests", out);
+static int trace_answers(const struct batch *batch) {
+    int n = 0;
     for (int i = 0; i < batch->n_sequences; i++)
-        (void)fprintf(out, "%s%" PRId64, json ? i > 0 ? "," : "" : " ", step->requests[i]->id);
+        n += batch->sequence[i].generated;
+    return n;
+}
+
+/* The name of each kind, and what is told of it: a letter (see trace_field), and its key. */
+static const char *const trace_rows[][2] = {
+    [EVENT_SUBMITTED] = {"submitted", "r request n prompt_tokens"},
+    [EVENT_FOLLOWS] = {"follows", "r request o leader n shared_tokens"},
+    [EVENT_ADMITTED] = {"admitted", "r request f prefill p why_prefill t decode y why_decode "
+                                    "n cached_tokens h cached_on_host"},
+    [EVENT_PREEMPTED] = {"preempted", "r request w at y why"},
+    [EVENT_HANDED_OVER] = {"handed over", "r request f from t to"},
+    [EVENT_FINISHED] = {"finished", "r request w at n tokens e reason y error"},
+    [EVENT_EVICTED] = {"evicted", "b block F tier f from B bytes y why"},
+    [EVENT_COPY_ORDERED] = {"copy ordered", "b block T tier f from t to B bytes y why"},
+    [EVENT_STEP] = {NULL, "w at R rows P prompts A answers K blocks L requests"},
+    [EVENT_COPY] = {"copy", "b block T tier f from t to B bytes"}};
+
+/* The name of an event, by which viewers choose colours; a step's is what it computes. */
+static const char *trace_name(const struct event *e) {
+    if (e->kind != EVENT_STEP)
+        return trace_rows[e->kind][0];
+    int n = trace_answers(&e->step->batch);
+    return n == 0 ? "prefill" : n < e->step->batch.n_sequences ? "mixed" : "decode";
+}
+
+static const char *trace_place_name(const struct trace *t, int place) {
+    return place < 0 ? "the queue" : t->names[place];
+}
+
+static const char *trace_tier(const struct trace *t, int place) {
+    return place == t->host ? "host" : "device";
+}
+
+/* One of a letter's values is what it tells: a text, NULL where there is none; or a number. */
+static const char *trace_field(const struct trace *t, const struct event *e, char letter,
+                               double *number) {
+    const struct batch *batch = e->step ? &e->step->batch : NULL;
+    switch (letter) {
+    case 'f': return trace_place_name(t, e->from);
+    case 't': return trace_place_name(t, e->to);
+    case 'w': return trace_place_name(t, e->worker);
+    case 'F': return trace_tier(t, e->from);
+    case 'T': return trace_tier(t, e->to);
+    case 'p': return e->why_prefill;
+    case 'y': return e->why;
+    case 'e': return reason_names[e->reason];
+    case 'r': *number = (double)e->request; break;
+    case 'o': *number = (double)e->other; break;
+    case 'b': *number = e->node; break;
+    case 'n': *number = e->n; break;
+    case 'h': *number = e->n_host; break;
+    case 'B': *number = t->block_bytes; break;
+    case 'R': *number = batch->n_rows; break;
+    case 'P': *number = batch->n_sequences - trace_answers(batch); break;
+    case 'A': *number = trace_answers(batch); break;
+    case 'K': *number = batch->n_blocks; break;
+    }
+    return NULL;
+}
+
+static void trace_requests(FILE *out, bool json, const struct step *step) {
+    for (int i = 0; i < step->batch.n_sequences; i++)
+        (void)fprintf(out, "%s%" PRId64,
+                      i > 0  ? json ? "," : " "
+                      : json ? "["
+                             : "",
+                      step->requests[i]->id);
     (void)fputs(json ? "]" : "", out);
 }
 
-/* All that is known of an event, as the inside of an object or of a line. */
+/* All that is told of an event, as the inside of an object or of a line. */
 static void trace_fields(const struct trace *t, FILE *out, bool json, const struct event *e) {
-    const struct trace_row *row = &trace_rows[e->kind];
-    for (int i = 0; i < 8 && row->fields[i].key; i++) {
-        const char *at = (const char *)e + row->fields[i].offset, *key = row->fields[i].key;
-        int number = *(const int *)at; /* of most types */
-        const char *text = NULL;
-        switch (row->fields[i].type) {
-        case AN_INT: trace_number(out, json, i > 0, key, number); break;
-        case AN_ID: trace_number(out, json, i > 0, key, (double)*(const int64_t *)at); break;
-        case THE_BYTES: trace_number(out, json, i > 0, key, t->block_bytes); break;
-        case A_TEXT: text = *(const char *const *)at; break;
-        case A_PLACE: text = number < 0 ? "the queue" : t->names[number]; break;
-        case A_TIER: text = number == t->host ? "host" : "device"; break;
-        case A_REASON: text = reason_names[number]; break;
-        }
-        if (text)
-            trace_text(out, json, i > 0, key, text);
+    const char *before = "", *at = trace_rows[e->kind][1];
+    for (int length; *at; at += length + (at[length] == ' ')) {
+        char letter = *at;
+        at += 2;
+        length = (int)strcspn(at, " ");
+        double number = NAN;
+        const char *text = trace_field(t, e, letter, &number);
+        if (!text && isnan(number) && letter != 'L')
+            continue;
+        (void)fprintf(out, json ? "%s\"%.*s\":" : "%s%.*s ", before, length, at);
+        before = json ? "," : ", ";
+        if (letter == 'L')
+            trace_requests(out, json, e->step);
+        else if (text && json)
+            json_string(out, text, strlen(text));
+        else if (text)
+            (void)fputs(text, out);
+        else
+            (void)fprintf(out, "%.15g", number);
     }
 }
 
 /* ---- events ---- */
 
-/* What a step computes: the name of its event, by which viewers choose colours. */
-static const char *trace_step_name(const struct batch *batch, int *n_answers) {
-    *n_answers = 0;
-    for (int i = 0; i < batch->n_sequences; i++)
-        *n_answers += batch->sequence[i].generated;
-    return *n_answers == 0 ? "prefill" : *n_answers < batch->n_sequences ? "mixed" : "decode";
-}
-
-static void trace_line(struct trace *t, const struct event *e, const char *name, int n_answers) {
-    (void)fprintf(t->lines, "%12.6f %s: ", e->end - t->begun, name);
+static void trace_line(struct trace *t, const struct event *e) {
+    (void)fprintf(t->lines, "%12.6f %s: ", e->end - t->begun, trace_name(e));
     trace_fields(t, t->lines, false, e);
-    if (e->kind == EVENT_STEP)
-        trace_batch(t->lines, false, e->step, n_answers);
     if (e->end > e->start)
-        trace_number(t->lines, false, true, "us", 1e6 * (e->end - e->start));
+        (void)fprintf(t->lines, ", %.3f ms", 1e3 * (e->end - e->start));
     (void)fputc('\n', t->lines);
 }
 
@@ -303,7 +284,7 @@ static int trace_place(const struct trace *t, const struct event *e, enum trace_
     }
 }
 
-static void trace_event(struct trace *t, const struct event *e, const char *name, int n_answers) {
+static void trace_event(struct trace *t, const struct event *e) {
     enum trace_lane lane;
     int place = trace_place(t, e, &lane);
     int64_t start = llround(1e9 * (e->start - t->begun)), end = llround(1e9 * (e->end - t->begun));
@@ -313,14 +294,12 @@ static void trace_event(struct trace *t, const struct event *e, const char *name
         start = start > *last ? start : *last;
         *last = end = end > start ? end : start;
     }
-    trace_start(t, lasts ? "X" : "i", name, place, (int)lane, start);
+    trace_start(t, lasts ? "X" : "i", trace_name(e), place, (int)lane, start);
     if (lasts)
         (void)fprintf(t->file, ",\"dur\":%" PRId64 ".%03" PRId64, (end - start) / 1000,
                       (end - start) % 1000);
     (void)fprintf(t->file, "%s,\"args\":{", lasts ? "" : ",\"s\":\"t\"");
     trace_fields(t, t->file, true, e);
-    if (e->kind == EVENT_STEP)
-        trace_batch(t->file, true, e->step, n_answers);
     (void)fprintf(t->file, "}}");
     if (e->kind == EVENT_STEP)
         trace_put_flows(t, e, start);
@@ -343,15 +322,11 @@ static bool trace_count(struct trace *t, const struct event *e) {
 
 static void trace_note(void *context, const struct event *e) {
     struct trace *t = context;
-    int n_answers = 0;
-    const char *name = trace_rows[e->kind].name;
-    if (e->kind == EVENT_STEP)
-        name = trace_step_name(&e->step->batch, &n_answers);
     if (t->lines)
-        trace_line(t, e, name, n_answers);
+        trace_line(t, e);
     if (!t->file)
         return;
-    trace_event(t, e, name, n_answers);
+    trace_event(t, e);
     if (trace_count(t, e))
         trace_count_requests(t, llround(1e9 * (e->end - t->begun)));
     if (e->kind == EVENT_HANDED_OVER)
@@ -408,10 +383,10 @@ void trace_begin(struct trace *t, const struct engine_config *config, struct sch
                        config->workers[i].decodes ? "decode" : "");
     (void)snprintf(t->names[t->host], sizeof t->names[t->host], "host");
     for (int i = TRACE_SCHEDULER; i <= t->host && t->file; i++) {
-        trace_name(t, "process_name", i, 0, i == TRACE_SCHEDULER ? "scheduler" : t->names[i]);
+        trace_label(t, "process_name", i, 0, i == TRACE_SCHEDULER ? "scheduler" : t->names[i]);
         for (int lane = 0; lane < N_LANES; lane++)
             if (i < 0 ? lane == 0 : i < t->host || lane == LANE_PAGER)
-                trace_name(t, "thread_name", i, lane, i < 0 ? "decisions" : lanes[lane]);
+                trace_label(t, "thread_name", i, lane, i < 0 ? "decisions" : lanes[lane]);
         if (i >= 0)
             trace_count_blocks(t, i, 0);
     }
