@@ -62,6 +62,7 @@ struct trace {
     bool any;  /* an event stands in the file */
     int error; /* errno of the first write that failed */
     double begun;
+    int64_t now; /* ns: the latest end of an event; one may be noted a little after its end */
     const struct kv *kv;
     int host;
     double block_bytes;
@@ -103,18 +104,18 @@ static void trace_label(struct trace *t, const char *what, int place, int lane, 
 
 /* ---- counters ---- */
 
-static void trace_count_requests(struct trace *t, int64_t at) {
-    trace_start(t, "C", "requests", TRACE_SCHEDULER, 0, at);
+static void trace_count_requests(struct trace *t) {
+    trace_start(t, "C", "requests", TRACE_SCHEDULER, 0, t->now);
     (void)fprintf(t->file, ",\"args\":{\"waiting\":%d,\"admitted\":%d}}", t->n_waiting,
                   t->n_admitted);
 }
 
-static void trace_count_blocks(struct trace *t, int place, int64_t at) {
+static void trace_count_blocks(struct trace *t, int place) {
     struct kv_usage now = kv_usage(t->kv, place);
     if (memcmp(&now, &t->shown[place], sizeof now) == 0)
         return;
     t->shown[place] = now;
-    trace_start(t, "C", "KV blocks", place, 0, at);
+    trace_start(t, "C", "KV blocks", place, 0, t->now);
     (void)fprintf(t->file, ",\"args\":{\"pinned\":%d,\"cached\":%d,\"in flight\":%d,\"free\":%d}}",
                   now.pinned, now.cached, now.in_flight, now.free);
 }
@@ -289,6 +290,7 @@ static void trace_event(struct trace *t, const struct event *e) {
     int place = trace_place(t, e, &lane);
     int64_t start = llround(1e9 * (e->start - t->begun)), end = llround(1e9 * (e->end - t->begun));
     bool lasts = e->kind == EVENT_STEP || e->kind == EVENT_COPY;
+    t->now = end > t->now ? end : t->now;
     if (lasts) {
         int64_t *last = &t->ends[place][lane];
         start = start > *last ? start : *last;
@@ -304,8 +306,8 @@ static void trace_event(struct trace *t, const struct event *e) {
     if (e->kind == EVENT_STEP)
         trace_put_flows(t, e, start);
     if (lasts) {
-        trace_count_blocks(t, place, end);
-        trace_count_blocks(t, t->host, end);
+        trace_count_blocks(t, place);
+        trace_count_blocks(t, t->host);
     }
 }
 
@@ -328,7 +330,7 @@ static void trace_note(void *context, const struct event *e) {
         return;
     trace_event(t, e);
     if (trace_count(t, e))
-        trace_count_requests(t, llround(1e9 * (e->end - t->begun)));
+        trace_count_requests(t);
     if (e->kind == EVENT_HANDED_OVER)
         trace_begin_flow(t, e);
     if (e->kind == EVENT_PREEMPTED || e->kind == EVENT_FINISHED)
@@ -357,8 +359,8 @@ struct trace *trace_open(const char *path, bool verbose, char *error) {
         (void)setvbuf(t->file, NULL, _IOFBF, TRACE_BUFFER);
     if (t->file && fputs("[", t->file) >= 0 && fflush(t->file) == 0)
         return t;
-    (void)fail(error, "--trace %.200s: %s", path, strerror(errno));
-    (void)trace_close(t, NULL);
+    t->error = errno;
+    (void)trace_close(t, error);
     return NULL;
 }
 
@@ -388,7 +390,7 @@ void trace_begin(struct trace *t, const struct engine_config *config, struct sch
             if (i < 0 ? lane == 0 : i < t->host || lane == LANE_PAGER)
                 trace_label(t, "thread_name", i, lane, i < 0 ? "decisions" : lanes[lane]);
         if (i >= 0)
-            trace_count_blocks(t, i, 0);
+            trace_count_blocks(t, i);
     }
 }
 

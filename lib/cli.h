@@ -420,9 +420,9 @@ static const struct rule {
     {{"--rate", "--replay"}, "--replay"},
     {{"--limit", "--replay"}, "--replay"},
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
-    {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
     {{"--decode", "--prefill"}, "--prefill"},
 };
