@@ -364,14 +364,7 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     if (r->in_step)
         return;
     bool waits = r->reason == FINISH_NONE;
-    if (!waits)
-        note(&s->config.kv.ledger,
-             &(struct event){.kind = EVENT_FINISHED,
-                             .request = r->id,
-                             .worker = r->state == REQUEST_WAITING ? NONE : worker_of(r),
-                             .n = r->length - r->n_prompt,
-                             .reason = r->reason,
-                             .why = r->error[0] ? r->error : NULL});
+    int worker = r->state == REQUEST_WAITING ? NONE : worker_of(r);
     if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     else if (!waits && r->saved != NONE)
@@ -387,12 +380,18 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_FINISHED,
+                                               .request = r->id,
+                                               .worker = worker,
+                                               .n = r->length - r->n_prompt,
+                                               .reason = r->reason,
+                                               .why = r->error[0] ? r->error : NULL});
 }
 
 static void send_back(struct sched *s, struct request *r, const char *why, double now) {
-    note(&s->config.kv.ledger,
-         &(struct event){EVENT_PREEMPTED, .request = r->id, .worker = worker_of(r), .why = why});
     withdraw(s, r, FINISH_NONE, now);
+    note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
+                                               .worker = r->decode_worker, .why = why});
 }
 
 /* The chained hash of a full block: those before it have theirs. */

@@ -305,10 +305,17 @@ static void trace_event(struct trace *t, const struct event *e) {
     (void)fprintf(t->file, "}}");
     if (e->kind == EVENT_STEP)
         trace_put_flows(t, e, start);
-    if (lasts) {
-        trace_count_blocks(t, place);
-        trace_count_blocks(t, t->host);
-    }
+}
+
+/* Of the places whose blocks an event has changed. (An eviction makes room for what comes next.) */
+static void trace_count_places(struct trace *t, const struct event *e) {
+    bool both = e->kind == EVENT_ADMITTED || e->kind == EVENT_HANDED_OVER ||
+                e->kind == EVENT_COPY_ORDERED || e->kind == EVENT_COPY;
+    bool one = e->kind == EVENT_STEP || e->kind == EVENT_PREEMPTED || e->kind == EVENT_FINISHED;
+    if (both)
+        trace_count_blocks(t, e->from);
+    if (both || (one && e->worker >= 0))
+        trace_count_blocks(t, both ? e->to : e->worker);
 }
 
 /* Counts the requests that wait and those that were admitted; true: one of them has gone on. */
@@ -329,6 +336,7 @@ static void trace_note(void *context, const struct event *e) {
     if (!t->file)
         return;
     trace_event(t, e);
+    trace_count_places(t, e);
     if (trace_count(t, e))
         trace_count_requests(t);
     if (e->kind == EVENT_HANDED_OVER)
