@@ -51,7 +51,8 @@ bool trace_close(struct trace *trace, char *error);
 enum {
     TRACE_BUFFER = 1 << 18,
     TRACE_FLUSH = TRACE_BUFFER / 2, /* bytes that are written together: an event has fewer */
-    TRACE_SCHEDULER = -1            /* its place, as a process of the trace */
+    TRACE_FLOWS = 1024,
+    TRACE_SCHEDULER = -1 /* its place, as a process of the trace */
 };
 enum trace_lane { LANE_STEPS, LANE_OUT, LANE_IN, LANE_PEER, LANE_PAGER, N_LANES };
 
@@ -69,26 +70,21 @@ struct trace {
     int64_t ends[MAX_WORKERS][N_LANES]; /* ns: when the last event of a lane ended */
     struct kv_usage shown[MAX_WORKERS + 1];
     int n_waiting, n_admitted; /* requests */
-    struct trace_flow {        /* handed over, and not yet in a step */
+    /* the last hand-over of requests whose ids share this remainder; start: 0: it is drawn */
+    struct trace_flow {
         int64_t request, start;
         int worker;
-    } * flows; /* (n_flows, of room for so many) */
-    int n_flows, room;
-    int64_t last_flow;
+    } flows[TRACE_FLOWS];
+    int64_t n_flows; /* drawn */
 };
 
 /* ---- writing ---- */
 
-static void trace_check(struct trace *t, bool ok) {
-    if (!ok && t->error == 0)
-        t->error = errno;
-}
-
 /* What all events begin with. */
 static void trace_start(struct trace *t, const char *phase, const char *name, int place, int lane,
                         int64_t at) {
-    if (__fpending(t->file) > TRACE_FLUSH)
-        trace_check(t, fflush(t->file) == 0);
+    if (__fpending(t->file) > TRACE_FLUSH && fflush(t->file) != 0)
+        t->error = errno;
     int pid = 10 * (place + 2); /* a lane's number is its own in all of the trace */
     (void)fprintf(t->file,
                   "%s\n{\"ph\":\"%s\",\"name\":\"%s\",\"pid\":%d,\"tid\":%d,\"ts\":%" PRId64
@@ -104,12 +100,6 @@ static void trace_label(struct trace *t, const char *what, int place, int lane, 
 
 /* ---- counters ---- */
 
-static void trace_count_requests(struct trace *t) {
-    trace_start(t, "C", "requests", TRACE_SCHEDULER, 0, t->now);
-    (void)fprintf(t->file, ",\"args\":{\"waiting\":%d,\"admitted\":%d}}", t->n_waiting,
-                  t->n_admitted);
-}
-
 static void trace_count_blocks(struct trace *t, int place) {
     struct kv_usage now = kv_usage(t->kv, place);
     if (memcmp(&now, &t->shown[place], sizeof now) == 0)
@@ -120,45 +110,51 @@ static void trace_count_blocks(struct trace *t, int place) {
                   now.pinned, now.cached, now.in_flight, now.free);
 }
 
+/* What an event has changed. (An eviction makes room for what comes next.) */
+static void trace_count(struct trace *t, const struct event *e) {
+    bool comes = e->kind == EVENT_SUBMITTED, leaves = e->kind == EVENT_FINISHED;
+    bool starts = e->kind == EVENT_ADMITTED, stops = e->kind == EVENT_PREEMPTED;
+    bool moves = starts || e->kind == EVENT_HANDED_OVER || e->kind == EVENT_COPY_ORDERED ||
+                 e->kind == EVENT_COPY;
+    if (moves)
+        trace_count_blocks(t, e->from);
+    if (moves || e->kind == EVENT_STEP || stops || (leaves && e->worker >= 0))
+        trace_count_blocks(t, moves ? e->to : e->worker);
+    if (!comes && !starts && !stops && !leaves)
+        return;
+    t->n_waiting += comes + stops - starts - (leaves && e->worker < 0);
+    t->n_admitted += starts - stops - (leaves && e->worker >= 0);
+    trace_start(t, "C", "requests", TRACE_SCHEDULER, 0, t->now);
+    (void)fprintf(t->file, ",\"args\":{\"waiting\":%d,\"admitted\":%d}}", t->n_waiting,
+                  t->n_admitted);
+}
+
 /* ---- hand-overs ---- */
 
-static struct trace_flow *trace_find_flow(const struct trace *t, int64_t request) {
-    for (int i = 0; i < t->n_flows; i++)
-        if (t->flows[i].request == request)
-            return &t->flows[i];
-    return NULL;
+/* An arrow begins in the step that has just ended on the prefill worker; only when the step is known
+ * in which it ends is it drawn. */
+static void trace_hand_over(struct trace *t, const struct event *e) {
+    struct trace_flow *flow = &t->flows[(uint64_t)e->request % TRACE_FLOWS];
+    if (e->kind == EVENT_HANDED_OVER)
+        *flow = (struct trace_flow){e->request, t->ends[e->from][LANE_STEPS] - 1, e->from};
+    else if (flow->request == e->request) /* it has ended, or begins anew */
+        flow->start = 0;
 }
 
-static void trace_end_flow(struct trace *t, int64_t request) {
-    struct trace_flow *flow = trace_find_flow(t, request);
-    if (flow)
-        *flow = t->flows[--t->n_flows];
-}
-
-/* The arrow begins in the step that has just ended there. */
-static void trace_begin_flow(struct trace *t, const struct event *e) {
-    if (t->n_flows == t->room) {
-        void *more = realloc(t->flows, 2 * ((size_t)t->room + 8) * sizeof *t->flows);
-        if (!more)
-            return; /* an arrow is missing */
-        t->flows = more;
-        t->room = 2 * (t->room + 8);
-    }
-    t->flows[t->n_flows++] =
-        (struct trace_flow){e->request, t->ends[e->from][LANE_STEPS] - 1, e->from};
-}
-
-static void trace_put_flows(struct trace *t, const struct event *e, int64_t at) {
-    for (int i = 0; i < e->step->batch.n_sequences && t->n_flows > 0; i++) {
-        const struct trace_flow *flow = trace_find_flow(t, e->step->requests[i]->id);
-        if (!flow || flow->worker == e->worker)
+static void trace_draw_flows(struct trace *t, const struct event *e, int64_t at) {
+    for (int i = 0; i < e->step->batch.n_sequences; i++) {
+        int64_t id = e->step->requests[i]->id;
+        struct trace_flow *flow = &t->flows[(uint64_t)id % TRACE_FLOWS];
+        if (flow->request != id || flow->start == 0 || flow->worker == e->worker)
             continue;
-        const char *more = ",\"cat\":\"hand-over\",\"id\":%" PRId64 ",\"bp\":\"e\"}";
-        trace_start(t, "s", "hand-over", flow->worker, LANE_STEPS, flow->start);
-        (void)fprintf(t->file, more, ++t->last_flow);
-        trace_start(t, "f", "hand-over", e->worker, LANE_STEPS, at);
-        (void)fprintf(t->file, more, t->last_flow);
-        trace_end_flow(t, flow->request);
+        t->n_flows++;
+        for (int end = 0; end < 2; end++) {
+            trace_start(t, end ? "f" : "s", "hand-over", end ? e->worker : flow->worker, LANE_STEPS,
+                        end ? at : flow->start);
+            (void)fprintf(t->file, ",\"cat\":\"request\",\"id\":%" PRId64 ",\"bp\":\"e\"}",
+                          t->n_flows);
+        }
+        flow->start = 0;
     }
 }
 
@@ -193,24 +189,16 @@ static const char *trace_name(const struct event *e) {
     return n == 0 ? "prefill" : n < e->step->batch.n_sequences ? "mixed" : "decode";
 }
 
-static const char *trace_place_name(const struct trace *t, int place) {
-    return place < 0 ? "the queue" : t->names[place];
-}
-
-static const char *trace_tier(const struct trace *t, int place) {
-    return place == t->host ? "host" : "device";
-}
-
-/* One of a letter's values is what it tells: a text, NULL where there is none; or a number. */
+/* What a letter stands for: a text, or NULL and a number; or neither. */
 static const char *trace_field(const struct trace *t, const struct event *e, char letter,
                                double *number) {
     const struct batch *batch = e->step ? &e->step->batch : NULL;
     switch (letter) {
-    case 'f': return trace_place_name(t, e->from);
-    case 't': return trace_place_name(t, e->to);
-    case 'w': return trace_place_name(t, e->worker);
-    case 'F': return trace_tier(t, e->from);
-    case 'T': return trace_tier(t, e->to);
+    case 'f': return t->names[e->from];
+    case 't': return t->names[e->to];
+    case 'w': return e->worker < 0 ? "the queue" : t->names[e->worker];
+    case 'F': return e->from == t->host ? "host" : "device";
+    case 'T': return e->to == t->host ? "host" : "device";
     case 'p': return e->why_prefill;
     case 'y': return e->why;
     case 'e': return reason_names[e->reason];
@@ -230,12 +218,7 @@ static const char *trace_field(const struct trace *t, const struct event *e, cha
 
 static void trace_requests(FILE *out, bool json, const struct step *step) {
     for (int i = 0; i < step->batch.n_sequences; i++)
-        (void)fprintf(out, "%s%" PRId64,
-                      i > 0  ? json ? "," : " "
-                      : json ? "["
-                             : "",
-                      step->requests[i]->id);
-    (void)fputs(json ? "]" : "", out);
+        (void)fprintf(out, "%s%" PRId64, i == 0 ? "" : json ? "," : " ", step->requests[i]->id);
 }
 
 /* All that is told of an event, as the inside of an object or of a line. */
@@ -251,9 +234,11 @@ static void trace_fields(const struct trace *t, FILE *out, bool json, const stru
             continue;
         (void)fprintf(out, json ? "%s\"%.*s\":" : "%s%.*s ", before, length, at);
         before = json ? "," : ", ";
-        if (letter == 'L')
+        if (letter == 'L') {
+            (void)fputs(json ? "[" : "", out);
             trace_requests(out, json, e->step);
-        else if (text && json)
+            (void)fputs(json ? "]" : "", out);
+        } else if (text && json)
             json_string(out, text, strlen(text));
         else if (text)
             (void)fputs(text, out);
@@ -304,45 +289,19 @@ static void trace_event(struct trace *t, const struct event *e) {
     trace_fields(t, t->file, true, e);
     (void)fprintf(t->file, "}}");
     if (e->kind == EVENT_STEP)
-        trace_put_flows(t, e, start);
-}
-
-/* Of the places whose blocks an event has changed. (An eviction makes room for what comes next.) */
-static void trace_count_places(struct trace *t, const struct event *e) {
-    bool both = e->kind == EVENT_ADMITTED || e->kind == EVENT_HANDED_OVER ||
-                e->kind == EVENT_COPY_ORDERED || e->kind == EVENT_COPY;
-    bool one = e->kind == EVENT_STEP || e->kind == EVENT_PREEMPTED || e->kind == EVENT_FINISHED;
-    if (both)
-        trace_count_blocks(t, e->from);
-    if (both || (one && e->worker >= 0))
-        trace_count_blocks(t, both ? e->to : e->worker);
-}
-
-/* Counts the requests that wait and those that were admitted; true: one of them has gone on. */
-static bool trace_count(struct trace *t, const struct event *e) {
-    int waiting = (e->kind == EVENT_SUBMITTED || e->kind == EVENT_PREEMPTED) -
-                  (e->kind == EVENT_ADMITTED || (e->kind == EVENT_FINISHED && e->worker < 0));
-    int admitted = (e->kind == EVENT_ADMITTED) -
-                   (e->kind == EVENT_PREEMPTED || (e->kind == EVENT_FINISHED && e->worker >= 0));
-    t->n_waiting += waiting;
-    t->n_admitted += admitted;
-    return waiting != 0 || admitted != 0;
+        trace_draw_flows(t, e, start);
 }
 
 static void trace_note(void *context, const struct event *e) {
     struct trace *t = context;
     if (t->lines)
         trace_line(t, e);
-    if (!t->file)
+    if (!t->file || t->error != 0) /* what was not written would be missing between others */
         return;
     trace_event(t, e);
-    trace_count_places(t, e);
-    if (trace_count(t, e))
-        trace_count_requests(t);
-    if (e->kind == EVENT_HANDED_OVER)
-        trace_begin_flow(t, e);
-    if (e->kind == EVENT_PREEMPTED || e->kind == EVENT_FINISHED)
-        trace_end_flow(t, e->request);
+    trace_count(t, e);
+    if (e->kind == EVENT_HANDED_OVER || e->kind == EVENT_PREEMPTED || e->kind == EVENT_FINISHED)
+        trace_hand_over(t, e);
 }
 
 /* ---- the file ---- */
@@ -407,12 +366,11 @@ bool trace_close(struct trace *t, char *error) {
         return true;
     if (t->lines)
         (void)fclose(t->lines);
-    if (t->file) {
-        trace_check(t, fputs("\n]\n", t->file) >= 0 && !ferror(t->file));
-        trace_check(t, fclose(t->file) == 0);
-    }
+    if (t->file && t->error == 0)
+        (void)fputs("\n]\n", t->file);
+    if (t->file && fclose(t->file) != 0 && t->error == 0)
+        t->error = errno;
     bool ok = t->error == 0 || fail(error, "--trace %.200s: %s", t->path, strerror(t->error));
-    free(t->flows);
     free(t);
     return ok;
 }

@@ -822,6 +822,9 @@ static void a_trace_tells_what_happened(struct check *check) {
 static void a_trace_that_cannot_be_written(struct check *check) {
     refuse(check, "random:8b -p a --trace $T/none/trace", 1, "No such file or directory", 1);
     refuse(check, CAT "-n 20 -t 0 --trace /dev/full", 1, "--trace /dev/full: No space left", 1);
+    shell(check, "trap '' XFSZ; ulimit -f 8; " DYNAMO_PROGRAM " " CAT
+                 "-n 60 -t 0 --trace $T/long > /dev/null 2> $T/words; test $? = 1");
+    shell(check, "grep -q '^dynamo: --trace .*/long: File too large$' $T/words");
     struct live live = start_endless(check, ENDLESS "--ids 1,5,6 --trace $T/cut", 100);
     kill(live.pid, SIGTERM);
     ends_soon(check, &live, 128 + SIGTERM);
