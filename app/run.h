@@ -92,6 +92,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    trace_flush(run->trace);
 }
 
 /* CUDA where there is a GPU, unless the CPU is asked for. */

@@ -31,6 +31,8 @@ struct ledger trace_ledger(struct trace *trace); /* of NULL: of nobody */
 /* Before the first event: names places and lanes. Time begins at `now`. */
 void trace_begin(struct trace *trace, const struct engine_config *config, struct sched *sched,
                  double now);
+/* Writes what was noted so far: before a fault ends the program. NULL: nothing is done. */
+void trace_flush(struct trace *trace);
 /* When no event can come any more. NULL: nothing is done. False: not all could be written. */
 bool trace_close(struct trace *trace, char *error);
 
@@ -59,7 +61,7 @@ enum trace_lane { LANE_STEPS, LANE_OUT, LANE_IN, LANE_PEER, LANE_PAGER, N_LANES 
 struct trace {
     FILE *file, *lines; /* or NULL */
     const char *path;
-    char names[MAX_WORKERS + 1][32];
+    char names[MAX_WORKERS + 1][40];
     bool any;  /* an event stands in the file */
     int error; /* errno of the first write that failed */
     double begun;
@@ -131,8 +133,8 @@ static void trace_count(struct trace *t, const struct event *e) {
 
 /* ---- hand-overs ---- */
 
-/* An arrow begins in the step that has just ended on the prefill worker; only when the step is known
- * in which it ends is it drawn. */
+/* An arrow begins in the step that has just ended on the prefill worker. It is drawn when the step
+ * is known in which it ends. */
 static void trace_hand_over(struct trace *t, const struct event *e) {
     struct trace_flow *flow = &t->flows[(uint64_t)e->request % TRACE_FLOWS];
     if (e->kind == EVENT_HANDED_OVER)
@@ -359,6 +361,11 @@ void trace_begin(struct trace *t, const struct engine_config *config, struct sch
         if (i >= 0)
             trace_count_blocks(t, i);
     }
+}
+
+void trace_flush(struct trace *t) {
+    if (t && t->file)
+        (void)fflush(t->file);
 }
 
 bool trace_close(struct trace *t, char *error) {
