@@ -51,8 +51,8 @@ bool trace_close(struct trace *trace, char *error);
 #include <unistd.h>
 
 enum {
-    TRACE_BUFFER = 1 << 18,
-    TRACE_FLUSH = TRACE_BUFFER / 2, /* bytes that are written together: an event has fewer */
+    TRACE_BUFFER = 1 << 17,
+    TRACE_FLUSH = 1 << 14, /* bytes that are written together: room for an event is left */
     TRACE_FLOWS = 1024,
     TRACE_SCHEDULER = -1 /* its place, as a process of the trace */
 };
@@ -60,6 +60,7 @@ enum trace_lane { LANE_STEPS, LANE_OUT, LANE_IN, LANE_PEER, LANE_PAGER, N_LANES 
 
 struct trace {
     FILE *file, *lines; /* or NULL */
+    char buffer[TRACE_BUFFER];
     const char *path;
     char names[MAX_WORKERS + 1][40];
     bool any;  /* an event stands in the file */
@@ -325,7 +326,7 @@ struct trace *trace_open(const char *path, bool verbose, char *error) {
     t->path = path;
     t->file = fopen(path, "w");
     if (t->file)
-        (void)setvbuf(t->file, NULL, _IOFBF, TRACE_BUFFER);
+        (void)setvbuf(t->file, t->buffer, _IOFBF, sizeof t->buffer);
     if (t->file && fputs("[", t->file) >= 0 && fflush(t->file) == 0)
         return t;
     t->error = errno;

@@ -164,7 +164,7 @@ class Picture:
             x = self.x(tick * 1000)
             self.parts.insert(0, f'<path d="M{x:.1f} 28V{self.y - GAP + 6}" stroke="{GREY}" '
                                  'stroke-opacity=".25"/>')
-            self.text(x, self.y, f"{max(tick, 0):g} ms", "middle", 10)
+            self.text(x, self.y, f"{abs(tick):g} ms", "middle", 10)
             tick += step
         self.y += 8
 
