@@ -94,6 +94,8 @@ struct plan {
     int missing[MAX_WORKERS]; /* hits that are not on the worker */
     int cached, end;          /* tokens [cached, end) are to be prefilled */
     int n_decode, n_prefill;  /* blocks to hold on each side */
+    /* why these workers: for the ledger */
+    const char *why_decode, *why_prefill;
 };
 
 static int min(int a, int b) {
@@ -204,16 +206,24 @@ static int choose_worker(const struct sched *s, const struct request *r, const s
     return best;
 }
 
-/* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
- * there is nothing to compute; little is left after a hit that covers most; or the prefill pool,
- * of which this worker has the least to do, is far behind. */
-static bool prefills_locally(const struct sched *s, const struct plan *plan, int prefill_worker) {
+/* Why the decode worker prefills by itself, if it does: it can as well; no prefill worker is as
+ * large; there is nothing to compute; little is left after a hit that covers most; or the prefill
+ * pool, of which this worker has the least to do, is far behind. */
+static const char *prefills_locally(const struct sched *s, const struct plan *plan,
+                                    int prefill_worker) {
     int left = plan->end - plan->cached;
-    return s->config.prefills[plan->decode_worker] || left == 0 ||
-           blocks_of(plan->end) > s->max_prompt_blocks ||
-           (left <= LOCAL_PREFILL_TOKENS && plan->cached > left) ||
-           (left <= s->config.chunk && prefill_worker != NONE &&
-            s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
+    if (s->config.prefills[plan->decode_worker])
+        return "local: it does both";
+    if (left == 0)
+        return "local: nothing to compute";
+    if (blocks_of(plan->end) > s->max_prompt_blocks)
+        return "local: no prefill worker is as large";
+    if (left <= LOCAL_PREFILL_TOKENS && plan->cached > left)
+        return "local: the hit covers most";
+    if (left <= s->config.chunk && prefill_worker != NONE &&
+        s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk)
+        return "local: the prefill pool is behind";
+    return NULL;
 }
 
 /* Which running answer makes room for others: the youngest that was admitted by a given time.
@@ -363,6 +373,7 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     if (r->in_step)
         return;
     bool waits = r->reason == FINISH_NONE;
+    int worker = r->state == REQUEST_WAITING ? NONE : worker_of(r);
     if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     else if (!waits && r->saved != NONE)
@@ -378,6 +389,18 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_FINISHED,
+                                               .request = r->id,
+                                               .worker = worker,
+                                               .n = r->length - r->n_prompt,
+                                               .reason = r->reason,
+                                               .why = r->error[0] ? r->error : NULL});
+}
+
+static void send_back(struct sched *s, struct request *r, const char *why, double now) {
+    withdraw(s, r, FINISH_NONE, now);
+    note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
+                                               .worker = r->decode_worker, .why = why});
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -473,16 +496,25 @@ static void follow(struct sched *s, struct request *r, const struct request *lea
     r->leader = leader;
     r->shared = block * BLOCK_TOKENS;
     place_request(s, r);
+    note(&s->config.kv.ledger,
+         &(struct event){EVENT_FOLLOWS, .request = r->id, .other = leader->id, .n = r->shared});
 }
 
 /* Chooses the workers. False: none has room. */
 static bool choose_workers(struct sched *s, const struct request *r, struct plan *plan) {
     plan->decode_worker = choose_worker(s, r, plan, true);
     plan->prefill_worker = choose_worker(s, r, plan, false);
-    if (plan->decode_worker != NONE && prefills_locally(s, plan, plan->prefill_worker))
+    plan->why_decode = "fewest blocks in use and to be fetched";
+    plan->why_prefill = "least to compute and to be fetched";
+    const char *local =
+        plan->decode_worker != NONE ? prefills_locally(s, plan, plan->prefill_worker) : NULL;
+    if (local) {
         plan->prefill_worker = plan->decode_worker;
-    else if (r->max_new == 1)
-        plan->decode_worker = plan->prefill_worker; /* its one token comes with the prompt */
+        plan->why_prefill = local;
+    } else if (r->max_new == 1) {
+        plan->decode_worker = plan->prefill_worker;
+        plan->why_decode = "its one token comes with the prompt";
+    }
     plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(plan->end);
     return plan->decode_worker != NONE && plan->prefill_worker != NONE;
 }
@@ -556,6 +588,14 @@ static bool admit(struct sched *s, struct request *r, double now) {
         s->stats.prefix_hit_tokens += plan.cached;
         s->stats.local_prefills += prefills == decodes && !s->config.prefills[r->decode_worker];
     }
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_ADMITTED,
+                                               .request = r->id,
+                                               .from = plan.prefill_worker,
+                                               .to = plan.decode_worker,
+                                               .n = plan.cached,
+                                               .n_host = plan.n_alone * BLOCK_TOKENS,
+                                               .why = plan.why_decode,
+                                               .why_prefill = plan.why_prefill});
     set_state(s, r, REQUEST_LOADING);
     return true;
 }
@@ -638,7 +678,7 @@ static void preempt(struct sched *s, int worker, double now) {
         struct request *youngest = choose_preempted(w, INFINITY);
         if (kv_reclaimable(s->kv, worker) >= w->n_stalled - lacks_block(youngest))
             return;
-        withdraw(s, youngest, FINISH_NONE, now);
+        send_back(s, youngest, "no block is left for all: the youngest", now);
     }
 }
 
@@ -653,7 +693,7 @@ static void rotate(struct sched *s, int worker, double now) {
         return;
     struct request *victim = choose_preempted(w, now - 1e-3 * PATIENCE_MS);
     if (victim && victim != w->decoding.first) /* the oldest stays */
-        withdraw(s, victim, FINISH_NONE, now);
+        send_back(s, victim, "its turn is over: another has waited", now);
 }
 
 /* Adds a row for each answer that has its blocks. More than max_batch of them take turns. */
@@ -748,6 +788,9 @@ static void end_prefill(struct sched *s, struct request *r) {
         r->n_slots = 0;
         note_change(s);
         s->stats.hand_overs++;
+        note(&s->config.kv.ledger,
+             &(struct event){EVENT_HANDED_OVER, .request = r->id, .from = r->prefill_worker,
+                             .to = r->decode_worker});
     }
     set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
@@ -776,7 +819,7 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     if (r->state == REQUEST_PREFILL && prefill_left(r) == 0)
         end_prefill(s, r);
     if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[worker])
-        withdraw(s, r, FINISH_NONE, now); /* it fills its worker, and goes on at a larger one */
+        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
 }
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
@@ -842,6 +885,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
+    note(&s->config.kv.ledger,
+         &(struct event){EVENT_SUBMITTED, .request = r->id, .n = r->n_prompt});
     if (r->deadline > 0)
         s->next_event = fmin(s->next_event, now + r->deadline);
     list_insert(&s->waiting, r, true);

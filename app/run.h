@@ -23,6 +23,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "evaluate.h"
 #include "stats.h"
 #include "terminal.h"
+#include "trace.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -41,6 +42,7 @@ struct run { /* all that a run opens */
     bool *ends_text; /* (vocab_size) */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
+    struct trace *trace;     /* of --trace and --verbose; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -90,6 +92,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    trace_flush(run->trace);
 }
 
 /* CUDA where there is a GPU, unless the CPU is asked for. */
@@ -191,6 +194,7 @@ static bool open_engine(struct run *run, char *error) {
                                    .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
                                    .max_queue = o->max_queue,
                                    .kv_type = run->backend->kv_type,
+                                   .ledger = trace_ledger(run->trace),
                                    .verbose = o->verbose,
                                    .progress = show_loading};
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
@@ -204,8 +208,11 @@ static bool open_engine(struct run *run, char *error) {
         config.workers[i].blocks = blocks_from(o->kv_device, bytes);
     }
     config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
-    run->answers.engine = engine_open(&config, error);
-    return run->answers.engine != NULL;
+    struct engine *engine = engine_open(&config, error);
+    if (engine)
+        trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
+    run->answers.engine = engine;
+    return engine != NULL;
 }
 
 /* ---- running ---- */
@@ -332,12 +339,18 @@ static int run_engine(struct run *run) {
  * finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
+    char error[ERROR_LENGTH];
     for (;;) {
         int number, answering = ANSWERING;
         (void)sigwait(&run->signals, &number);
         if (number != SIGINT ||
             !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
             editor_restore();
+            pthread_mutex_lock(&run->closing);
+            if (run->answers.engine && run->trace) { /* nothing is noted any more */
+                engine_lock(run->answers.engine);
+                (void)trace_close(run->trace, error);
+            }
             _exit(128 + number);
         }
         pthread_mutex_lock(&run->closing);
@@ -367,15 +380,18 @@ static bool start_watching(struct run *run) {
 /* ---- the program ---- */
 
 static int run_model(struct run *run) {
-    char error[ERROR_LENGTH];
+    const struct options *o = &run->options;
+    char error[ERROR_LENGTH] = "";
     int status = EXIT_FILE;
     if (!start_watching(run)) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(run->options.given, "--seed"))
+    if (!cli_given(o->given, "--seed"))
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    if (open_model(run, error) && open_backend(run, error) && open_engine(run, error))
+    run->trace = trace_open(o->trace, o->verbose, error);
+    if (*error == 0 && open_model(run, error) && open_backend(run, error) &&
+        open_engine(run, error))
         status = run_engine(run);
     else {
         complain(error);
@@ -386,6 +402,10 @@ static int run_model(struct run *run) {
     run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
+    if (!trace_close(run->trace, error)) {
+        complain(error);
+        status = EXIT_FILE;
+    }
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);

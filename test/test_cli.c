@@ -202,6 +202,8 @@ static const struct {
      "--tokenize a -f b|--tokenize a --ids 1|--tokenize a --perplexity b|--perplexity a -p b"},
     {"--logits: needs -p or --ids", "--logits a -f b|--logits a"},
     {"--logits: needs", "--logits a --tokenize b|--logits a --perplexity b"},
+    {"--trace and --tokenize exclude each other", "--trace a --tokenize b"},
+    {"--trace and --logits exclude each other", "--trace a --logits b -p c"},
     {"-p and --replay exclude each other", "-p a --replay b"},
     {"--sim and --plan exclude each other", "--replay a --sim h100 --plan h100"},
     {"needs --replay or -f", "--sim h100|--plan h100"},

@@ -56,6 +56,7 @@ struct machine {
     int history_length[MAX_HISTORY];
     int64_t n_submitted, next_id;
     bool copies_fail, full_check;
+    int64_t noted[EVENT_COPY + 1], n_left, n_withdrawn; /* by kind; admitted ones that have ended */
     double now;
     const char *broken;
     char broken_text[256];
@@ -133,6 +134,33 @@ static void foresee(struct machine *m, struct job *job) {
         if (n >= r->n_prompt && (n + 1 - r->n_prompt >= r->max_new || n + 1 >= limit))
             job->reason = FINISH_LENGTH;
     }
+}
+
+/* ---- the ledger ---- */
+
+static void count_event(void *context, const struct event *event) {
+    struct machine *m = context;
+    enum event_kind kind = event->kind;
+    m->noted[kind]++;
+    m->n_left += kind == EVENT_FINISHED && event->worker >= 0;
+    if ((kind == EVENT_ADMITTED && !(event->why && event->why_prefill)) ||
+        ((kind == EVENT_PREEMPTED || kind == EVENT_EVICTED || kind == EVENT_COPY_ORDERED) &&
+         !event->why))
+        report(m, "a decision without a reason");
+}
+
+/* When all is done, as often as the counters say; n_withdrawn were sent back by the test. */
+static void check_ledger(struct machine *m) {
+    struct sched_stats s = sched_stats(m->s);
+    struct kv_stats kv = kv_stats(sched_kv(m->s));
+    int64_t copies = kv.pages_out + kv.pages_in + kv.transfers;
+    int64_t unnoted = s.preemptions - m->noted[EVENT_PREEMPTED];
+    if (m->noted[EVENT_SUBMITTED] != s.submitted || m->noted[EVENT_FINISHED] != s.finished ||
+        m->noted[EVENT_ADMITTED] != m->n_left + s.preemptions || unnoted < 0 ||
+        unnoted > m->n_withdrawn || m->noted[EVENT_HANDED_OVER] != s.hand_overs ||
+        m->noted[EVENT_EVICTED] != kv.evictions + kv.host_evictions ||
+        (m->noted[EVENT_COPY_ORDERED] != copies && !m->copies_fail))
+        report(m, "the ledger differs from the counters");
 }
 
 /* ---- the machine ---- */
@@ -374,6 +402,7 @@ static void withdraw_one(struct machine *m, struct totals *totals) {
         return;
     totals->withdrawn[r->state]++;
     totals->in_step += r->in_step;
+    m->n_withdrawn++;
     withdraw(m->s, r, FINISH_NONE, m->now);
     admit_waiting(m->s, m->now);
     check_now(m);
@@ -466,6 +495,7 @@ static void choose_config(struct machine *m) {
     config->max_queue = below(m, 6) ? 0 : 1 + below(m, 16);
     config->copy_seconds = below(m, 6) ? 0 : 0.02 + 0.001 * below(m, 100);
     m->full_check = below(m, 4) == 0;
+    config->kv.ledger = (struct ledger){count_event, m};
 }
 
 /* What the machine looks like when it has failed. */
@@ -576,6 +606,8 @@ static void drain(struct machine *m, struct totals *totals) {
     for (int place = 0; place <= kv->host && !m->broken; place++)
         if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
+    if (!m->broken)
+        check_ledger(m);
 }
 
 static bool machine_create(struct machine *m) {
