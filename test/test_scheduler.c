@@ -943,10 +943,10 @@ static void passed_by_a_few_of_preempted(struct check *check) {
         ask(s, &jobs[i], i, 3, 20);
     int n_passed = 0;
     for (int step = 0; jobs[4].request.decode_worker < 0 && step < 5000; step++) {
-        (void)step_once(s, 0);
-        n_passed = 0;
+        n_passed = 0; /* what is admitted in the same step as it has not */
         for (int i = 5; i <= SMALL; i++)
             n_passed += jobs[i].request.decode_worker >= 0;
+        (void)step_once(s, 0);
     }
     CHECK(sched_stats(s).preemptions > 0, "nobody was preempted");
     CHECK(jobs[4].request.decode_worker >= 0, "it still waits");
@@ -1574,7 +1574,8 @@ static void answers_have_room_to_grow(struct check *check) {
         double seconds = run_users(world, users, USERS);
         struct sched_stats stats = sched_stats(world->s);
         CHECK(is_idle(world->s) && stats.finished == USERS, "they never end");
-        CHECK(world->longest_gap <= loads[load].gap, "load %d: a gap of %.1f s", (int)load, world->longest_gap);
+        CHECK(world->longest_gap <= loads[load].gap, "load %d: a gap of %.1f s", (int)load,
+              world->longest_gap);
         CHECK(seconds * loads[load].share <= loads[load].seconds, "it takes %.1f s", seconds);
         CHECK(stats.preemptions <= 2 * USERS, "%d preemptions", (int)stats.preemptions);
         sched_destroy(world->s);
