@@ -8,8 +8,8 @@
  * Threads: one per worker (worker_main), one that carries blocks for all of them (courier_main), so
  * that no copy waits for a step, with GPUs one that pins host memory (pin_main), and who called
  * engine_open, who submits requests and follows them. All that they share is the scheduler, under
- * engine.lock; nothing is computed, copied, polled or printed while it is held. Who has changed
- * something wakes those whom it concerns.
+ * engine.lock; nothing is computed, copied, polled or printed while it is held, but what a ledger
+ * writes. Who has changed something wakes those whom it concerns.
  *
  * Read `forward` first: it is the whole model. Then worker_main, courier_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
@@ -44,6 +44,7 @@ static const double COPY_POLL = 50e-6; /* seconds after which the courier looks 
 struct transfer { /* a block on its way, in pieces */
     struct kv_copy_order order;
     enum stream stream;
+    double start;
     int n_pieces;
     struct piece {
         struct device *device;
@@ -206,6 +207,7 @@ static void copy_block(const struct engine *engine, struct transfer *transfer) {
                           .width = part_bytes(engine, n) / height,
                           .height = height};
     transfer->stream = out ? STREAM_PAGE_OUT : in ? STREAM_PAGE_IN : STREAM_TRANSFER;
+    transfer->start = engine_now();
     transfer->n_pieces = n;
     for (int p = 0; p < n; p++) {
         copy.to = piece_address(engine, order->to, order->to_slot, p, n);
@@ -224,6 +226,17 @@ static bool transfer_done(const struct engine *engine, const struct transfer *tr
             return false;
     }
     return true;
+}
+
+/* ---- the ledger ---- */
+
+/* What has no times happens now. With the lock held. */
+static void stamp(void *context, const struct event *event) {
+    const struct engine *engine = context;
+    struct event stamped = *event;
+    stamped.end = event->end > 0 ? event->end : engine_now();
+    stamped.start = event->start > 0 ? event->start : stamped.end;
+    note(&engine->config.ledger, &stamped);
 }
 
 /* ---- waking ---- */
@@ -305,8 +318,13 @@ static void *courier_main(void *argument) {
         pthread_mutex_lock(&engine->lock);
         int n = engine->n_transfers;
         engine->n_transfers = n_left;
-        for (int i = n_left; i < n; i++)
-            sched_copied(engine->sched, &engine->transfers[i].order, true, engine_now());
+        for (int i = n_left; i < n; i++) {
+            const struct kv_copy_order *order = &engine->transfers[i].order;
+            stamp(engine, &(struct event){EVENT_COPY, .start = engine->transfers[i].start,
+                                          .worker = order->worker, .node = order->node,
+                                          .from = order->from, .to = order->to});
+            sched_copied(engine->sched, order, true, engine_now());
+        }
         if (n_left == n)
             wait_until(engine, &engine->copies, engine_now() + COPY_POLL);
     }
@@ -315,14 +333,6 @@ static void *courier_main(void *argument) {
 }
 
 /* ---- workers ---- */
-
-static void show_step(const struct worker *worker, const struct step *step) {
-    bool prefills = worker->engine->config.workers[worker->index].prefills;
-    bool decodes = worker->engine->config.workers[worker->index].decodes;
-    (void)fprintf(stderr, "worker %d (%s%s%s): %d rows of %d requests\n", worker->index,
-                  prefills ? "prefill" : "", prefills && decodes ? "+" : "",
-                  decodes ? "decode" : "", step->batch.n_rows, step->batch.n_sequences);
-}
 
 static void *worker_main(void *argument) {
     struct worker *worker = argument;
@@ -340,10 +350,10 @@ static void *worker_main(void *argument) {
         pthread_mutex_unlock(&engine->lock);
         forward(worker, &step->batch, step->batch.sampled, NULL);
         double end = engine_now();
-        if (engine->config.verbose)
-            show_step(worker, step);
         pthread_mutex_lock(&engine->lock);
         count_pace(engine, &step->batch, end - start);
+        stamp(engine,
+              &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});
         sched_done(engine->sched, worker->index, step, end);
         engine_wake(engine);
     }
@@ -543,7 +553,8 @@ struct sched_config engine_sched_config(const struct engine_config *config) {
     copies = copies < MIN_COPIES ? MIN_COPIES : copies > MAX_COPIES ? MAX_COPIES : copies;
     struct sched_config sched = {.kv = {.n_workers = config->n_workers,
                                         .host_blocks = config->host_blocks,
-                                        .policy = config->policy},
+                                        .policy = config->policy,
+                                        .ledger = config->ledger},
                                  .max_batch = config->max_batch,
                                  .chunk = config->chunk,
                                  .max_queue = config->max_queue,
@@ -563,6 +574,8 @@ struct sched_config engine_sched_config(const struct engine_config *config) {
 static bool open_sched(struct engine *engine) {
     struct sched_config sched = engine_sched_config(&engine->config);
     size_t n = (size_t)(sched.copies_in_flight * sched.kv.n_workers);
+    if (engine->config.ledger.note) /* between, to stamp the time */
+        sched.kv.ledger = (struct ledger){stamp, engine};
     engine->transfers = malloc(n * sizeof *engine->transfers);
     engine->sched = sched_create(&sched);
     return engine->sched && engine->transfers;
@@ -764,6 +777,7 @@ void engine_tell_lost(struct engine *engine) {
 #define REPLAY_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
+#define TRACE_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
@@ -772,6 +786,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/run.h"
 #include "app/stats.h"
 #include "app/terminal.h"
+#include "app/trace.h"
 
 int main(int argc, char **argv) {
     return run_program(argc, argv);

@@ -227,6 +227,50 @@ struct backend *cpu_backend_open(const struct backend_options *options, char *er
 __attribute__((weak)) struct backend *cuda_backend_open(const struct backend_options *options,
                                                         char *error);
 
+/* ---- the ledger: what happened, when and why ---- */
+
+/* What happened; and which fields of the event count then, beside its times. */
+enum event_kind {
+    EVENT_SUBMITTED,   /* request; n: tokens of its prompt */
+    EVENT_FOLLOWS,     /* request: it waits for `other` to compute n tokens that they share */
+    EVENT_ADMITTED,    /* request; from, to: its prefill and decode worker, and why each; n, n_host:
+                        * tokens found cached, and of them on the host alone */
+    EVENT_PREEMPTED,   /* request; worker; why */
+    EVENT_HANDED_OVER, /* request: its prefill is done; from, to: workers */
+    EVENT_FINISHED,    /* request; worker, or -1: it was waiting; n: tokens of its answer; reason;
+                        * why: its error, or NULL */
+    EVENT_EVICTED,     /* node; from: a place; why: what is left of it */
+    EVENT_COPY_ORDERED, /* node; from, to: places; why */
+    EVENT_STEP,         /* worker; step: it is not yet reported to sched_done */
+    EVENT_COPY          /* worker; node; from, to: places */
+};
+
+struct event {
+    enum event_kind kind;
+    double start, end;             /* by the driver's clock; the same of a decision */
+    const char *why, *why_prefill; /* good until the ledger has returned */
+    int64_t request, other;        /* ids */
+    int worker, from, to;          /* a place is a worker, or the host: see below */
+    int node, n, n_host;
+    enum finish_reason reason;
+    const struct step *step;
+};
+
+/* Who wants to know. Scheduler and cache note what they decide, with times 0: they have no clock.
+ * Their driver puts a ledger of its own between, which stamps the time, and notes steps and copies
+ * itself: a step before sched_done, a copy before sched_copied. All is noted under the driver's
+ * lock, in order: a ledger must be quick, and call nothing that changes anything. (A step may be
+ * noted a little after its end.) */
+struct ledger {
+    void (*note)(void *context, const struct event *event); /* NULL: nobody wants to know */
+    void *context;
+};
+
+static inline void note(const struct ledger *ledger, const struct event *event) {
+    if (ledger->note)
+        ledger->note(ledger->context, event);
+}
+
 /* ---- kvcache.c: where each block is ---- */
 
 /* A *place* is a worker (0 .. n_workers - 1) or the host (n_workers). A *node* is a block's
@@ -241,6 +285,7 @@ struct kv_config {
     int host_blocks;                /* 0: no host tier */
     enum kv_policy policy;
     enum kv_order order;
+    struct ledger ledger; /* the scheduler's, too */
 };
 
 struct kv_copy_order { /* `worker` copies node from a slot of place `from` to a slot of `to` */
@@ -290,6 +335,8 @@ void kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
+/* The places where a node has a copy, or will when it has arrived. Returns their number. */
+int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]);
 /* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
  * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
  * the node that now stands for it. */
@@ -386,7 +433,8 @@ struct engine_config {
     int host_blocks;                 /* that the host holds; -1: chosen */
     enum kv_type kv_type;
     enum kv_policy policy;
-    bool verbose;                                  /* a line on stderr for each step */
+    struct ledger ledger;                          /* its times are of engine_now */
+    bool verbose;                                  /* a line on stderr if memory is not pinned */
     void (*progress)(int64_t done, int64_t total); /* of loading; NULL: nobody asks */
 };
 

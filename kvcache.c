@@ -62,7 +62,7 @@ enum standing {
 struct copy {
     uint64_t heat;      /* smaller is colder; on the host, while CLEAN: since when it is that */
     struct copy *next;  /* of the same node; or of the free slots of its place */
-    struct copy *from;  /* IN_FLIGHT: that which it is made from */
+    struct copy *from;  /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
     struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
     int node, pins, reads, at; /* reads: copies made from it now; at: its index on a heap */
     unsigned char place;
@@ -235,6 +235,7 @@ static struct copy *occupy(struct kv *kv, int node, int place, enum standing sta
         kv->places[place].free = c->next;
         link_copy(kv, c, node);
         c->pins = 1;
+        c->from = NULL;
         c->heat = choose_heat(kv, 0, true);
         set_standing(kv, c, standing);
     }
@@ -325,9 +326,14 @@ static void settle(struct kv *kv, int id) {
 /* ---- making room ---- */
 
 /* Drops a cached copy. If the block is on the host alone now, its heat goes there. */
-static void drop(struct kv *kv, struct copy *c) {
+static void drop(struct kv *kv, struct copy *c, bool moved) {
     uint64_t heat = c->heat;
     int node = c->node;
+    note(&kv->config.ledger,
+         &(struct event){EVENT_EVICTED, .node = node, .from = c->place,
+                         .why = moved                  ? "moved to the host"
+                                : c->standing == CLEAN ? "clean: there is another"
+                                                       : "lost"});
     *(c->place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
     free_slot(kv, c);
     struct copy *left = choose_source(kv, node);
@@ -337,7 +343,7 @@ static void drop(struct kv *kv, struct copy *c) {
 }
 
 /* Orders a copy from one copy of a node to another. */
-static void order_copy(struct kv *kv, struct copy *from, struct copy *to) {
+static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const char *why) {
     assert(from->standing >= IN_USE && to->standing == RESERVED);
     bool out = to->place == kv->host;
     struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
@@ -347,21 +353,23 @@ static void order_copy(struct kv *kv, struct copy *from, struct copy *to) {
     to->from = from;
     from->reads++;
     set_standing(kv, to, IN_FLIGHT);
+    note(&kv->config.ledger, &(struct event){EVENT_COPY_ORDERED, .node = to->node,
+                                             .from = from->place, .to = to->place, .why = why});
     settle(kv, to->node);
 }
 
 /* Orders a copy of a worker's copy to the host. False: the host has no room for it now. */
-static bool page_out(struct kv *kv, struct copy *c, bool urgent) {
+static bool page_out(struct kv *kv, struct copy *c, bool urgent, const char *why) {
     if (kv->places[kv->host].n[FREE] == 0) {
         struct copy *victim = choose_host_victim(kv, urgent);
         if (!victim)
             return false;
-        drop(kv, victim);
+        drop(kv, victim, false);
     }
     struct copy *to = occupy(kv, c->node, kv->host, RESERVED);
     to->pins = 0;
     set_standing(kv, c, LEAVING); /* unless it is pinned: see settle */
-    order_copy(kv, c, to);
+    order_copy(kv, c, to, why);
     return true;
 }
 
@@ -440,8 +448,8 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     while (at->n[FREE] + at->n[LEAVING] < wanted && (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
-            drop(kv, victim);
-        else if (!page_out(kv, victim, true))
+            drop(kv, victim, false);
+        else if (!page_out(kv, victim, true, "makes room"))
             break; /* what is in flight to the host or from it will make room there */
     }
     at->wanted = at->n[FREE] < n ? wanted : 0;
@@ -454,7 +462,7 @@ void kv_clean(struct kv *kv, int worker) {
         struct copy *next = coldest(at, DIRTY);
         int n_ready = at->n[FREE] + at->n[LEAVING]; /* and those that go before it */
         n_ready += count_colder(at, 0, next, n - n_ready);
-        if (n_ready >= n || !page_out(kv, next, false))
+        if (n_ready >= n || !page_out(kv, next, false, "cleaner: soon the coldest"))
             break;
     }
 }
@@ -472,11 +480,15 @@ bool kv_reserve(struct kv *kv, int node, int worker) {
     return occupy(kv, node, worker, RESERVED);
 }
 
-bool kv_send(struct kv *kv, int node, int worker) {
+static bool send(struct kv *kv, int node, int worker, const char *why) {
     struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
     if (from && to && to->standing == RESERVED)
-        order_copy(kv, from, to);
+        order_copy(kv, from, to, to->from ? "again: the last has failed" : why);
     return from;
+}
+
+bool kv_send(struct kv *kv, int node, int worker) {
+    return send(kv, node, worker, "hand-over");
 }
 
 void kv_hold(struct kv *kv, int node, int place) {
@@ -492,7 +504,7 @@ bool kv_fetch(struct kv *kv, int node, int worker) {
         kv_hold(kv, node, worker);
     else if (!choose_source(kv, node) || !occupy(kv, node, worker, RESERVED))
         return false;
-    return kv_send(kv, node, worker);
+    return send(kv, node, worker, "fetch: a prefix hit");
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {
@@ -512,6 +524,13 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
         return own ? (enum kv_state)own->standing : KV_ABSENT;
     /* its owner must not write it while it is being copied */
     return read && !kv->nodes[node].serial ? KV_ARRIVING : KV_VALID;
+}
+
+int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
+    int n = 0;
+    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
+        places[n++] = c->place;
+    return n;
 }
 
 static int slot_of(const struct kv *kv, const struct copy *c) {
@@ -557,7 +576,7 @@ int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tok
     node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
     if (kv->config.policy == KV_WRITE_THROUGH)
-        (void)page_out(kv, choose_source(kv, id), true);
+        (void)page_out(kv, choose_source(kv, id), true, "write-through");
     return id;
 }
 
@@ -597,7 +616,7 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
-        drop(kv, from);
+        drop(kv, from, true);
 }
 
 int kv_pending(const struct kv *kv, int worker) {

@@ -44,8 +44,11 @@ enum {
     MAX_PROMPTS = 64,           /* that share a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
-    GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
-    PATIENCE_MS = 700, /* a preempted answer waits so long before it takes another's place */
+    GROWTH_SLACK = 26, /* percent of its blocks that a worker's answers may need too much */
+    YOUNG_SHARE = 8, /* answers in the first eighth of their life may in the end need two eighths */
+    GROWTH_STEPS =
+        16, /* steps after which answers have grown enough for others to be tried again */
+    PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
     SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
     N_SPANS = 64       /* the last span is all that is further away */
 };
@@ -88,9 +91,11 @@ struct plan {
     int decode_worker, prefill_worker;
     int n_hits;               /* cached blocks, the saved one included */
     int n_alone;              /* hits that are on the host alone */
-    int missing[MAX_WORKERS]; /* hits that are not on the worker */
+    int missing[MAX_WORKERS + 1]; /* hits that are not at the place */
     int cached, end;          /* tokens [cached, end) are to be prefilled */
     int n_decode, n_prefill;  /* blocks to hold on each side */
+    /* why these workers: for the ledger */
+    const char *why_decode, *why_prefill;
 };
 
 static int min(int a, int b) {
@@ -126,18 +131,22 @@ static int span_of(int n_tokens) {
 }
 
 /* Whether a worker holds the answers that are there or on their way, and this one, at any time
- * until the last is expected to end. */
+ * until the last is expected to end; and whether not too many of them begin together, for they
+ * would end together: where each begins a little later, more of them fit. */
 static bool room_to_grow(const struct sched *s, const struct request *r, const struct plan *plan,
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
     int held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
     int likely = (int)s->likely_answer, n_there = 0;
-    if (w->n_admitted == 0 || held + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
+    if (w->n_admitted == 0 ||
+        2 * (held + own + blocks_of(likely) * (w->n_admitted + 1)) <= n_blocks)
         return true;
     int n[N_SPANS] = {0}, blocks[N_SPANS] = {0}; /* answers that end then; what each alone holds */
+    int n_young = w->n_admitted - w->decoding.length + 1;
     for (const struct request *o = w->decoding.first; o; o = o->next) {
         int span = span_of(expected_left(s, o));
+        n_young += (o->length - o->n_prompt) * YOUNG_SHARE < likely;
         n[span]++;
         blocks[span] += o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
         held -= o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
@@ -146,6 +155,8 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
     n[span_of(expected_left(s, r))]++;
     blocks[span_of(expected_left(s, r))] += own;
     held = max(held, 0);
+    if (n_young * (likely / BLOCK_TOKENS) * YOUNG_SHARE > 2 * n_blocks)
+        return false;
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
         held += blocks[span];
         n_there += n[span];
@@ -195,16 +206,24 @@ static int choose_worker(const struct sched *s, const struct request *r, const s
     return best;
 }
 
-/* Whether the decode worker prefills by itself: it can as well; no prefill worker is as large;
- * there is nothing to compute; little is left after a hit that covers most; or the prefill pool,
- * of which this worker has the least to do, is far behind. */
-static bool prefills_locally(const struct sched *s, const struct plan *plan, int prefill_worker) {
+/* Why the decode worker prefills by itself, if it does: it can as well; no prefill worker is as
+ * large; there is nothing to compute; little is left after a hit that covers most; or the prefill
+ * pool, of which this worker has the least to do, is far behind. */
+static const char *prefills_locally(const struct sched *s, const struct plan *plan,
+                                    int prefill_worker) {
     int left = plan->end - plan->cached;
-    return s->config.prefills[plan->decode_worker] || left == 0 ||
-           blocks_of(plan->end) > s->max_prompt_blocks ||
-           (left <= LOCAL_PREFILL_TOKENS && plan->cached > left) ||
-           (left <= s->config.chunk && prefill_worker != NONE &&
-            s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk);
+    if (s->config.prefills[plan->decode_worker])
+        return "local: it does both";
+    if (left == 0)
+        return "local: nothing to compute";
+    if (blocks_of(plan->end) > s->max_prompt_blocks)
+        return "local: no prefill worker is as large";
+    if (left <= LOCAL_PREFILL_TOKENS && plan->cached > left)
+        return "local: the hit covers most";
+    if (left <= s->config.chunk && prefill_worker != NONE &&
+        s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk)
+        return "local: the prefill pool is behind";
+    return NULL;
 }
 
 /* Which running answer makes room for others: the youngest that was admitted by a given time.
@@ -354,6 +373,7 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     if (r->in_step)
         return;
     bool waits = r->reason == FINISH_NONE;
+    int worker = r->state == REQUEST_WAITING ? NONE : worker_of(r);
     if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     else if (!waits && r->saved != NONE)
@@ -369,6 +389,18 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_FINISHED,
+                                               .request = r->id,
+                                               .worker = worker,
+                                               .n = r->length - r->n_prompt,
+                                               .reason = r->reason,
+                                               .why = r->error[0] ? r->error : NULL});
+}
+
+static void send_back(struct sched *s, struct request *r, const char *why, double now) {
+    withdraw(s, r, FINISH_NONE, now);
+    note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
+                                               .worker = r->decode_worker, .why = why});
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -429,15 +461,15 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     }
     bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
     plan->n_decode = blocks_of(last ? end : end + 1);
+    for (int w = 0; w < host; w++)
+        plan->missing[w] = plan->n_hits;
     for (int i = 0; i < plan->n_hits; i++) {
-        int n_missing = 0;
-        for (int w = 0; w < host; w++) {
-            bool missing = kv_state(s->kv, r->blocks[i], w) == KV_ABSENT;
-            plan->missing[w] += missing;
-            n_missing += missing;
-        }
-        plan->n_alone += n_missing == host;
-        if (n_missing == host && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
+        int places[MAX_WORKERS + 1], n = kv_places(s->kv, r->blocks[i], places);
+        bool alone = n == 1 && places[0] == host;
+        while (n > 0)
+            plan->missing[places[--n]]--;
+        plan->n_alone += alone;
+        if (alone && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
             kv_hold(s->kv, r->blocks[i], host);
             r->held[r->n_held++] = r->blocks[i];
         }
@@ -464,16 +496,25 @@ static void follow(struct sched *s, struct request *r, const struct request *lea
     r->leader = leader;
     r->shared = block * BLOCK_TOKENS;
     place_request(s, r);
+    note(&s->config.kv.ledger,
+         &(struct event){EVENT_FOLLOWS, .request = r->id, .other = leader->id, .n = r->shared});
 }
 
 /* Chooses the workers. False: none has room. */
 static bool choose_workers(struct sched *s, const struct request *r, struct plan *plan) {
     plan->decode_worker = choose_worker(s, r, plan, true);
     plan->prefill_worker = choose_worker(s, r, plan, false);
-    if (plan->decode_worker != NONE && prefills_locally(s, plan, plan->prefill_worker))
+    plan->why_decode = "fewest blocks in use and to be fetched";
+    plan->why_prefill = "least to compute and to be fetched";
+    const char *local =
+        plan->decode_worker != NONE ? prefills_locally(s, plan, plan->prefill_worker) : NULL;
+    if (local) {
         plan->prefill_worker = plan->decode_worker;
-    else if (r->max_new == 1)
-        plan->decode_worker = plan->prefill_worker; /* its one token comes with the prompt */
+        plan->why_prefill = local;
+    } else if (r->max_new == 1) {
+        plan->decode_worker = plan->prefill_worker;
+        plan->why_decode = "its one token comes with the prompt";
+    }
     plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(plan->end);
     return plan->decode_worker != NONE && plan->prefill_worker != NONE;
 }
@@ -547,6 +588,14 @@ static bool admit(struct sched *s, struct request *r, double now) {
         s->stats.prefix_hit_tokens += plan.cached;
         s->stats.local_prefills += prefills == decodes && !s->config.prefills[r->decode_worker];
     }
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_ADMITTED,
+                                               .request = r->id,
+                                               .from = plan.prefill_worker,
+                                               .to = plan.decode_worker,
+                                               .n = plan.cached,
+                                               .n_host = plan.n_alone * BLOCK_TOKENS,
+                                               .why = plan.why_decode,
+                                               .why_prefill = plan.why_prefill});
     set_state(s, r, REQUEST_LOADING);
     return true;
 }
@@ -629,7 +678,7 @@ static void preempt(struct sched *s, int worker, double now) {
         struct request *youngest = choose_preempted(w, INFINITY);
         if (kv_reclaimable(s->kv, worker) >= w->n_stalled - lacks_block(youngest))
             return;
-        withdraw(s, youngest, FINISH_NONE, now);
+        send_back(s, youngest, "no block is left for all: the youngest", now);
     }
 }
 
@@ -644,7 +693,7 @@ static void rotate(struct sched *s, int worker, double now) {
         return;
     struct request *victim = choose_preempted(w, now - 1e-3 * PATIENCE_MS);
     if (victim && victim != w->decoding.first) /* the oldest stays */
-        withdraw(s, victim, FINISH_NONE, now);
+        send_back(s, victim, "its turn is over: another has waited", now);
 }
 
 /* Adds a row for each answer that has its blocks. More than max_batch of them take turns. */
@@ -701,6 +750,7 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     admit_waiting(s, now);
     kv_clean(s->kv, worker);
     s->stats.steps += batch->n_rows > 0;
+    s->n_changes += s->stats.steps % GROWTH_STEPS == 0;
     return batch->n_rows > 0 ? step : NULL;
 }
 
@@ -738,6 +788,9 @@ static void end_prefill(struct sched *s, struct request *r) {
         r->n_slots = 0;
         note_change(s);
         s->stats.hand_overs++;
+        note(&s->config.kv.ledger,
+             &(struct event){EVENT_HANDED_OVER, .request = r->id, .from = r->prefill_worker,
+                             .to = r->decode_worker});
     }
     set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
@@ -766,7 +819,7 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     if (r->state == REQUEST_PREFILL && prefill_left(r) == 0)
         end_prefill(s, r);
     if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[worker])
-        withdraw(s, r, FINISH_NONE, now); /* it fills its worker, and goes on at a larger one */
+        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
 }
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
@@ -832,6 +885,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
+    note(&s->config.kv.ledger,
+         &(struct event){EVENT_SUBMITTED, .request = r->id, .n = r->n_prompt});
     if (r->deadline > 0)
         s->next_event = fmin(s->next_event, now + r->deadline);
     list_insert(&s->waiting, r, true);

@@ -24,6 +24,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "replay.h"
 #include "stats.h"
 #include "terminal.h"
+#include "trace.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -44,6 +45,7 @@ struct run { /* all that a run opens */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
     struct load *load;       /* NULL: none */
+    struct trace *trace;     /* of --trace and --verbose; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -95,6 +97,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    trace_flush(run->trace);
 }
 
 /* CUDA where there is a GPU, unless the CPU is asked for. */
@@ -128,6 +131,7 @@ static struct device_list list_devices(const struct options *o, int n_gpus) {
     if (all.n > 0)
         return all;
     all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : o->tp_prefill + o->tp_decode;
+    all.n = all.n < VALUE_DEVICES ? all.n : VALUE_DEVICES;
     for (int i = 0; i < all.n; i++)
         all.index[i] = n_gpus > 0 ? i % n_gpus : i;
     return all;
@@ -156,10 +160,13 @@ static bool plan_workers(const struct options *o, struct engine_config *config, 
     for (int pool = 0; pool < 2 && n_prefill >= 0; pool++) {
         int width = pool == 0 ? o->tp_prefill : o->tp_decode;
         for (int i = 0; i < pools[pool].n; i++) {
-            int worker = config->n_workers + i / width;
+            int worker = config->n_workers + i / width, index = pools[pool].index[i];
+            if (index >= all.n)
+                return fail(error, "%s: got device %d, expected 0 to %d",
+                            pool == 0 ? "--prefill" : "--decode", index, all.n - 1);
             if (worker == MAX_WORKERS)
                 return fail(error, "--devices: they make more than %d workers", MAX_WORKERS);
-            config->workers[worker].devices[i % width] = all.index[pools[pool].index[i]];
+            config->workers[worker].devices[i % width] = all.index[index];
             config->workers[worker].n_shards = width;
             config->workers[worker].prefills = pool == 0 || n_prefill == 0;
             config->workers[worker].decodes = pool == 1;
@@ -192,6 +199,7 @@ static bool open_engine(struct run *run, char *error) {
                                    .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
                                    .max_queue = o->max_queue,
                                    .kv_type = run->backend->kv_type,
+                                   .ledger = trace_ledger(run->trace),
                                    .verbose = o->verbose,
                                    .progress = show_loading};
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
@@ -205,8 +213,11 @@ static bool open_engine(struct run *run, char *error) {
         config.workers[i].blocks = blocks_from(o->kv_device, bytes);
     }
     config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
-    run->answers.engine = engine_open(&config, error);
-    return run->answers.engine != NULL;
+    struct engine *engine = engine_open(&config, error);
+    if (engine)
+        trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
+    run->answers.engine = engine;
+    return engine != NULL;
 }
 
 /* ---- running ---- */
@@ -373,12 +384,18 @@ static int run_engine(struct run *run) {
  * finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
+    char error[ERROR_LENGTH];
     for (;;) {
         int number, answering = ANSWERING;
         (void)sigwait(&run->signals, &number);
         if (number != SIGINT ||
             !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
             editor_restore();
+            pthread_mutex_lock(&run->closing);
+            if (run->answers.engine && run->trace) { /* nothing is noted any more */
+                engine_lock(run->answers.engine);
+                (void)trace_close(run->trace, error);
+            }
             _exit(128 + number);
         }
         pthread_mutex_lock(&run->closing);
@@ -408,26 +425,34 @@ static bool start_watching(struct run *run) {
 /* ---- the program ---- */
 
 static int run_model(struct run *run) {
-    char error[ERROR_LENGTH];
+    const struct options *o = &run->options;
+    char error[ERROR_LENGTH] = "";
     int status = EXIT_FILE;
     if (!start_watching(run)) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(run->options.given, "--seed") && !run->options.replay) /* a load is repeatable */
+    if (!cli_given(o->given, "--seed") && !o->replay) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    run->answers.seed = run->options.request.sampling.seed;
-    if (open_model(run, error) && open_load(run, error) && open_backend(run, error) &&
-        open_engine(run, error))
+    run->answers.seed = o->request.sampling.seed;
+    run->trace = trace_open(o->trace, o->verbose, error);
+    if (*error == 0 && open_model(run, error) && open_load(run, error) &&
+        open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
-    else
+    else {
         complain(error);
+        status = strncmp(error, "--", 2) == 0 ? EXIT_USAGE : EXIT_FILE; /* an option is at fault */
+    }
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
     run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
     load_close(run->load);
+    if (!trace_close(run->trace, error)) {
+        complain(error);
+        status = EXIT_FILE;
+    }
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);

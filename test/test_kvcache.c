@@ -267,7 +267,7 @@ static void coldest_go_clean_or_dirty(struct check *check) {
             if (i < 3)
                 use(check, kv, 1, text);
             else
-                CHECK(page_out(kv, copy_at(kv, node_of(kv, text), 0), true), "no room");
+                CHECK(page_out(kv, copy_at(kv, node_of(kv, text), 0), true, "test"), "no room");
             (void)copy_all(kv, 0, true);
             use(check, kv, 0, text);
         }
@@ -374,7 +374,8 @@ static void cleaners_stop_in_every_order(struct check *check) {
             store(check, kv, text % 2, text, 1);
         for (int text = 0; text < 48; text += 3) /* the hot ones are on the host too, if it can */
             for (int again = 0; again < 4; again++) {
-                (void)(again == 2 && page_out(kv, copy_at(kv, node_of(kv, text), text % 2), true));
+                (void)(again == 2 &&
+                       page_out(kv, copy_at(kv, node_of(kv, text), text % 2), true, "test"));
                 (void)copy_all(kv, text % 2, true);
                 use(check, kv, text % 2, text);
             }
@@ -414,6 +415,8 @@ static void orders_differ(struct check *check) {
         kv_destroy(kv);
     }
     CHECK(strlen(gone[3]) == 4 && strcmp(gone[3], gone[4]) == 0, "%s, %s", gone[3], gone[4]);
+    for (int i = 0; i < 3; i++)
+        CHECK(strcmp(gone[3], expected[i]) != 0, "random, and as order %d: %s", i, gone[3]);
 }
 
 /* Each slot is counted once, and a copy that came when nobody wanted it any more, and went. */

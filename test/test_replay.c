@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { MANY = 20000, CONTEXT = 2048, VOCABULARY = 1000, MADE_UP = 7 };
+enum { MANY = 20000, CONTEXT = 2048, VOCABULARY = 1000, MADE_UP = 7, PER_ANSWER = 9 };
 
 /* ---- loads of files that are written here ---- */
 
@@ -445,7 +445,8 @@ static struct engine *open_small(struct model *model, bool *ends) {
     return engine;
 }
 
-/* The generated tokens that answers.h tells of the requests in the file, in their order. */
+/* The generated tokens that answers.h tells of the requests in the file, each with PER_ANSWER, in
+ * the order of the file; how many. */
 static int answer_ids(struct answers *a, int *ids) {
     struct requests requests = {0};
     struct request_spec spec;
@@ -466,8 +467,9 @@ static int answer_ids(struct answers *a, int *ids) {
     file = fopen(out, "r");
     while (file && fgets(line, sizeof line, file)) {
         char *at = strstr(line, "\"ids\":[");
-        for (at = at ? at + 7 : NULL; at && *at != ']'; at += *at == ',')
-            ids[n++] = (int)strtol(at, &at, 10);
+        int *to = ids + PER_ANSWER * strtol(line + 7, NULL, 10); /* of {"id":"N" */
+        for (at = at ? at + 7 : NULL; at && *at != ']'; at += *at == ',', n++)
+            *to++ = (int)strtol(at, &at, 10);
     }
     if (file)
         (void)fclose(file);
@@ -487,7 +489,8 @@ static int load_ids(struct load *load, struct engine *engine, int *ids) {
             engine_wait(engine, INFINITY);
         engine_unlock(engine);
         for (int i = r->n_prompt; i < r->length; i++)
-            ids[n++] = r->tokens[i];
+            ids[PER_ANSWER * ((struct item *)r)->place + i - r->n_prompt] = r->tokens[i];
+        n += r->length - r->n_prompt;
         load_ended(load, r, engine_now());
     }
     return n;
@@ -536,7 +539,7 @@ static void an_engine_runs_loads(struct check *check) {
     load_close(load);
 
     static const char lines[] =
-        "{\"id\":\"a\",\"ids\":[5,6,7],\"n\":9}\n{\"after\":\"a\",\"ids\":[8],\"n\":9,\"seed\":2}\n"
+        "{\"id\":\"0\",\"ids\":[5,6,7],\"n\":9}\n{\"after\":\"0\",\"ids\":[8],\"n\":9,\"seed\":2}\n"
         "{\"ids\":[5,6,7],\"n\":9,\"temperature\":0.8}\n{\"ids\":[1],\"n\":9,\"temperature\":1.5}"
         "\n";
     int ours[64], theirs[64];
