@@ -378,7 +378,7 @@ bool trace_close(struct trace *t, char *error) {
         (void)fputs("\n]\n", t->file);
     if (t->file && fclose(t->file) != 0 && t->error == 0)
         t->error = errno;
-    bool ok = t->error == 0 || fail(error, "--trace %.200s: %s", t->path, strerror(t->error));
+    bool ok = t->error == 0 || fail(error, "%.200s: %s", t->path, strerror(t->error));
     free(t);
     return ok;
 }

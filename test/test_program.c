@@ -837,10 +837,10 @@ static void a_trace_tells_what_happened(struct check *check) {
 /* Before the model is loaded, where it can be known; a text does not suffer from it. */
 static void a_trace_that_cannot_be_written(struct check *check) {
     refuse(check, "random:8b -p a --trace $T/none/trace", 1, "No such file or directory", 1);
-    refuse(check, CAT "-n 20 -t 0 --trace /dev/full", 1, "--trace /dev/full: No space left", 1);
+    refuse(check, CAT "-n 20 -t 0 --trace /dev/full", 1, "/dev/full: No space left", 1);
     shell(check, "trap '' XFSZ; ulimit -f 8; " DYNAMO_PROGRAM " " CAT
                  "-n 60 -t 0 --trace $T/long > /dev/null 2> $T/words; test $? = 1");
-    shell(check, "grep -q '^dynamo: --trace .*/long: File too large$' $T/words");
+    shell(check, "grep -q '^dynamo: .*/long: File too large$' $T/words");
     static const int signals[] = {SIGTERM, SIGKILL};
     for (int i = 0; i < 2; i++) {
         struct live live = start_endless(check, ENDLESS "--ids 1,5,6 --trace $T/cut", 1000);
