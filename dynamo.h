@@ -80,7 +80,11 @@ struct request {
     int *blocks, n_blocks;        /* … nodes of the cache, in order of position; */
     int *slots, n_slots;          /* … of the first blocks, seen to be where it is computed; */
     int *held, n_held;            /* … nodes whose host copies it holds as it waits */
-    int64_t tried;                /* its last try to be admitted: nothing has changed since */
+    int64_t tried;                /* its last try to be admitted: nothing has changed since. … */
+    int lacks;                    /* … It lacked so many blocks then … */
+    bool lacks_decoder;           /* … on each worker that decodes, or else prefills; or, … */
+    bool makes_room;              /* … if it had a place, they are being freed … */
+    int room_at;                  /* … on this worker */
     int n_passed;                 /* others admitted while it was the first that did not fit */
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
