@@ -776,12 +776,14 @@ void engine_tell_lost(struct engine *engine) {
 #include "lib/tokenizer.h"
 
 #define ANSWERS_IMPLEMENTATION
+#define REPLAY_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
 #include "app/evaluate.h"
+#include "app/replay.h"
 #include "app/run.h"
 #include "app/stats.h"
 #include "app/terminal.h"

@@ -29,7 +29,8 @@ enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
 enum answer_time { TIME_QUEUE, TIME_TTFT, TIME_ITL, N_TIMES };
 
 struct answers {
-    struct engine *engine;
+    struct engine *engine; /* NULL: none, and only prompts are made */
+    int vocab_size;
     struct tokenizer *tokenizer;     /* NULL: ids only */
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     enum template_kind template;     /* of prompts; TEMPLATE_NONE: they are continued */
@@ -54,6 +55,20 @@ int answers_run(struct answers *answers, const struct request_spec *spec);
 int answers_stream(struct answers *answers, const struct requests *requests);
 /* Begins a new conversation. */
 void answers_forget(struct answers *answers);
+/* In seconds; < 0: it did not come so far. */
+double answers_time(const struct request *request, enum answer_time time);
+/* What came of a request that has ended, n_generated tokens and `reason`: the members of an object
+ * from finish_reason to itl_ms. */
+void answers_json(const struct request *request, int n_generated, enum finish_reason reason);
+/* Fills in a request: its prompt, which follows history (n_history), that of `before` if it is not
+ * NULL, room for its answer in a text of max_length tokens, its deadline. False: it has ended with
+ * an error. */
+bool answers_prepare(const struct answers *answers, const struct request_spec *spec,
+                     const struct request *before, const int *history, int n_history,
+                     int max_length, struct request *request);
+/* The seed of a run's place-th request that has none of its own. */
+uint64_t answers_seed(uint64_t seed, int64_t place);
+uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
 /* The ids of history (n_history), which is the beginning, and of a request's prompt; to be freed.
  * NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec,
@@ -105,11 +120,10 @@ static int *join(int *ids, int *n_ids, const int *more, int n_more) {
 }
 
 static bool ids_fit(const struct answers *a, const struct request_spec *spec, char *error) {
-    int vocab_size = engine_config_of(a->engine)->model->config.vocab_size;
     for (int i = 0; i < spec->n_ids; i++)
-        if (spec->ids[i] >= vocab_size)
+        if (spec->ids[i] >= a->vocab_size)
             return fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
-                        vocab_size - 1);
+                        a->vocab_size - 1);
     return true;
 }
 
@@ -147,20 +161,24 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
     return ids;
 }
 
-/* The first request without a seed has that of the run, so that one prompt has what --seed says;
- * the others each another, which no JSON reader rounds. (SplitMix64) */
-static uint64_t seed_of(const struct answers *a, int64_t place) {
-    uint64_t z = a->seed + (uint64_t)place * 0x9E3779B97F4A7C15u;
+/* SplitMix64 (Steele et al. 2014). */
+uint64_t answers_random(uint64_t seed, uint64_t n) {
+    uint64_t z = seed + n * 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return place == 0 ? a->seed : (z ^ z >> 31) >> 11;
+    return z ^ z >> 31;
+}
+
+/* The first request has that of the run, so that one prompt has what --seed says; the others each
+ * another, which no JSON reader rounds. */
+uint64_t answers_seed(uint64_t seed, int64_t place) {
+    return place == 0 ? seed : answers_random(seed, (uint64_t)place) >> 11;
 }
 
 /* Its ids, when what it follows is there. NULL: `error`. */
-static int *prompt_ids(const struct answers *a, const struct answer *answer, int room, int *n_ids,
-                       char *error) {
-    const struct request_spec *spec = &answer->spec;
-    const struct request *before = answer->after ? &answer->after->request : NULL;
+static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
+                       const struct request *before, const int *history, int n_history, int room,
+                       int *n_ids, char *error) {
     if (spec->error)
         (void)fail(error, "%s", spec->error);
     else if (spec->prompt && spec->prompt_length / TOK_TOKEN_LENGTH > (size_t)room)
@@ -172,29 +190,36 @@ static int *prompt_ids(const struct answers *a, const struct answer *answer, int
     else if (before && before->reason != FINISH_STOP && before->reason != FINISH_LENGTH)
         (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
     else
-        return answers_encode(a, spec, before ? before->tokens : a->history,
-                              before ? answer->after->n_seen : a->n_history, n_ids, error);
+        return answers_encode(a, spec, history, n_history, n_ids, error);
     return NULL;
 }
 
-/* Fills in the request; with an error set if it can not even be submitted. */
-static void prepare(const struct answers *a, struct answer *answer) {
+bool answers_prepare(const struct answers *a, const struct request_spec *spec,
+                     const struct request *before, const int *history, int n_history,
+                     int max_length, struct request *r) {
     char error[ERROR_LENGTH];
-    const struct request_spec *spec = &answer->spec;
-    struct request *r = &answer->request;
-    int n_ids = 0, room = sched_max_length(engine_sched(a->engine));
-    int *ids = prompt_ids(a, answer, room, &n_ids, error);
-    room -= n_ids;
-    room = room < 1 ? 1 : room;
+    int n_ids = 0;
+    int *ids = prompt_ids(a, spec, before, history, n_history, max_length, &n_ids, error);
+    int room = n_ids < max_length ? max_length - n_ids : 1;
     r->max_new = spec->n >= 0 && spec->n < room ? spec->n : room;
     r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
     r->n_prompt = n_ids;
-    if (!r->tokens) {
-        free(ids);
-        (void)fail(r->error, "%s", error);
-        r->state = REQUEST_FINISHED;
-        r->reason = FINISH_ERROR;
-    }
+    r->deadline = (double)spec->deadline;
+    if (r->tokens)
+        return true;
+    free(ids);
+    r->state = REQUEST_FINISHED;
+    r->reason = FINISH_ERROR;
+    return fail(r->error, "%s", error);
+}
+
+/* When what it follows is there. */
+static void prepare(const struct answers *a, struct answer *answer) {
+    const struct answer *after = answer->after;
+    (void)answers_prepare(a, &answer->spec, after ? &after->request : NULL,
+                          after ? after->request.tokens : a->history,
+                          after ? after->n_seen : a->n_history,
+                          sched_max_length(engine_sched(a->engine)), &answer->request);
 }
 
 /* ---- answers ---- */
@@ -230,8 +255,7 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
 
 /* ---- showing ---- */
 
-/* In seconds; < 0: it did not come so far. */
-static double time_of(const struct request *r, enum answer_time time) {
+double answers_time(const struct request *r, enum answer_time time) {
     int n = r->length - r->n_prompt;
     switch (time) {
     case TIME_QUEUE: return r->admitted > 0 ? r->admitted - r->submitted : -1;
@@ -240,20 +264,9 @@ static double time_of(const struct request *r, enum answer_time time) {
     }
 }
 
-static void show_json(const struct answer *answer) {
+void answers_json(const struct request *r, int n, enum finish_reason reason) {
     static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
-    const struct request *r = &answer->request;
-    int n = n_generated(answer);
-    (void)fputs("{\"id\":", stdout);
-    json_string(stdout, answer->spec.id, strlen(answer->spec.id));
-    (void)fputs(",\"text\":", stdout);
-    json_string(stdout, answer->text, answer->length);
-    (void)fputs(",\"ids\":[", stdout);
-    for (int i = 0; i < n; i++)
-        printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
-    /* a stop text may have been found after the last token was made */
-    enum finish_reason reason = answer->stopped ? FINISH_STOP : r->reason;
-    printf("],\"finish_reason\":\"%s\"", reason_names[reason]);
+    printf("\"finish_reason\":\"%s\"", reason_names[reason]);
     if (reason == FINISH_ERROR) {
         (void)fputs(",\"error\":", stdout);
         json_string(stdout, r->error, strlen(r->error));
@@ -264,10 +277,25 @@ static void show_json(const struct answer *answer) {
     if (r->admitted > 0)
         printf(",\"prefill_worker\":%d,\"decode_worker\":%d", r->prefill_worker, r->decode_worker);
     for (int i = 0; i < N_TIMES; i++) {
-        double seconds = time_of(r, (enum answer_time)i);
+        double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
             printf(",\"%s\":%.15g", times[i], 1e3 * seconds);
     }
+}
+
+static void show_json(const struct answer *answer) {
+    const struct request *r = &answer->request;
+    int n = n_generated(answer);
+    (void)fputs("{\"id\":", stdout);
+    json_string(stdout, answer->spec.id, strlen(answer->spec.id));
+    (void)fputs(",\"text\":", stdout);
+    json_string(stdout, answer->text, answer->length);
+    (void)fputs(",\"ids\":[", stdout);
+    for (int i = 0; i < n; i++)
+        printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
+    (void)fputs("],", stdout);
+    /* a stop text may have been found after the last token was made */
+    answers_json(r, n, answer->stopped ? FINISH_STOP : r->reason);
     (void)fputs("}\n", stdout);
 }
 
@@ -315,7 +343,7 @@ static void count_ended(struct answers *a, const struct answer *answer) {
         a->interval_sum += r->last_token - r->first_token;
     }
     for (int i = 0; i < N_TIMES; i++) {
-        double seconds = time_of(r, (enum answer_time)i);
+        double seconds = answers_time(r, (enum answer_time)i);
         if (seconds < 0)
             continue;
         a->times[i] = grow(a->times[i], (size_t)a->n_times[i], sizeof *a->times[i]);
@@ -369,7 +397,7 @@ static bool take_up(struct answers *a, struct answer_list *list, const struct re
             answer->spec.id = answer->number;
         answer->request.sampling = answer->spec.sampling;
         if (!answer->spec.seeded)
-            answer->request.sampling.seed = seed_of(a, answer->place);
+            answer->request.sampling.seed = answers_seed(a->seed, answer->place);
         for (int i = list->n - 1; i >= 0 && answer->spec.after && !answer->after; i--)
             if (strcmp(list->all[i]->spec.id, answer->spec.after) == 0)
                 answer->after = list->all[i];
@@ -401,7 +429,6 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
     }
     if (r->state != REQUEST_FINISHED) {
         r->id = a->n_arrived++;
-        r->deadline = (double)answer->spec.deadline;
         sched_submit(engine_sched(a->engine), r, engine_now());
     }
     return true;

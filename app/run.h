@@ -6,7 +6,7 @@
  *
  * Opens what the options name: the model, its tokenizer, a backend, then the engine; says which
  * devices form a worker, and which workers prefill and which decode. Then runs one of: an
- * evaluation, one prompt, a file of requests, a conversation. Here alone signals are taken and exit
+ * evaluation, one prompt, a file of requests, a load, a conversation. Here alone signals are taken and exit
  * statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
  * Read next: answers.h, and engine_open in dynamo.c. */
 #ifndef RUN_H
@@ -21,6 +21,7 @@ int run_program(int argc, char **argv); /* an exit status */
 
 #include "answers.h"
 #include "evaluate.h"
+#include "replay.h"
 #include "stats.h"
 #include "terminal.h"
 #include <errno.h>
@@ -41,6 +42,7 @@ struct run { /* all that a run opens */
     bool *ends_text; /* (vocab_size) */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
+    struct load *load;       /* NULL: none */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -75,13 +77,15 @@ static bool open_model(struct run *run, char *error) {
     const struct options *o = &run->options;
     if (!model_open(&run->model, o->model, error))
         return false;
+    run->answers.vocab_size = run->model.config.vocab_size;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
     if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt))
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    for (int i = 0; i < n && run->ends_text && run->answers.tokenizer; i++)
+    bool ends = run->answers.tokenizer && !o->replay; /* a load says how long its answers are */
+    for (int i = 0; i < n && run->ends_text && ends; i++)
         run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
     return run->ends_text || fail(error, "out of memory");
 }
@@ -266,6 +270,35 @@ static int run_piped(struct run *run, char *error) {
     return n_failed;
 }
 
+/* False: what is wrong with it. A file is looked into before all the weights are loaded. */
+static bool open_load(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const struct load_options options = {.replay = o->replay,
+                                         .file = o->file,
+                                         .rate = (double)o->rate,
+                                         .limit = o->limit,
+                                         .ttft = (double)o->ttft,
+                                         .itl = (double)o->itl,
+                                         .json = o->json,
+                                         .answers = &run->answers,
+                                         .defaults = &o->request};
+    bool wanted = o->replay || o->sim || o->plan; /* with a real engine -f is answered in text */
+    run->load = wanted ? load_open(&options, error) : NULL;
+    return run->load || !wanted;
+}
+
+static int run_load(struct run *run) {
+    struct load *load = run->load;
+    load_run(load, &run->answers);
+    struct engine_stats stats = engine_stats(run->answers.engine);
+    load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
+                                           .sched = stats.sched,
+                                           .kv = stats.kv});
+    if (load_error(load))
+        complain(load_error(load));
+    return load_error(load) ? EXIT_FILE : load_result(load).failed > 0 ? EXIT_REQUESTS : 0;
+}
+
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
@@ -309,7 +342,6 @@ static int run_engine(struct run *run) {
     const struct options *o = &run->options;
     struct answers *answers = &run->answers;
     answers->json = o->json;
-    answers->seed = o->request.sampling.seed;
     if (!choose_template(run))
         return EXIT_USAGE;
     if (o->logits)
@@ -317,7 +349,7 @@ static int run_engine(struct run *run) {
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
     if (engine_start(run->answers.engine))
-        return run_requests(run);
+        return run->load ? run_load(run) : run_requests(run);
     complain("cannot start threads");
     return EXIT_FILE;
 }
@@ -369,9 +401,11 @@ static int run_model(struct run *run) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(run->options.given, "--seed"))
+    if (!cli_given(run->options.given, "--seed") && !run->options.replay) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    if (open_model(run, error) && open_backend(run, error) && open_engine(run, error))
+    run->answers.seed = run->options.request.sampling.seed;
+    if (open_model(run, error) && open_load(run, error) && open_backend(run, error) &&
+        open_engine(run, error))
         status = run_engine(run);
     else
         complain(error);
@@ -380,6 +414,7 @@ static int run_model(struct run *run) {
     run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
+    load_close(run->load);
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);

@@ -123,6 +123,8 @@ struct requests {
 /* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
  * follows. */
 bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]);
+/* Reads a line, which may be empty, into requests->text (length). 0, < 0: as below. */
+int requests_line(struct requests *requests, size_t *length, char error[ERROR_LENGTH]);
 /* Reads up to the next request. 0: there is none; < 0: the file cannot be read, see `error`. */
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]);
@@ -419,6 +421,13 @@ static const struct rule {
     {{"--plan", "--replay", "-f"}, "--replay or -f"},
     {{"--rate", "--replay"}, "--replay"},
     {{"--limit", "--replay"}, "--replay"},
+    {{"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {{"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {{"-n", "--replay"}, NULL}, /* a load says how long its prompts and answers are */
+    {{"--stop", "--replay"}, NULL},
+    {{"--system", "--replay"}, NULL},
+    {{"--template", "--replay"}, NULL},
+    {{"--stats", "--replay"}, NULL}, /* it ends with a table of its own */
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
@@ -609,22 +618,30 @@ char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]) 
     return text;
 }
 
+int requests_line(struct requests *requests, size_t *length, char error[ERROR_LENGTH]) {
+    if (!read_until(requests, '\n', length, error))
+        return -1;
+    if (*length == 0 && feof(requests->file))
+        return 0;
+    requests->n_lines++;
+    *length -= *length > 0 && requests->text[*length - 1] == '\r';
+    requests->text[*length] = 0;
+    return 1;
+}
+
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]) {
     char wrong[ERROR_LENGTH];
     size_t length = 0;
     while (length == 0) {
-        if (!read_until(requests, '\n', &length, error))
-            return -1;
-        if (length == 0 && feof(requests->file))
-            return 0;
-        if (++requests->n_lines > CLI_FILE_LINES) {
+        int read = requests_line(requests, &length, error);
+        if (read <= 0)
+            return read;
+        if (requests->n_lines > CLI_FILE_LINES) {
             (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
                        CLI_FILE_LINES);
             return -1;
         }
-        length -= length > 0 && requests->text[length - 1] == '\r';
-        requests->text[length] = 0;
     }
     *spec = *defaults;
     spec->line = requests->text;
