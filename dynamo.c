@@ -777,6 +777,7 @@ void engine_tell_lost(struct engine *engine) {
 
 #define ANSWERS_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
+#define SIM_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
@@ -785,6 +786,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/evaluate.h"
 #include "app/replay.h"
 #include "app/run.h"
+#include "app/sim.h"
 #include "app/stats.h"
 #include "app/terminal.h"
 

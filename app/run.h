@@ -22,6 +22,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "answers.h"
 #include "evaluate.h"
 #include "replay.h"
+#include "sim.h"
 #include "stats.h"
 #include "terminal.h"
 #include <errno.h>
@@ -84,7 +85,8 @@ static bool open_model(struct run *run, char *error) {
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends = run->answers.tokenizer && !o->replay; /* a load says how long its answers are */
+    bool ends =
+        run->answers.tokenizer && !o->replay && !o->sim; /* a load says how long answers are */
     for (int i = 0; i < n && run->ends_text && ends; i++)
         run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
     return run->ends_text || fail(error, "out of memory");
@@ -144,9 +146,9 @@ static int share_devices(const struct options *o, int n) {
 }
 
 /* Gives each worker its devices and its role. */
-static bool plan_workers(const struct options *o, struct engine_config *config, char *error) {
-    struct device_list all = list_devices(o, config->backend->n_gpus),
-                       pools[] = {o->prefill, o->decode};
+static bool plan_workers(const struct options *o, int n_gpus, struct engine_config *config,
+                         char *error) {
+    struct device_list all = list_devices(o, n_gpus), pools[] = {o->prefill, o->decode};
     int n_prefill = o->prefill.n > 0 ? o->prefill.n : share_devices(o, all.n);
     for (int i = 0; i < all.n && o->prefill.n == 0; i++) {
         struct device_list *list = &pools[i >= n_prefill];
@@ -181,30 +183,38 @@ static void show_loading(int64_t done, int64_t total) {
     cli_progress("loading", done, total);
 }
 
-static bool open_engine(struct run *run, char *error) {
+/* What the options say of an engine whose devices are n_gpus GPUs, or 0: the CPU. */
+static bool plan_engine(const struct run *run, int n_gpus, struct engine_config *config,
+                        char *error) {
     const struct options *o = &run->options;
     const struct model_config *model = &run->model.config;
-    struct engine_config config = {.model = &run->model,
-                                   .backend = run->backend,
-                                   .ends_text = run->ends_text,
-                                   .max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH,
-                                   .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
-                                   .max_queue = o->max_queue,
-                                   .kv_type = run->backend->kv_type,
-                                   .verbose = o->verbose,
-                                   .progress = show_loading};
+    config->model = &run->model;
+    config->ends_text = run->ends_text;
+    config->max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH;
+    config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
+    config->max_queue = o->max_queue;
+    config->verbose = o->verbose;
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
-        config.kv_type = (enum kv_type)(o->kv_type - 1);
-    config.policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
-    if (!plan_workers(o, &config, error))
+        config->kv_type = (enum kv_type)(o->kv_type - 1);
+    config->policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
+    if (!plan_workers(o, n_gpus, config, error))
         return false;
-    for (int i = 0; i < config.n_workers; i++) {
-        int n = config.workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
-        size_t bytes = block_bytes(model, n_shards, config.kv_type); /* else the device refuses */
-        config.workers[i].blocks = blocks_from(o->kv_device, bytes);
+    for (int i = 0; i < config->n_workers; i++) {
+        int n = config->workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
+        size_t bytes = block_bytes(model, n_shards, config->kv_type); /* else the device refuses */
+        config->workers[i].blocks = blocks_from(o->kv_device, bytes);
     }
-    config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
-    run->answers.engine = engine_open(&config, error);
+    config->host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config->kv_type));
+    return true;
+}
+
+static bool open_engine(struct run *run, char *error) {
+    struct engine_config config = {.backend = run->backend,
+                                   .chunk = run->backend->chunk,
+                                   .kv_type = run->backend->kv_type,
+                                   .progress = show_loading};
+    if (plan_engine(run, run->backend->n_gpus, &config, error))
+        run->answers.engine = engine_open(&config, error);
     return run->answers.engine != NULL;
 }
 
@@ -299,6 +309,54 @@ static int run_load(struct run *run) {
     return load_error(load) ? EXIT_FILE : load_result(load).failed > 0 ? EXIT_REQUESTS : 0;
 }
 
+/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
+static bool choose_template(struct run *run) {
+    const struct options *o = &run->options;
+    char note[ERROR_LENGTH] = "";
+    bool asked = o->template > TEMPLATE_AUTO;
+    run->answers.template = TEMPLATE_NONE;
+    if (o->logits || o->perplexity || !run->answers.tokenizer)
+        return true;
+    run->answers.template = asked ? (enum template_kind)o->template
+                                  : template_of(run->model.file, run->answers.tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
+    if (*note)
+        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
+    return fits;
+}
+
+/* The load on a cluster that need not be there. */
+static int run_sim(struct run *run) {
+    const struct options *o = &run->options;
+    struct cluster cluster;
+    char error[ERROR_LENGTH];
+    if (!cluster_open(&cluster, o->sim, error)) {
+        (void)fprintf(stderr, "dynamo: --sim: %s\n", error);
+        return EXIT_USAGE;
+    }
+    struct engine_config config = {.chunk = cluster.chip.chunk, .kv_type = cluster.chip.kv_type};
+    struct sim *sim = NULL;
+    if (!choose_template(run))
+        return EXIT_USAGE;
+    bool ok = (!o->rates || cluster_read_rates(&cluster, o->rates, error)) &&
+              plan_engine(run, cluster.n_devices, &config, error) &&
+              cluster_fit(&cluster, &config, error);
+    if (ok) {
+        sim = sim_open(&cluster, &config, run->load);
+        ok = sim ? sim_run(sim, error) : fail(error, "out of memory");
+    }
+    if (sim)
+        load_print(run->load, &(struct load_report){.config = &config,
+                                                    .sched = sched_stats(sim_sched(sim)),
+                                                    .kv = kv_stats(sched_kv(sim_sched(sim)))});
+    if (!ok || load_error(run->load))
+        complain(ok ? load_error(run->load) : error);
+    sim_close(sim);
+    return !ok || load_error(run->load)        ? EXIT_FILE
+           : load_result(run->load).failed > 0 ? EXIT_REQUESTS
+                                               : 0;
+}
+
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
@@ -320,22 +378,6 @@ static int run_requests(struct run *run) {
     else if (!o->json)
         stats_summary(&run->answers);
     return n_failed < 0 ? EXIT_FILE : n_failed > 0 ? EXIT_REQUESTS : 0;
-}
-
-/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
-static bool choose_template(struct run *run) {
-    const struct options *o = &run->options;
-    char note[ERROR_LENGTH] = "";
-    bool asked = o->template > TEMPLATE_AUTO;
-    run->answers.template = TEMPLATE_NONE;
-    if (o->logits || o->perplexity || !run->answers.tokenizer)
-        return true;
-    run->answers.template = asked ? (enum template_kind)o->template
-                                  : template_of(run->model.file, run->answers.tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
-    if (*note)
-        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
-    return fits;
 }
 
 static int run_engine(struct run *run) {
@@ -404,8 +446,10 @@ static int run_model(struct run *run) {
     if (!cli_given(run->options.given, "--seed") && !run->options.replay) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = run->options.request.sampling.seed;
-    if (open_model(run, error) && open_load(run, error) && open_backend(run, error) &&
-        open_engine(run, error))
+    bool ok = open_model(run, error) && open_load(run, error);
+    if (ok && run->options.sim)
+        status = run_sim(run);
+    else if (ok && open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
     else
         complain(error);

@@ -2,7 +2,7 @@
  * and copies take the time that they would take, by a clock that nobody waits for.
  *
  *     struct cluster cluster;
- *     if (cluster_open(&cluster, "2xh100x8", NULL, error) && cluster_fit(&cluster, &config, error)) {
+ *     if (cluster_open(&cluster, "2xh100x8", error) && cluster_fit(&cluster, &config, error)) {
  *         struct sim *sim = sim_open(&cluster, &config, load);
  *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
  *         sim_close(sim);
@@ -39,6 +39,8 @@ struct chip { /* a GPU, or all cores of a CPU; rates are each way, a second */
     double read_share, peak_share; /* that programs reach of `read` and of operations */
     double layer, step, reduce, copy; /* seconds: launching a layer, and what else a step takes; an
                                         * all-reduce, a copy of nothing */
+    int chunk;                        /* what its backend has by default */
+    enum kv_type kv_type;
     double urgent; /* a decode step's share of a chip, of two, where a prefill step shares it */
 };
 
@@ -50,8 +52,10 @@ struct cluster {
     int n_devices; /* of all nodes; 0: a CPU, and nobody said how many */
 };
 
-/* False: `error`, one line. `rates`: a file, or NULL. */
-bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error);
+/* False: `error`, one line. */
+bool cluster_open(struct cluster *cluster, const char *name, char *error);
+/* Measured rates in place of those of the table. */
+bool cluster_read_rates(struct cluster *cluster, const char *path, char *error);
 /* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are -1. */
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error);
 
@@ -59,7 +63,8 @@ struct sim;
 /* NULL: out of memory. Model, load and the ledger of `config` outlive it. */
 struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
                      struct load *load);
-bool sim_run(struct sim *sim, char *error); /* false: the load cannot be read on, or goes not on */
+/* Until the load is done. False: it does not go on, which is a fault of the scheduler. */
+bool sim_run(struct sim *sim, char *error);
 struct sched *sim_sched(struct sim *sim);
 double sim_now(const struct sim *sim);
 void sim_close(struct sim *sim);
@@ -89,16 +94,17 @@ void sim_close(struct sim *sim);
  * latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in F32. */
 static const struct chip sim_chips[] = {
     {"h100", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, .4},
+     3e-5, 2048, KV_BF16, .4},
     {"h200", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, .4},
+     3e-5, 2048, KV_BF16, .4},
     {"b200", 180e9, 8e12, 2250e12, 4500e12, 900e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, .4},
+     3e-5, 2048, KV_BF16, .4},
     {"a100", 80e9, 2.04e12, 312e12, 312e12, 300e9, 26e9, 25e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, .4},
-    {"l40s", 48e9, 0.864e12, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
-     .4},
-    {"cpu", 16e9, 30e9, 200e9, 200e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, .7},
+     3e-5, 2048, KV_BF16, .4},
+    {"l40s", 48e9, 864e9, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
+     2048, KV_BF16, .4},
+    {"cpu", 16e9, 30e9, 200e9, 200e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
+     .7},
 };
 enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
 
@@ -150,7 +156,8 @@ static bool sim_read_rate(struct chip *chip, char *line) {
     return false;
 }
 
-static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
+bool cluster_read_rates(struct cluster *cluster, const char *path, char *error) {
+    struct chip *chip = &cluster->chip;
     size_t length;
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
@@ -191,7 +198,7 @@ static bool sim_parse(struct cluster *cluster, const char *name) {
            each <= VALUE_DEVICES && cluster->n_devices <= VALUE_DEVICES;
 }
 
-bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error) {
+bool cluster_open(struct cluster *cluster, const char *name, char *error) {
     if (!sim_parse(cluster, name)) {
         int n = snprintf(error, ERROR_LENGTH,
                          "got %.60s, expected CHIP, CHIPxGPUS or "
@@ -206,7 +213,7 @@ bool cluster_open(struct cluster *cluster, const char *name, const char *rates, 
     chip->read *= chip->read_share;
     chip->operations *= chip->peak_share;
     chip->fp8_operations *= chip->peak_share;
-    return !rates || sim_read_rates(chip, rates, error);
+    return true;
 }
 
 /* ---- what fits ---- */
@@ -327,6 +334,8 @@ struct sim {
     const struct cluster *cluster;
     const struct engine_config *config;
     struct load *load;
+    struct request **running; /* (room) those of ids from `oldest` to n_taken, NULL: ended; at … */
+    int64_t oldest, n_taken, room; /* … the id modulo room, a power of two */
     struct sched *sched;
     struct model_cost cost;
     double output_bytes, now;
@@ -385,6 +394,46 @@ static void sim_note(void *context, const struct event *event) {
     stamped.start = event->start > 0 ? event->start : sim->now;
     stamped.end = sim->now;
     note(&sim->config->ledger, &stamped);
+}
+
+/* ---- requests ---- */
+
+static struct request **sim_running(const struct sim *sim, int64_t id) {
+    return &sim->running[id & (sim->room - 1)];
+}
+
+static void sim_end_request(struct sim *sim, struct request *r) {
+    *sim_running(sim, r->id) = NULL;
+    load_ended(sim->load, r, sim->now);
+    while (sim->oldest < sim->n_taken && !*sim_running(sim, sim->oldest))
+        sim->oldest++;
+}
+
+static void sim_submit(struct sim *sim) {
+    struct request *r = load_take(sim->load); /* ids count from 0 */
+    if (r->id - sim->oldest >= sim->room) {
+        struct sim old = *sim;
+        sim->room = old.room > 0 ? 2 * old.room : 64;
+        sim->running = calloc((size_t)sim->room, sizeof *sim->running);
+        assert(sim->running);
+        for (int64_t id = old.oldest; id < old.n_taken; id++)
+            *sim_running(sim, id) = *sim_running(&old, id);
+        free(old.running);
+    }
+    *sim_running(sim, r->id) = r;
+    sim->n_taken = r->id + 1;
+    sched_submit(sim->sched, r, sim->now);
+    if (r->state == REQUEST_FINISHED)
+        sim_end_request(sim, r);
+}
+
+static void sim_expire(struct sim *sim) {
+    sched_expire(sim->sched, sim->now);
+    for (int64_t id = sim->oldest; id < sim->n_taken; id++) {
+        struct request *r = *sim_running(sim, id);
+        if (r && r->state == REQUEST_FINISHED)
+            sim_end_request(sim, r);
+    }
 }
 
 /* ---- steps ---- */
@@ -462,7 +511,7 @@ static void sim_step_ends(struct sim *sim, int worker) {
     w->step = NULL;
     for (int i = 0; i < n; i++)
         if (step->requests[i]->state == REQUEST_FINISHED)
-            load_ended(sim->load, step->requests[i], sim->now);
+            sim_end_request(sim, step->requests[i]);
     if (w->next != worker)
         sim_share(sim, worker);
     sim_begin(sim, worker);
@@ -566,17 +615,8 @@ static void sim_serve(struct sim *sim) {
             sim_carry(sim, 64 * i + __builtin_ctzll(sim->orders[i]));
 }
 
-static bool sim_submit(struct sim *sim, char *error) {
-    struct request *r = load_take(sim->load);
-    if (!r)
-        return fail(error, "%s", load_error(sim->load));
-    sched_submit(sim->sched, r, sim->now);
-    if (r->state == REQUEST_FINISHED)
-        load_ended(sim->load, r, sim->now);
-    return true;
-}
-
 bool sim_run(struct sim *sim, char *error) {
+    load_start(sim->load, sim->now, sched_max_length(sim->sched));
     while (!load_is_done(sim->load)) {
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
         double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
@@ -592,10 +632,9 @@ bool sim_run(struct sim *sim, char *error) {
             else if (event.serial == sim->workers[event.index].serial)
                 sim_step_ends(sim, event.index);
         } else if (arrival == now) {
-            if (!sim_submit(sim, error))
-                return false;
+            sim_submit(sim);
         } else {
-            sched_expire(sim->sched, sim->now);
+            sim_expire(sim);
         }
         sim_serve(sim);
     }
@@ -637,6 +676,7 @@ struct sim *sim_open(const struct cluster *cluster, const struct engine_config *
     sim->cluster = cluster;
     sim->config = config;
     sim->load = load;
+    sim->now = 1; /* a time of 0 is none */
     sim->cost = model_cost(config->model);
     sim->output_bytes = (double)config->model->layers[0][OUTPUT]->bytes;
     for (int w = 0; w < config->n_workers; w++) {
@@ -675,6 +715,7 @@ void sim_close(struct sim *sim) {
     free(sim->copies);
     free(sim->ports);
     free(sim->home);
+    free(sim->running);
     free(sim->heap);
     free(sim);
 }
