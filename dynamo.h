@@ -334,6 +334,8 @@ void kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
+/* The places where a node has a copy, or will when it has arrived. Returns their number. */
+int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]);
 /* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
  * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
  * the node that now stands for it. */

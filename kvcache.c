@@ -526,6 +526,13 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
     return read && !kv->nodes[node].serial ? KV_ARRIVING : KV_VALID;
 }
 
+int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
+    int n = 0;
+    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
+        places[n++] = c->place;
+    return n;
+}
+
 static int slot_of(const struct kv *kv, const struct copy *c) {
     return (int)(c - kv->places[c->place].copies);
 }

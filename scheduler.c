@@ -88,7 +88,7 @@ struct plan {
     int decode_worker, prefill_worker;
     int n_hits;               /* cached blocks, the saved one included */
     int n_alone;              /* hits that are on the host alone */
-    int missing[MAX_WORKERS]; /* hits that are not on the worker */
+    int missing[MAX_WORKERS + 1]; /* hits that are not at the place */
     int cached, end;          /* tokens [cached, end) are to be prefilled */
     int n_decode, n_prefill;  /* blocks to hold on each side */
     /* why these workers: for the ledger */
@@ -453,15 +453,15 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     }
     bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
     plan->n_decode = blocks_of(last ? end : end + 1);
+    for (int w = 0; w < host; w++)
+        plan->missing[w] = plan->n_hits;
     for (int i = 0; i < plan->n_hits; i++) {
-        int n_missing = 0;
-        for (int w = 0; w < host; w++) {
-            bool missing = kv_state(s->kv, r->blocks[i], w) == KV_ABSENT;
-            plan->missing[w] += missing;
-            n_missing += missing;
-        }
-        plan->n_alone += n_missing == host;
-        if (n_missing == host && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
+        int places[MAX_WORKERS + 1], n = kv_places(s->kv, r->blocks[i], places);
+        bool alone = n == 1 && places[0] == host;
+        while (n > 0)
+            plan->missing[places[--n]]--;
+        plan->n_alone += alone;
+        if (alone && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
             kv_hold(s->kv, r->blocks[i], host);
             r->held[r->n_held++] = r->blocks[i];
         }
