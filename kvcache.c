@@ -456,6 +456,11 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     return at->n[FREE] >= n;
 }
 
+bool kv_makes_room(const struct kv *kv, int worker) {
+    const struct place *at = &kv->places[worker];
+    return at->n[FREE] < at->wanted && at->n[LEAVING] > 0;
+}
+
 void kv_clean(struct kv *kv, int worker) {
     const struct place *at = &kv->places[worker];
     for (int n = watermark(at, CLEAN_LOW); at->n[DIRTY] > 0; n = watermark(at, CLEAN_HIGH)) {

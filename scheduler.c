@@ -528,10 +528,13 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     int sides[] = {plan->decode_worker, plan->prefill_worker};
     int n_blocks[] = {plan->n_decode, plan->n_prefill}, n_sides = plan->n_prefill > 0 ? 2 : 1;
     bool ok = true;
+    r->awaited = NONE;
     for (int i = 0; i < n_sides; i++) { /* both begin to make room */
         take_hits(s, r, plan, sides[i], true);
         int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
-        ok = kv_make_room(s->kv, sides[i], n + s->workers[sides[i]].n_stalled) && ok;
+        bool room = kv_make_room(s->kv, sides[i], n + s->workers[sides[i]].n_stalled);
+        r->awaited = room ? r->awaited : sides[i];
+        ok = ok && room;
     }
     for (int i = 0; i < n_sides; i++) {
         if (ok)
@@ -594,7 +597,7 @@ static bool admit(struct sched *s, struct request *r, double now) {
 
 /* Admits what fits: who was preempted, who has followed another, and new ones, each in order. The
  * first of them that does not fit lets at most MAX_PASSED behind it pass. One is tried again when
- * something has changed. */
+ * something has changed, and no sooner than the blocks have left that make room for it. */
 static void admit_waiting(struct sched *s, double now) {
     const struct list *lists[] = {&s->preempted, &s->released, &s->waiting};
     struct request *passed[] = {NULL, NULL, NULL}, *next;
@@ -605,7 +608,8 @@ static void admit_waiting(struct sched *s, double now) {
                 if (passed[j] && passed[j]->n_passed >= MAX_PASSED)
                     return;
             int64_t changes = s->n_changes;
-            if (r->tried != changes && admit(s, r, now)) {
+            bool soon = r->awaited != NONE && kv_makes_room(s->kv, r->awaited);
+            if (r->tried != changes && !soon && admit(s, r, now)) {
                 for (int j = 0; j <= i; j++)
                     if (passed[j])
                         passed[j]->n_passed++;
@@ -827,11 +831,21 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
     admit_waiting(s, now);
 }
 
+/* Slots that a place has free, and those that it could have: these count once, those twice. */
+static int room_at(const struct sched *s, int place) {
+    return kv_reclaimable(s->kv, place) - kv_used(s->kv, place);
+}
+
+/* What waits is tried again if there is more room than before; but not for each block that leaves
+ * for somebody who waits until many have left. */
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
+    int room = room_at(s, order->from) + room_at(s, order->to);
     s->workers[order->worker].n_copying--;
     concern(s, order->worker);
     kv_copied(s->kv, order, ok);
-    note_change(s);
+    bool more = room_at(s, order->from) + room_at(s, order->to) > room;
+    if (!ok || (more && !kv_makes_room(s->kv, order->worker)))
+        note_change(s);
     admit_waiting(s, now);
 }
 
@@ -872,6 +886,7 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .prefill_worker = NONE,
                           .decode_worker = NONE,
                           .saved = NONE,
+                          .awaited = NONE,
                           .tried = -1,
                           .late = INFINITY,
                           .submitted = now};
