@@ -780,6 +780,7 @@ void engine_tell_lost(struct engine *engine) {
 #define SIM_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
+#define TRACE_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
@@ -789,6 +790,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/sim.h"
 #include "app/stats.h"
 #include "app/terminal.h"
+#include "app/trace.h"
 
 int main(int argc, char **argv) {
     return run_program(argc, argv);

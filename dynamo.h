@@ -259,8 +259,9 @@ struct event {
 
 /* Who wants to know. Scheduler and cache note what they decide, with times 0: they have no clock.
  * Their driver puts a ledger of its own between, which stamps the time, and notes steps and copies
- * itself, as they end. All is noted under the driver's lock, what a place or worker decides, steps
- * or copies in order: a ledger must be quick, and call nothing that changes anything. */
+ * itself: a step before sched_done, a copy before sched_copied. All is noted under the driver's
+ * lock, in order: a ledger must be quick, and call nothing that changes anything. (A step may be
+ * noted a little after its end.) */
 struct ledger {
     void (*note)(void *context, const struct event *event); /* NULL: nobody wants to know */
     void *context;

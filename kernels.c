@@ -472,11 +472,11 @@ bool device_fits(const struct device *wanted, char *error) {
                 {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
                 {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
     if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
-        return fail(error, "--tp: got %d, expected 1, 2, 4 or 8", n);
+        return fail(error, "a worker of %d devices: expected 1, 2, 4 or 8", n);
     for (size_t i = 0; i < sizeof cuts / sizeof *cuts; i++)
         if (cuts[i].unit < 1 || cuts[i].value % cuts[i].unit)
-            return fail(error, "--tp %d: got %d %s, expected a multiple of %d", n, cuts[i].value,
-                        cuts[i].name, cuts[i].unit);
+            return fail(error, "a worker of %d device%s: got %d %s, expected a multiple of %d", n,
+                        n > 1 ? "s" : "", cuts[i].value, cuts[i].name, cuts[i].unit);
     return true;
 }
 

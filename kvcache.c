@@ -352,9 +352,9 @@ static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const 
     to->heat = choose_heat(kv, from->heat, true);
     to->from = from;
     from->reads++;
+    set_standing(kv, to, IN_FLIGHT);
     note(&kv->config.ledger, &(struct event){EVENT_COPY_ORDERED, .node = to->node,
                                              .from = from->place, .to = to->place, .why = why});
-    set_standing(kv, to, IN_FLIGHT);
     settle(kv, to->node);
 }
 

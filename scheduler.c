@@ -44,8 +44,11 @@ enum {
     MAX_PROMPTS = 64,           /* that share a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
-    GROWTH_SLACK = 20, /* percent of its blocks that a worker's answers may need too much */
-    PATIENCE_MS = 700, /* a preempted answer waits so long before it takes another's place */
+    GROWTH_SLACK = 26, /* percent of its blocks that a worker's answers may need too much */
+    YOUNG_SHARE = 8, /* answers in the first eighth of their life may in the end need two eighths */
+    GROWTH_STEPS =
+        16, /* steps after which answers have grown enough for others to be tried again */
+    PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
     SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
     N_SPANS = 64       /* the last span is all that is further away */
 };
@@ -128,18 +131,22 @@ static int span_of(int n_tokens) {
 }
 
 /* Whether a worker holds the answers that are there or on their way, and this one, at any time
- * until the last is expected to end. */
+ * until the last is expected to end; and whether not too many of them begin together, for they
+ * would end together: where each begins a little later, more of them fit. */
 static bool room_to_grow(const struct sched *s, const struct request *r, const struct plan *plan,
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
     int held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
     int likely = (int)s->likely_answer, n_there = 0;
-    if (w->n_admitted == 0 || held + own + blocks_of(likely) * (w->n_admitted + 1) <= n_blocks)
+    if (w->n_admitted == 0 ||
+        2 * (held + own + blocks_of(likely) * (w->n_admitted + 1)) <= n_blocks)
         return true;
     int n[N_SPANS] = {0}, blocks[N_SPANS] = {0}; /* answers that end then; what each alone holds */
+    int n_young = w->n_admitted - w->decoding.length + 1;
     for (const struct request *o = w->decoding.first; o; o = o->next) {
         int span = span_of(expected_left(s, o));
+        n_young += (o->length - o->n_prompt) * YOUNG_SHARE < likely;
         n[span]++;
         blocks[span] += o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
         held -= o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
@@ -148,6 +155,8 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
     n[span_of(expected_left(s, r))]++;
     blocks[span_of(expected_left(s, r))] += own;
     held = max(held, 0);
+    if (n_young * (likely / BLOCK_TOKENS) * YOUNG_SHARE > 2 * n_blocks)
+        return false;
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
         held += blocks[span];
         n_there += n[span];
@@ -364,14 +373,7 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     if (r->in_step)
         return;
     bool waits = r->reason == FINISH_NONE;
-    if (!waits)
-        note(&s->config.kv.ledger,
-             &(struct event){.kind = EVENT_FINISHED,
-                             .request = r->id,
-                             .worker = r->state == REQUEST_WAITING ? NONE : worker_of(r),
-                             .n = r->length - r->n_prompt,
-                             .reason = r->reason,
-                             .why = r->error[0] ? r->error : NULL});
+    int worker = r->state == REQUEST_WAITING ? NONE : worker_of(r);
     if (waits && r->state == REQUEST_RUNNING && r->filled % BLOCK_TOKENS != 0)
         kv_keep(s->kv, r->blocks[r->filled / BLOCK_TOKENS], &r->saved);
     else if (!waits && r->saved != NONE)
@@ -387,12 +389,18 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
+    note(&s->config.kv.ledger, &(struct event){.kind = EVENT_FINISHED,
+                                               .request = r->id,
+                                               .worker = worker,
+                                               .n = r->length - r->n_prompt,
+                                               .reason = r->reason,
+                                               .why = r->error[0] ? r->error : NULL});
 }
 
 static void send_back(struct sched *s, struct request *r, const char *why, double now) {
-    note(&s->config.kv.ledger,
-         &(struct event){EVENT_PREEMPTED, .request = r->id, .worker = worker_of(r), .why = why});
     withdraw(s, r, FINISH_NONE, now);
+    note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
+                                               .worker = r->decode_worker, .why = why});
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -746,6 +754,7 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     admit_waiting(s, now);
     kv_clean(s->kv, worker);
     s->stats.steps += batch->n_rows > 0;
+    s->n_changes += s->stats.steps % GROWTH_STEPS == 0;
     return batch->n_rows > 0 ? step : NULL;
 }
 

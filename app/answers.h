@@ -264,6 +264,12 @@ double answers_time(const struct request *r, enum answer_time time) {
     }
 }
 
+/* The text of an answer that was shown to its end; others may still follow its tokens. */
+static void free_text(struct answer *answer) {
+    free(answer->text);
+    answer->text = NULL;
+}
+
 void answers_json(const struct request *r, int n, enum finish_reason reason) {
     static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
     printf("\"finish_reason\":\"%s\"", reason_names[reason]);
@@ -299,7 +305,8 @@ static void show_json(const struct answer *answer) {
     (void)fputs("}\n", stdout);
 }
 
-/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. */
+/* A base model continues its prompt, so the prompt is shown with it; a chat model answers. Of a
+ * request that follows another its own part alone. */
 static void echo(const struct answers *a, struct answer *answer) {
     const struct request *r = &answer->request;
     struct tok_stream stream = {0};
@@ -309,8 +316,10 @@ static void echo(const struct answers *a, struct answer *answer) {
         return;
     if (answer->spec.prompt)
         (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
-    for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++)
-        (void)fwrite(out, 1, tok_decode(a->tokenizer, &stream, r->tokens[i], out), stdout);
+    for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++) {
+        size_t n = tok_decode(a->tokenizer, &stream, r->tokens[i], out);
+        (void)fwrite(out, 1, i < r->n_prompt - answer->spec.n_ids ? 0 : n, stdout);
+    }
 }
 
 /* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
@@ -319,13 +328,14 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
         struct answer *answer = all[first];
         const struct request *r = &answer->request;
         bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
-        if (!answer->echoed && !refused)
+        if (!answer->echoed && !refused && (r->tokens || answer->ended))
             echo(a, answer);
         if (answer->safe > answer->shown)
             (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
         answer->shown = answer->safe;
         if (!answer->ended)
             break;
+        free_text(answer);
         (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
         if (r->reason == FINISH_ERROR)
             (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", answer->place, r->error);
@@ -367,8 +377,10 @@ static bool advance(struct answers *a, struct answer *answer) {
     if (finished) {
         answer->ended = true;
         count_ended(a, answer);
-        if (a->json)
+        if (a->json) {
             show_json(answer);
+            free_text(answer);
+        }
     }
     engine_lock(a->engine);
     if (answer->stopped && !was_stopped) {

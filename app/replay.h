@@ -16,8 +16,9 @@
  *     {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [46, 47, ...]}
  * Each hash id stands for HASH_TOKENS tokens of the prompt and all before them. The tokens are made
  * from the ids, so that prompts which begin with the same ids begin with the same tokens, and a
- * prefix cache finds what it would have found when the trace was taken. Prompts of IN:OUT have
- * nothing in common. An answer is as long as the load says: its driver takes no token for an end.
+ * prefix cache finds what it would have found when the trace was taken (but for answers: a later
+ * turn has the trace's tokens in their place). Prompts of IN:OUT have nothing in common. An answer
+ * is as long as the load says, and for a line of -f that is its n: no token ends it.
  *
  * Owns what is known of requests until they have ended, and the statistics, in memory that does not
  * grow with a trace: it is read one line ahead, and a quantile comes from a sketch of fixed size.
@@ -55,16 +56,17 @@ struct request *load_take(struct load *load);
 void load_ended(struct load *load, struct request *request, double now);
 /* All that were taken have ended, and no other will come. */
 bool load_is_done(const struct load *load);
-const char *
-load_error(const struct load *load); /* why it came to an end too soon; NULL: it did not */
-void load_close(struct load *load);  /* when all that were taken have ended */
+/* Why it came to an end too soon: a line of the trace. NULL: it did not. */
+const char *load_error(const struct load *load);
+void load_close(struct load *load); /* when all that were taken have ended */
 
 enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 
 struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error, or cancelled */
     int64_t good;             /* that kept both targets */
-    int64_t prompt_tokens, cached_tokens, cached_on_host, generated_tokens;
+    int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
+    int64_t generated_tokens;
     char first_error[ERROR_LENGTH];       /* of the first that failed with one; "": none */
     double seconds;                       /* from the start until the last ended */
     double times[N_TIMES][N_LOAD_SHARES]; /* in ms; quantiles within 0.5 percent */
@@ -126,7 +128,7 @@ struct load {
     struct item **known; /* (n_known) a binary heap: the first arrives first, and has its prompt */
     int n_known, max_length;
     int64_t n_made, n_arrived, n_running;
-    bool forgotten; /* no other comes */
+    bool interrupted; /* no other comes */
     double start, last_ended;
     double arrived, timestamp; /* of the request made last: by --rate; of the trace, in ms */
     struct load_result sums;   /* without times */
@@ -212,13 +214,6 @@ static double next_arrival(struct load *load, int64_t place) {
     return load->arrived -= log(((double)(random >> 11) + 0.5) * 0x1p-53) / load->options.rate;
 }
 
-static struct item *make_plain(struct load *load) { /* of IN:OUT */
-    struct item *item = item_create(load, NULL);
-    item->request.n_prompt = load->in;
-    item->request.max_new = load->out;
-    return item;
-}
-
 /* What stands behind a key of a trace's line. */
 static bool trace_number(const struct json_node *value, const char *key, double low, double high,
                          double *number, char *error) {
@@ -232,32 +227,24 @@ static bool trace_number(const struct json_node *value, const char *key, double 
                 low, high);
 }
 
-/* The hash ids that `list` holds, of a prompt of n_tokens tokens. NULL: `error`. */
-static uint64_t *trace_hash_ids(const struct json_node *nodes, const struct json_node *list,
-                                int n_tokens, char *error) {
-    int n = 0, wanted = (n_tokens - 1) / HASH_TOKENS + 1;
-    uint64_t *ids = NULL;
-    if (!list || list->type != '[') {
-        (void)fail(error, list ? "hash_ids: expected a list" : "hash_ids: missing");
-        return NULL;
-    }
+/* Takes over the hash ids that `list` holds, one for all HASH_TOKENS tokens of the prompt. */
+static bool trace_hash_ids(const struct json_node *nodes, const struct json_node *list,
+                           struct item *item, char *error) {
+    int n = 0, wanted = (item->request.n_prompt - 1) / HASH_TOKENS + 1;
+    if (!list || list->type != '[')
+        return fail(error, list ? "hash_ids: expected a list" : "hash_ids: missing");
     for (int i = (int)(list - nodes) + 1; i < list->next && n < wanted; i = nodes[i].next) {
         size_t length = nodes[i].length;
-        if (nodes[i].type != '0' || length > 19 || strspn(nodes[i].text, "0123456789") < length) {
-            (void)fail(error, "hash_ids: got %.*s, expected whole numbers of at most 19 digits",
-                       length < 40 ? (int)length : 40, nodes[i].text);
-            free(ids);
-            return NULL;
-        }
-        ids = grow(ids, (size_t)n, sizeof *ids);
-        ids[n++] = strtoull(nodes[i].text, NULL, 10);
+        if (nodes[i].type != '0' || length > 19 || strspn(nodes[i].text, "0123456789") < length)
+            return fail(error, "hash_ids: got %.*s, expected whole numbers of at most 19 digits",
+                        length < 40 ? (int)length : 40, nodes[i].text);
+        item->hash_ids = grow(item->hash_ids, (size_t)n, sizeof *item->hash_ids);
+        item->hash_ids[n++] = strtoull(nodes[i].text, NULL, 10);
     }
-    if (n == wanted)
-        return ids;
-    (void)fail(error, "hash_ids: got %d, expected %d, one for every %d tokens of input_length", n,
-               wanted, HASH_TOKENS);
-    free(ids);
-    return NULL;
+    return n == wanted || fail(error,
+                               "hash_ids: got %d, expected %d, one for every %d tokens of "
+                               "input_length",
+                               n, wanted, HASH_TOKENS);
 }
 
 /* Takes over what a line of a trace says. */
@@ -283,8 +270,7 @@ static bool trace_read(struct load *load, const struct json_node *nodes, struct 
     item->at = 1e-3 * ms;
     item->request.n_prompt = (int)in;
     item->request.max_new = (int)out;
-    item->hash_ids = trace_hash_ids(nodes, values[3], (int)in, error);
-    return item->hash_ids != NULL;
+    return trace_hash_ids(nodes, values[3], item, error);
 }
 
 /* NULL: the trace has ended, or is wrong: then there is an error. */
@@ -310,12 +296,16 @@ static struct item *make_traced(struct load *load) {
 /* Makes the next request known of, if there is one: those of -f are from the beginning. */
 static void make_next(struct load *load) {
     int64_t place = load->n_made;
-    if (!load->options.replay || load->error[0] || load->forgotten ||
+    if (!load->options.replay || load->error[0] || load->interrupted ||
         (load->options.limit > 0 && place >= load->options.limit))
         return;
-    struct item *item = load->in > 0 ? make_plain(load) : make_traced(load);
+    struct item *item = load->in > 0 ? item_create(load, NULL) : make_traced(load);
     if (!item)
         return;
+    if (load->in > 0) {
+        item->request.n_prompt = load->in;
+        item->request.max_new = load->out;
+    }
     item->at = load->options.rate > 0 ? next_arrival(load, place) : item->at;
     item->at += load->start;
     known_add(load, item);
@@ -353,7 +343,7 @@ static bool make_lines(struct load *load, char *error) {
 
 /* ---- prompts ---- */
 
-/* Those of a line; of its own, or of what it says and the answer that it follows. */
+/* Of a line: what it says, after the answer that it follows. False: it has ended with an error. */
 static bool prompt_of_line(const struct load *load, struct item *item) {
     struct request *r = &item->request;
     const struct request *before = item->before ? &item->before->request : NULL;
@@ -418,7 +408,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->requests++;
     sums->failed += failed;
     sums->good += is_good(load, r);
-    sums->prompt_tokens += r->n_prompt;
+    sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
     sums->generated_tokens += r->length > r->n_prompt ? r->length - r->n_prompt : 0;
@@ -457,22 +447,18 @@ static void look_ahead(struct load *load) {
 
 struct load *load_open(const struct load_options *options, char error[ERROR_LENGTH]) {
     struct load *load = calloc(1, sizeof *load);
-    char end;
-    if (!load) {
-        (void)fail(error, "out of memory");
-        return NULL;
-    }
+    if (!load)
+        abort();
     load->options = *options;
     const char *replay = options->replay, *name = replay ? replay : options->file;
-    bool plain = replay && strspn(replay, "0123456789:") == strlen(replay) &&
-                 sscanf(replay, "%9d:%9d%c", &load->in, &load->out, &end) == 2;
-    if (plain && options->limit == 0)
-        load->options.limit = DEFAULT_REQUESTS;
-    if (plain && (load->in < 1 || load->out < 1))
+    char end;
+    if (replay && strspn(replay, "0123456789:") == strlen(replay) &&
+        sscanf(replay, "%9d:%9d%c", &load->in, &load->out, &end) == 2) {
+        load->options.limit = options->limit > 0 ? options->limit : DEFAULT_REQUESTS;
+        if (load->in > 0 && load->out > 0)
+            return load;
         (void)fail(error, "--replay: got %.60s, expected at least 1:1", replay);
-    else if (plain)
-        return load;
-    else if (requests_open(&load->lines, name, error) && (replay || make_lines(load, error))) {
+    } else if (requests_open(&load->lines, name, error) && (replay || make_lines(load, error))) {
         make_next(load);
         if (load->n_known > 0)
             return load;
@@ -523,7 +509,7 @@ const char *load_error(const struct load *load) {
 
 /* What has not arrived will not. */
 static void load_forget(struct load *load) {
-    load->forgotten = true;
+    load->interrupted = true;
     while (load->n_known > 0) {
         struct item *item = known_take(load);
         for (struct item *next = item->followers; next; next = next->sibling)
@@ -550,9 +536,10 @@ struct running {               /* requests of a load that an engine has */
     int n;
 };
 
-/* Submits what has arrived. Prompts are made without the lock. */
+/* Submits what has arrived, at a time about as many as run, so that those that have ended meanwhile
+ * are not kept. Prompts are made without the lock. */
 static void submit_arrived(struct load *load, struct engine *engine, struct running *running) {
-    while (load_next(load) <= engine_now()) {
+    for (int n = running->n + 64; n > 0 && load_next(load) <= engine_now(); n--) {
         struct request *r = load_take(load);
         running->requests = grow(running->requests, (size_t)running->n, sizeof r);
         running->requests[running->n++] = r;
@@ -576,15 +563,6 @@ static int sort_ended(struct running *running) {
     return n_left;
 }
 
-/* No other request comes, and those that run end. With the lock held. */
-static void interrupt_load(struct load *load, struct engine *engine,
-                           const struct running *running) {
-    load_forget(load);
-    for (int i = 0; i < running->n; i++)
-        sched_cancel(engine_sched(engine), running->requests[i], false, engine_now());
-    engine_wake(engine);
-}
-
 void load_run(struct load *load, struct answers *a) {
     struct engine *engine = a->engine;
     struct running running = {0};
@@ -593,8 +571,12 @@ void load_run(struct load *load, struct answers *a) {
     while (!load_is_done(load)) {
         submit_arrived(load, engine, &running);
         engine_lock(engine);
-        if ((a->activity == INTERRUPTED || ferror(stdout)) && !load->forgotten)
-            interrupt_load(load, engine, &running);
+        if (a->activity == INTERRUPTED || ferror(stdout)) { /* then all end, whoever may follow */
+            load_forget(load);
+            for (int i = 0; i < running.n; i++)
+                sched_cancel(engine_sched(engine), running.requests[i], false, engine_now());
+            engine_wake(engine);
+        }
         int n = running.n;
         running.n = sort_ended(&running);
         if (running.n == n && !load_is_done(load))
@@ -664,8 +646,6 @@ static void load_table(const struct load_result *result, const struct figure *fi
     (void)fputs("time to first token: from arrival to the first token, the queue included; "
                 "inter-token latency: the mean gap between the tokens of an answer\n",
                 stdout);
-    if (result->first_error[0])
-        printf("the first that failed: %s\n", result->first_error);
 }
 
 void load_print(const struct load *load, const struct load_report *report) {

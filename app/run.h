@@ -6,8 +6,8 @@
  *
  * Opens what the options name: the model, its tokenizer, a backend, then the engine; says which
  * devices form a worker, and which workers prefill and which decode. Then runs one of: an
- * evaluation, one prompt, a file of requests, a load, a conversation. Here alone signals are taken and exit
- * statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
+ * evaluation, one prompt, a file of requests, a load, a conversation. Here alone signals are taken
+ * and exit statuses chosen: 0; 1 a file or device; 2 usage; 3 some requests failed; 128 + a signal.
  * Read next: answers.h, and engine_open in dynamo.c. */
 #ifndef RUN_H
 #define RUN_H
@@ -25,8 +25,10 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "sim.h"
 #include "stats.h"
 #include "terminal.h"
+#include "trace.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -44,12 +46,18 @@ struct run { /* all that a run opens */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
     struct load *load;       /* NULL: none */
+    struct trace *trace;     /* of --trace and --verbose; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
 
 static void complain(const char *line) {
     (void)fprintf(stderr, "dynamo: %s\n", line);
+}
+
+static int refuse(const char *error) {
+    complain(error);
+    return strncmp(error, "--", 2) == 0 ? EXIT_USAGE : EXIT_FILE; /* an option is at fault */
 }
 
 /* ---- opening: model, tokenizer, backend ---- */
@@ -96,6 +104,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    trace_flush(run->trace);
 }
 
 /* CUDA where there is a GPU, unless the CPU is asked for. */
@@ -129,6 +138,7 @@ static struct device_list list_devices(const struct options *o, int n_gpus) {
     if (all.n > 0)
         return all;
     all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : o->tp_prefill + o->tp_decode;
+    all.n = all.n < VALUE_DEVICES ? all.n : VALUE_DEVICES;
     for (int i = 0; i < all.n; i++)
         all.index[i] = n_gpus > 0 ? i % n_gpus : i;
     return all;
@@ -157,10 +167,13 @@ static bool plan_workers(const struct options *o, int n_gpus, struct engine_conf
     for (int pool = 0; pool < 2 && n_prefill >= 0; pool++) {
         int width = pool == 0 ? o->tp_prefill : o->tp_decode;
         for (int i = 0; i < pools[pool].n; i++) {
-            int worker = config->n_workers + i / width;
+            int worker = config->n_workers + i / width, index = pools[pool].index[i];
+            if (index >= all.n)
+                return fail(error, "%s: got device %d, expected 0 to %d",
+                            pool == 0 ? "--prefill" : "--decode", index, all.n - 1);
             if (worker == MAX_WORKERS)
                 return fail(error, "--devices: they make more than %d workers", MAX_WORKERS);
-            config->workers[worker].devices[i % width] = all.index[pools[pool].index[i]];
+            config->workers[worker].devices[i % width] = all.index[index];
             config->workers[worker].n_shards = width;
             config->workers[worker].prefills = pool == 0 || n_prefill == 0;
             config->workers[worker].decodes = pool == 1;
@@ -193,6 +206,7 @@ static bool plan_engine(const struct run *run, int n_gpus, struct engine_config 
     config->max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH;
     config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
     config->max_queue = o->max_queue;
+    config->ledger = trace_ledger(run->trace);
     config->verbose = o->verbose;
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
         config->kv_type = (enum kv_type)(o->kv_type - 1);
@@ -213,9 +227,13 @@ static bool open_engine(struct run *run, char *error) {
                                    .chunk = run->backend->chunk,
                                    .kv_type = run->backend->kv_type,
                                    .progress = show_loading};
-    if (plan_engine(run, run->backend->n_gpus, &config, error))
-        run->answers.engine = engine_open(&config, error);
-    return run->answers.engine != NULL;
+    if (!plan_engine(run, run->backend->n_gpus, &config, error))
+        return false;
+    struct engine *engine = engine_open(&config, error);
+    if (engine)
+        trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
+    run->answers.engine = engine;
+    return engine != NULL;
 }
 
 /* ---- running ---- */
@@ -297,6 +315,20 @@ static bool open_load(struct run *run, char *error) {
     return run->load || !wanted;
 }
 
+/* Says what went wrong with a load that has ended. */
+static int load_status(const struct load *load) {
+    struct load_result result = load_result(load);
+    char line[ERROR_LENGTH];
+    if (load_error(load))
+        complain(load_error(load));
+    if (load_error(load) || result.failed == 0)
+        return load_error(load) ? EXIT_FILE : 0;
+    (void)fail(line, "%" PRId64 " of %" PRId64 " requests failed%s%.400s", result.failed,
+               result.requests, *result.first_error ? "; " : "", result.first_error);
+    complain(line);
+    return EXIT_REQUESTS;
+}
+
 static int run_load(struct run *run) {
     struct load *load = run->load;
     load_run(load, &run->answers);
@@ -304,9 +336,7 @@ static int run_load(struct run *run) {
     load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
                                            .sched = stats.sched,
                                            .kv = stats.kv});
-    if (load_error(load))
-        complain(load_error(load));
-    return load_error(load) ? EXIT_FILE : load_result(load).failed > 0 ? EXIT_REQUESTS : 0;
+    return load_status(load);
 }
 
 /* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
@@ -328,33 +358,30 @@ static bool choose_template(struct run *run) {
 /* The load on a cluster that need not be there. */
 static int run_sim(struct run *run) {
     const struct options *o = &run->options;
+    struct engine_config config = {0};
     struct cluster cluster;
     char error[ERROR_LENGTH];
-    if (!cluster_open(&cluster, o->sim, error)) {
-        (void)fprintf(stderr, "dynamo: --sim: %s\n", error);
-        return EXIT_USAGE;
-    }
-    struct engine_config config = {.chunk = cluster.chip.chunk, .kv_type = cluster.chip.kv_type};
-    struct sim *sim = NULL;
     if (!choose_template(run))
         return EXIT_USAGE;
-    bool ok = (!o->rates || cluster_read_rates(&cluster, o->rates, error)) &&
-              plan_engine(run, cluster.n_devices, &config, error) &&
-              cluster_fit(&cluster, &config, error);
-    if (ok) {
-        sim = sim_open(&cluster, &config, run->load);
-        ok = sim ? sim_run(sim, error) : fail(error, "out of memory");
-    }
-    if (sim)
-        load_print(run->load, &(struct load_report){.config = &config,
-                                                    .sched = sched_stats(sim_sched(sim)),
-                                                    .kv = kv_stats(sched_kv(sim_sched(sim)))});
-    if (!ok || load_error(run->load))
-        complain(ok ? load_error(run->load) : error);
+    if (!cluster_open(&cluster, o->sim, o->rates, error))
+        return refuse(error);
+    config.chunk = cluster.chip.chunk;
+    config.kv_type = cluster.chip.kv_type;
+    if (!plan_engine(run, cluster.n_devices, &config, error) ||
+        !cluster_fit(&cluster, &config, error))
+        return refuse(error);
+    struct sim *sim = sim_open(&cluster, &config, run->load, error);
+    if (!sim)
+        return refuse(error);
+    trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
+    bool ok = sim_run(sim, error);
+    if (!ok)
+        complain(error);
+    load_print(run->load, &(struct load_report){.config = &config,
+                                                .sched = sched_stats(sim_sched(sim)),
+                                                .kv = kv_stats(sched_kv(sim_sched(sim)))});
     sim_close(sim);
-    return !ok || load_error(run->load)        ? EXIT_FILE
-           : load_result(run->load).failed > 0 ? EXIT_REQUESTS
-                                               : 0;
+    return ok ? load_status(run->load) : EXIT_FILE;
 }
 
 static int run_requests(struct run *run) {
@@ -402,12 +429,18 @@ static int run_engine(struct run *run) {
  * finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
+    char error[ERROR_LENGTH];
     for (;;) {
         int number, answering = ANSWERING;
         (void)sigwait(&run->signals, &number);
         if (number != SIGINT ||
             !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
             editor_restore();
+            pthread_mutex_lock(&run->closing);
+            if (run->answers.engine && run->trace) { /* nothing is noted any more */
+                engine_lock(run->answers.engine);
+                (void)trace_close(run->trace, error);
+            }
             _exit(128 + number);
         }
         pthread_mutex_lock(&run->closing);
@@ -437,28 +470,34 @@ static bool start_watching(struct run *run) {
 /* ---- the program ---- */
 
 static int run_model(struct run *run) {
-    char error[ERROR_LENGTH];
+    const struct options *o = &run->options;
+    char error[ERROR_LENGTH] = "";
     int status = EXIT_FILE;
     if (!start_watching(run)) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(run->options.given, "--seed") && !run->options.replay) /* a load is repeatable */
+    if (!cli_given(o->given, "--seed") && !o->replay && !o->sim) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
-    run->answers.seed = run->options.request.sampling.seed;
-    bool ok = open_model(run, error) && open_load(run, error);
-    if (ok && run->options.sim)
+    run->answers.seed = o->request.sampling.seed;
+    run->trace = trace_open(o->trace, o->verbose, error);
+    bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
+    if (ok && o->sim)
         status = run_sim(run);
     else if (ok && open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
     else
-        complain(error);
+        status = refuse(error);
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
     run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
     load_close(run->load);
+    if (!trace_close(run->trace, error)) {
+        complain(error);
+        status = EXIT_FILE;
+    }
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);

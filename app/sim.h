@@ -2,8 +2,8 @@
  * and copies take the time that they would take, by a clock that nobody waits for.
  *
  *     struct cluster cluster;
- *     if (cluster_open(&cluster, "2xh100x8", error) && cluster_fit(&cluster, &config, error)) {
- *         struct sim *sim = sim_open(&cluster, &config, load);
+ *     if (cluster_open(&cluster, "2xh100x8", NULL, error) && cluster_fit(&cluster, &config, error)) {
+ *         struct sim *sim = sim_open(&cluster, &config, load, error);
  *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
  *         sim_close(sim);
  *     }
@@ -52,17 +52,15 @@ struct cluster {
     int n_devices; /* of all nodes; 0: a CPU, and nobody said how many */
 };
 
-/* False: `error`, one line. */
-bool cluster_open(struct cluster *cluster, const char *name, char *error);
-/* Measured rates in place of those of the table. */
-bool cluster_read_rates(struct cluster *cluster, const char *path, char *error);
+/* rates: a file of measured ones, or NULL. False: `error`, one line. */
+bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error);
 /* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are -1. */
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error);
 
 struct sim;
-/* NULL: out of memory. Model, load and the ledger of `config` outlive it. */
+/* NULL: `error`. What it is given outlives it. */
 struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
-                     struct load *load);
+                     struct load *load, char *error);
 /* Until the load is done. False: it does not go on, which is a fault of the scheduler. */
 bool sim_run(struct sim *sim, char *error);
 struct sched *sim_sched(struct sim *sim);
@@ -156,8 +154,7 @@ static bool sim_read_rate(struct chip *chip, char *line) {
     return false;
 }
 
-bool cluster_read_rates(struct cluster *cluster, const char *path, char *error) {
-    struct chip *chip = &cluster->chip;
+static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
     size_t length;
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
@@ -198,10 +195,10 @@ static bool sim_parse(struct cluster *cluster, const char *name) {
            each <= VALUE_DEVICES && cluster->n_devices <= VALUE_DEVICES;
 }
 
-bool cluster_open(struct cluster *cluster, const char *name, char *error) {
+bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error) {
     if (!sim_parse(cluster, name)) {
         int n = snprintf(error, ERROR_LENGTH,
-                         "got %.60s, expected CHIP, CHIPxGPUS or "
+                         "--sim: got %.60s, expected CHIP, CHIPxGPUS or "
                          "NODESxCHIPxGPUS such as 2xh100x8, %d GPUs at most; CHIP:",
                          name, VALUE_DEVICES);
         for (int i = 0; i < SIM_CHIPS; i++)
@@ -213,7 +210,7 @@ bool cluster_open(struct cluster *cluster, const char *name, char *error) {
     chip->read *= chip->read_share;
     chip->operations *= chip->peak_share;
     chip->fp8_operations *= chip->peak_share;
-    return true;
+    return !rates || sim_read_rates(chip, rates, error);
 }
 
 /* ---- what fits ---- */
@@ -263,10 +260,10 @@ static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_
             (void)snprintf(hint, sizeof hint, "they fit with --tp %d", n);
     }
     return fail(error,
-                "--tp %d: weights of %.1f GB a device, and KV blocks, do not fit a %s: nine tenths "
-                "of its memory are %.1f GB; %s",
-                n_shards, 1e-9 * sim_weights(config->model, n_shards), cluster->chip.name,
-                1e-9 * most, hint);
+                "weights of %.1f GB a device and KV blocks do not fit nine tenths of the memory of "
+                "a %s, %.1f GB, with --tp %d; %s",
+                1e-9 * sim_weights(config->model, n_shards), cluster->chip.name, 1e-9 * most,
+                n_shards, hint);
 }
 
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {
@@ -293,10 +290,14 @@ bool cluster_fit(const struct cluster *cluster, struct engine_config *config, ch
                 return fail(error, "--devices: got %d, %.60s has %d", device, cluster->name,
                             cluster->n_devices);
         }
-        double most = fmin(left / sharing / bytes, INT32_MAX / 64);
-        *blocks = *blocks < 0 && most >= 1 ? (int)most : *blocks;
-        if (most < 1 || *blocks * bytes > left)
+        int most = (int)fmin(fmax(left / sharing / bytes, 0), INT32_MAX / 64);
+        if (most < 1)
             return sim_does_not_fit(cluster, config, n, error);
+        if (*blocks > most)
+            return fail(error,
+                        "--kv-device: got %d blocks, a %s has room for %d beside the weights",
+                        *blocks, cluster->chip.name, most);
+        *blocks = *blocks < 0 ? most : *blocks;
     }
     return true;
 }
@@ -667,10 +668,11 @@ static void sim_open_worker(struct sim *sim, int index) {
 }
 
 struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
-                     struct load *load) {
+                     struct load *load, char *error) {
     struct sched_config sched = engine_sched_config(config);
     int n_copies = sched.copies_in_flight * config->n_workers, n_chips = 1;
     struct sim *sim = calloc(1, sizeof *sim);
+    (void)fail(error, "out of memory");
     if (!sim)
         return NULL;
     sim->cluster = cluster;

@@ -402,7 +402,7 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
-    {"--verbose", NULL, "each step of each worker", &FLAG, AT(verbose)},
+    {"--verbose", NULL, "a line on stderr for each step, copy and decision", &FLAG, AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},
     {"--help", NULL, "print this", &FLAG, AT(help)},
@@ -431,6 +431,7 @@ static const struct rule {
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
     {{"--decode", "--prefill"}, "--prefill"},
 };

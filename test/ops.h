@@ -1907,7 +1907,7 @@ static void refused_shards(struct check *check) {
             struct device wanted = wanted_device(backend, &config, NULL, 4, kv_type_of(0));
             wanted.n_shards = n_shards;
             if (n_shards < 1 || n_shards > shapes[i].most || (n_shards & (n_shards - 1)))
-                check_refusal(check, backend, &wanted, "--tp");
+                check_refusal(check, backend, &wanted, "a worker of");
             else
                 close_device(open_device(backend, &wanted, 1));
         }

@@ -202,7 +202,13 @@ static const struct {
      "--tokenize a -f b|--tokenize a --ids 1|--tokenize a --perplexity b|--perplexity a -p b"},
     {"--logits: needs -p or --ids", "--logits a -f b|--logits a"},
     {"--logits: needs", "--logits a --tokenize b|--logits a --perplexity b"},
+    {"--trace and --tokenize exclude each other", "--trace a --tokenize b"},
+    {"--trace and --logits exclude each other", "--trace a --logits b -p c"},
     {"-p and --replay exclude each other", "-p a --replay b"},
+    {"exclude each other", "-n 3 --replay b|--stop a --replay b|--system a --replay b|"
+                           "--stats --replay b|--template none --replay b"},
+    {"--ttft: needs --replay, --sim or --plan", "-f a --ttft 3"},
+    {"--itl: needs --replay, --sim or --plan", "-f a --itl 3"},
     {"--sim and --plan exclude each other", "--replay a --sim h100 --plan h100"},
     {"needs --replay or -f", "--sim h100|--plan h100"},
     {"needs --replay", "--rate 1|--limit 2"},

@@ -17,7 +17,7 @@
 static void bad_values_are_refused(struct check *check) {
     static const char values[] =
         "-n 0|-n -5|-n 1.5|-n 99999999999|-t -1|-t nan|-t inf|--top-p 1.1|--min-p x|"
-        "--top-k -1|--seed -1|--tp 3|--devices cpu:0|--devices cpu:65|"
+        "--top-k -1|--seed -1|--tp 3|--devices cpu:0|--devices cpu:1025|"
         "--devices cpu:99999999999|--devices 0-99999999|--devices 3-1|--kv-device 0|"
         "--kv-device 8x|--kv-type f8|--kv-policy lru|--max-batch 0|--chunk 0|--threads 0|"
         "--seed 99999999999999999999";
@@ -54,8 +54,13 @@ static void bad_commands_are_refused(struct check *check) {
         {2, "--ids", "model.bin --ids ''"},
         {2, "--logits: needs -p or --ids", "model.bin --logits x"},
         {2, "--tp", "model.bin -p a --tp 2 --devices cpu:3"},
-        {1, "heads", "model.bin -p a --tp 8"},
-        {1, "more than 16", "model.bin -p a --devices cpu:64"},
+        {1, "a worker of 8 devices: got 4 attention heads, expected a multiple of 8",
+         "model.bin -p a --tp 8|model.bin -p a --tp-decode 8"},
+        {2, "more than 128", "model.bin -p a --devices cpu:300"},
+        {2, "5 devices make no whole workers of 4 that prefill and of 2 that decode",
+         "model.bin -p a --devices cpu:5 --tp-prefill 4 --tp-decode 2"},
+        {2, "this build has no CUDA backend", "model.bin -p a --devices 0"},
+        {2, "--decode: got device 4, expected 0 to 1", "model.bin -p a --prefill 0 --decode 4"},
         {2, "--prefill: needs --decode", "model.bin -p a --prefill 0"},
         {2, "--decode: got device 2", "model.bin -p a --devices cpu:2 --prefill 0 --decode 2"},
         {2, "in use already", "model.bin -p a --devices cpu:2 --prefill 0 --decode 0"},
@@ -110,6 +115,12 @@ static void bad_commands_are_refused(struct check *check) {
         {1, "288 columns, expected a multiple of 256", "random:stories-15m:q4_k --ids 1"},
         {1, "is not a regular file", "$T/pipe -p a|" AIDREAMS " --tokenizer $T/pipe -p a"},
         {3, "--kv-device", "model.bin --ids " SIXTEEN ",315 -n 3 --kv-device 1b"},
+        {1, "/nowhere: No such file", "model.bin --replay /nowhere"},
+        {2, "--replay: got 0:4, expected at least 1:1", "model.bin --replay 0:4"},
+        {1, "README.md:1: byte 0: expected a value", "model.bin --replay README.md --json"},
+        {1, "/dev/null: no requests in it", "model.bin --replay /dev/null"},
+        {3, "3 of 3 requests failed; request 0: the prompt has 99999 tokens",
+         "model.bin --replay 99999:9 --limit 3|model.bin --replay 99999:9 --limit 3 --json"},
     };
     char *items[16];
     CHECK(mkfifo(scratch("pipe"), 0600) == 0, "no pipe"); /* it has no writer: nobody may wait */

@@ -415,6 +415,8 @@ static void orders_differ(struct check *check) {
         kv_destroy(kv);
     }
     CHECK(strlen(gone[3]) == 4 && strcmp(gone[3], gone[4]) == 0, "%s, %s", gone[3], gone[4]);
+    for (int i = 0; i < 3; i++)
+        CHECK(strcmp(gone[3], expected[i]) != 0, "random, and as order %d: %s", i, gone[3]);
 }
 
 /* Each slot is counted once, and a copy that came when nobody wanted it any more, and went. */

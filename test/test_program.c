@@ -466,6 +466,22 @@ static void a_turn_follows_what_was_said(struct check *check) {
     }
 }
 
+/* Of a turn its own ids alone are shown, whether what it follows ended just now or long ago. */
+static void a_turn_shows_its_own_part(struct check *check) {
+    static const char *const between[] = {"", "{'prompt':'A dog','n':99}\n"};
+    for (int i = 0; i < 2; i++) {
+        char lines[256];
+        snprintf(lines, sizeof lines,
+                 "{'id':'a','prompt':'The cat','n':3}\n%s"
+                 "{'after':'a','ids':[264,300],'n':1}\n",
+                 between[i]);
+        write_requests(check, lines);
+        struct outcome o = run(check, "model.bin -f $T/requests");
+        char *own = strstr(o.out, "\n\n thear"); /* the texts of these tokens */
+        CHECK(o.status == 0 && own && !strstr(own, "The cat"), "status %d: %s", o.status, o.out);
+    }
+}
+
 /* A model whose context is one token predicts none; it says so, and ends. */
 static void a_context_of_one_token_predicts_none(struct check *check) {
     shell(check, "cp " AIDREAMS " $T/one && printf '\\1\\0\\0\\0' | "
@@ -779,6 +795,68 @@ static void ends_soon(struct check *check, struct live *live, int status) {
     CHECK(soon(live->seconds - before, 1), "%.1f s more", live->seconds - before);
 }
 
+/* Events of a trace, one a line, that hold both texts. */
+static int count_events(const char *text, const char *one, const char *other) {
+    int n = 0;
+    for (const char *at = text; *at; at += strcspn(at, "\n") + (at[strcspn(at, "\n")] != 0)) {
+        size_t length = strcspn(at, "\n");
+        n += memmem(at, length, one, strlen(one)) && memmem(at, length, other, strlen(other));
+    }
+    return n;
+}
+
+/* What is wrong with it in detail test/check_trace.py says. */
+static void a_trace_tells_what_happened(struct check *check) {
+    static const struct {
+        const char *one, *other;
+        int n; /* -1: at least one */
+    } events[] = {
+        {"\"ph\":\"X\",\"name\":\"prefill\",\"pid\":20,", "\"rows\":3,", 1},
+        {"\"ph\":\"X\",\"name\":\"decode\",\"pid\":30,", "\"requests\":[0]", 19},
+        {"\"ph\":\"X\",\"name\":\"copy\",\"pid\":30,", "\"from\":\"worker 0 (prefill)\"", 1},
+        {"\"ph\":\"s\",\"name\":\"hand-over\",\"pid\":20,", "\"id\":1,", 1},
+        {"\"ph\":\"f\",\"name\":\"hand-over\",\"pid\":30,", "\"id\":1,", 1},
+        {"\"name\":\"admitted\"", "\"why_decode\":\"fewest blocks in use", 1},
+        {"\"name\":\"copy ordered\"", "\"why\":\"hand-over\"", 1},
+        {"\"name\":\"finished\"", "\"tokens\":20,\"reason\":\"length\"", 1},
+        {"\"ph\":\"C\",\"name\":\"KV blocks\",\"pid\":30,", "\"free\":", -1},
+        {"\"ph\":\"C\",\"name\":\"requests\"", "\"waiting\":1,\"admitted\":0", 1}};
+    expect_same(check, true, CAT "-n 20 -t 0", CAT "-n 20 -t 0 --trace $T/trace --verbose");
+    size_t length;
+    char error[ERROR_LENGTH], *text = read_file(check, scratch("trace"), &length);
+    for (size_t i = 0; i < COUNT(events); i++) {
+        int n = count_events(text, events[i].one, events[i].other);
+        CHECK(events[i].n < 0 ? n > 0 : n == events[i].n, "%s %s: %d", events[i].one,
+              events[i].other, n);
+    }
+    struct json_node *nodes = json_parse(text, length, error);
+    CHECK(nodes && nodes->type == '[', "%s", nodes ? "no array" : error);
+    free(nodes);
+}
+
+/* Before the model is loaded, where it can be known; a text does not suffer from it. */
+static void a_trace_that_cannot_be_written(struct check *check) {
+    refuse(check, "random:8b -p a --trace $T/none/trace", 1, "No such file or directory", 1);
+    refuse(check, CAT "-n 20 -t 0 --trace /dev/full", 1, "/dev/full: No space left", 1);
+    shell(check, "trap '' XFSZ; ulimit -f 8; " DYNAMO_PROGRAM " " CAT
+                 "-n 60 -t 0 --trace $T/long > /dev/null 2> $T/words; test $? = 1");
+    shell(check, "grep -q '^dynamo: .*/long: File too large$' $T/words");
+    static const int signals[] = {SIGTERM, SIGKILL};
+    for (int i = 0; i < 2; i++) {
+        struct live live = start_endless(check, ENDLESS "--ids 1,5,6 --trace $T/cut", 1000);
+        kill(live.pid, signals[i]);
+        ends_soon(check, &live, 128 + signals[i]);
+        size_t length;
+        char error[ERROR_LENGTH], *text = read_file(check, scratch("cut"), &length);
+        CHECK(count_of(text, "\"decode\"") > 1, "no steps: %s", text);
+        char *whole = keep(length + 2); /* a killed program leaves whole events, but no end */
+        (void)snprintf(whole, length + 2, "%s%s", text, signals[i] == SIGKILL ? "]" : "");
+        struct json_node *nodes = json_parse(whole, strlen(whole), error);
+        CHECK(nodes && nodes->type == '[', "%s", nodes ? "no array" : error);
+        free(nodes);
+    }
+}
+
 static void an_interrupt_stops_the_answer(struct check *check) {
     struct live live = start_endless(check, ENDLESS "--ids 1,5,6", 100);
     kill(live.pid, SIGINT);
@@ -1042,12 +1120,15 @@ int main(int argc, char **argv) {
                                         TEST(messages_are_turns),
                                         TEST(requests_come_at_their_time),
                                         TEST(a_turn_follows_what_was_said),
+                                        TEST(a_turn_shows_its_own_part),
                                         TEST(a_context_of_one_token_predicts_none),
                                         TEST(lines_are_taken_as_they_come),
                                         TEST(loads_have_bounds),
                                         TEST(times_are_of_what_came),
                                         TEST(every_block_is_accounted_for),
                                         TEST(statistics_add_up),
+                                        TEST(a_trace_tells_what_happened),
+                                        TEST(a_trace_that_cannot_be_written),
                                         TEST(piped_stdin_is_one_prompt),
                                         TEST(tells_about_itself),
                                         TEST(the_first_token_comes_soon),

@@ -14,6 +14,7 @@
 #include "invariants.h"
 
 #include <math.h>
+#include <time.h>
 
 enum {
     MAX_TEXT = 1024,
@@ -55,6 +56,7 @@ struct machine {
     int history_length[MAX_HISTORY];
     int64_t n_submitted, next_id;
     bool copies_fail, full_check;
+    int64_t noted[EVENT_COPY + 1], n_left, n_withdrawn; /* by kind; admitted ones that have ended */
     double now;
     const char *broken;
     char broken_text[256];
@@ -132,6 +134,33 @@ static void foresee(struct machine *m, struct job *job) {
         if (n >= r->n_prompt && (n + 1 - r->n_prompt >= r->max_new || n + 1 >= limit))
             job->reason = FINISH_LENGTH;
     }
+}
+
+/* ---- the ledger ---- */
+
+static void count_event(void *context, const struct event *event) {
+    struct machine *m = context;
+    enum event_kind kind = event->kind;
+    m->noted[kind]++;
+    m->n_left += kind == EVENT_FINISHED && event->worker >= 0;
+    if ((kind == EVENT_ADMITTED && !(event->why && event->why_prefill)) ||
+        ((kind == EVENT_PREEMPTED || kind == EVENT_EVICTED || kind == EVENT_COPY_ORDERED) &&
+         !event->why))
+        report(m, "a decision without a reason");
+}
+
+/* When all is done, as often as the counters say; n_withdrawn were sent back by the test. */
+static void check_ledger(struct machine *m) {
+    struct sched_stats s = sched_stats(m->s);
+    struct kv_stats kv = kv_stats(sched_kv(m->s));
+    int64_t copies = kv.pages_out + kv.pages_in + kv.transfers;
+    int64_t unnoted = s.preemptions - m->noted[EVENT_PREEMPTED];
+    if (m->noted[EVENT_SUBMITTED] != s.submitted || m->noted[EVENT_FINISHED] != s.finished ||
+        m->noted[EVENT_ADMITTED] != m->n_left + s.preemptions || unnoted < 0 ||
+        unnoted > m->n_withdrawn || m->noted[EVENT_HANDED_OVER] != s.hand_overs ||
+        m->noted[EVENT_EVICTED] != kv.evictions + kv.host_evictions ||
+        (m->noted[EVENT_COPY_ORDERED] != copies && !m->copies_fail))
+        report(m, "the ledger differs from the counters");
 }
 
 /* ---- the machine ---- */
@@ -373,6 +402,7 @@ static void withdraw_one(struct machine *m, struct totals *totals) {
         return;
     totals->withdrawn[r->state]++;
     totals->in_step += r->in_step;
+    m->n_withdrawn++;
     withdraw(m->s, r, FINISH_NONE, m->now);
     admit_waiting(m->s, m->now);
     check_now(m);
@@ -465,6 +495,7 @@ static void choose_config(struct machine *m) {
     config->max_queue = below(m, 6) ? 0 : 1 + below(m, 16);
     config->copy_seconds = below(m, 6) ? 0 : 0.02 + 0.001 * below(m, 100);
     m->full_check = below(m, 4) == 0;
+    config->kv.ledger = (struct ledger){count_event, m};
 }
 
 /* What the machine looks like when it has failed. */
@@ -575,6 +606,8 @@ static void drain(struct machine *m, struct totals *totals) {
     for (int place = 0; place <= kv->host && !m->broken; place++)
         if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
+    if (!m->broken)
+        check_ledger(m);
 }
 
 static bool machine_create(struct machine *m) {
@@ -910,10 +943,10 @@ static void passed_by_a_few_of_preempted(struct check *check) {
         ask(s, &jobs[i], i, 3, 20);
     int n_passed = 0;
     for (int step = 0; jobs[4].request.decode_worker < 0 && step < 5000; step++) {
-        (void)step_once(s, 0);
-        n_passed = 0;
+        n_passed = 0; /* what is admitted in the same step as it has not */
         for (int i = 5; i <= SMALL; i++)
             n_passed += jobs[i].request.decode_worker >= 0;
+        (void)step_once(s, 0);
     }
     CHECK(sched_stats(s).preemptions > 0, "nobody was preempted");
     CHECK(jobs[4].request.decode_worker >= 0, "it still waits");
@@ -1047,6 +1080,32 @@ static void paced_load_is_spread(struct check *check) {
     }
 }
 
+/* When all caches are full it goes round; the emptier one goes before who has waited longer. */
+static void equal_workers_take_turns(struct check *check) {
+    static const char *const roles[] = {"bbbb", "ppdd"};
+    static struct job job;
+    for (int way = 0; way < 2; way++) {
+        struct sched *s = open_workers(4, (int[]){14, 14, 14, 14}, roles[way], 64);
+        int n_on[4] = {0};
+        for (int i = 0; i < 40; i++) {
+            ask(s, &job, i, 209, 2);
+            run_all(check, s);
+            n_on[job.request.decode_worker] += i >= 8;
+            n_on[job.request.prefill_worker] += i >= 8;
+        }
+        for (int w = 0; w < 4; w++)
+            CHECK(n_on[w] == 16, "%s: worker %d was chosen %d times", roles[way], w, n_on[w]);
+        sched_destroy(s);
+    }
+    struct sched *s = open_workers(2, (int[]){200, 200}, "bb", 64);
+    for (int i = 0; i < 3; i++) {
+        ask(s, &job, i, i == 0 ? 640 : 20, 2);
+        run_all(check, s);
+        CHECK(job.request.decode_worker == (i > 0), "request %d is on the fuller worker", i);
+    }
+    sched_destroy(s);
+}
+
 /* Whoever computes it may go: the next one goes on. */
 static void a_shared_prefix_is_computed_once(struct check *check) {
     enum { ALL = 32, SHARED_TOKENS = 960, OWN = 20 };
@@ -1076,16 +1135,8 @@ static void a_shared_prefix_is_computed_once(struct check *check) {
 
 static void copies_are_bounded_by_what_is_in_flight(struct check *check) {
     for (int way = 0; way < 2; way++) {
-        struct sched_config config = {.kv = {.n_workers = 2, .device_blocks = {200, 200}},
-                                      .prefills = {true, false},
-                                      .decodes = {false, true},
-                                      .max_batch = 4,
-                                      .chunk = 1600,
-                                      .copies_in_flight = way == 0 ? 150 : 10,
-                                      .context_length = 4096,
-                                      .vocab_size = VOCABULARY,
-                                      .ends_text = ends_text};
-        struct sched *s = sched_create(&config);
+        struct sched *s = open_pools(200, 200, 4, 1600);
+        s->config.copies_in_flight = way == 0 ? 150 : 10;
         static struct job jobs[2];
         struct kv_copy_order orders[200];
         ask(s, &jobs[0], 0, 1000, 40);
@@ -1224,6 +1275,38 @@ static void a_full_queue_refuses(struct check *check) {
     sched_destroy(s);
 }
 
+/* Those that follow another count, before what they share is computed and after; one that need not
+ * wait is not refused. All have deadlines. */
+static void followers_wait_in_the_queue(struct check *check) {
+    struct sched *s = open_one(8, 0, 4);
+    static struct job jobs[7];
+    s->config.max_queue = 2;
+    ask(s, &jobs[0], 0, 64, 30);
+    for (int i = 1; i < 4; i++)
+        ask_after(s, &jobs[i], i, 124, 9, jobs[0].tokens, 64);
+    CHECK(s->following.length == 2 && jobs[3].request.reason == FINISH_ERROR, "two may follow");
+    jobs[2].request.deadline = 1;
+    sched_expire(s, 1);
+    CHECK(jobs[2].request.reason == FINISH_ERROR && s->following.length == 1, "its deadline");
+    ask_after(s, &jobs[4], 4, 124, 9, jobs[0].tokens, 64);
+    CHECK(step_once(s, 0) == 64 && s->released.length == 2, "it is there, but no room");
+    ask(s, &jobs[5], 5, 100, 9);
+    CHECK(jobs[5].request.reason == FINISH_ERROR, "two wait");
+    ask(s, &jobs[6], 6, 3, 9);
+    CHECK(jobs[6].request.state == REQUEST_LOADING, "it need not wait");
+    jobs[4].request.deadline = 2;
+    sched_expire(s, 2);
+    CHECK(jobs[4].request.reason == FINISH_ERROR && s->released.length == 1, "its deadline");
+    CHECK(step_once(s, 0) == 4, "both run");
+    jobs[6].request.deadline = 3;
+    withdraw(s, &jobs[6].request, FINISH_NONE, 2);
+    CHECK(s->preempted.length == 1, "it is preempted");
+    sched_expire(s, 3);
+    CHECK(jobs[6].request.reason == FINISH_ERROR, "its deadline");
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 static void deadlines_end_requests(struct check *check) {
     struct sched *s = open_pools(12, 12, 4, 64);
     static struct job jobs[4];
@@ -1274,8 +1357,9 @@ static void a_copy_that_never_ends(struct check *check) {
     sched_copied(s, &orders[0], true, 2);
     sched_copied(s, &orders[2], true, 2);
     CHECK(!sched_next(s, 1, 2), "it waits for the other");
+    CHECK(!sched_next(s, 1, 3), "it still waits, no longer than before");
     sched_expire(s, 3);
-    CHECK(jobs[0].request.state == REQUEST_HAND_OVER, "too early");
+    CHECK(jobs[0].request.state == REQUEST_HAND_OVER && sched_next_event(s) == 4, "too early");
     sched_expire(s, 4);
     CHECK(jobs[0].request.reason == FINISH_ERROR && strstr(jobs[0].request.error, "2 s"), "%s",
           jobs[0].request.error);
@@ -1291,6 +1375,58 @@ static void a_copy_that_never_ends(struct check *check) {
     CHECK(!sched_copies(s, 1, &again, 1) && is_idle(s) && !kv_check(sched_kv(s)), "it ends");
     CHECK(kv_pins(sched_kv(s)) == 0 && sched_next_event(s) == INFINITY, "all is quiet");
     sched_destroy(s);
+}
+
+/* ---- a long queue ---- */
+
+enum { QUEUE = 20000, SHORT_QUEUE = 100, SMALL_ANSWER = 8 };
+
+struct small { /* a request of one token */
+    struct request request;
+    int tokens[1 + SMALL_ANSWER];
+};
+
+/* Seconds of processor time to preempt n running answers, the youngest first, as `preempt` does,
+ * where as many new requests wait. Those that were preempted before wait as well. */
+static double time_preemptions(struct check *check, int n) {
+    struct sched *s = open_one(2 * n, 0, 1);
+    struct small *all = calloc((size_t)(3 * n), sizeof *all);
+    for (int i = 0; i < 3 * n; i++) {
+        all[i].request = (struct request){.id = i, .n_prompt = 1, .max_new = SMALL_ANSWER};
+        all[i].request.tokens = all[i].tokens;
+        sched_submit(s, &all[i].request, 0);
+    }
+    const struct worker *w = &s->workers[0];
+    while (w->prefilling.length > 0)
+        CHECK(step_once(s, 0) > 0, "stuck");
+    CHECK(w->decoding.length >= n && s->waiting.length >= n, "%d run, %d wait", w->decoding.length,
+          s->waiting.length);
+    clock_t start = clock();
+    for (int i = 0; i < n; i++)
+        withdraw(s, choose_preempted(w, INFINITY), FINISH_NONE, 0);
+    double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+    CHECK(sched_stats(s).preemptions == n && s->preempted.length == n, "all of them wait");
+    for (int i = 0; i < 3 * n; i++)
+        withdraw(s, &all[i].request, FINISH_CANCELLED, 0);
+    CHECK(is_idle(s), "some are left");
+    sched_destroy(s);
+    free(all);
+    return seconds;
+}
+
+/* As many preemptions into a queue 200 times as long take about as long: up to 3 times that, for
+ * the caches; with a walk over the queue it would be 1,000 times. */
+static void preempting_costs_the_same(struct check *check) {
+    double least[2] = {INFINITY, INFINITY}; /* of three tries: others use the caches, too */
+    for (int try = 0; try < 3; try++) {
+        double seconds = 0;
+        for (int i = 0; i < QUEUE / SHORT_QUEUE; i++)
+            seconds += time_preemptions(check, SHORT_QUEUE);
+        least[0] = fmin(least[0], seconds);
+        least[1] = fmin(least[1], time_preemptions(check, QUEUE));
+    }
+    CHECK(least[1] < 20 * fmax(least[0], 1e-3), "%.3f us a preemption, in a short queue %.3f",
+          1e6 * least[1] / QUEUE, 1e6 * least[0] / QUEUE);
 }
 
 /* ---- a load in virtual time ---- */
@@ -1402,15 +1538,18 @@ static void make_user(struct user *user, int id, int n_prompt, int wanted, doubl
         user->tokens[i] = (int)(2 + scramble((uint64_t)(id * 1000 + i)) % 62);
 }
 
-/* Short prompts, answers of 1,000 to 2,000 tokens, more of them than there is room for. What took
- * so many seconds when growth was not expected, with gaps of 25 to 120 s and 176 to
- * 1,666 preemptions, takes about as long. */
+/* Short prompts, answers of 1,500 or of 1,000 to 2,000 tokens, more of them than there is room for.
+ * What took so many seconds when growth was not expected, with gaps of 25 to 120 s and 176 to
+ * 1,666 preemptions, takes about as long. Without a host tier a preempted answer is computed
+ * again. */
 static void answers_have_room_to_grow(struct check *check) {
     static const struct {
-        int host_blocks;
-        double every, seconds;
-    } loads[] = {{16000, 0.1, 290.9}, {16000, 0.3, 297.4}, {16000, 0.01, 294.6}, {0, 0.1, 291.3}};
-    for (int load = 0; load < 4; load++) {
+        int host_blocks, spread;
+        double every, seconds, share, gap;
+    } loads[] = {{16000, 0, 0.1, 290, 0.98, 2},      {16000, 0, 0.01, 290, 0.98, 2},
+                 {16000, 500, 0.1, 290.9, 0.98, 2},  {16000, 500, 0.3, 297.4, 0.98, 2},
+                 {16000, 500, 0.01, 294.6, 0.98, 2}, {0, 500, 0.1, 291.3, 0.96, 2}};
+    for (size_t load = 0; load < sizeof loads / sizeof *loads; load++) {
         struct sched_config config = {
             .kv = {.n_workers = 1, .device_blocks = {4000}, .host_blocks = loads[load].host_blocks},
             .prefills = {true},
@@ -1429,13 +1568,16 @@ static void answers_have_room_to_grow(struct check *check) {
                                 .block_seconds = 0.0005};
         for (int i = 0; i < USERS; i++)
             make_user(&users[i], i, 20 + (int)(scramble((uint64_t)i + 77) % 180),
-                      1000 + (int)(scramble((uint64_t)i + 5) % 1001), 1 + loads[load].every * i);
+                      1500 - loads[load].spread +
+                          (int)(scramble((uint64_t)i + 5) % (uint64_t)(2 * loads[load].spread + 1)),
+                      1 + loads[load].every * i);
         double seconds = run_users(world, users, USERS);
         struct sched_stats stats = sched_stats(world->s);
         CHECK(is_idle(world->s) && stats.finished == USERS, "they never end");
-        CHECK(world->longest_gap <= 2, "a gap of %.1f s", world->longest_gap);
-        CHECK(seconds * 0.98 <= loads[load].seconds, "it takes %.1f s", seconds);
-        CHECK(stats.preemptions <= USERS / 3, "%d preemptions", (int)stats.preemptions);
+        CHECK(world->longest_gap <= loads[load].gap, "load %d: a gap of %.1f s", (int)load,
+              world->longest_gap);
+        CHECK(seconds * loads[load].share <= loads[load].seconds, "it takes %.1f s", seconds);
+        CHECK(stats.preemptions <= 2 * USERS, "%d preemptions", (int)stats.preemptions);
         sched_destroy(world->s);
         free(users);
         free(world);
@@ -1454,6 +1596,7 @@ int main(int argc, char **argv) {
         {"where_prompts_are_computed", where_prompts_are_computed},
         {"a_waiting_prompt_keeps_what_is_cached", a_waiting_prompt_keeps_what_is_cached},
         {"paced_load_is_spread", paced_load_is_spread},
+        {"equal_workers_take_turns", equal_workers_take_turns},
         {"a_shared_prefix_is_computed_once", a_shared_prefix_is_computed_once},
         {"copies_are_bounded_by_what_is_in_flight", copies_are_bounded_by_what_is_in_flight},
         {"nothing_is_sent_for_nothing", nothing_is_sent_for_nothing},
@@ -1462,8 +1605,10 @@ int main(int argc, char **argv) {
         {"a_full_worker_is_passed_by", a_full_worker_is_passed_by},
         {"workers_of_different_sizes", workers_of_different_sizes},
         {"a_full_queue_refuses", a_full_queue_refuses},
+        {"followers_wait_in_the_queue", followers_wait_in_the_queue},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
+        {"preempting_costs_the_same", preempting_costs_the_same},
         {"answers_have_room_to_grow", answers_have_room_to_grow},
         {"random_operations", random_operations},
     };
