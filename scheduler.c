@@ -89,11 +89,11 @@ struct sched {
 /* What admission decides about a request. Its hits are the first blocks of its table. */
 struct plan {
     int decode_worker, prefill_worker;
-    int n_hits;               /* cached blocks, the saved one included */
-    int n_alone;              /* hits that are on the host alone */
+    int n_hits;                   /* cached blocks, the saved one included */
+    int n_alone;                  /* hits that are on the host alone */
     int missing[MAX_WORKERS + 1]; /* hits that are not at the place */
-    int cached, end;          /* tokens [cached, end) are to be prefilled */
-    int n_decode, n_prefill;  /* blocks to hold on each side */
+    int cached, end;              /* tokens [cached, end) are to be prefilled */
+    int n_decode, n_prefill;      /* blocks to hold on each side */
     /* why these workers: for the ledger */
     const char *why_decode, *why_prefill;
 };
