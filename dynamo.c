@@ -417,6 +417,8 @@ static bool load_weights(const struct engine *engine, struct device *device,
             const struct tensor *tensor = role == NO_ROLE ? NULL : model->layers[layer][role];
             if (!tensor || role == ROPE_FREQS)
                 continue;
+            if (tensor->type == TYPE_FP8)
+                return fail(error, "no device here multiplies FP8 weights: give --sim or --plan");
             struct slice slice = {model_tensors[i].slice, device->rank, device->n_shards};
             const struct tensor *together[4];
             model_together(model->layers[layer], role, together);
@@ -775,6 +777,7 @@ void engine_tell_lost(struct engine *engine) {
 
 #define ANSWERS_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
+#define SIM_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define TRACE_IMPLEMENTATION
@@ -784,6 +787,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/evaluate.h"
 #include "app/replay.h"
 #include "app/run.h"
+#include "app/sim.h"
 #include "app/stats.h"
 #include "app/terminal.h"
 #include "app/trace.h"

@@ -22,6 +22,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "answers.h"
 #include "evaluate.h"
 #include "replay.h"
+#include "sim.h"
 #include "stats.h"
 #include "terminal.h"
 #include "trace.h"
@@ -52,6 +53,11 @@ struct run { /* all that a run opens */
 
 static void complain(const char *line) {
     (void)fprintf(stderr, "dynamo: %s\n", line);
+}
+
+static int refuse(const char *error) {
+    complain(error);
+    return strncmp(error, "--", 2) == 0 ? EXIT_USAGE : EXIT_FILE; /* an option is at fault */
 }
 
 /* ---- opening: model, tokenizer, backend ---- */
@@ -87,7 +93,8 @@ static bool open_model(struct run *run, char *error) {
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends = run->answers.tokenizer && !o->replay; /* a load says how long its answers are */
+    bool ends =
+        run->answers.tokenizer && !o->replay && !o->sim; /* a load says how long answers are */
     for (int i = 0; i < n && run->ends_text && ends; i++)
         run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
     return run->ends_text || fail(error, "out of memory");
@@ -149,9 +156,9 @@ static int share_devices(const struct options *o, int n) {
 }
 
 /* Gives each worker its devices and its role. */
-static bool plan_workers(const struct options *o, struct engine_config *config, char *error) {
-    struct device_list all = list_devices(o, config->backend->n_gpus),
-                       pools[] = {o->prefill, o->decode};
+static bool plan_workers(const struct options *o, int n_gpus, struct engine_config *config,
+                         char *error) {
+    struct device_list all = list_devices(o, n_gpus), pools[] = {o->prefill, o->decode};
     int n_prefill = o->prefill.n > 0 ? o->prefill.n : share_devices(o, all.n);
     for (int i = 0; i < all.n && o->prefill.n == 0; i++) {
         struct device_list *list = &pools[i >= n_prefill];
@@ -189,30 +196,39 @@ static void show_loading(int64_t done, int64_t total) {
     cli_progress("loading", done, total);
 }
 
-static bool open_engine(struct run *run, char *error) {
+/* What the options say of an engine whose devices are n_gpus GPUs, or 0: the CPU. */
+static bool plan_engine(const struct run *run, int n_gpus, struct engine_config *config,
+                        char *error) {
     const struct options *o = &run->options;
     const struct model_config *model = &run->model.config;
-    struct engine_config config = {.model = &run->model,
-                                   .backend = run->backend,
-                                   .ends_text = run->ends_text,
-                                   .max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH,
-                                   .chunk = o->chunk > 0 ? o->chunk : run->backend->chunk,
-                                   .max_queue = o->max_queue,
-                                   .kv_type = run->backend->kv_type,
-                                   .ledger = trace_ledger(run->trace),
-                                   .verbose = o->verbose,
-                                   .progress = show_loading};
+    config->model = &run->model;
+    config->ends_text = run->ends_text;
+    config->max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH;
+    config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
+    config->max_queue = o->max_queue;
+    config->ledger = trace_ledger(run->trace);
+    config->verbose = o->verbose;
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
-        config.kv_type = (enum kv_type)(o->kv_type - 1);
-    config.policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
-    if (!plan_workers(o, &config, error))
+        config->kv_type = (enum kv_type)(o->kv_type - 1);
+    config->policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
+    if (!plan_workers(o, n_gpus, config, error))
         return false;
-    for (int i = 0; i < config.n_workers; i++) {
-        int n = config.workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
-        size_t bytes = block_bytes(model, n_shards, config.kv_type); /* else the device refuses */
-        config.workers[i].blocks = blocks_from(o->kv_device, bytes);
+    for (int i = 0; i < config->n_workers; i++) {
+        int n = config->workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
+        size_t bytes = block_bytes(model, n_shards, config->kv_type); /* else the device refuses */
+        config->workers[i].blocks = blocks_from(o->kv_device, bytes);
     }
-    config.host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config.kv_type));
+    config->host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config->kv_type));
+    return true;
+}
+
+static bool open_engine(struct run *run, char *error) {
+    struct engine_config config = {.backend = run->backend,
+                                   .chunk = run->backend->chunk,
+                                   .kv_type = run->backend->kv_type,
+                                   .progress = show_loading};
+    if (!plan_engine(run, run->backend->n_gpus, &config, error))
+        return false;
     struct engine *engine = engine_open(&config, error);
     if (engine)
         trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
@@ -323,6 +339,51 @@ static int run_load(struct run *run) {
     return load_status(load);
 }
 
+/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
+static bool choose_template(struct run *run) {
+    const struct options *o = &run->options;
+    char note[ERROR_LENGTH] = "";
+    bool asked = o->template > TEMPLATE_AUTO;
+    run->answers.template = TEMPLATE_NONE;
+    if (o->logits || o->perplexity || !run->answers.tokenizer)
+        return true;
+    run->answers.template = asked ? (enum template_kind)o->template
+                                  : template_of(run->model.file, run->answers.tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
+    if (*note)
+        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
+    return fits;
+}
+
+/* The load on a cluster that need not be there. */
+static int run_sim(struct run *run) {
+    const struct options *o = &run->options;
+    struct engine_config config = {0};
+    struct cluster cluster;
+    char error[ERROR_LENGTH];
+    if (!choose_template(run))
+        return EXIT_USAGE;
+    if (!cluster_open(&cluster, o->sim, o->rates, error))
+        return refuse(error);
+    config.chunk = cluster.chip.chunk;
+    config.kv_type = cluster.chip.kv_type;
+    if (!plan_engine(run, cluster.n_devices, &config, error) ||
+        !cluster_fit(&cluster, &config, error))
+        return refuse(error);
+    struct sim *sim = sim_open(&cluster, &config, run->load, error);
+    if (!sim)
+        return refuse(error);
+    trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
+    bool ok = sim_run(sim, error);
+    if (!ok)
+        complain(error);
+    load_print(run->load, &(struct load_report){.config = &config,
+                                                .sched = sched_stats(sim_sched(sim)),
+                                                .kv = kv_stats(sched_kv(sim_sched(sim)))});
+    sim_close(sim);
+    return ok ? load_status(run->load) : EXIT_FILE;
+}
+
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
@@ -344,22 +405,6 @@ static int run_requests(struct run *run) {
     else if (!o->json)
         stats_summary(&run->answers);
     return n_failed < 0 ? EXIT_FILE : n_failed > 0 ? EXIT_REQUESTS : 0;
-}
-
-/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
-static bool choose_template(struct run *run) {
-    const struct options *o = &run->options;
-    char note[ERROR_LENGTH] = "";
-    bool asked = o->template > TEMPLATE_AUTO;
-    run->answers.template = TEMPLATE_NONE;
-    if (o->logits || o->perplexity || !run->answers.tokenizer)
-        return true;
-    run->answers.template = asked ? (enum template_kind)o->template
-                                  : template_of(run->model.file, run->answers.tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
-    if (*note)
-        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
-    return fits;
 }
 
 static int run_engine(struct run *run) {
@@ -432,17 +477,17 @@ static int run_model(struct run *run) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(o->given, "--seed") && !o->replay) /* a load is repeatable */
+    if (!cli_given(o->given, "--seed") && !o->replay && !o->sim) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
-    if (*error == 0 && open_model(run, error) && open_load(run, error) &&
-        open_backend(run, error) && open_engine(run, error))
+    bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
+    if (ok && o->sim)
+        status = run_sim(run);
+    else if (ok && open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
-    else {
-        complain(error);
-        status = strncmp(error, "--", 2) == 0 ? EXIT_USAGE : EXIT_FILE; /* an option is at fault */
-    }
+    else
+        status = refuse(error);
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
     run->answers.engine = NULL;

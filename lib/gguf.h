@@ -36,6 +36,8 @@ enum tensor_type {
     TYPE_Q6_K = 14,
     TYPE_BF16 = 30
 };
+/* One that GGUF does not have: a byte a weight. No kernel multiplies it, but its cost is known. */
+#define TYPE_FP8 ((enum tensor_type)64)
 
 /* Types of key values, as GGUF numbers them; it also has u8, i8, u16, i16, u64, i64 and f64. */
 enum gguf_value_type { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
@@ -169,14 +171,14 @@ static const struct {
 enum { GGUF_INTEGERS = 0xc3f, GGUF_FLOATS = 0x1040 }; /* bit i: type i */
 
 static const char *const gguf_types[] = {
-    "F32",  "F16",           "Q4_0",          "Q4_1",        [6] = "Q5_0",  "Q5_1",
-    "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",        "Q5_K",
-    "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4"};
+    "F32",  "F16",           "Q4_0",          "Q4_1",        [6] = "Q5_0",   "Q5_1",
+    "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",         "Q5_K",
+    "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4", [64] = "FP8"};
 
 static const struct gguf_block gguf_blocks[] = {
     [TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
     [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
-    [TYPE_BF16] = {1, 2}};
+    [TYPE_BF16] = {1, 2},   [TYPE_FP8] = {1, 1}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};

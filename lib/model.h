@@ -362,7 +362,8 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     if (!tensor)
         return NULL;
     gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
-    bool typed = is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0;
+    bool typed =
+        is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0 && tensor->type != TYPE_FP8;
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
@@ -454,6 +455,8 @@ static const struct random_shape random_shapes[] = {
      .config = {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
     {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
      .config = {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"llama-3.1-405b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
+     .config = {"llama", 126, 16384, 128, 8, 128, 53248, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
 /* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if
@@ -462,9 +465,9 @@ static const struct random_type {
     enum tensor_type type;
     size_t scale_at;
     double spread;
-} random_types[] = {{TYPE_F32, 0, 0},      {TYPE_F16, 0, 0},     {TYPE_BF16, 0, 0},
-                    {TYPE_Q8_0, 0, 73.9},  {TYPE_Q4_0, 0, 4.61}, {TYPE_Q4_K, 0, 168},
-                    {TYPE_Q6_K, 208, 1366}};
+} random_types[] = {{TYPE_F32, 0, 0},       {TYPE_F16, 0, 0},     {TYPE_BF16, 0, 0},
+                    {TYPE_Q8_0, 0, 73.9},   {TYPE_Q4_0, 0, 4.61}, {TYPE_Q4_K, 0, 168},
+                    {TYPE_Q6_K, 208, 1366}, {TYPE_FP8, 0, 0}};
 
 enum {
     RANDOM_SHAPES = sizeof random_shapes / sizeof *random_shapes,

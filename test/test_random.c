@@ -58,6 +58,11 @@ static const struct fact {
      true,
      70553706496,
      {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+    {"llama-3.1-405b",
+     false,
+     true,
+     405853388800,
+     {"llama", 126, 16384, 128, 8, 128, 53248, 128256, 131072, 128, true, 5e5f, 1e-5f}},
 };
 
 enum { N_FACTS = sizeof facts / sizeof *facts };
@@ -152,7 +157,8 @@ static void every_type_opens(struct check *check) {
 static void refuses_the_rest(struct check *check) {
     static const char all[] =
         "random:NAME:TYPE (default BF16); NAME: stories-15m, stories-110m, tinyllama-1.1b, "
-        "qwen3-0.6b, llama-3.1-8b, llama-3.1-70b; TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K";
+        "qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, llama-3.1-405b; TYPE: F32, F16, BF16, "
+        "Q8_0, Q4_0, Q4_K, Q6_K, FP8";
     static const char *const cases[][2] = {
         {"random:", all},
         {"random::", all},

@@ -1,0 +1,728 @@
+/* sim.h: a cluster that need not be there: the scheduler and the cache of a real run, whose steps
+ * and copies take the time that they would take, by a clock that nobody waits for.
+ *
+ *     struct cluster cluster;
+ *     if (cluster_open(&cluster, "2xh100x8", NULL, error) &&
+ *         cluster_fit(&cluster, &config, error)) {
+ *         struct sim *sim = sim_open(&cluster, &config, load, error);
+ *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
+ *         sim_close(sim);
+ *     }
+ *
+ * What is decided is decided by the object code of scheduler.c and kvcache.c, which has no clock
+ * and no device and so does not know. This file has what dynamo.c has threads and a backend for:
+ * when each step and each copy ends. Nothing is computed: the tokens of answers are a function of
+ * the request and the position.
+ *
+ *     a step    as long as its shards read or compute, whichever takes longer (a roofline), and
+ *               what launches take; two all-reduces a layer of shards on several chips
+ *     a copy    from when its ports are free, first come, first served: a chip has one out and one
+ *               in to its peers, to its host, and to other nodes. So transfers contend.
+ *     a chip    that several workers share does their steps side by side, each more slowly
+ *
+ * The same arguments give the same bytes of output: what happens at one time happens in the order
+ * in which it was made. All rates stand in one table; --rates replaces them by measured ones, a
+ * line each, `h100 read_bytes_per_second 2.97e12`, without a chip for any. The weights are not
+ * read. Refuses: to guess what a chip that is not in the table does, and models that do not fit.
+ * Read next: sim_run, then step_cost in dynamo.c. */
+#ifndef SIM_H
+#define SIM_H
+
+#include "replay.h"
+
+struct chip { /* a GPU, or all cores of a CPU; rates are each way, a second */
+    const char *name;
+    double memory, read;               /* bytes */
+    double operations, fp8_operations; /* of dense products; a multiply-add is two */
+    double peer, host, network;    /* bytes to another of its node (0: by its host's link), to its
+                                        * host's memory, to another node */
+    double host_memory;            /* bytes of a node */
+    double read_share, peak_share; /* that programs reach of `read` and of operations */
+    double layer, step, reduce, copy; /* seconds: launching a layer, and what else a step takes; an
+                                        * all-reduce, a copy of nothing */
+    int chunk;                        /* what its backend has by default */
+    enum kv_type kv_type;
+    double urgent; /* a decode step's share of a chip, of two, where a prefill step shares it */
+};
+
+struct cluster {
+    struct chip chip;
+    const char *name;
+    int n_nodes, node_chips; /* chips of a node; of a CPU: its devices, which are one chip */
+    bool is_cpu;
+    int n_devices; /* of all nodes; 0: a CPU, and nobody said how many */
+};
+
+/* rates: a file of measured ones, or NULL. False: `error`, one line. */
+bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error);
+/* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are
+ * -1. */
+bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error);
+
+struct sim;
+/* NULL: `error`. What it is given outlives it. */
+struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
+                     struct load *load, char *error);
+/* Until the load is done. False: it does not go on, which is a fault of the scheduler. */
+bool sim_run(struct sim *sim, char *error);
+struct sched *sim_sched(struct sim *sim);
+double sim_now(const struct sim *sim);
+void sim_close(struct sim *sim);
+
+#endif /* SIM_H */
+
+#ifdef SIM_IMPLEMENTATION
+#undef SIM_IMPLEMENTATION
+
+#include <assert.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+/* ---- chips ---- */
+
+/* Data sheets: H100 SXM (80 GB, 3.35 TB/s, 989 and 1979 dense TFLOP/s, NVLink 900 GB/s both ways
+ * together, PCIe 5); H200 SXM (141 GB, 4.8 TB/s, else the same); B200 in a DGX (180 GB, 8 TB/s,
+ * 2250 and 4500 dense, NVLink 1800); A100 SXM 80 GB (2.04 TB/s, 312, no FP8, NVLink 600, PCIe 4);
+ * L40S (48 GB, 864 GB/s, 362 and 733 dense, no NVLink, PCIe 4). A node as in a DGX of its time: 400
+ * Gb/s of InfiniBand a GPU (A100: 200), 2 TB of host memory; the L40S in a server with 200 and 1
+ * TB. Measured, all on an H100 (test/SPEED.md): a pinned copy 55 of PCIe's 64 GB/s, likewise half
+ * of that by PCIe 4; decode of Llama-3.1-8B at 176 tokens/s with one stream, which is 0.9 of `read`
+ * and 18 us a layer, and prefill of 8192 at 33,100, which is 0.55 of the peak: the others are taken
+ * to reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long.
+ * All-reduce latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in
+ * F32. */
+static const struct chip sim_chips[] = {
+    {"h100", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
+     3e-5, 2048, KV_BF16, .4},
+    {"h200", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
+     3e-5, 2048, KV_BF16, .4},
+    {"b200", 180e9, 8e12, 2250e12, 4500e12, 900e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
+     3e-5, 2048, KV_BF16, .4},
+    {"a100", 80e9, 2.04e12, 312e12, 312e12, 300e9, 26e9, 25e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
+     3e-5, 2048, KV_BF16, .4},
+    {"l40s", 48e9, 864e9, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
+     2048, KV_BF16, .4},
+    {"cpu", 16e9, 30e9, 200e9, 200e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
+     .5},
+};
+enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
+
+#define RATE(name, field)                                                                          \
+    { name, offsetof(struct chip, field) }
+static const struct sim_rate {
+    const char *name;
+    size_t offset;
+} sim_rates[] = {
+    RATE("memory_bytes", memory),
+    RATE("host_memory_bytes", host_memory),
+    RATE("read_bytes_per_second", read),
+    RATE("operations_per_second", operations),
+    RATE("fp8_operations_per_second", fp8_operations),
+    RATE("peer_bytes_per_second", peer),
+    RATE("host_bytes_per_second", host),
+    RATE("network_bytes_per_second", network),
+    RATE("layer_seconds", layer),
+    RATE("step_seconds", step),
+    RATE("all_reduce_seconds", reduce),
+    RATE("copy_seconds", copy),
+    RATE("urgent_share", urgent),
+};
+#undef RATE
+enum { SIM_RATES = sizeof sim_rates / sizeof *sim_rates };
+
+/* One line of a file of rates. False: it is none. */
+static bool sim_read_rate(struct chip *chip, char *line) {
+    char *words[3] = {NULL}, *rest = line, *end;
+    int n = 0;
+    line[strcspn(line, "#\n")] = 0;
+    for (char *word; (word = strtok_r(rest, " \t\r", &rest)) != NULL; n++)
+        if (n < 3)
+            words[n] = word;
+    if (n == 0)
+        return true;
+    bool known = n == 2;
+    for (int i = 0; i < SIM_CHIPS && n == 3; i++)
+        known = known || strcasecmp(words[0], sim_chips[i].name) == 0;
+    double value = known ? strtod(words[n - 1], &end) : -1;
+    if (!known || *end || !(value >= 0 && value < 1e30))
+        return false;
+    for (int i = 0; i < SIM_RATES; i++)
+        if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
+            if (n == 2 || strcasecmp(words[0], chip->name) == 0)
+                *(double *)((char *)chip + sim_rates[i].offset) = value;
+            return true;
+        }
+    return false;
+}
+
+static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
+    size_t length;
+    char *text = cli_read_file(path, &length, error), *rest = text, *line;
+    bool ok = text;
+    for (int number = 1; ok && (line = strsep(&rest, "\n")) != NULL; number++) {
+        char whole[64];
+        (void)snprintf(whole, sizeof whole, "%s", line);
+        ok = sim_read_rate(chip, line) ||
+             fail(error, "%.300s:%d: got %s, expected a rate, such as read_bytes_per_second 2.9e12",
+                  path, number, whole);
+    }
+    free(text);
+    if (ok && !(chip->read > 0 && chip->operations > 0 && chip->fp8_operations > 0 &&
+                chip->host > 0 && chip->network > 0 && chip->urgent > 0 && chip->urgent < 1))
+        return fail(error, "%.300s: a rate is 0, or a share not below 1", path);
+    return ok;
+}
+
+/* [NODESx]CHIP[xDEVICES], CHIP[:DEVICES]. False: it is none. */
+static bool sim_parse(struct cluster *cluster, const char *name) {
+    char *at = (char *)name;
+    *cluster = (struct cluster){.name = name, .n_nodes = 1};
+    if (*at >= '0' && *at <= '9') {
+        cluster->n_nodes = (int)strtol(at, &at, 10);
+        if (*at++ != 'x')
+            return false;
+    }
+    size_t length = strcspn(at, "x:");
+    for (int i = 0; i < SIM_CHIPS; i++)
+        if (strlen(sim_chips[i].name) == length && strncasecmp(at, sim_chips[i].name, length) == 0)
+            cluster->chip = sim_chips[i];
+    cluster->is_cpu = cluster->chip.name && strcmp(cluster->chip.name, "cpu") == 0;
+    at += length;
+    cluster->node_chips = *at ? (int)strtol(at + 1, &at, 10) : cluster->is_cpu ? 0 : 1;
+    int n = cluster->n_nodes, each = cluster->node_chips;
+    cluster->n_devices = n * each;
+    return cluster->chip.name && !*at && n >= 1 && n <= VALUE_DEVICES &&
+           each >= (cluster->is_cpu && n == 1 && !strpbrk(name, ":") ? 0 : 1) &&
+           each <= VALUE_DEVICES && cluster->n_devices <= VALUE_DEVICES;
+}
+
+bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error) {
+    if (!sim_parse(cluster, name)) {
+        int n = snprintf(error, ERROR_LENGTH,
+                         "--sim: got %.60s, expected CHIP, CHIPxGPUS or "
+                         "NODESxCHIPxGPUS such as 2xh100x8, %d GPUs at most; CHIP:",
+                         name, VALUE_DEVICES);
+        for (int i = 0; i < SIM_CHIPS; i++)
+            n += snprintf(error + n, ERROR_LENGTH - (size_t)n, "%s %s", i > 0 ? "," : "",
+                          sim_chips[i].name);
+        return false;
+    }
+    struct chip *chip = &cluster->chip;
+    chip->read *= chip->read_share;
+    chip->operations *= chip->peak_share;
+    chip->fp8_operations *= chip->peak_share;
+    return !rates || sim_read_rates(chip, rates, error);
+}
+
+/* ---- what fits ---- */
+
+static int cluster_node(const struct cluster *cluster, int device) {
+    return cluster->node_chips > 0 ? device / cluster->node_chips : 0;
+}
+
+static int cluster_chip(const struct cluster *cluster, int device) { /* whose it is */
+    return cluster->is_cpu ? cluster_node(cluster, device) : device;
+}
+
+/* Bytes of the weights of one of n shards. */
+static double sim_weights(const struct model *model, int n) {
+    double bytes = 0;
+    for (int i = 0; i < N_MODEL_TENSORS; i++) {
+        const struct model_tensor *kind = &model_tensors[i];
+        int layers = kind->layered ? model->config.n_layers : 1;
+        for (int layer = 0; layer < layers && kind->role != NO_ROLE; layer++) {
+            const struct tensor *tensor = model->layers[layer][kind->role];
+            bool again = kind->role == OUTPUT && tensor == model->layers[0][TOKEN_EMBD];
+            if (tensor && !again)
+                bytes += (double)tensor->bytes / (kind->slice == SLICE_WHOLE ? 1 : n);
+        }
+    }
+    return bytes;
+}
+
+/* How many devices are the same chip as a given one. */
+static int sim_sharing(const struct cluster *cluster, const struct engine_config *config,
+                       int device) {
+    int n = 0;
+    for (int w = 0; w < config->n_workers; w++)
+        for (int s = 0; s < config->workers[w].n_shards; s++)
+            n += cluster_chip(cluster, config->workers[w].devices[s]) ==
+                 cluster_chip(cluster, device);
+    return n;
+}
+
+static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_config *config,
+                             int n_shards, char *error) {
+    char hint[80] = "no --tp is enough";
+    double most = .9 * cluster->chip.memory;
+    for (int n = MAX_SHARDS; n >= 1 && !cluster->is_cpu; n /= 2) {
+        struct device wanted = {.config = &config->model->config, .n_shards = n};
+        if (device_fits(&wanted, error) && sim_weights(config->model, n) < most)
+            (void)snprintf(hint, sizeof hint, "they fit with --tp %d", n);
+    }
+    return fail(error,
+                "weights of %.1f GB a device and KV blocks do not fit nine tenths of the memory of "
+                "a %s, %.1f GB, with --tp %d; %s",
+                1e-9 * sim_weights(config->model, n_shards), cluster->chip.name, 1e-9 * most,
+                n_shards, hint);
+}
+
+bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {
+    const struct model_config *model = &config->model->config;
+    double host = .25 * cluster->n_nodes * cluster->chip.host_memory;
+    if (config->host_blocks < 0) {
+        double n = host / (double)block_bytes(model, 1, config->kv_type);
+        config->host_blocks = (int)fmin(n, INT32_MAX / 64);
+    }
+    for (int w = 0; w < config->n_workers; w++) {
+        int n = config->workers[w].n_shards, *blocks = &config->workers[w].blocks;
+        struct device wanted = {.config = model, .n_shards = n};
+        if (!device_fits(&wanted, error))
+            return false;
+        double left =
+            .9 * cluster->chip.memory - sim_weights(config->model, cluster->is_cpu ? 1 : n);
+        double bytes = (double)block_bytes(model, n, config->kv_type);
+        int sharing = 1;
+        for (int s = 0; s < n; s++) {
+            int device = config->workers[w].devices[s];
+            int same = sim_sharing(cluster, config, device);
+            sharing = same > sharing ? same : sharing;
+            if (device >= cluster->n_devices && cluster->n_devices > 0)
+                return fail(error, "--devices: got %d, %.60s has %d", device, cluster->name,
+                            cluster->n_devices);
+        }
+        int most = (int)fmin(fmax(left / sharing / bytes, 0), INT32_MAX / 64);
+        if (most < 1)
+            return sim_does_not_fit(cluster, config, n, error);
+        if (*blocks > most)
+            return fail(error,
+                        "--kv-device: got %d blocks, a %s has room for %d beside the weights",
+                        *blocks, cluster->chip.name, most);
+        *blocks = *blocks < 0 ? most : *blocks;
+    }
+    return true;
+}
+
+/* ---- events ---- */
+
+/* What ends at a time: a worker's step, if `index` is below the number of workers, or a copy. */
+struct sim_event {
+    double time;
+    int64_t serial; /* the order in which they were made, which is that of one time */
+    int index;
+};
+
+struct sim_worker {
+    struct step *step; /* NULL: it is idle */
+    double start;      /* of the step */
+    double left;       /* seconds of work, of a chip for itself, … */
+    double since;      /* … left at this time; … */
+    double speed;      /* … it does so many of them in a second */
+    int64_t serial;    /* of the event of its end; others of it are void */
+    int n_chips;       /* different ones, that its shards are on */
+    int next;          /* another worker on its first chip; those are a ring */
+    double link;       /* bytes a second between its shards */
+};
+
+struct sim_copy {
+    struct kv_copy_order order;
+    double start;
+    int next; /* of those that are free */
+};
+
+enum { SIM_PEER_OUT, SIM_PEER_IN, SIM_HOST_OUT, SIM_HOST_IN, SIM_NET_OUT, SIM_NET_IN, SIM_PORTS };
+
+struct sim {
+    const struct cluster *cluster;
+    const struct engine_config *config;
+    struct load *load;
+    struct request **running; /* (room) those of ids from `oldest` to n_taken, NULL: ended; at … */
+    int64_t oldest, n_taken, room; /* … the id modulo room, a power of two */
+    struct sched *sched;
+    struct model_cost cost;
+    double output_bytes, now;
+    struct sim_worker workers[MAX_WORKERS];
+    uint64_t orders[MAX_WORKERS / 64]; /* a bit for each worker that may have copies to start */
+    struct sim_event *heap;            /* (n_events) each earlier than the two below it */
+    int n_events, n_room;
+    int64_t n_made;
+    struct sim_copy *copies;    /* those on their way, and … */
+    int free_copy;              /* … the first of the others; -1: none */
+    double (*ports)[SIM_PORTS]; /* (chips) when each is free */
+    uint16_t *home;             /* (host_blocks) the node where a slot's block is */
+};
+
+static bool sim_earlier(const struct sim_event *a, const struct sim_event *b) {
+    return a->time < b->time || (a->time == b->time && a->serial < b->serial);
+}
+
+static int64_t sim_push(struct sim *sim, double time, int index) {
+    struct sim_event event = {time, sim->n_made++, index}, *heap = sim->heap;
+    if (sim->n_events == sim->n_room) {
+        sim->n_room = sim->n_room * 2 + 64;
+        sim->heap = heap = realloc(heap, (size_t)sim->n_room * sizeof *heap);
+        assert(heap);
+    }
+    int i = sim->n_events++;
+    for (; i > 0 && sim_earlier(&event, &heap[(i - 1) / 2]); i = (i - 1) / 2)
+        heap[i] = heap[(i - 1) / 2];
+    heap[i] = event;
+    return event.serial;
+}
+
+static struct sim_event sim_pop(struct sim *sim) {
+    struct sim_event *heap = sim->heap, first = heap[0], last = heap[--sim->n_events];
+    int i = 0, n = sim->n_events;
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && sim_earlier(&heap[child + 1], &heap[child]);
+        if (!sim_earlier(&heap[child], &last))
+            break;
+        heap[i] = heap[child];
+    }
+    heap[i] = last;
+    return first;
+}
+
+/* What the scheduler notes has no times; what it orders is to be carried. */
+static void sim_note(void *context, const struct event *event) {
+    struct sim *sim = context;
+    if (event->kind == EVENT_COPY_ORDERED) {
+        int worker = event->to < sim->config->n_workers ? event->to : event->from;
+        sim->orders[worker / 64] |= (uint64_t)1 << worker % 64;
+    }
+    if (!sim->config->ledger.note)
+        return;
+    struct event stamped = *event;
+    stamped.start = event->start > 0 ? event->start : sim->now;
+    stamped.end = sim->now;
+    note(&sim->config->ledger, &stamped);
+}
+
+/* ---- requests ---- */
+
+static struct request **sim_running(const struct sim *sim, int64_t id) {
+    return &sim->running[id & (sim->room - 1)];
+}
+
+static void sim_end_request(struct sim *sim, struct request *r) {
+    *sim_running(sim, r->id) = NULL;
+    load_ended(sim->load, r, sim->now);
+    while (sim->oldest < sim->n_taken && !*sim_running(sim, sim->oldest))
+        sim->oldest++;
+}
+
+static void sim_submit(struct sim *sim) {
+    struct request *r = load_take(sim->load); /* ids count from 0 */
+    if (r->id - sim->oldest >= sim->room) {
+        struct sim old = *sim;
+        sim->room = old.room > 0 ? 2 * old.room : 64;
+        sim->running = calloc((size_t)sim->room, sizeof *sim->running);
+        assert(sim->running);
+        for (int64_t id = old.oldest; id < old.n_taken; id++)
+            *sim_running(sim, id) = *sim_running(&old, id);
+        free(old.running);
+    }
+    *sim_running(sim, r->id) = r;
+    sim->n_taken = r->id + 1;
+    sched_submit(sim->sched, r, sim->now);
+    if (r->state == REQUEST_FINISHED)
+        sim_end_request(sim, r);
+}
+
+static void sim_expire(struct sim *sim) {
+    sched_expire(sim->sched, sim->now);
+    for (int64_t id = sim->oldest; id < sim->n_taken; id++) {
+        struct request *r = *sim_running(sim, id);
+        if (r && r->state == REQUEST_FINISHED)
+            sim_end_request(sim, r);
+    }
+}
+
+/* ---- steps ---- */
+
+/* Seconds of a step of a worker that has its chips for itself. The output is multiplied on the
+ * first shard alone, and only if a token is sampled. */
+static double sim_step_seconds(const struct sim *sim, int worker, const struct batch *batch) {
+    const struct chip *chip = &sim->cluster->chip;
+    const struct model_config *model = &sim->config->model->config;
+    struct step_cost cost = step_cost(model, &sim->cost, sim->config->kv_type, batch);
+    bool fp8 = sim->config->model->layers[0][FFN_GATE]->type == TYPE_FP8;
+    double n = sim->workers[worker].n_chips, rows = batch->n_rows;
+    double products = 2 * rows * sim->cost.row_weights;
+    double samples = 2 * batch->n_samples * sim->cost.sample_weights;
+    double attention = cost.operations - products - samples;
+    double bytes = (cost.bytes - sim->output_bytes) / n + (samples > 0 ? sim->output_bytes : 0);
+    double computes = (products / n + samples) / (fp8 ? chip->fp8_operations : chip->operations) +
+                      attention / n / chip->operations;
+    double reduce = 2 * (n - 1) / n * rows * model->d_model * 2 / sim->workers[worker].link;
+    double layer = chip->layer + (n > 1 ? 2 * (reduce + chip->reduce) : 0);
+    return fmax(bytes / chip->read, computes) + model->n_layers * layer + chip->step;
+}
+
+/* Those that run on a worker's chip share it anew: prefill among themselves, decode likewise. */
+static void sim_share(struct sim *sim, int worker) {
+    double urgent = sim->cluster->chip.urgent;
+    int n[2] = {0}, i = worker; /* steps of workers that only prefill; of others */
+    do
+        n[sim->config->workers[i].decodes] += sim->workers[i].step != NULL;
+    while ((i = sim->workers[i].next) != worker);
+    do {
+        struct sim_worker *w = &sim->workers[i];
+        bool decodes = sim->config->workers[i].decodes;
+        double share = n[!decodes] == 0 ? 1 : decodes ? urgent : 1 - urgent;
+        if (w->step && w->speed * n[decodes] != share) {
+            w->left -= (sim->now - w->since) * w->speed;
+            w->since = sim->now;
+            w->speed = share / n[decodes];
+            w->serial = sim_push(sim, sim->now + fmax(w->left, 0) / w->speed, i);
+        }
+    } while ((i = sim->workers[i].next) != worker);
+}
+
+/* Asks an idle worker for its next step. */
+static void sim_begin(struct sim *sim, int worker) {
+    struct sim_worker *w = &sim->workers[worker];
+    struct step *step = sched_next(sim->sched, worker, sim->now);
+    if (!step)
+        return;
+    w->step = step;
+    w->start = w->since = sim->now;
+    w->speed = 0;
+    w->left = sim_step_seconds(sim, worker, &step->batch);
+    sim_share(sim, worker);
+}
+
+/* SplitMix64 (Steele, Lea and Flood 2014). */
+static int sim_token(const struct sim *sim, const struct request *r) {
+    uint64_t bits = ((uint64_t)r->id << 32 ^ (uint64_t)r->length) + 0x9e3779b97f4a7c15u;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
+    return (int)((bits ^ bits >> 31) % (uint64_t)sim->config->model->config.vocab_size);
+}
+
+static void sim_step_ends(struct sim *sim, int worker) {
+    struct sim_worker *w = &sim->workers[worker];
+    struct step *step = w->step;
+    const struct batch *batch = &step->batch;
+    int n = batch->n_sequences;
+    for (int i = 0; i < batch->n_samples; i++)
+        batch->sampled[i] =
+            sim_token(sim, step->requests[batch->row_sequence[batch->sample_row[i]]]);
+    sim_note(sim, &(struct event){EVENT_STEP, .start = w->start, .worker = worker, .step = step});
+    sched_done(sim->sched, worker, step, sim->now);
+    w->step = NULL;
+    for (int i = 0; i < n; i++)
+        if (step->requests[i]->state == REQUEST_FINISHED)
+            sim_end_request(sim, step->requests[i]);
+    if (w->next != worker)
+        sim_share(sim, worker);
+    sim_begin(sim, worker);
+}
+
+/* ---- copies ---- */
+
+/* When bytes that begin now have gone through ports, which they hold meanwhile. */
+static double sim_pass(struct sim *sim, double *const *ports, int n, double bytes, double rate) {
+    double start = sim->now;
+    for (int i = 0; i < n; i++)
+        start = fmax(start, *ports[i]);
+    for (int i = 0; i < n; i++)
+        *ports[i] = start + bytes / rate;
+    return start + bytes / rate;
+}
+
+/* When a piece of a block has gone from a device to another. -1: its node's host, or another's. */
+static double sim_piece(struct sim *sim, int from, int to, bool abroad, double bytes) {
+    const struct chip *chip = &sim->cluster->chip;
+    double *ports[4], rate = chip->host;
+    int n = 0;
+    bool peers = from >= 0 && to >= 0, linked = peers && !abroad && chip->peer > 0;
+    if (linked)
+        rate = chip->peer;
+    if (abroad)
+        rate = fmin(chip->network, peers ? INFINITY : chip->host);
+    if (from >= 0 && !(peers && abroad))
+        ports[n++] = &sim->ports[from][linked ? SIM_PEER_OUT : SIM_HOST_OUT];
+    if (to >= 0 && !(peers && abroad))
+        ports[n++] = &sim->ports[to][linked ? SIM_PEER_IN : SIM_HOST_IN];
+    if (from >= 0 && abroad)
+        ports[n++] = &sim->ports[from][SIM_NET_OUT];
+    if (to >= 0 && abroad)
+        ports[n++] = &sim->ports[to][SIM_NET_IN];
+    return sim_pass(sim, ports, n, bytes, rate);
+}
+
+/* When a copy that starts now ends: its pieces, as many as the wider place has shards, go side by
+ * side as far as they use other ports. A block on the host is in the memory of the node whose
+ * worker put it there. */
+static double sim_copy_end(struct sim *sim, const struct kv_copy_order *order) {
+    const struct cluster *cluster = sim->cluster;
+    const struct engine_config *config = sim->config;
+    int host = config->n_workers, ends[2] = {order->from, order->to}, shards[2], n = 1;
+    for (int i = 0; i < 2; i++) {
+        shards[i] = ends[i] == host ? 1 : config->workers[ends[i]].n_shards;
+        n = shards[i] > n ? shards[i] : n;
+    }
+    double bytes = (double)block_bytes(&config->model->config, n, config->kv_type), last = sim->now;
+    for (int p = 0; p < n; p++) {
+        int chips[2] = {-1, -1}, nodes[2] = {0};
+        for (int i = 0; i < 2; i++) {
+            if (ends[i] == host)
+                continue;
+            int device = config->workers[ends[i]].devices[p * shards[i] / n];
+            chips[i] = cluster_chip(cluster, device);
+            nodes[i] = cluster_node(cluster, device);
+        }
+        if (ends[1] == host)
+            sim->home[order->to_slot] = (uint16_t)(nodes[1] = nodes[0]);
+        else if (ends[0] == host)
+            nodes[0] = sim->home[order->from_slot];
+        last = fmax(last, sim_piece(sim, chips[0], chips[1], nodes[0] != nodes[1], bytes));
+    }
+    return last + cluster->chip.copy;
+}
+
+/* Starts what a worker may copy now. */
+static void sim_carry(struct sim *sim, int worker) {
+    struct kv_copy_order order;
+    while (sched_copies(sim->sched, worker, &order, 1) > 0) {
+        int i = sim->free_copy;
+        sim->free_copy = sim->copies[i].next;
+        sim->copies[i].order = order;
+        sim->copies[i].start = sim->now;
+        (void)sim_push(sim, sim_copy_end(sim, &order), sim->config->n_workers + i);
+    }
+}
+
+static void sim_copy_ends(struct sim *sim, int i) {
+    struct sim_copy *copy = &sim->copies[i];
+    const struct kv_copy_order *order = &copy->order;
+    sim_note(sim, &(struct event){EVENT_COPY, .start = copy->start, .worker = order->worker,
+                                  .node = order->node, .from = order->from, .to = order->to});
+    sched_copied(sim->sched, order, true, sim->now);
+    sim->orders[order->worker / 64] |= (uint64_t)1 << order->worker % 64;
+    copy->next = sim->free_copy;
+    sim->free_copy = i;
+}
+
+/* ---- the run ---- */
+
+/* Idle workers that the last event concerns get steps, and copies start: of those workers alone. */
+static void sim_serve(struct sim *sim) {
+    for (int w; (w = sched_concerned(sim->sched)) >= 0;)
+        if (!sim->workers[w].step)
+            sim_begin(sim, w);
+    for (int i = 0; i < MAX_WORKERS / 64; i++)
+        for (; sim->orders[i] != 0; sim->orders[i] &= sim->orders[i] - 1)
+            sim_carry(sim, 64 * i + __builtin_ctzll(sim->orders[i]));
+}
+
+bool sim_run(struct sim *sim, char *error) {
+    load_start(sim->load, sim->now, sched_max_length(sim->sched));
+    while (!load_is_done(sim->load)) {
+        double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
+        double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
+        double now = fmin(arrival, fmin(end, expiry));
+        if (now == INFINITY)
+            return fail(error, "requests wait for what never comes"); /* a fault of the scheduler */
+        sim->now = fmax(sim->now, now);
+        if (end == now) {
+            struct sim_event event = sim_pop(sim);
+            int copy = event.index - sim->config->n_workers;
+            if (copy >= 0)
+                sim_copy_ends(sim, copy);
+            else if (event.serial == sim->workers[event.index].serial)
+                sim_step_ends(sim, event.index);
+        } else if (arrival == now) {
+            sim_submit(sim);
+        } else {
+            sim_expire(sim);
+        }
+        sim_serve(sim);
+    }
+    return true;
+}
+
+/* ---- opening and closing ---- */
+
+/* Which workers share a chip, and what lies between a worker's shards. */
+static void sim_open_worker(struct sim *sim, int index) {
+    const struct cluster *cluster = sim->cluster;
+    const int *devices = sim->config->workers[index].devices;
+    struct sim_worker *worker = &sim->workers[index];
+    worker->next = index;
+    for (int i = 0; i < index; i++)
+        if (cluster_chip(cluster, sim->config->workers[i].devices[0]) ==
+            cluster_chip(cluster, devices[0])) {
+            worker->next = sim->workers[i].next;
+            sim->workers[i].next = index;
+            break;
+        }
+    worker->link = cluster->chip.peer > 0 ? cluster->chip.peer : cluster->chip.host;
+    for (int i = 0, same = 0; i < sim->config->workers[index].n_shards; i++, same = 0) {
+        while (cluster_chip(cluster, devices[same]) != cluster_chip(cluster, devices[i]))
+            same++;
+        worker->n_chips += same == i;
+        if (cluster_node(cluster, devices[i]) != cluster_node(cluster, devices[0]))
+            worker->link = fmin(worker->link, cluster->chip.network);
+    }
+}
+
+struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
+                     struct load *load, char *error) {
+    struct sched_config sched = engine_sched_config(config);
+    int n_copies = sched.copies_in_flight * config->n_workers, n_chips = 1;
+    struct sim *sim = calloc(1, sizeof *sim);
+    (void)fail(error, "out of memory");
+    if (!sim)
+        return NULL;
+    sim->cluster = cluster;
+    sim->config = config;
+    sim->load = load;
+    sim->now = 1; /* a time of 0 is none */
+    sim->cost = model_cost(config->model);
+    sim->output_bytes = (double)config->model->layers[0][OUTPUT]->bytes;
+    for (int w = 0; w < config->n_workers; w++) {
+        sim_open_worker(sim, w);
+        for (int s = 0; s < config->workers[w].n_shards; s++) {
+            int chip = cluster_chip(cluster, config->workers[w].devices[s]);
+            n_chips = chip < n_chips ? n_chips : chip + 1;
+        }
+    }
+    sched.kv.ledger = (struct ledger){sim_note, sim};
+    sim->sched = sched_create(&sched);
+    sim->copies = calloc((size_t)n_copies, sizeof *sim->copies);
+    sim->ports = calloc((size_t)n_chips, sizeof *sim->ports);
+    sim->home = calloc((size_t)config->host_blocks + 1, sizeof *sim->home);
+    if (!sim->sched || !sim->copies || !sim->ports || !sim->home) {
+        sim_close(sim);
+        return NULL;
+    }
+    for (int i = 0; i < n_copies; i++)
+        sim->copies[i].next = i + 1 < n_copies ? i + 1 : -1;
+    return sim;
+}
+
+struct sched *sim_sched(struct sim *sim) {
+    return sim->sched;
+}
+
+double sim_now(const struct sim *sim) {
+    return sim->now;
+}
+
+void sim_close(struct sim *sim) {
+    if (!sim)
+        return;
+    sched_destroy(sim->sched);
+    free(sim->copies);
+    free(sim->ports);
+    free(sim->home);
+    free(sim->running);
+    free(sim->heap);
+    free(sim);
+}
+
+#endif /* SIM_IMPLEMENTATION */
