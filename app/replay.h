@@ -33,7 +33,8 @@
 struct load_options {
     const char *replay; /* a trace (`-`: stdin), or IN:OUT; NULL: the lines of `file` */
     const char *file;
-    double rate; /* requests a second, as a Poisson process; 0: a trace's own times, else at 0 s */
+    double rate; /* requests a second, as a Poisson process, but for lines that follow an answer;
+                  * 0: the times of a trace or of lines, of IN:OUT 0 s */
     int limit;   /* requests at most; 0: all, of IN:OUT DEFAULT_REQUESTS */
     double ttft, itl;                    /* targets, in ms; 0: none */
     bool json;                           /* tells of each request as it ends, on stdout */
@@ -65,6 +66,7 @@ enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error, or cancelled */
     int64_t good;             /* that kept both targets */
+    int64_t arrivals;         /* that came by themselves, and did not follow an answer */
     int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
     int64_t generated_tokens;
     char first_error[ERROR_LENGTH];       /* of the first that failed with one; "": none */
@@ -327,7 +329,8 @@ static bool make_lines(struct load *load, char *error) {
                 before = items[j];
         items = grow(items, (size_t)i, sizeof *items);
         items[i] = item;
-        item->at = (double)line->at;
+        item->at =
+            load->options.rate > 0 && !line->after ? next_arrival(load, i) : (double)line->at;
         item->before = before;
         if (before) {
             item->sibling = before->followers;
@@ -408,6 +411,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->requests++;
     sums->failed += failed;
     sums->good += is_good(load, r);
+    sums->arrivals += !item->spec || !item->spec->after;
     sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
