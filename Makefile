@@ -65,7 +65,7 @@ $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(LIBS) -o $@
 
 # look into dynamo.c, which calls all others
-$(B)/test_engine $(B)/test_replay: $(B)/test_%: test/test_%.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)/flags
+$(B)/test_engine $(B)/test_plan $(B)/test_replay: $(B)/test_%: test/test_%.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)/flags
 	$(CC) $(FLAGS) -I. $< $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(LIBS) -o $@
 
 # the same tests of the emulated CUDA backend, and of the real one

@@ -13,8 +13,8 @@
  * What it does to be quick, and says in its output: a simulation has PLAN_REQUESTS requests; the
  * search ends when the rate is known to PLAN_STEP; a split that does not keep the targets at
  * PLAN_PRUNED of the best rate of its kind so far is not searched further. Together is tried with
- * the chip's chunk and with a shorter one, which favours running answers; without a host tier only
- * what has read from it. Short simulations flatter: a queue that grows has little time to.
+ * the chip's chunk and with a shorter one, which favours running answers; without a host tier what
+ * has read from it, and with one what shares nothing but preempts. Short simulations flatter: a queue that grows has little time to.
  *
  * Owns no policy: placements are in order, prefill first, so that a worker lies within a node
  * where nodes have 8 GPUs. Refuses stdin: a load is opened again for each simulation.
@@ -47,14 +47,16 @@ void plan_break_even(const struct cluster *cluster, const struct engine_config *
 #include <string.h>
 
 enum {
-    PLAN_REQUESTS = 300, /* of a simulation */
+    PLAN_REQUESTS = 300, /* of a simulation, at least, … */
+    PLAN_LONG = 800,     /* … and at most; else as many as come in … */
+    PLAN_TTFTS = 20,     /* … so many times the target of TTFT: a queue must show that it grows */
     PLAN_CHUNK = 512,    /* the shorter one */
     PLAN_POOLS = 16,     /* sizes of the prefill pool, at most */
     PLAN_HALVINGS = 12,  /* of the first rate, until no rate is low enough */
     PLAN_WIDTH = 64,     /* characters of the picture, and … */
     PLAN_HEIGHT = 16     /* … lines */
 };
-static const double PLAN_SHARE = .9, PLAN_STEP = 1.03, PLAN_PRUNED = .8;
+static const double PLAN_SHARE = .9, PLAN_STEP = 1.03, PLAN_PRUNED = .8, PLAN_QUIET = .25;
 
 struct plan_point {                 /* a simulation */
     double rate, per_gpu, per_user; /* tokens/s: of the rate; 1 / the median of ITL */
@@ -65,7 +67,8 @@ struct plan_point {                 /* a simulation */
 struct plan_split {
     int n[2], tp[2]; /* workers that prefill, that decode; together: of the second alone */
     int chunk, host_blocks, blocks[2];
-    bool pruned, paged_in;
+    bool pruned, second;    /* second: with the other tiers than the first of its kind */
+    bool tiers_matter;      /* it has read from the host; or would have, without one */
     struct plan_point best; /* rate 0: the targets are not kept */
 };
 
@@ -75,6 +78,7 @@ struct plan {
     struct plan_point *points; /* (n_points) all simulations, and … */
     char *kinds;               /* (n_points) … `a` or `t` for each */
     int n_splits, n_points, n_unfit;
+    bool unique;     /* no prompt shares anything with another */
     double best[2];  /* rates: together, apart */
     double least[2]; /* ms, p90 of TTFT and ITL that some simulation reached */
 };
@@ -112,7 +116,9 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
     struct load_options options = o->load;
     struct engine_config config;
     options.rate = rate;
-    options.limit = options.limit > 0 ? options.limit : PLAN_REQUESTS;
+    double n = fmin(fmax(PLAN_REQUESTS, PLAN_TTFTS * rate * 1e-3 * o->load.ttft), PLAN_LONG);
+    options.limit = options.limit > 0 ? options.limit : (int)n;
+    options.most_bad = (int64_t)((1 - PLAN_SHARE) * options.limit); /* the outcome is known */
     options.json = false;
     struct load *load =
         plan_engine_of(o, split, &config, error) ? load_open(&options, error) : NULL;
@@ -129,7 +135,9 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
                                      .per_user = 1e3 / r.times[TIME_ITL][LOAD_P50],
                                      .result = r,
                                      .good = (double)r.good >= PLAN_SHARE * (double)r.requests};
-        split->paged_in = split->paged_in || kv_stats(sched_kv(sim_sched(sim))).pages_in > 0;
+        struct sched *sched = sim_sched(sim);
+        split->tiers_matter |= config.host_blocks > 0 ? kv_stats(sched_kv(sched)).pages_in > 0
+                                                      : sched_stats(sched).preemptions > 0;
         if (r.failed == 0) {
             plan->least[0] = fmin(plan->least[0], ttft);
             plan->least[1] = fmin(plan->least[1], itl);
@@ -194,6 +202,8 @@ static void plan_list(struct plan *plan) {
     const struct plan_options *o = plan->options;
     int n = o->cluster->n_devices, step = (n + PLAN_POOLS - 1) / PLAN_POOLS;
     struct plan_split split = {.chunk = o->engine->chunk, .host_blocks = o->engine->host_blocks};
+    if (split.host_blocks < 0 && plan->unique)
+        split.host_blocks = 0;
     for (int tp = 1; tp <= MAX_SHARDS; tp *= 2) {
         split.n[1] = n / tp;
         split.tp[0] = split.tp[1] = tp;
@@ -344,10 +354,13 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
            together->best.per_gpu, 100 * margin, 100 * (PLAN_STEP - 1));
 }
 
-static void plan_tell(const struct plan *plan, bool paged_in) {
+static void plan_tell(const struct plan *plan, bool tiers_matter) {
     const struct plan_options *o = plan->options;
     const struct plan_split *best[2] = {NULL, NULL};
-    int n_pruned = 0, n = o->load.limit > 0 ? o->load.limit : PLAN_REQUESTS;
+    int n_pruned = 0;
+    char n[48];
+    (void)snprintf(n, sizeof n, o->load.limit > 0 ? "%d" : "%d to %d",
+                   o->load.limit > 0 ? o->load.limit : PLAN_REQUESTS, PLAN_LONG);
     for (int i = plan->n_splits - 1; i >= 0; i--) {
         const struct plan_split *split = &plan->splits[i];
         n_pruned += split->pruned;
@@ -355,15 +368,17 @@ static void plan_tell(const struct plan *plan, bool paged_in) {
             best[plan_apart(split)] = split;
     }
     printf("%s: %d splits of %d GPUs, %d do not fit; targets: TTFT %g ms, ITL %g ms, kept by %.0f "
-           "%% of the requests\n%d simulations, of %d requests%s; %d splits that miss the targets "
+           "%% of the requests\n%d simulations, of %s requests (so far as the load has them); %d "
+           "splits that miss the targets "
            "at %g of the best rate of their kind are not searched further\nmost answers at once on "
            "a worker: %d; host tier: %s\n\n",
            o->cluster->name, plan->n_splits, o->cluster->n_devices, plan->n_unfit, o->load.ttft,
-           o->load.itl, 100 * PLAN_SHARE, plan->n_points, n, o->load.replay ? " at most" : "",
-           n_pruned, PLAN_PRUNED, o->engine->max_batch,
+           o->load.itl, 100 * PLAN_SHARE, plan->n_points, n, n_pruned, PLAN_PRUNED,
+           o->engine->max_batch,
            o->engine->host_blocks >= 0 ? "as given"
-           : paged_in                  ? "splits that read from it are run without it, too"
-                                       : "nothing was read from it, so it is not left out");
+           : tiers_matter              ? "where it matters, with and without it"
+           : plan->unique ? "none, as prompts share nothing and no answer was preempted"
+                          : "as large as by default; nothing was read from it");
     printf("%-22s %6s %-15s %8s %8s %13s %8s %8s %7s %7s\n%-22s %6s %-15s %8s %8s %13s %8s %8s %7s "
            "%7s\n",
            "split", "chunk", "blocks", "host", "requests", "tokens/s", "TTFT", "TTFT", "ITL", "ITL",
@@ -382,11 +397,16 @@ static void plan_tell(const struct plan *plan, bool paged_in) {
 
 bool plan_print(const struct plan_options *o, char *error) {
     struct plan plan = {.options = o, .least = {INFINITY, INFINITY}};
-    bool ok = true, paged_in = false;
+    bool ok = true, tiers_matter = false;
     if (strcmp(o->load.replay ? o->load.replay : o->load.file, "-") == 0)
         return fail(error, "--plan: a load is read again for each simulation; give a file, not -");
     if (o->cluster->n_devices < 1)
         return fail(error, "--plan: got cpu, expected how many devices, such as cpu:4");
+    struct load *load = load_open(&o->load, error);
+    if (!load)
+        return false;
+    plan.unique = load->in > 0;
+    load_close(load);
     plan_list(&plan);
     if (plan.n_splits == 0) { /* the widest workers are the last to say why */
         struct plan_split split = {.n = {0, 1}, .tp = {1, 1}, .chunk = o->engine->chunk};
@@ -397,22 +417,29 @@ bool plan_print(const struct plan_options *o, char *error) {
         (void)plan_engine_of(o, &split, &config, why);
         return fail(error, "--plan: no split fits: %.400s", why);
     }
-    for (int i = 0; i < plan.n_splits && ok; i++) { /* those without a host tier join the end */
+    for (int i = 0; i < plan.n_splits && ok; i++) {
         cli_progress("simulating", i, plan.n_splits);
         ok = plan_search(&plan, &plan.splits[i], error);
-        struct plan_split bare = plan.splits[i];
-        paged_in = paged_in || bare.paged_in;
-        bool again = ok && bare.paged_in && bare.host_blocks > 0 && o->engine->host_blocks < 0;
-        bare = (struct plan_split){
-            .chunk = bare.chunk, .n = {bare.n[0], bare.n[1]}, .tp = {bare.tp[0], bare.tp[1]}};
-        if (again)
-            plan_add(&plan, bare);
+        struct plan_split second = plan.splits[i]; /* joins the end */
+        tiers_matter = tiers_matter || (second.tiers_matter && !second.pruned);
+        second.host_blocks = plan.unique ? -1 : 0;
+        second.best.rate = 0;
+        if (ok && second.tiers_matter && !second.pruned && !second.second &&
+            o->engine->host_blocks < 0) {
+            second.second = true;
+            plan_add(&plan, second);
+        }
     }
     cli_progress("simulating", 1, 1);
+    for (int i = 0; i < plan.n_splits && ok; i++) { /* for the picture: fewer answers at once */
+        struct plan_point point;
+        double rate = PLAN_QUIET * fmax(plan.best[0], plan.best[1]);
+        ok = rate <= 0 || plan_simulate(&plan, &plan.splits[i], rate, &point, error);
+    }
     if (ok) {
         qsort(plan.splits, (size_t)plan.n_splits, sizeof *plan.splits, plan_compare);
         if (!o->json)
-            plan_tell(&plan, paged_in);
+            plan_tell(&plan, tiers_matter);
         for (int i = 0; i < plan.n_splits && o->json; i++)
             plan_object(&plan.splits[i]);
     }

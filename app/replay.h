@@ -36,8 +36,9 @@ struct load_options {
     double rate; /* requests a second, as a Poisson process, but for lines that follow an answer;
                   * 0: the times of a trace or of lines, of IN:OUT 0 s */
     int limit;   /* requests at most; 0: all, of IN:OUT DEFAULT_REQUESTS */
-    double ttft, itl;                    /* targets, in ms; 0: none */
-    bool json;                           /* tells of each request as it ends, on stdout */
+    double ttft, itl; /* targets, in ms; 0: none */
+    int64_t most_bad; /* when more than so many have missed a target, no others come; 0: whatever */
+    bool json;        /* tells of each request as it ends, on stdout */
     const struct answers *answers;       /* makes prompts of lines; has the seed and vocab_size */
     const struct request_spec *defaults; /* what lines, and the sampling of all, start from */
 };
@@ -447,6 +448,19 @@ static void look_ahead(struct load *load) {
     }
 }
 
+/* What has not arrived will not. */
+static void load_forget(struct load *load) {
+    load->interrupted = true;
+    while (load->n_known > 0) {
+        struct item *item = known_take(load);
+        for (struct item *next = item->followers; next; next = next->sibling)
+            known_add(load, next);
+        if (item->before)
+            item_release(item->before);
+        item_release(item);
+    }
+}
+
 /* ---- a load, to its driver ---- */
 
 struct load *load_open(const struct load_options *options, char error[ERROR_LENGTH]) {
@@ -500,6 +514,9 @@ struct request *load_take(struct load *load) {
 void load_ended(struct load *load, struct request *request, double now) {
     load->n_running--;
     count_item(load, (struct item *)request, now);
+    if (load->options.most_bad > 0 &&
+        load->sums.requests - load->sums.good > load->options.most_bad)
+        load_forget(load);
     look_ahead(load);
 }
 
@@ -509,19 +526,6 @@ bool load_is_done(const struct load *load) {
 
 const char *load_error(const struct load *load) {
     return load->error[0] ? load->error : NULL;
-}
-
-/* What has not arrived will not. */
-static void load_forget(struct load *load) {
-    load->interrupted = true;
-    while (load->n_known > 0) {
-        struct item *item = known_take(load);
-        for (struct item *next = item->followers; next; next = next->sibling)
-            known_add(load, next);
-        if (item->before)
-            item_release(item->before);
-        item_release(item);
-    }
 }
 
 void load_close(struct load *load) {
