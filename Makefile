@@ -65,8 +65,8 @@ $(B)/test_%: test/test_%.c $(B)/flags
 	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(LIBS) -o $@
 
 # look into dynamo.c, which calls all others
-$(B)/test_engine $(B)/test_plan $(B)/test_replay: $(B)/test_%: test/test_%.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)/flags
-	$(CC) $(FLAGS) -I. $< $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(LIBS) -o $@
+$(B)/test_engine $(B)/test_replay $(B)/test_sim: $(B)/test_%: test/test_%.c $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(B)/flags
+	$(CC) $(FLAGS) -I. -DDYNAMO_PROGRAM='"./$(TESTED)"' $< $(filter-out $(B)/dynamo.o,$(OBJECTS)) $(LIBS) -o $@
 
 # the same tests of the emulated CUDA backend, and of the real one
 $(B)/test_emu_schedules $(B)/test_gpu_schedules: test/test_gpu_schedules.c $(B)/flags

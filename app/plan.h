@@ -48,7 +48,7 @@ void plan_break_even(const struct cluster *cluster, const struct engine_config *
 
 enum {
     PLAN_REQUESTS = 300, /* of a simulation, at least, … */
-    PLAN_LONG = 800,     /* … and at most; else as many as come in … */
+    PLAN_LONG = 600,     /* … and at most; else as many as come in … */
     PLAN_TTFTS = 20,     /* … so many times the target of TTFT: a queue must show that it grows */
     PLAN_CHUNK = 512,    /* the shorter one */
     PLAN_POOLS = 16,     /* sizes of the prefill pool, at most */
@@ -118,7 +118,7 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
     options.rate = rate;
     double n = fmin(fmax(PLAN_REQUESTS, PLAN_TTFTS * rate * 1e-3 * o->load.ttft), PLAN_LONG);
     options.limit = options.limit > 0 ? options.limit : (int)n;
-    options.most_bad = (int64_t)((1 - PLAN_SHARE) * options.limit); /* the outcome is known */
+    options.most_bad = (int64_t)((1 - PLAN_SHARE) * options.limit + 1e-6); /* the outcome is known */
     options.json = false;
     struct load *load =
         plan_engine_of(o, split, &config, error) ? load_open(&options, error) : NULL;
@@ -390,8 +390,9 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
     plan_verdict(plan, best);
     struct engine_config config;
     char error[ERROR_LENGTH];
-    const struct plan_split *shown = best[1] ? best[1] : best[0] ? best[0] : plan->splits;
-    if (plan_engine_of(o, shown, &config, error))
+    struct plan_split shown = best[1] ? *best[1] : best[0] ? *best[0] : plan->splits[0];
+    shown.host_blocks = o->engine->host_blocks;
+    if (plan_engine_of(o, &shown, &config, error))
         plan_break_even(o->cluster, &config);
 }
 

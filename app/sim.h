@@ -102,7 +102,7 @@ static const struct chip sim_chips[] = {
     {"l40s", 48e9, 864e9, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
      2048, KV_BF16, .4},
     {"cpu", 16e9, 30e9, 200e9, 200e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
-     .7},
+     .5},
 };
 enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
 

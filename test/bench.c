@@ -2,6 +2,7 @@
  *
  *     bench cache                          what an operation of kvcache.c costs, by blocks
  *     bench scheduler                      what scheduler.c costs, by workers, requests, context
+ *     bench rates [TYPE] [SHAPE]           for --rates: what steps of that model reach here
  *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain] [no-amx]
  *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
@@ -313,6 +314,32 @@ static void bench_prefill(struct bench *bench, const char *type, enum tensor_typ
            scores / attention * 1e-9);
 }
 
+/* Weights are read in a step of one stream, and multiplied in a chunk of a prompt; a block is copied
+ * as memory is. */
+static void bench_rates(struct bench *bench, const char *type) {
+    enum { CHUNK = 256, BYTES = 1 << 26 };
+    const struct shape *shape = bench->shape;
+    double heads = shape->n_heads * shape->head_dim, d = shape->d_model, attention, best = 1e9;
+    double layer =
+        2 * d * heads + 2 * d * shape->n_kv_heads * shape->head_dim + 3 * d * shape->d_ff;
+    double work = 2.0 * (CHUNK * shape->n_layers * layer + VOCAB * d) +
+                  4.0 * shape->n_layers * heads * CHUNK * (CHUNK + 1) / 2;
+    double read = bench->weight_bytes / best_step(bench, 1, CONTEXT, 1, &attention);
+    double ops_rate = work / best_step(bench, 1, 0, CHUNK, &attention);
+    char *from = calloc(1, BYTES), *to = calloc(1, BYTES);
+    for (int i = 0; i < REPEATS && from && to; i++) {
+        double start = seconds();
+        memcpy(to, from, BYTES);
+        from[i] = to[BYTES - 1]; /* that it is not left out */
+        best = seconds() - start < best ? seconds() - start : best;
+    }
+    free(from);
+    free(to);
+    printf("# %s %s\ncpu read_bytes_per_second %.4g\ncpu operations_per_second %.4g\n"
+           "cpu peer_bytes_per_second %.4g\ncpu host_bytes_per_second %.4g\n",
+           shape->name, type, read, ops_rate, BYTES / best, BYTES / best);
+}
+
 /* The product of a matrix of (5632, 2048) with some rows, alone. */
 static void bench_kernel(struct bench *bench, const char *type, enum tensor_type tensor_type) {
     enum { ROWS = 5632, COLS = 2048 };
@@ -516,6 +543,10 @@ int main(int argc, char **argv) {
         static struct bench bench;
         open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
                    asked(argc, argv, "plain"), asked(argc, argv, "no-amx"));
+        if (asked(argc, argv, "rates")) {
+            bench_rates(&bench, types[i].name);
+            return 0;
+        }
         struct cpu_device *device = (struct cpu_device *)bench.device;
         double empty = best_time(device, 2, empty_tile, NULL);
         printf("%-5s %s, packed at %.2f GB/s; an empty job takes %.2f us\n", types[i].name,

@@ -4,6 +4,7 @@
  *         SHAPE: llama-3.1-8b (default), llama-3.1-70b, tiny (for the emulator)
  *         TYPE: bf16 (default), q8_0, q4_0
  *         PART: start, kernels, decode, prefill, paging; without: all
+ * Its lines `..._per_second` are a file for --rates, with `layer_seconds 0`, which they contain.
  *         floors=FILE: what test/floors.py measured of PyTorch, in the column in brackets
  *
  * A model of that shape with random weights is run through the backend's ops. Times are medians of
@@ -818,6 +819,8 @@ static void bench_decode(struct bench *b) {
             "%.3f  %s",
             b->form->name, n, n / time, n * b->copy / bytes, 100 * bytes / b->copy / time,
             time * 1e3, on_gpu * 1e3, bytes / b->copy * 1e3, goal);
+        if (n == 1) /* with what launches take: see layer_seconds */
+            report(b, "read_bytes_per_second %.4g", bytes / time);
     }
 }
 
@@ -859,6 +862,7 @@ static void bench_prefill(struct bench *b) {
     report_prefill(b, "products", products, work, "goal 75 (90)");
     report_prefill(b, "attention", attention, scores, "goal 55 (70)");
     report_prefill(b, "whole", whole, work + scores, "goal 60 (77)");
+    report(b, "operations_per_second %.4g", (work + scores) / whole);
     double other = 1e-6 * s->n_layers * theirs(b, "attention", s->prompt);
     if (other > 0)
         report(b, "  attention by PyTorch, the prompt at once: %.1f ms", other * 1e3);
@@ -932,6 +936,7 @@ static void bench_paging(struct bench *b) {
            "%%, both at once %.1f each",
            (double)p.bytes / 1048576, out * 1e-9, 100 * out / b->down, in * 1e-9, 100 * in / b->up,
            both * 1e-9);
+    report(b, "host_bytes_per_second %.4g", (out + in) / 2);
     struct batch batch = decode_batch(b, 1);
     double alone = time_whole([&] { forward(b, &batch); });
     double beside = paged_step(&p, &batch);
