@@ -67,9 +67,10 @@ struct plan_point {                 /* a simulation */
 struct plan_split {
     int n[2], tp[2]; /* workers that prefill, that decode; together: of the second alone */
     int chunk, host_blocks, blocks[2];
-    bool pruned, second;    /* second: with the other tiers than the first of its kind */
-    bool tiers_matter;      /* it has read from the host; or would have, without one */
-    struct plan_point best; /* rate 0: the targets are not kept */
+    bool pruned, second, fast; /* second: with the other tiers than the first of its kind; fast:
+                                * the load is too short to tell its highest rate */
+    bool tiers_matter;         /* it has read from the host; or would have, without one */
+    struct plan_point best;    /* rate 0: the targets are not kept */
 };
 
 struct plan {
@@ -118,7 +119,8 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
     options.rate = rate;
     double n = fmin(fmax(PLAN_REQUESTS, PLAN_TTFTS * rate * 1e-3 * o->load.ttft), PLAN_LONG);
     options.limit = options.limit > 0 ? options.limit : (int)n;
-    options.most_bad = (int64_t)((1 - PLAN_SHARE) * options.limit + 1e-6); /* the outcome is known */
+    options.most_bad =
+        (int64_t)((1 - PLAN_SHARE) * options.limit + 1e-6); /* the outcome is known */
     options.json = false;
     struct load *load =
         plan_engine_of(o, split, &config, error) ? load_open(&options, error) : NULL;
@@ -165,6 +167,11 @@ static bool plan_search(struct plan *plan, struct plan_split *split, char *error
             split->best = point;
         else
             high = rate;
+        /* all that comes within the target of TTFT may wait for its turn */
+        split->fast =
+            point.good && rate * 1e-3 * plan->options->load.ttft >= (double)point.result.arrivals;
+        if (split->fast)
+            break;
         split->pruned = *best > 0 && split->best.rate == 0;
         if (split->pruned || (split->best.rate == 0 && ++halvings > PLAN_HALVINGS))
             return true;
@@ -257,9 +264,10 @@ static void plan_row(const struct plan_split *split, double bound) {
     printf("%-22s %6d %-15s %8d ", plan_name(split, name), split->chunk, blocks,
            split->host_blocks);
     if (p->rate > 0)
-        printf("%8.2f %13.1f %8.1f %8.1f %7.2f %7.2f\n", p->rate, p->per_gpu,
-               p->result.times[TIME_TTFT][LOAD_P50], p->result.times[TIME_TTFT][LOAD_P90],
-               p->result.times[TIME_ITL][LOAD_P50], p->result.times[TIME_ITL][LOAD_P90]);
+        printf("%s%*.2f %13.1f %8.1f %8.1f %7.2f %7.2f\n", split->fast ? "> " : "",
+               split->fast ? 6 : 8, p->rate, p->per_gpu, p->result.times[TIME_TTFT][LOAD_P50],
+               p->result.times[TIME_TTFT][LOAD_P90], p->result.times[TIME_ITL][LOAD_P50],
+               p->result.times[TIME_ITL][LOAD_P90]);
     else
         printf(bound > 0 ? "< %6.2f\n" : "    none\n", bound);
 }
@@ -269,10 +277,11 @@ static void plan_object(const struct plan_split *split) {
     bool apart = plan_apart(split);
     printf("{\"apart\":%s,\"prefill_workers\":%d,\"tp_prefill\":%d,\"decode_workers\":%d,"
            "\"tp_decode\":%d,\"chunk\":%d,\"prefill_blocks\":%d,\"decode_blocks\":%d,"
-           "\"host_blocks\":%d,\"pruned\":%s,\"rate\":%.6g,\"tokens_per_second_per_gpu\":%.6g",
+           "\"host_blocks\":%d,\"pruned\":%s,\"fast\":%s,\"rate\":%.6g,\"tokens_per_second_per_"
+           "gpu\":%.6g",
            apart ? "true" : "false", split->n[apart ? 0 : 1], split->tp[apart ? 0 : 1], split->n[1],
            split->tp[1], split->chunk, split->blocks[0], split->blocks[1], split->host_blocks,
-           split->pruned ? "true" : "false", p->rate, p->per_gpu);
+           split->pruned ? "true" : "false", split->fast ? "true" : "false", p->rate, p->per_gpu);
     for (int i = TIME_QUEUE; i < N_TIMES && p->rate > 0; i++)
         for (int share = LOAD_P50; share <= LOAD_P90; share++)
             printf(",\"%s_%s_ms\":%.6g", load_times[i][0], load_shares[share],
@@ -344,6 +353,12 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
         printf("\nonly %s keeps the targets: %s, %.1f tokens/s per GPU\n",
                apart ? "apart" : "together", plan_name(apart ? apart : together, names[0]),
                (apart ? apart : together)->best.per_gpu);
+        return;
+    }
+    if (apart->fast || together->fast) {
+        printf(
+            "\nthe load is too short to tell: all of it comes within the target of TTFT; give more "
+            "requests (--limit) or tighter targets\n");
         return;
     }
     double margin = apart->best.per_gpu / together->best.per_gpu - 1;
