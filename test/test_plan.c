@@ -52,6 +52,7 @@ static void apart_wins_where_gaps_are_watched(struct check *check) {
 }
 
 static void together_wins_where_little_is_decoded(struct check *check) {
+    write_rates(check);
     struct outcome o = run(check, SLOW "--replay 400:2 --itl 1000");
     CHECK(o.status == 0 && strstr(o.out, "\napart loses: 1 x TP 1 + 1 x TP 1 makes "), "%s%s",
           o.out, o.err);
@@ -62,6 +63,7 @@ static void together_wins_where_little_is_decoded(struct check *check) {
 }
 
 static void the_same_arguments_give_the_same_bytes(struct check *check) {
+    write_rates(check);
     static const char *const forms[] = {"", "--json"};
     for (int i = 0; i < 2; i++) {
         struct outcome a = run(check, SLOW "--replay 400:10 %s", forms[i]),
@@ -100,6 +102,7 @@ static void every_split_is_told(struct check *check) {
 
 /* Of 4 and of 128 blocks: copied over a link of 1e9 bytes a second, in ms; over one of 1e4 never in time. */
 static void break_even_is_that_of_the_rates(struct check *check) {
+    write_rates(check);
     static const char *const drivers[] = {"--plan h100x2", "--sim h100x2"};
     for (int i = 0; i < 2; i++) {
         struct outcome o = run(check, SMALL "--replay 20:2 --rates $T/links %s", drivers[i]);
@@ -119,8 +122,8 @@ static void lines_are_planned(struct check *check) {
                                 "{\"id\": \"b\", \"after\": \"a\", \"ids\": [4, 5], \"n\": 5}\n"
                                 "{\"ids\": [9, 8, 7, 6], \"n\": 5}\n";
     write_file(check, "lines", lines, strlen(lines));
-    struct outcome o =
-        run(check, "random:stories-15m --kv-device 400b --plan h100x2 -f $T/lines --json");
+    struct outcome o = run(
+        check, "random:stories-15m --kv-device 400b --kv-host 0 --plan h100x2 -f $T/lines --json");
     double rate = told(&o, "\"apart\":false", "rate");
     double tokens = told(&o, "\"apart\":false", "tokens_per_second_per_gpu");
     /* 15 tokens of 2 that come by themselves, 2 GPUs */
@@ -130,6 +133,7 @@ static void lines_are_planned(struct check *check) {
 }
 
 static void refused_in_a_line(struct check *check) {
+    write_rates(check);
     static const struct {
         const char *arguments, *words;
         int status;

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Published claims about pools apart, in virtual time: prints a table for each, in markdown.
+
+    make build/native/dynamo && python3 test/claims.py
+
+1. One node: R1-Distill-Llama-70B in FP8 on H100, 3,000 tokens in and 150 out, no two prompts alike:
+   4 prefill workers of one GPU and a decode worker of 4 against 2 workers of 4 together: +30 %
+   tokens/s per GPU. Two nodes: 8 of one GPU and one of 8 against 2 of 8 together: more than twice
+   as much. (Announcement of NVIDIA Dynamo, March 2025; "at like inter-token latency".)
+2. A host tier under conversations: published gains in TTFT are from 2 to 46 times.
+
+Claim 1 runs as a Poisson process, at rates from few requests to more than a split can take, so that
+each split is a curve of tokens/s per GPU against the median of inter-token latency; TTFT may be
+anything. What a split makes at a latency is interpolated on the most that it makes there or sooner.
+Together has two sizes of prefill chunks to choose from, as it is the one that they matter to. The
+sensitivity repeats it with a rate 20 % lower and higher than the table of sim.h has it. The same
+program, the same bytes; two minutes. Only the standard library is needed."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+MODEL = "random:llama-3.1-70b:fp8"
+LOAD = "3000:150"
+LATENCIES = (15, 20, 30, 50)  # ms
+RATES = [0.1 * 1.4**i for i in range(11)]  # requests/s of a GPU
+H100_BYTES = "memory_bytes 85.5e9"  # 81,559 MiB, as the driver tells
+
+ONE_NODE = {
+    "2 x TP 4 together": "h100x8 --colocate --tp 4",
+    "4 x TP 1 + 1 x TP 4": "h100x8 --prefill 0-3 --decode 4-7 --tp-prefill 1 --tp-decode 4",
+    "6 x TP 1 + 1 x TP 2": "h100x8 --prefill 0-5 --decode 6-7 --tp-prefill 1 --tp-decode 2",
+    "2 x TP 2 + 1 x TP 4": "h100x8 --prefill 0-3 --decode 4-7 --tp-prefill 2 --tp-decode 4",
+}
+TWO_NODES = {
+    "2 x TP 8 together": "2xh100x8 --colocate --tp 8",
+    "8 x TP 1 + 1 x TP 8": "2xh100x8 --prefill 0-7 --decode 8-15 --tp-prefill 1 --tp-decode 8",
+    "2 x TP 4 + 1 x TP 8": "2xh100x8 --prefill 0-7 --decode 8-15 --tp-prefill 4 --tp-decode 8",
+}
+SENSITIVITY = {  # what is varied: its rates
+    "bandwidth": ("read_bytes_per_second",),
+    "peak": ("operations_per_second", "fp8_operations_per_second"),
+    "links": ("peer_bytes_per_second", "network_bytes_per_second", "host_bytes_per_second"),
+    "overhead": ("layer_seconds", "step_seconds", "all_reduce_seconds", "copy_seconds"),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--program", default="build/native/dynamo")
+    parser.add_argument("--quick", action="store_true", help="without the sensitivity")
+    return parser.parse_args()
+
+
+def simulate(args, folder, options, rates=()):
+    path = os.path.join(folder, "rates")
+    with open(path, "w", encoding="ascii") as file:
+        file.write("\n".join(rates) + "\n")
+    words = [args.program, *options.split(), "--rates", path, "--json"]
+    out = subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(out.splitlines()[-1])["load"]
+
+
+def curve(args, folder, cluster, rates, cache={}):
+    """Points (ms, tokens/s per GPU) of one split; sorted, each with more than the one before."""
+    key = cluster, rates
+    if key not in cache:
+        gpus = 16 if cluster.startswith("2x") else 8
+        points = []
+        for chunk in (512, 2048) if "--colocate" in cluster else (2048,):
+            for rate in RATES:
+                load = simulate(args, folder, f"{MODEL} --replay {LOAD} --limit 300 --kv-host 0 "
+                                f"--max-batch 256 --chunk {chunk} --rate {rate * gpus:.6g} "
+                                f"--sim {cluster}", rates)
+                points.append((load["itl_p50_ms"], load["tokens_per_second"] / gpus))
+        hull = []
+        for point in sorted(points):
+            if not hull or point[1] > hull[-1][1]:
+                hull.append(point)
+        cache[key] = hull
+    return cache[key]
+
+
+def at(points, latency):
+    """Tokens/s per GPU at a latency; None: the split is never so quick."""
+    if not points or latency < points[0][0]:
+        return None
+    for (x, y), (next_x, next_y) in zip(points, points[1:]):
+        if latency < next_x:
+            return y + (next_y - y) * (latency - x) / (next_x - x)
+    return points[-1][1]
+
+
+def percent(one, other):
+    return "–" if one is None or other is None else f"{100 * (one / other - 1):+.0f} %"
+
+
+def row(*cells):
+    print("| " + " | ".join(cells) + " |")
+
+
+def table(args, folder, splits, published):
+    """What splits make at some latencies, and how much more than the first of them."""
+    print(f"\nTokens/s per GPU at a median inter-token latency; published: {published}\n")
+    row("split", *(f"{latency} ms" for latency in LATENCIES), "blocks of the least worker")
+    row("---", *("---:" for _ in LATENCIES), "---:")
+    base = None
+    for name, cluster in splits.items():
+        points = curve(args, folder, cluster, (H100_BYTES,))
+        base = base or points
+        cells = []
+        for latency in LATENCIES:
+            made = at(points, latency)
+            more = "" if points is base else f" ({percent(made, at(base, latency))})"
+            cells.append("–" if made is None else f"{made:.0f}{more}")
+        blocks = simulate(args, folder, f"{MODEL} --replay {LOAD} --limit 1 --kv-host 0 "
+                          f"--sim {cluster}", (H100_BYTES,))["device_blocks"]
+        row(name, *cells, f"{blocks:.0f}")
+
+
+def sensitivity(args, folder, splits, latency):
+    base_name, *others = splits
+    print(f"\nMore than {base_name} at {latency} ms, with rates 20 % lower / higher\n")
+    row("split", "as in the table", *SENSITIVITY, "80.0 GB in place of 85.5")
+    row("---", "---:", *("---:" for _ in SENSITIVITY), "---:")
+    for name in others:
+        cells = []
+        variants = [[(H100_BYTES,)]]
+        for rates in SENSITIVITY.values():
+            variants.append([(H100_BYTES, *(f"{rate} *{factor}" for rate in rates))
+                             for factor in (0.8, 1.2)])
+        variants.append([()])
+        for variant in variants:
+            made = []
+            for rates in variant:
+                pair = [at(curve(args, folder, splits[i], rates), latency)
+                        for i in (name, base_name)]
+                made.append(percent(*pair))
+            cells.append(" / ".join(made))
+        row(name, *cells)
+
+
+def conversations(args, folder):
+    trace = os.path.join(folder, "trace.jsonl")
+    script = os.path.join(os.path.dirname(__file__), "make_trace.py")
+    words = "--users 80 --turns 10 --rate 4 --input 8000 --output 200 --think 20"
+    with open(trace, "w", encoding="ascii") as file:
+        subprocess.run([sys.executable, script, *words.split()], stdout=file,
+                       stderr=subprocess.DEVNULL, check=True)
+    print("\n80 users of 10 turns (`test/make_trace.py " + words + "`), llama-3.1-8b in bf16, on "
+          "1 + 1 H100 with 20 GB of KV cache each\n")
+    row("host tier", "prompt tokens found", "of them on the host alone", "TTFT p50, ms",
+        "TTFT p90, ms", "ITL p50, ms", "to the host, GB", "back, GB")
+    row("---", *("---:" for _ in range(7)))
+    tiers = {"none": "--kv-host 0", "copied on eviction": "--kv-policy on-evict",
+             "written through": "--kv-policy write-through"}
+    for name, options in tiers.items():
+        load = simulate(args, folder, f"random:llama-3.1-8b --replay {trace} --sim h100x2 "
+                        f"--kv-device 20G {options}")
+        share = 100 / load["prompt_tokens"]
+        row(name, f"{share * (load['found_on_devices'] + load['found_on_host']):.0f} %",
+            f"{share * load['found_on_host']:.0f} %", f"{load['ttft_p50_ms']:.0f}",
+            f"{load['ttft_p90_ms']:.0f}", f"{load['itl_p50_ms']:.1f}",
+            f"{load['pages_out_gb']:.0f}", f"{load['pages_in_gb']:.0f}")
+
+
+def main():
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        for splits, published, latency in ((ONE_NODE, "+30 % of 4 x TP 1 + 1 x TP 4", 30),
+                                           (TWO_NODES, "more than +100 % of 8 x TP 1 + 1 x TP 8",
+                                            30)):
+            table(args, folder, splits, published)
+            if not args.quick:
+                sensitivity(args, folder, splits, latency)
+        conversations(args, folder)
+
+
+if __name__ == "__main__":
+    main()
