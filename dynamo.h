@@ -80,8 +80,11 @@ struct request {
     int *blocks, n_blocks;        /* … nodes of the cache, in order of position; */
     int *slots, n_slots;          /* … of the first blocks, seen to be where it is computed; */
     int *held, n_held;            /* … nodes whose host copies it holds as it waits */
-    int64_t tried;                /* its last try to be admitted: nothing has changed since */
-    int awaited;                  /* the worker where room is made for it; -1: none */
+    int64_t tried;                /* its last try to be admitted: nothing has changed since. … */
+    int lacks;                    /* … It lacked so many blocks then … */
+    bool lacks_decoder;           /* … on each worker that decodes, or else prefills; or, … */
+    bool makes_room;              /* … if it had a place, they are being freed … */
+    int room_at;                  /* … on this worker */
     int n_passed;                 /* others admitted while it was the first that did not fit */
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
@@ -350,8 +353,6 @@ void kv_unkeep(struct kv *kv, int node);
  * first (without a host tier, or if all of it is pinned, they are lost). False: not yet, ask again
  * when a copy has ended or blocks were unpinned; nothing goes if n cannot be reached at present. */
 bool kv_make_room(struct kv *kv, int worker, int n);
-/* Whether blocks leave to make room, and those that have left were not yet enough. */
-bool kv_makes_room(const struct kv *kv, int worker);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);
 /* The next copy for a worker to carry out: those into the worker first, then page-outs. */

@@ -86,8 +86,8 @@ struct queue { /* of copies that arrive, whose orders are not yet given out */
 
 struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
-    int wanted;                  /* free slots that kv_make_room was asked for last and had not */
-    struct copy *copies, *free;  /* copies (n_slots): a slot's number is its index */
+    int wanted; /* free slots, the most that kv_make_room was asked for and has not */
+    struct copy *copies, *free; /* copies (n_slots): a slot's number is its index */
     /* of CLEAN and of DIRTY: (n) each colder than the two below it, at 2 i + 1 and 2 i + 2 */
     struct copy **heap[N_STANDINGS];
     struct queue in, out; /* orders for this worker: into it, and to the host */
@@ -443,22 +443,21 @@ int kv_reclaimable(const struct kv *kv, int worker) {
 bool kv_make_room(struct kv *kv, int worker, int n) {
     struct place *at = &kv->places[worker];
     const struct place *host = &kv->places[kv->host];
-    int wanted = kv_reclaimable(kv, worker) >= n ? n : 0;
+    int can = kv_reclaimable(kv, worker);
+    bool there = at->n[FREE] >= n;
+    if (at->wanted <= n || at->wanted > can)
+        at->wanted = !there && n <= can ? n : 0;
+    if (there)
+        return true;
     struct copy *victim;
-    while (at->n[FREE] + at->n[LEAVING] < wanted && (victim = choose_victim(at))) {
+    while (at->n[FREE] + at->n[LEAVING] < at->wanted && (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim, false);
         else if (!page_out(kv, victim, true, "makes room"))
             break; /* what is in flight to the host or from it will make room there */
     }
-    at->wanted = at->n[FREE] < n ? wanted : 0;
     return at->n[FREE] >= n;
-}
-
-bool kv_makes_room(const struct kv *kv, int worker) {
-    const struct place *at = &kv->places[worker];
-    return at->n[FREE] < at->wanted && at->n[LEAVING] > 0;
 }
 
 void kv_clean(struct kv *kv, int worker) {
@@ -622,6 +621,11 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from, true);
+    for (int i = 0; i < kv->host && (in || out); i++) /* what had no room on the host goes on */
+        if (kv->places[i].n[FREE] + kv->places[i].n[LEAVING] < kv->places[i].wanted)
+            (void)kv_make_room(kv, i, kv->places[i].wanted);
+        else if (kv->places[i].n[FREE] >= kv->places[i].wanted)
+            kv->places[i].wanted = 0;
 }
 
 int kv_pending(const struct kv *kv, int worker) {

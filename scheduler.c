@@ -30,6 +30,7 @@
 #include "dynamo.h"
 
 #include <assert.h>
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -89,11 +90,11 @@ struct sched {
 /* What admission decides about a request. Its hits are the first blocks of its table. */
 struct plan {
     int decode_worker, prefill_worker;
-    int n_hits;               /* cached blocks, the saved one included */
-    int n_alone;              /* hits that are on the host alone */
+    int n_hits;                   /* cached blocks, the saved one included */
+    int n_alone;                  /* hits that are on the host alone */
     int missing[MAX_WORKERS + 1]; /* hits that are not at the place */
-    int cached, end;          /* tokens [cached, end) are to be prefilled */
-    int n_decode, n_prefill;  /* blocks to hold on each side */
+    int cached, end;              /* tokens [cached, end) are to be prefilled */
+    int n_decode, n_prefill;      /* blocks to hold on each side */
     /* why these workers: for the ledger */
     const char *why_decode, *why_prefill;
 };
@@ -137,26 +138,30 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
-    int held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker];
+    int n_held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker], held = n_held;
     int likely = (int)s->likely_answer, n_there = 0;
     if (w->n_admitted == 0 ||
         2 * (held + own + blocks_of(likely) * (w->n_admitted + 1)) <= n_blocks)
         return true;
     int n[N_SPANS] = {0}, blocks[N_SPANS] = {0}; /* answers that end then; what each alone holds */
-    int n_young = w->n_admitted - w->decoding.length + 1;
+    int own_left = expected_left(s, r), n_coming = w->n_admitted - w->decoding.length;
+    int64_t young = own_left + (int64_t)n_coming * min(likely, own_left); /* tokens to come … */
+    int64_t all = young;                                                  /* … of all */
     for (const struct request *o = w->decoding.first; o; o = o->next) {
-        int span = span_of(expected_left(s, o));
-        n_young += (o->length - o->n_prompt) * YOUNG_SHARE < likely;
+        int left = expected_left(s, o), span = span_of(left), done = o->length - o->n_prompt;
+        young += done * YOUNG_SHARE < done + left ? done + left : 0;
+        all += left;
         n[span]++;
         blocks[span] += o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
         held -= o->n_blocks - o->cached_tokens / BLOCK_TOKENS;
     }
-    n[span_of(likely)] += w->n_admitted - w->decoding.length;
-    n[span_of(expected_left(s, r))]++;
-    blocks[span_of(expected_left(s, r))] += own;
-    held = max(held, 0);
-    if (n_young * (likely / BLOCK_TOKENS) * YOUNG_SHARE > 2 * n_blocks)
+    n[span_of(likely)] += n_coming;
+    n[span_of(own_left)]++;
+    blocks[span_of(own_left)] += own;
+    if (young / BLOCK_TOKENS * YOUNG_SHARE > 2 * n_blocks &&
+        2 * (n_held + own + all / BLOCK_TOKENS) > n_blocks)
         return false;
+    held = max(held, 0);
     for (int span = N_SPANS - 1; span >= 0; span--) { /* those that end later are there, grown */
         held += blocks[span];
         n_there += n[span];
@@ -167,16 +172,25 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
     return true;
 }
 
+/* Blocks that could be freed on a worker for a request, beside those that its answers wait for. */
+static int room_on(const struct sched *s, int worker) {
+    return kv_reclaimable(s->kv, worker) - s->workers[worker].n_stalled;
+}
+
+/* Blocks that a worker must have free for a plan's request, beside the hits that it has. */
+static int lacks(const struct plan *plan, int worker, bool decodes) {
+    int n_blocks = decodes ? plan->n_decode : blocks_of(plan->end);
+    return plan->missing[worker] + n_blocks - plan->n_hits;
+}
+
 /* Whether a worker could take a plan's request now: its blocks can be freed there, also those that
  * stalled answers need, and a new answer has room to grow. One that was preempted need not wait for
  * that. */
 static bool fits(const struct sched *s, const struct request *r, const struct plan *plan,
                  int worker, bool decodes) {
-    const struct worker *w = &s->workers[worker];
-    int n_blocks = decodes ? plan->n_decode : blocks_of(plan->end);
-    int wanted = decodes ? blocks_of(r->length + expected_left(s, r)) : n_blocks;
-    int lacks = plan->missing[worker] + n_blocks - plan->n_hits + w->n_stalled;
-    return wanted <= s->config.kv.device_blocks[worker] && lacks <= kv_reclaimable(s->kv, worker) &&
+    int wanted = blocks_of(decodes ? r->length + expected_left(s, r) : plan->end);
+    return wanted <= s->config.kv.device_blocks[worker] &&
+           lacks(plan, worker, decodes) <= room_on(s, worker) &&
            (!decodes || r->preemptions > 0 || room_to_grow(s, r, plan, worker));
 }
 
@@ -359,6 +373,7 @@ static void release_followers(struct sched *s, const struct request *leader) {
         if (r->leader == leader && (!computes || leader->filled >= r->shared)) {
             r->leader = NULL;
             r->tried = -1;
+            r->lacks = 0;
             place_request(s, r);
         }
     }
@@ -417,7 +432,6 @@ static void register_full_blocks(struct sched *s, struct request *r, int first) 
         r->blocks[i] = kv_register(s->kv, r->blocks[i], i > 0 ? r->blocks[i - 1] : NONE,
                                    r->hashes[i], r->tokens + (size_t)i * BLOCK_TOKENS);
         r->n_slots = min(r->n_slots, i);
-        s->n_changes += r->state == REQUEST_PREFILL; /* who waits for it may look again */
     }
 }
 
@@ -500,8 +514,31 @@ static void follow(struct sched *s, struct request *r, const struct request *lea
          &(struct event){EVENT_FOLLOWS, .request = r->id, .other = leader->id, .n = r->shared});
 }
 
+/* Whether it is worth while to look a request up again. Since its last try the room has come that
+ * is made for it; or something has changed, and a worker of the pool that had too little room has
+ * as much as it lacked. */
+static bool may_fit(const struct sched *s, const struct request *r) {
+    const bool *can = r->lacks_decoder ? s->config.decodes : s->config.prefills;
+    if (r->tried == s->n_changes)
+        return r->makes_room && kv_usage(s->kv, r->room_at).free >= r->lacks;
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        if (r->makes_room || (can[i] && room_on(s, i) >= r->lacks))
+            return true;
+    return false;
+}
+
+static void note_lack(const struct sched *s, struct request *r, const struct plan *plan) {
+    r->makes_room = false;
+    r->lacks_decoder = plan->decode_worker == NONE;
+    const bool *can = r->lacks_decoder ? s->config.decodes : s->config.prefills;
+    r->lacks = INT_MAX;
+    for (int i = 0; i < s->config.kv.n_workers; i++)
+        if (can[i])
+            r->lacks = min(r->lacks, lacks(plan, i, r->lacks_decoder));
+}
+
 /* Chooses the workers. False: none has room. */
-static bool choose_workers(struct sched *s, const struct request *r, struct plan *plan) {
+static bool choose_workers(struct sched *s, struct request *r, struct plan *plan) {
     plan->decode_worker = choose_worker(s, r, plan, true);
     plan->prefill_worker = choose_worker(s, r, plan, false);
     plan->why_decode = "fewest blocks in use and to be fetched";
@@ -516,7 +553,10 @@ static bool choose_workers(struct sched *s, const struct request *r, struct plan
         plan->why_decode = "its one token comes with the prompt";
     }
     plan->n_prefill = plan->prefill_worker == plan->decode_worker ? 0 : blocks_of(plan->end);
-    return plan->decode_worker != NONE && plan->prefill_worker != NONE;
+    bool ok = plan->decode_worker != NONE && plan->prefill_worker != NONE;
+    if (!ok)
+        note_lack(s, r, plan);
+    return ok;
 }
 
 /* Pins the hits that are on a worker (there), so that they stay, or fetches the others. */
@@ -536,13 +576,16 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
     int sides[] = {plan->decode_worker, plan->prefill_worker};
     int n_blocks[] = {plan->n_decode, plan->n_prefill}, n_sides = plan->n_prefill > 0 ? 2 : 1;
     bool ok = true;
-    r->awaited = NONE;
     for (int i = 0; i < n_sides; i++) { /* both begin to make room */
         take_hits(s, r, plan, sides[i], true);
         int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
-        bool room = kv_make_room(s->kv, sides[i], n + s->workers[sides[i]].n_stalled);
-        r->awaited = room ? r->awaited : sides[i];
-        ok = ok && room;
+        n += s->workers[sides[i]].n_stalled;
+        if (kv_make_room(s->kv, sides[i], n))
+            continue;
+        ok = false;
+        r->makes_room = true;
+        r->room_at = sides[i];
+        r->lacks = n;
     }
     for (int i = 0; i < n_sides; i++) {
         if (ok)
@@ -605,7 +648,7 @@ static bool admit(struct sched *s, struct request *r, double now) {
 
 /* Admits what fits: who was preempted, who has followed another, and new ones, each in order. The
  * first of them that does not fit lets at most MAX_PASSED behind it pass. One is tried again when
- * something has changed, and no sooner than the blocks have left that make room for it. */
+ * something has changed. */
 static void admit_waiting(struct sched *s, double now) {
     const struct list *lists[] = {&s->preempted, &s->released, &s->waiting};
     struct request *passed[] = {NULL, NULL, NULL}, *next;
@@ -615,9 +658,8 @@ static void admit_waiting(struct sched *s, double now) {
             for (int j = 0; j <= i; j++)
                 if (passed[j] && passed[j]->n_passed >= MAX_PASSED)
                     return;
-            int64_t changes = s->n_changes;
-            bool soon = r->awaited != NONE && kv_makes_room(s->kv, r->awaited);
-            if (r->tried != changes && !soon && admit(s, r, now)) {
+            int64_t changes = s->n_changes; /* before what trying it changes */
+            if (may_fit(s, r) && admit(s, r, now)) {
                 for (int j = 0; j <= i; j++)
                     if (passed[j])
                         passed[j]->n_passed++;
@@ -840,21 +882,14 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
     admit_waiting(s, now);
 }
 
-/* Slots that a place has free, and those that it could have: these count once, those twice. */
-static int room_at(const struct sched *s, int place) {
-    return kv_reclaimable(s->kv, place) - kv_used(s->kv, place);
-}
-
-/* What waits is tried again if there is more room than before; but not for each block that leaves
- * for somebody who waits until many have left. */
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
-    int room = room_at(s, order->from) + room_at(s, order->to);
+    int to = min(order->to, s->config.kv.n_workers - 1), before = kv_reclaimable(s->kv, to);
     s->workers[order->worker].n_copying--;
     concern(s, order->worker);
+    if (order->from < s->config.kv.n_workers)
+        concern(s, order->from); /* what was read there may be written again */
     kv_copied(s->kv, order, ok);
-    bool more = room_at(s, order->from) + room_at(s, order->to) > room;
-    if (!ok || (more && !kv_makes_room(s->kv, order->worker)))
-        note_change(s);
+    s->n_changes += !ok || kv_reclaimable(s->kv, to) != before;
     admit_waiting(s, now);
 }
 
@@ -895,7 +930,6 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .prefill_worker = NONE,
                           .decode_worker = NONE,
                           .saved = NONE,
-                          .awaited = NONE,
                           .tried = -1,
                           .late = INFINITY,
                           .submitted = now};

@@ -2,28 +2,29 @@
  * and copies take the time that they would take, by a clock that nobody waits for.
  *
  *     struct cluster cluster;
- *     if (cluster_open(&cluster, "2xh100x8", NULL, error) && cluster_fit(&cluster, &config, error)) {
+ *     if (cluster_open(&cluster, "2xh100x8", NULL, error) &&
+ *         cluster_fit(&cluster, &config, error)) {
  *         struct sim *sim = sim_open(&cluster, &config, load, error);
  *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
  *         sim_close(sim);
  *     }
  *
- * What is decided is decided by the object code of scheduler.c and kvcache.c, which has no clock and
- * no device and so does not know. This file has what dynamo.c has threads and a backend for: when
- * each step and each copy ends. Nothing is computed: the tokens of answers are a function of the
- * request and the position.
+ * What is decided is decided by the object code of scheduler.c and kvcache.c, which has no clock
+ * and no device and so does not know. This file has what dynamo.c has threads and a backend for:
+ * when each step and each copy ends. Nothing is computed: the tokens of answers are a function of
+ * the request and the position.
  *
- *     a step    as long as its shards read or compute, whichever takes longer (a roofline), and what
- *               launches take; two all-reduces a layer of shards on several chips
+ *     a step    as long as its shards read or compute, whichever takes longer (a roofline), and
+ *               what launches take; two all-reduces a layer of shards on several chips
  *     a copy    from when its ports are free, first come, first served: a chip has one out and one
  *               in to its peers, to its host, and to other nodes. So transfers contend.
  *     a chip    that several workers share does their steps side by side, each more slowly
  *
- * The same arguments give the same bytes of output: what happens at one time happens in the order in
- * which it was made. All rates stand in one table; --rates replaces them by measured ones, a line
- * each, `h100 read_bytes_per_second 2.97e12` (`*1.2`: times the table's), without a chip for any.
- * The weights are not read.
- * Refuses: to guess what a chip that is not in the table does, and models that do not fit.
+ * The same arguments give the same bytes of output: what happens at one time happens in the order
+ * in which it was made. All rates stand in one table; --rates replaces them by measured ones, a
+ * line each, `h100 read_bytes_per_second 2.97e12` (`*1.2`: times the table's), without a chip for
+ * any. The weights are not read. Refuses: to guess what a chip that is not in the table does, and
+ * models that do not fit.
  * Read next: sim_run, then step_cost in dynamo.c. */
 #ifndef SIM_H
 #define SIM_H
@@ -55,7 +56,8 @@ struct cluster {
 
 /* rates: a file of measured ones, or NULL. False: `error`, one line. */
 bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error);
-/* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are -1. */
+/* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are
+ * -1. */
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error);
 
 struct sim;
@@ -82,15 +84,16 @@ void sim_close(struct sim *sim);
 /* ---- chips ---- */
 
 /* Data sheets: H100 SXM (80 GB, 3.35 TB/s, 989 and 1979 dense TFLOP/s, NVLink 900 GB/s both ways
- * together, PCIe 5); H200 SXM (141 GB, 4.8 TB/s, else the same); B200 in a DGX (180 GB, 8 TB/s, 2250
- * and 4500 dense, NVLink 1800); A100 SXM 80 GB (2.04 TB/s, 312, no FP8, NVLink 600, PCIe 4); L40S
- * (48 GB, 864 GB/s, 362 and 733 dense, no NVLink, PCIe 4). A node as in a DGX of its time: 400 Gb/s
- * of InfiniBand a GPU (A100: 200), 2 TB of host memory; the L40S in a server with 200 and 1 TB.
- * Measured, all on an H100 (test/SPEED.md): a pinned copy 55 of PCIe's 64 GB/s, likewise half of
- * that by PCIe 4; decode of Llama-3.1-8B at 176 tokens/s with one stream, which is 0.9 of `read` and
- * 18 us a layer, and prefill of 8192 at 33,100, which is 0.55 of the peak: the others are taken to
- * reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long. All-reduce
- * latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in F32. */
+ * together, PCIe 5); H200 SXM (141 GB, 4.8 TB/s, else the same); B200 in a DGX (180 GB, 8 TB/s,
+ * 2250 and 4500 dense, NVLink 1800); A100 SXM 80 GB (2.04 TB/s, 312, no FP8, NVLink 600, PCIe 4);
+ * L40S (48 GB, 864 GB/s, 362 and 733 dense, no NVLink, PCIe 4). A node as in a DGX of its time: 400
+ * Gb/s of InfiniBand a GPU (A100: 200), 2 TB of host memory; the L40S in a server with 200 and 1
+ * TB. Measured, all on an H100 (test/SPEED.md): a pinned copy 55 of PCIe's 64 GB/s, likewise half
+ * of that by PCIe 4; decode of Llama-3.1-8B at 176 tokens/s with one stream, which is 0.9 of `read`
+ * and 18 us a layer, and prefill of 8192 at 33,100, which is 0.55 of the peak: the others are taken
+ * to reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long.
+ * All-reduce latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in
+ * F32. */
 static const struct chip sim_chips[] = {
     {"h100", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
      3e-5, 2048, KV_BF16, .4},
@@ -555,8 +558,8 @@ static double sim_piece(struct sim *sim, int from, int to, bool abroad, double b
 }
 
 /* When a copy that starts now ends: its pieces, as many as the wider place has shards, go side by
- * side as far as they use other ports. A block on the host is in the memory of the node whose worker
- * put it there. */
+ * side as far as they use other ports. A block on the host is in the memory of the node whose
+ * worker put it there. */
 static double sim_copy_end(struct sim *sim, const struct kv_copy_order *order) {
     const struct cluster *cluster = sim->cluster;
     const struct engine_config *config = sim->config;

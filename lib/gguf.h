@@ -36,7 +36,7 @@ enum tensor_type {
     TYPE_Q6_K = 14,
     TYPE_BF16 = 30
 };
-/* One that GGUF does not have: a byte a weight. No kernel multiplies it, but what it costs is known. */
+/* One that GGUF does not have: a byte a weight. No kernel multiplies it, but its cost is known. */
 #define TYPE_FP8 ((enum tensor_type)64)
 
 /* Types of key values, as GGUF numbers them; it also has u8, i8, u16, i16, u64, i64 and f64. */

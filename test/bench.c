@@ -314,8 +314,8 @@ static void bench_prefill(struct bench *bench, const char *type, enum tensor_typ
            scores / attention * 1e-9);
 }
 
-/* Weights are read in a step of one stream, and multiplied in a chunk of a prompt; a block is copied
- * as memory is. */
+/* Weights are read in a step of one stream, and multiplied in a chunk of a prompt; a block is
+ * copied as memory is. */
 static void bench_rates(struct bench *bench, const char *type) {
     enum { CHUNK = 256, BYTES = 1 << 26 };
     const struct shape *shape = bench->shape;

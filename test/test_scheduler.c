@@ -1547,8 +1547,8 @@ static void answers_have_room_to_grow(struct check *check) {
         int host_blocks, spread;
         double every, seconds, share, gap;
     } loads[] = {{16000, 0, 0.1, 290, 0.98, 2},      {16000, 0, 0.01, 290, 0.98, 2},
-                 {16000, 500, 0.1, 290.9, 0.98, 2},  {16000, 500, 0.3, 297.4, 0.98, 2},
-                 {16000, 500, 0.01, 294.6, 0.98, 2}, {0, 500, 0.1, 291.3, 0.96, 2}};
+                 {16000, 500, 0.1, 290.9, 0.96, 3},  {16000, 500, 0.3, 297.4, 0.96, 3},
+                 {16000, 500, 0.01, 294.6, 0.96, 3}, {0, 500, 0.1, 291.3, 0.94, 3}};
     for (size_t load = 0; load < sizeof loads / sizeof *loads; load++) {
         struct sched_config config = {
             .kv = {.n_workers = 1, .device_blocks = {4000}, .host_blocks = loads[load].host_blocks},

@@ -1,7 +1,8 @@
-/* test_sim.c: virtual time beside what is known of queues: one server and four, with Poisson arrivals
- * and equal requests; what steps and copies cost beside sums done by hand; that memory does not grow
- * with a load, that the same arguments give the same bytes, that what cannot be is refused in a
- * line; and that the scheduler, given what a real run gave it, decides again what it decided then. */
+/* test_sim.c: virtual time beside what is known of queues: one server and four, with Poisson
+ * arrivals and equal requests; what steps and copies cost beside sums done by hand; that memory
+ * does not grow with a load, that the same arguments give the same bytes, that what cannot be is
+ * refused in a line; and that the scheduler, given what a real run gave it, decides again what it
+ * decided then. */
 #define _GNU_SOURCE
 #include "../dynamo.h"
 #include <pthread.h>
@@ -174,8 +175,9 @@ static struct outcome run_load_in(struct check *check, struct engine_config *con
 
 enum { ONE_PROMPT = 16, ARRIVALS = 100000 };
 
-/* How long one waits in the mean, in times of service, for one of c servers that are all busy a share
- * rho of the time, if arrivals are Poisson and service always takes as long (Crommelin 1932). */
+/* How long one waits in the mean, in times of service, for one of c servers that are all busy a
+ * share rho of the time, if arrivals are Poisson and service always takes as long (Crommelin
+ * 1932). */
 static double crommelin(int c, double rho) {
     double wait = 0;
     for (int i = 1; i < 300; i++) {
@@ -188,8 +190,8 @@ static double crommelin(int c, double rho) {
     return wait;
 }
 
-/* A step takes one prompt; its one token comes with it. A worker holds no more than that prompt: who
- * waits waits in the one queue. */
+/* A step takes one prompt; its one token comes with it. A worker holds no more than that prompt:
+ * who waits waits in the one queue. */
 static void waits_as_queues_do(struct check *check) {
     CHECK(fabs(crommelin(1, 0.7) - 0.7 / (2 * (1 - 0.7))) < 1e-6, "one server: %g",
           crommelin(1, 0.7));
