@@ -92,6 +92,10 @@ def at(args, folder, cluster, latency, rates=(H100_BYTES,)):
     return best
 
 
+def percent(one, other):
+    return "–" if one is None or other is None else f"{100 * (one / other - 1):+.0f} %"
+
+
 def reached(args, folder, split, base, margin):
     """The highest latency at which one split makes so much more than the other."""
     for latency in range(30, 4, -1):
