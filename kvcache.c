@@ -15,9 +15,10 @@
  * reason to go: the coldest copy of a place goes first, and if it is dirty it is paged out before
  * it goes. The cleaner does so in advance for the few that are next.
  *
- * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing
- * (enum standing): so the rules stand in one function. Clean and dirty copies of a place are on a
- * heap each, the coldest on top. To enter as the hottest, as under LRU, costs O(1), all else on a
+ * Whoever changes a copy calls `settle_copy` in the end, which gives it its standing (enum
+ * standing): so the rules stand in one function; then `settle`, which does so with the others of
+ * its node if it matters to them. Clean and dirty copies of a place are on a heap each, the coldest
+ * on top. To enter as the hottest, as under LRU, costs O(1), all else on a
  * heap of n O(log n), in every order.
  *
  * Invariants (test/invariants.h counts them anew):
@@ -76,6 +77,8 @@ struct node {
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
     int next;                /* in its bucket; or of the free nodes */
+    unsigned char n_valid, n_reserved; /* of its copies; and … */
+    unsigned char matters;             /* … what matters to each of them, when it was settled */
     int tokens[BLOCK_TOKENS];
 };
 
@@ -200,6 +203,12 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL:
     return c;
 }
 
+static void count_copy(struct kv *kv, const struct copy *c, int n) {
+    struct node *node = &kv->nodes[c->node];
+    node->n_valid = (unsigned char)(node->n_valid + n * (c->standing >= IN_USE));
+    node->n_reserved = (unsigned char)(node->n_reserved + n * (c->standing == RESERVED));
+}
+
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
     struct copy **from = at->heap[c->standing], **to = at->heap[standing];
@@ -208,7 +217,9 @@ static void set_standing(struct kv *kv, struct copy *c, enum standing standing) 
     int last = --at->n[c->standing], n = at->n[standing]++;
     if (from && from[last] != c) /* the last one fills its gap */
         heap_fill(from, last, c->at, from[last]);
+    count_copy(kv, c, -1);
     c->standing = standing;
+    count_copy(kv, c, 1);
     if (standing == CLEAN && c->place == kv->host)
         c->heat = ++kv->clock;
     if (to)
@@ -219,6 +230,7 @@ static void link_copy(struct kv *kv, struct copy *c, int node) {
     c->node = node;
     c->next = kv->nodes[node].first;
     kv->nodes[node].first = c;
+    count_copy(kv, c, 1);
 }
 
 static void unlink_copy(struct kv *kv, const struct copy *c) {
@@ -226,6 +238,7 @@ static void unlink_copy(struct kv *kv, const struct copy *c) {
     while (*link != c)
         link = &(*link)->next;
     *link = c->next;
+    count_copy(kv, c, -1);
 }
 
 /* Gives a node a slot at a place, with one pin. NULL: none is free. */
@@ -246,8 +259,8 @@ static void free_slot(struct kv *kv, struct copy *c) {
     assert(c->pins == 0 && c->reads == 0 && c->standing != IN_FLIGHT);
     kv->stats.unused += c->unused;
     c->unused = false;
-    unlink_copy(kv, c);
     set_standing(kv, c, FREE);
+    unlink_copy(kv, c);
     c->next = kv->places[c->place].free;
     kv->places[c->place].free = c;
 }
@@ -290,34 +303,44 @@ static void free_node(struct kv *kv, int id) {
     kv->first_free = id;
 }
 
-/* Where a copy belongs whose node has so many valid and reserved copies. FREE: nobody needs it. */
-static enum standing standing_of(const struct kv *kv, const struct copy *c, int n_valid,
-                                 int n_reserved) {
+/* What matters to all copies of a node: that the content is of use later, that there is more than
+ * one, that there will be another. */
+static unsigned char what_matters(const struct node *node) {
+    return (unsigned char)((node->serial || node->keeper) + 2 * (node->n_valid >= 2) +
+                           4 * (node->n_reserved > 0));
+}
+
+/* Where a copy belongs. FREE: nobody needs it. */
+static enum standing standing_of(const struct kv *kv, const struct copy *c) {
     const struct node *node = &kv->nodes[c->node];
+    bool awaited = node->n_reserved > 0;
     if (c->standing == IN_FLIGHT || c->pins > 0)
         return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
         return c->standing == LEAVING ? LEAVING : BUSY;
-    if (c->standing == RESERVED || !(node->serial || node->keeper || n_reserved > 0))
+    if (c->standing == RESERVED || !(node->serial || node->keeper || awaited))
         return FREE;
-    return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
+    return awaited ? BUSY : node->n_valid >= 2 ? CLEAN : DIRTY;
 }
 
-/* Puts each copy of a changed node where it now belongs; frees a node without copies. */
+/* Puts a changed copy where it now belongs. */
+static void settle_copy(struct kv *kv, struct copy *c) {
+    enum standing standing = standing_of(kv, c);
+    if (standing == FREE)
+        free_slot(kv, c);
+    else
+        set_standing(kv, c, standing);
+}
+
+/* Does so with all copies of a changed node, if that matters to them; frees one without copies. */
 static void settle(struct kv *kv, int id) {
-    const struct node *node = &kv->nodes[id];
-    int n_valid = 0, n_reserved = 0;
-    for (const struct copy *c = node->first; c; c = c->next) {
-        n_valid += c->standing >= IN_USE;
-        n_reserved += c->standing == RESERVED && c->pins > 0;
-    }
-    for (struct copy *c = node->first, *next; c; c = next) {
-        enum standing standing = standing_of(kv, c, n_valid, n_reserved);
-        next = c->next;
-        if (standing == FREE)
-            free_slot(kv, c);
-        else
-            set_standing(kv, c, standing);
+    struct node *node = &kv->nodes[id];
+    while (node->matters != what_matters(node)) {
+        node->matters = what_matters(node);
+        for (struct copy *c = node->first, *next; c; c = next) {
+            next = c->next;
+            settle_copy(kv, c);
+        }
     }
     if (!node->first)
         free_node(kv, id);
@@ -355,6 +378,7 @@ static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const 
     set_standing(kv, to, IN_FLIGHT);
     note(&kv->config.ledger, &(struct event){EVENT_COPY_ORDERED, .node = to->node,
                                              .from = from->place, .to = to->place, .why = why});
+    settle_copy(kv, from);
     settle(kv, to->node);
 }
 
@@ -481,7 +505,9 @@ int kv_new(struct kv *kv, int worker) {
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
     assert(!copy_at(kv, node, worker));
-    return occupy(kv, node, worker, RESERVED);
+    bool ok = occupy(kv, node, worker, RESERVED);
+    settle(kv, node);
+    return ok;
 }
 
 static bool send(struct kv *kv, int node, int worker, const char *why) {
@@ -500,7 +526,7 @@ void kv_hold(struct kv *kv, int node, int place) {
     assert(c);
     c->pins++;
     c->unused = false;
-    settle(kv, node);
+    settle_copy(kv, c);
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
@@ -516,6 +542,7 @@ void kv_unpin(struct kv *kv, int node, int place) {
     assert(c && c->pins > 0);
     if (--c->pins == 0)
         c->heat = choose_heat(kv, c->heat, false);
+    settle_copy(kv, c);
     settle(kv, node);
 }
 
@@ -556,10 +583,12 @@ static void merge(struct kv *kv, int private, int winner) {
             other->pins += mine->pins;
             other->unused = false;
             mine->pins = 0;
+            settle_copy(kv, other);
         } else {
             unlink_copy(kv, mine);
             link_copy(kv, mine, winner);
         }
+        settle_copy(kv, mine);
     }
     settle(kv, winner);
     settle(kv, private);
@@ -618,6 +647,8 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     set_standing(kv, to, ok ? IN_USE : RESERVED);
     to->unused = ok && !out && to->pins == 0;
     *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
+    settle_copy(kv, to);
+    settle_copy(kv, from);
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from, true);

@@ -47,12 +47,11 @@ static int count(const struct kv *kv, int id, enum kv_state state) {
 }
 
 static const char *check_copy(const struct kv *kv, const struct copy *copy) {
-    int n_valid = count(kv, copy->node, KV_VALID), n_reserved = count(kv, copy->node, KV_RESERVED);
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
     BROKEN(copy->standing == RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
     BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
-    BROKEN(copy->standing != standing_of(kv, copy, n_valid, n_reserved), "a copy's standing");
+    BROKEN(copy->standing != standing_of(kv, copy), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
     BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
            "a private copy is cached that nobody keeps");
@@ -94,6 +93,8 @@ static const char *check_node(const struct kv *kv, int id) {
             return broken;
     }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
+    BROKEN(node->n_valid != count(kv, id, KV_VALID), "valid copies of a node");
+    BROKEN(node->n_reserved != count(kv, id, KV_RESERVED), "reserved copies of a node");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
     BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
     BROKEN(!node->first && (node->serial || node->keeper), "a node without copies");
