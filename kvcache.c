@@ -510,31 +510,39 @@ bool kv_reserve(struct kv *kv, int node, int worker) {
     return ok;
 }
 
-static bool send(struct kv *kv, int node, int worker, const char *why) {
-    struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
-    if (from && to && to->standing == RESERVED)
+/* Orders the copy that fills a reserved one. False: no place holds the block. */
+static bool fill(struct kv *kv, struct copy *to, const char *why) {
+    struct copy *from = to->standing == RESERVED ? choose_source(kv, to->node) : NULL;
+    if (from)
         order_copy(kv, from, to, to->from ? "again: the last has failed" : why);
-    return from;
+    return to->standing != RESERVED;
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
-    return send(kv, node, worker, "hand-over");
+    struct copy *to = copy_at(kv, node, worker);
+    return to && fill(kv, to, "hand-over");
 }
 
-void kv_hold(struct kv *kv, int node, int place) {
-    struct copy *c = copy_at(kv, node, place);
-    assert(c);
+static void pin(struct kv *kv, struct copy *c) {
     c->pins++;
     c->unused = false;
     settle_copy(kv, c);
 }
 
+bool kv_hold(struct kv *kv, int node, int place) {
+    struct copy *c = copy_at(kv, node, place);
+    if (c)
+        pin(kv, c);
+    return c;
+}
+
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    if (copy_at(kv, node, worker))
-        kv_hold(kv, node, worker);
-    else if (!choose_source(kv, node) || !occupy(kv, node, worker, RESERVED))
+    struct copy *to = copy_at(kv, node, worker);
+    if (to)
+        pin(kv, to);
+    else if (!choose_source(kv, node) || !(to = occupy(kv, node, worker, RESERVED)))
         return false;
-    return send(kv, node, worker, "fetch: a prefix hit");
+    return fill(kv, to, "fetch: a prefix hit");
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {
@@ -548,13 +556,12 @@ void kv_unpin(struct kv *kv, int node, int place) {
 
 enum kv_state kv_state(const struct kv *kv, int node, int place) {
     const struct copy *own = copy_at(kv, node, place);
-    bool read = false;
-    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
-        read = read || c->reads > 0;
     if (!own || own->standing < IN_USE)
         return own ? (enum kv_state)own->standing : KV_ABSENT;
-    /* its owner must not write it while it is being copied */
-    return read && !kv->nodes[node].serial ? KV_ARRIVING : KV_VALID;
+    bool read = false; /* its owner must not write it while it is being copied */
+    for (const struct copy *c = kv->nodes[node].first; c && !kv->nodes[node].serial; c = c->next)
+        read = read || c->reads > 0;
+    return read ? KV_ARRIVING : KV_VALID;
 }
 
 int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
