@@ -44,6 +44,7 @@ enum {
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
     CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
+    HEAP_WAYS = 4,   /* half as deep as with 2 */
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
@@ -82,6 +83,11 @@ struct node {
     int tokens[BLOCK_TOKENS];
 };
 
+struct entry { /* of a heap; a copy's heat stands here too, so that comparing does not fetch it */
+    uint64_t heat;
+    struct copy *copy;
+};
+
 struct queue { /* of copies that arrive, whose orders are not yet given out */
     struct copy *first, *last;
     int n;
@@ -91,8 +97,8 @@ struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
     int wanted; /* free slots, the most that kv_make_room was asked for and has not */
     struct copy *copies, *free; /* copies (n_slots): a slot's number is its index */
-    /* of CLEAN and of DIRTY: (n) each colder than the two below it, at 2 i + 1 and 2 i + 2 */
-    struct copy **heap[N_STANDINGS];
+    /* of CLEAN and of DIRTY: (n) each colder than the four below it, from HEAP_WAYS * i + 1 on */
+    struct entry *heap[N_STANDINGS];
     struct queue in, out; /* orders for this worker: into it, and to the host */
 };
 
@@ -118,7 +124,7 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
 }
 
 static struct copy *coldest(const struct place *at, enum standing standing) {
-    return at->n[standing] > 0 ? at->heap[standing][0] : NULL;
+    return at->n[standing] > 0 ? at->heap[standing][0].copy : NULL;
 }
 
 /* ---- decisions: change these to try another policy ---- */
@@ -135,15 +141,10 @@ static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
     }
 }
 
-/* Which of two cached copies of a place goes first. */
-static bool colder(const struct copy *a, const struct copy *b) {
-    return a->heat < b->heat;
-}
-
 /* Which copy leaves a worker: the coldest, clean or dirty. NULL: none is cached. */
 static struct copy *choose_victim(const struct place *worker) {
     struct copy *clean = coldest(worker, CLEAN), *dirty = coldest(worker, DIRTY);
-    return !clean || (dirty && colder(dirty, clean)) ? dirty : clean;
+    return !clean || (dirty && dirty->heat < clean->heat) ? dirty : clean;
 }
 
 /* Which copy leaves the host: a clean one, whose block is on a device as well, except as many as
@@ -168,30 +169,35 @@ static struct copy *choose_source(const struct kv *kv, int node) {
 
 /* ---- heaps ---- */
 
-static void heap_set(struct copy **heap, int i, struct copy *c) {
-    heap[i] = c;
-    c->at = i;
+static void heap_set(struct entry *heap, int i, struct entry entry) {
+    heap[i] = entry;
+    entry.copy->at = i;
 }
 
-/* Puts a copy into the gap at i of a heap of n, or where the gap must go: up, or down. */
-static void heap_fill(struct copy **heap, int n, int i, struct copy *c) {
-    for (; i > 0 && colder(c, heap[(i - 1) / 2]); i = (i - 1) / 2)
-        heap_set(heap, i, heap[(i - 1) / 2]);
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        child += child + 1 < n && colder(heap[child + 1], heap[child]);
-        if (!colder(heap[child], c))
+/* Puts an entry into the gap at i of a heap of n, or where the gap must go: up, or down. */
+static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
+    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / HEAP_WAYS].heat; i = up)
+        heap_set(heap, i, heap[up]);
+    for (int first; (first = HEAP_WAYS * i + 1) < n;) {
+        int child = first;
+        for (int other = first + 1; other < first + HEAP_WAYS && other < n; other++)
+            child = heap[other].heat < heap[child].heat ? other : child;
+        if (heap[child].heat >= entry.heat)
             break;
         heap_set(heap, i, heap[child]);
+        i = child;
     }
-    heap_set(heap, i, c);
+    heap_set(heap, i, entry);
 }
 
 /* How many clean copies at i and below it are colder than a given one, counted up to `most`. */
 static int count_colder(const struct place *at, int i, const struct copy *than, int most) {
-    if (most <= 0 || i >= at->n[CLEAN] || !colder(at->heap[CLEAN][i], than))
+    if (most <= 0 || i >= at->n[CLEAN] || at->heap[CLEAN][i].heat >= than->heat)
         return 0;
-    int n = 1 + count_colder(at, 2 * i + 1, than, most - 1);
-    return n + count_colder(at, 2 * i + 2, than, most - n);
+    int n = 1;
+    for (int child = HEAP_WAYS * i + 1; child <= HEAP_WAYS * (i + 1); child++)
+        n += count_colder(at, child, than, most - n);
+    return n;
 }
 
 /* ---- copies and slots ---- */
@@ -211,11 +217,11 @@ static void count_copy(struct kv *kv, const struct copy *c, int n) {
 
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
-    struct copy **from = at->heap[c->standing], **to = at->heap[standing];
+    struct entry *from = at->heap[c->standing], *to = at->heap[standing];
     if (c->standing == standing)
         return;
     int last = --at->n[c->standing], n = at->n[standing]++;
-    if (from && from[last] != c) /* the last one fills its gap */
+    if (from && from[last].copy != c) /* the last one fills its gap */
         heap_fill(from, last, c->at, from[last]);
     count_copy(kv, c, -1);
     c->standing = standing;
@@ -223,7 +229,7 @@ static void set_standing(struct kv *kv, struct copy *c, enum standing standing) 
     if (standing == CLEAN && c->place == kv->host)
         c->heat = ++kv->clock;
     if (to)
-        heap_fill(to, n, n, c);
+        heap_fill(to, n, n, (struct entry){c->heat, c});
 }
 
 static void link_copy(struct kv *kv, struct copy *c, int node) {
@@ -414,7 +420,7 @@ struct kv *kv_create(const struct kv_config *config) {
         n += (size_t)config->device_blocks[i];
     while (n_buckets < n)
         n_buckets *= 2;
-    size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct copy *);
+    size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
     struct kv *kv = calloc(1, sizeof *kv + n * each + n_buckets * sizeof *kv->buckets);
     if (!kv)
         return NULL;
@@ -423,7 +429,7 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->n_buckets = n_buckets;
     kv->nodes = (struct node *)(kv + 1); /* all is in one piece of memory */
     struct copy *copies = (struct copy *)(kv->nodes + n);
-    struct copy **heaps = (struct copy **)(copies + n);
+    struct entry *heaps = (struct entry *)(copies + n);
     kv->buckets = (int *)(heaps + 2 * n);
     for (int i = 0; i <= kv->host; i++) {
         struct place *at = &kv->places[i];

@@ -105,12 +105,13 @@ static const char *check_node(const struct kv *kv, int id) {
 
 static const char *check_heap(const struct kv *kv, int place, enum standing standing) {
     const struct place *at = &kv->places[place];
-    struct copy *const *heap = at->heap[standing];
+    const struct entry *heap = at->heap[standing];
     for (int i = 0; i < at->n[standing]; i++) {
-        const struct copy *copy = heap[i];
+        const struct copy *copy = heap[i].copy;
         BROKEN(copy->standing != standing || copy->place != place, "on the wrong heap");
         BROKEN(copy->at != i, "a copy that does not know its place on the heap");
-        BROKEN(i > 0 && colder(heap[i], heap[(i - 1) / 2]),
+        BROKEN(copy->heat != heap[i].heat, "a heap that does not know a copy's heat");
+        BROKEN(i > 0 && heap[i].heat < heap[(i - 1) / HEAP_WAYS].heat,
                "a heap with a colder copy below a hotter one");
     }
     return NULL;
