@@ -532,6 +532,8 @@ bool kv_send(struct kv *kv, int node, int worker) {
 static void pin(struct kv *kv, struct copy *c) {
     c->pins++;
     c->unused = false;
+    unlink_copy(kv, c); /* it stands first: it is asked for next */
+    link_copy(kv, c, c->node);
     settle_copy(kv, c);
 }
 
