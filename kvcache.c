@@ -78,8 +78,9 @@ struct node {
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
     int next;                /* in its bucket; or of the free nodes */
-    unsigned char n_valid, n_reserved; /* of its copies; and … */
-    unsigned char matters;             /* … what matters to each of them, when it was settled */
+    uint64_t places[MAX_WORKERS / 64 + 1]; /* a bit for each that has a copy */
+    unsigned char n_valid, n_reserved;     /* of its copies; and … */
+    unsigned char matters; /* … what matters to each of them, when it was settled */
     int tokens[BLOCK_TOKENS];
 };
 
@@ -203,7 +204,8 @@ static int count_colder(const struct place *at, int i, const struct copy *than, 
 /* ---- copies and slots ---- */
 
 static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL: none */
-    struct copy *c = kv->nodes[node].first;
+    bool there = kv->nodes[node].places[place / 64] >> place % 64 & 1;
+    struct copy *c = there ? kv->nodes[node].first : NULL;
     while (c && c->place != place)
         c = c->next;
     return c;
@@ -236,6 +238,7 @@ static void link_copy(struct kv *kv, struct copy *c, int node) {
     c->node = node;
     c->next = kv->nodes[node].first;
     kv->nodes[node].first = c;
+    kv->nodes[node].places[c->place / 64] |= (uint64_t)1 << c->place % 64;
     count_copy(kv, c, 1);
 }
 
@@ -244,6 +247,7 @@ static void unlink_copy(struct kv *kv, const struct copy *c) {
     while (*link != c)
         link = &(*link)->next;
     *link = c->next;
+    kv->nodes[c->node].places[c->place / 64] &= ~((uint64_t)1 << c->place % 64);
     count_copy(kv, c, -1);
 }
 
@@ -574,8 +578,9 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
 
 int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
     int n = 0;
-    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
-        places[n++] = c->place;
+    for (int i = 0; 64 * i <= kv->host; i++)
+        for (uint64_t bits = kv->nodes[node].places[i]; bits != 0; bits &= bits - 1)
+            places[n++] = 64 * i + __builtin_ctzll(bits);
     return n;
 }
 
