@@ -93,10 +93,10 @@ static const char *check_node(const struct kv *kv, int id) {
             return broken;
     }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
-    int n_copies = 0, places[MAX_WORKERS + 1];
+    int n_copies = 0, at[MAX_WORKERS + 1];
     for (const struct copy *copy = node->first; copy; copy = copy->next)
         n_copies++;
-    BROKEN(n_copies != kv_places(kv, id, places), "places of a node's copies");
+    BROKEN(n_copies != kv_places(kv, id, at), "places of a node's copies");
     BROKEN(node->n_valid != count(kv, id, KV_VALID), "valid copies of a node");
     BROKEN(node->n_reserved != count(kv, id, KV_RESERVED), "reserved copies of a node");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
