@@ -63,7 +63,7 @@ enum standing {
 
 struct copy {
     uint64_t heat;      /* smaller is colder; on the host, while CLEAN: since when it is that */
-    struct copy *next;  /* of the same node; or of the free slots of its place */
+    struct copy *next;  /* of the same node; or of the free slots (NULL: the one behind it) */
     struct copy *from;  /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
     struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
     int node, pins, reads, at; /* reads: copies made from it now; at: its index on a heap */
@@ -77,7 +77,7 @@ struct node {
     struct copy *first;      /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
-    int next;                /* in its bucket; or of the free nodes */
+    int next;                /* in its bucket; or of the free nodes, how many it is behind + 1 */
     uint64_t places[MAX_WORKERS / 64 + 1]; /* a bit for each that has a copy */
     unsigned char n_valid, n_reserved;     /* of its copies; and … */
     unsigned char matters; /* … what matters to each of them, when it was settled */
@@ -253,9 +253,11 @@ static void unlink_copy(struct kv *kv, const struct copy *c) {
 
 /* Gives a node a slot at a place, with one pin. NULL: none is free. */
 static struct copy *occupy(struct kv *kv, int node, int place, enum standing standing) {
-    struct copy *c = kv->places[place].free;
+    struct place *at = &kv->places[place];
+    struct copy *c = at->n[FREE] > 0 ? at->free : NULL;
     if (c) {
-        kv->places[place].free = c->next;
+        at->free = c->next ? c->next : c + 1;
+        c->place = (unsigned char)place;
         link_copy(kv, c, node);
         c->pins = 1;
         c->from = NULL;
@@ -309,7 +311,7 @@ static void free_node(struct kv *kv, int id) {
     }
     if (node->keeper)
         *node->keeper = NONE;
-    *node = (struct node){.next = kv->first_free};
+    *node = (struct node){.next = kv->first_free - id - 1};
     kv->first_free = id;
 }
 
@@ -442,16 +444,10 @@ struct kv *kv_create(const struct kv_config *config) {
         at->heap[CLEAN] = heaps;
         at->heap[DIRTY] = heaps += at->n_slots;
         heaps += at->n_slots;
-        at->copies = copies;
+        at->copies = at->free = copies; /* nothing is touched before it is used */
         copies += at->n_slots;
-        for (int slot = at->n_slots - 1; slot >= 0; slot--) { /* slot 0 is taken first */
-            at->copies[slot] = (struct copy){.place = (unsigned char)i, .next = at->free};
-            at->free = &at->copies[slot];
-        }
         kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
     }
-    for (size_t i = 0; i < n; i++)
-        kv->nodes[i].next = i + 1 < n ? (int)i + 1 : NONE;
     memset(kv->buckets, NONE, n_buckets * sizeof *kv->buckets);
     return kv;
 }
@@ -509,7 +505,7 @@ int kv_new(struct kv *kv, int worker) {
     int id = kv->first_free;
     if (!occupy(kv, id, worker, IN_USE))
         return NONE;
-    kv->first_free = kv->nodes[id].next;
+    kv->first_free = id + 1 + kv->nodes[id].next;
     return id;
 }
 

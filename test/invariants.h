@@ -141,7 +141,7 @@ static const char *check_place(const struct kv *kv, int place) {
     for (int i = 0; i < at->n_slots; i++) {
         const struct copy *copy = &at->copies[i];
         n[copy->standing]++;
-        BROKEN(copy->place != place, "a slot of another place");
+        BROKEN(copy->standing != FREE && copy->place != place, "a slot of another place");
         BROKEN(copy->standing == FREE && (copy->pins > 0 || copy->reads > 0 || copy->unused),
                "a free slot in use");
         BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != copy,
@@ -149,9 +149,12 @@ static const char *check_place(const struct kv *kv, int place) {
     }
     for (int i = 0; i < N_STANDINGS; i++)
         BROKEN(n[i] != at->n[i], "slots of a standing");
-    for (const struct copy *c = at->free; c && n_free <= at->n_slots; c = c->next, n_free++)
-        BROKEN(c->standing != FREE || c->place != place, "on the free list, but not free");
-    BROKEN(n_free != n[FREE], "a free slot is lost");
+    const struct copy *free = at->free;
+    for (; free != at->copies + at->n_slots && n_free < n[FREE]; n_free++) {
+        BROKEN(free->standing != FREE, "on the free list, but not free");
+        free = free->next ? free->next : free + 1;
+    }
+    BROKEN(n_free != n[FREE] || free != at->copies + at->n_slots, "a free slot is lost");
     struct kv_usage usage = kv_usage(kv, place);
     BROKEN(usage.free + usage.pinned + usage.cached + usage.in_flight != at->n_slots,
            "the usage of a place does not add up");
@@ -170,8 +173,8 @@ static inline const char *kv_check(const struct kv *kv) {
         broken = check_node(kv, id);
         n_nodes += kv->nodes[id].first != NULL;
     }
-    for (int id = kv->first_free; id != -1 && n_nodes <= n_slots(kv); n_nodes++)
-        id = kv->nodes[id].next;
+    for (int id = kv->first_free; id != n_slots(kv) && n_nodes <= n_slots(kv); n_nodes++)
+        id += 1 + kv->nodes[id].next;
     if (!broken && n_nodes != n_slots(kv))
         broken = "a node is lost";
     return broken;
