@@ -334,8 +334,8 @@ bool kv_send(struct kv *kv, int node, int worker);
  * peer or host. False: no slot is available, or no place holds the block. */
 bool kv_fetch(struct kv *kv, int node, int worker);
 /* Pins a copy, at any place: it stays there until kv_unpin. One that was arriving on the host and
- * has failed is KV_RESERVED until then. */
-void kv_hold(struct kv *kv, int node, int place);
+ * has failed is KV_RESERVED until then. False: there is none. */
+bool kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);

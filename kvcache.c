@@ -15,9 +15,10 @@
  * reason to go: the coldest copy of a place goes first, and if it is dirty it is paged out before
  * it goes. The cleaner does so in advance for the few that are next.
  *
- * Whoever changes a node calls `settle` in the end, which gives each of its copies its standing
- * (enum standing): so the rules stand in one function. Clean and dirty copies of a place are on a
- * heap each, the coldest on top. To enter as the hottest, as under LRU, costs O(1), all else on a
+ * Whoever changes a copy calls `settle_copy` in the end, which gives it its standing (enum
+ * standing): so the rules stand in one function; then `settle`, which does so with the others of
+ * its node if it matters to them. Clean and dirty copies of a place are on a heap each, the coldest
+ * on top. To enter as the hottest, as under LRU, costs O(1), all else on a
  * heap of n O(log n), in every order.
  *
  * Invariants (test/invariants.h counts them anew):
@@ -43,6 +44,7 @@ enum {
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
     CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
+    HEAP_WAYS = 4,   /* half as deep as with 2 */
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
@@ -61,7 +63,7 @@ enum standing {
 
 struct copy {
     uint64_t heat;      /* smaller is colder; on the host, while CLEAN: since when it is that */
-    struct copy *next;  /* of the same node; or of the free slots of its place */
+    struct copy *next;  /* of the same node; or of the free slots (NULL: the one behind it) */
     struct copy *from;  /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
     struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
     int node, pins, reads, at; /* reads: copies made from it now; at: its index on a heap */
@@ -75,8 +77,16 @@ struct node {
     struct copy *first;      /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
     uint64_t hash;           /* of all tokens up to the end of the block */
-    int next;                /* in its bucket; or of the free nodes */
+    int next;                /* in its bucket; or of the free nodes, how many it is behind + 1 */
+    uint64_t places[MAX_WORKERS / 64 + 1]; /* a bit for each that has a copy */
+    unsigned char n_valid, n_reserved;     /* of its copies; and … */
+    unsigned char matters; /* … what matters to each of them, when it was settled */
     int tokens[BLOCK_TOKENS];
+};
+
+struct entry { /* of a heap; a copy's heat stands here too, so that comparing does not fetch it */
+    uint64_t heat;
+    struct copy *copy;
 };
 
 struct queue { /* of copies that arrive, whose orders are not yet given out */
@@ -88,8 +98,8 @@ struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
     int wanted; /* free slots, the most that kv_make_room was asked for and has not */
     struct copy *copies, *free; /* copies (n_slots): a slot's number is its index */
-    /* of CLEAN and of DIRTY: (n) each colder than the two below it, at 2 i + 1 and 2 i + 2 */
-    struct copy **heap[N_STANDINGS];
+    /* of CLEAN and of DIRTY: (n) each colder than the four below it, from HEAP_WAYS * i + 1 on */
+    struct entry *heap[N_STANDINGS];
     struct queue in, out; /* orders for this worker: into it, and to the host */
 };
 
@@ -115,7 +125,7 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
 }
 
 static struct copy *coldest(const struct place *at, enum standing standing) {
-    return at->n[standing] > 0 ? at->heap[standing][0] : NULL;
+    return at->n[standing] > 0 ? at->heap[standing][0].copy : NULL;
 }
 
 /* ---- decisions: change these to try another policy ---- */
@@ -132,15 +142,10 @@ static uint64_t choose_heat(struct kv *kv, uint64_t before, bool comes) {
     }
 }
 
-/* Which of two cached copies of a place goes first. */
-static bool colder(const struct copy *a, const struct copy *b) {
-    return a->heat < b->heat;
-}
-
 /* Which copy leaves a worker: the coldest, clean or dirty. NULL: none is cached. */
 static struct copy *choose_victim(const struct place *worker) {
     struct copy *clean = coldest(worker, CLEAN), *dirty = coldest(worker, DIRTY);
-    return !clean || (dirty && colder(dirty, clean)) ? dirty : clean;
+    return !clean || (dirty && dirty->heat < clean->heat) ? dirty : clean;
 }
 
 /* Which copy leaves the host: a clean one, whose block is on a device as well, except as many as
@@ -165,60 +170,76 @@ static struct copy *choose_source(const struct kv *kv, int node) {
 
 /* ---- heaps ---- */
 
-static void heap_set(struct copy **heap, int i, struct copy *c) {
-    heap[i] = c;
-    c->at = i;
+static void heap_set(struct entry *heap, int i, struct entry entry) {
+    heap[i] = entry;
+    entry.copy->at = i;
 }
 
-/* Puts a copy into the gap at i of a heap of n, or where the gap must go: up, or down. */
-static void heap_fill(struct copy **heap, int n, int i, struct copy *c) {
-    for (; i > 0 && colder(c, heap[(i - 1) / 2]); i = (i - 1) / 2)
-        heap_set(heap, i, heap[(i - 1) / 2]);
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        child += child + 1 < n && colder(heap[child + 1], heap[child]);
-        if (!colder(heap[child], c))
+/* Puts an entry into the gap at i of a heap of n, or where the gap must go: up, or down. */
+static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
+    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / HEAP_WAYS].heat; i = up)
+        heap_set(heap, i, heap[up]);
+    for (int first; (first = HEAP_WAYS * i + 1) < n;) {
+        int child = first;
+        for (int other = first + 1; other < first + HEAP_WAYS && other < n; other++)
+            child = heap[other].heat < heap[child].heat ? other : child;
+        if (heap[child].heat >= entry.heat)
             break;
         heap_set(heap, i, heap[child]);
+        i = child;
     }
-    heap_set(heap, i, c);
+    heap_set(heap, i, entry);
 }
 
 /* How many clean copies at i and below it are colder than a given one, counted up to `most`. */
 static int count_colder(const struct place *at, int i, const struct copy *than, int most) {
-    if (most <= 0 || i >= at->n[CLEAN] || !colder(at->heap[CLEAN][i], than))
+    if (most <= 0 || i >= at->n[CLEAN] || at->heap[CLEAN][i].heat >= than->heat)
         return 0;
-    int n = 1 + count_colder(at, 2 * i + 1, than, most - 1);
-    return n + count_colder(at, 2 * i + 2, than, most - n);
+    int n = 1;
+    for (int child = HEAP_WAYS * i + 1; child <= HEAP_WAYS * (i + 1); child++)
+        n += count_colder(at, child, than, most - n);
+    return n;
 }
 
 /* ---- copies and slots ---- */
 
 static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL: none */
-    struct copy *c = kv->nodes[node].first;
+    bool there = kv->nodes[node].places[place / 64] >> place % 64 & 1;
+    struct copy *c = there ? kv->nodes[node].first : NULL;
     while (c && c->place != place)
         c = c->next;
     return c;
 }
 
+static void count_copy(struct kv *kv, const struct copy *c, int n) {
+    struct node *node = &kv->nodes[c->node];
+    node->n_valid = (unsigned char)(node->n_valid + n * (c->standing >= IN_USE));
+    node->n_reserved = (unsigned char)(node->n_reserved + n * (c->standing == RESERVED));
+}
+
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
-    struct copy **from = at->heap[c->standing], **to = at->heap[standing];
+    struct entry *from = at->heap[c->standing], *to = at->heap[standing];
     if (c->standing == standing)
         return;
     int last = --at->n[c->standing], n = at->n[standing]++;
-    if (from && from[last] != c) /* the last one fills its gap */
+    if (from && from[last].copy != c) /* the last one fills its gap */
         heap_fill(from, last, c->at, from[last]);
+    count_copy(kv, c, -1);
     c->standing = standing;
+    count_copy(kv, c, 1);
     if (standing == CLEAN && c->place == kv->host)
         c->heat = ++kv->clock;
     if (to)
-        heap_fill(to, n, n, c);
+        heap_fill(to, n, n, (struct entry){c->heat, c});
 }
 
 static void link_copy(struct kv *kv, struct copy *c, int node) {
     c->node = node;
     c->next = kv->nodes[node].first;
     kv->nodes[node].first = c;
+    kv->nodes[node].places[c->place / 64] |= (uint64_t)1 << c->place % 64;
+    count_copy(kv, c, 1);
 }
 
 static void unlink_copy(struct kv *kv, const struct copy *c) {
@@ -226,13 +247,17 @@ static void unlink_copy(struct kv *kv, const struct copy *c) {
     while (*link != c)
         link = &(*link)->next;
     *link = c->next;
+    kv->nodes[c->node].places[c->place / 64] &= ~((uint64_t)1 << c->place % 64);
+    count_copy(kv, c, -1);
 }
 
 /* Gives a node a slot at a place, with one pin. NULL: none is free. */
 static struct copy *occupy(struct kv *kv, int node, int place, enum standing standing) {
-    struct copy *c = kv->places[place].free;
+    struct place *at = &kv->places[place];
+    struct copy *c = at->n[FREE] > 0 ? at->free : NULL;
     if (c) {
-        kv->places[place].free = c->next;
+        at->free = c->next ? c->next : c + 1;
+        c->place = (unsigned char)place;
         link_copy(kv, c, node);
         c->pins = 1;
         c->from = NULL;
@@ -246,8 +271,8 @@ static void free_slot(struct kv *kv, struct copy *c) {
     assert(c->pins == 0 && c->reads == 0 && c->standing != IN_FLIGHT);
     kv->stats.unused += c->unused;
     c->unused = false;
-    unlink_copy(kv, c);
     set_standing(kv, c, FREE);
+    unlink_copy(kv, c);
     c->next = kv->places[c->place].free;
     kv->places[c->place].free = c;
 }
@@ -286,38 +311,48 @@ static void free_node(struct kv *kv, int id) {
     }
     if (node->keeper)
         *node->keeper = NONE;
-    *node = (struct node){.next = kv->first_free};
+    *node = (struct node){.next = kv->first_free - id - 1};
     kv->first_free = id;
 }
 
-/* Where a copy belongs whose node has so many valid and reserved copies. FREE: nobody needs it. */
-static enum standing standing_of(const struct kv *kv, const struct copy *c, int n_valid,
-                                 int n_reserved) {
+/* What matters to all copies of a node: that the content is of use later, that there is more than
+ * one, that there will be another. */
+static unsigned char what_matters(const struct node *node) {
+    return (unsigned char)((node->serial || node->keeper) + 2 * (node->n_valid >= 2) +
+                           4 * (node->n_reserved > 0));
+}
+
+/* Where a copy belongs. FREE: nobody needs it. */
+static enum standing standing_of(const struct kv *kv, const struct copy *c) {
     const struct node *node = &kv->nodes[c->node];
+    bool awaited = node->n_reserved > 0;
     if (c->standing == IN_FLIGHT || c->pins > 0)
         return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
         return c->standing == LEAVING ? LEAVING : BUSY;
-    if (c->standing == RESERVED || !(node->serial || node->keeper || n_reserved > 0))
+    if (c->standing == RESERVED || !(node->serial || node->keeper || awaited))
         return FREE;
-    return n_reserved > 0 ? BUSY : n_valid >= 2 ? CLEAN : DIRTY;
+    return awaited ? BUSY : node->n_valid >= 2 ? CLEAN : DIRTY;
 }
 
-/* Puts each copy of a changed node where it now belongs; frees a node without copies. */
+/* Puts a changed copy where it now belongs. */
+static void settle_copy(struct kv *kv, struct copy *c) {
+    enum standing standing = standing_of(kv, c);
+    if (standing == FREE)
+        free_slot(kv, c);
+    else
+        set_standing(kv, c, standing);
+}
+
+/* Does so with all copies of a changed node, if that matters to them; frees one without copies. */
 static void settle(struct kv *kv, int id) {
-    const struct node *node = &kv->nodes[id];
-    int n_valid = 0, n_reserved = 0;
-    for (const struct copy *c = node->first; c; c = c->next) {
-        n_valid += c->standing >= IN_USE;
-        n_reserved += c->standing == RESERVED && c->pins > 0;
-    }
-    for (struct copy *c = node->first, *next; c; c = next) {
-        enum standing standing = standing_of(kv, c, n_valid, n_reserved);
-        next = c->next;
-        if (standing == FREE)
-            free_slot(kv, c);
-        else
-            set_standing(kv, c, standing);
+    struct node *node = &kv->nodes[id];
+    while (node->matters != what_matters(node)) {
+        node->matters = what_matters(node);
+        for (struct copy *c = node->first, *next; c; c = next) {
+            next = c->next;
+            settle_copy(kv, c);
+        }
     }
     if (!node->first)
         free_node(kv, id);
@@ -355,6 +390,7 @@ static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const 
     set_standing(kv, to, IN_FLIGHT);
     note(&kv->config.ledger, &(struct event){EVENT_COPY_ORDERED, .node = to->node,
                                              .from = from->place, .to = to->place, .why = why});
+    settle_copy(kv, from);
     settle(kv, to->node);
 }
 
@@ -390,7 +426,7 @@ struct kv *kv_create(const struct kv_config *config) {
         n += (size_t)config->device_blocks[i];
     while (n_buckets < n)
         n_buckets *= 2;
-    size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct copy *);
+    size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
     struct kv *kv = calloc(1, sizeof *kv + n * each + n_buckets * sizeof *kv->buckets);
     if (!kv)
         return NULL;
@@ -399,7 +435,7 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->n_buckets = n_buckets;
     kv->nodes = (struct node *)(kv + 1); /* all is in one piece of memory */
     struct copy *copies = (struct copy *)(kv->nodes + n);
-    struct copy **heaps = (struct copy **)(copies + n);
+    struct entry *heaps = (struct entry *)(copies + n);
     kv->buckets = (int *)(heaps + 2 * n);
     for (int i = 0; i <= kv->host; i++) {
         struct place *at = &kv->places[i];
@@ -408,16 +444,10 @@ struct kv *kv_create(const struct kv_config *config) {
         at->heap[CLEAN] = heaps;
         at->heap[DIRTY] = heaps += at->n_slots;
         heaps += at->n_slots;
-        at->copies = copies;
+        at->copies = at->free = copies; /* nothing is touched before it is used */
         copies += at->n_slots;
-        for (int slot = at->n_slots - 1; slot >= 0; slot--) { /* slot 0 is taken first */
-            at->copies[slot] = (struct copy){.place = (unsigned char)i, .next = at->free};
-            at->free = &at->copies[slot];
-        }
         kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
     }
-    for (size_t i = 0; i < n; i++)
-        kv->nodes[i].next = i + 1 < n ? (int)i + 1 : NONE;
     memset(kv->buckets, NONE, n_buckets * sizeof *kv->buckets);
     return kv;
 }
@@ -472,40 +502,52 @@ int kv_new(struct kv *kv, int worker) {
     int id = kv->first_free;
     if (!occupy(kv, id, worker, IN_USE))
         return NONE;
-    kv->first_free = kv->nodes[id].next;
+    kv->first_free = id + 1 + kv->nodes[id].next;
     return id;
 }
 
 bool kv_reserve(struct kv *kv, int node, int worker) {
     assert(!copy_at(kv, node, worker));
-    return occupy(kv, node, worker, RESERVED);
+    bool ok = occupy(kv, node, worker, RESERVED);
+    settle(kv, node);
+    return ok;
 }
 
-static bool send(struct kv *kv, int node, int worker, const char *why) {
-    struct copy *from = choose_source(kv, node), *to = copy_at(kv, node, worker);
-    if (from && to && to->standing == RESERVED)
+/* Orders the copy that fills a reserved one. False: no place holds the block. */
+static bool fill(struct kv *kv, struct copy *to, const char *why) {
+    struct copy *from = to->standing == RESERVED ? choose_source(kv, to->node) : NULL;
+    if (from)
         order_copy(kv, from, to, to->from ? "again: the last has failed" : why);
-    return from;
+    return to->standing != RESERVED;
 }
 
 bool kv_send(struct kv *kv, int node, int worker) {
-    return send(kv, node, worker, "hand-over");
+    struct copy *to = copy_at(kv, node, worker);
+    return to && fill(kv, to, "hand-over");
 }
 
-void kv_hold(struct kv *kv, int node, int place) {
-    struct copy *c = copy_at(kv, node, place);
-    assert(c);
+static void pin(struct kv *kv, struct copy *c) {
     c->pins++;
     c->unused = false;
-    settle(kv, node);
+    unlink_copy(kv, c); /* it stands first: it is asked for next */
+    link_copy(kv, c, c->node);
+    settle_copy(kv, c);
+}
+
+bool kv_hold(struct kv *kv, int node, int place) {
+    struct copy *c = copy_at(kv, node, place);
+    if (c)
+        pin(kv, c);
+    return c;
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    if (copy_at(kv, node, worker))
-        kv_hold(kv, node, worker);
-    else if (!choose_source(kv, node) || !occupy(kv, node, worker, RESERVED))
+    struct copy *to = copy_at(kv, node, worker);
+    if (to)
+        pin(kv, to);
+    else if (!choose_source(kv, node) || !(to = occupy(kv, node, worker, RESERVED)))
         return false;
-    return send(kv, node, worker, "fetch: a prefix hit");
+    return fill(kv, to, "fetch: a prefix hit");
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {
@@ -513,24 +555,25 @@ void kv_unpin(struct kv *kv, int node, int place) {
     assert(c && c->pins > 0);
     if (--c->pins == 0)
         c->heat = choose_heat(kv, c->heat, false);
+    settle_copy(kv, c);
     settle(kv, node);
 }
 
 enum kv_state kv_state(const struct kv *kv, int node, int place) {
     const struct copy *own = copy_at(kv, node, place);
-    bool read = false;
-    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
-        read = read || c->reads > 0;
     if (!own || own->standing < IN_USE)
         return own ? (enum kv_state)own->standing : KV_ABSENT;
-    /* its owner must not write it while it is being copied */
-    return read && !kv->nodes[node].serial ? KV_ARRIVING : KV_VALID;
+    bool read = false; /* its owner must not write it while it is being copied */
+    for (const struct copy *c = kv->nodes[node].first; c && !kv->nodes[node].serial; c = c->next)
+        read = read || c->reads > 0;
+    return read ? KV_ARRIVING : KV_VALID;
 }
 
 int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
     int n = 0;
-    for (const struct copy *c = kv->nodes[node].first; c; c = c->next)
-        places[n++] = c->place;
+    for (int i = 0; 64 * i <= kv->host; i++)
+        for (uint64_t bits = kv->nodes[node].places[i]; bits != 0; bits &= bits - 1)
+            places[n++] = 64 * i + __builtin_ctzll(bits);
     return n;
 }
 
@@ -553,10 +596,12 @@ static void merge(struct kv *kv, int private, int winner) {
             other->pins += mine->pins;
             other->unused = false;
             mine->pins = 0;
+            settle_copy(kv, other);
         } else {
             unlink_copy(kv, mine);
             link_copy(kv, mine, winner);
         }
+        settle_copy(kv, mine);
     }
     settle(kv, winner);
     settle(kv, private);
@@ -615,6 +660,8 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     set_standing(kv, to, ok ? IN_USE : RESERVED);
     to->unused = ok && !out && to->pins == 0;
     *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
+    settle_copy(kv, to);
+    settle_copy(kv, from);
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from, true);

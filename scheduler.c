@@ -490,7 +490,7 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
             plan->missing[places[--n]]--;
         plan->n_alone += alone;
         if (alone && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
-            kv_hold(s->kv, r->blocks[i], host);
+            (void)kv_hold(s->kv, r->blocks[i], host);
             r->held[r->n_held++] = r->blocks[i];
         }
     }
@@ -568,25 +568,15 @@ static bool choose_workers(struct sched *s, struct request *r, struct plan *plan
     return ok;
 }
 
-/* Pins the hits that are on a worker (there), so that they stay, or fetches the others. */
-static void take_hits(struct sched *s, const struct request *r, const struct plan *plan, int worker,
-                      bool there) {
-    for (int i = 0; i < plan->n_hits; i++) {
-        if ((kv_state(s->kv, r->blocks[i], worker) != KV_ABSENT) == there) {
-            bool ok = kv_fetch(s->kv, r->blocks[i], worker);
-            assert(ok);
-        }
-    }
-}
-
 /* Takes all blocks of a plan, on both sides, or none. If there was room nothing had to go to the
  * host for it, so all hits are where they were. */
 static bool reserve(struct sched *s, struct request *r, const struct plan *plan) {
     int sides[] = {plan->decode_worker, plan->prefill_worker};
     int n_blocks[] = {plan->n_decode, plan->n_prefill}, n_sides = plan->n_prefill > 0 ? 2 : 1;
     bool ok = true;
-    for (int i = 0; i < n_sides; i++) { /* both begin to make room */
-        take_hits(s, r, plan, sides[i], true);
+    for (int i = 0; i < n_sides; i++) {              /* both begin to make room */
+        for (int hit = 0; hit < plan->n_hits; hit++) /* those that are there stay */
+            (void)kv_hold(s->kv, r->blocks[hit], sides[i]);
         int n = plan->missing[sides[i]] + n_blocks[i] - plan->n_hits;
         n += s->workers[sides[i]].n_stalled;
         if (kv_make_room(s->kv, sides[i], n))
@@ -597,8 +587,13 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
         r->lacks = n;
     }
     for (int i = 0; i < n_sides; i++) {
-        if (ok)
-            take_hits(s, r, plan, sides[i], false);
+        int n_missing = plan->missing[sides[i]];
+        for (int hit = 0; hit < plan->n_hits && ok && n_missing > 0; hit++)
+            if (kv_state(s->kv, r->blocks[hit], sides[i]) == KV_ABSENT) {
+                ok = kv_fetch(s->kv, r->blocks[hit], sides[i]);
+                assert(ok); /* there was room */
+                n_missing--;
+            }
         for (int hit = plan->n_hits - 1; hit >= 0 && !ok; hit--)
             if (kv_state(s->kv, r->blocks[hit], sides[i]) != KV_ABSENT)
                 kv_unpin(s->kv, r->blocks[hit], sides[i]);
@@ -607,7 +602,7 @@ static bool reserve(struct sched *s, struct request *r, const struct plan *plan)
         bool both = i < plan->n_prefill;
         r->blocks[i] = kv_new(s->kv, sides[both]);
         ok = r->blocks[i] != NONE && (!both || kv_reserve(s->kv, r->blocks[i], sides[0]));
-        assert(ok); /* there was room */
+        assert(ok);
     }
     return ok;
 }

@@ -47,12 +47,11 @@ static int count(const struct kv *kv, int id, enum kv_state state) {
 }
 
 static const char *check_copy(const struct kv *kv, const struct copy *copy) {
-    int n_valid = count(kv, copy->node, KV_VALID), n_reserved = count(kv, copy->node, KV_RESERVED);
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
     BROKEN(copy->standing == RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
     BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
-    BROKEN(copy->standing != standing_of(kv, copy, n_valid, n_reserved), "a copy's standing");
+    BROKEN(copy->standing != standing_of(kv, copy), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
     BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
            "a private copy is cached that nobody keeps");
@@ -94,6 +93,12 @@ static const char *check_node(const struct kv *kv, int id) {
             return broken;
     }
     BROKEN(n_reads != n_arriving, "copies in flight and reads differ");
+    int n_copies = 0, at[MAX_WORKERS + 1];
+    for (const struct copy *copy = node->first; copy; copy = copy->next)
+        n_copies++;
+    BROKEN(n_copies != kv_places(kv, id, at), "places of a node's copies");
+    BROKEN(node->n_valid != count(kv, id, KV_VALID), "valid copies of a node");
+    BROKEN(node->n_reserved != count(kv, id, KV_RESERVED), "reserved copies of a node");
     BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
     BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
     BROKEN(!node->first && (node->serial || node->keeper), "a node without copies");
@@ -104,12 +109,13 @@ static const char *check_node(const struct kv *kv, int id) {
 
 static const char *check_heap(const struct kv *kv, int place, enum standing standing) {
     const struct place *at = &kv->places[place];
-    struct copy *const *heap = at->heap[standing];
+    const struct entry *heap = at->heap[standing];
     for (int i = 0; i < at->n[standing]; i++) {
-        const struct copy *copy = heap[i];
+        const struct copy *copy = heap[i].copy;
         BROKEN(copy->standing != standing || copy->place != place, "on the wrong heap");
         BROKEN(copy->at != i, "a copy that does not know its place on the heap");
-        BROKEN(i > 0 && colder(heap[i], heap[(i - 1) / 2]),
+        BROKEN(copy->heat != heap[i].heat, "a heap that does not know a copy's heat");
+        BROKEN(i > 0 && heap[i].heat < heap[(i - 1) / HEAP_WAYS].heat,
                "a heap with a colder copy below a hotter one");
     }
     return NULL;
@@ -135,7 +141,7 @@ static const char *check_place(const struct kv *kv, int place) {
     for (int i = 0; i < at->n_slots; i++) {
         const struct copy *copy = &at->copies[i];
         n[copy->standing]++;
-        BROKEN(copy->place != place, "a slot of another place");
+        BROKEN(copy->standing != FREE && copy->place != place, "a slot of another place");
         BROKEN(copy->standing == FREE && (copy->pins > 0 || copy->reads > 0 || copy->unused),
                "a free slot in use");
         BROKEN(copy->standing != FREE && copy_at(kv, copy->node, place) != copy,
@@ -143,9 +149,12 @@ static const char *check_place(const struct kv *kv, int place) {
     }
     for (int i = 0; i < N_STANDINGS; i++)
         BROKEN(n[i] != at->n[i], "slots of a standing");
-    for (const struct copy *c = at->free; c && n_free <= at->n_slots; c = c->next, n_free++)
-        BROKEN(c->standing != FREE || c->place != place, "on the free list, but not free");
-    BROKEN(n_free != n[FREE], "a free slot is lost");
+    const struct copy *free = at->free;
+    for (; free != at->copies + at->n_slots && n_free < n[FREE]; n_free++) {
+        BROKEN(free->standing != FREE, "on the free list, but not free");
+        free = free->next ? free->next : free + 1;
+    }
+    BROKEN(n_free != n[FREE] || free != at->copies + at->n_slots, "a free slot is lost");
     struct kv_usage usage = kv_usage(kv, place);
     BROKEN(usage.free + usage.pinned + usage.cached + usage.in_flight != at->n_slots,
            "the usage of a place does not add up");
@@ -164,8 +173,8 @@ static inline const char *kv_check(const struct kv *kv) {
         broken = check_node(kv, id);
         n_nodes += kv->nodes[id].first != NULL;
     }
-    for (int id = kv->first_free; id != -1 && n_nodes <= n_slots(kv); n_nodes++)
-        id = kv->nodes[id].next;
+    for (int id = kv->first_free; id != n_slots(kv) && n_nodes <= n_slots(kv); n_nodes++)
+        id += 1 + kv->nodes[id].next;
     if (!broken && n_nodes != n_slots(kv))
         broken = "a node is lost";
     return broken;

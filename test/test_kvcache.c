@@ -318,7 +318,7 @@ static void held_on_the_host(struct check *check) {
             int tokens[4 * BLOCK_TOKENS];
             write_text(tokens, 4, 1);
             CHECK(find_text(kv, tokens, 4, nodes) == 4, "not on the host");
-            kv_hold(kv, nodes[i], HOST_OF_ONE);
+            CHECK(kv_hold(kv, nodes[i], HOST_OF_ONE), "hold");
         }
         for (int text = 2; text < 12; text++) {
             for (int i = 0; !kv_make_room(kv, 0, 4) && i < 10; i++)
