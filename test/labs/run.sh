@@ -57,13 +57,16 @@ must() { # WHAT COMMAND...
     what=$1
     shift
     if output=$("$@" 2>&1); then
+        held=yes
         passed=$((passed + 1))
         echo "  ok   $what"
     else
+        held=
         failed=$((failed + 1))
         echo "  FAIL $what"
     fi
     [ -z "$output" ] || echo "$output" | sed 's/^/       /'
+    [ "$held" ]
 }
 
 misses() { # LAB: it runs, but not well enough
@@ -91,7 +94,7 @@ check() {
         must "lab $lab: the page's figures are true" python3 test/labs/lab.py stock "$lab" $program
     done
     for lab in $labs; do
-        must "lab $lab: the solution applies" solve "$lab" ""
+        must "lab $lab: the solution applies" solve "$lab" "" || continue
         must "lab $lab: it builds" build
         must "lab $lab: it reaches the goal and keeps the rules" lab "$lab"
         must "lab $lab: it comes off again" solve "$lab" -R
