@@ -778,6 +778,7 @@ void engine_tell_lost(struct engine *engine) {
 #define ANSWERS_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
 #define SIM_IMPLEMENTATION
+#define PLAN_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define TRACE_IMPLEMENTATION
@@ -785,6 +786,7 @@ void engine_tell_lost(struct engine *engine) {
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
 #include "app/evaluate.h"
+#include "app/plan.h"
 #include "app/replay.h"
 #include "app/run.h"
 #include "app/sim.h"

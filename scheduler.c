@@ -38,7 +38,7 @@
 enum {
     NONE = -1,
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
-    BUSY_CHUNKS = 8,            /* prefill workers so many chunks behind: decode workers help */
+    BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
     MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
     MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
@@ -234,10 +234,16 @@ static const char *prefills_locally(const struct sched *s, const struct plan *pl
         return "local: no prefill worker is as large";
     if (left <= LOCAL_PREFILL_TOKENS && plan->cached > left)
         return "local: the hit covers most";
-    if (left <= s->config.chunk && prefill_worker != NONE &&
+    if (prefill_worker != NONE &&
         s->workers[prefill_worker].backlog > BUSY_CHUNKS * s->config.chunk)
         return "local: the prefill pool is behind";
     return NULL;
+}
+
+/* Whether a prefill worker keeps a request and decodes it, since no decode worker has room: it has
+ * room for the answer as well. */
+static bool keeps(const struct sched *s, const struct request *r, const struct plan *plan) {
+    return plan->prefill_worker != NONE && fits(s, r, plan, plan->prefill_worker, true);
 }
 
 /* Which running answer makes room for others: the youngest that was admitted by a given time.
@@ -548,6 +554,9 @@ static bool choose_workers(struct sched *s, struct request *r, struct plan *plan
     if (local) {
         plan->prefill_worker = plan->decode_worker;
         plan->why_prefill = local;
+    } else if (plan->decode_worker == NONE && keeps(s, r, plan)) {
+        plan->decode_worker = plan->prefill_worker;
+        plan->why_decode = "kept: no decode worker has room";
     } else if (r->max_new == 1) {
         plan->decode_worker = plan->prefill_worker;
         plan->why_decode = "its one token comes with the prompt";

@@ -33,10 +33,12 @@
 struct load_options {
     const char *replay; /* a trace (`-`: stdin), or IN:OUT; NULL: the lines of `file` */
     const char *file;
-    double rate; /* requests a second, as a Poisson process; 0: a trace's own times, else at 0 s */
+    double rate; /* requests a second, as a Poisson process, but for lines that follow an answer;
+                  * 0: the times of a trace or of lines, of IN:OUT 0 s */
     int limit;   /* requests at most; 0: all, of IN:OUT DEFAULT_REQUESTS */
-    double ttft, itl;                    /* targets, in ms; 0: none */
-    bool json;                           /* tells of each request as it ends, on stdout */
+    double ttft, itl; /* targets, in ms; 0: none */
+    int64_t most_bad; /* when more than so many have missed a target, no others come; 0: whatever */
+    bool json;        /* tells of each request as it ends, on stdout */
     const struct answers *answers;       /* makes prompts of lines; has the seed and vocab_size */
     const struct request_spec *defaults; /* what lines, and the sampling of all, start from */
 };
@@ -65,6 +67,7 @@ enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error, or cancelled */
     int64_t good;             /* that kept both targets */
+    int64_t arrivals;         /* that came by themselves, and did not follow an answer */
     int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
     int64_t generated_tokens;
     char first_error[ERROR_LENGTH];       /* of the first that failed with one; "": none */
@@ -327,7 +330,8 @@ static bool make_lines(struct load *load, char *error) {
                 before = items[j];
         items = grow(items, (size_t)i, sizeof *items);
         items[i] = item;
-        item->at = (double)line->at;
+        item->at =
+            load->options.rate > 0 && !line->after ? next_arrival(load, i) : (double)line->at;
         item->before = before;
         if (before) {
             item->sibling = before->followers;
@@ -408,6 +412,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->requests++;
     sums->failed += failed;
     sums->good += is_good(load, r);
+    sums->arrivals += !item->spec || !item->spec->after;
     sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
@@ -440,6 +445,19 @@ static void look_ahead(struct load *load) {
         item->before = NULL;
         if (!good)
             count_item(load, known_take(load), item->at);
+    }
+}
+
+/* What has not arrived will not. */
+static void load_forget(struct load *load) {
+    load->interrupted = true;
+    while (load->n_known > 0) {
+        struct item *item = known_take(load);
+        for (struct item *next = item->followers; next; next = next->sibling)
+            known_add(load, next);
+        if (item->before)
+            item_release(item->before);
+        item_release(item);
     }
 }
 
@@ -496,6 +514,9 @@ struct request *load_take(struct load *load) {
 void load_ended(struct load *load, struct request *request, double now) {
     load->n_running--;
     count_item(load, (struct item *)request, now);
+    if (load->options.most_bad > 0 &&
+        load->sums.requests - load->sums.good > load->options.most_bad)
+        load_forget(load);
     look_ahead(load);
 }
 
@@ -505,19 +526,6 @@ bool load_is_done(const struct load *load) {
 
 const char *load_error(const struct load *load) {
     return load->error[0] ? load->error : NULL;
-}
-
-/* What has not arrived will not. */
-static void load_forget(struct load *load) {
-    load->interrupted = true;
-    while (load->n_known > 0) {
-        struct item *item = known_take(load);
-        for (struct item *next = item->followers; next; next = next->sibling)
-            known_add(load, next);
-        if (item->before)
-            item_release(item->before);
-        item_release(item);
-    }
 }
 
 void load_close(struct load *load) {

@@ -21,6 +21,7 @@ int run_program(int argc, char **argv); /* an exit status */
 
 #include "answers.h"
 #include "evaluate.h"
+#include "plan.h"
 #include "replay.h"
 #include "sim.h"
 #include "stats.h"
@@ -38,6 +39,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <unistd.h>
 
 enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, DEFAULT_BATCH = 32 };
+enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* of --plan: targets in ms */
 
 struct run { /* all that a run opens */
     struct options options;
@@ -93,8 +95,8 @@ static bool open_model(struct run *run, char *error) {
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends =
-        run->answers.tokenizer && !o->replay && !o->sim; /* a load says how long answers are */
+    bool ends = run->answers.tokenizer && !o->replay && !o->sim &&
+                !o->plan; /* a load says how long answers are */
     for (int i = 0; i < n && run->ends_text && ends; i++)
         run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
     return run->ends_text || fail(error, "out of memory");
@@ -196,14 +198,12 @@ static void show_loading(int64_t done, int64_t total) {
     cli_progress("loading", done, total);
 }
 
-/* What the options say of an engine whose devices are n_gpus GPUs, or 0: the CPU. */
-static bool plan_engine(const struct run *run, int n_gpus, struct engine_config *config,
-                        char *error) {
+/* What the options say of an engine, but for its workers; chunk and kv_type are the defaults. */
+static void configure_engine(const struct run *run, int max_batch, struct engine_config *config) {
     const struct options *o = &run->options;
-    const struct model_config *model = &run->model.config;
     config->model = &run->model;
     config->ends_text = run->ends_text;
-    config->max_batch = o->max_batch > 0 ? o->max_batch : DEFAULT_BATCH;
+    config->max_batch = o->max_batch > 0 ? o->max_batch : max_batch;
     config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
     config->max_queue = o->max_queue;
     config->ledger = trace_ledger(run->trace);
@@ -211,14 +211,26 @@ static bool plan_engine(const struct run *run, int n_gpus, struct engine_config 
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
         config->kv_type = (enum kv_type)(o->kv_type - 1);
     config->policy = o->kv_policy > 0 ? (enum kv_policy)(o->kv_policy - 1) : KV_ON_EVICT;
-    if (!plan_workers(o, n_gpus, config, error))
+    config->host_blocks =
+        blocks_from(o->kv_host, block_bytes(&run->model.config, 1, config->kv_type));
+}
+
+/* Blocks of a device of a worker of n, or -1. */
+static int device_blocks(const struct run *run, int n, enum kv_type kv_type) {
+    const struct model_config *model = &run->model.config;
+    int n_shards = model->n_kv_heads % n == 0 ? n : 1; /* else the device refuses */
+    return blocks_from(run->options.kv_device, block_bytes(model, n_shards, kv_type));
+}
+
+/* What the options say of an engine whose devices are n_gpus GPUs, or 0: the CPU. */
+static bool plan_engine(const struct run *run, int n_gpus, struct engine_config *config,
+                        char *error) {
+    configure_engine(run, DEFAULT_BATCH, config);
+    if (!plan_workers(&run->options, n_gpus, config, error))
         return false;
-    for (int i = 0; i < config->n_workers; i++) {
-        int n = config->workers[i].n_shards, n_shards = model->n_kv_heads % n == 0 ? n : 1;
-        size_t bytes = block_bytes(model, n_shards, config->kv_type); /* else the device refuses */
-        config->workers[i].blocks = blocks_from(o->kv_device, bytes);
-    }
-    config->host_blocks = blocks_from(o->kv_host, block_bytes(model, 1, config->kv_type));
+    for (int i = 0; i < config->n_workers; i++)
+        config->workers[i].blocks =
+            device_blocks(run, config->workers[i].n_shards, config->kv_type);
     return true;
 }
 
@@ -298,19 +310,25 @@ static int run_piped(struct run *run, char *error) {
     return n_failed;
 }
 
+static struct load_options describe_load(const struct run *run) {
+    const struct options *o = &run->options;
+    return (struct load_options){.replay = o->replay,
+                                 .file = o->file,
+                                 .rate = (double)o->rate,
+                                 .limit = o->limit,
+                                 .ttft = (double)o->ttft,
+                                 .itl = (double)o->itl,
+                                 .json = o->json,
+                                 .answers = &run->answers,
+                                 .defaults = &o->request};
+}
+
 /* False: what is wrong with it. A file is looked into before all the weights are loaded. */
 static bool open_load(struct run *run, char *error) {
     const struct options *o = &run->options;
-    const struct load_options options = {.replay = o->replay,
-                                         .file = o->file,
-                                         .rate = (double)o->rate,
-                                         .limit = o->limit,
-                                         .ttft = (double)o->ttft,
-                                         .itl = (double)o->itl,
-                                         .json = o->json,
-                                         .answers = &run->answers,
-                                         .defaults = &o->request};
-    bool wanted = o->replay || o->sim || o->plan; /* with a real engine -f is answered in text */
+    const struct load_options options = describe_load(run);
+    /* with a real engine -f is answered in text; a plan opens its own */
+    bool wanted = (o->replay || o->sim) && !o->plan;
     run->load = wanted ? load_open(&options, error) : NULL;
     return run->load || !wanted;
 }
@@ -380,8 +398,46 @@ static int run_sim(struct run *run) {
     load_print(run->load, &(struct load_report){.config = &config,
                                                 .sched = sched_stats(sim_sched(sim)),
                                                 .kv = kv_stats(sched_kv(sim_sched(sim)))});
+    if (!o->json)
+        plan_break_even(&cluster, &config);
     sim_close(sim);
     return ok ? load_status(run->load) : EXIT_FILE;
+}
+
+/* The load on all splits of a cluster that need not be there. */
+static int run_plan(struct run *run) {
+    static const char *const chosen[] = {"--devices",  "--prefill",    "--decode",
+                                         "--tp",       "--tp-prefill", "--tp-decode",
+                                         "--colocate", "--rate",       "--trace"};
+    const struct options *o = &run->options;
+    struct engine_config config = {0};
+    struct cluster cluster;
+    char error[ERROR_LENGTH], wrong[ERROR_LENGTH];
+    for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++)
+        if (cli_given(o->given, chosen[i])) {
+            (void)fail(error, "%s: --plan tries all, and has no use for it", chosen[i]);
+            return refuse(error);
+        }
+    if (!choose_template(run))
+        return EXIT_USAGE;
+    if (!cluster_open(&cluster, o->plan, o->rates, wrong)) {
+        bool named = strncmp(wrong, "--sim", 5) == 0; /* they share what they expect */
+        (void)fail(error, "%s%.490s", named ? "--plan" : "", wrong + (named ? 5 : 0));
+        return refuse(error);
+    }
+    config.chunk = cluster.chip.chunk;
+    config.kv_type = cluster.chip.kv_type;
+    configure_engine(run, PLAN_BATCH, &config);
+    struct plan_options options = {.cluster = &cluster,
+                                   .engine = &config,
+                                   .short_chunks = o->chunk == 0,
+                                   .load = describe_load(run),
+                                   .json = o->json};
+    options.load.ttft = o->ttft > 0 ? options.load.ttft : PLAN_TTFT;
+    options.load.itl = o->itl > 0 ? options.load.itl : PLAN_ITL;
+    for (int n = 1; n <= MAX_SHARDS; n++)
+        options.blocks[n] = device_blocks(run, n, config.kv_type);
+    return plan_print(&options, error) ? 0 : refuse(error);
 }
 
 static int run_requests(struct run *run) {
@@ -477,13 +533,16 @@ static int run_model(struct run *run) {
         complain("out of threads");
         return status;
     }
-    if (!cli_given(o->given, "--seed") && !o->replay && !o->sim) /* a load is repeatable */
+    if (!cli_given(o->given, "--seed") && !o->replay && !o->sim &&
+        !o->plan) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
     bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
         status = run_sim(run);
+    else if (ok && o->plan)
+        status = run_plan(run);
     else if (ok && open_backend(run, error) && open_engine(run, error))
         status = run_engine(run);
     else

@@ -22,8 +22,9 @@
  *
  * The same arguments give the same bytes of output: what happens at one time happens in the order
  * in which it was made. All rates stand in one table; --rates replaces them by measured ones, a
- * line each, `h100 read_bytes_per_second 2.97e12`, without a chip for any. The weights are not
- * read. Refuses: to guess what a chip that is not in the table does, and models that do not fit.
+ * line each, `h100 read_bytes_per_second 2.97e12` (`*1.2`: times the table's), without a chip for
+ * any. The weights are not read. Refuses: to guess what a chip that is not in the table does, and
+ * models that do not fit.
  * Read next: sim_run, then step_cost in dynamo.c. */
 #ifndef SIM_H
 #define SIM_H
@@ -145,13 +146,15 @@ static bool sim_read_rate(struct chip *chip, char *line) {
     bool known = n == 2;
     for (int i = 0; i < SIM_CHIPS && n == 3; i++)
         known = known || strcasecmp(words[0], sim_chips[i].name) == 0;
-    double value = known ? strtod(words[n - 1], &end) : -1;
+    bool times = known && *words[n - 1] == '*';
+    double value = known ? strtod(words[n - 1] + times, &end) : -1;
     if (!known || *end || !(value >= 0 && value < 1e30))
         return false;
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
+            double *rate = (double *)((char *)chip + sim_rates[i].offset);
             if (n == 2 || strcasecmp(words[0], chip->name) == 0)
-                *(double *)((char *)chip + sim_rates[i].offset) = value;
+                *rate = times ? *rate * value : value;
             return true;
         }
     return false;

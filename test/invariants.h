@@ -220,7 +220,8 @@ static const char *check_request(const struct sched *s, const struct request *r,
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
-    BROKEN(r->max_new > 1 && !s->config.decodes[r->decode_worker],
+    BROKEN(r->max_new > 1 && !s->config.decodes[r->decode_worker] &&
+               r->decode_worker != r->prefill_worker, /* which may keep it */
            "it decodes on a worker that does not");
     BROKEN(r->prefill_worker != r->decode_worker && !s->config.prefills[r->prefill_worker],
            "it prefills on a worker that does not");

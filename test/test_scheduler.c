@@ -1307,8 +1307,31 @@ static void followers_wait_in_the_queue(struct check *check) {
     sched_destroy(s);
 }
 
+/* Where the pool that decodes is full, the worker that prefills keeps a request; a long prompt is
+ * prefilled by a decode worker that is idle, where the others are far behind. */
+static void pools_help_each_other(struct check *check) {
+    struct sched *s = open_pools(40, 12, 4, 64);
+    static struct job jobs[9];
+    for (int i = 0; i < 3; i++)
+        ask(s, &jobs[i], i, 100, 20); /* 7 blocks: one of them fits the decode worker */
+    CHECK(jobs[0].request.decode_worker == 1 && jobs[1].request.decode_worker == 0, "one is kept");
+    CHECK(jobs[2].request.decode_worker == 0 && jobs[2].request.prefill_worker == 0, "another");
+    run_all(check, s);
+    CHECK(jobs[1].request.reason == FINISH_LENGTH && sched_stats(s).hand_overs == 1, "they end");
+    sched_destroy(s);
+    s = open_pools(100, 100, 8, 64);
+    for (int i = 0; i < 9; i++)
+        ask(s, &jobs[i], i, 100, 2);
+    int n_local = 0; /* behind by more than 4 chunks of 64 tokens: 3 prompts */
+    for (int i = 0; i < 9; i++)
+        n_local += jobs[i].request.prefill_worker == 1;
+    CHECK(n_local == 6 && jobs[2].request.prefill_worker == 0, "%d by the other", n_local);
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 static void deadlines_end_requests(struct check *check) {
-    struct sched *s = open_pools(12, 12, 4, 64);
+    struct sched *s = open_pools(6, 12, 4, 64);
     static struct job jobs[4];
     CHECK(sched_next_event(s) == INFINITY, "nothing to wait for");
     for (int i = 0; i < 4; i++) { /* runs, is handed over, is prefilled, waits */
@@ -1606,6 +1629,7 @@ int main(int argc, char **argv) {
         {"workers_of_different_sizes", workers_of_different_sizes},
         {"a_full_queue_refuses", a_full_queue_refuses},
         {"followers_wait_in_the_queue", followers_wait_in_the_queue},
+        {"pools_help_each_other", pools_help_each_other},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"preempting_costs_the_same", preempting_costs_the_same},

@@ -40,38 +40,38 @@ static const struct schedule schedules[] = {
     {FEW_MODELS, "--devices cpu:4 --tp 4 --kv-device 4M --chunk 7",
      "device_blocks>=168 steps>=140 hand_overs<=0"},
     /* two pools */
-    {ALL_MODELS, "--devices cpu:2 --copy-delay 1", "hand_overs>=15 blocks_transferred>=25"},
+    {ALL_MODELS, "--devices cpu:2 --copy-delay 1", "hand_overs>=7 blocks_transferred>=12"},
     {FEW_MODELS, "--devices cpu:3 --copy-delay 2 --chunk 7",
-     "hand_overs>=10 blocks_transferred>=25"},
+     "hand_overs>=4 blocks_transferred>=12"},
     {FEW_MODELS, "--devices cpu:3 --prefill 0,2 --decode 1 --chunk 16",
-     "hand_overs>=10 blocks_transferred>=25"},
+     "hand_overs>=4 blocks_transferred>=12"},
     {FEW_MODELS, "--devices cpu:4 --kv-device 100b --copy-delay 3 --max-batch 4",
-     "hand_overs>=10 local_prefills>=1 device_blocks_used>=80"},
-    {FEW_MODELS, "--devices cpu:4 --tp 2 --copy-delay 4", "hand_overs>=15 blocks_transferred>=25"},
+     "hand_overs>=4 local_prefills>=1 device_blocks_used>=80"},
+    {FEW_MODELS, "--devices cpu:4 --tp 2 --copy-delay 4", "hand_overs>=7 blocks_transferred>=12"},
     {IN(TWIN), "--devices cpu:8 --tp 4 --copy-delay 5 --chunk 64",
-     "hand_overs>=10 blocks_transferred>=40"},
+     "hand_overs>=4 blocks_transferred>=20"},
     {FEW_MODELS, "--devices cpu:4 --colocate --kv-device 100b --copy-delay 6",
      "hand_overs<=0 prefix_hit_tokens>=100"},
     /* pools of different width: a device holds as many bytes, so a wide worker holds more blocks */
     {FEW_MODELS, "--devices cpu:3 --tp-prefill 1 --tp-decode 2 --copy-delay 16",
-     "hand_overs>=15 blocks_transferred>=25"},
+     "hand_overs>=7 blocks_transferred>=12"},
     {FEW_MODELS, "--devices cpu:3 --tp-prefill 2 --tp-decode 1 --kv-device 28b --copy-delay 17",
-     "hand_overs>=10 blocks_transferred>=25 pages_out>=15"},
+     "hand_overs>=4 blocks_transferred>=12 pages_out>=15"},
     {FEW_MODELS, "--devices cpu:8 --prefill 0,1,2,3 --decode 4-7 --tp-prefill 1 --tp-decode 4",
-     "hand_overs>=10 blocks_transferred>=25"},
+     "hand_overs>=4 blocks_transferred>=12"},
     {IN(TWIN), "--devices cpu:6 --tp-prefill 4 --tp-decode 2 --copy-delay 18 --chunk 64",
-     "hand_overs>=10 blocks_transferred>=40"},
+     "hand_overs>=4 blocks_transferred>=20"},
     {IN(TWIN), "--devices cpu:5 --tp-prefill 1 --tp-decode 4 --kv-device 200K --copy-delay 19",
-     "device_blocks<=25 evictions>=15 hand_overs>=10 blocks_transferred>=25"},
+     "device_blocks<=25 evictions>=15 hand_overs>=4 blocks_transferred>=12"},
     /* little memory: paged out and in */
     {IDS_MODELS | IN(STORY), "--devices cpu:1 --kv-device 28b --copy-delay 7",
      "pages_out>=20 pages_in>=1 evictions>=20"},
     {ALL_MODELS, "--devices cpu:2 --kv-device 28b --copy-delay 8 --chunk 64",
-     "pages_out>=15 evictions>=20 hand_overs>=10"},
+     "pages_out>=15 evictions>=20 hand_overs>=4"},
     {FEW_MODELS, "--devices cpu:4 --kv-device 28b --copy-delay 9 --chunk 7",
-     "pages_out>=5 hand_overs>=10 device_blocks_used>=57"},
+     "pages_out>=5 hand_overs>=4 device_blocks_used>=57"},
     {FEW_MODELS, "--devices cpu:4 --tp 2 --kv-device 28b --copy-delay 10",
-     "pages_out>=15 hand_overs>=10"},
+     "pages_out>=15 hand_overs>=4"},
     {FEW_MODELS, "--devices cpu:3 --colocate --kv-device 28b --kv-host 40b",
      "pages_out>=1 hand_overs<=0 device_blocks_used>=29"},
     {IDS_MODELS, "--devices cpu:1 --kv-device 22b", "pages_out>=20 preemptions>=1"},
@@ -79,12 +79,12 @@ static const struct schedule schedules[] = {
     {IDS_MODELS, "--devices cpu:1 --kv-device 28b --kv-host 0",
      "preemptions>=1 recomputed_tokens>=50 blocks_lost>=20 pages_out<=0"},
     {FEW_MODELS, "--devices cpu:2 --kv-device 28b --kv-host 0 --copy-delay 11",
-     "blocks_lost>=15 hand_overs>=10 pages_out<=0"},
+     "blocks_lost>=15 hand_overs>=4 pages_out<=0"},
     {FEW_MODELS, "--devices cpu:4 --tp 2 --kv-device 40b --kv-host 0 --chunk 7",
-     "blocks_lost>=5 hand_overs>=10 pages_out<=0"},
+     "blocks_lost>=5 hand_overs>=4 pages_out<=0"},
     /* write-through */
     {FEW_MODELS, "--devices cpu:2 --kv-policy write-through --copy-delay 12",
-     "pages_out>=50 evictions<=0 hand_overs>=15"},
+     "pages_out>=50 evictions<=0 hand_overs>=7"},
     {FEW_MODELS, "--devices cpu:2 --kv-policy write-through --kv-device 28b --copy-delay 13",
      "pages_out>=50 evictions>=20"},
     {FEW_MODELS, "--devices cpu:4 --kv-policy write-through --kv-device 28b --kv-host 12b",
@@ -92,7 +92,7 @@ static const struct schedule schedules[] = {
     /* one after another: second turns start from what the first ones left */
     {IDS_MODELS, "--devices cpu:1 --max-batch 1", "steps>=1600 prefix_hit_tokens>=800"},
     {IDS_MODELS, "--devices cpu:2 --max-batch 1 --copy-delay 14",
-     "prefix_hit_tokens>=800 hand_overs>=10 local_prefills>=5"},
+     "prefix_hit_tokens>=800 hand_overs>=4 local_prefills>=5"},
     {IDS_MODELS, "--devices cpu:2 --max-batch 1 --kv-device 28b --copy-delay 15",
      "prefix_hit_tokens>=500 pages_out>=60 pages_in>=10 evictions>=60"},
 };
@@ -230,11 +230,11 @@ static void nothing_runs_out_of_memory(struct check *check) {
     run_narrow(check, turns, "--devices cpu:1 --kv-device 14b --copy-delay 1",
                "pages_out>=60 evictions>=60");
     run_narrow(check, turns, "--devices cpu:2 --kv-device 14b --copy-delay 2 --chunk 7",
-               "pages_out>=60 hand_overs>=40 blocks_transferred>=60");
+               "pages_out>=60 hand_overs>=20 blocks_transferred>=60");
     run_narrow(check, turns, "--devices cpu:2 --kv-device 14b --kv-host 0",
-               "pages_out<=0 hand_overs>=40 blocks_lost>=60");
+               "pages_out<=0 hand_overs>=20 blocks_lost>=60");
     run_narrow(check, turns, "--devices cpu:4 --kv-device 14b --kv-host 5b --copy-delay 3",
-               "pages_out>=60 host_evictions>=40 blocks_lost>=40 hand_overs>=40");
+               "pages_out>=60 host_evictions>=40 blocks_lost>=40 hand_overs>=20");
 }
 
 int main(int argc, char **argv) {
