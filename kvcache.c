@@ -444,13 +444,11 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     struct place *at = &kv->places[worker];
     const struct place *host = &kv->places[kv->host];
     int can = kv_reclaimable(kv, worker);
-    bool there = at->n[FREE] >= n;
     if (at->wanted <= n || at->wanted > can)
-        at->wanted = !there && n <= can ? n : 0;
-    if (there)
-        return true;
-    struct copy *victim;
-    while (at->n[FREE] + at->n[LEAVING] < at->wanted && (victim = choose_victim(at))) {
+        at->wanted = at->n[FREE] < n && n <= can ? n : 0;
+    struct copy *victim; /* none goes if there is room: what is found on the host stays there */
+    while (at->n[FREE] < n && at->n[FREE] + at->n[LEAVING] < at->wanted &&
+           (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim, false);

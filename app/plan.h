@@ -5,16 +5,18 @@
  *
  * A split gives every GPU of the cluster to a worker: so many that prefill, so many that decode, of
  * 1, 2, 4 or 8 GPUs each; or all alike and together, each doing both. The load runs on each split
- * in virtual time (sim.h), as a Poisson process of a rate that is searched for: the highest at which
- * PLAN_SHARE of the requests keep both targets. Splits are ranked by the tokens generated there, a
- * second and GPU, which are the rate times the tokens of an answer: what a load without an end
- * would give, where a short one has a beginning and an end.
+ * in virtual time (sim.h), as a Poisson process of a rate that is searched for: the highest at
+ * which PLAN_SHARE of the requests keep both targets. Splits are ranked by the tokens generated
+ * there, a second and GPU, which are the rate times the tokens of an answer: what a load without an
+ * end would give, where a short one has a beginning and an end.
  *
- * What it does to be quick, and says in its output: a simulation has PLAN_REQUESTS requests; the
- * search ends when the rate is known to PLAN_STEP; a split that does not keep the targets at
- * PLAN_PRUNED of the best rate of its kind so far is not searched further. Together is tried with
- * the chip's chunk and with a shorter one, which favours running answers; without a host tier what
- * has read from it, and with one what shares nothing but preempts. Short simulations flatter: a queue that grows has little time to.
+ * What it does to be quick, and says in its output: a simulation has PLAN_REQUESTS to PLAN_LONG
+ * requests, or --limit; the search ends when the rate is known to PLAN_STEP; a split that does not
+ * keep the targets at PLAN_PRUNED of the best rate of its kind so far is not searched further.
+ * Short simulations flatter what cannot quite keep up, as its queue has little time to grow: at
+ * the default by some percent. Together is tried with the chip's chunk and with a shorter one,
+ * which favours running answers. A host tier is left out where prompts share nothing and no answer
+ * is preempted; where it matters, splits are run with and without it.
  *
  * Owns no policy: placements are in order, prefill first, so that a worker lies within a node
  * where nodes have 8 GPUs. Refuses stdin: a load is opened again for each simulation.

@@ -9,12 +9,12 @@
    as much. (Announcement of NVIDIA Dynamo, March 2025; "at like inter-token latency".)
 2. A host tier under conversations: published gains in TTFT are from 2 to 46 times.
 
-Claim 1 runs as a Poisson process. For each split and latency the highest rate is searched for at which
-the median of inter-token latency is no more; TTFT may be anything. What counts is the tokens
+Claim 1 runs as a Poisson process. For each split and latency the highest rate is searched for at
+which the median of inter-token latency is no more; TTFT may be anything. What counts is the tokens
 generated there, a second and GPU. Together has two sizes of prefill chunks to choose from, as it is
 the one that they matter to. The sensitivity repeats it with rates 20 % lower and higher than the
-table of sim.h has them. The same program, the same bytes; a few minutes. Only the standard library is
-needed."""
+table of sim.h has them. The same program, the same bytes; a few minutes. Only the standard library
+is needed."""
 
 import argparse
 import json
@@ -90,6 +90,10 @@ def at(args, folder, cluster, latency, rates=(H100_BYTES,)):
                 high = step
             step = (low + high) // 2
     return best
+
+
+def percent(one, other):
+    return "–" if one is None or other is None else f"{100 * (one / other - 1):+.0f} %"
 
 
 def reached(args, folder, split, base, margin):

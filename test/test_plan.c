@@ -100,7 +100,8 @@ static void every_split_is_told(struct check *check) {
     }
 }
 
-/* Of 4 and of 128 blocks: copied over a link of 1e9 bytes a second, in ms; over one of 1e4 never in time. */
+/* Of 4 and of 128 blocks: copied over a link of 1e9 bytes a second, in ms; over one of 1e4 never in
+ * time. */
 static void break_even_is_that_of_the_rates(struct check *check) {
     write_rates(check);
     static const char *const drivers[] = {"--plan h100x2", "--sim h100x2"};
