@@ -446,9 +446,8 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     int can = kv_reclaimable(kv, worker);
     if (at->wanted <= n || at->wanted > can)
         at->wanted = at->n[FREE] < n && n <= can ? n : 0;
-    struct copy *victim; /* none goes if there is room: what is found on the host stays there */
-    while (at->n[FREE] < n && at->n[FREE] + at->n[LEAVING] < at->wanted &&
-           (victim = choose_victim(at))) {
+    struct copy *victim; /* where n come to be free, nothing goes to the host: all stays there */
+    while (n <= can && at->n[FREE] + at->n[LEAVING] < n && (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim, false);
