@@ -3,6 +3,7 @@
 # make test       builds and runs all tests; asan, tsan: the same under sanitizers; fuzz
 # make emu        ./dynamo-emu, the CUDA kernels on the CPU; gpu-test: their tests on a GPU
 # make bench      measures; soak: the long form of the randomized tests
+# make lab N=1    ten lines of a policy are yours: test/labs/1-eviction.md, 2-routing.md, 3-admission.md
 # make lines      counts lines, keeps the rules of the house; format: applies .clang-format; clean
 CC ?= gcc
 CXX ?= g++
@@ -131,6 +132,9 @@ $(B)/bench_cuda_emu: test/bench_cuda.cu $(B)/kernels.o $(B)/flags
 emu-bench: $(B)/bench_cuda_emu
 	$(B)/bench_cuda_emu tiny
 
+lab:
+	@test/labs/run.sh $(N)
+
 lines:
 	@CC='$(CC)' CXX='$(CXX)' test/lines.sh
 
@@ -141,5 +145,5 @@ clean:
 	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test gpu-test asan tsan fuzz emu soak bench emu-bench lines format clean FORCE
+.PHONY: all test gpu-test asan tsan fuzz emu soak bench emu-bench lab lines format clean FORCE
 -include $(wildcard $(B)/*.d)
