@@ -15,8 +15,8 @@
  * keep the targets at PLAN_PRUNED of the best rate of its kind so far is not searched further.
  * Short simulations flatter what cannot quite keep up, as its queue has little time to grow: at
  * the default by some percent. Together is tried with the chip's chunk and with a shorter one,
- * which favours running answers. A host tier is left out where prompts share nothing and no answer
- * is preempted; where it matters, splits are run with and without it.
+ * which favours running answers. A host tier is left out where prompts share nothing; where it
+ * matters, splits are run with and without it.
  *
  * Owns no policy: placements are in order, prefill first, so that a worker lies within a node
  * where nodes have 8 GPUs. Refuses stdin: a load is opened again for each simulation.
@@ -71,7 +71,7 @@ struct plan_split {
     int chunk, host_blocks, blocks[2];
     bool pruned, second, fast; /* second: with the other tiers than the first of its kind; fast:
                                 * the load is too short to tell its highest rate */
-    bool tiers_matter;         /* it has read from the host; or would have, without one */
+    bool tiers_matter;         /* it has read from the host */
     struct plan_point best;    /* rate 0: the targets are not kept */
 };
 
@@ -140,8 +140,7 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
                                      .result = r,
                                      .good = (double)r.good >= PLAN_SHARE * (double)r.requests};
         struct sched *sched = sim_sched(sim);
-        split->tiers_matter |= config.host_blocks > 0 ? kv_stats(sched_kv(sched)).pages_in > 0
-                                                      : sched_stats(sched).preemptions > 0;
+        split->tiers_matter |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
         if (r.failed == 0) {
             plan->least[0] = fmin(plan->least[0], ttft);
             plan->least[1] = fmin(plan->least[1], itl);
@@ -394,8 +393,8 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
            o->engine->max_batch,
            o->engine->host_blocks >= 0 ? "as given"
            : tiers_matter              ? "where it matters, with and without it"
-           : plan->unique ? "none, as prompts share nothing and no answer was preempted"
-                          : "as large as by default; nothing was read from it");
+           : plan->unique              ? "none, as prompts share nothing"
+                                       : "as large as by default; nothing was read from it");
     printf("%-22s %6s %-15s %8s %8s %13s %8s %8s %7s %7s\n%-22s %6s %-15s %8s %8s %13s %8s %8s %7s "
            "%7s\n",
            "split", "chunk", "blocks", "host", "requests", "tokens/s", "TTFT", "TTFT", "ITL", "ITL",
@@ -440,7 +439,7 @@ bool plan_print(const struct plan_options *o, char *error) {
         ok = plan_search(&plan, &plan.splits[i], error);
         struct plan_split second = plan.splits[i]; /* joins the end */
         tiers_matter = tiers_matter || (second.tiers_matter && !second.pruned);
-        second.host_blocks = plan.unique ? -1 : 0;
+        second.host_blocks = 0;
         second.best.rate = 0;
         if (ok && second.tiers_matter && !second.pruned && !second.second &&
             o->engine->host_blocks < 0) {
