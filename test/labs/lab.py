@@ -49,10 +49,10 @@ def eviction(rng, texts):
 def routing(rng, texts):
     """Questions about 60 documents, some of them asked about far more often than others."""
     documents = [texts.fresh(rng.randint(8, 16)) for _ in range(60)]
-    weights = [1 / (i + 1) ** 0.8 for i in range(len(documents))]
+    weights = [1 / (i + 1) ** 1.2 for i in range(len(documents))]
     at = 0
     for _ in range(1000):
-        at += rng.expovariate(28)
+        at += rng.expovariate(38)
         ids = rng.choices(documents, weights)[0] + texts.fresh(rng.randint(1, 2))
         yield at, BLOCK * len(ids) - rng.randrange(BLOCK), rng.randint(50, 200), ids
 
@@ -71,7 +71,7 @@ def admission(rng, texts):
 ONE = "--sim h100 --devices 0 --kv-host 0"
 LABS = {
     "1": (eviction, ONE + " --kv-device 10G"),
-    "2": (routing, "--sim h100x4 --colocate --kv-host 0 --kv-device 16G"),
+    "2": (routing, "--sim h100x4 --colocate --kv-host 0 --kv-device 14G"),
     "3": (admission, ONE),
 }
 
