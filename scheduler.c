@@ -500,7 +500,7 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
 static const struct request *find_leader(const struct sched *s, const struct request *r,
                                          const struct plan *plan) {
     int block = plan->n_hits, end = (block + 1) * BLOCK_TOKENS;
-    for (int i = 0; i < s->config.kv.n_workers && end <= plan->end; i++)
+    for (int i = 0; i < s->config.kv.n_workers && end < r->length; i++) /* a token is left */
         for (const struct request *o = s->workers[i].prefilling.first; o; o = o->next)
             if (end <= prefill_end(o) && o->filled < end && o->hashes[block] == r->hashes[block])
                 return o;
@@ -510,7 +510,7 @@ static const struct request *find_leader(const struct sched *s, const struct req
 /* A new request waits apart for what another one computes, all that they share: it neither stands
  * in the way of those behind it, nor do they pass it. */
 static void follow(struct sched *s, struct request *r, const struct request *leader, int block) {
-    int n = min(r->n_prompt, prefill_end(leader)) / BLOCK_TOKENS;
+    int n = min(r->length - 1, prefill_end(leader)) / BLOCK_TOKENS;
     while (block < n && leader->hashes[block] == r->hashes[block])
         block++;
     r->leader = leader;
@@ -528,7 +528,7 @@ static bool may_fit(const struct sched *s, const struct request *r) {
     if (r->tried == s->n_changes)
         return r->makes_room && kv_usage(s->kv, r->room_at).free >= r->lacks;
     for (int i = 0; i < s->config.kv.n_workers; i++)
-        if (r->makes_room || (can[i] && room_on(s, i) >= r->lacks))
+        if (r->makes_room || ((can[i] || r->lacks_decoder) && room_on(s, i) >= r->lacks))
             return true;
     return false;
 }
@@ -911,7 +911,7 @@ int sched_concerned(struct sched *s) {
 
 /* One allocation holds the request's arrays. The prompt is hashed once. */
 static bool make_tables(const struct sched *s, struct request *r) {
-    size_t n = (size_t)blocks_of(min(r->n_prompt + r->max_new, s->max_length)) + 1;
+    size_t n = (size_t)blocks_of(r->n_prompt + min(r->max_new, s->max_length - r->n_prompt)) + 1;
     r->hashes = malloc(n * (sizeof *r->hashes + 3 * sizeof *r->blocks));
     if (!r->hashes)
         return false;

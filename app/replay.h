@@ -581,7 +581,7 @@ void load_run(struct load *load, struct answers *a) {
         engine_lock(engine);
         if (a->activity == INTERRUPTED || ferror(stdout)) { /* then all end, whoever may follow */
             load_forget(load);
-            for (int i = 0; i < running.n; i++)
+            for (int i = running.n - 1; i >= 0; i--) /* the last first: none takes its place */
                 sched_cancel(engine_sched(engine), running.requests[i], false, engine_now());
             engine_wake(engine);
         }

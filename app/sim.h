@@ -325,7 +325,7 @@ struct sim_worker {
     double speed;      /* … it does so many of them in a second */
     int64_t serial;    /* of the event of its end; others of it are void */
     int n_chips;       /* different ones, that its shards are on */
-    int next;          /* another worker on its first chip; those are a ring */
+    int next;          /* another worker on one of its chips; those are a ring */
     double link;       /* bytes a second between its shards */
 };
 
@@ -341,7 +341,7 @@ struct sim {
     const struct cluster *cluster;
     const struct engine_config *config;
     struct load *load;
-    struct request **running; /* (room) those of ids from `oldest` to n_taken, NULL: ended; at … */
+    struct request **running;      /* (room) of ids from `oldest` to n_taken, NULL: ended; at … */
     int64_t oldest, n_taken, room; /* … the id modulo room, a power of two */
     struct sched *sched;
     struct model_cost cost;
@@ -544,6 +544,8 @@ static double sim_piece(struct sim *sim, int from, int to, bool abroad, double b
     bool peers = from >= 0 && to >= 0, linked = peers && !abroad && chip->peer > 0;
     if (linked)
         rate = chip->peer;
+    if (peers && from == to && !sim->cluster->is_cpu) /* read and written, through no port */
+        return sim->now + 2 * bytes / chip->read;
     if (abroad)
         rate = fmin(chip->network, peers ? INFINITY : chip->host);
     if (from >= 0 && !(peers && abroad))
@@ -624,7 +626,7 @@ static void sim_serve(struct sim *sim) {
 
 bool sim_run(struct sim *sim, char *error) {
     load_start(sim->load, sim->now, sched_max_length(sim->sched));
-    while (!load_is_done(sim->load)) {
+    while (!load_is_done(sim->load) && !ferror(stdout)) { /* else nobody reads what comes of it */
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
         double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
         double now = fmin(arrival, fmin(end, expiry));
@@ -650,18 +652,26 @@ bool sim_run(struct sim *sim, char *error) {
 
 /* ---- opening and closing ---- */
 
+static bool sim_meet(const struct sim *sim, int a, int b) { /* two workers on one chip */
+    const struct engine_config *config = sim->config;
+    bool meet = false;
+    for (int i = 0; i < config->workers[a].n_shards; i++)
+        for (int j = 0; j < config->workers[b].n_shards; j++)
+            meet = meet || cluster_chip(sim->cluster, config->workers[a].devices[i]) ==
+                               cluster_chip(sim->cluster, config->workers[b].devices[j]);
+    return meet;
+}
+
 /* Which workers share a chip, and what lies between a worker's shards. */
 static void sim_open_worker(struct sim *sim, int index) {
     const struct cluster *cluster = sim->cluster;
     const int *devices = sim->config->workers[index].devices;
     struct sim_worker *worker = &sim->workers[index];
     worker->next = index;
-    for (int i = 0; i < index; i++)
-        if (cluster_chip(cluster, sim->config->workers[i].devices[0]) ==
-            cluster_chip(cluster, devices[0])) {
+    for (int i = 0; i < index && worker->next == index; i++)
+        if (sim_meet(sim, i, index)) {
             worker->next = sim->workers[i].next;
             sim->workers[i].next = index;
-            break;
         }
     worker->link = cluster->chip.peer > 0 ? cluster->chip.peer : cluster->chip.host;
     for (int i = 0, same = 0; i < sim->config->workers[index].n_shards; i++, same = 0) {

@@ -260,10 +260,12 @@ static const char *check_requests(struct sched *s, const struct list *list, int 
     return NULL;
 }
 
-/* Whether two requests that are being prefilled compute the same block next. */
+/* Whether two requests that are being prefilled compute the same block next, of which one could use
+ * the other's: a token behind it is left to be computed. */
 static bool compute_the_same(const struct request *a, const struct request *b) {
     int block = a->filled / BLOCK_TOKENS, end = (block + 1) * BLOCK_TOKENS;
-    return b->filled / BLOCK_TOKENS == block && end <= prefill_end(a) && end <= prefill_end(b) &&
+    return b->filled / BLOCK_TOKENS == block && end < a->length && end < b->length &&
+           end <= prefill_end(a) && end <= prefill_end(b) &&
            memcmp(a->tokens, b->tokens, (size_t)end * sizeof *a->tokens) == 0;
 }
 

@@ -955,6 +955,19 @@ static void passed_by_a_few_of_preempted(struct check *check) {
     sched_destroy(s);
 }
 
+/* Equal prompts of whole blocks: no more than all but the last block can be found, so only that much
+ * is waited for; the last blocks are computed side by side. */
+static void whole_blocks_wait_for_no_last_one(struct check *check) {
+    struct sched *s = open_one(100, 0, 8);
+    static struct job jobs[5];
+    for (int i = 0; i < 5; i++)
+        ask_after(s, &jobs[i], i, 64, 1, jobs[0].tokens, i > 0 ? 64 : 0);
+    int n = s->following.length, first = step_once(s, 0), others = step_once(s, 0);
+    CHECK(n == 4 && first == 64, "%d follow, %d tokens", n, first);
+    CHECK(others == 4 * 16 && is_idle(s), "%d tokens of the others", others);
+    sched_destroy(s);
+}
+
 /* Many that wait for one prefix keep nobody else waiting, where there is room. */
 static void sharers_stop_nobody(struct check *check) {
     enum { SHARERS = 24, OTHERS = 40, PREFIX = 640 };
@@ -1615,6 +1628,7 @@ int main(int argc, char **argv) {
         {"youngest_is_preempted", youngest_is_preempted},
         {"passed_by_a_few", passed_by_a_few},
         {"passed_by_a_few_of_preempted", passed_by_a_few_of_preempted},
+        {"whole_blocks_wait_for_no_last_one", whole_blocks_wait_for_no_last_one},
         {"sharers_stop_nobody", sharers_stop_nobody},
         {"where_prompts_are_computed", where_prompts_are_computed},
         {"a_waiting_prompt_keeps_what_is_cached", a_waiting_prompt_keeps_what_is_cached},
