@@ -148,7 +148,7 @@ static bool sim_read_rate(struct chip *chip, char *line) {
         known = known || strcasecmp(words[0], sim_chips[i].name) == 0;
     bool times = known && *words[n - 1] == '*';
     double value = known ? strtod(words[n - 1] + times, &end) : -1;
-    if (!known || *end || !(value >= 0 && value < 1e30))
+    if (!known || *end || end == words[n - 1] + times || !(value >= 0 && value < 1e30))
         return false;
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
@@ -172,18 +172,20 @@ static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
                   path, number, whole);
     }
     free(text);
-    if (ok && !(chip->read > 0 && chip->operations > 0 && chip->fp8_operations > 0 &&
-                chip->host > 0 && chip->network > 0 && chip->urgent > 0 && chip->urgent < 1))
-        return fail(error, "%.300s: a rate is 0, or a share not below 1", path);
+    if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
+                chip->host >= 1 && chip->network >= 1 && chip->urgent > 0 && chip->urgent < 1))
+        return fail(error, "%.300s: a rate is below 1 a second, or a share not between 0 and 1",
+                    path);
     return ok;
 }
 
 /* [NODESx]CHIP[xDEVICES], CHIP[:DEVICES]. False: it is none. */
 static bool sim_parse(struct cluster *cluster, const char *name) {
     char *at = (char *)name;
-    *cluster = (struct cluster){.name = name, .n_nodes = 1};
+    long n = 1, each = 1;
+    *cluster = (struct cluster){.name = name};
     if (*at >= '0' && *at <= '9') {
-        cluster->n_nodes = (int)strtol(at, &at, 10);
+        n = strtol(at, &at, 10);
         if (*at++ != 'x')
             return false;
     }
@@ -193,12 +195,19 @@ static bool sim_parse(struct cluster *cluster, const char *name) {
             cluster->chip = sim_chips[i];
     cluster->is_cpu = cluster->chip.name && strcmp(cluster->chip.name, "cpu") == 0;
     at += length;
-    cluster->node_chips = *at ? (int)strtol(at + 1, &at, 10) : cluster->is_cpu ? 0 : 1;
-    int n = cluster->n_nodes, each = cluster->node_chips;
-    cluster->n_devices = n * each;
-    return cluster->chip.name && !*at && n >= 1 && n <= VALUE_DEVICES &&
-           each >= (cluster->is_cpu && n == 1 && !strpbrk(name, ":") ? 0 : 1) &&
-           each <= VALUE_DEVICES && cluster->n_devices <= VALUE_DEVICES;
+    if (*at) {
+        if (strspn(at + 1, "0123456789") == 0)
+            return false;
+        each = strtol(at + 1, &at, 10);
+    } else if (cluster->is_cpu && n == 1) {
+        each = 0;
+    }
+    if (n < 1 || n > VALUE_DEVICES || each < 0 || each > VALUE_DEVICES || n * each > VALUE_DEVICES)
+        return false;
+    cluster->n_nodes = (int)n;
+    cluster->node_chips = (int)each;
+    cluster->n_devices = (int)(n * each);
+    return cluster->chip.name && !*at && (each > 0 || !strpbrk(name, ":x"));
 }
 
 bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error) {

@@ -429,6 +429,14 @@ static const struct rule {
     {{"--template", "--replay"}, NULL},
     {{"--stats", "--replay"}, NULL}, /* it ends with a table of its own */
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
+    {{"--sim", "--stats"}, NULL}, /* nor does virtual time compute, print texts or find them */
+    {{"--sim", "--stop"}, NULL},
+    {{"--sim", "--threads"}, NULL},
+    {{"--sim", "--copy-delay"}, NULL},
+    {{"--plan", "--stats"}, NULL},
+    {{"--plan", "--stop"}, NULL},
+    {{"--plan", "--threads"}, NULL},
+    {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},

@@ -211,6 +211,11 @@ static const struct {
     {"--itl: needs --replay, --sim or --plan", "-f a --itl 3"},
     {"--sim and --plan exclude each other", "--replay a --sim h100 --plan h100"},
     {"needs --replay or -f", "--sim h100|--plan h100"},
+    {"exclude each other",
+     "-f a --sim h100 --stats|-f a --sim h100 --stop x|-f a --plan h100 --stop x|"
+     "-f a --sim h100 --threads 2|-f a --plan h100 --threads 2|"
+     "-f a --sim h100 --copy-delay 1|-f a --plan h100 --copy-delay 1|"
+     "-f a --plan h100 --stats"},
     {"needs --replay", "--rate 1|--limit 2"},
     {"--rates: needs --sim or --plan", "--rates f"},
     {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1"},
