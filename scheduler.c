@@ -10,11 +10,12 @@
  * Admission (each call ends with it, if something has changed) takes waiting requests in the order
  * of arrival, looks for the longest cached prefix, picks a prefill and a decode worker, and
  * reserves all blocks of the prompt on both: what is admitted can reach RUNNING without another
- * block. A few younger requests may pass one that does not fit. One whose next block another is
- * about to compute waits for it, so each block is computed once. Only a running answer grows, which
- * admission expects; if nothing can be freed for it all the same, the youngest on that worker is
- * preempted, and comes back before others; if that takes long they take turns. The oldest on a
- * worker is never preempted for a younger one, so every request ends.
+ * block. The pools help each other: decode workers prefill where the others are far behind, prefill
+ * workers decode where those are full. A few younger requests may pass one that does not fit. One
+ * whose next block another is about to compute waits for it, so each block is computed once. Only a
+ * running answer grows, which admission expects; if nothing can be freed for it all the same, the
+ * youngest on that worker is preempted, and comes back before others; if that takes long they take
+ * turns. The oldest on a worker is never preempted for a younger one, so every request ends.
  *
  * An admitted request stands in one queue of one worker: of its prefill worker until its prompt is
  * computed, then of its decode worker. So a step touches only requests of its worker.
@@ -533,6 +534,7 @@ static bool may_fit(const struct sched *s, const struct request *r) {
     return false;
 }
 
+/* For may_fit: what the pool that has no room lacked, at least. */
 static void note_lack(const struct sched *s, struct request *r, const struct plan *plan) {
     r->makes_room = false;
     r->lacks_decoder = plan->decode_worker == NONE;
