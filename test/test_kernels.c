@@ -269,8 +269,10 @@ static void check_dot(struct check *check, struct random *random, const struct w
             }
             for (int way = 0; way < n_ways; way++) {
                 double error = fabs((double)out[way][row * PANEL + i] - sum) / size;
-                CHECK(error < 3e-6, "type %d, %d rows, k %d to %d: error %g at %d, %d",
-                      (int)weight->type, n_rows, begin, end, error, row, i);
+                /* numbers of Q4_K are differences, of which a sum of two may leave little */
+                CHECK(error < (weight->type == TYPE_Q4_K ? 2e-5 : 3e-6),
+                      "type %d, %d rows, k %d to %d: error %g at %d, %d", (int)weight->type, n_rows,
+                      begin, end, error, row, i);
             }
         }
     }
