@@ -955,8 +955,8 @@ static void passed_by_a_few_of_preempted(struct check *check) {
     sched_destroy(s);
 }
 
-/* Equal prompts of whole blocks: no more than all but the last block can be found, so only that much
- * is waited for; the last blocks are computed side by side. */
+/* Equal prompts of whole blocks: no more than all but the last block can be found, so only that is
+ * waited for; the last blocks are computed side by side. */
 static void whole_blocks_wait_for_no_last_one(struct check *check) {
     struct sched *s = open_one(100, 0, 8);
     static struct job jobs[5];
