@@ -522,16 +522,15 @@ static void follow(struct sched *s, struct request *r, const struct request *lea
 }
 
 /* Whether it is worth while to look a request up again. Since its last try the room has come that
- * is made for it; or something has changed, and a worker of the pool that had too little room has
- * as much as it lacked. */
+ * is made for it; or something has changed, and a worker has as much room as it lacked: of those
+ * that prefill, or, where none that decodes had enough, any, for it may be kept. */
 static bool may_fit(const struct sched *s, const struct request *r) {
-    const bool *can = r->lacks_decoder ? s->config.decodes : s->config.prefills;
     if (r->tried == s->n_changes)
         return r->makes_room && kv_usage(s->kv, r->room_at).free >= r->lacks;
-    for (int i = 0; i < s->config.kv.n_workers; i++)
-        if (r->makes_room || ((can[i] || r->lacks_decoder) && room_on(s, i) >= r->lacks))
+    for (int i = 0; i < s->config.kv.n_workers && !r->makes_room; i++)
+        if ((r->lacks_decoder || s->config.prefills[i]) && room_on(s, i) >= r->lacks)
             return true;
-    return false;
+    return r->makes_room;
 }
 
 /* For may_fit: what the pool that has no room lacked, at least. */
@@ -801,9 +800,10 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     add_prefill(s, worker, now);
     admit_waiting(s, now);
     kv_clean(s->kv, worker);
-    s->stats.steps += batch->n_rows > 0;
-    s->n_changes += s->stats.steps % GROWTH_STEPS == 0;
-    return batch->n_rows > 0 ? step : NULL;
+    if (batch->n_rows == 0)
+        return NULL;
+    s->n_changes += ++s->stats.steps % GROWTH_STEPS == 0;
+    return step;
 }
 
 int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int most) {

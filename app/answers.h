@@ -66,6 +66,14 @@ void answers_json(const struct request *request, int n_generated, enum finish_re
 bool answers_prepare(const struct answers *answers, const struct request_spec *spec,
                      const struct request *before, const int *history, int n_history,
                      int max_length, struct request *request);
+/* A number told at the end of a run, and its names in JSON and in a table: stats.h, replay.h. */
+struct figure {
+    const char *key, *label;
+    double value;
+    int decimals; /* of the table */
+};
+extern const char *const answers_times[N_TIMES][2]; /* likewise, its names */
+double answers_ratio(double amount, double whole);  /* 0 of nothing */
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
@@ -255,6 +263,14 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
 
 /* ---- showing ---- */
 
+const char *const answers_times[N_TIMES][2] = {[TIME_QUEUE] = {"queue", "time in the queue"},
+                                               [TIME_TTFT] = {"ttft", "time to first token"},
+                                               [TIME_ITL] = {"itl", "inter-token latency"}};
+
+double answers_ratio(double amount, double whole) {
+    return whole > 0 ? amount / whole : 0;
+}
+
 double answers_time(const struct request *r, enum answer_time time) {
     int n = r->length - r->n_prompt;
     switch (time) {
@@ -271,7 +287,6 @@ static void free_text(struct answer *answer) {
 }
 
 void answers_json(const struct request *r, int n, enum finish_reason reason) {
-    static const char *const times[] = {"queue_ms", "ttft_ms", "itl_ms"};
     printf("\"finish_reason\":\"%s\"", reason_names[reason]);
     if (reason == FINISH_ERROR) {
         (void)fputs(",\"error\":", stdout);
@@ -285,7 +300,7 @@ void answers_json(const struct request *r, int n, enum finish_reason reason) {
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
-            printf(",\"%s\":%.15g", times[i], 1e3 * seconds);
+            printf(",\"%s_ms\":%.15g", answers_times[i][0], 1e3 * seconds);
     }
 }
 

@@ -1,7 +1,7 @@
 /* plan.h: which split of a cluster serves a load best: pools apart or together, and how wide.
  *
  *     struct plan_options options = {.cluster = &cluster, .engine = &config, .load = load, ...};
- *     ok = plan_print(&options, error); // a few seconds for 8 GPUs
+ *     ok = plan_print(&options, error); // ten seconds for 8 GPUs and unique prompts
  *
  * A split gives every GPU of the cluster to a worker: so many that prefill, so many that decode, of
  * 1, 2, 4 or 8 GPUs each; or all alike and together, each doing both. The load runs on each split
@@ -64,6 +64,7 @@ struct plan_point {                 /* a simulation */
     double rate, per_gpu, per_user; /* tokens/s: of the rate; 1 / the median of ITL */
     struct load_result result;
     bool good;
+    char kind; /* `a` or `t`: apart, together */
 };
 
 struct plan_split {
@@ -78,8 +79,7 @@ struct plan_split {
 struct plan {
     const struct plan_options *options;
     struct plan_split *splits; /* (n_splits) */
-    struct plan_point *points; /* (n_points) all simulations, and … */
-    char *kinds;               /* (n_points) … `a` or `t` for each */
+    struct plan_point *points; /* (n_points) all simulations */
     int n_splits, n_points, n_unfit;
     bool unique;     /* no prompt shares anything with another */
     double best[2];  /* rates: together, apart */
@@ -138,6 +138,7 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
                                                 (double)r.arrivals / o->cluster->n_devices,
                                      .per_user = 1e3 / r.times[TIME_ITL][LOAD_P50],
                                      .result = r,
+                                     .kind = plan_apart(split) ? 'a' : 't',
                                      .good = (double)r.good >= PLAN_SHARE * (double)r.requests};
         struct sched *sched = sim_sched(sim);
         split->tiers_matter |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
@@ -146,8 +147,6 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
             plan->least[1] = fmin(plan->least[1], itl);
         }
         plan->points = grow(plan->points, (size_t)plan->n_points, sizeof *point);
-        plan->kinds = grow(plan->kinds, (size_t)plan->n_points, 1);
-        plan->kinds[plan->n_points] = plan_apart(split) ? 'a' : 't';
         plan->points[plan->n_points++] = *point;
     }
     sim_close(sim);
@@ -285,7 +284,7 @@ static void plan_object(const struct plan_split *split) {
            split->pruned ? "true" : "false", split->fast ? "true" : "false", p->rate, p->per_gpu);
     for (int i = TIME_QUEUE; i < N_TIMES && p->rate > 0; i++)
         for (int share = LOAD_P50; share <= LOAD_P90; share++)
-            printf(",\"%s_%s_ms\":%.6g", load_times[i][0], load_shares[share],
+            printf(",\"%s_%s_ms\":%.6g", answers_times[i][0], load_shares[share],
                    p->result.times[i][share]);
     (void)fputs("}\n", stdout);
 }
@@ -325,7 +324,7 @@ static void plan_picture(const struct plan *plan) {
                 continue;
             int x = (int)(plan->points[i].per_user / width * (PLAN_WIDTH - 1));
             int y = (int)(plan->points[i].per_gpu / height * (PLAN_HEIGHT - 1));
-            rows[PLAN_HEIGHT - 1 - y][x] = (char)(plan->kinds[i] - (front ? 'a' - 'A' : 0));
+            rows[PLAN_HEIGHT - 1 - y][x] = (char)(plan->points[i].kind - (front ? 'a' - 'A' : 0));
         }
     printf(
         "\ntokens/s per GPU against tokens/s of one answer (a: apart, t: together; A, T: none is "
@@ -462,7 +461,6 @@ bool plan_print(const struct plan_options *o, char *error) {
     }
     free(plan.splits);
     free(plan.points);
-    free(plan.kinds);
     return ok;
 }
 
@@ -493,21 +491,22 @@ static double plan_copy_seconds(struct sim *sim, int from, int to, int n) {
     return end - start;
 }
 
+static bool plan_pays(struct sim *sim, int prefill, int from, int to, int n_blocks) {
+    return plan_copy_seconds(sim, from, to, n_blocks * BLOCK_TOKENS) <
+           plan_prefill_seconds(sim, prefill, n_blocks * BLOCK_TOKENS);
+}
+
 /* The least length, in whole blocks, from which on a copy is sooner there; 0: none up to `most`. */
 static int plan_pays_from(struct sim *sim, int prefill, int from, int to, int most) {
     int low = 0, high = 0; /* blocks: does not pay, pays */
     for (int n = 1; n <= blocks_of(most); n *= 2) {
-        int tokens = n * BLOCK_TOKENS;
-        bool pays =
-            plan_copy_seconds(sim, from, to, tokens) < plan_prefill_seconds(sim, prefill, tokens);
+        bool pays = plan_pays(sim, prefill, from, to, n);
         low = pays ? low : n;
         high = !pays ? 0 : high == 0 ? n : high;
     }
     while (high - low > 1) {
-        int middle = (low + high) / 2, tokens = middle * BLOCK_TOKENS;
-        bool pays =
-            plan_copy_seconds(sim, from, to, tokens) < plan_prefill_seconds(sim, prefill, tokens);
-        *(pays ? &high : &low) = middle;
+        int middle = (low + high) / 2;
+        *(plan_pays(sim, prefill, from, to, middle) ? &high : &low) = middle;
     }
     return high * BLOCK_TOKENS;
 }

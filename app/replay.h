@@ -600,33 +600,20 @@ void load_run(struct load *load, struct answers *a) {
 
 /* ---- telling ---- */
 
-static double load_ratio(double amount, double whole) {
-    return whole > 0 ? amount / whole : 0;
-}
-
 struct load_result load_result(const struct load *load) {
     static const double shares[] = {[LOAD_P50] = 0.5, [LOAD_P90] = 0.9, [LOAD_P99] = 0.99};
     struct load_result result = load->sums;
     result.seconds = load->last_ended - load->start;
     for (int i = 0; i < N_TIMES; i++) {
         const struct sketch *sketch = &load->times[i];
-        result.times[i][LOAD_MEAN] = 1e3 * load_ratio(sketch->sum, (double)sketch->n);
+        result.times[i][LOAD_MEAN] = 1e3 * answers_ratio(sketch->sum, (double)sketch->n);
         for (int share = LOAD_P50; share < N_LOAD_SHARES; share++)
             result.times[i][share] = 1e3 * sketch_quantile(sketch, shares[share]);
     }
     return result;
 }
 
-struct figure {
-    const char *key, *label; /* of JSON, of the table */
-    double value;
-    int decimals; /* of the table */
-};
-
 static const char *const load_shares[] = {"mean", "p50", "p90", "p99"};
-static const char *const load_times[N_TIMES][2] = {[TIME_QUEUE] = {"queue", "time in the queue"},
-                                                   [TIME_TTFT] = {"ttft", "time to first token"},
-                                                   [TIME_ITL] = {"itl", "inter-token latency"}};
 
 static void load_json(const struct load_result *result, const struct figure *figures, size_t n) {
     (void)fputs("{\"load\":{", stdout);
@@ -634,7 +621,7 @@ static void load_json(const struct load_result *result, const struct figure *fig
         printf("%s\"%s\":%.15g", i > 0 ? "," : "", figures[i].key, figures[i].value);
     for (int i = 0; i < N_TIMES; i++)
         for (int share = 0; share < N_LOAD_SHARES; share++)
-            printf(",\"%s_%s_ms\":%.15g", load_times[i][0], load_shares[share],
+            printf(",\"%s_%s_ms\":%.15g", answers_times[i][0], load_shares[share],
                    result->times[i][share]);
     (void)fputs("}}\n", stdout);
 }
@@ -644,7 +631,7 @@ static void load_table(const struct load_result *result, const struct figure *fi
     for (int share = 0; share < N_LOAD_SHARES; share++)
         printf(" %11s", load_shares[share]);
     for (int i = 0; i < N_TIMES; i++) {
-        printf("\n  %-32s", load_times[i][1]);
+        printf("\n  %-32s", answers_times[i][1]);
         for (int share = 0; share < N_LOAD_SHARES; share++)
             printf(" %11.2f", result->times[i][share]);
     }
@@ -668,15 +655,15 @@ void load_print(const struct load *load, const struct load_report *report) {
         {"requests", "requests", (double)r.requests, 0},
         {"failed", "of them failed", (double)r.failed, 0},
         {"seconds", "seconds", r.seconds, 2},
-        {"requests_per_second", "requests/s", load_ratio((double)r.requests, r.seconds), 3},
+        {"requests_per_second", "requests/s", answers_ratio((double)r.requests, r.seconds), 3},
         {"tokens_per_second", "generated tokens/s",
-         load_ratio((double)r.generated_tokens, r.seconds), 2},
+         answers_ratio((double)r.generated_tokens, r.seconds), 2},
         {"prompt_tokens", "prompt tokens", (double)r.prompt_tokens, 0},
         {"found_on_devices", "found on devices", (double)(r.cached_tokens - r.cached_on_host), 0},
         {"found_on_host", "found on the host alone", (double)r.cached_on_host, 0},
         {"prefill_tokens", "computed, again included", (double)report->sched.prefill_tokens, 0},
-        {"share_saved", "share found", load_ratio((double)r.cached_tokens, (double)r.prompt_tokens),
-         3},
+        {"share_saved", "share found",
+         answers_ratio((double)r.cached_tokens, (double)r.prompt_tokens), 3},
         {"preemptions", "preemptions", (double)report->sched.preemptions, 0},
         {"pages_out", "blocks paged out", (double)k->pages_out, 0},
         {"pages_out_gb", "the same in GB", (double)k->pages_out * gb, 3},
@@ -687,8 +674,9 @@ void load_print(const struct load *load, const struct load_report *report) {
         {"copies_unused", "copies to workers never used", (double)k->unused, 0},
         {"device_blocks", "blocks a worker holds at least", (double)least, 0},
         {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
-        {"goodput", "requests/s within the targets", load_ratio((double)r.good, r.seconds), 3},
-        {"good_share", "share of all requests", load_ratio((double)r.good, (double)r.requests), 3}};
+        {"goodput", "requests/s within the targets", answers_ratio((double)r.good, r.seconds), 3},
+        {"good_share", "share of all requests", answers_ratio((double)r.good, (double)r.requests),
+         3}};
     size_t n = sizeof all / sizeof *all;
     if (load->options.ttft <= 0 && load->options.itl <= 0)
         n -= 2;

@@ -381,7 +381,7 @@ static int run_sim(struct run *run) {
     char error[ERROR_LENGTH];
     if (!choose_template(run))
         return EXIT_USAGE;
-    if (!cluster_open(&cluster, o->sim, o->rates, error))
+    if (!cluster_open(&cluster, "--sim", o->sim, o->rates, error))
         return refuse(error);
     config.chunk = cluster.chip.chunk;
     config.kv_type = cluster.chip.kv_type;
@@ -412,7 +412,7 @@ static int run_plan(struct run *run) {
     const struct options *o = &run->options;
     struct engine_config config = {0};
     struct cluster cluster;
-    char error[ERROR_LENGTH], wrong[ERROR_LENGTH];
+    char error[ERROR_LENGTH];
     for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++)
         if (cli_given(o->given, chosen[i])) {
             (void)fail(error, "%s: --plan tries all, and has no use for it", chosen[i]);
@@ -420,11 +420,8 @@ static int run_plan(struct run *run) {
         }
     if (!choose_template(run))
         return EXIT_USAGE;
-    if (!cluster_open(&cluster, o->plan, o->rates, wrong)) {
-        bool named = strncmp(wrong, "--sim", 5) == 0; /* they share what they expect */
-        (void)fail(error, "%s%.490s", named ? "--plan" : "", wrong + (named ? 5 : 0));
+    if (!cluster_open(&cluster, "--plan", o->plan, o->rates, error))
         return refuse(error);
-    }
     config.chunk = cluster.chip.chunk;
     config.kv_type = cluster.chip.kv_type;
     configure_engine(run, PLAN_BATCH, &config);

@@ -2,7 +2,7 @@
  * and copies take the time that they would take, by a clock that nobody waits for.
  *
  *     struct cluster cluster;
- *     if (cluster_open(&cluster, "2xh100x8", NULL, error) &&
+ *     if (cluster_open(&cluster, "--sim", "2xh100x8", NULL, error) &&
  *         cluster_fit(&cluster, &config, error)) {
  *         struct sim *sim = sim_open(&cluster, &config, load, error);
  *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
@@ -54,8 +54,10 @@ struct cluster {
     int n_devices; /* of all nodes; 0: a CPU, and nobody said how many */
 };
 
-/* rates: a file of measured ones, or NULL. False: `error`, one line. */
-bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error);
+/* option: that which names it, for `error`; rates: a file of measured ones, or NULL. False: `error`,
+ * one line. */
+bool cluster_open(struct cluster *cluster, const char *option, const char *name, const char *rates,
+                  char *error);
 /* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are
  * -1. */
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error);
@@ -210,12 +212,13 @@ static bool sim_parse(struct cluster *cluster, const char *name) {
     return cluster->chip.name && !*at && (each > 0 || !strpbrk(name, ":x"));
 }
 
-bool cluster_open(struct cluster *cluster, const char *name, const char *rates, char *error) {
+bool cluster_open(struct cluster *cluster, const char *option, const char *name, const char *rates,
+                  char *error) {
     if (!sim_parse(cluster, name)) {
         int n = snprintf(error, ERROR_LENGTH,
-                         "--sim: got %.60s, expected CHIP, CHIPxGPUS or "
+                         "%s: got %.60s, expected CHIP, CHIPxGPUS or "
                          "NODESxCHIPxGPUS such as 2xh100x8, %d GPUs at most; CHIP:",
-                         name, VALUE_DEVICES);
+                         option, name, VALUE_DEVICES);
         for (int i = 0; i < SIM_CHIPS; i++)
             n += snprintf(error + n, ERROR_LENGTH - (size_t)n, "%s %s", i > 0 ? "," : "",
                           sim_chips[i].name);
@@ -506,12 +509,9 @@ static void sim_begin(struct sim *sim, int worker) {
     sim_share(sim, worker);
 }
 
-/* SplitMix64 (Steele, Lea and Flood 2014). */
-static int sim_token(const struct sim *sim, const struct request *r) {
-    uint64_t bits = ((uint64_t)r->id << 32 ^ (uint64_t)r->length) + 0x9e3779b97f4a7c15u;
-    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
-    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-    return (int)((bits ^ bits >> 31) % (uint64_t)sim->config->model->config.vocab_size);
+static int sim_token(const struct sim *sim, const struct request *r) { /* a made-up one */
+    uint64_t bits = answers_random(answers_random(0, (uint64_t)r->id), (uint64_t)r->length);
+    return (int)(bits % (uint64_t)sim->config->model->config.vocab_size);
 }
 
 static void sim_step_ends(struct sim *sim, int worker) {

@@ -24,10 +24,6 @@ void stats_summary(const struct answers *answers);
 #include <inttypes.h>
 #include <unistd.h>
 
-static double stats_ratio(double amount, double whole) {
-    return whole > 0 ? amount / whole : 0;
-}
-
 static int compare_doubles(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
@@ -47,28 +43,18 @@ static double stats_mean(const struct answers *a, enum answer_time time) {
     double sum = 0;
     for (int i = 0; i < a->n_times[time]; i++)
         sum += a->times[time][i];
-    return stats_ratio(1e3 * sum, a->n_times[time]);
+    return answers_ratio(1e3 * sum, a->n_times[time]);
 }
 
-struct number {
-    const char *key, *label; /* of JSON, of the table */
-    double value;
-    int decimals; /* of the table */
-};
-
-static const char *const stats_times[N_TIMES][2] = {[TIME_QUEUE] = {"queue", "time in the queue"},
-                                                    [TIME_TTFT] = {"ttft", "time to first token"},
-                                                    [TIME_ITL] = {"itl", "inter-token latency"}};
-
 static void stats_json(const struct answers *a, const struct engine_stats *now,
-                       const struct number *numbers, size_t n) {
+                       const struct figure *figures, size_t n) {
     const struct engine_config *config = engine_config_of(a->engine);
     printf("{\"stats\":{\"backend\":\"%s\"", config->backend->name);
     for (size_t i = 0; i < n; i++)
-        printf(",\"%s\":%.15g", numbers[i].key, numbers[i].value);
+        printf(",\"%s\":%.15g", figures[i].key, figures[i].value);
     for (int i = 0; i < N_TIMES; i++)
         for (int percent = 50; percent < 100; percent += 49)
-            printf(",\"%s_p%d_ms\":%.15g", stats_times[i][0], percent,
+            printf(",\"%s_p%d_ms\":%.15g", answers_times[i][0], percent,
                    stats_within(a, (enum answer_time)i, 0.01 * percent));
     (void)fputs(",\"places\":[", stdout); /* the workers, and last the host */
     for (int i = 0; i <= config->n_workers; i++) {
@@ -83,7 +69,7 @@ static void stats_json(const struct answers *a, const struct engine_stats *now,
 }
 
 static void stats_table(const struct answers *a, const struct engine_stats *now,
-                        const struct number *numbers, size_t n) {
+                        const struct figure *figures, size_t n) {
     const struct engine_config *config = engine_config_of(a->engine);
     bool colour = isatty(STDERR_FILENO);
     const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
@@ -94,14 +80,14 @@ static void stats_table(const struct answers *a, const struct engine_stats *now,
     (void)fprintf(stderr, label, "seed");
     (void)fprintf(stderr, "%" PRIu64 "\n", a->seed);
     for (int i = 0; i < N_TIMES; i++) {
-        (void)snprintf(words, sizeof words, "%s: median, 99 %%", stats_times[i][1]);
+        (void)snprintf(words, sizeof words, "%s: median, 99 %%", answers_times[i][1]);
         (void)fprintf(stderr, label, words);
         (void)fprintf(stderr, "%.2f, %.2f ms\n", stats_within(a, (enum answer_time)i, 0.5),
                       stats_within(a, (enum answer_time)i, 0.99));
     }
     for (size_t i = 0; i < n; i++) {
-        (void)fprintf(stderr, label, numbers[i].label);
-        (void)fprintf(stderr, "%.*f\n", numbers[i].decimals, numbers[i].value);
+        (void)fprintf(stderr, label, figures[i].label);
+        (void)fprintf(stderr, "%.*f\n", figures[i].decimals, figures[i].value);
     }
     for (int i = 0; i <= config->n_workers; i++) {
         struct kv_usage u = now->places[i];
@@ -126,16 +112,16 @@ void stats_print(const struct answers *a) {
     }
     int host_used = config->host_blocks - now.places[config->n_workers].free;
     engine_limits(a->engine, &read, &ops);
-    double reading = stats_ratio(decode.bytes, decode.seconds);
-    double multiplying = stats_ratio(prefill.operations, prefill.seconds);
-    const struct number all[] = {
+    double reading = answers_ratio(decode.bytes, decode.seconds);
+    double multiplying = answers_ratio(prefill.operations, prefill.seconds);
+    const struct figure all[] = {
         {"requests", "requests", (double)s.submitted, 0},
         {"ttft_ms", "time to first token, mean (ms)", stats_mean(a, TIME_TTFT), 2},
         {"ttft_max_ms", "time to first token, longest (ms)", stats_within(a, TIME_TTFT, 1), 2},
         {"itl_ms", "inter-token latency (ms)",
-         stats_ratio(1e3 * a->interval_sum, (double)a->n_intervals), 2},
+         answers_ratio(1e3 * a->interval_sum, (double)a->n_intervals), 2},
         {"tokens_per_second", "generated tokens/s",
-         stats_ratio((double)a->n_tokens, a->busy_seconds), 2},
+         answers_ratio((double)a->n_tokens, a->busy_seconds), 2},
         {"prefill_tokens", "prompt tokens computed", (double)s.prefill_tokens, 0},
         {"decode_tokens", "tokens decoded", (double)s.decode_tokens, 0},
         {"steps", "steps", (double)s.steps, 0},
@@ -157,15 +143,15 @@ void stats_print(const struct answers *a) {
         {"host_blocks", "blocks the host holds", (double)config->host_blocks, 0},
         {"host_blocks_used", "blocks cached on the host", (double)host_used, 0},
         {"decode_tokens_per_second", "decode steps: tokens/s",
-         stats_ratio((double)decode.tokens, decode.seconds), 2},
+         answers_ratio((double)decode.tokens, decode.seconds), 2},
         {"decode_gb_per_second", "decode steps: GB/s read", reading * 1e-9, 2},
         {"read_gb_per_second", "the devices read at most (GB/s)", read * 1e-9, 2},
-        {"decode_share", "decode steps: share of that", stats_ratio(reading, read), 2},
+        {"decode_share", "decode steps: share of that", answers_ratio(reading, read), 2},
         {"prefill_tokens_per_second", "prefill steps: tokens/s",
-         stats_ratio((double)prefill.tokens, prefill.seconds), 2},
+         answers_ratio((double)prefill.tokens, prefill.seconds), 2},
         {"prefill_gflops", "prefill steps: GFLOP/s", multiplying * 1e-9, 2},
         {"peak_gflops", "the devices multiply at most", ops * 1e-9, 2},
-        {"prefill_share", "prefill steps: share of that", stats_ratio(multiplying, ops), 2},
+        {"prefill_share", "prefill steps: share of that", answers_ratio(multiplying, ops), 2},
         {"kernel_launches", "kernel launches", (double)config->backend->kernel_launches, 0}};
     (a->json ? stats_json : stats_table)(a, &now, all, sizeof all / sizeof *all);
 }
@@ -181,7 +167,7 @@ void stats_summary(const struct answers *a) {
         " blocks handed over | %" PRId64 " tokens generated, %.0f tokens/s | %" PRId64
         " blocks paged out, %" PRId64 " in, %" PRId64 " preemptions]\n",
         config->n_workers, config->n_workers == 1 ? "" : "s", s.prefill_tokens, s.prefix_hit_tokens,
-        k.transfers, a->n_tokens, stats_ratio((double)a->n_tokens, a->busy_seconds), k.pages_out,
+        k.transfers, a->n_tokens, answers_ratio((double)a->n_tokens, a->busy_seconds), k.pages_out,
         k.pages_in, s.preemptions);
 }
 

@@ -157,7 +157,8 @@ static struct outcome run_load_in(struct check *check, struct engine_config *con
     struct cluster cluster;
     (void)snprintf(name, sizeof name, "h100x%d", config->n_workers);
     struct load *load = load_open(&options, error);
-    bool fits = cluster_open(&cluster, name, NULL, error) && cluster_fit(&cluster, config, error);
+    bool fits =
+        cluster_open(&cluster, "--sim", name, NULL, error) && cluster_fit(&cluster, config, error);
     struct sim *sim = fits && load ? sim_open(&cluster, config, load, error) : NULL;
     CHECK(sim && sim_run(sim, error), "%s", error);
     if (sim) {
@@ -213,7 +214,8 @@ static void waits_as_queues_do(struct check *check) {
 static struct sim *open_pairs(struct check *check, struct cluster *cluster,
                               struct engine_config *config, const char *name) {
     char error[ERROR_LENGTH] = "";
-    bool ok = cluster_open(cluster, name, NULL, error) && cluster_fit(cluster, config, error);
+    bool ok =
+        cluster_open(cluster, "--sim", name, NULL, error) && cluster_fit(cluster, config, error);
     struct sim *sim = ok ? sim_open(cluster, config, NULL, error) : NULL;
     CHECK(sim, "%s", error);
     return sim;
@@ -393,7 +395,7 @@ static void rates_are_read(struct check *check) {
     int file = mkstemp(name);
     CHECK(write(file, text, sizeof text - 1) == (ssize_t)sizeof text - 1, "cannot write");
     close(file);
-    CHECK(cluster_open(&cluster, "h100x2", name, error), "%s", error);
+    CHECK(cluster_open(&cluster, "--sim", "h100x2", name, error), "%s", error);
     CHECK(cluster.chip.read == 1e12 && cluster.chip.host == 7e9 && cluster.chip.peer == 450e9,
           "%g, %g, %g", cluster.chip.read, cluster.chip.host, cluster.chip.peer);
     unlink(name);
