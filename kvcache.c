@@ -665,7 +665,7 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     settle(kv, order->node);
     if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
         drop(kv, from, true);
-    for (int i = 0; i < kv->host && (in || out); i++) /* what had no room on the host goes on */
+    for (int i = 0; i < kv->host; i++) /* what was being copied, or had no room on the host, goes */
         if (kv->places[i].n[FREE] + kv->places[i].n[LEAVING] < kv->places[i].wanted)
             (void)kv_make_room(kv, i, kv->places[i].wanted);
         else if (kv->places[i].n[FREE] >= kv->places[i].wanted)

@@ -850,9 +850,12 @@ static void refusals(struct check *check) {
         CHECK(job.request.state == REQUEST_FINISHED && job.request.reason == FINISH_ERROR, "%d", i);
         CHECK(strstr(job.request.error, cases[i].text), "%s", job.request.error);
     }
-    ask(s, &job, 3, 64, 10);
-    CHECK(step_once(s, 0) == 64 && job.request.reason == FINISH_LENGTH, "as long as the device");
-    CHECK(job.request.length == 65 && is_idle(s), "one token");
+    static const int answers[] = {10, INT_MAX}; /* of any length: cut at what there is room for */
+    for (int i = 0; i < 2; i++) {
+        ask(s, &job, 3 + i, 64, answers[i]);
+        CHECK(step_once(s, 0) > 0 && job.request.reason == FINISH_LENGTH, "as long as the device");
+        CHECK(job.request.length == 65 && is_idle(s), "one token");
+    }
     sched_destroy(s);
 }
 
@@ -1343,6 +1346,20 @@ static void pools_help_each_other(struct check *check) {
     sched_destroy(s);
 }
 
+/* It is tried again when the prefill worker gets room, here as the first's blocks have been copied
+ * from it, not only when a decode worker does. */
+static void who_can_be_kept_is_tried_again(struct check *check) {
+    struct sched *s = open_pools(8, 8, 4, 64);
+    static struct job jobs[2];
+    for (int i = 0; i < 2; i++)
+        ask(s, &jobs[i], i, 100, 20); /* 7 blocks */
+    CHECK(jobs[1].request.state == REQUEST_WAITING, "no worker has room");
+    CHECK(step_once(s, 0) == 64 && step_once(s, 0) == 36 && step_once(s, 1) == 0, "the first");
+    CHECK(jobs[1].request.state == REQUEST_LOADING && jobs[1].request.decode_worker == 0, "kept");
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 static void deadlines_end_requests(struct check *check) {
     struct sched *s = open_pools(6, 12, 4, 64);
     static struct job jobs[4];
@@ -1644,6 +1661,7 @@ int main(int argc, char **argv) {
         {"a_full_queue_refuses", a_full_queue_refuses},
         {"followers_wait_in_the_queue", followers_wait_in_the_queue},
         {"pools_help_each_other", pools_help_each_other},
+        {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"preempting_costs_the_same", preempting_costs_the_same},

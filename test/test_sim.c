@@ -312,6 +312,33 @@ static void a_chip_is_shared(struct check *check) {
     sim_close(sim);
 }
 
+/* Also one that is not the first of a worker's; and what goes to another worker on it passes no
+ * port, but is read and written. */
+static void any_chip_is_shared(struct check *check) {
+    struct cluster cluster;
+    for (int chip = 0; chip < 3; chip++) {
+        struct engine_config config = make_config(2, 1, 256, 100);
+        config.workers[0].n_shards = 2;
+        config.workers[0].devices[1] = 1;
+        config.workers[1].devices[0] = chip;
+        struct sim *sim = open_pairs(check, &cluster, &config, "h100x3");
+        if (!sim)
+            return;
+        CHECK((sim->workers[0].next == 1) == (chip < 2), "the decoder on chip %d", chip);
+        CHECK((sim->workers[1].next == 0) == (chip < 2), "the decoder on chip %d", chip);
+        sim_close(sim);
+    }
+    struct engine_config config = make_config(2, 1, 256, 100);
+    config.workers[1].devices[0] = 0;
+    struct sim *sim = open_pairs(check, &cluster, &config, "l40s");
+    if (!sim)
+        return;
+    double one = 2 * (double)block_bytes(&model.config, 1, KV_BF16) / cluster.chip.read;
+    for (int i = 0; i < 2; i++)
+        CHECK(fabs(copies_end(sim, 0, 1) / one - 1) < 1e-6, "within the chip, at once: %d", i);
+    sim_close(sim);
+}
+
 /* ---- memory, bytes ---- */
 
 static void memory_is_of_those_in_flight(struct check *check) {
@@ -501,6 +528,7 @@ int main(int argc, char **argv) {
         {"copies_share_ports", copies_share_ports},
         {"shards_pay_for_their_sums", shards_pay_for_their_sums},
         {"a_chip_is_shared", a_chip_is_shared},
+        {"any_chip_is_shared", any_chip_is_shared},
         {"memory_is_of_those_in_flight", memory_is_of_those_in_flight},
         {"the_same_bytes_twice", the_same_bytes_twice},
         {"refuses_in_a_line", refuses_in_a_line},
