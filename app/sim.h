@@ -54,8 +54,8 @@ struct cluster {
     int n_devices; /* of all nodes; 0: a CPU, and nobody said how many */
 };
 
-/* option: that which names it, for `error`; rates: a file of measured ones, or NULL. False: `error`,
- * one line. */
+/* option: that which names it, for `error`; rates: a file of measured ones, or NULL. False: `error`
+ * is one line. */
 bool cluster_open(struct cluster *cluster, const char *option, const char *name, const char *rates,
                   char *error);
 /* Checks that each worker's part of the model fits, and chooses the numbers of blocks that are
