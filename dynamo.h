@@ -350,8 +350,9 @@ int kv_register(struct kv *kv, int node, int parent, uint64_t hash, const int *t
 void kv_keep(struct kv *kv, int node, int *keeper);
 void kv_unkeep(struct kv *kv, int node);
 /* Makes n slots of a worker free: the coldest copies go, those that are nowhere else to the host
- * first (without a host tier, or if all of it is pinned, they are lost). False: not yet, ask again
- * when a copy has ended or blocks were unpinned; nothing goes if n cannot be reached at present. */
+ * first (without a host tier, or if all of it is pinned, they are lost). False: not yet. It goes on
+ * as copies end, for the most that was asked for and can be reached: ask again when so many are
+ * free, or when blocks were unpinned. Nothing goes if n cannot be reached at present. */
 bool kv_make_room(struct kv *kv, int worker, int n);
 /* The cleaner: orders page-outs so that a few of the coldest blocks can be dropped at once. */
 void kv_clean(struct kv *kv, int worker);

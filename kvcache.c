@@ -18,8 +18,8 @@
  * Whoever changes a copy calls `settle_copy` in the end, which gives it its standing (enum
  * standing): so the rules stand in one function; then `settle`, which does so with the others of
  * its node if it matters to them. Clean and dirty copies of a place are on a heap each, the coldest
- * on top. To enter as the hottest, as under LRU, costs O(1), all else on a
- * heap of n O(log n), in every order.
+ * on top. To enter as the hottest, as under LRU, costs O(1), all else on a heap of n O(log n), in
+ * every order.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
@@ -404,7 +404,7 @@ static bool page_out(struct kv *kv, struct copy *c, bool urgent, const char *why
     }
     struct copy *to = occupy(kv, c->node, kv->host, RESERVED);
     to->pins = 0;
-    set_standing(kv, c, LEAVING); /* unless it is pinned: see settle */
+    set_standing(kv, c, LEAVING); /* unless it is pinned: see settle_copy */
     order_copy(kv, c, to, why);
     return true;
 }
