@@ -44,6 +44,7 @@ struct chip { /* a GPU, or all cores of a CPU; rates are each way, a second */
     int chunk;                        /* what its backend has by default */
     enum kv_type kv_type;
     double urgent; /* a decode step's share of a chip, of two, where a prefill step shares it */
+    double sample; /* seconds that a token takes besides: its row's own work, and drawing it */
 };
 
 struct cluster {
@@ -98,17 +99,17 @@ void sim_close(struct sim *sim);
  * F32. */
 static const struct chip sim_chips[] = {
     {"h100", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4},
+     3e-5, 2048, KV_BF16, .4, 0},
     {"h200", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4},
+     3e-5, 2048, KV_BF16, .4, 0},
     {"b200", 180e9, 8e12, 2250e12, 4500e12, 900e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4},
+     3e-5, 2048, KV_BF16, .4, 0},
     {"a100", 80e9, 2.04e12, 312e12, 312e12, 300e9, 26e9, 25e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4},
+     3e-5, 2048, KV_BF16, .4, 0},
     {"l40s", 48e9, 864e9, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
-     2048, KV_BF16, .4},
-    {"cpu", 16e9, 30e9, 200e9, 200e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
-     .5},
+     2048, KV_BF16, .4, 0},
+    {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
+     .5, 3e-3},
 };
 enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
 
@@ -131,6 +132,7 @@ static const struct sim_rate {
     RATE("all_reduce_seconds", reduce),
     RATE("copy_seconds", copy),
     RATE("urgent_share", urgent),
+    RATE("sample_seconds", sample),
 };
 #undef RATE
 enum { SIM_RATES = sizeof sim_rates / sizeof *sim_rates };
@@ -473,7 +475,8 @@ static double sim_step_seconds(const struct sim *sim, int worker, const struct b
                       attention / n / chip->operations;
     double reduce = 2 * (n - 1) / n * rows * model->d_model * 2 / sim->workers[worker].link;
     double layer = chip->layer + (n > 1 ? 2 * (reduce + chip->reduce) : 0);
-    return fmax(bytes / chip->read, computes) + model->n_layers * layer + chip->step;
+    return fmax(bytes / chip->read, computes) + model->n_layers * layer + chip->step +
+           batch->n_samples * chip->sample;
 }
 
 /* Those that run on a worker's chip share it anew: prefill among themselves, decode likewise. */
