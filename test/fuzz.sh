@@ -12,12 +12,13 @@ clang=$(command -v clang-14 || command -v clang) || {
     exit 1
 }
 folder=build/fuzz
+mkdir -p $folder
 flags="-std=gnu11 -g -O1 -march=native -Wno-psabi -D_GNU_SOURCE -I."
+# shellcheck disable=SC2086 # flags and targets are words
+printf '%s\n' $targets | xargs -P 2 -I '{}' "$clang" $flags -fsanitize=fuzzer,address,undefined \
+    -fno-sanitize-recover=undefined 'test/fuzz_{}.c' -lm -o "$folder/fuzz_{}" || exit 1
 for target in $targets; do
     mkdir -p "$folder/$target"
-    # shellcheck disable=SC2086 # flags are words
-    "$clang" $flags -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
-        "test/fuzz_$target.c" -lm -o "$folder/fuzz_$target" || exit 1
 done
 
 # ---- seeds and dictionaries ----
