@@ -342,6 +342,11 @@ static void plan_picture(const struct plan *plan) {
 static void plan_verdict(const struct plan *plan, const struct plan_split *const best[2]) {
     char names[2][64];
     const struct plan_split *apart = best[1], *together = best[0];
+    const char *why = plan->n_points > 0 ? plan->points[0].result.first_error : "";
+    if (!apart && !together && *why && isinf(plan->least[0])) {
+        printf("\nno split keeps the targets: requests fail; %s\n", why);
+        return;
+    }
     if (!apart && !together) {
         printf(
             "\nno split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / %.2f ms "

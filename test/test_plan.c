@@ -165,6 +165,10 @@ static void refused_in_a_line(struct check *check) {
     int n = at ? sscanf(at + strlen(words), "%lf ms / %lf ms", &ttft, &itl) : 0;
     CHECK(o.status == 0 && n == 2 && ttft > 50 && ttft < 60 && itl > 1.6 && itl < 1.7, "%g %g\n%s",
           ttft, itl, o.out);
+    o = run(check, SMALL "--plan h100 --replay 100000:10");
+    words =
+        "\nno split keeps the targets: requests fail; request 0: the prompt has 100000 tokens, ";
+    CHECK(o.status == 0 && strstr(o.out, words), "%d: %s", o.status, o.out);
 }
 
 int main(int argc, char **argv) {
