@@ -417,7 +417,11 @@ static void refuses_in_a_line(struct check *check) {
 static void rates_are_read(struct check *check) {
     char name[] = "/tmp/test_sim_XXXXXX", error[ERROR_LENGTH];
     static const char text[] = "# measured\n\nread_bytes_per_second 1e12\n"
-                               "A100 read_bytes_per_second 5\nh100 host_bytes_per_second 7e9\n";
+                               "A100 read_bytes_per_second 5\nh100 host_bytes_per_second 7e9\n"
+                               "sample_seconds 0.25\n";
+    struct engine_config config = make_config(2, 1, 256, 100);
+    struct sequence sequence = {.n_rows = 3};
+    struct batch batch = {.n_rows = 3, .n_sequences = 1, .n_samples = 1, .sequence = &sequence};
     struct cluster cluster;
     int file = mkstemp(name);
     CHECK(write(file, text, sizeof text - 1) == (ssize_t)sizeof text - 1, "cannot write");
@@ -426,6 +430,13 @@ static void rates_are_read(struct check *check) {
     CHECK(cluster.chip.read == 1e12 && cluster.chip.host == 7e9 && cluster.chip.peer == 450e9,
           "%g, %g, %g", cluster.chip.read, cluster.chip.host, cluster.chip.peer);
     unlink(name);
+    struct sim *sim = sim_open(&cluster, &config, NULL, error);
+    if (!sim)
+        return;
+    double one = sim_step_seconds(sim, 0, &batch);
+    batch.n_samples = 3;
+    CHECK(fabs(sim_step_seconds(sim, 0, &batch) - one - 2 * 0.25) < 1e-3, "%g s of one", one);
+    sim_close(sim);
 }
 
 /* ---- a real run, decided again ---- */
