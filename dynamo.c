@@ -16,6 +16,7 @@
  * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
 #define _GNU_SOURCE
 #include "dynamo.h"
+#include "lib/machine.h"
 
 #include <assert.h>
 #include <inttypes.h>
@@ -513,7 +514,7 @@ static bool size_tiers(struct engine *engine, char *error) {
     struct engine_config *config = &engine->config;
     int64_t context = blocks_of(config->model->config.context_length);
     int64_t wanted = fewer(CACHED_ANSWERS * config->max_batch * context, MOST_WANTED);
-    int64_t host = (int64_t)(host_free_memory() / 4 / part_bytes(engine, 1));
+    int64_t host = (int64_t)(machine_free_memory("") / 4 / part_bytes(engine, 1));
     if (config->host_blocks < 0)
         config->host_blocks = (int)fewer(wanted * HOST_FACTOR, host);
     for (int i = 0; i < config->n_workers; i++) {
@@ -598,6 +599,15 @@ static void open_locks(struct engine *engine) {
     pthread_condattr_destroy(&monotonic);
 }
 
+/* Asked before the first of many GB is read. The CPU's devices share them; of a GPU, upload asks. */
+static bool weights_fit(const struct engine *engine, char *error) {
+    double free_bytes = (double)machine_free_memory("");
+    return engine->config.backend->n_gpus > 0 || free_bytes <= 0 ||
+           engine->cost.bytes <= free_bytes ||
+           fail(error, "weights of %.1f GB do not fit the %.1f GB of memory that are left",
+                1e-9 * engine->cost.bytes, 1e-9 * free_bytes);
+}
+
 struct engine *engine_open(const struct engine_config *config, char *error) {
     (void)fail(error, "out of memory");
     struct engine *engine = calloc(1, sizeof *engine);
@@ -607,7 +617,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
     engine->cost = model_cost(config->model);
     open_locks(engine);
     engine->rope_frequency = rope_frequencies(config->model);
-    bool ok = engine->rope_frequency;
+    bool ok = engine->rope_frequency && weights_fit(engine, error);
     for (int i = 0; i < config->n_workers && ok; i++)
         ok = open_worker(engine, i, error);
     if (ok && size_tiers(engine, error) && open_tiers(engine, error) && open_sched(engine))

@@ -504,9 +504,6 @@ void engine_tell_lost(struct engine *engine);
 /* What both backends ask before they open a device: whether the model can be cut so. False: `error`
  * says what does not divide. (kernels.c) */
 bool device_fits(const struct device *wanted, char *error);
-/* Bytes of memory that this machine has left, with what its file cache could give back: both
- * backends ask rather than be ended by the system once memory is used. 0: not known. (kernels.c) */
-size_t host_free_memory(void);
 /* Memory of this machine, at a border of pages, huge ones where it can be, to be freed by free; it
  * takes none before it is written. NULL: no room. (kernels.c) */
 void *host_alloc(size_t bytes);

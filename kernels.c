@@ -39,6 +39,7 @@
  *     a step, the backend       step_begin and step_end, the table of operations, open and close
  *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
+#define _GNU_SOURCE
 #include "dynamo.h"
 
 #include <assert.h>
@@ -58,6 +59,8 @@
 #include "lib/pool.h"
 #define SAMPLER_IMPLEMENTATION
 #include "lib/sampler.h"
+#define MACHINE_IMPLEMENTATION
+#include "lib/machine.h"
 
 enum {
     PREFILL_CHUNK = 256,  /* prompt tokens in one step: enough for full tiles, and soon done */
@@ -294,23 +297,9 @@ static void finish_copies(struct cpu_device *device) {
 
 /* ---- memory and weights ---- */
 
-/* Linux says it in /proc/meminfo; where there is no such file, free pages alone count. */
-size_t host_free_memory(void) {
-    FILE *file = fopen("/proc/meminfo", "r");
-    char line[128];
-    size_t kibibytes = 0;
-    while (file && fgets(line, sizeof line, file) &&
-           sscanf(line, "MemAvailable: %zu", &kibibytes) != 1) {
-    }
-    if (file)
-        fclose(file);
-    long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    return kibibytes > 0 ? kibibytes * 1024 : pages > 0 ? (size_t)pages * (size_t)page : 0;
-}
-
 void *host_alloc(size_t bytes) {
     void *memory = NULL;
-    if (bytes > host_free_memory() || posix_memalign(&memory, HUGE_PAGE, bytes) != 0)
+    if (bytes > machine_free_memory("") || posix_memalign(&memory, HUGE_PAGE, bytes) != 0)
         return NULL;
     madvise(memory, bytes & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE); /* of the last, it is waste */
     return memory;
@@ -318,7 +307,7 @@ void *host_alloc(size_t bytes) {
 
 static size_t cpu_free_memory(struct device *device) {
     (void)device;
-    return host_free_memory();
+    return machine_free_memory("");
 }
 
 static void *cpu_alloc(struct device *device, size_t bytes) {
@@ -500,7 +489,7 @@ static size_t stride_of(int n) {
 static void *zeros(struct cpu_device *device, size_t rows, size_t stride) {
     assert(device->n_memory < MAX_ACTIVATIONS);
     size_t bytes = (rows * stride + LANES) * 4 + 64;
-    bool fits = bytes < HUGE_PAGE || bytes <= host_free_memory();
+    bool fits = bytes < HUGE_PAGE || bytes <= machine_free_memory("");
     char *memory = fits ? calloc(1, bytes) : NULL;
     device->memory[device->n_memory++] = memory;
     return memory ? memory + (-(uintptr_t)memory & 63) : NULL;

@@ -19,6 +19,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #ifdef RUN_IMPLEMENTATION
 #undef RUN_IMPLEMENTATION
 
+#include "../lib/machine.h"
 #include "answers.h"
 #include "evaluate.h"
 #include "plan.h"
@@ -112,11 +113,11 @@ static void tell_lost(void *context) {
 /* CUDA where there is a GPU, unless the CPU is asked for. */
 static bool open_backend(struct run *run, char *error) {
     const struct options *o = &run->options;
-    struct backend_options options = {
-        .n_threads = o->threads > 0 ? o->threads : (int)sysconf(_SC_NPROCESSORS_ONLN),
-        .copy_delay_seed = o->copy_delay,
-        .lost = tell_lost,
-        .context = run};
+    struct backend_options options = {.n_threads =
+                                          o->threads > 0 ? o->threads : machine_processors(""),
+                                      .copy_delay_seed = o->copy_delay,
+                                      .lost = tell_lost,
+                                      .context = run};
     bool cuda = o->devices.n > 0 && !o->devices.cpu;
     if (cuda && !cuda_backend_open)
         return fail(error, "--devices: this build has no CUDA backend; give cpu:N");

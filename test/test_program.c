@@ -834,6 +834,16 @@ static void a_trace_tells_what_happened(struct check *check) {
     free(nodes);
 }
 
+/* Told before weights are read, not found when memory is gone. (A sanitizer takes terabytes.) */
+static void a_model_larger_than_memory(struct check *check) {
+    if (SANITIZED)
+        return;
+    shell(check, "ulimit -v 800000; " DYNAMO_PROGRAM " random:stories-110m:f32 --ids 1 -n 1 "
+                 "--devices cpu:1 2> $T/words; test $? = 1");
+    shell(check, "grep -q '^dynamo: weights of 0.4 GB do not fit the 0.3 GB of memory that are "
+                 "left$' $T/words");
+}
+
 /* Before the model is loaded, where it can be known; a text does not suffer from it. */
 static void a_trace_that_cannot_be_written(struct check *check) {
     refuse(check, "random:8b -p a --trace $T/none/trace", 1, "No such file or directory", 1);
@@ -1134,6 +1144,7 @@ int main(int argc, char **argv) {
                                         TEST(statistics_add_up),
                                         TEST(a_trace_tells_what_happened),
                                         TEST(a_trace_that_cannot_be_written),
+                                        TEST(a_model_larger_than_memory),
                                         TEST(piped_stdin_is_one_prompt),
                                         TEST(tells_about_itself),
                                         TEST(the_first_token_comes_soon),
