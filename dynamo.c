@@ -599,7 +599,7 @@ static void open_locks(struct engine *engine) {
     pthread_condattr_destroy(&monotonic);
 }
 
-/* Asked before the first of many GB is read. The CPU's devices share them; for a GPU upload asks. */
+/* Asked before many GB are read. The devices of the CPU share them; for a GPU, upload asks. */
 static bool weights_fit(const struct engine *engine, char *error) {
     double free_bytes = (double)machine_free_memory("");
     return engine->config.backend->n_gpus > 0 || free_bytes <= 0 ||
