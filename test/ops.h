@@ -541,18 +541,18 @@ static bool forward(struct worker *worker, const struct batch *batch) {
             const struct weight *const *l = worker->weights[s][layer];
             backend->norm_qkv(worker->shards[s], l);
             backend->rope_append(worker->shards[s], l, layer);
-            backend->attention(worker->shards[s], layer);
+            backend->attention(worker->shards[s], l, layer);
             backend->project_add(worker->shards[s], l[ATTN_OUTPUT], INPUT_ATTENTION);
         }
         if (n > 1)
-            backend->all_reduce_add(worker->shards, n);
+            backend->all_reduce_add(worker->shards, n, NULL);
         for (int s = 0; s < n; s++) {
             const struct weight *const *l = worker->weights[s][layer];
             backend->norm_gate_up(worker->shards[s], l);
             backend->project_add(worker->shards[s], l[FFN_DOWN], INPUT_FFN);
         }
         if (n > 1)
-            backend->all_reduce_add(worker->shards, n);
+            backend->all_reduce_add(worker->shards, n, NULL);
     }
     if (record && batch->n_samples > 0)
         backend->sample(worker->shards[0], worker->weights[0][0], NULL);
@@ -635,7 +635,7 @@ static void call_op(const struct trial *t, enum op op) {
         if (t->mask)
             t->mask->attend(t);
         else
-            backend->attention(t->device, t->layer);
+            backend->attention(t->device, l, t->layer);
         break;
     case OP_OUTPUT: backend->project_add(t->device, l[ATTN_OUTPUT], INPUT_ATTENTION); break;
     case OP_GATE_UP: backend->norm_gate_up(t->device, l); break;
