@@ -635,7 +635,7 @@ struct product { /* up to three matrices times the same rows */
 };
 
 /* gate = the activation of gate and up, element by element */
-static void activate(enum activation activation, float *gate, const float *up, int count) {
+static void activate(enum gate_function activation, float *gate, const float *up, int count) {
     const vec zero = {0}, one = zero + 1.0f, limit = zero + 7.0f;
     for (int i = 0; i < count; i += LANES) {
         vec g = load(gate + i), u = load(up + i), steep = g; /* steep: sigmoid is of it */

@@ -2795,7 +2795,7 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
     if (!device_fits(wanted, error))
         return false;
     if (config->n_experts > 0 || config->window > 0 || config->post_norm ||
-        config->activation != ACTIVATE_SILU || config->rope_magnitude > 1)
+        config->activation != ACTIVATE_SILU || (config->rope_magnitude > 0 && config->rope_magnitude != 1))
         return fail(error,
                     "a model with %s: the CUDA kernels do not compute it; use --devices cpu:2",
                     config->n_experts > 0 ? "experts"

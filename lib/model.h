@@ -25,7 +25,7 @@
 #endif
 #include "gguf.h"
 
-enum activation {
+enum gate_function {
     ACTIVATE_SILU,   /* silu(gate) * up */
     ACTIVATE_GELU,   /* gelu(gate) * up, by tanh */
     ACTIVATE_CLAMPED /* gpt-oss: g * sigmoid(1.702 g) * (u + 1), g = min(gate, 7), |u| <= 7 */
@@ -40,7 +40,7 @@ struct model_config {
     /* of some models alone; 0 is what the others do */
     int n_experts, n_used; /* of a layer, d_ff each; and of a row, those of the largest logits */
     bool share_of_all;     /* a row's experts are weighted by softmax over all, not over its own */
-    enum activation activation;
+    enum gate_function activation;
     int window, window_period;              /* see model_window */
     bool post_norm;                         /* what attention and FFN add to x is normed before */
     float embedding_scale, attention_scale; /* 0: 1; 1 / sqrt(head_dim) */

@@ -43,6 +43,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig, GptOssForCausalLM,
                           LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+                          MixtralConfig, MixtralForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
@@ -83,6 +84,10 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate": "ffn_gate_inp",
     "mlp.router": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
@@ -185,6 +190,23 @@ MODELS = [
               head_dim=16, d_ff=96, vocab_size=331, n_tokens=150, tied=False, theta=1.5e5,
               epsilon=1e-5, rope_scaling=YARN | {"truncate": False}, n_experts=12, n_used=4,
               window=24),
+    # Five layers with a window and a base of their own, one that sees all.
+    Reference("gemma3-f32", "gemma3", Type.F32, d_model=40, n_heads=4, n_kv_heads=4, head_dim=16,
+              d_ff=48, vocab_size=331, n_tokens=150, tied=True, theta=1e6, epsilon=1e-6,
+              rope_scaling={"rope_type": "linear", "factor": 8.0}, n_layers=6, window=50),
+    # Mistral; then each of rope's scalings, with all biases.
+    Reference("llama-window-f32", "llama", Type.F32, d_model=32, n_heads=4, n_kv_heads=2,
+              head_dim=8, d_ff=48, vocab_size=331, n_tokens=90, tied=False, theta=1e4,
+              epsilon=1e-5, window=16),
+    Reference("llama-linear-f32", "llama", Type.F32, d_model=32, n_heads=4, n_kv_heads=4,
+              head_dim=8, d_ff=48, vocab_size=331, n_tokens=80, tied=False, theta=1e4,
+              epsilon=1e-5, rope_scaling={"rope_type": "linear", "factor": 4.0}, biases=True),
+    Reference("llama-yarn-f32", "llama", Type.F32, d_model=32, n_heads=4, n_kv_heads=2,
+              head_dim=16, d_ff=48, vocab_size=331, n_tokens=120, tied=False, theta=1e4,
+              epsilon=1e-5, rope_scaling=YARN | {"attention_factor": 0.9}),
+    Reference("mixtral-bf16", "llama", Type.BF16, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16,
+              d_ff=80, vocab_size=331, n_tokens=50, tied=False, theta=1e6, epsilon=1e-5,
+              n_experts=8, n_used=2),
 ]
 
 
@@ -194,6 +216,9 @@ def build(reference):
     more = {}
     if reference.architecture == "llama" and reference.window:
         make_config, make_model = MistralConfig, MistralForCausalLM
+    if reference.architecture == "llama" and reference.n_experts:
+        make_config, make_model = MixtralConfig, MixtralForCausalLM
+        more = dict(num_local_experts=reference.n_experts, num_experts_per_tok=reference.n_used)
     if reference.architecture == "llama" and reference.biases:
         more = dict(attention_bias=True, mlp_bias=True)
     if reference.architecture == "qwen3moe":
@@ -270,7 +295,7 @@ def tensor_shapes(reference, model):
         shape = tuple(tensor.shape)
         if name == "lm_head.weight" and reference.tied:
             continue
-        if reference.architecture == "qwen3moe" and ".experts." in name:
+        if reference.architecture != "gpt-oss" and ".experts." in name:
             layer, _, number, module = re.fullmatch(r"(.*)\.(experts)\.(\d+)\.(.*)", name).groups()
             shapes[f"{layer}.experts.{module}"] = (reference.n_experts, *shape)
         elif name.endswith("experts.gate_up_proj"):
@@ -296,7 +321,7 @@ def original_state(reference, weights):
     for name, weight in weights.items():
         if ".experts." not in name:
             state[name] = weight
-        elif reference.architecture == "qwen3moe":
+        elif reference.architecture != "gpt-oss":
             for i, expert in enumerate(weight):
                 state[name.replace("experts.", f"experts.{i}.")] = expert
         elif "gate_proj" in name:  # rows of gate and up in turn
@@ -325,7 +350,7 @@ def draw_weights(reference, model, seed):
 
 def stored_type(name, weight, kind):
     """In which type a file of this type holds a tensor."""
-    if weight.ndim == 1 or "bias" in name or ".mlp.gate." in name or (
+    if weight.ndim == 1 or "bias" in name or ".gate.weight" in name or (
             "router" in name or "gate_inp" in name):
         return Type.F32
     if kind == Type.MXFP4:
@@ -373,7 +398,7 @@ def clear_choices(reference, model, ids, seed):
         margins.append((best[-1, reference.n_used - 1] - best[-1, reference.n_used]).item())
 
     hooks = [module.register_forward_hook(watch) for name, module in model.named_modules()
-             if name.endswith(("mlp.gate", "mlp.router"))]
+             if name.endswith((".gate", ".router"))]
     random = np.random.RandomState(seed)
     for i in range(len(ids)):
         while margins.clear() or run(model, ids[:i + 1]) is None or min(margins) < CLEAR_MARGIN:

@@ -212,7 +212,7 @@ static inline double ref_silu(double x) { /* Hendrycks and Gimpel 2016 */
     return x / (1.0 + exp(-x));
 }
 
-static inline double ref_activation(enum activation activation, double gate, double up) {
+static inline double ref_activation(enum gate_function activation, double gate, double up) {
     const double pi = 3.14159265358979323846;
     if (activation == ACTIVATE_GELU) /* by tanh: the same paper */
         return 0.5 * gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate * gate * gate))) * up;
