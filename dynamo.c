@@ -13,7 +13,8 @@
  *
  * Read `forward` first: it is the whole model. Then worker_main, courier_main and copy_block.
  * The forward pass is that of Llama (Touvron et al. 2023) with grouped-query attention (Ainslie et
- * al. 2023); qwen2 adds biases, qwen3 norms of q and k: optional tensors, not branches here. */
+ * al. 2023). What other models have besides is in optional tensors (biases, norms, sinks, experts)
+ * and in flags of the config (windows, activations, scales), not in code of their own. */
 #define _GNU_SOURCE
 #include "dynamo.h"
 #include "lib/machine.h"
@@ -64,7 +65,7 @@ struct worker { /* a group of devices that hold one copy of the model between th
 
 struct engine {
     struct engine_config config;
-    float *rope_frequency; /* (rope_dim / 2) */
+    float *rope_frequency; /* (rope_dim / 2), twice */
     struct worker workers[MAX_WORKERS];
     char *host_kv; /* (host_blocks, block_bytes of all heads) */
     int n_pinned;  /* the first so many of them, under the lock */
@@ -84,6 +85,37 @@ struct engine {
 
 /* ---- the model ---- */
 
+/* Adds to x, on all shards, what the ops before have left in parts, or unnormed. */
+static void add_parts(struct worker *worker, int layer, enum tensor_role post_norm) {
+    const struct weight *norm[MAX_SHARDS];
+    for (int s = 0; s < worker->n_shards; s++)
+        norm[s] = worker->layers[s][layer][post_norm];
+    if (worker->n_shards > 1 || norm[0])
+        worker->engine->config.backend->all_reduce_add(worker->shards, worker->n_shards,
+                                                       norm[0] ? norm : NULL);
+}
+
+/* x += bias + matrix . input. The bias first: a shard has part of the rest alone. */
+static void project(const struct backend *backend, struct device *shard,
+                    const struct weight *const *layer, enum tensor_role matrix,
+                    enum tensor_role bias, enum product_input input) {
+    if (layer[bias])
+        backend->add_bias(shard, layer[bias]);
+    backend->project_add(shard, layer[matrix], input);
+}
+
+static void feed_forward(const struct backend *backend, struct device *shard,
+                         const struct weight *const *layer) {
+    if (layer[ROUTER]) {
+        backend->norm_route(shard, layer);
+        backend->expert_gate_up(shard, layer);
+        backend->expert_down_add(shard, layer);
+    } else {
+        backend->norm_gate_up(shard, layer);
+        project(backend, shard, layer, FFN_DOWN, FFN_DOWN_BIAS, INPUT_FFN);
+    }
+}
+
 /* One forward pass over the rows of a batch; sampled[n_samples] are the next tokens, and logits, if
  * wanted, (n_samples, vocab_size). Every op is given to each shard in turn; the shards work side by
  * side where the backend can. */
@@ -102,18 +134,13 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
             const struct weight *const *w = worker->layers[s][layer];
             backend->norm_qkv(shards[s], w);
             backend->rope_append(shards[s], w, layer);
-            backend->attention(shards[s], layer);
-            backend->project_add(shards[s], w[ATTN_OUTPUT], INPUT_ATTENTION);
+            backend->attention(shards[s], w, layer);
+            project(backend, shards[s], w, ATTN_OUTPUT, ATTN_OUTPUT_BIAS, INPUT_ATTENTION);
         }
-        if (n_shards > 1)
-            backend->all_reduce_add(shards, n_shards);
-        for (int s = 0; s < n_shards; s++) {
-            const struct weight *const *w = worker->layers[s][layer];
-            backend->norm_gate_up(shards[s], w);
-            backend->project_add(shards[s], w[FFN_DOWN], INPUT_FFN);
-        }
-        if (n_shards > 1)
-            backend->all_reduce_add(shards, n_shards);
+        add_parts(worker, layer, ATTN_POST_NORM);
+        for (int s = 0; s < n_shards; s++)
+            feed_forward(backend, shards[s], worker->layers[s][layer]);
+        add_parts(worker, layer, FFN_POST_NORM);
     }
     if (record && batch->n_samples > 0)
         backend->sample(shards[0], worker->layers[0][0], logits);
@@ -125,14 +152,18 @@ static void forward(struct worker *worker, const struct batch *batch, int *sampl
 
 struct model_cost model_cost(const struct model *model) {
     struct model_cost cost = {0};
+    double used = (double)model->config.n_used / fmax(model->config.n_experts, 1);
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
         if (!kind->layered || kind->role == NO_ROLE || kind->rows == DIM_ONE)
             continue;
         for (int layer = 0; layer < model->config.n_layers; layer++) {
             const struct tensor *tensor = model->layers[layer][kind->role];
-            cost.bytes += tensor ? (double)tensor->bytes : 0;
-            cost.row_weights += tensor ? (double)tensor->rows * (double)tensor->cols : 0;
+            if (!tensor)
+                continue;
+            bool expert = kind->slice == SLICE_EXPERTS;
+            *(expert ? &cost.expert_bytes : &cost.bytes) += (double)tensor->bytes;
+            cost.row_weights += (double)tensor->rows * (double)tensor->cols * (expert ? used : 1);
         }
     }
     const struct tensor *output = model->layers[0][OUTPUT];
@@ -145,20 +176,37 @@ static size_t part_bytes(const struct engine *engine, int n) { /* of one of n pa
     return block_bytes(&engine->config.model->config, n, engine->config.kv_type);
 }
 
-/* The matrices are read once, and the keys and values of its texts. */
+/* How many tokens, of all of them, n rows see together that begin at position `start`. */
+static double tokens_seen(double start, double n, double window) {
+    double growing = fmin(fmax(window - start, 0), n); /* rows that see all before them */
+    return growing * (start + 0.5 * (growing + 1)) + (n - growing) * window;
+}
+
+/* The matrices are read once, of experts those that any row chooses if all are as likely, and the
+ * keys and values of its texts that are in a window. */
 struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
                            enum kv_type kv_type, const struct batch *batch) {
     struct step_cost step = {0};
-    double seen = 0; /* tokens that rows attend to */
+    double seen = 0, read = 0; /* tokens that rows attend to, blocks that are read: in all layers */
+    double missed = config->n_experts > 0 ? 1 - (double)config->n_used / config->n_experts : 0;
+    int n_all = 0; /* layers that see all */
+    for (int layer = 0; layer < config->n_layers; layer++)
+        n_all += model_window(config, layer) == INT32_MAX;
+    double n_windowed = config->n_layers - n_all, window = config->window;
+    read = (double)n_all * batch->n_blocks;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *sequence = &batch->sequence[i];
+        double n = sequence->n_rows, start = sequence->start;
         step.n_generated += sequence->generated;
-        seen += sequence->n_rows * (sequence->start + 0.5 * (sequence->n_rows + 1));
+        seen +=
+            n_all * tokens_seen(start, n, INT32_MAX) + n_windowed * tokens_seen(start, n, window);
+        read += n_windowed * fmin(sequence->n_blocks, 1 + ceil((window + n) / BLOCK_TOKENS));
     }
-    step.bytes = cost->bytes + (double)batch->n_blocks * (double)block_bytes(config, 1, kv_type);
+    step.bytes = cost->bytes + cost->expert_bytes * (1 - pow(missed, batch->n_rows)) +
+                 read / config->n_layers * (double)block_bytes(config, 1, kv_type);
     step.operations =
         2 * (batch->n_rows * cost->row_weights + batch->n_samples * cost->sample_weights) +
-        4 * seen * config->n_layers * config->n_heads * config->head_dim;
+        4 * seen * config->n_heads * config->head_dim;
     return step;
 }
 
@@ -420,6 +468,11 @@ static bool load_weights(const struct engine *engine, struct device *device,
                 continue;
             if (tensor->type == TYPE_FP8)
                 return fail(error, "no device here multiplies FP8 weights: give --sim or --plan");
+            bool bias =
+                role == ATTN_OUTPUT_BIAS || (role >= FFN_GATE_BIAS && role <= FFN_DOWN_BIAS);
+            if (bias && !engine->config.backend->add_bias)
+                return fail(error, "%.*s: the CUDA backend does not add it; use --devices cpu:2",
+                            (int)tensor->name.length, tensor->name.data);
             struct slice slice = {model_tensors[i].slice, device->rank, device->n_shards};
             const struct tensor *together[4];
             model_together(model->layers[layer], role, together);
@@ -435,16 +488,27 @@ static bool load_weights(const struct engine *engine, struct device *device,
     return true;
 }
 
+/* YaRN: how much of a pair's frequency is divided by rope_scale, 0 to 1; without it all. */
+static double rope_scaled(const struct model_config *config, int pair) {
+    double low = (double)config->yarn_low, high = (double)config->yarn_high;
+    return high > 0 ? fmin(fmax((pair - low) / (high - low), 0), 1) : 1;
+}
+
+/* Those of layers that see all, and behind them, if they differ, those of layers with a window. */
 static float *rope_frequencies(const struct model *model) {
-    int n = model->config.rope_dim / 2;
+    const struct model_config *config = &model->config;
     const struct tensor *divisors = model->layers[0][ROPE_FREQS];
-    float *frequency = malloc((size_t)n * sizeof *frequency);
+    int n = config->rope_dim / 2;
+    double scale = config->rope_scale > 0 ? (double)config->rope_scale : 1;
+    float *frequency = malloc(2 * (size_t)n * sizeof *frequency);
     for (int i = 0; i < n && frequency; i++) {
-        double exponent = -2.0 * i / model->config.rope_dim;
+        double exponent = -2.0 * i / config->rope_dim, scaled = rope_scaled(config, i);
         float divisor = 1;
         if (divisors)
             memcpy(&divisor, (const char *)divisors->data + 4 * (size_t)i, 4);
-        frequency[i] = (float)(pow(model->config.rope_theta, exponent) / divisor);
+        frequency[i] = (float)(pow((double)config->rope_theta, exponent) / (double)divisor *
+                               (scaled / scale + 1 - scaled));
+        frequency[n + i] = (float)pow((double)config->theta_windowed, exponent);
     }
     return frequency;
 }
@@ -724,7 +788,7 @@ void engine_limits(struct engine *engine, double *read, double *ops) {
     *read = *ops = 0;
     if (config->backend->limits) /* a backend need not know */
         config->backend->limits(engine->workers[0].shards, engine->workers[0].n_shards,
-                                config->model->layers[0][FFN_GATE]->type, read, ops);
+                                model_main_type(config->model), read, ops);
 }
 
 void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {

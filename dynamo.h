@@ -139,7 +139,8 @@ struct copy2d { /* `height` runs of `width` bytes */
 struct device {
     struct backend *backend;
     const struct model_config *config; /* of the whole model */
-    const float *rope_frequency;       /* host (rope_dim / 2) radians per position */
+    const float *rope_frequency;       /* host (rope_dim / 2) radians per position; behind them …
+                                        * those of layers with a window, if theta_windowed is set */
     int index;                         /* its number in --devices */
     int rank, n_shards;                /* its place in its worker */
     bool urgent;                       /* it decodes: its work goes before prefill work */
@@ -156,10 +157,12 @@ struct device {
  * called between step_begin and step_end, by the one thread that drives the device, and may
  * return before its work is done; the ops of a device are carried out in order.
  *
- * A shard computes its own heads and its own part of d_ff. project_add on one of several shards
- * leaves its partial sum on the device, and all_reduce_add of the worker's shards adds all partial
- * sums to every shard's x; on a worker of one shard project_add adds to x itself. Both sum K in
- * K_SEGMENTS segments combined by a binary tree, so the result does not depend on n_shards. */
+ * A shard computes its own heads and its own part of d_ff, or its own experts. project_add and
+ * expert_down_add on one of several shards leave their partial sum on the device, and
+ * all_reduce_add of the worker's shards adds all partial sums to every shard's x; on a worker of
+ * one shard they add to x themselves, unless the config says post_norm. K is summed in K_SEGMENTS
+ * segments combined by a binary tree, and a row's experts in as many groups, so the result does
+ * not depend on n_shards. */
 struct backend {
     const char *name;
     void (*close)(struct backend *backend);
@@ -190,20 +193,29 @@ struct backend {
     /* one step. step_begin takes what it needs from the batch, which stays unchanged until
      * step_end; false: it has replayed a recording of the ops, which are then skipped */
     bool (*step_begin)(struct device *device, const struct batch *batch);
-    /* x = token_embd[token] */
+    /* x = token_embd[token] * embedding_scale */
     void (*embed)(struct device *device, const struct weight *token_embd);
     /* q, k, v = attn_{q,k,v} . rmsnorm(x) + bias */
     void (*norm_qkv)(struct device *device, const struct weight *const *layer);
     /* q, k: norm over head_dim if the layer has one, then rope; k, v into their blocks */
     void (*rope_append)(struct device *device, const struct weight *const *layer, int layer_index);
-    /* attention = softmax(q . k / sqrt(head_dim)) . v over positions [0, own], through the table */
-    void (*attention)(struct device *device, int layer_index);
+    /* attention = softmax(q . k * attention_scale) . v over the positions up to its own that are in
+     * the layer's window, through the table. Sinks: each is a score more, without a value */
+    void (*attention)(struct device *device, const struct weight *const *layer, int layer_index);
     /* x += matrix . input; see above for shards */
     void (*project_add)(struct device *device, const struct weight *matrix,
                         enum product_input input);
-    /* ffn = silu(ffn_gate . h) * (ffn_up . h), h = rmsnorm(x) */
+    /* ffn = activation(ffn_gate . h + bias, ffn_up . h + bias), h = rmsnorm(x) */
     void (*norm_gate_up)(struct device *device, const struct weight *const *layer);
-    void (*all_reduce_add)(struct device **shards, int n_shards);
+    /* of a layer with experts, in place of these two: the n_used experts of each row, of the largest
+     * router . h + bias, h = rmsnorm(x), and their shares, by softmax; for each of them
+     * ffn = activation(gate . h + bias, up . h + bias); x += the sum of share * (down . ffn + bias) */
+    void (*norm_route)(struct device *device, const struct weight *const *layer);
+    void (*expert_gate_up)(struct device *device, const struct weight *const *layer);
+    void (*expert_down_add)(struct device *device, const struct weight *const *layer);
+    /* norm: NULL, or of each shard: x += rmsnorm(the sum), also on a worker of one */
+    void (*all_reduce_add)(struct device **shards, int n_shards, const struct weight *const *norm);
+    void (*add_bias)(struct device *device, const struct weight *bias); /* x += bias */
     /* one token for each sampled row, as lib/sampler.h defines it, from its logits = output .
      * rmsnorm(x); LOGIT_ROWS rows at a time. `logits`: NULL, or host (n_samples, vocab_size) where
      * they are to be after step_end; not in a step that may be recorded, whose rows are all
@@ -448,10 +460,11 @@ struct pace { /* steps of one kind: of prompts, or of generated tokens */
     double seconds, bytes, operations; /* read and computed at least; a multiply-add is two */
 };
 
-/* What a model asks of a step: the bytes of all matrices, which it reads once; the weights by which
- * each row, and each sample, is multiplied. */
+/* What a model asks of a step: the bytes of all matrices but those of experts, which it reads once,
+ * and of all experts, of which it reads those that its rows choose; the weights by which each row,
+ * and each sample, is multiplied. */
 struct model_cost {
-    double bytes, row_weights, sample_weights;
+    double bytes, expert_bytes, row_weights, sample_weights;
 };
 
 /* What a step reads and computes at least, on all devices of its worker. */

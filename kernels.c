@@ -35,7 +35,9 @@
  *     embed, norm_qkv           the ops, from here on in the order of the forward pass
  *     rope_append               new keys and values, turned and written into their blocks
  *     attention                 over the paged keys and values of one head
- *     project_add, all_reduce_add, norm_gate_up, sample
+ *     project_add, all_reduce_add, norm_gate_up
+ *     experts                   norm_route, expert_gate_up, expert_down_add
+ *     sample
  *     a step, the backend       step_begin and step_end, the table of operations, open and close
  *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
@@ -69,7 +71,7 @@ enum {
     MANY_ROWS = 64,       /* a step of more appends 16 a tile: those of a block are one transpose */
     TILES_A_THREAD = 8,   /* of attention: threads then end at about the same time */
     PAD = 16,             /* activation rows are padded to a multiple; see stride_of */
-    MAX_ACTIVATIONS = 20, /* arrays of a device */
+    MAX_ACTIVATIONS = 40, /* arrays of a device */
     HUGE_PAGE = 2 << 20,  /* bytes: fewer misses of the TLB */
     MAX_COPY_DELAY = 2000 /* microseconds, of a copy that a test delays */
 };
@@ -101,7 +103,8 @@ struct softmax { /* of one query, over the tokens seen so far */
 };
 
 struct attention_scratch {    /* queries of a tile, and what is made of them */
-    int n, position[QUERIES]; /* (n) ascending: a query sees tokens [0, position] */
+    int n, position[QUERIES]; /* (n) ascending: a query sees tokens up to position, … */
+    int window;               /* … so many at most */
     struct softmax state[QUERIES];
     alignas(64) float query[QUERIES * HEAD_STRIDE]; /* divided by sqrt(dim) */
     alignas(64) float output[QUERIES * HEAD_STRIDE];
@@ -143,6 +146,11 @@ struct cpu_backend {
     bool plain, amx;        /* no fast paths; those of a matrix unit */
 };
 
+struct expert_group {
+    int expert, first, n;                 /* of an expert: entries [first, first + n) */
+    int first_tile, n_chunks, chunk_rows; /* of a product: as in struct product */
+};
+
 struct cpu_device {
     struct device device;
     struct cpu_backend *cpu;
@@ -153,8 +161,18 @@ struct cpu_device {
     size_t x_stride, q_stride, kv_stride, ffn_stride;
     float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
     float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
-    float *ffn;                   /* (max_rows, ffn_stride) */
-    float *turn;                  /* (max_rows, {cos, sin}, rope_dim) */
+    float *ffn;                   /* (max_rows, or with experts entries, ffn_stride) */
+    float *turn, *turn_windowed;  /* (max_rows, {cos, sin}, rope_dim); of layers with a window */
+    /* experts: an *entry* is a row and one of its experts; entries stand in the order of experts,
+     * those of one expert, a *group*, in the order of rows */
+    float *router;               /* (max_rows, router_stride) logits of the experts */
+    int *chosen, *entry;         /* (max_rows, n_used) experts; entries, -1: another shard's */
+    float *share;                /* (max_rows, n_used) */
+    int *source;                 /* (entries) rows */
+    float *expert_out;           /* (entries, x_stride) */
+    struct expert_group *groups; /* (n_groups) */
+    int n_entries, n_groups;     /* of this step and layer */
+    size_t router_stride;
     /* the input of a product in the forms that its matrices want: (rows, bytes of a row) */
     char *converted[N_FORMS];
     size_t converted_stride[N_FORMS];
@@ -458,7 +476,8 @@ bool device_fits(const struct device *wanted, char *error) {
         int value, unit;
     } cuts[] = {{"attention heads", config->n_heads, n},
                 {"key-value heads", config->n_kv_heads, n},
-                {"rows of the feed-forward part", config->d_ff, n == 1 ? 1 : 2 * n},
+                {"rows of the feed-forward part", config->d_ff,
+                 n == 1 || config->n_experts > 0 ? 1 : 2 * n},
                 {"attention heads per key-value head", config->n_heads, config->n_kv_heads}};
     if (n < 1 || n > MAX_SHARDS || (n & (n - 1)) || wanted->rank < 0 || wanted->rank >= n)
         return fail(error, "a worker of %d devices: expected 1, 2, 4 or 8", n);
@@ -514,24 +533,41 @@ static bool allocate_activations(struct cpu_device *device) {
     device->x_stride = stride_of(config->d_model);
     device->q_stride = stride_of(device->n_heads * config->head_dim);
     device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
-    device->ffn_stride = stride_of(config->d_ff / device->device.n_shards);
+    size_t used = config->n_experts > 0 ? (size_t)config->n_used : 1, entries = rows * used;
+    device->ffn_stride =
+        stride_of(config->n_experts > 0 ? config->d_ff : config->d_ff / device->device.n_shards);
+    device->router_stride = stride_of(config->n_experts);
     device->x = zeros(device, rows, device->x_stride);
     device->h = zeros(device, normed, device->x_stride);
-    device->partial = zeros(device, device->device.n_shards > 1 ? rows : 0, device->x_stride);
+    bool adds = device->device.n_shards == 1 && !config->post_norm; /* at once */
+    device->partial = zeros(device, adds ? 0 : rows, device->x_stride);
     device->q = zeros(device, rows, device->q_stride);
     device->attention = zeros(device, rows, device->q_stride);
     device->k = zeros(device, rows, device->kv_stride);
     device->v = zeros(device, rows, device->kv_stride);
-    device->ffn = zeros(device, rows, device->ffn_stride);
+    device->ffn = zeros(device, entries, device->ffn_stride);
     size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
     widest = device->ffn_stride > widest ? device->ffn_stride : widest;
     for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
         device->converted_stride[form] =
             dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
         device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
-        device->converted[form] = zeros(device, normed, device->converted_stride[form] / 4);
+        device->converted[form] =
+            zeros(device, entries > normed ? entries : normed, device->converted_stride[form] / 4);
     }
     device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    device->turn_windowed = zeros(device, rows, 2 * (size_t)config->rope_dim);
+    if (config->n_experts > 0) {
+        device->converted_stride[FORM_F32] = device->x_stride * sizeof(float);
+        device->converted[FORM_F32] = zeros(device, entries, device->x_stride);
+        device->router = zeros(device, rows, device->router_stride);
+        device->chosen = zeros(device, entries, 1);
+        device->entry = zeros(device, entries, 1);
+        device->share = zeros(device, entries, 1);
+        device->source = zeros(device, entries, 1);
+        device->expert_out = zeros(device, entries, device->x_stride);
+        device->groups = zeros(device, (size_t)config->n_experts, sizeof *device->groups / 4);
+    }
     device->logits = zeros(device, logit_rows, vocab);
     device->scaled = zeros(device, logit_rows, vocab);
     device->candidates = zeros(device, logit_rows, vocab);
@@ -571,10 +607,11 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
 struct product { /* up to three matrices times the same rows */
     const struct cpu_device *device;
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
-    bool silu;     /* one output of two matrices: silu(the first) * the second */
+    bool gated;    /* one output of two matrices: the activation of the first, and the second */
     float *out[3]; /* (n_rows, out_stride) */
     size_t out_stride[3];
     const float *rows; /* (n_rows, stride) the input as it is */
+    const int *source; /* (n_rows) row of `rows` that each is; NULL: its own */
     size_t stride;
     int n_rows;
     int unit, first_segment, n_segments; /* in which K is summed; 0: it is not cut */
@@ -586,10 +623,19 @@ struct product { /* up to three matrices times the same rows */
     int chunk_rows, n_chunks;
 };
 
-static void silu_multiply(float *gate, const float *up, int count) { /* gate = silu(gate) * up */
+/* gate = the activation of gate and up, element by element */
+static void activate(enum gate_function activation, float *gate, const float *up, int count) {
+    const vec zero = {0}, one = zero + 1.0f, limit = zero + 7.0f;
     for (int i = 0; i < count; i += LANES) {
-        vec value = load(gate + i);
-        store(gate + i, value / (exp_vec(-value) + 1.0f) * load(up + i));
+        vec g = load(gate + i), u = load(up + i), steep = g; /* steep: sigmoid is of it */
+        if (activation == ACTIVATE_GELU)
+            steep = (g + g * g * g * 0.044715f) * 1.5957691216f; /* 2 sqrt(2 / pi) */
+        if (activation == ACTIVATE_CLAMPED) {
+            g = min_vec(g, limit);
+            u = min_vec(max_vec(u, -limit), limit) + one;
+            steep = g * 1.702f;
+        }
+        store(gate + i, g / (exp_vec(-steep) + 1.0f) * u);
     }
 }
 
@@ -619,7 +665,7 @@ static void multiply(const struct product *product, const struct weight *matrix,
                      const struct place *place, float *out, struct scratch *scratch) {
     const struct cpu_device *device = product->device;
     enum row_form form = dot_form(matrix->type, device->cpu->plain);
-    bool as_it_is = form == FORM_F32;
+    bool as_it_is = form == FORM_F32 && !product->source;
     size_t stride = as_it_is ? product->stride * sizeof(float) : device->converted_stride[form];
     const char *input = as_it_is ? (const char *)product->rows : device->converted[form];
     struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
@@ -637,12 +683,25 @@ static void multiply(const struct product *product, const struct weight *matrix,
         panel_product(matrix->type, tile, place->n_rows, scratch->slab);
 }
 
-/* Adds sums (n_rows, PANEL), with bias, to what is there, or stores them; a shard may start and end
- * inside a panel. */
+/* Adds a bias to sums (n_rows, PANEL) that are not the outputs yet. */
+static void add_early(const struct weight *bias, const struct weight *matrix,
+                      const struct place *place, float *sums) {
+    int begin = place->panel * PANEL - matrix->first_row,
+        end = smaller(begin + PANEL, matrix->n_rows);
+    for (int row = 0; row < place->n_rows && bias; row++, sums += PANEL)
+        for (int at = begin < 0 ? 0 : begin; at < end; at += LANES) {
+            float *to = sums + at - begin;
+            store_part(to, load_part(to, end - at) + load_part(bias->vector + at, end - at),
+                       end - at);
+        }
+}
+
+/* Adds sums (n_rows, PANEL), with bias, to what is there, or stores them; a shard, or an expert,
+ * may start and end inside a panel. */
 static void store_tile(const struct product *product, const struct place *place,
                        const float *sums) {
     const struct weight *matrix = product->matrix[place->which],
-                        *bias = product->bias[place->which];
+                        *bias = product->gated ? NULL : product->bias[place->which];
     size_t stride = product->out_stride[place->which];
     float *out = product->out[place->which] + (size_t)place->row * stride;
     int begin = place->panel * PANEL - matrix->first_row,
@@ -659,24 +718,34 @@ static void store_tile(const struct product *product, const struct place *place,
     }
 }
 
-static void product_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct product *product = argument;
-    struct place place = find_tile(product, index);
-    multiply(product, product->matrix[place.which], &place, scratch->tile[0], scratch);
-    if (product->silu) {
-        multiply(product, product->matrix[1], &place, scratch->tile[1], scratch);
-        silu_multiply(scratch->tile[0], scratch->tile[1], place.n_rows * PANEL);
+static void make_tile(const struct product *product, const struct place *place,
+                      struct scratch *scratch) {
+    float *first = scratch->tile[0], *second = scratch->tile[1];
+    multiply(product, product->matrix[place->which], place, first, scratch);
+    if (product->gated) {
+        multiply(product, product->matrix[1], place, second, scratch);
+        add_early(product->bias[0], product->matrix[0], place, first);
+        add_early(product->bias[1], product->matrix[1], place, second);
+        activate(product->device->device.config->activation, first, second, place->n_rows * PANEL);
     }
-    store_tile(product, &place, scratch->tile[0]);
+    store_tile(product, place, first);
+}
+
+static void product_tile(const void *argument, int index, struct scratch *scratch) {
+    struct place place = find_tile(argument, index);
+    make_tile(argument, &place, scratch);
 }
 
 /* A row into a form, segment by segment where K is cut. */
 static void convert_row(const struct product *product, enum row_form form, int row) {
     const struct cpu_device *device = product->device;
     int cols = product->matrix[0]->cols, segment = product->first_segment;
-    const float *from = product->rows + (size_t)row * product->stride;
+    size_t own = (size_t)(product->source ? product->source[row] : row);
+    const float *from = product->rows + own * product->stride;
     char *to = device->converted[form] + (size_t)row * device->converted_stride[form];
-    if (product->n_segments == 0)
+    if (form == FORM_F32)
+        memcpy(to, from, device->converted_stride[form]);
+    else if (product->n_segments == 0)
         dot_convert(form, from, 0, cols, to);
     for (int i = 0; i < product->n_segments; i++, segment++) {
         int begin = segment_begin(cols, product->unit, segment);
@@ -691,28 +760,41 @@ static void convert_tile(struct cpu_device *device, const void *argument, int fi
     const struct product *product = argument;
     (void)device;
     for (int row = first; row < end; row++)
-        for (int form = FORM_F32 + 1; form < N_FORMS; form++)
+        for (int form = product->source ? FORM_F32 : FORM_F32 + 1; form < N_FORMS; form++)
             if (product->wants[form])
                 convert_row(product, (enum row_form)form, row);
 }
 
-static void run_product(struct cpu_device *device, struct product *product) {
-    int n_chunks = divide_up(product->n_rows, ROW_CHUNK), n_matrices = 0, n_tiles = 0;
-    if (n_chunks == 0)
-        return;
+/* Rows in the forms that the matrices want. */
+static void convert_rows(struct cpu_device *device, struct product *product) {
     product->device = device;
-    for (; n_matrices < 3 && product->matrix[n_matrices]; n_matrices++)
-        product->wants[dot_form(product->matrix[n_matrices]->type, device->cpu->plain)] = true;
-    if (product->wants[FORM_BF16] || product->wants[FORM_Q8])
+    for (int i = 0; i < 3 && product->matrix[i]; i++)
+        product->wants[dot_form(product->matrix[i]->type, device->cpu->plain)] = true;
+    if (product->source || product->wants[FORM_BF16] || product->wants[FORM_Q8])
         for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
-    bool amx = device->cpu->amx && dot_form(product->matrix[0]->type, false) == FORM_BF16;
-    size_t unit = amx ? AMX_ROWS : TILE_ROWS;
-    product->chunk_rows = (int)round_up((size_t)divide_up(product->n_rows, n_chunks), unit);
+}
+
+/* Rows of a tile, if so many are multiplied by matrices like this one. */
+static int chunk_of(const struct cpu_device *device, const struct weight *matrix, int n_rows) {
+    bool amx = device->cpu->amx && dot_form(matrix->type, false) == FORM_BF16;
+    int n_chunks = divide_up(n_rows, ROW_CHUNK);
+    return (int)round_up((size_t)divide_up(n_rows, n_chunks), amx ? AMX_ROWS : TILE_ROWS);
+}
+
+/* The panels that a matrix has a part in. */
+static int panels_of(const struct weight *matrix) {
+    return divide_up(matrix->first_row + matrix->n_rows, PANEL) - matrix->first_row / PANEL;
+}
+
+static void run_product(struct cpu_device *device, struct product *product) {
+    int n_tiles = 0;
+    if (product->n_rows == 0)
+        return;
+    convert_rows(device, product);
+    product->chunk_rows = chunk_of(device, product->matrix[0], product->n_rows);
     product->n_chunks = divide_up(product->n_rows, product->chunk_rows);
-    for (int i = 0; i < (product->silu ? 1 : n_matrices); i++) {
-        const struct weight *matrix = product->matrix[i];
-        int first = matrix->first_row / PANEL;
-        product->n_panels[i] = divide_up(matrix->first_row + matrix->n_rows, PANEL) - first;
+    for (int i = 0; i < (product->gated ? 1 : 3) && product->matrix[i]; i++) {
+        product->n_panels[i] = panels_of(product->matrix[i]);
         n_tiles += product->n_panels[i] * product->n_chunks;
         product->first_tile[i + 1] = n_tiles;
     }
@@ -757,9 +839,13 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
 }
 
 static void embed_tile(struct cpu_device *device, const void *token_embd, int first, int end) {
-    for (int row = first; row < end; row++)
-        pack_read_row(token_embd, device->batch->token[row],
-                      device->x + (size_t)row * device->x_stride);
+    float scale = device->device.config->embedding_scale;
+    for (int row = first; row < end; row++) {
+        float *x = device->x + (size_t)row * device->x_stride;
+        pack_read_row(token_embd, device->batch->token[row], x);
+        for (int i = 0; i < device->device.config->d_model && scale > 0; i++)
+            x[i] *= scale;
+    }
 }
 
 static void cpu_embed(struct device *base, const struct weight *token_embd) {
@@ -790,20 +876,31 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
-static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
-    const struct model_config *config = device->device.config;
+static void turn_row(const struct model_config *config, const float *frequency, int position,
+                     float *cosine) {
     int dim = config->rope_dim, step = config->rope_adjacent ? 2 : 1;
     int partner = config->rope_adjacent ? 1 : dim / 2;
+    double magnitude = config->rope_magnitude > 0 ? (double)config->rope_magnitude : 1;
+    float *sine = cosine + dim;
+    for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
+        double angle = position * (double)frequency[i];
+        cosine[0] = cosine[partner] = (float)(cos(angle) * magnitude);
+        sine[partner] = (float)(sin(angle) * magnitude);
+        sine[0] = -sine[partner];
+    }
+}
+
+static void turn_tile(struct cpu_device *device, const void *unused, int first, int end) {
+    const struct model_config *config = device->device.config;
+    const float *frequency = device->device.rope_frequency;
     (void)unused;
     for (int row = first; row < end; row++) {
-        double position = device->batch->position[row];
-        float *cosine = device->turn + (size_t)(row * 2 * dim), *sine = cosine + dim;
-        for (int i = 0; i < dim / 2; i++, cosine += step, sine += step) {
-            double angle = position * (double)device->device.rope_frequency[i];
-            cosine[0] = cosine[partner] = (float)cos(angle);
-            sine[partner] = (float)sin(angle);
-            sine[0] = -sine[partner];
-        }
+        int position = device->batch->position[row];
+        size_t at = (size_t)(row * 2 * config->rope_dim);
+        turn_row(config, frequency, position, device->turn + at);
+        if (config->theta_windowed > 0)
+            turn_row(config, frequency + config->rope_dim / 2, position,
+                     device->turn_windowed + at);
     }
 }
 
@@ -825,9 +922,11 @@ static void turn_head(float *head, const float *turn, const struct model_config 
 }
 
 static void turn_heads(const struct cpu_device *device, const struct weight *norm, float *heads,
-                       int n_heads, int row) {
+                       int n_heads, int layer, int row) {
     const struct model_config *config = device->device.config;
-    const float *turn = device->turn + (size_t)(row * 2 * config->rope_dim);
+    bool windowed = config->theta_windowed > 0 && model_window(config, layer) < INT32_MAX;
+    const float *turn =
+        (windowed ? device->turn_windowed : device->turn) + (size_t)(row * 2 * config->rope_dim);
     for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
         if (norm)
             rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
@@ -914,9 +1013,9 @@ static void append_tile(struct cpu_device *device, const void *argument, int row
     const struct batch *batch = device->batch;
     for (int i = row; i < end; i++) {
         turn_heads(device, append->layer[ATTN_Q_NORM], device->q + (size_t)i * device->q_stride,
-                   device->n_heads, i);
+                   device->n_heads, append->layer_index, i);
         turn_heads(device, append->layer[ATTN_K_NORM], device->k + (size_t)i * device->kv_stride,
-                   device->n_kv_heads, i);
+                   device->n_kv_heads, append->layer_index, i);
     }
     for (int n; row < end; row += n) {
         const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
@@ -948,8 +1047,9 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
  * [head_dim][16 tokens] and its values as [16 tokens][head_dim], so that the lanes of a vector are
  * tokens in the one product and elements of the output in the other.
  * What a query sees does not depend on its neighbours: each score is one chain over head_dim, each
- * output one chain over tokens, and a tile's tokens beyond a query's own have the weight 0. Rows of
- * a block that were never written may hold anything. */
+ * output one chain over tokens, and a tile's tokens beyond a query's own, or before its window, have
+ * the weight 0; tiles that are all before it are not read. Rows of a block that were never written
+ * may hold anything. */
 
 struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
     enum kv_type type;
@@ -1056,15 +1156,16 @@ static void add_values(int n_rows, const struct kv_tile *tile) {
         WITH_ROWS(n_rows, value_vectors, KV_BF16, tile);
 }
 
-/* scores (KV_TILE) become exp(score - max) of the first `visible` of them, and 0. A larger maximum
- * than before scales what is there of the output (dim). */
-static void softmax_tile(float *scores, int visible, struct softmax *state, float *output,
+/* scores (KV_TILE) become exp(score - max) of [from, visible), at least one of them, and 0. A larger
+ * maximum than before scales what is there of the output (dim). */
+static void softmax_tile(float *scores, int from, int visible, struct softmax *state, float *output,
                          int dim) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const vec zero = {0}, none = zero - INFINITY;
     vec value[KV_TILE / LANES], largest = none;
     for (int i = 0; i < KV_TILE / LANES; i++) {
-        value[i] = select_vec(count + i * LANES < visible, load(scores + i * LANES), none);
+        ivec seen = (count + i * LANES < visible) & (count + i * LANES >= from);
+        value[i] = select_vec(seen, load(scores + i * LANES), none);
         largest = max_vec(value[i], largest);
     }
     float max = max_lanes(largest);
@@ -1093,20 +1194,26 @@ static void find_planes(const struct kv_view *view, int start, int end, size_t o
     }
 }
 
-/* Adds a tile to the queries from `first` on, which see of it. */
-static void attend_tile(struct kv_tile *tile, int first, struct attention_scratch *scratch) {
+static int first_seen(const struct attention_scratch *scratch, int position) {
+    return position - smaller(position, scratch->window - 1);
+}
+
+/* Adds a tile to the queries [first, end), which see of it. */
+static void attend_tile(struct kv_tile *tile, int first, int end,
+                        struct attention_scratch *scratch) {
     int n_tokens = tile->n_tokens;
-    for (int rows; first < scratch->n; first += rows) {
+    for (int rows; first < end; first += rows) {
         const int *position = scratch->position + first;
         float *scores = scratch->scores + first * KV_TILE;
         float *output = scratch->output + first * HEAD_STRIDE;
-        rows = smaller(scratch->n - first, QUERY_ROWS);
+        rows = smaller(end - first, QUERY_ROWS);
         tile->input = scratch->query + first * HEAD_STRIDE;
         tile->output = scores;
         compute_scores(rows, tile);
         for (int i = 0; i < rows; i++)
-            softmax_tile(scores + i * KV_TILE, position[i] - tile->start + 1,
-                         &scratch->state[first + i], output + i * HEAD_STRIDE, tile->dim);
+            softmax_tile(scores + i * KV_TILE, first_seen(scratch, position[i]) - tile->start,
+                         position[i] - tile->start + 1, &scratch->state[first + i],
+                         output + i * HEAD_STRIDE, tile->dim);
         tile->n_tokens = smaller(position[rows - 1] - tile->start + 1, n_tokens);
         tile->input = scores;
         tile->output = output;
@@ -1117,13 +1224,12 @@ static void attend_tile(struct kv_tile *tile, int first, struct attention_scratc
 
 /* The outputs of scratch->n queries. */
 static void attention_rows(const struct kv_view *view, struct attention_scratch *scratch) {
-    int n = scratch->n, end = scratch->position[n - 1] + 1, first = 0;
-    for (int i = 0; i < n; i++) {
-        scratch->state[i] = (struct softmax){.max = -INFINITY};
+    int n = scratch->n, end = scratch->position[n - 1] + 1, first = 0, seeing = 0;
+    int begin = first_seen(scratch, scratch->position[0]) / KV_TILE * KV_TILE;
+    for (int i = 0; i < n; i++)
         for (int at = 0; at < view->dim; at += LANES)
             store(scratch->output + i * HEAD_STRIDE + at, (vec){0});
-    }
-    for (int start = 0; start < end; start += KV_TILE) {
+    for (int start = begin; start < end; start += KV_TILE) {
         bool last = start + KV_TILE >= end;
         struct kv_tile tile = {.type = view->type,
                                .dim = view->dim,
@@ -1136,7 +1242,9 @@ static void attention_rows(const struct kv_view *view, struct attention_scratch 
                     tile.next_key);
         while (scratch->position[first] < start)
             first++;
-        attend_tile(&tile, first, scratch);
+        while (seeing < n && first_seen(scratch, scratch->position[seeing]) < start + KV_TILE)
+            seeing++;
+        attend_tile(&tile, first, seeing, scratch);
     }
     for (int i = 0; i < n; i++) {
         float sum = sum_lanes(scratch->state[i].sum);
@@ -1148,6 +1256,7 @@ static void attention_rows(const struct kv_view *view, struct attention_scratch 
 
 struct attention_job {
     const struct cpu_device *device;
+    const struct weight *sinks;      /* (n_heads) or NULL */
     int layer, heads, n_head_groups; /* heads: that a tile takes */
 };
 
@@ -1157,11 +1266,16 @@ static void attend(const struct attention_job *job, const struct sequence *seque
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
     size_t at[QUERIES];
-    float scale = 1.0f / sqrtf((float)dim);
+    float scale = device->device.config->attention_scale;
+    scale = scale > 0 ? scale : 1.0f / sqrtf((float)dim);
+    scratch->window = model_window(device->device.config, job->layer);
     scratch->n = smaller(sequence->n_rows * group - first, QUERIES);
     for (int i = 0; i < scratch->n; i++) {
         int row = (first + i) / group, own_head = head * group + (first + i) % group;
         scratch->position[i] = sequence->start + row;
+        scratch->state[i] = (struct softmax){.max = -INFINITY};
+        if (job->sinks) /* a token with this score and the value 0 */
+            scratch->state[i] = (struct softmax){job->sinks->vector[own_head], {1}};
         at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
         for (int j = 0; j < dim; j++)
             scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
@@ -1189,12 +1303,12 @@ static void attention_tile(const void *argument, int index, struct scratch *scra
         attend(job, &batch->sequence[which], first, head, head + 1 < last, &scratch->attention);
 }
 
-static void cpu_attention(struct device *base, int layer_index) {
+static void cpu_attention(struct device *base, const struct weight *const *layer, int layer_index) {
     struct cpu_device *device = (struct cpu_device *)base;
     int n_tiles = device->first_tile[device->batch->n_sequences], n_heads = device->n_kv_heads;
     int enough = TILES_A_THREAD * device->cpu->pool.n_threads;
     int heads = smaller(n_tiles * n_heads / enough, n_heads);
-    struct attention_job job = {device, layer_index, heads > 1 ? heads : 1, 0};
+    struct attention_job job = {device, layer[ATTN_SINKS], layer_index, heads > 1 ? heads : 1, 0};
     job.n_head_groups = divide_up(n_heads, job.heads);
     parallel_for(device, n_tiles * job.n_head_groups, attention_tile, &job);
 }
@@ -1206,9 +1320,10 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
                             enum product_input input) {
     struct cpu_device *device = (struct cpu_device *)base;
     bool attends = input == INPUT_ATTENTION;
+    bool add = base->n_shards == 1 && !base->config->post_norm;
     int n_segments = K_SEGMENTS / base->n_shards;
     struct product product = {.matrix = {matrix},
-                              .out = {base->n_shards == 1 ? device->x : device->partial},
+                              .out = {add ? device->x : device->partial},
                               .out_stride = {device->x_stride},
                               .rows = attends ? device->attention : device->ffn,
                               .stride = attends ? device->q_stride : device->ffn_stride,
@@ -1216,32 +1331,62 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
                               .unit = attends ? base->config->head_dim : 2,
                               .first_segment = base->rank * n_segments,
                               .n_segments = n_segments,
-                              .add = base->n_shards == 1};
+                              .add = add};
     run_product(device, &product);
 }
 
+struct reduction {
+    struct cpu_device *const *shards;
+    const struct weight *norm; /* of what is added to x; or NULL */
+};
+
 /* Of all shards: their partial sums, as a binary tree, to each one's x. */
 static void reduce_tile(struct cpu_device *device, const void *argument, int first, int end) {
-    struct cpu_device *const *shards = argument;
+    const struct reduction *reduction = argument;
+    struct cpu_device *const *shards = reduction->shards;
+    const struct model_config *config = device->device.config;
     int n_shards = device->device.n_shards;
-    for (size_t at = (size_t)first * device->x_stride; at < (size_t)end * device->x_stride;
-         at += LANES) {
+    size_t begin = (size_t)first * device->x_stride, stop = (size_t)end * device->x_stride;
+    for (size_t at = begin; at < stop; at += LANES) {
         vec sum[MAX_SHARDS];
         for (int shard = 0; shard < n_shards; shard++)
             sum[shard] = load(shards[shard]->partial + at);
         for (int n = n_shards; n > 1; n /= 2)
             for (int j = 0; j < n / 2; j++)
                 sum[j] = sum[2 * j] + sum[2 * j + 1];
-        vec total = load(device->x + at) + sum[0];
+        store(device->partial + at, sum[0]);
+    }
+    for (size_t at = begin; at < stop && reduction->norm; at += device->x_stride)
+        rmsnorm(device->partial + at, device->partial + at, reduction->norm->vector,
+                config->d_model, config->norm_epsilon);
+    for (size_t at = begin; at < stop; at += LANES) {
+        vec total = load(device->x + at) + load(device->partial + at);
         for (int shard = 0; shard < n_shards; shard++)
             store(shards[shard]->x + at, total);
     }
 }
 
-static void cpu_all_reduce_add(struct device **shards, int n_shards) {
+static void cpu_all_reduce_add(struct device **shards, int n_shards,
+                               const struct weight *const *norm) {
     struct cpu_device *device = (struct cpu_device *)shards[0];
-    if (n_shards > 1) /* else project_add has done it */
-        for_rows(device, device->batch->n_rows, NORM_ROWS, reduce_tile, shards);
+    struct reduction reduction = {(struct cpu_device *const *)shards, norm ? norm[0] : NULL};
+    if (n_shards > 1 || norm) /* else project_add has done it */
+        for_rows(device, device->batch->n_rows, NORM_ROWS, reduce_tile, &reduction);
+}
+
+static void add_bias_tile(struct cpu_device *device, const void *argument, int first, int end) {
+    const struct weight *bias = argument;
+    int n = device->device.config->d_model;
+    for (int row = first; row < end; row++)
+        for (int at = 0; at < n; at += LANES) {
+            float *x = device->x + (size_t)row * device->x_stride + at;
+            store_part(x, load_part(x, n - at) + load_part(bias->vector + at, n - at), n - at);
+        }
+}
+
+static void cpu_add_bias(struct device *base, const struct weight *bias) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    for_rows(device, device->batch->n_rows, NORM_ROWS, add_bias_tile, bias);
 }
 
 /* ---- norm_gate_up ---- */
@@ -1250,13 +1395,183 @@ static void cpu_norm_gate_up(struct device *base, const struct weight *const *la
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
     struct product product = {.matrix = {layer[FFN_GATE], layer[FFN_UP]},
-                              .silu = true,
+                              .bias = {layer[FFN_GATE_BIAS], layer[FFN_UP_BIAS]},
+                              .gated = true,
                               .out = {device->ffn},
                               .out_stride = {device->ffn_stride},
                               .rows = device->h,
                               .stride = device->x_stride,
                               .n_rows = device->batch->n_rows};
     run_product(device, &product);
+}
+
+/* ---- experts: norm_route, expert_gate_up, expert_down_add ---- */
+
+/* Of each row the n_used experts with the largest logits, of equals those that come first, and
+ * their shares. */
+static void choose_tile(struct cpu_device *device, const void *unused, int row, int end) {
+    const struct model_config *config = device->device.config;
+    int n = config->n_experts, n_used = config->n_used;
+    (void)unused;
+    for (; row < end; row++) {
+        float *logits = device->router + (size_t)row * device->router_stride, sum = 0, largest = 0;
+        int *chosen = device->chosen + row * n_used;
+        float *share = device->share + row * n_used;
+        for (int slot = 0; slot < n_used; slot++) {
+            int best = 0;
+            for (int i = 1; i < n; i++)
+                best = logits[i] > logits[best] ? i : best;
+            chosen[slot] = best;
+            largest = slot > 0 ? largest : logits[best];
+            share[slot] = expf(logits[best] - largest);
+            sum += share[slot];
+            logits[best] = -INFINITY;
+        }
+        for (int i = 0; i < n && config->share_of_all; i++)
+            sum += expf(logits[i] - largest);
+        for (int slot = 0; slot < n_used; slot++)
+            share[slot] /= sum;
+    }
+}
+
+/* The step's entries: those of this shard's experts. */
+static void group_entries(struct cpu_device *device) {
+    const struct model_config *config = device->device.config;
+    int n = device->batch->n_rows * config->n_used;
+    int n_own = K_SEGMENTS / device->device.n_shards, first = device->device.rank * n_own;
+    device->n_entries = device->n_groups = 0;
+    for (int expert = 0; expert < config->n_experts; expert++) {
+        int group = expert_group(config, expert) - first, begin = device->n_entries;
+        for (int i = 0; i < n; i++) {
+            if (device->chosen[i] != expert)
+                continue;
+            bool own = group >= 0 && group < n_own;
+            device->entry[i] = own ? device->n_entries : -1;
+            if (own)
+                device->source[device->n_entries++] = i / config->n_used;
+        }
+        if (device->n_entries > begin)
+            device->groups[device->n_groups++] =
+                (struct expert_group){expert, begin, device->n_entries - begin, 0, 0, 0};
+    }
+}
+
+static void cpu_norm_route(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
+    struct product product = {.matrix = {layer[ROUTER]},
+                              .bias = {layer[ROUTER_BIAS]},
+                              .out = {device->router},
+                              .out_stride = {device->router_stride},
+                              .rows = device->h,
+                              .stride = device->x_stride,
+                              .n_rows = device->batch->n_rows};
+    run_product(device, &product);
+    for_rows(device, device->batch->n_rows, NORM_ROWS, choose_tile, NULL);
+    group_entries(device);
+}
+
+struct expert_job {
+    const struct product *product; /* of all experts' matrices */
+    int n_each, n_tiles;           /* rows of an expert's matrix */
+    bool in_order;                 /* a thread's tiles are neighbours: see find_tile */
+};
+
+/* A panel of one expert times a chunk of its entries. */
+static void expert_tile(const void *argument, int index, struct scratch *scratch) {
+    const struct expert_job *job = argument;
+    struct product product = *job->product;
+    const struct cpu_device *device = product.device;
+    const struct expert_group *group = device->groups;
+    int n_threads = device->cpu->pool.n_threads, each = job->n_tiles / n_threads;
+    if (job->in_order && index < each * n_threads)
+        index = index % n_threads * each + index / n_threads;
+    for (int i = 1; i < device->n_groups && device->groups[i].first_tile <= index; i++)
+        group++;
+    struct weight part[4];
+    for (int i = 0; i < 2; i++) {
+        const struct weight **matrix = &product.matrix[i], **bias = &product.bias[i];
+        if (*matrix)
+            part[i] = pack_expert(*matrix, group->expert, job->n_each);
+        if (*bias)
+            part[2 + i] = pack_expert(*bias, group->expert, job->n_each);
+        *matrix = *matrix ? &part[i] : NULL;
+        *bias = *bias ? &part[2 + i] : NULL;
+    }
+    index -= group->first_tile;
+    int row = index % group->n_chunks * group->chunk_rows;
+    struct place place = {.panel = part[0].first_row / PANEL + index / group->n_chunks,
+                          .row = group->first + row,
+                          .n_rows = smaller(group->n - row, group->chunk_rows)};
+    make_tile(&product, &place, scratch);
+}
+
+/* The entries' rows times the matrices of their experts, of n_each rows. */
+static void run_experts(struct cpu_device *device, struct product *product, int n_each) {
+    struct expert_job job = {product, n_each, 0, true};
+    convert_rows(device, product);
+    for (int i = 0; i < device->n_groups; i++) {
+        struct expert_group *group = &device->groups[i];
+        struct weight part = pack_expert(product->matrix[0], group->expert, n_each);
+        group->first_tile = job.n_tiles;
+        group->chunk_rows = chunk_of(device, &part, group->n);
+        group->n_chunks = divide_up(group->n, group->chunk_rows);
+        job.n_tiles += panels_of(&part) * group->n_chunks;
+        job.in_order = job.in_order && group->n_chunks == 1;
+    }
+    parallel_for(device, job.n_tiles, expert_tile, &job);
+}
+
+static void cpu_expert_gate_up(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct product product = {.matrix = {layer[GATE_EXPERTS], layer[UP_EXPERTS]},
+                              .bias = {layer[GATE_EXPERTS_BIAS], layer[UP_EXPERTS_BIAS]},
+                              .gated = true,
+                              .out = {device->ffn},
+                              .out_stride = {device->ffn_stride},
+                              .rows = device->h,
+                              .source = device->source,
+                              .stride = device->x_stride,
+                              .n_rows = device->n_entries};
+    run_experts(device, &product, base->config->d_ff);
+}
+
+/* Each row's outputs of its experts by their shares, summed by groups of experts, and those as a
+ * binary tree: shards hold whole groups, so that their number makes no difference. */
+static void combine_tile(struct cpu_device *device, const void *unused, int row, int end) {
+    const struct model_config *config = device->device.config;
+    int n_used = config->n_used, n_own = K_SEGMENTS / device->device.n_shards;
+    bool add = device->device.n_shards == 1;
+    (void)unused;
+    for (; row < end; row++) {
+        for (size_t at = 0; at < device->x_stride; at += LANES) {
+            vec sum[K_SEGMENTS] = {{0}};
+            for (int i = row * n_used; i < (row + 1) * n_used; i++) {
+                int group = expert_group(config, device->chosen[i]) % n_own;
+                size_t from = (size_t)device->entry[i] * device->x_stride + at;
+                if (device->entry[i] >= 0)
+                    sum[group] += device->share[i] * load(device->expert_out + from);
+            }
+            for (int n = n_own; n > 1; n /= 2)
+                for (int j = 0; j < n / 2; j++)
+                    sum[j] = sum[2 * j] + sum[2 * j + 1];
+            float *to = (add ? device->x : device->partial) + (size_t)row * device->x_stride + at;
+            store(to, add ? load(to) + sum[0] : sum[0]);
+        }
+    }
+}
+
+static void cpu_expert_down_add(struct device *base, const struct weight *const *layer) {
+    struct cpu_device *device = (struct cpu_device *)base;
+    struct product product = {.matrix = {layer[DOWN_EXPERTS]},
+                              .bias = {layer[DOWN_EXPERTS_BIAS]},
+                              .out = {device->expert_out},
+                              .out_stride = {device->x_stride},
+                              .rows = device->ffn,
+                              .stride = device->ffn_stride,
+                              .n_rows = device->n_entries};
+    run_experts(device, &product, base->config->d_model);
+    for_rows(device, device->batch->n_rows, NORM_ROWS, combine_tile, NULL);
 }
 
 /* ---- sample ---- */
@@ -1358,7 +1673,11 @@ static const struct backend operations = {
     .attention = cpu_attention,
     .project_add = cpu_project_add,
     .norm_gate_up = cpu_norm_gate_up,
+    .norm_route = cpu_norm_route,
+    .expert_gate_up = cpu_expert_gate_up,
+    .expert_down_add = cpu_expert_down_add,
     .all_reduce_add = cpu_all_reduce_add,
+    .add_bias = cpu_add_bias,
     .sample = cpu_sample,
     .step_end = cpu_step_end,
     .kv_type = KV_F32,

@@ -636,6 +636,11 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
                                         const struct tensor *const *together, struct slice slice,
                                         char *error) {
+    if (tensor->type == TYPE_MXFP4) {
+        (void)fail(error, "%.*s: the CUDA kernels do not multiply MXFP4; use --devices cpu:2",
+                   (int)tensor->name.length, tensor->name.data);
+        return NULL;
+    }
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
     const struct tensor *const alone[] = {tensor, NULL};
@@ -2051,8 +2056,10 @@ static struct attention attention_of(const struct cuda_device *d, int layer) {
             d->n_chunks,        d->part,      d->partial,          d->arrived};
 }
 
-static void cuda_attention(struct device *device, int layer_index) {
+static void cuda_attention(struct device *device, const struct weight *const *layer,
+                           int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
+    (void)layer; /* sinks: see check_wanted */
     launch_attention(d, attention_of(d, layer_index));
 }
 
@@ -2447,8 +2454,10 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
     }
 }
 
-static void cuda_all_reduce_add(struct device **shards, int n_shards) {
+static void cuda_all_reduce_add(struct device **shards, int n_shards,
+                                const struct weight *const *norm) {
     struct cuda_device **all = (struct cuda_device **)shards;
+    (void)norm; /* see check_wanted */
     if (all[0]->n_generated > 0)
         reduce_generated(all, n_shards);
     if (all[0]->n_rows > all[0]->n_generated)
@@ -2785,6 +2794,14 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
                     n_gpus, n_gpus - 1);
     if (!device_fits(wanted, error))
         return false;
+    if (config->n_experts > 0 || config->window > 0 || config->post_norm ||
+        config->activation != ACTIVATE_SILU || (config->rope_magnitude > 0 && config->rope_magnitude != 1))
+        return fail(error,
+                    "a model with %s: the CUDA kernels do not compute it; use --devices cpu:2",
+                    config->n_experts > 0 ? "experts"
+                    : config->window > 0  ? "windows"
+                    : config->post_norm   ? "norms behind its layers"
+                                          : "YaRN");
     if (config->head_dim % 8 || config->head_dim > 256)
         return fail(error,
                     "heads of %d: the CUDA kernels cover multiples of 8 up to 256; use "

@@ -465,7 +465,7 @@ static double sim_step_seconds(const struct sim *sim, int worker, const struct b
     const struct chip *chip = &sim->cluster->chip;
     const struct model_config *model = &sim->config->model->config;
     struct step_cost cost = step_cost(model, &sim->cost, sim->config->kv_type, batch);
-    bool fp8 = sim->config->model->layers[0][FFN_GATE]->type == TYPE_FP8;
+    bool fp8 = model_main_type(sim->config->model) == TYPE_FP8;
     double n = sim->workers[worker].n_chips, rows = batch->n_rows;
     double products = 2 * rows * sim->cost.row_weights;
     double samples = 2 * batch->n_samples * sim->cost.sample_weights;

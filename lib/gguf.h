@@ -34,7 +34,8 @@ enum tensor_type {
     TYPE_Q8_0 = 8,
     TYPE_Q4_K = 12,
     TYPE_Q6_K = 14,
-    TYPE_BF16 = 30
+    TYPE_BF16 = 30,
+    TYPE_MXFP4 = 39
 };
 /* One that GGUF does not have: a byte a weight. No kernel multiplies it, but its cost is known. */
 #define TYPE_FP8 ((enum tensor_type)64)
@@ -58,7 +59,8 @@ struct gguf_array {
 };
 
 /* A tensor: a matrix of `rows` rows (outputs) of `cols` contiguous elements (inputs); a vector
- * has one row. `data` points into mapped memory. `bytes` is 0 for a type not listed above. */
+ * has one row, and of several matrices, one for each expert, the rows are one after another. `data`
+ * points into mapped memory. `bytes` is 0 for a type not listed above. */
 struct tensor {
     struct gguf_string name;
     enum tensor_type type;
@@ -171,14 +173,15 @@ static const struct {
 enum { GGUF_INTEGERS = 0xc3f, GGUF_FLOATS = 0x1040 }; /* bit i: type i */
 
 static const char *const gguf_types[] = {
-    "F32",  "F16",           "Q4_0",          "Q4_1",        [6] = "Q5_0",   "Q5_1",
-    "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",         "Q5_K",
-    "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4", [64] = "FP8"};
+    "F32",           "F16",         "Q4_0",         "Q4_1",      "type 4, an early MXFP4,",
+    [6] = "Q5_0",    "Q5_1",        "Q8_0",         "Q8_1",      "Q2_K",
+    "Q3_K",          "Q4_K",        "Q5_K",         "Q6_K",      [20] = "IQ4_NL",
+    [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4", [64] = "FP8"};
 
 static const struct gguf_block gguf_blocks[] = {
     [TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
     [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
-    [TYPE_BF16] = {1, 2},   [TYPE_FP8] = {1, 1}};
+    [TYPE_BF16] = {1, 2},   [TYPE_MXFP4] = {32, 17},  [TYPE_FP8] = {1, 1}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};
@@ -322,10 +325,14 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     uint64_t n_dims = gguf_take_int(file, 4), extents[4] = {1, 1, 1, 1};
     for (size_t i = 0; i < n_dims && i < 4; i++)
         extents[i] = gguf_take_int(file, 8);
-    bool flat = n_dims >= 1 && n_dims <= 4 && extents[2] == 1 && extents[3] == 1;
-    bool sane = extents[0] - 1 < GGUF_MAX_EXTENT && extents[1] - 1 < GGUF_MAX_EXTENT;
-    gguf_expect(file, flat && sane, "got %ju dimensions, (%ju, %ju), expected 1 or 2 of 1 to 2^30",
-                (uintmax_t)n_dims, (uintmax_t)extents[1], (uintmax_t)extents[0]);
+    bool flat = n_dims >= 1 && n_dims <= 4 && extents[3] == 1;
+    bool sane = extents[0] - 1 < GGUF_MAX_EXTENT && extents[1] - 1 < GGUF_MAX_EXTENT &&
+                extents[2] - 1 < GGUF_MAX_EXTENT && extents[1] * extents[2] <= GGUF_MAX_EXTENT;
+    gguf_expect(file, flat && sane,
+                "got %ju dimensions, (%ju, %ju, %ju), expected 1 to 3, and 1 to 2^30 rows and "
+                "columns",
+                (uintmax_t)n_dims, (uintmax_t)extents[2], (uintmax_t)extents[1],
+                (uintmax_t)extents[0]);
     uint64_t type = gguf_take_int(file, 4), offset = gguf_take_int(file, 8);
     struct gguf_block block = gguf_block((enum tensor_type)type);
     size_t elements = block.bytes ? block.elements : 1;
@@ -336,9 +343,9 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
                      (uintmax_t)offset, alignment, *end, file->size))
         return;
     tensor->type = (enum tensor_type)type;
-    tensor->rows = (int64_t)extents[1];
+    tensor->rows = (int64_t)(extents[1] * extents[2]);
     tensor->cols = (int64_t)extents[0];
-    tensor->bytes = block.bytes * (extents[0] / elements) * extents[1];
+    tensor->bytes = block.bytes * (extents[0] / elements) * (size_t)tensor->rows;
     tensor->data = file->map + offset;
     *end = offset + tensor->bytes;
 }

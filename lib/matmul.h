@@ -75,6 +75,8 @@ int pack_panels(const struct weight *weight);          /* 0: a vector */
 size_t pack_bytes(const struct weight *weight);        /* of all panels */
 void pack_panel(const struct weight *weight, int index);
 struct weight *pack_view(const struct weight *whole, struct slice slice); /* NULL: no memory */
+/* Those of one of the experts that a weight holds: of a matrix rows, of a vector elements. */
+struct weight pack_expert(const struct weight *all, int expert, int n_rows);
 void pack_close(struct weight *weight);
 void pack_read_row(const struct weight *weight, int row, float *out); /* out (cols) */
 
@@ -166,6 +168,8 @@ static inline int divide_up(int value, int unit) {
  *     Q4_0, 32 k     f16 d[64];                                weight = d * (bits - 8)
  *     Q4_K, 256 k    f16 d[64], m[64]; u8 s[8][64], t[8][64];  weight = d * s * bits - m * t
  *     Q6_K, 256 k    f16 d[64]; int8 s[16][64];                weight = d * s * (bits - 32)
+ *     MXFP4, 32 k    u8 e[64];                                 weight = 2^(e - 128) * number
+ * where bits of MXFP4 stand for twice a number of 0, 0.5, 1, 1.5, 2, 3, 4, 6, and its sign.
  * Outputs past the last row, and an odd last k, are 0. Every type is exact in f32. For F32, F16 and
  * BF16 one word is a block. */
 
@@ -185,6 +189,7 @@ INLINE struct pack_block pack_block(enum tensor_type type) {
     case TYPE_Q4_0: return (struct pack_block){32, 32, 18, 2, 4, 2 * PANEL, 8};
     case TYPE_Q4_K: return (struct pack_block){256, 32, 144, 16, 32, 20 * PANEL, 0};
     case TYPE_Q6_K: return (struct pack_block){256, 16, 210, 0, 48, 18 * PANEL, 32};
+    case TYPE_MXFP4: return (struct pack_block){32, 32, 17, 1, 4, PANEL, 12};
     }
     return (struct pack_block){1, 1, 0, 0, 0, 0, 0};
 }
@@ -216,6 +221,22 @@ INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of
     return *(const ivec_any *)(const void *)words;
 }
 
+/* 64 times four bits of MXFP4, a byte each, become twice the numbers that they stand for, plus 12. */
+INLINE ivec mxfp4_numbers(ivec bits) {
+#ifdef __AVX512BW__
+    const __m512i numbers = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    return (ivec)_mm512_shuffle_epi8(numbers, (__m512i)bits);
+#else /* seeem: a sign, two bits of exponent and one of mantissa; nothing is carried between bytes */
+    const ivec ones = (ivec){0} + 0x01010101;
+    ivec sign = (bits >> 3 & ones) * 255, high = (bits >> 2 & ones) * 255;
+    ivec large = ones * 4 + (bits & ones) * 2; /* if the exponent is 2; twice that if it is 3 */
+    large += large & (bits >> 1 & ones) * 255;
+    ivec number = (large & high) | (bits & ones * 3 & ~high);
+    return ((ones * 12 + number) & ~sign) | ((ones * 12 - number) & sign);
+#endif
+}
+
 /* Four k of 16 outputs as bytes, of a quantized type: [k + at, k + at + 4), where k begins a part
  * of a block and `at` is a multiple of 4. */
 INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsigned at, int i) {
@@ -224,8 +245,10 @@ INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsi
     unsigned quad = at / 4, half = k % 256 / 128, part = k % 128 / 32;
     if (type == TYPE_Q8_0)
         return load_words(words, quad, i);
-    if (type == TYPE_Q4_0) /* 16 k in the low halves, then 16 in the high ones */
-        return load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
+    if (type == TYPE_Q4_0 || type == TYPE_MXFP4) { /* 16 k in the low halves, 16 in the high ones */
+        ivec bits = load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
+        return type == TYPE_Q4_0 ? bits : mxfp4_numbers(bits);
+    }
     if (type == TYPE_Q4_K) /* 32 and 32 */
         return load_words(words, k % 256 / 64 * 8 + quad, i) >> (part % 2 * 4) & 0x0f0f0f0f;
     /* Q6_K, 128 k: 64 in the low halves of 16 words and 64 in the high ones; then, for every 32 k,
@@ -247,8 +270,15 @@ INLINE void load_scales(enum tensor_type type, const char *panel, unsigned k,
     for (int i = 0; i < 4 && pack_quantized(type); i++) {
         const uint16_t *halves = (const uint16_t *)(const void *)block + i * LANES;
         const char *bytes = block + part * PANEL + (unsigned)i * LANES;
-        scales->scale[i] = widen_f16(halves);
         scales->least[i] = (vec){0};
+        if (type == TYPE_MXFP4) { /* half a power of two; the two least are no normal numbers */
+            byte_vec small = *(const byte_vec *)(const void *)bytes;
+            ivec power = __builtin_convertvector(small, ivec) & 255;
+            scales->scale[i] = select_vec(power < 2, (vec)(((ivec){0} + 0x200000) << power),
+                                          (vec)((power - 1) << 23));
+            continue;
+        }
+        scales->scale[i] = widen_f16(halves);
         if (type == TYPE_Q4_K) {
             scales->scale[i] *= widen_int8(bytes + 4 * PANEL);
             scales->least[i] = widen_f16(halves + PANEL) * widen_int8(bytes + 12 * PANEL);
@@ -301,6 +331,10 @@ static void pack_words(const char *from, size_t stride, int n_rows, size_t bytes
 static void pack_header(enum tensor_type type, const uint8_t *from, char *to, int row) {
     uint8_t *bytes = (uint8_t *)to;
     const uint8_t *d = from + (type == TYPE_Q6_K ? 208 : 0);
+    if (type == TYPE_MXFP4) {
+        bytes[row] = *from;
+        return;
+    }
     memcpy(bytes + row * 2, d, 2);
     if (type == TYPE_Q6_K) {
         for (int part = 0; part < 16; part++)
@@ -400,6 +434,9 @@ struct weight *pack_view(const struct weight *whole, struct slice slice) {
     if (!view)
         return NULL;
     *view = *whole;
+    view->owner = false;
+    if (slice.kind == SLICE_EXPERTS) /* who needs one takes it: pack_expert */
+        return view;
     bool columns = slice.kind == SLICE_COLS || view->vector;
     int *first = columns ? &view->first_col : &view->first_row;
     int *count = columns ? &view->n_cols : &view->n_rows;
@@ -407,8 +444,19 @@ struct weight *pack_view(const struct weight *whole, struct slice slice) {
     *first = slice.rank * *count;
     if (view->vector)
         view->vector += *first;
-    view->owner = false;
     return view;
+}
+
+struct weight pack_expert(const struct weight *all, int expert, int n_rows) {
+    struct weight part = *all;
+    if (part.vector) {
+        part.vector += expert * n_rows;
+        part.n_cols = n_rows;
+    } else {
+        part.first_row = expert * n_rows;
+        part.n_rows = n_rows;
+    }
+    return part;
 }
 
 void pack_close(struct weight *weight) {
@@ -496,6 +544,7 @@ KERNELS(tile_q8_0, tile_product, TYPE_Q8_0)
 KERNELS(tile_q4_0, tile_product, TYPE_Q4_0)
 KERNELS(tile_q4_k, tile_product, TYPE_Q4_K)
 KERNELS(tile_q6_k, tile_product, TYPE_Q6_K)
+KERNELS(tile_mxfp4, tile_product, TYPE_MXFP4)
 
 static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
@@ -506,6 +555,7 @@ static void plain_tile(enum tensor_type type, int n_rows, const struct tile *til
     case TYPE_Q4_0: tile_q4_0(n_rows, tile); return;
     case TYPE_Q4_K: tile_q4_k(n_rows, tile); return;
     case TYPE_Q6_K: tile_q6_k(n_rows, tile); return;
+    case TYPE_MXFP4: tile_mxfp4(n_rows, tile); return;
     }
 }
 
@@ -692,6 +742,7 @@ KERNELS(dot_tile_q8_0, dot_q8, TYPE_Q8_0, DOT_Q8)
 KERNELS(dot_tile_q4_0, dot_q8, TYPE_Q4_0, DOT_Q8)
 KERNELS(dot_tile_q4_k, dot_q8, TYPE_Q4_K, DOT_Q8)
 KERNELS(dot_tile_q6_k, dot_q8, TYPE_Q6_K, DOT_Q8)
+KERNELS(dot_tile_mxfp4, dot_q8, TYPE_MXFP4, DOT_Q8)
 
 static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
     switch (type) {
@@ -700,6 +751,7 @@ static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile)
     case TYPE_Q4_0: dot_tile_q4_0(n_rows, tile); return;
     case TYPE_Q4_K: dot_tile_q4_k(n_rows, tile); return;
     case TYPE_Q6_K: dot_tile_q6_k(n_rows, tile); return;
+    case TYPE_MXFP4: dot_tile_mxfp4(n_rows, tile); return;
     default: return; /* has no such form */
     }
 }
@@ -814,6 +866,7 @@ static void widen(enum tensor_type type, const char *panel, int begin, int end, 
     case TYPE_Q4_0: widen_as(TYPE_Q4_0, panel, begin, end, slab); return;
     case TYPE_Q4_K: widen_as(TYPE_Q4_K, panel, begin, end, slab); return;
     case TYPE_Q6_K: widen_as(TYPE_Q6_K, panel, begin, end, slab); return;
+    case TYPE_MXFP4: widen_as(TYPE_MXFP4, panel, begin, end, slab); return;
     }
 }
 

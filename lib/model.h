@@ -25,13 +25,37 @@
 #endif
 #include "gguf.h"
 
+enum gate_function {
+    ACTIVATE_SILU,   /* silu(gate) * up */
+    ACTIVATE_GELU,   /* gelu(gate) * up, by tanh */
+    ACTIVATE_CLAMPED /* gpt-oss: g * sigmoid(1.702 g) * (u + 1), g = min(gate, 7), |u| <= 7 */
+};
+
 struct model_config {
-    const char *architecture; /* llama, qwen2, qwen3 */
+    const char *architecture; /* llama, qwen2, qwen3, qwen3moe, gpt-oss, gemma3 */
     int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size, context_length;
     int rope_dim;       /* leading elements of a head that rope turns: head_dim in all of these */
     bool rope_adjacent; /* pairs (2i, 2i+1), as in `llama`; else (i, i + head_dim / 2) */
     float rope_theta, norm_epsilon;
+    /* of some models alone; 0 is what the others do */
+    int n_experts, n_used; /* of a layer, d_ff each; and of a row, those of the largest logits */
+    bool share_of_all;     /* a row's experts are weighted by softmax over all, not over its own */
+    enum gate_function activation;
+    int window, window_period;              /* see model_window */
+    bool post_norm;                         /* what attention and FFN add to x is normed before */
+    float embedding_scale, attention_scale; /* 0: 1; 1 / sqrt(head_dim) */
+    float theta_windowed;                   /* of layers that have a window; 0: rope_theta */
+    float rope_scale;          /* positions are divided by it, in layers that see all; 0: 1 */
+    float rope_magnitude;      /* cosine and sine are multiplied by it; 0: 1 */
+    float yarn_low, yarn_high; /* YaRN: the pairs between which rope_scale sets in; high 0: all */
 };
+
+/* The tokens that a query of a layer sees at most, its own among them. Each window_period-th layer
+ * sees all; 0: none does. */
+static inline int model_window(const struct model_config *config, int layer) {
+    bool all = config->window_period > 0 && (layer + 1) % config->window_period == 0;
+    return config->window > 0 && !all ? config->window : INT32_MAX;
+}
 
 /* What a tensor is for. The model's own come first, and count as the first layer's. */
 enum tensor_role {
@@ -44,16 +68,31 @@ enum tensor_role {
     ATTN_Q,
     ATTN_K,
     ATTN_V,
-    Q_BIAS, /* biases: qwen2 */
+    Q_BIAS, /* biases: qwen2, gpt-oss */
     K_BIAS,
     V_BIAS,
     ATTN_Q_NORM, /* norms over head_dim: qwen3 */
     ATTN_K_NORM,
+    ATTN_SINKS, /* a logit of each head that no value goes with: gpt-oss */
     ATTN_OUTPUT,
+    ATTN_OUTPUT_BIAS,
+    ATTN_POST_NORM, /* gemma3 */
     FFN_NORM,
-    FFN_GATE,
+    FFN_GATE, /* these six: absent where there are experts */
     FFN_UP,
     FFN_DOWN,
+    FFN_GATE_BIAS,
+    FFN_UP_BIAS,
+    FFN_DOWN_BIAS,
+    ROUTER,
+    ROUTER_BIAS,
+    GATE_EXPERTS, /* the rows of all experts, one expert after another */
+    UP_EXPERTS,
+    DOWN_EXPERTS,
+    GATE_EXPERTS_BIAS,
+    UP_EXPERTS_BIAS,
+    DOWN_EXPERTS_BIAS,
+    FFN_POST_NORM, /* gemma3 */
     N_ROLES
 };
 
@@ -70,7 +109,14 @@ static inline void model_together(const struct tensor *const *layer, int role,
     together[last - first + 1] = NULL;
 }
 
-enum slice_kind { SLICE_WHOLE, SLICE_ROWS, SLICE_COLS };
+enum slice_kind {
+    SLICE_WHOLE,
+    SLICE_ROWS,
+    SLICE_COLS,
+    SLICE_EXPERTS /* some of the experts, whole ones: those of expert_group */
+};
+
+enum { MODEL_MOST_USED = 16 }; /* experts of a row */
 
 struct slice { /* which part of a tensor a shard holds: part `rank` of `count` equal ones */
     enum slice_kind kind;
@@ -81,6 +127,12 @@ struct slice { /* which part of a tensor a shard holds: part `rank` of `count` e
  * tree, so that every number of shards that divides it gives the same bits. */
 enum { K_SEGMENTS = 8 };
 
+/* So are the experts of a row: a shard has those of as many groups as it would have segments. Cut
+ * in this way, an expert's rows are not, and neither are the blocks of its weights. */
+static inline int expert_group(const struct model_config *config, int expert) {
+    return expert * K_SEGMENTS / config->n_experts;
+}
+
 /* Where segment `index` of a K of `cols` begins; all end at multiples of `unit`. */
 static inline int segment_begin(int cols, int unit, int index) {
     int64_t n_units = (cols + unit - 1) / unit;
@@ -90,7 +142,6 @@ static inline int segment_begin(int cols, int unit, int index) {
 
 /* What rows and columns of a tensor count. */
 enum extent {
-    DIM_NONE,
     DIM_ONE,
     DIM_VOCAB,
     DIM_MODEL,
@@ -98,8 +149,12 @@ enum extent {
     DIM_KV, /* n_kv_heads * head_dim */
     DIM_FF,
     DIM_HEAD,
+    DIM_HEADS,
     DIM_ROPE, /* rope_dim / 2 */
-    DIM_CONTEXT
+    DIM_CONTEXT,
+    DIM_EXPERTS,
+    DIM_EXPERTS_FF, /* n_experts * d_ff */
+    DIM_EXPERTS_MODEL
 };
 
 /* What a model can be. Combined: who needs a tensor. */
@@ -107,47 +162,83 @@ enum {
     MODEL_LLAMA = 1,
     MODEL_QWEN2 = 2,
     MODEL_QWEN3 = 4,
-    MODEL_TIED = 8,    /* its output is its embedding: known of checkpoints and random weights */
-    MODEL_UNTIED = 16, /* it is not: likewise */
-    MODEL_SCALED = 32, /* rope as in Llama 3.1: known of random weights */
-    MODEL_ALL = 63
+    MODEL_QWEN3MOE = 8,
+    MODEL_GPT_OSS = 16,
+    MODEL_GEMMA3 = 32,
+    MODEL_DENSE = 64,    /* a feed-forward part in each layer */
+    MODEL_EXPERTS = 128, /* several, of which each row takes a few */
+    MODEL_TIED = 256,    /* its output is its embedding: known of checkpoints and random weights */
+    MODEL_UNTIED = 512,  /* it is not: likewise */
+    MODEL_SCALED = 1024, /* rope as in Llama 3.1: known of random weights */
+    MODEL_ALL = 2047,
+    MODEL_BIASED = MODEL_LLAMA | MODEL_QWEN2 | MODEL_QWEN3 | MODEL_QWEN3MOE, /* may be */
+    MODEL_QK_NORM = MODEL_QWEN3 | MODEL_QWEN3MOE | MODEL_GEMMA3,
+    MODEL_QKV_BIAS = MODEL_QWEN2 | MODEL_GPT_OSS
 };
 
 /* One row for each tensor that a model can have: all that loading, sharding, counting and making
- * random models know of it. In the order of a llama2.c checkpoint, each for all layers. */
+ * random models know of it. In the order of a llama2.c checkpoint, each for all layers. In a model
+ * that neither column names it is refused, for its text would be wrong. */
 struct model_tensor {
     const char *name;       /* behind `blk.N.`, if each layer has one */
     bool layered;           /* each layer has one: PER_LAYER */
     int role;               /* enum tensor_role */
-    enum extent rows, cols; /* DIM_ONE row: a vector, F32; DIM_NONE: refused, text would be wrong */
-    unsigned required_by;   /* kinds of model; optional elsewhere, but in a checkpoint absent */
+    enum extent rows, cols; /* DIM_ONE row: vectors, F32 */
+    unsigned required_by;   /* kinds of model */
+    unsigned optional_in;   /* … that may lack it, as checkpoints do */
     enum slice_kind slice;  /* a shard has rows of q, k, v, gate, up; columns of output and down */
 };
 enum { SINGLE, PER_LAYER };
 static const struct model_tensor model_tensors[] = {
-    {"token_embd.weight", SINGLE, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"attn_norm.weight", PER_LAYER, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"attn_q.weight", PER_LAYER, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_k.weight", PER_LAYER, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_v.weight", PER_LAYER, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"attn_output.weight", PER_LAYER, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, SLICE_COLS},
-    {"ffn_norm.weight", PER_LAYER, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"ffn_gate.weight", PER_LAYER, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"ffn_down.weight", PER_LAYER, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_ALL, SLICE_COLS},
-    {"ffn_up.weight", PER_LAYER, FFN_UP, DIM_FF, DIM_MODEL, MODEL_ALL, SLICE_ROWS},
-    {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, SLICE_WHOLE},
-    {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, SLICE_WHOLE},
-    {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, SLICE_WHOLE},
-    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, SLICE_WHOLE},
-    {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QWEN2, SLICE_ROWS},
-    {"attn_q_norm.weight", PER_LAYER, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
-    {"attn_k_norm.weight", PER_LAYER, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QWEN3, SLICE_WHOLE},
-    {"attn_output.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_gate.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_up.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
-    {"ffn_down.bias", PER_LAYER, NO_ROLE, DIM_NONE, DIM_NONE, 0, SLICE_WHOLE},
+    {"token_embd.weight", SINGLE, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"attn_norm.weight", PER_LAYER, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"attn_q.weight", PER_LAYER, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_k.weight", PER_LAYER, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_v.weight", PER_LAYER, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_output.weight", PER_LAYER, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, 0, SLICE_COLS},
+    {"ffn_norm.weight", PER_LAYER, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"ffn_gate.weight", PER_LAYER, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
+    {"ffn_down.weight", PER_LAYER, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_DENSE, 0, SLICE_COLS},
+    {"ffn_up.weight", PER_LAYER, FFN_UP, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
+    {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, 0,
+     SLICE_WHOLE},
+    {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, MODEL_ALL, SLICE_WHOLE},
+    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, MODEL_ALL,
+     SLICE_WHOLE},
+    {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_q_norm.weight", PER_LAYER, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL,
+     SLICE_WHOLE},
+    {"attn_k_norm.weight", PER_LAYER, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL,
+     SLICE_WHOLE},
+    {"attn_output.bias", PER_LAYER, ATTN_OUTPUT_BIAS, DIM_ONE, DIM_MODEL, MODEL_GPT_OSS,
+     MODEL_BIASED, SLICE_WHOLE},
+    {"attn_sinks.weight", PER_LAYER, ATTN_SINKS, DIM_ONE, DIM_HEADS, MODEL_GPT_OSS, 0, SLICE_ROWS},
+    {"post_attention_norm.weight", PER_LAYER, ATTN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0,
+     SLICE_WHOLE},
+    {"post_ffw_norm.weight", PER_LAYER, FFN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0,
+     SLICE_WHOLE},
+    {"ffn_gate.bias", PER_LAYER, FFN_GATE_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
+    {"ffn_up.bias", PER_LAYER, FFN_UP_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
+    {"ffn_down.bias", PER_LAYER, FFN_DOWN_BIAS, DIM_ONE, DIM_MODEL, 0, MODEL_BIASED, SLICE_WHOLE},
+    {"ffn_gate_inp.weight", PER_LAYER, ROUTER, DIM_EXPERTS, DIM_MODEL, MODEL_EXPERTS, 0,
+     SLICE_WHOLE},
+    {"ffn_gate_inp.bias", PER_LAYER, ROUTER_BIAS, DIM_ONE, DIM_EXPERTS, MODEL_GPT_OSS, 0,
+     SLICE_WHOLE},
+    {"ffn_gate_exps.weight", PER_LAYER, GATE_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0,
+     SLICE_EXPERTS},
+    {"ffn_up_exps.weight", PER_LAYER, UP_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0,
+     SLICE_EXPERTS},
+    {"ffn_down_exps.weight", PER_LAYER, DOWN_EXPERTS, DIM_EXPERTS_MODEL, DIM_FF, MODEL_EXPERTS, 0,
+     SLICE_EXPERTS},
+    {"ffn_gate_exps.bias", PER_LAYER, GATE_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0,
+     SLICE_EXPERTS},
+    {"ffn_up_exps.bias", PER_LAYER, UP_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0,
+     SLICE_EXPERTS},
+    {"ffn_down_exps.bias", PER_LAYER, DOWN_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_MODEL, MODEL_GPT_OSS,
+     0, SLICE_EXPERTS},
 };
 enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
 
@@ -166,6 +257,11 @@ struct model {
 bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]);
 void model_close(struct model *model);
 bool model_is_random(const char *name); /* it begins with `random:` */
+
+static inline enum tensor_type model_main_type(const struct model *model) { /* of most weights */
+    const struct tensor *gate = model->layers[0][FFN_GATE];
+    return (gate ? gate : model->layers[0][GATE_EXPERTS])->type;
+}
 
 #endif /* MODEL_H */
 
@@ -199,6 +295,10 @@ static int model_extent(const struct model_config *config, enum extent extent) {
                            [DIM_KV] = config->n_kv_heads * config->head_dim,
                            [DIM_FF] = config->d_ff,
                            [DIM_HEAD] = config->head_dim,
+                           [DIM_HEADS] = config->n_heads,
+                           [DIM_EXPERTS] = config->n_experts,
+                           [DIM_EXPERTS_FF] = config->n_experts * config->d_ff,
+                           [DIM_EXPERTS_MODEL] = config->n_experts * config->d_model,
                            [DIM_ROPE] = config->rope_dim / 2,
                            [DIM_CONTEXT] = config->context_length};
     return extents[extent];
@@ -270,12 +370,13 @@ static float model_float(struct model_reader *reader, const char *key, double fa
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
-    static const char *const architectures[] = {"llama", "qwen2", "qwen3"}; /* bit i of a kind */
+    static const char *const architectures[] = {"llama",   "qwen2", "qwen3", "qwen3moe",
+                                                "gpt-oss", "gemma3"}; /* bit i of a kind */
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
     config->architecture = architectures[0]; /* a checkpoint's */
-    for (unsigned i = 0; i < 3; i++)
+    for (unsigned i = 0; i < sizeof architectures / sizeof *architectures; i++)
         if (gguf_equals(name, architectures[i])) {
             config->architecture = architectures[i];
             reader->kind = 1u << i;
@@ -288,24 +389,87 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
         reader->kind = *vocab_size < 0 ? MODEL_UNTIED : MODEL_TIED;
         *vocab_size = *vocab_size < -INT32_MAX ? 0 : abs(*vocab_size);
     }
-    gguf_expect(file, reader->kind, "got %.*s, expected llama, qwen2 or qwen3", gguf_shown(name),
-                name.data);
+    gguf_expect(file, reader->kind,
+                "got %.*s, expected llama, qwen2, qwen3, qwen3moe, gpt-oss or gemma3",
+                gguf_shown(name), name.data);
+}
+
+/* YaRN (Peng et al. 2023): pairs that turn more than `fast` times within the context that the model
+ * was trained on first stay as they are, those that turn less than `slow` times are slowed down. */
+static void model_read_yarn(struct model_reader *reader, struct model_config *config) {
+    int context = model_int(reader, "rope.scaling.original_context_length", REQUIRED, 1, 1 << 24);
+    float fast = model_float(reader, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
+    float slow = model_float(reader, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
+    double turns[] = {(double)fast, (double)slow}, pair[2], n = config->rope_dim;
+    for (int i = 0; i < 2; i++) {
+        pair[i] = n * log(context / (turns[i] * 2 * M_PI)) / (2 * log((double)config->rope_theta));
+        if (!(reader->kind & MODEL_GPT_OSS)) /* which alone does not round */
+            pair[i] = i == 0 ? floor(pair[i]) : ceil(pair[i]);
+    }
+    config->yarn_low = (float)fmax(pair[0], 0);
+    config->yarn_high = (float)fmax(fmin(pair[1], n - 1), (double)config->yarn_low + 0.001);
+    model_float(reader, "rope.scaling.yarn_ext_factor", 1, 1, 1);
+    model_float(reader, "rope.scaling.yarn_log_multiplier", 0, 0, 0);
+    config->rope_magnitude *= model_float(reader, "rope.scaling.yarn_attn_factor", 1, 1e-3, 1e3) *
+                              (float)(1 + 0.1 * log((double)config->rope_scale));
 }
 
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
     struct gguf_string scaling = {"linear", 6}; /* the format's default, by a factor of 1 */
     int head_dim = config->head_dim;
-    config->rope_adjacent = !(reader->kind & (MODEL_QWEN2 | MODEL_QWEN3));
+    config->rope_adjacent = !strcmp(config->architecture, "llama");
     config->rope_dim = model_int(reader, "rope.dimension_count", head_dim, 2, head_dim);
     gguf_expect(reader->file, config->rope_dim % 2 == 0, "got an odd number, %d", config->rope_dim);
     config->rope_theta = model_float(reader, "rope.freq_base", 10000, 1, 1e12);
+    if (reader->kind & MODEL_GEMMA3)
+        config->theta_windowed = model_float(reader, "rope.freq_base_swa", 10000, 1, 1e12);
     gguf_get_string(reader->file, model_key(reader, "rope.scaling.type"), &scaling);
-    bool linear = gguf_equals(scaling, "linear");
-    gguf_expect(reader->file, linear || gguf_equals(scaling, "none"), "got %.*s, expected none",
-                gguf_shown(scaling), scaling.data);
-    if (linear) {
-        model_float(reader, "rope.scaling.factor", 1, 1, 1);
-        model_float(reader, "rope.scale_linear", 1, 1, 1);
+    bool yarn = gguf_equals(scaling, "yarn"), none = gguf_equals(scaling, "none");
+    gguf_expect(reader->file, none || yarn || gguf_equals(scaling, "linear"),
+                "got %.*s, expected none, linear or yarn", gguf_shown(scaling), scaling.data);
+    float old = model_float(reader, "rope.scale_linear", 1, 1, 1e6); /* another name */
+    config->rope_scale = model_float(reader, "rope.scaling.factor", (double)old, 1, 1e6);
+    config->rope_scale = none ? 1 : config->rope_scale;
+    config->rope_magnitude = model_float(reader, "rope.scaling.attn_factor", 1, 1e-3, 1e3);
+    if (yarn)
+        model_read_yarn(reader, config);
+}
+
+static void model_read_experts(struct model_reader *reader, struct model_config *config) {
+    bool always = reader->kind & (MODEL_QWEN3MOE | MODEL_GPT_OSS), normed = true;
+    config->n_experts = model_int(reader, "expert_count", always ? REQUIRED : 0, always, 1024);
+    reader->kind |= config->n_experts > 0 ? MODEL_EXPERTS : MODEL_DENSE;
+    if (config->n_experts == 0)
+        return;
+    int most = config->n_experts < MODEL_MOST_USED ? config->n_experts : MODEL_MOST_USED;
+    config->n_used = model_int(reader, "expert_used_count", REQUIRED, 1, most);
+    config->d_ff = model_int(reader, "expert_feed_forward_length", config->d_ff, 1, 1 << 20);
+    gguf_expect(reader->file, config->d_ff <= (1 << 30) / config->n_experts, "is too large");
+    gguf_get_bool(reader->file, model_key(reader, "expert_weights_norm"), &normed);
+    config->share_of_all = !normed;
+    int gate = reader->kind & MODEL_GPT_OSS ? 3 : 1; /* softmax: of those chosen; of all */
+    model_int(reader, "expert_gating_func", gate, gate, gate);
+    model_float(reader, "expert_weights_scale", 1, 1, 1);
+    model_int(reader, "expert_shared_count", 0, 0, 0);
+}
+
+static void model_read_attention(struct model_reader *reader, struct model_config *config) {
+    bool windows = reader->kind & (MODEL_LLAMA | MODEL_GPT_OSS | MODEL_GEMMA3);
+    int window = model_int(reader, "attention.sliding_window", 0, 0, INT32_MAX);
+    bool seen = window > 0 && window < config->context_length;
+    gguf_expect(reader->file, windows || !seen, "got %d, expected none", window);
+    config->window = seen ? window : 0;
+    if (reader->kind & MODEL_GPT_OSS) {
+        config->activation = ACTIVATE_CLAMPED;
+        config->window_period = 2;
+    }
+    if (reader->kind & MODEL_GEMMA3) {
+        config->activation = ACTIVATE_GELU;
+        config->window_period = model_int(reader, "attention.sliding_window_pattern", 6, 1, 1024);
+        config->post_norm = true;
+        config->embedding_scale = sqrtf((float)config->d_model);
+        if (config->n_layers == 62) /* the 27B: by no key */
+            config->attention_scale = 1 / sqrtf((float)config->d_model / (float)config->n_heads);
     }
 }
 
@@ -327,8 +491,8 @@ static void model_read_config(struct model_reader *reader, struct model_config *
     config->norm_epsilon = model_float(reader, "attention.layer_norm_rms_epsilon",
                                        reader->bytes ? 1e-5 : REQUIRED, 0, 1);
     model_read_rope(reader, config);
-    model_int(reader, "attention.sliding_window", 0, 0, 0);
-    model_int(reader, "expert_count", 0, 0, 0);
+    model_read_attention(reader, config);
+    model_read_experts(reader, config);
     const struct tensor *embedding = gguf_tensor(file, "token_embd.weight");
     int64_t n_tokens = embedding ? embedding->rows : reader->header[HEADER_VOCAB];
     struct gguf_array tokens = {.count = (size_t)n_tokens};
@@ -339,6 +503,12 @@ static void model_read_config(struct model_reader *reader, struct model_config *
                 tokens.count, (intmax_t)n_tokens);
 }
 
+/* In gpt-oss the norm before the experts is named as gemma3's behind attention is. */
+static const char *model_name(const struct model_reader *reader, const struct model_tensor *entry) {
+    bool other = reader->kind & MODEL_GPT_OSS && entry->role == FFN_NORM;
+    return other ? "post_attention_norm.weight" : entry->name;
+}
+
 /* The tensor of a file, or NULL: there is none, or something is wrong. */
 static const struct tensor *model_find(struct model_reader *reader, struct model *model,
                                        const struct model_tensor *entry, int layer) {
@@ -346,8 +516,9 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     int rows = model_extent(&model->config, entry->rows);
     int cols = model_extent(&model->config, entry->cols);
     bool required = entry->required_by & reader->kind, is_vector = entry->rows == DIM_ONE;
-    const char *name = entry->layered ? gguf_about(file, "blk.%d.%s", layer, entry->name)
-                                      : gguf_about(file, "%s", entry->name);
+    const char *own = model_name(reader, entry);
+    const char *name =
+        entry->layered ? gguf_about(file, "blk.%d.%s", layer, own) : gguf_about(file, "%s", own);
     const struct tensor *tensor;
     if (required && reader->bytes) { /* the next of a checkpoint */
         tensor = model_place(model, entry, TYPE_F32, reader->bytes + reader->at);
@@ -359,15 +530,22 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
         tensor = gguf_tensor(file, name);
     }
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
+    if (!required && !(entry->optional_in & reader->kind)) {
+        bool known = reader->kind & MODEL_GPT_OSS && entry->role == ATTN_POST_NORM;
+        gguf_expect(file, !tensor || known, "is not supported");
+        return NULL;
+    }
     if (!tensor)
         return NULL;
-    gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
     bool typed =
         is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0 && tensor->type != TYPE_FP8;
+    if (is_vector && typed && tensor->rows > 1 && tensor->rows * tensor->cols == cols &&
+        entry->cols >= DIM_EXPERTS_FF) /* those of all experts count as one */
+        tensor = model_place(model, entry, TYPE_F32, tensor->data);
     gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
                 "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
                 (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K", rows, cols);
+                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K or MXFP4", rows, cols);
     return tensor;
 }
 
@@ -419,6 +597,8 @@ static bool model_read(struct model *model, const char *path, char *error) {
  *     in memory that has no file name:  | vectors | tile |
  *     address range:                    | vectors | tile | tile | tile | ... | part |
  *
+ * (and the same again for experts of another type).
+ *
  * The matrices lie one behind the other, a gap apart, so that each begins at another place of the
  * tile: those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile
  * (struct tensor: period). The same name gives the same weights, everywhere and always.
@@ -434,29 +614,173 @@ enum {
 
 #define RANDOM_DEVIATION 0.02
 
+/* What the two sizes of gpt-oss have in common: YaRN by 32 from 4096 tokens. */
+#define GPT_OSS                                                                                    \
+    .activation = ACTIVATE_CLAMPED, .window = 128, .window_period = 2, .rope_scale = 32,           \
+    .rope_magnitude = 1.3465736f, .yarn_low = 8.0927791f, .yarn_high = 17.398025f
+
 struct random_shape {
     const char *name;
-    unsigned kind; /* MODEL_LLAMA to MODEL_SCALED */
+    unsigned kind; /* MODEL_LLAMA to MODEL_SCALED, without MODEL_DENSE and MODEL_EXPERTS */
     struct model_config config;
 };
 
 /* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
- * context, rope_dim, rope_adjacent, theta, epsilon; as those who trained the models give them. */
+ * context, rope_dim, rope_adjacent, theta, epsilon; experts, and those of a row, and what else only
+ * some models have; as those who trained the models give them. tiny-moe is for tests. */
 static const struct random_shape random_shapes[] = {
     {"stories-15m", MODEL_LLAMA | MODEL_TIED,
-     .config = {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
+     .config =
+         {.architecture = "llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
     {"stories-110m", MODEL_LLAMA | MODEL_TIED,
-     .config = {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+     .config =
+         {.architecture = "llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"tinyllama-1.1b", MODEL_LLAMA | MODEL_UNTIED,
-     .config = {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+     .config =
+         {.architecture = "llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"qwen3-0.6b", MODEL_QWEN3 | MODEL_TIED,
-     .config = {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
+     .config = {.architecture = "qwen3",
+                28,
+                1024,
+                16,
+                8,
+                128,
+                3072,
+                151936,
+                40960,
+                128,
+                false,
+                1e6f,
+                1e-6f}},
     {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     .config = {.architecture = "llama",
+                32,
+                4096,
+                32,
+                8,
+                128,
+                14336,
+                128256,
+                131072,
+                128,
+                true,
+                5e5f,
+                1e-5f}},
     {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     .config = {.architecture = "llama",
+                80,
+                8192,
+                64,
+                8,
+                128,
+                28672,
+                128256,
+                131072,
+                128,
+                true,
+                5e5f,
+                1e-5f}},
     {"llama-3.1-405b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {"llama", 126, 16384, 128, 8, 128, 53248, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     .config = {.architecture = "llama",
+                126,
+                16384,
+                128,
+                8,
+                128,
+                53248,
+                128256,
+                131072,
+                128,
+                true,
+                5e5f,
+                1e-5f}},
+    {"tiny-moe", MODEL_QWEN3MOE | MODEL_UNTIED,
+     .config = {.architecture = "qwen3moe",
+                2,
+                128,
+                8,
+                4,
+                32,
+                96,
+                512,
+                2048,
+                32,
+                false,
+                1e6f,
+                1e-6f,
+                16,
+                4}},
+    {"qwen3-30b-a3b", MODEL_QWEN3MOE | MODEL_UNTIED,
+     .config = {.architecture = "qwen3moe",
+                48,
+                2048,
+                32,
+                4,
+                128,
+                768,
+                151936,
+                40960,
+                128,
+                false,
+                1e6f,
+                1e-6f,
+                128,
+                8}},
+    {"gpt-oss-20b", MODEL_GPT_OSS | MODEL_UNTIED,
+     .config = {.architecture = "gpt-oss",
+                24,
+                2880,
+                64,
+                8,
+                64,
+                2880,
+                201088,
+                131072,
+                64,
+                false,
+                1.5e5f,
+                1e-5f,
+                32,
+                4,
+                GPT_OSS}},
+    {"gpt-oss-120b", MODEL_GPT_OSS | MODEL_UNTIED,
+     .config = {.architecture = "gpt-oss",
+                36,
+                2880,
+                64,
+                8,
+                64,
+                2880,
+                201088,
+                131072,
+                64,
+                false,
+                1.5e5f,
+                1e-5f,
+                128,
+                4,
+                GPT_OSS}},
+    {"gemma-3-4b", MODEL_GEMMA3 | MODEL_TIED,
+     .config = {.architecture = "gemma3",
+                34,
+                2560,
+                8,
+                4,
+                256,
+                10240,
+                262208,
+                131072,
+                256,
+                false,
+                1e6f,
+                1e-6f,
+                .activation = ACTIVATE_GELU,
+                .window = 1024,
+                .window_period = 6,
+                .post_norm = true,
+                .embedding_scale = 50.596443f,
+                .theta_windowed = 1e4f,
+                .rope_scale = 8}},
 };
 
 /* Where the scale of a block lies, and the standard deviation of a weight divided by that scale if
@@ -467,19 +791,26 @@ static const struct random_type {
     double spread;
 } random_types[] = {{TYPE_F32, 0, 0},       {TYPE_F16, 0, 0},     {TYPE_BF16, 0, 0},
                     {TYPE_Q8_0, 0, 73.9},   {TYPE_Q4_0, 0, 4.61}, {TYPE_Q4_K, 0, 168},
-                    {TYPE_Q6_K, 208, 1366}, {TYPE_FP8, 0, 0}};
+                    {TYPE_Q6_K, 208, 1366}, {TYPE_MXFP4, 0, 0},   {TYPE_FP8, 0, 0}};
 
 enum {
     RANDOM_SHAPES = sizeof random_shapes / sizeof *random_shapes,
     RANDOM_TYPES = sizeof random_types / sizeof *random_types
 };
 
-struct random_weights {
-    const struct random_shape *shape;
+struct random_tile { /* and the matrices that lie over it */
     const struct random_type *type;
     struct gguf_block block; /* of the type */
-    size_t tile, end;        /* bytes before the tile, and before the end of all matrices */
-    size_t period;           /* of the tile */
+    size_t held, period;     /* bytes before the tile, and of it */
+    size_t end;              /* of all matrices, if they began at 0 */
+};
+
+struct random_weights {
+    const struct random_shape *shape;
+    unsigned kind;               /* of the shape, with MODEL_DENSE or MODEL_EXPERTS */
+    struct random_tile tiles[2]; /* the second: of experts in MXFP4, whose model is else in BF16 */
+    int n_tiles;
+    size_t zeros, vectors; /* bytes before the zeros, and of all vectors */
 };
 
 /* ---- what a name stands for ---- */
@@ -503,64 +834,88 @@ static void random_list(const char *name, char *error) {
 static bool random_parse(struct random_weights *r, const char *name, char *error) {
     const char *shape = strchr(name, ':') + 1;
     size_t length = strcspn(shape, ":");
-    const char *type = shape[length] ? shape + length + 1 : "BF16";
+    const char *types[2] = {shape[length] ? shape + length + 1 : "BF16"};
+    r->n_tiles = strcasecmp(types[0], "MXFP4") == 0 ? 2 : 1;
+    if (r->n_tiles == 2) {
+        types[1] = types[0];
+        types[0] = "BF16";
+    }
     for (size_t i = 0; i < RANDOM_SHAPES; i++)
         if (strlen(random_shapes[i].name) == length &&
             strncasecmp(shape, random_shapes[i].name, length) == 0)
             r->shape = &random_shapes[i];
     for (size_t i = 0; i < RANDOM_TYPES; i++)
-        if (strcasecmp(type, gguf_type_name(random_types[i].type)) == 0)
-            r->type = &random_types[i];
-    if (!r->shape || !r->type) {
+        for (int t = 0; t < r->n_tiles; t++)
+            if (strcasecmp(types[t], gguf_type_name(random_types[i].type)) == 0)
+                r->tiles[t].type = &random_types[i];
+    if (!r->shape || !r->tiles[0].type) {
         random_list(name, error);
         return false;
     }
-    r->block = gguf_block(r->type->type);
     const struct model_config *config = &r->shape->config;
-    const int cols[] = {config->d_model, config->n_heads * config->head_dim, config->d_ff};
-    for (size_t i = 0; i < 3; i++)
-        if (cols[i] % r->block.elements) /* blocks do not reach beyond a row */
-            return fail(error,
-                        "%s: got matrices of %d columns, expected a multiple of %d, the block of "
-                        "%s; no file could have it either",
-                        name, cols[i], r->block.elements, gguf_type_name(r->type->type));
+    r->kind = r->shape->kind | (config->n_experts > 0 ? MODEL_EXPERTS : MODEL_DENSE);
+    if (r->n_tiles == 2 && config->n_experts == 0)
+        return fail(error, "%s: MXFP4 is for experts, and this model has none", name);
+    const int cols[] = {config->d_model, config->d_ff, config->n_heads * config->head_dim};
+    for (int t = 0; t < r->n_tiles; t++) {
+        struct gguf_block block = r->tiles[t].block = gguf_block(r->tiles[t].type->type);
+        for (int i = 0; i < (t == 0 ? 3 : 2); i++)
+            if (cols[i] % block.elements) /* blocks do not reach beyond a row */
+                return fail(error,
+                            "%s: got matrices of %d columns, expected a multiple of %d, the block "
+                            "of %s; no file could have it either",
+                            name, cols[i], block.elements, gguf_type_name(r->tiles[t].type->type));
+    }
     return true;
 }
 
 /* ---- where tensors lie ---- */
 
-/* Places the tensor of a role, if this model has one. `data` is left as if the address range began
- * at 0. */
+/* Places the tensor of a role, if this model has one. `data` is left as if its tile's address range
+ * began at 0. */
 static void random_place(struct random_weights *r, struct model *model, int role, int layer) {
     const struct model_tensor *entry = model_tensors;
     while (entry->role != role)
         entry++;
-    if (!(entry->required_by & r->shape->kind))
+    if (!(entry->required_by & r->kind))
         return;
-    bool is_vector = entry->rows == DIM_ONE;
-    size_t at = role == ROPE_FREQS ? 0 : is_vector ? RANDOM_ONES : r->end;
-    enum tensor_type type = is_vector ? TYPE_F32 : r->type->type;
+    bool is_vector = entry->rows == DIM_ONE, is_norm = strstr(entry->name, "norm");
+    struct random_tile *tile = &r->tiles[role >= GATE_EXPERTS && r->n_tiles == 2];
+    size_t at = role == ROPE_FREQS ? 0 : is_norm ? RANDOM_ONES : is_vector ? r->zeros : tile->end;
+    enum tensor_type type = is_vector ? TYPE_F32 : tile->type->type;
     struct tensor *tensor = model_place(model, entry, type, (const void *)(uintptr_t)at);
     model->layers[layer][role] = tensor;
     if (is_vector)
         return;
-    size_t gap = (size_t)r->block.bytes * RANDOM_GRAIN;
-    r->end += (tensor->bytes + gap - 1) / gap * gap + gap;
-    tensor->period = tensor->bytes > r->period ? r->period : 0;
+    size_t gap = (size_t)tile->block.bytes * RANDOM_GRAIN;
+    tile->end += (tensor->bytes + gap - 1) / gap * gap + gap;
+    tensor->period = tensor->bytes > tile->period ? tile->period : 0;
+}
+
+static size_t random_pages(size_t bytes) {
+    return (bytes + RANDOM_PAGE - 1) / RANDOM_PAGE * RANDOM_PAGE;
 }
 
 /* The tile is an odd number of units, so that few matrices are a multiple of it and their heads not
  * all alike. The order of the matrices stays: a name's weights depend on it. */
 static void random_lay_out(struct random_weights *r, struct model *model) {
-    size_t odd = r->block.bytes;
-    while (odd % 2 == 0)
-        odd /= 2;
-    size_t unit = odd * RANDOM_PAGE;
-    r->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
-    size_t vectors = RANDOM_ONES + (size_t)model->config.d_model * sizeof(float);
-    r->end = r->tile = (vectors + RANDOM_PAGE - 1) / RANDOM_PAGE * RANDOM_PAGE;
+    const struct model_config *config = &model->config;
+    size_t biases = (size_t)(config->n_experts > 0 ? config->n_experts : 1) *
+                    (size_t)(config->d_model > config->d_ff ? config->d_model : config->d_ff);
+    size_t heads = (size_t)(config->n_heads * config->head_dim);
+    r->zeros = RANDOM_ONES + (size_t)config->d_model * sizeof(float);
+    r->vectors = random_pages(r->zeros + (biases > heads ? biases : heads) * sizeof(float));
+    for (int i = 0; i < r->n_tiles; i++) {
+        struct random_tile *tile = &r->tiles[i];
+        size_t odd = tile->block.bytes;
+        while (odd % 2 == 0)
+            odd /= 2;
+        size_t unit = odd * RANDOM_PAGE;
+        tile->period = (RANDOM_TILE / unit | 1) * unit; /* of whole blocks and whole pages */
+        tile->held = i > 0 ? r->tiles[0].held + r->tiles[0].period : r->vectors;
+    }
     random_place(r, model, TOKEN_EMBD, 0);
-    for (int layer = 0; layer < model->config.n_layers; layer++)
+    for (int layer = 0; layer < config->n_layers; layer++)
         for (int role = ATTN_NORM; role < N_ROLES; role++)
             random_place(r, model, role, layer);
     for (int role = OUTPUT_NORM; role <= ROPE_FREQS; role++)
@@ -597,6 +952,10 @@ static void random_weight(enum tensor_type type, size_t bytes, uint8_t *weight) 
 /* The random bytes of a block stay, but for its scales, which are made such that the mean is 0. */
 static void random_scale(const struct random_type *type, uint8_t *block) {
     uint16_t bits, half;
+    if (type->type == TYPE_MXFP4) { /* 2^-8 or, for 11 blocks of 16, 2^-7 */
+        block[0] = (uint8_t)(119 + (block[0] % 16 > 4));
+        return;
+    }
     memcpy(&bits, block + type->scale_at, 2);
     float scale = (float)(RANDOM_DEVIATION / type->spread * (0.75 + bits * 0x1p-17));
     if (type->type == TYPE_Q4_0 && bits & 1) /* from -8 to 7: the mean is not 0 */
@@ -621,30 +980,35 @@ static float random_rope(double theta, int pair, int rope_dim) {
     return (float)(1 / (share + (1 - share) / 8));
 }
 
-/* Writes vectors and tile. */
+/* Writes vectors and tiles. What is not written is 0. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
     for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
         ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
-    for (size_t at = RANDOM_ONES; at < r->tile; at += sizeof(float))
+    for (size_t at = RANDOM_ONES; at < r->zeros; at += sizeof(float))
         *(float *)(to + at) = 1;
-    to += r->tile;
-    for (size_t at = 0; at < r->period; at += 8) {
-        uint64_t bits = random_bits(at / 8);
-        memcpy(to + at, &bits, 8);
+    for (int i = 0; i < r->n_tiles; i++) {
+        const struct random_tile *tile = &r->tiles[i];
+        uint8_t *start = to + tile->held;
+        for (size_t at = 0; at < tile->period; at += 8) {
+            uint64_t bits = random_bits(at / 8);
+            memcpy(start + at, &bits, 8);
+        }
+        for (size_t at = 0; at < tile->period; at += tile->block.bytes)
+            if (tile->block.elements == 1)
+                random_weight(tile->type->type, tile->block.bytes, start + at);
+            else
+                random_scale(tile->type, start + at);
     }
-    for (size_t at = 0; at < r->period; at += r->block.bytes)
-        if (r->block.elements == 1)
-            random_weight(r->type->type, r->block.bytes, to + at);
-        else
-            random_scale(r->type, to + at);
 }
 
 /* ---- the address range ---- */
 
-/* Maps it into the model. False: errno. */
+/* Maps it into the model: the vectors, then each tile as often as its matrices need it. False:
+ * errno. */
 static bool random_map(const struct random_weights *r, struct model *model, int memory) {
-    size_t held = r->tile + r->period, from = 0;
+    const struct random_tile *last = &r->tiles[r->n_tiles - 1];
+    size_t held = last->held + last->period;
     if (memory < 0 || ftruncate(memory, (off_t)held) != 0)
         return false;
     uint8_t *writable = mmap(NULL, held, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
@@ -652,20 +1016,23 @@ static bool random_map(const struct random_weights *r, struct model *model, int 
         return false;
     random_write(r, writable);
     munmap(writable, held);
-    uint8_t *range =
-        mmap(NULL, r->end, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint8_t *range = mmap(NULL, model->random_bytes, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED)
         return false;
     model->random = range;
-    model->random_bytes = r->end;
-    for (size_t at = 0, bytes; at < r->end; at += bytes) { /* over what is reserved there */
-        bytes = held - from < r->end - at ? held - from : r->end - at;
-        if (mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory, (off_t)from) ==
-            MAP_FAILED)
-            return false;
-        from = r->tile; /* the vectors are there once */
+    bool ok = mmap(range, r->vectors, PROT_READ, MAP_SHARED | MAP_FIXED, memory, 0) != MAP_FAILED;
+    range += r->vectors;
+    for (int i = 0; i < r->n_tiles && ok; i++) {
+        const struct random_tile *tile = &r->tiles[i];
+        for (size_t at = 0, bytes; at < tile->end && ok; at += bytes) { /* over what is reserved */
+            bytes = tile->period < tile->end - at ? tile->period : tile->end - at;
+            ok = mmap(range + at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, memory,
+                      (off_t)tile->held) != MAP_FAILED;
+        }
+        range += random_pages(tile->end);
     }
-    return true;
+    return ok;
 }
 
 static bool random_open(struct model *model, const char *name, char *error) {
@@ -676,15 +1043,22 @@ static bool random_open(struct model *model, const char *name, char *error) {
     if (!model_reserve(model))
         return fail(error, "%.100s: out of memory", name);
     random_lay_out(&r, model);
+    model->random_bytes = r.vectors + random_pages(r.tiles[0].end) + random_pages(r.tiles[1].end);
     int memory = memfd_create(name, MFD_CLOEXEC);
     bool ok = random_map(&r, model, memory);
     *error = 0;
     if (!ok)
-        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, r.end, strerror(errno));
+        (void)fail(error, "%.100s: %zu bytes cannot be mapped: %s", name, model->random_bytes,
+                   strerror(errno));
     if (memory >= 0)
         close(memory);
-    for (int i = 0; i < model->n_placed && ok; i++)
-        model->placed[i].data = (uint8_t *)model->random + (uintptr_t)model->placed[i].data;
+    for (int i = 0; i < model->n_placed && ok; i++) {
+        struct tensor *tensor = &model->placed[i];
+        size_t before = tensor->rows == 1 ? 0 : r.vectors;
+        if (r.n_tiles == 2 && tensor->type == TYPE_MXFP4)
+            before += random_pages(r.tiles[0].end);
+        tensor->data = (uint8_t *)model->random + before + (uintptr_t)tensor->data;
+    }
     return ok;
 }
 

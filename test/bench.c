@@ -209,7 +209,7 @@ static void forward(struct bench *bench, const struct batch *batch) {
         backend->norm_qkv(device, layer);
         backend->rope_append(device, layer, i);
         double start = seconds();
-        backend->attention(device, i);
+        backend->attention(device, layer, i);
         bench->attention_seconds += seconds() - start;
         backend->project_add(device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
         backend->norm_gate_up(device, layer);

@@ -533,7 +533,7 @@ static void forward(struct bench *b, const struct batch *batch) {
             const struct weight *const *layer = b->layers[i];
             backend->norm_qkv(device, layer);
             backend->rope_append(device, layer, i);
-            backend->attention(device, i);
+            backend->attention(device, layer, i);
             backend->project_add(device, layer[ATTN_OUTPUT], INPUT_ATTENTION);
             backend->norm_gate_up(device, layer);
             backend->project_add(device, layer[FFN_DOWN], INPUT_FFN);
@@ -675,7 +675,8 @@ static double attention_work(const struct bench *b, int start, int rows) {
 
 static double time_attention(struct bench *b, const struct batch *batch) {
     return time_recorded(
-        b, batch, b->shape->n_layers, [=](int i) { b->backend->attention(&b->d->device, i); });
+        b, batch, b->shape->n_layers,
+        [=](int i) { b->backend->attention(&b->d->device, b->layers[i], i); });
 }
 
 static void bench_products(struct bench *b) {

@@ -56,6 +56,7 @@ struct slack {
  *     SHARD_ROWS     rows of a step that shards add up in more than one piece
  *     MOST_ROWS      rows of a product that fill more than one of its largest pieces
  *     COPIES         of a stream that are more than it can hold at once
+ *     MXFP4          1: it multiplies that type
  *     COPIES_LATE    1: a copy is not done as soon as it is ordered
  *     PARTS_SHARED   1: a shard's part of a tensor that is uploaded twice is one copy
  * and #define SAMPLER_SLACK, by which sums of weights may be off. */
@@ -93,9 +94,9 @@ static void check_idle(struct check *check, struct device *device); /* what hold
 
 /* ---- random numbers ---- */
 
-enum { N_TYPES = 7 };
-static const enum tensor_type all_types[N_TYPES] = {TYPE_F32,  TYPE_F16,  TYPE_BF16, TYPE_Q8_0,
-                                                    TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K};
+enum { N_TYPES = 7 + MXFP4 };
+static const enum tensor_type all_types[8] = {TYPE_F32,  TYPE_F16,  TYPE_BF16, TYPE_Q8_0,
+                                              TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K, TYPE_MXFP4};
 
 static uint64_t seed; /* of this run */
 
@@ -191,6 +192,10 @@ static uint16_t f16_of(float value) { /* of normal numbers, truncated */
 static void make_block(struct random *random, enum tensor_type type, float scale, uint8_t *block) {
     for (int i = 0; i < ref_block_bytes(type); i++)
         block[i] = (uint8_t)below(random, 256);
+    if (type == TYPE_MXFP4) {
+        block[0] = (uint8_t)(126 + (int)floor(log2((double)scale / 3)) + below(random, 3));
+        return;
+    }
     float usual = type == TYPE_Q8_0   ? 70.0f
                   : type == TYPE_Q4_0 ? 5.0f
                   : type == TYPE_Q4_K ? 250.0f
@@ -289,8 +294,10 @@ static struct test_model *make_model(struct random *random, struct model_config 
         int role = t->role, rows = extent_of(&config, t->rows), cols = extent_of(&config, t->cols);
         bool bias = role == Q_BIAS || role == K_BIAS || role == V_BIAS, vector = t->rows == DIM_ONE;
         for (int layer = 0; layer < (t->layered ? config.n_layers : 1); layer++) {
-            if (role == NO_ROLE || role == ROPE_FREQS ||
-                (!(t->required_by & MODEL_LLAMA) && below(random, 2)))
+            bool needed = t->required_by & (MODEL_LLAMA | MODEL_DENSE);
+            bool others = role == ATTN_SINKS || role == ATTN_OUTPUT_BIAS ||
+                          role == ATTN_POST_NORM || role > FFN_DOWN; /* test_reference.c's */
+            if (role == NO_ROLE || role == ROPE_FREQS || others || (!needed && below(random, 2)))
                 continue;
             float scale = 1.0f / sqrtf((float)config.d_model);
             scale = vector ? (bias ? 1.0f : 0.2f) : role == TOKEN_EMBD ? 1.0f : scale;
@@ -541,18 +548,18 @@ static bool forward(struct worker *worker, const struct batch *batch) {
             const struct weight *const *l = worker->weights[s][layer];
             backend->norm_qkv(worker->shards[s], l);
             backend->rope_append(worker->shards[s], l, layer);
-            backend->attention(worker->shards[s], layer);
+            backend->attention(worker->shards[s], l, layer);
             backend->project_add(worker->shards[s], l[ATTN_OUTPUT], INPUT_ATTENTION);
         }
         if (n > 1)
-            backend->all_reduce_add(worker->shards, n);
+            backend->all_reduce_add(worker->shards, n, NULL);
         for (int s = 0; s < n; s++) {
             const struct weight *const *l = worker->weights[s][layer];
             backend->norm_gate_up(worker->shards[s], l);
             backend->project_add(worker->shards[s], l[FFN_DOWN], INPUT_FFN);
         }
         if (n > 1)
-            backend->all_reduce_add(worker->shards, n);
+            backend->all_reduce_add(worker->shards, n, NULL);
     }
     if (record && batch->n_samples > 0)
         backend->sample(worker->shards[0], worker->weights[0][0], NULL);
@@ -635,7 +642,7 @@ static void call_op(const struct trial *t, enum op op) {
         if (t->mask)
             t->mask->attend(t);
         else
-            backend->attention(t->device, t->layer);
+            backend->attention(t->device, l, t->layer);
         break;
     case OP_OUTPUT: backend->project_add(t->device, l[ATTN_OUTPUT], INPUT_ATTENTION); break;
     case OP_GATE_UP: backend->norm_gate_up(t->device, l); break;
@@ -1256,6 +1263,7 @@ PRODUCTS(q8_0, TYPE_Q8_0)
 PRODUCTS(q4_0, TYPE_Q4_0)
 PRODUCTS(q4_k, TYPE_Q4_K)
 PRODUCTS(q6_k, TYPE_Q6_K)
+PRODUCTS(mxfp4, MXFP4 ? TYPE_MXFP4 : TYPE_F32)
 
 static void products_of_mixed_types(struct check *check) {
     static const enum tensor_type some[] = {TYPE_F32, TYPE_BF16, TYPE_F16, TYPE_Q8_0, TYPE_Q4_0};
@@ -1922,7 +1930,7 @@ static void refused_shards(struct check *check) {
         {"products_f16", products_f16}, {"products_bf16", products_bf16},                          \
         {"products_q8_0", products_q8_0}, {"products_q4_0", products_q4_0},                        \
         {"products_q4_k", products_q4_k}, {"products_q6_k", products_q6_k},                        \
-        {"products_of_mixed_types", products_of_mixed_types},                                      \
+        {"products_mxfp4", products_mxfp4}, {"products_of_mixed_types", products_of_mixed_types},  \
         {"products_of_many_rows", products_of_many_rows}, {"embedding", embedding},                \
         {"rope", rope}, {"attention_of_all_heads", attention_of_all_heads},                        \
         {"attention_of_long_texts", attention_of_long_texts}, {"whole_models", whole_models},      \

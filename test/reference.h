@@ -51,6 +51,7 @@ static inline int ref_block_bytes(enum tensor_type type) {
     case TYPE_Q4_0: return 18;
     case TYPE_Q4_K: return 144;
     case TYPE_Q6_K: return 210;
+    case TYPE_MXFP4: return 17;
     }
     return 0;
 }
@@ -92,6 +93,13 @@ static inline double ref_q6_k(const uint8_t *block, int k) {
     return ref_f16(block + 208) * (int8_t)block[192 + k / 16] * ((low | high << 4) - 32);
 }
 
+/* A power of two, then the lower four bits of 16 elements beside those of 16 more. */
+static inline double ref_mxfp4(const uint8_t *block, int k) {
+    static const double numbers[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    int bits = block[1 + k % 16] >> (k / 16 * 4) & 15;
+    return ldexp(bits & 8 ? -numbers[bits & 7] : numbers[bits], block[0] - 127);
+}
+
 static inline double ref_element(const struct tensor *tensor, int row, int col) {
     size_t i = (size_t)row * (size_t)tensor->cols + (size_t)col;
     size_t n_k = (size_t)ref_block_elements(tensor->type);
@@ -107,6 +115,7 @@ static inline double ref_element(const struct tensor *tensor, int row, int col) 
     case TYPE_Q4_0: return ref_f16(block) * ((block[2 + k % 16] >> (k / 16 * 4) & 15) - 8);
     case TYPE_Q4_K: return ref_q4_k(block, k);
     case TYPE_Q6_K: return ref_q6_k(block, k);
+    case TYPE_MXFP4: return ref_mxfp4(block, k);
     }
     return NAN;
 }
@@ -123,23 +132,28 @@ static inline void ref_norm(const double *x, const struct tensor *weight, int n,
         out[i] = x[i] / sqrt(squares / n + epsilon) * ref_element(weight, 0, i);
 }
 
-/* out (n, rows of the matrix) += matrix . x + bias, for each row of x (n, columns of it); bias may
- * be NULL. */
-static inline void ref_product(const struct tensor *matrix, const struct tensor *bias,
-                               const double *x, int n, double *out) {
-    int rows = (int)matrix->rows, cols = (int)matrix->cols;
+/* out (n, rows) += matrix . x + bias, for each row of x (n, columns of the matrix); bias may be
+ * NULL. Of a matrix, and a bias, of several experts: those of one, of `rows` rows each. */
+static inline void ref_expert_product(const struct tensor *matrix, const struct tensor *bias,
+                                      int expert, int rows, const double *x, int n, double *out) {
+    int cols = (int)matrix->cols;
     double *w = ref_doubles(1, cols);
     for (int output = 0; output < rows; output++) {
         for (int k = 0; k < cols; k++)
-            w[k] = ref_element(matrix, output, k);
+            w[k] = ref_element(matrix, expert * rows + output, k);
         for (int i = 0; i < n; i++) {
-            double sum = bias ? ref_element(bias, 0, output) : 0.0;
+            double sum = bias ? ref_element(bias, 0, expert * rows + output) : 0.0;
             for (int k = 0; k < cols; k++)
                 sum += w[k] * x[(size_t)i * (size_t)cols + (size_t)k];
             out[(size_t)i * (size_t)rows + (size_t)output] += sum;
         }
     }
     free(w);
+}
+
+static inline void ref_product(const struct tensor *matrix, const struct tensor *bias,
+                               const double *x, int n, double *out) {
+    ref_expert_product(matrix, bias, 0, (int)matrix->rows, x, n, out);
 }
 
 /* Turns pairs of a head's first rope_dim elements by position * frequency (Su et al. 2021). */
@@ -150,8 +164,9 @@ static inline void ref_turn(const struct model_config *config, const float *freq
         double *a = config->rope_adjacent ? head + 2 * i : head + i;
         double *b = config->rope_adjacent ? a + 1 : a + half;
         double angle = position * (double)frequency[i];
-        double turned = *a * cos(angle) - *b * sin(angle);
-        *b = *a * sin(angle) + *b * cos(angle);
+        double size = config->rope_magnitude > 0 ? (double)config->rope_magnitude : 1.0;
+        double turned = (*a * cos(angle) - *b * sin(angle)) * size;
+        *b = (*a * sin(angle) + *b * cos(angle)) * size;
         *a = turned;
     }
 }
@@ -164,18 +179,21 @@ static inline void ref_head(const struct model_config *config, const struct tens
     ref_turn(config, frequency, position, head);
 }
 
-/* weight (n) = softmax(q . keys / sqrt(dim)), out (dim) = the sum of values by weight (Vaswani et
- * al. 2017). Keys and values of a token are `stride` behind those of the token before. */
-static inline void ref_attention(const double *q, const double *keys, const double *values, int n,
-                                 int dim, int stride, double *weight, double *out) {
-    double largest = -INFINITY, sum = 0.0;
+/* weight (n) = softmax(q . keys * scale), out (dim) = the sum of values by weight (Vaswani et al.
+ * 2017). Keys and values of a token are `stride` behind those of the token before. sink: a score
+ * more, of a token whose value is 0; -INFINITY: none. */
+static inline void ref_attention_with(const double *q, const double *keys, const double *values,
+                                      int n, int dim, int stride, double scale, double sink,
+                                      double *weight, double *out) {
+    double largest = sink, sum = 0.0;
     memset(out, 0, sizeof *out * (size_t)dim);
     for (int t = 0; t < n; t++) {
         weight[t] = 0.0;
         for (int i = 0; i < dim; i++)
-            weight[t] += q[i] * keys[(size_t)t * (size_t)stride + (size_t)i] / sqrt(dim);
+            weight[t] += q[i] * keys[(size_t)t * (size_t)stride + (size_t)i] * scale;
         largest = weight[t] > largest ? weight[t] : largest;
     }
+    sum = exp(sink - largest);
     for (int t = 0; t < n; t++)
         sum += weight[t] = exp(weight[t] - largest);
     for (int t = 0; t < n; t++) {
@@ -185,20 +203,50 @@ static inline void ref_attention(const double *q, const double *keys, const doub
     }
 }
 
+static inline void ref_attention(const double *q, const double *keys, const double *values, int n,
+                                 int dim, int stride, double *weight, double *out) {
+    ref_attention_with(q, keys, values, n, dim, stride, 1 / sqrt(dim), -INFINITY, weight, out);
+}
+
 static inline double ref_silu(double x) { /* Hendrycks and Gimpel 2016 */
     return x / (1.0 + exp(-x));
 }
 
+static inline double ref_activation(enum gate_function activation, double gate, double up) {
+    const double pi = 3.14159265358979323846;
+    if (activation == ACTIVATE_GELU) /* by tanh: the same paper */
+        return 0.5 * gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate * gate * gate))) * up;
+    if (activation == ACTIVATE_SILU)
+        return ref_silu(gate) * up;
+    gate = gate > 7 ? 7 : gate;
+    up = up > 7 ? 7 : up < -7 ? -7 : up;
+    return gate / (1.0 + exp(-1.702 * gate)) * (up + 1);
+}
+
 /* ---- the model ---- */
+
+/* x (n, d) += parts, normed before if there is a norm. */
+static inline void ref_add(const struct model_config *c, const struct tensor *norm, double *parts,
+                           int n, double *x) {
+    for (int i = 0; i < n && norm; i++)
+        ref_norm(parts + i * c->d_model, norm, c->d_model, (double)c->norm_epsilon,
+                 parts + i * c->d_model);
+    for (int i = 0; i < n * c->d_model; i++)
+        x[i] += parts[i];
+}
 
 /* x (n, d_model) += attn_output . attention(q, k, v of rmsnorm(x)) */
 static inline void ref_attention_layer(const struct model_config *c,
-                                       const struct tensor *const *layer, const float *frequency,
-                                       int n, double *x) {
+                                       const struct tensor *const *layer, int index,
+                                       const float *frequency, int n, double *x) {
     int d = c->d_model, dim = c->head_dim, group = c->n_heads / c->n_kv_heads;
-    int q_cols = c->n_heads * dim, kv_cols = c->n_kv_heads * dim;
+    int q_cols = c->n_heads * dim, kv_cols = c->n_kv_heads * dim, window = model_window(c, index);
+    double scale = c->attention_scale > 0 ? (double)c->attention_scale : 1 / sqrt(dim);
     double *h = ref_doubles(n, d), *weight = ref_doubles(1, n), *mixed = ref_doubles(n, q_cols);
     double *q = ref_doubles(n, q_cols), *k = ref_doubles(n, kv_cols), *v = ref_doubles(n, kv_cols);
+    double *out = ref_doubles(n, d);
+    if (c->theta_windowed > 0 && window < INT32_MAX)
+        frequency += c->rope_dim / 2;
     for (int i = 0; i < n; i++)
         ref_norm(x + i * d, layer[ATTN_NORM], d, (double)c->norm_epsilon, h + i * d);
     ref_product(layer[ATTN_Q], layer[Q_BIAS], h, n, q);
@@ -210,45 +258,104 @@ static inline void ref_attention_layer(const struct model_config *c,
         for (int head = 0; head < c->n_kv_heads; head++)
             ref_head(c, layer[ATTN_K_NORM], frequency, i, k + i * kv_cols + head * dim);
     }
-    for (int i = 0; i < n; i++) /* a token sees those before it, and itself */
+    for (int i = 0; i < n; i++) /* a token sees those before it in its window, and itself */
         for (int head = 0; head < c->n_heads; head++) {
-            int at = i * q_cols + head * dim, kv = head / group * dim;
-            ref_attention(q + at, k + kv, v + kv, i + 1, dim, kv_cols, weight, mixed + at);
+            int first = i < window ? 0 : i - window + 1;
+            int at = i * q_cols + head * dim, kv = first * kv_cols + head / group * dim;
+            double sink = layer[ATTN_SINKS] ? ref_element(layer[ATTN_SINKS], 0, head) : -INFINITY;
+            ref_attention_with(q + at, k + kv, v + kv, i + 1 - first, dim, kv_cols, scale, sink,
+                               weight, mixed + at);
         }
-    ref_product(layer[ATTN_OUTPUT], NULL, mixed, n, x);
+    ref_product(layer[ATTN_OUTPUT], layer[ATTN_OUTPUT_BIAS], mixed, n, out);
+    ref_add(c, layer[ATTN_POST_NORM], out, n, x);
     free(h);
     free(weight);
     free(mixed);
     free(q);
     free(k);
     free(v);
+    free(out);
 }
 
-/* x (n, d_model) += ffn_down . (silu(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
- * (Shazeer 2020) */
+/* out (d_model) += the experts' outputs of one row h (d_model), by their shares (Shazeer et al.
+ * 2017). */
+static inline void ref_experts(const struct model_config *c, const struct tensor *const *layer,
+                               const double *h, double *out) {
+    double *logits = ref_doubles(1, c->n_experts), *share = ref_doubles(1, c->n_experts);
+    double *gate = ref_doubles(1, c->d_ff), *up = ref_doubles(1, c->d_ff), sum = 0;
+    double *down = ref_doubles(1, c->d_model);
+    ref_product(layer[ROUTER], layer[ROUTER_BIAS], h, 1, logits);
+    for (int e = 0; e < c->n_experts; e++) {
+        int before = 0; /* experts that are preferred */
+        for (int i = 0; i < c->n_experts; i++)
+            before += logits[i] > logits[e] || (logits[i] == logits[e] && i < e);
+        share[e] = before < c->n_used ? exp(logits[e]) : 0;
+        sum += c->share_of_all ? exp(logits[e]) : share[e];
+    }
+    for (int e = 0; e < c->n_experts; e++) {
+        if (share[e] == 0)
+            continue;
+        memset(gate, 0, sizeof *gate * (size_t)c->d_ff);
+        memset(up, 0, sizeof *up * (size_t)c->d_ff);
+        memset(down, 0, sizeof *down * (size_t)c->d_model);
+        ref_expert_product(layer[GATE_EXPERTS], layer[GATE_EXPERTS_BIAS], e, c->d_ff, h, 1, gate);
+        ref_expert_product(layer[UP_EXPERTS], layer[UP_EXPERTS_BIAS], e, c->d_ff, h, 1, up);
+        for (int i = 0; i < c->d_ff; i++)
+            up[i] = ref_activation(c->activation, gate[i], up[i]);
+        ref_expert_product(layer[DOWN_EXPERTS], layer[DOWN_EXPERTS_BIAS], e, c->d_model, up, 1,
+                           down);
+        for (int i = 0; i < c->d_model; i++)
+            out[i] += share[e] / sum * down[i];
+    }
+    free(logits);
+    free(share);
+    free(gate);
+    free(up);
+    free(down);
+}
+
+/* x (n, d_model) += ffn_down . (activation(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
+ * and its kin (Shazeer 2020); or experts of that form. */
 static inline void ref_ffn_layer(const struct model_config *c, const struct tensor *const *layer,
                                  int n, double *x) {
     int d = c->d_model;
     double *h = ref_doubles(n, d), *gate = ref_doubles(n, c->d_ff), *up = ref_doubles(n, c->d_ff);
+    double *out = ref_doubles(n, d);
     for (int i = 0; i < n; i++)
         ref_norm(x + i * d, layer[FFN_NORM], d, (double)c->norm_epsilon, h + i * d);
-    ref_product(layer[FFN_GATE], NULL, h, n, gate);
-    ref_product(layer[FFN_UP], NULL, h, n, up);
-    for (int i = 0; i < n * c->d_ff; i++)
-        up[i] *= ref_silu(gate[i]);
-    ref_product(layer[FFN_DOWN], NULL, up, n, x);
+    if (c->n_experts > 0) {
+        for (int i = 0; i < n; i++)
+            ref_experts(c, layer, h + i * d, out + i * d);
+    } else {
+        ref_product(layer[FFN_GATE], layer[FFN_GATE_BIAS], h, n, gate);
+        ref_product(layer[FFN_UP], layer[FFN_UP_BIAS], h, n, up);
+        for (int i = 0; i < n * c->d_ff; i++)
+            up[i] = ref_activation(c->activation, gate[i], up[i]);
+        ref_product(layer[FFN_DOWN], layer[FFN_DOWN_BIAS], up, n, out);
+    }
+    ref_add(c, layer[FFN_POST_NORM], out, n, x);
     free(h);
     free(gate);
     free(up);
+    free(out);
 }
 
-/* Radians per position of each pair (rope_dim / 2) that rope turns. */
+/* Radians per position of each pair (rope_dim / 2) that rope turns; behind them those of layers
+ * with a window. YaRN: Peng et al. 2023. */
 static inline void ref_frequencies(const struct model *model, float *frequency) {
     const struct model_config *c = &model->config;
     const struct tensor *divisors = model->layers[0][ROPE_FREQS];
-    for (int i = 0; i < c->rope_dim / 2; i++) {
+    int n = c->rope_dim / 2;
+    for (int i = 0; i < n; i++) {
         double divisor = divisors ? ref_element(divisors, 0, i) : 1.0;
-        frequency[i] = (float)(pow((double)c->rope_theta, -2.0 * i / c->rope_dim) / divisor);
+        double own = pow((double)c->rope_theta, -2.0 * i / c->rope_dim) / divisor;
+        double scaled = c->rope_scale > 0 ? own / (double)c->rope_scale : own, ramp = 1;
+        if (c->yarn_high > 0)
+            ramp = (i - (double)c->yarn_low) / ((double)c->yarn_high - (double)c->yarn_low);
+        ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
+        frequency[i] = (float)(scaled * ramp + own * (1 - ramp));
+        if (c->theta_windowed > 0)
+            frequency[n + i] = (float)pow((double)c->theta_windowed, -2.0 * i / c->rope_dim);
     }
 }
 
@@ -260,9 +367,10 @@ static inline void ref_forward(const struct model *model, const float *frequency
     int d = c->d_model;
     double *x = ref_doubles(n, d);
     for (int i = 0; i < n * d; i++)
-        x[i] = ref_element(own[TOKEN_EMBD], tokens[i / d], i % d);
+        x[i] = ref_element(own[TOKEN_EMBD], tokens[i / d], i % d) *
+               (c->embedding_scale > 0 ? (double)c->embedding_scale : 1.0);
     for (int layer = 0; layer < c->n_layers; layer++) {
-        ref_attention_layer(c, model->layers[layer], frequency, n, x);
+        ref_attention_layer(c, model->layers[layer], layer, frequency, n, x);
         ref_ffn_layer(c, model->layers[layer], n, x);
     }
     for (int i = 0; i < n; i++)

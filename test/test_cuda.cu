@@ -54,6 +54,7 @@ enum {
     ORDERS = SANITIZED ? 2 : 3,
     VARIANTS = 1,
     LOGITS_KEPT = LOGIT_ROWS,
+    MXFP4 = 0,
     DRAWS = 2,
     TEXT_DRAWS = 2,
     CROWD_SHARDS = 1,

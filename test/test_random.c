@@ -17,7 +17,7 @@ static const struct {
     const char *name;
     enum tensor_type type;
 } types[] = {{"f32", TYPE_F32},   {"F16", TYPE_F16},   {"bf16", TYPE_BF16}, {"q8_0", TYPE_Q8_0},
-             {"Q4_0", TYPE_Q4_0}, {"q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}};
+             {"Q4_0", TYPE_Q4_0}, {"q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}, {"mxfp4", TYPE_MXFP4}};
 
 enum { N_TYPES = sizeof types / sizeof *types };
 
@@ -32,37 +32,155 @@ static const struct fact {
      true,
      false,
      15191712,
-     {"llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
+     {.architecture = "llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f, 1e-5f}},
     {"stories-110m",
      true,
      false,
      109529856,
-     {"llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+     {.architecture = "llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"tinyllama-1.1b",
      false,
      false,
      1100048384,
-     {"llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
+     {.architecture = "llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f, 1e-5f}},
     {"qwen3-0.6b",
      true,
      false,
      596049920,
-     {"qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
+     {.architecture = "qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false, 1e6f, 1e-6f}},
     {"llama-3.1-8b",
      false,
      true,
      8030261248,
-     {"llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     {.architecture = "llama",
+      32,
+      4096,
+      32,
+      8,
+      128,
+      14336,
+      128256,
+      131072,
+      128,
+      true,
+      5e5f,
+      1e-5f}},
     {"llama-3.1-70b",
      false,
      true,
      70553706496,
-     {"llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     {.architecture = "llama",
+      80,
+      8192,
+      64,
+      8,
+      128,
+      28672,
+      128256,
+      131072,
+      128,
+      true,
+      5e5f,
+      1e-5f}},
     {"llama-3.1-405b",
      false,
      true,
      405853388800,
-     {"llama", 126, 16384, 128, 8, 128, 53248, 128256, 131072, 128, true, 5e5f, 1e-5f}},
+     {.architecture = "llama",
+      126,
+      16384,
+      128,
+      8,
+      128,
+      53248,
+      128256,
+      131072,
+      128,
+      true,
+      5e5f,
+      1e-5f}},
+    {"tiny-moe",
+     false,
+     false,
+     2 * 512 * 128 + 128 + 2 * (2 * 128 + 2 * 32 + 128 * 768 + 16 * 128 + 3 * 16 * 96 * 128),
+     {.architecture = "qwen3moe", 2, 128, 8, 4, 32, 96, 512, 2048, 32, false, 1e6f, 1e-6f, 16, 4}},
+    {"qwen3-30b-a3b",
+     false,
+     false,
+     30532122624,
+     {.architecture = "qwen3moe",
+      48,
+      2048,
+      32,
+      4,
+      128,
+      768,
+      151936,
+      40960,
+      128,
+      false,
+      1e6f,
+      1e-6f,
+      128,
+      8}},
+    {"gpt-oss-20b",
+     false,
+     false,
+     20914757184,
+     {.architecture = "gpt-oss",
+      24,
+      2880,
+      64,
+      8,
+      64,
+      2880,
+      201088,
+      131072,
+      64,
+      false,
+      1.5e5f,
+      1e-5f,
+      32,
+      4,
+      .window = 128}},
+    {"gpt-oss-120b",
+     false,
+     false,
+     116829156672,
+     {.architecture = "gpt-oss",
+      36,
+      2880,
+      64,
+      8,
+      64,
+      2880,
+      201088,
+      131072,
+      64,
+      false,
+      1.5e5f,
+      1e-5f,
+      128,
+      4,
+      .window = 128}},
+    {"gemma-3-4b",
+     true,
+     false,
+     3880263168,
+     {.architecture = "gemma3",
+      34,
+      2560,
+      8,
+      4,
+      256,
+      10240,
+      262208,
+      131072,
+      256,
+      false,
+      1e6f,
+      1e-6f,
+      .window = 1024}},
 };
 
 enum { N_FACTS = sizeof facts / sizeof *facts };
@@ -101,7 +219,11 @@ static void shapes_are_as_published(struct check *check) {
               (double)got->norm_epsilon);
         CHECK((own[OUTPUT] == own[TOKEN_EMBD]) == fact->tied, "%s: tied", fact->name);
         CHECK(!own[ROPE_FREQS] == !fact->scaled, "%s: rope_freqs", fact->name);
-        CHECK(!own[ATTN_Q_NORM] == !!strcmp(want->architecture, "qwen3"), "%s: norms", fact->name);
+        bool normed = !strncmp(want->architecture, "qwen3", 5) || want->architecture[1] == 'e';
+        CHECK(!own[ATTN_Q_NORM] == !normed, "%s: norms", fact->name);
+        CHECK(got->n_experts == want->n_experts && got->n_used == want->n_used &&
+                  got->window == want->window,
+              "%s: experts, window", fact->name);
         int64_t n_weights = own[ROPE_FREQS] ? -own[ROPE_FREQS]->cols : 0;
         for (int j = 0; j < model.n_placed; j++)
             n_weights += model.placed[j].rows * model.placed[j].cols;
@@ -135,9 +257,13 @@ static void every_type_opens(struct check *check) {
     for (size_t at = 0; at < N_FACTS * N_TYPES; at++) {
         size_t i = at / N_TYPES, j = at % N_TYPES;
         struct model model;
-        if (i == 0 && gguf_block(types[j].type).elements == 256)
-            continue; /* 288 columns: refuses_the_rest */
-        if (i == N_FACTS - 1 && types[j].type != TYPE_Q8_0)
+        const struct model_config *config = &facts[i].config;
+        int elements = gguf_block(types[j].type).elements;
+        if (config->d_model % elements || config->d_ff % elements)
+            continue; /* refuses_the_rest */
+        if (types[j].type == TYPE_MXFP4 && config->n_experts == 0)
+            continue; /* the same */
+        if (facts[i].n_weights > 100000000000 && types[j].type != TYPE_Q8_0)
             continue; /* the largest once */
         if (!open_model(check, facts[i].name, types[j].name, &model))
             continue;
@@ -145,11 +271,14 @@ static void every_type_opens(struct check *check) {
         for (int k = 0; k < model.n_placed; k++) {
             const struct tensor *tensor = &model.placed[k];
             check_period(check, tensor);
-            CHECK(tensor->rows == 1 || tensor->type == types[j].type, "%s %s: tensor %d",
-                  facts[i].name, types[j].name, k);
+            bool expert = strstr(tensor->name.data, "_exps");
+            CHECK(tensor->rows == 1 || tensor->type == types[j].type ||
+                      (types[j].type == TYPE_MXFP4 && !expert && tensor->type == TYPE_BF16),
+                  "%s %s: tensor %d", facts[i].name, types[j].name, k);
             n_repeating += tensor->period > 0;
         }
-        CHECK(n_repeating > 0 || i <= 1, "%s %s: nothing repeats", facts[i].name, types[j].name);
+        CHECK(n_repeating > 0 || facts[i].n_weights < 200000000, "%s %s: nothing repeats",
+              facts[i].name, types[j].name);
         model_close(&model);
     }
 }
@@ -157,8 +286,9 @@ static void every_type_opens(struct check *check) {
 static void refuses_the_rest(struct check *check) {
     static const char all[] =
         "random:NAME:TYPE (default BF16); NAME: stories-15m, stories-110m, tinyllama-1.1b, "
-        "qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, llama-3.1-405b; TYPE: F32, F16, BF16, "
-        "Q8_0, Q4_0, Q4_K, Q6_K, FP8";
+        "qwen3-0.6b, llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, tiny-moe, qwen3-30b-a3b, "
+        "gpt-oss-20b, gpt-oss-120b, gemma-3-4b; TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K, "
+        "MXFP4, FP8";
     static const char *const cases[][2] = {
         {"random:", all},
         {"random::", all},
@@ -170,6 +300,7 @@ static void refuses_the_rest(struct check *check) {
         {"random:a\nb", "random:a?b: expected"},
         {"random:stories-15m:q4_k", "288 columns, expected a multiple of 256, the block of Q4_K"},
         {"random:stories-15m:q6_k", "288 columns, expected a multiple of 256, the block of Q6_K"},
+        {"random:stories-15m:mxfp4", "MXFP4 is for experts, and this model has none"},
         {"random", "No such file"}};
     char error[ERROR_LENGTH], name[1024];
     struct model model;
@@ -258,9 +389,10 @@ static void matrices_differ(struct check *check) {
 static void weights_have_sensible_sizes(struct check *check) {
     for (size_t i = 0; i < N_TYPES; i++) {
         struct model model;
-        if (!open_model(check, "tinyllama-1.1b", types[i].name, &model))
+        bool experts = types[i].type == TYPE_MXFP4;
+        if (!open_model(check, experts ? "gpt-oss-20b" : "tinyllama-1.1b", types[i].name, &model))
             continue;
-        struct tensor rows = *model.layers[3][FFN_DOWN];
+        struct tensor rows = *model.layers[3][experts ? DOWN_EXPERTS : FFN_DOWN];
         rows.rows = PANEL;
         struct weight *weight = pack_open(&rows);
         float *row = calloc((size_t)rows.cols, sizeof *row);
