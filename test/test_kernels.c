@@ -13,6 +13,7 @@ enum {
     ORDERS = 1,   /* threads take tiles in another order in any case */
     VARIANTS = 6, /* 1: bf16 keys and values; 2: plain; 4: no matrix unit */
     LOGITS_KEPT = 64,
+    MXFP4 = 1,
     DRAWS = 8,
     TEXT_DRAWS = SANITIZED ? 21 : 42, /* every type, in every variant */
     CROWD_SHARDS = 4,
