@@ -48,6 +48,7 @@ extern "C" {
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <type_traits>
 
 enum {
     WARP = 32,
@@ -104,11 +105,13 @@ template <typename T> DEVICE const T *array_of(const struct step_header *step, i
  *     PACKED_BF16   [8 tiles][4 fragments][32 lanes][8 numbers]: 16 KB          all types but
  *     PACKED_Q8     [8 tiles][2][32 lanes][2 fragments of 8 bytes], scales      Q8_0
  *     PACKED_Q4     [8 tiles][32 lanes][4 fragments of 8 half bytes], scales    Q4_0
- * Numbers are unsigned (+ 128, + 8). Scales are f16, of 32 k, and end the unit: [8 tiles][2][8][2]
+ *     PACKED_MXFP4  the same                                                    MXFP4
+ * Numbers are unsigned (+ 128, + 8), those of MXFP4 a sign, two bits of exponent and one of
+ * mantissa. Scales, of 32 k, are f16, those of MXFP4 bf16, and end the unit: [8 tiles][2][8][2]
  * those of outputs group and group + 8 side by side.
  *
  * What is multiplied together is one matrix. Of gate and up, outputs 0 to 7 of a tile are gate's,
- * the others up's of the same numbers: so a lane has both sums that silu(gate) * up needs. Of q, k
+ * the others up's of the same numbers: so a lane has both sums that an activation needs. Of q, k
  * and v, one follows the other. Those of several types become bf16.
  *
  * K is worked off in K_SEGMENTS *segments*, whose sums are added as a tree. Where shards cut K,
@@ -124,7 +127,7 @@ enum {
     SCALE_BYTES = 512 /* of a unit of a panel */
 };
 
-enum packed_type { PACKED_BF16, PACKED_Q8, PACKED_Q4 };
+enum packed_type { PACKED_BF16, PACKED_Q8, PACKED_Q4, PACKED_MXFP4 };
 
 struct segments {             /* of a shard's K */
     int n;                    /* K_SEGMENTS / n_shards */
@@ -136,12 +139,18 @@ struct matrix {            /* a packed matrix, or a shard's part of one, as kern
     const uint8_t *packed; /* [n_panels][n_units] */
     int type;              /* enum packed_type */
     bool paired;           /* gate and up; n_outputs: of each */
-    int n_outputs, n_panels, n_units;
+    int n_outputs, n_panels, n_units; /* of experts: of each, one after another */
+    int first_expert;                 /* of those that the shard has */
     struct segments segments;
 };
 
-static inline enum packed_type packed_type_of(enum tensor_type type) {
-    return type == TYPE_Q8_0 ? PACKED_Q8 : type == TYPE_Q4_0 ? PACKED_Q4 : PACKED_BF16;
+static inline __host__ __device__ enum packed_type packed_type_of(enum tensor_type type) {
+    switch (type) {
+    case TYPE_Q8_0: return PACKED_Q8;
+    case TYPE_Q4_0: return PACKED_Q4;
+    case TYPE_MXFP4: return PACKED_MXFP4;
+    default: return PACKED_BF16;
+    }
 }
 
 static constexpr __host__ __device__ int numbers_bytes(int type) { /* of a unit of a panel */
@@ -204,8 +213,21 @@ template <int TYPE> DEVICE uint32_t whole_to_bf16(uint32_t word) {
                     wide ? and_xor(word, 0x00800080u, 0xc380c380u) : 0xc308c308u);
 }
 
-/* The operand of fragment i (0 to 3) of a tile; of quantized types whole numbers, and *scale is the
- * f16 scales of outputs group and group + 8. */
+/* Two numbers of MXFP4, in bits [at, at + 4) of the halves, as bf16: exponent and mantissa are there
+ * as they are, 126 too low. */
+DEVICE uint32_t mxfp4_to_bf16(uint32_t word, int at) {
+    const uint32_t size = at < 6 ? word << (6 - at) : word >> (at - 6);
+    return fma_bf16(and_or(word << (12 - at), 0x80008000u, size & 0x01c001c0u), 0x7e807e80u,
+                    0x80008000u);
+}
+
+/* A scale of a quantized type. */
+DEVICE float scale_to_float(int type, uint32_t bits) {
+    return type == PACKED_MXFP4 ? bf16_to_float(bits & 0xffffu) : half_to_float((uint16_t)bits);
+}
+
+/* The operand of fragment i (0 to 3) of a tile; of quantized types numbers without their scales,
+ * and *scale is those of outputs group and group + 8. */
 template <int TYPE>
 DEVICE void load_operand(const uint8_t *unit, int tile, int i, int lane, uint32_t a[4],
                          uint32_t *scale) {
@@ -218,8 +240,11 @@ DEVICE void load_operand(const uint8_t *unit, int tile, int i, int lane, uint32_
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t word = j % 2 ? words.y : words.x;
-            a[j] = whole_to_bf16<TYPE>(word >>
-                                       (TYPE == PACKED_Q8 ? j / 2 * 8 : (i % 2 * 2 + j / 2) * 4));
+            const int at = TYPE == PACKED_Q8 ? j / 2 * 8 : (i % 2 * 2 + j / 2) * 4;
+            if constexpr (TYPE == PACKED_MXFP4)
+                a[j] = mxfp4_to_bf16(word, at);
+            else
+                a[j] = whole_to_bf16<TYPE>(word >> at);
         }
         *scale = *reinterpret_cast<const uint32_t *>(unit + numbers_bytes(TYPE) +
                                                      (tile * 2 + i / 2) * 32 + lane / 4 * 4);
@@ -231,7 +256,13 @@ template <int TYPE>
 DEVICE void load_scaled(const uint8_t *unit, int tile, int i, int lane, uint32_t a[4]) {
     uint32_t scale;
     load_operand<TYPE>(unit, tile, i, lane, a, &scale);
-    if constexpr (TYPE != PACKED_BF16)
+    if constexpr (TYPE == PACKED_MXFP4) /* powers of two: nothing is rounded */
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            a[j] = fma_bf16(
+                a[j], j % 2 ? scale >> 16 | (scale & 0xffff0000u) : (scale & 0xffffu) | scale << 16,
+                0x80008000u);
+    else if constexpr (TYPE != PACKED_BF16)
 #pragma unroll
         for (int j = 0; j < 4; j++) { /* number * (high + low): the scale as two bf16 */
             float whole = half_to_float((uint16_t)(scale >> j % 2 * 16));
@@ -239,6 +270,13 @@ DEVICE void load_scaled(const uint8_t *unit, int tile, int i, int lane, uint32_t
             float rest = whole - bf16_to_float(high & 0xffffu);
             a[j] = fma_bf16(a[j], high, fma_bf16(a[j], pack_bf16(rest, rest), 0x80008000u));
         }
+}
+
+/* A number as it is packed, without its scale. */
+DEVICE float number_to_float(int type, uint32_t number) {
+    if (type == PACKED_MXFP4)
+        return bf16_to_float((number & 8) << 12 | (number & 7) << 6) * 0x1p126f;
+    return (float)number - (type == PACKED_Q8 ? 128.0f : 8.0f);
 }
 
 /* One element as f32: for embeddings. */
@@ -251,15 +289,16 @@ DEVICE float matrix_element(const struct matrix &m, int output, int k) {
         return bf16_to_float(reinterpret_cast<const uint16_t *>(
             unit)[((tile * 4 + fragment) * 32 + lane) * 8 + (upper + far * 2) * 2 + odd]);
     const uint16_t *scales = reinterpret_cast<const uint16_t *>(unit + numbers_bytes(m.type));
-    float scale = half_to_float(scales[(tile * 2 + fragment / 2) * 16 + output % 8 * 2 + upper]);
+    float scale =
+        scale_to_float(m.type, scales[(tile * 2 + fragment / 2) * 16 + output % 8 * 2 + upper]);
     if (m.type == PACKED_Q8) {
         uint8_t byte = unit[((tile * 2 + fragment / 2) * 32 + lane) * 16 +
                             (fragment % 2 * 2 + upper) * 4 + odd * 2 + far];
-        return ((float)byte - 128.0f) * scale;
+        return number_to_float(m.type, byte) * scale;
     }
     uint32_t word =
         reinterpret_cast<const uint32_t *>(unit)[(tile * 32 + lane) * 4 + fragment / 2 * 2 + upper];
-    return ((float)(word >> ((fragment % 2 * 2 + far) * 4 + odd * 16) & 15) - 8.0f) * scale;
+    return number_to_float(m.type, word >> ((fragment % 2 * 2 + far) * 4 + odd * 16) & 15) * scale;
 }
 
 /* ---- packing ---- */
@@ -298,13 +337,15 @@ DEVICE float raw_k_quant(int type, const uint8_t *block, int k) {
            (float)((low | high << 4) - 32);
 }
 
-/* Of Q8_0 and Q4_0 (32 k in 34 and in 18 bytes): a number as it is packed, and its scale. */
+/* Of Q8_0, Q4_0 and MXFP4 (32 k in 34, 18 and 17 bytes): a number as it is packed, and its scale;
+ * that of MXFP4 is an exponent, of which 0 stands for a number that is not normal. */
 DEVICE uint32_t raw_number(const struct raw_rows &raw, int row, int k, uint16_t *scale) {
-    bool wide = raw.type == TYPE_Q8_0;
-    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : 18));
-    int at = k % 32; /* Q4_0: 16 k in the low halves of the bytes, then 16 in the high */
-    *scale = read16(block);
-    return wide ? block[2 + at] ^ 128u : block[2 + at % 16] >> (at / 16 * 4) & 15u;
+    const bool wide = raw.type == TYPE_Q8_0, mxfp4 = raw.type == TYPE_MXFP4;
+    const uint8_t *block = raw_at(raw, row, (size_t)(k / 32) * (wide ? 34 : mxfp4 ? 17 : 18));
+    const uint8_t *numbers = block + (mxfp4 ? 1 : 2);
+    int at = k % 32; /* of 4 bits: 16 k in the low halves of the bytes, then 16 in the high */
+    *scale = !mxfp4 ? read16(block) : block[0] > 0 ? (uint16_t)(block[0] << 7) : (uint16_t)64;
+    return wide ? numbers[at] ^ 128u : numbers[at % 16] >> (at / 16 * 4) & 15u;
 }
 
 DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
@@ -316,10 +357,12 @@ DEVICE float raw_element(const struct raw_rows &raw, int row, int k) {
     case TYPE_Q4_K: return raw_k_quant(TYPE_Q4_K, raw_at(raw, row, k / 256 * 144ull), k % 256);
     case TYPE_Q6_K: return raw_k_quant(TYPE_Q6_K, raw_at(raw, row, k / 256 * 210ull), k % 256);
     case TYPE_Q8_0:
-    case TYPE_Q4_0: {
+    case TYPE_Q4_0:
+    case TYPE_MXFP4: {
+        const int type = packed_type_of((enum tensor_type)raw.type);
         uint16_t scale;
-        float number = (float)raw_number(raw, row, k, &scale);
-        return (number - (raw.type == TYPE_Q8_0 ? 128.0f : 8.0f)) * half_to_float(scale);
+        uint32_t number = raw_number(raw, row, k, &scale);
+        return number_to_float(type, number) * scale_to_float(type, scale);
     }
     }
     uint16_t bits = read16(raw_at(raw, row, (size_t)k * 2));
@@ -337,7 +380,7 @@ DEVICE void pack_output(const struct matrix &m, const struct raw_rows &raw, int 
             int k = unit_k + fragment * 16 + lane % 4 * 2 + i % 2 + i / 2 * 8;
             uint16_t scale;
             if (row >= raw.n_rows || k < begin || k >= end)
-                number[i] = m.type == PACKED_BF16 ? 0 : m.type == PACKED_Q8 ? 128 : 8;
+                number[i] = m.type == PACKED_Q8 ? 128 : m.type == PACKED_Q4 ? 8 : 0;
             else if (m.type == PACKED_BF16)
                 number[i] = pack_bf16(raw_element(raw, row, k), 0.0f);
             else
@@ -382,6 +425,13 @@ __global__ void pack_kernel(const struct matrix m, int first, int step, const st
                              (half / 2 % 8 * 2 + lane / 8) * 16 + lane % 8 * 2 + half % 2);
 }
 
+/* The rows at hand as f32: a block a row. */
+__global__ void widen_kernel(float *to, int cols, const struct raw_rows raw) {
+    grid_wait();
+    for (int k = (int)threadIdx.x; k < cols; k += THREADS)
+        to[(size_t)blockIdx.x * cols + k] = raw_element(raw, (int)blockIdx.x, k);
+}
+
 /* ==== 3. Devices: what they hold, memory, copies, uploads ====
  *
  * Devices on one GPU share its weights, and two staging buffers for those on their way up.
@@ -397,7 +447,8 @@ struct weight { /* a matrix, or a vector of f32 */
     struct matrix matrix; /* of all that is multiplied together */
     int first_half;       /* half tiles before this one's first */
     bool borrowed;        /* it belongs to the first of them */
-    float *vector;        /* device (its part of the tensor, and zeros to a multiple of 8) */
+    /* device (its part of the tensor, and zeros to a multiple of 8); of a router all of it */
+    float *vector;
     struct weight *next;
 };
 
@@ -433,15 +484,24 @@ struct cuda_device {
     int x_stride, qkv_stride, logits_stride;
     struct segments attention_places, ffn_places;
     float *x, *qkv, *logits; /* (max_rows, x_stride), (max_rows, qkv_stride), (LOGIT_ROWS, …) */
-    struct planes h, attention, ffn;  /* inputs of products */
-    uint16_t *q;                      /* bf16 (max_rows, n_heads, kv_head_dim) */
-    float4 *sums_of_blocks;           /* of generated products, see there */
-    int *blocks_done;                 /* (multiprocessors) */
-    float2 *turn;                     /* (max_rows, rope_dim / 2) cosine and sine */
-    float *rope_frequency;            /* (rope_dim / 2) */
+    struct planes h, attention, ffn; /* inputs of products */
+    uint16_t *q;                     /* bf16 (max_rows, n_heads, kv_head_dim) */
+    float4 *sums_of_blocks;          /* of generated products, see there */
+    int *blocks_done;                /* (multiprocessors) */
+    /* (n_turns, max_rows, rope_dim / 2) cosine and sine; their frequencies (n_turns, rope_dim / 2):
+     * of layers that see all, and if it is 2 those of layers with a window */
+    float2 *turn;
+    float *rope_frequency;
+    int n_turns;
     float *squares;                   /* (max_rows, norm_tiles): see struct normed */
     bool normed;                      /* a product left them, not a norm_kernel */
     int *arrived;                     /* (max_rows, n_kv_heads, chunks) of attention */
+    float *router;                    /* (max_rows, n_experts) logits */
+    int *chosen, *entry;              /* (max_rows, n_used) experts; places of entries */
+    float *share;                     /* (max_rows, n_used) */
+    struct group_list *groups;        /* the tiles of entries of this layer */
+    float *expert_out;                /* (places of entries, x_stride) */
+    float *total;                     /* (max_rows, x_stride) of post_norm: what is added to x */
     struct sampler_row *sampler_rows; /* (LOGIT_ROWS) */
     int *sampled, *sampled_host;      /* (max_samples) device, pinned */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
@@ -550,9 +610,11 @@ static struct weight *find_weight(const struct cuda_device *d, const struct tens
     return w;
 }
 
-/* Uploads rows from `first_row` on, band by band, and packs them. A tensor that repeats itself goes
- * up once: the rest is made on the device. */
-static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first_row, int n_rows) {
+/* Uploads rows from `first_row` on, band by band, and packs them, with `halves` half tiles of the
+ * same matrix before them, or widens them. A tensor that repeats itself goes up once: the rest is
+ * made on the device. */
+static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first_row, int n_rows,
+                        int halves) {
     const struct tensor *tensor = w->tensor;
     const struct matrix *m = &w->matrix;
     size_t row_bytes = tensor->bytes / (size_t)tensor->rows;
@@ -576,15 +638,27 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
             (const uint8_t *)up, row_bytes, period > 0 ? at % period : 0, period,
             tensor->type,        own};
         size_t n = (size_t)divide(own, 8) * (size_t)m->n_units * WARP;
-        gpu_launch(&beside, "pack_kernel", pack_kernel,
-                   dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
-                   w->first_half + row / 8 * step, step, raw);
+        if (w->vector)
+            gpu_launch(&beside, "widen_kernel", widen_kernel, grid_of(own), THREADS, 0,
+                       w->vector + (size_t)row * (size_t)tensor->cols, (int)tensor->cols, raw);
+        else
+            gpu_launch(&beside, "pack_kernel", pack_kernel,
+                       dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
+                       halves + w->first_half + row / 8 * step, step, raw);
     }
     return true;
 }
 
-static int rows_of(const struct tensor *tensor, struct slice slice) { /* that a shard has */
-    return (int)tensor->rows / (slice.kind == SLICE_ROWS ? slice.count : 1);
+/* Of a matrix that a shard has; of experts, of each. */
+static int rows_of(const struct model_config *c, const struct tensor *tensor, struct slice slice) {
+    return (int)tensor->rows / (slice.kind == SLICE_ROWS      ? slice.count
+                                : slice.kind == SLICE_EXPERTS ? c->n_experts
+                                                              : 1);
+}
+
+/* The first expert of a shard, or of the one behind the last. */
+static int first_expert(const struct model_config *c, int rank, int n_shards) {
+    return divide(rank * c->n_experts, n_shards);
 }
 
 /* first: of together[0]; NULL: that is this one. Two are gate and up. */
@@ -592,10 +666,12 @@ static bool upload_matrix(struct cuda_device *d, struct weight *w,
                           const struct tensor *const *together, const struct weight *first) {
     struct matrix *m = &w->matrix;
     const struct slice *slice = &w->slice;
-    int rows = rows_of(w->tensor, *slice), cols = (int)w->tensor->cols, n_halves = 0;
+    const struct model_config *c = d->device.config;
+    const bool experts = slice->kind == SLICE_EXPERTS;
+    int rows = rows_of(c, w->tensor, *slice), cols = (int)w->tensor->cols, n_halves = 0;
     bool cut = slice->kind == SLICE_COLS, ok = true;
     int n_segments = cut ? K_SEGMENTS / slice->count : K_SEGMENTS;
-    m->segments = make_segments(cols, cut ? grain_of(d->device.config, cols) : 0,
+    m->segments = make_segments(cols, cut ? grain_of(c, cols) : 0,
                                 cut ? slice->rank * n_segments : 0, n_segments);
     m->n_units = m->segments.unit[n_segments];
     m->type = packed_type_of(w->tensor->type);
@@ -605,23 +681,36 @@ static bool upload_matrix(struct cuda_device *d, struct weight *w,
             w->first_half = m->paired ? i : n_halves;
         if (packed_type_of(together[i]->type) != m->type)
             m->type = PACKED_BF16;
-        m->n_outputs += m->paired && i > 0 ? 0 : rows_of(together[i], *slice);
-        n_halves += divide(rows_of(together[i], *slice), 8);
+        m->n_outputs += m->paired && i > 0 ? 0 : rows_of(c, together[i], *slice);
+        n_halves += divide(rows_of(c, together[i], *slice), 8);
     }
     m->n_panels = divide(n_halves, PANEL / 8);
+    m->first_expert = experts ? first_expert(c, slice->rank, slice->count) : 0;
     w->borrowed = first != NULL;
-    size_t bytes = (size_t)m->n_panels * (size_t)m->n_units * (size_t)unit_bytes(m->type);
+    int n_parts = experts ? first_expert(c, slice->rank + 1, slice->count) - m->first_expert : 1;
+    size_t bytes = (size_t)m->n_panels * (size_t)m->n_units * (size_t)unit_bytes(m->type) *
+                   (size_t)larger(n_parts, 1);
     if (first)
         m->packed = first->matrix.packed;
     else if ((ok = cudaMalloc((void **)&m->packed, bytes) == cudaSuccess))
         TRY(d, cudaMemsetAsync((void *)m->packed, 0, bytes, d->card->staging.stream));
     (void)cudaGetLastError();
-    return ok && pack_matrix(d, w, slice->kind == SLICE_ROWS ? slice->rank * rows : 0, rows);
+    int first_row = slice->kind == SLICE_ROWS ? slice->rank * rows : m->first_expert * rows;
+    for (int i = 0; i < n_parts && ok; i++)
+        ok = pack_matrix(d, w, first_row + i * rows, rows, i * m->n_panels * (PANEL / 8));
+    return ok;
 }
 
-/* A shard has its part of a bias; a norm is whole. */
+/* The router: all of it as f32, for a choice hangs on small differences. */
+static bool upload_router(struct cuda_device *d, struct weight *w) {
+    size_t n = (size_t)w->tensor->rows * (size_t)w->tensor->cols;
+    return cudaMalloc((void **)&w->vector, n * sizeof(float)) == cudaSuccess &&
+           pack_matrix(d, w, 0, (int)w->tensor->rows, 0);
+}
+
+/* A shard has its part of a bias; a norm is whole, and so are the biases of experts. */
 static bool upload_vector(struct cuda_device *d, struct weight *w) {
-    bool whole = w->slice.kind == SLICE_WHOLE;
+    bool whole = w->slice.kind == SLICE_WHOLE || w->slice.kind == SLICE_EXPERTS;
     int n = (int)w->tensor->cols / (whole ? 1 : w->slice.count), rank = whole ? 0 : w->slice.rank;
     size_t bytes = (size_t)n * sizeof(float), room = (size_t)divide(n, 8) * 8 * sizeof(float);
     cudaStream_t stream = d->card->staging.stream;
@@ -636,11 +725,6 @@ static bool upload_vector(struct cuda_device *d, struct weight *w) {
 static const struct weight *cuda_upload(struct device *device, const struct tensor *tensor,
                                         const struct tensor *const *together, struct slice slice,
                                         char *error) {
-    if (tensor->type == TYPE_MXFP4) {
-        (void)fail(error, "%.*s: the CUDA kernels do not multiply MXFP4; use --devices cpu:2",
-                   (int)tensor->name.length, tensor->name.data);
-        return NULL;
-    }
     struct cuda_device *d = enter(device, "loading weights");
     struct cuda_backend *cuda = d->cuda;
     const struct tensor *const alone[] = {tensor, NULL};
@@ -653,7 +737,11 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
         w->slice = slice;
         w->gpu = device->index;
         bool is_vector = tensor->rows == 1 && tensor->type == TYPE_F32;
-        if (is_vector ? upload_vector(d, w) : upload_matrix(d, w, together, first)) {
+        const bool routes = slice.kind == SLICE_WHOLE && tensor->rows > 1 &&
+                            tensor->rows == device->config->n_experts;
+        if (is_vector ? upload_vector(d, w)
+            : routes  ? upload_router(d, w)
+                      : upload_matrix(d, w, together, first)) {
             w->next = cuda->weights;
             cuda->weights = w;
             TRY(d, cudaStreamSynchronize(d->card->staging.stream));
@@ -686,7 +774,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  *   prompt_product      rows of prompts: bound by multiplying. A tile is 256 rows and a panel,
  *                       and each sum is one chain over all of K. Where shards cut K, a shard goes
  *                       on with the sums of the one before it: the same chain.
- * Both do their part of what follows a product: bias, silu(gate) * up, or adding to the residual.
+ * Both do their part of what follows a product: bias, activation, or adding to the residual.
  *
  * In both, one warp of a block asks for weights and rows, unit after unit, into a ring of *stages*
  * in shared memory, as far ahead as there is room; the other eight multiply. The weights are the
@@ -697,8 +785,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * The twin of lib/matmul.h. */
 
 /* out = sum + bias, or out += sum; of prompts also: the sum goes on where another shard's ended;
- * ffn = silu(gate) * up */
-enum epilogue { STORE, GO_ON, SILU };
+ * ffn = the activation of gate and up */
+enum epilogue { STORE, GO_ON, GATED };
 
 enum {
     CONSUMERS = 8, /* warps of a block that multiply */
@@ -735,6 +823,10 @@ struct product {
     const float *bias[3];
     int bias_end[2], out_stride;
     bool adds; /* to what `out` holds; instead of a bias */
+    /* of GATED: biases of gate and up in bias[0] and [1], and where its outputs go */
+    int activation; /* enum gate_function */
+    struct planes ffn;
+    struct segments ffn_places;
     struct planes input;
     int n_stages;
     /* generated_product's: rows [first_row, *n_generated - n_before); what blocks hand over */
@@ -748,9 +840,7 @@ struct product {
     /* prompt_product's; initial: (n_rows, out_stride) where its chains begin; NULL: at 0 */
     int first_row, n_rows;
     const float *initial;
-    /* of SILU: where its outputs go */
-    struct planes ffn;
-    struct segments ffn_places;
+    const struct group_list *groups; /* expert_product's */
 };
 
 /* The sum of a row's squares, from those of tiles; all lanes of a warp call it. */
@@ -774,8 +864,17 @@ DEVICE void find_scales(const struct normed &n, const float *squares, float *sca
     sync_threads<1, CONSUMERS * WARP>();
 }
 
-DEVICE float silu(float x) {
-    return __fdividef(x, 1.0f + __expf(-x));
+/* Of gate and up: the twin of `activate`. */
+DEVICE float activate(int activation, float gate, float up) {
+    float steep = gate; /* sigmoid is of it */
+    if (activation == ACTIVATE_GELU)
+        steep = fmaf(gate * gate * gate, 0.044715f, gate) * 1.5957691216f; /* 2 sqrt(2 / pi) */
+    if (activation == ACTIVATE_CLAMPED) {
+        gate = fminf(gate, 7.0f);
+        up = fminf(fmaxf(up, -7.0f), 7.0f) + 1.0f;
+        steep = gate * 1.702f;
+    }
+    return __fdividef(gate, 1.0f + __expf(-steep)) * up;
 }
 
 /* Sums of a tile of 16 outputs and N times 8 rows: sum[4 j + e] of a lane is of output group +
@@ -783,6 +882,7 @@ DEVICE float silu(float x) {
 struct corner {
     int tile, row;          /* the first of the rows */
     int begin_row, end_row; /* those that are wanted */
+    int first_bias;         /* of an expert: of those of all experts */
 };
 
 /* Calls act(i, row, output, offset in out) for those sum[i] that are wanted. */
@@ -833,7 +933,7 @@ template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum,
                    const float *scales, const struct added *added) {
     auto scale = [&](int row) { return scales ? scales[row - p.first_row] : 1.0f; };
-    if constexpr (EPILOGUE != SILU) {
+    if constexpr (EPILOGUE != GATED) {
         if constexpr (N <= NORMED_ROWS / 8)
             if (added && p.next_norm)
                 return add_normed<N>(p, at, sum, *added);
@@ -841,7 +941,7 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
             if (p.adds)
                 return (void)atomicAdd(p.out + offset, sum[i]);
             const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-            p.out[offset] = sum[i] * scale(row) + (bias ? bias[output] : 0.0f);
+            p.out[offset] = sum[i] * scale(row) + (bias ? bias[at.first_bias + output] : 0.0f);
         });
     } else { /* lanes of two outputs swap, so that each has both of one row */
         const int lane = (int)threadIdx.x % WARP;
@@ -849,11 +949,17 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
         const int row = at.row + lane % 4 * 2 + odd, output = at.tile * 8 + lane / 8 * 2;
         const bool there = output < p.matrix.n_outputs; /* segments begin at an even k */
         uint16_t *to = plane_element(p.ffn, row, place(p.ffn_places, there ? output : 0));
+        const int own = at.tile * 8 + lane / 4; /* before the swap */
+        float bias[2];
+        for (int i = 0; i < 2; i++)
+            bias[i] = p.bias[i] && own < p.matrix.n_outputs ? p.bias[i][at.first_bias + own] : 0.0f;
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const float *s = sum + j * 4, low = scale(row - odd + j * 8),
                         high = scale(row - odd + 1 + j * 8);
-            const float y[2] = {silu(s[0] * low) * (s[2] * low), silu(s[1] * high) * (s[3] * high)};
+            const float y[2] = {
+                activate(p.activation, s[0] * low + bias[0], s[2] * low + bias[1]),
+                activate(p.activation, s[1] * high + bias[0], s[3] * high + bias[1])};
             float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
             if (there && row + j * 8 >= at.begin_row && row + j * 8 < at.end_row)
                 *reinterpret_cast<uint32_t *>(to + j * 8 * UNIT) =
@@ -1009,8 +1115,8 @@ DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
     }
 }
 
-/* The same of quantized generated rows and UNITS stages: whole numbers are multiplied, 32 k at a
- * time, and while the next are, their sums by the scale. */
+/* The same of quantized generated rows and UNITS stages: numbers are multiplied, 32 k at a time, and
+ * while the next are, their sums by the scale. */
 template <int TYPE, int ROWS, int UNITS, int M>
 DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
                              float (&sum)[ROWS / 2]) {
@@ -1035,8 +1141,7 @@ DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_
             continue;
         i < N ? wgmma_wait<1>() : wgmma_wait<0>(); /* for those of i - 1 */
         const uint32_t both = scale[(i - 1) / PARTS];
-        const float low = half_to_float((uint16_t)both),
-                    high = half_to_float((uint16_t)(both >> 16));
+        const float low = scale_to_float(TYPE, both), high = scale_to_float(TYPE, both >> 16);
         float *own = sum + (i - 1) % PARTS * (COLUMNS / 2);
 #pragma unroll
         for (int j = 0; j < COLUMNS / 2; j++)
@@ -1171,7 +1276,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
         /* of the panel's first item: the last block to begin before or with it */
         const int owner = (int)(((int64_t)(item - group + 1) * gridDim.x - 1) / n_all);
         const struct corner at = {item / s.n_groups * (PANEL / TILE) + warp, p.first_row, 0,
-                                  end_row};
+                                  end_row, 0};
         n_items = smaller(s.n_groups - group, s.end - item);
         const bool whole = n_items == s.n_groups;
         const int top = whole ? (segments.n > 1) + (segments.n > 2) + (segments.n > 4)
@@ -1305,7 +1410,7 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         const int row = t.begin + tile % t.n * TILE_ROWS, n_rows = t.end - row;
         auto corner_of = [&](int i) -> struct corner {
             return {tile / t.n * (PANEL / TILE) + tile_of(warp, i), row + row_of(warp, i),
-                    p.first_row, t.end};
+                    p.first_row, t.end, 0};
         };
         float sum[WARP_SUMS * 4];
         uint32_t a[2][2][4];
@@ -1349,7 +1454,73 @@ __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const
     }
 }
 
+/* ---- experts ---- */
+
+/* An *entry* is a row and one of its experts. Those of an expert have places side by side, from a
+ * multiple of 8 on, in order of no meaning: what an entry gets depends on its row and expert alone,
+ * so generated rows and prompts take the same kernel. */
+struct entries {
+    int expert;     /* of those that the shard has */
+    int first, end; /* places: its tile begins at the first */
+};
+
+struct group_list {
+    int n;
+    struct entries tiles[1]; /* (n) */
+};
+
+/* out or ffn (entry, output) = sum over k, in order, of entries' rows times their experts' matrices.
+ * A block takes every so-manieth tile of up to ROWS entries and a panel; neighbours share experts.
+ * Shared: the ring. Bound by memory, or of many rows by the tensor cores. */
+template <int TYPE, int EPILOGUE, int ROWS>
+__global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const struct product p) {
+    DYNAMIC_SHARED(uint8_t, shared);
+    grid_launch_dependents();
+    struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS), 0, CONSUMERS);
+    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    const int n_panels = p.matrix.n_panels, n_units = p.matrix.n_units;
+    constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : 4; /* as generated rows have it */
+    uint32_t a[UNITS * 2][2][4];
+    bool first = true;
+    grid_wait();
+    copies_see_stores();
+    for (int tile = (int)blockIdx.x; tile < p.groups->n * n_panels; tile += (int)gridDim.x) {
+        const struct entries e = p.groups->tiles[tile / n_panels];
+        const int panel = tile % n_panels;
+        if (warp == CONSUMERS) {
+            const uint8_t *weights = p.matrix.packed + (size_t)(e.expert * n_panels + panel) *
+                                                           n_units * unit_bytes(TYPE);
+            for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
+                size_t row = (size_t)unit * p.input.n_rows + e.first;
+                uint8_t *to = wait_empty(r);
+                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
+                            lane == 0 ? p.input.bytes + row * ROW_BYTES
+                                      : weights + (size_t)unit * unit_bytes(TYPE),
+                            lane == 0   ? ROWS * ROW_BYTES
+                            : lane == 1 ? unit_bytes(TYPE)
+                                        : 0,
+                            false, r.full + r.at);
+                copies_sent(r.full + r.at);
+            }
+            continue;
+        }
+        alignas(16) float sum[ROWS / 2];
+        multiply_segment<TYPE, ROWS>(&r, n_units, warp, &first, a, sum);
+        const struct corner at = {panel * (PANEL / TILE) + warp, e.first, e.first, e.end,
+                                  (p.matrix.first_expert + e.expert) * p.matrix.n_outputs};
+        finish<EPILOGUE, ROWS / 8>(p, at, sum, NULL, NULL);
+    }
+}
+
 /* ---- launches ---- */
+
+enum { FEW_ENTRIES = 8, MANY_ENTRIES = 64 }; /* of an expert_product's tile at most */
+
+/* What this step's tiles have: more where experts have many rows. */
+static int entry_tile(const struct cuda_device *d) {
+    const struct model_config *c = d->device.config;
+    return d->n_rows * c->n_used > 2 * FEW_ENTRIES * c->n_experts ? MANY_ENTRIES : FEW_ENTRIES;
+}
 
 /* The stages of so many bytes that a block of this chip has room for, beside `others`. */
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
@@ -1425,6 +1596,32 @@ static void launch_product(struct cuda_device *d, const struct product &p, int n
     case PACKED_BF16: launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q8: launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated); break;
     case PACKED_Q4: launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated); break;
+    case PACKED_MXFP4: launch_typed<PACKED_MXFP4, EPILOGUE>(d, p, n_generated); break;
+    }
+}
+
+template <int TYPE, int EPILOGUE, int ROWS>
+static void launch_experts(struct cuda_device *d, struct product p) {
+    const int stage = stage_bytes(TYPE, ROWS);
+    p.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES);
+    launch(d, "expert_product_kernel", expert_product_kernel<TYPE, EPILOGUE, ROWS>,
+           grid_of(d->card->properties.multiProcessorCount), FED_THREADS,
+           (size_t)(p.n_stages * stage + RING_BARRIERS), p);
+}
+
+template <int EPILOGUE> static void launch_experts(struct cuda_device *d, const struct product &p) {
+    const bool few = entry_tile(d) == FEW_ENTRIES;
+    auto launch_typed = [&](auto type) {
+        if (few)
+            launch_experts<decltype(type)::value, EPILOGUE, FEW_ENTRIES>(d, p);
+        else
+            launch_experts<decltype(type)::value, EPILOGUE, MANY_ENTRIES>(d, p);
+    };
+    switch (p.matrix.type) {
+    case PACKED_BF16: launch_typed(std::integral_constant<int, PACKED_BF16>()); break;
+    case PACKED_Q8: launch_typed(std::integral_constant<int, PACKED_Q8>()); break;
+    case PACKED_Q4: launch_typed(std::integral_constant<int, PACKED_Q4>()); break;
+    case PACKED_MXFP4: launch_typed(std::integral_constant<int, PACKED_MXFP4>()); break;
     }
 }
 
@@ -2050,27 +2247,49 @@ static struct heads heads_of(const struct cuda_device *d, int layer) {
     return {d->step, d->q, kv, bytes, layer, d->n_heads, d->n_kv_heads, c->head_dim, width};
 }
 
-static struct attention attention_of(const struct cuda_device *d, int layer) {
-    const float scale = LOG2_E / sqrtf((float)d->device.config->head_dim);
-    return {heads_of(d, layer), d->attention, d->attention_places, scale,     INT_MAX, NULL, 0,
-            d->n_chunks,        d->part,      d->partial,          d->arrived};
+/* Of a vector that a layer may not have. */
+static const float *vector_of(const struct weight *weight) {
+    return weight ? weight->vector : NULL;
+}
+
+static struct attention attention_of(const struct cuda_device *d, const struct weight *sinks,
+                                     int layer) {
+    const struct model_config *c = d->device.config;
+    const float usual = 1.0f / sqrtf((float)c->head_dim);
+    return {heads_of(d, layer),
+            d->attention,
+            d->attention_places,
+            LOG2_E * (c->attention_scale > 0.0f ? c->attention_scale : usual),
+            model_window(c, layer),
+            vector_of(sinks),
+            0,
+            d->n_chunks,
+            d->part,
+            d->partial,
+            d->arrived};
 }
 
 static void cuda_attention(struct device *device, const struct weight *const *layer,
                            int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
-    (void)layer; /* sinks: see check_wanted */
-    launch_attention(d, attention_of(d, layer_index));
+    launch_attention(d, attention_of(d, layer[ATTN_SINKS], layer_index));
 }
 
 /* ==== 6. Embedding, norm, rope: one block or warp a row, bound by memory ==== */
 
 enum { ALL_ROWS = -1 };
 
-/* x = token_embd[token], and the angles of the row's position. */
+struct turns { /* see struct cuda_device */
+    float2 *turn;
+    const float *frequency;
+    int n_turns, n_rows, n_pairs;
+    float magnitude; /* of cosine and sine */
+};
+
+/* x = token_embd[token] * scale, and the angles of the row's position. */
 __global__ void embed_kernel(const struct step_header *step, const struct matrix embedding,
-                             float *x, int x_stride, int d_model, float2 *turn,
-                             const float *frequency, int n_pairs) {
+                             float scale, float *x, int x_stride, int d_model,
+                             const struct turns t) {
     grid_wait();
     grid_launch_dependents();
     int row = (int)blockIdx.x;
@@ -2079,19 +2298,25 @@ __global__ void embed_kernel(const struct step_header *step, const struct matrix
     int token = array_of<int>(step, step->token)[row];
     int position = array_of<int>(step, step->position)[row];
     for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        x[(size_t)row * x_stride + i] = matrix_element(embedding, token, i);
-    for (int i = (int)threadIdx.x; i < n_pairs; i += THREADS) {
-        double angle = (double)position * (double)frequency[i];
+        x[(size_t)row * x_stride + i] = matrix_element(embedding, token, i) * scale;
+    for (int i = (int)threadIdx.x; i < t.n_turns * t.n_pairs; i += THREADS) {
+        double angle = (double)position * (double)t.frequency[i];
         double halves = angle * 0.31830988618379067; /* of a turn: cos would need a stack */
-        turn[(size_t)row * n_pairs + i] = make_float2((float)cospi(halves), (float)sinpi(halves));
+        size_t to = ((size_t)(i / t.n_pairs) * t.n_rows + row) * t.n_pairs + i % t.n_pairs;
+        t.turn[to] =
+            make_float2((float)cospi(halves) * t.magnitude, (float)sinpi(halves) * t.magnitude);
     }
 }
 
 static void cuda_embed(struct device *device, const struct weight *token_embd) {
     struct cuda_device *d = (struct cuda_device *)device;
+    const struct model_config *c = device->config;
+    const struct turns turns = {
+        d->turn,          d->rope_frequency, d->n_turns,
+        device->max_rows, c->rope_dim / 2,   c->rope_magnitude > 0.0f ? c->rope_magnitude : 1.0f};
     launch(d, "embed_kernel", embed_kernel, grid_of(d->n_rows), THREADS, 0, d->step,
-           token_embd->matrix, d->x, d->x_stride, device->config->d_model, d->turn,
-           d->rope_frequency, device->config->rope_dim / 2);
+           token_embd->matrix, c->embedding_scale > 0.0f ? c->embedding_scale : 1.0f, d->x,
+           d->x_stride, c->d_model, turns);
 }
 
 /* The sum of all threads' values, in every thread, in a fixed order. shared: (THREADS / 32) */
@@ -2266,15 +2491,11 @@ __global__ void rope_append_kernel(const struct rope r) {
     }
 }
 
-/* Of a norm or bias that a layer may not have. */
-static const float *vector_of(const struct weight *weight) {
-    return weight ? weight->vector : NULL;
-}
-
 static void cuda_rope_append(struct device *device, const struct weight *const *layer,
                              int layer_index) {
     struct cuda_device *d = (struct cuda_device *)device;
     const struct model_config *c = device->config;
+    const bool windowed = d->n_turns > 1 && model_window(c, layer_index) < INT_MAX;
     const struct rope r = {heads_of(d, layer_index),
                            d->qkv,
                            d->qkv_stride,
@@ -2283,7 +2504,7 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
                            c->norm_epsilon,
                            vector_of(layer[ATTN_Q_NORM]),
                            vector_of(layer[ATTN_K_NORM]),
-                           d->turn};
+                           d->turn + (windowed ? device->max_rows * (c->rope_dim / 2) : 0)};
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
            grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
@@ -2305,12 +2526,22 @@ static void multiply_qkv(struct cuda_device *d, const struct weight *const *laye
     launch_product<STORE>(d, p, d->n_generated);
 }
 
-static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
-    struct product p = product_of(d, layer[FFN_GATE], d->h, NULL, 0); /* with up */
+/* Of gate with up, whose biases follow each other too. */
+static struct product gated(const struct cuda_device *d, const struct weight *const *layer,
+                            int role, int bias) {
+    struct product p = product_of(d, layer[role], d->h, NULL, 0);
+    p.bias[0] = vector_of(layer[bias]);
+    p.bias[1] = vector_of(layer[bias + 1]);
+    p.activation = d->device.config->activation;
     p.ffn = d->ffn;
     p.ffn_places = d->ffn_places;
+    return p;
+}
+
+static void multiply_gate_up(struct cuda_device *d, const struct weight *const *layer) {
+    struct product p = gated(d, layer, FFN_GATE, FFN_GATE_BIAS);
     p.rows = normed_of(d);
-    launch_product<SILU>(d, p, d->n_generated);
+    launch_product<GATED>(d, p, d->n_generated);
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
@@ -2319,13 +2550,18 @@ static struct product projection(const struct cuda_device *d, const struct weigh
                       d->x_stride);
 }
 
+/* Where the sum of all shards goes: with a norm behind it, it is not added to x at once. */
+static float *sum_of_layer(const struct cuda_device *d) {
+    return d->total ? d->total : d->x;
+}
+
 /* The product that waits, if one does, and the norm behind it, if there is one. */
 static void project_pending(struct cuda_device *d, const struct weight *norm) {
     const bool waits = d->pending && d->device.n_shards == 1;
     d->normed = waits;
     if (waits) {
-        struct product p = projection(d, d->pending, d->pending_input, d->x);
-        p.adds = true;
+        struct product p = projection(d, d->pending, d->pending_input, sum_of_layer(d));
+        p.adds = !d->total;
         if (norm) {
             p.next = normed_of(d);
             p.next_norm = norm->vector;
@@ -2347,7 +2583,7 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
     d->pending = matrix;
     d->pending_input = input;
     if (device->n_shards == 1) {
-        if (!d->recording || d->n_rows > NORMED_ROWS)
+        if (!d->recording || d->n_rows > NORMED_ROWS || d->total)
             project_pending(d, NULL);
         return;
     }
@@ -2369,14 +2605,33 @@ static void cuda_norm_gate_up(struct device *device, const struct weight *const 
     multiply_gate_up(d, layer);
 }
 
-/* ---- several shards ---- */
+/* ---- several shards; what is added to x ---- */
+
+/* x += rmsnorm(from) * weight, or += weight where `from` is NULL. A block a row. */
+__global__ void add_kernel(const struct step_header *step, float *x, int x_stride,
+                           const float *from, const float *weight, int n, float epsilon) {
+    DYNAMIC_SHARED(float, shared);
+    grid_launch_dependents();
+    const size_t at = (size_t)blockIdx.x * x_stride;
+    float squares = 0.0f, scale = 1.0f;
+    grid_wait();
+    if ((int)blockIdx.x >= step->n_rows)
+        return;
+    for (int i = (int)threadIdx.x; i < n && from; i += THREADS)
+        squares += from[at + i] * from[at + i];
+    if (from)
+        scale = scale_of_norm(sum_of_block(squares, shared), n, epsilon);
+    for (int i = (int)threadIdx.x; i < n; i += THREADS)
+        x[at + i] += (from ? from[at + i] * scale : 1.0f) * weight[i];
+}
 
 struct partial_sums {
     const float *of_shard[MAX_SHARDS];
 };
 
-/* x (n_rows, width) += the shards' sums, added as a binary tree. */
-__global__ void reduce_kernel(float *x, const struct partial_sums sums, int n_shards, int n) {
+/* to (n_rows, width) += or = the shards' sums, added as a binary tree. */
+__global__ void reduce_kernel(float *to, bool adds, const struct partial_sums sums, int n_shards,
+                              int n) {
     grid_wait();
     grid_launch_dependents();
     int i = (int)(blockIdx.x * THREADS + threadIdx.x);
@@ -2388,7 +2643,7 @@ __global__ void reduce_kernel(float *x, const struct partial_sums sums, int n_sh
     for (int m = MAX_SHARDS; m > 1; m /= 2)
         for (int j = 0; j < m / 2; j++)
             value[j] = value[2 * j] + value[2 * j + 1];
-    x[i] += value[0];
+    to[i] = adds ? to[i] + value[0] : value[0];
 }
 
 /* Copies from another shard, when all is done that is on its stream by now. Enters `to`. */
@@ -2402,9 +2657,9 @@ static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device 
                                 to->gpu.stream));
 }
 
-/* Every shard fetches the sums of all others, and adds the same tree to its own x. */
-static void reduce_generated(struct cuda_device **shards, int n_shards) {
-    int end = shards[0]->n_generated;
+/* Of rows [0, end) every shard fetches the sums of all others, and adds the same tree to its own x.
+ */
+static void reduce_rows(struct cuda_device **shards, int n_shards, int end) {
     int piece = larger(shards[0]->device.max_rows / n_shards, 1); /* `gathered` holds n_shards */
     for (int row = 0; row < end; row += piece) {
         int n = smaller(end - row, piece) * shards[0]->x_stride;
@@ -2420,7 +2675,7 @@ static void reduce_generated(struct cuda_device **shards, int n_shards) {
                     fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
             }
             launch(d, "reduce_kernel", reduce_kernel, grid_of(divide(n, THREADS)), THREADS, 0,
-                   d->x + at, sums, n_shards, n);
+                   sum_of_layer(d) + at, !d->total, sums, n_shards, n);
         }
     }
 }
@@ -2437,10 +2692,10 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
         for (int s = 0; s < n_shards; s++) {
             struct cuda_device *d = enter(&shards[s]->device, "adding up shards");
             struct product p = projection(d, d->pending, d->pending_input,
-                                          d == last ? d->x : d->sums[d->turn_of_sums]);
+                                          d == last ? sum_of_layer(d) : d->sums[d->turn_of_sums]);
             p.first_row = row;
             p.n_rows = n;
-            p.adds = d == last;
+            p.adds = d == last && !d->total;
             if (s > 0) {
                 struct cuda_device *before = shards[s - 1];
                 fetch_sums(d, d->gathered + at, before, before->sums[before->turn_of_sums] + at,
@@ -2450,18 +2705,239 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
             launch_product<STORE>(d, p, 0);
         }
         for (int s = 0; s < n_shards - 1; s++)
-            fetch_sums(shards[s], shards[s]->x + at, last, last->x + at, bytes);
+            fetch_sums(shards[s], sum_of_layer(shards[s]) + at, last, sum_of_layer(last) + at,
+                       bytes);
     }
 }
 
+/* Experts have left sums of all rows, projections those of generated ones. */
 static void cuda_all_reduce_add(struct device **shards, int n_shards,
                                 const struct weight *const *norm) {
     struct cuda_device **all = (struct cuda_device **)shards;
-    (void)norm; /* see check_wanted */
-    if (all[0]->n_generated > 0)
-        reduce_generated(all, n_shards);
-    if (all[0]->n_rows > all[0]->n_generated)
+    const int n_rows = all[0]->n_rows, end = all[0]->pending ? all[0]->n_generated : n_rows;
+    if (n_shards > 1 && end > 0)
+        reduce_rows(all, n_shards, end);
+    if (n_shards > 1 && n_rows > end)
         chain_prompts(all, n_shards);
+    for (int s = 0; s < n_shards && norm; s++) {
+        struct cuda_device *d = enter(shards[s], "adding up shards");
+        launch(d, "add_kernel", add_kernel, grid_of(n_rows), THREADS,
+               THREADS / WARP * sizeof(float), d->step, d->x, d->x_stride, d->total,
+               norm[s]->vector, d->device.config->d_model, d->device.config->norm_epsilon);
+    }
+}
+
+static void cuda_add_bias(struct device *device, const struct weight *bias) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    launch(d, "add_kernel", add_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->x, d->x_stride,
+           (const float *)NULL, bias->vector, device->config->d_model, 0.0f);
+}
+
+/* ---- experts ---- */
+
+/* logits (n_rows, n_experts) = router . rmsnorm(x) + bias: a block a row and 8 experts, a warp an
+ * expert; all in f32. */
+__global__ void route_kernel(const struct step_header *step, const float *x, int x_stride,
+                             int d_model, float epsilon, const float *norm, const float *router,
+                             const float *bias, int n_experts, float *logits) {
+    DYNAMIC_SHARED(float, shared);
+    grid_launch_dependents();
+    const int row = (int)blockIdx.x, lane = (int)threadIdx.x % WARP;
+    const int expert = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
+    const float *from = x + (size_t)row * x_stride;
+    const float *weight = router + (size_t)smaller(expert, n_experts - 1) * d_model;
+    float squares = 0.0f, sum = 0.0f;
+    grid_wait();
+    if (row >= step->n_rows)
+        return;
+    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
+        squares += from[i] * from[i];
+    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    for (int i = lane; i < d_model; i += WARP)
+        sum = fmaf(from[i] * scale * norm[i], weight[i], sum);
+    for (int i = 16; i > 0; i /= 2)
+        sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    if (lane == 0 && expert < n_experts)
+        logits[(size_t)row * n_experts + expert] = sum + (bias ? bias[expert] : 0.0f);
+}
+
+/* Of each row the n_used experts with the largest logits, of equals those that come first, and
+ * their shares. A warp a row; a lane has every 32nd logit, which becomes -inf when it is chosen. */
+__global__ void choose_kernel(const struct step_header *step, float *logits, int n_experts,
+                              int n_used, bool share_of_all, int *chosen, float *share) {
+    grid_launch_dependents();
+    const int lane = (int)threadIdx.x % WARP;
+    const int row = (int)blockIdx.x * (THREADS / WARP) + (int)threadIdx.x / WARP;
+    grid_wait();
+    if (row >= step->n_rows)
+        return;
+    float *own = logits + (size_t)row * n_experts, largest = 0.0f, sum = 0.0f;
+    for (int i = 0; i < n_used; i++) {
+        float most = -INFINITY;
+        int expert = n_experts - 1;
+        for (int e = lane; e < n_experts; e += WARP)
+            if (own[e] > most) {
+                most = own[e];
+                expert = e;
+            }
+        for (int step_of = 16; step_of > 0; step_of /= 2) {
+            float other = __shfl_xor_sync(0xffffffffu, most, step_of);
+            int other_expert = __shfl_xor_sync(0xffffffffu, expert, step_of);
+            if (other > most || (other == most && other_expert < expert)) {
+                most = other;
+                expert = other_expert;
+            }
+        }
+        if (i == 0) {
+            largest = most;
+            for (int e = lane; e < n_experts && share_of_all; e += WARP)
+                sum += expf(own[e] - largest);
+            for (int step_of = 16; step_of > 0; step_of /= 2)
+                sum += __shfl_xor_sync(0xffffffffu, sum, step_of);
+        }
+        const float part = expf(most - largest);
+        sum += share_of_all ? 0.0f : part;
+        if (lane == 0) {
+            chosen[row * n_used + i] = expert;
+            share[row * n_used + i] = part;
+        }
+        if (expert % WARP == lane)
+            own[expert] = -INFINITY;
+    }
+    for (int i = 0; i < n_used && lane == 0; i++)
+        share[row * n_used + i] /= sum;
+}
+
+/* The places of entries, -1: another shard's; and their tiles. One block; shared: (2, n_own). */
+__global__ void group_kernel(const struct step_header *step, const int *chosen, int n_used,
+                             int first_own, int n_own, int tile, int *entry,
+                             struct group_list *groups) {
+    DYNAMIC_SHARED(int, count);
+    grid_launch_dependents();
+    int *next = count + n_own;
+    for (int i = (int)threadIdx.x; i < n_own; i += THREADS)
+        count[i] = 0;
+    grid_wait();
+    __syncthreads();
+    const int n = step->n_rows * n_used;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS)
+        if ((unsigned)(chosen[i] - first_own) < (unsigned)n_own)
+            atomicAdd(&count[chosen[i] - first_own], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int n_tiles = 0, first = 0;
+        for (int expert = 0; expert < n_own; expert++) {
+            const int end = first + count[expert];
+            next[expert] = first;
+            for (int at = first; at < end; at += tile)
+                groups->tiles[n_tiles++] = {expert, at, smaller(at + tile, end)};
+            first = divide(end, 8) * 8;
+        }
+        groups->n = n_tiles;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += THREADS) {
+        const int own = chosen[i] - first_own;
+        entry[i] = (unsigned)own < (unsigned)n_own ? atomicAdd(&next[own], 1) : -1;
+    }
+}
+
+/* h = rmsnorm(x) * weight as bf16, of each row in the places of all its entries, with zeros up to
+ * x_stride: a row that is no number may have left its like there. A block a row. */
+__global__ void spread_kernel(const struct step_header *step, const float *x, int x_stride,
+                              int d_model, float epsilon, const float *norm, const int *entry,
+                              int n_used, const struct planes h) {
+    DYNAMIC_SHARED(float, shared);
+    grid_launch_dependents();
+    const int row = (int)blockIdx.x;
+    const float *from = x + (size_t)row * x_stride;
+    float squares = 0.0f;
+    grid_wait();
+    if (row >= step->n_rows)
+        return;
+    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
+        squares += from[i] * from[i];
+    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    for (int i = (int)threadIdx.x * 2; i < x_stride; i += THREADS * 2) { /* zeros pad x and norm */
+        uint32_t both = pack_bf16(from[i] * scale * norm[i], from[i + 1] * scale * norm[i + 1]);
+        for (int j = 0; j < n_used; j++)
+            if (entry[row * n_used + j] >= 0)
+                *reinterpret_cast<uint32_t *>(plane_element(h, entry[row * n_used + j], i)) = both;
+    }
+}
+
+/* to += or = each row's outputs of its experts by their shares, summed by groups of experts, and
+ * those as a binary tree: see expert_group. A block a row. */
+__global__ void combine_kernel(const struct step_header *step, const int *chosen, const int *entry,
+                               const float *share, int n_used, int n_experts, int n_shards,
+                               const float *out, float *to, int x_stride, int d_model, bool adds) {
+    grid_launch_dependents();
+    const int row = (int)blockIdx.x, n_own = K_SEGMENTS / n_shards;
+    grid_wait();
+    if (row >= step->n_rows)
+        return;
+    for (int i = (int)threadIdx.x; i < d_model; i += THREADS) {
+        float sum[K_SEGMENTS];
+#pragma unroll
+        for (int group = 0; group < K_SEGMENTS; group++) {
+            sum[group] = 0.0f;
+            for (int j = row * n_used; j < (row + 1) * n_used; j++)
+                if (entry[j] >= 0 && chosen[j] * K_SEGMENTS / n_experts % n_own == group)
+                    sum[group] = fmaf(share[j], out[(size_t)entry[j] * x_stride + i], sum[group]);
+        }
+#pragma unroll
+        for (int n = K_SEGMENTS; n > 1; n /= 2)
+#pragma unroll
+            for (int j = 0; j < n / 2; j++)
+                sum[j] = sum[2 * j] + sum[2 * j + 1];
+        float *at = to + (size_t)row * x_stride + i;
+        *at = adds ? *at + sum[0] : sum[0];
+    }
+}
+
+static void cuda_norm_route(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    const struct model_config *c = device->config;
+    const int n_warps = THREADS / WARP, first = first_expert(c, device->rank, device->n_shards);
+    const int n_own = first_expert(c, device->rank + 1, device->n_shards) - first;
+    const float *norm = layer[FFN_NORM]->vector;
+    project_pending(d, NULL);
+    launch(d, "route_kernel", route_kernel, grid_of(d->n_rows, divide(c->n_experts, n_warps)),
+           THREADS, n_warps * sizeof(float), d->step, d->x, d->x_stride, c->d_model,
+           c->norm_epsilon, norm, layer[ROUTER]->vector, vector_of(layer[ROUTER_BIAS]),
+           c->n_experts, d->router);
+    launch(d, "choose_kernel", choose_kernel, grid_of(divide(d->n_rows, n_warps)), THREADS, 0,
+           d->step, d->router, c->n_experts, c->n_used, c->share_of_all, d->chosen, d->share);
+    launch(d, "group_kernel", group_kernel, grid_of(1), THREADS,
+           2 * sizeof(int) * (size_t)larger(n_own, 1), d->step, d->chosen, c->n_used, first, n_own,
+           entry_tile(d), d->entry, d->groups);
+    launch(d, "spread_kernel", spread_kernel, grid_of(d->n_rows), THREADS, n_warps * sizeof(float),
+           d->step, d->x, d->x_stride, c->d_model, c->norm_epsilon, norm, d->entry, c->n_used,
+           d->h);
+}
+
+static void cuda_expert_gate_up(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    struct product p = gated(d, layer, GATE_EXPERTS, GATE_EXPERTS_BIAS);
+    p.groups = d->groups;
+    launch_experts<GATED>(d, p);
+}
+
+static void cuda_expert_down_add(struct device *device, const struct weight *const *layer) {
+    struct cuda_device *d = (struct cuda_device *)device;
+    const struct model_config *c = device->config;
+    struct product p = product_of(d, layer[DOWN_EXPERTS], d->ffn, d->expert_out, d->x_stride);
+    p.bias[0] = vector_of(layer[DOWN_EXPERTS_BIAS]);
+    p.bias_end[0] = p.bias_end[1] = INT_MAX;
+    p.groups = d->groups;
+    launch_experts<STORE>(d, p);
+    d->pending = NULL;
+    d->turn_of_sums ^= 1;
+    const bool alone = device->n_shards == 1;
+    launch(d, "combine_kernel", combine_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->chosen,
+           d->entry, d->share, c->n_used, c->n_experts, device->n_shards, d->expert_out,
+           alone ? sum_of_layer(d) : d->sums[d->turn_of_sums], d->x_stride, c->d_model,
+           alone && !d->total);
 }
 
 /* ==== 8. Logits and samples ==== */
@@ -2794,14 +3270,6 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
                     n_gpus, n_gpus - 1);
     if (!device_fits(wanted, error))
         return false;
-    if (config->n_experts > 0 || config->window > 0 || config->post_norm ||
-        config->activation != ACTIVATE_SILU || (config->rope_magnitude > 0 && config->rope_magnitude != 1))
-        return fail(error,
-                    "a model with %s: the CUDA kernels do not compute it; use --devices cpu:2",
-                    config->n_experts > 0 ? "experts"
-                    : config->window > 0  ? "windows"
-                    : config->post_norm   ? "norms behind its layers"
-                                          : "YaRN");
     if (config->head_dim % 8 || config->head_dim > 256)
         return fail(error,
                     "heads of %d: the CUDA kernels cover multiples of 8 up to 256; use "
@@ -2815,9 +3283,9 @@ static int stride_of(int n) { /* to a multiple of 8: rows begin at 16 bytes */
     return divide(n, 8) * 8;
 }
 
-/* Rows of an input of products, which are read in tiles of up to ROW_TILE. */
-static void take_planes(struct cuda_device *d, struct planes *p, int n_units, bool *ok) {
-    p->n_rows = stride_of(larger(d->device.max_rows, d->device.max_samples) + ROW_TILE);
+/* n rows of an input of products, which are read in tiles of up to ROW_TILE. */
+static void take_planes(struct cuda_device *d, struct planes *p, int n, int n_units, bool *ok) {
+    p->n_rows = stride_of(n + ROW_TILE);
     gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
 }
 
@@ -2833,7 +3301,12 @@ static bool allocate_activations(struct cuda_device *d) {
     d->n_chunks = d->n_kv_heads * divide(group, cut_of(head).heads);
     d->part = smaller(group, cut_of(head).heads) * (head + 4);
     d->attention_places = make_segments(q_cols, grain_of(c, q_cols), first, n_segments);
-    d->ffn_places = make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
+    const bool experts = c->n_experts > 0; /* whole ones: their K is not cut */
+    d->ffn_places = experts ? make_segments(c->d_ff, 0, 0, K_SEGMENTS)
+                            : make_segments(c->d_ff, grain_of(c, c->d_ff), first, n_segments);
+    const int n_entries = (int)rows * c->n_used, n_gaps = smaller(n_entries, c->n_experts);
+    const int n_places = n_entries + 7 * n_gaps; /* a place for each, and 7 behind each expert's */
+    const int n_rows = larger((int)rows, (int)samples);
     d->x_stride = stride_of(c->d_model);
     d->qkv_stride = (d->n_heads + 2 * d->n_kv_heads) * c->head_dim;
     d->logits_stride = stride_of(c->vocab_size);
@@ -2842,16 +3315,26 @@ static bool allocate_activations(struct cuda_device *d) {
     bool ok = true;
     auto take = [&](auto **memory, size_t elements) { gpu_take(&d->gpu, memory, elements, &ok); };
     take(&d->x, rows * x);
-    take_planes(d, &d->h, divide(c->d_model, UNIT), &ok);
+    take_planes(d, &d->h, larger(n_rows, n_places), divide(c->d_model, UNIT), &ok);
     take(&d->qkv, rows * (size_t)d->qkv_stride);
     take(&d->q, rows * (size_t)(d->n_heads * head));
-    take_planes(d, &d->attention, d->attention_places.unit[n_segments], &ok);
-    take_planes(d, &d->ffn, d->ffn_places.unit[n_segments], &ok);
+    take_planes(d, &d->attention, n_rows, d->attention_places.unit[n_segments], &ok);
+    take_planes(d, &d->ffn, larger(n_rows, n_places), d->ffn_places.unit[d->ffn_places.n], &ok);
+    take(&d->router, rows * (size_t)c->n_experts);
+    take(&d->chosen, (size_t)n_entries);
+    take(&d->entry, (size_t)n_entries);
+    take(&d->share, (size_t)n_entries);
+    take((struct entries **)&d->groups,
+         experts ? (size_t)(n_gaps + divide(n_entries, FEW_ENTRIES)) + 1 : 0);
+    take(&d->expert_out, (size_t)n_places * x);
+    if (c->post_norm)
+        take(&d->total, rows * x);
     take(&d->sums_of_blocks, blocks * K_SEGMENTS * GENERATED_ROWS / 8 * CONSUMERS * WARP);
     take(&d->blocks_done, blocks);
     take(&d->squares, (rows + GENERATED_ROWS) * (size_t)norm_tiles(d));
-    take(&d->turn, rows * (size_t)(c->rope_dim / 2));
-    take(&d->rope_frequency, (size_t)c->rope_dim / 2);
+    d->n_turns = c->theta_windowed > 0.0f ? 2 : 1;
+    take(&d->turn, rows * (size_t)(c->rope_dim / 2 * d->n_turns));
+    take(&d->rope_frequency, (size_t)(c->rope_dim / 2 * d->n_turns));
     take(&d->arrived, rows * (size_t)d->n_heads);
     take(&d->logits, logit_rows * (size_t)d->logits_stride);
     take(&d->sampler_rows, logit_rows);
@@ -2863,8 +3346,8 @@ static bool allocate_activations(struct cuda_device *d) {
                              cudaHostAllocPortable) == cudaSuccess;
     if (ok)
         TRY(d, cudaMemcpyAsync(d->rope_frequency, d->device.rope_frequency,
-                               (size_t)c->rope_dim / 2 * sizeof(float), cudaMemcpyHostToDevice,
-                               d->streams[STREAM_COMPUTE]));
+                               (size_t)(c->rope_dim / 2 * d->n_turns) * sizeof(float),
+                               cudaMemcpyHostToDevice, d->streams[STREAM_COMPUTE]));
     TRY(d, cudaStreamSynchronize(d->streams[STREAM_COMPUTE]));
     return ok;
 }
@@ -3006,7 +3489,11 @@ static const struct backend operations = {
     .attention = cuda_attention,
     .project_add = cuda_project_add,
     .norm_gate_up = cuda_norm_gate_up,
+    .norm_route = cuda_norm_route,
+    .expert_gate_up = cuda_expert_gate_up,
+    .expert_down_add = cuda_expert_down_add,
     .all_reduce_add = cuda_all_reduce_add,
+    .add_bias = cuda_add_bias,
     .sample = cuda_sample,
     .step_end = cuda_step_end,
     .kv_type = KV_BF16,

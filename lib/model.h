@@ -100,10 +100,15 @@ enum tensor_role {
  * and v; gate and up. In this order, NULL behind the last. */
 static inline void model_together(const struct tensor *const *layer, int role,
                                   const struct tensor *together[4]) {
-    int first = role >= ATTN_Q && role <= ATTN_V     ? (int)ATTN_Q
-                : role == FFN_GATE || role == FFN_UP ? (int)FFN_GATE
-                                                     : role;
-    int last = first == ATTN_Q ? (int)ATTN_V : first == FFN_GATE ? (int)FFN_UP : role;
+    static const struct {
+        int first, last;
+    } all[] = {{ATTN_Q, ATTN_V}, {FFN_GATE, FFN_UP}, {GATE_EXPERTS, UP_EXPERTS}};
+    int first = role, last = role;
+    for (int i = 0; i < 3; i++)
+        if (role >= all[i].first && role <= all[i].last) {
+            first = all[i].first;
+            last = all[i].last;
+        }
     for (int i = first; i <= last; i++)
         together[i - first] = layer[i];
     together[last - first + 1] = NULL;

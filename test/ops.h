@@ -243,7 +243,7 @@ enum { TEST_LAYERS = 2, MOST_PAIRS = 128 };
 struct test_model {
     struct model model;
     const struct tensor *tensors[TEST_LAYERS][N_ROLES];
-    float frequency[MOST_PAIRS];
+    float frequency[2 * MOST_PAIRS];
 };
 
 /* A random shape for `shards` or fewer, of rows that blocks of n_k elements fill. */
@@ -269,6 +269,38 @@ static struct model_config draw_config(struct random *random, int n_k, int shard
     return c;
 }
 
+enum { PLAIN, EXPERTS, GPT_OSS_LIKE, WINDOWED, GEMMA_LIKE, N_KINDS };
+
+/* The same of a kind of model that has more. */
+static struct model_config draw_kind(struct random *random, int n_k, int shards, int kind) {
+    struct model_config c = draw_config(random, n_k, shards);
+    if (kind == EXPERTS || kind == GPT_OSS_LIKE) {
+        c.n_experts = between(random, 6, 20);
+        c.n_used = between(random, 1, 5);
+        c.share_of_all = below(random, 2);
+    }
+    if (kind == GPT_OSS_LIKE || kind == WINDOWED) {
+        c.activation = ACTIVATE_CLAMPED;
+        c.rope_scale = 32.0f;
+        c.rope_magnitude = 1.3f;
+        c.yarn_low = 1.0f;
+        c.yarn_high = 5.0f;
+    }
+    if (kind == GEMMA_LIKE) {
+        c.activation = ACTIVATE_GELU;
+        c.post_norm = true;
+        c.embedding_scale = 3.0f;
+        c.attention_scale = 0.2f;
+        c.theta_windowed = 100.0f;
+        c.rope_scale = 8.0f;
+    }
+    if (kind >= GPT_OSS_LIKE) {
+        c.window = between(random, 1, 20);
+        c.window_period = 2;
+    }
+    return c;
+}
+
 static int extent_of(const struct model_config *c, enum extent extent) {
     switch (extent) {
     case DIM_VOCAB: return c->vocab_size;
@@ -277,8 +309,27 @@ static int extent_of(const struct model_config *c, enum extent extent) {
     case DIM_KV: return c->n_kv_heads * c->head_dim;
     case DIM_FF: return c->d_ff;
     case DIM_HEAD: return c->head_dim;
+    case DIM_HEADS: return c->n_heads;
+    case DIM_EXPERTS: return c->n_experts;
+    case DIM_EXPERTS_FF: return c->n_experts * c->d_ff;
+    case DIM_EXPERTS_MODEL: return c->n_experts * c->d_model;
     default: return 1;
     }
+}
+
+/* Whether a model of this shape can have a tensor. */
+static bool has_tensor(const struct model_config *c, int role) {
+    if (role == NO_ROLE || role == ROPE_FREQS)
+        return false;
+    if (role == ATTN_POST_NORM || role == FFN_POST_NORM)
+        return c->post_norm;
+    if (role == ATTN_SINKS)
+        return c->window > 0 && !c->post_norm;
+    if (role == ATTN_OUTPUT_BIAS || (role >= FFN_GATE_BIAS && role <= FFN_DOWN_BIAS))
+        return c->activation == ACTIVATE_CLAMPED && (role == ATTN_OUTPUT_BIAS || c->n_experts == 0);
+    if (role >= FFN_GATE && role <= FFN_DOWN)
+        return c->n_experts == 0;
+    return role < ROUTER || c->n_experts > 0;
 }
 
 /* Every tensor of the table; of those that some models lack, half. types: of the matrices, by
@@ -292,12 +343,12 @@ static struct test_model *make_model(struct random *random, struct model_config 
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *t = &model_tensors[i];
         int role = t->role, rows = extent_of(&config, t->rows), cols = extent_of(&config, t->cols);
-        bool bias = role == Q_BIAS || role == K_BIAS || role == V_BIAS, vector = t->rows == DIM_ONE;
+        bool vector = t->rows == DIM_ONE, bias = vector && !strstr(t->name, "norm");
         for (int layer = 0; layer < (t->layered ? config.n_layers : 1); layer++) {
-            bool needed = t->required_by & (MODEL_LLAMA | MODEL_DENSE);
-            bool others = role == ATTN_SINKS || role == ATTN_OUTPUT_BIAS ||
-                          role == ATTN_POST_NORM || role > FFN_DOWN; /* test_reference.c's */
-            if (role == NO_ROLE || role == ROPE_FREQS || others || (!needed && below(random, 2)))
+            bool usual = (t->required_by & (MODEL_LLAMA | MODEL_DENSE | MODEL_EXPERTS)) ||
+                         role == ATTN_POST_NORM || role == FFN_POST_NORM;
+            if (!has_tensor(&config, role) || (!usual && below(random, 2)) ||
+                m->tensors[layer][role])
                 continue;
             float scale = 1.0f / sqrtf((float)config.d_model);
             scale = vector ? (bias ? 1.0f : 0.2f) : role == TOKEN_EMBD ? 1.0f : scale;
@@ -434,6 +485,8 @@ static struct worker *open_worker_on(struct backend *backend, int variant,
             struct slice slice = {model_tensors[j].slice, i, n_shards};
             for (int layer = 0; layer < m->model.config.n_layers && role != NO_ROLE; layer++) {
                 const struct tensor *together[4];
+                if (worker->weights[i][layer][role])
+                    continue;
                 model_together(m->tensors[layer], role, together);
                 worker->weights[i][layer][role] =
                     upload(worker->shards[i], m->tensors[layer][role], together, slice);
@@ -534,6 +587,14 @@ static void add_texts(struct batch *b, struct random *random, int n_generated, i
 
 /* ---- ops ---- */
 
+static void reduce_layer(struct worker *worker, int layer, int post_norm) {
+    const struct weight *norm[MAX_SHARDS];
+    for (int s = 0; s < worker->n_shards; s++)
+        norm[s] = worker->weights[s][layer][post_norm];
+    if (worker->n_shards > 1 || norm[0])
+        worker->backend->all_reduce_add(worker->shards, worker->n_shards, norm[0] ? norm : NULL);
+}
+
 /* One forward pass, as dynamo.c has it. False: it was a recording. */
 static bool forward(struct worker *worker, const struct batch *batch) {
     struct backend *backend = worker->backend;
@@ -549,17 +610,25 @@ static bool forward(struct worker *worker, const struct batch *batch) {
             backend->norm_qkv(worker->shards[s], l);
             backend->rope_append(worker->shards[s], l, layer);
             backend->attention(worker->shards[s], l, layer);
+            if (l[ATTN_OUTPUT_BIAS])
+                backend->add_bias(worker->shards[s], l[ATTN_OUTPUT_BIAS]);
             backend->project_add(worker->shards[s], l[ATTN_OUTPUT], INPUT_ATTENTION);
         }
-        if (n > 1)
-            backend->all_reduce_add(worker->shards, n, NULL);
+        reduce_layer(worker, layer, ATTN_POST_NORM);
         for (int s = 0; s < n; s++) {
             const struct weight *const *l = worker->weights[s][layer];
+            if (l[ROUTER]) {
+                backend->norm_route(worker->shards[s], l);
+                backend->expert_gate_up(worker->shards[s], l);
+                backend->expert_down_add(worker->shards[s], l);
+                continue;
+            }
             backend->norm_gate_up(worker->shards[s], l);
+            if (l[FFN_DOWN_BIAS])
+                backend->add_bias(worker->shards[s], l[FFN_DOWN_BIAS]);
             backend->project_add(worker->shards[s], l[FFN_DOWN], INPUT_FFN);
         }
-        if (n > 1)
-            backend->all_reduce_add(worker->shards, n, NULL);
+        reduce_layer(worker, layer, FFN_POST_NORM);
     }
     if (record && batch->n_samples > 0)
         backend->sample(worker->shards[0], worker->weights[0][0], NULL);
@@ -568,9 +637,20 @@ static bool forward(struct worker *worker, const struct batch *batch) {
     return record;
 }
 
-enum op { OP_EMBED, OP_NORM_QKV, OP_ROPE, OP_ATTENTION, OP_OUTPUT, OP_GATE_UP, OP_DOWN, OP_LOGITS };
-static const char *const op_names[] = {"embed",       "norm_qkv",     "rope_append", "attention",
-                                       "attn_output", "norm_gate_up", "ffn_down",    "sample"};
+enum op {
+    OP_EMBED,
+    OP_NORM_QKV,
+    OP_ROPE,
+    OP_ATTENTION,
+    OP_OUTPUT,
+    OP_GATE_UP,
+    OP_DOWN,
+    OP_LOGITS,
+    OP_EXPERTS
+};
+static const char *const op_names[] = {"embed",     "norm_qkv",    "rope_append",
+                                       "attention", "attn_output", "norm_gate_up",
+                                       "ffn_down",  "sample",      "experts"};
 
 /* One op on a worker of one shard, within a step. Inputs: all rows of the device, so that rows
  * which the step does not have are known too; outputs: NULL before it was run. */
@@ -647,6 +727,11 @@ static void call_op(const struct trial *t, enum op op) {
     case OP_OUTPUT: backend->project_add(t->device, l[ATTN_OUTPUT], INPUT_ATTENTION); break;
     case OP_GATE_UP: backend->norm_gate_up(t->device, l); break;
     case OP_DOWN: backend->project_add(t->device, l[FFN_DOWN], INPUT_FFN); break;
+    case OP_EXPERTS:
+        backend->norm_route(t->device, l);
+        backend->expert_gate_up(t->device, l);
+        backend->expert_down_add(t->device, l);
+        break;
     case OP_LOGITS: backend->sample(t->device, t->worker->weights[0][0], NULL); break;
     }
 }
@@ -1280,6 +1365,55 @@ static void products_of_mixed_types(struct check *check) {
     }
 }
 
+/* x += what the experts of each row make of it. */
+static void check_experts(struct check *check, struct random *random, enum tensor_type type,
+                          int n_generated, int n_prompt, int kind) {
+    static struct test_batch test;
+    struct model_config c = draw_kind(random, ref_block_elements(type), 1, kind);
+    int n = n_generated + n_prompt, d = c.d_model, text[MOST_LENGTH] = {0}, slots[KV_BLOCKS] = {0};
+    struct batch *batch = start_batch(&test);
+    for (int i = 0; i < n_generated; i++)
+        add_text(batch, text, slots, 0, 1, true);
+    if (n_prompt > 0)
+        add_text(batch, text, slots, 0, n_prompt, false);
+    struct trial t;
+    open_trial(&t, check, 0, make_model_of(random, c, type), batch, n + 3);
+    t.layer = below(random, TEST_LAYERS);
+    give(&t, A_X, random);
+    run_op(&t, OP_EXPERTS, 1 << A_X);
+    const struct tensor *const *l = t.m->tensors[t.layer];
+    double *x = ref_doubles(1, d), *expected = ref_doubles(n, d), largest = 0.0;
+    struct worst worst = {0, 0, 0};
+    for (int i = 0; i < n * d; i++) {
+        if (i % d == 0) {
+            for (int j = 0; j < d; j++)
+                x[j] = (double)t.in[A_X][i + j];
+            ref_norm(x, l[FFN_NORM], d, (double)c.norm_epsilon, x);
+            ref_experts(&c, l, x, expected + i);
+        }
+        largest = fmax(largest, fabs(expected[i]));
+    }
+    for (int i = 0; i < n * d; i++)
+        compare(&worst, i / d, i % d, (double)t.out[A_X][i], expected[i] + (double)t.in[A_X][i],
+                2e-2 * largest);
+    CHECK_WORST(worst, "experts: type %d, %d of %d, %d rows", (int)type, c.n_used, c.n_experts, n);
+    check_rest(&t, A_X, n);
+    free(x);
+    free(expected);
+    close_trial(&t);
+}
+
+static void experts(struct check *check) {
+    static const int generated[] = {0, 1, 3, 8, 33, 64, 70}, prompt[] = {0, 1, 30, 200};
+    struct random random = start("experts");
+    for (int i = 0; i < (SANITIZED ? 3 : 2 * N_TYPES); i++) {
+        int n_generated = PICK(&random, generated), n_prompt = PICK(&random, prompt);
+        check_experts(check, &random, all_types[(seed + (uint64_t)i) % N_TYPES],
+                      n_generated + n_prompt > 0 ? n_generated : 1, n_prompt,
+                      i % 2 ? EXPERTS : GPT_OSS_LIKE);
+    }
+}
+
 /* More rows than a piece of the largest product has, and more than one block of outputs. */
 static void products_of_many_rows(struct check *check) {
     static struct test_batch test;
@@ -1379,9 +1513,11 @@ static void attention_of_long_texts(struct check *check) {
 /* A prompt and what follows it, a token a step, in blocks anywhere: logits of each against
  * reference.h. */
 static void check_whole(struct check *check, struct random *random, enum tensor_type type,
-                        int variant) {
+                        int variant, int kind) {
     static struct test_batch test;
-    struct model_config config = draw_config(random, ref_block_elements(type), 1);
+    struct model_config config = draw_kind(random, ref_block_elements(type), 1, kind);
+    config.n_used = config.n_experts < 9 ? config.n_experts : 9; /* all: a choice may hang on … */
+    config.n_experts = config.n_used;                            /* … the last bits */
     struct test_model *m = make_model_of(random, config, type);
     int n = between(random, 18, 40), prompt = between(random, 1, n - 1), vocab = config.vocab_size;
     int text[40], slots[KV_BLOCKS];
@@ -1406,7 +1542,8 @@ static void check_whole(struct check *check, struct random *random, enum tensor_
     for (int i = 0; i < n * vocab; i++)
         compare(&worst, i / vocab, i % vocab, (double)got[i], expected[i],
                 model_error(worker->shards[0], type) * largest);
-    CHECK_WORST(worst, "logits: type %d, %d tokens, %d of them a prompt", (int)type, n, prompt);
+    CHECK_WORST(worst, "logits: kind %d, type %d, %d tokens, %d of them a prompt", kind, (int)type,
+                n, prompt);
     close_worker(worker);
     free_model(m);
     free(expected);
@@ -1416,7 +1553,15 @@ static void check_whole(struct check *check, struct random *random, enum tensor_
 static void whole_models(struct check *check) {
     struct random random = start("whole");
     for (int i = 0; i < (SANITIZED ? 2 : N_TYPES * (DRAWS > 2 ? 2 : 1)); i++)
-        check_whole(check, &random, all_types[(seed + (uint64_t)i) % N_TYPES], i % VARIANTS);
+        check_whole(check, &random, all_types[(seed + (uint64_t)i) % N_TYPES], i % VARIANTS, PLAIN);
+}
+
+static void whole_kinds(struct check *check) {
+    struct random random = start("kinds");
+    for (int kind = EXPERTS; kind < N_KINDS; kind++)
+        for (int i = 0; i < (SANITIZED ? 1 : 2); i++)
+            check_whole(check, &random, all_types[(seed + (uint64_t)(kind * 3 + i)) % N_TYPES],
+                        i % VARIANTS, kind);
 }
 
 /* ---- the same bits, however the work is cut ---- */
@@ -1490,10 +1635,10 @@ static void tell(struct check *check, struct worker *worker, struct random *rand
 
 /* A row's bits depend on its role and its own text alone. */
 static void check_told(struct check *check, struct random *random, enum tensor_type type,
-                       int variant) {
+                       int variant, int kind) {
     static const int cuts[][3] = {{9, 3, 1}, {100, 12, 2}, {30, 80, 4}}; /* chunk, crowd, shards */
     struct model_config config =
-        draw_config(random, ref_block_elements(type), CROWD_SHARDS > 1 ? CROWD_SHARDS : 1);
+        draw_kind(random, ref_block_elements(type), CROWD_SHARDS > 1 ? CROWD_SHARDS : 1, kind);
     struct test_model *m = make_model_of(random, config, type);
     struct story story =
         draw_story(random, between(random, 2, SANITIZED ? 20 : 40), 4, config.vocab_size);
@@ -1507,8 +1652,9 @@ static void check_told(struct check *check, struct random *random, enum tensor_t
     for (int i = 0; i < COUNT(cuts); i++) {
         worker = open_worker(variant, word(random), m, min_of(cuts[i][2], CROWD_SHARDS), 600);
         tell(check, worker, random, &story, cuts[i][0], cuts[i][1], told);
-        CHECK(same_bits(told, alone, n), "type %d, variant %d, %d tokens: chunks of %d among %d",
-              (int)type, variant, story.length, cuts[i][0], cuts[i][1]);
+        CHECK(same_bits(told, alone, n),
+              "kind %d, type %d, variant %d, %d tokens: chunks of %d among %d", kind, (int)type,
+              variant, story.length, cuts[i][0], cuts[i][1]);
         close_worker(worker);
     }
     free_model(m);
@@ -1520,16 +1666,22 @@ static void rows_alone_and_in_crowds(struct check *check) {
     struct random random = start("crowds");
     for (int i = 0; i < (SANITIZED ? (TEXT_DRAWS + 2) / 3 : TEXT_DRAWS); i++)
         check_told(check, &random, all_types[(seed + (uint64_t)i) % N_TYPES],
-                   i / N_TYPES % VARIANTS);
+                   i / N_TYPES % VARIANTS, PLAIN);
+}
+
+static void kinds_alone_and_in_crowds(struct check *check) {
+    struct random random = start("kinds in crowds");
+    for (int kind = EXPERTS; kind < N_KINDS; kind++)
+        check_told(check, &random, all_types[(seed + (uint64_t)kind) % N_TYPES], 0, kind);
 }
 
 /* Generated rows by themselves, so many at a time as products have a form for, and more. */
 static void check_counts(struct check *check, struct random *random, enum tensor_type type,
-                         int variant) {
+                         int variant, int kind) {
     static const int most[] = {80, 64, 32, 16, 8, 0};
     static struct test_batch test;
     struct test_model *m =
-        make_model_of(random, draw_config(random, ref_block_elements(type), 1), type);
+        make_model_of(random, draw_kind(random, ref_block_elements(type), 1, kind), type);
     int d = m->model.config.d_model, vocab = m->model.config.vocab_size, text[80], slots[80];
     float *x[2] = {floats(nth(80, d, 0)), floats(nth(80, d, 0))};
     float *logits[2] = {floats(nth(80, vocab, 0)), floats(nth(80, vocab, 0))};
@@ -1549,7 +1701,7 @@ static void check_counts(struct check *check, struct random *random, enum tensor
         peek(check, worker->shards[0], A_LOGITS, logits[i > 0], n_samples);
         CHECK(i == 0 || (same_bits(x[1], x[0], nth(n, d, 0)) &&
                          same_bits(logits[1], logits[0], nth(n_samples, vocab, 0))),
-              "type %d, variant %d: %d rows, as among more", (int)type, variant, n);
+              "kind %d, type %d, variant %d: %d rows, as among more", kind, (int)type, variant, n);
     }
     for (int i = 0; i < 2; i++) {
         free(x[i]);
@@ -1562,7 +1714,7 @@ static void check_counts(struct check *check, struct random *random, enum tensor
 static void any_number_of_rows(struct check *check) {
     struct random random = start("counts");
     for (int i = 0; i < N_TYPES; i++)
-        check_counts(check, &random, all_types[i], i % VARIANTS);
+        check_counts(check, &random, all_types[i], i % VARIANTS, i > 0 ? i % N_KINDS : EXPERTS);
 }
 
 enum { SHARD_SAMPLES = 9 };
@@ -1606,10 +1758,12 @@ static float *step_shards(struct check *check, struct random random, struct work
 }
 
 static void shards(struct check *check) {
+    static const int kinds[] = {PLAIN, EXPERTS, GPT_OSS_LIKE, GEMMA_LIKE};
     struct random random = start("shards");
-    for (int i = 0; i < (SANITIZED ? 1 : 2); i++) {
+    for (int i = 0; i < (SANITIZED ? 1 : 4); i++) {
         enum tensor_type type = all_types[(seed + (uint64_t)i) % N_TYPES];
-        struct model_config config = draw_config(&random, ref_block_elements(type), MAX_SHARDS);
+        struct model_config config =
+            draw_kind(&random, ref_block_elements(type), MAX_SHARDS, kinds[i]);
         config.n_layers = 1;
         struct test_model *m = make_model_of(&random, config, type);
         int n_rows = between(&random, SHARD_ROWS + 50, SHARD_ROWS + 80);
@@ -1619,8 +1773,9 @@ static void shards(struct check *check) {
             size_t n;
             struct worker *worker = open_worker(i % VARIANTS, word(&random), m, n_shards, n_rows);
             float *bits = step_shards(check, same, worker, n_rows, &n);
-            CHECK(!one || same_bits(bits, one, n), "type %d, d_ff %d, %d heads of %d: %d shards",
-                  (int)type, config.d_ff, config.n_heads, config.head_dim, n_shards);
+            CHECK(!one || same_bits(bits, one, n),
+                  "kind %d, type %d, d_ff %d, %d heads of %d: %d shards", kinds[i], (int)type,
+                  config.d_ff, config.n_heads, config.head_dim, n_shards);
             for (size_t at = 0; at < n; at++)
                 CHECK(bits[at] == bits[at], "x and logits are numbers");
             free(one);
@@ -1932,7 +2087,9 @@ static void refused_shards(struct check *check) {
         {"products_q4_k", products_q4_k}, {"products_q6_k", products_q6_k},                        \
         {"products_mxfp4", products_mxfp4}, {"products_of_mixed_types", products_of_mixed_types},  \
         {"products_of_many_rows", products_of_many_rows}, {"embedding", embedding},                \
-        {"rope", rope}, {"attention_of_all_heads", attention_of_all_heads},                        \
+        {"rope", rope}, {"experts", experts}, {"whole_kinds", whole_kinds},                        \
+        {"kinds_alone_and_in_crowds", kinds_alone_and_in_crowds},                                  \
+        {"attention_of_all_heads", attention_of_all_heads},                                        \
         {"attention_of_long_texts", attention_of_long_texts}, {"whole_models", whole_models},      \
         {"rows_alone_and_in_crowds", rows_alone_and_in_crowds},                                    \
         {"any_number_of_rows", any_number_of_rows}, {"shards", shards},                            \

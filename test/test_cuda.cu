@@ -54,7 +54,7 @@ enum {
     ORDERS = SANITIZED ? 2 : 3,
     VARIANTS = 1,
     LOGITS_KEPT = LOGIT_ROWS,
-    MXFP4 = 0,
+    MXFP4 = 1,
     DRAWS = 2,
     TEXT_DRAWS = 2,
     CROWD_SHARDS = 1,
@@ -432,7 +432,7 @@ static void read_weight(struct check *check, struct device *device, const struct
 
 static void attend(const struct trial *t) {
     struct cuda_device *d = enter(t->device, "testing");
-    struct attention a = attention_of(d, t->layer);
+    struct attention a = attention_of(d, NULL, t->layer);
     size_t n = (size_t)t->device->config->n_heads;
     float *sinks = (float *)t->device->backend->alloc(t->device, n * sizeof(float));
     need(sinks != NULL, "no memory for sinks");
