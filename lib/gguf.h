@@ -36,6 +36,18 @@ enum tensor_type {
     TYPE_Q6_K = 14,
     TYPE_BF16 = 30
 };
+/* Others that are read: kept as Q8_0, since no kernel multiplies them (repack.h). */
+enum stored_type {
+    STORED_Q4_1 = 3,
+    STORED_Q5_0 = 6,
+    STORED_Q5_1 = 7,
+    STORED_Q2_K = 10,
+    STORED_Q3_K = 11,
+    STORED_Q5_K = 13,
+    STORED_IQ4_NL = 20,
+    STORED_IQ4_XS = 23
+};
+enum { GGUF_EARLY_MXFP4 = 4 }; /* a number that is free again; the later one is 39 */
 /* One that GGUF does not have: a byte a weight. No kernel multiplies it, but its cost is known. */
 #define TYPE_FP8 ((enum tensor_type)64)
 
@@ -58,7 +70,7 @@ struct gguf_array {
 };
 
 /* A tensor: a matrix of `rows` rows (outputs) of `cols` contiguous elements (inputs); a vector
- * has one row. `data` points into mapped memory. `bytes` is 0 for a type not listed above. */
+ * has one row. `data` points into mapped memory. `bytes` is 0 for a type that is not read. */
 struct tensor {
     struct gguf_string name;
     enum tensor_type type;
@@ -66,6 +78,8 @@ struct tensor {
     size_t bytes;
     const void *data;
     size_t period; /* 0; or less than `bytes`, and whole blocks: byte i is byte i % period */
+    int stored;    /* 0; or enum stored_type: `type` and `bytes` are what repack.h makes of it */
+    size_t stored_bytes; /* of `data`, where stored is not 0 */
 };
 
 struct gguf_block { /* elements that share scales, or one; no bytes: a type of no use here */
@@ -169,16 +183,24 @@ static const struct {
                    {"u64", 8}, {"i64", 8}, {"f64", 8}};
 
 enum { GGUF_INTEGERS = 0xc3f, GGUF_FLOATS = 0x1040 }; /* bit i: type i */
+enum { GGUF_STORED = 0x902cc8 };                      /* likewise: enum stored_type */
 
 static const char *const gguf_types[] = {
-    "F32",  "F16",           "Q4_0",          "Q4_1",        [6] = "Q5_0",   "Q5_1",
-    "Q8_0", "Q8_1",          "Q2_K",          "Q3_K",        "Q4_K",         "Q5_K",
-    "Q6_K", [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4", [64] = "FP8"};
+    "F32",          "F16",    "Q4_0",         "Q4_1",      "type 4 (in early files MXFP4)",
+    [6] = "Q5_0",   "Q5_1",   "Q8_0",         "Q8_1",      "Q2_K",
+    "Q3_K",         "Q4_K",   "Q5_K",         "Q6_K",      "Q8_K",
+    "IQ2_XXS",      "IQ2_XS", "IQ3_XXS",      "IQ1_S",     "IQ4_NL",
+    "IQ3_S",        "IQ2_S",  "IQ4_XS",       "I8",        "I16",
+    "I32",          "I64",    "F64",          "IQ1_M",     "BF16",
+    [34] = "TQ1_0", "TQ2_0",  [39] = "MXFP4", [64] = "FP8"};
 
 static const struct gguf_block gguf_blocks[] = {
-    [TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
-    [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
-    [TYPE_BF16] = {1, 2},   [TYPE_FP8] = {1, 1}};
+    [TYPE_F32] = {1, 4},         [TYPE_F16] = {1, 2},        [TYPE_Q4_0] = {32, 18},
+    [TYPE_Q8_0] = {32, 34},      [TYPE_Q4_K] = {256, 144},   [TYPE_Q6_K] = {256, 210},
+    [TYPE_BF16] = {1, 2},        [TYPE_FP8] = {1, 1},        [STORED_Q4_1] = {32, 20},
+    [STORED_Q5_0] = {32, 22},    [STORED_Q5_1] = {32, 24},   [STORED_Q2_K] = {256, 84},
+    [STORED_Q3_K] = {256, 110},  [STORED_Q5_K] = {256, 176}, [STORED_IQ4_NL] = {32, 18},
+    [STORED_IQ4_XS] = {256, 136}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};
@@ -313,6 +335,14 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
     key->value.strings = strings;
 }
 
+static void gguf_keep_as_q8_0(struct tensor *tensor) {
+    struct gguf_block block = gguf_block(TYPE_Q8_0);
+    tensor->stored = (int)tensor->type;
+    tensor->stored_bytes = tensor->bytes;
+    tensor->type = TYPE_Q8_0;
+    tensor->bytes = (size_t)(tensor->rows * (tensor->cols / block.elements)) * block.bytes;
+}
+
 /* Tensors lie in the order of their descriptions: this one's offset is `end` or more, and `end`
  * moves behind it. `data` is left as if the data began where the file does. */
 static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t alignment,
@@ -341,6 +371,8 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     tensor->bytes = block.bytes * (extents[0] / elements) * extents[1];
     tensor->data = file->map + offset;
     *end = offset + tensor->bytes;
+    if (type < 32 && GGUF_STORED >> type & 1)
+        gguf_keep_as_q8_0(tensor);
 }
 
 static void gguf_take_tensors(struct gguf *file, size_t n_tensors, size_t alignment) {
@@ -442,7 +474,8 @@ bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value
 
 void gguf_release(const struct tensor *tensor) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)tensor->data;
-    uintptr_t first = (from + page - 1) / page * page, end = (from + tensor->bytes) / page * page;
+    size_t bytes = tensor->stored ? tensor->stored_bytes : tensor->bytes;
+    uintptr_t first = (from + page - 1) / page * page, end = (from + bytes) / page * page;
     if (end > first)
         (void)madvise((void *)first, end - first, MADV_DONTNEED);
 }

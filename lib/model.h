@@ -221,7 +221,7 @@ static struct tensor *model_place(struct model *model, const struct model_tensor
     struct tensor *tensor = &model->placed[model->n_placed++];
     size_t bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes;
     struct gguf_string name = {entry->name, strlen(entry->name)};
-    *tensor = (struct tensor){name, type, rows, cols, bytes, data, 0};
+    *tensor = (struct tensor){name, type, rows, cols, bytes, data, 0, 0, 0};
     return tensor;
 }
 
@@ -364,10 +364,14 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     gguf_expect(file, entry->rows != DIM_NONE, "is not supported");
     bool typed =
         is_vector ? tensor->type == TYPE_F32 : tensor->bytes > 0 && tensor->type != TYPE_FP8;
-    gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
-                "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
-                (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K or Q6_K", rows, cols);
+    int type = tensor->stored ? tensor->stored : (int)tensor->type;
+    const char *type_name = gguf_type_name((enum tensor_type)type);
+    gguf_expect(file, typed || !is_vector, "got %s, expected F32", type_name);
+    gguf_expect(file, typed, "got %s, which is not read; take a %s", type_name,
+                type == GGUF_EARLY_MXFP4 ? "newer file" : "file of Q8_0 or Q4_K_M");
+    gguf_expect(file, tensor->rows == rows && tensor->cols == cols,
+                "got (%jd, %jd), expected (%d, %d)", (intmax_t)tensor->rows, (intmax_t)tensor->cols,
+                rows, cols);
     return tensor;
 }
 
