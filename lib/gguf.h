@@ -79,6 +79,7 @@ struct tensor {
     const void *data;
     size_t period; /* 0; or less than `bytes`, and whole blocks: byte i is byte i % period */
     int stored;    /* 0; or enum stored_type: `type` and `bytes` are what repack.h makes of it */
+    bool asked;    /* gguf_tensor found it */
     size_t stored_bytes; /* of `data`, where stored is not 0 */
 };
 
@@ -103,6 +104,10 @@ bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *val
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value);
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name); /* NULL: not there */
+/* All tensors, and the names of the keys that nobody has asked for so far, by name; *at: 0 to begin
+ * with. NULL: there are no more. */
+const struct tensor *gguf_each_tensor(const struct gguf *file, size_t *at);
+const struct gguf_string *gguf_unasked_key(const struct gguf *file, size_t *at);
 /* Its data will not be needed soon: its memory is given back, and it is read again if touched. */
 void gguf_release(const struct tensor *tensor);
 const char *gguf_type_name(enum tensor_type type);
@@ -131,6 +136,7 @@ __attribute__((format(printf, 2, 3))) const char *gguf_about(struct gguf *file, 
                                                              ...);
 __attribute__((format(printf, 3, 4))) bool gguf_expect(struct gguf *file, bool condition,
                                                        const char *format, ...);
+void gguf_expect_complete(struct gguf *file, size_t bytes); /* it has so many, or more */
 const char *gguf_error(const struct gguf *file);
 
 #endif /* GGUF_H */
@@ -155,10 +161,11 @@ enum {
     GGUF_MAX_STRINGS = 1 << 24, /* in all arrays of a file */
     GGUF_N_VALUES = 13
 };
+#define GGUF_MAX_OFFSET ((uint64_t)1 << 62) /* what is added to it stays below 2^64 */
 
 struct gguf_key {
     struct gguf_string name; /* first, as in struct tensor: gguf_compare_names */
-    bool is_array;
+    bool is_array, asked;
     struct gguf_array value; /* a lone value is an array of one */
 };
 
@@ -251,6 +258,24 @@ bool gguf_expect(struct gguf *file, bool condition, const char *format, ...) {
     return false;
 }
 
+/* A number with a comma before each three digits. */
+static const char *gguf_digits(char text[32], size_t number) {
+    char *at = text + 31;
+    *at = 0;
+    for (int i = 0; number > 0 || i == 0; i++, number /= 10) {
+        if (i > 0 && i % 3 == 0)
+            *--at = ',';
+        *--at = (char)('0' + number % 10);
+    }
+    return at;
+}
+
+void gguf_expect_complete(struct gguf *file, size_t bytes) {
+    char is[32], should[32];
+    gguf_expect(file, file->size >= bytes, "incomplete: %s of %s bytes",
+                gguf_digits(is, file->size), gguf_digits(should, bytes));
+}
+
 static int gguf_compare_names(const void *left_entry, const void *right_entry) {
     const struct gguf_string *left = left_entry, *right = right_entry;
     size_t shared = left->length < right->length ? left->length : right->length;
@@ -284,7 +309,8 @@ static void *gguf_allocate(struct gguf *file, size_t count, size_t bytes_each) {
 
 static const void *gguf_take(struct gguf *file, size_t bytes) {
     static const uint8_t zeros[8];
-    if (!gguf_expect(file, bytes <= file->size - file->at, "ends too early; is it complete?"))
+    if (!gguf_expect(file, bytes <= file->size - file->at,
+                     "ends too early, after %zu bytes; is it complete?", file->size))
         return zeros;
     file->at += bytes;
     return file->map + file->at - bytes;
@@ -344,7 +370,7 @@ static void gguf_keep_as_q8_0(struct tensor *tensor) {
 }
 
 /* Tensors lie in the order of their descriptions: this one's offset is `end` or more, and `end`
- * moves behind it. `data` is left as if the data began where the file does. */
+ * moves behind it. `data` is left as if the data began at address 0. */
 static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t alignment,
                              size_t *end) {
     gguf_about(file, "a tensor");
@@ -361,15 +387,15 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     size_t elements = block.bytes ? block.elements : 1;
     gguf_expect(file, extents[0] % elements == 0, "got %ju columns, expected a multiple of %zu",
                 (uintmax_t)extents[0], elements);
-    if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= file->size,
-                     "begins at byte %ju of the data, expected a multiple of %zu from %zu to %zu",
-                     (uintmax_t)offset, alignment, *end, file->size))
+    if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= GGUF_MAX_OFFSET,
+                     "begins at byte %ju of the data, expected a multiple of %zu from %zu on",
+                     (uintmax_t)offset, alignment, *end))
         return;
     tensor->type = (enum tensor_type)type;
     tensor->rows = (int64_t)extents[1];
     tensor->cols = (int64_t)extents[0];
     tensor->bytes = block.bytes * (extents[0] / elements) * extents[1];
-    tensor->data = file->map + offset;
+    tensor->data = (const void *)(uintptr_t)offset;
     *end = offset + tensor->bytes;
     if (type < 32 && GGUF_STORED >> type & 1)
         gguf_keep_as_q8_0(tensor);
@@ -381,10 +407,10 @@ static void gguf_take_tensors(struct gguf *file, size_t n_tensors, size_t alignm
     for (; file->n_tensors < n_tensors && !file->error[0]; file->n_tensors++)
         gguf_take_tensor(file, &file->tensors[file->n_tensors], alignment, &end);
     size_t start = (file->at + alignment - 1) / alignment * alignment;
-    gguf_expect(file, !n_tensors || start + end <= file->size,
-                "ends at byte %zu, but the file has %zu; is it complete?", start + end, file->size);
+    gguf_about(file, "%s", "");
+    gguf_expect_complete(file, n_tensors ? start + end : 0);
     for (size_t i = 0; i < file->n_tensors && !file->error[0]; i++)
-        file->tensors[i].data = (const uint8_t *)file->tensors[i].data + start;
+        file->tensors[i].data = file->map + start + (uintptr_t)file->tensors[i].data;
 }
 
 static void gguf_parse(struct gguf *file) {
@@ -417,9 +443,10 @@ static void gguf_parse(struct gguf *file) {
 
 static const struct gguf_array *gguf_find(struct gguf *file, const char *name, bool is_array,
                                           unsigned types, const char *expected) {
-    const struct gguf_key *key = gguf_search(file->keys, file->n_keys, sizeof *key, name);
+    struct gguf_key *key = gguf_search(file->keys, file->n_keys, sizeof *key, name);
     if (!key)
         return NULL;
+    key->asked = true;
     bool fits = key->is_array == is_array && types >> key->value.type & 1;
     file->item = key->name;
     gguf_expect(file, fits, "got %s%s, expected %s", key->is_array ? "an array of " : "",
@@ -481,7 +508,20 @@ void gguf_release(const struct tensor *tensor) {
 }
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name) {
-    return gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
+    struct tensor *found = gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
+    if (found)
+        found->asked = true;
+    return found;
+}
+
+const struct gguf_string *gguf_unasked_key(const struct gguf *file, size_t *at) {
+    while (*at < file->n_keys && file->keys[*at].asked)
+        ++*at;
+    return *at < file->n_keys ? &file->keys[(*at)++].name : NULL;
+}
+
+const struct tensor *gguf_each_tensor(const struct gguf *file, size_t *at) {
+    return *at < file->n_tensors ? &file->tensors[(*at)++] : NULL;
 }
 
 /* ---- opening ---- */
