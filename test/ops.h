@@ -1966,6 +1966,12 @@ static void refused_shards(struct check *check) {
             else
                 close_device(open_device(backend, &wanted, 1));
         }
+    struct model_config uneven = draw_config(&random, 1, 4); /* 4 divides 100 */
+    uneven.d_ff = 100;
+    struct device wanted = wanted_device(backend, &uneven, NULL, 4, kv_type_of(0));
+    wanted.n_shards = 4;
+    check_refusal(check, backend, &wanted,
+                  "got 100 rows of the feed-forward part, expected a multiple of 8");
     backend->close(backend);
 }
 
