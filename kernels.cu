@@ -38,6 +38,7 @@ extern "C" {
 }
 #define GPU_IMPLEMENTATION
 #include "lib/gpu.h"
+#include "lib/repack.h"
 #define SAMPLER_GPU_IMPLEMENTATION
 #include "lib/sampler.h"
 
@@ -628,10 +629,17 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
         return false;
     int band = period > 0 ? n_rows : (int)(staging->bytes / row_bytes / 8) * 8;
     int step = m->paired ? 2 : 1;
+    uint8_t *made = tensor->stored ? (uint8_t *)malloc((size_t)band * row_bytes) : NULL;
+    if (tensor->stored && !made)
+        return false;
     for (int row = 0; row < n_rows; row += band) {
         const int own = smaller(n_rows - row, band);
         const size_t at = (size_t)(first_row + row) * row_bytes;
         const char *data = (const char *)tensor->data + (period > 0 ? 0 : at);
+        if (made) {
+            repack_rows(tensor, first_row + row, own, made);
+            data = (const char *)made;
+        }
         const char *up =
             gpu_staging_up(&d->gpu, staging, data, period > 0 ? period : (size_t)own * row_bytes);
         const struct raw_rows raw = {
@@ -646,6 +654,7 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
                        dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
                        halves + w->first_half + row / 8 * step, step, raw);
     }
+    free(made);
     return true;
 }
 

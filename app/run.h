@@ -89,6 +89,8 @@ static bool open_model(struct run *run, char *error) {
     const struct options *o = &run->options;
     if (!model_open(&run->model, o->model, error))
         return false;
+    if (o->verbose)
+        model_notes(&run->model, stderr);
     run->answers.vocab_size = run->model.config.vocab_size;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */

@@ -37,6 +37,18 @@ enum tensor_type {
     TYPE_BF16 = 30,
     TYPE_MXFP4 = 39
 };
+/* Others that are read: kept as Q8_0, since no kernel multiplies them (repack.h). */
+enum stored_type {
+    STORED_Q4_1 = 3,
+    STORED_Q5_0 = 6,
+    STORED_Q5_1 = 7,
+    STORED_Q2_K = 10,
+    STORED_Q3_K = 11,
+    STORED_Q5_K = 13,
+    STORED_IQ4_NL = 20,
+    STORED_IQ4_XS = 23
+};
+enum { GGUF_EARLY_MXFP4 = 4 }; /* a number that is free again; the later one is 39 */
 /* One that GGUF does not have: a byte a weight. No kernel multiplies it, but its cost is known. */
 #define TYPE_FP8 ((enum tensor_type)64)
 
@@ -60,7 +72,7 @@ struct gguf_array {
 
 /* A tensor: a matrix of `rows` rows (outputs) of `cols` contiguous elements (inputs); a vector
  * has one row, and of several matrices, one for each expert, the rows are one after another. `data`
- * points into mapped memory. `bytes` is 0 for a type not listed above. */
+ * points into mapped memory. `bytes` is 0 for a type that is not read. */
 struct tensor {
     struct gguf_string name;
     enum tensor_type type;
@@ -68,6 +80,9 @@ struct tensor {
     size_t bytes;
     const void *data;
     size_t period; /* 0; or less than `bytes`, and whole blocks: byte i is byte i % period */
+    int stored;    /* 0; or enum stored_type: `type` and `bytes` are what repack.h makes of it */
+    bool asked;    /* gguf_tensor found it */
+    size_t stored_bytes; /* of `data`, where stored is not 0 */
 };
 
 struct gguf_block { /* elements that share scales, or one; no bytes: a type of no use here */
@@ -91,6 +106,10 @@ bool gguf_get_string(struct gguf *file, const char *key, struct gguf_string *val
 bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value);
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name); /* NULL: not there */
+/* All tensors, and the names of the keys that nobody has asked for so far, by name; *at: 0 to begin
+ * with. NULL: there are no more. */
+const struct tensor *gguf_each_tensor(const struct gguf *file, size_t *at);
+const struct gguf_string *gguf_unasked_key(const struct gguf *file, size_t *at);
 /* Its data will not be needed soon: its memory is given back, and it is read again if touched. */
 void gguf_release(const struct tensor *tensor);
 const char *gguf_type_name(enum tensor_type type);
@@ -119,6 +138,7 @@ __attribute__((format(printf, 2, 3))) const char *gguf_about(struct gguf *file, 
                                                              ...);
 __attribute__((format(printf, 3, 4))) bool gguf_expect(struct gguf *file, bool condition,
                                                        const char *format, ...);
+void gguf_expect_complete(struct gguf *file, size_t bytes); /* it has so many, or more */
 const char *gguf_error(const struct gguf *file);
 
 #endif /* GGUF_H */
@@ -143,10 +163,11 @@ enum {
     GGUF_MAX_STRINGS = 1 << 24, /* in all arrays of a file */
     GGUF_N_VALUES = 13
 };
+#define GGUF_MAX_OFFSET ((uint64_t)1 << 62) /* what is added to it stays below 2^64 */
 
 struct gguf_key {
     struct gguf_string name; /* first, as in struct tensor: gguf_compare_names */
-    bool is_array;
+    bool is_array, asked;
     struct gguf_array value; /* a lone value is an array of one */
 };
 
@@ -171,17 +192,24 @@ static const struct {
                    {"u64", 8}, {"i64", 8}, {"f64", 8}};
 
 enum { GGUF_INTEGERS = 0xc3f, GGUF_FLOATS = 0x1040 }; /* bit i: type i */
+enum { GGUF_STORED = 0x902cc8 };                      /* likewise: enum stored_type */
 
 static const char *const gguf_types[] = {
-    "F32",           "F16",         "Q4_0",         "Q4_1",      "type 4, an early MXFP4,",
-    [6] = "Q5_0",    "Q5_1",        "Q8_0",         "Q8_1",      "Q2_K",
-    "Q3_K",          "Q4_K",        "Q5_K",         "Q6_K",      [20] = "IQ4_NL",
-    [23] = "IQ4_XS", [30] = "BF16", [39] = "MXFP4", [64] = "FP8"};
+    "F32",          "F16",    "Q4_0",         "Q4_1",      "type 4 (in early files MXFP4)",
+    [6] = "Q5_0",   "Q5_1",   "Q8_0",         "Q8_1",      "Q2_K",
+    "Q3_K",         "Q4_K",   "Q5_K",         "Q6_K",      "Q8_K",
+    "IQ2_XXS",      "IQ2_XS", "IQ3_XXS",      "IQ1_S",     "IQ4_NL",
+    "IQ3_S",        "IQ2_S",  "IQ4_XS",       "I8",        "I16",
+    "I32",          "I64",    "F64",          "IQ1_M",     "BF16",
+    [34] = "TQ1_0", "TQ2_0",  [39] = "MXFP4", [64] = "FP8"};
 
 static const struct gguf_block gguf_blocks[] = {
-    [TYPE_F32] = {1, 4},    [TYPE_F16] = {1, 2},      [TYPE_Q4_0] = {32, 18},
-    [TYPE_Q8_0] = {32, 34}, [TYPE_Q4_K] = {256, 144}, [TYPE_Q6_K] = {256, 210},
-    [TYPE_BF16] = {1, 2},   [TYPE_MXFP4] = {32, 17},  [TYPE_FP8] = {1, 1}};
+    [TYPE_F32] = {1, 4},        [TYPE_F16] = {1, 2},         [TYPE_Q4_0] = {32, 18},
+    [TYPE_Q8_0] = {32, 34},     [TYPE_Q4_K] = {256, 144},    [TYPE_Q6_K] = {256, 210},
+    [TYPE_BF16] = {1, 2},       [TYPE_MXFP4] = {32, 17},     [TYPE_FP8] = {1, 1},
+    [STORED_Q4_1] = {32, 20},   [STORED_Q5_0] = {32, 22},    [STORED_Q5_1] = {32, 24},
+    [STORED_Q2_K] = {256, 84},  [STORED_Q3_K] = {256, 110},  [STORED_Q5_K] = {256, 176},
+    [STORED_IQ4_NL] = {32, 18}, [STORED_IQ4_XS] = {256, 136}};
 
 static struct gguf_string gguf_text(const char *text) {
     return (struct gguf_string){text, strlen(text)};
@@ -232,6 +260,24 @@ bool gguf_expect(struct gguf *file, bool condition, const char *format, ...) {
     return false;
 }
 
+/* A number with a comma before each three digits. */
+static const char *gguf_digits(char text[32], size_t number) {
+    char *at = text + 31;
+    *at = 0;
+    for (int i = 0; number > 0 || i == 0; i++, number /= 10) {
+        if (i > 0 && i % 3 == 0)
+            *--at = ',';
+        *--at = (char)('0' + number % 10);
+    }
+    return at;
+}
+
+void gguf_expect_complete(struct gguf *file, size_t bytes) {
+    char is[32], should[32];
+    gguf_expect(file, file->size >= bytes, "incomplete: %s of %s bytes",
+                gguf_digits(is, file->size), gguf_digits(should, bytes));
+}
+
 static int gguf_compare_names(const void *left_entry, const void *right_entry) {
     const struct gguf_string *left = left_entry, *right = right_entry;
     size_t shared = left->length < right->length ? left->length : right->length;
@@ -265,7 +311,8 @@ static void *gguf_allocate(struct gguf *file, size_t count, size_t bytes_each) {
 
 static const void *gguf_take(struct gguf *file, size_t bytes) {
     static const uint8_t zeros[8];
-    if (!gguf_expect(file, bytes <= file->size - file->at, "ends too early; is it complete?"))
+    if (!gguf_expect(file, bytes <= file->size - file->at,
+                     "ends too early, after %zu bytes; is it complete?", file->size))
         return zeros;
     file->at += bytes;
     return file->map + file->at - bytes;
@@ -316,8 +363,16 @@ static void gguf_take_key(struct gguf *file, struct gguf_key *key) {
     key->value.strings = strings;
 }
 
+static void gguf_keep_as_q8_0(struct tensor *tensor) {
+    struct gguf_block block = gguf_block(TYPE_Q8_0);
+    tensor->stored = (int)tensor->type;
+    tensor->stored_bytes = tensor->bytes;
+    tensor->type = TYPE_Q8_0;
+    tensor->bytes = (size_t)(tensor->rows * (tensor->cols / block.elements)) * block.bytes;
+}
+
 /* Tensors lie in the order of their descriptions: this one's offset is `end` or more, and `end`
- * moves behind it. `data` is left as if the data began where the file does. */
+ * moves behind it. `data` is left as if the data began at address 0. */
 static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t alignment,
                              size_t *end) {
     gguf_about(file, "a tensor");
@@ -338,16 +393,18 @@ static void gguf_take_tensor(struct gguf *file, struct tensor *tensor, size_t al
     size_t elements = block.bytes ? block.elements : 1;
     gguf_expect(file, extents[0] % elements == 0, "got %ju columns, expected a multiple of %zu",
                 (uintmax_t)extents[0], elements);
-    if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= file->size,
-                     "begins at byte %ju of the data, expected a multiple of %zu from %zu to %zu",
-                     (uintmax_t)offset, alignment, *end, file->size))
+    if (!gguf_expect(file, offset % alignment == 0 && offset >= *end && offset <= GGUF_MAX_OFFSET,
+                     "begins at byte %ju of the data, expected a multiple of %zu from %zu on",
+                     (uintmax_t)offset, alignment, *end))
         return;
     tensor->type = (enum tensor_type)type;
     tensor->rows = (int64_t)(extents[1] * extents[2]);
     tensor->cols = (int64_t)extents[0];
     tensor->bytes = block.bytes * (extents[0] / elements) * (size_t)tensor->rows;
-    tensor->data = file->map + offset;
+    tensor->data = (const void *)(uintptr_t)offset;
     *end = offset + tensor->bytes;
+    if (type < 32 && GGUF_STORED >> type & 1)
+        gguf_keep_as_q8_0(tensor);
 }
 
 static void gguf_take_tensors(struct gguf *file, size_t n_tensors, size_t alignment) {
@@ -356,10 +413,10 @@ static void gguf_take_tensors(struct gguf *file, size_t n_tensors, size_t alignm
     for (; file->n_tensors < n_tensors && !file->error[0]; file->n_tensors++)
         gguf_take_tensor(file, &file->tensors[file->n_tensors], alignment, &end);
     size_t start = (file->at + alignment - 1) / alignment * alignment;
-    gguf_expect(file, !n_tensors || start + end <= file->size,
-                "ends at byte %zu, but the file has %zu; is it complete?", start + end, file->size);
+    gguf_about(file, "%s", "");
+    gguf_expect_complete(file, n_tensors ? start + end : 0);
     for (size_t i = 0; i < file->n_tensors && !file->error[0]; i++)
-        file->tensors[i].data = (const uint8_t *)file->tensors[i].data + start;
+        file->tensors[i].data = file->map + start + (uintptr_t)file->tensors[i].data;
 }
 
 static void gguf_parse(struct gguf *file) {
@@ -392,9 +449,10 @@ static void gguf_parse(struct gguf *file) {
 
 static const struct gguf_array *gguf_find(struct gguf *file, const char *name, bool is_array,
                                           unsigned types, const char *expected) {
-    const struct gguf_key *key = gguf_search(file->keys, file->n_keys, sizeof *key, name);
+    struct gguf_key *key = gguf_search(file->keys, file->n_keys, sizeof *key, name);
     if (!key)
         return NULL;
+    key->asked = true;
     bool fits = key->is_array == is_array && types >> key->value.type & 1;
     file->item = key->name;
     gguf_expect(file, fits, "got %s%s, expected %s", key->is_array ? "an array of " : "",
@@ -449,13 +507,27 @@ bool gguf_get_array(struct gguf *file, const char *key, struct gguf_array *value
 
 void gguf_release(const struct tensor *tensor) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)tensor->data;
-    uintptr_t first = (from + page - 1) / page * page, end = (from + tensor->bytes) / page * page;
+    size_t bytes = tensor->stored ? tensor->stored_bytes : tensor->bytes;
+    uintptr_t first = (from + page - 1) / page * page, end = (from + bytes) / page * page;
     if (end > first)
         (void)madvise((void *)first, end - first, MADV_DONTNEED);
 }
 
 const struct tensor *gguf_tensor(const struct gguf *file, const char *name) {
-    return gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
+    struct tensor *found = gguf_search(file->tensors, file->n_tensors, sizeof *file->tensors, name);
+    if (found)
+        found->asked = true;
+    return found;
+}
+
+const struct gguf_string *gguf_unasked_key(const struct gguf *file, size_t *at) {
+    while (*at < file->n_keys && file->keys[*at].asked)
+        ++*at;
+    return *at < file->n_keys ? &file->keys[(*at)++].name : NULL;
+}
+
+const struct tensor *gguf_each_tensor(const struct gguf *file, size_t *at) {
+    return *at < file->n_tensors ? &file->tensors[(*at)++] : NULL;
 }
 
 /* ---- opening ---- */

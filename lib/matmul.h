@@ -41,6 +41,7 @@
 #define MATMUL_H
 #include "amx.h"
 #include "model.h"
+#include "repack.h"
 #include "simd.h"
 
 enum {
@@ -355,18 +356,34 @@ static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
     return (size_t)weight->cols * (size_t)layout.bytes / (size_t)layout.n_k;
 }
 
-static void pack_quantized_panel(const struct weight *weight, const char *from, int n_rows,
-                                 char *panel) {
-    struct pack_block layout = pack_block(weight->type);
-    size_t payload = (size_t)layout.n_words * 4, stride = pack_row_bytes(weight);
-    for (int k = 0; k < weight->cols; k += layout.n_k, from += layout.bytes) {
+/* n_blocks of each row, side by side; the rows lie `stride` bytes apart. Returns the panel's end. */
+static char *pack_blocks(enum tensor_type type, const char *from, size_t stride, int n_blocks,
+                         int n_rows, char *panel) {
+    struct pack_block layout = pack_block(type);
+    size_t payload = (size_t)layout.n_words * 4;
+    for (int block = 0; block < n_blocks; block++, from += layout.bytes) {
         for (int row = 0; row < n_rows; row++)
-            pack_header(weight->type, (const uint8_t *)from + (size_t)row * stride, panel, row);
+            pack_header(type, (const uint8_t *)from + (size_t)row * stride, panel, row);
         panel += layout.header;
         pack_words(from + layout.payload, stride, n_rows, payload, panel);
-        for (size_t i = 0; i < payload * PANEL && weight->type == TYPE_Q8_0; i++)
+        for (size_t i = 0; i < payload * PANEL && type == TYPE_Q8_0; i++)
             panel[i] = (char)(panel[i] ^ 0x80);
         panel += payload * PANEL;
+    }
+    return panel;
+}
+
+/* The same of a type that no kernel multiplies: a block of each row at a time becomes Q8_0. */
+static void pack_stored(const struct tensor *tensor, int first, int n_rows, char *panel) {
+    uint8_t rows[PANEL][REPACK_MAX_BYTES];
+    int elements = repack_elements(tensor->stored), n_blocks = (int)tensor->cols / elements;
+    size_t stride = tensor->stored_bytes / (size_t)tensor->rows;
+    const uint8_t *from = (const uint8_t *)tensor->data + (size_t)first * stride;
+    for (int block = 0; block < n_blocks; block++, from += stride / (size_t)n_blocks) {
+        for (int row = 0; row < n_rows; row++)
+            repack_block(tensor->stored, from + (size_t)row * stride, rows[row]);
+        panel = pack_blocks(TYPE_Q8_0, (const char *)rows, sizeof rows[0], elements / REPACK_PART,
+                            n_rows, panel);
     }
 }
 
@@ -375,10 +392,13 @@ void pack_panel(const struct weight *weight, int index) {
     int first = index * PANEL, n = smaller(weight->n_rows - first, PANEL);
     size_t stride = pack_row_bytes(weight);
     const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
-    if (pack_quantized(weight->type)) {
-        if (n < PANEL)
-            memset(panel, 0, weight->panel_bytes);
-        pack_quantized_panel(weight, from, n, panel);
+    if (pack_quantized(weight->type) && n < PANEL)
+        memset(panel, 0, weight->panel_bytes);
+    if (weight->tensor->stored) {
+        pack_stored(weight->tensor, first, n, panel);
+    } else if (pack_quantized(weight->type)) {
+        pack_blocks(weight->type, from, stride, weight->cols / pack_block(weight->type).n_k, n,
+                    panel);
     } else {
         if (weight->cols & 1) /* the next k is read, though as 0 */
             memset(panel + weight->panel_bytes - 4 * PANEL, 0, 4 * PANEL);

@@ -261,6 +261,8 @@ struct model {
 /* Opens what `name` names: every key, shape and type is checked. False: `error` is one line. */
 bool model_open(struct model *model, const char *name, char error[ERROR_LENGTH]);
 void model_close(struct model *model);
+/* A line each: which types are kept as others, which keys and tensors change nothing here. */
+void model_notes(const struct model *model, FILE *to);
 bool model_is_random(const char *name); /* it begins with `random:` */
 
 static inline enum tensor_type model_main_type(const struct model *model) { /* of most weights */
@@ -326,7 +328,8 @@ static struct tensor *model_place(struct model *model, const struct model_tensor
     struct tensor *tensor = &model->placed[model->n_placed++];
     size_t bytes = (size_t)rows * (size_t)(cols / block.elements) * block.bytes;
     struct gguf_string name = {entry->name, strlen(entry->name)};
-    *tensor = (struct tensor){name, type, rows, cols, bytes, data, 0};
+    *tensor = (struct tensor){
+        .name = name, .type = type, .rows = rows, .cols = cols, .bytes = bytes, .data = data};
     return tensor;
 }
 
@@ -372,6 +375,30 @@ static float model_float(struct model_reader *reader, const char *key, double fa
     double value = 0;
     bool found = gguf_get_float(reader->file, model_key(reader, key), &value);
     return (float)model_check(reader->file, found, value, fallback, least, most);
+}
+
+/* What is neither GGUF nor a checkpoint, by how it begins. */
+static void model_refuse_format(struct gguf *file) {
+    static const char web[] = "a page of the web, not a model; was the download refused?";
+    static const struct {
+        size_t at;
+        const char *begin, *is;
+    } formats[] = {
+        {0, "version https://git-lfs", "a Git LFS pointer, not the file; run git lfs pull"},
+        {0, "<!doctype", web},
+        {0, "<html", web},
+        {0, "<?xml", web},
+        {0, "PK\3\4", "a zip archive, such as PyTorch writes; convert it to GGUF"},
+        {0, "\x80\2\x8a\n", "a pickle, such as PyTorch wrote; convert it to GGUF"},
+        {8, "{\"", "a safetensors file; convert it to GGUF"},
+        {0, "tjgg", "in the format before GGUF; convert it again"}};
+    size_t size;
+    const char *bytes = gguf_raw(file, &size);
+    for (size_t i = 0; i < sizeof formats / sizeof *formats && bytes; i++) {
+        size_t at = formats[i].at, length = strlen(formats[i].begin);
+        bool found = size >= at + length && !strncasecmp(bytes + at, formats[i].begin, length);
+        gguf_expect(file, !found, "is %s", formats[i].is);
+    }
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
@@ -478,6 +505,28 @@ static void model_read_attention(struct model_reader *reader, struct model_confi
     }
 }
 
+/* What other models have, and would change the text: absent, 0, or what changes nothing. */
+static void model_refuse_keys(struct model_reader *reader) {
+    static const struct {
+        const char *key;
+        double neutral;
+    } keys[] = {{"attention.scale", 0},          {"attention.clamp_kqv", 0},
+                {"attention.max_alibi_bias", 0}, {"attn_logit_softcapping", 0},
+                {"final_logit_softcapping", 0},  {"logit_scale", 1},
+                {"embedding_scale", 1},          {"residual_scale", 1}};
+    bool causal = true, parallel = false;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        double value = 0;
+        gguf_get_float(reader->file, model_key(reader, keys[i].key), &value);
+        gguf_expect(reader->file, value == 0 || value == keys[i].neutral,
+                    "got %.10g, which is not supported", value);
+    }
+    gguf_get_bool(reader->file, model_key(reader, "attention.causal"), &causal);
+    gguf_expect(reader->file, causal, "got false: it is no model that writes text");
+    gguf_get_bool(reader->file, model_key(reader, "use_parallel_residual"), &parallel);
+    gguf_expect(reader->file, !parallel, "got true, which is not supported");
+}
+
 static void model_read_config(struct model_reader *reader, struct model_config *config) {
     struct gguf *file = reader->file;
     config->n_layers = model_int(reader, "block_count", REQUIRED, 1, 1024);
@@ -498,6 +547,7 @@ static void model_read_config(struct model_reader *reader, struct model_config *
     model_read_rope(reader, config);
     model_read_attention(reader, config);
     model_read_experts(reader, config);
+    model_refuse_keys(reader);
     const struct tensor *embedding = gguf_tensor(file, "token_embd.weight");
     int64_t n_tokens = embedding ? embedding->rows : reader->header[HEADER_VOCAB];
     struct gguf_array tokens = {.count = (size_t)n_tokens};
@@ -527,13 +577,12 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     const struct tensor *tensor;
     if (required && reader->bytes) { /* the next of a checkpoint */
         tensor = model_place(model, entry, TYPE_F32, reader->bytes + reader->at);
-        if (tensor->bytes > reader->size - reader->at)
-            tensor = NULL;
-        else
-            reader->at += tensor->bytes;
+        reader->at += tensor->bytes; /* whether the file has so many is looked at behind the last */
     } else {
         tensor = gguf_tensor(file, name);
     }
+    gguf_expect(file, tensor || !required || !entry->layered, "is missing; block_count says %d",
+                model->config.n_layers);
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
     if (!required && !(entry->optional_in & reader->kind)) {
         bool known = reader->kind & MODEL_GPT_OSS && entry->role == ATTN_POST_NORM;
@@ -547,11 +596,30 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     if (is_vector && typed && tensor->rows > 1 && tensor->rows * tensor->cols == cols &&
         entry->cols >= DIM_EXPERTS_FF) /* those of all experts count as one */
         tensor = model_place(model, entry, TYPE_F32, tensor->data);
-    gguf_expect(file, typed && tensor->rows == rows && tensor->cols == cols,
-                "got %s (%jd, %jd), expected %s (%d, %d)", gguf_type_name(tensor->type),
-                (intmax_t)tensor->rows, (intmax_t)tensor->cols,
-                is_vector ? "F32" : "F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K or MXFP4", rows, cols);
+    int type = tensor->stored ? tensor->stored : (int)tensor->type;
+    const char *type_name = gguf_type_name((enum tensor_type)type);
+    gguf_expect(file, typed || !is_vector, "got %s, expected F32", type_name);
+    gguf_expect(file, typed, "got %s, which is not read; take a %s", type_name,
+                type == GGUF_EARLY_MXFP4 ? "newer file" : "file of Q8_0 or Q4_K_M");
+    gguf_expect(file, tensor->rows == rows && tensor->cols == cols,
+                "got (%jd, %jd), expected (%d, %d)", (intmax_t)tensor->rows, (intmax_t)tensor->cols,
+                rows, cols);
     return tensor;
+}
+
+/* Tensors of the text model that nobody has asked for: with them the text would be another one. */
+static void model_refuse_unused(struct model_reader *reader) {
+    static const char *const prefixes[] = {"blk.", "output", "token_", "position_", "rope_"};
+    const struct tensor *tensor;
+    for (size_t at = 0; (tensor = gguf_each_tensor(reader->file, &at));)
+        for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes && !tensor->asked; i++) {
+            size_t length = strlen(prefixes[i]);
+            bool ours =
+                tensor->name.length >= length && !memcmp(tensor->name.data, prefixes[i], length);
+            gguf_about(reader->file, "%.*s", gguf_shown(tensor->name), tensor->name.data);
+            gguf_expect(reader->file, !ours, "is not supported in a %s of %d layers",
+                        reader->config->architecture, reader->config->n_layers);
+        }
 }
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
@@ -566,8 +634,11 @@ static void model_read_tensors(struct model_reader *reader, struct model *model)
                 model->layers[layer][entry->role] = tensor;
         }
     }
+    gguf_about(file, "%s", "");
+    gguf_expect_complete(file, reader->at);
     gguf_expect(file, !reader->bytes || reader->at == reader->size,
                 "got %zu bytes behind the last tensor, expected none", reader->size - reader->at);
+    model_refuse_unused(reader);
     if (gguf_error(file)[0])
         return;
     const struct tensor *divisors = model->layers[0][ROPE_FREQS];
@@ -583,15 +654,56 @@ static bool model_read(struct model *model, const char *path, char *error) {
     if (!model->file)
         return false;
     struct model_reader reader = {.file = model->file, .config = &model->config};
+    model_refuse_format(model->file);
+    bool known = *gguf_error(model->file) != 0;
     model_read_kind(&reader, &model->config);
     model_read_config(&reader, &model->config);
     model_read_tensors(&reader, model);
-    model->is_checkpoint = reader.bytes != NULL;
+    model->is_checkpoint = reader.bytes && !known;
     const char *hint =
         model->is_checkpoint ? "; it is not GGUF, and was read as a llama2.c checkpoint" : "";
     const char *wrong = gguf_error(model->file);
     (void)fail(error, "%.440s%s", wrong, *wrong ? hint : "");
     return !*wrong;
+}
+
+/* ---- notes ---- */
+
+static void model_note_type(const struct gguf *file, int stored, FILE *to) {
+    const struct tensor *tensor;
+    size_t n = 0, from = 0, become = 0;
+    for (size_t at = 0; (tensor = gguf_each_tensor(file, &at));)
+        if (tensor->stored == stored) {
+            n++;
+            from += tensor->stored_bytes;
+            become += tensor->bytes;
+        }
+    if (n > 0)
+        (void)fprintf(to, "dynamo: %zu tensors of %s are kept as %s: %.1f MB become %.1f\n", n,
+                      gguf_type_name((enum tensor_type)stored), gguf_type_name(TYPE_Q8_0),
+                      1e-6 * (double)from, 1e-6 * (double)become);
+}
+
+static void model_note_unused(const char *what, struct gguf_string name, FILE *to) {
+    char line[ERROR_LENGTH];
+    (void)fail(line, "%s %.*s is not used", what, gguf_shown(name), name.data);
+    (void)fprintf(to, "dynamo: %s\n", line);
+}
+
+void model_notes(const struct model *model, FILE *to) {
+    const struct gguf *file = model->file;
+    const char *architecture = model->config.architecture;
+    size_t length = strlen(architecture);
+    const struct gguf_string *key;
+    const struct tensor *tensor;
+    for (int stored = 1; stored < 32 && file; stored++)
+        model_note_type(file, stored, to);
+    for (size_t at = 0; file && (key = gguf_unasked_key(file, &at));)
+        if (key->length > length && !memcmp(key->data, architecture, length))
+            model_note_unused("key", *key, to);
+    for (size_t at = 0; file && (tensor = gguf_each_tensor(file, &at));)
+        if (!tensor->asked)
+            model_note_unused("tensor", tensor->name, to);
 }
 
 /* ---- random weights ----

@@ -1206,6 +1206,61 @@ static void weights(struct check *check) {
         check_weight(check, &random, all_types[i % N_TYPES]);
 }
 
+/* How far a weight may be from what the file says, if Q8_0 takes the place of a stored type: there
+ * is the same number with the same scale, or with one rounded to f16 (IQ4_XS), or a multiple of
+ * 1/127 of the largest of 32. */
+static double repacked_error(int stored, const float *part, int i) {
+    double largest = 0.0, least_scale = 0x1p-25; /* half of the least f16 */
+    for (int j = 0; j < 32; j++)
+        largest = fmax(largest, fabs((double)part[j]));
+    if (stored == STORED_Q5_0 || stored == STORED_IQ4_NL)
+        return 0.0;
+    if (stored == STORED_IQ4_XS)
+        return fmax(0x1p-11 * fabs((double)part[i]), 127 * least_scale);
+    return 0.501 * largest / 127 + 127 * least_scale;
+}
+
+/* Blocks of types that no kernel multiplies, as another program decodes them (make_types.py). */
+static void stored_types(struct check *check) {
+    struct random random = start("stored");
+    FILE *file = fopen("test/data/types.bin", "rb");
+    CHECK(file, "test/data/types.bin: cannot be read; is this the repository's root?");
+    uint32_t head[2]; /* type and number of weights */
+    int n_types = 0;
+    for (; file && fread(head, sizeof head, 1, file) == 1 && head[1] == 1024; n_types++) {
+        static const int block_bytes[24] = {0, 0,   0, 20, 0, 0, 22, 24, 0,  0, 84, 110,
+                                            0, 176, 0, 0,  0, 0, 0,  0,  18, 0, 0,  136};
+        int n_k = head[0] > 8 && head[0] != STORED_IQ4_NL ? 256 : 32, bytes = block_bytes[head[0]];
+        int rows = 1 << between(&random, 1, 2), cols = (int)head[1] / rows;
+        struct tensor *tensor = make_tensor(&random, TYPE_Q8_0, rows, cols, 1.0f, 0.0f);
+        tensor->stored = (int)head[0];
+        tensor->stored_bytes = head[1] / (size_t)n_k * (size_t)bytes;
+        float *expected = floats(head[1]), *got = floats(head[1]);
+        CHECK(fread((void *)(uintptr_t)tensor->data, tensor->stored_bytes, 1, file) == 1 &&
+                  fread(expected, sizeof *expected, head[1], file) == head[1],
+              "types.bin ends too early");
+        struct model_config config = draw_config(&random, 1, 1);
+        config.rope_dim = 0;
+        struct device *device = open_alone(&config, 1);
+        struct slice slice = {SLICE_WHOLE, 0, 1}, half = {SLICE_ROWS, 1, 2};
+        slice = below(&random, 2) ? half : slice;
+        read_weight(check, device, upload(device, tensor, NULL, slice), got);
+        struct worst worst = {0, 0, 0};
+        const float *from = expected + slice.rank * (rows /= slice.count) * cols;
+        for (int i = 0; i < rows * cols; i++)
+            compare(&worst, i / cols, i % cols, (double)got[i], (double)from[i],
+                    repacked_error(tensor->stored, from + i / 32 * 32, i % 32));
+        CHECK_WORST(worst, "stored type %d, (%d, %d)", tensor->stored, rows, cols);
+        close_alone(device);
+        free_tensor(tensor);
+        free(expected);
+        free(got);
+    }
+    CHECK(n_types == 8, "%d types in types.bin", n_types);
+    if (file)
+        fclose(file);
+}
+
 /* A tensor that repeats itself is kept as if it were written out. */
 static void periodic_tensors(struct check *check) {
     struct random random = start("periodic");
@@ -2074,6 +2129,12 @@ static void refused_shards(struct check *check) {
             else
                 close_device(open_device(backend, &wanted, 1));
         }
+    struct model_config uneven = draw_config(&random, 1, 4); /* 4 divides 100 */
+    uneven.d_ff = 100;
+    struct device wanted = wanted_device(backend, &uneven, NULL, 4, kv_type_of(0));
+    wanted.n_shards = 4;
+    check_refusal(check, backend, &wanted,
+                  "got 100 rows of the feed-forward part, expected a multiple of 8");
     backend->close(backend);
 }
 
@@ -2081,11 +2142,12 @@ static void refused_shards(struct check *check) {
 
 /* Tests of this file, in the order in which they are run. */
 #define OP_TESTS                                                                                   \
-    {"weights", weights}, {"periodic_tensors", periodic_tensors}, {"products_f32", products_f32},  \
-        {"products_f16", products_f16}, {"products_bf16", products_bf16},                          \
-        {"products_q8_0", products_q8_0}, {"products_q4_0", products_q4_0},                        \
-        {"products_q4_k", products_q4_k}, {"products_q6_k", products_q6_k},                        \
-        {"products_mxfp4", products_mxfp4}, {"products_of_mixed_types", products_of_mixed_types},  \
+    {"weights", weights}, {"stored_types", stored_types}, {"periodic_tensors", periodic_tensors},  \
+        {"products_f32", products_f32}, {"products_f16", products_f16},                            \
+        {"products_bf16", products_bf16}, {"products_q8_0", products_q8_0},                        \
+        {"products_q4_0", products_q4_0}, {"products_q4_k", products_q4_k},                        \
+        {"products_q6_k", products_q6_k}, {"products_mxfp4", products_mxfp4},                      \
+        {"products_of_mixed_types", products_of_mixed_types},                                      \
         {"products_of_many_rows", products_of_many_rows}, {"embedding", embedding},                \
         {"rope", rope}, {"experts", experts}, {"whole_kinds", whole_kinds},                        \
         {"kinds_alone_and_in_crowds", kinds_alone_and_in_crowds},                                  \

@@ -208,11 +208,9 @@ static void try_open(struct check *check, const void *data, size_t size, char *e
 
 static const struct variant variants[] = {
     {.expected = NULL},
-    {NULL, WEIGHT("unused", {8}, .type = 13)},
+    {NULL, WEIGHT("unused", {8}, .type = 16)},
     {"unused: got 8 columns, expected a multiple of 256", WEIGHT("unused", {8}, .type = 12)},
-    {"attn_k.weight: got F16 (4, 8), expected F32, F16, BF16, Q8_0, Q4_0, Q4_K, "
-     "Q6_K or MXFP4 (8, 8)",
-     .drop = "llama.attention.head_count_kv"},
+    {"attn_k.weight: got (4, 8), expected (8, 8)", .drop = "llama.attention.head_count_kv"},
     {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "none")},
     {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "linear")},
     {NULL, KEY("llama.block_count", GGUF_I64, 1, NULL)},
@@ -262,10 +260,13 @@ static const struct variant variants[] = {
     {"llama.block_count: got 0", KEY("llama.block_count", GGUF_U32, 0, NULL)},
     {"llama.block_count: got -1", KEY("llama.block_count", GGUF_I32, -1, NULL)},
     {"llama.block_count: got 4294967295", KEY("llama.block_count", GGUF_U32, 4294967295, NULL)},
-    {"blk.1.attn_norm.weight: is missing", KEY("llama.block_count", GGUF_U32, 2, NULL)},
+    {"blk.1.attn_norm.weight: is missing; block_count says 2",
+     KEY("llama.block_count", GGUF_U32, 2, NULL)},
     {"llama.embedding_length: got 0", KEY("llama.embedding_length", GGUF_U32, 0, NULL)},
-    {"token_embd.weight: got F32 (5, 8), exp", KEY("llama.embedding_length", GGUF_U32, 16, NULL)},
-    {"ffn_gate.weight: got F32 (32, 8), exp", KEY("llama.feed_forward_length", GGUF_U32, 64, NULL)},
+    {"token_embd.weight: got (5, 8), expected (5, 16)",
+     KEY("llama.embedding_length", GGUF_U32, 16, NULL)},
+    {"ffn_gate.weight: got (32, 8), expected (64, 8)",
+     KEY("llama.feed_forward_length", GGUF_U32, 64, NULL)},
     {"context_length: got 99999999", KEY("llama.context_length", GGUF_U32, 99999999, NULL)},
     {"head_count: got 0", KEY("llama.attention.head_count", GGUF_U32, 0, NULL)},
     {"head_count: got an array of i32", KEY("llama.attention.head_count", GGUF_ARRAY, 1, NULL)},
@@ -276,7 +277,8 @@ static const struct variant variants[] = {
      .drop = "llama.attention.head_count", KEY("llama.attention.head_count_kv", GGUF_U32, 2, NULL),
      .also = {"llama.attention.head_count", GGUF_U32, 3, NULL}},
     {"key_length: got 1024", KEY("llama.attention.key_length", GGUF_U32, 1024, NULL)},
-    {"blk.0.attn_q.weight: got F32 (8, 8)", KEY("llama.attention.key_length", GGUF_U32, 8, NULL)},
+    {"blk.0.attn_q.weight: got (8, 8), expected (16, 8)",
+     KEY("llama.attention.key_length", GGUF_U32, 8, NULL)},
     {"value_length: got 8", KEY("llama.attention.value_length", GGUF_U32, 8, NULL)},
     {"dimension_count: got an odd number, 3", KEY("llama.rope.dimension_count", GGUF_U32, 3, NULL)},
     {"dimension_count: got 6", KEY("llama.rope.dimension_count", GGUF_U32, 6, NULL)},
@@ -296,18 +298,41 @@ static const struct variant variants[] = {
     {"blk.0.attn_q.weight: is missing", .drop = "blk.0.attn_q.weight"},
     {"blk.0.ffn_down.weight: is missing", .drop = "blk.0.ffn_down.weight"},
     {"output_norm.weight: is missing", .drop = "output_norm.weight"},
-    {"output_norm.weight: got F16 (1, 8), expected F32 (1, 8)",
+    {"output_norm.weight: got F16, expected F32",
      WEIGHT("output_norm.weight", {8}, .type = TYPE_F16)},
-    {"output_norm.weight: got F32 (1, 9)", WEIGHT("output_norm.weight", {9})},
-    {"attn_k.weight: got F32 (3, 8), expected F32, F16, BF16, Q8_0, Q4_0, Q4_K, "
-     "Q6_K or MXFP4 (4, 8)",
-     WEIGHT("blk.0.attn_k.weight", {8, 3})},
-    {"output.weight: got F32 (4, 8)", WEIGHT("output.weight", {8, 4})},
-    {"attn_q.weight: got Q5_K (8, 8)", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 13)},
-    {"attn_q.weight: got a type unknown here (8, 8)",
+    {"output_norm.weight: got (1, 9), expected (1, 8)", WEIGHT("output_norm.weight", {9})},
+    {"attn_k.weight: got (3, 8), expected (4, 8)", WEIGHT("blk.0.attn_k.weight", {8, 3})},
+    {"output.weight: got (4, 8), expected (5, 8)", WEIGHT("output.weight", {8, 4})},
+    {"attn_q.weight: got 8 columns, expected a multiple of 256",
+     WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = STORED_Q5_K)},
+    {"attn_q.weight: got a type unknown here, which is not read; take a file of Q8_0 or Q4_K_M",
      WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 77)},
-    {"attn_q.weight: got type 4, an early MXFP4, (8, 8)",
+    {"attn_q.weight: got IQ2_XS, which is not read; take a file of Q8_0 or Q4_K_M",
+     WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 17)},
+    {"attn_q.weight: got TQ2_0, which is not read; take a file of Q8_0 or Q4_K_M",
+     WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 35)},
+    {"attn_q.weight: got type 4 (in early files MXFP4), which is not read; take a newer file",
      WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = 4)},
+    {NULL, WEIGHT("blk.0.ffn_down.weight", {32, 8}, .type = STORED_Q4_1)},
+    {NULL, WEIGHT("blk.0.ffn_down.weight", {32, 8}, .type = STORED_IQ4_NL)},
+    {"output_norm.weight: got Q5_0, expected F32",
+     WEIGHT("output_norm.weight", {32}, .type = STORED_Q5_0)},
+    {"blk.0.attn_norm.bias: is not supported in a llama of 1 layers",
+     WEIGHT("blk.0.attn_norm.bias", {8})},
+    {"output_norm.bias: is not supported", WEIGHT("output_norm.bias", {8})},
+    {"output.bias: is not supported", WEIGHT("output.bias", {5})},
+    {"blk.0.attn_q.scale: is not supported", WEIGHT("blk.0.attn_q.scale", {1})},
+    {"blk.0.attn_sinks.weight: is not supported", WEIGHT("blk.0.attn_sinks.weight", {2})},
+    {"position_embd.weight: is not supported", WEIGHT("position_embd.weight", {8, 64})},
+    {"blk.1.attn_norm.weight: is not supported in a llama of 1 layers",
+     WEIGHT("blk.1.attn_norm.weight", {8})},
+    {NULL, WEIGHT("v.patch_embd.weight", {8})},
+    {"attention.causal: got false", KEY("llama.attention.causal", GGUF_BOOL, 0, NULL)},
+    {NULL, KEY("llama.attention.causal", GGUF_BOOL, 1, NULL)},
+    {"logit_scale: got 8, which is not supported", KEY("llama.logit_scale", GGUF_F32, 8, NULL)},
+    {NULL, KEY("llama.logit_scale", GGUF_F32, 1, NULL)},
+    {"softcapping: got 30", KEY("llama.final_logit_softcapping", GGUF_F32, 30, NULL)},
+    {"attention.scale: got 0.125", KEY("llama.attention.scale", GGUF_F32, 0.125, NULL)},
     {"attn_q.weight: got 8 columns", WEIGHT("blk.0.attn_q.weight", {8, 8}, .type = TYPE_Q8_0)},
     {"attn_q.weight: got 2 dimensions, (1, 8, 0)", WEIGHT("blk.0.attn_q.weight", {0, 8})},
     {"attn_q.weight: got 2 dimensions, (1, 0, 8)", WEIGHT("blk.0.attn_q.weight", {8}, .n_dims = 2)},
@@ -319,20 +344,21 @@ static const struct variant variants[] = {
      WEIGHT("t.x", {UINT64_MAX, 1}, .offset = 32)},
     {"t.x: got 2 dimensions, (1, 4611686018427387904, 1073741824)",
      WEIGHT("t.x", {1ull << 30, 1ull << 62}, .offset = 32)},
-    {"t.x: ends", WEIGHT("t.x", {1 << 30, 1 << 30}, .offset = 4096)},
+    {": incomplete: 4,384 of 4,611,686,018,427,393,152 bytes",
+     WEIGHT("t.x", {1 << 30, 1 << 30}, .offset = 4096)},
     {"t.x: begins at byte 18446744073709551584", WEIGHT("t.x", {8}, .offset = UINT64_MAX - 31)},
-    {"t.x: begins at byte 1048576", WEIGHT("t.x", {8}, .offset = 1 << 20)},
+    {": incomplete: 4,352 of 1,049,728 bytes", WEIGHT("t.x", {8}, .offset = 1 << 20)},
     {"t.x: begins at byte 33", WEIGHT("t.x", {8}, .offset = 33)},
     {"t.x: begins at byte 64", WEIGHT("t.x", {8}, .offset = 64)},
     {"ffn_up.weight: begins at byte 32", WEIGHT("blk.0.ffn_up.weight", {8, 32}, .offset = 32)},
     {"rope_freqs.weight: entry 0 is 0", WEIGHT("rope_freqs.weight", {2})},
-    {"rope_freqs.weight: got F32 (1, 3)", WEIGHT("rope_freqs.weight", {3})},
+    {"rope_freqs.weight: got (1, 3), expected (1, 2)", WEIGHT("rope_freqs.weight", {3})},
     {NULL, KEY("split.count", GGUF_U16, 1, NULL)},
     {"split.count: got string, expected an integer", KEY("split.count", GGUF_STRING, 0, "2")},
     {"split.tensors.count: is missing", KEY("split.count", GGUF_U16, 3, NULL)},
     {"attn_sinks.weight: is not supported", WEIGHT("blk.0.attn_sinks.weight", {8})},
     {"ffn_up_exps.weight: is not supported", WEIGHT("blk.0.ffn_up_exps.weight", {8})},
-    {"attn_q.bias: got F32 (1, 4)", WEIGHT("blk.0.attn_q.bias", {4})},
+    {"attn_q.bias: got (1, 4), expected (1, 8)", WEIGHT("blk.0.attn_q.bias", {4})},
 };
 
 static struct tiny built; /* the file of the test at hand */
@@ -348,6 +374,67 @@ static void refuses_variants(struct check *check) {
               "variant %zu: got `%s`, not `%s`", i, error, expected ? expected : "");
         CHECK(largest_request < 1 << 20, "variant %zu asked for %zu bytes", i, largest_request);
     }
+}
+
+/* What is not a model is called by its name, and a cut file tells how much of it there is. */
+static void names_other_formats(struct check *check) {
+    static const struct {
+        const char *bytes;
+        size_t size;
+        const char *expected;
+    } files[] = {
+#define BEGINS(text, is) {text, sizeof(text) - 1, is}
+        BEGINS("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n",
+               "Git LFS"),
+        BEGINS("<!DOCTYPE html><html lang=\"en\"><body>Not found</body></html>", "of the web"),
+        BEGINS("<html>\n<head><title>404</title></head></html>", "of the web"),
+        BEGINS("<?xml version=\"1.0\"?><Error>AccessDenied</Error>", "of the web"),
+        BEGINS("PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0\0\0\0\0archive/data.pkl", "a zip archive"),
+        BEGINS("\x80\2\x8a\nl\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\2M\xe9\3.", "a pickle"),
+        BEGINS("\x3e\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"}}", "safetensors"),
+        BEGINS("tjgg\3\0\0\0\0\x7d\0\0\0\x10\0\0", "the format before GGUF")};
+#undef BEGINS
+    char error[ERROR_LENGTH];
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        try_open(check, files[i].bytes, files[i].size, error);
+        CHECK(strstr(error, files[i].expected) && !strstr(error, "llama2.c"),
+              "format %zu: got `%s`, not `%s`", i, error, files[i].expected);
+    }
+    static uint8_t bytes[1 << 18]; /* more than either file has */
+    static const char *const paths[] = {"test/data/ref/llama-tied-f32.gguf",
+                                        "test/data/ref/llama-tied-f32.bin"};
+    static const char *const expected[] = {": incomplete: 100,000 of 139,712 bytes",
+                                           ": incomplete: 100,000 of 154,396 bytes"};
+    for (size_t i = 0; i < 2; i++) {
+        FILE *file = fopen(paths[i], "rb");
+        CHECK(file && fread(bytes, 1, sizeof bytes, file) > 100000, "cannot read %s", paths[i]);
+        fclose(file);
+        try_open(check, bytes, 100000, error);
+        CHECK(strstr(error, expected[i]), "got `%s`, not `%s`", error, expected[i]);
+    }
+}
+
+/* What --verbose tells of a file that opens. */
+static void notes_what_is_unused(struct check *check) {
+    static const struct variant variant = {
+        WEIGHT("blk.0.ffn_down.weight", {32, 8}, .type = STORED_Q4_1),
+        KEY("llama.pooling_type", GGUF_U32, 3, NULL),
+        .also = {"general.license", GGUF_STRING, 0, "mit"}};
+    char error[ERROR_LENGTH], path[32], *text = NULL;
+    size_t length;
+    struct model model;
+    build(&built, &variant, 3);
+    write_bytes(check, path, built.bytes, built.size);
+    CHECK(model_open(&model, path, error), "%s", error);
+    FILE *memory = open_memstream(&text, &length);
+    model_notes(&model, memory);
+    fclose(memory);
+    static const char expected[] = "dynamo: 1 tensors of Q4_1 are kept as Q8_0: 0.0 MB become 0.0\n"
+                                   "dynamo: key llama.pooling_type is not used\n";
+    CHECK(strcmp(text, expected) == 0, "got `%s`", text);
+    model_close(&model);
+    unlink(path);
+    free(text);
 }
 
 /* Every prefix is refused: the data ends with the file. */
@@ -797,11 +884,17 @@ static void parts_are_one_model(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {
-        {"values", reads_values},          {"real files", opens_real_files},
-        {"checkpoint", opens_checkpoint},  {"architectures", opens_architectures},
-        {"formats agree", formats_agree},  {"parts", parts_are_one_model},
-        {"variants", refuses_variants},    {"prefixes", refuses_prefixes},
-        {"mutations", survives_mutations}, {"memory", survives_lack_of_memory}};
+    static const struct test tests[] = {{"values", reads_values},
+                                        {"real files", opens_real_files},
+                                        {"checkpoint", opens_checkpoint},
+                                        {"architectures", opens_architectures},
+                                        {"formats agree", formats_agree},
+                                        {"parts", parts_are_one_model},
+                                        {"other formats", names_other_formats},
+                                        {"notes", notes_what_is_unused},
+                                        {"variants", refuses_variants},
+                                        {"prefixes", refuses_prefixes},
+                                        {"mutations", survives_mutations},
+                                        {"memory", survives_lack_of_memory}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

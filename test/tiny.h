@@ -119,7 +119,9 @@ static inline uint64_t tiny_data(uint32_t type, uint64_t n) {
         uint32_t elements, bytes;
     } blocks[] = {[TINY_F32] = {1, 4},    [TINY_F16] = {1, 2},      [TINY_Q4_0] = {32, 18},
                   [TINY_Q8_0] = {32, 34}, [TINY_Q4_K] = {256, 144}, [TINY_Q6_K] = {256, 210},
-                  [TINY_BF16] = {1, 2}};
+                  [TINY_BF16] = {1, 2},   [3] = {32, 20},           [6] = {32, 22},
+                  [7] = {32, 24},         [10] = {256, 84},         [11] = {256, 110},
+                  [13] = {256, 176},      [20] = {32, 18},          [23] = {256, 136}};
     bool known = type < sizeof blocks / sizeof *blocks && blocks[type].bytes > 0;
     return known ? n / blocks[type].elements * blocks[type].bytes : n * 2;
 }
