@@ -95,10 +95,16 @@ static bool open_model(struct run *run, char *error) {
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends = run->answers.tokenizer && !o->replay && !o->sim &&
-                !o->plan; /* a load says how long answers are */
-    for (int i = 0; i < n && run->ends_text && ends; i++)
-        run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
+    bool ends =
+        run->ends_text && !o->replay && !o->sim && !o->plan; /* a load says how long answers are */
+    if (ends && run->model.file && !run->model.is_checkpoint)
+        tok_mark_ends(run->model.file, run->ends_text, n);
+    if (ends && (run->model.is_checkpoint || o->tokenizer))
+        tok_mark_ends(NULL, run->ends_text, n);
+    int lost = run->answers.tokenizer ? tok_lost_bytes(run->answers.tokenizer) : 0;
+    if (lost > 0 && o->verbose)
+        (void)fprintf(stderr, "dynamo: %s: no token for %d of 256 bytes: texts go without them\n",
+                      o->model, lost);
     return run->ends_text || fail(error, "out of memory");
 }
 

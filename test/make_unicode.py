@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Writes lib/unicode.h: which code points are letters, marks, numbers, spaces.
+"""Writes lib/unicode.h: which code points are letters, marks, numbers, signs, spaces.
 
     python3 test/make_unicode.py > lib/unicode.h
 
 Python's own unicodedata is the source, so the table has the Unicode version of the Python that ran
 this; the version is written into the file. Letters are the categories L*: capitals (Lu, Lt), small
-ones (Ll) and those without case (Lm, Lo); marks are M*, numbers N*, and white space is the property
-White_Space: the separators Z* and six control characters.
+ones (Ll) and those without case (Lm, Lo); marks are M*, numbers N*, punctuation P*, symbols S*, and
+white space is the property White_Space: the separators Z* and six control characters.
 """
 
 import sys
@@ -18,6 +18,8 @@ CLASS_OF_CATEGORY = {
     "Lu": "UPPER", "Lt": "UPPER", "Ll": "LOWER", "Lm": "LETTER", "Lo": "LETTER",
     "Mn": "MARK", "Mc": "MARK", "Me": "MARK", "Nd": "NUMBER", "Nl": "NUMBER", "No": "NUMBER",
     "Zs": "SPACE", "Zl": "SPACE", "Zp": "SPACE",
+    **{category: "PUNCTUATION" for category in ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po")},
+    **{category: "SYMBOL" for category in ("Sm", "Sc", "Sk", "So")},
 }
 
 
@@ -43,7 +45,7 @@ def main():
     entries = [f"{{0x{a:x}, 0x{b:x}, UNICODE_{kind}}}," for a, b, kind in ranges()]
     version = unicodedata.unidata_version
     print(
-        f"""/* unicode.h: letters, marks, numbers and white space of Unicode {version}.
+        f"""/* unicode.h: letters, marks, numbers, signs and white space of Unicode {version}.
  * Written by test/make_unicode.py; a code point in no range is of class UNICODE_OTHER. */
 #ifndef UNICODE_TABLE_H
 #define UNICODE_TABLE_H
@@ -57,7 +59,9 @@ enum unicode_class {{
     UNICODE_LETTER, /* without case */
     UNICODE_MARK,
     UNICODE_NUMBER,
-    UNICODE_SPACE
+    UNICODE_SPACE,
+    UNICODE_PUNCTUATION,
+    UNICODE_SYMBOL
 }};
 
 struct unicode_range {{

@@ -46,9 +46,9 @@ static char *spell(const struct tokenizer *t, const int *ids, int n, const char 
     bool begins = true;
     for (int i = 0; i < n; i++) {
         const struct vocab_token *token = &t->tokens[ids[i]];
-        bool special = token->type == TOKEN_CONTROL || ids[i] == t->bos;
+        bool special = token->type == TOKEN_CONTROL || ids[i] == tok_bos(t);
         size_t skip = !special && begins && t->adds_prefix && token->text[0] == ' ';
-        if (ids[i] == t->bos)
+        if (ids[i] == tok_bos(t))
             fputs(bos, stream);
         else
             fwrite(token->text + skip, 1, (size_t)token->length - skip, stream);
