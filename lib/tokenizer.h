@@ -340,7 +340,12 @@ enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a
 enum { TOKEN_NORMAL = 1, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED };
 
 /* What a key of the table is; a merge is the number of bytes of its left part. */
-enum { KEY_SPECIAL = -2 /* control, unknown */, KEY_BYTE, KEY_TOKEN };
+enum {
+    KEY_TEXT = -3, /* of `gpt2`: spelled as text, not as bytes; of both: user-defined */
+    KEY_SPECIAL,   /* control, unknown */
+    KEY_BYTE,      /* of `llama` */
+    KEY_TOKEN
+};
 
 struct vocab_token {
     char *text; /* (length) owned */
@@ -427,7 +432,7 @@ static size_t unspell(const struct tokenizer *t, const char *text, size_t length
 /* Room for so many. False: out of memory, as is all that fails below without a message. */
 static bool make_room(struct tokenizer *t, size_t n_tokens, size_t n_merges) {
     size_t n_slots = 2;
-    while (n_slots < 2 * (n_tokens + n_merges))
+    while (n_slots < 2 * (2 * n_tokens + n_merges)) /* a user-defined token has two keys */
         n_slots *= 2;
     t->mask = n_slots - 1;
     t->slots = calloc(n_slots, sizeof *t->slots);
@@ -439,6 +444,17 @@ static void add_key(struct tokenizer *t, const char *text, int length, int kind,
     struct slot *slot = find_slot(t, text, (size_t)length, kind);
     if (!slot->text) /* of several equal keys the first counts */
         *slot = (struct slot){text, length, kind, value};
+}
+
+/* Of `gpt2`: whether it has nothing but the stand-ins of bytes. */
+static bool spelled_as_bytes(struct gguf_string word) {
+    size_t at = 0;
+    for (bool ok = true; ok && at < word.length;) {
+        bool two = byte_of_char(word.data + at, word.length - at) >= 0;
+        ok = two || (word.data[at] > ' ' && word.data[at] <= '~');
+        at += ok ? 1 + two : 0;
+    }
+    return at == word.length;
 }
 
 /* Words that a template writes and nobody types: <|start|>, <｜User｜>. */
@@ -472,8 +488,10 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
         type = type == TOKEN_UNKNOWN ? type : TOKEN_CONTROL;
         kind = KEY_SPECIAL;
     }
-    if (kind == KEY_SPECIAL || (t->byte_level && type == TOKEN_USER_DEFINED)) {
-        memcpy(text, spelling.data, spelling.length); /* it is spelled as it is */
+    bool as_text = kind == KEY_SPECIAL || (t->byte_level && type == TOKEN_USER_DEFINED) ||
+                   (t->byte_level && !spelled_as_bytes(spelling));
+    if (as_text) {
+        memcpy(text, spelling.data, spelling.length);
         n = spelling.length;
     }
     if (type == TOKEN_USER_DEFINED && n > 0) {
@@ -486,7 +504,10 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
                     "%s: token %d: got %zu bytes and score %g, expected at most %d "
                     "and a finite score",
                     where, id, n, (double)score, TOK_TOKEN_LENGTH);
-    add_key(t, text, (int)n, kind, id);
+    if (type == TOKEN_USER_DEFINED || (as_text && kind == KEY_TOKEN))
+        add_key(t, text, (int)n, KEY_TEXT, id);
+    if (kind != KEY_TOKEN || !t->byte_level || spelled_as_bytes(spelling))
+        add_key(t, text, (int)n, kind, id);
     return true;
 }
 
@@ -757,7 +778,7 @@ static void encode_fragment(struct encoder *e, const char *text, size_t length) 
 static int user_token(const struct tokenizer *t, const char *text, size_t length) {
     size_t size = length < t->longest_user ? length : t->longest_user;
     for (; size > 0 && t->starts_user[(unsigned char)text[0]]; size--) {
-        int token = find_key(t, text, size, KEY_TOKEN);
+        int token = find_key(t, text, size, KEY_TEXT);
         if (token >= 0 && t->tokens[token].type == TOKEN_USER_DEFINED)
             return token;
     }
@@ -956,6 +977,7 @@ void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens) {
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {
     int token = find_key(t, text, length, KEY_SPECIAL);
+    token = token >= 0 ? token : find_key(t, text, length, KEY_TEXT);
     return token >= 0 ? token : find_key(t, text, length, KEY_TOKEN);
 }
 

@@ -9,19 +9,20 @@ has it: no space before a text, byte fallback, line breaks and runs of spaces as
 defined; ids are those of sentencepiece==0.2.0. A line of ids.txt is `VOCABULARY PATTERN HEX IDS`.
 """
 import io
+import json
 import random
 import sys
 
 import sentencepiece
 from gguf import GGUFWriter
 from make_splits import PATTERNS, POINTS, TEXTS
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 FOLDER = "test/data/"
 LOST = [0x03, 0x04, 0x7F, 0xC0, 0xC1, 0xF5, 0xFE, 0xFF, 0xA9]  # the last: of é, among others
 WHOLE_WORDS = ("llama-bpe", "tekken")
 NASTY = ["", "theÀ \x03 x y\x04", "é\u00e9 café the\x7fre", " " * 519 + "the", " " * 1030, "a" + " " * 257,
-         "\n\n\n\nx\n\n", "\u2581\u2581x \u2581", "<0x41><s></s><bos><|endoftext|>", "\t\t  \t", "\U0010ffff\ufffd"]
+         "\n\n\n\nx\n\n", "\u2581\u2581x \u2581", "<0x41><s></s><bos><|endoftext|>", "\t\t  \t", "a\t\t\tb\u200dc\u200d", "\U0010ffff\ufffd"]
 
 
 def write(path, model, tokens, types, scores=None, merges=None, **settings):
@@ -55,14 +56,16 @@ def byte_level():
         list(map(chr, range(174, 256))) + [chr(256 + i) for i in range(68)])}
     assert alphabet.pre_tokenize_str(" é\n")[0][0] == "".join(stand_in[b] for b in " é\n".encode())
     lost = {stand_in[byte] for byte in LOST}
-    import json
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     space = stand_in[32]
     merges += [(space * (1 << i), space * (1 << i)) for i in range(9)]
+    tab, joiner = stand_in[9], [stand_in[byte] for byte in "\u200d".encode()]
+    merges += [(tab, tab), (joiner[0], joiner[1]), ("".join(joiner[:2]), joiner[2])]
     merges = [pair for i, pair in enumerate(merges)
               if not lost & set("".join(pair)) and pair not in merges[:i]]
     tokens = [stand_in[byte] for byte in range(256) if byte not in LOST]
     tokens += dict.fromkeys("".join(pair) for pair in merges)
+    tokens += ["\u200d", "\t\t"]  # what no bytes spell, and a defined token: both mean what merges make, too
     return tokens, merges
 
 
@@ -87,7 +90,7 @@ def main():
     spm = gemma()
     n = spm.get_piece_size()
     if len(sys.argv) < 3:
-        write(FOLDER + "vocab-bytes.gguf", "gpt2", tokens, [1] * len(tokens),
+        write(FOLDER + "vocab-bytes.gguf", "gpt2", tokens, [1] * (len(tokens) - 1) + [4],
               merges=[" ".join(pair) for pair in merges])
         types = [3 if spm.is_control(i) else 2 if spm.is_unknown(i) else 6 if spm.is_byte(i) else
                  4 if 4 <= i < 31 else 1 for i in range(n)]
@@ -101,6 +104,7 @@ def main():
         encoder.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions] +
             [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        encoder.add_tokens([AddedToken(tokens[-1], normalized=False)])
         for text in texts:
             print("bytes", name, text.encode().hex() or "-",
                   ",".join(map(str, encoder.encode(text).ids)) or "-", file=out)
