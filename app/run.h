@@ -368,12 +368,14 @@ static bool choose_template(struct run *run) {
     const struct options *o = &run->options;
     char note[ERROR_LENGTH] = "";
     bool asked = o->template > TEMPLATE_AUTO;
-    run->answers.template = TEMPLATE_NONE;
+    run->answers.template = (struct chat_template){.kind = TEMPLATE_NONE};
     if (o->logits || o->perplexity || !run->answers.tokenizer)
         return true;
-    run->answers.template = asked ? (enum template_kind)o->template
-                                  : template_of(run->model.file, run->answers.tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
+    if (asked)
+        run->answers.template.kind = (enum template_kind)o->template;
+    else
+        run->answers.template = template_of(run->model.file, run->answers.tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template.kind, run->answers.tokenizer, note);
     if (*note)
         (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
     return fits;
@@ -470,6 +472,7 @@ static int run_engine(struct run *run) {
     const struct options *o = &run->options;
     struct answers *answers = &run->answers;
     answers->json = o->json;
+    answers->verbose = o->verbose;
     if (!choose_template(run))
         return EXIT_USAGE;
     if (o->logits)
@@ -563,6 +566,7 @@ static int run_model(struct run *run) {
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);
+    free(run->answers.template.system);
     model_close(&run->model);
     free(run->ends_text);
     return status;
