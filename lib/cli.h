@@ -822,7 +822,11 @@ void cli_help(FILE *stream) {
         if (!row->kind) {
             fprintf(stream, "\n%s:\n", row->help);
         } else if (row->help) {
-            int printed = fprintf(stream, "  %s %s", row->name, row->argument ? row->argument : "");
+            const char *argument = row->argument ? row->argument : "";
+            int fits = strlen(argument) > 80 ? 60 + (int)strcspn(argument + 60, "|") + 1 : 80;
+            int printed = fprintf(stream, "  %s %.*s", row->name, fits, argument);
+            if (strlen(argument) > 80)
+                fprintf(stream, "\n%*s%s", 4, "", argument + fits);
             if (printed >= 23)
                 fputc('\n', stream);
             fprintf(stream, "%*s%s", printed < 23 ? 23 - printed : 23, "", row->help);

@@ -88,144 +88,146 @@ enum template_part template_part(enum template_kind kind, const struct tokenizer
 #define EOS "\002"
 
 /* A conversation is
- *     <s> opening before_system SYSTEM after_system
- *     before_user USER after_user before_answer ANSWER after_answer
- *     end before_user USER after_user ...
- * without the three of the system where there is no such text, or with them behind the first
- * before_user: `system_inside`. The two beside the answer are written where an answer is given, and
- * by the model where it is not. A part that is not there is NULL. */
+ *     <s> opening SYSTEM USER ANSWER end USER ANSWER end USER ...
+ * where each of the three has a form, and $ stands for what was said. A system text that is not
+ * there has no form; in some families it stands inside the first user's, before what was said. The
+ * form of an answer is written where an answer is given, and left to the model where it is not. */
+enum {
+    T_BEGINS = 1, /* with the beginning-of-text token, whatever program and vocabulary say */
+    T_SYSTEM_INSIDE = 2,
+    T_TRIMS = 4,        /* white space around what users said and the answers, */
+    T_TRIMS_SYSTEM = 8, /* and around the system text */
+    T_PLAIN = 16        /* its words need be no tokens */
+};
+
 static const struct template_row {
     const char *name;
-    const char *marks[3]; /* what the program contains, */
-    const char *but[2];   /* and what it does not */
-    const char *opening, *before_system, *after_system, *before_user, *after_user;
-    const char *before_answer, *after_answer, *end;
-    bool begins;        /* with the beginning-of-text token, whatever the vocabulary says */
-    bool system_inside; /* as above */
-    bool trims;         /* white space around what was typed and answered, */
-    bool trims_system;  /* and around the system text */
-    bool plain;         /* its words need be no tokens */
+    const char *marks[3], *but[2]; /* what the program contains, and what it does not */
+    unsigned traits;
+    const char *opening, *system, *user, *answer, *end;
 } templates[] = {
-    [TEMPLATE_CHATML] = {.name = "chatml",
-                         .marks = {"<|im_start|>", "<|im_end|>"},
-                         .but = {"<|im_sep|>", "## Metadata"},
-                         .before_system = "<|im_start|>system\n",
-                         .after_system = "<|im_end|>\n",
-                         .before_user = "<|im_start|>user\n",
-                         .after_user = "<|im_end|>\n<|im_start|>assistant\n",
-                         .end = "<|im_end|>\n"},
-    [TEMPLATE_LLAMA3] = {.name = "llama3",
-                         .marks = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
-                         .but = {"Cutting Knowledge Date", ">>>"},
-                         .begins = true,
-                         .before_system = "<|start_header_id|>system<|end_header_id|>\n\n",
-                         .after_system = "<|eot_id|>",
-                         .before_user = "<|start_header_id|>user<|end_header_id|>\n\n",
-                         .after_user = "<|eot_id|>"
-                                       "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                         .end = "<|eot_id|>",
-                         .trims = true,
-                         .trims_system = true},
-    /* it has a system message in any case, which the next one ends */
-    [TEMPLATE_LLAMA31] = {.name = "llama3.1",
-                          .marks = {"<|start_header_id|>",
-                                    "Today Date: ", "Cutting Knowledge Date: December 2023"},
-                          .begins = true,
-                          .opening = "<|start_header_id|>system<|end_header_id|>\n\n"
-                                     "Cutting Knowledge Date: December 2023\n"
-                                     "Today Date: 26 Jul 2024\n\n",
-                          .before_user = "<|eot_id|>"
-                                         "<|start_header_id|>user<|end_header_id|>\n\n",
-                          .after_user = "<|eot_id|>"
-                                        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                          .trims = true,
-                          .trims_system = true},
-    [TEMPLATE_LLAMA2] = {.name = "llama2",
-                         .marks = {"[INST]", "<<SYS>>"},
-                         .begins = true,
-                         .before_system = "<<SYS>>\n",
-                         .after_system = "\n<</SYS>>\n\n",
-                         .before_user = "[INST] ",
-                         .after_user = " [/INST]",
-                         .before_answer = " ",
-                         .after_answer = " ",
-                         .end = EOS BOS,
-                         .system_inside = true,
-                         .trims = true,
-                         .trims_system = true},
-    [TEMPLATE_MISTRAL] = {.name = "mistral",
-                          .marks = {"[INST]", " [/INST]"},
-                          .but = {"<<SYS>>"},
-                          .begins = true,
-                          .after_system = "\n\n",
-                          .before_user = "[INST] ",
-                          .after_user = " [/INST]",
-                          .end = EOS,
-                          .system_inside = true},
-    [TEMPLATE_MISTRAL3] = {.name = "mistral3",
-                           .marks = {"[INST]", "[/INST]"},
-                           .but = {" [/INST]", "[SYSTEM_PROMPT]"},
-                           .begins = true,
-                           .after_system = "\n\n",
-                           .before_user = "[INST]",
-                           .after_user = "[/INST]",
-                           .end = EOS,
-                           .system_inside = true},
-    [TEMPLATE_MISTRAL7] = {.name = "mistral7",
-                           .marks = {"[INST]", "[/INST]", "[SYSTEM_PROMPT]"},
-                           .begins = true,
-                           .before_system = "[SYSTEM_PROMPT]",
-                           .after_system = "[/SYSTEM_PROMPT]",
-                           .before_user = "[INST]",
-                           .after_user = "[/INST]",
-                           .end = EOS},
-    [TEMPLATE_ZEPHYR] = {.name = "zephyr",
-                         .marks = {"<|user|>\n", "<|assistant|>", "eos_token"},
-                         .but = {"<|end|>", "[gMASK]"},
-                         .before_system = "<|system|>\n",
-                         .after_system = EOS "\n",
-                         .before_user = "<|user|>\n",
-                         .after_user = EOS "\n<|assistant|>\n",
-                         .end = EOS "\n",
-                         .plain = true},
-    [TEMPLATE_GEMMA] = {.name = "gemma",
-                        .marks = {"<start_of_turn>", "<end_of_turn>"},
-                        .begins = true,
-                        .after_system = "\n\n",
-                        .before_user = "<start_of_turn>user\n",
-                        .after_user = "<end_of_turn>\n<start_of_turn>model\n",
-                        .end = "<end_of_turn>\n",
-                        .system_inside = true,
-                        .trims = true},
-    /* the tokens of its first vocabulary take the line breaks behind them away */
-    [TEMPLATE_PHI3] = {.name = "phi3",
-                       .marks = {"<|assistant|>", "<|end|>"},
-                       .but = {"<|content|>"},
-                       .before_system = "<|system|>",
-                       .after_system = "<|end|>",
-                       .before_user = "<|user|>",
-                       .after_user = "<|end|><|assistant|>",
-                       .end = "<|end|>"},
-    [TEMPLATE_DEEPSEEK] = {.name = "deepseek",
-                           .marks = {"<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
-                           .but = {"<think></think>", "thinking_end_token"},
-                           .begins = true,
-                           .before_user = "<\uFF5CUser\uFF5C>",
-                           .after_user = "<\uFF5CAssistant\uFF5C>",
-                           .end = "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"},
-    [TEMPLATE_HARMONY] = {.name = "harmony",
-                          .marks = {"<|start|>assistant", "<|channel|>", "<|message|>"},
-                          .opening = "<|start|>system<|message|>You are ChatGPT, a large language "
-                                     "model trained by OpenAI.\nKnowledge cutoff: 2024-06\n\n"
-                                     "Reasoning: medium\n\n# Valid channels: analysis, commentary, "
-                                     "final. Channel must be included for every message.<|end|>",
-                          .before_system = "<|start|>developer<|message|># Instructions\n\n",
-                          .after_system = "\n\n<|end|>",
-                          .before_user = "<|start|>user<|message|>",
-                          .after_user = "<|end|><|start|>assistant",
-                          .before_answer = "<|channel|>final<|message|>",
-                          .end = "<|end|>"},
-    [TEMPLATE_NONE] = {.name = "none", .after_system = "\n"},
+    /* clang-format off: one family a paragraph */
+    [TEMPLATE_CHATML] = {"chatml",
+                         {"<|im_start|>", "<|im_end|>"},
+                         {"<|im_sep|>", "## Metadata"},
+                         0,
+                         "",
+                         "<|im_start|>system\n$<|im_end|>\n",
+                         "<|im_start|>user\n$<|im_end|>\n<|im_start|>assistant\n",
+                         "$",
+                         "<|im_end|>\n"},
+    [TEMPLATE_LLAMA3] = {"llama3",
+                         {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+                         {"Cutting Knowledge Date", ">>>"},
+                         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
+                         "",
+                         "<|start_header_id|>system<|end_header_id|>\n\n$<|eot_id|>",
+                         "<|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+                         "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                         "$",
+                         "<|eot_id|>"},
+    [TEMPLATE_LLAMA31] =
+        {/* it has a system message in any case, which the next one ends */
+         "llama3.1",
+         {"<|start_header_id|>", "Today Date: ", "Cutting Knowledge Date: December 2023"},
+         {NULL},
+         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
+         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+         "Today Date: 26 Jul 2024\n\n",
+         "$",
+         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n",
+         "$",
+         ""},
+    [TEMPLATE_LLAMA2] = {"llama2",
+                         {"[INST]", "<<SYS>>"},
+                         {NULL},
+                         T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS | T_TRIMS_SYSTEM,
+                         "",
+                         "<<SYS>>\n$\n<</SYS>>\n\n",
+                         "[INST] $ [/INST]",
+                         " $ ",
+                         EOS BOS},
+    [TEMPLATE_MISTRAL] = {"mistral",
+                          {"[INST]", " [/INST]"},
+                          {"<<SYS>>"},
+                          T_BEGINS | T_SYSTEM_INSIDE,
+                          "",
+                          "$\n\n",
+                          "[INST] $ [/INST]",
+                          "$",
+                          EOS},
+    [TEMPLATE_MISTRAL3] = {"mistral3",
+                           {"[INST]", "[/INST]"},
+                           {" [/INST]", "[SYSTEM_PROMPT]"},
+                           T_BEGINS | T_SYSTEM_INSIDE,
+                           "",
+                           "$\n\n",
+                           "[INST]$[/INST]",
+                           "$",
+                           EOS},
+    [TEMPLATE_MISTRAL7] = {"mistral7",
+                           {"[INST]", "[/INST]", "[SYSTEM_PROMPT]"},
+                           {NULL},
+                           T_BEGINS,
+                           "",
+                           "[SYSTEM_PROMPT]$[/SYSTEM_PROMPT]",
+                           "[INST]$[/INST]",
+                           "$",
+                           EOS},
+    [TEMPLATE_ZEPHYR] = {"zephyr",
+                         {"<|user|>\n", "<|assistant|>", "eos_token"},
+                         {"<|end|>", "[gMASK]"},
+                         T_PLAIN,
+                         "",
+                         "<|system|>\n$" EOS "\n",
+                         "<|user|>\n$" EOS "\n<|assistant|>\n",
+                         "$",
+                         EOS "\n"},
+    [TEMPLATE_GEMMA] = {"gemma",
+                        {"<start_of_turn>", "<end_of_turn>"},
+                        {NULL},
+                        T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS,
+                        "",
+                        "$\n\n",
+                        "<start_of_turn>user\n$<end_of_turn>\n<start_of_turn>model\n",
+                        "$",
+                        "<end_of_turn>\n"},
+    [TEMPLATE_PHI3] =
+        {/* its first vocabulary's tokens take the line breaks behind them away */
+         "phi3",
+         {"<|assistant|>", "<|end|>"},
+         {"<|content|>", "<|channel|>"},
+         0,
+         "",
+         "<|system|>$<|end|>",
+         "<|user|>$<|end|><|assistant|>",
+         "$",
+         "<|end|>"},
+    [TEMPLATE_DEEPSEEK] = {"deepseek",
+                           {"<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
+                           {"<think></think>", "thinking_end_token"},
+                           T_BEGINS,
+                           "",
+                           "$",
+                           "<\uFF5CUser\uFF5C>$<\uFF5CAssistant\uFF5C>",
+                           "$",
+                           "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"},
+    [TEMPLATE_HARMONY] =
+        {"harmony",
+         {"<|start|>assistant", "<|channel|>", "<|message|>"},
+         {NULL},
+         0,
+         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+         "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n# Valid channels: analysis, "
+         "commentary, "
+         "final. Channel must be included for every message.<|end|>",
+         "<|start|>developer<|message|># Instructions\n\n$\n\n<|end|>",
+         "<|start|>user<|message|>$<|end|><|start|>assistant",
+         "<|channel|>final<|message|>$",
+         "<|end|>"},
+    [TEMPLATE_NONE] = {"none", {NULL}, {NULL}, 0, "", "$\n", "$", "$", ""},
+    /* clang-format on */
 };
 
 struct template_writer {
@@ -282,8 +284,9 @@ static int template_special(const struct tokenizer *tokenizer, const char *text,
     return token;
 }
 
+/* Up to the end, or the hole of a form. */
 static void template_write(struct template_writer *w, const char *text) {
-    while (text && *text && w->ok) {
+    while (*text && *text != '$' && w->ok) {
         size_t length;
         int token = template_special(w->tokenizer, text, &length);
         if (token >= 0) {
@@ -347,13 +350,11 @@ enum template_part template_part(enum template_kind kind, const struct tokenizer
     return is_final ? PART_HEADER : part;
 }
 
-static void template_write_system(struct template_writer *w, const struct template_row *row,
-                                  const char *system) {
-    if (!system || !*system)
-        return;
-    template_write(w, row->before_system);
-    template_write_typed(w, system, strlen(system), row->trims_system);
-    template_write(w, row->after_system);
+static void template_write_said(struct template_writer *w, const char *form, const char *text,
+                                size_t length, bool trims) {
+    template_write(w, form);
+    template_write_typed(w, text, length, trims);
+    template_write(w, strchr(form, '$') + 1);
 }
 
 int *template_ids(const struct chat_template *template, const struct tokenizer *tokenizer,
@@ -361,31 +362,24 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
     const struct template_row *row = &templates[template->kind];
     const char *system = turn->system ? turn->system : template->system;
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
+    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS;
+    bool inside = row->traits & T_SYSTEM_INSIDE;
     template_add(&w, turn->history, turn->n_history);
     if (w.ok && template->kind == TEMPLATE_HARMONY)
         template_drop_analysis(&w);
-    if (turn->n_history > 0) {
-        template_write(&w, row->end);
-        template_write(&w, row->before_user);
-    } else {
-        bool begins = row->begins || template->begins || tok_adds_bos(tokenizer);
-        template_write(&w, begins ? BOS : NULL);
-        template_write(&w, row->opening);
-        if (!row->system_inside)
-            template_write_system(&w, row, system);
-        template_write(&w, row->before_user);
-        if (row->system_inside)
-            template_write_system(&w, row, system);
-    }
-    template_write_typed(&w, turn->user, turn->user_length, row->trims);
-    template_write(&w, row->after_user);
-    if (turn->answer) {
-        template_write(&w, row->before_answer);
-        template_write_typed(&w, turn->answer, turn->answer_length, row->trims);
-        template_write(&w, row->after_answer);
-    } else if (template->thinks) {
+    if (first && (row->traits & T_BEGINS || template->begins || tok_adds_bos(tokenizer)))
+        template_write(&w, BOS);
+    template_write(&w, first ? row->opening : row->end);
+    if (inside)
+        template_write(&w, row->user);
+    if (first && system && *system)
+        template_write_said(&w, row->system, system, strlen(system), row->traits & T_TRIMS_SYSTEM);
+    template_write_said(&w, inside ? strchr(row->user, '$') : row->user, turn->user,
+                        turn->user_length, trims);
+    if (turn->answer)
+        template_write_said(&w, row->answer, turn->answer, turn->answer_length, trims);
+    else if (template->thinks)
         template_write(&w, "<think>\n");
-    }
     template_end_run(&w);
     free(w.text);
     *n_ids = w.ok ? w.n_ids : 0;
@@ -398,9 +392,9 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
                    char note[ERROR_LENGTH]) {
     const struct template_row *row = &templates[kind];
-    const char *parts[] = {row->before_user, row->after_user, row->end, row->before_answer};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts && !row->plain; i++) {
-        const char *at = parts[i] ? strchr(parts[i], '<') : NULL;
+    const char *parts[] = {row->user, row->answer, row->end};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts && !(row->traits & T_PLAIN); i++) {
+        const char *at = strchr(parts[i], '<');
         for (; at; at = strchr(at + 1, '<')) {
             size_t length;
             if (template_special(tokenizer, at, &length) < 0)
@@ -442,13 +436,15 @@ static bool template_matches(const struct template_row *row, const char *program
 /* The system text that the program has, between the words that stand around one, or by name; NULL:
  * none. */
 static char *template_own_system(const struct template_row *row, const char *program) {
-    const char *at = row->before_system ? strstr(program, row->before_system) : NULL;
-    for (; at; at = strstr(at + 1, row->before_system)) {
-        const char *from = at + strlen(row->before_system);
+    const char *after = strchr(row->system, '$') + 1, *at = program;
+    char before[64];
+    (void)snprintf(before, sizeof before, "%.*s", (int)(after - 1 - row->system), row->system);
+    while (*before && *after && (at = strstr(at, before)) != NULL) {
         char stops[] = {'{', at > program && strchr("'\"", at[-1]) ? at[-1] : '{', 0};
-        const char *end = strstr(from, row->after_system);
-        if (end > from && strcspn(from, stops) >= (size_t)(end - from))
-            return strndup(from, (size_t)(end - from));
+        at += strlen(before);
+        const char *end = strstr(at, after);
+        if (end > at && strcspn(at, stops) >= (size_t)(end - at))
+            return strndup(at, (size_t)(end - at));
     }
     static const char name[] = "set default_system_message = "; /* Mistral's */
     const char *quote = (at = strstr(program, name)) ? at + sizeof name - 1 : "";

@@ -238,9 +238,67 @@ static void recognised(struct check *check) {
     tok_close(spm);
 }
 
+/* The ids of special words and of text between them. */
+static int *ids_of(const struct tokenizer *t, const char *const *words, int n_words, int *n_ids) {
+    int *ids = malloc(256 * sizeof *ids), n = 0;
+    for (int i = 0; i < n_words; i++) {
+        int one = words[i][0] == '<' ? tok_find(t, words[i], strlen(words[i])) : -1, more = 0;
+        int *text = one < 0 ? tok_encode(t, words[i], strlen(words[i]), &more) : NULL;
+        for (int j = 0; j < more; j++)
+            ids[n++] = text[j];
+        if (one >= 0)
+            ids[n++] = one;
+        free(text);
+    }
+    *n_ids = n;
+    return ids;
+}
+
+/* gpt-oss: what an answer's parts are, and that a turn goes on without the analysis before it. */
+static void harmony_channels(struct check *check) {
+    static const char *const said[] = {
+        "<|start|>", "user",        "<|message|>", "Hi",          "<|end|>",     "<|start|>",
+        "assistant", "<|channel|>", "analysis",    "<|message|>", "Hm",          "<|end|>",
+        "<|start|>", "assistant",   "<|channel|>", "final",       "<|message|>", "Hello"};
+    static const char expected[] = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+                                   "<|channel|>final<|message|>Hello<|end|>"
+                                   "<|start|>user<|message|>Bye<|end|><|start|>assistant";
+    struct tokenizer *t = open_vocabulary(check, "test/data/vocab-gpt-2.gguf", chat_words);
+    struct chat_template template = {.kind = TEMPLATE_HARMONY};
+    char parts[2][64] = {"", ""}, out[TOK_TEXT_SIZE];
+    int n, n_next, *ids = ids_of(t, said, 18, &n);
+    enum template_part part = PART_HEADER;
+    int first = 0, n_first;
+    free(ids_of(t, said, 7, &n_first));
+    for (int i = n_first; i < n; i++) {
+        struct tok_stream stream = {.begun = true};
+        size_t size = tok_decode(t, &stream, ids[i], out);
+        part = template_part(TEMPLATE_HARMONY, t, ids[i], part);
+        first = part == PART_FINAL ? 1 : 0;
+        if (part == PART_FINAL || part == PART_ANALYSIS)
+            strncat(parts[first], out, size);
+    }
+    CHECK(!strcmp(parts[0], "Hm") && !strcmp(parts[1], "Hello"), "%s, %s", parts[0], parts[1]);
+    CHECK(template_part(TEMPLATE_CHATML, t, ids[0], PART_FINAL) == PART_FINAL, "only gpt-oss has");
+    struct turn turn = {ids, n, "ignored: not the first", "Bye", 3, NULL, 0};
+    int *next = template_ids(&template, t, &turn, &n_next);
+    char *got = spell(t, next, n_next, "");
+    CHECK(!strcmp(got, expected), "%s", got);
+    turn.history = next; /* nothing more goes, and a second analysis does */
+    turn.n_history = n_next;
+    int n_again, *again = template_ids(&template, t, &turn, &n_again);
+    CHECK(!memcmp(again, next, (size_t)n_next * sizeof *next), "what was said stays");
+    free(got);
+    free(again);
+    free(next);
+    free(ids);
+    tok_close(t);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {{"published_templates", published_templates},
                                         {"typed_marks_are_text", typed_marks_are_text},
-                                        {"recognised", recognised}};
+                                        {"recognised", recognised},
+                                        {"harmony_channels", harmony_channels}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }
