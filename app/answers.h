@@ -33,11 +33,11 @@ struct answers {
     int vocab_size;
     struct tokenizer *tokenizer;     /* NULL: ids only */
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
-    enum template_kind template;     /* of prompts; TEMPLATE_NONE: they are continued */
-    bool json;
-    uint64_t seed;  /* of the run, which --stats tells; the first request's */
-    bool converses; /* each prompt follows the one before and its answer */
-    int *history;   /* (n_history) what was said; see answers_forget */
+    struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
+    bool json, verbose;              /* the latter: thoughts are told on stderr */
+    uint64_t seed;                   /* of the run, which --stats tells; the first request's */
+    bool converses;                  /* each prompt follows the one before and its answer */
+    int *history;                    /* (n_history) what was said; see answers_forget */
     int n_history;
     atomic_int activity; /* enum activity; who sets INTERRUPTED calls engine_wake */
     int64_t n_requests, n_arrived;
@@ -101,6 +101,9 @@ struct answer {
     struct tok_stream stream;
     char *text; /* generated (length bytes) */
     size_t length, shown, safe;
+    char *thought; /* (n_thought bytes) what the template says is not for the reader */
+    size_t n_thought;
+    enum template_part part; /* that the last token was in */
     int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
     bool submitted, echoed, stopped, ended;
 };
@@ -155,14 +158,13 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
     for (int i = 0; i <= spec->n_earlier; i += 2) {
         turn.user = said[i].text;
         turn.user_length = said[i].length;
-        int *longer = template_ids(a->template, a->tokenizer, &turn, n_ids);
+        turn.answer = i < spec->n_earlier ? said[i + 1].text : NULL;
+        turn.answer_length = turn.answer ? said[i + 1].length : 0;
+        int *longer = template_ids(&a->template, a->tokenizer, &turn, n_ids);
         free(ids);
         ids = longer;
-        if (!ids || i == spec->n_earlier)
+        if (!ids)
             break;
-        int n = 0, *text = tok_encode(a->tokenizer, said[i + 1].text, said[i + 1].length, &n);
-        ids = join(ids, n_ids, text, text ? n : 0);
-        free(text);
         turn.history = ids;
         turn.n_history = *n_ids;
     }
@@ -254,8 +256,15 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
     while (!answer->stopped && answer->n_seen < length) {
         int token = r->tokens[answer->n_seen++];
         size_t n = a->tokenizer ? tok_decode(a->tokenizer, &answer->stream, token, out) : 0;
-        if (answer->n_seen > r->n_prompt) /* the stream must see the prompt that it continues */
+        if (answer->n_seen <= r->n_prompt)
+            continue; /* the stream must see the prompt that it continues */
+        answer->part = template_part(a->template.kind, a->tokenizer, token, answer->part);
+        if (answer->part == PART_FINAL)
             append(answer, out, n, false);
+        for (size_t i = 0; i < n && answer->part == PART_ANALYSIS; i++) {
+            answer->thought = grow(answer->thought, answer->n_thought, 1);
+            answer->thought[answer->n_thought++] = out[i];
+        }
     }
     if (finished && !answer->stopped)
         append(answer, out, tok_flush(&answer->stream, out), true);
@@ -283,7 +292,9 @@ double answers_time(const struct request *r, enum answer_time time) {
 /* The text of an answer that was shown to its end; others may still follow its tokens. */
 static void free_text(struct answer *answer) {
     free(answer->text);
-    answer->text = NULL;
+    free(answer->thought);
+    answer->text = answer->thought = NULL;
+    answer->n_thought = 0;
 }
 
 void answers_json(const struct request *r, int n, enum finish_reason reason) {
@@ -311,6 +322,10 @@ static void show_json(const struct answer *answer) {
     json_string(stdout, answer->spec.id, strlen(answer->spec.id));
     (void)fputs(",\"text\":", stdout);
     json_string(stdout, answer->text, answer->length);
+    if (answer->n_thought > 0) {
+        (void)fputs(",\"reasoning_content\":", stdout);
+        json_string(stdout, answer->thought, answer->n_thought);
+    }
     (void)fputs(",\"ids\":[", stdout);
     for (int i = 0; i < n; i++)
         printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
@@ -327,7 +342,7 @@ static void echo(const struct answers *a, struct answer *answer) {
     struct tok_stream stream = {0};
     char out[TOK_TEXT_SIZE];
     answer->echoed = true;
-    if (answer->spec.prompt && a->template != TEMPLATE_NONE)
+    if (answer->spec.prompt && a->template.kind != TEMPLATE_NONE)
         return;
     if (answer->spec.prompt)
         (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
@@ -345,6 +360,11 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
         bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
         if (!answer->echoed && !refused && (r->tokens || answer->ended))
             echo(a, answer);
+        if (a->verbose && answer->n_thought > 0 && (answer->length > 0 || answer->ended)) {
+            (void)fprintf(stderr, "dynamo: request %" PRId64 ": its analysis: %.*s\n",
+                          answer->place, (int)answer->n_thought, answer->thought);
+            answer->n_thought = 0;
+        }
         if (answer->safe > answer->shown)
             (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
         answer->shown = answer->safe;
@@ -422,6 +442,8 @@ static bool take_up(struct answers *a, struct answer_list *list, const struct re
         (void)snprintf(answer->number, sizeof answer->number, "%" PRId64, answer->place);
         if (!answer->spec.id)
             answer->spec.id = answer->number;
+        if (a->template.kind == TEMPLATE_HARMONY && answer->spec.prompt)
+            answer->part = PART_HEADER; /* it is for the model to choose a channel */
         answer->request.sampling = answer->spec.sampling;
         if (!answer->spec.seeded)
             answer->request.sampling.seed = answers_seed(a->seed, answer->place);
@@ -520,7 +542,7 @@ void answers_forget(struct answers *a) {
 /* The tokens of a request that ran, up to a stop text, are what was said so far. */
 static void remember(struct answers *a, struct answer *answer) {
     struct request *r = &answer->request;
-    if (r->reason == FINISH_ERROR || a->template == TEMPLATE_NONE)
+    if (r->reason == FINISH_ERROR || a->template.kind == TEMPLATE_NONE)
         return;
     free(a->history);
     a->history = r->tokens;
@@ -540,7 +562,7 @@ int answers_stream(struct answers *a, const struct requests *requests) {
         if (a->converses)
             remember(a, answer);
         free(answer->request.tokens);
-        free(answer->text);
+        free_text(answer);
         free(answer);
     }
     free(list.all);

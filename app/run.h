@@ -98,10 +98,16 @@ static bool open_model(struct run *run, char *error) {
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends = run->answers.tokenizer && !o->replay && !o->sim &&
-                !o->plan; /* a load says how long answers are */
-    for (int i = 0; i < n && run->ends_text && ends; i++)
-        run->ends_text[i] = tok_ends_text(run->answers.tokenizer, i);
+    bool ends =
+        run->ends_text && !o->replay && !o->sim && !o->plan; /* a load says how long answers are */
+    if (ends && run->model.file && !run->model.is_checkpoint)
+        tok_mark_ends(run->model.file, run->ends_text, n);
+    if (ends && (run->model.is_checkpoint || o->tokenizer))
+        tok_mark_ends(NULL, run->ends_text, n);
+    int lost = run->answers.tokenizer ? tok_lost_bytes(run->answers.tokenizer) : 0;
+    if (lost > 0 && o->verbose)
+        (void)fprintf(stderr, "dynamo: %s: no token for %d of 256 bytes: texts go without them\n",
+                      o->model, lost);
     return run->ends_text || fail(error, "out of memory");
 }
 
@@ -365,12 +371,14 @@ static bool choose_template(struct run *run) {
     const struct options *o = &run->options;
     char note[ERROR_LENGTH] = "";
     bool asked = o->template > TEMPLATE_AUTO;
-    run->answers.template = TEMPLATE_NONE;
+    run->answers.template = (struct chat_template){.kind = TEMPLATE_NONE};
     if (o->logits || o->perplexity || !run->answers.tokenizer)
         return true;
-    run->answers.template = asked ? (enum template_kind)o->template
-                                  : template_of(run->model.file, run->answers.tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template, run->answers.tokenizer, note);
+    if (asked)
+        run->answers.template.kind = (enum template_kind)o->template;
+    else
+        run->answers.template = template_of(run->model.file, run->answers.tokenizer, note);
+    bool fits = !asked || template_fits(run->answers.template.kind, run->answers.tokenizer, note);
     if (*note)
         (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
     return fits;
@@ -467,6 +475,7 @@ static int run_engine(struct run *run) {
     const struct options *o = &run->options;
     struct answers *answers = &run->answers;
     answers->json = o->json;
+    answers->verbose = o->verbose;
     if (!choose_template(run))
         return EXIT_USAGE;
     if (o->logits)
@@ -560,6 +569,7 @@ static int run_model(struct run *run) {
     if (run->backend)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);
+    free(run->answers.template.system);
     model_close(&run->model);
     free(run->ends_text);
     return status;

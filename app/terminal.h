@@ -306,7 +306,7 @@ static const char chat_help[] =
 /* Forgets what was said, and says so; a base model has nothing to forget. */
 static void chat_restart(struct answers *answers, const char *of_chat, const char *of_base) {
     answers_forget(answers);
-    (void)fputs(answers->template == TEMPLATE_NONE ? of_base : of_chat, stderr);
+    (void)fputs(answers->template.kind == TEMPLATE_NONE ? of_base : of_chat, stderr);
 }
 
 /* What a line that begins with / asks for: a command's name, alone or with something behind it.

@@ -363,7 +363,9 @@ static const struct option_row option_rows[] = {
      .key = "stop"},
     {"--system", "TEXT", "what a chat model is told first", &TEXT, AT(request.system),
      .key = "system"},
-    {"--template", "auto|chatml|llama3|llama2|mistral|none",
+    {"--template",
+     "auto|chatml|llama3|llama3.1|llama2|mistral|mistral3|mistral7|zephyr|gemma|phi3|deepseek|"
+     "harmony|none",
      "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
     {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},
@@ -820,7 +822,11 @@ void cli_help(FILE *stream) {
         if (!row->kind) {
             fprintf(stream, "\n%s:\n", row->help);
         } else if (row->help) {
-            int printed = fprintf(stream, "  %s %s", row->name, row->argument ? row->argument : "");
+            const char *argument = row->argument ? row->argument : "";
+            int fits = strlen(argument) > 80 ? 60 + (int)strcspn(argument + 60, "|") + 1 : 80;
+            int printed = fprintf(stream, "  %s %.*s", row->name, fits, argument);
+            if (strlen(argument) > 80)
+                fprintf(stream, "\n%*s%s", 4, "", argument + fits);
             if (printed >= 23)
                 fputc('\n', stream);
             fprintf(stream, "%*s%s", printed < 23 ? 23 - printed : 23, "", row->help);

@@ -1,17 +1,19 @@
 /* template.h: how a chat model wants to be spoken to, in token ids.
  *
  *     char note[ERROR_LENGTH]; // what whoever chats must be told, or ""
- *     enum template_kind kind = template_of(file, tokenizer, note);
+ *     struct chat_template template = template_of(file, tokenizer, note);
  *     struct turn turn = {.user = "Hi!", .user_length = 3};
- *     int *ids = template_ids(kind, tokenizer, &turn, &n_ids); // to be freed
+ *     int *ids = template_ids(&template, tokenizer, &turn, &n_ids); // to be freed
  *
  * A GGUF file has its template as a program in Jinja (tokenizer.chat_template). There is no
- * interpreter here: four families are told apart by the marks that the program contains, and each
- * is a row of a table. A turn's ids are what follows the ids so far, so a conversation only ever
- * grows, and its beginning stays in the KV cache.
+ * interpreter here: each known family is a row of a table, and told apart by what the program
+ * writes, its comments left out. From the program itself come the system text that it has for who
+ * gives none, and whether it opens a thought before the answer. A turn's ids are what follows the
+ * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
- * as one. Left out: a template's own default system text, tools, and dates.
+ * as one. Left out: tools and today's date (Llama 3.1's has the date that its program falls back
+ * to, Harmony's none), a system text that moves to the last turn (Mistral's stays in the first).
  * Define TEMPLATE_IMPLEMENTATION in one file, before including this (those of gguf.h and
  * tokenizer.h are needed, too). */
 #ifndef TEMPLATE_H
@@ -28,29 +30,51 @@ enum template_kind {
     TEMPLATE_AUTO = 1,
     TEMPLATE_CHATML,
     TEMPLATE_LLAMA3,
+    TEMPLATE_LLAMA31,
     TEMPLATE_LLAMA2,
-    TEMPLATE_MISTRAL,
+    TEMPLATE_MISTRAL,  /* v1 */
+    TEMPLATE_MISTRAL3, /* v3, with SentencePiece or tekken (Nemo) */
+    TEMPLATE_MISTRAL7,
+    TEMPLATE_ZEPHYR,
+    TEMPLATE_GEMMA,
+    TEMPLATE_PHI3,
+    TEMPLATE_DEEPSEEK,
+    TEMPLATE_HARMONY, /* gpt-oss */
     TEMPLATE_NONE
+};
+
+struct chat_template {
+    enum template_kind kind;
+    char *system; /* for who gives none; NULL: there is none. Owned by the caller */
+    bool begins;  /* with the beginning-of-text token: its program writes it */
+    bool thinks;  /* its program writes <think> before an answer */
 };
 
 struct turn {
     const int *history; /* (n_history) what was said so far, the last answer without its end */
     int n_history;      /* 0: this is the first turn */
-    const char *system; /* of a first turn; NULL: none */
+    const char *system; /* of a first turn; NULL: the template's own; "": none */
     const char *user;   /* (user_length) */
     size_t user_length;
+    const char *answer; /* (answer_length) that was given to it; NULL: it comes now */
+    size_t answer_length;
 };
 
-/* What a file asks for; NULL: there is no file. TEMPLATE_NONE: a base model, which continues its
- * prompt. */
-enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
-                               char note[ERROR_LENGTH]);
+/* What a file asks for; NULL: there is no file. TEMPLATE_NONE: prompts are continued as they are,
+ * by a base model, or because the template is unknown, or because the vocabulary lacks its tokens:
+ * `note` says so. */
+struct chat_template template_of(struct gguf *file, const struct tokenizer *tokenizer,
+                                 char note[ERROR_LENGTH]);
 /* Whether the vocabulary has the special tokens; else `note` names the one that is missing. */
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
                    char note[ERROR_LENGTH]);
 /* The history and the turn; to be freed. NULL: no memory, or longer than an encoder takes. */
-int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
+int *template_ids(const struct chat_template *template, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids);
+/* Which part of an answer a token is in; `part` is what the token before was in. */
+enum template_part { PART_FINAL, PART_HEADER, PART_CHANNEL, PART_ANALYSIS };
+enum template_part template_part(enum template_kind kind, const struct tokenizer *tokenizer,
+                                 int token, enum template_part part);
 
 #endif /* TEMPLATE_H */
 
@@ -64,56 +88,146 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 #define EOS "\002"
 
 /* A conversation is
- *     <s> before_system SYSTEM after_system before_user USER after_user ANSWER
- *     end next before_user USER after_user ANSWER
- *     end next ...
- * without the three of the system where there is no such text, or with them behind the first
- * before_user: `system_inside`. A part that is not there is NULL. */
+ *     <s> opening SYSTEM USER ANSWER end USER ANSWER end USER ...
+ * where each of the three has a form, and $ stands for what was said. A system text that is not
+ * there has no form; in some families it stands inside the first user's, before what was said. The
+ * form of an answer is written where an answer is given, and left to the model where it is not. */
+enum {
+    T_BEGINS = 1, /* with the beginning-of-text token, whatever program and vocabulary say */
+    T_SYSTEM_INSIDE = 2,
+    T_TRIMS = 4,        /* white space around what users said and the answers, */
+    T_TRIMS_SYSTEM = 8, /* and around the system text */
+    T_PLAIN = 16        /* its words need be no tokens */
+};
+
 static const struct template_row {
-    const char *name, *mark; /* mark: in the Jinja program */
-    const char *before_system, *after_system, *before_user, *after_user, *end, *next;
-    bool begins;        /* with the beginning-of-text token, whatever the vocabulary says */
-    bool system_inside; /* as above */
-    bool trims;         /* white space around what was typed */
+    const char *name;
+    const char *marks[3], *but[2]; /* what the program contains, and what it does not */
+    unsigned traits;
+    const char *opening, *system, *user, *answer, *end;
 } templates[] = {
-    [TEMPLATE_CHATML] = {.name = "chatml",
-                         .mark = "<|im_start|>",
-                         .before_system = "<|im_start|>system\n",
-                         .after_system = "<|im_end|>\n",
-                         .before_user = "<|im_start|>user\n",
-                         .after_user = "<|im_end|>\n<|im_start|>assistant\n",
-                         .end = "<|im_end|>",
-                         .next = "\n"},
-    [TEMPLATE_LLAMA3] = {.name = "llama3",
-                         .mark = "<|start_header_id|>",
-                         .begins = true,
-                         .before_system = "<|start_header_id|>system<|end_header_id|>\n\n",
-                         .after_system = "<|eot_id|>",
-                         .before_user = "<|start_header_id|>user<|end_header_id|>\n\n",
-                         .after_user = "<|eot_id|>"
-                                       "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                         .end = "<|eot_id|>",
-                         .trims = true},
-    [TEMPLATE_LLAMA2] = {.name = "llama2",
-                         .mark = "<<SYS>>",
-                         .begins = true,
-                         .before_system = "<<SYS>>\n",
-                         .after_system = "\n<</SYS>>\n\n",
-                         .before_user = "[INST] ",
-                         .after_user = " [/INST]",
-                         .end = EOS,
-                         .next = BOS,
-                         .system_inside = true,
-                         .trims = true},
-    [TEMPLATE_MISTRAL] = {.name = "mistral",
-                          .mark = "[INST]",
-                          .begins = true,
-                          .after_system = "\n\n",
-                          .before_user = "[INST] ",
-                          .after_user = " [/INST]",
-                          .end = EOS,
-                          .system_inside = true},
-    [TEMPLATE_NONE] = {.name = "none", .after_system = "\n"},
+    /* clang-format off: one family a paragraph */
+    [TEMPLATE_CHATML] = {"chatml",
+                         {"<|im_start|>", "<|im_end|>"},
+                         {"<|im_sep|>", "## Metadata"},
+                         0,
+                         "",
+                         "<|im_start|>system\n$<|im_end|>\n",
+                         "<|im_start|>user\n$<|im_end|>\n<|im_start|>assistant\n",
+                         "$",
+                         "<|im_end|>\n"},
+    [TEMPLATE_LLAMA3] = {"llama3",
+                         {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+                         {"Cutting Knowledge Date", ">>>"},
+                         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
+                         "",
+                         "<|start_header_id|>system<|end_header_id|>\n\n$<|eot_id|>",
+                         "<|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+                         "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                         "$",
+                         "<|eot_id|>"},
+    [TEMPLATE_LLAMA31] =
+        {/* it has a system message in any case, which the next one ends */
+         "llama3.1",
+         {"<|start_header_id|>", "Today Date: ", "Cutting Knowledge Date: December 2023"},
+         {NULL},
+         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
+         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+         "Today Date: 26 Jul 2024\n\n",
+         "$",
+         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+         "<|start_header_id|>assistant<|end_header_id|>\n\n",
+         "$",
+         ""},
+    [TEMPLATE_LLAMA2] = {"llama2",
+                         {"[INST]", "<<SYS>>"},
+                         {NULL},
+                         T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS | T_TRIMS_SYSTEM,
+                         "",
+                         "<<SYS>>\n$\n<</SYS>>\n\n",
+                         "[INST] $ [/INST]",
+                         " $ ",
+                         EOS BOS},
+    [TEMPLATE_MISTRAL] = {"mistral",
+                          {"[INST]", " [/INST]"},
+                          {"<<SYS>>"},
+                          T_BEGINS | T_SYSTEM_INSIDE,
+                          "",
+                          "$\n\n",
+                          "[INST] $ [/INST]",
+                          "$",
+                          EOS},
+    [TEMPLATE_MISTRAL3] = {"mistral3",
+                           {"[INST]", "[/INST]"},
+                           {" [/INST]", "[SYSTEM_PROMPT]"},
+                           T_BEGINS | T_SYSTEM_INSIDE,
+                           "",
+                           "$\n\n",
+                           "[INST]$[/INST]",
+                           "$",
+                           EOS},
+    [TEMPLATE_MISTRAL7] = {"mistral7",
+                           {"[INST]", "[/INST]", "[SYSTEM_PROMPT]"},
+                           {NULL},
+                           T_BEGINS,
+                           "",
+                           "[SYSTEM_PROMPT]$[/SYSTEM_PROMPT]",
+                           "[INST]$[/INST]",
+                           "$",
+                           EOS},
+    [TEMPLATE_ZEPHYR] = {"zephyr",
+                         {"<|user|>\n", "<|assistant|>", "eos_token"},
+                         {"<|end|>", "[gMASK]"},
+                         T_PLAIN,
+                         "",
+                         "<|system|>\n$" EOS "\n",
+                         "<|user|>\n$" EOS "\n<|assistant|>\n",
+                         "$",
+                         EOS "\n"},
+    [TEMPLATE_GEMMA] = {"gemma",
+                        {"<start_of_turn>", "<end_of_turn>"},
+                        {NULL},
+                        T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS,
+                        "",
+                        "$\n\n",
+                        "<start_of_turn>user\n$<end_of_turn>\n<start_of_turn>model\n",
+                        "$",
+                        "<end_of_turn>\n"},
+    [TEMPLATE_PHI3] =
+        {/* its first vocabulary's tokens take the line breaks behind them away */
+         "phi3",
+         {"<|assistant|>", "<|end|>"},
+         {"<|content|>", "<|channel|>"},
+         0,
+         "",
+         "<|system|>$<|end|>",
+         "<|user|>$<|end|><|assistant|>",
+         "$",
+         "<|end|>"},
+    [TEMPLATE_DEEPSEEK] = {"deepseek",
+                           {"<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
+                           {"<think></think>", "thinking_end_token"},
+                           T_BEGINS,
+                           "",
+                           "$",
+                           "<\uFF5CUser\uFF5C>$<\uFF5CAssistant\uFF5C>",
+                           "$",
+                           "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"},
+    [TEMPLATE_HARMONY] =
+        {"harmony",
+         {"<|start|>assistant", "<|channel|>", "<|message|>"},
+         {NULL},
+         0,
+         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+         "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n# Valid channels: analysis, "
+         "commentary, "
+         "final. Channel must be included for every message.<|end|>",
+         "<|start|>developer<|message|># Instructions\n\n$\n\n<|end|>",
+         "<|start|>user<|message|>$<|end|><|start|>assistant",
+         "<|channel|>final<|message|>$",
+         "<|end|>"},
+    [TEMPLATE_NONE] = {"none", {NULL}, {NULL}, 0, "", "$\n", "$", "$", ""},
+    /* clang-format on */
 };
 
 struct template_writer {
@@ -162,18 +276,17 @@ static int template_special(const struct tokenizer *tokenizer, const char *text,
     *length = 1;
     if (*text == *BOS || *text == *EOS)
         return *text == *BOS ? tok_bos(tokenizer) : tok_eos(tokenizer);
-    const char *close = strncmp(text, "<|", 2) == 0 ? strstr(text, "|>") : NULL;
-    if (close)
-        *length = (size_t)(close + 2 - text);
-    else if (strncmp(text, "[INST]", 6) == 0 || strncmp(text, "[/INST]", 7) == 0)
-        *length = strcspn(text, "]") + 1;
-    else
+    size_t size = strcspn(text, *text == '[' ? "]" : ">");
+    if ((*text != '<' && *text != '[') || !text[size])
         return -1;
-    return tok_find(tokenizer, text, *length);
+    int token = tok_find(tokenizer, text, size + 1);
+    *length = token >= 0 ? size + 1 : 1;
+    return token;
 }
 
+/* Up to the end, or the hole of a form. */
 static void template_write(struct template_writer *w, const char *text) {
-    while (text && *text && w->ok) {
+    while (*text && *text != '$' && w->ok) {
         size_t length;
         int token = template_special(w->tokenizer, text, &length);
         if (token >= 0) {
@@ -199,29 +312,74 @@ static void template_write_typed(struct template_writer *w, const char *text, si
     template_text(w, text, length);
 }
 
-int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
+/* Harmony: the last answer goes on without what came before its last channel. */
+static void template_drop_analysis(struct template_writer *w) {
+    int channel = tok_find(w->tokenizer, "<|channel|>", 11);
+    int message = tok_find(w->tokenizer, "<|message|>", 11), first = -1, last = -1;
+    bool headed = false; /* the message at hand has a channel */
+    for (int i = 0; i < w->n_ids; i++)
+        if (w->ids[i] == channel) {
+            first = first < 0 ? i : first;
+            last = i;
+            headed = true;
+        } else if (w->ids[i] == message) {
+            first = headed ? first : -1; /* someone else's */
+            headed = false;
+        }
+    if (first >= 0 && last > first) {
+        w->n_ids -= last - first;
+        memmove(w->ids + first, w->ids + last, (size_t)(w->n_ids - first) * sizeof *w->ids);
+    }
+}
+
+enum template_part template_part(enum template_kind kind, const struct tokenizer *tokenizer,
+                                 int token, enum template_part part) {
+    static const char *const words[] = {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"};
+    int found = -1;
+    for (int i = 0; i < 4 && kind == TEMPLATE_HARMONY && found < 0; i++)
+        found = token == tok_find(tokenizer, words[i], strlen(words[i])) ? i : -1;
+    switch (found) {
+    case 0:
+    case 3: return PART_HEADER;
+    case 1: return PART_CHANNEL;
+    case 2: return part == PART_CHANNEL ? PART_ANALYSIS : PART_FINAL;
+    default: break;
+    }
+    /* the channel's name is one token, or begins with one */
+    bool is_final = part == PART_CHANNEL && token == tok_find(tokenizer, "final", 5);
+    return is_final ? PART_HEADER : part;
+}
+
+static void template_write_said(struct template_writer *w, const char *form, const char *text,
+                                size_t length, bool trims) {
+    template_write(w, form);
+    template_write_typed(w, text, length, trims);
+    template_write(w, strchr(form, '$') + 1);
+}
+
+int *template_ids(const struct chat_template *template, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids) {
-    const struct template_row *t = &templates[kind];
+    const struct template_row *row = &templates[template->kind];
+    const char *system = turn->system ? turn->system : template->system;
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
+    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS;
+    bool inside = row->traits & T_SYSTEM_INSIDE;
     template_add(&w, turn->history, turn->n_history);
-    if (turn->n_history > 0) {
-        template_write(&w, t->end);
-        template_write(&w, t->next);
-    } else if (t->begins || tok_adds_bos(tokenizer)) {
-        template_write(&w, BOS); /* as the template says, or the vocabulary */
-    }
-    const char *system = turn->n_history == 0 ? turn->system : NULL;
-    if (t->system_inside)
-        template_write(&w, t->before_user);
-    if (system && *system) {
-        template_write(&w, t->before_system);
-        template_write_typed(&w, system, strlen(system), t->trims);
-        template_write(&w, t->after_system);
-    }
-    if (!t->system_inside)
-        template_write(&w, t->before_user);
-    template_write_typed(&w, turn->user, turn->user_length, t->trims);
-    template_write(&w, t->after_user);
+    if (w.ok && template->kind == TEMPLATE_HARMONY)
+        template_drop_analysis(&w);
+    if (first && (row->traits & T_BEGINS || template->begins || tok_adds_bos(tokenizer)))
+        template_write(&w, BOS);
+    template_write(&w, first ? row->opening : row->end);
+    if (inside)
+        template_write(&w, row->user);
+    if (first && system && *system)
+        template_write_said(&w, row->system, system, strlen(system), row->traits & T_TRIMS_SYSTEM);
+    template_write_said(&w, inside ? strchr(row->user, '$') : row->user, turn->user,
+                        turn->user_length, trims);
+    if (turn->answer)
+        template_write_said(&w, row->answer, turn->answer, turn->answer_length, trims);
+    else if (template->thinks)
+        template_write(&w, "<think>\n");
     template_end_run(&w);
     free(w.text);
     *n_ids = w.ok ? w.n_ids : 0;
@@ -233,42 +391,117 @@ int *template_ids(enum template_kind kind, const struct tokenizer *tokenizer,
 
 bool template_fits(enum template_kind kind, const struct tokenizer *tokenizer,
                    char note[ERROR_LENGTH]) {
-    const struct template_row *t = &templates[kind];
-    const char *parts[] = {t->before_user, t->after_user, t->end};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        const char *at = parts[i] ? strstr(parts[i], "<|") : NULL;
-        for (; at; at = strstr(at + 1, "<|")) {
+    const struct template_row *row = &templates[kind];
+    const char *parts[] = {row->user, row->answer, row->end};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts && !(row->traits & T_PLAIN); i++) {
+        const char *at = strchr(parts[i], '<');
+        for (; at; at = strchr(at + 1, '<')) {
             size_t length;
             if (template_special(tokenizer, at, &length) < 0)
                 return fail(note, "template %s: the vocabulary has no token %.*s; see --template",
-                            t->name, (int)length, at);
+                            row->name, (int)strcspn(at, ">") + 1, at);
         }
     }
     return true;
 }
 
-enum template_kind template_of(struct gguf *file, const struct tokenizer *tokenizer,
-                               char note[ERROR_LENGTH]) {
+/* A program without its comments, and with line breaks for `\n`; to be freed. */
+static char *template_program(struct gguf_string jinja) {
+    char *text = malloc(jinja.length + 1);
+    size_t n = 0;
+    for (size_t at = 0; text && at < jinja.length; at++) {
+        size_t left = jinja.length - at;
+        const char *from = jinja.data + at;
+        const char *close = left > 3 && !memcmp(from, "{#", 2) ? memmem(from, left, "#}", 2) : NULL;
+        bool line = left > 1 && memcmp(from, "\\n", 2) == 0;
+        if (close)
+            at += (size_t)(close - from) + 1;
+        else if (*from)
+            text[n++] = line ? '\n' : *from;
+        at += !close && line;
+    }
+    if (text)
+        text[n] = 0;
+    return text;
+}
+
+static bool template_matches(const struct template_row *row, const char *program) {
+    for (int i = 0; i < 3; i++)
+        if ((row->marks[i] && !strstr(program, row->marks[i])) ||
+            (i < 2 && row->but[i] && strstr(program, row->but[i])))
+            return false;
+    return row->marks[0] != NULL;
+}
+
+/* The system text that the program has, between the words that stand around one, or by name; NULL:
+ * none. */
+static char *template_own_system(const struct template_row *row, const char *program) {
+    const char *after = strchr(row->system, '$') + 1, *at = program;
+    char before[64];
+    (void)snprintf(before, sizeof before, "%.*s", (int)(after - 1 - row->system), row->system);
+    while (*before && *after && (at = strstr(at, before)) != NULL) {
+        char stops[] = {'{', at > program && strchr("'\"", at[-1]) ? at[-1] : '{', 0};
+        at += strlen(before);
+        const char *end = strstr(at, after);
+        if (end > at && strcspn(at, stops) >= (size_t)(end - at))
+            return strndup(at, (size_t)(end - at));
+    }
+    static const char name[] = "set default_system_message = "; /* Mistral's */
+    const char *quote = (at = strstr(program, name)) ? at + sizeof name - 1 : "";
+    char *system = *quote == '\'' || *quote == '"' ? malloc(strlen(quote)) : NULL;
+    size_t n = 0;
+    for (at = quote + 1; system && *at && *at != *quote; at++) {
+        at += *at == '\\' && at[1];
+        system[n++] = *at;
+    }
+    if (system)
+        system[n] = 0;
+    if (system && *at && at[1 + strspn(at + 1, " -")] == '%')
+        return system;
+    free(system); /* it is put together from several */
+    return NULL;
+}
+
+/* Whether the program opens a thought before an answer, for who asks for nothing special. */
+static bool template_thinks(const char *program) {
+    const char *at = program, *tag = NULL;
+    while ((at = strstr(at, "add_generation_prompt")) != NULL)
+        tag = at++;
+    for (at = tag; at && strncmp(at, "<think>\n'", 9) != 0 && strncmp(at, "<think>\n\"", 9) != 0;) {
+        at = *at ? at + 1 : NULL;
+        tag = at && strncmp(at, "{%", 2) == 0 ? at : tag;
+    }
+    if (!at)
+        return false;
+    char condition[64]; /* of what it stands in */
+    (void)snprintf(condition, sizeof condition, "%.*s", (int)strcspn(tag, "}"), tag);
+    return strstr(condition, "add_generation_prompt") || strstr(condition, "else") ||
+           strstr(condition, "not defined");
+}
+
+struct chat_template template_of(struct gguf *file, const struct tokenizer *tokenizer,
+                                 char note[ERROR_LENGTH]) {
     struct gguf_string jinja = {NULL, 0};
-    enum template_kind nearest = TEMPLATE_NONE;
-    char missing[ERROR_LENGTH];
+    struct chat_template found = {.kind = TEMPLATE_NONE};
     *note = 0;
     if (!tokenizer || !file || !gguf_get_string(file, "tokenizer.chat_template", &jinja))
-        return TEMPLATE_NONE;
-    for (enum template_kind kind = TEMPLATE_CHATML; kind < TEMPLATE_NONE; kind++) {
-        bool fits = template_fits(kind, tokenizer, missing);
-        bool marked = memmem(jinja.data, jinja.length, templates[kind].mark,
-                             strlen(templates[kind].mark)) != NULL;
-        if (marked && fits)
-            return kind;
-        if (fits && nearest == TEMPLATE_NONE)
-            nearest = kind;
+        return found;
+    char *program = template_program(jinja);
+    const char *blank = program ? program + strspn(program, " \t\r\n") : "";
+    enum template_kind kind = TEMPLATE_CHATML;
+    while (*blank && kind < TEMPLATE_NONE && !template_matches(&templates[kind], program))
+        kind++;
+    if (*blank && kind == TEMPLATE_NONE) {
+        (void)fail(note, "its chat template is none that is known: prompts are continued as they "
+                         "are; --template chooses one");
+    } else if (*blank && template_fits(kind, tokenizer, note)) {
+        found.kind = kind;
+        found.begins = strstr(program, "bos_token") != NULL;
+        found.thinks = template_thinks(program);
+        found.system = template_own_system(&templates[kind], program);
     }
-    (void)fail(note,
-               "its chat template is none of chatml, llama3, llama2, mistral; taken is %s, for "
-               "which its vocabulary has the tokens; --template chooses another, or none",
-               templates[nearest].name);
-    return nearest;
+    free(program);
+    return found;
 }
 
 #endif /* TEMPLATE_IMPLEMENTATION */

@@ -18,12 +18,12 @@
  * take O(n log n) whatever they are. User-defined tokens are cut out of a text before all this.
  *
  * What it refuses: to find control tokens in a text (`<s>` is three characters; a chat template
- * asks tok_find), vocabularies that cannot spell every byte, patterns it does not know. It adds no
- * beginning-of-text token: that is the caller's decision.
+ * asks tok_find), patterns it does not know. It adds no beginning-of-text token: that is the
+ * caller's decision.
  *
- * Invariants: nothing changes after opening, so threads may share a tokenizer; every byte has a
- * token, so no text is lost (U+2581 in a text of `llama` comes back as the space it means there);
- * what is decoded is valid UTF-8.
+ * Invariants: nothing changes after opening, so threads may share a tokenizer; no text is lost but
+ * for bytes that the vocabulary cannot spell, tok_lost_bytes of the 256 (and U+2581 in a text of
+ * `llama` comes back as the space it means there); what is decoded is valid UTF-8.
  * Define TOKENIZER_IMPLEMENTATION in one file, before including this (gguf.h's is needed, too).
  * Read next: template.h. */
 #ifndef TOKENIZER_H
@@ -33,7 +33,7 @@
 #include "text.h"
 
 enum {
-    TOK_TOKEN_LENGTH = 1024,   /* bytes of a token at most; the longest known ones have 512 */
+    TOK_TOKEN_LENGTH = 2048,   /* bytes that a token stands for at most; 512 are known */
     TOK_TEXT_LENGTH = 1 << 26, /* bytes of a text at most: encoding takes 41 times as many */
     TOK_TEXT_SIZE = 3 * (TOK_TOKEN_LENGTH + 4) /* a stray byte becomes the 3 bytes of U+FFFD */
 };
@@ -45,12 +45,15 @@ struct tokenizer; /* owns all it needs: the gguf may be closed */
 struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]);
 struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char error[ERROR_LENGTH]);
 void tok_close(struct tokenizer *tokenizer);
+/* Marks what ends a text, a turn or a message, in ends (n_tokens): where generation stops. A file
+ * tells whether its tokenizer can be opened or not; NULL: llama2.c's. */
+void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens);
 
 int tok_bos(const struct tokenizer *tokenizer); /* -1: none */
 int tok_eos(const struct tokenizer *tokenizer); /* -1: none */
 bool tok_adds_bos(const struct tokenizer *tokenizer);
-/* End of text, of turn or of message: where generation stops. */
-bool tok_ends_text(const struct tokenizer *tokenizer, int token);
+/* How many of the 256 bytes no token stands for: they are left out of texts. */
+int tok_lost_bytes(const struct tokenizer *tokenizer);
 /* The token of exactly this text, a control token before any other; -1: none. */
 int tok_find(const struct tokenizer *tokenizer, const char *text, size_t length);
 /* The ids of a text, to be freed. A byte that is not UTF-8 stands for itself. NULL: out of memory,
@@ -88,9 +91,17 @@ size_t tok_flush(struct tok_stream *stream, char out[TOK_TEXT_SIZE]);
 /* ---- words ----
  *
  * How byte-level BPE cuts a text before pairs merge inside each word. A vocabulary names its
- * pattern (tokenizer.ggml.pre), which its makers published as a regular expression. Here each is a
- * row of a table, and the alternatives are tried in the order in which the expressions have them.
- * Where they backtrack, the outcome is said outright; none takes more than one look at a character.
+ * pattern (tokenizer.ggml.pre); its makers published it as one regular expression or several, of
+ * which each cuts what the ones before left: what it matches and what lies between are pieces.
+ * Here an expression is written with one letter for each set of characters (char_sets), and
+ *     ? * + |  as in regular expressions     3      one to three of the set
+ *     !        \s or the end: (?!\S)         $      the end
+ *     e E      's 't 're 've 'm 'll 'd, in small letters or in any
+ * with spaces between expressions. So `L+` is \p{L}+, and llama-bpe's
+ *     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
+ *     \s*[\r\n]+|\s+(?!\S)|\s+
+ * is "E|x?L+|N3|_?O+n*|S*n+|S+!|S+". The outcome is that of a backtracking engine; in the
+ * expressions below a character is looked at a few times at most, so a text takes linear time.
  * Marks are \p{M}, and \s is the property White_Space. Two details follow the engines that read
  * GGUF: text is not normalised (qwen2's own tokenizer makes it NFC), and endings like 's ignore the
  * case of ASCII letters alone. */
@@ -103,58 +114,105 @@ enum {
     IN_MARK = 1 << UNICODE_MARK,
     IN_NUMBER = 1 << UNICODE_NUMBER,
     IN_SPACE = 1 << UNICODE_SPACE,
+    IN_PUNCTUATION = 1 << UNICODE_PUNCTUATION,
+    IN_SIGN = IN_PUNCTUATION | 1 << UNICODE_SYMBOL,
     IN_LETTER = IN_UPPER | IN_LOWER | IN_CASELESS,
-    IN_OTHER = 1 << UNICODE_OTHER | IN_MARK /* [^\s\p{L}\p{N}] */
+    IN_ANY = IN_LETTER | IN_MARK | IN_NUMBER | IN_SPACE | IN_SIGN | 1 << UNICODE_OTHER
+};
+
+/* First and last code points; a zero ends them. */
+static const uint32_t ascii_letters[] = {'A', 'Z', 'a', 'z', 0}, ascii_digits[] = {'0', '9', 0};
+static const uint32_t ascii_signs[] = {'!', '/', ':', '@', '[', '`', '{', '~', 0};
+static const uint32_t deepseek3_cjk[] = {0x3040, 0x30FF, 0x4E00, 0x9FA5, 0};
+static const uint32_t deepseek_cjk[] = {0x0800, 0x9FA5, 0xAC00, 0xD7FF, 0};
+static const uint32_t deepseek_signs[] = {'!',    '/',    ':',    '~',    0x2018, 0x201F, 0x3000,
+                                          0x3002, 0xFF01, 0xFF0F, 0xFF1A, 0xFF5E, 0};
+
+/* What is of one of the classes and not one of `but`, or one of `chars`, or in `ranges`. */
+static const struct char_set {
+    unsigned classes;
+    const char *chars, *but;
+    const uint32_t *ranges;
+} char_sets[128] = {
+    ['_'] = {.chars = " "},
+    ['n'] = {.chars = "\r\n"},
+    ['/'] = {.chars = "\r\n/"},
+    ['S'] = {IN_SPACE},
+    ['N'] = {IN_NUMBER},
+    ['L'] = {IN_LETTER},
+    ['M'] = {IN_LETTER | IN_MARK},
+    ['C'] = {IN_UPPER | IN_CASELESS | IN_MARK}, /* capitals, or small ones, */
+    ['c'] = {IN_LOWER | IN_CASELESS | IN_MARK}, /* and what can be either */
+    ['O'] = {IN_ANY & ~(IN_SPACE | IN_LETTER | IN_NUMBER)},
+    ['o'] = {IN_ANY & ~(IN_SPACE | IN_LETTER | IN_NUMBER | IN_MARK)},
+    ['x'] = {IN_ANY & ~(IN_LETTER | IN_NUMBER), .but = "\r\n"},
+    ['y'] = {IN_ANY & ~(IN_LETTER | IN_SIGN), .but = "\r\n"},
+    ['P'] = {IN_PUNCTUATION},
+    ['f'] = {IN_PUNCTUATION, .chars = "$+<=>^~|"},
+    ['F'] = {IN_PUNCTUATION, .chars = "$+<=>^~|`"},
+    ['s'] = {IN_SIGN},
+    ['a'] = {.ranges = ascii_letters},
+    ['d'] = {.ranges = ascii_digits},
+    ['g'] = {.ranges = ascii_signs},
+    ['j'] = {.ranges = deepseek3_cjk},
+    ['J'] = {.ranges = deepseek_cjk},
+    ['D'] = {.ranges = unicode_deepseek_letters},
+    ['G'] = {.ranges = deepseek_signs},
 };
 
 enum {
-    PATTERN_MODERN = 1, /* the form that all but gpt-2 have */
-    PATTERN_CASED = 2,  /* a word is capitals, then small letters, and has its ending with it */
-    PATTERN_WHOLE_WORDS = 4, /* a word that is a token is taken whole, whatever merges say */
-    PATTERN_ADDS_BOS = 8     /* unless the file says otherwise */
+    PATTERN_WHOLE_WORDS = 1, /* a word that is a token is taken whole, whatever merges say */
+    PATTERN_ADDS_BOS = 2     /* unless the file says otherwise */
 };
 
 struct pattern {
-    const char *name;
-    int digits;         /* of a number at most */
-    const char *behind; /* what may follow signs, as part of them */
+    const char *names;       /* in tokenizer.ggml.pre */
+    const char *expressions; /* as above */
     unsigned traits;
 };
 
-/* gpt-2:     '(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
- * llama-bpe: (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|
- *            ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
- * qwen2:     the same with \p{N}
- * gpt-4o:    [^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+ENDING?|
- *            [^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*ENDING?|
- *            \p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
+#define GPT2 "e|_?L+|_?N+|_?O+|S+!|S+"
 static const struct pattern patterns[] = {
-    {.name = "gpt-2"},
-    {"llama-bpe", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
-    {"llama3", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
-    {"llama-v3", 3, "\r\n", PATTERN_MODERN | PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
-    {"qwen2", 1, "\r\n", PATTERN_MODERN},
-    {"deepseek-r1-qwen", 1, "\r\n", PATTERN_MODERN},
-    {"gpt-4o", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
-    {"llama4", 3, "\r\n/", PATTERN_MODERN | PATTERN_CASED},
+    {"gpt-2 mpt phi-2 olmo", GPT2, 0},
+    {"llama-bpe llama3 llama-v3 falcon3 pixtral lfm2", "E|x?L+|N3|_?O+n*|S*n+|S+!|S+",
+     PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
+    {"qwen2 deepseek-r1-qwen stablelm2", "E|x?L+|N|_?O+n*|S*n+|S+!|S+", 0},
+    {"qwen35", "E|x?M+|N|_?o+n*|S*n+|S+!|S+", 0},
+    {"gpt-4o llama4", "x?C*c+E?|x?C+c*E?|N3|_?O+/*|S*n+|S+!|S+", 0},
+    {"tekken", "x?C*c+|x?C+c*|N|_?O+/*|S*n+|S+!|S+", PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
+    {"smollm starcoder refact command-r", "N " GPT2, 0},
+    {"falcon", "F+ " GPT2 " ddd", 0},
+    {"default", "f+ " GPT2 " N+ ddd", 0},
+    {"deepseek-llm", "n S?D+ S?G+ S+$ J+ N", 0},
+    {"deepseek-coder", "n S?L+ S?P+ J+ N", 0},
+    {"deepseek-v3", "N3 j+ ga+|y?M+|_?s+n*|S*n+|S+!|S+", 0},
 };
 
 static const struct pattern *pattern_find(struct gguf_string name) {
     for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
-        if (gguf_equals(name, patterns[i].name))
-            return &patterns[i];
+        for (const char *at = patterns[i].names; *at; at += strspn(at, " ")) {
+            size_t size = strcspn(at, " ");
+            if (size == name.length && memcmp(at, name.data, size) == 0)
+                return &patterns[i];
+            at += size;
+        }
     return NULL;
 }
 
-/* Where the run of characters in `set` that begins at `at` ends. */
-static size_t run_end(const char *text, size_t length, size_t at, unsigned set) {
+/* Bytes of the character at `at` if it is in the set; 0: it is not, or the text ends. */
+static size_t in_set(char letter, const char *text, size_t length, size_t at) {
+    const struct char_set *set = &char_sets[(unsigned char)letter];
     uint32_t code;
-    for (size_t size; at < length; at += size) {
-        size = utf8_char(text + at, length - at, &code);
-        if (!(set >> unicode_class_of(code) & 1))
-            break;
-    }
-    return at;
+    if (at == length)
+        return 0;
+    size_t size = utf8_char(text + at, length - at, &code);
+    bool ascii = code > 0 && code < 128;
+    bool in = set->classes && set->classes >> unicode_class_of(code) & 1;
+    in = in && !(set->but && ascii && strchr(set->but, (int)code));
+    in = in || (set->chars && ascii && strchr(set->chars, (int)code));
+    for (const uint32_t *range = set->ranges; range && *range && !in; range += 2)
+        in = code >= range[0] && code <= range[1];
+    return in ? size : 0;
 }
 
 /* Bytes of 's, 't, 're, 've, 'm, 'll or 'd; 0: none. */
@@ -170,95 +228,93 @@ static size_t ending_size(const char *text, size_t length, bool any_case) {
     return 0;
 }
 
-/* White space: up to its last line's end; else all but the last, which belongs to the word behind
- * it; or what there is. */
-static size_t space_size(const char *text, size_t length, bool lines) {
-    size_t end = run_end(text, length, 0, IN_SPACE), last = 0, line = 0;
+/* Bytes of the character that ends at `end`. */
+static size_t size_before(const char *text, size_t end) {
     uint32_t code;
-    for (size_t at = 0; at < end; at += utf8_char(text + at, length - at, &code)) {
-        last = at;
-        line = text[at] == '\n' || text[at] == '\r' ? at + 1 : line;
-    }
-    return lines && line > 0 ? line : end < length && last > 0 ? last : end;
+    for (size_t size = 4; size > 1; size--)
+        if (size <= end && utf8_read(text + end - size, size, &code) == (int)size)
+            return size;
+    return 1;
 }
 
-/* gpt-4o: capitals, then at least one small letter (letters without case and marks are both); or
- * capitals alone. 0: neither begins at `at`. */
-static size_t cased_end(const char *text, size_t length, size_t at, bool small) {
-    size_t end = run_end(text, length, at, IN_UPPER | IN_CASELESS | IN_MARK), both = 0;
-    uint32_t code;
-    if (!small)
-        return end > at ? end : 0;
-    size_t small_end = run_end(text, length, end, IN_LOWER | IN_CASELESS | IN_MARK);
-    if (small_end > end)
-        return small_end;
-    for (size_t i = at, size; i < end; i += size) { /* the last of the capitals that is small too */
-        size = utf8_char(text + i, length - i, &code);
-        both = unicode_class_of(code) == UNICODE_UPPER ? both : i + size;
+enum { NO_MATCH = 0 };
+
+/* Where what one alternative matches from `at` on ends. */
+static size_t match_end(const char *rule, const char *text, size_t length, size_t at) {
+    char letter = *rule;
+    if (letter == 0 || letter == '|' || letter == ' ')
+        return at;
+    char many = *++rule;
+    if (letter == '!' || letter == '$') {
+        bool fits = at == length || (letter == '!' && in_set('S', text, length, at));
+        return fits ? match_end(rule, text, length, at) : NO_MATCH;
     }
-    return both;
+    rule += many && strchr("?*+3", many) ? 1 : 0;
+    if (letter == 'e' || letter == 'E') {
+        size_t size = ending_size(text + at, length - at, letter == 'E');
+        return size || many == '?' ? match_end(rule, text, length, at + size) : NO_MATCH;
+    }
+    size_t least = many != '?' && many != '*', n = 0, end = at, size;
+    size_t most = many == '*' || many == '+' ? SIZE_MAX : many == '3' ? 3 : 1;
+    while (n < most && (size = in_set(letter, text, length, end)) > 0) {
+        end += size;
+        n++;
+    }
+    for (; n >= least; n--) { /* as many as possible, then fewer */
+        size_t found = match_end(rule, text, length, end);
+        if (found != NO_MATCH || n == 0)
+            return found;
+        end -= size_before(text, end);
+    }
+    return NO_MATCH;
 }
 
-/* The end of a word at the start of a text, which one sign or space may precede; 0: none. */
-static size_t letters_end(const struct pattern *pattern, const char *text, size_t length) {
-    uint32_t code;
-    size_t first = utf8_char(text, length, &code);
-    unsigned kind = 1u << unicode_class_of(code);
-    bool leads = !(kind & (IN_LETTER | IN_NUMBER)) && text[0] != '\r' && text[0] != '\n';
-    if (!(pattern->traits & PATTERN_CASED)) {
-        size_t begin = leads ? first : 0, end = run_end(text, length, begin, IN_LETTER);
-        return end > begin ? end : 0;
+/* The same of the first alternative of an expression that matches. */
+static size_t expression_end(const char *rule, const char *text, size_t length, size_t at) {
+    size_t end = NO_MATCH;
+    for (; end == NO_MATCH && *rule && *rule != ' '; rule += *rule == '|') {
+        end = match_end(rule, text, length, at);
+        rule += strcspn(rule, "| ");
     }
-    size_t end = 0;
-    for (int small = 1; small >= 0 && end == 0; small--) {
-        end = leads ? cased_end(text, length, first, small) : 0;
-        end = end ? end : cased_end(text, length, 0, small);
-    }
-    return end ? end + ending_size(text + end, length - end, true) : 0;
-}
-
-static size_t gpt2_size(const char *text, size_t length) {
-    static const unsigned sets[] = {IN_LETTER, IN_NUMBER, IN_OTHER};
-    size_t ending = ending_size(text, length, false), begin = text[0] == ' ';
-    for (size_t i = 0; i < sizeof sets / sizeof *sets && !ending; i++) {
-        size_t end = run_end(text, length, begin, sets[i]);
-        ending = end > begin ? end : 0;
-    }
-    return ending ? ending : space_size(text, length, false);
-}
-
-/* Bytes of the first word of a text that is not empty. */
-static size_t word_size(const struct pattern *pattern, const char *text, size_t length) {
-    if (!(pattern->traits & PATTERN_MODERN))
-        return gpt2_size(text, length);
-    size_t size = pattern->traits & PATTERN_CASED ? 0 : ending_size(text, length, true);
-    if (size == 0)
-        size = letters_end(pattern, text, length);
-    if (size > 0)
-        return size;
-    uint32_t code;
-    for (int i = 0; i < pattern->digits && size < length; i++) {
-        size_t digit = utf8_char(text + size, length - size, &code);
-        if (unicode_class_of(code) != UNICODE_NUMBER)
-            break;
-        size += digit;
-    }
-    if (size > 0)
-        return size;
-    size_t begin = text[0] == ' ', end = run_end(text, length, begin, IN_OTHER);
-    if (end == begin)
-        return space_size(text, length, true);
-    while (end < length && text[end] && strchr(pattern->behind, text[end]))
-        end++;
     return end;
+}
+
+/* Hands each word of a text to `take`. */
+static void split_words(const char *expressions, const char *text, size_t length,
+                        void (*take)(void *context, const char *word, size_t length),
+                        void *context) {
+    if (length == 0)
+        return;
+    if (!*expressions) {
+        take(context, text, length);
+        return;
+    }
+    const char *next = expressions + strcspn(expressions, " ");
+    next += *next == ' ';
+    size_t begin = 0; /* of what no match has taken */
+    for (size_t at = 0; at < length;) {
+        size_t end = expression_end(expressions, text, length, at);
+        if (end == NO_MATCH) {
+            uint32_t code;
+            bool run = expressions[1] == '+' && in_set(*expressions, text, length, at);
+            do /* S+$ does not match inside a run either that it does not match the whole of */
+                at += utf8_char(text + at, length - at, &code);
+            while (run && in_set(*expressions, text, length, at));
+            continue;
+        }
+        split_words(next, text + begin, at - begin, take, context);
+        split_words(next, text + at, end - at, take, context);
+        begin = at = end;
+    }
+    split_words(next, text + begin, length - begin, take, context);
 }
 
 /* ---- the vocabulary ----
  *
  * Tokens are copied and become the bytes they stand for. One hash table has them all, and the
  * merges of `gpt2`: what a merge makes is a token's text, cut in two. In `llama` any two neighbours
- * that spell a token merge, so it needs no entries for them. Once a file is read, every byte has a
- * token, what a merge makes is a token, scores are finite, ids are in range. */
+ * that spell a token merge, so it needs no entries for them. Once a file is read, what a merge
+ * makes is a token, scores are finite, ids are in range. */
 
 enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a float */
 
@@ -266,13 +322,17 @@ enum { TOK_LIMIT = 1 << 24 }; /* tokens, merges: a rank up to here is exact in a
 enum { TOKEN_NORMAL = 1, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED };
 
 /* What a key of the table is; a merge is the number of bytes of its left part. */
-enum { KEY_SPECIAL = -2 /* control, unknown */, KEY_BYTE, KEY_TOKEN };
+enum {
+    KEY_TEXT = -3, /* of `gpt2`: spelled as text, not as bytes; of both: user-defined */
+    KEY_SPECIAL,   /* control, unknown */
+    KEY_BYTE,      /* of `llama` */
+    KEY_TOKEN
+};
 
 struct vocab_token {
     char *text; /* (length) owned */
     int length, type;
     float score;
-    bool ends_text;
 };
 
 struct slot {
@@ -281,11 +341,17 @@ struct slot {
     int value; /* token, or rank of a merge */
 };
 
+/* Tokens that a file names by id: all but the first end a text. */
+enum { ID_BOS, ID_EOS, ID_EOT, ID_EOM, N_IDS };
+static const char *const id_keys[] = {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+                                      "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+
 struct tokenizer {
     struct vocab_token *tokens; /* (n_tokens) */
     struct slot *slots;         /* (mask + 1) open addressing, at most half full */
     size_t mask;
-    int n_tokens, bos, eos;
+    int n_tokens, n_lost;          /* the last: bytes without a token */
+    int64_t ids[N_IDS];            /* -1: none */
     bool byte_level;               /* `gpt2`; else `llama` */
     const struct pattern *pattern; /* of `gpt2` */
     bool adds_prefix, adds_bos;
@@ -348,7 +414,7 @@ static size_t unspell(const struct tokenizer *t, const char *text, size_t length
 /* Room for so many. False: out of memory, as is all that fails below without a message. */
 static bool make_room(struct tokenizer *t, size_t n_tokens, size_t n_merges) {
     size_t n_slots = 2;
-    while (n_slots < 2 * (n_tokens + n_merges))
+    while (n_slots < 2 * (2 * n_tokens + n_merges)) /* a user-defined token has two keys */
         n_slots *= 2;
     t->mask = n_slots - 1;
     t->slots = calloc(n_slots, sizeof *t->slots);
@@ -362,55 +428,82 @@ static void add_key(struct tokenizer *t, const char *text, int length, int kind,
         *slot = (struct slot){text, length, kind, value};
 }
 
+/* Of `gpt2`: whether it has nothing but the stand-ins of bytes. */
+static bool spelled_as_bytes(struct gguf_string word) {
+    size_t at = 0;
+    for (bool ok = true; ok && at < word.length;) {
+        bool two = byte_of_char(word.data + at, word.length - at) >= 0;
+        ok = two || (word.data[at] > ' ' && word.data[at] <= '~');
+        at += ok ? 1 + two : 0;
+    }
+    return at == word.length;
+}
+
+/* Words that a template writes and nobody types: <|start|>, <｜User｜>. */
+static bool looks_special(struct gguf_string word) {
+    static const char wide[] = "\uFF5C";
+    size_t n = word.length;
+    return gguf_equals(word, "<start_of_turn>") || gguf_equals(word, "<end_of_turn>") ||
+           (n > 4 && memcmp(word.data, "<|", 2) == 0 && memcmp(word.data + n - 2, "|>", 2) == 0) ||
+           (n > 8 && word.data[0] == '<' && memcmp(word.data + 1, wide, 3) == 0 &&
+            memcmp(word.data + n - 4, wide, 3) == 0 && word.data[n - 1] == '>');
+}
+
 /* The next token; `where` begins the message. */
 static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type, float score,
                       const char *where, char *error) {
-    static const char *const ends[] = {"<|endoftext|>", "<|eot_id|>", "<|eom_id|>",
-                                       "<|im_end|>",    "<|end|>",    "<end_of_turn>"};
-    if (spelling.length > TOK_TOKEN_LENGTH || !isfinite(score))
-        return fail(error,
-                    "%s: token %d: got %zu bytes and score %g, expected at most %d "
-                    "and a finite score",
-                    where, t->n_tokens, spelling.length, (double)score, TOK_TOKEN_LENGTH);
     char *text = malloc(spelling.length + 1);
     if (!text)
         return false;
-    struct vocab_token token = {text, (int)spelling.length, type, score, false};
-    memcpy(text, spelling.data, spelling.length);
-    int kind = KEY_TOKEN, byte = t->byte_level ? -1 : byte_of_spelling(text, spelling.length);
-    if (byte >= 0) {
-        text[0] = (char)byte;
-        token.length = 1;
-        token.type = TOKEN_NORMAL; /* whatever the file says: it is text */
-        kind = KEY_BYTE;
-    } else if (type == TOKEN_CONTROL || type == TOKEN_UNKNOWN) {
+    size_t n = unspell(t, spelling.data, spelling.length, text);
+    int kind = KEY_TOKEN, id = t->n_tokens;
+    int byte = t->byte_level ? -1 : byte_of_spelling(spelling.data, spelling.length);
+    bool stands_in = byte >= 0 || (t->byte_level && spelling.length == 2 && n == 1);
+    bool named = id == t->ids[0] || id == t->ids[1] || id == t->ids[2] || id == t->ids[3];
+    if (stands_in) {
+        type = TOKEN_NORMAL; /* whatever the file says: it is text */
+        text[0] = byte >= 0 ? (char)byte : text[0];
+        n = 1;
+        kind = byte >= 0 ? KEY_BYTE : KEY_TOKEN;
+    } else if (type == TOKEN_CONTROL || type == TOKEN_UNKNOWN || looks_special(spelling) ||
+               (named && spelling.length > 2 && spelling.data[0] == '<')) {
+        type = type == TOKEN_UNKNOWN ? type : TOKEN_CONTROL;
         kind = KEY_SPECIAL;
-        for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
-            token.ends_text |= gguf_equals(spelling, ends[i]);
-    } else if (type == TOKEN_USER_DEFINED && spelling.length > 0) {
-        t->starts_user[(unsigned char)text[0]] = true;
-        t->longest_user = spelling.length > t->longest_user ? spelling.length : t->longest_user;
-    } else {
-        token.length = (int)unspell(t, spelling.data, spelling.length, text);
     }
-    add_key(t, text, token.length, kind, t->n_tokens);
-    t->tokens[t->n_tokens++] = token;
+    bool as_text = kind == KEY_SPECIAL || (t->byte_level && type == TOKEN_USER_DEFINED) ||
+                   (t->byte_level && !spelled_as_bytes(spelling));
+    if (as_text) {
+        memcpy(text, spelling.data, spelling.length);
+        n = spelling.length;
+    }
+    if (type == TOKEN_USER_DEFINED && n > 0) {
+        t->starts_user[(unsigned char)text[0]] = true;
+        t->longest_user = n > t->longest_user ? n : t->longest_user;
+    }
+    t->tokens[t->n_tokens++] = (struct vocab_token){text, (int)n, type, score};
+    if (n > TOK_TOKEN_LENGTH || !isfinite(score))
+        return fail(error,
+                    "%s: token %d: got %zu bytes and score %g, expected at most %d "
+                    "and a finite score",
+                    where, id, n, (double)score, TOK_TOKEN_LENGTH);
+    if (type == TOKEN_USER_DEFINED || (as_text && kind == KEY_TOKEN))
+        add_key(t, text, (int)n, KEY_TEXT, id);
+    if (kind != KEY_TOKEN || !t->byte_level || spelled_as_bytes(spelling))
+        add_key(t, text, (int)n, kind, id);
     return true;
 }
 
-static bool spells_all_bytes(const struct tokenizer *t, const char *where, char *error) {
+static void count_lost(struct tokenizer *t) {
     for (int i = 0; i < 256; i++) {
         char byte = (char)i;
-        if (find_key(t, &byte, 1, t->byte_level ? KEY_TOKEN : KEY_BYTE) < 0)
-            return fail(error, "%s: no token for byte 0x%02X", where, (unsigned)i);
+        t->n_lost += find_key(t, &byte, 1, KEY_TOKEN) < 0 && find_key(t, &byte, 1, KEY_BYTE) < 0;
     }
-    return true;
 }
 
 /* `gpt2`: merges are listed, best first, as `left right`. */
 static bool add_merges(struct tokenizer *t, struct gguf_array lines, char *error) {
     for (size_t i = 0; i < lines.count; i++) {
-        char text[TOK_TOKEN_LENGTH];
+        char text[2 * TOK_TOKEN_LENGTH + 1]; /* a byte is spelled as two at most */
         struct gguf_string line = lines.strings[i];
         size_t left = 0, both = 0;
         const char *space = line.length > 0 ? memchr(line.data + 1, ' ', line.length - 1) : NULL;
@@ -449,7 +542,7 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     struct gguf_string got = t->byte_level ? pre : model;
     return fail(error, "tokenizer.ggml.%s: got `%.*s`, expected %s",
                 t->byte_level ? "pre" : "model", gguf_shown(got), got.data,
-                t->byte_level ? "`gpt-2`, `llama-bpe`, `qwen2` or `gpt-4o`" : "`llama` or `gpt2`");
+                t->byte_level ? "one that README.md lists" : "`llama` or `gpt2`");
 }
 
 static bool read_tokens(struct tokenizer *t, struct gguf *file, char *error) {
@@ -474,25 +567,22 @@ static bool read_tokens(struct tokenizer *t, struct gguf *file, char *error) {
         if (!add_token(t, tokens.strings[i], type, score, key, error))
             return false;
     }
-    return spells_all_bytes(t, key, error) && (!listed || add_merges(t, merges, error));
+    count_lost(t);
+    return !listed || add_merges(t, merges, error);
+}
+
+static void named_ids(struct gguf *file, int64_t ids[N_IDS]) {
+    for (int i = 0; i < N_IDS; i++) {
+        ids[i] = -1;
+        (void)gguf_get_int(file, id_keys[i], &ids[i]);
+    }
 }
 
 static bool read_settings(struct tokenizer *t, struct gguf *file, char *error) {
-    static const char *const keys[] = {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
-                                       "tokenizer.ggml.eot_token_id",
-                                       "tokenizer.ggml.eom_token_id"};
-    int ids[4];
-    for (int i = 0; i < 4; i++) {
-        int64_t id = -1;
-        if (gguf_get_int(file, keys[i], &id) && (id < 0 || id >= t->n_tokens))
-            return fail(error, "%s: got %lld, expected 0 to %d", keys[i], (long long)id,
+    for (int i = 0; i < N_IDS; i++)
+        if (t->ids[i] < -1 || t->ids[i] >= t->n_tokens)
+            return fail(error, "%s: got %lld, expected 0 to %d", id_keys[i], (long long)t->ids[i],
                         t->n_tokens - 1);
-        ids[i] = (int)id;
-        if (i > 0 && id >= 0)
-            t->tokens[id].ends_text = true;
-    }
-    t->bos = ids[0];
-    t->eos = ids[1];
     t->adds_prefix = !t->byte_level;
     t->adds_bos = !t->byte_level || t->pattern->traits & PATTERN_ADDS_BOS;
     gguf_get_bool(file, "tokenizer.ggml.add_space_prefix", &t->adds_prefix);
@@ -525,7 +615,8 @@ static bool read_checkpoint(struct tokenizer *t, FILE *stream, int n, const char
         return fail(error,
                     "%s: wrong from token %d on, expected %d and the end; is it this model's?",
                     path, t->n_tokens, n);
-    return spells_all_bytes(t, path, error);
+    count_lost(t);
+    return true;
 }
 
 /* ---- encoding ---- */
@@ -547,7 +638,8 @@ struct encoder {
     const char *word;       /* what is being merged */
     struct symbol *symbols; /* of the word: [n] is the one that begins at byte n */
     struct candidate *heap; /* (n_heap) the best first */
-    char *text;             /* a fragment with the spaces that `llama` has */
+    char *plain;            /* (of `llama`) the text with spaces for U+2581 */
+    char *text;             /* a part of it with its prefix; or a word without lost bytes */
     int *tokens;            /* (n_tokens) the result */
     int n_heap, n_tokens;
 };
@@ -608,7 +700,8 @@ static void merge_symbols(struct encoder *e) {
     }
 }
 
-static void encode_word(struct encoder *e, const char *word, size_t length) {
+static void encode_word(void *encoder, const char *word, size_t length) {
+    struct encoder *e = encoder;
     const struct tokenizer *t = e->tokenizer;
     int previous = -1, whole = -1;
     if (t->byte_level && t->pattern->traits & PATTERN_WHOLE_WORDS)
@@ -616,6 +709,14 @@ static void encode_word(struct encoder *e, const char *word, size_t length) {
     if (whole >= 0) {
         e->tokens[e->n_tokens++] = whole;
         return;
+    }
+    if (t->byte_level && t->n_lost > 0) { /* the bytes that have a token are neighbours */
+        size_t n = 0;
+        for (size_t at = 0; at < length; at++)
+            if (find_key(t, word + at, 1, KEY_TOKEN) >= 0)
+                e->text[n++] = word[at];
+        word = e->text;
+        length = n;
     }
     e->word = word;
     for (size_t at = 0, size; at < length; at += size) {
@@ -633,32 +734,33 @@ static void encode_word(struct encoder *e, const char *word, size_t length) {
         int token = find_key(t, word + at, size, KEY_TOKEN);
         if (token >= 0)
             e->tokens[e->n_tokens++] = token;
-        for (size_t i = 0; token < 0 && i < size; i++)
-            e->tokens[e->n_tokens++] = find_key(t, word + at + i, 1, KEY_BYTE);
+        for (size_t i = 0; token < 0 && i < size; i++) {
+            int byte = find_key(t, word + at + i, 1, KEY_BYTE);
+            e->tokens[e->n_tokens] = byte;
+            e->n_tokens += byte >= 0;
+        }
     }
 }
 
 /* A text, or what user-defined tokens leave of it: as in llama.cpp, each part has the prefix. */
 static void encode_fragment(struct encoder *e, const char *text, size_t length) {
     const struct tokenizer *t = e->tokenizer;
-    if (!t->byte_level && length > 0) {
-        /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
-        size_t n = unspell(t, text, length, e->text + t->adds_prefix);
-        e->text[0] = t->adds_prefix ? ' ' : e->text[0];
-        encode_word(e, e->text, n + t->adds_prefix);
+    if (length == 0)
+        return;
+    if (t->byte_level) {
+        split_words(t->pattern->expressions, text, length, encode_word, e);
         return;
     }
-    for (size_t at = 0, size; at < length; at += size) {
-        size = word_size(t->pattern, text + at, length - at);
-        encode_word(e, text + at, size);
-    }
+    e->text[0] = ' ';
+    memcpy(e->text + t->adds_prefix, text, length);
+    encode_word(e, e->text, length + t->adds_prefix);
 }
 
 /* The longest user-defined token at the start of a text; -1: none. */
 static int user_token(const struct tokenizer *t, const char *text, size_t length) {
     size_t size = length < t->longest_user ? length : t->longest_user;
     for (; size > 0 && t->starts_user[(unsigned char)text[0]]; size--) {
-        int token = find_key(t, text, size, KEY_TOKEN);
+        int token = find_key(t, text, size, KEY_TEXT);
         if (token >= 0 && t->tokens[token].type == TOKEN_USER_DEFINED)
             return token;
     }
@@ -674,8 +776,14 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
                         .symbols = malloc(n * sizeof *e.symbols),
                         .heap = malloc(n * 2 * sizeof *e.heap), /* a merge takes 1, adds 2 */
                         .text = malloc(n),
+                        .plain = malloc(n),
                         .tokens = malloc(n * 2 * sizeof *e.tokens)}; /* a prefix a fragment */
-    bool ok = e.symbols && e.heap && e.text && e.tokens;
+    bool ok = e.symbols && e.heap && e.text && e.plain && e.tokens;
+    if (ok && !t->byte_level) {
+        /* U+2581 in a text is a space, as SentencePiece has it: models were trained that way */
+        length = unspell(t, text, length, e.plain);
+        text = e.plain;
+    }
     for (size_t at = 0; ok && at < length;) {
         int token = user_token(t, text + at, length - at);
         if (token < 0) {
@@ -695,6 +803,7 @@ int *tok_encode(const struct tokenizer *t, const char *text, size_t length, int 
     free(e.symbols);
     free(e.heap);
     free(e.text);
+    free(e.plain);
     return ok ? e.tokens : NULL;
 }
 
@@ -755,6 +864,8 @@ void tok_close(struct tokenizer *t) {
 struct tokenizer *tok_open(struct gguf *file, char error[ERROR_LENGTH]) {
     struct tokenizer *t = calloc(1, sizeof *t);
     fail(error, "tokenizer.ggml: out of memory");
+    if (t)
+        named_ids(file, t->ids);
     if (t && read_family(t, file, error) && read_tokens(t, file, error) &&
         read_settings(t, file, error))
         return t;
@@ -776,6 +887,8 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char err
     }
     fail(error, "%s: out of memory", path);
     struct tokenizer *t = calloc(1, sizeof *t);
+    if (t)
+        memcpy(t->ids, (int64_t[N_IDS]){1, 2, -1, -1}, sizeof t->ids);
     bool ok = t && vocab_size > 0 && make_room(t, (size_t)vocab_size, 0) &&
               read_checkpoint(t, stream, vocab_size, path, error);
     fclose(stream);
@@ -783,31 +896,70 @@ struct tokenizer *tok_open_checkpoint(const char *path, int vocab_size, char err
         tok_close(t);
         return NULL;
     }
-    t->bos = 1;
-    t->eos = 2;
     t->adds_bos = t->adds_prefix = true;
-    t->tokens[1].ends_text = t->tokens[2].ends_text = true;
     return t;
 }
 
 int tok_bos(const struct tokenizer *t) {
-    return t->bos;
+    return (int)t->ids[ID_BOS];
 }
 
 int tok_eos(const struct tokenizer *t) {
-    return t->eos;
+    return (int)t->ids[ID_EOS];
 }
 
 bool tok_adds_bos(const struct tokenizer *t) {
-    return t->adds_bos && t->bos >= 0;
+    return t->adds_bos && t->ids[ID_BOS] >= 0;
 }
 
-bool tok_ends_text(const struct tokenizer *t, int token) {
-    return token >= 0 && token < t->n_tokens && t->tokens[token].ends_text;
+int tok_lost_bytes(const struct tokenizer *t) {
+    return t->n_lost;
+}
+
+void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens) {
+    static const char *const names[] = {"<|endoftext|>",
+                                        "<|end_of_text|>",
+                                        "<|eot_id|>",
+                                        "<|eom_id|>",
+                                        "<|im_end|>",
+                                        "<end_of_turn>",
+                                        "<|eot|>",
+                                        "<|return|>",
+                                        "<|call|>",
+                                        "<|END_OF_TURN_TOKEN|>",
+                                        "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"};
+    struct gguf_array tokens = {0}, types = {0};
+    bool harmony = false; /* there <|end|> ends a message, and an answer may have several */
+    int phi_end = -1;
+    int64_t ids[N_IDS];
+    for (int i = 1; i < 3 && i < n_tokens && !file; i++)
+        ends[i] = true;
+    if (!file || !gguf_get_array(file, "tokenizer.ggml.tokens", &tokens) ||
+        tokens.type != GGUF_STRING)
+        return;
+    (void)gguf_get_array(file, "tokenizer.ggml.token_type", &types);
+    for (int i = 0; i < n_tokens && (size_t)i < tokens.count; i++) {
+        int32_t type = TOKEN_NORMAL;
+        if (types.type == GGUF_I32 && (size_t)i < types.count)
+            memcpy(&type, (const char *)types.values + (size_t)i * sizeof type, sizeof type);
+        for (size_t j = 0; j < sizeof names / sizeof *names; j++)
+            ends[i] = ends[i] || gguf_equals(tokens.strings[i], names[j]);
+        /* in other vocabularies it strikes out a word */
+        ends[i] = ends[i] || (type == TOKEN_CONTROL && gguf_equals(tokens.strings[i], "</s>"));
+        harmony = harmony || gguf_equals(tokens.strings[i], "<|return|>");
+        phi_end = gguf_equals(tokens.strings[i], "<|end|>") ? i : phi_end;
+    }
+    if (phi_end >= 0 && !harmony)
+        ends[phi_end] = true;
+    named_ids(file, ids);
+    for (int i = ID_EOS; i < N_IDS; i++)
+        if (ids[i] >= 0 && ids[i] < n_tokens)
+            ends[ids[i]] = true;
 }
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {
     int token = find_key(t, text, length, KEY_SPECIAL);
+    token = token >= 0 ? token : find_key(t, text, length, KEY_TEXT);
     return token >= 0 ? token : find_key(t, text, length, KEY_TOKEN);
 }
 

@@ -64,7 +64,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     free(back);
     free(ids);
-    struct turn turn = {NULL, 0, "x", text, size};
-    free(template_ids(data[0] & 1 ? TEMPLATE_NONE : TEMPLATE_LLAMA2, t, &turn, &n));
+    struct turn turn = {NULL, 0, "x", text, size, NULL, 0};
+    struct chat_template template = {.kind = data[0] & 1 ? TEMPLATE_NONE : TEMPLATE_LLAMA2};
+    free(template_ids(&template, t, &turn, &n));
     return 0;
 }

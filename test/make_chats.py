@@ -1,13 +1,24 @@
 """Writes test/data/chats.txt: conversations as the published chat templates render them.
 
     python3 test/make_chats.py > test/data/chats.txt
+    python3 test/make_chats.py FOLDER > /tmp/many.txt    # those of each *.jinja there, as llama.cpp has
 
-The templates are those of Qwen3 (ChatML, without its parts on tools and thinking), Llama 3 Instruct,
-Llama 2 Chat and Mistral Instruct v0.1, as their tokenizer_config.json has them. A line is
-    FAMILY SYSTEM USER ANSWER USER ... EXPECTED
+The templates are those that models' tokenizer_config.json have, without their parts on tools:
+Qwen3, Qwen2.5, SmolLM2 and QwQ (ChatML), Llama 3, 3.1 and 2, Mistral Instruct v0.1, Nemo and Small,
+Zephyr, Gemma 2 and 3, Phi-3.5 and 4-mini, DeepSeek R1, gpt-oss. Rendered by jinja2==3.1.6 as
+transformers does it. A template is one line, and so is each conversation with it:
+    template FAMILY PROGRAM                      `-`: it is none that is known, `?`: it may be any
+    talk SYSTEM USER ANSWER USER ... EXPECTED
 each field in hex, `-` if it is empty; EXPECTED ends where the model's next answer begins.
 """
-from jinja2 import Environment
+import datetime
+import glob
+import os
+import re
+import sys
+
+from jinja2.exceptions import TemplateError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATES = {
     "chatml": (
@@ -33,6 +44,111 @@ TEMPLATES = {
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + "
         "message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ "
         "message['content'] + eos_token }}{% endif %}{% endfor %}"),
+    "chatml qwen2.5": (
+        "{%- if messages[0]['role'] == 'system' %}\n    {{- '<|im_start|>system\\n' + "
+        "messages[0]['content'] + '<|im_end|>\\n' }}\n{%- else %}\n    {{- '<|im_start|>system\\nYou are "
+        "Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}\n{%- endif %}\n"
+        "{%- for message in messages %}\n    {%- if (message.role == \"user\") or (message.role == "
+        "\"system\" and not loop.first) or (message.role == \"assistant\") %}\n        {{- "
+        "'<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    "
+        "{%- endif %}\n{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- "
+        "'<|im_start|>assistant\\n' }}\n{%- endif %}\n"),
+    "chatml smollm2": (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+        "'<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging "
+        "Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+        "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'<|im_start|>assistant\n' }}{% endif %}"),
+    "chatml qwq": (
+        "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + "
+        "'<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}\n    {{- "
+        "'<|im_start|>assistant\\n<think>\\n' }}\n{%- endif %}\n"),
+    "llama3.1": (
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = \"26 Jul "
+        "2024\" %}\n{%- endif %}\n{#- This block extracts the system message, as in [INST] #}\n"
+        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = "
+        "messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n{%- else %}\n    "
+        "{%- set system_message = \"\" %}\n{%- endif %}\n{{- "
+        "\"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}\n{{- \"Cutting Knowledge Date: "
+        "December 2023\\n\" }}\n{{- \"Today Date: \" + date_string + \"\\n\\n\" }}\n{{- system_message "
+        "}}\n{{- \"<|eot_id|>\" }}\n{%- for message in messages %}\n    {{- '<|start_header_id|>' + "
+        "message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}\n"
+        "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- "
+        "'<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n"),
+    "mistral3": (
+        "{%- if messages[0][\"role\"] == \"system\" %}\n    {%- set system_message = "
+        "messages[0][\"content\"] %}\n    {%- set loop_messages = messages[1:] %}\n{%- else %}\n    "
+        "{%- set loop_messages = messages %}\n{%- endif %}\n{{- bos_token }}\n"
+        "{%- for message in loop_messages %}\n    {%- if message[\"role\"] == \"user\" %}\n        "
+        "{%- if loop.last and system_message is defined %}\n            {{- \"[INST]\" + "
+        "system_message + \"\\n\\n\" + message[\"content\"] + \"[/INST]\" }}\n        {%- else %}\n"
+        "            {{- \"[INST]\" + message[\"content\"] + \"[/INST]\" }}\n        {%- endif %}\n    "
+        "{%- elif message[\"role\"] == \"assistant\" %}\n        {{- message[\"content\"] + eos_token}}\n"
+        "    {%- endif %}\n{%- endfor %}\n"),
+    "mistral7": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST]' + "
+        "message['content'] + '[/INST]' }}{% elif message['role'] == 'system' %}{{ '[SYSTEM_PROMPT]' + "
+        "message['content'] + '[/SYSTEM_PROMPT]' }}{% elif message['role'] == 'assistant' %}{{ "
+        "message['content'] + eos_token }}{% endif %}{% endfor %}"),
+    "zephyr": (
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
+        "message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + "
+        "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ "
+        "'<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
+        "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+        "supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'assistant') "
+        "%}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ "
+        "'<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"),
+    "gemma 3": (
+        "{{ bos_token }}\n{%- if messages[0]['role'] == 'system' -%}\n    {%- set first_user_prefix = "
+        "messages[0]['content'] + '\n\n' -%}\n    {%- set loop_messages = messages[1:] -%}\n{%- else "
+        "-%}\n    {%- set first_user_prefix = \"\" -%}\n    {%- set loop_messages = messages -%}\n"
+        "{%- endif -%}\n{%- for message in loop_messages -%}\n    {%- if (message['role'] == "
+        "'assistant') -%}\n        {%- set role = \"model\" -%}\n    {%- else -%}\n        {%- set role = "
+        "message['role'] -%}\n    {%- endif -%}\n    {{ '<start_of_turn>' + role + '\n' + "
+        "(first_user_prefix if loop.first else \"\") }}\n    {{- message['content'] | trim -}}\n    {{ "
+        "'<end_of_turn>\n' }}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n    "
+        "{{'<start_of_turn>model\n'}}\n{%- endif -%}\n"),
+    "phi3": (
+        "{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}{{"
+        "'<|system|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}{{"
+        "'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif message['role'] == 'assistant' %}{{"
+        "'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}{% if "
+        "add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"),
+    "phi3 4-mini": (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' "
+        "}}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}"
+        "{% endif %}{# of '<|user|>' #}"),
+    "deepseek": (
+        "{{bos_token}}{%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{%- endif %}"
+        "{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' + "
+        "message['content']}}{%- endif %}{%- if message['role'] == 'assistant' %}{{'<｜Assistant｜>' + "
+        "message['content'] + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
+        "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"),
+    "harmony": (
+        "{{- \"<|start|>system<|message|>\" }}\n{{- \"You are ChatGPT, a large language model trained by "
+        "OpenAI.\" + \"\\n\" }}\n{{- \"Knowledge cutoff: 2024-06\\n\" }}\n{{- \"Current date: \" + "
+        "strftime_now(\"%Y-%m-%d\") + \"\\n\\n\" }}\n{{- \"Reasoning: \" + \"medium\" + \"\\n\\n\" }}\n{{- "
+        "\"# Valid channels: analysis, commentary, final. Channel must be included for every "
+        "message.\" }}\n{{- \"<|end|>\" }}\n{%- if messages[0].role == \"system\" %}\n    {{- "
+        "\"<|start|>developer<|message|>\" }}\n    {{- \"# Instructions\\n\\n\" }}\n    {{- "
+        "messages[0].content }}\n    {{- \"\\n\\n\" }}\n    {{- \"<|end|>\" }}\n{%- endif %}\n"
+        "{%- for message in messages -%}\n    {%- if message.role == 'assistant' -%}\n        {{- "
+        "\"<|start|>assistant<|channel|>final<|message|>\" + message.content + \"<|end|>\" }}\n    "
+        "{%- elif message.role == 'user' -%}\n        {{- \"<|start|>user<|message|>\" + "
+        "message.content + \"<|end|>\" }}\n    {%- endif -%}\n{%- endfor -%}\n"
+        "{%- if add_generation_prompt -%}\n<|start|>assistant\n{%- endif -%}"),
+    "- phi-4": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '<|im_sep|>' + "
+        "message['content'] + '<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'<|im_start|>assistant<|im_sep|>' }}{% endif %}"),
+    "- alpaca, and [INST] in a comment": (
+        "{# unlike '[INST] ' + x + ' [/INST]' #}{% for message in messages %}{{ '### ' + "
+        "message['role'] + ':\n' + message['content'] + '\n\n' }}{% endfor %}"),
+    "- empty": "  \n",
 }
 TALKS = [
     (None, ["Hello!"]),
@@ -48,26 +164,46 @@ def field(text):
     return text.encode("utf-8").hex() or "-"
 
 
+def environment():
+    def refuse(message):
+        raise TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=["jinja2.ext.loopcontrols"])
+    made.globals.update(raise_exception=refuse)
+    return made
+
+
 def main():
-    for family, source in TEMPLATES.items():
-        bos = "<|begin_of_text|>" if family == "llama3" else "<s>"
-        template = Environment().from_string(source)
-        for system, said in TALKS:
-            if family == "mistral" and system:
+    templates = dict(TEMPLATES)
+    if len(sys.argv) > 1:
+        templates = {"? " + os.path.basename(path): open(path).read()
+                     for path in sorted(glob.glob(sys.argv[1] + "/*.jinja"))}
+    for title, source in templates.items():
+        family = title.split()[0]
+        template = environment().from_string(re.sub(r"{%-? *(end)?generation *-?%}", "", source))
+        if "Cutting Knowledge" not in source:  # its program knows a date of its own
+            template.globals["strftime_now"] = lambda form: datetime.date(2025, 6, 28).strftime(form)
+        print("template", family, field(source), title.split()[-1])
+        for system, said in TALKS if family != "-" else []:
+            if system and len(said) > 1 and "loop.last and system_message" in source:
+                continue  # here it stays in the first turn
+            if system and family == "mistral":
                 continue  # v0.1 knows none
-            if family == "llama2" and system and system != system.strip():
-                continue
             messages = [{"role": "system", "content": system}] if system else []
-            fields = [field(system or "")]
-            for i, text in enumerate(said):
-                role = "assistant" if i % 2 else "user"
-                messages.append({"role": role, "content": text})
-                # what the model generates: before its end token
-                spaced = " " + text + " " if family == "llama2" and i % 2 else text
-                fields.append(field(spaced))
-            expected = template.render(messages=messages, bos_token=bos, eos_token="</s>",
-                                       add_generation_prompt=True)
-            print(family, *fields, field(expected))
+            messages += [{"role": "assistant" if i % 2 else "user", "content": text}
+                         for i, text in enumerate(said)]
+            try:
+                expected = template.render(messages=messages, bos_token="<s>", eos_token="</s>",
+                                           add_generation_prompt=True)
+            except (TemplateError, TypeError, UndefinedError):
+                continue  # some know no system text, others want what these talks do not have
+            expected = expected.replace("Current date: 2025-06-28\n", "")
+            if "<|user|>\n" in source and "<|end|>" in source:  # its tokens take this away
+                expected = re.sub(r"(<\|(user|end|assistant|system)\|>)\s+", r"\1", expected)
+                if any(text != text.strip() for text in said):
+                    continue
+            print("talk", field(system or ""), *map(field, said), field(expected))
 
 
 if __name__ == "__main__":

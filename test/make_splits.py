@@ -3,24 +3,40 @@
     python3 test/make_splits.py > test/data/splits.txt
     python3 test/make_splits.py 100000 > /tmp/many.txt     # that many random texts
 
-The patterns are the regular expressions that the makers of the vocabularies published. For each
+The patterns are the regular expressions that the makers of the vocabularies published, those of
+`falcon` and `default` as engines that read GGUF have them. tokenizers==0.23.3. For each
 text a line `text HEX`, then a line `PATTERN n,n,...` for each pattern: the bytes of each word.
 """
 import random
 import sys
 
+from make_unicode import DEEPSEEK_LETTERS
 from tokenizers import Regex, pre_tokenizers
 
 ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 MODERN = ENDING + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama-bpe": MODERN % r"\p{N}{1,3}",
-    "qwen2": MODERN % r"\p{N}",
-    "gpt-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDING}?"
-              rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDING}?"
-              r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s"
+         rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s"
+         r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = {  # each expression cuts what the ones before left
+    "gpt-2": [GPT2],
+    "llama-bpe": [MODERN % r"\p{N}{1,3}"],
+    "qwen2": [MODERN % r"\p{N}"],
+    "qwen35": [ENDING + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+               r"\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "gpt-4o": [CASED % (ENDING + "?", ENDING + "?", r"\p{N}{1,3}")],
+    "tekken": [CASED % ("", "", r"\p{N}")],
+    "smollm": [r"\p{N}", GPT2],
+    "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "deepseek-llm": [r"[\r\n]", rf"\s?[{DEEPSEEK_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$",
+                     "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"],
+    "deepseek-v3": [r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+                    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+                    r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""],
 }
 TEXTS = [
     "Hello, world! It's the DOG'S 2nd day; we'll see, they'VE gone, I'd've said O'Neill's.",
@@ -48,6 +64,9 @@ POINTS = list("aabcsStTmMdDlLrReEvVZ''''  \t\n\r//..,!-_019") + [
     "\u6587", "\u3042", "\u0431", "\u0411", "\u01c5", "\u02b0", "\u0e01", "\u0e31", "\u0660", "\u00bd",
     "\u2167", "\u200d", "\ufe0f", "\U0001f600", "\U0001f3fd", "\U0001d7d9", "\U00010400", "\x00", "\x7f",
     "\u0903", "\u20dd",
+    "$", "+", "`", "~", "|", "^", "=", "\u20ac", "\u00b4", "\u2014", "\u201c", "\u3002", "\uff01", "\u0531", "\u0561",
+    "\u10d0", "\u1f7d", "\u2126", "\u212a", "\uac00", "\ud7fb", "\u4dff", "\u07ff", "\u0e01", "\u30ff",
+    "\u0378", "\ufb01", "\U0001e900",
 ]
 
 
@@ -56,8 +75,9 @@ def main():
     source = random.Random(5)
     texts = TEXTS + ["".join(source.choice(POINTS) for _ in range(source.randint(1, 24)))
                      for _ in range(count)]
-    cutters = {name: pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-               for name, pattern in PATTERNS.items()}
+    cutters = {name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated")
+                                              for expression in expressions])
+               for name, expressions in PATTERNS.items()}
     for text in texts:
         print("text", text.encode("utf-8").hex())
         for name, cutter in cutters.items():

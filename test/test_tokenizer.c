@@ -137,8 +137,6 @@ static void special_tokens(struct check *check) {
     CHECK(tok_find(spm, "no such token", 13) == -1, "found what is not there");
     CHECK(spm->tokens[1].type == TOKEN_CONTROL && spm->tokens[15043].type != TOKEN_CONTROL,
           "control");
-    CHECK(tok_ends_text(spm, 2) && !tok_ends_text(spm, 1), "ends");
-    CHECK(!tok_ends_text(spm, -1) && !tok_ends_text(spm, 32000), "out of range");
     static const char text[] = "x<s></s><unk><0x41><|endoftext|>";
     for (int round = 0; round < 2; round++) {
         const struct tokenizer *tokenizer = round ? spm : gpt2;
@@ -180,7 +178,6 @@ static void checkpoint_ids(struct check *check) {
         free(back);
         free(ids);
     }
-    CHECK(tok_ends_text(tokenizer, 1) && tok_ends_text(tokenizer, 2), "bos and eos end a text");
     CHECK(tok_adds_bos(tokenizer) && tok_bos(tokenizer) == 1, "begins with token 1");
     tok_close(tokenizer);
     CHECK(!tok_open_checkpoint(CHECKPOINT_PATH, 511, error) && strstr(error, "from token 511"),
@@ -497,6 +494,23 @@ static size_t from_hex(const char *hex, char *out) {
     return n;
 }
 
+/* What is left of the words that a text should be cut into. */
+struct expected {
+    struct check *check;
+    const char *line, *sizes; /* the pattern, and the bytes of each word */
+    const char *text;
+};
+
+static void expect_word(void *context, const char *word, size_t length) {
+    struct expected *e = context;
+    struct check *check = e->check;
+    char *end;
+    size_t size = strtoul(e->sizes, &end, 10);
+    CHECK(size == length, "%s: `%s`: %zu bytes of `%s`, expected %zu", e->line, e->text, length,
+          word, size);
+    e->sizes = size == length ? end + (*end == ',') : "0";
+}
+
 static void check_splits(struct check *check, const char *path) {
     static char line[1 << 14], text[1 << 13];
     size_t length = 0, n_lines = 0;
@@ -508,23 +522,18 @@ static void check_splits(struct check *check, const char *path) {
         *rest++ = 0;
         if (!strcmp(line, "text")) {
             length = from_hex(rest, text);
+            text[length] = 0;
             continue;
         }
         const struct pattern *pattern = pattern_find((struct gguf_string){line, strlen(line)});
+        struct expected expected = {check, line, rest, text};
         CHECK(pattern != NULL, "%s", line);
-        size_t at = 0;
+        if (pattern)
+            split_words(pattern->expressions, text, length, expect_word, &expected);
+        CHECK(!*expected.sizes, "%s: `%s`: words are missing", line, text);
         n_lines++;
-        for (char *end; pattern && at < length; rest = end + (*end == ',')) {
-            size_t expected = strtoul(rest, &end, 10);
-            size_t got = word_size(pattern, text + at, length - at);
-            CHECK(got == expected, "%s: `%.*s`: %zu bytes of `%.*s`, expected %zu", line,
-                  (int)length, text, got, (int)(length - at), text + at, expected);
-            if (got != expected)
-                break;
-            at += got;
-        }
     }
-    CHECK(n_lines > 800, "%zu lines", n_lines);
+    CHECK(n_lines > 2500, "%zu lines", n_lines);
     if (file)
         fclose(file);
 }
@@ -533,21 +542,58 @@ static void published_splits(struct check *check) {
     check_splits(check, getenv("SPLITS") ? getenv("SPLITS") : "test/data/splits.txt");
 }
 
+/* Ids as the `tokenizers` package and `sentencepiece` have them: test/make_ids.py. */
+static void others_ids(struct check *check) {
+    static char line[1 << 15], text[1 << 13];
+    int expected[1 << 12], n_lines = 0;
+    struct tokenizer *bytes = open_path(check, "test/data/vocab-bytes.gguf");
+    struct tokenizer *gemma = open_path(check, "test/data/vocab-gemma.gguf");
+    CHECK(tok_lost_bytes(bytes) == 9 && tok_lost_bytes(gemma) == 0, "%d bytes are lost",
+          tok_lost_bytes(bytes));
+    const char *path = getenv("IDS") ? getenv("IDS") : "test/data/ids.txt";
+    FILE *file = fopen(path, "r");
+    CHECK(file, "%s", path);
+    while (file && fgets(line, sizeof line, file)) {
+        const char *vocabulary = strtok(line, " "), *name = strtok(NULL, " ");
+        size_t length = from_hex(strtok(NULL, " "), text);
+        int n = 0, n_expected = 0;
+        for (const char *id; (id = strtok(NULL, ",\n")) && *id != '-';)
+            expected[n_expected++] = atoi(id);
+        struct tokenizer *t = strcmp(vocabulary, "gemma") ? bytes : gemma;
+        if (t == bytes)
+            t->pattern = pattern_find((struct gguf_string){name, strlen(name)});
+        int *ids = tok_encode(t, text, length, &n);
+        CHECK(same_ids(ids, n, expected, n_expected), "%s %s: `%.*s`: %d ids, expected %d",
+              vocabulary, name, (int)length, text, n, n_expected);
+        free(ids);
+        n_lines++;
+    }
+    CHECK(n_lines > 1000, "%d lines", n_lines);
+    if (file)
+        fclose(file);
+    tok_close(bytes);
+    tok_close(gemma);
+}
+
 static void a_megabyte(struct check *check) {
     static const char words[] = "It was a bright cold day in April, and the clocks were striking. ";
     static const char *const repeated[] = {words, "a", " ", "7", "\u6587", "A", "\n ", "\u0301"};
-    enum { N_TEXTS = sizeof repeated / sizeof *repeated + 1 };
+    enum {
+        N_TEXTS = sizeof repeated / sizeof *repeated + 1,
+        N_VOCABULARIES = sizeof patterns / sizeof *patterns + 1
+    };
     char *text = malloc(MEGABYTE);
     uint64_t state = 4;
     struct tokenizer *tokenizers[] = {open_path(check, SPM_PATH), open_path(check, GPT2_PATH)};
-    for (int i = 0; i < N_TEXTS * 5; i += SANITIZED ? 3 : 1) {
-        int kind = i / 5, which = i % 5;
+    for (int i = 0; i < N_TEXTS * N_VOCABULARIES; i += SANITIZED ? 5 : 1) {
+        int kind = i / N_VOCABULARIES, which = i % N_VOCABULARIES;
         struct tokenizer *tokenizer = tokenizers[which > 0];
         if (which > 0)
-            tokenizer->pattern = &patterns[(int[]){0, 1, 4, 6}[which - 1]];
+            tokenizer->pattern = &patterns[which - 1];
         size_t unit = kind < N_TEXTS - 1 ? strlen(repeated[kind]) : 1;
         for (size_t j = 0; j < MEGABYTE; j++)
             text[j] = kind < N_TEXTS - 1 ? repeated[kind][j % unit] : (char)random_next(&state);
+        memcpy(text + MEGABYTE - 3, "\u6587", 3); /* spaces are not the end */
         int n;
         clock_t start = clock();
         int *ids = tok_encode(tokenizer, text, MEGABYTE, &n);
@@ -603,12 +649,12 @@ static const struct fault faults[] = {{.expected = NULL},
                                       {"got 262", .scores = 262},
                                       {"token 262", .last_score = NAN},
                                       {"token_type", .types = 1},
-                                      {"0x4D", .byte = 77},
+                                      {NULL, .byte = 77},
                                       {"token 259", .long_token = true},
                                       {"eos_token_id", .eos_id = 263},
                                       {"eos_token_id", .eos = "2"},
                                       {"tokenizer.ggml.pre", .drop = "pre", .gpt2 = true},
-                                      {"default", .pre = "default", .gpt2 = true},
+                                      {"none", .pre = "none", .gpt2 = true},
                                       {"tokenizer.ggml.merges", .drop = "merges", .gpt2 = true},
                                       {"merges", .merge = "aa", .gpt2 = true},
                                       {"merges", .merge = "a b", .gpt2 = true},
@@ -687,6 +733,106 @@ static void malformed(struct check *check) {
     }
 }
 
+/* ---- ends, and what nobody can type ---- */
+
+/* A file with the tokens of `words`, at most 32, each with a sign for its type: n, u or c. */
+static struct gguf *file_of_words(struct check *check, const char *model, const char *words,
+                                  int eos) {
+    static struct tiny t;
+    char path[] = "/tmp/test_tokenizer_XXXXXX", copy[1024], error[ERROR_LENGTH] = "";
+    char *word[32];
+    int n = 0;
+    snprintf(copy, sizeof copy, "%s", words);
+    for (char *at = strtok(copy, " "); at && n < 32; at = strtok(NULL, " "))
+        word[n++] = at;
+    tiny_begin(&t, 3);
+    tiny_text(&t, "tokenizer.ggml.model", model);
+    tiny_text(&t, "tokenizer.ggml.pre", "gpt-2");
+    tiny_array(&t, "tokenizer.ggml.tokens", GGUF_STRING, (uint64_t)n);
+    for (int i = 0; i < n; i++)
+        tiny_string(&t, word[i] + 1);
+    tiny_array(&t, "tokenizer.ggml.token_type", GGUF_I32, (uint64_t)n);
+    for (int i = 0; i < n; i++)
+        tiny_put(&t, &(int32_t){*word[i] == 'n' ? 1 : *word[i] == 'u' ? 4 : 3}, 4);
+    tiny_array(&t, "tokenizer.ggml.merges", GGUF_STRING, 0);
+    if (eos >= 0)
+        tiny_int(&t, "tokenizer.ggml.eos_token_id", (uint32_t)eos);
+    tiny_end(&t);
+    CHECK(write_file(path, t.bytes, t.size), "%s cannot be written", path);
+    struct gguf *file = gguf_open(path, error);
+    CHECK(file, "%s", error);
+    unlink(path);
+    return file;
+}
+
+static void ends_are_known(struct check *check) {
+    static const struct {
+        const char *model, *words, *ends; /* the last: a digit for each word */
+        int eos;
+    } cases[] = {
+        {"gpt2", "na c<|end_of_text|> n<|im_end|> u<|eot_id|> nb", "01110", -1},
+        {"gpt2", "na c<|end|> c<|endoftext|> c<|user|> c<|assistant|>", "01100", -1}, /* phi-3 */
+        {"gpt2", "na c<|return|> c<|end|> c<|call|> c<|start|> c<|endoftext|>", "010101", 1},
+        {"gpt2", "na c</s> n<end_of_turn> c<|eom_id|> c<|eot|>", "01111", -1},
+        {"gpt2", "na u</s> nb", "000", -1}, /* Gemma's: it ends what is struck out */
+        {"gpt2", "na n</s> nb", "010", 1},
+        {"gpt2", "na c<\uFF5Cend\u2581of\u2581sentence\uFF5C> c<\uFF5CUser\uFF5C>", "010", -1},
+        {"bert", "na n[SEP] c<|im_end|> n[CLS]", "0011", 3}, /* refused, and its ends are known */
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct gguf *file = file_of_words(check, cases[i].model, cases[i].words, cases[i].eos);
+        bool ends[8] = {false};
+        char got[9] = "", error[ERROR_LENGTH];
+        int n = (int)strlen(cases[i].ends), n_ids;
+        tok_mark_ends(file, ends, n);
+        for (int j = 0; j < n; j++)
+            got[j] = ends[j] ? '1' : '0';
+        CHECK(!strcmp(got, cases[i].ends), "case %zu: %s", i, got);
+        struct tokenizer *t = tok_open(file, error);
+        CHECK(!t == !strcmp(cases[i].model, "bert"), "case %zu: %s", i, error);
+        const char *typed =
+            cases[i].words; /* all of them, as text: `a`, `b` are all it can spell */
+        int *ids = t ? tok_encode(t, typed, strlen(typed), &n_ids) : NULL;
+        for (int j = 0; ids && j < n_ids; j++)
+            CHECK(!ends[ids[j]] && t->tokens[ids[j]].type != TOKEN_CONTROL, "case %zu: id %d", i,
+                  ids[j]);
+        free(ids);
+        tok_close(t);
+        gguf_close(file);
+    }
+    bool ends[4] = {false};
+    tok_mark_ends(NULL, ends, 4);
+    CHECK(!ends[0] && ends[1] && ends[2] && !ends[3], "llama2.c: 1 and 2 end a text");
+}
+
+/* A tokenizer.bin that has no byte tokens spells what it can. */
+static void no_byte_tokens(struct check *check) {
+    static const char *const words[] = {"<unk>", "<s>", "</s>", " ", "a", "b", "ab"};
+    const int expected[] = {3, 6, 3, 4};
+    char data[256], path[] = "/tmp/test_tokenizer_XXXXXX", error[ERROR_LENGTH] = "";
+    size_t at = 4;
+    memset(data, 0, sizeof data);
+    for (int i = 0; i < 7; i++) {
+        int length = (int)strlen(words[i]);
+        memcpy(data + at + 4, &length, 4);
+        memcpy(data + at + 8, words[i], (size_t)length);
+        at += 8 + (size_t)length;
+    }
+    CHECK(write_file(path, data, at), "%s cannot be written", path);
+    struct tokenizer *t = tok_open_checkpoint(path, 7, error);
+    CHECK(t, "%s", error);
+    int n = 0, *ids = t ? tok_encode(t,
+                                     "ab\u00e9 \xFF"
+                                     "a",
+                                     7, &n)
+                        : NULL;
+    CHECK(same_ids(ids, n, expected, 4), "%d ids", n);
+    CHECK(!t || tok_lost_bytes(t) == 253, "%d bytes are lost", tok_lost_bytes(t));
+    free(ids);
+    tok_close(t);
+    unlink(path);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {{"llama_cpp_ids", llama_cpp_ids},
                                         {"special_tokens", special_tokens},
@@ -699,8 +845,11 @@ int main(int argc, char **argv) {
                                         {"stream_details", stream_details},
                                         {"bad_bytes", bad_bytes},
                                         {"published_splits", published_splits},
+                                        {"others_ids", others_ids},
                                         {"whole_words", whole_words},
                                         {"a_megabyte", a_megabyte},
-                                        {"malformed", malformed}};
+                                        {"malformed", malformed},
+                                        {"ends_are_known", ends_are_known},
+                                        {"no_byte_tokens", no_byte_tokens}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }
