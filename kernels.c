@@ -41,7 +41,9 @@
  *     a step, the backend       step_begin and step_end, the table of operations, open and close
  *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include "dynamo.h"
 
 #include <assert.h>

@@ -3,6 +3,7 @@
  *
  * Tests of ops.h take the variants in turn: both kinds of kernels (`plain`, and what this processor
  * can do), keys and values in f32 and in bf16. Read next: ops.h. */
+#define _GNU_SOURCE
 #include "amx_twin.h"
 
 #include "../kernels.c"
