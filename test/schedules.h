@@ -44,13 +44,15 @@ struct subject {
     double heat; /* of temperatures: a model that is sure of itself needs more */
 };
 
-enum { TWIN, Q8, BF16, STORY, CHECKPOINT, N_MODELS };
+enum { TWIN, Q8, BF16, STORY, CHECKPOINT, EXPERTS, WINDOWS, N_MODELS };
 
 static const struct subject models[N_MODELS] = {
     [TWIN] = {"twin", "$T/twin", "", 331, 200, 120, 1},
     [Q8] = {"qwen3-q8_0", REF "qwen3-q8_0.gguf", "", 397, 200, 120, 1},
     [BF16] = {"llama31-bf16", REF "llama31-bf16.gguf", "", 331, 200, 120, 4},
     [STORY] = {"model.bin", "model.bin", "", 0, 100, 60, 1},
+    [EXPERTS] = {"gpt-oss-mxfp4", REF "gpt-oss-mxfp4.gguf", "", 331, 200, 120, 2},
+    [WINDOWS] = {"gemma3-f32", REF "gemma3-f32.gguf", "", 331, 200, 120, 2},
     [CHECKPOINT] = {"aidreams", AIDREAMS, "--tokenizer " AIDREAMS_TOKENIZER, 0, 30, 60, 1},
 };
 

@@ -280,7 +280,8 @@ static void check_dot(struct check *check, struct random *random, const struct w
 }
 
 static void fast_paths(struct check *check) {
-    static const enum tensor_type types[] = {TYPE_BF16, TYPE_Q8_0, TYPE_Q4_0, TYPE_Q4_K, TYPE_Q6_K};
+    static const enum tensor_type types[] = {TYPE_BF16, TYPE_Q8_0, TYPE_Q4_0,
+                                             TYPE_Q4_K, TYPE_Q6_K, TYPE_MXFP4};
     struct random random = start("fast paths");
     for (int i = 0; i < COUNT(types); i++) {
         CHECK(dot_form(types[i], true) == FORM_F32, "plain is plain");

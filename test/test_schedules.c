@@ -17,8 +17,8 @@ static const char one_device[] = "--devices cpu:1";
 #define IN(model) (1 << (model))
 
 enum {
-    IDS_MODELS = IN(TWIN) | IN(Q8) | IN(BF16),
-    FEW_MODELS = IN(TWIN) | IN(STORY),
+    IDS_MODELS = IN(TWIN) | IN(Q8) | IN(BF16) | IN(EXPERTS) | IN(WINDOWS),
+    FEW_MODELS = IN(TWIN) | IN(STORY) | IN(EXPERTS),
     ALL_MODELS = IDS_MODELS | IN(STORY) | IN(CHECKPOINT)
 };
 
@@ -116,6 +116,14 @@ static void same_text_of_q8_0(struct check *check) {
 
 static void same_text_of_bf16(struct check *check) {
     run_matrix(check, BF16);
+}
+
+static void same_text_of_experts_windows_and_sinks(struct check *check) {
+    run_matrix(check, EXPERTS);
+}
+
+static void same_text_of_windows_and_norms_behind(struct check *check) {
+    run_matrix(check, WINDOWS);
 }
 
 static void same_text_of_stories(struct check *check) {
@@ -241,6 +249,8 @@ int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(same_text_where_each_bit_counts),
                                         TEST(same_text_of_q8_0),
                                         TEST(same_text_of_bf16),
+                                        TEST(same_text_of_experts_windows_and_sinks),
+                                        TEST(same_text_of_windows_and_norms_behind),
                                         TEST(same_text_of_stories),
                                         TEST(same_text_of_a_checkpoint),
                                         TEST(second_turns_start_from_the_cache),
