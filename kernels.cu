@@ -2795,7 +2795,8 @@ static bool check_wanted(int n_gpus, const struct device *wanted, char *error) {
     if (!device_fits(wanted, error))
         return false;
     if (config->n_experts > 0 || config->window > 0 || config->post_norm ||
-        config->activation != ACTIVATE_SILU || (config->rope_magnitude > 0 && config->rope_magnitude != 1))
+        config->activation != ACTIVATE_SILU ||
+        (config->rope_magnitude > 0 && config->rope_magnitude != 1))
         return fail(error,
                     "a model with %s: the CUDA kernels do not compute it; use --devices cpu:2",
                     config->n_experts > 0 ? "experts"
@@ -3006,7 +3007,11 @@ static const struct backend operations = {
     .attention = cuda_attention,
     .project_add = cuda_project_add,
     .norm_gate_up = cuda_norm_gate_up,
+    .norm_route = NULL, /* experts and biases: see check_wanted, and load_weights in dynamo.c */
+    .expert_gate_up = NULL,
+    .expert_down_add = NULL,
     .all_reduce_add = cuda_all_reduce_add,
+    .add_bias = NULL,
     .sample = cuda_sample,
     .step_end = cuda_step_end,
     .kv_type = KV_BF16,
