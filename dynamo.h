@@ -207,11 +207,12 @@ struct backend {
                         enum product_input input);
     /* ffn = activation(ffn_gate . h + bias, ffn_up . h + bias), h = rmsnorm(x) */
     void (*norm_gate_up)(struct device *device, const struct weight *const *layer);
-    /* of a layer with experts, in place of these two: the n_used experts of each row, of the largest
-     * router . h + bias, h = rmsnorm(x), and their shares, by softmax; for each of them
-     * ffn = activation(gate . h + bias, up . h + bias); x += the sum of share * (down . ffn + bias) */
+    /* of a layer with experts, in place of these two: the experts of each row, those of the largest
+     * router . h + bias, h = rmsnorm(x), and their shares, by softmax; */
     void (*norm_route)(struct device *device, const struct weight *const *layer);
+    /* … for each of them ffn = activation(gate . h + bias, up . h + bias); */
     void (*expert_gate_up)(struct device *device, const struct weight *const *layer);
+    /* … x += the sum of share * (down . ffn + bias) */
     void (*expert_down_add)(struct device *device, const struct weight *const *layer);
     /* norm: NULL, or of each shard: x += rmsnorm(the sum), also on a worker of one */
     void (*all_reduce_add)(struct device **shards, int n_shards, const struct weight *const *norm);

@@ -1049,9 +1049,9 @@ static void cpu_rope_append(struct device *base, const struct weight *const *lay
  * [head_dim][16 tokens] and its values as [16 tokens][head_dim], so that the lanes of a vector are
  * tokens in the one product and elements of the output in the other.
  * What a query sees does not depend on its neighbours: each score is one chain over head_dim, each
- * output one chain over tokens, and a tile's tokens beyond a query's own, or before its window, have
- * the weight 0; tiles that are all before it are not read. Rows of a block that were never written
- * may hold anything. */
+ * output one chain over tokens, and a tile's tokens beyond a query's own, or before its window,
+ * have the weight 0; tiles that are all before it are not read. Rows of a block that were never
+ * written may hold anything. */
 
 struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
     enum kv_type type;
@@ -1158,8 +1158,8 @@ static void add_values(int n_rows, const struct kv_tile *tile) {
         WITH_ROWS(n_rows, value_vectors, KV_BF16, tile);
 }
 
-/* scores (KV_TILE) become exp(score - max) of [from, visible), at least one of them, and 0. A larger
- * maximum than before scales what is there of the output (dim). */
+/* scores (KV_TILE) become exp(score - max) of [from, visible), at least one of them, and 0. A
+ * larger maximum than before scales what is there of the output (dim). */
 static void softmax_tile(float *scores, int from, int visible, struct softmax *state, float *output,
                          int dim) {
     const ivec count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

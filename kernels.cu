@@ -519,6 +519,7 @@ struct cuda_device {
     int turn_of_sums;
     const struct weight *pending;
     enum product_input pending_input;
+    const float *pending_bias, *next_bias; /* (d_model), or NULL; of the next project_add */
     cudaEvent_t ready;
 };
 
@@ -793,7 +794,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
 
-/* out = sum + bias, or out += sum; of prompts also: the sum goes on where another shard's ended;
+/* out = sum + bias, or out += sum + bias; of prompts also: the sum goes on where another shard's ended;
  * ffn = the activation of gate and up */
 enum epilogue { STORE, GO_ON, GATED };
 
@@ -831,7 +832,7 @@ struct product {
     /* bias[i][output], or NULL; i: of outputs before bias_end[0], before [1], of the rest */
     const float *bias[3];
     int bias_end[2], out_stride;
-    bool adds; /* to what `out` holds; instead of a bias */
+    bool adds; /* to what `out` holds */
     /* of GATED: biases of gate and up in bias[0] and [1], and where its outputs go */
     int activation; /* enum gate_function */
     struct planes ffn;
@@ -919,7 +920,7 @@ DEVICE void add_normed(const struct product &p, const struct corner &at, const f
                        const struct added &added) {
     float x[N * 4] = {};
     for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
-        p.out[offset] = x[i] = added.x[i] + sum[i];
+        p.out[offset] = x[i] = added.x[i] + (sum[i] + (p.bias[0] ? p.bias[0][output] : 0.0f));
         *plane_element(p.next_input, row, output) =
             (uint16_t)pack_bf16(x[i] * added.weight[i % 4 / 2], 0.0f);
     });
@@ -947,10 +948,11 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
             if (added && p.next_norm)
                 return add_normed<N>(p, at, sum, *added);
         for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
-            if (p.adds)
-                return (void)atomicAdd(p.out + offset, sum[i]);
             const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-            p.out[offset] = sum[i] * scale(row) + (bias ? bias[at.first_bias + output] : 0.0f);
+            const float more = bias ? bias[at.first_bias + output] : 0.0f;
+            if (p.adds)
+                return (void)atomicAdd(p.out + offset, sum[i] + more);
+            p.out[offset] = sum[i] * scale(row) + more;
         });
     } else { /* lanes of two outputs swap, so that each has both of one row */
         const int lane = (int)threadIdx.x % WARP;
@@ -2554,9 +2556,12 @@ static void multiply_gate_up(struct cuda_device *d, const struct weight *const *
 }
 
 static struct product projection(const struct cuda_device *d, const struct weight *matrix,
-                                 enum product_input input, float *out) {
-    return product_of(d, matrix, input == INPUT_ATTENTION ? d->attention : d->ffn, out,
-                      d->x_stride);
+                                 enum product_input input, float *out, const float *bias) {
+    const struct planes &rows = input == INPUT_ATTENTION ? d->attention : d->ffn;
+    struct product p = product_of(d, matrix, rows, out, d->x_stride);
+    p.bias[0] = bias;
+    p.bias_end[0] = p.bias_end[1] = INT_MAX;
+    return p;
 }
 
 /* Where the sum of all shards goes: with a norm behind it, it is not added to x at once. */
@@ -2569,7 +2574,8 @@ static void project_pending(struct cuda_device *d, const struct weight *norm) {
     const bool waits = d->pending && d->device.n_shards == 1;
     d->normed = waits;
     if (waits) {
-        struct product p = projection(d, d->pending, d->pending_input, sum_of_layer(d));
+        struct product p =
+            projection(d, d->pending, d->pending_input, sum_of_layer(d), d->pending_bias);
         p.adds = !d->total;
         if (norm) {
             p.next = normed_of(d);
@@ -2588,9 +2594,11 @@ static void project_pending(struct cuda_device *d, const struct weight *norm) {
 static void cuda_project_add(struct device *device, const struct weight *matrix,
                              enum product_input input) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct product p = projection(d, matrix, input, d->x);
+    struct product p = projection(d, matrix, input, d->x, NULL);
     d->pending = matrix;
     d->pending_input = input;
+    d->pending_bias = d->next_bias;
+    d->next_bias = NULL;
     if (device->n_shards == 1) {
         if (!d->recording || d->n_rows > NORMED_ROWS || d->total)
             project_pending(d, NULL);
@@ -2616,31 +2624,30 @@ static void cuda_norm_gate_up(struct device *device, const struct weight *const 
 
 /* ---- several shards; what is added to x ---- */
 
-/* x += rmsnorm(from) * weight, or += weight where `from` is NULL. A block a row. */
-__global__ void add_kernel(const struct step_header *step, float *x, int x_stride,
-                           const float *from, const float *weight, int n, float epsilon) {
+/* x += rmsnorm(from) * weight. A block a row. */
+__global__ void add_normed_kernel(const struct step_header *step, float *x, int x_stride,
+                                  const float *from, const float *weight, int n, float epsilon) {
     DYNAMIC_SHARED(float, shared);
     grid_launch_dependents();
     const size_t at = (size_t)blockIdx.x * x_stride;
-    float squares = 0.0f, scale = 1.0f;
+    float squares = 0.0f;
     grid_wait();
     if ((int)blockIdx.x >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < n && from; i += THREADS)
-        squares += from[at + i] * from[at + i];
-    if (from)
-        scale = scale_of_norm(sum_of_block(squares, shared), n, epsilon);
     for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        x[at + i] += (from ? from[at + i] * scale : 1.0f) * weight[i];
+        squares += from[at + i] * from[at + i];
+    const float scale = scale_of_norm(sum_of_block(squares, shared), n, epsilon);
+    for (int i = (int)threadIdx.x; i < n; i += THREADS)
+        x[at + i] += from[at + i] * scale * weight[i];
 }
 
 struct partial_sums {
     const float *of_shard[MAX_SHARDS];
 };
 
-/* to (n_rows, width) += or = the shards' sums, added as a binary tree. */
+/* to (n_rows, width) += or = the shards' sums, added as a binary tree, and bias (width). */
 __global__ void reduce_kernel(float *to, bool adds, const struct partial_sums sums, int n_shards,
-                              int n) {
+                              int n, const float *bias, int width) {
     grid_wait();
     grid_launch_dependents();
     int i = (int)(blockIdx.x * THREADS + threadIdx.x);
@@ -2652,6 +2659,7 @@ __global__ void reduce_kernel(float *to, bool adds, const struct partial_sums su
     for (int m = MAX_SHARDS; m > 1; m /= 2)
         for (int j = 0; j < m / 2; j++)
             value[j] = value[2 * j] + value[2 * j + 1];
+    value[0] += bias ? bias[i % width] : 0.0f;
     to[i] = adds ? to[i] + value[0] : value[0];
 }
 
@@ -2684,7 +2692,8 @@ static void reduce_rows(struct cuda_device **shards, int n_shards, int end) {
                     fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
             }
             launch(d, "reduce_kernel", reduce_kernel, grid_of(divide(n, THREADS)), THREADS, 0,
-                   sum_of_layer(d) + at, !d->total, sums, n_shards, n);
+                   sum_of_layer(d) + at, !d->total, sums, n_shards, n,
+                   d->pending ? d->pending_bias : NULL, d->x_stride);
         }
     }
 }
@@ -2700,11 +2709,13 @@ static void chain_prompts(struct cuda_device **shards, int n_shards) {
         size_t bytes = (size_t)n * last->x_stride * sizeof(float);
         for (int s = 0; s < n_shards; s++) {
             struct cuda_device *d = enter(&shards[s]->device, "adding up shards");
+            const bool ends = d == last;
             struct product p = projection(d, d->pending, d->pending_input,
-                                          d == last ? sum_of_layer(d) : d->sums[d->turn_of_sums]);
+                                          ends ? sum_of_layer(d) : d->sums[d->turn_of_sums],
+                                          ends ? d->pending_bias : NULL);
             p.first_row = row;
             p.n_rows = n;
-            p.adds = d == last && !d->total;
+            p.adds = ends && !d->total;
             if (s > 0) {
                 struct cuda_device *before = shards[s - 1];
                 fetch_sums(d, d->gathered + at, before, before->sums[before->turn_of_sums] + at,
@@ -2730,16 +2741,15 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards,
         chain_prompts(all, n_shards);
     for (int s = 0; s < n_shards && norm; s++) {
         struct cuda_device *d = enter(shards[s], "adding up shards");
-        launch(d, "add_kernel", add_kernel, grid_of(n_rows), THREADS,
+        launch(d, "add_normed_kernel", add_normed_kernel, grid_of(n_rows), THREADS,
                THREADS / WARP * sizeof(float), d->step, d->x, d->x_stride, d->total,
                norm[s]->vector, d->device.config->d_model, d->device.config->norm_epsilon);
     }
 }
 
+/* To be added with what is projected next: alone it could change an x that others still copy. */
 static void cuda_add_bias(struct device *device, const struct weight *bias) {
-    struct cuda_device *d = (struct cuda_device *)device;
-    launch(d, "add_kernel", add_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->x, d->x_stride,
-           (const float *)NULL, bias->vector, device->config->d_model, 0.0f);
+    ((struct cuda_device *)device)->next_bias = bias->vector;
 }
 
 /* ---- experts ---- */

@@ -222,13 +222,13 @@ INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of
     return *(const ivec_any *)(const void *)words;
 }
 
-/* 64 times four bits of MXFP4, a byte each, become twice the numbers that they stand for, plus 12. */
+/* Four bits of MXFP4 in each of 64 bytes become twice the number that they stand for, plus 12. */
 INLINE ivec mxfp4_numbers(ivec bits) {
 #ifdef __AVX512BW__
     const __m512i numbers = _mm512_broadcast_i32x4(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     return (ivec)_mm512_shuffle_epi8(numbers, (__m512i)bits);
-#else /* seeem: a sign, two bits of exponent and one of mantissa; nothing is carried between bytes */
+#else /* a sign, two bits of exponent, one of mantissa; nothing is carried between bytes */
     const ivec ones = (ivec){0} + 0x01010101;
     ivec sign = (bits >> 3 & ones) * 255, high = (bits >> 2 & ones) * 255;
     ivec large = ones * 4 + (bits & ones) * 2; /* if the exponent is 2; twice that if it is 3 */

@@ -1813,9 +1813,9 @@ static float *step_shards(struct check *check, struct random random, struct work
 }
 
 static void shards(struct check *check) {
-    static const int kinds[] = {PLAIN, EXPERTS, GPT_OSS_LIKE, GEMMA_LIKE};
+    static const int kinds[] = {PLAIN, EXPERTS, GPT_OSS_LIKE, WINDOWED, GEMMA_LIKE};
     struct random random = start("shards");
-    for (int i = 0; i < (SANITIZED ? 1 : 4); i++) {
+    for (int i = 0; i < (SANITIZED ? 1 : COUNT(kinds)); i++) {
         enum tensor_type type = all_types[(seed + (uint64_t)i) % N_TYPES];
         struct model_config config =
             draw_kind(&random, ref_block_elements(type), MAX_SHARDS, kinds[i]);

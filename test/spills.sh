@@ -20,7 +20,7 @@ awk '
     match(name, /[a-z][a-z_]*_kernel/)
     kernel = substr(name, RSTART, RLENGTH)
     arguments = substr(name, RSTART + RLENGTH)
-    hot = kernel ~ /^(generated_product|norm|rope_append|embed|sample)_kernel$/ ||
+    hot = kernel ~ /^(generated_product|expert_product|norm|rope_append|embed|sample)_kernel$/ ||
           (kernel ~ /_attention_kernel$/ && arguments ~ /^ILi(64|128)E/) ||
           (kernel == "prompt_product_kernel" && arguments !~ /^ILi[0-9]ELi1E/) # GO_ON: of shards
 }
@@ -33,14 +33,14 @@ awk '
     hot = 0
 }
 END {
-    split("generated_product prompt_product prompt_attention generated_attention norm " \
+    split("generated_product prompt_product expert_product prompt_attention generated_attention norm " \
           "rope_append embed sample", kernels, " ")
-    for (i = 1; i <= 8; i++) {
+    for (i = 1; i <= 9; i++) {
         kernel = kernels[i] "_kernel"
         ok = n[kernel] > 0 && !bad[kernel]
         printf "  %s %s (%d of %d spill)\n", ok ? "ok  " : "FAIL", kernel, bad[kernel], n[kernel]
         passed += ok
     }
-    printf "%d passed, %d failed\n", passed, 8 - passed
-    exit passed < 8
+    printf "%d passed, %d failed\n", passed, 9 - passed
+    exit passed < 9
 }' "$report"
