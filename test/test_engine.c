@@ -355,8 +355,68 @@ static void pins_ahead_of_what_is_used(struct check *check) {
     free(engine.transfers);
 }
 
+/* ---- what of an answer is for the reader ---- */
+
+/* gpt-2's vocabulary, in which its last words are those of Harmony. */
+static struct tokenizer *open_harmony(struct check *check) {
+    static const char *const words[] = {"<|start|>", "<|channel|>", "<|message|>", "<|end|>"};
+    char error[ERROR_LENGTH] = "";
+    struct gguf *file = gguf_open("test/data/vocab-gpt-2.gguf", error);
+    struct tokenizer *t = file ? tok_open(file, error) : NULL;
+    CHECK(t, "%s", error);
+    for (int i = 0; t && i < 4; i++) {
+        struct vocab_token *token = &t->tokens[t->n_tokens - 2 - i];
+        free(token->text);
+        *token = (struct vocab_token){strdup(words[i]), (int)strlen(words[i]), TOKEN_CONTROL, 0};
+        add_key(t, token->text, token->length, KEY_SPECIAL, t->n_tokens - 2 - i);
+    }
+    gguf_close(file);
+    return t;
+}
+
+static void thoughts_are_apart(struct check *check) {
+    static const char *const said[] = {"Hi",          "<|channel|>", "analysis",    "<|message|>",
+                                       "Hm",          "<|end|>",     "<|start|>",   "assistant",
+                                       "<|channel|>", "final",       "<|message|>", "Hello."};
+    char prompt[] = "Hi";
+    struct request_spec spec = {.prompt = prompt, .id = "0"};
+    struct tokenizer *t = open_harmony(check);
+    struct answers answers = {.tokenizer = t, .template = {.kind = TEMPLATE_HARMONY}};
+    struct answer answer = {.spec = spec, .part = PART_HEADER};
+    int ids[64], n = 0, n_prompt = 0;
+    for (int i = 0; t && i < 12; i++) {
+        int more = 0, one = tok_find(t, said[i], strlen(said[i]));
+        int *text = *said[i] == '<' ? NULL : tok_encode(t, said[i], strlen(said[i]), &more);
+        memcpy(ids + n, text ? text : &one, (size_t)(text ? more : 1) * sizeof *ids);
+        n += text ? more : 1;
+        n_prompt = i == 0 ? n : n_prompt;
+        free(text);
+    }
+    answer.request.tokens = ids;
+    answer.request.n_prompt = n_prompt;
+    answer.request.length = n;
+    for (int i = n_prompt; i <= n; i++) /* as they come */
+        take_tokens(&answers, &answer, i, i == n);
+    CHECK(answer.length == 6 && memcmp(answer.text, "Hello.", 6) == 0, "%zu bytes of text",
+          answer.length);
+    CHECK(answer.n_thought == 2 && memcmp(answer.thought, "Hm", 2) == 0, "%zu bytes of thought",
+          answer.n_thought);
+    char *shown = NULL;
+    size_t length;
+    FILE *kept = stdout, *stream = open_memstream(&shown, &length);
+    stdout = stream;
+    show_json(&answer);
+    stdout = kept;
+    fclose(stream);
+    CHECK(strstr(shown, "\"text\":\"Hello.\",\"reasoning_content\":\"Hm\","), "%s", shown);
+    free(shown);
+    free_text(&answer);
+    tok_close(t);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
+        {"thoughts_are_apart", thoughts_are_apart},
         {"work_of_a_step", work_of_a_step},
         {"other_steps_count_for_neither", other_steps_count_for_neither},
         {"only_those_concerned_are_woken", only_those_concerned_are_woken},

@@ -961,6 +961,30 @@ static void a_closed_pipe_ends_the_answer(struct check *check) {
     shell(check, "grep -q 'stdout: Broken pipe' $T/words");
 }
 
+/* What ends a text is known without a tokenizer that can be opened, and without the key. */
+static void ends_without_tokenizer(struct check *check) {
+    static const char *const keys[] = {"tokenizer.ggml.model", "tokenizer.ggml.eos_token_id"};
+    static const char *const files[] = {"refused.gguf", "no-eos.gguf"};
+    shell(check, "printf 'Once upon a time' > $T/once && printf 1 > $T/ids && " DYNAMO_PROGRAM
+                 " model.bin --tokenize $T/once | tr ' ' , >> $T/ids");
+    for (int i = 0; i < 2; i++) {
+        size_t size, length = strlen(keys[i]);
+        char *model = read_file(check, "model.bin", &size);
+        char *at = memmem(model, size, keys[i], length);
+        CHECK(at != NULL, "no %s", keys[i]);
+        if (i == 0)
+            memcpy(at + length + 12, "other", 5); /* behind a type and a length; it was `llama` */
+        else
+            at[length - 1] = 'x'; /* another key; </s> is a control token still */
+        write_file(check, files[i], model, size);
+    }
+    shell(check, "for m in model.bin $T/refused.gguf $T/no-eos.gguf; do " DYNAMO_PROGRAM
+                 " $m --ids $(cat $T/ids) -n 400 -t 0 --json 2> /dev/null |"
+                 " sed 's/.*\"ids\":\\(.*\\),\"seed.*/\\1/'; done > $T/ends");
+    shell(check, "grep -c '\"finish_reason\":\"stop\"' $T/ends | grep -qx 3");
+    shell(check, "test $(sort -u $T/ends | wc -l) = 1");
+}
+
 /* ---- at a terminal ---- */
 
 /* $T/chat.gguf: model.bin with one key more, so that it has a chat template. The key takes a
@@ -1160,6 +1184,7 @@ int main(int argc, char **argv) {
                                         TEST(talks_at_a_terminal),
                                         TEST(waiting_costs_nothing),
                                         TEST(ctrl_c_at_a_terminal),
+                                        TEST(ends_without_tokenizer),
                                         TEST(chat_models_answer),
                                         TEST(chats_at_a_terminal),
                                         TEST(edits_a_line)};
