@@ -352,7 +352,8 @@ static struct test_model *make_model(struct random *random, struct model_config 
                 continue;
             float scale = 1.0f / sqrtf((float)config.d_model);
             scale = vector ? (bias ? 1.0f : 0.2f) : role == TOKEN_EMBD ? 1.0f : scale;
-            m->tensors[layer][role] = make_tensor(random, vector ? TYPE_F32 : types[role], rows,
+            bool exact = vector || role == ROUTER; /* as files have it: a choice hangs on little */
+            m->tensors[layer][role] = make_tensor(random, exact ? TYPE_F32 : types[role], rows,
                                                   cols, scale, vector && !bias ? 1.0f : 0.0f);
         }
     }
@@ -1437,24 +1438,30 @@ static void check_experts(struct check *check, struct random *random, enum tenso
     give(&t, A_X, random);
     run_op(&t, OP_EXPERTS, 1 << A_X);
     const struct tensor *const *l = t.m->tensors[t.layer];
-    double *x = ref_doubles(1, d), *expected = ref_doubles(n, d), largest = 0.0;
+    double *x = ref_doubles(1, d), *expected = ref_doubles(n, d), *gap = ref_doubles(1, n);
+    double largest = 0.0;
+    int n_clear = 0; /* rows whose choice of experts no rounding turns over */
     struct worst worst = {0, 0, 0};
     for (int i = 0; i < n * d; i++) {
         if (i % d == 0) {
             for (int j = 0; j < d; j++)
                 x[j] = (double)t.in[A_X][i + j];
             ref_norm(x, l[FFN_NORM], d, (double)c.norm_epsilon, x);
-            ref_experts(&c, l, x, expected + i);
+            gap[i / d] = ref_experts(&c, l, x, expected + i);
+            n_clear += gap[i / d] > 1e-4;
         }
         largest = fmax(largest, fabs(expected[i]));
     }
     for (int i = 0; i < n * d; i++)
-        compare(&worst, i / d, i % d, (double)t.out[A_X][i], expected[i] + (double)t.in[A_X][i],
-                2e-2 * largest);
+        if (gap[i / d] > 1e-4)
+            compare(&worst, i / d, i % d, (double)t.out[A_X][i], expected[i] + (double)t.in[A_X][i],
+                    2e-2 * largest);
+    CHECK(n_clear >= n - 2 - n / 16, "%d of %d rows have a clear choice", n_clear, n);
     CHECK_WORST(worst, "experts: type %d, %d of %d, %d rows", (int)type, c.n_used, c.n_experts, n);
     check_rest(&t, A_X, n);
     free(x);
     free(expected);
+    free(gap);
     close_trial(&t);
 }
 

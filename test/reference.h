@@ -278,18 +278,24 @@ static inline void ref_attention_layer(const struct model_config *c,
 }
 
 /* out (d_model) += the experts' outputs of one row h (d_model), by their shares (Shazeer et al.
- * 2017). */
-static inline void ref_experts(const struct model_config *c, const struct tensor *const *layer,
-                               const double *h, double *out) {
+ * 2017). Returns by how much the last that is used is preferred to the first that is not, as a
+ * share of how far logits are apart. */
+static inline double ref_experts(const struct model_config *c, const struct tensor *const *layer,
+                                 const double *h, double *out) {
     double *logits = ref_doubles(1, c->n_experts), *share = ref_doubles(1, c->n_experts);
     double *gate = ref_doubles(1, c->d_ff), *up = ref_doubles(1, c->d_ff), sum = 0;
-    double *down = ref_doubles(1, c->d_model);
+    double *down = ref_doubles(1, c->d_model), last = INFINITY, next = -INFINITY;
+    double most = -INFINITY, least = INFINITY;
     ref_product(layer[ROUTER], layer[ROUTER_BIAS], h, 1, logits);
     for (int e = 0; e < c->n_experts; e++) {
         int before = 0; /* experts that are preferred */
         for (int i = 0; i < c->n_experts; i++)
             before += logits[i] > logits[e] || (logits[i] == logits[e] && i < e);
         share[e] = before < c->n_used ? exp(logits[e]) : 0;
+        most = fmax(most, logits[e]);
+        least = fmin(least, logits[e]);
+        last = before < c->n_used ? fmin(last, logits[e]) : last;
+        next = before < c->n_used ? next : fmax(next, logits[e]);
         sum += c->share_of_all ? exp(logits[e]) : share[e];
     }
     for (int e = 0; e < c->n_experts; e++) {
@@ -312,6 +318,7 @@ static inline void ref_experts(const struct model_config *c, const struct tensor
     free(gate);
     free(up);
     free(down);
+    return (last - next) / (most - least);
 }
 
 /* x (n, d_model) += ffn_down . (activation(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
