@@ -641,6 +641,19 @@ static void refused_devices(struct check *check) {
         check_refusal(check, backend, &good, "multiples of 8 up to 256");
     }
     config.head_dim = 8;
+    struct model_config plain = config;
+    config.n_experts = config.n_used = 8;
+    check_refusal(check, backend, &good, "a model with experts");
+    config = plain;
+    config.window = 8;
+    check_refusal(check, backend, &good, "a model with windows");
+    config = plain;
+    config.post_norm = true;
+    check_refusal(check, backend, &good, "norms behind its layers");
+    config = plain;
+    config.rope_magnitude = 0.9f;
+    check_refusal(check, backend, &good, "YaRN");
+    config = plain;
     pretended.major = 7;
     check_refusal(check, backend, &good, "expected 8.0 or newer");
     pretended.major = 0;
