@@ -468,11 +468,6 @@ static bool load_weights(const struct engine *engine, struct device *device,
                 continue;
             if (tensor->type == TYPE_FP8)
                 return fail(error, "no device here multiplies FP8 weights: give --sim or --plan");
-            bool bias =
-                role == ATTN_OUTPUT_BIAS || (role >= FFN_GATE_BIAS && role <= FFN_DOWN_BIAS);
-            if (bias && !engine->config.backend->add_bias)
-                return fail(error, "%.*s: the CUDA backend does not add it; use --devices cpu:2",
-                            (int)tensor->name.length, tensor->name.data);
             struct slice slice = {model_tensors[i].slice, device->rank, device->n_shards};
             const struct tensor *together[4];
             model_together(model->layers[layer], role, together);

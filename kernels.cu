@@ -6,10 +6,13 @@
  *     1  a step, as kernels see it
  *     2  weights and rows, as the tensor cores read them                   pack_kernel
  *     3  devices: what they hold, memory, copies, uploads
- *     4  products                       generated_product_kernel, prompt_product_kernel
+ *     4  products                       generated_product_kernel, prompt_product_kernel,
+ *                                       expert_product_kernel
  *     5  attention                      prompt_attention_kernel, generated_attention_kernel
  *     6  embedding, norm, rope          embed_kernel, norm_kernel, rope_append_kernel
- *     7  the products of a layer; several shards                           reduce_kernel
+ *     7  the products of a layer; several shards      add_normed_kernel, reduce_kernel;
+ *        experts              route_kernel, choose_kernel, group_kernel, spread_kernel,
+ *                             combine_kernel
  *     8  logits and samples                                                sample_kernel
  *     9  a step: begun, recorded, replayed, ended
  *    10  what the chip can do at most               mma_probe_kernel, read_probe_kernel
@@ -214,8 +217,8 @@ template <int TYPE> DEVICE uint32_t whole_to_bf16(uint32_t word) {
                     wide ? and_xor(word, 0x00800080u, 0xc380c380u) : 0xc308c308u);
 }
 
-/* Two numbers of MXFP4, in bits [at, at + 4) of the halves, as bf16: exponent and mantissa are there
- * as they are, 126 too low. */
+/* Two numbers of MXFP4, in bits [at, at + 4) of the halves, as bf16: exponent and mantissa are
+ * there as they are, 126 too low. */
 DEVICE uint32_t mxfp4_to_bf16(uint32_t word, int at) {
     const uint32_t size = at < 6 ? word << (6 - at) : word >> (at - 6);
     return fma_bf16(and_or(word << (12 - at), 0x80008000u, size & 0x01c001c0u), 0x7e807e80u,
@@ -794,8 +797,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
 
-/* out = sum + bias, or out += sum + bias; of prompts also: the sum goes on where another shard's ended;
- * ffn = the activation of gate and up */
+/* out = sum + bias, or out += sum + bias; of prompts also: the sum goes on where another shard's
+ * ended; ffn = the activation of gate and up */
 enum epilogue { STORE, GO_ON, GATED };
 
 enum {
@@ -1126,8 +1129,8 @@ DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
     }
 }
 
-/* The same of quantized generated rows and UNITS stages: numbers are multiplied, 32 k at a time, and
- * while the next are, their sums by the scale. */
+/* The same of quantized generated rows and UNITS stages: numbers are multiplied, 32 k at a time,
+ * and while the next are, their sums by the scale. */
 template <int TYPE, int ROWS, int UNITS, int M>
 DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
                              float (&sum)[ROWS / 2]) {
@@ -1480,8 +1483,8 @@ struct group_list {
     struct entries tiles[1]; /* (n) */
 };
 
-/* out or ffn (entry, output) = sum over k, in order, of entries' rows times their experts' matrices.
- * A block takes every so-manieth tile of up to ROWS entries and a panel; neighbours share experts.
+/* out or ffn (entry, output) = sum over k, in order, of an entry's row times its expert's matrix. A
+ * block takes every so-manieth tile of up to ROWS entries and a panel; neighbours share experts.
  * Shared: the ring. Bound by memory, or of many rows by the tensor cores. */
 template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const struct product p) {
@@ -2521,7 +2524,7 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
            grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
 }
 
-/* ==== 7. The products of a layer; several shards ==== */
+/* ==== 7. The products of a layer; several shards; experts ==== */
 
 enum { CHAIN_ROWS = 256 /* prompt rows that a shard hands to the next at a time */ };
 

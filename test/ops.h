@@ -350,11 +350,12 @@ static struct test_model *make_model(struct random *random, struct model_config 
             if (!has_tensor(&config, role) || (!usual && below(random, 2)) ||
                 m->tensors[layer][role])
                 continue;
+            /* as in files: what is chosen hangs on less than a smaller type keeps */
+            bool f32 = vector || role == ROUTER;
             float scale = 1.0f / sqrtf((float)config.d_model);
             scale = vector ? (bias ? 1.0f : 0.2f) : role == TOKEN_EMBD ? 1.0f : scale;
-            bool exact = vector || role == ROUTER; /* as files have it: a choice hangs on little */
-            m->tensors[layer][role] = make_tensor(random, exact ? TYPE_F32 : types[role], rows,
-                                                  cols, scale, vector && !bias ? 1.0f : 0.0f);
+            m->tensors[layer][role] = make_tensor(random, f32 ? TYPE_F32 : types[role], rows, cols,
+                                                  scale, vector && !bias ? 1.0f : 0.0f);
         }
     }
     if (!m->tensors[0][OUTPUT])

@@ -33,8 +33,8 @@ awk '
     hot = 0
 }
 END {
-    split("generated_product prompt_product expert_product prompt_attention generated_attention norm " \
-          "rope_append embed sample", kernels, " ")
+    split("generated_product prompt_product expert_product prompt_attention " \
+          "generated_attention norm rope_append embed sample", kernels, " ")
     for (i = 1; i <= 9; i++) {
         kernel = kernels[i] "_kernel"
         ok = n[kernel] > 0 && !bad[kernel]
