@@ -12,8 +12,8 @@
  * scale of Q8_0's, f16: the first two lose nothing, the third 2^-12 of a weight. The others are
  * rounded to 1/127 of a part's largest weight. So the error that a product has because of the type
  * itself grows (python3 test/make_types.py --loss): by 0.4 % in Q4_1, 1 % in Q5_1 and Q5_K, 0.1 %
- * in Q2_K, 0.2 % in Q3_K. F16 would add 0.01 %, but takes 16 bits a weight, and as much more time to
- * read; Q8_0 takes 8.5, and has kernels on both kinds of device.
+ * in Q2_K, 0.2 % in Q3_K. F16 would add 0.01 %, but takes 16 bits a weight, and as much more time
+ * to read; Q8_0 takes 8.5, and has kernels on both kinds of device.
  * All of it is inlined, in C and C++. Read next: matmul.h. */
 #ifndef REPACK_H
 #define REPACK_H
