@@ -356,7 +356,7 @@ static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
     return (size_t)weight->cols * (size_t)layout.bytes / (size_t)layout.n_k;
 }
 
-/* n_blocks of each row, side by side; the rows lie `stride` bytes apart. Returns the panel's end. */
+/* n_blocks of each row, whose rows lie `stride` bytes apart. Returns the end in the panel. */
 static char *pack_blocks(enum tensor_type type, const char *from, size_t stride, int n_blocks,
                          int n_rows, char *panel) {
     struct pack_block layout = pack_block(type);

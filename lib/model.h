@@ -514,7 +514,7 @@ static void model_refuse_keys(struct model_reader *reader) {
                 {"attention.max_alibi_bias", 0}, {"attn_logit_softcapping", 0},
                 {"final_logit_softcapping", 0},  {"logit_scale", 1},
                 {"embedding_scale", 1},          {"residual_scale", 1}};
-    bool causal = true, parallel = false;
+    bool causal = true;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         double value = 0;
         gguf_get_float(reader->file, model_key(reader, keys[i].key), &value);
@@ -523,8 +523,6 @@ static void model_refuse_keys(struct model_reader *reader) {
     }
     gguf_get_bool(reader->file, model_key(reader, "attention.causal"), &causal);
     gguf_expect(reader->file, causal, "got false: it is no model that writes text");
-    gguf_get_bool(reader->file, model_key(reader, "use_parallel_residual"), &parallel);
-    gguf_expect(reader->file, !parallel, "got true, which is not supported");
 }
 
 static void model_read_config(struct model_reader *reader, struct model_config *config) {
@@ -607,19 +605,22 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     return tensor;
 }
 
+static bool model_begins(struct gguf_string name, const char *prefix) {
+    size_t length = strlen(prefix);
+    return name.length > length && !memcmp(name.data, prefix, length);
+}
+
 /* Tensors of the text model that nobody has asked for: with them the text would be another one. */
 static void model_refuse_unused(struct model_reader *reader) {
     static const char *const prefixes[] = {"blk.", "output", "token_", "position_", "rope_"};
     const struct tensor *tensor;
-    for (size_t at = 0; (tensor = gguf_each_tensor(reader->file, &at));)
-        for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes && !tensor->asked; i++) {
-            size_t length = strlen(prefixes[i]);
-            bool ours =
-                tensor->name.length >= length && !memcmp(tensor->name.data, prefixes[i], length);
-            gguf_about(reader->file, "%.*s", gguf_shown(tensor->name), tensor->name.data);
-            gguf_expect(reader->file, !ours, "is not supported in a %s of %d layers",
-                        reader->config->architecture, reader->config->n_layers);
-        }
+    for (size_t at = 0; (tensor = gguf_each_tensor(reader->file, &at));) {
+        gguf_about(reader->file, "%.*s", gguf_shown(tensor->name), tensor->name.data);
+        for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes && !tensor->asked; i++)
+            gguf_expect(reader->file, !model_begins(tensor->name, prefixes[i]),
+                        "is not supported in a %s of %d layers", reader->config->architecture,
+                        reader->config->n_layers);
+    }
 }
 
 static void model_read_tensors(struct model_reader *reader, struct model *model) {
@@ -669,41 +670,30 @@ static bool model_read(struct model *model, const char *path, char *error) {
 
 /* ---- notes ---- */
 
-static void model_note_type(const struct gguf *file, int stored, FILE *to) {
-    const struct tensor *tensor;
-    size_t n = 0, from = 0, become = 0;
-    for (size_t at = 0; (tensor = gguf_each_tensor(file, &at));)
-        if (tensor->stored == stored) {
-            n++;
-            from += tensor->stored_bytes;
-            become += tensor->bytes;
-        }
-    if (n > 0)
-        (void)fprintf(to, "dynamo: %zu tensors of %s are kept as %s: %.1f MB become %.1f\n", n,
-                      gguf_type_name((enum tensor_type)stored), gguf_type_name(TYPE_Q8_0),
-                      1e-6 * (double)from, 1e-6 * (double)become);
-}
-
-static void model_note_unused(const char *what, struct gguf_string name, FILE *to) {
+static void model_note_unused(struct gguf_string name, FILE *to) {
     char line[ERROR_LENGTH];
-    (void)fail(line, "%s %.*s is not used", what, gguf_shown(name), name.data);
+    (void)fail(line, "%.*s is not used", gguf_shown(name), name.data);
     (void)fprintf(to, "dynamo: %s\n", line);
 }
 
 void model_notes(const struct model *model, FILE *to) {
-    const struct gguf *file = model->file;
-    const char *architecture = model->config.architecture;
-    size_t length = strlen(architecture);
-    const struct gguf_string *key;
+    size_t before[32] = {0}, after[32] = {0}, at = 0; /* bytes, by stored type */
     const struct tensor *tensor;
-    for (int stored = 1; stored < 32 && file; stored++)
-        model_note_type(file, stored, to);
-    for (size_t at = 0; file && (key = gguf_unasked_key(file, &at));)
-        if (key->length > length && !memcmp(key->data, architecture, length))
-            model_note_unused("key", *key, to);
-    for (size_t at = 0; file && (tensor = gguf_each_tensor(file, &at));)
+    const struct gguf_string *key;
+    while (model->file && (tensor = gguf_each_tensor(model->file, &at))) {
+        before[tensor->stored] += tensor->stored_bytes;
+        after[tensor->stored] += tensor->bytes;
         if (!tensor->asked)
-            model_note_unused("tensor", tensor->name, to);
+            model_note_unused(tensor->name, to);
+    }
+    for (at = 0; model->file && (key = gguf_unasked_key(model->file, &at));)
+        if (model_begins(*key, model->config.architecture))
+            model_note_unused(*key, to);
+    for (int i = 1; i < 32; i++)
+        if (after[i] > 0)
+            (void)fprintf(to, "dynamo: %s is kept as Q8_0: %.1f MB become %.1f\n",
+                          gguf_type_name((enum tensor_type)i), 1e-6 * (double)before[i],
+                          1e-6 * (double)after[i]);
 }
 
 /* ---- random weights ----

@@ -10,10 +10,10 @@
  *
  * Where the halves have one scale and no offset (Q5_0, IQ4_NL, IQ4_XS) the numbers stay and get a
  * scale of Q8_0's, f16: the first two lose nothing, the third 2^-12 of a weight. The others are
- * rounded to 1/127 of a part's largest weight, which adds to the error that a product has because of
- * the type itself (python3 test/make_types.py --loss): Q4_1 0.4 %, Q5_1 and Q5_K 1 %, Q2_K and Q3_K
- * 0.1 and 0.2 %. F16 would lose less than 0.02 % of it, but takes 16 bits a weight, and as much more
- * time to read; Q8_0 takes 8.5, and has kernels on both kinds of device.
+ * rounded to 1/127 of a part's largest weight. So the error that a product has because of the type
+ * itself grows (python3 test/make_types.py --loss): by 0.4 % in Q4_1, 1 % in Q5_1 and Q5_K, 0.1 %
+ * in Q2_K, 0.2 % in Q3_K. F16 would add 0.01 %, but takes 16 bits a weight, and as much more time
+ * to read; Q8_0 takes 8.5, and has kernels on both kinds of device.
  * All of it is inlined, in C and C++. Read next: matmul.h. */
 #ifndef REPACK_H
 #define REPACK_H
@@ -50,10 +50,7 @@ static inline uint16_t repack_half(float value) { /* to nearest, ties to even; t
 /* ---- reading ---- */
 
 static inline int repack_elements(int stored) { /* of a block */
-    return stored == STORED_Q2_K || stored == STORED_Q3_K || stored == STORED_Q5_K ||
-                   stored == STORED_IQ4_XS
-               ? 256
-               : 32;
+    return stored >= STORED_Q2_K && stored != STORED_IQ4_NL ? 256 : 32;
 }
 
 /* 16 bytes: the first 16 numbers are their low halves, the others the high ones. */
