@@ -337,7 +337,6 @@ bool kv_fetch(struct kv *kv, int node, int worker);
  * has failed is KV_RESERVED until then. False: there is none. */
 bool kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
-void kv_unpin_all(struct kv *kv, const int *nodes, int n, int place); /* n of them, last first */
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
 /* The places where a node has a copy, or will when it has arrived. Returns their number. */

@@ -45,7 +45,6 @@ enum {
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
     CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
-    AHEAD = 8,       /* blocks of a text ahead that memory is asked for */
     HEAP_WAYS = 4,   /* half as deep as with 2 */
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
@@ -114,7 +113,6 @@ struct kv {
     int n_spare;                 /* clean copies on the host that the cleaners may need */
     int first_free;              /* node */
     uint64_t clock, last_serial; /* last_serial: of the last registration */
-    size_t bytes;                /* of the arrays, which are one piece of memory */
     struct node *nodes;          /* as many as slots, so none is without one */
     size_t n_buckets;            /* a power of two */
     int *buckets;                /* (n_buckets) first node of each chain */
@@ -228,6 +226,7 @@ static void count_copy(struct kv *kv, const struct copy *c, int n) {
     node->n_reserved = (unsigned char)(node->n_reserved + n * (c->standing == RESERVED));
 }
 
+/* Gives a copy another standing than it has. */
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
     struct entry *from = at->heap[c->standing], *to = at->heap[standing];
@@ -435,8 +434,6 @@ static int watermark(const struct place *place, int most) {
 }
 
 void kv_destroy(struct kv *kv) {
-    if (kv && kv->bytes > 0)
-        (void)munmap(kv->nodes, kv->bytes);
     free(kv);
 }
 
@@ -447,19 +444,14 @@ struct kv *kv_create(const struct kv_config *config) {
     while (n_buckets < n)
         n_buckets *= 2;
     size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
-    size_t bytes = n * each + n_buckets * sizeof(int);
-    struct kv *kv = calloc(1, sizeof *kv);
-    /* pages of zeros, which take memory when they are written */
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (!kv || memory == MAP_FAILED) {
-        if (memory != MAP_FAILED)
-            (void)munmap(memory, bytes);
-        free(kv);
+    size_t bytes = sizeof(struct kv) + (n + 1) * each + n_buckets * sizeof(int);
+    struct kv *kv = calloc(1, bytes);
+    if (!kv)
         return NULL;
-    }
-    (void)madvise(memory, bytes, MADV_HUGEPAGE);
-    kv->bytes = bytes;
-    kv->nodes = memory;
+    uintptr_t page = (uintptr_t)kv & ~(uintptr_t)4095, nodes = (uintptr_t)(kv + 1);
+    (void)madvise((void *)page, bytes, MADV_HUGEPAGE); /* as far as it can be */
+    nodes += -nodes % sizeof(struct node);
+    kv->nodes = (struct node *)nodes; /* all is in one piece of memory */
     kv->config = *config;
     kv->host = config->n_workers;
     kv->n_buckets = n_buckets;
@@ -486,13 +478,6 @@ int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int 
     uint64_t parent = 0;
     int n = 0;
     for (; n < max_blocks; n++) {
-        if (n + 2 * AHEAD < max_blocks)
-            __builtin_prefetch(bucket_of(kv, hashes[n + 2 * AHEAD]));
-        int ahead = n + AHEAD < max_blocks ? *bucket_of(kv, hashes[n + AHEAD]) : NONE;
-        if (ahead != NONE) {
-            __builtin_prefetch(&kv->nodes[ahead], 1);
-            __builtin_prefetch(kv->nodes[ahead].tokens);
-        }
         nodes[n] = find_child(kv, parent, hashes[n], tokens + (size_t)n * BLOCK_TOKENS);
         if (nodes[n] == NONE)
             break;
@@ -506,7 +491,7 @@ int kv_reclaimable(const struct kv *kv, int worker) {
     return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
-static void want(struct kv *kv, struct place *at, int n) {
+static void want(struct kv *kv, struct place *at, int n) { /* n free slots; 0: none */
     kv->n_wanting += (n > 0) - (at->wanted > 0);
     at->wanted = n;
 }
@@ -600,16 +585,6 @@ void kv_unpin(struct kv *kv, int node, int place) {
         c->heat = choose_heat(kv, c->heat, false);
     settle_copy(kv, c);
     settle(kv, node);
-}
-
-void kv_unpin_all(struct kv *kv, const int *nodes, int n, int place) {
-    for (int i = n - 1; i >= 0; i--) {
-        if (i >= 2 * AHEAD)
-            __builtin_prefetch(&kv->nodes[nodes[i - 2 * AHEAD]], 1);
-        if (i >= AHEAD)
-            __builtin_prefetch(kv->nodes[nodes[i - AHEAD]].first, 1);
-        kv_unpin(kv, nodes[i], place);
-    }
 }
 
 enum kv_state kv_state(const struct kv *kv, int node, int place) {

@@ -345,12 +345,13 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
 static void release_prefill_blocks(struct sched *s, const struct request *r) {
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
     int n = prefills && r->prefill_worker != r->decode_worker ? blocks_of(prefill_end(r)) : 0;
-    kv_unpin_all(s->kv, r->blocks, n, r->prefill_worker);
+    while (n > 0)
+        kv_unpin(s->kv, r->blocks[--n], r->prefill_worker);
 }
 
 static void release_held(struct sched *s, struct request *r) {
-    kv_unpin_all(s->kv, r->held, r->n_held, s->config.kv.n_workers);
-    r->n_held = 0;
+    while (r->n_held > 0)
+        kv_unpin(s->kv, r->held[--r->n_held], s->config.kv.n_workers);
 }
 
 /* Lets go of all blocks, the last first: so it is colder than what stands before it. */
@@ -363,8 +364,9 @@ static void release_blocks(struct sched *s, struct request *r) {
         decodes->n_stalled -= lacks_block(r);
         s->workers[r->prefill_worker].backlog -= prefill_left(r);
     }
-    kv_unpin_all(s->kv, r->blocks, r->n_blocks, r->decode_worker);
-    r->n_blocks = r->n_slots = 0;
+    while (r->n_blocks > 0)
+        kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
+    r->n_slots = 0;
     r->late = INFINITY;
     note_change(s);
 }
