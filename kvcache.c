@@ -38,6 +38,7 @@
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 enum {
     NONE = -1,
@@ -66,21 +67,23 @@ struct copy {
     struct copy *next;  /* of the same node; or of the free slots (NULL: the one behind it) */
     struct copy *from;  /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
     struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
-    int node, pins, reads, at; /* reads: copies made from it now; at: its index on a heap */
-    unsigned char place;
+    int node, pins, at; /* at: its index on a heap */
+    unsigned char place, reads; /* reads: copies made from it now */
     enum standing standing : 8;
     bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
-struct node {
-    int *keeper;             /* private and kept: set to -1 when the last copy is lost */
+struct node { /* two lines of a processor's cache; most of what is done needs the first alone */
     struct copy *first;      /* of its copies; NULL: the node is free */
     uint64_t serial, parent; /* numbers of registrations; 0: private | the first block of a text */
-    uint64_t hash;           /* of all tokens up to the end of the block */
-    int next;                /* in its bucket; or of the free nodes, how many it is behind + 1 */
+    union {
+        uint64_t hash; /* registered: of all tokens up to the end of the block */
+        int *keeper;   /* private, and kept if not NULL: set to -1 when the last copy is lost */
+    };
     uint64_t places[MAX_WORKERS / 64 + 1]; /* a bit for each that has a copy */
-    unsigned char n_valid, n_reserved;     /* of its copies; and … */
-    unsigned char matters; /* … what matters to each of them, when it was settled */
+    int next; /* in its bucket; or of the free nodes, how many it is behind + 1 */
+    unsigned char n_valid, n_reserved; /* of its copies; and … */
+    unsigned char matters;             /* … what matters to each of them, when it was settled */
     int tokens[BLOCK_TOKENS];
 };
 
@@ -106,6 +109,7 @@ struct place {
 struct kv {
     struct kv_config config;
     int host;                    /* its place, behind the workers */
+    int n_wanting;               /* workers whose `wanted` is not 0 */
     int n_spare;                 /* clean copies on the host that the cleaners may need */
     int first_free;              /* node */
     uint64_t clock, last_serial; /* last_serial: of the last registration */
@@ -181,7 +185,12 @@ static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
         heap_set(heap, i, heap[up]);
     for (int first; (first = HEAP_WAYS * i + 1) < n;) {
         int child = first;
-        for (int other = first + 1; other < first + HEAP_WAYS && other < n; other++)
+        if (first + HEAP_WAYS <= n) { /* no branch on heats: nothing could predict it */
+            int other = first + 2 + (heap[first + 3].heat < heap[first + 2].heat);
+            child += heap[first + 1].heat < heap[first].heat;
+            child += (other - child) * (heap[other].heat < heap[child].heat);
+        }
+        for (int other = first + 1; first + HEAP_WAYS > n && other < n; other++)
             child = heap[other].heat < heap[child].heat ? other : child;
         if (heap[child].heat >= entry.heat)
             break;
@@ -217,11 +226,10 @@ static void count_copy(struct kv *kv, const struct copy *c, int n) {
     node->n_reserved = (unsigned char)(node->n_reserved + n * (c->standing == RESERVED));
 }
 
+/* Gives a copy another standing than it has. */
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
     struct entry *from = at->heap[c->standing], *to = at->heap[standing];
-    if (c->standing == standing)
-        return;
     int last = --at->n[c->standing], n = at->n[standing]++;
     if (from && from[last].copy != c) /* the last one fills its gap */
         heap_fill(from, last, c->at, from[last]);
@@ -300,17 +308,21 @@ static int find_child(const struct kv *kv, uint64_t parent, uint64_t hash, const
 
 /* ---- changing a node ---- */
 
+static bool is_of_use(const struct node *node) { /* later, to others or to its keeper */
+    return node->serial != 0 || node->keeper;
+}
+
 static void free_node(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
-    kv->stats.lost += node->serial || node->keeper;
+    kv->stats.lost += is_of_use(node);
     if (node->serial) {
         int *link = bucket_of(kv, node->hash);
         while (*link != id)
             link = &kv->nodes[*link].next;
         *link = node->next;
-    }
-    if (node->keeper)
+    } else if (node->keeper) {
         *node->keeper = NONE;
+    }
     *node = (struct node){.next = kv->first_free - id - 1};
     kv->first_free = id;
 }
@@ -318,8 +330,7 @@ static void free_node(struct kv *kv, int id) {
 /* What matters to all copies of a node: that the content is of use later, that there is more than
  * one, that there will be another. */
 static unsigned char what_matters(const struct node *node) {
-    return (unsigned char)((node->serial || node->keeper) + 2 * (node->n_valid >= 2) +
-                           4 * (node->n_reserved > 0));
+    return (unsigned char)(is_of_use(node) + 2 * (node->n_valid >= 2) + 4 * (node->n_reserved > 0));
 }
 
 /* Where a copy belongs. FREE: nobody needs it. */
@@ -330,7 +341,7 @@ static enum standing standing_of(const struct kv *kv, const struct copy *c) {
         return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
         return c->standing == LEAVING ? LEAVING : BUSY;
-    if (c->standing == RESERVED || !(node->serial || node->keeper || awaited))
+    if (c->standing == RESERVED || !(is_of_use(node) || awaited))
         return FREE;
     return awaited ? BUSY : node->n_valid >= 2 ? CLEAN : DIRTY;
 }
@@ -340,13 +351,12 @@ static void settle_copy(struct kv *kv, struct copy *c) {
     enum standing standing = standing_of(kv, c);
     if (standing == FREE)
         free_slot(kv, c);
-    else
+    else if (standing != c->standing)
         set_standing(kv, c, standing);
 }
 
-/* Does so with all copies of a changed node, if that matters to them; frees one without copies. */
-static void settle(struct kv *kv, int id) {
-    struct node *node = &kv->nodes[id];
+/* Does so with all copies of a changed node. */
+static void settle_all(struct kv *kv, struct node *node) {
     while (node->matters != what_matters(node)) {
         node->matters = what_matters(node);
         for (struct copy *c = node->first, *next; c; c = next) {
@@ -354,6 +364,13 @@ static void settle(struct kv *kv, int id) {
             settle_copy(kv, c);
         }
     }
+}
+
+/* Does so if that matters to them; frees a node without copies. */
+static void settle(struct kv *kv, int id) {
+    struct node *node = &kv->nodes[id];
+    if (node->matters != what_matters(node))
+        settle_all(kv, node);
     if (!node->first)
         free_node(kv, id);
 }
@@ -427,13 +444,17 @@ struct kv *kv_create(const struct kv_config *config) {
     while (n_buckets < n)
         n_buckets *= 2;
     size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
-    struct kv *kv = calloc(1, sizeof *kv + n * each + n_buckets * sizeof *kv->buckets);
+    size_t bytes = sizeof(struct kv) + (n + 1) * each + n_buckets * sizeof(int);
+    struct kv *kv = calloc(1, bytes);
     if (!kv)
         return NULL;
+    uintptr_t page = (uintptr_t)kv & ~(uintptr_t)4095, nodes = (uintptr_t)(kv + 1);
+    (void)madvise((void *)page, bytes, MADV_HUGEPAGE); /* as far as it can be */
+    nodes += -nodes % sizeof(struct node);
+    kv->nodes = (struct node *)nodes; /* all is in one piece of memory */
     kv->config = *config;
     kv->host = config->n_workers;
     kv->n_buckets = n_buckets;
-    kv->nodes = (struct node *)(kv + 1); /* all is in one piece of memory */
     struct copy *copies = (struct copy *)(kv->nodes + n);
     struct entry *heaps = (struct entry *)(copies + n);
     kv->buckets = (int *)(heaps + 2 * n);
@@ -470,12 +491,17 @@ int kv_reclaimable(const struct kv *kv, int worker) {
     return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
+static void want(struct kv *kv, struct place *at, int n) { /* n free slots; 0: none */
+    kv->n_wanting += (n > 0) - (at->wanted > 0);
+    at->wanted = n;
+}
+
 bool kv_make_room(struct kv *kv, int worker, int n) {
     struct place *at = &kv->places[worker];
     const struct place *host = &kv->places[kv->host];
     int can = kv_reclaimable(kv, worker);
     if (at->wanted <= n || at->wanted > can)
-        at->wanted = at->n[FREE] < n && n <= can ? n : 0;
+        want(kv, at, at->n[FREE] < n && n <= can ? n : 0);
     struct copy *victim; /* where n come to be free, nothing goes to the host: all stays there */
     while (n <= can && at->n[FREE] + at->n[LEAVING] < n && (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
@@ -529,8 +555,10 @@ bool kv_send(struct kv *kv, int node, int worker) {
 static void pin(struct kv *kv, struct copy *c) {
     c->pins++;
     c->unused = false;
-    unlink_copy(kv, c); /* it stands first: it is asked for next */
-    link_copy(kv, c, c->node);
+    if (kv->nodes[c->node].first != c) { /* it stands first: it is asked for next */
+        unlink_copy(kv, c);
+        link_copy(kv, c, c->node);
+    }
     settle_copy(kv, c);
 }
 
@@ -611,13 +639,13 @@ int kv_register(struct kv *kv, int id, int parent, uint64_t hash, const int *tok
     struct node *node = &kv->nodes[id];
     node->parent = parent == NONE ? 0 : kv->nodes[parent].serial;
     assert(!node->serial && (parent == NONE || node->parent));
-    node->hash = hash;
-    int winner = find_child(kv, node->parent, node->hash, tokens);
+    int winner = find_child(kv, node->parent, hash, tokens);
     if (winner != NONE) {
         merge(kv, id, winner);
         return winner;
     }
     node->serial = ++kv->last_serial;
+    node->hash = hash;
     memcpy(node->tokens, tokens, sizeof node->tokens);
     node->next = *bucket_of(kv, node->hash);
     *bucket_of(kv, node->hash) = id;
@@ -660,16 +688,20 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     set_standing(kv, to, ok ? IN_USE : RESERVED);
     to->unused = ok && !out && to->pins == 0;
     *(out ? &kv->stats.pages_out : in ? &kv->stats.pages_in : &kv->stats.transfers) += ok;
+    bool moved = ok && leaves && at->n[FREE] < at->wanted && standing_of(kv, from) == CLEAN;
+    if (moved)
+        drop(kv, from, true); /* it is on no heap, and need not be */
     settle_copy(kv, to);
-    settle_copy(kv, from);
+    if (!moved)
+        settle_copy(kv, from);
     settle(kv, order->node);
-    if (leaves && from->standing == CLEAN && at->n[FREE] < at->wanted)
-        drop(kv, from, true);
-    for (int i = 0; i < kv->host; i++) /* what was being copied, or had no room on the host, goes */
-        if (kv->places[i].n[FREE] + kv->places[i].n[LEAVING] < kv->places[i].wanted)
-            (void)kv_make_room(kv, i, kv->places[i].wanted);
-        else if (kv->places[i].n[FREE] >= kv->places[i].wanted)
-            kv->places[i].wanted = 0;
+    for (int i = 0; i < kv->host && kv->n_wanting > 0; i++) {
+        struct place *worker = &kv->places[i];
+        if (worker->n[FREE] + worker->n[LEAVING] < worker->wanted)
+            (void)kv_make_room(kv, i, worker->wanted); /* what had no room on the host goes */
+        else if (worker->n[FREE] >= worker->wanted)
+            want(kv, worker, 0);
+    }
 }
 
 int kv_pending(const struct kv *kv, int worker) {

@@ -372,11 +372,12 @@ static bool prompt_of_numbers(const struct load *load, struct item *item) {
     r->tokens = malloc((size_t)room * sizeof *r->tokens);
     if (!r->tokens)
         abort();
+    uint64_t text = answers_random(a->seed, (uint64_t)item->place), n = (uint64_t)a->vocab_size;
     for (int i = 0; i < r->n_prompt && i < room; i++) {
-        uint64_t text = item->hash_ids ? item->hash_ids[i / HASH_TOKENS] : (uint64_t)item->place;
-        uint64_t at = item->hash_ids ? (uint64_t)(i % HASH_TOKENS) : (uint64_t)i;
-        uint64_t word = answers_random(answers_random(a->seed, text), at);
-        r->tokens[i] = (int)(word % (uint64_t)a->vocab_size);
+        int at = item->hash_ids ? i % HASH_TOKENS : i;
+        if (item->hash_ids && at == 0)
+            text = answers_random(a->seed, item->hash_ids[i / HASH_TOKENS]);
+        r->tokens[i] = (int)(answers_random(text, (uint64_t)at) % n);
     }
     free(item->hash_ids);
     item->hash_ids = NULL;

@@ -372,7 +372,7 @@ struct sim {
 };
 
 static bool sim_earlier(const struct sim_event *a, const struct sim_event *b) {
-    return a->time < b->time || (a->time == b->time && a->serial < b->serial);
+    return (a->time < b->time) | ((a->time == b->time) & (a->serial < b->serial)); /* no branch */
 }
 
 static int64_t sim_push(struct sim *sim, double time, int index) {

@@ -46,6 +46,10 @@ static int count(const struct kv *kv, int id, enum kv_state state) {
     return n;
 }
 
+static const int *keeper_of(const struct node *node) { /* NULL: none */
+    return node->serial ? NULL : node->keeper;
+}
+
 static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
@@ -53,7 +57,7 @@ static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
     BROKEN(copy->standing != standing_of(kv, copy), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
-    BROKEN(cached && !kv->nodes[copy->node].serial && !kv->nodes[copy->node].keeper,
+    BROKEN(cached && !is_of_use(&kv->nodes[copy->node]),
            "a private copy is cached that nobody keeps");
     return NULL;
 }
@@ -62,7 +66,6 @@ static const char *check_index(const struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
     if (!node->serial)
         return NULL;
-    BROKEN(node->keeper, "a registered node is kept");
     BROKEN(count(kv, id, KV_VALID) == 0, "a registered node has no valid copy");
     BROKEN(find_child(kv, node->parent, node->hash, node->tokens) != id, "not findable, or twice");
     for (int parent = 0; parent < n_slots(kv); parent++) {
@@ -99,10 +102,11 @@ static const char *check_node(const struct kv *kv, int id) {
     BROKEN(n_copies != kv_places(kv, id, at), "places of a node's copies");
     BROKEN(node->n_valid != count(kv, id, KV_VALID), "valid copies of a node");
     BROKEN(node->n_reserved != count(kv, id, KV_RESERVED), "reserved copies of a node");
-    BROKEN(node->keeper && *node->keeper != id, "a keeper that does not know its node");
-    BROKEN(node->keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
-    BROKEN(!node->first && (node->serial || node->keeper), "a node without copies");
-    BROKEN(node->first && !node->serial && !node->keeper && n_pins + n_reads == 0,
+    const int *keeper = keeper_of(node);
+    BROKEN(keeper && *keeper != id, "a keeper that does not know its node");
+    BROKEN(keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");
+    BROKEN(!node->first && is_of_use(node), "a node without copies");
+    BROKEN(node->first && !is_of_use(node) && n_pins + n_reads == 0,
            "a private node that nobody owns");
     return check_index(kv, id);
 }
@@ -198,7 +202,7 @@ static const char *check_blocks(const struct sched *s, const struct request *r, 
         const struct node *node = &kv->nodes[id];
         BROKEN((node->serial != 0) != (i < r->filled / BLOCK_TOKENS),
                "a block is registered, or is not");
-        BROKEN(node->keeper, "a block of a table is kept");
+        BROKEN(keeper_of(node), "a block of a table is kept");
         BROKEN(!copy_at(kv, id, r->decode_worker), "a block is not there");
         if (node->serial) {
             BROKEN(node->parent != (i > 0 ? kv->nodes[r->blocks[i - 1]].serial : 0),
@@ -220,7 +224,8 @@ static const char *check_request(const struct sched *s, const struct request *r,
     bool waits = r->state == REQUEST_WAITING;
     BROKEN(waits && (r->n_blocks > 0 || r->in_step), "a waiting request holds blocks");
     BROKEN(r->saved != -1 && (!waits || r->preemptions == 0), "saved, but not preempted");
-    BROKEN(r->saved != -1 && s->kv->nodes[r->saved].keeper != &r->saved, "saved, but not kept");
+    BROKEN(r->saved != -1 && keeper_of(&s->kv->nodes[r->saved]) != &r->saved,
+           "saved, but not kept");
     BROKEN(r->reason != FINISH_NONE && !r->leaves, "a finished request is on a list");
     BROKEN(r->leaves && !r->in_step, "it should have left");
     BROKEN(r->n_held > 0 && !waits, "an admitted request holds copies on the host");
