@@ -188,14 +188,20 @@ static const struct pattern patterns[] = {
     {"deepseek-v3", "N3 j+ ga+|y?M+|_?s+n*|S*n+|S+!|S+", 0},
 };
 
+/* Whether a word is one of those in `list`, which spaces divide. */
+static bool is_listed(const char *list, struct gguf_string word) {
+    for (size_t size; *list; list += size + strspn(list + size, " ")) {
+        size = strcspn(list, " ");
+        if (size == word.length && memcmp(list, word.data, size) == 0)
+            return true;
+    }
+    return false;
+}
+
 static const struct pattern *pattern_find(struct gguf_string name) {
     for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++)
-        for (const char *at = patterns[i].names; *at; at += strspn(at, " ")) {
-            size_t size = strcspn(at, " ");
-            if (size == name.length && memcmp(at, name.data, size) == 0)
-                return &patterns[i];
-            at += size;
-        }
+        if (is_listed(patterns[i].names, name))
+            return &patterns[i];
     return NULL;
 }
 
@@ -443,7 +449,7 @@ static bool spelled_as_bytes(struct gguf_string word) {
 static bool looks_special(struct gguf_string word) {
     static const char wide[] = "\uFF5C";
     size_t n = word.length;
-    return gguf_equals(word, "<start_of_turn>") || gguf_equals(word, "<end_of_turn>") ||
+    return is_listed("<start_of_turn> <end_of_turn>", word) ||
            (n > 4 && memcmp(word.data, "<|", 2) == 0 && memcmp(word.data + n - 2, "|>", 2) == 0) ||
            (n > 8 && word.data[0] == '<' && memcmp(word.data + 1, wide, 3) == 0 &&
             memcmp(word.data + n - 4, wide, 3) == 0 && word.data[n - 1] == '>');
@@ -470,9 +476,8 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
         type = type == TOKEN_UNKNOWN ? type : TOKEN_CONTROL;
         kind = KEY_SPECIAL;
     }
-    bool as_text = kind == KEY_SPECIAL || (t->byte_level && type == TOKEN_USER_DEFINED) ||
-                   (t->byte_level && !spelled_as_bytes(spelling));
-    if (as_text) {
+    bool no_bytes = t->byte_level && !spelled_as_bytes(spelling);
+    if (kind == KEY_SPECIAL || no_bytes || (t->byte_level && type == TOKEN_USER_DEFINED)) {
         memcpy(text, spelling.data, spelling.length);
         n = spelling.length;
     }
@@ -486,9 +491,9 @@ static bool add_token(struct tokenizer *t, struct gguf_string spelling, int type
                     "%s: token %d: got %zu bytes and score %g, expected at most %d "
                     "and a finite score",
                     where, id, n, (double)score, TOK_TOKEN_LENGTH);
-    if (type == TOKEN_USER_DEFINED || (as_text && kind == KEY_TOKEN))
+    if (kind == KEY_TOKEN && (type == TOKEN_USER_DEFINED || no_bytes))
         add_key(t, text, (int)n, KEY_TEXT, id);
-    if (kind != KEY_TOKEN || !t->byte_level || spelled_as_bytes(spelling))
+    if (kind != KEY_TOKEN || !no_bytes)
         add_key(t, text, (int)n, kind, id);
     return true;
 }
@@ -917,20 +922,12 @@ int tok_lost_bytes(const struct tokenizer *t) {
 }
 
 void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens) {
-    static const char *const names[] = {"<|endoftext|>",
-                                        "<|end_of_text|>",
-                                        "<|eot_id|>",
-                                        "<|eom_id|>",
-                                        "<|im_end|>",
-                                        "<end_of_turn>",
-                                        "<|eot|>",
-                                        "<|return|>",
-                                        "<|call|>",
-                                        "<|END_OF_TURN_TOKEN|>",
-                                        "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"};
+    static const char names[] =
+        "<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|im_end|> <end_of_turn> <|eot|> "
+        "<|return|> <|call|> <|END_OF_TURN_TOKEN|> <\uFF5Cend\u2581of\u2581sentence\uFF5C>";
     struct gguf_array tokens = {0}, types = {0};
-    bool harmony = false; /* there <|end|> ends a message, and an answer may have several */
-    int phi_end = -1;
+    bool harmony = false;
+    int end = -1; /* <|end|>, of an answer; in Harmony of a message, and an answer has several */
     int64_t ids[N_IDS];
     for (int i = 1; i < 3 && i < n_tokens && !file; i++)
         ends[i] = true;
@@ -939,22 +936,21 @@ void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens) {
         return;
     (void)gguf_get_array(file, "tokenizer.ggml.token_type", &types);
     for (int i = 0; i < n_tokens && (size_t)i < tokens.count; i++) {
+        struct gguf_string word = tokens.strings[i];
         int32_t type = TOKEN_NORMAL;
         if (types.type == GGUF_I32 && (size_t)i < types.count)
             memcpy(&type, (const char *)types.values + (size_t)i * sizeof type, sizeof type);
-        for (size_t j = 0; j < sizeof names / sizeof *names; j++)
-            ends[i] = ends[i] || gguf_equals(tokens.strings[i], names[j]);
-        /* in other vocabularies it strikes out a word */
-        ends[i] = ends[i] || (type == TOKEN_CONTROL && gguf_equals(tokens.strings[i], "</s>"));
-        harmony = harmony || gguf_equals(tokens.strings[i], "<|return|>");
-        phi_end = gguf_equals(tokens.strings[i], "<|end|>") ? i : phi_end;
+        /* in Gemma's vocabulary </s> ends what is struck out */
+        ends[i] = is_listed(names, word) || (type == TOKEN_CONTROL && gguf_equals(word, "</s>"));
+        harmony = harmony || gguf_equals(word, "<|return|>");
+        end = gguf_equals(word, "<|end|>") ? i : end;
     }
-    if (phi_end >= 0 && !harmony)
-        ends[phi_end] = true;
     named_ids(file, ids);
     for (int i = ID_EOS; i < N_IDS; i++)
         if (ids[i] >= 0 && ids[i] < n_tokens)
             ends[ids[i]] = true;
+    if (end >= 0)
+        ends[end] = !harmony;
 }
 
 int tok_find(const struct tokenizer *t, const char *text, size_t length) {

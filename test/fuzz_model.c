@@ -45,7 +45,7 @@ static void use_tokenizer(const struct tokenizer *t) {
     char out[TOK_TEXT_SIZE], note[ERROR_LENGTH];
     struct tok_stream stream = {0};
     int n = 0, *ids = tok_encode(t, text, sizeof text, &n);
-    FUZZ_CHECK(ids && n > 0);
+    FUZZ_CHECK(ids); /* none, where the vocabulary spells no byte of it */
     for (int i = 0; i < n; i++) {
         FUZZ_CHECK(ids[i] >= 0 && ids[i] < t->n_tokens && t->tokens[ids[i]].type != TOKEN_CONTROL);
         FUZZ_CHECK(tok_decode(t, &stream, ids[i], out) <= sizeof out);

@@ -773,6 +773,7 @@ static void ends_are_known(struct check *check) {
         {"gpt2", "na c<|end_of_text|> n<|im_end|> u<|eot_id|> nb", "01110", -1},
         {"gpt2", "na c<|end|> c<|endoftext|> c<|user|> c<|assistant|>", "01100", -1}, /* phi-3 */
         {"gpt2", "na c<|return|> c<|end|> c<|call|> c<|start|> c<|endoftext|>", "010101", 1},
+        {"gpt2", "na c<|return|> c<|end|>", "010", 2}, /* whatever the key says */
         {"gpt2", "na c</s> n<end_of_turn> c<|eom_id|> c<|eot|>", "01111", -1},
         {"gpt2", "na u</s> nb", "000", -1}, /* Gemma's: it ends what is struck out */
         {"gpt2", "na n</s> nb", "010", 1},
