@@ -3311,6 +3311,13 @@ static void take_planes(struct cuda_device *d, struct planes *p, int n, int n_un
     gpu_take(&d->gpu, &p->bytes, (size_t)n_units * (size_t)p->n_rows * ROW_BYTES, ok);
 }
 
+static void give_frequencies(struct cuda_device *d) {
+    TRY(d, cudaMemcpyAsync(d->rope_frequency, d->device.rope_frequency,
+                           (size_t)(d->device.config->rope_dim / 2 * d->n_turns) * sizeof(float),
+                           cudaMemcpyHostToDevice, d->streams[STREAM_COMPUTE]));
+    TRY(d, cudaStreamSynchronize(d->streams[STREAM_COMPUTE]));
+}
+
 static bool allocate_activations(struct cuda_device *d) {
     const struct model_config *c = d->device.config;
     int n = d->device.n_shards, rank = d->device.rank, n_segments = K_SEGMENTS / n;
@@ -3367,10 +3374,7 @@ static bool allocate_activations(struct cuda_device *d) {
     ok = ok && cudaHostAlloc((void **)&d->sampled_host, samples * sizeof(int),
                              cudaHostAllocPortable) == cudaSuccess;
     if (ok)
-        TRY(d, cudaMemcpyAsync(d->rope_frequency, d->device.rope_frequency,
-                               (size_t)(c->rope_dim / 2 * d->n_turns) * sizeof(float),
-                               cudaMemcpyHostToDevice, d->streams[STREAM_COMPUTE]));
-    TRY(d, cudaStreamSynchronize(d->streams[STREAM_COMPUTE]));
+        give_frequencies(d);
     return ok;
 }
 
