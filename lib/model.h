@@ -394,6 +394,7 @@ static void model_refuse_format(struct gguf *file) {
         {0, "tjgg", "in the format before GGUF; convert it again"}};
     size_t size;
     const char *bytes = gguf_raw(file, &size);
+    gguf_about(file, "%s", "");
     for (size_t i = 0; i < sizeof formats / sizeof *formats && bytes; i++) {
         size_t at = formats[i].at, length = strlen(formats[i].begin);
         bool found = size >= at + length && !strncasecmp(bytes + at, formats[i].begin, length);
@@ -432,9 +433,10 @@ static void model_read_yarn(struct model_reader *reader, struct model_config *co
     int context = model_int(reader, "rope.scaling.original_context_length", REQUIRED, 1, 1 << 24);
     float fast = model_float(reader, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
     float slow = model_float(reader, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
+    double theta = (double)model_float(reader, "rope.freq_base", 10000, 1.001, 1e12); /* > 1 here */
     double turns[] = {(double)fast, (double)slow}, pair[2], n = config->rope_dim;
     for (int i = 0; i < 2; i++) {
-        pair[i] = n * log(context / (turns[i] * 2 * M_PI)) / (2 * log((double)config->rope_theta));
+        pair[i] = n * log(context / (turns[i] * 2 * M_PI)) / (2 * log(theta));
         if (!(reader->kind & MODEL_GPT_OSS)) /* which alone does not round */
             pair[i] = i == 0 ? floor(pair[i]) : ceil(pair[i]);
     }
