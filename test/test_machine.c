@@ -66,8 +66,7 @@ static void memory_of_a_group_of_version_1(struct check *check) {
 
 static void memory_of_the_address_space(struct check *check) {
     struct rlimit before, limit;
-    if (SANITIZED || getrlimit(RLIMIT_AS, &before) != 0) /* a sanitizer takes terabytes */
-        return;
+    CHECK(getrlimit(RLIMIT_AS, &before) == 0, "the limit");
     limit = before;
     limit.rlim_cur = 1 << 30;
     clear();
@@ -117,14 +116,15 @@ int main(int argc, char **argv) {
         {"memory_of_the_machine", memory_of_the_machine},
         {"memory_of_a_group", memory_of_a_group},
         {"memory_of_a_group_of_version_1", memory_of_a_group_of_version_1},
-        {"memory_of_the_address_space", memory_of_the_address_space},
         {"processors_of_a_quota", processors_of_a_quota},
+        {"memory_of_the_address_space", memory_of_the_address_space}, /* of which a sanitizer takes
+                                                                        * terabytes */
     };
     if (!mkdtemp(root)) {
         perror(root);
         return 1;
     }
-    int status = check_run(tests, sizeof tests / sizeof *tests, argc, argv);
+    int status = check_run(tests, sizeof tests / sizeof *tests - SANITIZED, argc, argv);
     char command[64];
     (void)snprintf(command, sizeof command, "rm -rf %s", root);
     return system(command) == 0 ? status : 1;
