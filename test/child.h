@@ -48,7 +48,7 @@ enum {
 #if defined(__SANITIZE_THREAD__)
 enum { SHARE = 5, TSAN = 1 };
 #elif defined(__SANITIZE_ADDRESS__)
-enum { SHARE = 2, TSAN = 0 };
+enum { SHARE = 4, TSAN = 0 };
 #else
 enum { SHARE = 1, TSAN = 0 };
 #endif
