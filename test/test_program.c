@@ -954,7 +954,7 @@ static void a_closed_pipe_ends_the_answer(struct check *check) {
     ends_soon(check, &live, 1);
     /* in virtual time as well: all of it would take an hour */
     shell(check,
-          DYNAMO_PROGRAM " model.bin --sim cpu:2 --replay 10:10 --rate 1000 --limit 9999999 --json "
+          DYNAMO_PROGRAM " model.bin --sim cpu:2 --replay 10:10 --rate 20 --limit 9999999 --json "
                          "2> $T/words | head -n 1 > $T/first; test -s $T/first");
     shell(check, "grep -q 'stdout: Broken pipe' $T/words");
 }
