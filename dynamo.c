@@ -661,10 +661,10 @@ static void open_locks(struct engine *engine) {
 /* Asked before many GB are read. The devices of the CPU share them; for a GPU, upload asks. */
 static bool weights_fit(const struct engine *engine, char *error) {
     double free_bytes = (double)machine_free_memory("");
-    return engine->config.backend->n_gpus > 0 || free_bytes <= 0 ||
-           engine->cost.bytes <= free_bytes ||
+    double bytes = engine->cost.bytes + engine->cost.expert_bytes;
+    return engine->config.backend->n_gpus > 0 || free_bytes <= 0 || bytes <= free_bytes ||
            fail(error, "weights of %.1f GB do not fit the %.1f GB of memory that are left",
-                1e-9 * engine->cost.bytes, 1e-9 * free_bytes);
+                1e-9 * bytes, 1e-9 * free_bytes);
 }
 
 struct engine *engine_open(const struct engine_config *config, char *error) {

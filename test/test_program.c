@@ -840,6 +840,9 @@ static void a_model_larger_than_memory(struct check *check) {
                  "--devices cpu:1 2> $T/words; test $? = 1");
     shell(check, "grep -q '^dynamo: weights of 0.4 GB do not fit the 0.[0-3] GB of memory that are "
                  "left$' $T/words");
+    shell(check, "ulimit -v 16000000; " DYNAMO_PROGRAM " random:gpt-oss-20b:mxfp4 --ids 1 -n 1 "
+                 "--devices cpu:1 2> $T/words; test $? = 1"); /* with all of its experts */
+    shell(check, "grep -q '^dynamo: weights of 1[0-9].[0-9] GB do not fit' $T/words");
 }
 
 /* Before the model is loaded, where it can be known; a text does not suffer from it. */
