@@ -786,7 +786,7 @@ void engine_limits(struct engine *engine, double *read, double *ops) {
                                 model_main_type(config->model), read, ops);
 }
 
-void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {
+int engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {
     int n_blocks = blocks_of(start + n);
     int *numbers = calloc(5 * (size_t)n + (size_t)n_blocks, sizeof *numbers);
     struct sampling *greedy = calloc((size_t)n, sizeof *greedy);
@@ -812,8 +812,12 @@ void engine_logits(struct engine *engine, const int *tokens, int start, int n, f
     for (int i = 0; i < n_blocks; i++) /* the first of the worker: nobody else uses them */
         batch.block_table[i] = i;
     forward(&engine->workers[0], &batch, batch.sampled, logits);
+    int n_good = 0;
+    while (n_good < n && batch.sampled[n_good] >= 0)
+        n_good++;
     free(greedy);
     free(numbers);
+    return n_good;
 }
 
 /* The thread of the fault may hold the lock, or another's may. */
