@@ -58,6 +58,9 @@ static int chunk_logits(const struct answers *a, const int *tokens, int start, i
     int n_good = engine_logits(a->engine, tokens, start, n_rows, logits);
     if (n_good == n_rows)
         return n_rows;
+    /* one by one, for in one step it reaches rows before it: they take it 0 times, which is NaN */
+    for (n_good = 0; engine_logits(a->engine, tokens, start + n_good, 1, logits) > 0;)
+        n_good++;
     (void)fail(error, "the model gave a number that is none at token %d", place + n_good + 1);
     return 0;
 }

@@ -679,6 +679,7 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
     requests->text = NULL;
     if (read_request(spec, spec->line, length, wrong))
         return 1;
+    spec->cancel = NULL;
     spec->error = grow(NULL, 0, ERROR_LENGTH);
     fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
     return 1;
