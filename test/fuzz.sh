@@ -53,8 +53,8 @@ for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.
     split.tensors.count tokenizer.ggml.add_space_prefix tokenizer.ggml.add_bos_token; do
     printf '"%s"\n' "$word"
 done > $folder/model.dict
-for word in prompt ids temperature top_p top_k min_p seed stop system id cancel n --kv-device --devices \
-    cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
+for word in prompt ids temperature top_p top_k min_p seed stop system id n --kv-device --devices \
+    cancel cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
     printf '"%s"\n' "$word"
 done > $folder/text.dict
 
