@@ -297,6 +297,37 @@ static void requests_are_cancelled_by_id(struct check *check) {
     CHECK(count_lines(live.text) == 9, "an object each: %s", live.text);
 }
 
+/* ---- memory ---- */
+
+/* Before anything is read, weights and both tiers together. */
+static void what_does_not_fit_is_refused(struct check *check) {
+    static const struct {
+        const char *arguments, *words;
+    } rows[] = {
+        {"model.bin -p a --kv-host 900G",
+         "KV blocks of 966.4 GB do not fit the *; lower --kv-host"},
+        {"model.bin -p a --kv-device 450G",
+         "KV blocks of 966.4 GB do not fit the *; lower --kv-device"},
+        {"model.bin -p a --kv-device 450G --devices cpu:1", "KV blocks of 483.2 GB do not fit"},
+        {"random:llama-3.1-405b:q8_0 --ids 1", "weights of 43*.* GB do not fit the *"},
+        {"random:llama-3.1-405b:q8_0 --ids 1 --kv-host 1G",
+         "weights of 43*.* GB and KV blocks of 1.1 GB do not fit the *"},
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char words[128];
+        (void)snprintf(words, sizeof words, "dynamo: *%s*", rows[i].words);
+        expect(check, rows[i].arguments, 1, "", words);
+    }
+    if (SANITIZED)
+        return; /* it takes terabytes of addresses */
+    shell(check, "ulimit -v 900000; " DYNAMO_PROGRAM " model.bin --ids 1 -n 1 --kv-host 500M "
+                 "--kv-device 250M 2> $T/words > $T/out; test $? = 1");
+    shell(check,
+          "grep -q 'weights of 0.0 GB and KV blocks of 1.0 GB do not fit the 0.' $T/words || "
+          "! cat $T/words");
+    shell(check, "ulimit -v 900000; " DYNAMO_PROGRAM " model.bin --ids 1 -n 1 > $T/out");
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(marks_are_no_prompts),
                                         TEST(errors_belong_to_their_id),
@@ -306,6 +337,7 @@ int main(int argc, char **argv) {
                                         TEST(no_number_ends_one_request),
                                         TEST(no_weight_is_passed_over),
                                         TEST(evaluations_tell_where),
-                                        TEST(requests_are_cancelled_by_id)};
+                                        TEST(requests_are_cancelled_by_id),
+                                        TEST(what_does_not_fit_is_refused)};
     return run_tests(tests, COUNT(tests), argc, argv);
 }
