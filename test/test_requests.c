@@ -88,6 +88,15 @@ static void errors_belong_to_their_id(struct check *check) {
     }
 }
 
+/* count_of, of megabytes: a sanitizer measures a text whenever it is looked through. */
+static int count_in(const struct outcome *o, const char *words) {
+    const char *at = o->out, *end = at + o->out_length;
+    int n = 0;
+    for (; (at = memmem(at, (size_t)(end - at), words, strlen(words))); at++)
+        n++;
+    return n;
+}
+
 /* Every eighth one runs; a line more is refused, before any runs. */
 static void as_many_as_may_be(struct check *check) {
     char *text = keep(24 * (MOST + 2)), *end = text;
@@ -96,10 +105,10 @@ static void as_many_as_may_be(struct check *check) {
                                   : sprintf(end, "\n{\"ids\":[%d],\"n\":1}\n", 3 + i % 500);
     write_file(check, "requests", text, (size_t)(end - text));
     struct outcome o = run(check, "model.bin -f $T/requests -t 0 --json");
-    int n = count_of(o.out, "\"finish_reason\":\"length\"") + count_of(o.out, "\"stop\"");
+    int n = count_in(&o, "\"finish_reason\":\"length\"") + count_in(&o, "\"stop\"");
     CHECK(o.status == 3 && count_lines(o.out) == MOST && n == (SANITIZED ? 0 : MOST / 8),
           "status %d, %d lines, %d answered", o.status, count_lines(o.out), n);
-    CHECK(count_of(o.out, ": byte 1: expected") == MOST - n, "others have errors");
+    CHECK(count_in(&o, ": byte 1: expected") == MOST - n, "others have errors");
     end += sprintf(end, "\n{");
     write_file(check, "requests", text, (size_t)(end - text));
     expect(check, "model.bin -f $T/requests", 1, "", "*requests: got more than 65536 requests*");
@@ -158,7 +167,7 @@ static void tiny_temperatures_are_greedy(struct check *check) {
     static const char *const temperatures[] = {"1e-37", "1e-38", "1.1e-38", "3e-39", "1e-42",
                                                "1e-44", "1e-45", "1e-46",   "1e-400"};
     write_model(check, -1, -1);
-    for (size_t i = 0; i < COUNT(temperatures); i++) {
+    for (size_t i = 0; i < COUNT(temperatures); i += SANITIZED ? 4 : 1) {
         char one[128], other[128];
         for (int model = 0; model < 2; model++) {
             const char *what = model ? "$T/model --ids 1,5 -n 40" : "model.bin -p 'The cat' -n 60";
