@@ -76,7 +76,9 @@ struct request_spec {
     int n_stop;
     const char *system; /* NULL: none */
     char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
-    char *line;         /* that it was read from; its texts point into it */
+    const char *file;   /* NULL: it is of none */
+    int line_number;
+    char *line; /* that it was read from; its texts point into it */
 };
 
 struct options {
@@ -705,6 +707,8 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
     }
     *spec = *defaults;
     spec->line = requests->text;
+    spec->file = requests->name;
+    spec->line_number = requests->n_lines;
     requests->text = NULL;
     if (read_request(spec, spec->line, length, wrong))
         return 1;
@@ -900,7 +904,7 @@ void cli_progress(const char *label, int64_t done, int64_t total) {
     if (done == 0)
         begun = now;
     int64_t ms = (now.tv_sec - begun.tv_sec) * 1000 + (now.tv_nsec - begun.tv_nsec) / 1000000;
-    if (ms < PROGRESS_MS || !isatty(2))
+    if (ms < PROGRESS_MS || !text_moves(2))
         return;
     static const char full[] = "##############################";
     int filled = (int)((int64_t)(sizeof full - 1) * done / total);
