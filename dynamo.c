@@ -858,6 +858,7 @@ void engine_tell_lost(struct engine *engine) {
 #define TEMPLATE_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define WRAP_IMPLEMENTATION
 #include "lib/cli.h"
 #include "lib/gguf.h"
 #include "lib/json.h"

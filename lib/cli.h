@@ -338,6 +338,7 @@ static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see se
 #define AT(field) .offset = offsetof(struct options, field)
 static const struct option_row option_rows[] = {
     {.help = "What to run (without any: a conversation at a prompt; piped stdin is one prompt)"},
+    {"-m", "FILE", "the model; it may also stand by itself", &TEXT, AT(model)},
     {"-p", "TEXT", "one prompt", &PROMPT, AT(request), .key = "prompt"},
     {"--ids", "1,15,7", "one prompt as token ids", &IDS, AT(request), .key = "ids"},
     {"-f", "FILE", "one request a line: text, or JSON with [keys]; - is stdin", &TEXT, AT(file)},
@@ -409,10 +410,13 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
-    {"--verbose", NULL, "a line on stderr for each step, copy and decision", &FLAG, AT(verbose)},
+    {"--verbose", NULL,
+     "tell each step, copy and decision, what a model thinks, what of its file is unused", &FLAG,
+     AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},
-    {"--help", NULL, "print this", &FLAG, AT(help)},
+    {"--help", NULL, "print this; so does -h (and --prompt, --n-predict, --temp are -p, -n, -t)",
+     &FLAG, AT(help)},
 };
 #undef AT
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 6 };
@@ -463,6 +467,31 @@ static bool refuse_value(const struct value *value, const char *name, const char
                 value->length < 60 ? (int)value->length : 60, value->text, quote, expected, range);
 }
 
+/* What people type who know other programs: the first N_OBEYED are taken, others suggested. */
+static const struct other_name {
+    const char *name, *option;
+} other_names[] = {
+    {"-h", "--help"},
+    {"--temp", "-t"},
+    {"--prompt", "-p"},
+    {"--n-predict", "-n"},
+    {"--temperature", "-t"},
+    {"--max-tokens", "-n"},
+    {"--max-new-tokens", "-n"},
+    {"--model", "-m"},
+    {"--file", "-f"},
+    {"--input-ids", "--ids"},
+    {"--system-prompt", "--system"},
+    {"--chat-template", "--template"},
+    {"--gpus", "--devices"},
+    {"--n-gpu-layers", "--devices"},
+    {"--tensor-parallel-size", "--tp"},
+    {"--batch-size", "--max-batch"},
+    {"--max-num-seqs", "--max-batch"},
+    {"--cache-type", "--kv-type"},
+};
+enum { N_OTHERS = sizeof other_names / sizeof *other_names, N_OBEYED = 4 };
+
 /* The name by which a row is known on the command line, or in a request file. */
 static const char *name_of(const struct option_row *row, bool key) {
     const char *name = key ? row->key : row->name;
@@ -470,6 +499,9 @@ static const char *name_of(const struct option_row *row, bool key) {
 }
 
 static const struct option_row *find_row(const char *name, bool key) {
+    for (int i = 0; i < N_OBEYED && !key; i++)
+        if (strcmp(other_names[i].name, name) == 0)
+            name = other_names[i].option;
     for (int row = 0; row < N_ROWS && *name; row++)
         if (strcmp(name_of(&option_rows[row], key), name) == 0)
             return &option_rows[row];
@@ -482,25 +514,42 @@ bool cli_given(uint64_t given, const char *option) {
     return given >> (row - option_rows) & 1;
 }
 
-/* Whether so many bytes inserted, removed or changed make one word from the other. */
+/* Whether so many bytes inserted, removed, changed or swapped with the next make one word from the
+ * other; - and _ count as the same. */
 static bool resembles(const char *a, const char *b, int edits) {
-    for (; *a && *a == *b; a++)
+    for (; *a && (*a == *b || (strchr("-_", *a) && strchr("-_", *b) && *b)); a++)
         b++;
     if (!*a && !*b)
         return true;
     return edits > 0 &&
            ((*a && resembles(a + 1, b, edits - 1)) || (*b && resembles(a, b + 1, edits - 1)) ||
-            (*a && *b && resembles(a + 1, b + 1, edits - 1)));
+            (*a && *b && resembles(a + 1, b + 1, edits - 1)) ||
+            (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, edits - 1)));
+}
+
+/* What an unknown name may have meant: a name of either kind, as it is or nearly. NULL: nothing. */
+static const char *suggest(const char *name, bool key) {
+    name += strspn(name, "-");
+    int most = strlen(name) < 3 ? 0 : strlen(name) < 6 ? 1 : 2;
+    for (int edits = 0; edits <= most; edits++) {
+        for (int i = 0; i < 2 * N_ROWS + N_OTHERS; i++) {
+            const struct other_name *other = i < 2 * N_ROWS ? NULL : &other_names[i - 2 * N_ROWS];
+            const struct option_row *row =
+                other ? find_row(other->option, false) : &option_rows[i / 2];
+            const char *similar = other ? other->name : name_of(row, i % 2 != key);
+            similar += strspn(similar, "-");
+            if (*similar && *name_of(row, key) && (int)strlen(similar) > 2 * edits &&
+                resembles(name, similar, edits))
+                return name_of(row, key);
+        }
+    }
+    return NULL;
 }
 
 static void refuse_unknown(const char *name, bool key, char *error) {
-    const char *what = key ? "key" : "option", *hint = "--help lists all", *similar = "";
-    for (int edits = 1; edits <= 2 && !*similar && strlen(name) > 2; edits++)
-        for (int row = 0; row < N_ROWS && !*similar; row++)
-            if (strlen(name_of(&option_rows[row], key)) > 3 &&
-                resembles(name, name_of(&option_rows[row], key), edits))
-                similar = name_of(&option_rows[row], key);
-    fail(error, "%.60s: unknown %s; %s%s", name, what, *similar ? "did you mean " : hint, similar);
+    const char *similar = suggest(name, key);
+    fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
+         similar ? "did you mean " : "--help lists all", similar ? similar : "");
 }
 
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
@@ -786,12 +835,19 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
     *options = (struct options){.tp = 1};
     options->request =
         (struct request_spec){.n = -1, .sampling = {.temperature = 0.8f, .top_p = 0.95f}};
+    bool plain = false; /* behind -- no word is an option */
     for (int i = 1; i < argc; i++) {
         char *word = argv[i], *value = strchr(word, '=');
-        if (*word != '-') {
+        if (!plain && strcmp(word, "--") == 0) {
+            plain = true;
+            continue;
+        }
+        if (plain || *word != '-') {
             if (options->model)
-                return fail(error, "%.60s: unexpected; the model is %.60s", word, options->model);
+                return fail(error, "%.60s: unexpected; the model is %.60s, a prompt is given by -p",
+                            word, options->model);
             options->model = word;
+            (void)give(&options->given, "-m", false, error);
             continue;
         }
         if (value)
@@ -865,7 +921,7 @@ void cli_progress(const char *label, int64_t done, int64_t total) {
     if (done == 0)
         begun = now;
     int64_t ms = (now.tv_sec - begun.tv_sec) * 1000 + (now.tv_nsec - begun.tv_nsec) / 1000000;
-    if (ms < PROGRESS_MS || !isatty(2))
+    if (ms < PROGRESS_MS || !text_moves(2))
         return;
     static const char full[] = "##############################";
     int filled = (int)((int64_t)(sizeof full - 1) * done / total);
