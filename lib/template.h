@@ -12,8 +12,9 @@
  * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
- * as one. Left out: tools and today's date (Llama 3.1's has the date that its program falls back
- * to, Harmony's none), a system text that moves to the last turn (Mistral's stays in the first).
+ * as one. Left out: tools, today's date but in Mistral's own system text (Llama 3.1's has the date
+ * that its program falls back to, Harmony's none), and that a system text moves to the last turn
+ * (Mistral's stays in the first).
  * Define TEMPLATE_IMPLEMENTATION in one file, before including this (those of gguf.h and
  * tokenizer.h are needed, too). */
 #ifndef TEMPLATE_H
@@ -36,6 +37,7 @@ enum template_kind {
     TEMPLATE_MISTRAL3, /* v3, with SentencePiece or tekken (Nemo) */
     TEMPLATE_MISTRAL7,
     TEMPLATE_ZEPHYR,
+    TEMPLATE_FALCON3,
     TEMPLATE_GEMMA,
     TEMPLATE_PHI3,
     TEMPLATE_DEEPSEEK,
@@ -48,6 +50,7 @@ struct chat_template {
     char *system; /* for who gives none; NULL: there is none. Owned by the caller */
     bool begins;  /* with the beginning-of-text token: its program writes it */
     bool thinks;  /* its program writes <think> before an answer */
+    bool trims;   /* its program leaves out white space around what anyone says */
 };
 
 struct turn {
@@ -83,6 +86,7 @@ enum template_part template_part(enum template_kind kind, const struct tokenizer
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define BOS "\001"
 #define EOS "\002"
@@ -102,14 +106,14 @@ enum {
 
 static const struct template_row {
     const char *name;
-    const char *marks[3], *but[2]; /* what the program contains, and what it does not */
+    const char *marks[3], *but[4]; /* what the program contains, and what it does not */
     unsigned traits;
     const char *opening, *system, *user, *answer, *end;
 } templates[] = {
     /* clang-format off: one family a paragraph */
     [TEMPLATE_CHATML] = {"chatml",
                          {"<|im_start|>", "<|im_end|>"},
-                         {"<|im_sep|>", "## Metadata"},
+                         {"<|im_sep|>", "## Metadata", "truncate_history", "json_to_python_type"},
                          0,
                          "",
                          "<|im_start|>system\n$<|im_end|>\n",
@@ -155,7 +159,7 @@ static const struct template_row {
                           "",
                           "$\n\n",
                           "[INST] $ [/INST]",
-                          "$",
+                          " $",
                           EOS},
     [TEMPLATE_MISTRAL3] = {"mistral3",
                            {"[INST]", "[/INST]"},
@@ -177,13 +181,22 @@ static const struct template_row {
                            EOS},
     [TEMPLATE_ZEPHYR] = {"zephyr",
                          {"<|user|>\n", "<|assistant|>", "eos_token"},
-                         {"<|end|>", "[gMASK]"},
+                         {"<|end|>", "[gMASK]", "['content'] + '\n'"},
                          T_PLAIN,
                          "",
                          "<|system|>\n$" EOS "\n",
                          "<|user|>\n$" EOS "\n<|assistant|>\n",
                          "$",
                          EOS "\n"},
+    [TEMPLATE_FALCON3] = {"falcon3",
+                          {"<|user|>\n", "<|assistant|>", "['content'] + '\n'"},
+                          {"<|end|>", "[gMASK]"},
+                          T_PLAIN,
+                          "",
+                          "<|system|>\n$\n",
+                          "<|user|>\n$\n<|assistant|>\n",
+                          "$",
+                          EOS "\n"},
     [TEMPLATE_GEMMA] = {"gemma",
                         {"<start_of_turn>", "<end_of_turn>"},
                         {NULL},
@@ -362,7 +375,7 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
     const struct template_row *row = &templates[template->kind];
     const char *system = turn->system ? turn->system : template->system;
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
-    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS;
+    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS || template->trims;
     bool inside = row->traits & T_SYSTEM_INSIDE;
     template_add(&w, turn->history, turn->n_history);
     if (w.ok && template->kind == TEMPLATE_HARMONY)
@@ -373,7 +386,8 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
     if (inside)
         template_write(&w, row->user);
     if (first && system && *system)
-        template_write_said(&w, row->system, system, strlen(system), row->traits & T_TRIMS_SYSTEM);
+        template_write_said(&w, row->system, system, strlen(system),
+                            row->traits & T_TRIMS_SYSTEM || template->trims);
     template_write_said(&w, inside ? strchr(row->user, '$') : row->user, turn->user,
                         turn->user_length, trims);
     if (turn->answer)
@@ -426,9 +440,9 @@ static char *template_program(struct gguf_string jinja) {
 }
 
 static bool template_matches(const struct template_row *row, const char *program) {
-    for (int i = 0; i < 3; i++)
-        if ((row->marks[i] && !strstr(program, row->marks[i])) ||
-            (i < 2 && row->but[i] && strstr(program, row->but[i])))
+    for (int i = 0; i < 4; i++)
+        if ((i < 3 && row->marks[i] && !strstr(program, row->marks[i])) ||
+            (row->but[i] && strstr(program, row->but[i])))
             return false;
     return row->marks[0] != NULL;
 }
@@ -448,9 +462,19 @@ static char *template_own_system(const struct template_row *row, const char *pro
     }
     static const char name[] = "set default_system_message = "; /* Mistral's */
     const char *quote = (at = strstr(program, name)) ? at + sizeof name - 1 : "";
+    static const char today[] = "\" + today + \"";
+    time_t now = time(NULL);
+    struct tm date;
     char *system = *quote == '\'' || *quote == '"' ? malloc(strlen(quote)) : NULL;
     size_t n = 0;
-    for (at = quote + 1; system && *at && *at != *quote; at++) {
+    for (at = quote + 1; system && *at; at++) {
+        if (strncmp(at, today, sizeof today - 1) == 0 && localtime_r(&now, &date)) {
+            n += strftime(system + n, sizeof today, "%Y-%m-%d", &date);
+            at += sizeof today - 2;
+            continue;
+        }
+        if (*at == *quote)
+            break;
         at += *at == '\\' && at[1];
         system[n++] = *at;
     }
@@ -495,9 +519,12 @@ struct chat_template template_of(struct gguf *file, const struct tokenizer *toke
         (void)fail(note, "its chat template is none that is known: prompts are continued as they "
                          "are; --template chooses one");
     } else if (*blank && template_fits(kind, tokenizer, note)) {
+        if (kind == TEMPLATE_MISTRAL && tok_find(tokenizer, "[INST]", 6) >= 0)
+            kind = TEMPLATE_MISTRAL3; /* where these are tokens no space is beside them */
         found.kind = kind;
         found.begins = strstr(program, "bos_token") != NULL;
         found.thinks = template_thinks(program);
+        found.trims = strstr(program, ", true)|trim %}"); /* Qwen3.5's render_content */
         found.system = template_own_system(&templates[kind], program);
     }
     free(program);
