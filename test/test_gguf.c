@@ -397,6 +397,8 @@ static void names_other_formats(struct check *check) {
         BEGINS("PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0\0\0\0\0archive/data.pkl", "a zip archive"),
         BEGINS("\x80\2\x8a\nl\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\2M\xe9\3.", "a pickle"),
         BEGINS("\x3e\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"}}", "safetensors"),
+        BEGINS("Invalid username or password.", "is text, not a model: Invalid username or"),
+        BEGINS("{\n  \"architectures\": [\"LlamaForCausalLM\"]\n}\n", "is text, not a model: {"),
         BEGINS("tjgg\3\0\0\0\0\x7d\0\0\0\x10\0\0", "the format before GGUF")};
 #undef BEGINS
     char error[ERROR_LENGTH];
