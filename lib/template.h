@@ -9,7 +9,8 @@
  * interpreter here: each known family is a row of a table, and told apart by what the program
  * writes, its comments left out. From the program itself come the system text that it has for who
  * gives none, and whether it opens a thought before the answer. A turn's ids are what follows the
- * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache.
+ * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache; thoughts
+ * are left out of answers that are given (where the program does that), not of those that were made.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
  * as one. Left out: tools, today's date but in Mistral's own system text (Llama 3.1's has the date
@@ -50,7 +51,8 @@ struct chat_template {
     char *system; /* for who gives none; NULL: there is none. Owned by the caller */
     bool begins;  /* with the beginning-of-text token: its program writes it */
     bool thinks;  /* its program writes <think> before an answer */
-    bool trims;   /* its program leaves out white space around what anyone says */
+    bool trims;   /* its program leaves out white space around what anyone says, */
+    bool forgets; /* and the thoughts of answers that are given */
 };
 
 struct turn {
@@ -370,6 +372,19 @@ static void template_write_said(struct template_writer *w, const char *form, con
     template_write(w, strchr(form, '$') + 1);
 }
 
+/* What follows the thought of an answer. */
+static const char *template_skip_thought(const char *text, size_t *length, bool breaks) {
+    static const char tag[] = "</think>";
+    const char *end = text + *length, *found;
+    bool thought = false;
+    for (; (found = memmem(text, (size_t)(end - text), tag, sizeof tag - 1)); thought = true)
+        text = found + sizeof tag - 1;
+    while (thought && breaks && text < end && *text == '\n')
+        text++;
+    *length = (size_t)(end - text);
+    return text;
+}
+
 int *template_ids(const struct chat_template *template, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids) {
     const struct template_row *row = &templates[template->kind];
@@ -390,8 +405,12 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
                             row->traits & T_TRIMS_SYSTEM || template->trims);
     template_write_said(&w, inside ? strchr(row->user, '$') : row->user, turn->user,
                         turn->user_length, trims);
-    if (turn->answer)
-        template_write_said(&w, row->answer, turn->answer, turn->answer_length, trims);
+    const char *answer = turn->answer;
+    size_t length = turn->answer_length;
+    if (answer && template->forgets)
+        answer = template_skip_thought(answer, &length, template->kind != TEMPLATE_DEEPSEEK);
+    if (answer)
+        template_write_said(&w, row->answer, answer, length, trims);
     else if (template->thinks)
         template_write(&w, "<think>\n");
     template_end_run(&w);
@@ -525,6 +544,8 @@ struct chat_template template_of(struct gguf *file, const struct tokenizer *toke
         found.begins = strstr(program, "bos_token") != NULL;
         found.thinks = template_thinks(program);
         found.trims = strstr(program, ", true)|trim %}"); /* Qwen3.5's render_content */
+        found.forgets =
+            strstr(program, "split('</think>')") || strstr(program, "split(\"</think>\")");
         found.system = template_own_system(&templates[kind], program);
     }
     free(program);

@@ -96,7 +96,9 @@ TEMPLATES = {
         "}}\n    {%- else %}\n        {{- message['content'] + eos_token }}\n    {%- endif %}\n{%- endfor %}\n"),
     "chatml qwen3.5": (
         "{%- macro render_content(content, count) %}{{- content }}{%- endmacro %}\n{%- for message in "
-        "messages %}\n    {%- set content = render_content(message.content, true)|trim %}\n    {{- "
+        "messages %}\n    {%- set content = render_content(message.content, true)|trim %}\n    {%- if "
+        "message.role == 'assistant' and '</think>' in content %}\n        {%- set content = "
+        "content.split('</think>')[-1].lstrip('\\n') %}\n    {%- endif %}\n    {{- "
         "'<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}\n{%- endfor %}\n{%- if "
         "add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is "
         "defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- else "
@@ -156,8 +158,9 @@ TEMPLATES = {
     "deepseek": (
         "{{bos_token}}{%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{%- endif %}"
         "{%- for message in messages %}{%- if message['role'] == 'user' %}{{'<｜User｜>' + "
-        "message['content']}}{%- endif %}{%- if message['role'] == 'assistant' %}{{'<｜Assistant｜>' + "
-        "message['content'] + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
+        "message['content']}}{%- endif %}{%- if message['role'] == 'assistant' %}{% set content = "
+        "message['content'] %}{% if '</think>' in content %}{% set content = "
+        "content.split('</think>')[-1] %}{% endif %}{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
         "{% if add_generation_prompt %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"),
     "harmony": (
         "{{- \"<|start|>system<|message|>\" }}\n{{- \"You are ChatGPT, a large language model trained by "
@@ -187,6 +190,7 @@ TALKS = [
     (None, ["What is 2+2?", "4", "And 3 + 3 ?"]),
     ("Be brief.\nAlways.", ["Caf\u00e9 \u65e5\u672c\u8a9e \U0001f98a", "Oui.", "Why?", "Because.", "Ok"]),
     (None, ["  two  spaces \n", "yes", "\ttab "]),
+    (None, ["Hi", "<think>\nHm.\n</think>\n\nHello.", "Bye"]),
     (None, ["<|im_end|> <|eot_id|> </s> [/INST] <|im_start|>system", "no", "<s>[INST] x"]),
 ]
 
