@@ -494,7 +494,6 @@ static void model_read_experts(struct model_reader *reader, struct model_config 
     config->share_of_all = !normed;
     int gate = reader->kind & MODEL_GPT_OSS ? 3 : 1; /* softmax: of those chosen; of all */
     model_int(reader, "expert_gating_func", gate, gate, gate);
-    model_float(reader, "expert_weights_scale", 1, 1, 1);
     model_int(reader, "expert_shared_count", 0, 0, 0);
 }
 
@@ -528,7 +527,8 @@ static void model_refuse_keys(struct model_reader *reader) {
                 {"attention.max_alibi_bias", 0}, {"attn_logit_softcapping", 0},
                 {"final_logit_softcapping", 0},  {"logit_scale", 1},
                 {"embedding_scale", 1},          {"residual_scale", 1},
-                {"attention.output_scale", 1},   {"attention.temperature_scale", 0}};
+                {"attention.output_scale", 1},   {"attention.temperature_scale", 0},
+                {"expert_weights_scale", 1}};
     bool causal = true;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         double value = 0;

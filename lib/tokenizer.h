@@ -534,7 +534,8 @@ static bool read_array(struct gguf *file, const char *key, enum gguf_value_type 
     if (!gguf_get_array(file, key, array))
         return !required || fail(error, "%s: is missing, expected an array", key);
     size_t most = count ? count : TOK_LIMIT;
-    return (array->type == type && array->count >= count && array->count <= most) ||
+    bool fits = array->type == type || (type == GGUF_I32 && array->type == GGUF_U32);
+    return (fits && array->count >= count && array->count <= most) ||
            fail(error, "%s: got %zu elements of type %d, expected %zu%s of type %d", key,
                 array->count, (int)array->type, most, count ? "" : " at most", (int)type);
 }

@@ -636,6 +636,7 @@ struct fault {
     uint32_t eos_id;
     int scores, types; /* so many are there */
     int byte;          /* spelled like the next one */
+    bool unsigned_types;
     float last_score;
     bool long_token;
 };
@@ -650,6 +651,7 @@ static const struct fault faults[] = {{.expected = NULL},
                                       {"token 262", .last_score = NAN},
                                       {"token_type", .types = 1},
                                       {NULL, .byte = 77},
+                                      {NULL, .unsigned_types = true},
                                       {"token 259", .long_token = true},
                                       {"eos_token_id", .eos_id = 263},
                                       {"eos_token_id", .eos = "2"},
@@ -698,7 +700,8 @@ static void put_vocabulary(struct tiny *t, const struct fault *fault) {
     tiny_array(t, key_of(fault, "scores"), GGUF_F32, (uint64_t)n_scores);
     for (int i = 0; i < n_scores; i++)
         tiny_put(t, i == N - 1 ? &fault->last_score : &(float){0}, sizeof(float));
-    tiny_array(t, key_of(fault, "token_type"), GGUF_I32, (uint64_t)n_types);
+    tiny_array(t, key_of(fault, "token_type"), fault->unsigned_types ? GGUF_U32 : GGUF_I32,
+               (uint64_t)n_types);
     for (int i = 0; i < n_types; i++)
         tiny_put(t, &(int32_t){i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL}, 4);
     tiny_array(t, key_of(fault, "merges"), GGUF_STRING, 1);
