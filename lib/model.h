@@ -400,11 +400,11 @@ static void model_refuse_format(struct gguf *file) {
         bool found = size >= at + length && !strncasecmp(bytes + at, formats[i].begin, length);
         gguf_expect(file, !found, "is %s", formats[i].is);
     }
-    size_t most = size < 64 ? size : 64,
-           n = 0; /* a server's refusal, say; a checkpoint has zeros */
-    while (bytes && n < most &&
-           ((uint8_t)bytes[n] >= ' ' || (bytes[n] && strchr("\t\r\n", bytes[n]))))
-        n++;
+    /* a server's refusal, say: in a checkpoint there are zeros */
+    size_t most = size < 64 ? size : 64, n = 0;
+    for (uint8_t c; bytes && n < most; n++)
+        if ((c = (uint8_t)bytes[n]) >= 0xF5 || (c < ' ' && (c < '\t' || c > '\r')))
+            break;
     gguf_expect(file, !bytes || n < most, "is text, not a model: %.*s", (int)n, bytes);
 }
 
