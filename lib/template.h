@@ -10,7 +10,7 @@
  * writes, its comments left out. From the program itself come the system text that it has for who
  * gives none, and whether it opens a thought before the answer. A turn's ids are what follows the
  * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache; thoughts
- * are left out of answers that are given (where the program does that), not of those that were made.
+ * are left out of answers that are given (where the program does that), not of those made here.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
  * as one. Left out: tools, today's date but in Mistral's own system text (Llama 3.1's has the date
