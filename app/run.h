@@ -110,6 +110,11 @@ static bool open_model(struct run *run, char *error) {
     if (lost > 0 && o->verbose)
         (void)fprintf(stderr, "dynamo: %s: no token for %d of 256 bytes: texts go without them\n",
                       o->model, lost);
+    if (run->answers.tokenizer && tok_guessed(run->answers.tokenizer))
+        (void)fprintf(stderr,
+                      "dynamo: %s: it has no tokenizer.ggml.pre: texts are cut as `default` "
+                      "does, maybe not as the model has learnt them\n",
+                      o->model);
     return run->ends_text || fail(error, "out of memory");
 }
 

@@ -370,8 +370,8 @@ static const struct option_row option_rows[] = {
     {"--system", "TEXT", "what a chat model is told first", &TEXT, AT(request.system),
      .key = "system"},
     {"--template",
-     "auto|chatml|llama3|llama3.1|llama2|mistral|mistral3|mistral7|zephyr|gemma|phi3|deepseek|"
-     "harmony|none",
+     "auto|chatml|llama3|llama3.1|llama2|mistral|mistral3|mistral7|zephyr|falcon3|gemma|phi3|"
+     "deepseek|harmony|none",
      "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
     {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},

@@ -216,7 +216,7 @@ static void huge_model_files_are_refused(struct check *check) {
         {"zeros", HEAD(""), "block_count"},
         {"0xff", NULL, 0, 0xFF, "checkpoint"},
         {"random", NULL, 0, -1, "checkpoint"},
-        {"letters", NULL, 0, 'a', "checkpoint"},
+        {"letters", NULL, 0, 'a', "is text"},
         {"no keys", HEAD("GGUF\3\0\0\0"), "general.architecture"},
         {"2^64 - 1 tensors", HEAD("GGUF\3\0\0\0\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF"),
          "tensors: got 1844"},
