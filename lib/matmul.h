@@ -273,8 +273,7 @@ INLINE void load_scales(enum tensor_type type, const char *panel, unsigned k,
         const char *bytes = block + part * PANEL + (unsigned)i * LANES;
         scales->least[i] = (vec){0};
         if (type == TYPE_MXFP4) { /* half a power of two; the two least are no normal numbers */
-            byte_vec small = *(const byte_vec *)(const void *)bytes;
-            ivec power = __builtin_convertvector(small, ivec) & 255;
+            ivec power = widen_uint8(bytes);
             scales->scale[i] = select_vec(power < 2, (vec)(((ivec){0} + 0x200000) << power),
                                           (vec)((power - 1) << 23));
             continue;
