@@ -600,7 +600,7 @@ static void reduce_layer(struct worker *worker, int layer, int post_norm) {
 }
 
 /* One forward pass, as dynamo.c has it. False: it was a recording. chosen: NULL, or where the
- * experts of row 0 in layer 0 go; those of the next row are behind, of the next layer `stride`. */
+ * experts of the first text's rows go, those of the next layer `stride` behind. */
 static bool forward_choosing(struct worker *worker, const struct batch *batch, int *chosen,
                              int stride) {
     struct backend *backend = worker->backend;
@@ -628,7 +628,8 @@ static bool forward_choosing(struct worker *worker, const struct batch *batch, i
                 backend->expert_gate_up(worker->shards[s], l);
                 backend->expert_down_add(worker->shards[s], l);
                 if (chosen)
-                    read_choice(worker->shards[s], chosen + layer * stride, batch->n_rows);
+                    read_choice(worker->shards[s], chosen + layer * stride,
+                                batch->sequence[0].n_rows);
                 continue;
             }
             backend->norm_gate_up(worker->shards[s], l);
@@ -1433,14 +1434,16 @@ static void products_of_mixed_types(struct check *check) {
 }
 
 /* x += what the experts of each row make of it. */
-/* What is kept of the matrices of all experts, (n_experts * rows, columns). */
-static double *kept_matrix(const struct tensor *tensor) {
+/* What is kept of the matrices of all experts, (n_experts * rows, columns); *rounded_too: it is more
+ * or less what the file has. */
+static double *kept_matrix(const struct tensor *tensor, bool *rounded_too) {
     int rows = (int)tensor->rows, cols = (int)tensor->cols;
     double *w = ref_doubles(rows, cols), off, largest = 0;
-    for (int i = 0; i < rows * cols; i++)
-        w[i] = multiplied(
-            tensor->type,
-            kept_element(tensor->type, ref_element(tensor, i / cols, i % cols), largest, &off));
+    for (int i = 0; i < rows * cols; i++) {
+        double value = ref_element(tensor, i / cols, i % cols);
+        w[i] = multiplied(tensor->type, kept_element(tensor->type, value, largest, &off));
+        *rounded_too = *rounded_too || off > 0;
+    }
     return w;
 }
 
@@ -1448,6 +1451,7 @@ struct expert_matrices { /* gate, up, down: what is kept of them, and by what su
     double *w[3];
     const struct tensor *bias[3];
     struct slack slack;
+    double input; /* by what their inputs may be off */
 };
 
 /* expected, allowed (d_model) += what one expert makes of a row h, by its share. */
@@ -1462,7 +1466,7 @@ static void add_expert(const struct model_config *c, const struct expert_matrice
             double bias = m->bias[j] ? ref_element(m->bias[j], 0, expert * d_ff + i) : 0.0;
             struct sum sum = sum_of(m->w[j] + nth(expert * d_ff + i, d, 0), h, d);
             value[j] = sum.value + bias;
-            error[j] = allowed_of(m->slack, sum, bias);
+            error[j] = allowed_of(m->slack, sum, bias) + m->input * sqrt(sum.squares);
         }
         best = ref_activation(c->activation, value[0], value[1]);
         ffn[i] = (float)best;
@@ -1508,11 +1512,14 @@ static void check_experts(struct check *check, struct random *random, enum tenso
     const struct tensor *const *l = t.m->tensors[t.layer];
     int *chosen = (int *)ref_allocate((size_t)(n * c.n_used), sizeof *chosen);
     read_choice(t.device, chosen, n);
-    struct expert_matrices m = {{NULL}, {NULL}, product_slack(t.device, type)};
+    struct expert_matrices m = {
+        {NULL}, {NULL}, product_slack(t.device, type), activation_error(A_H)};
+    bool rounded_too = false;
     for (int i = 0; i < 3; i++) {
-        m.w[i] = kept_matrix(l[roles[i]]);
+        m.w[i] = kept_matrix(l[roles[i]], &rounded_too);
         m.bias[i] = l[roles[i] + GATE_EXPERTS_BIAS - GATE_EXPERTS];
     }
+    m.slack.spread += rounded_too ? 3 * 0x1p-9 : 0.0;
     double *x = ref_doubles(1, d), *expected = ref_doubles(1, d), *allowed = ref_doubles(1, d);
     double *share = ref_doubles(1, c.n_experts), least_gap = INFINITY;
     float *h = floats((size_t)d);
@@ -1671,12 +1678,14 @@ static void check_whole(struct check *check, struct random *random, enum tensor_
     double *gap = ref_doubles(TEST_LAYERS, n), least_gap = INFINITY;
     int *chosen = (int *)ref_allocate((size_t)(TEST_LAYERS * n * config.n_used), sizeof *chosen);
     float *got = floats(nth(n, vocab, 0));
-    struct worker *worker = open_worker(variant, word(random), m, 1, n);
+    struct worker *worker = open_worker(variant, word(random), m, 1, n + 1);
     for (int at = 0, end = prompt; at < n; at = end++) {
         struct batch *batch = start_batch(&test);
         add_text(batch, text, slots, at, end, at >= prompt);
         for (int row = 0; row < end - at; row++)
             add_sample(batch, row, warm(1));
+        if (config.n_experts > 0) /* beside a prompt no step is recorded: then its choice is seen */
+            add_text(batch, text, slots + KV_BLOCKS - 1, 0, 1, false);
         forward_choosing(worker, batch, chosen + at * config.n_used, n * config.n_used);
         peek(check, worker->shards[0], A_LOGITS, got + nth(at, vocab, 0), end - at);
     }

@@ -338,7 +338,7 @@ static double kv_error(const struct device *) {
 }
 
 static double model_error(const struct device *, enum tensor_type) {
-    return 6e-2;
+    return 2e-2;
 }
 
 static void read_choice(struct device *device, int *chosen, int n_rows) {
