@@ -821,7 +821,7 @@ int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int 
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    bool stops = s->config.ends_text[token];
+    bool stops = s->config.ends_text[token] && r->length - r->n_prompt >= r->min_new;
     if (!stops)
         r->tokens[r->length++] = token;
     if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
@@ -930,6 +930,7 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .tokens = r->tokens,
                           .n_prompt = r->n_prompt,
                           .max_new = r->max_new,
+                          .min_new = r->min_new,
                           .sampling = r->sampling,
                           .deadline = r->deadline,
                           .length = r->n_prompt,
@@ -962,7 +963,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
         admit_waiting(s, now);
         if (r->state == REQUEST_WAITING && most > 0 &&
             s->waiting.length + s->released.length + s->following.length > most)
-            (void)fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
+            r->refused =
+                !fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
     }
     if (r->error[0])
         withdraw(s, r, FINISH_ERROR, now);
