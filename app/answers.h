@@ -101,7 +101,7 @@ struct figure {
     int decimals; /* of the table */
 };
 extern const char *const answers_times[N_TIMES][2]; /* likewise, its names */
-extern const char *const answers_reasons[];       /* by enum finish_reason */
+extern const char *const answers_reasons[];         /* by enum finish_reason */
 double answers_ratio(double amount, double whole);  /* 0 of nothing */
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);

@@ -87,7 +87,7 @@ struct http *http_open(const char *host, int port, const struct http_handler *ha
                        char error[ERROR_LENGTH]);
 bool http_listen(struct http *http);
 int http_port(const struct http *http);
-/* Waits for clients or http_wake, and serves them. False: http_drain was called, and all is sent. */
+/* Waits for clients or http_wake, and serves them. False: it drains, and all is sent. */
 bool http_turn(struct http *http);
 void http_wake(struct http *http); /* from any thread, or a signal's handler */
 /* No new connections; those that are there close when they have their responses. */
@@ -107,7 +107,7 @@ void http_piece(struct http_connection *c);
 void http_end(struct http_connection *c);
 
 /* The parser, which fuzz_http.c and tests call alone: looks at what has come. 0: more is needed;
- * 100: its head is there; 200: all of it is there, in [0, body); else the status that refuses it. */
+ * 100: its head is there; 200: all of it is, in [0, body); else the status that refuses it. */
 int http_parse(struct http_connection *c);
 void http_next(struct http_connection *c); /* forgets a request that was whole */
 

@@ -200,13 +200,13 @@ static const struct field {
 };
 #undef AT
 
-/* Whether all that is in a value is one of the words, or null. */
+/* Whether all that is in a value is one of the words, or null; without words nothing may be. */
 static bool is_neutral(const struct json_node *nodes, int at, const char *words) {
     const struct json_node *value = &nodes[at];
     bool object = value->type == '{';
     if (object || value->type == '[') {
         for (int i = at + 1 + object; i < value->next; i = nodes[i].next + object)
-            if (!is_neutral(nodes, i, words))
+            if (!*words || !is_neutral(nodes, i, words))
                 return false;
         return true;
     }
@@ -594,7 +594,7 @@ static const struct request *failed_request(const struct task *t) {
 
 /* 504 if its own deadline has passed. */
 static int status_of(const struct request *r) {
-    return r->deadline > 0 && r->last_token - r->submitted >= r->deadline ? 504 : 500;
+    return r->deadline > 0 && engine_now() - r->submitted >= r->deadline ? 504 : 500;
 }
 
 static void send_chunk(struct server *s, struct task *t, struct choice *choice, int first) {
