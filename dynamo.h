@@ -69,7 +69,8 @@ struct request {
     int n_prompt, max_new; /* max_new >= 1 */
     int min_new;           /* an end token before so many is one like others */
     struct sampling sampling;
-    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
+    struct sampler_top *top; /* (max_new) of each new token; NULL: nobody asks */
+    double deadline;         /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason; /* why it has ended, or will when its step is done */
@@ -116,6 +117,7 @@ struct batch {
     int *block_table;                     /* (n_blocks) slots on the worker that runs the step */
     int *sample_row;                      /* (n_samples) rows whose logits are wanted */
     struct sampling *sampling;            /* (n_samples) */
+    struct sampler_top **top;             /* (n_samples) out, NULL or each NULL: not asked for */
     int *sampled;                         /* (n_samples) out: the token for position + 1 */
 };
 

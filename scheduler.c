@@ -701,6 +701,7 @@ static void add_rows(struct sched *s, struct request *r, int worker, int n_rows)
     batch->n_blocks += n_blocks;
     if (r->filled + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
+        batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
@@ -932,6 +933,7 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .max_new = r->max_new,
                           .min_new = r->min_new,
                           .sampling = r->sampling,
+                          .top = r->top,
                           .deadline = r->deadline,
                           .length = r->n_prompt,
                           .prefill_worker = NONE,
@@ -1035,13 +1037,14 @@ static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
     struct request **requests =
-        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->sequence +
-                      (5 + n_blocks) * sizeof(int));
+        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
+                      sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
     if (!requests)
         return false;
     w->step.requests = requests;
     batch->sampling = (struct sampling *)(requests + n);
-    batch->sequence = (struct sequence *)(batch->sampling + n);
+    batch->top = (struct sampler_top **)(batch->sampling + n);
+    batch->sequence = (struct sequence *)(batch->top + n);
     batch->token = (int *)(batch->sequence + n);
     batch->position = batch->token + n;
     batch->row_sequence = batch->position + n;

@@ -69,7 +69,8 @@ struct task {
     int64_t created;
     bool chat, begun; /* begun: a stream whose head is sent */
     bool stream, usage, continuous_usage, ignore_eos, token_ids;
-    int n, min_tokens;
+    bool logprobs; /* of each token its own, and those of the n_top likeliest */
+    int n, min_tokens, n_top;
     struct request_spec *prompts; /* (n_prompts) */
     int n_prompts, n_choices;
     struct choice *choices; /* (n_choices) n of the first prompt, n of the second, … */
@@ -95,6 +96,7 @@ struct server {
     struct task *tasks;
     int64_t started, n_tasks;
     bool ended; /* under the engine's lock */
+    bool gpus;
     struct histogram histograms[N_HISTOGRAMS];
     int64_t prompt_tokens, generated_tokens, finished[FINISH_ERROR + 1];
 };
@@ -127,11 +129,12 @@ static bool refuse_task(struct http_connection *c, int status, const char *param
 /* ---- the fields of a request ---- */
 
 enum field_kind {
-    FIELD_REQUEST, /* as key `word` in a file of requests */
-    FIELD_FLAG,    /* true or false */
-    FIELD_COUNT,   /* a whole number */
-    FIELD_OBJECT,  /* what is in it counts as if it stood outside */
-    FIELD_NEUTRAL  /* not served: null, nothing, or one of `word` */
+    FIELD_REQUEST,  /* as key `word` in a file of requests */
+    FIELD_FLAG,     /* true or false */
+    FIELD_COUNT,    /* a whole number */
+    FIELD_LOGPROBS, /* of a chat true or false, of a completion how many */
+    FIELD_OBJECT,   /* what is in it counts as if it stood outside */
+    FIELD_NEUTRAL   /* not served: null, nothing, or one of `word` */
 };
 
 #define AT(member) offsetof(struct task, member)
@@ -158,8 +161,8 @@ static const struct field {
     {"return_token_ids", FIELD_FLAG, NULL, AT(token_ids), 0, 0},
     {"n", FIELD_COUNT, NULL, AT(n), 1, SERVE_CHOICES},
     {"min_tokens", FIELD_COUNT, NULL, AT(min_tokens), 0, INT_MAX},
-    {"logprobs", FIELD_NEUTRAL, "false", 0, 0, 0},
-    {"top_logprobs", FIELD_NEUTRAL, "0", 0, 0, 0},
+    {"logprobs", FIELD_LOGPROBS, NULL, AT(n_top), 0, SAMPLER_TOP},
+    {"top_logprobs", FIELD_COUNT, NULL, AT(n_top), 0, SAMPLER_TOP},
     {"prompt_logprobs", FIELD_NEUTRAL, "", 0, 0, 0},
     {"frequency_penalty", FIELD_NEUTRAL, "0", 0, 0, 0},
     {"presence_penalty", FIELD_NEUTRAL, "0", 0, 0, 0},
@@ -246,12 +249,17 @@ static bool take_fields(struct task *t, struct request_spec *spec, struct json_n
             if (value->type != 't' && value->type != 'f')
                 return fail(error, "%s: expected true or false", field->name);
             *(bool *)target = value->type == 't';
-        } else if (field->kind == FIELD_COUNT) {
+        } else if (field->kind == FIELD_LOGPROBS && t->chat) {
+            if (value->type != 't' && value->type != 'f')
+                return fail(error, "%s: expected true or false", field->name);
+            t->logprobs = value->type == 't';
+        } else if (field->kind == FIELD_COUNT || field->kind == FIELD_LOGPROBS) {
             double number = value->type == '0' ? strtod(value->text, NULL) : -1;
             if (number < field->low || number > field->high || number != (double)(int)number)
                 return fail(error, "%s: expected a whole number from %d to %d", field->name,
                             field->low, field->high);
             *(int *)target = (int)number;
+            t->logprobs = t->logprobs || field->kind == FIELD_LOGPROBS;
         } else if (field->kind == FIELD_OBJECT) {
             if (value->type != '{')
                 return fail(error, "%s: expected an object", field->name);
@@ -349,8 +357,10 @@ static bool take_prompts(struct task *t, const struct request_spec *spec, struct
 /* ---- tasks ---- */
 
 static void free_task(struct task *t) {
-    for (int i = 0; i < t->n_choices; i++)
+    for (int i = 0; i < t->n_choices; i++) {
+        free(t->choices[i].answer.request.top);
         answers_free(&t->choices[i].answer);
+    }
     for (int i = 0; i < t->n_prompts; i++) {
         free(t->prompts[i].ids);
         free(t->prompts[i].earlier);
@@ -373,6 +383,11 @@ static bool read_task(struct server *s, struct task *t, struct json_node *nodes,
         return fail(error, "model: got %.100s, this server has %.200s", model->text, s->name);
     if (!take_fields(t, &spec, nodes, 0, param, error))
         return false;
+    *param = "logprobs";
+    if (t->logprobs && s->gpus)
+        return fail(error, "logprobs: so far only of a server that computes on the CPU");
+    if (t->n_top > 0 && !t->logprobs)
+        return fail(error, "top_logprobs: expected logprobs true with it");
     spec.min_new = t->ignore_eos ? INT_MAX : t->min_tokens;
     *param = t->chat ? "messages" : "prompt";
     if (t->chat) {
@@ -406,6 +421,11 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
             answer->request.sampling.seed = answers_seed(spec->sampling.seed, i % t->n);
         if (!answers_prepare(a, spec, NULL, NULL, 0, longest, &answer->request))
             return fail(error, "%s", answer->request.error);
+        if (t->logprobs)
+            answer->request.top =
+                calloc((size_t)answer->request.max_new, sizeof *answer->request.top);
+        if (t->logprobs && !answer->request.top)
+            return fail(error, "out of memory");
     }
     return true;
 }
@@ -551,9 +571,72 @@ static void write_usage(FILE *out, const struct task *t) {
                   prompt, generated, prompt + generated, cached);
 }
 
+/* A token's text, quoted; with `bytes` those, too, for it may hold a part of a character. */
+static void write_token(FILE *out, const struct server *s, int token, bool bytes) {
+    struct tok_stream stream = {.begun = true};
+    char text[TOK_TEXT_SIZE + 4] = "";
+    const struct tokenizer *tokenizer = s->answers->tokenizer;
+    size_t n = tokenizer ? tok_decode(tokenizer, &stream, token, text) : 0;
+    memcpy(text + n, stream.held, (size_t)stream.n_held);
+    n += (size_t)stream.n_held;
+    json_string(out, text, n);
+    for (size_t i = 0; i < n && bytes; i++)
+        (void)fprintf(out, "%s%d", i > 0 ? "," : ",\"bytes\":[", (unsigned char)text[i]);
+    (void)fputs(!bytes ? "" : n > 0 ? "]" : ",\"bytes\":[]", out);
+}
+
+/* Of tokens from `first` on, as a chat has them. */
+static void write_chat_logprobs(FILE *out, const struct server *s, const struct task *t,
+                                const struct answer *answer, int first) {
+    const struct request *r = &answer->request;
+    (void)fputs("{\"content\":[", out);
+    for (int i = first; i < answers_generated(answer); i++) {
+        const struct sampler_top *top = &r->top[i];
+        (void)fputs(i > first ? ",{\"token\":" : "{\"token\":", out);
+        write_token(out, s, r->tokens[r->n_prompt + i], true);
+        (void)fprintf(out, ",\"logprob\":%.6g,\"top_logprobs\":[", (double)top->own);
+        for (int k = 0; k < t->n_top && k < top->n; k++) {
+            (void)fputs(k > 0 ? ",{\"token\":" : "{\"token\":", out);
+            write_token(out, s, top->token[k], true);
+            (void)fprintf(out, ",\"logprob\":%.6g}", (double)top->logprob[k]);
+        }
+        (void)fputs("]}", out);
+    }
+    (void)fputs("]}", out);
+}
+
+static void write_logprobs(FILE *out, const struct server *s, const struct task *t,
+                           const struct answer *answer, int first) {
+    const struct request *r = &answer->request;
+    int n = answers_generated(answer);
+    if (t->chat) {
+        write_chat_logprobs(out, s, t, answer, first);
+        return;
+    }
+    (void)fputs("{\"tokens\":[", out);
+    for (int i = first; i < n; i++) {
+        (void)fputs(i > first ? "," : "", out);
+        write_token(out, s, r->tokens[r->n_prompt + i], false);
+    }
+    (void)fputs("],\"token_logprobs\":[", out);
+    for (int i = first; i < n; i++)
+        (void)fprintf(out, "%s%.6g", i > first ? "," : "", (double)r->top[i].own);
+    (void)fputs("],\"top_logprobs\":[", out);
+    for (int i = first; i < n; i++) {
+        (void)fputs(i > first ? ",{" : "{", out);
+        for (int k = 0; k < t->n_top && k < r->top[i].n; k++) {
+            (void)fputs(k > 0 ? "," : "", out);
+            write_token(out, s, r->top[i].token[k], false);
+            (void)fprintf(out, ":%.6g", (double)r->top[i].logprob[k]);
+        }
+        (void)fputc('}', out);
+    }
+    (void)fputs("]}", out);
+}
+
 /* What a choice has from byte `shown` and token `first` on. */
-static void write_choice(FILE *out, const struct task *t, struct choice *choice, bool delta,
-                         size_t shown, int first) {
+static void write_choice(FILE *out, const struct server *s, const struct task *t,
+                         struct choice *choice, bool delta, size_t shown, int first) {
     const struct answer *answer = &choice->answer;
     size_t thoughts = answer->n_thought - choice->thought_shown;
     const char *finish = finish_word(choice);
@@ -580,8 +663,13 @@ static void write_choice(FILE *out, const struct task *t, struct choice *choice,
                           answer->request.tokens[answer->request.n_prompt + i]);
         (void)fputc(']', out);
     }
-    (void)fprintf(out, ",\"logprobs\":null,\"finish_reason\":%s%s%s}", finish ? "\"" : "",
-                  finish ? finish : "null", finish ? "\"" : "");
+    (void)fputs(",\"logprobs\":", out);
+    if (t->logprobs)
+        write_logprobs(out, s, t, answer, first);
+    else
+        (void)fputs("null", out);
+    (void)fprintf(out, ",\"finish_reason\":%s%s%s}", finish ? "\"" : "", finish ? finish : "null",
+                  finish ? "\"" : "");
 }
 
 /* What ended with an error; NULL: nothing. */
@@ -605,7 +693,7 @@ static void send_chunk(struct server *s, struct task *t, struct choice *choice, 
     t->begun = true;
     (void)fputs("data: ", out);
     write_begin(out, s, t, t->chat ? "chat.completion.chunk" : "text_completion");
-    write_choice(out, t, choice, true, choice->answer.shown, first);
+    write_choice(out, s, t, choice, true, choice->answer.shown, first);
     (void)fputc(']', out);
     if (t->continuous_usage)
         write_usage(out, t);
@@ -629,7 +717,7 @@ static void end_task(struct server *s, struct task *t) {
         write_begin(out, s, t, t->chat ? "chat.completion" : "text_completion");
         for (int i = 0; i < t->n_choices; i++) {
             (void)fputs(i > 0 ? "," : "", out);
-            write_choice(out, t, &t->choices[i], false, 0, 0);
+            write_choice(out, s, t, &t->choices[i], false, 0, 0);
         }
         (void)fputc(']', out);
         write_usage(out, t);
@@ -938,6 +1026,7 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
     const char *host = s->options.host ? s->options.host : "127.0.0.1";
     bool v6 = strchr(host, ':') != NULL;
     s->answers = answers;
+    s->gpus = engine_config_of(answers->engine)->backend->n_gpus > 0;
     answers->activity = SERVING;
     if (pthread_create(&waiter, NULL, wait_for_news, s) != 0)
         return fail(error, "cannot start threads");

@@ -279,6 +279,16 @@ static int count_files(const struct served *s) {
     return n;
 }
 
+/* The numbers behind a key, at most `most`. */
+static int numbers_of(const char *text, const char *key, double *numbers, int most) {
+    int n = 0;
+    char name[64];
+    snprintf(name, sizeof name, "\"%s\":", key);
+    for (; n < most && (text = strstr(text, name)) != NULL; n++)
+        numbers[n] = strtod(text += strlen(name), NULL);
+    return n;
+}
+
 /* ---- tests of the program ---- */
 
 static void texts_are_those_of_the_command_line(struct check *check) {
@@ -387,6 +397,43 @@ static void fields_mean_what_they_say(struct check *check) {
     asks(&s, "/v1/models", "", NULL, 200, "\"id\":\"model.bin\"");
     asks(&s, "/nothing", "", NULL, 404, "\"error\":{\"message\":");
     asks(&s, "/v1/completions", "", NULL, 405, "Allow: POST, OPTIONS\r\n");
+    stop(&s);
+}
+
+/* Log-probabilities of a first token, against the logits that --logits writes. */
+static void logprobs_are_those_of_the_logits(struct check *check) {
+    struct outcome o = run(check, "model.bin -p Once --logits $T/logits");
+    size_t length;
+    float *logits = (float *)(void *)read_file(check, scratch("logits"), &length);
+    struct outcome ids = run(check, "model.bin -p Once -n 1 --json");
+    size_t vocab = length / sizeof *logits / (size_t)number(&ids, "0", "prompt_tokens");
+    double sum = 0, told[22], expected[20];
+    CHECK(o.status == 0 && vocab > 20, "%zu numbers", length);
+    logits = (float *)(void *)((char *)logits + length) - vocab; /* of the last token */
+    for (size_t i = 0; i < vocab; i++)
+        sum += exp((double)logits[i]);
+    for (int k = 0; k < 20; k++) {
+        size_t best = 0;
+        for (size_t i = 0; i < vocab; i++)
+            best = logits[i] > logits[best] ? i : best;
+        expected[k] = (double)logits[best] - log(sum);
+        logits[best] = -INFINITY;
+    }
+    struct served s = serve(check, "");
+    char *response = ask(&s, "/v1/chat/completions", "",
+                         "{'messages':[{'role':'user','content':'Once'}],'max_tokens':1,"
+                         "'temperature':0,'logprobs':true,'top_logprobs':20}");
+    int n = numbers_of(response, "logprob", told, 22);
+    CHECK(n == 21 && fabs(told[0] - told[1]) == 0, "%d numbers: %s", n, response);
+    for (int k = 0; k < 20 && k < n - 1; k++)
+        CHECK(fabs(told[k + 1] - expected[k]) < 1e-4, "%g, expected %g", told[k + 1], expected[k]);
+    response = ask(&s, "/v1/completions", "",
+                   "{'prompt':'Once','max_tokens':3,'temperature':0,'logprobs':2,'stream':true}");
+    CHECK(count_of(response, "\"token_logprobs\":[-") == 3, "%s", response);
+    double first = atof(strstr(response, "\"token_logprobs\":[") + 18);
+    CHECK(fabs(first - expected[0]) < 1e-4, "%g, expected %g", first, expected[0]);
+    asks(&s, "/v1/completions", "", "{'prompt':'a','logprobs':21}", 400, "\"param\":\"logprobs\"");
+    asks(&s, "/v1/completions", "", "{'prompt':'a','top_logprobs':1}", 400, "logprobs");
     stop(&s);
 }
 
@@ -562,6 +609,7 @@ int main(int argc, char **argv) {
                                         TEST(heads_have_bounds),
                                         TEST(texts_are_those_of_the_command_line),
                                         TEST(fields_mean_what_they_say),
+                                        TEST(logprobs_are_those_of_the_logits),
                                         TEST(one_connection_serves_many),
                                         TEST(nothing_without_the_key),
                                         TEST(who_leaves_is_cancelled),
