@@ -430,7 +430,8 @@ static void logprobs_are_those_of_the_logits(struct check *check) {
     response = ask(&s, "/v1/completions", "",
                    "{'prompt':'Once','max_tokens':3,'temperature':0,'logprobs':2,'stream':true}");
     CHECK(count_of(response, "\"token_logprobs\":[-") == 3, "%s", response);
-    double first = atof(strstr(response, "\"token_logprobs\":[") + 18);
+    const char *list = strstr(response, "\"token_logprobs\":[");
+    double first = list ? atof(list + 18) : 0;
     CHECK(fabs(first - expected[0]) < 1e-4, "%g, expected %g", first, expected[0]);
     asks(&s, "/v1/completions", "", "{'prompt':'a','logprobs':21}", 400, "\"param\":\"logprobs\"");
     asks(&s, "/v1/completions", "", "{'prompt':'a','top_logprobs':1}", 400, "logprobs");
