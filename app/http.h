@@ -32,6 +32,7 @@ enum {
     HTTP_BODY = 8 << 20,     /* bytes: 1 million token ids */
     HTTP_CONNECTIONS = 512,  /* others wait to be accepted */
     HTTP_AHEAD = 1 << 16,    /* bytes that are read at a time, and behind a request */
+    HTTP_UNREAD = 1 << 26,   /* bytes of output: who reads so little has gone */
     HTTP_PATIENCE = 60,      /* seconds for a request to come, or between two of them */
     HTTP_READ_PATIENCE = 300 /* seconds in which a client reads nothing of what is there */
 };
@@ -374,7 +375,8 @@ static const char *http_reason(int status) {
 }
 
 static void http_send(struct http_connection *c, const char *bytes, size_t n) {
-    char *longer = realloc(c->output, c->n_output + n + 1);
+    char *longer =
+        c->n_output - c->sent + n < HTTP_UNREAD ? realloc(c->output, c->n_output + n + 1) : NULL;
     if (!longer) {
         c->state = HTTP_GONE;
         return;

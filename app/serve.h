@@ -87,8 +87,8 @@ struct histogram {
 
 struct server {
     struct serve_options options;
-    const char *name; /* of the model */
-    char **keys;      /* (n_keys) none: nobody needs one */
+    char name[256]; /* of the model */
+    char **keys;    /* (n_keys) none: nobody needs one */
     int n_keys;
     char *key_text; /* the file of them */
     struct http *http;
@@ -137,7 +137,7 @@ enum field_kind {
     FIELD_NEUTRAL   /* not served: null, nothing, or one of `word` */
 };
 
-#define AT(member) offsetof(struct task, member)
+#define AT(member) .offset = offsetof(struct task, member)
 static const struct field {
     const char *name;
     enum field_kind kind;
@@ -145,63 +145,43 @@ static const struct field {
     size_t offset;
     int low, high;
 } fields[] = {
-    {"temperature", FIELD_REQUEST, "temperature", 0, 0, 0},
-    {"top_p", FIELD_REQUEST, "top_p", 0, 0, 0},
-    {"top_k", FIELD_REQUEST, "top_k", 0, 0, 0},
-    {"min_p", FIELD_REQUEST, "min_p", 0, 0, 0},
-    {"seed", FIELD_REQUEST, "seed", 0, 0, 0},
-    {"stop", FIELD_REQUEST, "stop", 0, 0, 0},
-    {"max_tokens", FIELD_REQUEST, "n", 0, 0, 0},
-    {"max_completion_tokens", FIELD_REQUEST, "n", 0, 0, 0},
-    {"stream", FIELD_FLAG, NULL, AT(stream), 0, 0},
-    {"stream_options", FIELD_OBJECT, NULL, 0, 0, 0},
-    {"include_usage", FIELD_FLAG, NULL, AT(usage), 0, 0},
-    {"continuous_usage_stats", FIELD_FLAG, NULL, AT(continuous_usage), 0, 0},
-    {"ignore_eos", FIELD_FLAG, NULL, AT(ignore_eos), 0, 0},
-    {"return_token_ids", FIELD_FLAG, NULL, AT(token_ids), 0, 0},
-    {"n", FIELD_COUNT, NULL, AT(n), 1, SERVE_CHOICES},
-    {"min_tokens", FIELD_COUNT, NULL, AT(min_tokens), 0, INT_MAX},
-    {"logprobs", FIELD_LOGPROBS, NULL, AT(n_top), 0, SAMPLER_TOP},
-    {"top_logprobs", FIELD_COUNT, NULL, AT(n_top), 0, SAMPLER_TOP},
-    {"prompt_logprobs", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"frequency_penalty", FIELD_NEUTRAL, "0", 0, 0, 0},
-    {"presence_penalty", FIELD_NEUTRAL, "0", 0, 0, 0},
-    {"repetition_penalty", FIELD_NEUTRAL, "1", 0, 0, 0},
-    {"logit_bias", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"best_of", FIELD_NEUTRAL, "1", 0, 0, 0},
-    {"echo", FIELD_NEUTRAL, "false", 0, 0, 0},
-    {"suffix", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"tools", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"tool_choice", FIELD_NEUTRAL, "none|auto", 0, 0, 0},
-    {"functions", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"function_call", FIELD_NEUTRAL, "none|auto", 0, 0, 0},
-    {"response_format", FIELD_NEUTRAL, "text", 0, 0, 0},
-    {"modalities", FIELD_NEUTRAL, "text", 0, 0, 0},
-    {"audio", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"prediction", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"web_search_options", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"reasoning_effort", FIELD_NEUTRAL, "medium", 0, 0, 0},
-    {"verbosity", FIELD_NEUTRAL, "medium", 0, 0, 0},
-    {"use_beam_search", FIELD_NEUTRAL, "false", 0, 0, 0},
-    {"length_penalty", FIELD_NEUTRAL, "1", 0, 0, 0},
-    {"stop_token_ids", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"allowed_token_ids", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"bad_words", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"include_stop_str_in_output", FIELD_NEUTRAL, "false", 0, 0, 0},
-    {"skip_special_tokens", FIELD_NEUTRAL, "true", 0, 0, 0},
-    {"truncate_prompt_tokens", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"add_special_tokens", FIELD_NEUTRAL, "true", 0, 0, 0},
-    {"add_generation_prompt", FIELD_NEUTRAL, "true", 0, 0, 0},
-    {"continue_final_message", FIELD_NEUTRAL, "false", 0, 0, 0},
-    {"chat_template", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"chat_template_kwargs", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"structured_outputs", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"guided_json", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"guided_regex", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"guided_choice", FIELD_NEUTRAL, "", 0, 0, 0},
-    {"guided_grammar", FIELD_NEUTRAL, "", 0, 0, 0},
+    {"temperature", FIELD_REQUEST, .word = "temperature"},
+    {"top_p", FIELD_REQUEST, .word = "top_p"},
+    {"top_k", FIELD_REQUEST, .word = "top_k"},
+    {"min_p", FIELD_REQUEST, .word = "min_p"},
+    {"seed", FIELD_REQUEST, .word = "seed"},
+    {"stop", FIELD_REQUEST, .word = "stop"},
+    {"max_tokens", FIELD_REQUEST, .word = "n"},
+    {"max_completion_tokens", FIELD_REQUEST, .word = "n"},
+    {"stream", FIELD_FLAG, AT(stream)},
+    {"stream_options", .kind = FIELD_OBJECT},
+    {"include_usage", FIELD_FLAG, AT(usage)},
+    {"continuous_usage_stats", FIELD_FLAG, AT(continuous_usage)},
+    {"ignore_eos", FIELD_FLAG, AT(ignore_eos)},
+    {"return_token_ids", FIELD_FLAG, AT(token_ids)},
+    {"n", FIELD_COUNT, AT(n), .low = 1, .high = SERVE_CHOICES},
+    {"min_tokens", FIELD_COUNT, AT(min_tokens), .high = INT_MAX},
+    {"logprobs", FIELD_LOGPROBS, AT(n_top), .high = SAMPLER_TOP},
+    {"top_logprobs", FIELD_COUNT, AT(n_top), .high = SAMPLER_TOP},
 };
 #undef AT
+
+/* What is not served, and the values that ask for nothing: null, nothing, or one of these words. */
+/* clang-format off */
+static const char *const neutral[] = {
+    "prompt_logprobs", "", "frequency_penalty", "0", "presence_penalty", "0",
+    "repetition_penalty", "1", "logit_bias", "", "best_of", "1", "echo", "false", "suffix", "",
+    "tools", "", "tool_choice", "none|auto", "functions", "", "function_call", "none|auto",
+    "response_format", "text", "modalities", "text", "audio", "", "prediction", "",
+    "web_search_options", "", "reasoning_effort", "medium", "verbosity", "medium",
+    "use_beam_search", "false", "length_penalty", "1", "stop_token_ids", "",
+    "allowed_token_ids", "", "bad_words", "", "include_stop_str_in_output", "false",
+    "skip_special_tokens", "true", "truncate_prompt_tokens", "", "add_special_tokens", "true",
+    "add_generation_prompt", "true", "continue_final_message", "false", "chat_template", "",
+    "chat_template_kwargs", "", "structured_outputs", "", "guided_json", "", "guided_regex", "",
+    "guided_choice", "", "guided_grammar", "",
+};
+/* clang-format on */
 
 /* Whether all that is in a value is one of the words, or null; without words nothing may be. */
 static bool is_neutral(const struct json_node *nodes, int at, const char *words) {
@@ -225,50 +205,60 @@ static bool is_neutral(const struct json_node *nodes, int at, const char *words)
     return false;
 }
 
+static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
+                        int object, const char **param, char *error);
+
+/* Sets what a field says, whose value is not null. */
+static bool take_field(struct task *t, struct request_spec *spec, const struct field *field,
+                       struct json_node *nodes, int key, const char **param, char *error) {
+    struct json_node *value = &nodes[key + 1];
+    void *target = (char *)t + field->offset;
+    bool is_flag = value->type == 't' || value->type == 'f';
+    if (field->kind == FIELD_OBJECT && value->type == '{')
+        return take_fields(t, spec, nodes, key + 1, param, error);
+    if (field->kind == FIELD_OBJECT)
+        return fail(error, "%s: expected an object", field->name);
+    if (field->kind == FIELD_REQUEST) {
+        if (strcmp(field->name, "top_k") == 0 && strncmp(value->text, "-1", 2) == 0)
+            memcpy(value->text, "-0", 2); /* others' word for all */
+        nodes[key] =
+            (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
+        spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
+        return requests_set(spec, nodes, key, error);
+    }
+    if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
+        *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
+        return is_flag || fail(error, "%s: expected true or false", field->name);
+    }
+    double number = value->type == '0' ? strtod(value->text, NULL) : -1;
+    if (number < field->low || number > field->high || number != (double)(int)number)
+        return fail(error, "%s: expected a whole number from %d to %d", field->name, field->low,
+                    field->high);
+    *(int *)target = (int)number;
+    t->logprobs = t->logprobs || field->kind == FIELD_LOGPROBS;
+    return true;
+}
+
 /* *param: the field that is wrong. */
 static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
                         int object, const char **param, char *error) {
     for (int key = object + 1; key < nodes[object].next; key = nodes[key + 1].next) {
-        struct json_node *value = &nodes[key + 1];
-        const struct field *field = NULL;
-        for (size_t i = 0; i < sizeof fields / sizeof *fields && !field; i++)
-            field = strcmp(fields[i].name, nodes[key].text) == 0 ? &fields[i] : NULL;
-        if (!field || value->type == 'n')
+        const char *name = nodes[key].text;
+        if (nodes[key + 1].type == 'n')
             continue;
-        *param = field->name;
-        void *target = (char *)t + field->offset;
-        if (field->kind == FIELD_REQUEST) {
-            if (strcmp(field->name, "top_k") == 0 && strncmp(value->text, "-1", 2) == 0)
-                memcpy(value->text, "-0", 2); /* others' word for all */
-            nodes[key] = (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word,
-                                            strlen(field->word)};
-            if (!requests_set(spec, nodes, key, error))
-                return false;
-            spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        } else if (field->kind == FIELD_FLAG) {
-            if (value->type != 't' && value->type != 'f')
-                return fail(error, "%s: expected true or false", field->name);
-            *(bool *)target = value->type == 't';
-        } else if (field->kind == FIELD_LOGPROBS && t->chat) {
-            if (value->type != 't' && value->type != 'f')
-                return fail(error, "%s: expected true or false", field->name);
-            t->logprobs = value->type == 't';
-        } else if (field->kind == FIELD_COUNT || field->kind == FIELD_LOGPROBS) {
-            double number = value->type == '0' ? strtod(value->text, NULL) : -1;
-            if (number < field->low || number > field->high || number != (double)(int)number)
-                return fail(error, "%s: expected a whole number from %d to %d", field->name,
-                            field->low, field->high);
-            *(int *)target = (int)number;
-            t->logprobs = t->logprobs || field->kind == FIELD_LOGPROBS;
-        } else if (field->kind == FIELD_OBJECT) {
-            if (value->type != '{')
-                return fail(error, "%s: expected an object", field->name);
-            if (!take_fields(t, spec, nodes, key + 1, param, error))
-                return false;
-        } else if (!is_neutral(nodes, key + 1, field->word)) {
-            return fail(error, "%s: this server has none of it; leave it out%s%s", field->name,
-                        *field->word ? ", or give " : "", field->word);
-        }
+        for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
+            if (strcmp(fields[i].name, name) == 0) {
+                *param = fields[i].name;
+                if (!take_field(t, spec, &fields[i], nodes, key, param, error))
+                    return false;
+                break;
+            }
+        for (size_t i = 0; i < sizeof neutral / sizeof *neutral; i += 2)
+            if (strcmp(neutral[i], name) == 0 && !is_neutral(nodes, key + 1, neutral[i + 1])) {
+                *param = neutral[i];
+                return fail(error, "%s: this server has none of it; leave it out%s%s", name,
+                            *neutral[i + 1] ? ", or give " : "", neutral[i + 1]);
+            }
     }
     return true;
 }
@@ -341,6 +331,7 @@ static bool take_prompts(struct task *t, const struct request_spec *spec, struct
         struct request_spec *one = &t->prompts[t->n_prompts++];
         *one = *spec;
         one->plain = true;
+        one->system = NULL; /* which is told to chats */
         pair[1].next = 2;
         if (nodes[i].type == '"') {
             one->prompt = nodes[i].text;
@@ -501,17 +492,22 @@ static struct json_node *read_body(struct http_connection *c, char **text) {
     return NULL;
 }
 
-/* A header's seconds; 0: none. */
+/* A header's seconds; 0: none; < 0: it has something else. */
 static double read_deadline(const struct http_request *r) {
     const char *value = http_field(r, "x-request-timeout");
-    double seconds = value ? strtod(value, NULL) : 0;
-    return seconds > 0 && seconds < 1e6 ? seconds : 0;
+    char *end;
+    double seconds = value ? strtod(value, &end) : 0;
+    return !value ? 0 : end > value && !*end && seconds > 0 && seconds < 1e6 ? seconds : -1;
 }
 
 static void post_task(struct server *s, struct http_connection *c, bool chat) {
     char error[ERROR_LENGTH] = "", *body;
     const char *param = NULL;
     double deadline = read_deadline(&c->request);
+    if (deadline < 0) {
+        refuse_task(c, 400, NULL, "x-request-timeout: expected a number of seconds", "");
+        return;
+    }
     struct json_node *nodes = read_body(c, &body);
     if (!nodes)
         return;
@@ -751,27 +747,27 @@ static void observe(struct server *s, enum histogram_name name, double value) {
     h->sum += value;
 }
 
-/* Counts what came of a choice: a token, at `now`, or its end. */
-static void count_news(struct server *s, struct choice *choice, double now) {
+/* Counts what came of a choice: a token, or its end. The times of its first and its last. */
+static void count_news(struct server *s, struct choice *choice, double first, double last) {
     const struct request *r = &choice->answer.request;
     int n = answers_generated(&choice->answer);
     s->generated_tokens += n - choice->n_taken;
     if (n > choice->n_taken && n == 1)
-        observe(s, TTFT, r->first_token - r->submitted);
+        observe(s, TTFT, first - r->submitted);
     else if (n > choice->n_taken)
-        observe(s, ITL, now - choice->last);
-    choice->last = now;
+        observe(s, ITL, last - choice->last);
+    choice->last = last;
     if (!choice->answer.ended)
         return;
     enum finish_reason reason = answers_reason(&choice->answer);
     s->finished[reason]++;
     if (reason != FINISH_STOP && reason != FINISH_LENGTH)
         return;
-    observe(s, E2E, r->last_token - r->submitted);
+    observe(s, E2E, last - r->submitted);
     observe(s, QUEUED, r->admitted - r->submitted);
-    if (r->first_token > 0) {
-        observe(s, PREFILL, r->first_token - r->admitted);
-        observe(s, DECODE, r->last_token - r->first_token);
+    if (first > 0) {
+        observe(s, PREFILL, first - r->admitted);
+        observe(s, DECODE, last - first);
     }
 }
 
@@ -782,10 +778,12 @@ static bool advance_task(struct server *s, struct task *t) {
     for (int i = 0; i < t->n_choices; i++) {
         struct choice *choice = &t->choices[i];
         while (answers_advance(s->answers, &choice->answer, 1)) {
-            double now = choice->answer.request.last_token;
+            double first = choice->answer.request.first_token;
+            double last = choice->answer.request.last_token;
+            bool failed = choice->answer.request.reason == FINISH_ERROR;
             engine_unlock(s->answers->engine);
-            count_news(s, choice, now);
-            if (t->connection && t->stream && choice->answer.request.reason != FINISH_ERROR)
+            count_news(s, choice, first, last);
+            if (t->connection && t->stream && !failed)
                 send_chunk(s, t, choice, choice->n_taken);
             choice->n_taken = answers_generated(&choice->answer);
             engine_lock(s->answers->engine);
@@ -1072,7 +1070,9 @@ struct server *serve_open(const struct serve_options *options, char error[ERROR_
         abort();
     const char *slash = strrchr(options->model, '/');
     s->options = *options;
-    s->name = slash ? slash + 1 : options->model;
+    (void)snprintf(s->name, sizeof s->name, "%s", slash ? slash + 1 : options->model);
+    for (char *at = s->name; *at; at++) /* metrics quote it */
+        *at = *at == '"' || *at == '\\' || (unsigned char)*at < ' ' ? '_' : *at;
     s->started = (int64_t)time(NULL);
     const struct http_handler handler = {serve_begins, serve_answer, serve_gone, serve_turn, s};
     if (read_keys(s, error) && (s->http = http_open(options->host ? options->host : "127.0.0.1",

@@ -139,7 +139,7 @@ static const struct {
     {"did you mean --colocate", "--colocated"},
     {"unknown option; --help", "--zzzzzzzz"},
     {"-h: unknown option; --help", "-h"},
-    {"unknown option", "--tracing f|-|--|--=1|--serve 80"},
+    {"unknown option", "--tracing f|-|--|--=1"},
     {"-n: missing value (N)", "-n"},
     {"-p: missing value", "-p --json"},
     {"missing value", "--seed"},
@@ -219,6 +219,9 @@ static const struct {
     {"needs --replay", "--rate 1|--limit 2"},
     {"--rates: needs --sim or --plan", "--rates f"},
     {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1"},
+    {"needs --serve", "--host a|--api-key a|--api-key-file f"},
+    {"exclude each other", "-p a --serve 1|-f a --serve 1|--serve 1 --json|--serve 1 --stats"},
+    {"expected a whole number from 0 to 65535", "--serve 65536|--serve -1|--serve a"},
     {"--colocate and --prefill", "--colocate --prefill 0 --decode 1"},
     {"--decode: needs --prefill", "--colocate --decode 1"},
     {"got ?[31m?", "--kv-type '\x1b[31m\n'"}};

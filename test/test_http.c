@@ -393,6 +393,7 @@ static void fields_mean_what_they_say(struct check *check) {
          "{'messages':[{'role':'developer','content':'a'},{'role':'user','content':'b'}],"
          "'max_tokens':1}",
          200, "content");
+    asks(&s, path, "x-request-timeout: soon\r\n", "{}", 400, "x-request-timeout");
     asks(&s, "/tokenize", "", "{'prompt':'Once upon a time'}", 200, "\"count\":7,");
     asks(&s, "/v1/models", "", NULL, 200, "\"id\":\"model.bin\"");
     asks(&s, "/nothing", "", NULL, 404, "\"error\":{\"message\":");
