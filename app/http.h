@@ -580,7 +580,7 @@ static void http_sweep(struct http *http) {
         else if (rests && (!idle || c->since < idle->since))
             idle = c;
     }
-    if (idle && http->n == HTTP_CONNECTIONS)
+    if (idle && idle->since + 1 < now && http->n == HTTP_CONNECTIONS) /* it may have just come */
         idle->state = HTTP_GONE;
     for (int i = http->n - 1; i >= 0; i--) {
         struct http_connection *c = http->connections[i];

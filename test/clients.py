@@ -6,8 +6,10 @@ generator (guidellm) with 4 streams, whose figures are compared with the server'
     python3 test/clients.py [./dynamo]
 
 Exit status 1: a client failed, or saw other numbers than the server. Part of no other test."""
+import asyncio
 import json
 import os
+import random
 import re
 import signal
 import struct
@@ -111,6 +113,52 @@ def curl(server):
     check(json.loads(out)["count"] == 7, "curl sends chunks, and asks before")
 
 
+async def crowd(server, seconds):
+    """64 that stream all the time, 500 that come and leave when they like: the texts stay the same,
+    and nothing of them stays: no descriptor, block, nor memory."""
+    port = int(server.url.rsplit(":", 1)[1])
+    texts, counts = [set() for _ in range(8)], {"streams": 0, "visits": 0}
+    end = time.monotonic() + seconds
+
+    async def ask(i, leaves):
+        body = json.dumps({"prompt": f"Once {i}", "seed": i, "max_tokens": 60, "stream": True})
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n{body}"[:random.randrange(400) if leaves
+                                                                  else None].encode())
+        if leaves:
+            await asyncio.sleep(random.random())
+        else:
+            text = (await reader.read()).decode()
+            texts[i].add("".join(re.findall(r'"text":("[^"]*")', text)))
+        writer.close()
+        counts["visits" if leaves else "streams"] += 1
+
+    async def stay(i, leaves):
+        while time.monotonic() < end:
+            await ask(i % 8, leaves)
+
+    def state():
+        status = open(f"/proc/{server.child.pid}/status").read()
+        files = len(os.listdir(f"/proc/{server.child.pid}/fd"))
+        return files, int(re.search(r"VmRSS:\s*(\d+)", status)[1])
+
+    async def look():
+        await asyncio.sleep(seconds / 3)
+        return state()[1]
+
+    files, _ = state()
+    memory = (await asyncio.gather(look(), *(stay(i, i >= 64) for i in range(564))))[0]
+    while server.metric("num_requests_running") + server.metric("num_requests_waiting") > 0:
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(3)
+    files_now, memory_now = state()
+    check(all(len(t) == 1 for t in texts), f"{counts}: each text came out in one form")
+    check(server.metric("kv_cache_usage_perc") == 0, "no block is held")
+    check(files_now <= files, f"descriptors: {files} before, {files_now} after")
+    check(memory_now < memory + 8192, f"memory: {memory} KiB after a third, {memory_now} at the end")
+
+
 def write_tokenizers(folder):
     """A tokenizer.bin of 32000 tokens, in which each character that is typed is a token, and the
     same for the load generator: both count alike, but for the token that begins a text."""
@@ -164,6 +212,8 @@ def main():
     with Server("model.bin") as server:
         package(server)
         curl(server)
+    with Server("model.bin", "--kv-device", "512b", "--kv-host", "512b") as server:
+        asyncio.run(crowd(server, 60))  # (its pools are soon full)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizers(folder)
         load(folder)

@@ -289,6 +289,14 @@ static int numbers_of(const char *text, const char *key, double *numbers, int mo
     return n;
 }
 
+/* All its descriptors but so many are closed; those that linger have two seconds. */
+static void closes(const struct served *s, int before) {
+    struct check *check = s->check;
+    while (count_files(s) > before)
+        usleep(10000);
+    CHECK(count_files(s) == before, "%d files, before %d", count_files(s), before);
+}
+
 /* ---- tests of the program ---- */
 
 static void texts_are_those_of_the_command_line(struct check *check) {
@@ -523,7 +531,7 @@ static void who_leaves_is_cancelled(struct check *check) {
     CHECK(cancelled > 8, "%g requests were cancelled", cancelled);
     asks(&s, "/v1/completions", "x-request-timeout: 0.001\r\n",
          "{'prompt':'Once','max_tokens':500,'ignore_eos':true,'n':4}", 504, "deadline");
-    CHECK(count_files(&s) == before, "%d files, before %d", count_files(&s), before);
+    closes(&s, before);
     stop(&s);
 }
 
@@ -560,12 +568,12 @@ enum { CLIENTS = SANITIZED ? 16 : 64, VISITORS = SANITIZED ? 60 : 500 };
 static void many_are_served_at_once(struct check *check) {
     struct served s = serve(check, "");
     char json[160], *expected[4];
-    int clients[CLIENTS];
+    int clients[CLIENTS], before = count_files(&s);
     for (int i = 0; i < 4; i++) {
         snprintf(json, sizeof json, "{'prompt':'Once %d','max_tokens':60,'seed':%d}", i, i);
         expected[i] = strings_of(ask(&s, "/v1/completions", "", json), "text");
     }
-    int before = count_files(&s), asleep = dial(&s);
+    int asleep = dial(&s);
     post(asleep, "/v1/completions", "", LONG);
     for (int i = 0; i < CLIENTS; i++) {
         snprintf(json, sizeof json, "{'prompt':'Once %d','max_tokens':60,'seed':%d,'stream':true}",
@@ -600,9 +608,7 @@ static void many_are_served_at_once(struct check *check) {
         close(visitor);
     }
     rests(&s);
-    while (count_files(&s) > before) /* those that linger have two seconds */
-        usleep(10000);
-    CHECK(count_files(&s) == before, "%d files, before %d", count_files(&s), before);
+    closes(&s, before);
     stop(&s);
 }
 
