@@ -64,6 +64,7 @@ struct http_connection {
         HTTP_LINGERING, /* all is sent: reads to the client's end, so that the system keeps it */
         HTTP_GONE       /* to be taken away */
     } state;
+    bool served;          /* it had a response */
     bool headed, streams; /* the request's head is there; its response comes in pieces */
     char *input, *output; /* (n_input), (n_output) */
     size_t n_input, at, body, left, n_output, sent;
@@ -412,6 +413,7 @@ static void http_send_head(struct http_connection *c, int status, const char *ty
 static void http_finish(struct http_connection *c) {
     bool persistent = c->request.persistent;
     c->user = NULL;
+    c->served = true;
     http_next(c);
     if (c->state == HTTP_GONE)
         return;
@@ -577,10 +579,10 @@ static void http_sweep(struct http *http) {
         bool rests = c->state == HTTP_READING && c->n_input == 0 && c->n_output == 0 && !c->headed;
         if (http_patience(c) <= now || (rests && http->drains))
             c->state = HTTP_GONE;
-        else if (rests && (!idle || c->since < idle->since))
+        else if (rests && c->served && (!idle || c->since < idle->since))
             idle = c;
     }
-    if (idle && idle->since + 1 < now && http->n == HTTP_CONNECTIONS) /* it may have just come */
+    if (idle && http->n == HTTP_CONNECTIONS)
         idle->state = HTTP_GONE;
     for (int i = http->n - 1; i >= 0; i--) {
         struct http_connection *c = http->connections[i];
