@@ -24,6 +24,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "evaluate.h"
 #include "plan.h"
 #include "replay.h"
+#include "serve.h"
 #include "sim.h"
 #include "stats.h"
 #include "terminal.h"
@@ -51,6 +52,7 @@ struct run { /* all that a run opens */
     struct answers answers;  /* with the tokenizer and the engine */
     struct load *load;       /* NULL: none */
     struct wrap wrap;        /* of texts on a terminal */
+    struct server *server;   /* NULL: none */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
@@ -368,6 +370,20 @@ static bool open_load(struct run *run, char *error) {
     return run->load || !wanted;
 }
 
+/* False: its port is taken, or its keys are wrong, which is to be known before all else. */
+static bool open_server(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const struct serve_options options = {.host = o->host,
+                                          .port = o->serve,
+                                          .key = o->api_key,
+                                          .key_file = o->api_key_file,
+                                          .model = o->model,
+                                          .defaults = &o->request};
+    bool wanted = cli_given(o->given, "--serve");
+    run->server = wanted ? serve_open(&options, error) : NULL;
+    return run->server || !wanted;
+}
+
 /* Says what went wrong with a load that has ended. */
 static int load_status(const struct load *load) {
     struct load_result result = load_result(load);
@@ -545,9 +561,14 @@ static int run_engine(struct run *run) {
         return evaluate_logits(answers, &o->request, o->logits);
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
-    if (engine_start(run->answers.engine))
-        return run->load ? run_load(run) : run_requests(run);
-    complain("cannot start threads");
+    char error[ERROR_LENGTH] = "cannot start threads";
+    if (engine_start(run->answers.engine)) {
+        if (!run->server)
+            return run->load ? run_load(run) : run_requests(run);
+        if (serve_run(run->server, answers, error))
+            return 0;
+    }
+    complain(error);
     return EXIT_FILE;
 }
 
@@ -566,22 +587,31 @@ static void stop_program(void) {
     (void)kill(getpid(), SIGCONT);
 }
 
-/* Ctrl-C stops the answers; where there are none, or a second time, the program, if it is no
- * conversation. What else ends or stops it finds the terminal as it was. */
+/* Whether it ends something else than the program: Ctrl-C the answers, or the line of a
+ * conversation; that, or SIGTERM, a server, when it has answered. */
+static bool interrupts(struct run *run, int number) {
+    int answering = ANSWERING, serving = SERVING;
+    atomic_int *activity = &run->answers.activity;
+    bool is_int = number == SIGINT;
+    return (is_int && atomic_compare_exchange_strong(activity, &answering, INTERRUPTED)) ||
+           ((is_int || number == SIGTERM) &&
+            atomic_compare_exchange_strong(activity, &serving, INTERRUPTED)) ||
+           (is_int && answering == IDLE && chat_interrupted());
+}
+
+/* What there is nothing to interrupt for, or comes a second time, ends the program. What ends or
+ * stops it finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];
     for (;;) {
-        int number, answering = ANSWERING;
+        int number;
         (void)sigwait(&run->signals, &number);
         if (number == SIGTSTP) {
             stop_program();
             continue;
         }
-        if (number != SIGINT ||
-            !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
-            if (number == SIGINT && answering == IDLE && chat_interrupted())
-                continue;
+        if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
             if (run->answers.engine && run->trace) { /* nothing is noted any more */
@@ -637,7 +667,8 @@ static int run_model(struct run *run) {
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
-    bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
+    bool ok =
+        *error == 0 && open_server(run, error) && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
         status = run_sim(run);
     else if (ok && o->plan)
@@ -652,6 +683,7 @@ static int run_model(struct run *run) {
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
     load_close(run->load);
+    serve_close(run->server);
     if (!trace_close(run->trace, error)) {
         complain(error);
         status = EXIT_FILE;

@@ -251,6 +251,9 @@ static const struct {
     {"needs --replay", "--rate 1|--limit 2"},
     {"--rates: needs --sim or --plan", "--rates f"},
     {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1"},
+    {"needs --serve", "--host a|--api-key a|--api-key-file f"},
+    {"exclude each other", "-p a --serve 1|-f a --serve 1|--serve 1 --json|--serve 1 --stats"},
+    {"expected a whole number from 0 to 65535", "--serve 65536|--serve -1|--serve a"},
     {"--colocate and --prefill", "--colocate --prefill 0 --decode 1"},
     {"--decode: needs --prefill", "--colocate --decode 1"},
     {"got ?[31m?", "--kv-type '\x1b[31m\n'"}};
