@@ -93,7 +93,7 @@ struct options {
     int max_batch, chunk, threads;    /* 0: not given */
     int max_queue;                    /* 0: no bound */
     uint64_t copy_delay;              /* seed of the CPU backend's copy delays; 0: no delays */
-    bool colocate, json, stats, verbose, version, help;
+    bool colocate, json, stats, verbose, watch, version, help;
     uint64_t given; /* for cli_given */
 };
 
@@ -404,6 +404,8 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
+    {"--watch", NULL, "a picture of workers, blocks and speeds on stderr as they run", &FLAG,
+     AT(watch)},
     {"--verbose", NULL, "a line on stderr for each step, copy and decision", &FLAG, AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},
@@ -441,6 +443,9 @@ static const struct rule {
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    {{"--watch", "-p", "--ids", "-f", "--replay"}, "-p, --ids, -f or --replay"},
+    {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
+    {{"--watch", "--logits"}, NULL},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
     {{"--decode", "--prefill"}, "--prefill"},
