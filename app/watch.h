@@ -32,8 +32,9 @@ void watch_stop(struct watch *watch);  /* NULL, or not started: nothing is done 
  * until watch_resume. NULL: nothing is done. */
 void watch_restore(struct watch *watch);
 void watch_resume(struct watch *watch);
-void watch_json(FILE *out, struct watch *watch); /* an object; takes the engine's lock */
-void watch_close(struct watch *watch);           /* NULL: nothing is done */
+void watch_json(FILE *out, struct watch *watch);  /* an object; takes the engine's lock */
+void watch_close(struct watch *watch);            /* NULL: nothing is done */
+extern const char watch_page[], watch_page_end[]; /* page.html, which shows it in a browser */
 
 #endif /* WATCH_H */
 
@@ -490,6 +491,11 @@ void watch_json(FILE *out, struct watch *w) {
     watch_json_pair(out, "itl_ms", now.times[1]);
     (void)fputs("}\n", out);
 }
+
+__asm__(".pushsection .rodata\n"
+        ".global watch_page, watch_page_end\n"
+        "watch_page: .incbin \"app/page.html\"\n"
+        "watch_page_end: .popsection\n");
 
 /* ---- beginning, end ---- */
 
