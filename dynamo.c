@@ -845,6 +845,8 @@ void engine_tell_lost(struct engine *engine) {
 #include "lib/tokenizer.h"
 
 #define ANSWERS_IMPLEMENTATION
+#define HTTP_IMPLEMENTATION
+#define SERVE_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
 #define SIM_IMPLEMENTATION
 #define PLAN_IMPLEMENTATION

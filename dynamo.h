@@ -67,12 +67,15 @@ struct request {
     int64_t id;            /* unique; the order of arrival, and of seniority */
     int *tokens;           /* (capacity of n_prompt + max_new) */
     int n_prompt, max_new; /* max_new >= 1 */
+    int min_new;           /* an end token before so many is one like others */
     struct sampling sampling;
-    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
+    struct sampler_top *top; /* (max_new) of each new token; NULL: nobody asks */
+    double deadline;         /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason; /* why it has ended, or will when its step is done */
     char error[ERROR_LENGTH];
+    bool refused; /* its error: the queue was full */
     int length, filled, preemptions;
     int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
     int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
@@ -114,6 +117,7 @@ struct batch {
     int *block_table;                     /* (n_blocks) slots on the worker that runs the step */
     int *sample_row;                      /* (n_samples) rows whose logits are wanted */
     struct sampling *sampling;            /* (n_samples) */
+    struct sampler_top **top;             /* (n_samples) out, NULL or each NULL: not asked for */
     int *sampled;                         /* (n_samples) out: the token for position + 1 */
 };
 

@@ -24,6 +24,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "evaluate.h"
 #include "plan.h"
 #include "replay.h"
+#include "serve.h"
 #include "sim.h"
 #include "stats.h"
 #include "terminal.h"
@@ -50,8 +51,9 @@ struct run { /* all that a run opens */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
     struct load *load;       /* NULL: none */
+    struct server *server;   /* NULL: none */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
-    struct watch *watch;     /* of --watch; or NULL */
+    struct watch *watch;     /* of --watch and --serve; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -347,6 +349,21 @@ static bool open_load(struct run *run, char *error) {
     return run->load || !wanted;
 }
 
+/* False: its port is taken, or its keys are wrong, which is to be known before all else. */
+static bool open_server(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const struct serve_options options = {.host = o->host,
+                                          .port = o->serve,
+                                          .key = o->api_key,
+                                          .key_file = o->api_key_file,
+                                          .model = o->model,
+                                          .defaults = &o->request,
+                                          .watch = run->watch};
+    bool wanted = cli_given(o->given, "--serve");
+    run->server = wanted ? serve_open(&options, error) : NULL;
+    return run->server || !wanted;
+}
+
 /* Says what went wrong with a load that has ended. */
 static int load_status(const struct load *load) {
     struct load_result result = load_result(load);
@@ -489,24 +506,40 @@ static int run_engine(struct run *run) {
         return evaluate_logits(answers, &o->request, o->logits);
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
-    if (engine_start(run->answers.engine) && (!run->watch || watch_start(run->watch)))
-        return run->load ? run_load(run) : run_requests(run);
-    complain("cannot start threads");
+    char error[ERROR_LENGTH] = "cannot start threads";
+    if (engine_start(answers->engine) && (!o->watch || watch_start(run->watch))) {
+        if (!run->server)
+            return run->load ? run_load(run) : run_requests(run);
+        bool served = serve_run(run->server, answers, error);
+        watch_stop(run->watch);
+        if (served)
+            return 0;
+    }
+    complain(error);
     return EXIT_FILE;
 }
 
 /* ---- signals ---- */
 
-/* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
- * finds the terminal as it was. */
+/* Whether it ends something else than the program: Ctrl-C the answers; that, or SIGTERM, a server,
+ * when it has answered. */
+static bool interrupts(struct run *run, int number) {
+    int answering = ANSWERING, serving = SERVING;
+    return (number == SIGINT &&
+            atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) ||
+           (number != SIGHUP &&
+            atomic_compare_exchange_strong(&run->answers.activity, &serving, INTERRUPTED));
+}
+
+/* What there is nothing to interrupt for, or comes a second time, ends the program. It finds the
+ * terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];
     for (;;) {
-        int number, answering = ANSWERING;
+        int number;
         (void)sigwait(&run->signals, &number);
-        if (number != SIGINT ||
-            !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
+        if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
             watch_restore(run->watch);
@@ -555,10 +588,12 @@ static int run_model(struct run *run) {
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
-    run->watch = o->watch ? watch_open(trace_ledger(run->trace)) : NULL;
-    if (o->watch && !run->watch)
+    bool watches = o->watch || cli_given(o->given, "--serve");
+    run->watch = watches ? watch_open(trace_ledger(run->trace)) : NULL;
+    if (watches && !run->watch)
         (void)fail(error, "out of memory");
-    bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
+    bool ok =
+        *error == 0 && open_server(run, error) && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
         status = run_sim(run);
     else if (ok && o->plan)
@@ -576,6 +611,7 @@ static int run_model(struct run *run) {
     engine_close(engine);
     watch_close(watch);
     load_close(run->load);
+    serve_close(run->server);
     if (!trace_close(run->trace, error)) {
         complain(error);
         status = EXIT_FILE;

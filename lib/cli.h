@@ -75,6 +75,8 @@ struct request_spec {
     char *stop[VALUE_STOPS]; /* (n_stop) none of them empty */
     int n_stop;
     const char *system; /* NULL: none */
+    bool plain;         /* a prompt is continued, by a chat model too */
+    int min_new;        /* tokens before which neither an end token nor a stop text ends it */
     char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
     char *line;         /* that it was read from; its texts point into it */
 };
@@ -92,7 +94,9 @@ struct options {
     int tp, tp_prefill, tp_decode;    /* 1, 2, 4 or 8: the latter two are those of the workers */
     int max_batch, chunk, threads;    /* 0: not given */
     int max_queue;                    /* 0: no bound */
-    uint64_t copy_delay;              /* seed of the CPU backend's copy delays; 0: no delays */
+    int serve;                        /* a port; 0: any */
+    const char *host, *api_key, *api_key_file;
+    uint64_t copy_delay; /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, watch, version, help;
     uint64_t given; /* for cli_given */
 };
@@ -128,6 +132,10 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
 /* Reads up to the next request. 0: there is none; < 0: the file cannot be read, see `error`. */
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]);
+/* Sets what nodes[key], a key of a request, and the value behind it say; for who reads JSON of
+ * another form. ids and earlier are then to be freed. */
+bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
+                  char error[ERROR_LENGTH]);
 /* Adds it to specs, which may move. */
 void requests_add(struct requests *requests, const struct request_spec *spec);
 void requests_free(struct requests *requests);
@@ -388,6 +396,13 @@ static const struct option_row option_rows[] = {
     {"--chunk", "N", "prompt tokens in one prefill step, at most", &INT, AT(chunk), 1, 1 << 20},
     {"--max-queue", "N", "requests that may wait, others are refused (default 0: any number)", &INT,
      AT(max_queue), 0, INT_MAX},
+    {.help = "For clients of OpenAI's protocol"},
+    {"--serve", "PORT", "answer HTTP: /v1/chat/completions and others; 0: any free port", &INT,
+     AT(serve), 0, 65535},
+    {"--host", "ADDRESS", "from which network (default 127.0.0.1: this machine alone)", &TEXT,
+     AT(host)},
+    {"--api-key", "KEY", "that clients must have", &TEXT, AT(api_key)},
+    {"--api-key-file", "FILE", "the same, one a line", &TEXT, AT(api_key_file)},
     {.help = "Loads, and clusters that need not be there"},
     {"--replay", "FILE|IN:OUT", "requests of a Mooncake trace; or of IN tokens each, and OUT back",
      &TEXT, AT(replay)},
@@ -412,14 +427,20 @@ static const struct option_row option_rows[] = {
     {"--help", NULL, "print this", &FLAG, AT(help)},
 };
 #undef AT
-enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 6 };
+enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 7 };
 static_assert(N_ROWS <= 64, "struct options has one bit for each row");
 
 static const struct rule {
     const char *options[N_TOGETHER];
     const char *needs; /* the first needs one of the others; NULL: at most one may be given */
 } rules[] = {
-    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay"}, NULL},
+    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay", "--serve"}, NULL},
+    {{"--serve", "--sim", "--plan"}, NULL},
+    {{"--serve", "--json"}, NULL}, /* it answers in JSON, and has /metrics */
+    {{"--serve", "--stats"}, NULL},
+    {{"--host", "--serve"}, "--serve"},
+    {{"--api-key", "--serve"}, "--serve"},
+    {{"--api-key-file", "--serve"}, "--serve"},
     {{"--sim", "--plan"}, NULL},
     {{"--sim", "--replay", "-f"}, "--replay or -f"},
     {{"--plan", "--replay", "-f"}, "--replay or -f"},
@@ -443,7 +464,7 @@ static const struct rule {
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
-    {{"--watch", "-p", "--ids", "-f", "--replay"}, "-p, --ids, -f or --replay"},
+    {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
     {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
     {{"--watch", "--logits"}, NULL},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
@@ -576,6 +597,11 @@ static bool set_field(struct request_spec *request, uint64_t *given, struct json
                                 node->type == '"' ? "\"" : "", error);
     }
     return true;
+}
+
+bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
+                  char error[ERROR_LENGTH]) {
+    return set_field(request, &(uint64_t){0}, nodes, key, error);
 }
 
 /* ---- files of requests ---- */
