@@ -1,7 +1,7 @@
 """Two servers behind each of two routers, of which one is killed in the middle of a load.
 
-    apt-get install nginx-light                                # a proxy
-    python3 -m pip install 'litellm[proxy]==1.108.7'           # a router of models
+    apt-get install nginx-light  # a proxy
+    python3 -m pip install 'litellm[proxy]==1.108.7' prometheus-client==0.23.1  # a router
     make && python3 test/routers.py
 
 Every answer must be that which a server gives when it is asked alone, or an error that a client
