@@ -29,6 +29,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "stats.h"
 #include "terminal.h"
 #include "trace.h"
+#include "watch.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -54,6 +55,7 @@ struct run { /* all that a run opens */
     struct wrap wrap;        /* of texts on a terminal */
     struct server *server;   /* NULL: none */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
+    struct watch *watch;     /* of --watch and --serve; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -124,6 +126,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    watch_restore(run->watch);
     trace_flush(run->trace);
 }
 
@@ -234,7 +237,7 @@ static void configure_engine(const struct run *run, int max_batch, struct engine
     config->max_batch = o->max_batch > 0 ? o->max_batch : max_batch;
     config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
     config->max_queue = o->max_queue;
-    config->ledger = trace_ledger(run->trace);
+    config->ledger = run->watch ? watch_ledger(run->watch) : trace_ledger(run->trace);
     config->verbose = o->verbose;
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
         config->kv_type = (enum kv_type)(o->kv_type - 1);
@@ -279,6 +282,8 @@ static bool open_engine(struct run *run, char *error) {
     if (engine)
         trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
     run->answers.engine = engine;
+    if (engine && run->watch)
+        watch_begin(run->watch, &run->answers);
     return engine != NULL;
 }
 
@@ -378,7 +383,8 @@ static bool open_server(struct run *run, char *error) {
                                           .key = o->api_key,
                                           .key_file = o->api_key_file,
                                           .model = o->model,
-                                          .defaults = &o->request};
+                                          .defaults = &o->request,
+                                          .watch = run->watch};
     bool wanted = cli_given(o->given, "--serve");
     run->server = wanted ? serve_open(&options, error) : NULL;
     return run->server || !wanted;
@@ -401,6 +407,7 @@ static int load_status(const struct load *load) {
 static int run_load(struct run *run) {
     struct load *load = run->load;
     load_run(load, &run->answers);
+    watch_stop(run->watch);
     struct engine_stats stats = engine_stats(run->answers.engine);
     load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
                                            .sched = stats.sched,
@@ -534,6 +541,7 @@ static int run_requests(struct run *run) {
         chat_run(&run->answers, &o->request); /* who talks has seen what failed */
     } else
         n_failed = run_piped(run, error);
+    watch_stop(run->watch);
     if (n_failed < 0)
         complain(error);
     if (n_failed < 0 && run->answers.n_requests == 0)
@@ -562,10 +570,12 @@ static int run_engine(struct run *run) {
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
     char error[ERROR_LENGTH] = "cannot start threads";
-    if (engine_start(run->answers.engine)) {
+    if (engine_start(answers->engine) && (!o->watch || watch_start(run->watch))) {
         if (!run->server)
             return run->load ? run_load(run) : run_requests(run);
-        if (serve_run(run->server, answers, error))
+        bool served = serve_run(run->server, answers, error);
+        watch_stop(run->watch);
+        if (served)
             return 0;
     }
     complain(error);
@@ -614,6 +624,7 @@ static void *watch_signals(void *argument) {
         if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
+            watch_restore(run->watch);
             if (run->answers.engine && run->trace) { /* nothing is noted any more */
                 engine_lock(run->answers.engine);
                 (void)trace_close(run->trace, error);
@@ -667,6 +678,10 @@ static int run_model(struct run *run) {
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
+    bool watches = o->watch || cli_given(o->given, "--serve");
+    run->watch = watches ? watch_open(trace_ledger(run->trace)) : NULL;
+    if (watches && !run->watch)
+        (void)fail(error, "out of memory");
     bool ok =
         *error == 0 && open_server(run, error) && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
@@ -679,9 +694,12 @@ static int run_model(struct run *run) {
         status = refuse(error);
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
+    struct watch *watch = run->watch;
     run->answers.engine = NULL;
+    run->watch = NULL;
     pthread_mutex_unlock(&run->closing);
     engine_close(engine);
+    watch_close(watch);
     load_close(run->load);
     serve_close(run->server);
     if (!trace_close(run->trace, error)) {

@@ -101,7 +101,7 @@ struct options {
     int serve;                        /* a port; 0: any */
     const char *host, *api_key, *api_key_file;
     uint64_t copy_delay; /* seed of the CPU backend's copy delays; 0: no delays */
-    bool colocate, json, stats, verbose, version, help;
+    bool colocate, json, stats, verbose, watch, version, help;
     uint64_t given; /* for cli_given */
 };
 
@@ -425,9 +425,10 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
-    {"--verbose", NULL,
-     "tell each step, copy and decision, what a model thinks, what of its file is unused", &FLAG,
-     AT(verbose)},
+    {"--watch", NULL, "a picture of workers, blocks and speeds on stderr as they run", &FLAG,
+     AT(watch)},
+    {"--verbose", NULL, "tell each step, copy, decision, thought, and unused key of the model",
+     &FLAG, AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},
     {"--help", NULL, "print this; so does -h (and --prompt, --n-predict, --temp are -p, -n, -t)",
@@ -471,6 +472,9 @@ static const struct rule {
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
+    {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
+    {{"--watch", "--logits"}, NULL},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
     {{"--decode", "--prefill"}, "--prefill"},
