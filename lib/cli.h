@@ -85,6 +85,8 @@ struct request_spec {
     int number;         /* … the number of the line there */
 };
 
+typedef unsigned __int128 option_set; /* those that were given: see cli_given */
+
 struct options {
     const char *model;
     struct request_spec request; /* -p or --ids; and what a line of -f starts from */
@@ -102,14 +104,14 @@ struct options {
     const char *host, *api_key, *api_key_file;
     uint64_t copy_delay; /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, watch, version, help;
-    uint64_t given; /* for cli_given */
+    option_set given;
 };
 
 /* False: `error` is one line, without the program's name. With --help or --version nothing else is
  * required; else `model` is not NULL. In any case, cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
-bool cli_given(uint64_t given, const char *option); /* given: options->given */
+bool cli_given(option_set given, const char *option);
 void cli_help(FILE *stream);
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
@@ -436,7 +438,7 @@ static const struct option_row option_rows[] = {
 };
 #undef AT
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 7 };
-static_assert(N_ROWS <= 64, "struct options has one bit for each row");
+static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
 static const struct rule {
     const char *options[N_TOGETHER];
@@ -533,7 +535,7 @@ static const struct option_row *find_row(const char *name, bool key) {
     return NULL;
 }
 
-bool cli_given(uint64_t given, const char *option) {
+bool cli_given(option_set given, const char *option) {
     const struct option_row *row = find_row(option, false);
     assert(row != NULL);
     return given >> (row - option_rows) & 1;
@@ -578,13 +580,13 @@ static void refuse_unknown(const char *name, bool key, char *error) {
 }
 
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
-static const struct option_row *give(uint64_t *given, const char *name, bool key, char *error) {
+static const struct option_row *give(option_set *given, const char *name, bool key, char *error) {
     const struct option_row *row = find_row(name, key);
     if (!row) {
         refuse_unknown(name, key, error);
         return NULL;
     }
-    uint64_t bit = (uint64_t)1 << (row - option_rows);
+    option_set bit = (option_set)1 << (row - option_rows);
     if (*given & bit && (row->kind != &STOP || key)) {
         (void)fail(error, "%s: given twice", name);
         return NULL;
@@ -626,7 +628,7 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
 }
 
 /* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
-static bool set_field(struct request_spec *request, uint64_t *given, struct json_node *nodes,
+static bool set_field(struct request_spec *request, option_set *given, struct json_node *nodes,
                       int key, char *error) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
     bool plain = name->length == strlen(name->text); /* no zero byte inside */
@@ -654,7 +656,7 @@ static bool set_field(struct request_spec *request, uint64_t *given, struct json
 
 bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
                   char error[ERROR_LENGTH]) {
-    return set_field(request, &(uint64_t){0}, nodes, key, error);
+    return set_field(request, &(option_set){0}, nodes, key, error);
 }
 
 /* ---- files of requests ---- */
@@ -666,7 +668,7 @@ static bool read_request(struct request_spec *request, char *text, size_t length
         request->prompt_length = length;
         return true;
     }
-    uint64_t given = 0;
+    option_set given = 0;
     int n_nodes = 0;
     struct json_node *nodes = json_parse_part(text, length, &n_nodes, error);
     bool good = !*error;
