@@ -54,7 +54,7 @@ bool chat_interrupted(void);
 
 enum {
     EDITOR_LINES = 1000,  /* of history; the file has twice as many at most, when it is opened */
-    HISTORY_LENGTH = 4096 /* bytes of a line in the file: a longer one is not kept */
+    HISTORY_LENGTH = 4096 /* bytes of a line in the file, about: a longer one is not kept */
 };
 
 struct editor {
@@ -276,12 +276,14 @@ static void editor_paste(struct editor *e) {
             editor_insert(e, &(char){(char)byte}, 1);
     }
     size_t last = byte >= 0 ? e->at - n : e->at;
+    char before = 0;
     for (size_t i = from; i < last; i++) {
         char c = e->line[i];
-        bool again = c == '\n' && i > from && e->line[i - 1] == '\r';
+        bool again = c == '\n' && before == '\r'; /* a line that ends in both */
         if (((unsigned char)c >= ' ' && c != 127) || c == '\t' || c == '\r' ||
             (c == '\n' && !again))
             e->line[to++] = c == '\r' ? '\n' : c;
+        before = c;
     }
     editor_cut(e, to, e->at);
 }
@@ -373,9 +375,9 @@ static void history_add(struct editor *e, const char *line) {
 
 /* Adds a line to the file, in which \n and \\ stand for two bytes of it. */
 static void history_write(int file, const char *line) {
-    char bytes[2 * HISTORY_LENGTH + 1];
+    char bytes[HISTORY_LENGTH];
     size_t n = 0;
-    for (; *line && n < 2 * HISTORY_LENGTH - 1; line++) {
+    for (; *line && n < HISTORY_LENGTH - 2; line++) {
         bool special = *line == '\n' || *line == '\\';
         if (special)
             bytes[n++] = '\\';
@@ -460,8 +462,8 @@ static enum editor_state editor_one(struct editor *e, const char *prompt) {
     e->line = grow(e->line, 0, 1);
     *e->line = 0;
     enum editor_state state = editor_line(e);
-    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
     editor_restore();
+    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
     return state;
 }
 
