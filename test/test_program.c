@@ -1147,6 +1147,20 @@ static void ctrl_c_at_a_terminal(struct check *check) {
     leave(check, &live, "\004");
 }
 
+/* It is what was said so far, as any other, and nothing is said of a conversation too long. */
+static void an_interrupted_answer_is_no_failure(struct check *check) {
+    write_endless_model(check, 1);
+    struct live live = live_start(check, true, ENDLESS "--template llama2");
+    live_until(&live, "> ");
+    for (int i = 0; i < 2; i++) {
+        talk(&live, &(struct turn){"I see\n", "see\r\n"}, 1);
+        live_bytes(&live, 100);
+        talk(&live, &(struct turn){"\003", "\r\n> "}, 1);
+    }
+    CHECK(strstr(live.text, "a chat model") && !strstr(live.text, "too long"), "%s", live.text);
+    leave(check, &live, "\004");
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(tokenizes_as_published),
                                         TEST(writes_as_published),
@@ -1189,6 +1203,7 @@ int main(int argc, char **argv) {
                                         TEST(talks_at_a_terminal),
                                         TEST(waiting_costs_nothing),
                                         TEST(ctrl_c_at_a_terminal),
+                                        TEST(an_interrupted_answer_is_no_failure),
                                         TEST(ends_without_tokenizer),
                                         TEST(chat_models_answer),
                                         TEST(chats_at_a_terminal),

@@ -257,6 +257,7 @@ static void long_lines_take_rows(struct check *check) {
     live_until(&live, "lazy dog\r\033[7C");
     rows_are_shown(check, &live, from, 60, "> Now: The quick brown fox jumps over the lazy dog");
     talk(&live, &(struct turn){"\005\xE4\xB8\xAD", "dog\xE4\xB8\xAD\r\033[52C"}, 1);
+    from = live.seen;
     resize(&live, 20);
     live_until(&live, "dog\xE4\xB8\xAD\r\033[7C");
     rows_are_shown(check, &live, from, 20,
@@ -278,7 +279,8 @@ static void pastes_are_text(struct check *check) {
     talk(&live, &(struct turn){"ab\033[D\033[200~x\033[201~\r", "\r\naxb"}, 1);
     live_until(&live, PROMPT);
     leave(check, &live, "/exit\r");
-    CHECK(strstr(live.text, "\033[?2004l[2 workers"), "pastes are told of still: %s", live.text);
+    CHECK(strstr(live.text, "\033[?2004l\r\n[2 workers"), "pastes are told of still: %s",
+          live.text);
 }
 
 static void blocks_are_turns(struct check *check) {
