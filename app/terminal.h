@@ -9,14 +9,14 @@
  * KV cache has. With a base model every prompt stands alone and is continued.
  *
  * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
- * L (clear the screen), C (give up the line), D (delete; on an empty line: the end), Z, \ (stop, end
- * the program: as everywhere). A line that ends with \ goes on in the next, and so does all between
- * two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Lines are kept
- * over runs, in ~/.dynamo_history; without HOME they are not.
+ * L (clear the screen), C (give up the line), D (delete; on an empty line: the end), Z, \ (stop and
+ * end the program, as everywhere). A line that ends with \ goes on in the next, and so does all
+ * between two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Turns are
+ * kept over runs, in ~/.dynamo_history; without HOME they are not.
  *
- * The terminal is in raw mode only while a line is read. A line is shown in as many rows as it takes,
- * and again when the terminal has another size. Between two keys alone, two signals are taken: its
- * size has changed (SIGWINCH); and the program goes on after it was stopped (SIGCONT), which finds
+ * The terminal is in raw mode only while a line is read. A line takes as many rows as it needs, and
+ * is shown again when the terminal has another size. Two signals are taken, between two keys alone:
+ * SIGWINCH, its size has changed; and SIGCONT, the program goes on after it was stopped, and finds
  * the terminal as a shell left it. If stdin or stderr is no terminal, or a dumb one, lines are read
  * as they are.
  * Read next: answers.h, lib/template.h. */
@@ -74,7 +74,7 @@ static atomic_bool editor_is_raw, editor_is_plain, chat_goes_on;
 static volatile sig_atomic_t editor_continued;
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 
-/* Terminals that know bracketed paste say what is pasted, the others nothing. */
+/* From any thread, so without stdio. */
 static void editor_tell(const char *words) {
     ssize_t written = write(STDERR_FILENO, words, strlen(words));
     (void)written;
@@ -265,7 +265,7 @@ static int editor_escape(struct editor *e) {
     }
 }
 
-/* Takes in what is pasted, up to the sequence that ends it: lines and tabs; no other control byte. */
+/* Takes in what is pasted, up to the sequence that ends it: lines, tabs, no other control byte. */
 static void editor_paste(struct editor *e) {
     static const char end[] = "\033[201~";
     size_t n = sizeof end - 1, from = e->at, to = from;

@@ -408,7 +408,7 @@ static const struct option_row option_rows[] = {
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
     {"--verbose", NULL,
-     "tell each step, copy and decision, what a model thinks, what of its file is unused", &FLAG,
+     "each step, copy and decision, a model's thoughts, what of its file is unused", &FLAG,
      AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},

@@ -172,7 +172,7 @@ static inline bool child_terminal(int *ours) {
     return *ours >= 0 && grantpt(*ours) == 0 && unlockpt(*ours) == 0;
 }
 
-/* Starts a shell's command with stdin, stdout and stderr at a terminal, or with stdout in a pipe. */
+/* Starts a shell's command, its standard streams at a terminal, or its stdout in a pipe. */
 static inline struct live live_shell(struct check *check, bool terminal, const char *command) {
     struct live live = {.check = check, .pid = -1, .input = -1, .output = -1};
     int output[2] = {-1, -1};
