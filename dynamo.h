@@ -114,7 +114,7 @@ struct batch {
     int *block_table;                     /* (n_blocks) slots on the worker that runs the step */
     int *sample_row;                      /* (n_samples) rows whose logits are wanted */
     struct sampling *sampling;            /* (n_samples) */
-    int *sampled;                         /* (n_samples) out: the token for position + 1 */
+    int *sampled; /* (n_samples) out: the token for position + 1; -1: see lib/sampler.h */
 };
 
 /* ---- the backend interface: CPU, CUDA ---- */
@@ -503,8 +503,8 @@ struct engine_stats engine_stats(struct engine *engine);
 void engine_limits(struct engine *engine, double *read, double *ops);
 /* Logits (n, vocab_size) of tokens [start, start + n) of a text, whose rows [0, start) were
  * computed by such calls before; n is at most `chunk`. Goes around the scheduler: before
- * engine_start. */
-void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
+ * engine_start. Returns how many rows come before the first that has no probabilities. */
+int engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
 /* The scheduler that a configuration stands for, of which all numbers of blocks are known. */
 struct sched_config engine_sched_config(const struct engine_config *config);
 struct model_cost model_cost(const struct model *model);

@@ -633,8 +633,8 @@ static void activate(enum gate_function activation, float *gate, const float *up
         if (activation == ACTIVATE_GELU)
             steep = (g + g * g * g * 0.044715f) * 1.5957691216f; /* 2 sqrt(2 / pi) */
         if (activation == ACTIVATE_CLAMPED) {
-            g = min_vec(g, limit);
-            u = min_vec(max_vec(u, -limit), limit) + one;
+            g = min_vec(limit, g);
+            u = min_vec(limit, max_vec(-limit, u)) + one;
             steep = g * 1.702f;
         }
         store(gate + i, g / (exp_vec(-steep) + 1.0f) * u);

@@ -38,6 +38,7 @@
 
 enum {
     NONE = -1,
+    NO_SAMPLE = -2,             /* of rows of which none is a request's last */
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
     MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
@@ -847,7 +848,8 @@ static void end_prefill(struct sched *s, struct request *r) {
     set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
 
-/* What n_rows more computed rows of a request come to, and the token sampled of the last, or NONE.
+/* What n_rows more computed rows of a request come to, and the token sampled of the last: or
+ * NO_SAMPLE; or NONE, for the model made no number of them, and nobody shall find their blocks.
  * Nothing is sent before the answer is known to go on. */
 static void take_rows(struct sched *s, struct request *r, int worker, int n_rows, int token,
                       double now) {
@@ -858,10 +860,15 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     r->in_step = false;
     r->filled += n_rows;
     w->n_stalled += lacks_block(r);
-    register_full_blocks(s, r, first);
+    if (token != NONE)
+        register_full_blocks(s, r, first);
     release_followers(s, r);
-    if (token != NONE && r->reason == FINISH_NONE)
+    if (token == NONE && r->reason == FINISH_NONE) {
+        (void)fail(r->error, "the model gave a number that is none at token %d", r->length);
+        withdraw(s, r, FINISH_ERROR, now);
+    } else if (token >= 0 && r->reason == FINISH_NONE) {
         take_token(s, r, token, now);
+    }
     if (r->leaves)
         withdraw(s, r, r->reason, now);
     if (r->state != REQUEST_PREFILL && r->state != REQUEST_RUNNING)
@@ -879,7 +886,7 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
     for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
         struct request *r = step->requests[i];
         int n_rows = batch->sequence[i].n_rows;
-        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NONE;
+        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NO_SAMPLE;
         *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             n_rows;
         take_rows(s, r, worker, n_rows, token, now);

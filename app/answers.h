@@ -196,6 +196,9 @@ static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
                        int *n_ids, char *error) {
     if (spec->error)
         (void)fail(error, "%s", spec->error);
+    else if (spec->cancel)
+        (void)fail(error, "cancel: got \"%.200s\", expected the id of a request before it",
+                   spec->cancel);
     else if (spec->prompt && spec->prompt_length / TOK_TOKEN_LENGTH > (size_t)room)
         (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
                    spec->prompt_length, room); /* no need to encode it */
@@ -203,7 +206,9 @@ static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
         (void)fail(error, "after: got \"%.200s\", expected the id of a request before it",
                    spec->after);
     else if (before && before->reason != FINISH_STOP && before->reason != FINISH_LENGTH)
-        (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
+        (void)fail(error, "after: \"%.200s\" %s", spec->after,
+                   before->reason == FINISH_CANCELLED ? "was cancelled"
+                                                      : "ended without an answer");
     else
         return answers_encode(a, spec, history, n_history, n_ids, error);
     return NULL;
@@ -378,17 +383,6 @@ static void echo(const struct answers *a, struct answer *answer) {
     }
 }
 
-/* By the line and the id that its file gives it; a lone prompt has neither. */
-static void tell_error(const struct answer *answer) {
-    const struct request_spec *spec = &answer->spec;
-    char place[ERROR_LENGTH] = "", line[ERROR_LENGTH];
-    if (spec->file && !spec->error)
-        (void)fail(place, "%.200s:%d: ", spec->file, spec->line_number);
-    (void)fail(line, spec->id == answer->number ? "%s%.0s%s" : "%srequest %.60s: %s", place,
-               spec->id, answer->request.error);
-    (void)fprintf(stderr, "dynamo: %s\n", line);
-}
-
 /* Prints what can be printed of the first unfinished answer, and of those that ended behind it. */
 static int show_text(const struct answers *a, struct answer **all, int n, int first) {
     for (; first < n; first++) {
@@ -411,8 +405,12 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
             break;
         free_text(answer);
         show(a, "\n\n", refused ? 0 : first < n - 1 ? 2 : 1);
-        if (r->reason == FINISH_ERROR)
-            tell_error(answer);
+        if (r->reason == FINISH_ERROR) {
+            char line[ERROR_LENGTH]; /* the id is the user's, and may be any text */
+            (void)fail(line, answer->spec.file ? "request %.100s: %.400s" : "%.0s%.400s",
+                       answer->spec.id, r->error);
+            (void)fprintf(stderr, "dynamo: %s\n", line);
+        }
     }
     return first;
 }
@@ -451,6 +449,11 @@ static bool advance(struct answers *a, struct answer *answer) {
     if (finished) {
         answer->ended = true;
         count_ended(a, answer);
+        if (r->reason == FINISH_ERROR && answer->spec.file && !answer->spec.error) {
+            char why[ERROR_LENGTH];
+            memcpy(why, r->error, sizeof why);
+            (void)fail(r->error, "%.200s:%d: %.290s", answer->spec.file, answer->spec.number, why);
+        }
         if (a->json) {
             show_json(answer);
             free_text(answer);
@@ -466,36 +469,61 @@ static bool advance(struct answers *a, struct answer *answer) {
 
 struct answer_list { /* the answers of a run; in pointers, for the scheduler has theirs */
     struct answer **all;
-    int n;
+    int n, n_taken; /* n_taken: lines, of which some only cancel */
     double start;
 };
+
+/* The last with an id; NULL: none. */
+static struct answer *find_answer(const struct answer_list *list, const char *id) {
+    for (int i = list->n - 1; i >= 0; i--)
+        if (!list->all[i]->spec.cancel && strcmp(list->all[i]->spec.id, id) == 0)
+            return list->all[i];
+    return NULL;
+}
+
+/* Ends a request in whatever state it is. Called with the lock held. */
+static void cancel(struct answers *a, struct answer *answer) {
+    if (answer->submitted) {
+        sched_cancel(engine_sched(a->engine), &answer->request, false, engine_now());
+    } else if (answer->request.state != REQUEST_FINISHED) {
+        answer->request.state = REQUEST_FINISHED;
+        answer->request.reason = FINISH_CANCELLED;
+    }
+    answer->submitted = true;
+    engine_wake(a->engine);
+}
 
 /* Takes up requests that are new, and makes ids of those that follow none. Called with the lock
  * held, which is let go meanwhile: so one that is added now is seen as well. */
 static bool take_up(struct answers *a, struct answer_list *list, const struct requests *requests) {
-    int before = list->n;
-    while (list->n < requests->n) {
+    int before = list->n_taken;
+    while (list->n_taken < requests->n) {
+        struct request_spec spec = requests->specs[list->n_taken++];
+        struct answer *named = spec.cancel ? find_answer(list, spec.cancel) : NULL;
+        if (named) {
+            cancel(a, named);
+            continue;
+        }
         struct answer *answer = grow(NULL, 0, sizeof *answer);
-        *answer = (struct answer){.spec = requests->specs[list->n], .place = a->n_requests++};
+        *answer = (struct answer){.spec = spec, .place = a->n_requests};
+        a->n_requests += !spec.cancel;
         engine_unlock(a->engine);
         (void)snprintf(answer->number, sizeof answer->number, "%" PRId64, answer->place);
-        if (!answer->spec.id)
-            answer->spec.id = answer->number;
+        if (!spec.id)
+            answer->spec.id = spec.cancel ? spec.cancel : answer->number;
         if (a->template.kind == TEMPLATE_HARMONY && answer->spec.prompt)
             answer->part = PART_HEADER; /* it is for the model to choose a channel */
         answer->request.sampling = answer->spec.sampling;
         if (!answer->spec.seeded)
             answer->request.sampling.seed = answers_seed(a->seed, answer->place);
-        for (int i = list->n - 1; i >= 0 && answer->spec.after && !answer->after; i--)
-            if (strcmp(list->all[i]->spec.id, answer->spec.after) == 0)
-                answer->after = list->all[i];
+        answer->after = spec.after ? find_answer(list, spec.after) : NULL;
         if (!answer->after)
             prepare(a, answer);
         list->all = grow(list->all, (size_t)list->n, sizeof *list->all);
         list->all[list->n++] = answer;
         engine_lock(a->engine);
     }
-    return list->n > before;
+    return list->n_taken > before;
 }
 
 /* Submits it, or not yet; then `next` is at the latest when its time comes. Called with the lock
@@ -524,17 +552,8 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
 
 /* Called with the lock held. */
 static void cancel_all(struct answers *a, const struct answer_list *list) {
-    for (int i = 0; i < list->n; i++) {
-        struct answer *answer = list->all[i];
-        if (answer->submitted) {
-            sched_cancel(engine_sched(a->engine), &answer->request, false, engine_now());
-        } else {
-            answer->request.state = REQUEST_FINISHED;
-            answer->request.reason = FINISH_CANCELLED;
-            answer->submitted = true;
-        }
-    }
-    engine_wake(a->engine);
+    for (int i = 0; i < list->n; i++)
+        cancel(a, list->all[i]);
 }
 
 /* Follows all requests until each has ended and no others can come. */
@@ -544,7 +563,7 @@ static void follow(struct answers *a, struct answer_list *list, const struct req
     a->interrupted = false;
     engine_lock(a->engine);
     a->activity = ANSWERING;
-    while (first < list->n || (!cancelled && (requests->more || list->n < requests->n))) {
+    while (first < list->n || (!cancelled && (requests->more || list->n_taken < requests->n))) {
         double next = INFINITY;
         bool any = !cancelled && take_up(a, list, requests), submitted = false;
         for (int i = first; i < list->n; i++)

@@ -319,8 +319,11 @@ static bool make_lines(struct load *load, char *error) {
     struct requests *lines = &load->lines;
     struct request_spec spec;
     int read;
-    while ((read = requests_next(lines, load->options.defaults, &spec, error)) > 0)
+    while ((read = requests_next(lines, load->options.defaults, &spec, error)) > 0) {
         requests_add(lines, &spec);
+        if (spec.cancel)
+            return fail(error, "%.200s:%d: cancel: not in a load", spec.file, spec.number);
+    }
     struct item **items = NULL;
     for (int i = 0; i < lines->n; i++) {
         const struct request_spec *line = &lines->specs[i];

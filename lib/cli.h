@@ -15,8 +15,9 @@
  * expects; it takes all bytes of a value, and stores only what is valid.
  *
  * A file has one request a line: a JSON object if it starts with `{`, else the text itself; empty
- * lines are skipped. What a line does not say is as on the command line. A bad line becomes a
- * request with `error` set, so that the others go on.
+ * lines are skipped, and a byte order mark before a line. What a line does not say is as on the
+ * command line. A bad line becomes a request with `error` set, so that the others go on. An object
+ * with the one key `cancel` is no request: it ends that with this id.
  *
  * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
  * line of text. Texts are not copied: argv, and a request's line, must outlive what points into
@@ -35,7 +36,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
-    CLI_FILE_LINES = 1 << 16,  /* of requests: all may be in flight together */
+    CLI_REQUESTS = 1 << 16,    /* of a file: all may be in flight together */
     VALUE_DEVICES = 1024,      /* of a list */
     VALUE_STOPS = 16           /* texts that end an answer */
 };
@@ -66,19 +67,20 @@ struct request_spec {
     int n_ids;
     struct said *earlier; /* (n_earlier + 1) a user's and the answer, in turns; last the prompt */
     int n_earlier;
-    const char *after; /* id of an earlier request, which this one continues; NULL: none */
-    float at;          /* arrival, in seconds after the start */
-    float deadline;    /* seconds after its arrival; 0: none */
-    bool seeded;       /* its line has a seed of its own */
+    const char *after;  /* id of an earlier request, which this one continues; NULL: none */
+    const char *cancel; /* not NULL: no request, but the id of one before it that is to end */
+    float at;           /* arrival, in seconds after the start */
+    float deadline;     /* seconds after its arrival; 0: none */
+    bool seeded;        /* its line has a seed of its own */
     int n; /* tokens to write at most; -1: until the end token or the end of the context */
     struct sampling sampling;
     char *stop[VALUE_STOPS]; /* (n_stop) none of them empty */
     int n_stop;
     const char *system; /* NULL: none */
     char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
-    const char *file;   /* NULL: it is of none */
-    int line_number;
-    char *line; /* that it was read from; its texts point into it */
+    char *line;         /* that it was read from; its texts point into it */
+    const char *file;   /* NULL: it comes from no file; else the name, and … */
+    int number;         /* … the number of the line there */
 };
 
 struct options {
@@ -347,6 +349,7 @@ static const struct option_row option_rows[] = {
     {.kind = &TEXT, AT(request.id), .key = "id"},
     {.kind = &MESSAGES, AT(request), .key = "messages"},
     {.kind = &TEXT, AT(request.after), .key = "after"},
+    {.kind = &TEXT, AT(request.cancel), .key = "cancel"},
     {.kind = &REAL, AT(request.at), .high = 1e6, .key = "at"},
     {.kind = &REAL, AT(request.deadline), .high = 1e6, .key = "deadline"},
     {.help = "How to write"},
@@ -626,20 +629,26 @@ static bool set_field(struct request_spec *request, uint64_t *given, struct json
 
 /* ---- files of requests ---- */
 
-/* text[length] is 0. */
+/* text[length] is 0. The id comes first: then whatever is wrong is told of it. */
 static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
-    if (*text != '{') {
+    if (text[strspn(text, " \t")] != '{') {
         request->prompt = text;
         request->prompt_length = length;
         return true;
     }
     uint64_t given = 0;
-    struct json_node *nodes = json_parse(text, length, error);
-    bool good = nodes != NULL;
+    int n_nodes = 0;
+    struct json_node *nodes = json_parse_part(text, length, &n_nodes, error);
+    bool good = !*error;
+    for (int at = 1; at + 1 < n_nodes && nodes[at + 1].next; at = nodes[at + 1].next)
+        if (strcmp(nodes[at].text, "id") == 0 && nodes[at + 1].type == '"')
+            request->id = nodes[at + 1].text;
     for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
         good = set_field(request, &given, nodes, key, error);
     free(nodes);
     request->seeded = cli_given(given, "--seed");
+    if (good && request->cancel)
+        return (given & (given - 1)) == 0 || fail(error, "cancel: expected no other key");
     int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
     return good && (n == 1 || fail(error, "expected one of prompt, ids and messages"));
 }
@@ -688,7 +697,14 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
     requests->n_lines++;
     *length -= *length > 0 && requests->text[*length - 1] == '\r';
     requests->text[*length] = 0;
-    return 1;
+    if (strncmp(requests->text, "\xEF\xBB\xBF", 3) == 0)
+        memmove(requests->text, requests->text + 3, (*length -= 3) + 1);
+    const char *text = requests->text; /* UTF-16 begins with a mark, or has zeros in between */
+    bool wide = *length > 1 && (!text[0] != !text[1] || memcmp(text, "\xFF\xFE", 2) == 0 ||
+                                memcmp(text, "\xFE\xFF", 2) == 0);
+    if (requests->n_lines == 1 && wide)
+        (void)fail(error, "%.400s: got UTF-16, expected UTF-8", requests->name);
+    return requests->n_lines == 1 && wide ? -1 : 1;
 }
 
 int requests_next(struct requests *requests, const struct request_spec *defaults,
@@ -699,19 +715,20 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
         int read = requests_line(requests, &length, error);
         if (read <= 0)
             return read;
-        if (requests->n_lines > CLI_FILE_LINES) {
-            (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
-                       CLI_FILE_LINES);
-            return -1;
-        }
+    }
+    if (requests->n == CLI_REQUESTS) {
+        (void)fail(error, "%.400s: got more than %d requests; split it", requests->name,
+                   CLI_REQUESTS);
+        return -1;
     }
     *spec = *defaults;
     spec->line = requests->text;
     spec->file = requests->name;
-    spec->line_number = requests->n_lines;
+    spec->number = requests->n_lines;
     requests->text = NULL;
     if (read_request(spec, spec->line, length, wrong))
         return 1;
+    spec->cancel = NULL;
     spec->error = grow(NULL, 0, ERROR_LENGTH);
     fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
     return 1;

@@ -41,6 +41,7 @@ seed json one "$one"
 seed json two '[1,-2.5e3,true,false,null,{"a":{"b":[[]]}}]'
 seed requests one "$one"
 seed requests two 'Once\n\n{"ids":[1,2],"top_p":0.9,"seed":7}\r\n{"prompt":"x","stop":"end","id":"q"}\n'
+seed requests cancel '\357\273\277{"cancel":"q"}\n {"id":"q","prompt":"a",\n'
 seed requests words 'model.bin\n--devices\ncpu:4\n--kv-device\n8b\n--tp=2\n-n\n5\n'
 seed requests more 'm\n-f\nx\n--prefill\n0-1\n--decode\n2,3\n--kv-type\nbf16\n--kv-host\n1G\n--stop\ny\n'
 for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.embedding_length \
@@ -53,7 +54,7 @@ for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.
     printf '"%s"\n' "$word"
 done > $folder/model.dict
 for word in prompt ids temperature top_p top_k min_p seed stop system id n --kv-device --devices \
-    cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
+    cancel cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
     printf '"%s"\n' "$word"
 done > $folder/text.dict
 

@@ -310,7 +310,7 @@ static bool requests_of(struct options *options, const char *line, const char *t
 static void requests_are_read(struct check *check) {
     static const char text[] =
         "a plain line \n\n"
-        " {not JSON}\n"
+        "\xEF\xBB\xBF not {JSON}\n"
         "{\"prompt\": \"a\\nb\\u0000c\", \"n\": 3, \"temperature\": 0, \"top_p\": 0.5, \"top_k\": "
         "2, "
         "\"min_p\": 0.25, \"seed\": 18446744073709551615, \"stop\": \"x\", \"system\": \"s\", "
@@ -336,7 +336,7 @@ static void requests_are_read(struct check *check) {
     CHECK(!strcmp(r[0].prompt, "a plain line ") && r[0].prompt_length == 13, "%s", r[0].prompt);
     CHECK(r[0].n == 9 && r[0].sampling.seed == 5 && r[0].n_stop == 1 && !r[0].id, "%d", r[0].n);
     CHECK(r[0].sampling.temperature == 0.8f && !strcmp(r[0].system, "sys"), "defaults");
-    CHECK(!strcmp(r[1].prompt, " {not JSON}"), "%s", r[1].prompt);
+    CHECK(!strcmp(r[1].prompt, " not {JSON}"), "%s", r[1].prompt);
     CHECK(r[2].prompt_length == 5 && !memcmp(r[2].prompt, "a\nb\0c", 6) && !r[2].ids, "prompt");
     CHECK(r[2].n == 3 && r[2].sampling.temperature == 0 && r[2].sampling.top_p == 0.5f, "n");
     CHECK(r[2].sampling.top_k == 2 && r[2].sampling.min_p == 0.25f, "top_k, min_p");
@@ -361,6 +361,9 @@ static const struct {
 } bad_requests_by_words[] = {
     {"byte 1: expected", "{"},
     {"byte 13", "{'prompt':'a'"},
+    {"byte 2: expected a key", " {not JSON}"},
+    {"cancel: expected no other key", "{'cancel':'a','id':'b'}|{'prompt':'a','cancel':'a'}"},
+    {"cancel: got 1, expected a text", "{'cancel':1}"},
     {"byte 15", "{'prompt':'a'} x"},
     {"one of prompt, ids and messages",
      "{}|{'n':1}|{'prompt':'a','ids':[1]}|{'ids':[1],'messages':[{'role':'user','content':'a'}]}|"
