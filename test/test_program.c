@@ -634,7 +634,7 @@ static void statistics_add_up(struct check *check) {
 }
 
 static void piped_stdin_is_one_prompt(struct check *check) {
-    static const char text[] = "The cat\nsat\n\n", bytes[] = "a\0b\xFF\xC3\n{\"";
+    static const char text[] = "The cat\nsat\n\n", bytes[] = "ab\0b\xFF\xC3\n{\"";
     write_file(check, "prompt", text, sizeof text - 1);
     expect(check, "model.bin -n 20 -t 0 < $T/prompt", 0, "The cat\nsat\n*", NULL);
     expect_same(check, true, "model.bin -p 'The cat\nsat\n' -n 20 -t 0",
