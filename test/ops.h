@@ -1734,7 +1734,8 @@ static void rows_alone_and_in_crowds(struct check *check) {
 
 static void kinds_alone_and_in_crowds(struct check *check) {
     struct random random = start("kinds in crowds");
-    for (int kind = EXPERTS; kind < N_KINDS; kind++)
+    for (int kind = EXPERTS + (SANITIZED ? (int)(seed % 2) : 0); kind < N_KINDS;
+         kind += SANITIZED ? 2 : 1)
         check_told(check, &random, all_types[(seed + (uint64_t)kind) % N_TYPES], 0, kind);
 }
 
@@ -1776,7 +1777,7 @@ static void check_counts(struct check *check, struct random *random, enum tensor
 
 static void any_number_of_rows(struct check *check) {
     struct random random = start("counts");
-    for (int i = 0; i < N_TYPES; i++)
+    for (int i = SANITIZED ? (int)(seed % 4) : 0; i < N_TYPES; i += SANITIZED ? 4 : 1)
         check_counts(check, &random, all_types[i], i % VARIANTS, i > 0 ? i % N_KINDS : EXPERTS);
 }
 
