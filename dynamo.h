@@ -436,6 +436,11 @@ double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
+struct sched_load {                                     /* where they are */
+    int prefilling[MAX_WORKERS], decoding[MAX_WORKERS]; /* or will when their blocks are there */
+    int waiting, preempted;                             /* new ones; those that lost their blocks */
+};
+struct sched_load sched_load(const struct sched *sched);
 struct sched_stats sched_stats(const struct sched *sched);
 
 /* ---- dynamo.c: an open engine, a model on its devices with both tiers of KV blocks ---- */

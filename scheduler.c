@@ -1003,6 +1003,17 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
     return n;
 }
 
+struct sched_load sched_load(const struct sched *s) {
+    struct sched_load load = {.waiting =
+                                  s->waiting.length + s->released.length + s->following.length,
+                              .preempted = s->preempted.length};
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        load.prefilling[i] = s->workers[i].prefilling.length;
+        load.decoding[i] = s->workers[i].decoding.length;
+    }
+    return load;
+}
+
 /* ---- what takes too long ---- */
 
 double sched_next_event(const struct sched *s) {

@@ -19,6 +19,7 @@
 #include "../lib/template.h"
 #include "../lib/text.h"
 #include "../lib/tokenizer.h"
+#include "../lib/wrap.h"
 #include <stdatomic.h>
 
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
@@ -35,11 +36,13 @@ struct answers {
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
     bool json, verbose;              /* the latter: thoughts are told on stderr */
+    struct wrap *wrap;               /* of texts on a terminal; NULL: they are not wrapped */
     uint64_t seed;                   /* of the run, which --stats tells; the first request's */
     bool converses;                  /* each prompt follows the one before and its answer */
     int *history;                    /* (n_history) what was said; see answers_forget */
     int n_history;
     atomic_int activity; /* enum activity; who sets INTERRUPTED calls engine_wake */
+    bool interrupted;    /* the last that ran was */
     int64_t n_requests, n_arrived;
     /* of all requests that ended, for stats.h */
     int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
@@ -61,6 +64,7 @@ struct answer {
     char *thought; /* (n_thought bytes) what the template says is not for the reader */
     size_t n_thought;
     enum template_part part; /* that the last token was in */
+    int n_shown;             /* tokens, where there is no tokenizer */
     int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
     bool submitted, echoed, stopped, ended;
 };
@@ -103,6 +107,7 @@ struct figure {
 extern const char *const answers_times[N_TIMES][2]; /* likewise, its names */
 extern const char *const answers_reasons[];         /* by enum finish_reason */
 double answers_ratio(double amount, double whole);  /* 0 of nothing */
+double answers_short(double value); /* to six decimals, all that JSON tells of a number */
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
@@ -304,6 +309,10 @@ double answers_ratio(double amount, double whole) {
     return whole > 0 ? amount / whole : 0;
 }
 
+double answers_short(double value) {
+    return round(value * 1e6) / 1e6;
+}
+
 double answers_time(const struct request *r, enum answer_time time) {
     int n = r->length - r->n_prompt;
     switch (time) {
@@ -335,7 +344,7 @@ void answers_json(const struct request *r, int n, enum finish_reason reason) {
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
-            printf(",\"%s_ms\":%.15g", answers_times[i][0], 1e3 * seconds);
+            printf(",\"%s_ms\":%.15g", answers_times[i][0], answers_short(1e3 * seconds));
     }
 }
 
@@ -358,6 +367,23 @@ static void show_json(const struct answer *answer) {
     (void)fputs("}\n", stdout);
 }
 
+static void show(const struct answers *a, const char *text, size_t length) {
+    if (a->wrap)
+        wrap_write(a->wrap, stdout, text, length);
+    else
+        (void)fwrite(text, 1, length, stdout);
+}
+
+/* Without a tokenizer ids are the text, such as --ids takes. */
+static void show_ids(const struct answers *a, struct answer *answer, int first) {
+    char id[16];
+    for (; answer->n_shown < answer->n_seen; answer->n_shown++)
+        if (answer->n_shown >= first)
+            show(a, id,
+                 (size_t)snprintf(id, sizeof id, &",%d"[answer->n_shown == first],
+                                  answer -> request.tokens[answer->n_shown]));
+}
+
 /* A base model continues its prompt, so the prompt is shown with it; a chat model answers. Of a
  * request that follows another its own part alone. */
 static void echo(const struct answers *a, struct answer *answer) {
@@ -368,10 +394,10 @@ static void echo(const struct answers *a, struct answer *answer) {
     if (answer->spec.prompt && a->template.kind != TEMPLATE_NONE)
         return;
     if (answer->spec.prompt)
-        (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
+        show(a, answer->spec.prompt, answer->spec.prompt_length);
     for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++) {
         size_t n = tok_decode(a->tokenizer, &stream, r->tokens[i], out);
-        (void)fwrite(out, 1, i < r->n_prompt - answer->spec.n_ids ? 0 : n, stdout);
+        show(a, out, i < r->n_prompt - answer->spec.n_ids ? 0 : n);
     }
 }
 
@@ -380,7 +406,7 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
     for (; first < n; first++) {
         struct answer *answer = all[first];
         const struct request *r = &answer->request;
-        bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
+        bool refused = answer->ended && r->reason == FINISH_ERROR && answers_generated(answer) == 0;
         if (!answer->echoed && !refused && (r->tokens || answer->ended))
             echo(a, answer);
         if (a->verbose && answer->n_thought > 0 && (answer->length > 0 || answer->ended)) {
@@ -389,12 +415,14 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
             answer->n_thought = 0;
         }
         if (answer->safe > answer->shown)
-            (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
+            show(a, answer->text + answer->shown, answer->safe - answer->shown);
         answer->shown = answer->safe;
+        if (!a->tokenizer)
+            show_ids(a, answer, r->n_prompt - answer->spec.n_ids);
         if (!answer->ended)
             break;
         free_text(answer);
-        (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
+        show(a, "\n\n", refused ? 0 : first < n - 1 ? 2 : 1);
         if (r->reason == FINISH_ERROR) {
             char line[ERROR_LENGTH]; /* the id is the user's, and may be any text */
             (void)fail(line, "request %.100s: %.400s", answer->spec.id, r->error);
@@ -576,6 +604,7 @@ static bool advance(struct answers *a, struct answer *answer) {
 static void follow(struct answers *a, struct answer_list *list, const struct requests *requests) {
     int first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
+    a->interrupted = false;
     engine_lock(a->engine);
     a->activity = ANSWERING;
     while (first < list->n || (!cancelled && (requests->more || list->n_taken < requests->n))) {
@@ -591,6 +620,7 @@ static void follow(struct answers *a, struct answer_list *list, const struct req
         }
         if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
+            a->interrupted = a->activity == INTERRUPTED;
             cancel_all(a, list);
         }
         if (!any) {

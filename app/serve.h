@@ -17,6 +17,7 @@
 #define SERVE_H
 
 #include "answers.h"
+#include "watch.h"
 
 struct serve_options {
     const char *host; /* NULL: this machine alone */
@@ -24,6 +25,7 @@ struct serve_options {
     const char *key, *key_file;
     const char *model;                   /* its path; clients know it by the last part */
     const struct request_spec *defaults; /* for what a request does not say */
+    struct watch *watch;                 /* of the same engine: /stats, for the page */
 };
 
 struct server;
@@ -930,12 +932,28 @@ static void get_metrics(struct server *s, struct http_connection *c) {
     http_respond(c, 200, "text/plain; version=0.0.4", "");
 }
 
+/* ---- the page ---- */
+
+static void get_page(struct server *s, struct http_connection *c) {
+    (void)s;
+    (void)fwrite(watch_page, 1, (size_t)(watch_page_end - watch_page), http_body(c));
+    http_respond(c, 200, "text/html; charset=utf-8",
+                 "Content-Security-Policy: default-src 'self' 'unsafe-inline'; img-src data:\r\n");
+}
+
+static void get_stats(struct server *s, struct http_connection *c) {
+    watch_json(http_body(c), s->options.watch);
+    http_respond(c, 200, "application/json", "Cache-Control: no-store\r\n");
+}
+
 /* ---- routes ---- */
 
 static const struct route {
     const char *method, *path;
     void (*answer)(struct server *s, struct http_connection *c);
 } routes[] = {
+    {"GET", "/", get_page},
+    {"GET", "/stats", get_stats},
     {"GET", "/health", get_health},
     {"GET", "/metrics", get_metrics},
     {"GET", "/v1/models", get_models},
@@ -972,7 +990,8 @@ static bool serve_begins(void *context, struct http_connection *c) {
     struct server *s = context;
     const struct http_request *r = &c->request;
     bool health = strcmp(r->path, "/health") == 0;
-    if (!health && !has_key(s, r))
+    bool page = strcmp(r->path, "/") == 0; /* it tells nothing, and asks its reader for a key */
+    if (!health && !page && !has_key(s, r))
         return refuse_task(c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
                            "WWW-Authenticate: Bearer\r\n");
     if (!health && is_foreign(r))

@@ -636,9 +636,12 @@ static void statistics_add_up(struct check *check) {
 static void piped_stdin_is_one_prompt(struct check *check) {
     static const char text[] = "The cat\nsat\n\n", bytes[] = "a\0b\xFF\xC3\n{\"";
     write_file(check, "prompt", text, sizeof text - 1);
-    expect(check, "model.bin -n 20 -t 0 < $T/prompt", 0, "The cat\nsat\n\n*", NULL);
-    expect_same(check, true, "model.bin -p 'The cat\nsat\n\n' -n 20 -t 0",
+    expect(check, "model.bin -n 20 -t 0 < $T/prompt", 0, "The cat\nsat\n*", NULL);
+    expect_same(check, true, "model.bin -p 'The cat\nsat\n' -n 20 -t 0",
                 "model.bin -n 20 -t 0 < $T/prompt");
+    /* a newline that ends the last line is not part of it */
+    write_file(check, "prompt", "The cat\r\n", 9);
+    expect_same(check, true, CAT "-n 20 -t 0", "model.bin -n 20 -t 0 < $T/prompt");
     /* zero bytes and invalid UTF-8 go in and come back as they are */
     write_file(check, "prompt", bytes, sizeof bytes - 1);
     struct outcome o = run(check, "model.bin -n 5 < $T/prompt");
