@@ -44,6 +44,8 @@ seed requests two 'Once\n\n{"ids":[1,2],"top_p":0.9,"seed":7}\r\n{"prompt":"x","
 seed http one 'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\nHost: a\r\n\r\n'
 seed http two 'POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nA: b\r\n\r\nGET / HTTP/1.0\r\n\r\n'
 seed requests cancel '\357\273\277{"cancel":"q"}\n {"id":"q","prompt":"a",\n'
+seed http chat '{"messages":[{"role":"developer","content":"s"},{"content":[{"type":"text","text":"a"},{"text":"b","type":"text"}],"role":"user"}],"n":2,"stop":["x"],"stream_options":{"include_usage":true}}'
+seed http completion '{"prompt":["a",[1,2],"b"],"max_tokens":3,"tools":[],"top_k":-1,"stop":"x","logprobs":2,"seed":7}'
 seed requests words 'model.bin\n--devices\ncpu:4\n--kv-device\n8b\n--tp=2\n-n\n5\n'
 seed requests more 'm\n-f\nx\n--prefill\n0-1\n--decode\n2,3\n--kv-type\nbf16\n--kv-host\n1G\n--stop\ny\n'
 for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.embedding_length \

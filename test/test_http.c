@@ -513,8 +513,29 @@ static void nothing_without_the_key(struct check *check) {
     stop(&s);
 }
 
+/* Connections that have not asked yet keep their places, also when there are no others. */
+static void places_are_kept(struct check *check) {
+    struct served s = serve(check, "");
+    static int clients[HTTP_CONNECTIONS + 8];
+    for (int i = 0; i < (int)COUNT(clients); i++)
+        clients[i] = dial(&s);
+    for (int i = 0; i < (int)COUNT(clients); i++) {
+        tell(clients[i], i % 2 ? "GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+                               : "GET /health HTTP/1.1\r\nHost: a\r\n\r\n");
+        char *response = hear(clients[i], "\"ok\"}\n");
+        CHECK(strstr(response, "\"ok\""), "client %d: %s", i, response);
+        if (i % 2)
+            close(clients[i]);
+    }
+    for (int i = 0; i < (int)COUNT(clients); i += 2)
+        close(clients[i]);
+    stop(&s);
+}
+
+/* Four answers that go on for long. */
 #define LONG                                                                                       \
-    "{'prompt':'Once','max_tokens':500,'ignore_eos':true,'stream':true,'temperature':0,'n':4}"
+    (SANITIZED ? "{'prompt':'Once','max_tokens':200,'ignore_eos':true,'stream':true,'n':4}"        \
+               : "{'prompt':'Once','max_tokens':500,'ignore_eos':true,'stream':true,'n':4}")
 
 static void who_leaves_is_cancelled(struct check *check) {
     struct served s = serve(check, "--max-batch 2 --devices cpu:2");
@@ -620,6 +641,7 @@ int main(int argc, char **argv) {
                                         TEST(logprobs_are_those_of_the_logits),
                                         TEST(one_connection_serves_many),
                                         TEST(nothing_without_the_key),
+                                        TEST(places_are_kept),
                                         TEST(who_leaves_is_cancelled),
                                         TEST(full_queues_say_so),
                                         TEST(it_drains),
