@@ -619,7 +619,8 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
         byte_vec bytes = __builtin_convertvector(whole, byte_vec);
         memcpy(to->q + i * LANES, &bytes, sizeof bytes);
         float sum = sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
-        to->sum[i] = sum == sum ? (int32_t)sum : 0;   /* 0: of a row that is no number */
+        to->sum[i] = sum == sum ? (int32_t)sum : 0;
+        to->scale = sum == sum ? to->scale : sum; /* of NaN or infinity all becomes NaN */
     }
     to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
 }

@@ -452,8 +452,8 @@ static inline double ref_noisy(const struct sampling *sampling, int position,
     return (double)choice.scaled - max - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
-/* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort. A
- * logit that is no number counts as the least. Sums of weights decide who is among those that reach
+/* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort, or -1.
+ * Sums of weights decide who is among those that reach
  * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such
  * sums `token` could be drawn too. */
 static inline int ref_sample_within(const struct sampling *sampling, int position,
@@ -461,15 +461,21 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
                                     bool *may) {
     struct ref_choice *order = (struct ref_choice *)ref_allocate((size_t)n, sizeof *order);
     int kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
-    float divisor = sampling->temperature;
+    float divisor = sampling->temperature, largest_logit = -INFINITY;
+    *may = false;
+    for (int i = 0; i < n && largest_logit == largest_logit; i++)
+        largest_logit = logits[i] <= largest_logit ? largest_logit : logits[i]; /* or NaN */
+    if (!(fabsf(largest_logit) <= FLT_MAX)) {
+        free(order);
+        return -1;
+    }
     for (bool again = true; again; divisor = 1.0f) { /* again: the largest overflows */
         for (int i = 0; i < n; i++) {
-            float scaled = logits[i] / (divisor > 0.0f ? divisor : 1.0f);
-            order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
+            order[i].scaled = logits[i] / (divisor >= FLT_MIN ? divisor : 1.0f);
             order[i].token = i;
         }
         qsort(order, (size_t)n, sizeof *order, ref_by_rank);
-        bool largest = !(divisor > 0.0f) || fabsf(order[0].scaled) >= FLT_MAX;
+        bool largest = divisor < FLT_MIN || fabsf(order[0].scaled) > FLT_MAX;
         kept = largest ? 1 : kept;
         again = largest && divisor != 1.0f;
     }
