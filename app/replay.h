@@ -589,6 +589,7 @@ void load_run(struct load *load, struct answers *a) {
         engine_lock(engine);
         if (a->activity == INTERRUPTED || ferror(stdout)) { /* then all end, whoever may follow */
             load_forget(load);
+            a->interrupted = a->activity == INTERRUPTED;
             for (int i = running.n - 1; i >= 0; i--) /* the last first: none takes its place */
                 sched_cancel(engine_sched(engine), running.requests[i], false, engine_now());
             engine_wake(engine);
@@ -626,11 +627,11 @@ static const char *const load_shares[] = {"mean", "p50", "p90", "p99"};
 static void load_json(const struct load_result *result, const struct figure *figures, size_t n) {
     (void)fputs("{\"load\":{", stdout);
     for (size_t i = 0; i < n; i++)
-        printf("%s\"%s\":%.15g", i > 0 ? "," : "", figures[i].key, figures[i].value);
+        printf("%s\"%s\":%.15g", i > 0 ? "," : "", figures[i].key, answers_short(figures[i].value));
     for (int i = 0; i < N_TIMES; i++)
         for (int share = 0; share < N_LOAD_SHARES; share++)
             printf(",\"%s_%s_ms\":%.15g", answers_times[i][0], load_shares[share],
-                   result->times[i][share]);
+                   answers_short(result->times[i][share]));
     (void)fputs("}}\n", stdout);
 }
 
