@@ -858,6 +858,7 @@ void engine_tell_lost(struct engine *engine) {
 #define TEMPLATE_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define WRAP_IMPLEMENTATION
 #include "lib/cli.h"
 #include "lib/gguf.h"
 #include "lib/json.h"
@@ -866,12 +867,15 @@ void engine_tell_lost(struct engine *engine) {
 #include "lib/tokenizer.h"
 
 #define ANSWERS_IMPLEMENTATION
+#define HTTP_IMPLEMENTATION
+#define SERVE_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
 #define SIM_IMPLEMENTATION
 #define PLAN_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define TRACE_IMPLEMENTATION
+#define WATCH_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
@@ -883,6 +887,7 @@ void engine_tell_lost(struct engine *engine) {
 #include "app/stats.h"
 #include "app/terminal.h"
 #include "app/trace.h"
+#include "app/watch.h"
 
 int main(int argc, char **argv) {
     return run_program(argc, argv);

@@ -1584,8 +1584,11 @@ static void draw_token(struct cpu_device *device, const void *first, int index, 
     size_t at = (size_t)index * (size_t)n;
     int position = batch->position[batch->sample_row[sample]] + 1;
     (void)end;
-    device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
-                                           n, device->scaled + at, device->candidates + at);
+    int token = sampler_draw(&batch->sampling[sample], position, device->logits + at, n,
+                             device->scaled + at, device->candidates + at);
+    device->sampled[sample] = token;
+    if (batch->top && batch->top[sample] && token >= 0)
+        sampler_top(device->logits + at, n, token, batch->top[sample]);
 }
 
 /* The tokens of samples [first, first + n), of which the logits are there. */

@@ -702,6 +702,7 @@ static void add_rows(struct sched *s, struct request *r, int worker, int n_rows)
     batch->n_blocks += n_blocks;
     if (r->filled + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
+        batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
@@ -822,7 +823,7 @@ int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int 
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    bool stops = s->config.ends_text[token];
+    bool stops = s->config.ends_text[token] && r->length - r->n_prompt >= r->min_new;
     if (!stops)
         r->tokens[r->length++] = token;
     if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
@@ -937,7 +938,9 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .tokens = r->tokens,
                           .n_prompt = r->n_prompt,
                           .max_new = r->max_new,
+                          .min_new = r->min_new,
                           .sampling = r->sampling,
+                          .top = r->top,
                           .deadline = r->deadline,
                           .length = r->n_prompt,
                           .prefill_worker = NONE,
@@ -969,7 +972,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
         admit_waiting(s, now);
         if (r->state == REQUEST_WAITING && most > 0 &&
             s->waiting.length + s->released.length + s->following.length > most)
-            (void)fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
+            r->refused =
+                !fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
     }
     if (r->error[0])
         withdraw(s, r, FINISH_ERROR, now);
@@ -997,6 +1001,17 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
             if (n < most)
                 ids[n] = r->id;
     return n;
+}
+
+struct sched_load sched_load(const struct sched *s) {
+    struct sched_load load = {.waiting =
+                                  s->waiting.length + s->released.length + s->following.length,
+                              .preempted = s->preempted.length};
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        load.prefilling[i] = s->workers[i].prefilling.length;
+        load.decoding[i] = s->workers[i].decoding.length;
+    }
+    return load;
 }
 
 /* ---- what takes too long ---- */
@@ -1040,13 +1055,14 @@ static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
     struct request **requests =
-        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->sequence +
-                      (5 + n_blocks) * sizeof(int));
+        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
+                      sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
     if (!requests)
         return false;
     w->step.requests = requests;
     batch->sampling = (struct sampling *)(requests + n);
-    batch->sequence = (struct sequence *)(batch->sampling + n);
+    batch->top = (struct sampler_top **)(batch->sampling + n);
+    batch->sequence = (struct sequence *)(batch->top + n);
     batch->token = (int *)(batch->sequence + n);
     batch->position = batch->token + n;
     batch->row_sequence = batch->position + n;

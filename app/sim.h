@@ -638,7 +638,7 @@ static void sim_serve(struct sim *sim) {
 
 bool sim_run(struct sim *sim, char *error) {
     load_start(sim->load, sim->now, sched_max_length(sim->sched));
-    while (!load_is_done(sim->load) && !ferror(stdout)) { /* else nobody reads what comes of it */
+    while (!load_is_done(sim->load) && !ferror_unlocked(stdout)) { /* else nobody reads it */
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
         double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
         double now = fmin(arrival, fmin(end, expiry));

@@ -728,7 +728,8 @@ void model_notes(const struct model *model, FILE *to) {
  * tile: those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile
  * (struct tensor: period). The same name gives the same weights, everywhere and always.
  * Sizes are such that activations neither vanish nor explode: matrices have a mean of 0 and a
- * standard deviation of about 0.02, norms are 1. There is no tokenizer: what runs is --ids. */
+ * standard deviation of about 0.02, biases and sinks too, norms are 1. There is no tokenizer: what
+ * runs is --ids. */
 
 enum {
     RANDOM_PAGE = 1 << 16, /* a multiple of every page size, so that weights do not depend on it */
@@ -822,7 +823,7 @@ struct random_weights {
     unsigned kind;               /* of the shape, with MODEL_DENSE or MODEL_EXPERTS */
     struct random_tile tiles[2]; /* the second: of experts in MXFP4, whose model is else in BF16 */
     int n_tiles;
-    size_t zeros, vectors; /* bytes before the zeros, and of all vectors */
+    size_t small, vectors; /* bytes before biases and sinks, and of all vectors */
 };
 
 /* ---- what a name stands for ---- */
@@ -893,7 +894,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
         return;
     bool is_vector = entry->rows == DIM_ONE, is_norm = strstr(entry->name, "norm");
     struct random_tile *tile = &r->tiles[role >= GATE_EXPERTS && r->n_tiles == 2];
-    size_t at = role == ROPE_FREQS ? 0 : is_norm ? RANDOM_ONES : is_vector ? r->zeros : tile->end;
+    size_t at = role == ROPE_FREQS ? 0 : is_norm ? RANDOM_ONES : is_vector ? r->small : tile->end;
     enum tensor_type type = is_vector ? TYPE_F32 : tile->type->type;
     struct tensor *tensor = model_place(model, entry, type, (const void *)(uintptr_t)at);
     model->layers[layer][role] = tensor;
@@ -915,8 +916,8 @@ static void random_lay_out(struct random_weights *r, struct model *model) {
     size_t biases = (size_t)(config->n_experts > 0 ? config->n_experts : 1) *
                     (size_t)(config->d_model > config->d_ff ? config->d_model : config->d_ff);
     size_t heads = (size_t)(config->n_heads * config->head_dim);
-    r->zeros = RANDOM_ONES + (size_t)config->d_model * sizeof(float);
-    r->vectors = random_pages(r->zeros + (biases > heads ? biases : heads) * sizeof(float));
+    r->small = RANDOM_ONES + (size_t)config->d_model * sizeof(float);
+    r->vectors = random_pages(r->small + (biases > heads ? biases : heads) * sizeof(float));
     for (int i = 0; i < r->n_tiles; i++) {
         struct random_tile *tile = &r->tiles[i];
         size_t odd = tile->block.bytes;
@@ -992,13 +993,18 @@ static float random_rope(double theta, int pair, int rope_dim) {
     return (float)(1 / (share + (1 - share) / 8));
 }
 
-/* Writes vectors and tiles. What is not written is 0. */
+/* Writes vectors and tiles. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
     for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
         ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
-    for (size_t at = RANDOM_ONES; at < r->zeros; at += sizeof(float))
+    for (size_t at = RANDOM_ONES; at < r->small; at += sizeof(float))
         *(float *)(to + at) = 1;
+    for (size_t at = r->small; at < r->vectors; at += sizeof(float)) {
+        uint64_t bits = random_bits(at);
+        memcpy(to + at, &bits, sizeof(float));
+        random_weight(TYPE_F32, sizeof(float), to + at);
+    }
     for (int i = 0; i < r->n_tiles; i++) {
         const struct random_tile *tile = &r->tiles[i];
         uint8_t *start = to + tile->held;

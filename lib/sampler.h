@@ -47,6 +47,15 @@ SAMPLER_INLINE bool sampler_counts(const struct sampling *sampling, int n) {
 int sampler_draw(const struct sampling *sampling, int position, const float *logits, int n,
                  float *scaled, int *list);
 
+/* How likely a token was: log-probabilities by the logits as they are, of it and of the likeliest
+ * (ties: lower ids), the first one first. In C alone. */
+enum { SAMPLER_TOP = 20 };
+struct sampler_top {
+    float own, logprob[SAMPLER_TOP]; /* (n) */
+    int token[SAMPLER_TOP], n;
+};
+void sampler_top(const float *logits, int n, int token, struct sampler_top *top);
+
 /* Philox4x32-10 (Salmon et al. 2011): 4 random words of a counter and a key, in its place. */
 SAMPLER_INLINE void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; round++) {
@@ -195,7 +204,7 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
     float max = sampler_temper(logits, scaled, n, races ? sampling->temperature : 1.0f);
     if (!races || !isfinite(max)) {
         int token = 0;
-        max = sampler_temper(logits, scaled, n, 1.0f);
+        max = races ? sampler_temper(logits, scaled, n, 1.0f) : max;
         while (token < n - 1 && scaled[token] != max)
             token++;
         return isfinite(max) ? token : -1;
@@ -206,6 +215,25 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
         kept = list;
     }
     return sampler_race(sampling, position, scaled, max, kept, n);
+}
+
+void sampler_top(const float *logits, int n, int token, struct sampler_top *top) {
+    double sum = 0;
+    top->n = n < SAMPLER_TOP ? n : SAMPLER_TOP;
+    for (int i = 0, count = 0; i < n; i++) {
+        int at = count < top->n ? count++ : top->n; /* where it belongs; behind all: nowhere */
+        for (; at > 0 && logits[i] > logits[top->token[at - 1]]; at--)
+            if (at < top->n)
+                top->token[at] = top->token[at - 1];
+        if (at < top->n)
+            top->token[at] = i;
+    }
+    float max = logits[top->token[0]];
+    for (int i = 0; i < n; i++)
+        sum += exp((double)logits[i] - (double)max);
+    for (int i = 0; i < top->n; i++)
+        top->logprob[i] = (float)((double)logits[top->token[i]] - (double)max - log(sum));
+    top->own = (float)((double)logits[token] - (double)max - log(sum));
 }
 #endif /* SAMPLER_IMPLEMENTATION */
 #ifdef SAMPLER_GPU_IMPLEMENTATION

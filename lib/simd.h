@@ -152,6 +152,15 @@ INLINE vec widen_f16_words(ivec words) { /* the low half of each */
     return widen_f16((const uint16_t *)&halves);
 }
 
+INLINE ivec widen_uint8(const char *from) {
+#ifdef __AVX512F__
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
+#else
+    short_vec half = __builtin_convertvector(*(const byte_vec *)(const void *)from, short_vec);
+    return __builtin_convertvector(half, ivec) & 255;
+#endif
+}
+
 INLINE vec widen_int8(const char *from) {
 #ifdef __AVX512F__
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
