@@ -618,7 +618,8 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     gguf_expect(file, tensor->rows == rows && tensor->cols == cols,
                 "got (%jd, %jd), expected (%d, %d)", (intmax_t)tensor->rows, (intmax_t)tensor->cols,
                 rows, cols);
-    gguf_expect(file, is_vector || rows > 1, "got one row, which is not supported");
+    gguf_expect(file, is_vector || rows > 1 || entry->role == NO_ROLE,
+                "got one row, which is not supported");
     return tensor;
 }
 
