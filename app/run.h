@@ -586,14 +586,18 @@ static int run_engine(struct run *run) {
 
 /* Stops the program as a shell expects it, and not at all where no shell could let it go on. Who
  * edits a line is woken in both cases. */
-static void stop_program(void) {
+static void stop_program(struct run *run) {
     sigset_t stop;
     sigemptyset(&stop);
     sigaddset(&stop, SIGTSTP);
+    pthread_mutex_lock(&run->closing);
     editor_restore();
+    watch_restore(run->watch);
     (void)raise(SIGTSTP);
     pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
     pthread_sigmask(SIG_BLOCK, &stop, NULL);
+    watch_resume(run->watch);
+    pthread_mutex_unlock(&run->closing);
     (void)kill(getpid(), SIGCONT);
 }
 
@@ -618,7 +622,7 @@ static void *watch_signals(void *argument) {
         int number;
         (void)sigwait(&run->signals, &number);
         if (number == SIGTSTP) {
-            stop_program();
+            stop_program(run);
             continue;
         }
         if (!interrupts(run, number)) {

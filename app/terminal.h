@@ -9,10 +9,10 @@
  * KV cache has. With a base model every prompt stands alone and is continued.
  *
  * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
- * L (clear the screen), C (give up a line), D (delete; on an empty line: the end), Z, \ (stop and
- * end the program, as everywhere). A line that ends with \ goes on in the next, and so does all
- * between two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Turns are
- * kept over runs, in ~/.dynamo_history; without HOME they are not.
+ * L (clear the screen), C (give up the line), D (delete; on an empty line: the end), Z (stop the
+ * program), \ (end it). A line that ends with \ goes on in the next, and so does all between two
+ * """. What is pasted is text, whatever its bytes, and sent by the next Enter. Turns are kept over
+ * runs, in ~/.dynamo_history; without HOME they are not.
  *
  * The terminal is in raw mode only while a line is read. A line takes as many rows as it needs, and
  * is shown again when the terminal has another size. Two signals are taken, between two keys alone:
