@@ -97,7 +97,8 @@ def package(server):
                                        extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
-    while server.metric("num_requests_running") + server.metric("num_requests_waiting") > 0:
+    while sum(map(server.metric, ("num_requests_running", "num_requests_waiting",
+                                  "kv_cache_usage_perc"))) > 0:  # (copies may be on their way)
         time.sleep(0.01)
     check(server.metric("kv_cache_usage_perc") == 0, "a stream that is left holds no blocks")
 

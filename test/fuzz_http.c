@@ -7,6 +7,7 @@
 #define TEMPLATE_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define WRAP_IMPLEMENTATION
 #define ANSWERS_IMPLEMENTATION
 #define HTTP_IMPLEMENTATION
 #define SERVE_IMPLEMENTATION
@@ -39,6 +40,10 @@ struct engine_stats engine_stats(struct engine *e) {
 }
 const struct engine_config *engine_config_of(const struct engine *e) {
     return (void)e, NULL;
+}
+const char watch_page[1], watch_page_end[1];
+void watch_json(FILE *out, struct watch *watch) {
+    (void)out, (void)watch;
 }
 int sched_max_length(const struct sched *s) {
     return (void)s, 0;
