@@ -180,7 +180,8 @@ def start_litellm(folder, port, servers, name):
         f"api_base: 'http://127.0.0.1:{s.port}/v1', api_key: none}}" for s in servers)
     with open(f"{folder}/litellm.yaml", "w") as file:
         file.write(LITELLM % rows)
-    environment = dict(os.environ, LITELLM_LOCAL_MODEL_COST_MAP="True")
+    environment = dict(os.environ, LITELLM_LOCAL_MODEL_COST_MAP="True",
+                       LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY="true")
     command = [shutil.which("litellm", path=os.path.dirname(sys.executable)) or "litellm",
                "--config", f"{folder}/litellm.yaml", "--port", str(port), "--host", "127.0.0.1"]
     log = open(f"{folder}/litellm.log", "w")
