@@ -126,7 +126,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
-    watch_restore(run->watch);
+    (void)watch_restore(run->watch);
     trace_flush(run->trace);
 }
 
@@ -586,14 +586,19 @@ static int run_engine(struct run *run) {
 
 /* Stops the program as a shell expects it, and not at all where no shell could let it go on. Who
  * edits a line is woken in both cases. */
-static void stop_program(void) {
+static void stop_program(struct run *run) {
     sigset_t stop;
     sigemptyset(&stop);
     sigaddset(&stop, SIGTSTP);
     editor_restore();
+    pthread_mutex_lock(&run->closing);
+    bool erased = watch_restore(run->watch);
     (void)raise(SIGTSTP);
     pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
     pthread_sigmask(SIG_BLOCK, &stop, NULL);
+    if (erased)
+        watch_resume(run->watch);
+    pthread_mutex_unlock(&run->closing);
     (void)kill(getpid(), SIGCONT);
 }
 
@@ -618,13 +623,13 @@ static void *watch_signals(void *argument) {
         int number;
         (void)sigwait(&run->signals, &number);
         if (number == SIGTSTP) {
-            stop_program();
+            stop_program(run);
             continue;
         }
         if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
-            watch_restore(run->watch);
+            (void)watch_restore(run->watch);
             if (run->answers.engine && run->trace) { /* nothing is noted any more */
                 engine_lock(run->answers.engine);
                 (void)trace_close(run->trace, error);
