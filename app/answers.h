@@ -425,7 +425,8 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
         show(a, "\n\n", refused ? 0 : first < n - 1 ? 2 : 1);
         if (r->reason == FINISH_ERROR) {
             char line[ERROR_LENGTH]; /* the id is the user's, and may be any text */
-            (void)fail(line, "request %.100s: %.400s", answer->spec.id, r->error);
+            (void)fail(line, answer->spec.file ? "request %.100s: %.400s" : "%.0s%.400s",
+                       answer->spec.id, r->error);
             (void)fprintf(stderr, "dynamo: %s\n", line);
         }
     }

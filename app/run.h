@@ -647,9 +647,9 @@ static void *watch_signals(void *argument) {
     return NULL;
 }
 
-/* Signals are for watch_signals alone, but those that the caller has ignored (nohup), and two that a
- * line editor waits for; a closed stdout is an error of fflush, not a death. Before any other thread
- * is started, so that none of them takes one. */
+/* Signals are for watch_signals alone, but for those that the caller ignores (nohup), and two that
+ * a line editor waits for; a closed stdout is an error of fflush, not a death. Before any other
+ * thread is started, so that none of them takes one. */
 static bool start_watching(struct run *run) {
     static const int watched[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
     pthread_t watcher;

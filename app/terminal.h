@@ -9,14 +9,14 @@
  * KV cache has. With a base model every prompt stands alone and is continued.
  *
  * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
- * L (clear the screen), C (give up the line), D (delete; on an empty line: the end), Z, \ (stop, end
- * the program: as everywhere). A line that ends with \ goes on in the next, and so does all between
- * two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Lines are kept
- * over runs, in ~/.dynamo_history; without HOME they are not.
+ * L (clear the screen), C (give up a line), D (delete; on an empty line: the end), Z, \ (stop and
+ * end the program, as everywhere). A line that ends with \ goes on in the next, and so does all
+ * between two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Turns are
+ * kept over runs, in ~/.dynamo_history; without HOME they are not.
  *
- * The terminal is in raw mode only while a line is read. A line is shown in as many rows as it takes,
- * and again when the terminal has another size. Between two keys alone, two signals are taken: its
- * size has changed (SIGWINCH); and the program goes on after it was stopped (SIGCONT), which finds
+ * The terminal is in raw mode only while a line is read. A line takes as many rows as it needs, and
+ * is shown again when the terminal has another size. Two signals are taken, between two keys alone:
+ * SIGWINCH, its size has changed; and SIGCONT, the program goes on after it was stopped, and finds
  * the terminal as a shell left it. If stdin or stderr is no terminal, or a dumb one, lines are read
  * as they are.
  * Read next: answers.h, lib/template.h. */
@@ -54,7 +54,7 @@ bool chat_interrupted(void);
 
 enum {
     EDITOR_LINES = 1000,  /* of history; the file has twice as many at most, when it is opened */
-    HISTORY_LENGTH = 4096 /* bytes of a line in the file: a longer one is not kept */
+    HISTORY_LENGTH = 4096 /* bytes of a line in the file, about: a longer one is not kept */
 };
 
 struct editor {
@@ -74,7 +74,7 @@ static atomic_bool editor_is_raw, editor_is_plain, chat_goes_on;
 static volatile sig_atomic_t editor_continued;
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 
-/* Terminals that know bracketed paste say what is pasted, the others nothing. */
+/* From any thread, so without stdio. */
 static void editor_tell(const char *words) {
     ssize_t written = write(STDERR_FILENO, words, strlen(words));
     (void)written;
@@ -265,7 +265,7 @@ static int editor_escape(struct editor *e) {
     }
 }
 
-/* Takes in what is pasted, up to the sequence that ends it: lines and tabs; no other control byte. */
+/* Takes in what is pasted, up to the sequence that ends it: lines, tabs, no other control byte. */
 static void editor_paste(struct editor *e) {
     static const char end[] = "\033[201~";
     size_t n = sizeof end - 1, from = e->at, to = from;
@@ -276,12 +276,14 @@ static void editor_paste(struct editor *e) {
             editor_insert(e, &(char){(char)byte}, 1);
     }
     size_t last = byte >= 0 ? e->at - n : e->at;
+    char before = 0;
     for (size_t i = from; i < last; i++) {
         char c = e->line[i];
-        bool again = c == '\n' && i > from && e->line[i - 1] == '\r';
+        bool again = c == '\n' && before == '\r'; /* a line that ends in both */
         if (((unsigned char)c >= ' ' && c != 127) || c == '\t' || c == '\r' ||
             (c == '\n' && !again))
             e->line[to++] = c == '\r' ? '\n' : c;
+        before = c;
     }
     editor_cut(e, to, e->at);
 }
@@ -373,9 +375,9 @@ static void history_add(struct editor *e, const char *line) {
 
 /* Adds a line to the file, in which \n and \\ stand for two bytes of it. */
 static void history_write(int file, const char *line) {
-    char bytes[2 * HISTORY_LENGTH + 1];
+    char bytes[HISTORY_LENGTH];
     size_t n = 0;
-    for (; *line && n < 2 * HISTORY_LENGTH - 1; line++) {
+    for (; *line && n < HISTORY_LENGTH - 2; line++) {
         bool special = *line == '\n' || *line == '\\';
         if (special)
             bytes[n++] = '\\';
@@ -460,8 +462,8 @@ static enum editor_state editor_one(struct editor *e, const char *prompt) {
     e->line = grow(e->line, 0, 1);
     *e->line = 0;
     enum editor_state state = editor_line(e);
-    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
     editor_restore();
+    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
     return state;
 }
 

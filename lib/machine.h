@@ -5,8 +5,8 @@
  *
  * A container is a control group with limits. What a group may use is the least of what it and all
  * groups above it have left (cgroups(7); of version 2 memory.max, memory.high, which slows down who
- * has more, and cpu.max; of version 1 memory.limit_in_bytes and cpu.cfs_quota_us). Within a container
- * the path that the kernel tells may be that of the host, of which only the end is there.
+ * has more, and cpu.max; of version 1 memory.limit_in_bytes and cpu.cfs_quota_us). Within a
+ * container the path that the kernel tells may be that of the host, of which only the end is there.
  *
  * Refuses to fail: what cannot be read limits nothing. */
 #ifndef MACHINE_H

@@ -204,7 +204,7 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
     float max = sampler_temper(logits, scaled, n, races ? sampling->temperature : 1.0f);
     if (!races || !isfinite(max)) {
         int token = 0;
-        max = sampler_temper(logits, scaled, n, 1.0f);
+        max = races ? sampler_temper(logits, scaled, n, 1.0f) : max;
         while (token < n - 1 && scaled[token] != max)
             token++;
         return isfinite(max) ? token : -1;

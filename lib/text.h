@@ -9,8 +9,8 @@
  * Whoever can fail takes room for one line and writes it there: what is at hand, what was found,
  * what was expected, a hint. Who prints it puts the program's name before it. A line never holds
  * control characters, for part of it may come from a file, and a file must not control the
- * terminal; nor is one told to do what it cannot. All of it is inlined, in C and C++; who includes this has bool, size_t, uint32_t and
- * FILE with it. */
+ * terminal; nor is one told to do what it cannot. All of it is inlined, in C and C++; who includes
+ * this has bool, size_t, uint32_t and FILE with it. */
 #ifndef TEXT_H
 #define TEXT_H
 

@@ -4,10 +4,11 @@
  *     wrap_write(&wrap, stdout, "Once upon", 9);
  *     wrap_write(&wrap, stdout, " a time", 7);
  *
- * Text is shown at once, as it comes, in pieces of whole characters. A word that turns out not to fit is taken back and written
- * again on the next line, so `stdout` is a terminal that moves its cursor. The last column stays
- * empty: what a terminal does when it has been written to differs. Characters of two columns are
- * words of their own; what is no text (control characters, bytes that are not UTF-8) is a `?`.
+ * Text is shown at once, as it comes, in pieces of whole characters. A word that turns out not to
+ * fit is taken back and written again on the next line, so `stdout` is a terminal that moves its
+ * cursor. The last column stays empty: terminals differ in what they do when it was written to.
+ * Characters of two columns are words of their own; what is no text (control characters, bytes that
+ * are not UTF-8) is a `?`.
  * Define WRAP_IMPLEMENTATION in one file, before including this.
  * Read next: text.h. */
 #ifndef WRAP_H

@@ -92,16 +92,21 @@ static inline double child_seconds(const struct rusage *usage) {
            1e-6 * (double)(usage->ru_utime.tv_usec + usage->ru_stime.tv_usec);
 }
 
-/* Becomes the program. Only in a child. */
-static inline void child_exec(const char *arguments) {
-    char command[COMMAND_LENGTH + 256];
-    snprintf(command, sizeof command, "exec %s %s", DYNAMO_PROGRAM, arguments);
+/* Becomes a shell's command. Only in a child. */
+static inline void child_shell(const char *command) {
     setenv("ASAN_OPTIONS", "exitcode=99:allocator_may_return_null=1:atexit_sleep_ms=0", 1);
     setenv("UBSAN_OPTIONS", "exitcode=99:print_stacktrace=1", 1);
     setenv("TSAN_OPTIONS", "exitcode=99:allocator_may_return_null=1:atexit_sleep_ms=0", 1);
     check_limit(CHILD_LIMIT);
     execl("/bin/sh", "sh", "-c", command, (char *)NULL);
     _exit(127);
+}
+
+/* Becomes the program. Only in a child. */
+static inline void child_exec(const char *arguments) {
+    char command[COMMAND_LENGTH + 256];
+    snprintf(command, sizeof command, "exec %s %s", DYNAMO_PROGRAM, arguments);
+    child_shell(command);
 }
 
 /* Memory of zeros that stays to the program's end: nobody frees what a test reads. */
@@ -167,12 +172,12 @@ static inline bool child_terminal(int *ours) {
     return *ours >= 0 && grantpt(*ours) == 0 && unlockpt(*ours) == 0;
 }
 
-/* Starts the program with stdin, stdout and stderr at a terminal, or with stdout in a pipe. */
-static inline struct live live_start(struct check *check, bool terminal, const char *arguments) {
+/* Starts a shell's command, its standard streams at a terminal, or its stdout in a pipe. */
+static inline struct live live_shell(struct check *check, bool terminal, const char *command) {
     struct live live = {.check = check, .pid = -1, .input = -1, .output = -1};
     int output[2] = {-1, -1};
     bool ok = terminal ? child_terminal(&live.input) : pipe2(output, O_CLOEXEC) == 0;
-    CHECK(ok, "no pipe or pseudo terminal for: %s", arguments);
+    CHECK(ok, "no pipe or pseudo terminal for: %s", command);
     fflush(stdout);
     live.pid = ok ? fork() : -1;
     if (live.pid == 0) {
@@ -186,13 +191,20 @@ static inline struct live live_start(struct check *check, bool terminal, const c
             dup2(output[1], STDOUT_FILENO);
             dup2(open("/dev/null", O_WRONLY), STDERR_FILENO);
         }
-        child_exec(arguments);
+        child_shell(command);
     }
     if (!terminal)
         close(output[1]);
     live.output = terminal ? live.input : output[0];
     live.text = keep(LIVE_LENGTH);
     return live;
+}
+
+/* Starts the program so. */
+static inline struct live live_start(struct check *check, bool terminal, const char *arguments) {
+    char command[COMMAND_LENGTH + 256];
+    snprintf(command, sizeof command, "exec %s %s", DYNAMO_PROGRAM, arguments);
+    return live_shell(check, terminal, command);
 }
 
 /* Seconds of processor time that it has used; -1: it is gone. */

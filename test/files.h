@@ -184,7 +184,7 @@ static inline void remove_folder(void) {
         perror("rm");
 }
 
-/* check_run with the folder $T, and a terminal that no line editor knows. */
+/* check_run with the folder $T, which is HOME, and a terminal that no line editor knows. */
 static inline int run_tests(const struct test *tests, size_t n_tests, int argc, char **argv) {
     static char folder[] = "/tmp/dynamo_test_XXXXXX";
     if (!mkdtemp(folder)) {
@@ -192,6 +192,7 @@ static inline int run_tests(const struct test *tests, size_t n_tests, int argc, 
         return 1;
     }
     setenv("T", folder, 1);
+    setenv("HOME", folder, 1);
     setenv("TERM", "dumb", 1);
     atexit(remove_folder);
     return check_run(tests, n_tests, argc, argv);

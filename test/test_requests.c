@@ -334,7 +334,7 @@ static void what_does_not_fit_is_refused(struct check *check) {
     shell(check,
           "grep -q 'weights of 0.0 GB and KV blocks of 1.0 GB do not fit the 0.' $T/words || "
           "! cat $T/words");
-    shell(check, "ulimit -v 900000; " DYNAMO_PROGRAM " model.bin --ids 1 -n 1 > $T/out");
+    shell(check, "ulimit -v 900000; " DYNAMO_PROGRAM " model.bin --ids 1 -n 1 > $T/out 2>&1");
 }
 
 int main(int argc, char **argv) {
