@@ -126,7 +126,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
-    watch_restore(run->watch);
+    (void)watch_restore(run->watch);
     trace_flush(run->trace);
 }
 
@@ -592,11 +592,12 @@ static void stop_program(struct run *run) {
     sigaddset(&stop, SIGTSTP);
     pthread_mutex_lock(&run->closing);
     editor_restore();
-    watch_restore(run->watch);
+    bool erased = watch_restore(run->watch);
     (void)raise(SIGTSTP);
     pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
     pthread_sigmask(SIG_BLOCK, &stop, NULL);
-    watch_resume(run->watch);
+    if (erased)
+        watch_resume(run->watch);
     pthread_mutex_unlock(&run->closing);
     (void)kill(getpid(), SIGCONT);
 }
@@ -628,7 +629,7 @@ static void *watch_signals(void *argument) {
         if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
-            watch_restore(run->watch);
+            (void)watch_restore(run->watch);
             if (run->answers.engine && run->trace) { /* nothing is noted any more */
                 engine_lock(run->answers.engine);
                 (void)trace_close(run->trace, error);

@@ -28,9 +28,9 @@ struct ledger watch_ledger(struct watch *watch);
 void watch_begin(struct watch *watch, const struct answers *answers); /* before the first event */
 bool watch_start(struct watch *watch); /* false: it cannot start a thread */
 void watch_stop(struct watch *watch);  /* NULL, or not started: nothing is done */
-/* Erases the picture, from any thread: the program ends or is stopped. Nothing is drawn any more
- * until watch_resume. NULL: nothing is done. */
-void watch_restore(struct watch *watch);
+/* Erases the picture, from any thread: the program ends or is stopped. True: nothing is drawn any
+ * more until watch_resume; false: the terminal takes nothing. NULL: nothing is done. */
+bool watch_restore(struct watch *watch);
 void watch_resume(struct watch *watch);
 void watch_json(FILE *out, struct watch *watch);  /* an object; takes the engine's lock */
 void watch_close(struct watch *watch);            /* NULL: nothing is done */
@@ -536,17 +536,19 @@ void watch_stop(struct watch *w) {
     w->started = false;
 }
 
-void watch_restore(struct watch *w) {
-    int tries = 0;
-    while (w && pthread_mutex_trylock(&w->drawing) != 0 && tries++ < WATCH_RESTORE_TRIES)
+bool watch_restore(struct watch *w) {
+    for (int tries = 0; w && tries < WATCH_RESTORE_TRIES; tries++) {
+        if (pthread_mutex_trylock(&w->drawing) == 0) {
+            watch_erase(w, 500);
+            return true;
+        }
         (void)poll(NULL, 0, 10);
-    if (w && tries < WATCH_RESTORE_TRIES)
-        watch_erase(w, 500);
+    }
+    return false;
 }
 
 void watch_resume(struct watch *w) {
-    if (w)
-        pthread_mutex_unlock(&w->drawing);
+    pthread_mutex_unlock(&w->drawing);
 }
 
 void watch_close(struct watch *w) {

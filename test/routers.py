@@ -52,8 +52,9 @@ http {
 LITELLM = """
 model_list:
 %s
-router_settings: {num_retries: 3, allowed_fails: 1, cooldown_time: 2}
-general_settings: {background_health_checks: true, health_check_interval: 2}
+router_settings: {num_retries: 5, retry_after: 0, allowed_fails: 0, cooldown_time: 5}
+general_settings: {background_health_checks: true, health_check_interval: 2,
+                   enable_health_check_routing: true}
 litellm_settings: {callbacks: ["prometheus"], request_timeout: 60}
 """
 
@@ -126,12 +127,16 @@ def request(name, i, stream):
             "stream": stream}
 
 
+errors = {}  # what clients were told, and how often
+
+
 def judge(port, name, i, expected):
     """right, error, cut: what a client got; anything else is wrong."""
     stream = i % 2 == 1
     try:
         status, text, ended = ask(port, "/v1/completions", request(name, i, stream))
         if status != 200:
+            errors[f"{status}: {text[:200]}"] = errors.get(f"{status}: {text[:200]}", 0) + 1
             return "error" if status >= 400 else "wrong"
         text = text if stream else json.loads(text)["choices"][0]["text"]
     except (OSError, http.client.HTTPException):
@@ -180,7 +185,8 @@ def start_litellm(folder, port, servers, name):
         f"api_base: 'http://127.0.0.1:{s.port}/v1', api_key: none}}" for s in servers)
     with open(f"{folder}/litellm.yaml", "w") as file:
         file.write(LITELLM % rows)
-    environment = dict(os.environ, LITELLM_LOCAL_MODEL_COST_MAP="True")
+    environment = dict(os.environ, LITELLM_LOCAL_MODEL_COST_MAP="True",
+                       LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY="true")
     command = [shutil.which("litellm", path=os.path.dirname(sys.executable)) or "litellm",
                "--config", f"{folder}/litellm.yaml", "--port", str(port), "--host", "127.0.0.1"]
     log = open(f"{folder}/litellm.log", "w")
@@ -197,6 +203,7 @@ def judge_router(router, options, folder):
     start = start_nginx if router == "nginx" else lambda *a: start_litellm(*a, name)
     process, path = start(folder, port, servers)
     ok = True
+    errors.clear()
     try:
         wait_for(port, path, process)
         shares = []
@@ -210,7 +217,7 @@ def judge_router(router, options, folder):
         time.sleep(3)
         after = load(port, name, expected, range(40), options.clients)
         servers[1].start()
-        time.sleep(3)
+        time.sleep(6)
         again = load(port, name, expected, range(40), options.clients)
         returned = servers[1].answered()
         ok = (not during.get("wrong") and after == {"right": 40} and again == {"right": 40} and
@@ -218,6 +225,8 @@ def judge_router(router, options, folder):
         print(f"{router}: {options.requests} requests, one server killed: {during}; answered before "
               f"by each {shares}; then {after}; with both again {again}, {returned:.0f} of them by "
               f"the one that came back")
+        for error, n in errors.items():
+            print(f"{router}: {n} times: {error}")
         if router == "litellm":
             health = json.loads(ask(port, "/health")[1])
             metrics = ask(port, "/metrics/")[1]

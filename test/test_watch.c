@@ -232,6 +232,9 @@ static void signals_leave_a_terminal(struct check *check) {
     for (size_t i = 0; i < COUNT(signals); i++) {
         struct live live = start(check, "xterm", ROWS);
         live_until(&live, "copies ");
+        kill(live.pid, SIGTSTP); /* no shell could let it go on, so it does so itself */
+        live_until(&live, "\033[r\0338\033[J");
+        live_until(&live, "copies ");
         kill(live.pid, signals[i]);
         if (signals[i] == SIGINT)
             live_until(&live, "\033[r\0338\033[J");
