@@ -89,7 +89,8 @@ struct request {
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
     int saved;                    /* node of the block it was preempted in; -1: none */
-    int copy_failures;
+    int copy_failures;            /* of the block that it waits for */
+    const char *why;              /* it was preempted last, or will be when the step is done */
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
@@ -256,6 +257,8 @@ enum event_kind {
     EVENT_HANDED_OVER, /* request: its prefill is done; from, to: workers */
     EVENT_FINISHED,    /* request; worker, or -1: it was waiting; n: tokens of its answer; reason;
                         * why: its error, or NULL */
+    EVENT_FAILED,      /* worker: what it had is lost */
+    EVENT_ROLE,        /* worker; why: what it does from now on */
     EVENT_EVICTED,     /* node; from: a place; why: what is left of it */
     EVENT_COPY_ORDERED, /* node; from, to: places; why */
     EVENT_STEP,         /* worker; step: it is not yet reported to sched_done */
@@ -371,6 +374,13 @@ bool kv_make_room(struct kv *kv, int worker, int n);
 void kv_clean(struct kv *kv, int worker);
 /* The next copy for a worker to carry out: those into the worker first, then page-outs. */
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
+/* A worker has failed: what its slots hold is void, and so are copies from and to it: orders not
+ * yet given out are taken back, the others fail when they are reported. What was nowhere else is
+ * lost. Pins stay until they are unpinned; nothing is ordered from or to there any more. */
+void kv_lose(struct kv *kv, int worker);
+/* It is back, and empty. False: a slot is pinned yet, or in flight. */
+bool kv_regain(struct kv *kv, int worker);
+bool kv_is_lost(const struct kv *kv, int node);  /* no place holds its content */
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
@@ -423,6 +433,18 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
 int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+/* A worker has failed: its memory is gone. What it had goes on elsewhere, from what others and the
+ * host hold. Its step, reported or not, is void (and requests that it names may be gone); copies
+ * from and to it are reported when they have ended, and have failed then. Where no worker is left
+ * that has a role, all that are left have it; without any each request ends with an error. */
+void sched_fail(struct sched *sched, int worker, double now);
+/* It will fail at a time, and be back at another; INFINITY: never. */
+void sched_fail_at(struct sched *sched, int worker, double fails, double returns);
+bool sched_is_lost(const struct sched *sched, int worker);
+/* It is back, and empty. False: a step or copies of it have not yet been reported. */
+bool sched_return(struct sched *sched, int worker, double now);
+/* Gives a worker another role: what it has it finishes. */
+void sched_set_role(struct sched *sched, int worker, bool prefills, bool decodes, double now);
 /* The workers that may have a step to compute, and need be woken: one of them with each call, which
  * strikes it off; -1: there are no others. */
 int sched_concerned(struct sched *sched);
