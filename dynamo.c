@@ -401,8 +401,9 @@ static void *worker_main(void *argument) {
         double end = engine_now();
         pthread_mutex_lock(&engine->lock);
         count_pace(engine, &step->batch, end - start);
-        stamp(engine,
-              &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});
+        if (!sched_is_lost(engine->sched, worker->index))
+            stamp(engine,
+                  &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});
         sched_done(engine->sched, worker->index, step, end);
         engine_wake(engine);
     }

@@ -243,6 +243,18 @@ static bool plan_engine(const struct run *run, int n_gpus, struct engine_config 
     return true;
 }
 
+/* False: there is no such worker. */
+static bool plan_failures(const struct options *o, int n_workers, struct sched *sched, double now,
+                          char *error) {
+    for (int i = 0; i < o->n_failures; i++) {
+        const struct failure *f = &o->failures[i];
+        if (f->worker >= n_workers)
+            return fail(error, "--fail: got worker %d, expected 0 to %d", f->worker, n_workers - 1);
+        sched_fail_at(sched, f->worker, now + f->at, now + f->back);
+    }
+    return true;
+}
+
 static bool open_engine(struct run *run, char *error) {
     struct engine_config config = {.backend = run->backend,
                                    .chunk = run->backend->chunk,
@@ -254,7 +266,8 @@ static bool open_engine(struct run *run, char *error) {
     if (engine)
         trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
     run->answers.engine = engine;
-    return engine != NULL;
+    return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
+                                   engine_now(), error);
 }
 
 /* ---- running ---- */
@@ -403,6 +416,10 @@ static int run_sim(struct run *run) {
     if (!sim)
         return refuse(error);
     trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
+    if (!plan_failures(o, config.n_workers, sim_sched(sim), sim_now(sim), error)) {
+        sim_close(sim);
+        return refuse(error);
+    }
     bool ok = sim_run(sim, error);
     if (!ok)
         complain(error);
