@@ -1564,6 +1564,95 @@ static void a_copy_that_never_ends(struct check *check) {
     sched_destroy(s);
 }
 
+/* An answer that has lost its place is no new request: it takes none of the queue's places. */
+static void who_is_preempted_is_not_queued(struct check *check) {
+    struct sched *s = open_one(4, 0, 4);
+    static struct job jobs[4];
+    s->config.max_queue = 1;
+    ask(s, &jobs[0], 0, 33, 31); /* 3 blocks, 4 in the end */
+    ask(s, &jobs[1], 1, 10, 50);
+    for (int i = 0; i < 40 && jobs[1].request.preemptions == 0; i++)
+        (void)step_once(s, 0);
+    CHECK(jobs[1].request.state == REQUEST_WAITING && s->preempted.length == 1, "not preempted");
+    ask(s, &jobs[2], 2, 33, 6);
+    CHECK(jobs[2].request.state == REQUEST_WAITING, "refused: %s", jobs[2].request.error);
+    ask(s, &jobs[3], 3, 33, 6);
+    CHECK(strstr(jobs[3].request.error, "the queue is full"), "%s", jobs[3].request.error);
+    run_all(check, s);
+    sched_destroy(s);
+}
+
+/* Who waits again waits for no block: the time of the one that it waited for does not end it. */
+static void who_is_sent_back_is_not_late(struct check *check) {
+    struct sched *s = open_pools(8, 8, 4, 64);
+    static struct job job;
+    struct kv_copy_order orders[8];
+    s->config.copy_seconds = 2;
+    ask(s, &job, 0, 33, 9);
+    int n = step_once(s, 0) == 33 ? sched_copies(s, 1, orders, 8) : 0;
+    CHECK(n == 3 && !sched_next(s, 1, 1) && job.request.late == 3, "late at %g", job.request.late);
+    send_back(s, &job.request, "a test", 1.5);
+    CHECK(job.request.state == REQUEST_WAITING && job.request.late == INFINITY, "it waits");
+    sched_expire(s, 3);
+    CHECK(job.request.state != REQUEST_FINISHED, "%s", job.request.error);
+    for (int i = 0; i < n; i++)
+        sched_copied(s, &orders[i], true, 3);
+    run_all(check, s);
+    CHECK(job.request.reason == FINISH_LENGTH, "%s", job.request.error);
+    sched_destroy(s);
+}
+
+/* Written through, no more than the last block is computed again; the other pool takes over. */
+static void a_failed_worker_loses_one_block(struct check *check) {
+    struct sched_config config = {.kv = {.n_workers = 2,
+                                         .device_blocks = {8, 8},
+                                         .host_blocks = 16,
+                                         .policy = KV_WRITE_THROUGH},
+                                  .prefills = {true, false},
+                                  .decodes = {false, true},
+                                  .max_batch = 4,
+                                  .chunk = 64,
+                                  .copies_in_flight = 64,
+                                  .context_length = 4096,
+                                  .vocab_size = VOCABULARY,
+                                  .ends_text = ends_text};
+    struct sched *s = sched_create(&config);
+    static struct job jobs[2];
+    const struct request *r = &jobs[0].request;
+    ask(s, &jobs[0], 0, 40, 40);
+    for (int i = 0; i < 30 && r->length < 60; i++) {
+        (void)step_once(s, 0);
+        (void)step_once(s, 1);
+    }
+    CHECK(r->state == REQUEST_RUNNING && r->decode_worker == 1 && r->length == 60, "it runs");
+    sched_fail(s, 1, 0);
+    CHECK(sched_is_lost(s, 1) && s->config.decodes[0] && r->decode_worker == 0, "taken over");
+    CHECK(sched_stats(s).recomputed_tokens == 59 - 48, "%d tokens are computed again",
+          (int)sched_stats(s).recomputed_tokens);
+    struct step *step = NULL;
+    for (int i = 0; i < 3 && !step; i++) { /* copies come first */
+        struct kv_copy_order orders[8];
+        step = sched_next(s, 0, 0);
+        for (int n = sched_copies(s, 0, orders, 8); n > 0; n--)
+            sched_copied(s, &orders[n - 1], true, 0);
+    }
+    CHECK(step && step->batch.n_rows == 11 && step->batch.n_sequences == 11 &&
+              step->batch.sequence[0].generated && step->batch.n_samples == 0,
+          "rows of the answer, each by itself");
+    if (step)
+        sched_done(s, 0, step, 0);
+    while (!is_idle(s) && step_once(s, 0) >= 0) {
+    }
+    CHECK(r->reason == FINISH_LENGTH && r->length == 80 && r->preemptions == 1, "%s", r->error);
+    CHECK(sched_return(s, 1, 0) && s->config.decodes[1] && !s->config.decodes[0], "it is back");
+    sched_fail(s, 0, 0);
+    sched_fail(s, 1, 0);
+    ask(s, &jobs[1], 1, 5, 5);
+    CHECK(strstr(jobs[1].request.error, "all workers have failed"), "%s", jobs[1].request.error);
+    CHECK(is_idle(s) && !kv_check(sched_kv(s)), "%s", kv_check(sched_kv(s)));
+    sched_destroy(s);
+}
+
 /* ---- a long queue ---- */
 
 enum { QUEUE = 20000, SHORT_QUEUE = 100, SMALL_ANSWER = 8 };
@@ -1798,6 +1887,9 @@ int main(int argc, char **argv) {
         {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
+        {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
+        {"who_is_sent_back_is_not_late", who_is_sent_back_is_not_late},
+        {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"preempting_costs_the_same", preempting_costs_the_same},
         {"answers_have_room_to_grow", answers_have_room_to_grow},
         {"random_operations", random_operations},
