@@ -1566,18 +1566,18 @@ static void a_copy_that_never_ends(struct check *check) {
 
 /* An answer that has lost its place is no new request: it takes none of the queue's places. */
 static void who_is_preempted_is_not_queued(struct check *check) {
-    struct sched *s = open_one(4, 0, 4);
-    static struct job jobs[4];
-    s->config.max_queue = 1;
-    ask(s, &jobs[0], 0, 33, 31); /* 3 blocks, 4 in the end */
-    ask(s, &jobs[1], 1, 10, 50);
-    for (int i = 0; i < 40 && jobs[1].request.preemptions == 0; i++)
+    struct sched *s = open_one(8, 0, 4);
+    static struct job jobs[6];
+    for (int i = 0; i < 4; i++)
+        ask(s, &jobs[i], i, 10, 100);
+    for (int i = 0; i < 200 && s->preempted.length == 0; i++)
         (void)step_once(s, 0);
-    CHECK(jobs[1].request.state == REQUEST_WAITING && s->preempted.length == 1, "not preempted");
-    ask(s, &jobs[2], 2, 33, 6);
-    CHECK(jobs[2].request.state == REQUEST_WAITING, "refused: %s", jobs[2].request.error);
-    ask(s, &jobs[3], 3, 33, 6);
-    CHECK(strstr(jobs[3].request.error, "the queue is full"), "%s", jobs[3].request.error);
+    CHECK(s->preempted.length > 0 && s->waiting.length == 0, "nobody was preempted");
+    s->config.max_queue = 1;
+    for (int i = 4; i < 6; i++)
+        ask(s, &jobs[i], i, 65, 6);
+    CHECK(jobs[4].request.state == REQUEST_WAITING, "refused: %s", jobs[4].request.error);
+    CHECK(strstr(jobs[5].request.error, "the queue is full"), "%s", jobs[5].request.error);
     run_all(check, s);
     sched_destroy(s);
 }
