@@ -151,7 +151,8 @@ struct device {
 };
 
 /* Functions that can fail return NULL or false and write one line into `error`; the ops cannot
- * fail: a fault of the device ends the program with its file and line.
+ * fail: a fault of the device is told with its file and line, and ends the program, or what the
+ * engine had there: see backend_options.
  *
  * The activations belong to the device: x (n_rows, d_model) f32 is the residual stream, and q, k,
  * v, attention and ffn are what the ops below leave for each other, in its own layout. An op is
@@ -236,7 +237,8 @@ struct backend_options {
     int n_threads;               /* of the CPU backend: so many run at once */
     uint64_t copy_delay_seed;    /* tests: not 0 delays each copy by a random time */
     bool plain;                  /* no instructions that only some processors have */
-    void (*lost)(void *context); /* called before a device's fault ends the program; or NULL */
+    void (*lost)(void *context); /* called before a device's fault ends the program, which it does
+                                  * not if this does not return; or NULL */
     void *context;
 };
 
@@ -507,7 +509,9 @@ struct engine;
 /* Loads the weights and takes both tiers; no thread runs yet. NULL: `error` is one line. */
 struct engine *engine_open(const struct engine_config *config, char *error);
 bool engine_start(struct engine *engine); /* starts the workers' threads; false: it cannot */
-void engine_close(struct engine *engine); /* ends them; NULL: nothing is done */
+/* Ends them; NULL: nothing is done. False: a device is lost, so its memory stays, and the backend
+ * cannot be closed: the program must end. */
+bool engine_close(struct engine *engine);
 /* As it was given, with the numbers of blocks that were chosen. */
 const struct engine_config *engine_config_of(const struct engine *engine);
 /* Requests are submitted and read under the lock. engine_wait lets go of it until something has
@@ -532,7 +536,8 @@ struct sched_config engine_sched_config(const struct engine_config *config);
 struct model_cost model_cost(const struct model *model);
 struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
                            enum kv_type kv_type, const struct batch *batch);
-/* Names the requests that end with the program on stderr: for backend_options.lost. */
+/* For backend_options.lost: in a thread of the engine it does not return, and all workers of the
+ * device's GPU are lost, see sched_fail. Else it names the requests that end with the program. */
 void engine_tell_lost(struct engine *engine);
 
 /* ---- small things that several files need ---- */

@@ -577,13 +577,13 @@ static int run_model(struct run *run) {
     struct engine *engine = run->answers.engine;
     run->answers.engine = NULL;
     pthread_mutex_unlock(&run->closing);
-    engine_close(engine);
+    bool closed = engine_close(engine);
     load_close(run->load);
     if (!trace_close(run->trace, error)) {
         complain(error);
         status = EXIT_FILE;
     }
-    if (run->backend)
+    if (run->backend && closed)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);
     free(run->answers.template.system);

@@ -337,7 +337,8 @@ static bool read_choice(const struct value *value, void *target) {
 }
 
 /* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t;
- * struct size; struct device_list (PLACES: without cpu); struct options (FAILURE); int, which of the words, from 1. */
+ * struct size; struct device_list (PLACES: without cpu); struct options (FAILURE); int, which of
+ * the words, from 1. */
 static const struct kind FLAG = {read_flag, 0, "no value"};
 static const struct kind TEXT = {read_text, '"', "a text without zero bytes"};
 static const struct kind PROMPT = {read_prompt, '"', "a text"};
