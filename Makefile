@@ -48,6 +48,9 @@ $(TESTED): $(OBJECTS)
 $(B)/%.o: %.c $(B)/flags
 	$(CC) $(FLAGS) -c $< -o $@
 
+# page.html is a part of it
+$(B)/dynamo.o: app/page.html
+
 # the assembler's report beside it says what each kernel takes: test/spills.sh reads it
 $(B)/kernels.cuda.o: $(CUDA_SOURCES) $(B)/flags
 	@echo 'nvcc compiles the kernels for $(CHIPS), which takes a while (make NVCC= leaves CUDA out)'

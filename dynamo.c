@@ -746,13 +746,30 @@ static void open_locks(struct engine *engine) {
     pthread_condattr_destroy(&monotonic);
 }
 
-/* Asked before many GB are read. The devices of the CPU share them; for a GPU, upload asks. */
-static bool weights_fit(const struct engine *engine, char *error) {
-    double free_bytes = (double)machine_free_memory("");
-    double bytes = engine->cost.bytes + engine->cost.expert_bytes;
-    return engine->config.backend->n_gpus > 0 || free_bytes <= 0 || bytes <= free_bytes ||
-           fail(error, "weights of %.1f GB do not fit the %.1f GB of memory that are left",
-                1e-9 * bytes, 1e-9 * free_bytes);
+/* Asked before many GB are read: weights, which the devices of the CPU share, and both tiers as far
+ * as someone said how large. For what a GPU holds, upload and alloc ask. */
+static bool memory_fits(const struct engine *engine, char *error) {
+    const struct engine_config *config = &engine->config;
+    const struct tensor *const *first = config->model->layers[0];
+    double left = (double)machine_free_memory(""), weights = 0;
+    double host = fmax(config->host_blocks, 0) * (double)part_bytes(engine, 1), blocks = host;
+    if (config->backend->n_gpus == 0) {
+        weights = engine->cost.bytes + engine->cost.expert_bytes;
+        weights += first[TOKEN_EMBD] != first[OUTPUT] ? (double)first[TOKEN_EMBD]->bytes : 0;
+        for (int i = 0; i < config->n_workers; i++)
+            blocks += fmax(config->workers[i].blocks, 0) * config->workers[i].n_shards *
+                      (double)part_bytes(engine, config->workers[i].n_shards);
+    }
+    if (left <= 0 || weights + blocks <= left)
+        return true;
+    if (blocks > 0)
+        return fail(error,
+                    "weights of %.1f GB and KV blocks of %.1f GB do not fit the %.1f GB of memory "
+                    "that are left; lower %s",
+                    1e-9 * weights, 1e-9 * blocks, 1e-9 * left,
+                    host > 0.5 * blocks ? "--kv-host" : "--kv-device");
+    return fail(error, "weights of %.1f GB do not fit the %.1f GB of memory that are left",
+                1e-9 * weights, 1e-9 * left);
 }
 
 struct engine *engine_open(const struct engine_config *config, char *error) {
@@ -765,7 +782,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
     engine->cost = model_cost(config->model);
     open_locks(engine);
     engine->rope_frequency = rope_frequencies(config->model);
-    bool ok = engine->rope_frequency && weights_fit(engine, error);
+    bool ok = engine->rope_frequency && memory_fits(engine, error);
     for (int i = 0; i < config->n_workers && ok; i++)
         ok = open_worker(engine, i, error);
     if (ok && size_tiers(engine, error) && open_tiers(engine, error) && open_sched(engine))
@@ -879,7 +896,7 @@ void engine_limits(struct engine *engine, double *read, double *ops) {
                                 model_main_type(config->model), read, ops);
 }
 
-void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {
+int engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {
     int n_blocks = blocks_of(start + n);
     int *numbers = calloc(5 * (size_t)n + (size_t)n_blocks, sizeof *numbers);
     struct sampling *greedy = calloc((size_t)n, sizeof *greedy);
@@ -905,8 +922,12 @@ void engine_logits(struct engine *engine, const int *tokens, int start, int n, f
     for (int i = 0; i < n_blocks; i++) /* the first of the worker: nobody else uses them */
         batch.block_table[i] = i;
     forward(&engine->workers[0], &batch, batch.sampled, logits);
+    int n_good = 0;
+    while (n_good < n && batch.sampled[n_good] >= 0)
+        n_good++;
     free(greedy);
     free(numbers);
+    return n_good;
 }
 
 /* ---- main: the code of the headers that stand around the engine is compiled here ---- */
@@ -917,6 +938,7 @@ void engine_logits(struct engine *engine, const int *tokens, int start, int n, f
 #define TEMPLATE_IMPLEMENTATION
 #define JSON_IMPLEMENTATION
 #define CLI_IMPLEMENTATION
+#define WRAP_IMPLEMENTATION
 #include "lib/cli.h"
 #include "lib/gguf.h"
 #include "lib/json.h"
@@ -925,12 +947,15 @@ void engine_logits(struct engine *engine, const int *tokens, int start, int n, f
 #include "lib/tokenizer.h"
 
 #define ANSWERS_IMPLEMENTATION
+#define HTTP_IMPLEMENTATION
+#define SERVE_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
 #define SIM_IMPLEMENTATION
 #define PLAN_IMPLEMENTATION
 #define TERMINAL_IMPLEMENTATION
 #define STATS_IMPLEMENTATION
 #define TRACE_IMPLEMENTATION
+#define WATCH_IMPLEMENTATION
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
@@ -942,6 +967,7 @@ void engine_logits(struct engine *engine, const int *tokens, int start, int n, f
 #include "app/stats.h"
 #include "app/terminal.h"
 #include "app/trace.h"
+#include "app/watch.h"
 
 int main(int argc, char **argv) {
     return run_program(argc, argv);

@@ -67,12 +67,15 @@ struct request {
     int64_t id;            /* unique; the order of arrival, and of seniority */
     int *tokens;           /* (capacity of n_prompt + max_new) */
     int n_prompt, max_new; /* max_new >= 1 */
+    int min_new;           /* an end token before so many is one like others */
     struct sampling sampling;
-    double deadline; /* seconds after its arrival when it is ended; <= 0: none */
+    struct sampler_top *top; /* (max_new) of each new token; NULL: nobody asks */
+    double deadline;         /* seconds after its arrival when it is ended; <= 0: none */
 
     enum request_state state;
     enum finish_reason reason; /* why it has ended, or will when its step is done */
     char error[ERROR_LENGTH];
+    bool refused; /* its error: the queue was full */
     int length, filled, preemptions;
     int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
     int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
@@ -115,7 +118,8 @@ struct batch {
     int *block_table;                     /* (n_blocks) slots on the worker that runs the step */
     int *sample_row;                      /* (n_samples) rows whose logits are wanted */
     struct sampling *sampling;            /* (n_samples) */
-    int *sampled;                         /* (n_samples) out: the token for position + 1 */
+    struct sampler_top **top;             /* (n_samples) out, NULL or each NULL: not asked for */
+    int *sampled; /* (n_samples) out: the token for position + 1; -1: see lib/sampler.h */
 };
 
 /* ---- the backend interface: CPU, CUDA ---- */
@@ -440,7 +444,8 @@ void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool o
  * from and to it are reported when they have ended, and have failed then. Where no worker is left
  * that has a role, all that are left have it; without any each request ends with an error. */
 void sched_fail(struct sched *sched, int worker, double now);
-/* It will fail at a time, and be back at another; INFINITY: never. */
+/* It will fail at a time, or when the step ends that it computes then, and be back at another;
+ * INFINITY: never. */
 void sched_fail_at(struct sched *sched, int worker, double fails, double returns);
 bool sched_is_lost(const struct sched *sched, int worker);
 /* It is back, and empty. False: a step or copies of it have not yet been reported. */
@@ -456,6 +461,11 @@ double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
+struct sched_load {                                     /* where they are */
+    int prefilling[MAX_WORKERS], decoding[MAX_WORKERS]; /* or will when their blocks are there */
+    int waiting, preempted;                             /* new ones; those that lost their blocks */
+};
+struct sched_load sched_load(const struct sched *sched);
 struct sched_stats sched_stats(const struct sched *sched);
 
 /* ---- dynamo.c: an open engine, a model on its devices with both tiers of KV blocks ---- */
@@ -529,8 +539,8 @@ struct engine_stats engine_stats(struct engine *engine);
 void engine_limits(struct engine *engine, double *read, double *ops);
 /* Logits (n, vocab_size) of tokens [start, start + n) of a text, whose rows [0, start) were
  * computed by such calls before; n is at most `chunk`. Goes around the scheduler: before
- * engine_start. */
-void engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
+ * engine_start. Returns how many rows come before the first that has no probabilities. */
+int engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits);
 /* The scheduler that a configuration stands for, of which all numbers of blocks are known. */
 struct sched_config engine_sched_config(const struct engine_config *config);
 struct model_cost model_cost(const struct model *model);

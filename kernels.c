@@ -633,8 +633,8 @@ static void activate(enum gate_function activation, float *gate, const float *up
         if (activation == ACTIVATE_GELU)
             steep = (g + g * g * g * 0.044715f) * 1.5957691216f; /* 2 sqrt(2 / pi) */
         if (activation == ACTIVATE_CLAMPED) {
-            g = min_vec(g, limit);
-            u = min_vec(max_vec(u, -limit), limit) + one;
+            g = min_vec(limit, g);
+            u = min_vec(limit, max_vec(-limit, u)) + one;
             steep = g * 1.702f;
         }
         store(gate + i, g / (exp_vec(-steep) + 1.0f) * u);
@@ -1584,8 +1584,11 @@ static void draw_token(struct cpu_device *device, const void *first, int index, 
     size_t at = (size_t)index * (size_t)n;
     int position = batch->position[batch->sample_row[sample]] + 1;
     (void)end;
-    device->sampled[sample] = sampler_draw(&batch->sampling[sample], position, device->logits + at,
-                                           n, device->scaled + at, device->candidates + at);
+    int token = sampler_draw(&batch->sampling[sample], position, device->logits + at, n,
+                             device->scaled + at, device->candidates + at);
+    device->sampled[sample] = token;
+    if (batch->top && batch->top[sample] && token >= 0)
+        sampler_top(device->logits + at, n, token, batch->top[sample]);
 }
 
 /* The tokens of samples [first, first + n), of which the logits are there. */

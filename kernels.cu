@@ -883,8 +883,8 @@ DEVICE float activate(int activation, float gate, float up) {
     if (activation == ACTIVATE_GELU)
         steep = fmaf(gate * gate * gate, 0.044715f, gate) * 1.5957691216f; /* 2 sqrt(2 / pi) */
     if (activation == ACTIVATE_CLAMPED) {
-        gate = fminf(gate, 7.0f);
-        up = fminf(fmaxf(up, -7.0f), 7.0f) + 1.0f;
+        gate = gate > 7.0f ? 7.0f : gate; /* NaN stays */
+        up = (up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up) + 1.0f;
         steep = gate * 1.702f;
     }
     return __fdividef(gate, 1.0f + __expf(-steep)) * up;

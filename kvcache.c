@@ -111,7 +111,6 @@ struct place {
 struct kv {
     struct kv_config config;
     int host;                    /* its place, behind the workers */
-    int n_wanting;               /* workers whose `wanted` is not 0 */
     int n_spare;                 /* clean copies on the host that the cleaners may need */
     int first_free;              /* node */
     uint64_t clock, last_serial; /* last_serial: of the last registration */
@@ -119,6 +118,7 @@ struct kv {
     size_t n_buckets;            /* a power of two */
     int *buckets;                /* (n_buckets) first node of each chain */
     struct place places[MAX_WORKERS + 1];
+    uint64_t wanting[MAX_WORKERS / 64]; /* a bit for each worker whose `wanted` is not 0 */
     struct kv_stats stats;
 };
 
@@ -187,6 +187,8 @@ static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
         heap_set(heap, i, heap[up]);
     for (int first; (first = HEAP_WAYS * i + 1) < n;) {
         int child = first;
+        for (int way = 0; way < HEAP_WAYS; way++) /* what may be compared next comes meanwhile */
+            __builtin_prefetch(&heap[HEAP_WAYS * (first + way) + 1]);
         if (first + HEAP_WAYS <= n) { /* no branch on heats: nothing could predict it */
             int other = first + 2 + (heap[first + 3].heat < heap[first + 2].heat);
             child += heap[first + 1].heat < heap[first].heat;
@@ -290,8 +292,8 @@ static void free_slot(struct kv *kv, struct copy *c) {
 /* ---- the index ---- */
 
 uint64_t kv_hash(uint64_t before, const int *tokens) {
-    for (int i = 0; i < BLOCK_TOKENS; i++)
-        before = mix(before, (uint64_t)tokens[i]);
+    for (int i = 0; i < BLOCK_TOKENS; i += 2)
+        before = mix(before, (uint64_t)tokens[i] << 32 | (uint32_t)tokens[i + 1]);
     return before;
 }
 
@@ -456,7 +458,7 @@ struct kv *kv_create(const struct kv_config *config) {
     while (n_buckets < n)
         n_buckets *= 2;
     size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
-    size_t bytes = sizeof(struct kv) + (n + 1) * each + n_buckets * sizeof(int);
+    size_t bytes = sizeof(struct kv) + (n + MAX_WORKERS + 2) * each + n_buckets * sizeof(int);
     struct kv *kv = calloc(1, bytes);
     if (!kv)
         return NULL;
@@ -468,15 +470,17 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->host = config->n_workers;
     kv->n_buckets = n_buckets;
     struct copy *copies = (struct copy *)(kv->nodes + n);
-    struct entry *heaps = (struct entry *)(copies + n);
-    kv->buckets = (int *)(heaps + 2 * n);
+    kv->buckets = (int *)(copies + n);
+    uintptr_t heap = (uintptr_t)(kv->buckets + n_buckets);
+    heap += -(heap + sizeof(struct entry)) % 64; /* those below an entry are a line of the cache */
+    struct entry *heaps = (struct entry *)heap;
     for (int i = 0; i <= kv->host; i++) {
         struct place *at = &kv->places[i];
         at->n_slots = i < kv->host ? config->device_blocks[i] : config->host_blocks;
         at->n[FREE] = at->n_slots;
         at->heap[CLEAN] = heaps;
-        at->heap[DIRTY] = heaps += at->n_slots;
-        heaps += at->n_slots;
+        at->heap[DIRTY] = heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
+        heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
         at->copies = at->free = copies; /* nothing is touched before it is used */
         copies += at->n_slots;
         kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
@@ -503,9 +507,10 @@ int kv_reclaimable(const struct kv *kv, int worker) {
     return kv->places[worker].gone ? 0 : n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
-static void want(struct kv *kv, struct place *at, int n) { /* n free slots; 0: none */
-    kv->n_wanting += (n > 0) - (at->wanted > 0);
-    at->wanted = n;
+static void want(struct kv *kv, int worker, int n) { /* n free slots; 0: none */
+    uint64_t *bits = &kv->wanting[worker / 64], bit = (uint64_t)1 << worker % 64;
+    *bits = n > 0 ? *bits | bit : *bits & ~bit;
+    kv->places[worker].wanted = n;
 }
 
 bool kv_make_room(struct kv *kv, int worker, int n) {
@@ -513,7 +518,7 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
     const struct place *host = &kv->places[kv->host];
     int can = kv_reclaimable(kv, worker);
     if (at->wanted <= n || at->wanted > can)
-        want(kv, at, at->n[FREE] < n && n <= can ? n : 0);
+        want(kv, worker, at->n[FREE] < n && n <= can ? n : 0);
     struct copy *victim; /* where n come to be free, nothing goes to the host: all stays there */
     while (n <= can && at->n[FREE] + at->n[LEAVING] < n && (victim = choose_victim(at))) {
         bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
@@ -564,30 +569,26 @@ bool kv_send(struct kv *kv, int node, int worker) {
     return to && fill(kv, to, "hand-over");
 }
 
-static void pin(struct kv *kv, struct copy *c) {
+bool kv_hold(struct kv *kv, int node, int place) {
+    struct copy **first = &kv->nodes[node].first, **link = first, *c;
+    if (!(kv->nodes[node].places[place / 64] >> place % 64 & 1))
+        return false;
+    while ((c = *link)->place != place)
+        link = &c->next;
+    *link = c->next; /* it stands first: it is asked for next */
+    c->next = *first;
+    *first = c;
     c->pins++;
     c->unused = false;
-    if (kv->nodes[c->node].first != c) { /* it stands first: it is asked for next */
-        unlink_copy(kv, c);
-        link_copy(kv, c, c->node);
-    }
     settle_copy(kv, c);
-}
-
-bool kv_hold(struct kv *kv, int node, int place) {
-    struct copy *c = copy_at(kv, node, place);
-    if (c)
-        pin(kv, c);
-    return c;
+    return true;
 }
 
 bool kv_fetch(struct kv *kv, int node, int worker) {
-    struct copy *to = copy_at(kv, node, worker);
-    if (to)
-        pin(kv, to);
-    else if (!choose_source(kv, node) || !(to = occupy(kv, node, worker, RESERVED)))
+    if (!kv_hold(kv, node, worker) &&
+        (!choose_source(kv, node) || !occupy(kv, node, worker, RESERVED)))
         return false;
-    return fill(kv, to, "fetch: a prefix hit");
+    return fill(kv, kv->nodes[node].first, "fetch: a prefix hit");
 }
 
 void kv_unpin(struct kv *kv, int node, int place) {
@@ -708,13 +709,15 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     if (!moved)
         settle_copy(kv, from);
     settle(kv, order->node);
-    for (int i = 0; i < kv->host && kv->n_wanting > 0; i++) {
-        struct place *worker = &kv->places[i];
-        if (worker->n[FREE] + worker->n[LEAVING] < worker->wanted)
-            (void)kv_make_room(kv, i, worker->wanted); /* what had no room on the host goes */
-        else if (worker->n[FREE] >= worker->wanted)
-            want(kv, worker, 0);
-    }
+    for (int i = 0; i < MAX_WORKERS / 64; i++)
+        for (uint64_t bits = kv->wanting[i]; bits != 0; bits &= bits - 1) {
+            int w = 64 * i + __builtin_ctzll(bits);
+            const struct place *worker = &kv->places[w];
+            if (worker->n[FREE] + worker->n[LEAVING] < worker->wanted)
+                (void)kv_make_room(kv, w, worker->wanted); /* what had no room on the host goes */
+            else if (worker->n[FREE] >= worker->wanted)
+                want(kv, w, 0);
+        }
 }
 
 /* Orders that are not given out end here, those from or to a worker that is gone. */
@@ -739,7 +742,7 @@ static void take_back(struct kv *kv, int worker, struct queue *queue) {
 void kv_lose(struct kv *kv, int worker) {
     struct place *at = &kv->places[worker];
     at->gone = true;
-    want(kv, at, 0);
+    want(kv, worker, 0);
     for (int i = 0; i < at->n_slots; i++) {
         struct copy *c = &at->copies[i];
         int node = c->node;

@@ -38,6 +38,7 @@
 
 enum {
     NONE = -1,
+    NO_SAMPLE = -2,             /* of rows of which none is a request's last */
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
     MAX_COPY_FAILURES = 3,      /* copies of a block that may fail before a request is given up */
@@ -730,6 +731,7 @@ static void add_sequence(struct sched *s, struct request *r, int worker, int sta
     batch->n_blocks += n_blocks;
     if (start + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
+        batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
@@ -868,7 +870,7 @@ int sched_copies(struct sched *s, int worker, struct kv_copy_order *orders, int 
 static void take_token(struct sched *s, struct request *r, int token, double now) {
     r->last_token = now;
     r->first_token = r->first_token > 0 ? r->first_token : now;
-    bool stops = s->config.ends_text[token];
+    bool stops = s->config.ends_text[token] && r->length - r->n_prompt >= r->min_new;
     if (!stops)
         r->tokens[r->length++] = token;
     if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
@@ -894,7 +896,8 @@ static void end_prefill(struct sched *s, struct request *r) {
     set_state(s, r, stays ? REQUEST_RUNNING : REQUEST_HAND_OVER);
 }
 
-/* What n_rows more computed rows of a request come to, and the token sampled of the last, or NONE.
+/* What n_rows more computed rows of a request come to, and the token sampled of the last: or
+ * NO_SAMPLE; or NONE, for the model made no number of them, and nobody shall find their blocks.
  * Nothing is sent before the answer is known to go on. */
 static void take_rows(struct sched *s, struct request *r, int worker, int n_rows, int token,
                       double now) {
@@ -905,10 +908,15 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
     r->in_step = false;
     r->filled += n_rows;
     w->n_stalled += lacks_block(r);
-    register_full_blocks(s, r, first);
+    if (token != NONE)
+        register_full_blocks(s, r, first);
     release_followers(s, r);
-    if (token != NONE && r->reason == FINISH_NONE)
+    if (token == NONE && r->reason == FINISH_NONE) {
+        (void)fail(r->error, "the model gave a number that is none at token %d", r->length);
+        withdraw(s, r, FINISH_ERROR, now);
+    } else if (token >= 0 && r->reason == FINISH_NONE) {
         take_token(s, r, token, now);
+    }
     if (r->leaves)
         withdraw(s, r, r->reason, now);
     if (r->state != REQUEST_PREFILL && r->state != REQUEST_RUNNING)
@@ -923,15 +931,21 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
-    s->workers[worker].in_step = false;
-    if (s->workers[worker].lost)
+    struct worker *w = &s->workers[worker];
+    w->in_step = false;
+    if (w->fails <= now) {
+        w->fails = INFINITY;
+        sched_fail(s, worker, now);
+        s->next_event = now; /* others may have ended by it: a driver looks */
+    }
+    if (w->lost)
         return; /* so are its rows; those who wanted them may be gone */
     for (int i = 0, sample = 0; i < batch->n_sequences;) {
         struct request *r = step->requests[i];
         int n_rows = 0;
         for (; i < batch->n_sequences && step->requests[i] == r; i++)
             n_rows += batch->sequence[i].n_rows;
-        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NONE;
+        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NO_SAMPLE;
         *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             n_rows;
         take_rows(s, r, worker, n_rows, token, now);
@@ -982,7 +996,9 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .tokens = r->tokens,
                           .n_prompt = r->n_prompt,
                           .max_new = r->max_new,
+                          .min_new = r->min_new,
                           .sampling = r->sampling,
+                          .top = r->top,
                           .deadline = r->deadline,
                           .length = r->n_prompt,
                           .prefill_worker = NONE,
@@ -1016,7 +1032,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
         admit_waiting(s, now);
         if (r->state == REQUEST_WAITING && most > 0 &&
             s->waiting.length + s->released.length + s->following.length > most)
-            (void)fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
+            r->refused =
+                !fail(r->error, "the queue is full: as many as --max-queue says, %d", most);
     }
     if (r->error[0])
         withdraw(s, r, FINISH_ERROR, now);
@@ -1138,6 +1155,8 @@ void sched_fail_at(struct sched *s, int worker, double fails, double returns) {
 static void expire_workers(struct sched *s, double now) {
     for (int i = 0; i < s->config.kv.n_workers; i++) {
         struct worker *w = &s->workers[i];
+        if (w->fails <= now && w->in_step)
+            continue; /* then: nobody writes for a request that has gone elsewhere */
         if (w->fails <= now) {
             w->fails = INFINITY;
             sched_fail(s, i, now);
@@ -1156,6 +1175,17 @@ void sched_set_role(struct sched *s, int worker, bool prefills, bool decodes, do
 
 bool sched_is_lost(const struct sched *s, int worker) {
     return s->workers[worker].lost;
+}
+
+struct sched_load sched_load(const struct sched *s) {
+    struct sched_load load = {.waiting =
+                                  s->waiting.length + s->released.length + s->following.length,
+                              .preempted = s->preempted.length};
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        load.prefilling[i] = s->workers[i].prefilling.length;
+        load.decoding[i] = s->workers[i].decoding.length;
+    }
+    return load;
 }
 
 /* ---- what takes too long ---- */
@@ -1200,13 +1230,14 @@ static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n = (size_t)(s->config.max_batch + s->config.chunk);
     size_t n_blocks = (size_t)blocks_of(s->longest); /* of one request at most */
     struct request **requests =
-        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->sequence +
-                      (5 + n_blocks) * sizeof(int));
+        calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
+                      sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
     if (!requests)
         return false;
     w->step.requests = requests;
     batch->sampling = (struct sampling *)(requests + n);
-    batch->sequence = (struct sequence *)(batch->sampling + n);
+    batch->top = (struct sampler_top **)(batch->sampling + n);
+    batch->sequence = (struct sequence *)(batch->top + n);
     batch->token = (int *)(batch->sequence + n);
     batch->position = batch->token + n;
     batch->row_sequence = batch->position + n;

@@ -19,11 +19,12 @@
 #include "../lib/template.h"
 #include "../lib/text.h"
 #include "../lib/tokenizer.h"
+#include "../lib/wrap.h"
 #include <stdatomic.h>
 
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
-enum activity { IDLE, ANSWERING, INTERRUPTED }; /* the last: by Ctrl-C */
+enum activity { IDLE, ANSWERING, SERVING, INTERRUPTED }; /* the last: by Ctrl-C, or SIGTERM */
 /* What is told of a request, in seconds: from arrival to admission, from arrival to the first
  * token, and between two tokens in the mean. */
 enum answer_time { TIME_QUEUE, TIME_TTFT, TIME_ITL, N_TIMES };
@@ -35,11 +36,13 @@ struct answers {
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
     bool json, verbose;              /* the latter: thoughts are told on stderr */
+    struct wrap *wrap;               /* of texts on a terminal; NULL: they are not wrapped */
     uint64_t seed;                   /* of the run, which --stats tells; the first request's */
     bool converses;                  /* each prompt follows the one before and its answer */
     int *history;                    /* (n_history) what was said; see answers_forget */
     int n_history;
     atomic_int activity; /* enum activity; who sets INTERRUPTED calls engine_wake */
+    bool interrupted;    /* the last that ran was */
     int64_t n_requests, n_arrived;
     /* of all requests that ended, for stats.h */
     int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
@@ -48,11 +51,40 @@ struct answers {
     int n_times[N_TIMES];
 };
 
+/* One answer; it must not move between answers_submit and its end. */
+struct answer {
+    struct request_spec spec;
+    int64_t place;        /* in the run */
+    char number[24];      /* the same in digits, its id if it has none */
+    struct answer *after; /* NULL: it follows none */
+    struct request request;
+    struct tok_stream stream;
+    char *text; /* generated (length bytes) */
+    size_t length, shown, safe;
+    char *thought; /* (n_thought bytes) what the template says is not for the reader */
+    size_t n_thought;
+    enum template_part part; /* that the last token was in */
+    int n_shown;             /* tokens, where there is no tokenizer */
+    int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
+    bool submitted, echoed, stopped, ended;
+};
+
 /* Runs a request to its end. Returns how many failed or were cancelled. */
 int answers_run(struct answers *answers, const struct request_spec *spec);
 /* The same, of those that are there, and of what is added, under the engine's lock and followed by
  * engine_wake, while requests->more. */
 int answers_stream(struct answers *answers, const struct requests *requests);
+/* What both do with one answer, and whoever else serves requests. Begins it: all but its prompt. */
+void answers_begin(struct answers *answers, const struct request_spec *spec, struct answer *answer);
+/* Hands its request, which is prepared, to the engine. Called with the lock held, as the next. */
+void answers_submit(struct answers *answers, struct answer *answer);
+/* Takes at most so many of its new tokens; true: there was one, or it ended. Lets go of the lock
+ * while it makes text. */
+bool answers_advance(struct answers *answers, struct answer *answer, int most);
+/* Tokens whose text it has; of one that a stop text ended, up to that. */
+int answers_generated(const struct answer *answer);
+enum finish_reason answers_reason(const struct answer *answer);
+void answers_free(struct answer *answer); /* what it holds */
 /* Begins a new conversation. */
 void answers_forget(struct answers *answers);
 /* In seconds; < 0: it did not come so far. */
@@ -73,7 +105,9 @@ struct figure {
     int decimals; /* of the table */
 };
 extern const char *const answers_times[N_TIMES][2]; /* likewise, its names */
+extern const char *const answers_reasons[];         /* by enum finish_reason */
 double answers_ratio(double amount, double whole);  /* 0 of nothing */
+double answers_short(double value); /* to six decimals, all that JSON tells of a number */
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
@@ -89,28 +123,13 @@ int *answers_encode(const struct answers *answers, const struct request_spec *sp
 
 #include "../lib/json.h"
 #include <inttypes.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct answer {
-    struct request_spec spec;
-    int64_t place;        /* in the run */
-    char number[24];      /* the same in digits, its id if it has none */
-    struct answer *after; /* NULL: it follows none */
-    struct request request;
-    struct tok_stream stream;
-    char *text; /* generated (length bytes) */
-    size_t length, shown, safe;
-    char *thought; /* (n_thought bytes) what the template says is not for the reader */
-    size_t n_thought;
-    enum template_part part; /* that the last token was in */
-    int n_seen; /* tokens, the prompt's included, that went through stream: up to a stop text */
-    bool submitted, echoed, stopped, ended;
-};
+const char *const answers_reasons[] = {"none", "stop", "length", "cancelled", "error"};
 
-static const char *const reason_names[] = {"none", "stop", "length", "cancelled", "error"};
-
-static int n_generated(const struct answer *answer) {
+int answers_generated(const struct answer *answer) {
     int n = answer->n_seen - answer->request.n_prompt;
     return n > 0 ? n : 0;
 }
@@ -144,6 +163,7 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
     const struct said *said = spec->earlier ? spec->earlier : &one; /* the prompt is the last */
     int *ids = NULL;
     struct turn turn = {.history = history, .n_history = n_history, .system = spec->system};
+    const struct chat_template none = {.kind = TEMPLATE_NONE};
     *n_ids = 0;
     (void)fail(error, ANSWERS_TOO_LONG, TOK_TEXT_LENGTH);
     if (!spec->prompt) {
@@ -160,7 +180,7 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
         turn.user_length = said[i].length;
         turn.answer = i < spec->n_earlier ? said[i + 1].text : NULL;
         turn.answer_length = turn.answer ? said[i + 1].length : 0;
-        int *longer = template_ids(&a->template, a->tokenizer, &turn, n_ids);
+        int *longer = template_ids(spec->plain ? &none : &a->template, a->tokenizer, &turn, n_ids);
         free(ids);
         ids = longer;
         if (!ids)
@@ -191,6 +211,9 @@ static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
                        int *n_ids, char *error) {
     if (spec->error)
         (void)fail(error, "%s", spec->error);
+    else if (spec->cancel)
+        (void)fail(error, "cancel: got \"%.200s\", expected the id of a request before it",
+                   spec->cancel);
     else if (spec->prompt && spec->prompt_length / TOK_TOKEN_LENGTH > (size_t)room)
         (void)fail(error, "the prompt has %zu bytes, the context has room for %d tokens",
                    spec->prompt_length, room); /* no need to encode it */
@@ -198,7 +221,9 @@ static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
         (void)fail(error, "after: got \"%.200s\", expected the id of a request before it",
                    spec->after);
     else if (before && before->reason != FINISH_STOP && before->reason != FINISH_LENGTH)
-        (void)fail(error, "after: \"%.200s\" ended without an answer", spec->after);
+        (void)fail(error, "after: \"%.200s\" %s", spec->after,
+                   before->reason == FINISH_CANCELLED ? "was cancelled"
+                                                      : "ended without an answer");
     else
         return answers_encode(a, spec, history, n_history, n_ids, error);
     return NULL;
@@ -215,6 +240,7 @@ bool answers_prepare(const struct answers *a, const struct request_spec *spec,
     r->tokens = ids ? realloc(ids, ((size_t)n_ids + (size_t)r->max_new) * sizeof *ids) : NULL;
     r->n_prompt = n_ids;
     r->deadline = (double)spec->deadline;
+    r->min_new = spec->min_new;
     if (r->tokens)
         return true;
     free(ids);
@@ -241,6 +267,8 @@ static void append(struct answer *answer, const char *bytes, size_t n, bool last
         answer->text = grow(answer->text, answer->length, 1);
         answer->text[answer->length++] = bytes[i];
     }
+    if (answers_generated(answer) < spec->min_new)
+        answer->safe = answer->length;
     answer->stopped =
         requests_stop(answer->text, answer->length, spec->stop, spec->n_stop, &answer->safe);
     if (answer->stopped)
@@ -258,7 +286,8 @@ static void take_tokens(const struct answers *a, struct answer *answer, int leng
         size_t n = a->tokenizer ? tok_decode(a->tokenizer, &answer->stream, token, out) : 0;
         if (answer->n_seen <= r->n_prompt)
             continue; /* the stream must see the prompt that it continues */
-        answer->part = template_part(a->template.kind, a->tokenizer, token, answer->part);
+        if (!answer->spec.plain)
+            answer->part = template_part(a->template.kind, a->tokenizer, token, answer->part);
         if (answer->part == PART_FINAL)
             append(answer, out, n, false);
         for (size_t i = 0; i < n && answer->part == PART_ANALYSIS; i++) {
@@ -280,6 +309,10 @@ double answers_ratio(double amount, double whole) {
     return whole > 0 ? amount / whole : 0;
 }
 
+double answers_short(double value) {
+    return round(value * 1e6) / 1e6;
+}
+
 double answers_time(const struct request *r, enum answer_time time) {
     int n = r->length - r->n_prompt;
     switch (time) {
@@ -298,7 +331,7 @@ static void free_text(struct answer *answer) {
 }
 
 void answers_json(const struct request *r, int n, enum finish_reason reason) {
-    printf("\"finish_reason\":\"%s\"", reason_names[reason]);
+    printf("\"finish_reason\":\"%s\"", answers_reasons[reason]);
     if (reason == FINISH_ERROR) {
         (void)fputs(",\"error\":", stdout);
         json_string(stdout, r->error, strlen(r->error));
@@ -311,13 +344,13 @@ void answers_json(const struct request *r, int n, enum finish_reason reason) {
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
-            printf(",\"%s_ms\":%.15g", answers_times[i][0], 1e3 * seconds);
+            printf(",\"%s_ms\":%.15g", answers_times[i][0], answers_short(1e3 * seconds));
     }
 }
 
 static void show_json(const struct answer *answer) {
     const struct request *r = &answer->request;
-    int n = n_generated(answer);
+    int n = answers_generated(answer);
     (void)fputs("{\"id\":", stdout);
     json_string(stdout, answer->spec.id, strlen(answer->spec.id));
     (void)fputs(",\"text\":", stdout);
@@ -330,9 +363,25 @@ static void show_json(const struct answer *answer) {
     for (int i = 0; i < n; i++)
         printf("%s%d", i > 0 ? "," : "", r->tokens[r->n_prompt + i]);
     (void)fputs("],", stdout);
-    /* a stop text may have been found after the last token was made */
-    answers_json(r, n, answer->stopped ? FINISH_STOP : r->reason);
+    answers_json(r, n, answers_reason(answer));
     (void)fputs("}\n", stdout);
+}
+
+static void show(const struct answers *a, const char *text, size_t length) {
+    if (a->wrap)
+        wrap_write(a->wrap, stdout, text, length);
+    else
+        (void)fwrite(text, 1, length, stdout);
+}
+
+/* Without a tokenizer ids are the text, such as --ids takes. */
+static void show_ids(const struct answers *a, struct answer *answer, int first) {
+    char id[16];
+    for (; answer->n_shown < answer->n_seen; answer->n_shown++)
+        if (answer->n_shown >= first)
+            show(a, id,
+                 (size_t)snprintf(id, sizeof id, &",%d"[answer->n_shown == first],
+                                  answer -> request.tokens[answer->n_shown]));
 }
 
 /* A base model continues its prompt, so the prompt is shown with it; a chat model answers. Of a
@@ -345,10 +394,10 @@ static void echo(const struct answers *a, struct answer *answer) {
     if (answer->spec.prompt && a->template.kind != TEMPLATE_NONE)
         return;
     if (answer->spec.prompt)
-        (void)fwrite(answer->spec.prompt, 1, answer->spec.prompt_length, stdout);
+        show(a, answer->spec.prompt, answer->spec.prompt_length);
     for (int i = 0; i < r->n_prompt && !answer->spec.prompt && a->tokenizer; i++) {
         size_t n = tok_decode(a->tokenizer, &stream, r->tokens[i], out);
-        (void)fwrite(out, 1, i < r->n_prompt - answer->spec.n_ids ? 0 : n, stdout);
+        show(a, out, i < r->n_prompt - answer->spec.n_ids ? 0 : n);
     }
 }
 
@@ -357,7 +406,7 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
     for (; first < n; first++) {
         struct answer *answer = all[first];
         const struct request *r = &answer->request;
-        bool refused = answer->ended && r->reason == FINISH_ERROR && answer->length == 0;
+        bool refused = answer->ended && r->reason == FINISH_ERROR && answers_generated(answer) == 0;
         if (!answer->echoed && !refused && (r->tokens || answer->ended))
             echo(a, answer);
         if (a->verbose && answer->n_thought > 0 && (answer->length > 0 || answer->ended)) {
@@ -366,21 +415,26 @@ static int show_text(const struct answers *a, struct answer **all, int n, int fi
             answer->n_thought = 0;
         }
         if (answer->safe > answer->shown)
-            (void)fwrite(answer->text + answer->shown, 1, answer->safe - answer->shown, stdout);
+            show(a, answer->text + answer->shown, answer->safe - answer->shown);
         answer->shown = answer->safe;
+        if (!a->tokenizer)
+            show_ids(a, answer, r->n_prompt - answer->spec.n_ids);
         if (!answer->ended)
             break;
         free_text(answer);
-        (void)fputs(refused ? "" : first < n - 1 ? "\n\n" : "\n", stdout);
-        if (r->reason == FINISH_ERROR)
-            (void)fprintf(stderr, "dynamo: request %" PRId64 ": %s\n", answer->place, r->error);
+        show(a, "\n\n", refused ? 0 : first < n - 1 ? 2 : 1);
+        if (r->reason == FINISH_ERROR) {
+            char line[ERROR_LENGTH]; /* the id is the user's, and may be any text */
+            (void)fail(line, "request %.100s: %.400s", answer->spec.id, r->error);
+            (void)fprintf(stderr, "dynamo: %s\n", line);
+        }
     }
     return first;
 }
 
 static void count_ended(struct answers *a, const struct answer *answer) {
     const struct request *r = &answer->request;
-    int n = n_generated(answer);
+    int n = answers_generated(answer);
     a->n_tokens += n;
     a->n_host_hits += r->cached_on_host;
     if (n > 1) {
@@ -398,25 +452,18 @@ static void count_ended(struct answers *a, const struct answer *answer) {
 
 /* ---- running ---- */
 
-/* Takes what is new of one answer; true: something was, or it ended. Called with the lock held,
- * which is let go while text is made. */
-static bool advance(struct answers *a, struct answer *answer) {
+bool answers_advance(struct answers *a, struct answer *answer, int most) {
     struct request *r = &answer->request;
-    int length = r->length;
-    bool finished = r->state == REQUEST_FINISHED;
-    if (answer->ended || (!finished && r->n_prompt + n_generated(answer) >= length))
+    int length = r->length, from = r->n_prompt + answers_generated(answer);
+    if (!answer->stopped && length - from > most)
+        length = from + most;
+    bool finished = r->state == REQUEST_FINISHED && length == r->length;
+    if (answer->ended || (!finished && from >= length))
         return false;
     bool was_stopped = answer->stopped;
     engine_unlock(a->engine);
     take_tokens(a, answer, length, finished);
-    if (finished) {
-        answer->ended = true;
-        count_ended(a, answer);
-        if (a->json) {
-            show_json(answer);
-            free_text(answer);
-        }
-    }
+    answer->ended = finished;
     engine_lock(a->engine);
     if (answer->stopped && !was_stopped) {
         sched_cancel(engine_sched(a->engine), r, true, engine_now());
@@ -425,38 +472,82 @@ static bool advance(struct answers *a, struct answer *answer) {
     return !answer->stopped || finished || r->state == REQUEST_FINISHED;
 }
 
+/* A stop text may have been found after the last token was made. */
+enum finish_reason answers_reason(const struct answer *answer) {
+    return answer->stopped ? FINISH_STOP : answer->request.reason;
+}
+
+void answers_begin(struct answers *a, const struct request_spec *spec, struct answer *answer) {
+    *answer = (struct answer){.spec = *spec, .place = a->n_requests};
+    a->n_requests += !spec->cancel;
+    (void)snprintf(answer->number, sizeof answer->number, "%" PRId64, answer->place);
+    if (!answer->spec.id)
+        answer->spec.id = spec->cancel ? spec->cancel : answer->number;
+    if (a->template.kind == TEMPLATE_HARMONY && spec->prompt && !spec->plain)
+        answer->part = PART_HEADER; /* it is for the model to choose a channel */
+    answer->request.sampling = spec->sampling;
+    if (!spec->seeded)
+        answer->request.sampling.seed = answers_seed(a->seed, answer->place);
+}
+
+void answers_submit(struct answers *a, struct answer *answer) {
+    answer->request.id = a->n_arrived++;
+    sched_submit(engine_sched(a->engine), &answer->request, engine_now());
+}
+
+void answers_free(struct answer *answer) {
+    free(answer->request.tokens);
+    free_text(answer);
+}
+
 struct answer_list { /* the answers of a run; in pointers, for the scheduler has theirs */
     struct answer **all;
-    int n;
+    int n, n_taken; /* n_taken: lines, of which some only cancel */
     double start;
 };
+
+/* The last with an id; NULL: none. */
+static struct answer *find_answer(const struct answer_list *list, const char *id) {
+    for (int i = list->n - 1; i >= 0; i--)
+        if (!list->all[i]->spec.cancel && strcmp(list->all[i]->spec.id, id) == 0)
+            return list->all[i];
+    return NULL;
+}
+
+/* Ends a request in whatever state it is. Called with the lock held. */
+static void cancel(struct answers *a, struct answer *answer) {
+    if (answer->submitted) {
+        sched_cancel(engine_sched(a->engine), &answer->request, false, engine_now());
+    } else if (answer->request.state != REQUEST_FINISHED) {
+        answer->request.state = REQUEST_FINISHED;
+        answer->request.reason = FINISH_CANCELLED;
+    }
+    answer->submitted = true;
+    engine_wake(a->engine);
+}
 
 /* Takes up requests that are new, and makes ids of those that follow none. Called with the lock
  * held, which is let go meanwhile: so one that is added now is seen as well. */
 static bool take_up(struct answers *a, struct answer_list *list, const struct requests *requests) {
-    int before = list->n;
-    while (list->n < requests->n) {
+    int before = list->n_taken;
+    while (list->n_taken < requests->n) {
+        struct request_spec spec = requests->specs[list->n_taken++];
+        struct answer *named = spec.cancel ? find_answer(list, spec.cancel) : NULL;
+        if (named) {
+            cancel(a, named);
+            continue;
+        }
         struct answer *answer = grow(NULL, 0, sizeof *answer);
-        *answer = (struct answer){.spec = requests->specs[list->n], .place = a->n_requests++};
+        answers_begin(a, &spec, answer);
         engine_unlock(a->engine);
-        (void)snprintf(answer->number, sizeof answer->number, "%" PRId64, answer->place);
-        if (!answer->spec.id)
-            answer->spec.id = answer->number;
-        if (a->template.kind == TEMPLATE_HARMONY && answer->spec.prompt)
-            answer->part = PART_HEADER; /* it is for the model to choose a channel */
-        answer->request.sampling = answer->spec.sampling;
-        if (!answer->spec.seeded)
-            answer->request.sampling.seed = answers_seed(a->seed, answer->place);
-        for (int i = list->n - 1; i >= 0 && answer->spec.after && !answer->after; i--)
-            if (strcmp(list->all[i]->spec.id, answer->spec.after) == 0)
-                answer->after = list->all[i];
+        answer->after = spec.after ? find_answer(list, spec.after) : NULL;
         if (!answer->after)
             prepare(a, answer);
         list->all = grow(list->all, (size_t)list->n, sizeof *list->all);
         list->all[list->n++] = answer;
         engine_lock(a->engine);
     }
-    return list->n > before;
+    return list->n_taken > before;
 }
 
 /* Submits it, or not yet; then `next` is at the latest when its time comes. Called with the lock
@@ -476,35 +567,47 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
         *next = at < *next ? at : *next;
         return false;
     }
-    if (r->state != REQUEST_FINISHED) {
-        r->id = a->n_arrived++;
-        sched_submit(engine_sched(a->engine), r, engine_now());
-    }
+    if (r->state != REQUEST_FINISHED)
+        answers_submit(a, answer);
     return true;
 }
 
 /* Called with the lock held. */
 static void cancel_all(struct answers *a, const struct answer_list *list) {
-    for (int i = 0; i < list->n; i++) {
-        struct answer *answer = list->all[i];
-        if (answer->submitted) {
-            sched_cancel(engine_sched(a->engine), &answer->request, false, engine_now());
-        } else {
-            answer->request.state = REQUEST_FINISHED;
-            answer->request.reason = FINISH_CANCELLED;
-            answer->submitted = true;
+    for (int i = 0; i < list->n; i++)
+        cancel(a, list->all[i]);
+}
+
+/* All that is new of an answer; of one that ends now it tells. */
+static bool advance(struct answers *a, struct answer *answer) {
+    if (!answers_advance(a, answer, INT_MAX))
+        return false;
+    if (answer->ended) {
+        struct request *r = &answer->request;
+        engine_unlock(a->engine);
+        count_ended(a, answer);
+        if (r->reason == FINISH_ERROR && answer->spec.file && !answer->spec.error) {
+            char why[ERROR_LENGTH];
+            memcpy(why, r->error, sizeof why);
+            (void)fail(r->error, "%.200s:%d: %.290s", answer->spec.file, answer->spec.number, why);
         }
+        if (a->json) {
+            show_json(answer);
+            free_text(answer);
+        }
+        engine_lock(a->engine);
     }
-    engine_wake(a->engine);
+    return true;
 }
 
 /* Follows all requests until each has ended and no others can come. */
 static void follow(struct answers *a, struct answer_list *list, const struct requests *requests) {
     int first_shown = 0, first = 0; /* [0, first) have ended */
     bool cancelled = false;
+    a->interrupted = false;
     engine_lock(a->engine);
     a->activity = ANSWERING;
-    while (first < list->n || (!cancelled && (requests->more || list->n < requests->n))) {
+    while (first < list->n || (!cancelled && (requests->more || list->n_taken < requests->n))) {
         double next = INFINITY;
         bool any = !cancelled && take_up(a, list, requests), submitted = false;
         for (int i = first; i < list->n; i++)
@@ -517,6 +620,7 @@ static void follow(struct answers *a, struct answer_list *list, const struct req
         }
         if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
+            a->interrupted = a->activity == INTERRUPTED;
             cancel_all(a, list);
         }
         if (!any) {
@@ -561,8 +665,7 @@ int answers_stream(struct answers *a, const struct requests *requests) {
         n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
         if (a->converses)
             remember(a, answer);
-        free(answer->request.tokens);
-        free_text(answer);
+        answers_free(answer);
         free(answer);
     }
     free(list.all);

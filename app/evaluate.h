@@ -49,13 +49,20 @@ static float *chunk_create(const struct answers *a) {
     return malloc(n_rows * (size_t)evaluate_vocab(a) * sizeof(float));
 }
 
-/* Computes the chunk of tokens[0, n) that begins at `start`; how many rows it has. */
-static int chunk_logits(const struct answers *a, const int *tokens, int start, int n,
-                        float *logits) {
+/* Computes the chunk of tokens[0, n) that begins at `start`, which is token `place` of the text.
+ * How many rows it has; 0: a number is none, and `error` says where. */
+static int chunk_logits(const struct answers *a, const int *tokens, int start, int n, int place,
+                        float *logits, char *error) {
     int chunk = engine_config_of(a->engine)->chunk;
     int n_rows = n - start < chunk ? n - start : chunk;
-    engine_logits(a->engine, tokens, start, n_rows, logits);
-    return n_rows;
+    int n_good = engine_logits(a->engine, tokens, start, n_rows, logits);
+    if (n_good == n_rows)
+        return n_rows;
+    /* one by one, for in one step it reaches rows before it: they take it 0 times, which is NaN */
+    for (n_good = 0; engine_logits(a->engine, tokens, start + n_good, 1, logits) > 0;)
+        n_good++;
+    (void)fail(error, "the model gave a number that is none at token %d", place + n_good + 1);
+    return 0;
 }
 
 /* ---- logits ---- */
@@ -75,15 +82,18 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
     FILE *file = fopen(path, "wb");
     float *logits = chunk_create(a);
     bool ok = file && logits;
-    for (int start = 0, n_rows; start < n_ids && ok; start += n_rows) {
-        n_rows = chunk_logits(a, ids, start, n_ids, logits);
+    int n_rows = 1;
+    for (int start = 0; start < n_ids && ok && n_rows > 0; start += n_rows) {
+        n_rows = chunk_logits(a, ids, start, n_ids, start, logits, error);
         size_t n = (size_t)n_rows * (size_t)evaluate_vocab(a);
         ok = fwrite(logits, sizeof *logits, n, file) == n;
     }
     ok = file && fclose(file) == 0 && ok;
     free(logits);
     free(ids);
-    return ok ? 0 : evaluate_failed(path, strerror(errno));
+    if (!ok || n_rows == 0)
+        return evaluate_failed(ok ? "--logits" : path, ok ? error : strerror(errno));
+    return 0;
 }
 
 /* ---- perplexity ---- */
@@ -97,17 +107,20 @@ static double log_sum_exp(const float *row, int n) {
     return log(sum) + largest;
 }
 
-/* Adds the negative log-likelihoods of tokens[1, n). */
-static void add_surprise(const struct answers *a, const int *tokens, int n, float *logits,
-                         double *sum) {
+/* Adds the negative log-likelihoods of tokens[1, n), of a text from token `place` on. */
+static bool add_surprise(const struct answers *a, const int *tokens, int n, int place,
+                         float *logits, double *sum, char *error) {
     int vocab_size = evaluate_vocab(a);
     for (int start = 0, n_rows; start < n; start += n_rows) {
-        n_rows = chunk_logits(a, tokens, start, n, logits);
+        n_rows = chunk_logits(a, tokens, start, n, place + start, logits, error);
+        if (n_rows == 0)
+            return false;
         for (int i = 0; i < n_rows && start + i + 1 < n; i++) {
             const float *row = logits + (size_t)i * (size_t)vocab_size;
             *sum += log_sum_exp(row, vocab_size) - row[tokens[start + i + 1]];
         }
     }
+    return true;
 }
 
 /* Windows of max_length tokens, each begun by the last token of the window before, so that every
@@ -131,7 +144,7 @@ int evaluate_perplexity(const struct answers *a, const char *path) {
         int n = n_ids - start < longest ? n_ids - start : longest;
         if (tok_adds_bos(a->tokenizer))
             ids[start] = tok_bos(a->tokenizer);
-        add_surprise(a, ids + start, n, logits, &sum);
+        ok = add_surprise(a, ids + start, n, start, logits, &sum, error);
         n_predicted += n - 1;
     }
     free(ids);

@@ -4,11 +4,12 @@
  *     ok = plan_print(&options, error); // ten seconds for 8 GPUs and unique prompts
  *
  * A split gives every GPU of the cluster to a worker: so many that prefill, so many that decode, of
- * 1, 2, 4 or 8 GPUs each; or all alike and together, each doing both. The load runs on each split
- * in virtual time (sim.h), as a Poisson process of a rate that is searched for: the highest at
- * which PLAN_SHARE of the requests keep both targets. Splits are ranked by the tokens generated
- * there, a second and GPU, which are the rate times the tokens of an answer: what a load without an
- * end would give, where a short one has a beginning and an end.
+ * 1, 2, 4 or 8 GPUs each; or all alike and together, each doing both. Apart on a single GPU are two
+ * workers that share it, as with --devices 0,0. The load runs on each split in virtual time
+ * (sim.h), as a Poisson process of a rate that is searched for: the highest at which PLAN_SHARE of
+ * the requests keep both targets. Splits are ranked by the tokens generated there, a second and
+ * GPU, which are the rate times the tokens of an answer: what a load without an end would give,
+ * where a short one has a beginning and an end.
  *
  * What it does to be quick, and says in its output: a simulation has PLAN_REQUESTS to PLAN_LONG
  * requests, or --limit; the search ends when the rate is known to PLAN_STEP; a split that does not
@@ -103,7 +104,7 @@ static bool plan_engine_of(const struct plan_options *o, const struct plan_split
         for (int i = 0; i < split->n[pool]; i++) {
             int w = config->n_workers++, n = split->tp[pool];
             for (int s = 0; s < n; s++)
-                config->workers[w].devices[s] = device++;
+                config->workers[w].devices[s] = device++ % o->cluster->n_devices;
             config->workers[w].n_shards = n;
             config->workers[w].blocks = o->blocks[n];
             config->workers[w].prefills = pool == 0 || !plan_apart(split);
@@ -220,6 +221,10 @@ static void plan_list(struct plan *plan) {
         if (n % tp == 0 && o->short_chunks && o->engine->chunk > PLAN_CHUNK)
             plan_add(plan, split);
         split.chunk = o->engine->chunk;
+    }
+    if (n == 1 && !o->cluster->is_cpu) { /* as --devices 0,0 */
+        split.n[0] = split.n[1] = split.tp[0] = split.tp[1] = 1;
+        plan_add(plan, split);
     }
     for (int i = 1; i * step < n; i++) { /* from half of the GPUs to both sides */
         int n_sizes = (n - 1) / step, middle = (n_sizes + 1) / 2;

@@ -14,6 +14,7 @@
  * A trace has a request a line, in the form of Mooncake's (Qin et al., FAST 2025), in the order of
  * arrival; keys other than these say nothing that is needed here:
  *     {"timestamp": ms, "input_length": n, "output_length": n, "hash_ids": [46, 47, ...]}
+ * The first arrives at once, the others as much later as their times say; blank lines are skipped.
  * Each hash id stands for HASH_TOKENS tokens of the prompt and all before them. The tokens are made
  * from the ids, so that prompts which begin with the same ids begin with the same tokens, and a
  * prefix cache finds what it would have found when the trace was taken (but for answers: a later
@@ -133,7 +134,8 @@ struct load {
     int64_t n_made, n_arrived, n_running;
     bool interrupted; /* no other comes */
     double start, last_ended;
-    double arrived, timestamp; /* of the request made last: by --rate; of the trace, in ms */
+    double arrived, timestamp; /* of the request made last: by --rate; of the trace, in ms; … */
+    double first;              /* … that of the first, which arrives at once */
     struct load_result sums;   /* without times */
     struct sketch times[N_TIMES];
     char error[ERROR_LENGTH]; /* "": none */
@@ -270,7 +272,8 @@ static bool trace_read(struct load *load, const struct json_node *nodes, struct 
         return fail(error, "timestamp: got %.15g, expected at least %.15g, that of the line before",
                     ms, load->timestamp);
     load->timestamp = ms;
-    item->at = 1e-3 * ms;
+    load->first = item->place == 0 ? ms : load->first;
+    item->at = 1e-3 * (ms - load->first);
     item->request.n_prompt = (int)in;
     item->request.max_new = (int)out;
     return trace_hash_ids(nodes, values[3], item, error);
@@ -280,9 +283,10 @@ static bool trace_read(struct load *load, const struct json_node *nodes, struct 
 static struct item *make_traced(struct load *load) {
     char wrong[ERROR_LENGTH];
     size_t length = 0;
-    int read = 1;
-    while (read > 0 && length == 0)
+    int read;
+    do
         read = requests_line(&load->lines, &length, load->error);
+    while (read > 0 && strspn(load->lines.text, " \t\r") == length);
     if (read <= 0)
         return NULL;
     struct item *item = item_create(load, NULL);
@@ -319,8 +323,11 @@ static bool make_lines(struct load *load, char *error) {
     struct requests *lines = &load->lines;
     struct request_spec spec;
     int read;
-    while ((read = requests_next(lines, load->options.defaults, &spec, error)) > 0)
+    while ((read = requests_next(lines, load->options.defaults, &spec, error)) > 0) {
         requests_add(lines, &spec);
+        if (spec.cancel)
+            return fail(error, "%.200s:%d: cancel: not in a load", spec.file, spec.number);
+    }
     struct item **items = NULL;
     for (int i = 0; i < lines->n; i++) {
         const struct request_spec *line = &lines->specs[i];
@@ -582,6 +589,7 @@ void load_run(struct load *load, struct answers *a) {
         engine_lock(engine);
         if (a->activity == INTERRUPTED || ferror(stdout)) { /* then all end, whoever may follow */
             load_forget(load);
+            a->interrupted = a->activity == INTERRUPTED;
             for (int i = running.n - 1; i >= 0; i--) /* the last first: none takes its place */
                 sched_cancel(engine_sched(engine), running.requests[i], false, engine_now());
             engine_wake(engine);
@@ -619,11 +627,11 @@ static const char *const load_shares[] = {"mean", "p50", "p90", "p99"};
 static void load_json(const struct load_result *result, const struct figure *figures, size_t n) {
     (void)fputs("{\"load\":{", stdout);
     for (size_t i = 0; i < n; i++)
-        printf("%s\"%s\":%.15g", i > 0 ? "," : "", figures[i].key, figures[i].value);
+        printf("%s\"%s\":%.15g", i > 0 ? "," : "", figures[i].key, answers_short(figures[i].value));
     for (int i = 0; i < N_TIMES; i++)
         for (int share = 0; share < N_LOAD_SHARES; share++)
             printf(",\"%s_%s_ms\":%.15g", answers_times[i][0], load_shares[share],
-                   result->times[i][share]);
+                   answers_short(result->times[i][share]));
     (void)fputs("}}\n", stdout);
 }
 

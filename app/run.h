@@ -24,10 +24,12 @@ int run_program(int argc, char **argv); /* an exit status */
 #include "evaluate.h"
 #include "plan.h"
 #include "replay.h"
+#include "serve.h"
 #include "sim.h"
 #include "stats.h"
 #include "terminal.h"
 #include "trace.h"
+#include "watch.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -39,7 +41,8 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <time.h>
 #include <unistd.h>
 
-enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, DEFAULT_BATCH = 32 };
+enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, EXIT_INTERRUPTED = 128 + SIGINT };
+enum { DEFAULT_BATCH = 32 };
 enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* of --plan: targets in ms */
 
 struct run { /* all that a run opens */
@@ -49,7 +52,10 @@ struct run { /* all that a run opens */
     struct backend *backend;
     struct answers answers;  /* with the tokenizer and the engine */
     struct load *load;       /* NULL: none */
+    struct wrap wrap;        /* of texts on a terminal */
+    struct server *server;   /* NULL: none */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
+    struct watch *watch;     /* of --watch and --serve; or NULL */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
 };
@@ -108,6 +114,11 @@ static bool open_model(struct run *run, char *error) {
     if (lost > 0 && o->verbose)
         (void)fprintf(stderr, "dynamo: %s: no token for %d of 256 bytes: texts go without them\n",
                       o->model, lost);
+    if (run->answers.tokenizer && tok_guessed(run->answers.tokenizer))
+        (void)fprintf(stderr,
+                      "dynamo: %s: it has no tokenizer.ggml.pre: texts are cut as `default` "
+                      "does, maybe not as the model has learnt them\n",
+                      o->model);
     return run->ends_text || fail(error, "out of memory");
 }
 
@@ -115,6 +126,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    watch_restore(run->watch);
     trace_flush(run->trace);
 }
 
@@ -203,6 +215,16 @@ static int blocks_from(struct size size, size_t bytes_per_block) {
     return !size.given ? -1 : n > INT32_MAX / 64 ? INT32_MAX / 64 : (int)n;
 }
 
+/* False: a size in bytes, which is not 0, holds no block; who gave it may have meant blocks. */
+static bool size_holds(const char *option, struct size size, int blocks, size_t bytes_per_block,
+                       char *error) {
+    return size.value == 0 || blocks != 0 ||
+           fail(error,
+                "%s: got %" PRId64 " bytes, expected at least %zu, a block; %" PRId64
+                "b is %" PRId64 " blocks",
+                option, size.value, bytes_per_block, size.value, size.value);
+}
+
 static void show_loading(int64_t done, int64_t total) {
     cli_progress("loading", done, total);
 }
@@ -215,7 +237,7 @@ static void configure_engine(const struct run *run, int max_batch, struct engine
     config->max_batch = o->max_batch > 0 ? o->max_batch : max_batch;
     config->chunk = o->chunk > 0 ? o->chunk : config->chunk;
     config->max_queue = o->max_queue;
-    config->ledger = trace_ledger(run->trace);
+    config->ledger = run->watch ? watch_ledger(run->watch) : trace_ledger(run->trace);
     config->verbose = o->verbose;
     if (o->kv_type > 0) /* the words of --kv-type and --kv-policy are in the order of the enums */
         config->kv_type = (enum kv_type)(o->kv_type - 1);
@@ -237,10 +259,16 @@ static bool plan_engine(const struct run *run, int n_gpus, struct engine_config 
     configure_engine(run, DEFAULT_BATCH, config);
     if (!plan_workers(&run->options, n_gpus, config, error))
         return false;
-    for (int i = 0; i < config->n_workers; i++)
-        config->workers[i].blocks =
-            device_blocks(run, config->workers[i].n_shards, config->kv_type);
-    return true;
+    const struct options *o = &run->options;
+    size_t bytes = block_bytes(&run->model.config, 1, config->kv_type);
+    bool ok = size_holds("--kv-host", o->kv_host, config->host_blocks, bytes, error);
+    for (int i = 0; i < config->n_workers && ok; i++) {
+        int n = config->workers[i].n_shards;
+        config->workers[i].blocks = device_blocks(run, n, config->kv_type);
+        ok = size_holds("--kv-device", o->kv_device, config->workers[i].blocks, bytes / (size_t)n,
+                        error);
+    }
+    return ok;
 }
 
 /* False: there is no such worker. */
@@ -266,6 +294,8 @@ static bool open_engine(struct run *run, char *error) {
     if (engine)
         trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
     run->answers.engine = engine;
+    if (engine && run->watch)
+        watch_begin(run->watch, &run->answers);
     return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
                                    engine_now(), error);
 }
@@ -323,10 +353,13 @@ static int run_file(struct run *run, char *error) {
     return reader.last < 0 ? -1 : n_failed;
 }
 
-/* All of a piped stdin is one prompt. */
+/* All of a piped stdin is one prompt, but for the newline that ends its last line. */
 static int run_piped(struct run *run, char *error) {
     struct request_spec spec = run->options.request;
     spec.prompt = cli_read_file("-", &spec.prompt_length, error);
+    for (const char *end = "\n\r"; *end && spec.prompt && spec.prompt_length > 0; end++)
+        if (spec.prompt[spec.prompt_length - 1] == *end)
+            spec.prompt[--spec.prompt_length] = 0;
     int n_failed = spec.prompt ? answers_run(&run->answers, &spec) : -1;
     free(spec.prompt);
     return n_failed;
@@ -355,6 +388,21 @@ static bool open_load(struct run *run, char *error) {
     return run->load || !wanted;
 }
 
+/* False: its port is taken, or its keys are wrong, which is to be known before all else. */
+static bool open_server(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const struct serve_options options = {.host = o->host,
+                                          .port = o->serve,
+                                          .key = o->api_key,
+                                          .key_file = o->api_key_file,
+                                          .model = o->model,
+                                          .defaults = &o->request,
+                                          .watch = run->watch};
+    bool wanted = cli_given(o->given, "--serve");
+    run->server = wanted ? serve_open(&options, error) : NULL;
+    return run->server || !wanted;
+}
+
 /* Says what went wrong with a load that has ended. */
 static int load_status(const struct load *load) {
     struct load_result result = load_result(load);
@@ -372,11 +420,13 @@ static int load_status(const struct load *load) {
 static int run_load(struct run *run) {
     struct load *load = run->load;
     load_run(load, &run->answers);
+    watch_stop(run->watch);
     struct engine_stats stats = engine_stats(run->answers.engine);
     load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
                                            .sched = stats.sched,
                                            .kv = stats.kv});
-    return load_status(load);
+    int status = load_status(load);
+    return status != EXIT_FILE && run->answers.interrupted ? EXIT_INTERRUPTED : status;
 }
 
 /* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
@@ -465,6 +515,36 @@ static int run_plan(struct run *run) {
     return plan_print(&options, error) ? 0 : refuse(error);
 }
 
+/* The first line of a conversation: what is loaded, and where. */
+static void tell_model(const struct run *run) {
+    const struct engine_config *config = engine_config_of(run->answers.engine);
+    const char *slash = strrchr(run->options.model, '/');
+    double weights = 0, bytes = 0;
+    int n_prefill = 0, n_decode = 0, n_workers = config->n_workers;
+    for (int i = 0; i < run->model.config.n_layers * N_ROLES; i++) {
+        const struct tensor *tensor = run->model.layers[i / N_ROLES][i % N_ROLES];
+        if (tensor && (i != OUTPUT || tensor != run->model.layers[0][TOKEN_EMBD])) {
+            weights += (double)tensor->rows * (double)tensor->cols;
+            bytes += (double)tensor->bytes;
+        }
+    }
+    for (int i = 0; i < n_workers; i++) {
+        n_prefill += config->workers[i].prefills;
+        n_decode += config->workers[i].decodes;
+    }
+    (void)fprintf(stderr, "%s: %s, %.*f%s weights in %s (%.*f %s), a %s; on %s, ",
+                  slash ? slash + 1 : run->options.model, run->model.config.architecture,
+                  weights < 1e10, weights * (weights < 1e9 ? 1e-6 : 1e-9),
+                  weights < 1e9 ? "M" : "B", gguf_type_name(model_main_type(&run->model)),
+                  bytes < 1e10, bytes * (bytes < 1e9 ? 1e-6 : 1e-9), bytes < 1e9 ? "MB" : "GB",
+                  run->answers.template.kind == TEMPLATE_NONE
+                      ? "base model, which continues what you type"
+                      : "chat model",
+                  config->backend->name);
+    (void)fprintf(stderr, "%d worker%s: %d prefill, %d decode. /help lists the commands\n",
+                  n_workers, n_workers == 1 ? "" : "s", n_prefill, n_decode);
+}
+
 static int run_requests(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH];
@@ -473,10 +553,12 @@ static int run_requests(struct run *run) {
         n_failed = run_file(run, error);
     else if (o->request.prompt || o->request.ids)
         n_failed = answers_run(&run->answers, &o->request);
-    else if (isatty(STDIN_FILENO))
+    else if (isatty(STDIN_FILENO)) {
+        tell_model(run);
         chat_run(&run->answers, &o->request); /* who talks has seen what failed */
-    else
+    } else
         n_failed = run_piped(run, error);
+    watch_stop(run->watch);
     if (n_failed < 0)
         complain(error);
     if (n_failed < 0 && run->answers.n_requests == 0)
@@ -485,7 +567,11 @@ static int run_requests(struct run *run) {
         stats_print(&run->answers);
     else if (!o->json)
         stats_summary(&run->answers);
-    return n_failed < 0 ? EXIT_FILE : n_failed > 0 ? EXIT_REQUESTS : 0;
+    bool interrupted = run->answers.interrupted && !run->answers.converses;
+    return n_failed < 0   ? EXIT_FILE
+           : interrupted  ? EXIT_INTERRUPTED
+           : n_failed > 0 ? EXIT_REQUESTS
+                          : 0;
 }
 
 static int run_engine(struct run *run) {
@@ -493,32 +579,69 @@ static int run_engine(struct run *run) {
     struct answers *answers = &run->answers;
     answers->json = o->json;
     answers->verbose = o->verbose;
+    answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
     if (!choose_template(run))
         return EXIT_USAGE;
     if (o->logits)
         return evaluate_logits(answers, &o->request, o->logits);
     if (o->perplexity)
         return evaluate_perplexity(answers, o->perplexity);
-    if (engine_start(run->answers.engine))
-        return run->load ? run_load(run) : run_requests(run);
-    complain("cannot start threads");
+    char error[ERROR_LENGTH] = "cannot start threads";
+    if (engine_start(answers->engine) && (!o->watch || watch_start(run->watch))) {
+        if (!run->server)
+            return run->load ? run_load(run) : run_requests(run);
+        bool served = serve_run(run->server, answers, error);
+        watch_stop(run->watch);
+        if (served)
+            return 0;
+    }
+    complain(error);
     return EXIT_FILE;
 }
 
 /* ---- signals ---- */
 
-/* Ctrl-C stops the answers; where there are none, or a second time, the program. What else ends it
- * finds the terminal as it was. */
+/* Stops the program as a shell expects it, and not at all where no shell could let it go on. Who
+ * edits a line is woken in both cases. */
+static void stop_program(void) {
+    sigset_t stop;
+    sigemptyset(&stop);
+    sigaddset(&stop, SIGTSTP);
+    editor_restore();
+    (void)raise(SIGTSTP);
+    pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
+    pthread_sigmask(SIG_BLOCK, &stop, NULL);
+    (void)kill(getpid(), SIGCONT);
+}
+
+/* Whether it ends something else than the program: Ctrl-C the answers, or the line of a
+ * conversation; that, or SIGTERM, a server, when it has answered. */
+static bool interrupts(struct run *run, int number) {
+    int answering = ANSWERING, serving = SERVING;
+    atomic_int *activity = &run->answers.activity;
+    bool is_int = number == SIGINT;
+    return (is_int && atomic_compare_exchange_strong(activity, &answering, INTERRUPTED)) ||
+           ((is_int || number == SIGTERM) &&
+            atomic_compare_exchange_strong(activity, &serving, INTERRUPTED)) ||
+           (is_int && answering == IDLE && chat_interrupted());
+}
+
+/* What there is nothing to interrupt for, or comes a second time, ends the program. What ends or
+ * stops it finds the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];
     for (;;) {
-        int number, answering = ANSWERING;
+        int number;
         (void)sigwait(&run->signals, &number);
-        if (number != SIGINT ||
-            !atomic_compare_exchange_strong(&run->answers.activity, &answering, INTERRUPTED)) {
+        if (number == SIGTSTP) {
+            stop_program();
+            continue;
+        }
+        if (!interrupts(run, number)) {
             editor_restore();
             pthread_mutex_lock(&run->closing);
+            watch_restore(run->watch);
             if (run->answers.engine && run->trace) { /* nothing is noted any more */
                 engine_lock(run->answers.engine);
                 (void)trace_close(run->trace, error);
@@ -536,15 +659,23 @@ static void *watch_signals(void *argument) {
     return NULL;
 }
 
-/* Signals are for watch_signals alone; a closed stdout is an error of fflush, not a death. Before
- * any other thread is started, so that none of them takes one. */
+/* Signals are for watch_signals alone, but those that the caller has ignored (nohup), and two that a
+ * line editor waits for; a closed stdout is an error of fflush, not a death. Before any other thread
+ * is started, so that none of them takes one. */
 static bool start_watching(struct run *run) {
+    static const int watched[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
     pthread_t watcher;
+    sigset_t blocked;
     sigemptyset(&run->signals);
-    sigaddset(&run->signals, SIGINT);
-    sigaddset(&run->signals, SIGTERM);
-    sigaddset(&run->signals, SIGHUP);
-    pthread_sigmask(SIG_BLOCK, &run->signals, NULL);
+    for (size_t i = 0; i < sizeof watched / sizeof *watched; i++) {
+        struct sigaction was;
+        if (sigaction(watched[i], NULL, &was) == 0 && was.sa_handler != SIG_IGN)
+            sigaddset(&run->signals, watched[i]);
+    }
+    blocked = run->signals;
+    sigaddset(&blocked, SIGWINCH);
+    sigaddset(&blocked, SIGCONT);
+    pthread_sigmask(SIG_BLOCK, &blocked, NULL);
     (void)signal(SIGPIPE, SIG_IGN);
     return pthread_create(&watcher, NULL, watch_signals, run) == 0 && pthread_detach(watcher) == 0;
 }
@@ -564,7 +695,12 @@ static int run_model(struct run *run) {
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     run->trace = trace_open(o->trace, o->verbose, error);
-    bool ok = *error == 0 && open_model(run, error) && open_load(run, error);
+    bool watches = o->watch || cli_given(o->given, "--serve");
+    run->watch = watches ? watch_open(trace_ledger(run->trace)) : NULL;
+    if (watches && !run->watch)
+        (void)fail(error, "out of memory");
+    bool ok =
+        *error == 0 && open_server(run, error) && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
         status = run_sim(run);
     else if (ok && o->plan)
@@ -575,10 +711,14 @@ static int run_model(struct run *run) {
         status = refuse(error);
     pthread_mutex_lock(&run->closing);
     struct engine *engine = run->answers.engine;
+    struct watch *watch = run->watch;
     run->answers.engine = NULL;
+    run->watch = NULL;
     pthread_mutex_unlock(&run->closing);
     bool closed = engine_close(engine);
+    watch_close(watch);
     load_close(run->load);
+    serve_close(run->server);
     if (!trace_close(run->trace, error)) {
         complain(error);
         status = EXIT_FILE;

@@ -532,7 +532,8 @@ static void sim_step_ends(struct sim *sim, int worker) {
     sched_done(sim->sched, worker, step, sim->now);
     w->step = NULL;
     for (int i = 0; i < n; i++)
-        if (step->requests[i]->state == REQUEST_FINISHED)
+        if ((i == 0 || step->requests[i] != step->requests[i - 1]) && /* see add_rows */
+            step->requests[i]->state == REQUEST_FINISHED)
             sim_end_request(sim, step->requests[i]);
     if (w->next != worker)
         sim_share(sim, worker);
@@ -641,7 +642,7 @@ static void sim_serve(struct sim *sim) {
 
 bool sim_run(struct sim *sim, char *error) {
     load_start(sim->load, sim->now, sched_max_length(sim->sched));
-    while (!load_is_done(sim->load) && !ferror(stdout)) { /* else nobody reads what comes of it */
+    while (!load_is_done(sim->load) && !ferror_unlocked(stdout)) { /* else nobody reads it */
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
         double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
         double now = fmin(arrival, fmin(end, expiry));

@@ -51,11 +51,11 @@ static void stats_json(const struct answers *a, const struct engine_stats *now,
     const struct engine_config *config = engine_config_of(a->engine);
     printf("{\"stats\":{\"backend\":\"%s\"", config->backend->name);
     for (size_t i = 0; i < n; i++)
-        printf(",\"%s\":%.15g", figures[i].key, figures[i].value);
+        printf(",\"%s\":%.15g", figures[i].key, answers_short(figures[i].value));
     for (int i = 0; i < N_TIMES; i++)
         for (int percent = 50; percent < 100; percent += 49)
             printf(",\"%s_p%d_ms\":%.15g", answers_times[i][0], percent,
-                   stats_within(a, (enum answer_time)i, 0.01 * percent));
+                   answers_short(stats_within(a, (enum answer_time)i, 0.01 * percent)));
     (void)fputs(",\"places\":[", stdout); /* the workers, and last the host */
     for (int i = 0; i <= config->n_workers; i++) {
         struct kv_usage u = now->places[i];
@@ -71,7 +71,7 @@ static void stats_json(const struct answers *a, const struct engine_stats *now,
 static void stats_table(const struct answers *a, const struct engine_stats *now,
                         const struct figure *figures, size_t n) {
     const struct engine_config *config = engine_config_of(a->engine);
-    bool colour = isatty(STDERR_FILENO);
+    bool colour = text_colours(STDERR_FILENO);
     const char *label = colour ? "  \033[2m%-34s\033[0m  " : "  %-34s  ";
     char words[64];
     (void)fputs(colour ? "\033[1mstats\033[0m\n" : "stats\n", stderr);

@@ -1,18 +1,24 @@
 /* terminal.h: a conversation at a prompt: a line editor, the commands, and what was said so far.
  *
  *     chat_run(&answers, &options.request); // until the end of input, or /exit
- *     editor_restore(); // from any thread, for who ends the program in between
+ *     editor_restore(); // from any thread, for who ends or stops the program in between
+ *     if (chat_interrupted()) ... // likewise, after a Ctrl-C that stopped no answer
  *
  * With a chat model each turn follows all turns before it, as token ids: the answers as they were
  * generated, also those that Ctrl-C cut off. So the next turn's prompt begins with blocks that the
  * KV cache has. With a base model every prompt stands alone and is continued.
  *
  * Keys: arrows, Home, End, Delete, Backspace; Ctrl-A, E (ends), B, F, P, N (arrows), K, U, W (cut),
- * L (clear the screen), D (delete; on an empty line: the end). A line that ends with \ goes on in
- * the next. If stdin or stderr is no terminal, or a dumb one, lines are read as they are.
- * The terminal is in raw mode only while a line is read. Text is UTF-8; the cursor moves by
- * characters, of which East Asian ones take two columns and marks none. A line longer than the
- * screen is wide shows the part around the cursor.
+ * L (clear the screen), C (give up the line), D (delete; on an empty line: the end), Z, \ (stop, end
+ * the program: as everywhere). A line that ends with \ goes on in the next, and so does all between
+ * two """. What is pasted is text, whatever its bytes, and sent by the next Enter. Lines are kept
+ * over runs, in ~/.dynamo_history; without HOME they are not.
+ *
+ * The terminal is in raw mode only while a line is read. A line is shown in as many rows as it takes,
+ * and again when the terminal has another size. Between two keys alone, two signals are taken: its
+ * size has changed (SIGWINCH); and the program goes on after it was stopped (SIGCONT), which finds
+ * the terminal as a shell left it. If stdin or stderr is no terminal, or a dumb one, lines are read
+ * as they are.
  * Read next: answers.h, lib/template.h. */
 #ifndef TERMINAL_H
 #define TERMINAL_H
@@ -21,6 +27,8 @@
 
 void chat_run(struct answers *answers, const struct request_spec *defaults);
 void editor_restore(void);
+/* True: a conversation goes on, and has said how to end it. */
+bool chat_interrupted(void);
 
 #endif /* TERMINAL_H */
 
@@ -28,59 +36,94 @@ void editor_restore(void);
 #undef TERMINAL_IMPLEMENTATION
 
 #include "../lib/text.h"
-#include "../lib/unicode.h"
+#include "../lib/wrap.h"
 #include "stats.h"
 #include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
+#include <sys/file.h>
+#include <sys/select.h>
 #include <sys/ttydefaults.h> /* CTRL */
 #include <termios.h>
 #include <unistd.h>
 
 /* ---- the line editor ---- */
 
-enum { EDITOR_LINES = 100 /* of history */ };
+enum {
+    EDITOR_LINES = 1000,  /* of history; the file has twice as many at most, when it is opened */
+    HISTORY_LENGTH = 4096 /* bytes of a line in the file: a longer one is not kept */
+};
 
 struct editor {
     char *line; /* (length) what is typed, a zero byte behind it */
     size_t length, at;
+    int row;                     /* of the cursor, counted from the first that is shown */
     char *history[EDITOR_LINES]; /* (n_history) the oldest first */
     int n_history, shown;        /* shown == n_history: the new line */
+    char file[4096];             /* of the history; "": none */
     const char *prompt;
+    bool edits;   /* else lines are read as they are */
+    bool is_text; /* what was read is no command, whatever it begins with */
 };
 
 static struct termios editor_before;
-static atomic_bool editor_is_raw;
+static atomic_bool editor_is_raw, editor_is_plain, chat_goes_on;
+static volatile sig_atomic_t editor_continued;
+static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 
-void editor_restore(void) {
-    if (atomic_exchange(&editor_is_raw, false))
-        (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &editor_before);
+/* Terminals that know bracketed paste say what is pasted, the others nothing. */
+static void editor_tell(const char *words) {
+    ssize_t written = write(STDERR_FILENO, words, strlen(words));
+    (void)written;
 }
 
+void editor_restore(void) {
+    if (atomic_exchange(&editor_is_raw, false)) {
+        editor_tell("\033[?2004l");
+        (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &editor_before);
+    }
+}
+
+bool chat_interrupted(void) {
+    if (!atomic_load(&chat_goes_on))
+        return false;
+    editor_tell("\n");
+    editor_tell(editor_hint);
+    if (atomic_load(&editor_is_plain))
+        editor_tell("> ");
+    if (atomic_load(&editor_is_raw))
+        (void)kill(getpid(), SIGCONT); /* it shows its line again */
+    return true;
+}
+
+static void editor_wake(int number) {
+    editor_continued |= number == SIGCONT;
+}
+
+/* Only what the terminal was before the first line is what it was. */
 static bool editor_raw(void) {
-    const char *kind = getenv("TERM");
-    if (!isatty(STDIN_FILENO) || !isatty(STDERR_FILENO) || !kind || !strcmp(kind, "dumb") ||
-        tcgetattr(STDIN_FILENO, &editor_before) != 0)
+    static bool known;
+    if (!isatty(STDIN_FILENO) || !text_moves(STDERR_FILENO) ||
+        (!known && tcgetattr(STDIN_FILENO, &editor_before) != 0))
         return false;
     struct termios raw = editor_before;
-    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN); /* signals stay: Ctrl-C is one */
-    raw.c_iflag &= ~(tcflag_t)(IXON);
+    struct sigaction wake = {.sa_handler = editor_wake};
+    if (!known && (sigaction(SIGWINCH, &wake, NULL) != 0 || sigaction(SIGCONT, &wake, NULL) != 0))
+        return false;
+    known = true;
+    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN); /* Ctrl-Z and Ctrl-\ are signals */
+    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL);
+    raw.c_cc[VINTR] = _POSIX_VDISABLE; /* Ctrl-C is a key, in its turn among the others */
     raw.c_cc[VMIN] = 1;
     raw.c_cc[VTIME] = 0;
     if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) != 0)
         return false;
     atomic_store(&editor_is_raw, true);
+    editor_tell("\033[?2004h");
     return true;
-}
-
-static int columns_of(uint32_t code) {
-    bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
-                (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
-                (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
-                (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
-    return unicode_class_of(code) == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
 }
 
 /* Bytes of the character behind `at`, or before it. */
@@ -96,30 +139,87 @@ static size_t editor_previous(const struct editor *e, size_t at) {
     return size;
 }
 
-/* Writes the line again, and the cursor where it is. */
-static void editor_show(const struct editor *e) {
-    struct winsize size;
-    int width = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 8 ? size.ws_col : 80;
-    int room = width - (int)strlen(e->prompt) - 1, before = 0, used = 0;
+/* Where the row ends that begins at `start`, of so many columns: behind a newline, else behind the
+ * last blank that fits. *columns: of its part before the cursor. */
+static size_t editor_row(const struct editor *e, size_t start, int room, int *columns) {
+    size_t blank = start, at = start;
     uint32_t code;
-    size_t first = e->at;
-    for (size_t n; first > 0 && before < room * 3 / 4; first -= n) { /* what fits before it */
-        n = editor_previous(e, first);
-        (void)utf8_char(e->line + first - n, n, &code);
-        before += columns_of(code);
-    }
-    (void)fprintf(stderr, "\r\033[K%s", e->prompt);
-    for (size_t at = first, n; at < e->length; at += n) {
-        n = utf8_char(e->line + at, e->length - at, &code);
-        used += columns_of(code);
+    *columns = 0;
+    for (int used = 0; at < e->length && e->line[at] != '\n';) {
+        size_t n = utf8_char(e->line + at, e->length - at, &code);
+        used += wrap_shows(code) ? wrap_columns(code) : 1;
+        if (used > room && e->line[at] != ' ')
+            return blank > start ? blank : at;
+        at += n;
+        *columns = at <= e->at ? used : *columns;
         if (used > room)
-            break;
-        bool printable = code >= ' ' && code != 127 && code != UINT32_MAX;
-        (void)fwrite(printable ? e->line + at : "?", 1, printable ? n : 1, stderr);
+            return at; /* the blank stands in the column that is left */
+        blank = e->line[at - 1] == ' ' ? at : blank;
     }
-    if (e->at < e->length)
-        (void)fprintf(stderr, "\r\033[%dC", (int)strlen(e->prompt) + before);
+    return at + (at < e->length);
+}
+
+/* Writes the line again, and the cursor where it is; of more rows than the screen has, those down
+ * to the cursor's. */
+static void editor_show(struct editor *e) {
+    int rows, ignored, column = 0, indent = (int)strlen(e->prompt);
+    int room = wrap_width(STDERR_FILENO, &rows) - 1 - indent, cursor = 0, row = 0;
+    size_t start = 0, end;
+    while ((end = editor_row(e, start, room, &ignored)) <= e->at && end > start &&
+           (end < e->length || e->line[end - 1] == '\n')) {
+        start = end;
+        cursor++;
+    }
+    (void)fprintf(stderr, e->row > 0 ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
+    e->row = cursor < rows ? cursor : rows - 1;
+    bool more = true;
+    for (start = 0; more && row <= cursor - e->row + rows - 1; row++, start = end) {
+        uint32_t code;
+        int columns;
+        end = editor_row(e, start, room, &columns);
+        more = end < e->length || (end > start && e->line[end - 1] == '\n');
+        if (row < cursor - e->row)
+            continue;
+        (void)fprintf(stderr, "%s%*s", row > cursor - e->row ? "\n" : "", indent,
+                      row > 0 ? "" : e->prompt);
+        for (size_t at = start, n; at < end && e->line[at] != '\n'; at += n) {
+            n = utf8_char(e->line + at, end - at, &code);
+            bool shows = wrap_shows(code);
+            (void)fwrite(shows ? e->line + at : code == '\t' ? " " : "?", 1, shows ? n : 1, stderr);
+        }
+        column = row == cursor ? indent + columns : column;
+    }
+    if (row - 1 > cursor)
+        (void)fprintf(stderr, "\033[%dA", row - 1 - cursor);
+    (void)fprintf(stderr, column > 0 ? "\r\033[%dC" : "\r", column);
     (void)fflush(stderr);
+}
+
+/* The next byte; -1: the end of input. */
+static int editor_byte(struct editor *e) {
+    sigset_t mask;
+    unsigned char byte;
+    (void)pthread_sigmask(SIG_SETMASK, NULL, &mask);
+    sigdelset(&mask, SIGWINCH);
+    sigdelset(&mask, SIGCONT);
+    for (;;) {
+        fd_set input;
+        FD_ZERO(&input);
+        FD_SET(STDIN_FILENO, &input);
+        ssize_t n = pselect(STDIN_FILENO + 1, &input, NULL, NULL, NULL, &mask);
+        bool woken = n < 0 && errno == EINTR;
+        if (woken) {
+            e->row = editor_continued ? 0 : e->row; /* others have written since */
+            editor_continued = 0;
+            (void)editor_raw();
+            editor_show(e);
+        } else if (n > 0)
+            n = read(STDIN_FILENO, &byte, 1);
+        if (n > 0)
+            return byte;
+        if (!woken && (n == 0 || errno != EINTR))
+            return -1;
+    }
 }
 
 static void editor_insert(struct editor *e, const char *bytes, size_t n) {
@@ -137,17 +237,17 @@ static void editor_cut(struct editor *e, size_t from, size_t to) {
     e->line[e->length] = 0;
 }
 
-enum { KEY_DELETE = 256 }; /* other keys are bytes */
+enum { KEY_DELETE = 256, KEY_PASTE }; /* other keys are bytes */
 
-/* What an escape sequence means: KEY_DELETE, or the Ctrl key that does the same. 0: nothing. */
-static int editor_escape(void) {
-    char byte = 0, number = 0;
-    if (read(STDIN_FILENO, &byte, 1) != 1 || (byte != '[' && byte != 'O'))
+/* What an escape sequence means: KEY_..., or the Ctrl key that does the same. 0: nothing. */
+static int editor_escape(struct editor *e) {
+    int number = 0, byte = editor_byte(e);
+    if (byte != '[' && byte != 'O')
         return 0;
-    while (read(STDIN_FILENO, &byte, 1) == 1 && ((byte >= '0' && byte <= '9') || byte == ';'))
-        number = number ? number : byte;
-    if (byte == '~') /* `ESC [ 3 ~`, else `ESC [ A` */
-        byte = number;
+    while ((byte = editor_byte(e)) >= '0' && byte <= ';')
+        number = byte <= '9' && number < 1000 ? 10 * number + byte - '0' : 1000;
+    if (byte == '~') /* `ESC [ 3 ~`, else `ESC [ A`, or `ESC [ 1 ; 5 A` */
+        byte = number == 200 ? KEY_PASTE : number < 10 ? '0' + number : 0;
     switch (byte) {
     case 'A': return CTRL('P'); /* up */
     case 'B': return CTRL('N'); /* down */
@@ -160,8 +260,30 @@ static int editor_escape(void) {
     case '4':
     case '8': return CTRL('E'); /* End */
     case '3': return KEY_DELETE;
+    case KEY_PASTE: return KEY_PASTE;
     default: return 0;
     }
+}
+
+/* Takes in what is pasted, up to the sequence that ends it: lines and tabs; no other control byte. */
+static void editor_paste(struct editor *e) {
+    static const char end[] = "\033[201~";
+    size_t n = sizeof end - 1, from = e->at, to = from;
+    int byte = 0;
+    while (byte >= 0 && (e->at - from < n || memcmp(e->line + e->at - n, end, n) != 0)) {
+        byte = editor_byte(e);
+        if (byte >= 0)
+            editor_insert(e, &(char){(char)byte}, 1);
+    }
+    size_t last = byte >= 0 ? e->at - n : e->at;
+    for (size_t i = from; i < last; i++) {
+        char c = e->line[i];
+        bool again = c == '\n' && i > from && e->line[i - 1] == '\r';
+        if (((unsigned char)c >= ' ' && c != 127) || c == '\t' || c == '\r' ||
+            (c == '\n' && !again))
+            e->line[to++] = c == '\r' ? '\n' : c;
+    }
+    editor_cut(e, to, e->at);
 }
 
 static void editor_recall(struct editor *e, int step) {
@@ -174,13 +296,15 @@ static void editor_recall(struct editor *e, int step) {
         editor_insert(e, e->history[wanted], strlen(e->history[wanted]));
 }
 
-enum editor_state { EDITING, ENTERED, ENDED };
+enum editor_state { EDITING, ENTERED, CLEARED, ENDED };
 
 static enum editor_state editor_key(struct editor *e, int key) {
     size_t word = e->at;
     switch (key) {
     case '\r':
     case '\n': return ENTERED;
+    case CTRL('C'): return CLEARED;
+    case KEY_PASTE: editor_paste(e); break;
     case CTRL('A'): e->at = 0; break;
     case CTRL('E'): e->at = e->length; break;
     case CTRL('B'): e->at -= editor_previous(e, e->at); break;
@@ -189,7 +313,10 @@ static enum editor_state editor_key(struct editor *e, int key) {
     case CTRL('N'): editor_recall(e, 1); break;
     case CTRL('K'): editor_cut(e, e->at, e->length); break;
     case CTRL('U'): editor_cut(e, 0, e->at); break;
-    case CTRL('L'): (void)fputs("\033[H\033[2J", stderr); break;
+    case CTRL('L'):
+        (void)fputs("\033[H\033[2J", stderr);
+        e->row = 0;
+        break;
     case 127:
     case CTRL('H'): editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
     case CTRL('D'):
@@ -213,43 +340,107 @@ static enum editor_state editor_line(struct editor *e) {
     enum editor_state state = EDITING;
     editor_show(e);
     while (state == EDITING) {
-        char byte;
-        ssize_t n = read(STDIN_FILENO, &byte, 1);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
+        int byte = editor_byte(e), more = 0;
+        if (byte < 0)
             return ENDED;
-        if (byte == '\t' || ((unsigned char)byte >= ' ' && byte != 127))
-            editor_insert(e, &byte, 1);
+        if (byte == '\t' || (byte >= ' ' && byte != 127))
+            editor_insert(e, &(char){(char)byte}, 1);
         else
-            state = editor_key(e, byte == 27 ? editor_escape() : byte);
-        int more = 0;
+            state = editor_key(e, byte == 27 ? editor_escape(e) : byte);
+        if (state != EDITING)
+            e->at = e->length;
         if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
-            editor_show(e); /* once for all that was pasted */
+            editor_show(e); /* once for all that has come */
     }
+    while (e->length > 0 && e->line[e->length - 1] == '\n') /* the end of what was pasted */
+        editor_cut(e, e->length - 1, e->length);
     return state;
 }
 
-static void editor_remember(struct editor *e) {
-    if (e->length == 0 || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], e->line)))
+/* ---- its history ---- */
+
+static void history_add(struct editor *e, const char *line) {
+    if (*line == 0 || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
         return;
     if (e->n_history == EDITOR_LINES) {
         free(e->history[0]);
         memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
         e->n_history--;
     }
-    e->history[e->n_history] = strdup(e->line);
+    e->history[e->n_history] = strdup(line);
     e->n_history += e->history[e->n_history] != NULL;
 }
 
+/* Adds a line to the file, in which \n and \\ stand for two bytes of it. */
+static void history_write(int file, const char *line) {
+    char bytes[2 * HISTORY_LENGTH + 1];
+    size_t n = 0;
+    for (; *line && n < 2 * HISTORY_LENGTH - 1; line++) {
+        bool special = *line == '\n' || *line == '\\';
+        if (special)
+            bytes[n++] = '\\';
+        bytes[n++] = *line == '\n' ? 'n' : *line;
+    }
+    bytes[n++] = '\n';
+    ssize_t written = *line ? 0 : write(file, bytes, n); /* who cannot keep it goes on without */
+    (void)written;
+}
+
+/* Runs that share the file take turns, and each adds to it what it reads: nothing is lost. */
+static void history_open(struct editor *e) {
+    const char *home = getenv("HOME");
+    char *line = NULL;
+    size_t capacity = 0;
+    int n = 0;
+    if (!home || !*home)
+        return;
+    (void)snprintf(e->file, sizeof e->file, "%s/.dynamo_history", home);
+    FILE *file = fdopen(open(e->file, O_RDWR | O_APPEND | O_CLOEXEC | O_NONBLOCK), "r+");
+    if (!file)
+        return;
+    (void)flock(fileno(file), LOCK_EX);
+    for (ssize_t length; (length = getline(&line, &capacity, file)) > 0; n++) {
+        char *to = line;
+        line[length - (line[length - 1] == '\n')] = 0;
+        for (const char *from = line; *from; from++) {
+            bool special = *from == '\\' && (from[1] == 'n' || from[1] == '\\');
+            *to++ = !special ? *from : *++from == 'n' ? '\n' : '\\';
+        }
+        *to = 0;
+        history_add(e, line);
+    }
+    if (n > 2 * EDITOR_LINES && ftruncate(fileno(file), 0) == 0)
+        for (int i = 0; i < e->n_history; i++)
+            history_write(fileno(file), e->history[i]);
+    free(line);
+    (void)fclose(file);
+}
+
+static void history_keep(struct editor *e, const char *line) {
+    int before = e->n_history;
+    history_add(e, line);
+    int file = e->n_history > before || before == EDITOR_LINES
+                   ? open(e->file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0600)
+                   : -1;
+    if (file < 0)
+        return;
+    (void)flock(file, LOCK_EX);
+    history_write(file, line);
+    close(file);
+}
+
+/* ---- a turn ---- */
+
 /* One line as it comes, without its newline. */
 static bool editor_plain(struct editor *e) {
-    if (isatty(STDIN_FILENO) && isatty(STDERR_FILENO))
+    atomic_store(&editor_is_plain, isatty(STDIN_FILENO) && isatty(STDERR_FILENO));
+    if (atomic_load(&editor_is_plain))
         (void)fputs(e->prompt, stderr);
     size_t capacity = 0; /* that of the line before is not known */
     free(e->line);
     e->line = NULL;
     ssize_t bytes = getline(&e->line, &capacity, stdin);
+    atomic_store(&editor_is_plain, false);
     if (bytes < 0)
         return false;
     e->length = (size_t)(bytes - (e->line[bytes - 1] == '\n'));
@@ -257,39 +448,64 @@ static bool editor_plain(struct editor *e) {
     return true;
 }
 
-/* Leaves one line in the editor. False: the end of input. */
-static bool editor_one(struct editor *e, const char *prompt) {
+/* Leaves one line in the editor. */
+static enum editor_state editor_one(struct editor *e, const char *prompt) {
     e->length = e->at = 0;
+    e->row = 0;
     e->shown = e->n_history;
     e->prompt = prompt;
-    if (!editor_raw())
-        return editor_plain(e);
+    e->edits = editor_raw();
+    if (!e->edits)
+        return editor_plain(e) ? ENTERED : ENDED;
     e->line = grow(e->line, 0, 1);
     *e->line = 0;
-    bool entered = editor_line(e) == ENTERED;
-    (void)fputc('\n', stderr);
+    enum editor_state state = editor_line(e);
+    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
     editor_restore();
-    if (entered)
-        editor_remember(e);
-    return entered;
+    return state;
 }
 
 /* A line and those that continue it, to be freed. NULL: the end of input. */
 static char *editor_read(struct editor *e, const char *prompt, size_t *length) {
+    static const char quotes[] = "\"\"\"";
     char *text = NULL;
-    *length = 0;
-    while (editor_one(e, text ? ". " : prompt)) {
-        char *longer = realloc(text, *length + e->length + 1);
+    bool block = false, more = true;
+    while (more) {
+        enum editor_state state = editor_one(e, text ? ". " : prompt);
+        if (state == CLEARED && !text && e->length == 0)
+            (void)fputs(editor_hint, stderr);
+        if (state == CLEARED) {
+            free(text);
+            text = NULL;
+        }
+        if (state == ENDED)
+            break;
+        if (state == CLEARED)
+            continue;
+        size_t before = !text ? 0 : *length + block; /* else a newline in place of the backslash */
+        char *longer = realloc(text, before + e->length + 1);
         if (!longer)
             break;
         text = longer;
-        if (*length > 0)
-            text[*length - 1] = '\n'; /* it was a backslash */
-        memcpy(text + *length, e->line, e->length + 1);
-        *length += e->length;
-        if (*length == 0 || text[*length - 1] != '\\')
-            break;
+        memcpy(text + before, e->line, e->length + 1);
+        if (before > 0)
+            text[before - 1] = '\n';
+        *length = before + e->length;
+        block = strncmp(text, quotes, 3) == 0;
+        const char *end = text + *length - (*length < 3 ? *length : 3);
+        more = block ? *length < 6 || strcmp(end, quotes) != 0
+                     : *length > 0 && text[*length - 1] == '\\';
     }
+    if (text && block && !more) { /* without the quotes, and the newlines beside them */
+        size_t first = 3 + (text[3] == '\n'), last = *length - 3;
+        last -= last > first && text[last - 1] == '\n';
+        *length = last > first ? last - first : 0;
+        memmove(text, text + first, *length);
+        text[*length] = 0;
+    }
+    e->is_text = text && (block || memchr(text, '\n', *length));
+    if (text && e->edits)
+        history_keep(e, text);
     return text;
 }
 
@@ -301,7 +517,8 @@ static const char chat_help[] =
     "/clear    forget what was said\n"
     "/system   TEXT: what the model is told first, in a new conversation\n"
     "/exit     leave; so does Ctrl-D\n"
-    "A line that ends with \\ goes on in the next. Ctrl-C stops an answer.\n";
+    "A line that ends with \\ goes on in the next, and so does all between two \"\"\".\n"
+    "Ctrl-C stops an answer, or gives up a line.\n";
 
 /* Forgets what was said, and says so; a base model has nothing to forget. */
 static void chat_restart(struct answers *answers, const char *of_chat, const char *of_base) {
@@ -338,21 +555,25 @@ void chat_run(struct answers *answers, const struct request_spec *defaults) {
     struct editor editor = {0};
     char *system = NULL; /* that of the defaults */
     bool goes_on = answers->converses = true;
+    history_open(&editor);
+    atomic_store(&chat_goes_on, true);
     while (goes_on) {
         struct request_spec spec = *defaults;
         spec.system = system ? system : defaults->system;
         spec.prompt = editor_read(&editor, "> ", &spec.prompt_length);
         if (!spec.prompt)
             break;
-        if (spec.prompt[0] == '/' && spec.prompt[1] >= 'a' && spec.prompt[1] <= 'z') {
+        if (!editor.is_text && spec.prompt[0] == '/' && spec.prompt[1] >= 'a' &&
+            spec.prompt[1] <= 'z') {
             goes_on = chat_command(answers, spec.prompt, &system);
         } else if (spec.prompt_length > 0 && answers_run(answers, &spec) > 0 &&
-                   answers->n_history > 0) {
+                   !answers->interrupted && answers->n_history > 0) {
             (void)fputs("If the conversation has become too long: /clear begins a new one.\n",
                         stderr);
         }
         free(spec.prompt);
     }
+    atomic_store(&chat_goes_on, false);
     free(system);
     answers_forget(answers);
     for (int i = 0; i < editor.n_history; i++)

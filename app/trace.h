@@ -206,7 +206,7 @@ static const char *trace_field(const struct trace *t, const struct event *e, cha
     case 'T': return e->to == t->host ? "host" : "device";
     case 'p': return e->why_prefill;
     case 'y': return e->why;
-    case 'e': return reason_names[e->reason];
+    case 'e': return answers_reasons[e->reason];
     case 'r': *number = (double)e->request; break;
     case 'o': *number = (double)e->other; break;
     case 'b': *number = e->node; break;

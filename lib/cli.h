@@ -15,8 +15,9 @@
  * expects; it takes all bytes of a value, and stores only what is valid.
  *
  * A file has one request a line: a JSON object if it starts with `{`, else the text itself; empty
- * lines are skipped. What a line does not say is as on the command line. A bad line becomes a
- * request with `error` set, so that the others go on.
+ * lines are skipped, and a byte order mark before a line. What a line does not say is as on the
+ * command line. A bad line becomes a request with `error` set, so that the others go on. An object
+ * with the one key `cancel` is no request: it ends that with this id.
  *
  * Nothing here runs a model, prints an error or ends the program: what is wrong comes back as one
  * line of text. Texts are not copied: argv, and a request's line, must outlive what points into
@@ -35,7 +36,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
-    CLI_FILE_LINES = 1 << 16,  /* of requests: all may be in flight together */
+    CLI_REQUESTS = 1 << 16,    /* of a file: all may be in flight together */
     VALUE_DEVICES = 1024,      /* of a list */
     VALUE_STOPS = 16,          /* texts that end an answer */
     VALUE_FAILURES = 16        /* of --fail */
@@ -67,23 +68,30 @@ struct request_spec {
     int n_ids;
     struct said *earlier; /* (n_earlier + 1) a user's and the answer, in turns; last the prompt */
     int n_earlier;
-    const char *after; /* id of an earlier request, which this one continues; NULL: none */
-    float at;          /* arrival, in seconds after the start */
-    float deadline;    /* seconds after its arrival; 0: none */
-    bool seeded;       /* its line has a seed of its own */
+    const char *after;  /* id of an earlier request, which this one continues; NULL: none */
+    const char *cancel; /* not NULL: no request, but the id of one before it that is to end */
+    float at;           /* arrival, in seconds after the start */
+    float deadline;     /* seconds after its arrival; 0: none */
+    bool seeded;        /* its line has a seed of its own */
     int n; /* tokens to write at most; -1: until the end token or the end of the context */
     struct sampling sampling;
     char *stop[VALUE_STOPS]; /* (n_stop) none of them empty */
     int n_stop;
     const char *system; /* NULL: none */
+    bool plain;         /* a prompt is continued, by a chat model too */
+    int min_new;        /* tokens before which neither an end token nor a stop text ends it */
     char *error;        /* not NULL: this request is refused, for this reason (FILE:LINE: ...) */
     char *line;         /* that it was read from; its texts point into it */
+    const char *file;   /* NULL: it comes from no file; else the name, and … */
+    int number;         /* … the number of the line there */
 };
 
 struct failure { /* of a worker, in seconds after the start; INFINITY: it does not come back */
     int worker;
     double at, back;
 };
+
+typedef unsigned __int128 option_set; /* those that were given: see cli_given */
 
 struct options {
     const char *model;
@@ -98,18 +106,20 @@ struct options {
     int tp, tp_prefill, tp_decode;    /* 1, 2, 4 or 8: the latter two are those of the workers */
     int max_batch, chunk, threads;    /* 0: not given */
     int max_queue;                    /* 0: no bound */
+    int serve;                        /* a port; 0: any */
+    const char *host, *api_key, *api_key_file;
     struct failure failures[VALUE_FAILURES]; /* (n_failures) */
     int n_failures;
     uint64_t copy_delay; /* seed of the CPU backend's copy delays; 0: no delays */
-    bool colocate, json, stats, verbose, version, help;
-    uint64_t given; /* for cli_given */
+    bool colocate, json, stats, verbose, watch, version, help;
+    option_set given;
 };
 
 /* False: `error` is one line, without the program's name. With --help or --version nothing else is
  * required; else `model` is not NULL. In any case, cli_free follows. */
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]);
 void cli_free(struct options *options);
-bool cli_given(uint64_t given, const char *option); /* given: options->given */
+bool cli_given(option_set given, const char *option);
 void cli_help(FILE *stream);
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
@@ -136,6 +146,10 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
 /* Reads up to the next request. 0: there is none; < 0: the file cannot be read, see `error`. */
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]);
+/* Sets what nodes[key], a key of a request, and the value behind it say; for who reads JSON of
+ * another form. ids and earlier are then to be freed. */
+bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
+                  char error[ERROR_LENGTH]);
 /* Adds it to specs, which may move. */
 void requests_add(struct requests *requests, const struct request_spec *spec);
 void requests_free(struct requests *requests);
@@ -361,6 +375,7 @@ static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see se
 #define AT(field) .offset = offsetof(struct options, field)
 static const struct option_row option_rows[] = {
     {.help = "What to run (without any: a conversation at a prompt; piped stdin is one prompt)"},
+    {"-m", "FILE", "the model; it may also stand by itself", &TEXT, AT(model)},
     {"-p", "TEXT", "one prompt", &PROMPT, AT(request), .key = "prompt"},
     {"--ids", "1,15,7", "one prompt as token ids", &IDS, AT(request), .key = "ids"},
     {"-f", "FILE", "one request a line: text, or JSON with [keys]; - is stdin", &TEXT, AT(file)},
@@ -371,6 +386,7 @@ static const struct option_row option_rows[] = {
     {.kind = &TEXT, AT(request.id), .key = "id"},
     {.kind = &MESSAGES, AT(request), .key = "messages"},
     {.kind = &TEXT, AT(request.after), .key = "after"},
+    {.kind = &TEXT, AT(request.cancel), .key = "cancel"},
     {.kind = &REAL, AT(request.at), .high = 1e6, .key = "at"},
     {.kind = &REAL, AT(request.deadline), .high = 1e6, .key = "deadline"},
     {.help = "How to write"},
@@ -391,8 +407,8 @@ static const struct option_row option_rows[] = {
     {"--system", "TEXT", "what a chat model is told first", &TEXT, AT(request.system),
      .key = "system"},
     {"--template",
-     "auto|chatml|llama3|llama3.1|llama2|mistral|mistral3|mistral7|zephyr|gemma|phi3|deepseek|"
-     "harmony|none",
+     "auto|chatml|llama3|llama3.1|llama2|mistral|mistral3|mistral7|zephyr|falcon3|gemma|phi3|"
+     "deepseek|harmony|none",
      "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
     {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},
@@ -415,6 +431,13 @@ static const struct option_row option_rows[] = {
     {"--chunk", "N", "prompt tokens in one prefill step, at most", &INT, AT(chunk), 1, 1 << 20},
     {"--max-queue", "N", "requests that may wait, others are refused (default 0: any number)", &INT,
      AT(max_queue), 0, INT_MAX},
+    {.help = "For clients of OpenAI's protocol"},
+    {"--serve", "PORT", "answer HTTP: /v1/chat/completions and others; 0: any free port", &INT,
+     AT(serve), 0, 65535},
+    {"--host", "ADDRESS", "from which network (default 127.0.0.1: this machine alone)", &TEXT,
+     AT(host)},
+    {"--api-key", "KEY", "that clients must have", &TEXT, AT(api_key)},
+    {"--api-key-file", "FILE", "the same, one a line", &TEXT, AT(api_key_file)},
     {.help = "Loads, and clusters that need not be there"},
     {"--replay", "FILE|IN:OUT", "requests of a Mooncake trace; or of IN tokens each, and OUT back",
      &TEXT, AT(replay)},
@@ -433,20 +456,30 @@ static const struct option_row option_rows[] = {
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
-    {"--verbose", NULL, "a line on stderr for each step, copy and decision", &FLAG, AT(verbose)},
+    {"--watch", NULL, "a picture of workers, blocks and speeds on stderr as they run", &FLAG,
+     AT(watch)},
+    {"--verbose", NULL, "tell each step, copy, decision, thought, and unused key of the model",
+     &FLAG, AT(verbose)},
     {"--copy-delay", "SEED", "for tests: delay CPU copies at random", &SEED, AT(copy_delay)},
     {"--version", NULL, "print the version", &FLAG, AT(version)},
-    {"--help", NULL, "print this", &FLAG, AT(help)},
+    {"--help", NULL, "print this; so does -h (and --prompt, --n-predict, --temp are -p, -n, -t)",
+     &FLAG, AT(help)},
 };
 #undef AT
-enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 6 };
-static_assert(N_ROWS <= 64, "struct options has one bit for each row");
+enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 7 };
+static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
 static const struct rule {
     const char *options[N_TOGETHER];
     const char *needs; /* the first needs one of the others; NULL: at most one may be given */
 } rules[] = {
-    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay"}, NULL},
+    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay", "--serve"}, NULL},
+    {{"--serve", "--sim", "--plan"}, NULL},
+    {{"--serve", "--json"}, NULL}, /* it answers in JSON, and has /metrics */
+    {{"--serve", "--stats"}, NULL},
+    {{"--host", "--serve"}, "--serve"},
+    {{"--api-key", "--serve"}, "--serve"},
+    {{"--api-key-file", "--serve"}, "--serve"},
     {{"--sim", "--plan"}, NULL},
     {{"--sim", "--replay", "-f"}, "--replay or -f"},
     {{"--plan", "--replay", "-f"}, "--replay or -f"},
@@ -470,6 +503,9 @@ static const struct rule {
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
+    {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
+    {{"--watch", "--logits"}, NULL},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
@@ -488,6 +524,31 @@ static bool refuse_value(const struct value *value, const char *name, const char
                 value->length < 60 ? (int)value->length : 60, value->text, quote, expected, range);
 }
 
+/* What people type who know other programs: the first N_OBEYED are taken, others suggested. */
+static const struct other_name {
+    const char *name, *option;
+} other_names[] = {
+    {"-h", "--help"},
+    {"--temp", "-t"},
+    {"--prompt", "-p"},
+    {"--n-predict", "-n"},
+    {"--temperature", "-t"},
+    {"--max-tokens", "-n"},
+    {"--max-new-tokens", "-n"},
+    {"--model", "-m"},
+    {"--file", "-f"},
+    {"--input-ids", "--ids"},
+    {"--system-prompt", "--system"},
+    {"--chat-template", "--template"},
+    {"--gpus", "--devices"},
+    {"--n-gpu-layers", "--devices"},
+    {"--tensor-parallel-size", "--tp"},
+    {"--batch-size", "--max-batch"},
+    {"--max-num-seqs", "--max-batch"},
+    {"--cache-type", "--kv-type"},
+};
+enum { N_OTHERS = sizeof other_names / sizeof *other_names, N_OBEYED = 4 };
+
 /* The name by which a row is known on the command line, or in a request file. */
 static const char *name_of(const struct option_row *row, bool key) {
     const char *name = key ? row->key : row->name;
@@ -495,47 +556,67 @@ static const char *name_of(const struct option_row *row, bool key) {
 }
 
 static const struct option_row *find_row(const char *name, bool key) {
+    for (int i = 0; i < N_OBEYED && !key; i++)
+        if (strcmp(other_names[i].name, name) == 0)
+            name = other_names[i].option;
     for (int row = 0; row < N_ROWS && *name; row++)
         if (strcmp(name_of(&option_rows[row], key), name) == 0)
             return &option_rows[row];
     return NULL;
 }
 
-bool cli_given(uint64_t given, const char *option) {
+bool cli_given(option_set given, const char *option) {
     const struct option_row *row = find_row(option, false);
     assert(row != NULL);
     return given >> (row - option_rows) & 1;
 }
 
-/* Whether so many bytes inserted, removed or changed make one word from the other. */
+/* Whether so many bytes inserted, removed, changed or swapped with the next make one word from the
+ * other; - and _ count as the same. */
 static bool resembles(const char *a, const char *b, int edits) {
-    for (; *a && *a == *b; a++)
+    for (; *a && (*a == *b || (strchr("-_", *a) && strchr("-_", *b) && *b)); a++)
         b++;
     if (!*a && !*b)
         return true;
     return edits > 0 &&
            ((*a && resembles(a + 1, b, edits - 1)) || (*b && resembles(a, b + 1, edits - 1)) ||
-            (*a && *b && resembles(a + 1, b + 1, edits - 1)));
+            (*a && *b && resembles(a + 1, b + 1, edits - 1)) ||
+            (*a && *b && *a == b[1] && a[1] == *b && resembles(a + 2, b + 2, edits - 1)));
+}
+
+/* What an unknown name may have meant: a name of either kind, as it is or nearly. NULL: nothing. */
+static const char *suggest(const char *name, bool key) {
+    name += strspn(name, "-");
+    int most = strlen(name) < 3 ? 0 : strlen(name) < 6 ? 1 : 2;
+    for (int edits = 0; edits <= most; edits++) {
+        for (int i = 0; i < 2 * N_ROWS + N_OTHERS; i++) {
+            const struct other_name *other = i < 2 * N_ROWS ? NULL : &other_names[i - 2 * N_ROWS];
+            const struct option_row *row =
+                other ? find_row(other->option, false) : &option_rows[i / 2];
+            const char *similar = other ? other->name : name_of(row, i % 2 != key);
+            similar += strspn(similar, "-");
+            if (*similar && *name_of(row, key) && (int)strlen(similar) > 2 * edits &&
+                resembles(name, similar, edits))
+                return name_of(row, key);
+        }
+    }
+    return NULL;
 }
 
 static void refuse_unknown(const char *name, bool key, char *error) {
-    const char *what = key ? "key" : "option", *hint = "--help lists all", *similar = "";
-    for (int edits = 1; edits <= 2 && !*similar && strlen(name) > 2; edits++)
-        for (int row = 0; row < N_ROWS && !*similar; row++)
-            if (strlen(name_of(&option_rows[row], key)) > 3 &&
-                resembles(name, name_of(&option_rows[row], key), edits))
-                similar = name_of(&option_rows[row], key);
-    fail(error, "%.60s: unknown %s; %s%s", name, what, *similar ? "did you mean " : hint, similar);
+    const char *similar = suggest(name, key);
+    fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
+         similar ? "did you mean " : "--help lists all", similar ? similar : "");
 }
 
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
-static const struct option_row *give(uint64_t *given, const char *name, bool key, char *error) {
+static const struct option_row *give(option_set *given, const char *name, bool key, char *error) {
     const struct option_row *row = find_row(name, key);
     if (!row) {
         refuse_unknown(name, key, error);
         return NULL;
     }
-    uint64_t bit = (uint64_t)1 << (row - option_rows);
+    option_set bit = (option_set)1 << (row - option_rows);
     if (*given & bit && ((row->kind != &STOP && row->kind != &FAILURE) || key)) {
         (void)fail(error, "%s: given twice", name);
         return NULL;
@@ -577,7 +658,7 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
 }
 
 /* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
-static bool set_field(struct request_spec *request, uint64_t *given, struct json_node *nodes,
+static bool set_field(struct request_spec *request, option_set *given, struct json_node *nodes,
                       int key, char *error) {
     struct json_node *name = &nodes[key], *value = &nodes[key + 1];
     bool plain = name->length == strlen(name->text); /* no zero byte inside */
@@ -603,22 +684,33 @@ static bool set_field(struct request_spec *request, uint64_t *given, struct json
     return true;
 }
 
+bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
+                  char error[ERROR_LENGTH]) {
+    return set_field(request, &(option_set){0}, nodes, key, error);
+}
+
 /* ---- files of requests ---- */
 
-/* text[length] is 0. */
+/* text[length] is 0. The id comes first: then whatever is wrong is told of it. */
 static bool read_request(struct request_spec *request, char *text, size_t length, char *error) {
-    if (*text != '{') {
+    if (text[strspn(text, " \t")] != '{') {
         request->prompt = text;
         request->prompt_length = length;
         return true;
     }
-    uint64_t given = 0;
-    struct json_node *nodes = json_parse(text, length, error);
-    bool good = nodes != NULL;
+    option_set given = 0;
+    int n_nodes = 0;
+    struct json_node *nodes = json_parse_part(text, length, &n_nodes, error);
+    bool good = !*error;
+    for (int at = 1; at + 1 < n_nodes && nodes[at + 1].next; at = nodes[at + 1].next)
+        if (strcmp(nodes[at].text, "id") == 0 && nodes[at + 1].type == '"')
+            request->id = nodes[at + 1].text;
     for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
         good = set_field(request, &given, nodes, key, error);
     free(nodes);
     request->seeded = cli_given(given, "--seed");
+    if (good && request->cancel)
+        return (given & (given - 1)) == 0 || fail(error, "cancel: expected no other key");
     int n = cli_given(given, "-p") + cli_given(given, "--ids") + (request->earlier != NULL);
     return good && (n == 1 || fail(error, "expected one of prompt, ids and messages"));
 }
@@ -667,7 +759,14 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
     requests->n_lines++;
     *length -= *length > 0 && requests->text[*length - 1] == '\r';
     requests->text[*length] = 0;
-    return 1;
+    if (strncmp(requests->text, "\xEF\xBB\xBF", 3) == 0)
+        memmove(requests->text, requests->text + 3, (*length -= 3) + 1);
+    const char *text = requests->text; /* UTF-16 begins with a mark, or has zeros in between */
+    bool wide = *length > 1 && (!text[0] != !text[1] || memcmp(text, "\xFF\xFE", 2) == 0 ||
+                                memcmp(text, "\xFE\xFF", 2) == 0);
+    if (requests->n_lines == 1 && wide)
+        (void)fail(error, "%.400s: got UTF-16, expected UTF-8", requests->name);
+    return requests->n_lines == 1 && wide ? -1 : 1;
 }
 
 int requests_next(struct requests *requests, const struct request_spec *defaults,
@@ -678,17 +777,20 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
         int read = requests_line(requests, &length, error);
         if (read <= 0)
             return read;
-        if (requests->n_lines > CLI_FILE_LINES) {
-            (void)fail(error, "%.400s: got more than %d lines; split it", requests->name,
-                       CLI_FILE_LINES);
-            return -1;
-        }
+    }
+    if (requests->n == CLI_REQUESTS) {
+        (void)fail(error, "%.400s: got more than %d requests; split it", requests->name,
+                   CLI_REQUESTS);
+        return -1;
     }
     *spec = *defaults;
     spec->line = requests->text;
+    spec->file = requests->name;
+    spec->number = requests->n_lines;
     requests->text = NULL;
     if (read_request(spec, spec->line, length, wrong))
         return 1;
+    spec->cancel = NULL;
     spec->error = grow(NULL, 0, ERROR_LENGTH);
     fail(spec->error, "%.200s:%d: %.250s", requests->name, requests->n_lines, wrong);
     return 1;
@@ -795,12 +897,19 @@ bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_
     *options = (struct options){.tp = 1};
     options->request =
         (struct request_spec){.n = -1, .sampling = {.temperature = 0.8f, .top_p = 0.95f}};
+    bool plain = false; /* behind -- no word is an option */
     for (int i = 1; i < argc; i++) {
         char *word = argv[i], *value = strchr(word, '=');
-        if (*word != '-') {
+        if (!plain && strcmp(word, "--") == 0) {
+            plain = true;
+            continue;
+        }
+        if (plain || *word != '-') {
             if (options->model)
-                return fail(error, "%.60s: unexpected; the model is %.60s", word, options->model);
+                return fail(error, "%.60s: unexpected; the model is %.60s, a prompt is given by -p",
+                            word, options->model);
             options->model = word;
+            (void)give(&options->given, "-m", false, error);
             continue;
         }
         if (value)
@@ -874,7 +983,7 @@ void cli_progress(const char *label, int64_t done, int64_t total) {
     if (done == 0)
         begun = now;
     int64_t ms = (now.tv_sec - begun.tv_sec) * 1000 + (now.tv_nsec - begun.tv_nsec) / 1000000;
-    if (ms < PROGRESS_MS || !isatty(2))
+    if (ms < PROGRESS_MS || !text_moves(2))
         return;
     static const char full[] = "##############################";
     int filled = (int)((int64_t)(sizeof full - 1) * done / total);

@@ -28,6 +28,9 @@ struct json_node {
 
 /* text[length] must be 0. NULL: `error` says what was expected and at which byte. */
 struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]);
+/* The same, but also of a text that is wrong: the `n` nodes up to there, of which those not read to
+ * their end have `next` 0; `error` is "" of one that is not. NULL: out of memory. */
+struct json_node *json_parse_part(char *text, size_t length, int *n, char error[ERROR_LENGTH]);
 /* Writes it quoted; what is not UTF-8 comes out as U+FFFD, one for each byte. */
 void json_string(FILE *out, const char *text, size_t length);
 
@@ -208,11 +211,11 @@ static const char *json_read(struct json_reader *reader, int depth) {
     }
     if (node->type != '"')
         node->length = (size_t)(reader->at - node->text);
-    node->next = reader->n_nodes;
+    node->next = wrong ? 0 : reader->n_nodes;
     return wrong;
 }
 
-struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]) {
+struct json_node *json_parse_part(char *text, size_t length, int *n, char error[ERROR_LENGTH]) {
     size_t most = 1; /* every value but the first follows one of these */
     for (size_t i = 0; i < length; i++)
         most += text[i] == ',' || text[i] == ':' || text[i] == '[' || text[i] == '{';
@@ -221,10 +224,19 @@ struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]
     const char *wrong = reader.nodes ? json_read(&reader, 0) : "less (out of memory)";
     if (!wrong && (json_skip_space(&reader) || reader.at != text + length))
         wrong = "the end";
-    if (!wrong)
-        return reader.nodes;
-    (void)fail(error, "byte %td: expected %s", reader.at - text, wrong);
-    free(reader.nodes);
+    *error = 0;
+    *n = reader.n_nodes;
+    if (wrong)
+        (void)fail(error, "byte %td: expected %s", reader.at - text, wrong);
+    return reader.nodes;
+}
+
+struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]) {
+    int n;
+    struct json_node *nodes = json_parse_part(text, length, &n, error);
+    if (!*error)
+        return nodes;
+    free(nodes);
     return NULL;
 }
 

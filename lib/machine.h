@@ -4,9 +4,9 @@
  *     int threads = machine_processors("");
  *
  * A container is a control group with limits. What a group may use is the least of what it and all
- * groups above it have left (cgroups(7); of version 2 memory.max and cpu.max, of version 1
- * memory.limit_in_bytes and cpu.cfs_quota_us). Within a container the path that the kernel tells
- * may be that of the host, of which only the end is there: folders that are not are passed over.
+ * groups above it have left (cgroups(7); of version 2 memory.max, memory.high, which slows down who
+ * has more, and cpu.max; of version 1 memory.limit_in_bytes and cpu.cfs_quota_us). Within a container
+ * the path that the kernel tells may be that of the host, of which only the end is there.
  *
  * Refuses to fail: what cannot be read limits nothing. */
 #ifndef MACHINE_H
@@ -64,11 +64,13 @@ typedef double machine_left(const char *folder, bool second);
 
 static double machine_memory_left(const char *folder, bool second) {
     double most = machine_number(folder, second ? "memory.max" : "memory.limit_in_bytes", "", NULL);
+    double high = second ? machine_number(folder, "memory.high", "", NULL) : -1;
     double used =
         machine_number(folder, second ? "memory.current" : "memory.usage_in_bytes", "", NULL);
     double cache = machine_number(folder, "memory.stat",
                                   second ? "inactive_file " : "total_inactive_file ", NULL);
-    return most < 0 || used < 0 ? INFINITY : fmax(most - used + fmax(cache, 0), 1);
+    most = most < 0 ? high : high < 0 ? most : fmin(most, high);
+    return most < 0 ? INFINITY : fmax(most - fmax(used, 0) + fmax(cache, 0), 1);
 }
 
 static double machine_quota_left(const char *folder, bool second) {
@@ -98,6 +100,11 @@ static double machine_least(const char *root, const char *controller, machine_le
                             second ? "" : controller);
         if (base + (int)strlen(group) >= (int)sizeof folder)
             continue;
+        for (; *group; group += 1 + strcspn(group + 1, "/")) {
+            (void)strcpy(folder + base, group);
+            if (access(folder, F_OK) == 0)
+                break; /* else it begins outside of the container */
+        }
         for (char *end = stpcpy(folder + base, group); end >= folder + base; end--)
             if (!*end || *end == '/') { /* the group, those above it, and the mount itself */
                 *end = 0;

@@ -222,12 +222,16 @@ INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of
     return *(const ivec_any *)(const void *)words;
 }
 
-/* Four bits of MXFP4 in each of 64 bytes become twice the number that they stand for, plus 12. */
+/* The low four bits of each of 64 bytes, of MXFP4, become twice the number that they stand for, plus
+ * 12. */
 INLINE ivec mxfp4_numbers(ivec bits) {
 #ifdef __AVX512BW__
     const __m512i numbers = _mm512_broadcast_i32x4(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    return (ivec)_mm512_shuffle_epi8(numbers, (__m512i)bits);
+#ifdef __AVX512VBMI__ /* looks at six bits, for which the table is there four times */
+    return (ivec)_mm512_permutexvar_epi8((__m512i)bits, numbers);
+#endif
+    return (ivec)_mm512_shuffle_epi8(numbers, (__m512i)(bits & 0x0f0f0f0f));
 #else /* a sign, two bits of exponent, one of mantissa; nothing is carried between bytes */
     const ivec ones = (ivec){0} + 0x01010101;
     ivec sign = (bits >> 3 & ones) * 255, high = (bits >> 2 & ones) * 255;
@@ -247,8 +251,8 @@ INLINE ivec load_quad(enum tensor_type type, const char *panel, unsigned k, unsi
     if (type == TYPE_Q8_0)
         return load_words(words, quad, i);
     if (type == TYPE_Q4_0 || type == TYPE_MXFP4) { /* 16 k in the low halves, 16 in the high ones */
-        ivec bits = load_words(words, quad % 4, i) >> (quad / 4 * 4) & 0x0f0f0f0f;
-        return type == TYPE_Q4_0 ? bits : mxfp4_numbers(bits);
+        ivec bits = load_words(words, quad % 4, i) >> (quad / 4 * 4);
+        return type == TYPE_Q4_0 ? bits & 0x0f0f0f0f : mxfp4_numbers(bits);
     }
     if (type == TYPE_Q4_K) /* 32 and 32 */
         return load_words(words, k % 256 / 64 * 8 + quad, i) >> (part % 2 * 4) & 0x0f0f0f0f;
@@ -273,8 +277,7 @@ INLINE void load_scales(enum tensor_type type, const char *panel, unsigned k,
         const char *bytes = block + part * PANEL + (unsigned)i * LANES;
         scales->least[i] = (vec){0};
         if (type == TYPE_MXFP4) { /* half a power of two; the two least are no normal numbers */
-            byte_vec small = *(const byte_vec *)(const void *)bytes;
-            ivec power = __builtin_convertvector(small, ivec) & 255;
+            ivec power = widen_uint8(bytes);
             scales->scale[i] = select_vec(power < 2, (vec)(((ivec){0} + 0x200000) << power),
                                           (vec)((power - 1) << 23));
             continue;
@@ -616,7 +619,8 @@ static void dot_convert_block(const float *from, int count, struct q8_block *to,
         byte_vec bytes = __builtin_convertvector(whole, byte_vec);
         memcpy(to->q + i * LANES, &bytes, sizeof bytes);
         float sum = sum_lanes(rounded - 12582912.0f); /* exact: less than 2^24 */
-        to->sum[i] = sum == sum ? (int32_t)sum : 0;   /* 0: of a row that is no number */
+        to->sum[i] = sum == sum ? (int32_t)sum : 0;
+        to->scale = sum == sum ? to->scale : sum; /* of NaN or infinity all becomes NaN */
     }
     to->scaled_sum = to->scale * (float)(to->sum[0] + to->sum[1]);
 }

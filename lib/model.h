@@ -400,6 +400,12 @@ static void model_refuse_format(struct gguf *file) {
         bool found = size >= at + length && !strncasecmp(bytes + at, formats[i].begin, length);
         gguf_expect(file, !found, "is %s", formats[i].is);
     }
+    /* a server's refusal, say: in a checkpoint there are zeros */
+    size_t most = size < 64 ? size : 64, n = 0;
+    for (uint8_t c; bytes && n < most; n++)
+        if ((c = (uint8_t)bytes[n]) >= 0xF5 || (c < ' ' && (c < '\t' || c > '\r')))
+            break;
+    gguf_expect(file, !bytes || n < most, "is text, not a model: %.*s", (int)n, bytes);
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
@@ -430,7 +436,8 @@ static void model_read_kind(struct model_reader *reader, struct model_config *co
 /* YaRN (Peng et al. 2023): pairs that turn more than `fast` times within the context that the model
  * was trained on first stay as they are, those that turn less than `slow` times are slowed down. */
 static void model_read_yarn(struct model_reader *reader, struct model_config *config) {
-    int context = model_int(reader, "rope.scaling.original_context_length", REQUIRED, 1, 1 << 24);
+    int context = model_int(reader, "rope.scaling.original_context_length", config->context_length,
+                            1, 1 << 24);
     float fast = model_float(reader, "rope.scaling.yarn_beta_fast", 32, 1e-3, 1e6);
     float slow = model_float(reader, "rope.scaling.yarn_beta_slow", 1, 1e-3, 1e6);
     double theta = (double)model_float(reader, "rope.freq_base", 10000, 1.001, 1e12); /* > 1 here */
@@ -444,8 +451,9 @@ static void model_read_yarn(struct model_reader *reader, struct model_config *co
     config->yarn_high = (float)fmax(fmin(pair[1], n - 1), (double)config->yarn_low + 0.001);
     model_float(reader, "rope.scaling.yarn_ext_factor", 1, 1, 1);
     model_float(reader, "rope.scaling.yarn_log_multiplier", 0, 0, 0);
-    config->rope_magnitude *= model_float(reader, "rope.scaling.yarn_attn_factor", 1, 1e-3, 1e3) *
-                              (float)(1 + 0.1 * log((double)config->rope_scale));
+    double usual = 1 + 0.1 * log((double)config->rope_scale); /* unless the original had another */
+    config->rope_magnitude *=
+        model_float(reader, "rope.scaling.yarn_attn_factor", usual, 1e-3, 1e3);
 }
 
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
@@ -455,8 +463,10 @@ static void model_read_rope(struct model_reader *reader, struct model_config *co
     config->rope_dim = model_int(reader, "rope.dimension_count", head_dim, 2, head_dim);
     gguf_expect(reader->file, config->rope_dim % 2 == 0, "got an odd number, %d", config->rope_dim);
     config->rope_theta = model_float(reader, "rope.freq_base", 10000, 1, 1e12);
-    if (reader->kind & MODEL_GEMMA3)
-        config->theta_windowed = model_float(reader, "rope.freq_base_swa", 10000, 1, 1e12);
+    bool own = reader->kind & MODEL_GEMMA3; /* a base of layers with a window */
+    double theta = (double)config->rope_theta, least = own ? 1 : theta, most = own ? 1e12 : theta;
+    float windowed = model_float(reader, "rope.freq_base_swa", own ? 10000 : theta, least, most);
+    config->theta_windowed = own ? windowed : 0;
     gguf_get_string(reader->file, model_key(reader, "rope.scaling.type"), &scaling);
     bool yarn = gguf_equals(scaling, "yarn"), none = gguf_equals(scaling, "none");
     gguf_expect(reader->file, none || yarn || gguf_equals(scaling, "linear"),
@@ -473,6 +483,7 @@ static void model_read_experts(struct model_reader *reader, struct model_config 
     bool always = reader->kind & (MODEL_QWEN3MOE | MODEL_GPT_OSS), normed = true;
     config->n_experts = model_int(reader, "expert_count", always ? REQUIRED : 0, always, 1024);
     reader->kind |= config->n_experts > 0 ? MODEL_EXPERTS : MODEL_DENSE;
+    model_int(reader, "expert_group_count", 1, 0, 1);
     if (config->n_experts == 0)
         return;
     int most = config->n_experts < MODEL_MOST_USED ? config->n_experts : MODEL_MOST_USED;
@@ -483,23 +494,23 @@ static void model_read_experts(struct model_reader *reader, struct model_config 
     config->share_of_all = !normed;
     int gate = reader->kind & MODEL_GPT_OSS ? 3 : 1; /* softmax: of those chosen; of all */
     model_int(reader, "expert_gating_func", gate, gate, gate);
-    model_float(reader, "expert_weights_scale", 1, 1, 1);
     model_int(reader, "expert_shared_count", 0, 0, 0);
 }
 
 static void model_read_attention(struct model_reader *reader, struct model_config *config) {
+    /* of the others nothing tells which layers have one; those that are published have none */
     bool windows = reader->kind & (MODEL_LLAMA | MODEL_GPT_OSS | MODEL_GEMMA3);
-    int window = model_int(reader, "attention.sliding_window", 0, 0, INT32_MAX);
-    bool seen = window > 0 && window < config->context_length;
-    gguf_expect(reader->file, windows || !seen, "got %d, expected none", window);
-    config->window = seen ? window : 0;
-    if (reader->kind & MODEL_GPT_OSS) {
+    bool gemma = reader->kind & MODEL_GEMMA3, gpt_oss = reader->kind & MODEL_GPT_OSS;
+    int window = windows ? model_int(reader, "attention.sliding_window", 0, 0, INT32_MAX) : 0;
+    if (window >= config->context_length) /* it hides nothing, but may have a rope of its own */
+        window = gemma ? config->context_length : 0;
+    config->window = window;
+    int period = gemma ? 6 : gpt_oss ? 2 : 0;
+    config->window_period = model_int(reader, "attention.sliding_window_pattern", period, 0, 1024);
+    if (gpt_oss)
         config->activation = ACTIVATE_CLAMPED;
-        config->window_period = 2;
-    }
-    if (reader->kind & MODEL_GEMMA3) {
+    if (gemma) {
         config->activation = ACTIVATE_GELU;
-        config->window_period = model_int(reader, "attention.sliding_window_pattern", 6, 1, 1024);
         config->post_norm = true;
         config->embedding_scale = sqrtf((float)config->d_model);
         if (config->n_layers == 62) /* the 27B: by no key */
@@ -515,7 +526,9 @@ static void model_refuse_keys(struct model_reader *reader) {
     } keys[] = {{"attention.scale", 0},          {"attention.clamp_kqv", 0},
                 {"attention.max_alibi_bias", 0}, {"attn_logit_softcapping", 0},
                 {"final_logit_softcapping", 0},  {"logit_scale", 1},
-                {"embedding_scale", 1},          {"residual_scale", 1}};
+                {"embedding_scale", 1},          {"residual_scale", 1},
+                {"attention.output_scale", 1},   {"attention.temperature_scale", 0},
+                {"expert_weights_scale", 1}};
     bool causal = true;
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         double value = 0;
@@ -533,6 +546,7 @@ static void model_read_config(struct model_reader *reader, struct model_config *
     config->d_model = model_int(reader, "embedding_length", REQUIRED, 1, 1 << 20);
     config->d_ff = model_int(reader, "feed_forward_length", REQUIRED, 1, 1 << 20);
     config->context_length = model_int(reader, "context_length", REQUIRED, 1, 1 << 24);
+    model_int(reader, "vocab_size", 0, 0, INT32_MAX); /* the embedding's rows count */
     int n_heads = model_int(reader, "attention.head_count", REQUIRED, 1, 1 << 16);
     int n_kv_heads = model_int(reader, "attention.head_count_kv", n_heads, 1, n_heads);
     gguf_expect(file, n_heads % n_kv_heads == 0, "got %d, expected a divisor of head_count, %d",
@@ -604,6 +618,7 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     gguf_expect(file, tensor->rows == rows && tensor->cols == cols,
                 "got (%jd, %jd), expected (%d, %d)", (intmax_t)tensor->rows, (intmax_t)tensor->cols,
                 rows, cols);
+    gguf_expect(file, is_vector || rows > 1, "got one row, which is not supported");
     return tensor;
 }
 
@@ -712,7 +727,8 @@ void model_notes(const struct model *model, FILE *to) {
  * tile: those of equal shapes are not equal. Rows repeat where a matrix is larger than the tile
  * (struct tensor: period). The same name gives the same weights, everywhere and always.
  * Sizes are such that activations neither vanish nor explode: matrices have a mean of 0 and a
- * standard deviation of about 0.02, norms are 1. There is no tokenizer: what runs is --ids. */
+ * standard deviation of about 0.02, biases and sinks too, norms are 1. There is no tokenizer: what
+ * runs is --ids. */
 
 enum {
     RANDOM_PAGE = 1 << 16, /* a multiple of every page size, so that weights do not depend on it */
@@ -806,7 +822,7 @@ struct random_weights {
     unsigned kind;               /* of the shape, with MODEL_DENSE or MODEL_EXPERTS */
     struct random_tile tiles[2]; /* the second: of experts in MXFP4, whose model is else in BF16 */
     int n_tiles;
-    size_t zeros, vectors; /* bytes before the zeros, and of all vectors */
+    size_t small, vectors; /* bytes before biases and sinks, and of all vectors */
 };
 
 /* ---- what a name stands for ---- */
@@ -877,7 +893,7 @@ static void random_place(struct random_weights *r, struct model *model, int role
         return;
     bool is_vector = entry->rows == DIM_ONE, is_norm = strstr(entry->name, "norm");
     struct random_tile *tile = &r->tiles[role >= GATE_EXPERTS && r->n_tiles == 2];
-    size_t at = role == ROPE_FREQS ? 0 : is_norm ? RANDOM_ONES : is_vector ? r->zeros : tile->end;
+    size_t at = role == ROPE_FREQS ? 0 : is_norm ? RANDOM_ONES : is_vector ? r->small : tile->end;
     enum tensor_type type = is_vector ? TYPE_F32 : tile->type->type;
     struct tensor *tensor = model_place(model, entry, type, (const void *)(uintptr_t)at);
     model->layers[layer][role] = tensor;
@@ -899,8 +915,8 @@ static void random_lay_out(struct random_weights *r, struct model *model) {
     size_t biases = (size_t)(config->n_experts > 0 ? config->n_experts : 1) *
                     (size_t)(config->d_model > config->d_ff ? config->d_model : config->d_ff);
     size_t heads = (size_t)(config->n_heads * config->head_dim);
-    r->zeros = RANDOM_ONES + (size_t)config->d_model * sizeof(float);
-    r->vectors = random_pages(r->zeros + (biases > heads ? biases : heads) * sizeof(float));
+    r->small = RANDOM_ONES + (size_t)config->d_model * sizeof(float);
+    r->vectors = random_pages(r->small + (biases > heads ? biases : heads) * sizeof(float));
     for (int i = 0; i < r->n_tiles; i++) {
         struct random_tile *tile = &r->tiles[i];
         size_t odd = tile->block.bytes;
@@ -976,13 +992,18 @@ static float random_rope(double theta, int pair, int rope_dim) {
     return (float)(1 / (share + (1 - share) / 8));
 }
 
-/* Writes vectors and tiles. What is not written is 0. */
+/* Writes vectors and tiles. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
     for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
         ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
-    for (size_t at = RANDOM_ONES; at < r->zeros; at += sizeof(float))
+    for (size_t at = RANDOM_ONES; at < r->small; at += sizeof(float))
         *(float *)(to + at) = 1;
+    for (size_t at = r->small; at < r->vectors; at += sizeof(float)) {
+        uint64_t bits = random_bits(at);
+        memcpy(to + at, &bits, sizeof(float));
+        random_weight(TYPE_F32, sizeof(float), to + at);
+    }
     for (int i = 0; i < r->n_tiles; i++) {
         const struct random_tile *tile = &r->tiles[i];
         uint8_t *start = to + tile->held;

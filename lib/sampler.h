@@ -1,11 +1,12 @@
 /* sampler.h: draws the next token from logits, on the CPU or on a GPU.
  *
- * What is drawn. Logits are divided by the temperature; those that are no number count as the least
- * one. Kept are the top_k largest (ties: lower ids), of these the smallest set whose share of them
- * reaches top_p, of these the ones of at least min_p times the largest probability; of these the
- * largest logit + g wins (ties: lower ids), g = -log(-log(u)), u from a counter-based generator
- * keyed by (seed, position of the new token, token id). Temperature 0, or so low that the largest
- * quotient overflows: the largest logit wins.
+ * What is drawn. Logits are divided by the temperature. Kept are the top_k largest (ties: lower
+ * ids), of these the smallest set whose share of them reaches top_p, of these the ones of at least
+ * min_p times the largest probability; of these the largest logit + g wins (ties: lower ids), g =
+ * -log(-log(u)), u from a counter-based generator keyed by (seed, position of the new token, token
+ * id). Temperature 0, less than the least normal number (FLT_MIN), or so low that the largest
+ * quotient overflows: the largest logit wins. No token, -1, has a row of which one is NaN, or the
+ * largest infinite: it has no probabilities. Others may be -INFINITY, and are never drawn.
  * So a draw does not depend on the batch, the machine or other draws. The two implementations
  * differ only where rounding decides which tokens reach top_p, or which of two equals is larger.
  *
@@ -42,9 +43,18 @@ SAMPLER_INLINE bool sampler_counts(const struct sampling *sampling, int n) {
     return sampling->top_k > 0 && sampling->top_k < n;
 }
 
-/* The token for `position`, of logits (n). scaled (n) and list (n) are overwritten. */
+/* The token for `position`, of logits (n), or -1. scaled (n) and list (n) are overwritten. */
 int sampler_draw(const struct sampling *sampling, int position, const float *logits, int n,
                  float *scaled, int *list);
+
+/* How likely a token was: log-probabilities by the logits as they are, of it and of the likeliest
+ * (ties: lower ids), the first one first. In C alone. */
+enum { SAMPLER_TOP = 20 };
+struct sampler_top {
+    float own, logprob[SAMPLER_TOP]; /* (n) */
+    int token[SAMPLER_TOP], n;
+};
+void sampler_top(const float *logits, int n, int token, struct sampler_top *top);
 
 /* Philox4x32-10 (Salmon et al. 2011): 4 random words of a counter and a key, in its place. */
 SAMPLER_INLINE void philox(uint32_t counter[4], uint32_t key0, uint32_t key1) {
@@ -78,19 +88,17 @@ SAMPLER_INLINE double sampler_uniform(uint64_t seed, int position, int token) { 
 
 #include "simd.h"
 
-/* scaled = logits / temperature, all finite: NaN becomes the least number. Returns the largest. */
-static float sampler_temper(const float *logits, float *scaled, int n, float temperature) {
-    float divisor = temperature > 0.0f ? temperature : 1.0f;
-    const vec zero = {0}, low = zero - FLT_MAX, high = zero + FLT_MAX;
-    vec largest = low;
+/* scaled = logits / divisor. Returns the largest, or NaN, if one is that. */
+static float sampler_temper(const float *logits, float *scaled, int n, float divisor) {
+    vec largest = (vec){0} - INFINITY, sum = {0}; /* sum: NaN, if one is */
     for (int i = 0; i < n; i += LANES) {
-        vec value = max_vec(load_part(logits + i, n - i) / divisor, low);
-        value = select_vec(value < high, value, high);
+        vec value = load_part(logits + i, n - i) / divisor;
         store_part(scaled + i, value, n - i);
         if (n - i >= LANES)
             largest = max_vec(value, largest);
+        sum += select_vec(value == value, (vec){0}, value);
     }
-    float max = max_lanes(largest);
+    float max = max_lanes(largest) + sum_lanes(sum);
     for (int i = n / LANES * LANES; i < n; i++)
         max = scaled[i] > max ? scaled[i] : max;
     return max;
@@ -138,14 +146,12 @@ static int sampler_keep_top(const struct sampling *sampling, const float *scaled
     double total = sampler_sum_of_weights(scaled, n, max);
     /* tokens this improbable make up less than what top_p leaves out, all together */
     double share = 0.5 * (1.0 - (double)sampling->top_p) * total / n;
-    float least = by_count || !(share > 0.0) ? -FLT_MAX : max + (float)log(share);
+    float least = by_count || !(share > 0.0) ? -INFINITY : max + (float)log(share);
     int count = 0;
     for (int i = 0; i < n; i++) {
         list[count] = i;
         count += scaled[i] >= least;
     }
-    if (count == 0) /* no logit is a number */
-        list[count++] = 0;
     for (int i = count / 2 - 1; i >= 0; i--)
         sampler_sift_down(scaled, list, count, i);
     int limit = by_count && sampling->top_k < count ? sampling->top_k : count, kept = 0;
@@ -194,13 +200,14 @@ static int sampler_race(const struct sampling *sampling, int position, const flo
 
 int sampler_draw(const struct sampling *sampling, int position, const float *logits, int n,
                  float *scaled, int *list) {
-    float max = sampler_temper(logits, scaled, n, sampling->temperature);
-    if (!(sampling->temperature > 0.0f) || fabsf(max) >= FLT_MAX) {
+    bool races = sampling->temperature >= FLT_MIN;
+    float max = sampler_temper(logits, scaled, n, races ? sampling->temperature : 1.0f);
+    if (!races || !isfinite(max)) {
         int token = 0;
         max = sampler_temper(logits, scaled, n, 1.0f);
         while (token < n - 1 && scaled[token] != max)
             token++;
-        return token;
+        return isfinite(max) ? token : -1;
     }
     const int *kept = NULL;
     if (sampler_counts(sampling, n) || sampling->top_p < 1.0f) {
@@ -208,6 +215,25 @@ int sampler_draw(const struct sampling *sampling, int position, const float *log
         kept = list;
     }
     return sampler_race(sampling, position, scaled, max, kept, n);
+}
+
+void sampler_top(const float *logits, int n, int token, struct sampler_top *top) {
+    double sum = 0;
+    top->n = n < SAMPLER_TOP ? n : SAMPLER_TOP;
+    for (int i = 0, count = 0; i < n; i++) {
+        int at = count < top->n ? count++ : top->n; /* where it belongs; behind all: nowhere */
+        for (; at > 0 && logits[i] > logits[top->token[at - 1]]; at--)
+            if (at < top->n)
+                top->token[at] = top->token[at - 1];
+        if (at < top->n)
+            top->token[at] = i;
+    }
+    float max = logits[top->token[0]];
+    for (int i = 0; i < n; i++)
+        sum += exp((double)logits[i] - (double)max);
+    for (int i = 0; i < top->n; i++)
+        top->logprob[i] = (float)((double)logits[top->token[i]] - (double)max - log(sum));
+    top->own = (float)((double)logits[token] - (double)max - log(sum));
 }
 #endif /* SAMPLER_IMPLEMENTATION */
 #ifdef SAMPLER_GPU_IMPLEMENTATION
@@ -266,8 +292,8 @@ struct draw { /* one block's work; all threads have the same */
 
 /* ---- keys and weights ---- */
 
-DEVICE sampler_key make_key(float value, int token) { /* NaN: the least; + 0: there is one zero */
-    value = fminf(fmaxf(value, -FLT_MAX), FLT_MAX) + 0.0f;
+DEVICE sampler_key make_key(float value, int token) {     /* + 0: there is one zero */
+    value = value == value ? value + 0.0f : fabsf(value); /* NaN: the largest of all */
     uint32_t bits = __float_as_uint(value), id = SAMPLER_IDS - 1 - (uint32_t)token;
     bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
     return (sampler_key)bits << SAMPLER_ID_BITS | id;
@@ -278,11 +304,10 @@ DEVICE float value_of_key(sampler_key key) {
     return __uint_as_float(bits >> 31 ? bits ^ 0x80000000u : ~bits);
 }
 
-/* Finds the maximum. False: the largest logit wins without a race. */
+/* Finds the maximum. False: the largest logit wins without a race, or there is no token. */
 DEVICE bool find_max(struct draw *d) {
-    float largest = value_of_key(d->row->largest), t = d->sampling.temperature;
-    d->max = largest / t;
-    return t > 0.0f && fmaxf(fabsf(largest), fabsf(d->max)) < FLT_MAX;
+    d->max = value_of_key(d->row->largest) / d->sampling.temperature;
+    return d->sampling.temperature >= FLT_MIN && fabsf(d->max) <= FLT_MAX;
 }
 
 /* ---- what the threads of a block do together ---- */
@@ -458,7 +483,8 @@ DEVICE void sampler_race(struct draw d, int *drawn) {
         raise_key(&d.row->winner, best_of_thread(d));
     if (last_to_arrive(d) && threadIdx.x == 0) {
         sampler_key key = d.row->winner > 0 ? d.row->winner : d.row->largest;
-        *drawn = SAMPLER_IDS - 1 - (int)(key & (SAMPLER_IDS - 1));
+        bool some = fabsf(value_of_key(d.row->largest)) <= FLT_MAX;
+        *drawn = some ? SAMPLER_IDS - 1 - (int)(key & (SAMPLER_IDS - 1)) : -1;
         d.row->largest = d.row->winner = 0;
         d.row->selection = {};
     }

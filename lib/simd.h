@@ -77,7 +77,7 @@ INLINE vec max_vec(vec a, vec b) { /* b, where one is NaN */
 #endif
 }
 
-INLINE vec min_vec(vec a, vec b) {
+INLINE vec min_vec(vec a, vec b) { /* likewise */
 #ifdef __AVX512F__
     return (vec)_mm512_min_ps((__m512)a, (__m512)b);
 #else
@@ -111,11 +111,12 @@ INLINE float max_lanes(vec value) {
     return value[0];
 }
 
-/* e^x to 2 ulp (the polynomial of the Cephes library); 0 below -87, no more than e^88. */
+/* e^x to 2 ulp (the polynomial of the Cephes library); 0 below -87, no more than e^88; NaN of NaN,
+ * which the second of two operands keeps. */
 INLINE vec exp_vec(vec x) {
     const vec zero = {0};
     const vec low = zero - 87.0f, high = zero + 88.0f;
-    vec inside = min_vec(max_vec(x, low), high);
+    vec inside = min_vec(high, max_vec(low, x));
     vec shifted = inside * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
     vec whole = shifted - 12582912.0f;
     vec rest = inside - whole * 0.693359375f;
@@ -149,6 +150,15 @@ INLINE vec widen_f16(const uint16_t *from) {
 INLINE vec widen_f16_words(ivec words) { /* the low half of each */
     half_vec halves = __builtin_convertvector(words, half_vec);
     return widen_f16((const uint16_t *)&halves);
+}
+
+INLINE ivec widen_uint8(const char *from) {
+#ifdef __AVX512F__
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
+#else
+    short_vec half = __builtin_convertvector(*(const byte_vec *)(const void *)from, short_vec);
+    return __builtin_convertvector(half, ivec) & 255;
+#endif
 }
 
 INLINE vec widen_int8(const char *from) {

@@ -9,11 +9,13 @@
  * interpreter here: each known family is a row of a table, and told apart by what the program
  * writes, its comments left out. From the program itself come the system text that it has for who
  * gives none, and whether it opens a thought before the answer. A turn's ids are what follows the
- * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache.
+ * ids so far, so a conversation only ever grows, and its beginning stays in the KV cache; thoughts
+ * are left out of answers that are given (where the program does that), not of those made here.
  * Words like <|im_start|> become special tokens where they stand in a row of the table, and never
  * where they stand in what someone typed. Template and text between two special tokens are encoded
- * as one. Left out: tools and today's date (Llama 3.1's has the date that its program falls back
- * to, Harmony's none), a system text that moves to the last turn (Mistral's stays in the first).
+ * as one. Left out: tools, today's date but in Mistral's own system text (Llama 3.1's has the date
+ * that its program falls back to, Harmony's none), and that a system text moves to the last turn
+ * (Mistral's stays in the first).
  * Define TEMPLATE_IMPLEMENTATION in one file, before including this (those of gguf.h and
  * tokenizer.h are needed, too). */
 #ifndef TEMPLATE_H
@@ -36,6 +38,7 @@ enum template_kind {
     TEMPLATE_MISTRAL3, /* v3, with SentencePiece or tekken (Nemo) */
     TEMPLATE_MISTRAL7,
     TEMPLATE_ZEPHYR,
+    TEMPLATE_FALCON3,
     TEMPLATE_GEMMA,
     TEMPLATE_PHI3,
     TEMPLATE_DEEPSEEK,
@@ -48,6 +51,8 @@ struct chat_template {
     char *system; /* for who gives none; NULL: there is none. Owned by the caller */
     bool begins;  /* with the beginning-of-text token: its program writes it */
     bool thinks;  /* its program writes <think> before an answer */
+    bool trims;   /* its program leaves out white space around what anyone says, */
+    bool forgets; /* and the thoughts of answers that are given */
 };
 
 struct turn {
@@ -83,6 +88,7 @@ enum template_part template_part(enum template_kind kind, const struct tokenizer
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define BOS "\001"
 #define EOS "\002"
@@ -100,135 +106,70 @@ enum {
     T_PLAIN = 16        /* its words need be no tokens */
 };
 
+/* clang-format off */
 static const struct template_row {
     const char *name;
-    const char *marks[3], *but[2]; /* what the program contains, and what it does not */
+    const char *marks[3], *but[4]; /* what the program contains, and what it does not */
     unsigned traits;
     const char *opening, *system, *user, *answer, *end;
 } templates[] = {
-    /* clang-format off: one family a paragraph */
-    [TEMPLATE_CHATML] = {"chatml",
-                         {"<|im_start|>", "<|im_end|>"},
-                         {"<|im_sep|>", "## Metadata"},
-                         0,
-                         "",
-                         "<|im_start|>system\n$<|im_end|>\n",
-                         "<|im_start|>user\n$<|im_end|>\n<|im_start|>assistant\n",
-                         "$",
-                         "<|im_end|>\n"},
-    [TEMPLATE_LLAMA3] = {"llama3",
-                         {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
-                         {"Cutting Knowledge Date", ">>>"},
-                         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
-                         "",
-                         "<|start_header_id|>system<|end_header_id|>\n\n$<|eot_id|>",
-                         "<|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
-                         "<|start_header_id|>assistant<|end_header_id|>\n\n",
-                         "$",
-                         "<|eot_id|>"},
-    [TEMPLATE_LLAMA31] =
-        {/* it has a system message in any case, which the next one ends */
-         "llama3.1",
-         {"<|start_header_id|>", "Today Date: ", "Cutting Knowledge Date: December 2023"},
-         {NULL},
-         T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
-         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-         "Today Date: 26 Jul 2024\n\n",
-         "$",
-         "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
-         "<|start_header_id|>assistant<|end_header_id|>\n\n",
-         "$",
-         ""},
-    [TEMPLATE_LLAMA2] = {"llama2",
-                         {"[INST]", "<<SYS>>"},
-                         {NULL},
-                         T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS | T_TRIMS_SYSTEM,
-                         "",
-                         "<<SYS>>\n$\n<</SYS>>\n\n",
-                         "[INST] $ [/INST]",
-                         " $ ",
-                         EOS BOS},
-    [TEMPLATE_MISTRAL] = {"mistral",
-                          {"[INST]", " [/INST]"},
-                          {"<<SYS>>"},
-                          T_BEGINS | T_SYSTEM_INSIDE,
-                          "",
-                          "$\n\n",
-                          "[INST] $ [/INST]",
-                          "$",
-                          EOS},
-    [TEMPLATE_MISTRAL3] = {"mistral3",
-                           {"[INST]", "[/INST]"},
-                           {" [/INST]", "[SYSTEM_PROMPT]"},
-                           T_BEGINS | T_SYSTEM_INSIDE,
-                           "",
-                           "$\n\n",
-                           "[INST]$[/INST]",
-                           "$",
-                           EOS},
-    [TEMPLATE_MISTRAL7] = {"mistral7",
-                           {"[INST]", "[/INST]", "[SYSTEM_PROMPT]"},
-                           {NULL},
-                           T_BEGINS,
-                           "",
-                           "[SYSTEM_PROMPT]$[/SYSTEM_PROMPT]",
-                           "[INST]$[/INST]",
-                           "$",
-                           EOS},
-    [TEMPLATE_ZEPHYR] = {"zephyr",
-                         {"<|user|>\n", "<|assistant|>", "eos_token"},
-                         {"<|end|>", "[gMASK]"},
-                         T_PLAIN,
-                         "",
-                         "<|system|>\n$" EOS "\n",
-                         "<|user|>\n$" EOS "\n<|assistant|>\n",
-                         "$",
-                         EOS "\n"},
-    [TEMPLATE_GEMMA] = {"gemma",
-                        {"<start_of_turn>", "<end_of_turn>"},
-                        {NULL},
-                        T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS,
-                        "",
-                        "$\n\n",
-                        "<start_of_turn>user\n$<end_of_turn>\n<start_of_turn>model\n",
-                        "$",
-                        "<end_of_turn>\n"},
-    [TEMPLATE_PHI3] =
-        {/* its first vocabulary's tokens take the line breaks behind them away */
-         "phi3",
-         {"<|assistant|>", "<|end|>"},
-         {"<|content|>", "<|channel|>"},
-         0,
-         "",
-         "<|system|>$<|end|>",
-         "<|user|>$<|end|><|assistant|>",
-         "$",
-         "<|end|>"},
-    [TEMPLATE_DEEPSEEK] = {"deepseek",
-                           {"<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
-                           {"<think></think>", "thinking_end_token"},
-                           T_BEGINS,
-                           "",
-                           "$",
-                           "<\uFF5CUser\uFF5C>$<\uFF5CAssistant\uFF5C>",
-                           "$",
-                           "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"},
-    [TEMPLATE_HARMONY] =
-        {"harmony",
-         {"<|start|>assistant", "<|channel|>", "<|message|>"},
-         {NULL},
-         0,
-         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
-         "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n# Valid channels: analysis, "
-         "commentary, "
-         "final. Channel must be included for every message.<|end|>",
-         "<|start|>developer<|message|># Instructions\n\n$\n\n<|end|>",
-         "<|start|>user<|message|>$<|end|><|start|>assistant",
-         "<|channel|>final<|message|>$",
-         "<|end|>"},
+    [TEMPLATE_CHATML] = {"chatml", {"<|im_start|>", "<|im_end|>"},
+        {"<|im_sep|>", "## Metadata", "truncate_history", "json_to_python_type"}, 0, "",
+        "<|im_start|>system\n$<|im_end|>\n",
+        "<|im_start|>user\n$<|im_end|>\n<|im_start|>assistant\n",
+        "$", "<|im_end|>\n"},
+    [TEMPLATE_LLAMA3] = {"llama3", {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"},
+        {"Cutting Knowledge Date", ">>>"}, T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM, "",
+        "<|start_header_id|>system<|end_header_id|>\n\n$<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "$", "<|eot_id|>"},
+    /* it has a system message in any case, which the next one ends */
+    [TEMPLATE_LLAMA31] = {"llama3.1",
+        {"<|start_header_id|>", "Today Date: ", "Cutting Knowledge Date: December 2023"}, {NULL},
+        T_BEGINS | T_TRIMS | T_TRIMS_SYSTEM,
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n",
+        "$",
+        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n$<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "$", ""},
+    [TEMPLATE_LLAMA2] = {"llama2", {"[INST]", "<<SYS>>"}, {NULL},
+        T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS | T_TRIMS_SYSTEM, "",
+        "<<SYS>>\n$\n<</SYS>>\n\n", "[INST] $ [/INST]", " $ ", EOS BOS},
+    [TEMPLATE_MISTRAL] = {"mistral", {"[INST]", " [/INST]"}, {"<<SYS>>"},
+        T_BEGINS | T_SYSTEM_INSIDE, "", "$\n\n", "[INST] $ [/INST]", " $", EOS},
+    [TEMPLATE_MISTRAL3] = {"mistral3", {"[INST]", "[/INST]"}, {" [/INST]", "[SYSTEM_PROMPT]"},
+        T_BEGINS | T_SYSTEM_INSIDE, "", "$\n\n", "[INST]$[/INST]", "$", EOS},
+    [TEMPLATE_MISTRAL7] = {"mistral7", {"[INST]", "[/INST]", "[SYSTEM_PROMPT]"}, {NULL},
+        T_BEGINS, "", "[SYSTEM_PROMPT]$[/SYSTEM_PROMPT]", "[INST]$[/INST]", "$", EOS},
+    [TEMPLATE_ZEPHYR] = {"zephyr", {"<|user|>\n", "<|assistant|>", "eos_token"},
+        {"<|end|>", "[gMASK]", "['content'] + '\n'"}, T_PLAIN, "", "<|system|>\n$" EOS "\n",
+        "<|user|>\n$" EOS "\n<|assistant|>\n", "$", EOS "\n"},
+    [TEMPLATE_FALCON3] = {"falcon3", {"<|user|>\n", "<|assistant|>", "['content'] + '\n'"},
+        {"<|end|>", "[gMASK]"}, T_PLAIN, "", "<|system|>\n$\n",
+        "<|user|>\n$\n<|assistant|>\n", "$", EOS "\n"},
+    [TEMPLATE_GEMMA] = {"gemma", {"<start_of_turn>", "<end_of_turn>"}, {NULL},
+        T_BEGINS | T_SYSTEM_INSIDE | T_TRIMS, "", "$\n\n",
+        "<start_of_turn>user\n$<end_of_turn>\n<start_of_turn>model\n", "$", "<end_of_turn>\n"},
+    /* its first vocabulary's tokens take the line breaks behind them away */
+    [TEMPLATE_PHI3] = {"phi3", {"<|assistant|>", "<|end|>"}, {"<|content|>", "<|channel|>"}, 0, "",
+        "<|system|>$<|end|>", "<|user|>$<|end|><|assistant|>", "$", "<|end|>"},
+    [TEMPLATE_DEEPSEEK] = {"deepseek", {"<\uFF5CUser\uFF5C>", "<\uFF5CAssistant\uFF5C>"},
+        {"<think></think>", "thinking_end_token"}, T_BEGINS, "", "$",
+        "<\uFF5CUser\uFF5C>$<\uFF5CAssistant\uFF5C>", "$",
+        "<\uFF5Cend\u2581of\u2581sentence\uFF5C>"},
+    [TEMPLATE_HARMONY] = {"harmony", {"<|start|>assistant", "<|channel|>", "<|message|>"}, {NULL},
+        0,
+        "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+        "Knowledge cutoff: 2024-06\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, "
+        "final. Channel must be included for every message.<|end|>",
+        "<|start|>developer<|message|># Instructions\n\n$\n\n<|end|>",
+        "<|start|>user<|message|>$<|end|><|start|>assistant",
+        "<|channel|>final<|message|>$", "<|end|>"},
     [TEMPLATE_NONE] = {"none", {NULL}, {NULL}, 0, "", "$\n", "$", "$", ""},
-    /* clang-format on */
 };
+/* clang-format on */
 
 struct template_writer {
     const struct tokenizer *tokenizer;
@@ -357,12 +298,25 @@ static void template_write_said(struct template_writer *w, const char *form, con
     template_write(w, strchr(form, '$') + 1);
 }
 
+/* What follows the thought of an answer. */
+static const char *template_skip_thought(const char *text, size_t *length, bool breaks) {
+    static const char tag[] = "</think>";
+    const char *end = text + *length, *found;
+    bool thought = false;
+    for (; (found = memmem(text, (size_t)(end - text), tag, sizeof tag - 1)); thought = true)
+        text = found + sizeof tag - 1;
+    while (thought && breaks && text < end && *text == '\n')
+        text++;
+    *length = (size_t)(end - text);
+    return text;
+}
+
 int *template_ids(const struct chat_template *template, const struct tokenizer *tokenizer,
                   const struct turn *turn, int *n_ids) {
     const struct template_row *row = &templates[template->kind];
     const char *system = turn->system ? turn->system : template->system;
     struct template_writer w = {.tokenizer = tokenizer, .ok = true};
-    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS;
+    bool first = turn->n_history == 0, trims = row->traits & T_TRIMS || template->trims;
     bool inside = row->traits & T_SYSTEM_INSIDE;
     template_add(&w, turn->history, turn->n_history);
     if (w.ok && template->kind == TEMPLATE_HARMONY)
@@ -373,11 +327,16 @@ int *template_ids(const struct chat_template *template, const struct tokenizer *
     if (inside)
         template_write(&w, row->user);
     if (first && system && *system)
-        template_write_said(&w, row->system, system, strlen(system), row->traits & T_TRIMS_SYSTEM);
+        template_write_said(&w, row->system, system, strlen(system),
+                            row->traits & T_TRIMS_SYSTEM || template->trims);
     template_write_said(&w, inside ? strchr(row->user, '$') : row->user, turn->user,
                         turn->user_length, trims);
-    if (turn->answer)
-        template_write_said(&w, row->answer, turn->answer, turn->answer_length, trims);
+    const char *answer = turn->answer;
+    size_t length = turn->answer_length;
+    if (answer && template->forgets)
+        answer = template_skip_thought(answer, &length, template->kind != TEMPLATE_DEEPSEEK);
+    if (answer)
+        template_write_said(&w, row->answer, answer, length, trims);
     else if (template->thinks)
         template_write(&w, "<think>\n");
     template_end_run(&w);
@@ -426,9 +385,9 @@ static char *template_program(struct gguf_string jinja) {
 }
 
 static bool template_matches(const struct template_row *row, const char *program) {
-    for (int i = 0; i < 3; i++)
-        if ((row->marks[i] && !strstr(program, row->marks[i])) ||
-            (i < 2 && row->but[i] && strstr(program, row->but[i])))
+    for (int i = 0; i < 4; i++)
+        if ((i < 3 && row->marks[i] && !strstr(program, row->marks[i])) ||
+            (row->but[i] && strstr(program, row->but[i])))
             return false;
     return row->marks[0] != NULL;
 }
@@ -448,9 +407,19 @@ static char *template_own_system(const struct template_row *row, const char *pro
     }
     static const char name[] = "set default_system_message = "; /* Mistral's */
     const char *quote = (at = strstr(program, name)) ? at + sizeof name - 1 : "";
+    static const char today[] = "\" + today + \"";
+    time_t now = time(NULL);
+    struct tm date;
     char *system = *quote == '\'' || *quote == '"' ? malloc(strlen(quote)) : NULL;
     size_t n = 0;
-    for (at = quote + 1; system && *at && *at != *quote; at++) {
+    for (at = quote + 1; system && *at; at++) {
+        if (strncmp(at, today, sizeof today - 1) == 0 && localtime_r(&now, &date)) {
+            n += strftime(system + n, sizeof today, "%Y-%m-%d", &date);
+            at += sizeof today - 2;
+            continue;
+        }
+        if (*at == *quote)
+            break;
         at += *at == '\\' && at[1];
         system[n++] = *at;
     }
@@ -495,9 +464,14 @@ struct chat_template template_of(struct gguf *file, const struct tokenizer *toke
         (void)fail(note, "its chat template is none that is known: prompts are continued as they "
                          "are; --template chooses one");
     } else if (*blank && template_fits(kind, tokenizer, note)) {
+        if (kind == TEMPLATE_MISTRAL && tok_find(tokenizer, "[INST]", 6) >= 0)
+            kind = TEMPLATE_MISTRAL3; /* where these are tokens no space is beside them */
         found.kind = kind;
         found.begins = strstr(program, "bos_token") != NULL;
         found.thinks = template_thinks(program);
+        found.trims = strstr(program, ", true)|trim %}"); /* Qwen3.5's render_content */
+        found.forgets =
+            strstr(program, "split('</think>')") || strstr(program, "split(\"</think>\")");
         found.system = template_own_system(&templates[kind], program);
     }
     free(program);

@@ -1,4 +1,5 @@
-/* text.h: what all that reads needs: a line that says what is wrong, memory that grows, UTF-8.
+/* text.h: what all that reads needs: a line that says what is wrong, memory that grows, UTF-8; and
+ * what may be written to a terminal.
  *
  *     bool parse(const char *text, char error[ERROR_LENGTH]) {
  *         if (*text != '{')
@@ -8,7 +9,7 @@
  * Whoever can fail takes room for one line and writes it there: what is at hand, what was found,
  * what was expected, a hint. Who prints it puts the program's name before it. A line never holds
  * control characters, for part of it may come from a file, and a file must not control the
- * terminal. All of it is inlined, in C and C++; who includes this has bool, size_t, uint32_t and
+ * terminal; nor is one told to do what it cannot. All of it is inlined, in C and C++; who includes this has bool, size_t, uint32_t and
  * FILE with it. */
 #ifndef TEXT_H
 #define TEXT_H
@@ -19,6 +20,8 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 enum { ERROR_LENGTH = 512 }; /* bytes of a line, with its end */
 
@@ -76,6 +79,18 @@ static inline size_t utf8_char(const char *text, size_t length, uint32_t *code) 
     if (size <= 0)
         *code = UINT32_MAX;
     return size > 0 ? (size_t)size : 1;
+}
+
+/* Whether a file is a terminal that moves its cursor when told so; and one to be shown colours
+ * (https://no-color.org). */
+static inline bool text_moves(int file) {
+    const char *kind = getenv("TERM");
+    return isatty(file) && kind && *kind && strcmp(kind, "dumb") != 0;
+}
+
+static inline bool text_colours(int file) {
+    const char *none = getenv("NO_COLOR");
+    return text_moves(file) && !(none && *none);
 }
 
 #endif /* TEXT_H */

@@ -54,6 +54,9 @@ int tok_eos(const struct tokenizer *tokenizer); /* -1: none */
 bool tok_adds_bos(const struct tokenizer *tokenizer);
 /* How many of the 256 bytes no token stands for: they are left out of texts. */
 int tok_lost_bytes(const struct tokenizer *tokenizer);
+/* Its file names no pattern, so that `default` was taken: maybe texts were cut otherwise when the
+ * model was trained. */
+bool tok_guessed(const struct tokenizer *tokenizer);
 /* The token of exactly this text, a control token before any other; -1: none. */
 int tok_find(const struct tokenizer *tokenizer, const char *text, size_t length);
 /* The ids of a text, to be freed. A byte that is not UTF-8 stands for itself. NULL: out of memory,
@@ -173,10 +176,10 @@ struct pattern {
 
 #define GPT2 "e|_?L+|_?N+|_?O+|S+!|S+"
 static const struct pattern patterns[] = {
-    {"gpt-2 mpt phi-2 olmo", GPT2, 0},
-    {"llama-bpe llama3 llama-v3 falcon3 pixtral lfm2", "E|x?L+|N3|_?O+n*|S*n+|S+!|S+",
+    {"gpt-2 mpt phi-2 olmo a.x-4.0 mellum", GPT2, 0},
+    {"llama-bpe llama3 llama-v3 falcon3 pixtral lfm2 midm-2.0", "E|x?L+|N3|_?O+n*|S*n+|S+!|S+",
      PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
-    {"qwen2 deepseek-r1-qwen stablelm2", "E|x?L+|N|_?O+n*|S*n+|S+!|S+", 0},
+    {"qwen2 deepseek-r1-qwen stablelm2 kormo megrez f2llmv2", "E|x?L+|N|_?O+n*|S*n+|S+!|S+", 0},
     {"qwen35", "E|x?M+|N|_?o+n*|S*n+|S+!|S+", 0},
     {"gpt-4o llama4", "x?C*c+E?|x?C+c*E?|N3|_?O+/*|S*n+|S+!|S+", 0},
     {"tekken", "x?C*c+|x?C+c*|N|_?O+/*|S*n+|S+!|S+", PATTERN_WHOLE_WORDS | PATTERN_ADDS_BOS},
@@ -360,7 +363,7 @@ struct tokenizer {
     int64_t ids[N_IDS];            /* -1: none */
     bool byte_level;               /* `gpt2`; else `llama` */
     const struct pattern *pattern; /* of `gpt2` */
-    bool adds_prefix, adds_bos;
+    bool adds_prefix, adds_bos, guessed;
     bool starts_user[256]; /* bytes that begin a user-defined token */
     size_t longest_user;   /* bytes of the longest one */
 };
@@ -531,7 +534,8 @@ static bool read_array(struct gguf *file, const char *key, enum gguf_value_type 
     if (!gguf_get_array(file, key, array))
         return !required || fail(error, "%s: is missing, expected an array", key);
     size_t most = count ? count : TOK_LIMIT;
-    return (array->type == type && array->count >= count && array->count <= most) ||
+    bool fits = array->type == type || (type == GGUF_I32 && array->type == GGUF_U32);
+    return (fits && array->count >= count && array->count <= most) ||
            fail(error, "%s: got %zu elements of type %d, expected %zu%s of type %d", key,
                 array->count, (int)array->type, most, count ? "" : " at most", (int)type);
 }
@@ -541,6 +545,8 @@ static bool read_family(struct tokenizer *t, struct gguf *file, char *error) {
     gguf_get_string(file, "tokenizer.ggml.model", &model);
     gguf_get_string(file, "tokenizer.ggml.pre", &pre);
     t->byte_level = gguf_equals(model, "gpt2");
+    t->guessed = t->byte_level && pre.length == 0;
+    pre = t->guessed ? (struct gguf_string){"default", 7} : pre;
     t->pattern = t->byte_level ? pattern_find(pre) : NULL;
     if (t->byte_level ? t->pattern != NULL : gguf_equals(model, "llama"))
         return true;
@@ -921,10 +927,15 @@ int tok_lost_bytes(const struct tokenizer *t) {
     return t->n_lost;
 }
 
+bool tok_guessed(const struct tokenizer *t) {
+    return t->guessed;
+}
+
 void tok_mark_ends(struct gguf *file, bool *ends, int n_tokens) {
     static const char names[] =
         "<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <|im_end|> <end_of_turn> <|eot|> "
-        "<|return|> <|call|> <|END_OF_TURN_TOKEN|> <\uFF5Cend\u2581of\u2581sentence\uFF5C>";
+        "<|return|> <|call|> <|END_OF_TURN_TOKEN|> <|EOT|> <EOT> <end_of_utterance> "
+        "<\uFF5Cend\u2581of\u2581sentence\uFF5C>";
     struct gguf_array tokens = {0}, types = {0};
     bool harmony = false;
     int end = -1; /* <|end|>, of an answer; in Harmony of a message, and an answer has several */

@@ -3,8 +3,11 @@
  *     bench cache                          what an operation of kvcache.c costs, by blocks
  *     bench scheduler                      what scheduler.c costs, by workers, requests, context
  *     bench rates [TYPE] [SHAPE]           for --rates: what steps of that model reach here
+ *     bench experts [TYPE] [alone]         generated tokens through experts and one matrix, of all
+ *                                          types, each beside the probe; alone: by one thread, in
+ *                                          its own time, which other programs take none of
  *     bench [TYPE] [SHAPE] [kernel] [decode] [prefill] [long] [bf16-kv] [plain] [no-amx]
- *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K; without: the first four
+ *         TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K, MXFP4; without: the first four
  *         SHAPE: stories-110m (default), tinyllama-1.1b; without a part: all but long
  *
  * A model of that shape with random weights is run through the backend's ops. Each figure is the
@@ -30,13 +33,19 @@ static const struct shape {
     const char *name;
     int n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff;
     bool tied;
-} shapes[] = {{"stories-110m", 12, 768, 12, 12, 64, 2048, true},
-              {"tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, false}};
+    int n_experts, n_used;
+} shapes[] = {{"stories-110m", 12, 768, 12, 12, 64, 2048, true, 0, 0},
+              {"tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, false, 0, 0},
+              {"experts-1.1b", 1, 2048, 32, 4, 64, 5632, true, 32, 4}};
+
+static double seconds_of(clockid_t clock) {
+    struct timespec now;
+    clock_gettime(clock, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
 
 static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    return seconds_of(CLOCK_MONOTONIC);
 }
 
 static void empty_tile(const void *argument, int tile, struct scratch *scratch) {
@@ -74,15 +83,16 @@ static const struct weight *make_weight(struct bench *bench, enum tensor_type ty
     for (size_t i = 0; i < bytes && i < size; i++) {
         uint32_t hash = (uint32_t)i * 2654435761u;
         data[i] = (char)(hash >> 24);
-        size_t at = i % unit, d = type == TYPE_Q6_K ? 209 : 1;
+        size_t at = i % unit, d = type == TYPE_Q6_K ? 209 : type != TYPE_MXFP4;
         bool top = pack_quantized(type)
                        ? at == d || (type == TYPE_Q4_K && at == 3)
                        : i % (type == TYPE_F32 ? 4 : 2) == (type == TYPE_F32 ? 3 : 1);
         if (top) /* the byte of the exponent */
             data[i] = (char)((type == TYPE_F16       ? 0x24
+                              : type == TYPE_MXFP4   ? 0x78
                               : pack_quantized(type) ? 0x08
                                                      : 0x3c) |
-                             (hash >> 8 & 0x80));
+                             (type == TYPE_MXFP4 ? 0 : hash >> 8 & 0x80));
     }
     for (size_t i = size; i < bytes; i += size)
         memcpy(data + i, data, i + size < bytes ? size : bytes - i);
@@ -127,6 +137,14 @@ static void make_layer(struct bench *bench, enum tensor_type type, const struct 
     layer[ATTN_V] = make_weight(bench, type, kv, d);
     layer[ATTN_OUTPUT] = make_weight(bench, type, d, q);
     layer[FFN_NORM] = make_norm(bench);
+    if (shape->n_experts > 0) {
+        layer[ROUTER] = make_weight(bench, TYPE_F32, shape->n_experts, d);
+        layer[ROUTER_BIAS] = make_weight(bench, TYPE_F32, 1, shape->n_experts);
+        layer[GATE_EXPERTS] = make_weight(bench, type, shape->n_experts * shape->d_ff, d);
+        layer[UP_EXPERTS] = make_weight(bench, type, shape->n_experts * shape->d_ff, d);
+        layer[DOWN_EXPERTS] = make_weight(bench, type, shape->n_experts * d, shape->d_ff);
+        return;
+    }
     layer[FFN_GATE] = make_weight(bench, type, shape->d_ff, d);
     layer[FFN_UP] = make_weight(bench, type, shape->d_ff, d);
     layer[FFN_DOWN] = make_weight(bench, type, d, shape->d_ff);
@@ -142,7 +160,7 @@ static void *memory_of(struct bench *bench, size_t bytes) {
 }
 
 static void open_bench(struct bench *bench, const struct shape *shape, enum tensor_type type,
-                       enum kv_type kv_type, bool plain, bool no_amx) {
+                       enum kv_type kv_type, int n_threads, bool plain, bool no_amx) {
     char error[ERROR_LENGTH];
     *bench = (struct bench){.shape = shape,
                             .config = {.n_layers = shape->n_layers,
@@ -151,13 +169,15 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
                                        .n_kv_heads = shape->n_kv_heads,
                                        .head_dim = shape->head_dim,
                                        .d_ff = shape->d_ff,
+                                       .n_experts = shape->n_experts,
+                                       .n_used = shape->n_used,
                                        .vocab_size = VOCAB,
                                        .rope_dim = shape->head_dim,
                                        .rope_adjacent = true,
                                        .norm_epsilon = 1e-5f}};
     for (int i = 0; i < shape->head_dim / 2; i++)
         bench->frequency[i] = (float)pow(10000.0, -2.0 * i / shape->head_dim);
-    struct backend_options options = {.n_threads = N_THREADS, .plain = plain};
+    struct backend_options options = {.n_threads = n_threads, .plain = plain};
     bench->backend = cpu_backend_open(&options, error);
     if (no_amx && bench->backend)
         ((struct cpu_backend *)bench->backend)->amx = false;
@@ -394,6 +414,63 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
     bench->backend->release(bench->device, out);
 }
 
+/* What three of four values are below: other programs have taken time of the rest. */
+static double upper(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, by_size);
+    return values[n * 3 / 4];
+}
+
+/* One row by four experts of 32, by as many single matrices, and the probe over as many bytes, in
+ * turns, each of memory that the others have not just read. */
+static void bench_experts(struct bench *bench, const char *type) {
+    enum { ROUNDS = 48, USED = 4, PIECE = 1 << 20 };
+    struct cpu_device *device = (struct cpu_device *)bench->device;
+    const struct weight *const *layer = bench->layers[0], *gate = layer[GATE_EXPERTS];
+    int n = bench->shape->n_experts, d_ff = bench->shape->d_ff;
+    size_t each = pack_bytes(gate) / (size_t)n; /* of a matrix of an expert */
+    double experts[ROUNDS], dense[ROUNDS], probe[ROUNDS];
+    struct batch batch = {.n_rows = 1};
+    clockid_t clock = device->cpu->pool.n_threads > 1 ? CLOCK_MONOTONIC : CLOCK_PROCESS_CPUTIME_ID;
+    device->batch = &batch;
+    pool_enter(&device->cpu->pool);
+    for (int round = 0; round < ROUNDS; round++) {
+        struct piece pieces[LIMIT_PIECES];
+        int n_pieces = 0;
+        for (int i = 0; i < bench->shape->d_model; i++)
+            device->x[i] = (float)((i * 7 + round) % 13) - 6.0f;
+        for (int e = 0; e < n; e++)
+            layer[ROUTER_BIAS]->vector[e] = (e / USED - round) % (n / USED) ? 0.0f : 1e6f;
+        double start = seconds_of(clock);
+        cpu_norm_route(bench->device, layer);
+        cpu_expert_gate_up(bench->device, layer);
+        cpu_expert_down_add(bench->device, layer);
+        experts[round] = (double)(3 * USED * each) / (seconds_of(clock) - start) * 1e-9;
+        start = seconds_of(clock);
+        for (int i = 0; i < USED; i++) {
+            struct weight matrix = pack_expert(gate, (USED * (round + 2) + i) % n, d_ff);
+            struct product product = {.matrix = {&matrix},
+                                      .out = {device->ffn},
+                                      .out_stride = {device->ffn_stride},
+                                      .rows = device->h,
+                                      .stride = device->x_stride,
+                                      .n_rows = 1};
+            run_product(device, &product);
+        }
+        dense[round] = (double)(USED * each) / (seconds_of(clock) - start) * 1e-9;
+        const char *from = gate->panels + (size_t)(USED * (round + 4) % n) * each;
+        for (size_t at = 0; at + PIECE <= USED * each && n_pieces < LIMIT_PIECES; at += PIECE)
+            pieces[n_pieces++] = (struct piece){from + at, PIECE};
+        start = seconds_of(clock);
+        parallel_for(device, n_pieces, read_tile, pieces);
+        probe[round] = (double)n_pieces * PIECE / (seconds_of(clock) - start) * 1e-9;
+    }
+    pool_leave(&device->cpu->pool);
+    double most = upper(probe, ROUNDS), of_experts = upper(experts, ROUNDS),
+           of_dense = upper(dense, ROUNDS);
+    printf("%-5s experts %5.1f GB/s = %3.0f %%, a matrix %5.1f GB/s = %3.0f %% of %.1f\n", type,
+           of_experts, 100 * of_experts / most, of_dense, 100 * of_dense / most, most);
+}
+
 /* Costs of the cache on a device of n blocks with a host of as many: to take, register and let go a
  * block; to find one; to order the page-out of one when room for n / 2 is wanted; to ask for that
  * room again while they are under way; to end one, which drops it. */
@@ -540,8 +617,9 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         enum tensor_type type;
-    } types[] = {{"F32", TYPE_F32},   {"BF16", TYPE_BF16}, {"F16", TYPE_F16},  {"Q8_0", TYPE_Q8_0},
-                 {"Q4_0", TYPE_Q4_0}, {"Q4_K", TYPE_Q4_K}, {"Q6_K", TYPE_Q6_K}};
+    } types[] = {{"F32", TYPE_F32},   {"BF16", TYPE_BF16},  {"F16", TYPE_F16},
+                 {"Q8_0", TYPE_Q8_0}, {"Q4_0", TYPE_Q4_0},  {"Q4_K", TYPE_Q4_K},
+                 {"Q6_K", TYPE_Q6_K}, {"MXFP4", TYPE_MXFP4}};
     enum { N_TYPES = sizeof types / sizeof *types, USUAL_TYPES = 4 };
     if (argc == 1 || asked(argc, argv, "cache"))
         bench_cache();
@@ -553,13 +631,20 @@ int main(int argc, char **argv) {
                                    asked(argc, argv, "decode") || asked(argc, argv, "prefill");
     for (int i = 0; i < N_TYPES; i++)
         some_type = some_type || asked(argc, argv, types[i].name);
-    const struct shape *shape = &shapes[asked(argc, argv, shapes[1].name)];
+    bool experts = asked(argc, argv, "experts");
+    const struct shape *shape = &shapes[experts ? 2 : asked(argc, argv, shapes[1].name)];
     for (int i = 0; i < N_TYPES; i++) {
-        if (some_type ? !asked(argc, argv, types[i].name) : i >= USUAL_TYPES)
+        if (some_type ? !asked(argc, argv, types[i].name) : i >= USUAL_TYPES && !experts)
             continue;
         static struct bench bench;
         open_bench(&bench, shape, types[i].type, asked(argc, argv, "bf16-kv") ? KV_BF16 : KV_F32,
-                   asked(argc, argv, "plain"), asked(argc, argv, "no-amx"));
+                   asked(argc, argv, "alone") ? 1 : N_THREADS, asked(argc, argv, "plain"),
+                   asked(argc, argv, "no-amx"));
+        if (experts) {
+            bench_experts(&bench, types[i].name);
+            close_bench(&bench);
+            continue;
+        }
         if (asked(argc, argv, "rates")) {
             bench_rates(&bench, types[i].name);
             return 0;

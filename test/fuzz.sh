@@ -1,12 +1,12 @@
 #!/bin/sh
-# Fuzzes what reads bytes that others made: model files, text, JSON, request files. Each target runs
-# for SECONDS (60), two at a time; needs clang with libFuzzer. What it finds stays in build/fuzz.
+# Fuzzes what reads bytes that others made: model files, text, JSON, request files, HTTP. Each target
+# runs for SECONDS (60), two at a time; needs clang with libFuzzer. What it finds stays in build/fuzz.
 #     test/fuzz.sh [SECONDS [TARGET...]]
 # Seeds are whole models of 20 kB, texts and lines of this repository. A target that
 # does not reach what it is about (fuzz.h) has failed: it fuzzed nothing.
 seconds=${1:-60}
 [ $# -gt 0 ] && shift
-targets=${*:-model tokenizer json requests}
+targets=${*:-model tokenizer json requests http}
 clang=$(command -v clang-14 || command -v clang) || {
     echo "fuzz.sh: needs clang"
     exit 1
@@ -41,6 +41,9 @@ seed json one "$one"
 seed json two '[1,-2.5e3,true,false,null,{"a":{"b":[[]]}}]'
 seed requests one "$one"
 seed requests two 'Once\n\n{"ids":[1,2],"top_p":0.9,"seed":7}\r\n{"prompt":"x","stop":"end","id":"q"}\n'
+seed http one 'POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabcGET / HTTP/1.1\r\nHost: a\r\n\r\n'
+seed http two 'POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nA: b\r\n\r\nGET / HTTP/1.0\r\n\r\n'
+seed requests cancel '\357\273\277{"cancel":"q"}\n {"id":"q","prompt":"a",\n'
 seed requests words 'model.bin\n--devices\ncpu:4\n--kv-device\n8b\n--tp=2\n-n\n5\n'
 seed requests more 'm\n-f\nx\n--prefill\n0-1\n--decode\n2,3\n--kv-type\nbf16\n--kv-host\n1G\n--stop\ny\n'
 for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.embedding_length \
@@ -53,7 +56,8 @@ for word in GGUF general.architecture llama qwen2 qwen3 llama.block_count llama.
     printf '"%s"\n' "$word"
 done > $folder/model.dict
 for word in prompt ids temperature top_p top_k min_p seed stop system id n --kv-device --devices \
-    cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
+    Content-Length: Transfer-Encoding: chunked Host: Expect: 100-continue Connection: close \
+    cancel cpu: --prefill --decode --tp --chunk '\\ud83e' '\\udd8a' 1e400 18446744073709551615; do
     printf '"%s"\n' "$word"
 done > $folder/text.dict
 

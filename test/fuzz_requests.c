@@ -40,10 +40,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     FUZZ_CHECK(requests_open(&requests, options.file, error));
     while (requests_next(&requests, &options.request, &read, error) > 0)
         requests_add(&requests, &read);
-    FUZZ_CHECK(!*error);
+    FUZZ_CHECK(!*error || strstr(error, "got UTF-16"));
     for (int i = 0; i < requests.n; i++) {
         const struct request_spec *spec = &requests.specs[i];
-        FUZZ_CHECK(spec->error ? !strchr(spec->error, '\n') : !spec->prompt != !spec->ids);
+        FUZZ_CHECK(spec->error    ? !strchr(spec->error, '\n')
+                   : spec->cancel ? !spec->prompt && !spec->ids
+                                  : !spec->prompt != !spec->ids);
+        FUZZ_CHECK(spec->file == requests.name && spec->number <= requests.n_lines);
         FUZZ_CHECK(spec->error || spec->sampling.temperature >= 0);
         size_t safe = 0;
         if (!spec->error)

@@ -126,6 +126,8 @@ class Reference:
     norm_topk: bool = True
     window: int = None
     biases: bool = False
+    query_scale: int = None
+    calm: bool = False
 
     @property
     def widest_tp(self):
@@ -165,8 +167,9 @@ MODELS = [
     # The head counts of Qwen2.5-0.5B: seven query heads share a KV head.
     Reference("qwen2-f16", "qwen2", Type.F16, d_model=112, n_heads=14, n_kv_heads=2, head_dim=8,
               d_ff=64, vocab_size=331, n_tokens=45, tied=True, theta=1e6, epsilon=1e-6),
+    # (A window that its config has, and use_sliding_window switches off.)
     Reference("qwen2-q8_0", "qwen2", Type.Q8_0, d_model=64, n_heads=4, n_kv_heads=4, head_dim=16,
-              d_ff=96, vocab_size=307, n_tokens=64, tied=False, theta=1e6, epsilon=1e-6),
+              d_ff=96, vocab_size=307, n_tokens=64, tied=False, theta=1e6, epsilon=1e-6, window=16),
     Reference("qwen3-f32", "qwen3", Type.F32, d_model=48, n_heads=4, n_kv_heads=1, head_dim=24,
               d_ff=100, vocab_size=331, n_tokens=50, tied=True, theta=1e6, epsilon=1e-6),
     Reference("qwen3-q8_0", "qwen3", Type.Q8_0, d_model=64, n_heads=16, n_kv_heads=4, head_dim=16,
@@ -207,6 +210,12 @@ MODELS = [
     Reference("mixtral-bf16", "llama", Type.BF16, d_model=64, n_heads=4, n_kv_heads=2, head_dim=16,
               d_ff=80, vocab_size=331, n_tokens=50, tied=False, theta=1e6, epsilon=1e-5,
               n_experts=8, n_used=2),
+    # As deep as the 27B, whose attention is scaled otherwise; and a window that hides nothing, whose
+    # layers have their base all the same.
+    Reference("gemma3-27b-f32", "gemma3", Type.F32, d_model=16, n_heads=2, n_kv_heads=1, head_dim=4,
+              d_ff=8, vocab_size=53, n_tokens=30, tied=True, theta=1e6, epsilon=1e-6,
+              rope_scaling={"rope_type": "linear", "factor": 8.0}, n_layers=62,
+              window=CONTEXT_LENGTH, query_scale=8, calm=True),
 ]
 
 
@@ -227,7 +236,8 @@ def build(reference):
     if reference.architecture == "gpt-oss":
         more = dict(num_local_experts=reference.n_experts, num_experts_per_tok=reference.n_used)
     if reference.architecture == "gemma3":
-        more = dict(rope_local_base_freq=LOCAL_THETA, query_pre_attn_scalar=reference.head_dim)
+        more = dict(rope_local_base_freq=LOCAL_THETA,
+                    query_pre_attn_scalar=reference.query_scale or reference.head_dim)
     config = make_config(
         hidden_size=reference.d_model, intermediate_size=reference.d_ff,
         num_hidden_layers=reference.n_layers, num_attention_heads=reference.n_heads,
@@ -255,7 +265,8 @@ class Scale:
 # F32 leaves room for rounding, so layers do nearly all of the work, and the embedding is so small
 # that the norm's epsilon shows. For the rounded types the rounding of activations (bf16, or int8
 # in blocks of 32) must not be blown up by layers that are more sensitive than a trained model's:
-# with these values it takes about half of the tolerance.
+# with these values it takes about half of the tolerance. (So, too, where many layers blow up what
+# float32 rounds.)
 SHARP = Scale(query_key=1.4, residual=1.0, embedding=0.05, tied_embedding=0.05,
               tied_output_norm=6.0)
 CALM = Scale(query_key=1.0, residual=0.5, embedding=1.0, tied_embedding=0.3, tied_output_norm=1.0)
@@ -263,7 +274,7 @@ CALM = Scale(query_key=1.0, residual=0.5, embedding=1.0, tied_embedding=0.3, tie
 
 def draw_weight(random, reference, name, shape):
     """float32 `shape`: uniform, at the scale that the kind of tensor asks for."""
-    scale = SHARP if reference.type == Type.F32 else CALM
+    scale = SHARP if reference.type == Type.F32 and not reference.calm else CALM
     if name.endswith("norm.weight"):
         middle = 1.0
         if ".q_norm" in name or ".k_norm" in name:
@@ -490,8 +501,7 @@ def write_gguf(path, reference, model, stored):
         writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
         if "attention_factor" in scaling:
-            usual = 1 + 0.1 * np.log(scaling["factor"])
-            writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / usual)
+            writer.add_rope_scaling_yarn_attn_factor(scaling["attention_factor"])
     for name, weight in stored.items():
         kind = stored_type(name, weight, reference.type)
         writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)

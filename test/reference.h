@@ -277,27 +277,48 @@ static inline void ref_attention_layer(const struct model_config *c,
     free(out);
 }
 
-/* out (d_model) += the experts' outputs of one row h (d_model), by their shares (Shazeer et al.
- * 2017). Returns by how much the last that is used is preferred to the first that is not, as a
- * share of how far logits are apart. */
-static inline double ref_experts(const struct model_config *c, const struct tensor *const *layer,
-                                 const double *h, double *out) {
-    double *logits = ref_doubles(1, c->n_experts), *share = ref_doubles(1, c->n_experts);
-    double *gate = ref_doubles(1, c->d_ff), *up = ref_doubles(1, c->d_ff), sum = 0;
-    double *down = ref_doubles(1, c->d_model), last = INFINITY, next = -INFINITY;
+/* What a reader may want of the router's choices, each (n_layers, n), or NULL. */
+struct ref_choices {
+    const int *chosen;  /* (n_layers, n, n_used) experts that are taken, whatever the logits say */
+    const bool *turned; /* the first that is not preferred is taken for the last that is */
+    double *gap;        /* see ref_choose */
+};
+
+/* share (n_experts) of each expert in one row h (d_model), 0 of those that are not taken (Shazeer et
+ * al. 2017): of the n_used with the largest logits, or as `chosen` or `turned` say. Returns by how
+ * much the least of those that are taken is preferred to the first that is not, as a share of how
+ * far logits are apart: less than 0 where others are taken than the logits say. */
+static inline double ref_choose(const struct model_config *c, const struct tensor *const *layer,
+                                const double *h, const int *chosen, bool turned, double *share) {
+    double *logits = ref_doubles(1, c->n_experts), last = INFINITY, next = -INFINITY, sum = 0;
     double most = -INFINITY, least = INFINITY;
     ref_product(layer[ROUTER], layer[ROUTER_BIAS], h, 1, logits);
     for (int e = 0; e < c->n_experts; e++) {
         int before = 0; /* experts that are preferred */
         for (int i = 0; i < c->n_experts; i++)
             before += logits[i] > logits[e] || (logits[i] == logits[e] && i < e);
-        share[e] = before < c->n_used ? exp(logits[e]) : 0;
+        before -= turned && before == c->n_used ? 1 : turned && before == c->n_used - 1 ? -1 : 0;
+        bool taken = !chosen && before < c->n_used;
+        for (int i = 0; i < c->n_used && chosen; i++)
+            taken = taken || chosen[i] == e;
+        share[e] = taken ? exp(logits[e]) : 0;
         most = fmax(most, logits[e]);
         least = fmin(least, logits[e]);
-        last = before < c->n_used ? fmin(last, logits[e]) : last;
-        next = before < c->n_used ? next : fmax(next, logits[e]);
+        last = taken ? fmin(last, logits[e]) : last;
+        next = taken ? next : fmax(next, logits[e]);
         sum += c->share_of_all ? exp(logits[e]) : share[e];
     }
+    for (int e = 0; e < c->n_experts; e++)
+        share[e] /= sum;
+    free(logits);
+    return (last - next) / (most - least);
+}
+
+/* out (d_model) += the experts' outputs of one row h (d_model), by their shares (n_experts). */
+static inline void ref_experts(const struct model_config *c, const struct tensor *const *layer,
+                               const double *h, const double *share, double *out) {
+    double *gate = ref_doubles(1, c->d_ff), *up = ref_doubles(1, c->d_ff);
+    double *down = ref_doubles(1, c->d_model);
     for (int e = 0; e < c->n_experts; e++) {
         if (share[e] == 0)
             continue;
@@ -311,28 +332,33 @@ static inline double ref_experts(const struct model_config *c, const struct tens
         ref_expert_product(layer[DOWN_EXPERTS], layer[DOWN_EXPERTS_BIAS], e, c->d_model, up, 1,
                            down);
         for (int i = 0; i < c->d_model; i++)
-            out[i] += share[e] / sum * down[i];
+            out[i] += share[e] * down[i];
     }
-    free(logits);
-    free(share);
     free(gate);
     free(up);
     free(down);
-    return (last - next) / (most - least);
 }
 
 /* x (n, d_model) += ffn_down . (activation(ffn_gate . h) * (ffn_up . h)), h = rmsnorm(x): SwiGLU
  * and its kin (Shazeer 2020); or experts of that form. */
 static inline void ref_ffn_layer(const struct model_config *c, const struct tensor *const *layer,
-                                 int n, double *x) {
+                                 int index, struct ref_choices choices, int n, double *x) {
     int d = c->d_model;
     double *h = ref_doubles(n, d), *gate = ref_doubles(n, c->d_ff), *up = ref_doubles(n, c->d_ff);
     double *out = ref_doubles(n, d);
     for (int i = 0; i < n; i++)
         ref_norm(x + i * d, layer[FFN_NORM], d, (double)c->norm_epsilon, h + i * d);
     if (c->n_experts > 0) {
-        for (int i = 0; i < n; i++)
-            ref_experts(c, layer, h + i * d, out + i * d);
+        double *share = ref_doubles(1, c->n_experts);
+        for (int i = 0, at = index * n; i < n; i++, at++) {
+            const int *chosen = choices.chosen ? choices.chosen + at * c->n_used : NULL;
+            double gap = ref_choose(c, layer, h + i * d, chosen,
+                                    choices.turned && choices.turned[at], share);
+            ref_experts(c, layer, h + i * d, share, out + i * d);
+            if (choices.gap)
+                choices.gap[at] = gap;
+        }
+        free(share);
     } else {
         ref_product(layer[FFN_GATE], layer[FFN_GATE_BIAS], h, n, gate);
         ref_product(layer[FFN_UP], layer[FFN_UP_BIAS], h, n, up);
@@ -367,8 +393,9 @@ static inline void ref_frequencies(const struct model *model, float *frequency) 
 }
 
 /* Logits (n, vocab_size) after each of n tokens; see ref_frequencies. */
-static inline void ref_forward(const struct model *model, const float *frequency, const int *tokens,
-                               int n, double *logits) {
+static inline void ref_forward_with(const struct model *model, const float *frequency,
+                                    const int *tokens, int n, struct ref_choices choices,
+                                    double *logits) {
     const struct model_config *c = &model->config;
     const struct tensor *const *own = model->layers[0];
     int d = c->d_model;
@@ -378,13 +405,19 @@ static inline void ref_forward(const struct model *model, const float *frequency
                (c->embedding_scale > 0 ? (double)c->embedding_scale : 1.0);
     for (int layer = 0; layer < c->n_layers; layer++) {
         ref_attention_layer(c, model->layers[layer], layer, frequency, n, x);
-        ref_ffn_layer(c, model->layers[layer], n, x);
+        ref_ffn_layer(c, model->layers[layer], layer, choices, n, x);
     }
     for (int i = 0; i < n; i++)
         ref_norm(x + i * d, own[OUTPUT_NORM], d, (double)c->norm_epsilon, x + i * d);
     memset(logits, 0, sizeof *logits * (size_t)n * (size_t)c->vocab_size);
     ref_product(own[OUTPUT], NULL, x, n, logits);
     free(x);
+}
+
+static inline void ref_forward(const struct model *model, const float *frequency, const int *tokens,
+                               int n, double *logits) {
+    struct ref_choices as_preferred = {NULL, NULL, NULL};
+    ref_forward_with(model, frequency, tokens, n, as_preferred, logits);
 }
 
 /* ---- sampling ---- */
@@ -419,8 +452,8 @@ static inline double ref_noisy(const struct sampling *sampling, int position,
     return (double)choice.scaled - max - log(-log(((double)words[0] + 0.5) * 0x1p-32));
 }
 
-/* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort. A
- * logit that is no number counts as the least. Sums of weights decide who is among those that reach
+/* The token for `position`, by the definition in lib/sampler.h: the draw of a full sort, or -1.
+ * Sums of weights decide who is among those that reach
  * top_p: `slack` is what they may be off by, in shares of the whole, and *may whether with such
  * sums `token` could be drawn too. */
 static inline int ref_sample_within(const struct sampling *sampling, int position,
@@ -428,15 +461,21 @@ static inline int ref_sample_within(const struct sampling *sampling, int positio
                                     bool *may) {
     struct ref_choice *order = (struct ref_choice *)ref_allocate((size_t)n, sizeof *order);
     int kept = sampling->top_k > 0 && sampling->top_k < n ? sampling->top_k : n;
-    float divisor = sampling->temperature;
+    float divisor = sampling->temperature, largest_logit = -INFINITY;
+    *may = false;
+    for (int i = 0; i < n && largest_logit == largest_logit; i++)
+        largest_logit = logits[i] <= largest_logit ? largest_logit : logits[i]; /* or NaN */
+    if (!(fabsf(largest_logit) <= FLT_MAX)) {
+        free(order);
+        return -1;
+    }
     for (bool again = true; again; divisor = 1.0f) { /* again: the largest overflows */
         for (int i = 0; i < n; i++) {
-            float scaled = logits[i] / (divisor > 0.0f ? divisor : 1.0f);
-            order[i].scaled = scaled >= -FLT_MAX ? (scaled < FLT_MAX ? scaled : FLT_MAX) : -FLT_MAX;
+            order[i].scaled = logits[i] / (divisor >= FLT_MIN ? divisor : 1.0f);
             order[i].token = i;
         }
         qsort(order, (size_t)n, sizeof *order, ref_by_rank);
-        bool largest = !(divisor > 0.0f) || fabsf(order[0].scaled) >= FLT_MAX;
+        bool largest = divisor < FLT_MIN || fabsf(order[0].scaled) > FLT_MAX;
         kept = largest ? 1 : kept;
         again = largest && divisor != 1.0f;
     }

@@ -53,7 +53,8 @@ static void defaults_hold(struct check *check) {
     CHECK(o.request.sampling.top_p == 0.95f && o.request.sampling.top_k == 0, "top_p, top_k");
     CHECK(o.request.sampling.min_p == 0 && !cli_given(o.given, "--seed"), "min_p, seed");
     CHECK(o.tp == 1 && o.kv_policy == 0 && o.kv_type == 0, "tp, kv");
-    CHECK(!o.kv_device.given && !o.kv_host.given && o.devices.n == 0 && o.given == 0, "given");
+    CHECK(!o.kv_device.given && !o.kv_host.given && o.devices.n == 0 && !cli_given(o.given, "-n"),
+          "given");
     cli_free(&o);
 }
 
@@ -108,6 +109,25 @@ static void every_option_is_read(struct check *check) {
           error);
 }
 
+/* What people type who know other programs. */
+static void other_names_are_known(struct check *check) {
+    static const char *const lines[] = {
+        "m -p x -n 5 -t 0.5", "-m m --prompt x --n-predict 5 --temp 0.5",
+        "--prompt=x --n-predict=5 --temp=0.5 -m=m", "-p x -t 0.5 -n 5 -- m"};
+    struct options o;
+    char error[ERROR_LENGTH];
+    for (size_t i = 0; i < COUNT(lines); i++) {
+        CHECK(parse(&o, lines[i], error), "%s: %s", lines[i], error);
+        CHECK(o.model && !strcmp(o.model, "m") && o.request.prompt &&
+                  !strcmp(o.request.prompt, "x") && o.request.n == 5 &&
+                  o.request.sampling.temperature == 0.5f,
+              "%s", lines[i]);
+    }
+    CHECK(parse(&o, "-h", error) && o.help, "%s", error);
+    CHECK(parse(&o, "-- -m", error) && !strcmp(o.model, "-m"), "%s", error);
+    CHECK(parse(&o, "-m a=b", error) && !strcmp(o.model, "a=b"), "%s", error);
+}
+
 /* What follows the model's name. */
 static void good_values(struct check *check) {
     static const char lines[] = "-n 1|-n 2147483647|-t 0|-t 100|-t 1e-3|-t .5|--top-p 0|--top-p 1|"
@@ -136,14 +156,26 @@ static void good_values(struct check *check) {
 static const struct {
     const char *words, *lines;
 } bad_lines_by_words[] = {
-    {"x: unexpected", "x"},
+    {"x: unexpected; the model is m, a prompt is given by -p", "x"},
+    {"-m: given twice", "-m x"},
+    {"-x: unexpected; the model is m", "-- -x"},
+    {"did you mean -t", "--temperature 1|--temperture=1|--tepm 1|--tem 1"},
+    {"did you mean -n", "--max-tokens 1|--max_tokens=1|--n-predct 1|--maxtokens 1"},
+    {"did you mean -p", "--promt x"},
+    {"did you mean -m", "--model x"},
+    {"did you mean --devices", "--gpu 0|--n_gpu_layers 9|--device cpu"},
+    {"did you mean --max-batch", "--batch-size 4"},
+    {"did you mean --top-p", "--top_p 1|--topp 1"},
+    {"did you mean --help", "--hepl"},
     {"did you mean --seed", "--sed 1|--sede=1"},
     {"did you mean --tokenize", "--tokenise f"},
     {"did you mean --kv-host", "--kvhost 1"},
     {"did you mean --colocate", "--colocated"},
     {"unknown option; --help", "--zzzzzzzz"},
-    {"-h: unknown option; --help", "-h"},
-    {"unknown option", "--tracing f|-|--|--=1|--serve 80"},
+    {"unknown option; --help", "--gq|--xx 1|-x|-|--=1"},
+    {"-t: given twice", "--temp 1 -t 2"},
+    {"-p: missing value", "-p --temp 1"},
+    {"--temp: got x, expected a number", "--temp x"},
     {"-n: missing value (N)", "-n"},
     {"-p: missing value", "-p --json"},
     {"missing value", "--seed"},
@@ -224,6 +256,9 @@ static const struct {
     {"needs --replay", "--rate 1|--limit 2"},
     {"--rates: needs --sim or --plan", "--rates f"},
     {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1"},
+    {"needs --serve", "--host a|--api-key a|--api-key-file f"},
+    {"exclude each other", "-p a --serve 1|-f a --serve 1|--serve 1 --json|--serve 1 --stats"},
+    {"expected a whole number from 0 to 65535", "--serve 65536|--serve -1|--serve a"},
     {"--colocate and --prefill", "--colocate --prefill 0 --decode 1"},
     {"--decode: needs --prefill", "--colocate --decode 1"},
     {"got ?[31m?", "--kv-type '\x1b[31m\n'"}};
@@ -283,7 +318,7 @@ static bool requests_of(struct options *options, const char *line, const char *t
 static void requests_are_read(struct check *check) {
     static const char text[] =
         "a plain line \n\n"
-        " {not JSON}\n"
+        "\xEF\xBB\xBF not {JSON}\n"
         "{\"prompt\": \"a\\nb\\u0000c\", \"n\": 3, \"temperature\": 0, \"top_p\": 0.5, \"top_k\": "
         "2, "
         "\"min_p\": 0.25, \"seed\": 18446744073709551615, \"stop\": \"x\", \"system\": \"s\", "
@@ -309,7 +344,7 @@ static void requests_are_read(struct check *check) {
     CHECK(!strcmp(r[0].prompt, "a plain line ") && r[0].prompt_length == 13, "%s", r[0].prompt);
     CHECK(r[0].n == 9 && r[0].sampling.seed == 5 && r[0].n_stop == 1 && !r[0].id, "%d", r[0].n);
     CHECK(r[0].sampling.temperature == 0.8f && !strcmp(r[0].system, "sys"), "defaults");
-    CHECK(!strcmp(r[1].prompt, " {not JSON}"), "%s", r[1].prompt);
+    CHECK(!strcmp(r[1].prompt, " not {JSON}"), "%s", r[1].prompt);
     CHECK(r[2].prompt_length == 5 && !memcmp(r[2].prompt, "a\nb\0c", 6) && !r[2].ids, "prompt");
     CHECK(r[2].n == 3 && r[2].sampling.temperature == 0 && r[2].sampling.top_p == 0.5f, "n");
     CHECK(r[2].sampling.top_k == 2 && r[2].sampling.min_p == 0.25f, "top_k, min_p");
@@ -334,6 +369,9 @@ static const struct {
 } bad_requests_by_words[] = {
     {"byte 1: expected", "{"},
     {"byte 13", "{'prompt':'a'"},
+    {"byte 2: expected a key", " {not JSON}"},
+    {"cancel: expected no other key", "{'cancel':'a','id':'b'}|{'prompt':'a','cancel':'a'}"},
+    {"cancel: got 1, expected a text", "{'cancel':1}"},
     {"byte 15", "{'prompt':'a'} x"},
     {"one of prompt, ids and messages",
      "{}|{'n':1}|{'prompt':'a','ids':[1]}|{'ids':[1],'messages':[{'role':'user','content':'a'}]}|"
@@ -358,6 +396,10 @@ static const struct {
      "{'messages':[{'role':'user','content':'a'},{'role':'assistant','content':'a'}]}"},
     {"prompt: got 1, expected a text", "{'prompt':1}"},
     {"promt: unknown key; did you mean prompt", "{'promt':'a'}"},
+    {"max_tokens: unknown key; did you mean n", "{'max_tokens':3}"},
+    {"temp: unknown key; did you mean temperature", "{'temp':3}"},
+    {"topp: unknown key; did you mean top_p", "{'topp':3}"},
+    {"model: unknown key; --help", "{'model':'a'}"},
     {"unknown key", "{'prompt':'a','n\\u0000':1}"},
     {"json: unknown key", "{'prompt':'a','json':true}"},
     {"prompt: given twice", "{'prompt':'a','prompt':'b'}"},
@@ -594,7 +636,7 @@ static void stops_match_the_definition(struct check *check) {
 
 static void help_is_whole(struct check *check) {
     static const char words[] =
-        "usage: dynamo MODEL;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
+        "usage: dynamo MODEL;-m FILE;-p TEXT;--ids 1,15,7;-f FILE;-n N;-t T;"
         "--top-p P;--top-k K;--min-p P;--seed S;--stop TEXT;--system TEXT;"
         "--devices LIST;--prefill LIST;--decode LIST;--tp N;--colocate;"
         "--tp-prefill N;--tp-decode N;"
@@ -647,12 +689,20 @@ static void loading_shows_a_bar(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {TEST(defaults_hold),     TEST(every_option_is_read),
-                                        TEST(good_values),       TEST(bad_lines),
-                                        TEST(requests_are_read), TEST(bad_requests_stand_alone),
-                                        TEST(loads_are_read),    TEST(lines_come_one_by_one),
-                                        TEST(damaged_requests),  TEST(files_are_read_whole),
-                                        TEST(stops_are_found),   TEST(stops_match_the_definition),
-                                        TEST(help_is_whole),     TEST(loading_shows_a_bar)};
+    static const struct test tests[] = {TEST(defaults_hold),
+                                        TEST(every_option_is_read),
+                                        TEST(other_names_are_known),
+                                        TEST(good_values),
+                                        TEST(bad_lines),
+                                        TEST(requests_are_read),
+                                        TEST(bad_requests_stand_alone),
+                                        TEST(loads_are_read),
+                                        TEST(lines_come_one_by_one),
+                                        TEST(damaged_requests),
+                                        TEST(files_are_read_whole),
+                                        TEST(stops_are_found),
+                                        TEST(stops_match_the_definition),
+                                        TEST(help_is_whole),
+                                        TEST(loading_shows_a_bar)};
     return run_tests(tests, COUNT(tests), argc, argv);
 }

@@ -285,12 +285,17 @@ static const struct variant variants[] = {
     {"freq_base: got inf", KEY("llama.rope.freq_base", GGUF_F32, INFINITY, NULL)},
     {"freq_base: got 0", KEY("llama.rope.freq_base", GGUF_F32, 0, NULL)},
     {"freq_base: got u32", KEY("llama.rope.freq_base", GGUF_U32, 10000, NULL)},
-    {"scaling.original_context_length: is missing",
-     KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn")},
+    {NULL, KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn")},
+    {"rope.freq_base_swa: got 5000, expected 10000",
+     KEY("llama.rope.freq_base_swa", GGUF_F32, 5000, NULL)},
+    {"ffn_gate.weight: got one row, which is not supported",
+     KEY("llama.feed_forward_length", GGUF_U32, 1, NULL), WEIGHT("blk.0.ffn_gate.weight", {8, 1})},
     {"rope.scaling.type: got longrope, expected none, linear or yarn",
      KEY("llama.rope.scaling.type", GGUF_STRING, 0, "longrope")},
     {"rope.scaling.factor: got 0.5", KEY("llama.rope.scaling.factor", GGUF_F32, 0.5, NULL)},
     {"expert_used_count: is missing", KEY("llama.expert_count", GGUF_U32, 8, NULL)},
+    {"expert_group_count: got 4, expected 0 to 1",
+     KEY("llama.expert_group_count", GGUF_U32, 4, NULL)},
     {"expert_count: got 1025", KEY("llama.expert_count", GGUF_U32, 1025, NULL)},
     {"tokenizer.ggml.tokens: got 4", KEY("tokenizer.ggml.tokens", GGUF_ARRAY, 4, "t")},
     {"token_embd.weight: is missing", .drop = "token_embd.weight"},
@@ -392,6 +397,8 @@ static void names_other_formats(struct check *check) {
         BEGINS("PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0\0\0\0\0archive/data.pkl", "a zip archive"),
         BEGINS("\x80\2\x8a\nl\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\2M\xe9\3.", "a pickle"),
         BEGINS("\x3e\0\0\0\0\0\0\0{\"__metadata__\":{\"format\":\"pt\"}}", "safetensors"),
+        BEGINS("Invalid username or password.", "is text, not a model: Invalid username or"),
+        BEGINS("{\n  \"architectures\": [\"LlamaForCausalLM\"]\n}\n", "is text, not a model: {"),
         BEGINS("tjgg\3\0\0\0\0\x7d\0\0\0\x10\0\0", "the format before GGUF")};
 #undef BEGINS
     char error[ERROR_LENGTH];
@@ -415,12 +422,55 @@ static void names_other_formats(struct check *check) {
     }
 }
 
+/* Windows that are none, that some layers have, and YaRN's keys: in place of what is usual. */
+static void config_follows_keys(struct check *check) {
+    static const struct {
+        struct variant keys;
+        int window, period;
+        double magnitude;
+    } cases[] = {{{KEY("llama.attention.sliding_window", GGUF_U32, 64, NULL)}, 0, 0, 1},
+                 {{KEY("llama.attention.sliding_window", GGUF_U32, 63, NULL)}, 63, 0, 1},
+                 {{KEY("llama.attention.sliding_window", GGUF_U32, 8, NULL),
+                   .also = {"llama.attention.sliding_window_pattern", GGUF_U32, 4, NULL}},
+                  8,
+                  4,
+                  1},
+                 {{KEY("llama.rope.scaling.attn_factor", GGUF_F32, 0.5, NULL)}, 0, 0, 0.5},
+                 {{KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn"),
+                   .also = {"llama.rope.scaling.factor", GGUF_F32, 32, NULL}},
+                  0,
+                  0,
+                  1.3465736},
+                 {{KEY("llama.rope.scaling.type", GGUF_STRING, 0, "yarn"),
+                   .also = {"llama.rope.scaling.yarn_attn_factor", GGUF_F32, 0.75, NULL}},
+                  0,
+                  0,
+                  0.75}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char error[ERROR_LENGTH], path[32];
+        struct model model;
+        build(&built, &cases[i].keys, 3);
+        write_bytes(check, path, built.bytes, built.size);
+        bool ok = model_open(&model, path, error);
+        CHECK(ok, "case %zu: %s", i, error);
+        if (ok)
+            CHECK(model.config.window == cases[i].window &&
+                      model.config.window_period == cases[i].period &&
+                      fabs((double)model.config.rope_magnitude - cases[i].magnitude) < 1e-6,
+                  "case %zu: window %d, of %d layers all but one; magnitude %g", i,
+                  model.config.window, model.config.window_period,
+                  (double)model.config.rope_magnitude);
+        model_close(&model);
+        unlink(path);
+    }
+}
+
 /* What --verbose tells of a file that opens. */
 static void notes_what_is_unused(struct check *check) {
     static const struct variant variant = {
         WEIGHT("blk.0.ffn_down.weight", {32, 8}, .type = STORED_Q4_1),
         KEY("llama.pooling_type", GGUF_U32, 3, NULL),
-        .also = {"general.license", GGUF_STRING, 0, "mit"}};
+        .also = {"llama.vocab_size", GGUF_U32, 5, NULL}};
     char error[ERROR_LENGTH], path[32], *text = NULL;
     size_t length;
     struct model model;
@@ -892,6 +942,7 @@ int main(int argc, char **argv) {
                                         {"formats agree", formats_agree},
                                         {"parts", parts_are_one_model},
                                         {"other formats", names_other_formats},
+                                        {"config", config_follows_keys},
                                         {"notes", notes_what_is_unused},
                                         {"variants", refuses_variants},
                                         {"prefixes", refuses_prefixes},

@@ -340,6 +340,38 @@ static void documents_come_back(struct check *check) {
     }
 }
 
+/* What json_parse_part has read of a text: values to their end, in order, strings ended. */
+static void check_part(struct check *check, const char *text, size_t length) {
+    char error[ERROR_LENGTH], *copy = copy_of(text, length);
+    int n = -1;
+    struct json_node *nodes = json_parse_part(copy, length, &n, error);
+    CHECK(nodes && n > 0 && !*error == accepted(text, length, error), "%d nodes", n);
+    for (int i = 0; i < n; i++) {
+        const struct json_node *node = &nodes[i];
+        CHECK(node->next == 0 || (node->next > i && node->next <= n), "%d of %d", node->next, n);
+        CHECK(node->text >= copy && node->text + node->length <= copy + length, "node %d", i);
+        CHECK(node->type != '"' || node->next == 0 || !node->text[node->length], "node %d", i);
+    }
+    free(nodes);
+    free(copy);
+}
+
+static void parts_are_whole(struct check *check) {
+    static const char text[] = "{\"id\":\"x\",\"a\":[1,{\"b\":2}],\"c\":3}";
+    for (size_t length = 1; length < sizeof text; length++) {
+        char error[ERROR_LENGTH], *copy = copy_of(text, length);
+        int n, n_whole = 0;
+        struct json_node *nodes = json_parse_part(copy, length, &n, error);
+        for (int at = 1; at + 1 < n && nodes[at + 1].next; at = nodes[at + 1].next)
+            n_whole++;
+        int expected = (length >= 9) + (length >= 25) + (length >= 31);
+        CHECK(n_whole == expected, "%s: %d", error, n_whole);
+        free(nodes);
+        free(copy);
+        check_part(check, text, length);
+    }
+}
+
 static void survives_damage(struct check *check) {
     uint64_t state = 3;
     static const char bytes[] = "\"\\{}[],:0123456789-+.eEutfn \xE2\x82\xAC\xF0\xFF\x01";
@@ -355,6 +387,7 @@ static void survives_damage(struct check *check) {
         n_good += good;
         n_bad += !good;
         CHECK(good || strncmp(error, "byte ", 5) == 0, "%s", error);
+        check_part(check, text, length);
         free(text);
     }
     CHECK(n_good > 100 && n_bad > 100, "%d good, %d bad", n_good, n_bad);
@@ -370,6 +403,7 @@ int main(int argc, char **argv) {
         {"writes", writes},
         {"numbers_and_bytes_come_back", numbers_and_bytes_come_back},
         {"documents_come_back", documents_come_back},
+        {"parts_are_whole", parts_are_whole},
         {"survives_damage", survives_damage},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);

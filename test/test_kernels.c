@@ -191,6 +191,11 @@ static double model_error(const struct device *device, enum tensor_type type) {
     return slack.spread > 0.0 ? slack.spread : device->kv_type == KV_BF16 ? 1e-2 : 1e-4;
 }
 
+static void read_choice(struct device *device, int *chosen, int n_rows) {
+    memcpy(chosen, ((struct cpu_device *)device)->chosen,
+           sizeof *chosen * (size_t)(n_rows * device->config->n_used));
+}
+
 static void draw_rows(struct device *device, int n) {
     draw_tokens((struct cpu_device *)device, 0, n);
 }

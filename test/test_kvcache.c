@@ -459,28 +459,26 @@ static void copies_in_go_first(struct check *check) {
     kv_destroy(kv);
 }
 
-/* Two blocks with one 64-bit hash, found as a collision of the upper halves before the last token,
- * which then makes the lower halves equal. */
+/* Two blocks with one 64-bit hash: what differs before the last two tokens, which are mixed in
+ * together, is made up for by these, if both have the sign of a token. */
 static void make_collision(int *one, int *other) {
-    enum { N = 1 << 18 };
-    int *table = calloc(N, sizeof *table); /* candidates by hash of the upper half; 0: none */
+    const uint64_t signs = (uint64_t)1 << 63 | (uint64_t)1 << 31;
+    uint64_t hashes[2], difference = signs;
     for (int i = 0; i < BLOCK_TOKENS; i++)
         one[i] = other[i] = i;
-    uint64_t before = 0;
-    for (int i = 0; i < BLOCK_TOKENS - 2; i++)
-        before = mix(before, (uint64_t)one[i]);
-    bool found = false;
-    for (int t = 1; !found && t < 1 << 24; t++) {
-        uint64_t hash = mix(before, (uint64_t)t);
-        int *entry = &table[(hash >> 32) % N];
-        uint64_t rival = mix(before, (uint64_t)*entry);
-        found = *entry && (hash ^ rival) >> 31 == 0;
-        one[BLOCK_TOKENS - 2] = t;
-        other[BLOCK_TOKENS - 2] = *entry;
-        other[BLOCK_TOKENS - 1] = one[BLOCK_TOKENS - 1] ^ (int)((hash ^ rival) & 0x7fffffff);
-        *entry = t;
+    for (int t = 1; difference & signs; t++) {
+        other[0] = t;
+        for (int text = 0; text < 2; text++) {
+            const int *tokens = text == 0 ? one : other;
+            hashes[text] = 0;
+            for (int i = 0; i < BLOCK_TOKENS - 2; i += 2)
+                hashes[text] =
+                    mix(hashes[text], (uint64_t)tokens[i] << 32 | (uint32_t)tokens[i + 1]);
+        }
+        difference = hashes[0] ^ hashes[1];
     }
-    free(table);
+    other[BLOCK_TOKENS - 2] ^= (int)(difference >> 32);
+    other[BLOCK_TOKENS - 1] ^= (int)(uint32_t)difference;
 }
 
 static void collision_is_no_hit(struct check *check) {

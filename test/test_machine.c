@@ -53,6 +53,46 @@ static void memory_of_a_group(struct check *check) {
     CHECK(machine_free_memory(root) == 1, "more than all is used: %zu", machine_free_memory(root));
 }
 
+static void memory_that_slows_down(struct check *check) {
+    clear();
+    put("proc/self/cgroup", "0::/a/b\n");
+    put("sys/fs/cgroup/a/b/memory.max", "max\n");
+    put("sys/fs/cgroup/a/b/memory.high", "300000000\n");
+    put("sys/fs/cgroup/a/b/memory.current", "100000000\n");
+    CHECK(machine_free_memory(root) == 200000000, "high: %zu", machine_free_memory(root));
+    put("sys/fs/cgroup/a/memory.max", "400000000\n"); /* what is used is not told */
+    put("sys/fs/cgroup/a/b/memory.high", "max\n");
+    CHECK(machine_free_memory(root) == 400000000, "max: %zu", machine_free_memory(root));
+    put("sys/fs/cgroup/a/memory.max", "0\n");
+    CHECK(machine_free_memory(root) == 1, "nothing: %zu", machine_free_memory(root));
+    put("sys/fs/cgroup/a/memory.max", "");
+    CHECK(machine_free_memory(root) == 8000000ull * 1024, "an empty file");
+}
+
+/* The path is the host's, and a group of the container's own is its end. */
+static void groups_in_a_container(struct check *check) {
+    static const char *const paths[] = {"0::/docker/0123/sub/own\n", "0::/sub/own\n",
+                                        "0::/../../sub/own\n"};
+    for (size_t i = 0; i < sizeof paths / sizeof *paths; i++) {
+        clear();
+        put("proc/self/cgroup", paths[i]);
+        put("sys/fs/cgroup/sub/own/memory.max", "900000000\n");
+        put("sys/fs/cgroup/sub/memory.max", "500000000\n");
+        put("sys/fs/cgroup/sub/memory.current", "1000\n");
+        put("sys/fs/cgroup/sub/own/cpu.max", "10000 100000\n");
+        put("sys/fs/cgroup/own/memory.max", "7000\n"); /* of others */
+        CHECK(machine_free_memory(root) == 499999000, "%zu", machine_free_memory(root));
+        CHECK(machine_processors(root) == 1, "%d", machine_processors(root));
+        put("sys/fs/cgroup/memory.max", "300000000\n");
+        CHECK(machine_free_memory(root) == 300000000, "%zu", machine_free_memory(root));
+    }
+    clear();
+    put("proc/self/cgroup", "5:memory:/docker/0123/own\n0::/docker/0123/own\n");
+    put("sys/fs/cgroup/memory/own/memory.limit_in_bytes", "600000000\n");
+    put("sys/fs/cgroup/memory/memory.limit_in_bytes", "700000000\n");
+    CHECK(machine_free_memory(root) == 600000000, "version 1: %zu", machine_free_memory(root));
+}
+
 static void memory_of_a_group_of_version_1(struct check *check) {
     clear(); /* in a container: the path is the host's, and what is mounted is its end */
     put("proc/self/cgroup", "12:cpuset:/x\n9:cpu,cpuacct:/x\n5:memory:/docker/0123\n0::/\n");
@@ -115,6 +155,8 @@ int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"memory_of_the_machine", memory_of_the_machine},
         {"memory_of_a_group", memory_of_a_group},
+        {"memory_that_slows_down", memory_that_slows_down},
+        {"groups_in_a_container", groups_in_a_container},
         {"memory_of_a_group_of_version_1", memory_of_a_group_of_version_1},
         {"processors_of_a_quota", processors_of_a_quota},
         {"memory_of_the_address_space", memory_of_the_address_space}, /* of which a sanitizer takes

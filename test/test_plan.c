@@ -62,6 +62,27 @@ static void together_wins_where_little_is_decoded(struct check *check) {
     CHECK(fabs(apart / together - 0.5) < 0.1, "%g of %g", apart, together); /* one of two reads */
 }
 
+/* Apart on one GPU is what --sim makes of --devices 0,0. */
+static void one_gpu_is_shared(struct check *check) {
+    write_rates(check);
+    static const char one[] = SMALL "--plan h100 --rates $T/slow --ttft 2000 --replay 400:10";
+    struct outcome o = run(check, "%s --itl 20 --json", one);
+    double rate = told(&o, "\"apart\":true", "rate");
+    double ttft = told(&o, "\"apart\":true", "ttft_p90_ms");
+    double itl = told(&o, "\"apart\":true", "itl_p90_ms");
+    CHECK(o.status == 0 && rate > 1 && rate < 10.5, "%g: %s%s", rate, o.out, o.err);
+    CHECK(itl > 1.6, "%g: nobody shares the chip", itl);
+    o = run(check,
+            SMALL
+            "--sim h100 --devices 0,0 --kv-host 0 --rates $T/slow --replay 400:10 --rate %.9g "
+            "--json",
+            rate);
+    double ttft_there = told(&o, "\"load\":", "ttft_p90_ms");
+    double itl_there = told(&o, "\"load\":", "itl_p90_ms");
+    CHECK(fabs(ttft / ttft_there - 1) < 0.02, "%g and %g", ttft, ttft_there);
+    CHECK(fabs(itl / itl_there - 1) < 0.02, "%g and %g", itl, itl_there);
+}
+
 static void the_same_arguments_give_the_same_bytes(struct check *check) {
     write_rates(check);
     static const char *const forms[] = {"", "--json"};
@@ -174,6 +195,7 @@ static void refused_in_a_line(struct check *check) {
 int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(apart_wins_where_gaps_are_watched),
                                         TEST(together_wins_where_little_is_decoded),
+                                        TEST(one_gpu_is_shared),
                                         TEST(the_same_arguments_give_the_same_bytes),
                                         TEST(every_split_is_told),
                                         TEST(break_even_is_that_of_the_rates),

@@ -457,6 +457,30 @@ static void vectors_are_exact(struct check *check) {
     model_close(&model);
 }
 
+/* Biases and sinks are small, not alike, and as often above 0 as below. */
+static void biases_are_small(struct check *check) {
+    static const int roles[] = {Q_BIAS, ATTN_OUTPUT_BIAS, ATTN_SINKS, ROUTER_BIAS,
+                                DOWN_EXPERTS_BIAS};
+    struct model model;
+    if (!open_model(check, "gpt-oss-20b", "mxfp4", &model))
+        return;
+    for (int i = 0; i < 5; i++) {
+        const struct tensor *bias = model.layers[1][roles[i]];
+        int n = bias ? (int)bias->cols : 0, n_above = 0, n_alike = 0;
+        CHECK(n >= 32, "role %d: %d entries", roles[i], n);
+        for (int k = 0; k < n; k++) {
+            float value = ((const float *)bias->data)[k];
+            CHECK(fabsf(value) < 0.035f, "role %d: entry %d is %g", roles[i], k, (double)value);
+            n_above += value > 0;
+            n_alike += k > 0 && value == ((const float *)bias->data)[k - 1];
+        }
+        CHECK(n_alike == 0 && 4 * n_above > n && 4 * n_above < 3 * n,
+              "role %d: of %d entries %d above 0, %d as the one before", roles[i], n, n_above,
+              n_alike);
+    }
+    model_close(&model);
+}
+
 /* ---- memory ---- */
 
 static size_t memory_of(const char *field) { /* of this process, in KiB */
@@ -507,6 +531,7 @@ int main(int argc, char **argv) {
                                         {"always the same", weights_are_always_the_same},
                                         {"matrices differ", matrices_differ},
                                         {"sizes", weights_have_sensible_sizes},
-                                        {"vectors", vectors_are_exact}};
+                                        {"vectors", vectors_are_exact},
+                                        {"biases", biases_are_small}};
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -252,6 +252,22 @@ static void a_trace_becomes_requests(struct check *check) {
     "}\n"
 #define GOOD LINE("5", "9", "1", "[1]")
 
+/* What editors and other systems write: a byte order mark, blank lines, \r\n; and times since 1970
+ * or later. */
+static void times_count_from_the_first(struct check *check) {
+    char error[ERROR_LENGTH];
+    double at[2] = {-1, -1};
+    write_file("\xEF\xBB\xBF \t\r\n" LINE("1e14", "9", "1", "[1]") "   \r\n\t\n\r\n" LINE(
+        "100000000000000.125", "9", "1", "[1]") " \n \t");
+    struct load *load = open_with((struct load_options){.replay = file_name}, error);
+    CHECK(load, "%s", error);
+    for (int i = 0; load && i < 2 && !load_is_done(load); i++)
+        free(take_only(load, &at[i]).tokens);
+    CHECK(at[0] == 0 && fabs(at[1] - 1.25e-4) < 1e-9, "at %.17g and %.17g", at[0], at[1]);
+    CHECK(load && load_is_done(load) && !load_error(load), "%s", load ? load_error(load) : error);
+    load_close(load);
+}
+
 static void bad_traces_are_told_by_their_line(struct check *check) {
     static const struct {
         const char *text, *error; /* behind the name of the file */
@@ -579,6 +595,7 @@ int main(int argc, char **argv) {
         {"arrivals are a Poisson process", arrivals_are_a_poisson_process},
         {"plain prompts share nothing", plain_prompts_share_nothing},
         {"a trace becomes requests", a_trace_becomes_requests},
+        {"times count from the first", times_count_from_the_first},
         {"bad traces are told by their line", bad_traces_are_told_by_their_line},
         {"broken traces are survived", broken_traces_are_survived},
         {"lines follow answers", lines_follow_answers},

@@ -3,7 +3,16 @@
 #define GGUF_IMPLEMENTATION
 #define TOKENIZER_IMPLEMENTATION
 #define TEMPLATE_IMPLEMENTATION
+#include <time.h>
+
+static time_t test_time(time_t *unused) { /* the day on which make_chats.py renders */
+    (void)unused;
+    return 1751068800 + 43200; /* the noon of 28 June 2025 */
+}
+
+#define time(unused) test_time(unused)
 #include "../lib/template.h"
+#undef time
 #include "check.h"
 #include "tiny.h"
 #include <unistd.h>
@@ -135,7 +144,10 @@ static bool check_talk(struct check *check, struct tokenizer *t,
 }
 
 static void check_chats(struct check *check, const char *path) {
-    struct tokenizer *t = open_vocabulary(check, "test/data/vocab-gpt-2.gguf", chat_words);
+    static const char gpt2[] = "test/data/vocab-gpt-2.gguf";
+    static const char *const end[] = {"</s>", NULL};
+    struct tokenizer *words = open_vocabulary(check, gpt2, chat_words), *t = words,
+                     *no_words = open_vocabulary(check, gpt2, end); /* Mistral's first */
     struct chat_template template = {.kind = TEMPLATE_NONE};
     static char line[1 << 19], name[64];
     int n_talks = 0, n_known = 0, n_templates = 0;
@@ -160,6 +172,7 @@ static void check_chats(struct check *check, const char *path) {
         char *jinja = from_hex(fields[1], &length);
         struct gguf *file = file_with(check, jinja);
         free(template.system);
+        t = strcmp(fields[0], "mistral") ? words : no_words;
         template = template_of(file, t, error);
         snprintf(name, sizeof name, "%s", fields[2]);
         const char *kind = template.kind == TEMPLATE_NONE ? "-" : templates[template.kind].name;
@@ -179,7 +192,8 @@ static void check_chats(struct check *check, const char *path) {
     free(template.system);
     if (chats)
         fclose(chats);
-    tok_close(t);
+    tok_close(words);
+    tok_close(no_words);
 }
 
 static void published_templates(struct check *check) {
@@ -213,6 +227,7 @@ static void recognised(struct check *check) {
         {"{{'<|im_start|>' + role + '<|im_end|>'}}", bytes, TEMPLATE_CHATML, ""},
         {"[INST] <<SYS>> {{x}}", spm, TEMPLATE_LLAMA2, ""},
         {"[INST] {{x}} [/INST]", spm, TEMPLATE_MISTRAL, ""},
+        {"[INST] {{x}} [/INST]", bytes, TEMPLATE_MISTRAL3, ""}, /* these are tokens there */
         {"[INST]{{x}}[/INST]{# [INST] <<SYS>> [/INST] #}", spm, TEMPLATE_MISTRAL3, ""},
         {"{{'<|user|>\\n' + x + eos_token}}<|assistant|>", spm, TEMPLATE_ZEPHYR, ""},
         {"### User: {{x}} {# [INST] [/INST] #}", spm, TEMPLATE_NONE, "none that is known"},

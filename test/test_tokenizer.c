@@ -636,6 +636,7 @@ struct fault {
     uint32_t eos_id;
     int scores, types; /* so many are there */
     int byte;          /* spelled like the next one */
+    bool unsigned_types;
     float last_score;
     bool long_token;
 };
@@ -650,10 +651,13 @@ static const struct fault faults[] = {{.expected = NULL},
                                       {"token 262", .last_score = NAN},
                                       {"token_type", .types = 1},
                                       {NULL, .byte = 77},
+                                      {NULL, .unsigned_types = true},
                                       {"token 259", .long_token = true},
                                       {"eos_token_id", .eos_id = 263},
                                       {"eos_token_id", .eos = "2"},
-                                      {"tokenizer.ggml.pre", .drop = "pre", .gpt2 = true},
+                                      {NULL, .drop = "pre", .gpt2 = true},
+                                      {NULL, .pre = "", .gpt2 = true},
+                                      {"tokenizer.ggml.pre", .pre = "gpt-3", .gpt2 = true},
                                       {"none", .pre = "none", .gpt2 = true},
                                       {"tokenizer.ggml.merges", .drop = "merges", .gpt2 = true},
                                       {"merges", .merge = "aa", .gpt2 = true},
@@ -696,7 +700,8 @@ static void put_vocabulary(struct tiny *t, const struct fault *fault) {
     tiny_array(t, key_of(fault, "scores"), GGUF_F32, (uint64_t)n_scores);
     for (int i = 0; i < n_scores; i++)
         tiny_put(t, i == N - 1 ? &fault->last_score : &(float){0}, sizeof(float));
-    tiny_array(t, key_of(fault, "token_type"), GGUF_I32, (uint64_t)n_types);
+    tiny_array(t, key_of(fault, "token_type"), fault->unsigned_types ? GGUF_U32 : GGUF_I32,
+               (uint64_t)n_types);
     for (int i = 0; i < n_types; i++)
         tiny_put(t, &(int32_t){i == 0 ? TOKEN_UNKNOWN : i < 3 ? TOKEN_CONTROL : TOKEN_NORMAL}, 4);
     tiny_array(t, key_of(fault, "merges"), GGUF_STRING, 1);
@@ -727,6 +732,9 @@ static void malformed(struct check *check) {
             const int llama[] = {3 + ' ', 262, 260}, gpt2[] = {262, 3 + 'a'};
             int n, *ids = tok_encode(tokenizer, "aaa", 3, &n);
             CHECK(same_ids(ids, n, fault->gpt2 ? gpt2 : llama, fault->gpt2 ? 2 : 3), "%d ids", n);
+            bool guessed = (fault->pre && !*fault->pre) || (fault->drop && fault->gpt2);
+            CHECK(tok_guessed(tokenizer) == guessed, "fault %zu: guessed", i);
+            CHECK(!guessed || tokenizer->pattern == pattern_find(gguf_text("default")), "another");
             free(ids);
         }
         tok_close(tokenizer);
@@ -775,6 +783,7 @@ static void ends_are_known(struct check *check) {
         {"gpt2", "na c<|return|> c<|end|> c<|call|> c<|start|> c<|endoftext|>", "010101", 1},
         {"gpt2", "na c<|return|> c<|end|>", "010", 2}, /* whatever the key says */
         {"gpt2", "na c</s> n<end_of_turn> c<|eom_id|> c<|eot|>", "01111", -1},
+        {"gpt2", "na u<|EOT|> n<end_of_utterance> nEOT n<EOT>", "01101", -1},
         {"gpt2", "na u</s> nb", "000", -1}, /* Gemma's: it ends what is struck out */
         {"gpt2", "na n</s> nb", "010", 1},
         {"gpt2", "na c<\uFF5Cend\u2581of\u2581sentence\uFF5C> c<\uFF5CUser\uFF5C>", "010", -1},
