@@ -23,6 +23,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,6 +48,7 @@ struct transfer { /* a block on its way, in pieces */
     struct kv_copy_order order;
     enum stream stream;
     double start;
+    bool started, lost; /* lost: with a device at one of its ends */
     int n_pieces;
     struct piece {
         struct device *device;
@@ -61,6 +63,8 @@ struct worker { /* a group of devices that hold one copy of the model between th
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
     pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
+    jmp_buf fault;       /* where its thread goes on after a device's fault, if it `computes` */
+    bool computes, dead; /* dead: by a fault; under the lock */
 };
 
 struct engine {
@@ -81,6 +85,8 @@ struct engine {
     double next_event;          /* when the courier wakes at the latest */
     struct transfer *transfers; /* (n_transfers) on their way, the courier's own */
     int n_transfers;
+    jmp_buf fault; /* where the courier goes on after a fault, while it is `copying` … */
+    int copying;   /* … for this worker; NOBODY: it is not */
 };
 
 /* ---- the model ---- */
@@ -326,17 +332,70 @@ void engine_wake(struct engine *engine) {
     pthread_cond_broadcast(&engine->news);
 }
 
+/* ---- devices that fail ---- */
+
+/* Whoever computes on a GPU of a worker that has met a fault has lost it as well: the fault ends
+ * the context that they share. With the lock held. */
+static void lose_devices(struct engine *engine, int lost) {
+    const struct worker *met = &engine->workers[lost];
+    for (int w = 0; w < engine->config.n_workers; w++) {
+        struct worker *worker = &engine->workers[w];
+        bool shares = w == lost;
+        for (int i = 0; i < met->n_shards * worker->n_shards; i++)
+            shares = shares || (engine->config.backend->n_gpus > 0 &&
+                                met->shards[i % met->n_shards]->index ==
+                                    worker->shards[i / met->n_shards]->index);
+        worker->dead = worker->dead || shares;
+        if (shares)
+            sched_fail(engine->sched, w, engine_now());
+    }
+    engine_wake(engine);
+}
+
+/* Computes a step. False: a device has failed. */
+static bool compute(struct worker *worker, struct step *step) {
+    bool ok = setjmp(worker->fault) == 0;
+    worker->computes = ok;
+    if (ok)
+        forward(worker, &step->batch, step->batch.sampled, NULL);
+    worker->computes = false;
+    return ok;
+}
+
+/* The thread of a fault may hold the lock, or another's may, where the fault ends the program. */
+void engine_tell_lost(struct engine *engine) {
+    int64_t ids[LOST_SHOWN];
+    for (int w = 0; w < engine->n_started; w++)
+        if (engine->workers[w].computes && pthread_equal(pthread_self(), engine->workers[w].thread))
+            longjmp(engine->workers[w].fault, 1);
+    if (engine->copying != NOBODY && pthread_equal(pthread_self(), engine->courier))
+        longjmp(engine->fault, 1);
+    (void)pthread_mutex_trylock(&engine->lock);
+    int n = engine->sched ? sched_unfinished(engine->sched, ids, LOST_SHOWN) : 0;
+    if (n > 0)
+        (void)fprintf(stderr, "dynamo: %d request%s lost:", n, n == 1 ? " is" : "s are");
+    for (int i = 0; i < n && i < LOST_SHOWN; i++)
+        (void)fprintf(stderr, " %" PRId64, ids[i]);
+    if (n > 0)
+        (void)fputs(n > LOST_SHOWN ? " …\n" : "\n", stderr);
+}
+
 /* ---- the courier ---- */
 
-/* Starts the copies from `first` on, and looks after all. Those that have ended are then the last;
- * returns how many have not. Without the lock. */
-static int carry(struct engine *engine, int first) {
+/* Starts the copies that are new, and looks after all. Those that have ended, or are lost, are then
+ * the last; returns how many are not. Without the lock. */
+static int carry(struct engine *engine) {
     struct transfer *all = engine->transfers;
     int n = engine->n_transfers;
-    for (int i = first; i < n; i++)
-        copy_block(engine, &all[i]);
+    for (int i = 0; i < n; i++) {
+        engine->copying = all[i].order.worker;
+        if (!all[i].started && !all[i].lost)
+            copy_block(engine, &all[i]);
+        all[i].started = true;
+    }
     for (int i = n - 1; i >= 0; i--) {
-        if (!transfer_done(engine, &all[i]))
+        engine->copying = all[i].order.worker;
+        if (!all[i].lost && !transfer_done(engine, &all[i]))
             continue;
         struct transfer ended = all[i];
         all[i] = all[--n];
@@ -345,17 +404,43 @@ static int carry(struct engine *engine, int first) {
     return n;
 }
 
+/* The same where a device may fail: then those that it has lost are known the next time. */
+static int try_to_carry(struct engine *engine) {
+    bool ok = setjmp(engine->fault) == 0;
+    int n_left = ok ? carry(engine) : engine->n_transfers;
+    int worker = engine->copying;
+    engine->copying = NOBODY;
+    pthread_mutex_lock(&engine->lock);
+    if (!ok)
+        lose_devices(engine, worker);
+    return n_left;
+}
+
+/* Takes the orders that there are. With the lock held. */
+static void take_orders(struct engine *engine) {
+    const struct worker *workers = engine->workers;
+    struct kv_copy_order order;
+    for (int i = 0; i < engine->n_transfers;
+         i++) { /* the host's place has no worker, nor a fault */
+        struct transfer *t = &engine->transfers[i];
+        int host = engine->config.n_workers;
+        t->lost = workers[t->order.worker].dead ||
+                  (t->order.from < host && workers[t->order.from].dead) ||
+                  (t->order.to < host && workers[t->order.to].dead);
+    }
+    for (int w = 0; w < engine->config.n_workers && !engine->stopping; w++)
+        while (sched_copies(engine->sched, w, &order, 1))
+            engine->transfers[engine->n_transfers++] = (struct transfer){.order = order};
+}
+
 /* Carries all workers' copies, and calls sched_expire when it is time. */
 static void *courier_main(void *argument) {
     struct engine *engine = argument;
     pthread_mutex_lock(&engine->lock);
     while (!engine->stopping || engine->n_transfers > 0) { /* their memory must not go before */
-        int first = engine->n_transfers;
         if (engine_now() >= sched_next_event(engine->sched))
             sched_expire(engine->sched, engine_now());
-        for (int w = 0; w < engine->config.n_workers && !engine->stopping; w++)
-            while (sched_copies(engine->sched, w, &engine->transfers[engine->n_transfers].order, 1))
-                engine->n_transfers++;
+        take_orders(engine);
         engine->next_event = sched_next_event(engine->sched);
         (void)wake_concerned(engine, NOBODY);
         if (engine->n_transfers == 0) {
@@ -363,16 +448,16 @@ static void *courier_main(void *argument) {
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        int n_left = carry(engine, first);
-        pthread_mutex_lock(&engine->lock);
-        int n = engine->n_transfers;
+        int n_left = try_to_carry(engine), n = engine->n_transfers;
         engine->n_transfers = n_left;
         for (int i = n_left; i < n; i++) {
             const struct kv_copy_order *order = &engine->transfers[i].order;
-            stamp(engine, &(struct event){EVENT_COPY, .start = engine->transfers[i].start,
-                                          .worker = order->worker, .node = order->node,
-                                          .from = order->from, .to = order->to});
-            sched_copied(engine->sched, order, true, engine_now());
+            bool ok = !engine->transfers[i].lost;
+            if (ok)
+                stamp(engine, &(struct event){EVENT_COPY, .start = engine->transfers[i].start,
+                                              .worker = order->worker, .node = order->node,
+                                              .from = order->from, .to = order->to});
+            sched_copied(engine->sched, order, ok, engine_now());
         }
         if (n_left == n)
             wait_until(engine, &engine->copies, engine_now() + COPY_POLL);
@@ -397,12 +482,15 @@ static void *worker_main(void *argument) {
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        forward(worker, &step->batch, step->batch.sampled, NULL);
+        bool ok = compute(worker, step);
         double end = engine_now();
         pthread_mutex_lock(&engine->lock);
+        if (!ok)
+            lose_devices(engine, worker->index);
         count_pace(engine, &step->batch, end - start);
-        stamp(engine,
-              &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});
+        if (!sched_is_lost(engine->sched, worker->index))
+            stamp(engine,
+                  &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});
         sched_done(engine->sched, worker->index, step, end);
         engine_wake(engine);
     }
@@ -690,6 +778,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
     if (!engine)
         return NULL;
     engine->config = *config;
+    engine->copying = NOBODY;
     engine->cost = model_cost(config->model);
     open_locks(engine);
     engine->rope_frequency = rope_frequencies(config->model);
@@ -725,9 +814,9 @@ static void close_worker(const struct engine *engine, struct worker *worker) {
     }
 }
 
-void engine_close(struct engine *engine) {
+bool engine_close(struct engine *engine) {
     if (!engine)
-        return;
+        return true;
     engine_lock(engine);
     engine->stopping = true;
     pthread_cond_broadcast(&engine->copies);
@@ -740,6 +829,9 @@ void engine_close(struct engine *engine) {
         pthread_join(engine->courier, NULL);
     if (engine->pins)
         pthread_join(engine->pinner, NULL);
+    for (int i = 0; i < engine->config.n_workers; i++)
+        if (engine->workers[i].dead)
+            return false;
     for (int first = 0; first < engine->n_pinned; first += slab_blocks(engine))
         engine->config.backend->unpin(engine->workers[0].shards[0], host_block(engine, first));
     free(engine->host_kv);
@@ -754,6 +846,7 @@ void engine_close(struct engine *engine) {
     pthread_cond_destroy(&engine->copies);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
+    return true;
 }
 
 const struct engine_config *engine_config_of(const struct engine *engine) {
@@ -798,7 +891,7 @@ struct engine_stats engine_stats(struct engine *engine) {
 void engine_limits(struct engine *engine, double *read, double *ops) {
     const struct engine_config *config = &engine->config;
     *read = *ops = 0;
-    if (config->backend->limits) /* a backend need not know */
+    if (config->backend->limits && !engine->workers[0].dead) /* a backend need not know */
         config->backend->limits(engine->workers[0].shards, engine->workers[0].n_shards,
                                 model_main_type(config->model), read, ops);
 }
@@ -835,19 +928,6 @@ int engine_logits(struct engine *engine, const int *tokens, int start, int n, fl
     free(greedy);
     free(numbers);
     return n_good;
-}
-
-/* The thread of the fault may hold the lock, or another's may. */
-void engine_tell_lost(struct engine *engine) {
-    int64_t ids[LOST_SHOWN];
-    (void)pthread_mutex_trylock(&engine->lock);
-    int n = engine->sched ? sched_unfinished(engine->sched, ids, LOST_SHOWN) : 0;
-    if (n > 0)
-        (void)fprintf(stderr, "dynamo: %d request%s lost:", n, n == 1 ? " is" : "s are");
-    for (int i = 0; i < n && i < LOST_SHOWN; i++)
-        (void)fprintf(stderr, " %" PRId64, ids[i]);
-    if (n > 0)
-        (void)fputs(n > LOST_SHOWN ? " …\n" : "\n", stderr);
 }
 
 /* ---- main: the code of the headers that stand around the engine is compiled here ---- */

@@ -92,7 +92,8 @@ struct request {
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
     int saved;                    /* node of the block it was preempted in; -1: none */
-    int copy_failures;
+    int copy_failures;            /* of the block that it waits for */
+    const char *why;              /* it was preempted last, or will be when the step is done */
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
@@ -154,7 +155,8 @@ struct device {
 };
 
 /* Functions that can fail return NULL or false and write one line into `error`; the ops cannot
- * fail: a fault of the device ends the program with its file and line.
+ * fail: a fault of the device is told with its file and line, and ends the program, or what the
+ * engine had there: see backend_options.
  *
  * The activations belong to the device: x (n_rows, d_model) f32 is the residual stream, and q, k,
  * v, attention and ffn are what the ops below leave for each other, in its own layout. An op is
@@ -239,7 +241,8 @@ struct backend_options {
     int n_threads;               /* of the CPU backend: so many run at once */
     uint64_t copy_delay_seed;    /* tests: not 0 delays each copy by a random time */
     bool plain;                  /* no instructions that only some processors have */
-    void (*lost)(void *context); /* called before a device's fault ends the program; or NULL */
+    void (*lost)(void *context); /* called before a device's fault ends the program, which it does
+                                  * not if this does not return; or NULL */
     void *context;
 };
 
@@ -260,6 +263,8 @@ enum event_kind {
     EVENT_HANDED_OVER, /* request: its prefill is done; from, to: workers */
     EVENT_FINISHED,    /* request; worker, or -1: it was waiting; n: tokens of its answer; reason;
                         * why: its error, or NULL */
+    EVENT_FAILED,      /* worker: what it had is lost */
+    EVENT_ROLE,        /* worker; why: what it does from now on */
     EVENT_EVICTED,     /* node; from: a place; why: what is left of it */
     EVENT_COPY_ORDERED, /* node; from, to: places; why */
     EVENT_STEP,         /* worker; step: it is not yet reported to sched_done */
@@ -375,6 +380,13 @@ bool kv_make_room(struct kv *kv, int worker, int n);
 void kv_clean(struct kv *kv, int worker);
 /* The next copy for a worker to carry out: those into the worker first, then page-outs. */
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order);
+/* A worker has failed: what its slots hold is void, and so are copies from and to it: orders not
+ * yet given out are taken back, the others fail when they are reported. What was nowhere else is
+ * lost. Pins stay until they are unpinned; nothing is ordered from or to there any more. */
+void kv_lose(struct kv *kv, int worker);
+/* It is back, and empty. False: a slot is pinned yet, or in flight. */
+bool kv_regain(struct kv *kv, int worker);
+bool kv_is_lost(const struct kv *kv, int node);  /* no place holds its content */
 int kv_pending(const struct kv *kv, int worker); /* orders that kv_next_copy has not yet given */
 void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok);
 int kv_used(const struct kv *kv, int place); /* slots that are not free */
@@ -427,6 +439,19 @@ void sched_done(struct sched *sched, int worker, struct step *step, double now);
  * copies_in_flight leaves room for. Returns how many. Each is reported to sched_copied. */
 int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, int most);
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
+/* A worker has failed: its memory is gone. What it had goes on elsewhere, from what others and the
+ * host hold. Its step, reported or not, is void (and requests that it names may be gone); copies
+ * from and to it are reported when they have ended, and have failed then. Where no worker is left
+ * that has a role, all that are left have it; without any each request ends with an error. */
+void sched_fail(struct sched *sched, int worker, double now);
+/* It will fail at a time, or when the step ends that it computes then, and be back at another;
+ * INFINITY: never. */
+void sched_fail_at(struct sched *sched, int worker, double fails, double returns);
+bool sched_is_lost(const struct sched *sched, int worker);
+/* It is back, and empty. False: a step or copies of it have not yet been reported. */
+bool sched_return(struct sched *sched, int worker, double now);
+/* Gives a worker another role: what it has it finishes. */
+void sched_set_role(struct sched *sched, int worker, bool prefills, bool decodes, double now);
 /* The workers that may have a step to compute, and need be woken: one of them with each call, which
  * strikes it off; -1: there are no others. */
 int sched_concerned(struct sched *sched);
@@ -494,7 +519,9 @@ struct engine;
 /* Loads the weights and takes both tiers; no thread runs yet. NULL: `error` is one line. */
 struct engine *engine_open(const struct engine_config *config, char *error);
 bool engine_start(struct engine *engine); /* starts the workers' threads; false: it cannot */
-void engine_close(struct engine *engine); /* ends them; NULL: nothing is done */
+/* Ends them; NULL: nothing is done. False: a device is lost, so its memory stays, and the backend
+ * cannot be closed: the program must end. */
+bool engine_close(struct engine *engine);
 /* As it was given, with the numbers of blocks that were chosen. */
 const struct engine_config *engine_config_of(const struct engine *engine);
 /* Requests are submitted and read under the lock. engine_wait lets go of it until something has
@@ -519,7 +546,8 @@ struct sched_config engine_sched_config(const struct engine_config *config);
 struct model_cost model_cost(const struct model *model);
 struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
                            enum kv_type kv_type, const struct batch *batch);
-/* Names the requests that end with the program on stderr: for backend_options.lost. */
+/* For backend_options.lost: in a thread of the engine it does not return, and all workers of the
+ * device's GPU are lost, see sched_fail. Else it names the requests that end with the program. */
 void engine_tell_lost(struct engine *engine);
 
 /* ---- small things that several files need ---- */

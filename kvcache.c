@@ -52,7 +52,8 @@ enum {
 /* How it is with a slot. Its state (enum kv_state) goes on here: from IN_USE on it is KV_VALID. */
 enum standing {
     FREE = KV_ABSENT,
-    RESERVED = KV_RESERVED,  /* pinned, but empty: its copy is not yet ordered, or has failed */
+    RESERVED = KV_RESERVED, /* pinned, but empty: its copy is not yet ordered, or has failed; or …
+                              * … its place is gone, and it is pinned or being read all the same */
     IN_FLIGHT = KV_ARRIVING, /* a copy into it is under way: not reused or freed until that ends */
     IN_USE = KV_VALID,       /* complete, and pinned */
     BUSY,    /* unpinned; a copy is being made from it, or one that has failed will be again */
@@ -100,6 +101,7 @@ struct queue { /* of copies that arrive, whose orders are not yet given out */
 struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
     int wanted; /* free slots, the most that kv_make_room was asked for and has not */
+    bool gone;  /* a worker that has failed, with all that its slots held */
     struct copy *copies, *free; /* copies (n_slots): a slot's number is its index */
     /* of CLEAN and of DIRTY: (n) each colder than the four below it, from HEAP_WAYS * i + 1 on */
     struct entry *heap[N_STANDINGS];
@@ -314,7 +316,8 @@ static bool is_of_use(const struct node *node) { /* later, to others or to its k
     return node->serial != 0 || node->keeper;
 }
 
-static void free_node(struct kv *kv, int id) {
+/* Its content is lost, and nobody finds it any more. */
+static void forget(struct kv *kv, int id) {
     struct node *node = &kv->nodes[id];
     kv->stats.lost += is_of_use(node);
     if (node->serial) {
@@ -325,7 +328,13 @@ static void free_node(struct kv *kv, int id) {
     } else if (node->keeper) {
         *node->keeper = NONE;
     }
-    *node = (struct node){.next = kv->first_free - id - 1};
+    node->serial = 0;
+    node->keeper = NULL;
+}
+
+static void free_node(struct kv *kv, int id) {
+    forget(kv, id);
+    kv->nodes[id] = (struct node){.next = kv->first_free - id - 1};
     kv->first_free = id;
 }
 
@@ -342,7 +351,7 @@ static enum standing standing_of(const struct kv *kv, const struct copy *c) {
     if (c->standing == IN_FLIGHT || c->pins > 0)
         return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
-        return c->standing == LEAVING ? LEAVING : BUSY;
+        return c->standing == LEAVING || c->standing == RESERVED ? c->standing : BUSY;
     if (c->standing == RESERVED || !(is_of_use(node) || awaited))
         return FREE;
     return awaited ? BUSY : node->n_valid >= 2 ? CLEAN : DIRTY;
@@ -396,13 +405,16 @@ static void drop(struct kv *kv, struct copy *c, bool moved) {
     settle(kv, node);
 }
 
-/* Orders a copy from one copy of a node to another. */
-static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const char *why) {
-    assert(from->standing >= IN_USE && to->standing == RESERVED);
-    bool out = to->place == kv->host;
-    struct queue *queue = out ? &kv->places[from->place].out : &kv->places[to->place].in;
+static void enqueue(struct queue *queue, struct copy *to) {
     *(queue->n++ > 0 ? &queue->last->after : &queue->first) = to;
     queue->last = to;
+}
+
+/* Orders a copy from one copy of a node to another. */
+static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const char *why) {
+    assert(from->standing >= IN_USE && to->standing == RESERVED && !kv->places[to->place].gone);
+    bool out = to->place == kv->host;
+    enqueue(out ? &kv->places[from->place].out : &kv->places[to->place].in, to);
     to->heat = choose_heat(kv, from->heat, true);
     to->from = from;
     from->reads++;
@@ -492,7 +504,7 @@ int kv_find(const struct kv *kv, const uint64_t *hashes, const int *tokens, int 
 
 int kv_reclaimable(const struct kv *kv, int worker) {
     const int *n = kv->places[worker].n;
-    return n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
+    return kv->places[worker].gone ? 0 : n[FREE] + n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY];
 }
 
 static void want(struct kv *kv, int worker, int n) { /* n free slots; 0: none */
@@ -685,6 +697,7 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     assert(to->standing == IN_FLIGHT && to->node == order->node && from->reads > 0);
     bool out = order->to == kv->host, in = order->from == kv->host;
     bool leaves = from->standing == LEAVING;
+    ok = ok && !at->gone && !kv->places[order->to].gone;
     from->reads--;
     set_standing(kv, to, ok ? IN_USE : RESERVED);
     to->unused = ok && !out && to->pins == 0;
@@ -707,6 +720,56 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
         }
 }
 
+/* Orders that are not given out end here, those from or to a worker that is gone. */
+static void take_back(struct kv *kv, int worker, struct queue *queue) {
+    int n = queue->n;
+    queue->n = 0;
+    for (struct copy *to = queue->first, *next; n > 0; n--, to = next) {
+        const struct copy *from = to->from;
+        next = to->after;
+        if (to->place == worker || from->place == worker)
+            kv_copied(kv,
+                      &(struct kv_copy_order){.node = to->node,
+                                              .from = from->place,
+                                              .to = to->place,
+                                              .to_slot = slot_of(kv, to)},
+                      false);
+        else
+            enqueue(queue, to);
+    }
+}
+
+void kv_lose(struct kv *kv, int worker) {
+    struct place *at = &kv->places[worker];
+    at->gone = true;
+    want(kv, worker, 0);
+    for (int i = 0; i < at->n_slots; i++) {
+        struct copy *c = &at->copies[i];
+        int node = c->node;
+        if (c->standing < IN_USE)
+            continue;
+        set_standing(kv, c, RESERVED);
+        if (kv->nodes[node].n_valid == 0)
+            forget(kv, node);
+        settle_copy(kv, c);
+        settle(kv, node);
+    }
+    for (int i = 0; i < kv->host; i++) {
+        take_back(kv, worker, &kv->places[i].in);
+        take_back(kv, worker, &kv->places[i].out);
+    }
+}
+
+bool kv_regain(struct kv *kv, int worker) {
+    struct place *at = &kv->places[worker];
+    at->gone = at->n[FREE] < at->n_slots;
+    return !at->gone;
+}
+
+bool kv_is_lost(const struct kv *kv, int node) {
+    return kv->nodes[node].n_valid == 0;
+}
+
 int kv_pending(const struct kv *kv, int worker) {
     return kv->places[worker].in.n + kv->places[worker].out.n;
 }
@@ -719,7 +782,7 @@ struct kv_usage kv_usage(const struct kv *kv, int place) {
     const int *n = kv->places[place].n;
     return (struct kv_usage){.free = n[FREE],
                              .pinned = n[RESERVED] + n[IN_USE],
-                             .cached = kv_reclaimable(kv, place) - n[FREE],
+                             .cached = n[BUSY] + n[LEAVING] + n[CLEAN] + n[DIRTY],
                              .in_flight = n[IN_FLIGHT]};
 }
 

@@ -41,7 +41,7 @@ enum {
     NO_SAMPLE = -2,             /* of rows of which none is a request's last */
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
-    MAX_COPY_FAILURES = 3,      /* copies that may fail before a request is given up */
+    MAX_COPY_FAILURES = 3,      /* copies of a block that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
     MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
     MAX_PROMPTS = 64,           /* that share a chunk */
@@ -52,6 +52,7 @@ enum {
     GROWTH_STEPS =
         16, /* steps after which answers have grown enough for others to be tried again */
     PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
+    RETURN_MS = 10,    /* after which a worker that could not return tries again */
     SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
     N_SPANS = 64       /* the last span is all that is further away */
 };
@@ -71,6 +72,9 @@ struct worker {
     int backlog;    /* prompt tokens that are left to those prefilling */
     int n_copying;  /* copies that it was given and that have not ended */
     int64_t chosen; /* the number of the admission that chose it last */
+    bool prefills, decodes; /* the role that it is meant to have: see assign_roles */
+    bool lost, in_step;     /* it has failed; a step of it is not yet reported */
+    double fails, returns;  /* when it is to do so; INFINITY: never */
 };
 
 struct sched {
@@ -81,6 +85,7 @@ struct sched {
     struct list released;           /* those that have followed: it is computed, or will not be */
     struct worker workers[MAX_WORKERS];
     int max_length, max_prompt_blocks;    /* the largest text; the largest prefill worker */
+    int longest;                          /* text that any worker could hold: of all tables */
     int64_t n_changes;                    /* of what may let a waiting request be admitted */
     int64_t n_chosen;                     /* admissions */
     double likely_answer;                 /* tokens */
@@ -121,12 +126,17 @@ static int prefill_left(const struct request *r) {
     return max(prefill_end(r) - r->filled, 0);
 }
 
+/* How many of them the next step may compute: rows of the prompt, or of the answer. */
+static int rows_left(const struct request *r) {
+    return r->filled < r->n_prompt ? r->n_prompt - r->filled : prefill_left(r);
+}
+
 /* Tokens that an answer is expected to go on for: until it is as long as answers have been, but at
  * least for a quarter of that, or of what it has. */
 static int expected_left(const struct sched *s, const struct request *r) {
     int n = r->length - r->n_prompt, likely = (int)s->likely_answer;
     int left = max(likely - n, max(likely, n) / 4 + 1);
-    return min(left, min(r->max_new - n, s->max_length - r->length));
+    return max(min(left, min(r->max_new - n, s->max_length - r->length)), 0);
 }
 
 static int span_of(int n_tokens) {
@@ -260,7 +270,7 @@ static struct request *choose_preempted(const struct worker *w, double by) {
 /* How many of the `rest` tokens of a chunk a prompt gets at first: the oldest half of them, of the
  * others those that it is enough for to the end. What is left goes to the oldest that want more. */
 static int choose_share(const struct request *r, bool oldest, int rest) {
-    int left = prefill_left(r);
+    int left = rows_left(r);
     return oldest ? min(left, (rest + 1) / 2) : left <= rest ? left : 0;
 }
 
@@ -335,6 +345,8 @@ static void set_state(struct sched *s, struct request *r, enum request_state sta
     assert(r->state != REQUEST_FINISHED && (leaves ? r->state != state : r->state < state));
     r->state = state;
     bool moves = list_of(s, r) != r->list;
+    if (state == REQUEST_RUNNING) /* it may lack one if texts may be longer than when it came */
+        s->workers[r->decode_worker].n_stalled += lacks_block(r);
     place_request(s, r);
     if (moves && !leaves)
         concern(s, worker_of(r));
@@ -407,8 +419,11 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
     s->stats.finished += !waits;
     set_state(s, r, waits ? REQUEST_WAITING : REQUEST_FINISHED);
     release_followers(s, r);
-    if (waits)
+    if (waits) {
+        note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
+                                                   .worker = r->decode_worker, .why = r->why});
         return;
+    }
     free(r->hashes); /* and the arrays behind them */
     r->hashes = NULL;
     r->last_token = r->last_token > 0 ? r->last_token : now;
@@ -421,9 +436,8 @@ static void withdraw(struct sched *s, struct request *r, enum finish_reason reas
 }
 
 static void send_back(struct sched *s, struct request *r, const char *why, double now) {
+    r->why = why;
     withdraw(s, r, FINISH_NONE, now);
-    note(&s->config.kv.ledger, &(struct event){EVENT_PREEMPTED, .request = r->id,
-                                               .worker = r->decode_worker, .why = why});
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -451,6 +465,7 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_VALID) {
             r->slots[r->n_slots] = kv_slot(s->kv, node, worker);
+            r->copy_failures = 0;
             continue;
         }
         if (r->late == INFINITY && s->config.copy_seconds > 0)
@@ -652,6 +667,19 @@ static bool admit(struct sched *s, struct request *r, double now) {
     return true;
 }
 
+/* Ends a waiting request whose text no worker that is left can hold: an answer is as long then as
+ * it can be. False: one can. */
+static bool give_up(struct sched *s, struct request *r, double now) {
+    if (r->length <= s->max_length)
+        return false;
+    bool cut = r->length > r->n_prompt && s->max_length > 0;
+    if (!cut)
+        (void)fail(r->error, s->max_length > 0 ? "its prompt fits no worker that is left"
+                                               : "all workers have failed");
+    withdraw(s, r, cut ? FINISH_LENGTH : FINISH_ERROR, now);
+    return true;
+}
+
 /* Admits what fits: who was preempted, who has followed another, and new ones, each in order. The
  * first of them that does not fit lets at most MAX_PASSED behind it pass. One is tried again when
  * something has changed. */
@@ -665,7 +693,9 @@ static void admit_waiting(struct sched *s, double now) {
                 if (passed[j] && passed[j]->n_passed >= MAX_PASSED)
                     return;
             int64_t changes = s->n_changes; /* before what trying it changes */
-            if (may_fit(s, r) && admit(s, r, now)) {
+            if (give_up(s, r, now)) {
+                continue;
+            } else if (may_fit(s, r) && admit(s, r, now)) {
                 for (int j = 0; j <= i; j++)
                     if (passed[j])
                         passed[j]->n_passed++;
@@ -679,34 +709,42 @@ static void admit_waiting(struct sched *s, double now) {
 
 /* ---- composing a step ---- */
 
-/* Appends rows [r->filled, r->filled + n_rows) of a request to a worker's step. */
-static void add_rows(struct sched *s, struct request *r, int worker, int n_rows) {
+/* Appends rows [start, start + n_rows) of a request to a worker's step, as a sequence. */
+static void add_sequence(struct sched *s, struct request *r, int worker, int start, int n_rows) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
-    int n_blocks = blocks_of(r->filled + n_rows);
-    batch->sequence[batch->n_sequences] =
-        (struct sequence){.first_row = batch->n_rows,
-                          .n_rows = n_rows,
-                          .start = r->filled,
-                          .first_block = batch->n_blocks,
-                          .n_blocks = n_blocks,
-                          .generated = r->state == REQUEST_RUNNING};
+    int n_blocks = blocks_of(start + n_rows);
+    batch->sequence[batch->n_sequences] = (struct sequence){.first_row = batch->n_rows,
+                                                            .n_rows = n_rows,
+                                                            .start = start,
+                                                            .first_block = batch->n_blocks,
+                                                            .n_blocks = n_blocks,
+                                                            .generated = start >= r->n_prompt};
     for (int i = 0; i < n_rows; i++) {
-        batch->token[batch->n_rows] = r->tokens[r->filled + i];
-        batch->position[batch->n_rows] = r->filled + i;
+        batch->token[batch->n_rows] = r->tokens[start + i];
+        batch->position[batch->n_rows] = start + i;
         batch->row_sequence[batch->n_rows++] = batch->n_sequences;
     }
     for (; r->n_slots < n_blocks; r->n_slots++)
         r->slots[r->n_slots] = kv_slot(s->kv, r->blocks[r->n_slots], worker);
     memcpy(batch->block_table + batch->n_blocks, r->slots, (size_t)n_blocks * sizeof *r->slots);
     batch->n_blocks += n_blocks;
-    if (r->filled + n_rows == r->length) {
+    if (start + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
         batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
     r->in_step = true;
+}
+
+/* The next rows of a request: of its prompt as one sequence. A row of its answer is one by itself,
+ * also where it is computed again: so the same kernels compute it, and its bits are the same. */
+static void add_rows(struct sched *s, struct request *r, int worker, int n_rows) {
+    if (r->filled < r->n_prompt)
+        add_sequence(s, r, worker, r->filled, n_rows);
+    for (int i = 0; i < n_rows && r->filled >= r->n_prompt; i++)
+        add_sequence(s, r, worker, r->filled + i, 1);
 }
 
 /* Gives answers that lack a block for their next token one, the oldest first. */
@@ -763,6 +801,8 @@ static void add_running(struct sched *s, int worker, double now) {
             continue;
         if (r->state != REQUEST_RUNNING)
             set_state(s, r, REQUEST_RUNNING);
+        if (lacks_block(r))
+            continue;
         add_rows(s, r, worker, 1);
         n_rows--;
     }
@@ -784,16 +824,22 @@ static void add_prefill(struct sched *s, int worker, double now) {
         rest -= share[n++];
     }
     for (int i = 0; i < n; i++) {
-        int more = min(prefill_left(ready[i]) - share[i], rest);
+        int more = min(rows_left(ready[i]) - share[i], rest);
         rest -= more;
-        if (share[i] + more > 0)
-            add_rows(s, ready[i], worker, share[i] + more);
+        share[i] += more;
+    }
+    for (int i = 0; i < 2 * n; i++) { /* rows of answers come first */
+        struct request *r = ready[i % n];
+        if (share[i % n] > 0 && (r->filled < r->n_prompt) == (i >= n))
+            add_rows(s, r, worker, share[i % n]);
     }
 }
 
 struct step *sched_next(struct sched *s, int worker, double now) {
     struct step *step = &s->workers[worker].step;
     struct batch *batch = &step->batch;
+    if (s->workers[worker].lost)
+        return NULL;
     batch->n_rows = batch->n_sequences = batch->n_samples = batch->n_blocks = 0;
     preempt(s, worker, now);
     give_blocks(s, worker);
@@ -805,6 +851,7 @@ struct step *sched_next(struct sched *s, int worker, double now) {
     if (batch->n_rows == 0)
         return NULL;
     s->n_changes += ++s->stats.steps % GROWTH_STEPS == 0;
+    s->workers[worker].in_step = true;
     return step;
 }
 
@@ -884,9 +931,20 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
-    for (int i = 0, sample = 0; i < batch->n_sequences; i++) {
+    struct worker *w = &s->workers[worker];
+    w->in_step = false;
+    if (w->fails <= now) {
+        w->fails = INFINITY;
+        sched_fail(s, worker, now);
+        s->next_event = now; /* others may have ended by it: a driver looks */
+    }
+    if (w->lost)
+        return; /* so are its rows; those who wanted them may be gone */
+    for (int i = 0, sample = 0; i < batch->n_sequences;) {
         struct request *r = step->requests[i];
-        int n_rows = batch->sequence[i].n_rows;
+        int n_rows = 0;
+        for (; i < batch->n_sequences && step->requests[i] == r; i++)
+            n_rows += batch->sequence[i].n_rows;
         int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NO_SAMPLE;
         *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             n_rows;
@@ -921,7 +979,7 @@ int sched_concerned(struct sched *s) {
 
 /* One allocation holds the request's arrays. The prompt is hashed once. */
 static bool make_tables(const struct sched *s, struct request *r) {
-    size_t n = (size_t)blocks_of(r->n_prompt + min(r->max_new, s->max_length - r->n_prompt)) + 1;
+    size_t n = (size_t)blocks_of(r->n_prompt + min(r->max_new, s->longest - r->n_prompt)) + 1;
     r->hashes = malloc(n * (sizeof *r->hashes + 3 * sizeof *r->blocks));
     if (!r->hashes)
         return false;
@@ -958,6 +1016,8 @@ void sched_submit(struct sched *s, struct request *r, double now) {
     int context = s->config.context_length, most = s->config.max_queue;
     if (r->n_prompt < 1) {
         (void)fail(r->error, "the prompt is empty");
+    } else if (s->max_length == 0) {
+        (void)fail(r->error, "all workers have failed");
     } else if (r->n_prompt > context) {
         (void)fail(r->error, "the prompt has %d tokens, the model's context is %d", r->n_prompt,
                    context);
@@ -1003,6 +1063,120 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
     return n;
 }
 
+/* ---- workers fail, return, and change their roles ---- */
+
+/* Who has which role now: as it is meant to be; where no worker is left that has a role, all that
+ * are left take it over. */
+static void assign_roles(struct sched *s) {
+    bool any[2] = {false, false};
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        any[0] = any[0] || (!s->workers[i].lost && s->workers[i].prefills);
+        any[1] = any[1] || (!s->workers[i].lost && s->workers[i].decodes);
+    }
+    s->max_length = s->max_prompt_blocks = 0;
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        static const char *const names[] = {"none", "prefill", "decode", "prefill and decode"};
+        const struct worker *w = &s->workers[i];
+        int n = s->config.kv.device_blocks[i];
+        bool prefills = !w->lost && (w->prefills || !any[0]);
+        bool decodes = !w->lost && (w->decodes || !any[1]);
+        if (prefills != s->config.prefills[i] || decodes != s->config.decodes[i])
+            note(&s->config.kv.ledger,
+                 &(struct event){EVENT_ROLE, .worker = i, .why = names[prefills + 2 * decodes]});
+        s->config.prefills[i] = prefills;
+        s->config.decodes[i] = decodes;
+        if (decodes)
+            s->max_length = max(s->max_length, min(n * BLOCK_TOKENS, s->longest));
+        if (prefills)
+            s->max_prompt_blocks = max(s->max_prompt_blocks, n);
+    }
+}
+
+/* A worker is another than it was: what waits is looked at anew. */
+static void change_roles(struct sched *s, double now) {
+    assign_roles(s);
+    note_change(s);
+    for (int i = 2 * s->config.kv.n_workers; list_at(s, i); i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            r->makes_room = false;
+            r->lacks = 0;
+            (void)give_up(s, r, now);
+        }
+    }
+    admit_waiting(s, now);
+}
+
+/* Whether a request needs what a worker that has failed had: its memory, or blocks that nobody else
+ * has, which were on their way. */
+static bool is_hit(const struct sched *s, const struct request *r, int lost) {
+    bool hit =
+        r->decode_worker == lost || (r->prefill_worker == lost && r->state < REQUEST_HAND_OVER);
+    for (int i = 0; i < blocks_of(r->filled) && !hit; i++)
+        hit = kv_is_lost(s->kv, r->blocks[i]);
+    return hit;
+}
+
+void sched_fail(struct sched *s, int worker, double now) {
+    if (s->workers[worker].lost)
+        return;
+    s->workers[worker].lost = true;
+    note(&s->config.kv.ledger, &(struct event){EVENT_FAILED, .worker = worker});
+    kv_lose(s->kv, worker);
+    for (int i = 0; i < 2 * s->config.kv.n_workers; i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            r->in_step = r->in_step && worker_of(r) != worker; /* that step is void */
+            if (is_hit(s, r, worker))
+                send_back(s, r, "a worker has failed", now);
+        }
+    }
+    change_roles(s, now);
+}
+
+bool sched_return(struct sched *s, int worker, double now) {
+    struct worker *w = &s->workers[worker];
+    if (!w->lost || w->in_step || !kv_regain(s->kv, worker))
+        return false;
+    w->lost = false;
+    change_roles(s, now);
+    return true;
+}
+
+void sched_fail_at(struct sched *s, int worker, double fails, double returns) {
+    s->workers[worker].fails = fails;
+    s->workers[worker].returns = returns;
+    s->next_event = fmin(s->next_event, fmin(fails, returns));
+}
+
+/* Workers fail and return as they are told to: one whose step or copies have not ended, later. */
+static void expire_workers(struct sched *s, double now) {
+    for (int i = 0; i < s->config.kv.n_workers; i++) {
+        struct worker *w = &s->workers[i];
+        if (w->fails <= now && w->in_step)
+            continue; /* then: nobody writes for a request that has gone elsewhere */
+        if (w->fails <= now) {
+            w->fails = INFINITY;
+            sched_fail(s, i, now);
+        } else if (w->returns <= now) {
+            w->returns = sched_return(s, i, now) ? INFINITY : now + 1e-3 * RETURN_MS;
+        }
+        s->next_event = fmin(s->next_event, fmin(w->fails, w->returns));
+    }
+}
+
+void sched_set_role(struct sched *s, int worker, bool prefills, bool decodes, double now) {
+    s->workers[worker].prefills = prefills;
+    s->workers[worker].decodes = decodes;
+    change_roles(s, now);
+}
+
+bool sched_is_lost(const struct sched *s, int worker) {
+    return s->workers[worker].lost;
+}
+
 struct sched_load sched_load(const struct sched *s) {
     struct sched_load load = {.waiting =
                                   s->waiting.length + s->released.length + s->following.length,
@@ -1037,6 +1211,7 @@ static void expire(struct sched *s, struct request *r, double now) {
 
 void sched_expire(struct sched *s, double now) {
     s->next_event = INFINITY;
+    expire_workers(s, now);
     for (int i = 0; list_at(s, i); i++) {
         struct request *next;
         for (struct request *r = list_at(s, i)->first; r; r = next) {
@@ -1053,7 +1228,7 @@ void sched_expire(struct sched *s, double now) {
 static bool worker_create(struct worker *w, const struct sched *s) {
     struct batch *batch = &w->step.batch;
     size_t n = (size_t)(s->config.max_batch + s->config.chunk);
-    size_t n_blocks = (size_t)blocks_of(s->max_length); /* of one request at most */
+    size_t n_blocks = (size_t)blocks_of(s->longest); /* of one request at most */
     struct request **requests =
         calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
                       sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
@@ -1080,13 +1255,13 @@ struct sched *sched_create(const struct sched_config *config) {
     s->next_event = INFINITY;
     s->likely_answer = config->likely_answer > 0 ? config->likely_answer : LIKELY_ANSWER;
     for (int i = 0; i < config->kv.n_workers; i++) {
-        int n = config->kv.device_blocks[i];
-        if (config->decodes[i])
-            s->max_length = max(s->max_length, n * BLOCK_TOKENS);
-        if (config->prefills[i])
-            s->max_prompt_blocks = max(s->max_prompt_blocks, n);
+        s->workers[i].prefills = config->prefills[i];
+        s->workers[i].decodes = config->decodes[i];
+        s->workers[i].fails = s->workers[i].returns = INFINITY;
+        s->longest = max(s->longest, config->kv.device_blocks[i] * BLOCK_TOKENS);
     }
-    s->max_length = min(s->max_length, config->context_length);
+    s->longest = min(s->longest, config->context_length);
+    assign_roles(s);
     s->kv = kv_create(&config->kv);
     bool ok = s->kv;
     for (int i = 0; i < config->kv.n_workers; i++)

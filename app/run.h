@@ -271,6 +271,18 @@ static bool plan_engine(const struct run *run, int n_gpus, struct engine_config 
     return ok;
 }
 
+/* False: there is no such worker. */
+static bool plan_failures(const struct options *o, int n_workers, struct sched *sched, double now,
+                          char *error) {
+    for (int i = 0; i < o->n_failures; i++) {
+        const struct failure *f = &o->failures[i];
+        if (f->worker >= n_workers)
+            return fail(error, "--fail: got worker %d, expected 0 to %d", f->worker, n_workers - 1);
+        sched_fail_at(sched, f->worker, now + f->at, now + f->back);
+    }
+    return true;
+}
+
 static bool open_engine(struct run *run, char *error) {
     struct engine_config config = {.backend = run->backend,
                                    .chunk = run->backend->chunk,
@@ -284,7 +296,8 @@ static bool open_engine(struct run *run, char *error) {
     run->answers.engine = engine;
     if (engine && run->watch)
         watch_begin(run->watch, &run->answers);
-    return engine != NULL;
+    return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
+                                   engine_now(), error);
 }
 
 /* ---- running ---- */
@@ -453,6 +466,10 @@ static int run_sim(struct run *run) {
     if (!sim)
         return refuse(error);
     trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
+    if (!plan_failures(o, config.n_workers, sim_sched(sim), sim_now(sim), error)) {
+        sim_close(sim);
+        return refuse(error);
+    }
     bool ok = sim_run(sim, error);
     if (!ok)
         complain(error);
@@ -703,7 +720,7 @@ static int run_model(struct run *run) {
     run->answers.engine = NULL;
     run->watch = NULL;
     pthread_mutex_unlock(&run->closing);
-    engine_close(engine);
+    bool closed = engine_close(engine);
     watch_close(watch);
     load_close(run->load);
     serve_close(run->server);
@@ -711,7 +728,7 @@ static int run_model(struct run *run) {
         complain(error);
         status = EXIT_FILE;
     }
-    if (run->backend)
+    if (run->backend && closed)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);
     free(run->answers.template.system);

@@ -521,15 +521,19 @@ static void sim_step_ends(struct sim *sim, int worker) {
     struct sim_worker *w = &sim->workers[worker];
     struct step *step = w->step;
     const struct batch *batch = &step->batch;
-    int n = batch->n_sequences;
-    for (int i = 0; i < batch->n_samples; i++)
+    bool lost = sched_is_lost(sim->sched, worker); /* its requests may be gone */
+    int n = lost ? 0 : batch->n_sequences;
+    for (int i = 0; i < batch->n_samples && !lost; i++)
         batch->sampled[i] =
             sim_token(sim, step->requests[batch->row_sequence[batch->sample_row[i]]]);
-    sim_note(sim, &(struct event){EVENT_STEP, .start = w->start, .worker = worker, .step = step});
+    if (!lost)
+        sim_note(sim,
+                 &(struct event){EVENT_STEP, .start = w->start, .worker = worker, .step = step});
     sched_done(sim->sched, worker, step, sim->now);
     w->step = NULL;
     for (int i = 0; i < n; i++)
-        if (step->requests[i]->state == REQUEST_FINISHED)
+        if ((i == 0 || step->requests[i] != step->requests[i - 1]) && /* see add_rows */
+            step->requests[i]->state == REQUEST_FINISHED)
             sim_end_request(sim, step->requests[i]);
     if (w->next != worker)
         sim_share(sim, worker);

@@ -38,7 +38,8 @@ enum {
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
     CLI_REQUESTS = 1 << 16,    /* of a file: all may be in flight together */
     VALUE_DEVICES = 1024,      /* of a list */
-    VALUE_STOPS = 16           /* texts that end an answer */
+    VALUE_STOPS = 16,          /* texts that end an answer */
+    VALUE_FAILURES = 16        /* of --fail */
 };
 
 struct size { /* 512M or 8b: bytes, or KV blocks */
@@ -85,6 +86,11 @@ struct request_spec {
     int number;         /* … the number of the line there */
 };
 
+struct failure { /* of a worker, in seconds after the start; INFINITY: it does not come back */
+    int worker;
+    double at, back;
+};
+
 typedef unsigned __int128 option_set; /* those that were given: see cli_given */
 
 struct options {
@@ -102,6 +108,8 @@ struct options {
     int max_queue;                    /* 0: no bound */
     int serve;                        /* a port; 0: any */
     const char *host, *api_key, *api_key_file;
+    struct failure failures[VALUE_FAILURES]; /* (n_failures) */
+    int n_failures;
     uint64_t copy_delay; /* seed of the CPU backend's copy delays; 0: no delays */
     bool colocate, json, stats, verbose, watch, version, help;
     option_set given;
@@ -159,6 +167,7 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 #include <assert.h>
 #include <errno.h>
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -312,6 +321,22 @@ static bool read_devices(const struct value *value, void *target) {
     return good && list->n >= 1 && list->n <= VALUE_DEVICES;
 }
 
+/* `1@2.5`, or with an end `1@2.5-4`. */
+static bool read_failure(const struct value *value, void *target) {
+    struct options *options = target;
+    struct failure failure = {.back = INFINITY};
+    const char *at = value->text;
+    if (strspn(at, "0123456789.@-") < value->length || options->n_failures == VALUE_FAILURES ||
+        !take_int(&at, &failure.worker) || *at++ != '@' || *at < '0' || *at > '9')
+        return false;
+    char *end;
+    failure.at = strtod(at, &end);
+    if (*end == '-')
+        failure.back = strtod(end + 1, &end);
+    options->failures[options->n_failures++] = failure;
+    return end == value->text + value->length && failure.back > failure.at;
+}
+
 static bool read_choice(const struct value *value, void *target) {
     const char *words = value->row->argument;
     for (int choice = 1;; choice++) {
@@ -326,7 +351,8 @@ static bool read_choice(const struct value *value, void *target) {
 }
 
 /* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t;
- * struct size; struct device_list (PLACES: without cpu); int, which of the words, from 1. */
+ * struct size; struct device_list (PLACES: without cpu); struct options (FAILURE); int, which of
+ * the words, from 1. */
 static const struct kind FLAG = {read_flag, 0, "no value"};
 static const struct kind TEXT = {read_text, '"', "a text without zero bytes"};
 static const struct kind PROMPT = {read_prompt, '"', "a text"};
@@ -340,6 +366,7 @@ static const struct kind SIZE = {read_size, 0, "bytes such as 512M (K, M, G) or 
 static const struct kind DEVICES = {read_devices, 0,
                                     "cpu:N, or device numbers such as 0,1 or 0-7; at most 1024"};
 static const struct kind PLACES = {read_places, 0, "positions in --devices, such as 0,1 or 0-7"};
+static const struct kind FAILURE = {read_failure, 0, "a worker and seconds such as 1@2.5 or 1@2-4"};
 static const struct kind CHOICE = {read_choice, 0, NULL};
 static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see set_messages */
 
@@ -424,6 +451,8 @@ static const struct option_row option_rows[] = {
     {"--plan", "CLUSTER", "rank the splits of its GPUs into pools for the load", &TEXT, AT(plan)},
     {"--rates", "FILE", "what was measured, in place of the chips' data sheets", &TEXT, AT(rates)},
     {"--trace", "FILE", "write steps, copies and decisions for Perfetto", &TEXT, AT(trace)},
+    {"--fail", "WORKER@SECONDS", "take a worker out, as if it had failed (1@2-4: it is back at 4)",
+     &FAILURE, .offset = 0},
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},
@@ -479,6 +508,7 @@ static const struct rule {
     {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
     {{"--watch", "--logits"}, NULL},
     {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--prefill", "--decode"}, "--decode"},
     {{"--decode", "--prefill"}, "--prefill"},
 };
@@ -588,7 +618,7 @@ static const struct option_row *give(option_set *given, const char *name, bool k
         return NULL;
     }
     option_set bit = (option_set)1 << (row - option_rows);
-    if (*given & bit && (row->kind != &STOP || key)) {
+    if (*given & bit && ((row->kind != &STOP && row->kind != &FAILURE) || key)) {
         (void)fail(error, "%s: given twice", name);
         return NULL;
     }

@@ -53,8 +53,11 @@ static const int *keeper_of(const struct node *node) { /* NULL: none */
 static const char *check_copy(const struct kv *kv, const struct copy *copy) {
     bool cached = copy->standing >= CLEAN;
     BROKEN(copy->pins < 0 || copy->reads < 0, "negative pins or reads");
-    BROKEN(copy->standing == RESERVED && copy->pins == 0, "a reserved slot that nobody waits for");
-    BROKEN(copy->standing < IN_USE && copy->reads > 0, "a copy without content is read");
+    bool gone = kv->places[copy->place].gone;
+    BROKEN(copy->standing == RESERVED && copy->pins == 0 && !(gone && copy->reads > 0),
+           "a reserved slot that nobody waits for");
+    BROKEN(copy->standing < IN_USE && copy->reads > 0 && !gone, "a copy without content is read");
+    BROKEN(copy->standing >= IN_USE && gone, "a valid copy at a place that is gone");
     BROKEN(copy->standing != standing_of(kv, copy), "a copy's standing");
     BROKEN(copy->unused && (copy->pins > 0 || copy->place == kv->host), "unused, but pinned");
     BROKEN(cached && !is_of_use(&kv->nodes[copy->node]),
@@ -234,11 +237,9 @@ static const char *check_request(const struct sched *s, const struct request *r,
     if (waits)
         return NULL;
     bool prefills = r->state == REQUEST_LOADING || r->state == REQUEST_PREFILL;
-    BROKEN(r->max_new > 1 && !s->config.decodes[r->decode_worker] &&
-               r->decode_worker != r->prefill_worker, /* which may keep it */
-           "it decodes on a worker that does not");
-    BROKEN(r->prefill_worker != r->decode_worker && !s->config.prefills[r->prefill_worker],
-           "it prefills on a worker that does not");
+    BROKEN(!r->leaves && (s->workers[r->decode_worker].lost ||
+                          (prefills && s->workers[r->prefill_worker].lost)),
+           "it is on a worker that has failed");
     BROKEN(r->n_slots > blocks_of(r->filled) && !r->in_step, "slots of blocks that are not filled");
     BROKEN(blocks_of(r->filled) > r->n_blocks, "more filled than it has blocks");
     BROKEN(r->filled > prefill_end(r) && prefills, "filled beyond the prompt");

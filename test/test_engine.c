@@ -414,8 +414,111 @@ static void thoughts_are_apart(struct check *check) {
     tok_close(t);
 }
 
+/* ---- devices that fail ---- */
+
+enum { FAULT_PROMPT = 40, FAULT_ANSWER = 40 };
+
+static struct engine *lost_engines[8]; /* which cannot be closed: so that no sanitizer minds */
+static int n_lost_engines;
+
+static struct { /* the device `index` of an engine meets a fault, after so many good calls */
+    struct engine *engine;
+    struct backend whole;
+    int index, n_steps, n_copies;
+} faulty;
+
+static bool faulty_step_begin(struct device *device, const struct batch *batch) {
+    if (device->rank == 0 && device == faulty.engine->workers[faulty.index].shards[0] &&
+        faulty.n_steps-- == 0)
+        engine_tell_lost(faulty.engine);
+    return faulty.whole.step_begin(device, batch);
+}
+
+static uint64_t faulty_copy(struct device *device, enum stream stream, const struct copy2d *copy) {
+    if (faulty.n_copies-- == 0)
+        engine_tell_lost(faulty.engine);
+    return faulty.whole.copy(device, stream, copy);
+}
+
+/* An answer on two workers, of which one meets a fault in a step or in a copy (-1: never). one_gpu:
+ * both are on it. Whether the engine could be closed. */
+static bool answer_with_fault(struct check *check, int n_steps, int n_copies, bool one_gpu,
+                              struct request *r) {
+    char error[ERROR_LENGTH] = "";
+    struct model model;
+    struct backend_options options = {.n_threads = 1};
+    struct backend *backend = cpu_backend_open(&options, error);
+    CHECK(backend && model_open(&model, "model.bin", error), "%s", error);
+    bool *ends = calloc((size_t)model.config.vocab_size, sizeof *ends);
+    struct engine_config config = {.model = &model,
+                                   .backend = backend,
+                                   .ends_text = ends,
+                                   .n_workers = 2,
+                                   .max_batch = 4,
+                                   .chunk = 16,
+                                   .host_blocks = 20};
+    for (int w = 0; w < 2; w++) {
+        config.workers[w].devices[0] = w;
+        config.workers[w].n_shards = 1;
+        config.workers[w].blocks = 20;
+    }
+    config.workers[0].prefills = config.workers[1].decodes = true;
+    struct engine *engine = engine_open(&config, error);
+    CHECK(engine, "%s", error);
+    faulty.engine = engine;
+    faulty.whole = *backend;
+    faulty.index = 1;
+    faulty.n_steps = n_steps;
+    faulty.n_copies = n_copies;
+    backend->step_begin = faulty_step_begin;
+    backend->copy = faulty_copy;
+    backend->n_gpus = one_gpu;
+    for (int w = 0; w < 2 && one_gpu; w++)
+        engine->workers[w].shards[0]->index = 0;
+    CHECK(engine_start(engine), "no threads");
+    engine_lock(engine);
+    *r = (struct request){.tokens = r->tokens, .n_prompt = FAULT_PROMPT, .max_new = FAULT_ANSWER};
+    for (int i = 0; i < FAULT_PROMPT; i++)
+        r->tokens[i] = 3 + i % 20;
+    sched_submit(engine->sched, r, engine_now());
+    engine_wake(engine);
+    while (r->state != REQUEST_FINISHED)
+        engine_wait(engine, INFINITY);
+    engine_unlock(engine);
+    backend->n_gpus = 0;
+    bool closed = engine_close(engine);
+    if (closed)
+        backend->close(backend);
+    model_close(&model);
+    if (closed)
+        free(ends);
+    else
+        lost_engines[n_lost_engines++] = engine;
+    return closed;
+}
+
+/* The program goes on without a device, with the same text; without any GPU the request ends. */
+static void a_device_that_fails(struct check *check) {
+    static int whole[FAULT_PROMPT + FAULT_ANSWER], tokens[FAULT_PROMPT + FAULT_ANSWER];
+    struct request r = {.tokens = whole};
+    CHECK(answer_with_fault(check, -1, -1, false, &r) && r.length == FAULT_PROMPT + FAULT_ANSWER,
+          "%s", r.error);
+    r.tokens = tokens;
+    for (int i = 0; i < 6; i++) {
+        bool copies = i % 2 == 1;
+        bool closed = answer_with_fault(check, copies ? -1 : 5 * i, copies ? i / 2 : -1, false, &r);
+        CHECK(!closed && r.reason == FINISH_LENGTH && r.preemptions == 1, "fault %d: %s, %d", i,
+              r.error, r.preemptions);
+        CHECK(memcmp(tokens, whole, sizeof whole) == 0, "fault %d: another text", i);
+    }
+    CHECK(!answer_with_fault(check, 3, -1, true, &r) && r.reason == FINISH_ERROR &&
+              strstr(r.error, "all workers have failed"),
+          "%s", r.error);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
+        {"a_device_that_fails", a_device_that_fails},
         {"thoughts_are_apart", thoughts_are_apart},
         {"work_of_a_step", work_of_a_step},
         {"other_steps_count_for_neither", other_steps_count_for_neither},

@@ -4,9 +4,8 @@
  * DYNAMO_PROGRAM is ./dynamo on a machine with a GPU, where one device stands for several if there
  * are no others, or ./dynamo-emu, which has several (MANY_GPUS). What differs from
  * test_schedules.c: tokens that were generated get their keys and values from other kernels than
- * tokens of prompts do, so a text that was generated and is then read again as a prompt, or is
- * computed again after a drop, is outside the promise: no second turns, and no schedule drops
- * generated tokens. */
+ * tokens of prompts do, so a text that was generated and is then read again as a prompt is outside
+ * the promise: no second turns. One that is computed again after a failure is inside. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #define GGUF_IMPLEMENTATION
@@ -60,6 +59,8 @@ static const struct {
     {FEW, 1, "--devices 0 --kv-device 15b", "pages_out>=10 recomputed_tokens<=0"},
     {FEW, 1, "--devices 0,0 --kv-policy write-through --kv-device 20b --copy-delay 7",
      "pages_out>=20 evictions>=5"},
+    /* a worker fails, and what it had is computed again */
+    {FEW, 2, "--devices 0,1 --kv-host 0 --fail 1@1", "preemptions>=1 recomputed_tokens>=1"},
 };
 enum { N_SCHEDULES = sizeof schedules / sizeof *schedules };
 

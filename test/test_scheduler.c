@@ -40,6 +40,7 @@ struct job {
 
 struct flight { /* a copy that has been handed out */
     struct kv_copy_order order;
+    bool is_void;                  /* a worker at one of its ends has failed since */
     uint64_t before[BLOCK_TOKENS]; /* the source at the start */
 };
 
@@ -55,17 +56,27 @@ struct machine {
     int (*history)[MAX_TEXT]; /* (MAX_HISTORY) texts that may be asked again */
     int history_length[MAX_HISTORY];
     int64_t n_submitted, next_id;
-    bool copies_fail, full_check;
-    int64_t noted[EVENT_COPY + 1], n_left, n_withdrawn; /* by kind; admitted ones that have ended */
+    bool copies_fail, workers_fail, full_check;
+    int least_length;                      /* that texts were limited to at any time */
+    int64_t noted[EVENT_COPY + 1], n_left; /* by kind; admitted ones that have ended */
     double now;
     const char *broken;
     char broken_text[256];
 };
 
+/* Where a request is, as its user would say it; and what may happen to it there. */
+enum where { QUEUED, LOADING, PREFILLING, HANDED_OVER, DECODING, PREEMPTED, PAGING, N_WHERE };
+enum what { CANCELLED, DEADLINE, SENT_BACK, FAILURE, RETURN, ROLE, COPY_LOST, N_WHAT };
+static const char *const where_names[] = {"queued",   "loading",   "prefilling", "handed over",
+                                          "decoding", "preempted", "paging"};
+static const char *const what_names[] = {"cancelled",   "deadline",   "sent back", "failed worker",
+                                         "worker back", "other role", "copy lost"};
+
 struct totals {
+    int64_t happened[N_WHAT][N_WHERE];
     int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests, late;
-    int64_t withdrawn[REQUEST_FINISHED], in_step; /* by state; while a step was under way */
-    char broken[256];                             /* the rule that was broken last */
+    int64_t in_step;  /* sent back while a step was under way */
+    char broken[256]; /* the rule that was broken last */
     struct kv_stats kv;
     struct sched_stats sched;
 };
@@ -118,7 +129,7 @@ static void report(struct machine *m, const char *text) {
 /* Writes the whole text that a job must come to. */
 static void foresee(struct machine *m, struct job *job) {
     struct request *r = &job->request;
-    int limit = sched_max_length(m->s);
+    int limit = m->workers_fail ? m->s->longest : sched_max_length(m->s);
     uint64_t print = 0;
     job->n_text = 0;
     job->reason = FINISH_NONE;
@@ -143,23 +154,25 @@ static void count_event(void *context, const struct event *event) {
     enum event_kind kind = event->kind;
     m->noted[kind]++;
     m->n_left += kind == EVENT_FINISHED && event->worker >= 0;
+    if (kind == EVENT_ADMITTED && event->from != event->to && /* which may keep it */
+        !(m->s->config.prefills[event->from] && m->s->config.decodes[event->to]))
+        report(m, "admitted to a worker of another role");
     if ((kind == EVENT_ADMITTED && !(event->why && event->why_prefill)) ||
         ((kind == EVENT_PREEMPTED || kind == EVENT_EVICTED || kind == EVENT_COPY_ORDERED) &&
          !event->why))
         report(m, "a decision without a reason");
 }
 
-/* When all is done, as often as the counters say; n_withdrawn were sent back by the test. */
+/* When all is done, as often as the counters say. */
 static void check_ledger(struct machine *m) {
     struct sched_stats s = sched_stats(m->s);
     struct kv_stats kv = kv_stats(sched_kv(m->s));
     int64_t copies = kv.pages_out + kv.pages_in + kv.transfers;
-    int64_t unnoted = s.preemptions - m->noted[EVENT_PREEMPTED];
     if (m->noted[EVENT_SUBMITTED] != s.submitted || m->noted[EVENT_FINISHED] != s.finished ||
-        m->noted[EVENT_ADMITTED] != m->n_left + s.preemptions || unnoted < 0 ||
-        unnoted > m->n_withdrawn || m->noted[EVENT_HANDED_OVER] != s.hand_overs ||
+        m->noted[EVENT_ADMITTED] != m->n_left + s.preemptions ||
+        m->noted[EVENT_PREEMPTED] != s.preemptions || m->noted[EVENT_HANDED_OVER] != s.hand_overs ||
         m->noted[EVENT_EVICTED] != kv.evictions + kv.host_evictions ||
-        (m->noted[EVENT_COPY_ORDERED] != copies && !m->copies_fail))
+        (m->noted[EVENT_COPY_ORDERED] != copies && !m->copies_fail && !m->workers_fail))
         report(m, "the ledger differs from the counters");
 }
 
@@ -218,7 +231,10 @@ static void compute(struct machine *m, int worker, struct step *step, int index,
         report(m, "a sequence beyond its text");
         return;
     }
-    check_prefix(m, worker, batch, sequence, job, sequence->start);
+    int n_before = sequence->start; /* rows of an answer in one step see each other */
+    if (!done && job->request.filled < n_before)
+        n_before = job->request.filled;
+    check_prefix(m, worker, batch, sequence, job, n_before);
     for (int i = 0; i < sequence->n_rows; i++) {
         int row = sequence->first_row + i, position = sequence->start + i;
         int slot = batch->block_table[sequence->first_block + position / BLOCK_TOKENS];
@@ -233,20 +249,59 @@ static void compute(struct machine *m, int worker, struct step *step, int index,
 
 static void check_step(struct machine *m, int worker, struct step *step) {
     const struct batch *batch = &step->batch;
-    int n_generated = 0, n_prompt = 0, n_rows = 0;
+    int n_generated = 0, n_prompt = 0, n_rows = 0, n_first = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *sequence = &batch->sequence[i];
         const struct request *r = step->requests[i];
-        n_generated += sequence->generated;
-        n_prompt += sequence->generated ? 0 : sequence->n_rows;
+        bool decodes = r->state == REQUEST_RUNNING;
+        n_generated += decodes;
+        n_prompt += decodes ? 0 : sequence->n_rows;
+        n_first += sequence->generated && n_first == i;
         if (sequence->first_row != n_rows || (sequence->generated && sequence->n_rows != 1))
             report(m, "rows of a sequence");
-        if ((sequence->generated ? r->decode_worker : r->prefill_worker) != worker)
+        if (sequence->generated != (sequence->start >= r->n_prompt) ||
+            (sequence->generated && n_first <= i))
+            report(m, "rows that were generated are others, or do not come first");
+        if ((decodes ? r->decode_worker : r->prefill_worker) != worker)
             report(m, "a sequence on another's worker");
         n_rows += sequence->n_rows;
     }
     if (n_rows != batch->n_rows || n_prompt > m->config.chunk || n_generated > m->config.max_batch)
         report(m, "a step that is too large");
+}
+
+static enum where where_is(const struct request *r) {
+    bool again = r->preemptions > 0;
+    switch (r->state) {
+    case REQUEST_WAITING: return again ? PREEMPTED : QUEUED;
+    case REQUEST_LOADING: return again ? PAGING : LOADING;
+    case REQUEST_PREFILL: return PREFILLING;
+    case REQUEST_HAND_OVER: return HANDED_OVER;
+    default: return DECODING;
+    }
+}
+
+static bool is_alive(const struct job *job) {
+    return job->live && job->request.state != REQUEST_FINISHED;
+}
+
+/* Whether a node is in a request's table, or waited for as it was preempted in it. */
+static bool waits_for(struct machine *m, const struct job *job, int node) {
+    const struct request *r = &job->request;
+    bool found = is_alive(job) && r->saved == node;
+    for (int i = 0; i < r->n_blocks && is_alive(job) && m->s; i++)
+        found = found || r->blocks[i] == node;
+    return found;
+}
+
+/* Counts what happens to each request that is on a worker (-1: on any), or waits. */
+static void happens(struct machine *m, enum what what, int worker, struct totals *totals) {
+    for (int i = 0; i < MAX_JOBS; i++) {
+        const struct request *r = &m->jobs[i].request;
+        bool there = is_alive(&m->jobs[i]) &&
+                     (worker < 0 || r->state == REQUEST_WAITING || worker_of(r) == worker);
+        totals->happened[what][where_is(r)] += there;
+    }
 }
 
 static void start_copy(struct machine *m, const struct kv_copy_order *order) {
@@ -255,7 +310,7 @@ static void start_copy(struct machine *m, const struct kv_copy_order *order) {
         return;
     }
     struct flight *flight = &m->flights[m->n_flights++];
-    flight->order = *order;
+    *flight = (struct flight){.order = *order};
     memcpy(flight->before, row_at(m, order->from, order->from_slot, 0), sizeof flight->before);
     for (int i = 0; i < BLOCK_TOKENS; i++)
         *row_at(m, order->to, order->to_slot, i) = 2;
@@ -268,6 +323,11 @@ static void end_copy(struct machine *m, int index, struct totals *totals) {
     m->flights[index] = m->flights[--m->n_flights];
     uint64_t *source = row_at(m, order->from, order->from_slot, 0);
     uint64_t *target = row_at(m, order->to, order->to_slot, 0);
+    if (flight.is_void) { /* reported as if nothing had happened */
+        sched_copied(m->s, order, below(m, 2), m->now);
+        check_now(m);
+        return;
+    }
     if (memcmp(source, flight.before, sizeof flight.before) != 0)
         report(m, "the source of a copy has changed before its end");
     for (int i = 0; i < BLOCK_TOKENS; i++)
@@ -277,6 +337,9 @@ static void end_copy(struct machine *m, int index, struct totals *totals) {
     if (ok)
         memcpy(target, source, sizeof flight.before);
     totals->failed_copies += !ok;
+    for (int i = 0; i < MAX_JOBS && !ok; i++)
+        if (waits_for(m, &m->jobs[i], order->node))
+            totals->happened[COPY_LOST][where_is(&m->jobs[i].request)]++;
     sched_copied(m->s, order, ok, m->now);
     check_now(m);
 }
@@ -306,7 +369,8 @@ static bool start_step(struct machine *m, int worker) {
 static void end_step(struct machine *m, int worker) {
     struct step *step = m->running[worker];
     struct batch *batch = &step->batch;
-    for (int i = 0, sample = 0; i < batch->n_sequences && !m->broken; i++) {
+    bool is_void = sched_is_lost(m->s, worker);
+    for (int i = 0, sample = 0; i < batch->n_sequences && !m->broken && !is_void; i++) {
         compute(m, worker, step, i, true);
         const struct job *job = job_of(m, step->requests[i]);
         int end = batch->sequence[i].start + batch->sequence[i].n_rows;
@@ -332,7 +396,7 @@ static void end_step(struct machine *m, int worker) {
 
 /* A prompt that begins like an earlier text, whole or in part, and goes on at random. */
 static int make_prompt(struct machine *m, int *tokens) {
-    int n = 0, limit = sched_max_length(m->s);
+    int n = 0, limit = max(sched_max_length(m->s), 1);
     int known = m->n_submitted < MAX_HISTORY ? (int)m->n_submitted : MAX_HISTORY;
     if (below(m, 100) == 0)
         return 0;
@@ -379,9 +443,10 @@ static void submit(struct machine *m) {
     check_now(m);
 }
 
-static void cancel(struct machine *m) {
+static void cancel(struct machine *m, struct totals *totals) {
     struct job *job = &m->jobs[below(m, MAX_JOBS)];
-    if (job->live && !job->cancelled && job->request.state != REQUEST_FINISHED) {
+    if (is_alive(job) && !job->cancelled) {
+        totals->happened[CANCELLED][where_is(&job->request)]++;
         job->stopped = below(m, 2);
         job->cancelled = true;
         sched_cancel(m->s, &job->request, job->stopped, m->now);
@@ -400,19 +465,64 @@ static void withdraw_one(struct machine *m, struct totals *totals) {
     }
     if (!r)
         return;
-    totals->withdrawn[r->state]++;
+    totals->happened[SENT_BACK][where_is(r)]++;
     totals->in_step += r->in_step;
-    m->n_withdrawn++;
-    withdraw(m->s, r, FINISH_NONE, m->now);
+    send_back(m->s, r, "a test", m->now);
     admit_waiting(m->s, m->now);
     check_now(m);
 }
 
-static void pass_time(struct machine *m) {
-    if (sched_next_event(m->s) <= m->now) {
-        sched_expire(m->s, m->now);
-        check_now(m);
+static void pass_time(struct machine *m, struct totals *totals) {
+    if (sched_next_event(m->s) > m->now)
+        return;
+    for (int i = 0; i < MAX_JOBS; i++) {
+        const struct request *r = &m->jobs[i].request;
+        if (is_alive(&m->jobs[i]) && r->deadline > 0 && r->submitted + r->deadline <= m->now)
+            totals->happened[DEADLINE][where_is(r)]++;
     }
+    sched_expire(m->s, m->now);
+    check_now(m);
+}
+
+/* ---- workers fail, return, and change their roles ---- */
+
+static void note_length(struct machine *m) {
+    int length = sched_max_length(m->s);
+    m->least_length = length < m->least_length ? length : m->least_length;
+    check_now(m);
+}
+
+static void fail_worker(struct machine *m, int worker, struct totals *totals) {
+    for (int i = 0; i < m->n_flights; i++) {
+        const struct kv_copy_order *order = &m->flights[i].order;
+        m->flights[i].is_void |= order->from == worker || order->to == worker;
+    }
+    memset(m->memory[worker], 0xee,
+           (size_t)m->config.kv.device_blocks[worker] * BLOCK_TOKENS * sizeof(uint64_t));
+    happens(m, FAILURE, worker, totals);
+    sched_fail(m->s, worker, m->now);
+    note_length(m);
+}
+
+static void change_worker(struct machine *m, int worker, struct totals *totals) {
+    if (!sched_is_lost(m->s, worker)) {
+        if (below(m, 3) == 0) {
+            fail_worker(m, worker, totals);
+            return;
+        }
+        happens(m, ROLE, worker, totals); /* or it drains, to do nothing */
+        sched_set_role(m->s, worker, below(m, 2), below(m, 2), m->now);
+        note_length(m);
+        return;
+    }
+    if (m->running[worker] && below(m, 2))
+        end_step(m, worker);
+    bool can = !m->running[worker] && kv_used(sched_kv(m->s), worker) == 0;
+    if (sched_return(m->s, worker, m->now) != can)
+        report(m, "a worker is back too early, or is not");
+    if (can)
+        happens(m, RETURN, -1, totals);
+    note_length(m);
 }
 
 /* Whether a request that should have been answered has ended with an error that it may have. */
@@ -423,13 +533,15 @@ static bool is_excused(struct machine *m, const struct request *r, struct totals
     bool full = strstr(r->error, "the queue is full") && m->config.max_queue > 0;
     bool expired = strstr(r->error, deadline) && r->submitted + r->deadline <= m->now;
     bool copy = strstr(r->error, late) && m->config.copy_seconds > 0;
-    bool failed = m->copies_fail && r->copy_failures > MAX_COPY_FAILURES;
+    bool failed = (m->copies_fail || m->workers_fail) && r->copy_failures > MAX_COPY_FAILURES;
+    bool nowhere = strstr(r->error, "all workers have failed") ||
+                   (strstr(r->error, "fits no worker") && r->n_prompt > m->least_length);
     totals->late += expired || copy;
     totals->refused += full;
     totals->failed_requests += failed;
     if (full && (r->length > r->n_prompt || r->admitted > 0))
         report(m, "a request that was admitted was refused");
-    return full || (expired && r->deadline > 0) || copy || failed;
+    return full || (expired && r->deadline > 0) || copy || failed || (m->workers_fail && nowhere);
 }
 
 /* Checks the answers of the requests that have ended, and makes room for others. */
@@ -456,7 +568,9 @@ static int collect(struct machine *m, struct totals *totals) {
             continue;
         if (job->cancelled && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
             report(m, "a cancelled request ended otherwise");
-        if (!job->cancelled && (r->reason != job->reason || r->length != job->n_text))
+        bool cut = m->workers_fail && r->reason == FINISH_LENGTH && r->length <= job->n_text &&
+                   r->length >= m->least_length;
+        if (!job->cancelled && !cut && (r->reason != job->reason || r->length != job->n_text))
             report(m, "an answer that ends too early, or for the wrong reason");
     }
     return n_live;
@@ -492,6 +606,7 @@ static void choose_config(struct machine *m) {
     config->prefills[0] |= !any_prefills;
     config->decodes[config->kv.n_workers - 1] |= !any_decodes;
     m->copies_fail = below(m, 6) == 0;
+    m->workers_fail = below(m, 3) == 0;
     config->max_queue = below(m, 6) ? 0 : 1 + below(m, 16);
     config->copy_seconds = below(m, 6) ? 0 : 0.02 + 0.001 * below(m, 100);
     m->full_check = below(m, 4) == 0;
@@ -528,7 +643,8 @@ static void print_machine(const struct machine *m) {
 
 static void operate(struct machine *m, const int *weights, struct totals *totals) {
     int worker = below(m, m->config.kv.n_workers);
-    int choice = below(m, weights[0] + weights[1] + weights[2] + weights[3] + weights[4]);
+    int choice =
+        below(m, weights[0] + weights[1] + weights[2] + weights[3] + weights[4] + weights[5]);
     m->now += 0.001;
     if ((choice -= weights[0]) < 0) {
         submit(m);
@@ -541,11 +657,13 @@ static void operate(struct machine *m, const int *weights, struct totals *totals
         if (m->n_flights > 0)
             end_copy(m, below(m, m->n_flights), totals);
     } else if ((choice -= weights[3]) < 0) {
-        cancel(m);
-    } else {
+        cancel(m, totals);
+    } else if ((choice -= weights[4]) < 0) {
         withdraw_one(m, totals);
+    } else {
+        change_worker(m, worker, totals);
     }
-    pass_time(m);
+    pass_time(m, totals);
     (void)collect(m, totals);
 }
 
@@ -581,7 +699,7 @@ static void drain(struct machine *m, struct totals *totals) {
     while (active && !m->broken) {
         active = false;
         m->now += 0.001;
-        pass_time(m);
+        pass_time(m, totals);
         for (int i = 0; i < m->config.kv.n_workers && !m->broken; i++) {
             int w = (first + i) % m->config.kv.n_workers;
             active = (awake[w] && drive_worker(m, w, awake, totals)) || active;
@@ -600,6 +718,9 @@ static void drain(struct machine *m, struct totals *totals) {
         if (!active && n_live > 0)
             report(m, "requests wait for nothing");
     }
+    for (int w = 0; w < m->config.kv.n_workers && !m->broken; w++)
+        if (m->running[w]) /* of one that has failed */
+            end_step(m, w);
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
@@ -659,8 +780,9 @@ static bool run_episode(uint64_t seed, struct totals *totals) {
     choose_config(&m);
     if (!machine_create(&m))
         return false;
-    int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40), below(&m, 3),
-                     below(&m, 3)};
+    int weights[] = {1 + below(&m, 8), 20 + below(&m, 40), 1 + below(&m, 40),
+                     below(&m, 3),     below(&m, 3),       m.workers_fail ? 1 + below(&m, 3) : 0};
+    m.least_length = sched_max_length(m.s);
     int operation = 0;
     for (; operation < EPISODE && !m.broken; operation++)
         operate(&m, weights, totals);
@@ -675,6 +797,21 @@ static bool run_episode(uint64_t seed, struct totals *totals) {
     (void)snprintf(totals->broken, sizeof totals->broken, "%s", m.broken_text);
     machine_destroy(&m);
     return ok;
+}
+
+/* Everything has happened to requests everywhere, where it can. */
+static void check_events(struct check *check, const struct totals *totals) {
+    for (int what = 0; what < N_WHAT; what++) {
+        printf("    %s:", what_names[what]);
+        for (int where = 0; where < N_WHERE; where++) {
+            bool waits = where == QUEUED || where == PREEMPTED;
+            bool can = !waits || (what != SENT_BACK && what != COPY_LOST);
+            int64_t n = totals->happened[what][where];
+            printf(" %lld %s", (long long)n, where_names[where]);
+            CHECK(!can || n > 0, "%s: never while %s", what_names[what], where_names[where]);
+        }
+        printf("\n");
+    }
 }
 
 static void run_random(struct check *check, uint64_t seed, int64_t n_operations) {
@@ -702,15 +839,12 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
                   {"local prefills", totals.sched.local_prefills},
                   {"failed copies", totals.failed_copies},
                   {"deadlines and late copies", totals.late},
-                  {"withdrawn while loading", totals.withdrawn[REQUEST_LOADING]},
-                  {"withdrawn from prefill", totals.withdrawn[REQUEST_PREFILL]},
-                  {"withdrawn from hand-over", totals.withdrawn[REQUEST_HAND_OVER]},
-                  {"withdrawn while running", totals.withdrawn[REQUEST_RUNNING]},
-                  {"withdrawn in mid-step", totals.in_step}};
+                  {"sent back in mid-step", totals.in_step}};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
         printf("    %lld %s%s\n", (long long)counts[i].count, counts[i].name,
                counts[i].count < 100 ? " (coverage: few)" : "");
     CHECK(totals.sched.submitted == totals.sched.finished, "requests are left");
+    check_events(check, &totals);
     printf("    %lld operations, %lld requests (%lld cancelled, %lld refused, %lld given up), %lld "
            "tokens\n",
            (long long)totals.operations, (long long)totals.sched.submitted,
@@ -1430,6 +1564,95 @@ static void a_copy_that_never_ends(struct check *check) {
     sched_destroy(s);
 }
 
+/* An answer that has lost its place is no new request: it takes none of the queue's places. */
+static void who_is_preempted_is_not_queued(struct check *check) {
+    struct sched *s = open_one(8, 0, 4);
+    static struct job jobs[6];
+    for (int i = 0; i < 4; i++)
+        ask(s, &jobs[i], i, 10, 100);
+    for (int i = 0; i < 200 && s->preempted.length == 0; i++)
+        (void)step_once(s, 0);
+    CHECK(s->preempted.length > 0 && s->waiting.length == 0, "nobody was preempted");
+    s->config.max_queue = 1;
+    for (int i = 4; i < 6; i++)
+        ask(s, &jobs[i], i, 65, 6);
+    CHECK(jobs[4].request.state == REQUEST_WAITING, "refused: %s", jobs[4].request.error);
+    CHECK(strstr(jobs[5].request.error, "the queue is full"), "%s", jobs[5].request.error);
+    run_all(check, s);
+    sched_destroy(s);
+}
+
+/* Who waits again waits for no block: the time of the one that it waited for does not end it. */
+static void who_is_sent_back_is_not_late(struct check *check) {
+    struct sched *s = open_pools(8, 8, 4, 64);
+    static struct job job;
+    struct kv_copy_order orders[8];
+    s->config.copy_seconds = 2;
+    ask(s, &job, 0, 33, 9);
+    int n = step_once(s, 0) == 33 ? sched_copies(s, 1, orders, 8) : 0;
+    CHECK(n == 3 && !sched_next(s, 1, 1) && job.request.late == 3, "late at %g", job.request.late);
+    send_back(s, &job.request, "a test", 1.5);
+    CHECK(job.request.state == REQUEST_WAITING && job.request.late == INFINITY, "it waits");
+    sched_expire(s, 3);
+    CHECK(job.request.state != REQUEST_FINISHED, "%s", job.request.error);
+    for (int i = 0; i < n; i++)
+        sched_copied(s, &orders[i], true, 3);
+    run_all(check, s);
+    CHECK(job.request.reason == FINISH_LENGTH, "%s", job.request.error);
+    sched_destroy(s);
+}
+
+/* Written through, no more than the last block is computed again; the other pool takes over. */
+static void a_failed_worker_loses_one_block(struct check *check) {
+    struct sched_config config = {.kv = {.n_workers = 2,
+                                         .device_blocks = {8, 8},
+                                         .host_blocks = 16,
+                                         .policy = KV_WRITE_THROUGH},
+                                  .prefills = {true, false},
+                                  .decodes = {false, true},
+                                  .max_batch = 4,
+                                  .chunk = 64,
+                                  .copies_in_flight = 64,
+                                  .context_length = 4096,
+                                  .vocab_size = VOCABULARY,
+                                  .ends_text = ends_text};
+    struct sched *s = sched_create(&config);
+    static struct job jobs[2];
+    const struct request *r = &jobs[0].request;
+    ask(s, &jobs[0], 0, 40, 40);
+    for (int i = 0; i < 30 && r->length < 60; i++) {
+        (void)step_once(s, 0);
+        (void)step_once(s, 1);
+    }
+    CHECK(r->state == REQUEST_RUNNING && r->decode_worker == 1 && r->length == 60, "it runs");
+    sched_fail(s, 1, 0);
+    CHECK(sched_is_lost(s, 1) && s->config.decodes[0] && r->decode_worker == 0, "taken over");
+    CHECK(sched_stats(s).recomputed_tokens == 59 - 48, "%d tokens are computed again",
+          (int)sched_stats(s).recomputed_tokens);
+    struct step *step = NULL;
+    for (int i = 0; i < 3 && !step; i++) { /* copies come first */
+        struct kv_copy_order orders[8];
+        step = sched_next(s, 0, 0);
+        for (int n = sched_copies(s, 0, orders, 8); n > 0; n--)
+            sched_copied(s, &orders[n - 1], true, 0);
+    }
+    CHECK(step && step->batch.n_rows == 11 && step->batch.n_sequences == 11 &&
+              step->batch.sequence[0].generated && step->batch.n_samples == 0,
+          "rows of the answer, each by itself");
+    if (step)
+        sched_done(s, 0, step, 0);
+    while (!is_idle(s) && step_once(s, 0) >= 0) {
+    }
+    CHECK(r->reason == FINISH_LENGTH && r->length == 80 && r->preemptions == 1, "%s", r->error);
+    CHECK(sched_return(s, 1, 0) && s->config.decodes[1] && !s->config.decodes[0], "it is back");
+    sched_fail(s, 0, 0);
+    sched_fail(s, 1, 0);
+    ask(s, &jobs[1], 1, 5, 5);
+    CHECK(strstr(jobs[1].request.error, "all workers have failed"), "%s", jobs[1].request.error);
+    CHECK(is_idle(s) && !kv_check(sched_kv(s)), "%s", kv_check(sched_kv(s)));
+    sched_destroy(s);
+}
+
 /* ---- a long queue ---- */
 
 enum { QUEUE = 20000, SHORT_QUEUE = 100, SMALL_ANSWER = 8 };
@@ -1664,6 +1887,9 @@ int main(int argc, char **argv) {
         {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
+        {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
+        {"who_is_sent_back_is_not_late", who_is_sent_back_is_not_late},
+        {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"preempting_costs_the_same", preempting_costs_the_same},
         {"answers_have_room_to_grow", answers_have_room_to_grow},
         {"random_operations", random_operations},

@@ -134,6 +134,65 @@ static void same_text_of_a_checkpoint(struct check *check) {
     run_matrix(check, CHECKPOINT);
 }
 
+/* ---- workers that fail ---- */
+
+enum { MOMENTS = SANITIZED ? 4 : 20 };
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* A worker fails at one of 20 moments of a run, and of some it comes back: pools of one width and
+ * of two, with a host tier and without, little memory; copies are late. */
+static void same_text_where_workers_fail(struct check *check) {
+    static const char *const ways[] = {
+        "--devices cpu:2 --kv-policy write-through --copy-delay 21 --fail 1@%g",
+        "--devices cpu:3 --tp-prefill 1 --tp-decode 2 --copy-delay 22 --fail 0@%g",
+        "--devices cpu:4 --kv-device 28b --copy-delay 23 --fail 2@%g --fail 0@%g",
+        "--devices cpu:3 --tp-prefill 2 --tp-decode 1 --kv-host 0 --fail 1@%g-%g",
+        "--devices cpu:4 --colocate --chunk 7 --copy-delay 24 --fail 3@%g-%g"};
+    struct turns *turns = turns_open(check, TWIN, one_device, FIRST_TURNS, SECOND_TURNS);
+    double start = seconds_now();
+    run_schedule(check, turns, "--devices cpu:2", "hand_overs>=7");
+    double run = seconds_now() - start; /* only to spread the moments over it */
+    for (int i = 0; i < MOMENTS; i++) {
+        char options[256];
+        double moment = run / 2 * i / MOMENTS;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+        snprintf(options, sizeof options, ways[(size_t)i % COUNT(ways)], moment, moment + run / 4);
+#pragma GCC diagnostic pop
+        run_schedule(check, turns, options, "preemptions>=1");
+    }
+}
+
+/* Without any worker each request ends with an error that says so; in virtual time likewise. */
+static void no_worker_is_left(struct check *check) {
+    struct turns *turns = turns_open(check, TWIN, one_device, 4, 0);
+    struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
+    struct outcome o = run_wishes(check, turns->model, "--devices cpu:2 --fail 1@0 --fail 0@0.001",
+                                  turns->wishes, turns->n, answers);
+    CHECK(o.status == 3, "exit status %d", o.status);
+    for (int i = 0; i < turns->n; i++)
+        CHECK(answers[i].here && (strcmp(answers[i].reason, "error") != 0 ||
+                                  strstr(answers[i].error, "all workers have failed")),
+              "%s: %s %s", turns->wishes[i].id, answers[i].reason, answers[i].error);
+    o = run(check, "model.bin -p a --devices cpu:2 --fail 2@1");
+    CHECK(o.status == 2 && strstr(o.err, "--fail: got worker 2, expected 0 to 1"), "%s", o.err);
+    static const char sim[] = "random:llama-3.1-8b --sim h100x4 --replay 2000:100 --rate 20 "
+                              "--limit 200 --fail 3@1-4 --fail 0@2";
+    o = run(check, "%s --verbose", sim);
+    CHECK(o.status == 0 && strstr(o.err, "failed: at worker 3") &&
+              strstr(o.err, "role: at worker 3 (decode), role decode"),
+          "status %d", o.status);
+    struct outcome again = run(check, "%s", sim);
+    CHECK(again.status == 0 && strcmp(again.out, o.out) == 0, "not the same twice");
+    o = run(check, "%s --fail 1@3 --fail 2@3 --fail 3@3", sim);
+    CHECK(o.status == 3 && strstr(o.err, "all workers have failed"), "%d: %s", o.status, o.err);
+}
+
 /* ---- second turns ---- */
 
 /* A second turn that follows the answer of the first finds all full blocks of it, but for the last
@@ -253,6 +312,8 @@ int main(int argc, char **argv) {
                                         TEST(same_text_of_windows_and_norms_behind),
                                         TEST(same_text_of_stories),
                                         TEST(same_text_of_a_checkpoint),
+                                        TEST(same_text_where_workers_fail),
+                                        TEST(no_worker_is_left),
                                         TEST(second_turns_start_from_the_cache),
                                         TEST(nothing_runs_out_of_memory)};
     return run_tests(tests, COUNT(tests), argc, argv);
