@@ -222,8 +222,8 @@ INLINE ivec load_words(const char *words, unsigned word, int i) { /* vector i of
     return *(const ivec_any *)(const void *)words;
 }
 
-/* The low four bits of each of 64 bytes, of MXFP4, become twice the number that they stand for, plus
- * 12. */
+/* The low four bits of each of 64 bytes, of MXFP4, become twice the number that they stand for,
+ * plus 12. */
 INLINE ivec mxfp4_numbers(ivec bits) {
 #ifdef __AVX512BW__
     const __m512i numbers = _mm512_broadcast_i32x4(

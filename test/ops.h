@@ -1434,8 +1434,8 @@ static void products_of_mixed_types(struct check *check) {
 }
 
 /* x += what the experts of each row make of it. */
-/* What is kept of the matrices of all experts, (n_experts * rows, columns); *rounded_too: it is more
- * or less what the file has. */
+/* What is kept of the matrices of all experts, (n_experts * rows, columns); *rounded_too: not
+ * just what the file has. */
 static double *kept_matrix(const struct tensor *tensor, bool *rounded_too) {
     int rows = (int)tensor->rows, cols = (int)tensor->cols;
     double *w = ref_doubles(rows, cols), off, largest = 0;
@@ -1526,15 +1526,14 @@ static void check_experts(struct check *check, struct random *random, enum tenso
     struct worst worst = {0, 0, 0};
     for (int row = 0; row < n; row++) {
         const float *in = t.in[A_X] + nth(row, d, 0);
-        for (int i = 0; i < d; i++)
-            x[i] = (double)in[i];
-        ref_norm(x, l[FFN_NORM], d, (double)c.norm_epsilon, x);
-        least_gap = fmin(least_gap, ref_choose(&c, l, x, chosen + row * c.n_used, false, share));
         for (int i = 0; i < d; i++) {
-            h[i] = (float)(activation_error(A_H) > 1e-4 ? rounded(x[i]) : x[i]);
             expected[i] = (double)in[i];
             allowed[i] = 1e-6 * fabs(expected[i]);
         }
+        ref_norm(expected, l[FFN_NORM], d, (double)c.norm_epsilon, x);
+        least_gap = fmin(least_gap, ref_choose(&c, l, x, chosen + row * c.n_used, false, share));
+        for (int i = 0; i < d; i++)
+            h[i] = (float)(activation_error(A_H) > 1e-4 ? rounded(x[i]) : x[i]);
         for (int e = 0; e < c.n_experts; e++)
             if (share[e] > 0)
                 add_expert(&c, &m, e, share[e], h, expected, allowed);

@@ -284,10 +284,10 @@ struct ref_choices {
     double *gap;        /* see ref_choose */
 };
 
-/* share (n_experts) of each expert in one row h (d_model), 0 of those that are not taken (Shazeer et
- * al. 2017): of the n_used with the largest logits, or as `chosen` or `turned` say. Returns by how
- * much the least of those that are taken is preferred to the first that is not, as a share of how
- * far logits are apart: less than 0 where others are taken than the logits say. */
+/* share (n_experts) of each expert in one row h (d_model), 0 of those that are not taken (Shazeer
+ * et al. 2017): of the n_used with the largest logits, or as `chosen` or `turned` say. Returns by
+ * how much the least of those that are taken is preferred to the first that is not, as a share of
+ * how far logits are apart: less than 0 where others are taken than the logits say. */
 static inline double ref_choose(const struct model_config *c, const struct tensor *const *layer,
                                 const double *h, const int *chosen, bool turned, double *share) {
     double *logits = ref_doubles(1, c->n_experts), last = INFINITY, next = -INFINITY, sum = 0;
