@@ -13,6 +13,11 @@ turns; answers have --output in the mean. Lengths are geometric, at least 1.
 A hash id stands for 512 tokens and all before them; so a prompt shares with another what fills
 whole blocks of 512, and how much of the tokens that is goes to stderr. With --users the trace ends
 with their last turns; else after --requests.
+
+With --day the trace is a day of so many seconds, with two peaks; each request is a user's only one,
+and shares nothing. In its first half the rate rises to --rate and falls again, with --input and
+--output; in its second half to what --evening says, IN:OUT:RATE.
+
 Only the standard library is needed."""
 
 import argparse
@@ -36,9 +41,14 @@ def arguments():
     parser.add_argument("--system", type=int, default=1024, help="tokens that users of a kind share")
     parser.add_argument("--systems", type=int, default=4, help="kinds of users")
     parser.add_argument("--think", type=float, default=20, help="seconds between turns in the mean")
+    parser.add_argument("--day", type=float, help="seconds of a day with two peaks")
+    parser.add_argument("--evening", default="500:1000:40", help="its second peak: IN:OUT:RATE")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     said = args.input - args.system - (args.turns - 1) / 2 * args.output
+    args.evening = [float(word) for word in args.evening.split(":")]
+    if len(args.evening) != 3 or min(args.evening) <= 0 or (args.day or 1) <= 0:
+        parser.error("--day has seconds, --evening is IN:OUT:RATE")
     if min(args.turns, args.systems, args.output, args.input) < 1 or args.rate <= 0 or said < 1:
         parser.error("--input must have room for --system, and for the answers of half the turns")
     args.said = said / ((args.turns + 1) / 2)  # turn t has said it t times
@@ -94,10 +104,26 @@ def trace(args):
             order += 1
 
 
+def day(args):
+    """The same, of a day: a rate of 0 at its begin, its middle and its end."""
+    rng = random.Random(args.seed)
+    peaks = [(args.input, args.output, args.rate), args.evening]
+    most = max(rate for _, _, rate in peaks)
+    at, next_id = rng.expovariate(most), 0
+    while at < args.day:
+        prompt, answer, rate = peaks[at >= args.day / 2]
+        if rng.random() * most < rate * math.sin(2 * math.pi * at / args.day) ** 2:
+            length = geometric(rng, prompt)
+            n = -(-length // BLOCK)
+            yield at, length, geometric(rng, answer), list(range(next_id, next_id + n))
+            next_id += n
+        at += rng.expovariate(most)
+
+
 def main():
     args = arguments()
     seen, tokens, shared, answers, n, at = set(), 0, 0, 0, 0, 0
-    for at, length, answer, ids in trace(args):
+    for at, length, answer, ids in (day if args.day else trace)(args):
         line = {"timestamp": round(at * 1000), "input_length": length, "output_length": answer,
                 "hash_ids": ids}
         print(json.dumps(line, separators=(", ", ": ")))
