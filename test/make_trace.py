@@ -15,8 +15,8 @@ whole blocks of 512, and how much of the tokens that is goes to stderr. With --u
 with their last turns; else after --requests.
 
 With --day the trace is a day of so many seconds, with two peaks; each request is a user's only one,
-and shares nothing. In its first half the rate rises to --rate and falls again, with --input and
---output; in its second half to what --evening says, IN:OUT:RATE.
+and shares nothing. In its first half the rate rises from 0 to --rate and falls again, with --input
+and --output; in its second half likewise, to what --evening says.
 
 Only the standard library is needed."""
 
@@ -42,13 +42,19 @@ def arguments():
     parser.add_argument("--systems", type=int, default=4, help="kinds of users")
     parser.add_argument("--think", type=float, default=20, help="seconds between turns in the mean")
     parser.add_argument("--day", type=float, help="seconds of a day with two peaks")
-    parser.add_argument("--evening", default="500:1000:40", help="its second peak: IN:OUT:RATE")
+    parser.add_argument("--evening", help="its second peak: IN:OUT:RATE")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.day is not None or args.evening is not None:
+        try:
+            args.evening = [float(word) for word in (args.evening or "").split(":")]
+        except ValueError:
+            args.evening = []
+        least = min(*args.evening, args.day or 0, args.rate)
+        if len(args.evening) != 3 or least <= 0 or args.users:
+            parser.error("--day SECONDS and --evening IN:OUT:RATE go together, without --users")
+        return args
     said = args.input - args.system - (args.turns - 1) / 2 * args.output
-    args.evening = [float(word) for word in args.evening.split(":")]
-    if len(args.evening) != 3 or min(args.evening) <= 0 or (args.day or 1) <= 0:
-        parser.error("--day has seconds, --evening is IN:OUT:RATE")
     if min(args.turns, args.systems, args.output, args.input) < 1 or args.rate <= 0 or said < 1:
         parser.error("--input must have room for --system, and for the answers of half the turns")
     args.said = said / ((args.turns + 1) / 2)  # turn t has said it t times
