@@ -108,7 +108,7 @@ asan:
 # the programs that have threads
 tsan:
 	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
-		TESTS='$(addprefix build/tsan/test_,engine http kernels program reference schedules)'
+		TESTS='$(addprefix build/tsan/test_,engine http kernels program schedules)'
 
 # what reads bytes that others made, a minute each; needs clang
 fuzz:
