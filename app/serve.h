@@ -971,11 +971,34 @@ static bool same_key(const char *given, const char *key) {
     return differs == 0;
 }
 
+/* The password in the value of HTTP Basic (RFC 7617), in base64 as `user:password`, decoded into
+ * `text`; "": there is none. */
+static const char *basic_password(const char *value, char text[HTTP_HEAD]) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    size_t length = 0;
+    unsigned bits = 0;
+    int n = 0;
+    for (const char *digit; *value && (digit = strchr(digits, *value)) != NULL; value++) {
+        bits = bits << 6 | (unsigned)(digit - digits);
+        n += 6;
+        if (n >= 8)
+            text[length++] = (char)(bits >> (n -= 8));
+    }
+    text[length] = 0;
+    const char *colon = strchr(text, ':');
+    return colon && strspn(value, "=") == strlen(value) ? colon + 1 : "";
+}
+
 static bool has_key(const struct server *s, const struct http_request *r) {
-    const char *value = http_field(r, "authorization");
+    const char *value = http_field(r, "authorization"), *given = "";
+    char text[HTTP_HEAD];
     bool good = s->n_keys == 0;
-    for (int i = 0; i < s->n_keys && value && strncasecmp(value, "Bearer ", 7) == 0; i++)
-        good |= same_key(value + 7, s->keys[i]);
+    if (value && strncasecmp(value, "Bearer ", 7) == 0)
+        given = value + 7;
+    else if (value && strncasecmp(value, "Basic ", 6) == 0)
+        given = basic_password(value + 6, text);
+    for (int i = 0; i < s->n_keys; i++)
+        good |= same_key(given, s->keys[i]);
     return good;
 }
 
@@ -990,10 +1013,9 @@ static bool serve_begins(void *context, struct http_connection *c) {
     struct server *s = context;
     const struct http_request *r = &c->request;
     bool health = strcmp(r->path, "/health") == 0;
-    bool page = strcmp(r->path, "/") == 0; /* it tells nothing, and asks its reader for a key */
-    if (!health && !page && !has_key(s, r))
+    if (!health && !has_key(s, r)) /* a browser asks its reader, and sends it with all it fetches */
         return refuse_task(c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
-                           "WWW-Authenticate: Bearer\r\n");
+                           "WWW-Authenticate: Basic realm=\"dynamo\", Bearer\r\n");
     if (!health && is_foreign(r))
         return refuse_task(c, 403, NULL, "a page of another origin may not ask this server", "");
     if (s->answers->activity == INTERRUPTED)

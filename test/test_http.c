@@ -486,8 +486,8 @@ static void one_connection_serves_many(struct check *check) {
 }
 
 static void nothing_without_the_key(struct check *check) {
-    static const char *const paths[] = {"/v1/models", "/metrics", "/x", "/v1/completions",
-                                        "/stats"};
+    static const char *const paths[] = {"/",  "/v1/models",      "/metrics",
+                                        "/x", "/v1/completions", "/stats"};
     write_file(check, "keys", "first\n\nsecond\r\n", 15);
     struct served s = serve(check, "--api-key third --api-key-file $T/keys");
     for (size_t i = 0; i < COUNT(paths); i++) {
@@ -495,11 +495,16 @@ static void nothing_without_the_key(struct check *check) {
         asks(&s, paths[i], "", "{}", 401, "authentication_error");
         asks(&s, paths[i], "Authorization: Bearer firs\r\n", NULL, 401, "");
         asks(&s, paths[i], "Authorization: Bearer firstt\r\n", NULL, 401, "");
-        asks(&s, paths[i], "Authorization: Basic first\r\n", NULL, 401, "");
+        asks(&s, paths[i], "Authorization: Basic first\r\n", NULL, 401, "Basic realm=");
+        asks(&s, paths[i], "Authorization: Basic bWU6Zmlycw==\r\n", NULL, 401, ""); /* me:firs */
+        asks(&s, paths[i], "Authorization: Basic Zmlyc3Q=\r\n", NULL, 401, "");     /* first */
+        asks(&s, paths[i], "Authorization: Basic bWU6\r\n", NULL, 401, "");         /* me: */
         asks(&s, paths[i], "Authorization: Bearer \r\n", NULL, 401, "");
     }
     asks(&s, "/health", "", NULL, 200, "ok");
-    asks(&s, "/", "", NULL, 200, "<html"); /* the page, which has no figures without the key */
+    asks(&s, "/", "Authorization: Bearer first\r\n", NULL, 200, "<html");
+    asks(&s, "/", "Authorization: Basic bWU6Zmlyc3Q=\r\n", NULL, 200, "<html"); /* me:first */
+    asks(&s, "/stats", "Authorization: basic OnNlY29uZA==\r\n", NULL, 200, ""); /* :second */
     asks(&s, "/v1/models", "Authorization: Bearer first\r\n", NULL, 200, "");
     asks(&s, "/v1/models", "authorization: bearer second\r\n", NULL, 200, "");
     asks(&s, "/v1/models", "Authorization: Bearer third\r\n", NULL, 200, "");
