@@ -530,7 +530,7 @@ static void a_device_that_fails(struct check *check) {
           "%s", r.error);
 }
 
-/* Each allocation of a model and its engine fails once: a line that says so, and nothing is left. */
+/* Each allocation of a model and its engine fails once: a line says so, and nothing is left. */
 static void memory_that_runs_out(struct check *check) {
     struct backend_options options = {.n_threads = 1};
     char error[ERROR_LENGTH] = "";

@@ -157,7 +157,7 @@ static void add_hurried(struct turns *turns, double run) {
 }
 
 /* A worker fails at one of 20 moments of a run, and of some it comes back: pools of one width and
- * of two, with a host tier and without, little memory; copies are late, and others end in between. */
+ * of two, with a host tier and without, little memory; copies are late, others end in between. */
 static void same_text_where_workers_fail(struct check *check) {
     static const char *const ways[] = {
         "--devices cpu:2 --kv-policy write-through --copy-delay 21 --fail 1@%g",
