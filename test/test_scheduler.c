@@ -1669,8 +1669,8 @@ static void a_failed_worker_loses_one_block(struct check *check) {
     sched_destroy(s);
 }
 
-/* A request of 100 tokens in each state, but that of paging, meets each event: it ends, or goes on to its end elsewhere,
- * and nothing of it stays behind. */
+/* A request of 100 tokens in each state but that of paging meets each event: it ends, or goes on to
+ * its end elsewhere, and nothing of it stays behind. */
 static void each_state_meets_each_event(struct check *check) {
     enum { CANCEL, STOP, LATE, FAIL_PREFILL, FAIL_DECODE, N_EVENTS };
     static const enum request_state states[] = {REQUEST_WAITING, REQUEST_LOADING,
