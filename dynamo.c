@@ -362,13 +362,14 @@ static bool compute(struct worker *worker, struct step *step) {
     return ok;
 }
 
-/* The thread of a fault may hold the lock, or another's may, where the fault ends the program. */
+/* The thread of a fault may hold the lock, or another's may, where the fault ends the program. What
+ * a thread alone writes is read by it alone; who is whose thread was settled before any went on. */
 void engine_tell_lost(struct engine *engine) {
     int64_t ids[LOST_SHOWN];
     for (int w = 0; w < engine->n_started; w++)
-        if (engine->workers[w].computes && pthread_equal(pthread_self(), engine->workers[w].thread))
+        if (pthread_equal(pthread_self(), engine->workers[w].thread) && engine->workers[w].computes)
             longjmp(engine->workers[w].fault, 1);
-    if (engine->copying != NOBODY && pthread_equal(pthread_self(), engine->courier))
+    if (pthread_equal(pthread_self(), engine->courier) && engine->copying != NOBODY)
         longjmp(engine->fault, 1);
     (void)pthread_mutex_trylock(&engine->lock);
     int n = engine->sched ? sched_unfinished(engine->sched, ids, LOST_SHOWN) : 0;
@@ -791,6 +792,7 @@ struct engine *engine_open(const struct engine_config *config, char *error) {
 }
 
 bool engine_start(struct engine *engine) {
+    engine_lock(engine); /* no thread goes on before all are there */
     for (bool ok = true; ok && engine->n_started < engine->config.n_workers;) {
         struct worker *worker = &engine->workers[engine->n_started];
         ok = pthread_create(&worker->thread, NULL, worker_main, worker) == 0;
@@ -799,7 +801,9 @@ bool engine_start(struct engine *engine) {
     engine->carries = pthread_create(&engine->courier, NULL, courier_main, engine) == 0;
     engine->pins = engine->host_kv && engine->config.backend->pin &&
                    pthread_create(&engine->pinner, NULL, pin_main, engine) == 0;
-    return engine->carries && engine->n_started == engine->config.n_workers;
+    bool ok = engine->carries && engine->n_started == engine->config.n_workers;
+    engine_unlock(engine);
+    return ok;
 }
 
 static void close_worker(const struct engine *engine, struct worker *worker) {

@@ -805,7 +805,7 @@ static void run_product(struct cpu_device *device, struct product *product) {
 
 /* ---- embed, norm_qkv ---- */
 
-/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements; NaN where the squares overflow, for
+/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements; NaN where the squares overflow:
  * 0 would be a number that the model did not give */
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
     vec squares = {0};

@@ -27,11 +27,25 @@ static struct step *counted_next(struct sched *sched, int worker, double now) { 
     return sched_next(sched, worker, now);
 }
 
+static int allocations_left = -1; /* of dynamo.c, that are good before one fails; < 0: all are */
+
+static void *failing_calloc(size_t n, size_t bytes) {
+    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : calloc(n, bytes);
+}
+
+static void *failing_malloc(size_t bytes) {
+    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : malloc(bytes);
+}
+
+#define calloc            failing_calloc
+#define malloc            failing_malloc
 #define main              dynamo_main
 #define clock_gettime     counted_time
 #define pthread_cond_init counted_condition
 #define sched_next        counted_next
 #include "../dynamo.c"
+#undef calloc
+#undef malloc
 #undef main
 #undef clock_gettime
 #undef pthread_cond_init
@@ -516,8 +530,43 @@ static void a_device_that_fails(struct check *check) {
           "%s", r.error);
 }
 
+/* Each allocation of a model and its engine fails once: a line says so, and nothing is left. */
+static void memory_that_runs_out(struct check *check) {
+    struct backend_options options = {.n_threads = 1};
+    char error[ERROR_LENGTH] = "";
+    struct backend *backend = cpu_backend_open(&options, error);
+    struct engine *engine = NULL;
+    int n = 0;
+    for (; !engine && n < 100; n += !engine) {
+        struct model model;
+        *error = 0;
+        allocations_left = n;
+        bool ok = model_open(&model, "model.bin", error);
+        struct engine_config config = {.model = &model,
+                                       .backend = backend,
+                                       .n_workers = 2,
+                                       .max_batch = 4,
+                                       .chunk = 16,
+                                       .host_blocks = 20};
+        for (int w = 0; w < 2; w++) {
+            config.workers[w].devices[0] = w;
+            config.workers[w].n_shards = 1;
+            config.workers[w].blocks = 20;
+            config.workers[w].prefills = config.workers[w].decodes = true;
+        }
+        engine = ok ? engine_open(&config, error) : NULL;
+        CHECK(engine || strstr(error, "memory"), "allocation %d: %s", n, error);
+        CHECK(engine_close(engine), "it closes");
+        model_close(&model);
+    }
+    allocations_left = -1;
+    CHECK(engine && n > 5, "opened where %d allocations were good", n);
+    backend->close(backend);
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
+        {"memory_that_runs_out", memory_that_runs_out},
         {"a_device_that_fails", a_device_that_fails},
         {"thoughts_are_apart", thoughts_are_apart},
         {"work_of_a_step", work_of_a_step},

@@ -10,8 +10,24 @@
  *
  *     test_scheduler              the directed tests, and 10^5 random operations
  *     test_scheduler soak [seed]  10^7 random operations */
-#include "check.h"
+#include <stdlib.h>
+
+static int allocations_left = -1; /* that are good before one fails; < 0: none does */
+
+static void *failing_calloc(size_t n, size_t bytes) {
+    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : calloc(n, bytes);
+}
+
+static void *failing_malloc(size_t bytes) {
+    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : malloc(bytes);
+}
+
+#define calloc failing_calloc
+#define malloc failing_malloc
 #include "invariants.h"
+#undef calloc
+#undef malloc
+#include "check.h"
 
 #include <math.h>
 #include <time.h>
@@ -1653,6 +1669,76 @@ static void a_failed_worker_loses_one_block(struct check *check) {
     sched_destroy(s);
 }
 
+/* A request of 100 tokens in each state but that of paging meets each event: it ends, or goes on to
+ * its end elsewhere, and nothing of it stays behind. */
+static void each_state_meets_each_event(struct check *check) {
+    enum { CANCEL, STOP, LATE, FAIL_PREFILL, FAIL_DECODE, N_EVENTS };
+    static const enum request_state states[] = {REQUEST_WAITING, REQUEST_LOADING,
+                                                REQUEST_PREFILL, REQUEST_HAND_OVER,
+                                                REQUEST_RUNNING, REQUEST_WAITING};
+    static const int reasons[] = {FINISH_CANCELLED, FINISH_STOP, FINISH_ERROR};
+    for (int i = 0; i < PAGING * N_EVENTS; i++) {
+        struct sched *s = open_pools(10, 10, 4, 64);
+        static struct job jobs[2];
+        struct request *r = &jobs[1].request;
+        int stage = i / N_EVENTS, event = i % N_EVENTS;
+        if (stage == QUEUED)
+            ask(s, &jobs[0], 0, 100, 9);
+        ask(s, &jobs[1], 1, 100, 9);
+        if (stage >= PREFILLING)
+            CHECK(step_once(s, 0) == 64, "stage %d: a chunk", stage);
+        if (stage >= HANDED_OVER)
+            CHECK(step_once(s, 0) == 36, "stage %d: the rest of the prompt", stage);
+        if (stage >= DECODING)
+            CHECK(step_once(s, 1) == 0 && step_once(s, 1) == 1, "stage %d: its copies", stage);
+        if (stage == PREEMPTED)
+            send_back(s, r, "a test", 0);
+        CHECK(r->state == states[stage], "stage %d is state %d", stage, r->state);
+        r->deadline = event == LATE ? 1 : 0;
+        if (event <= STOP)
+            sched_cancel(s, r, event == STOP, 1);
+        else if (event == LATE)
+            sched_expire(s, 1);
+        else
+            sched_fail(s, event - FAIL_PREFILL, 1);
+        CHECK(event > LATE || (int)r->reason == reasons[event], "stage %d, event %d: %d", stage,
+              event, (int)r->reason);
+        run_all(check, s);
+        CHECK(event <= LATE || r->reason == FINISH_LENGTH || r->reason == FINISH_STOP,
+              "stage %d, event %d: %s", stage, event, r->error);
+        CHECK(is_idle(s) && kv_pins(sched_kv(s)) == 0 && !kv_check(sched_kv(s)),
+              "stage %d, event %d: something is left", stage, event);
+        sched_destroy(s);
+    }
+}
+
+/* Each allocation fails once: an error, and nothing is lost of what runs. */
+static void memory_that_runs_out(struct check *check) {
+    static struct job jobs[3];
+    struct sched *s = NULL;
+    int n = 0;
+    for (; !s && n < 10; n += !s) {
+        allocations_left = n;
+        s = open_pools(8, 8, 4, 64);
+    }
+    CHECK(s && n == 4, "opened where %d allocations were good", n);
+    allocations_left = -1;
+    ask(s, &jobs[0], 0, 33, 9);
+    CHECK(step_once(s, 0) == 33, "its prompt");
+    allocations_left = 0;
+    ask(s, &jobs[1], 1, 40, 9);
+    CHECK(allocations_left < 0 && jobs[1].request.reason == FINISH_ERROR &&
+              strcmp(jobs[1].request.error, "out of memory") == 0,
+          "%s", jobs[1].request.error);
+    ask(s, &jobs[2], 2, 40, 9);
+    run_all(check, s);
+    CHECK(jobs[0].request.reason > FINISH_NONE && jobs[0].request.reason < FINISH_CANCELLED &&
+              jobs[2].request.reason > FINISH_NONE && jobs[2].request.reason < FINISH_CANCELLED,
+          "the others: %s %s", jobs[0].request.error, jobs[2].request.error);
+    CHECK(is_idle(s) && kv_pins(sched_kv(s)) == 0 && !kv_check(sched_kv(s)), "something is left");
+    sched_destroy(s);
+}
+
 /* ---- a long queue ---- */
 
 enum { QUEUE = 20000, SHORT_QUEUE = 100, SMALL_ANSWER = 8 };
@@ -1890,6 +1976,8 @@ int main(int argc, char **argv) {
         {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
         {"who_is_sent_back_is_not_late", who_is_sent_back_is_not_late},
         {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
+        {"each_state_meets_each_event", each_state_meets_each_event},
+        {"memory_that_runs_out", memory_that_runs_out},
         {"preempting_costs_the_same", preempting_costs_the_same},
         {"answers_have_room_to_grow", answers_have_room_to_grow},
         {"random_operations", random_operations},

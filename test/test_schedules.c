@@ -144,8 +144,20 @@ static double seconds_now(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* Beside each request one of the same prompt that ends before it, at another moment of the run. */
+static void add_hurried(struct turns *turns, double run) {
+    int n = turns->n;
+    for (int i = 0; i < n; i++, turns->n++) {
+        struct wish *hurried = &turns->wishes[turns->n];
+        *hurried = turns->wishes[i];
+        snprintf(hurried->id, ID_LENGTH, "hurried%d", i);
+        hurried->deadline = 1e-6 + run * i / n;
+        turns->alone[turns->n] = turns->alone[i];
+    }
+}
+
 /* A worker fails at one of 20 moments of a run, and of some it comes back: pools of one width and
- * of two, with a host tier and without, little memory; copies are late. */
+ * of two, with a host tier and without, little memory; copies are late, others end in between. */
 static void same_text_where_workers_fail(struct check *check) {
     static const char *const ways[] = {
         "--devices cpu:2 --kv-policy write-through --copy-delay 21 --fail 1@%g",
@@ -157,6 +169,7 @@ static void same_text_where_workers_fail(struct check *check) {
     double start = seconds_now();
     run_schedule(check, turns, "--devices cpu:2", "hand_overs>=7");
     double run = seconds_now() - start; /* only to spread the moments over it */
+    add_hurried(turns, run / 2);
     for (int i = 0; i < MOMENTS; i++) {
         char options[256];
         double moment = run / 2 * i / MOMENTS;
@@ -166,6 +179,7 @@ static void same_text_where_workers_fail(struct check *check) {
 #pragma GCC diagnostic pop
         run_schedule(check, turns, options, "preemptions>=1");
     }
+    CHECK(turns->n_ended >= MOMENTS, "%d deadlines have passed", turns->n_ended);
 }
 
 /* Without any worker each request ends with an error that says so; in virtual time likewise. */
