@@ -461,7 +461,8 @@ double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */
 int sched_unfinished(const struct sched *sched, int64_t *ids, int most);
-struct sched_load {                                     /* where they are */
+struct sched_load {
+    const char *role[MAX_WORKERS];                      /* now: prefill, decode, both or none */
     int prefilling[MAX_WORKERS], decoding[MAX_WORKERS]; /* or will when their blocks are there */
     int waiting, preempted;                             /* new ones; those that lost their blocks */
 };

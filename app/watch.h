@@ -202,12 +202,6 @@ struct watch_row { /* a worker, several, or the host */
     struct kv_usage blocks;
 };
 
-static const char *watch_role(const struct watch *w, int worker) {
-    return !w->config->workers[worker].decodes    ? "prefill"
-           : !w->config->workers[worker].prefills ? "decode"
-                                                  : "both";
-}
-
 static void watch_add(struct watch_row *row, const struct watch_now *now, int worker) {
     const struct kv_usage *blocks = &now->places[worker];
     row->decoding += now->load.decoding[worker];
@@ -227,7 +221,7 @@ static int watch_rows(const struct watch *w, const struct watch_now *now, int mo
     for (int i = 0; i < n; i++) {
         struct watch_row *row = &rows[i < shown ? i : shown - 1];
         watch_add(row, now, i);
-        (void)snprintf(row->name, sizeof row->name, "%d %s", i, watch_role(w, i));
+        (void)snprintf(row->name, sizeof row->name, "%d %s", i, now->load.role[i]);
     }
     if (n > shown)
         (void)snprintf(rows[shown - 1].name, sizeof rows->name, "%d others", n - shown + 1);
@@ -470,7 +464,7 @@ void watch_json(FILE *out, struct watch *w) {
                   w->answers->template.kind == TEMPLATE_NONE ? "false" : "true");
     for (int i = 0; i < w->config->n_workers; i++) {
         (void)fprintf(out, "%s{\"role\":\"%s\",\"devices\":%d,\"prefilling\":%d,\"decoding\":%d,",
-                      i > 0 ? "," : "", watch_role(w, i), w->config->workers[i].n_shards,
+                      i > 0 ? "," : "", now.load.role[i], w->config->workers[i].n_shards,
                       now.load.prefilling[i], now.load.decoding[i]);
         watch_json_place(out, &now.places[i]);
         for (int way = 0; way < N_WAYS; way++)
