@@ -460,6 +460,16 @@ static void one_connection_serves_many(struct check *check) {
     CHECK(count_of(response, "HTTP/1.1 ") == 5, "%s", response);
     CHECK(strstr(response, "\"completion_tokens\":2,"), "%s", response);
     close(client);
+    client = dial(&s); /* one whose request comes in pieces */
+    static const char *const pieces[] = {"GET /he", "alth HTTP/1.1\r\nHo",
+                                         "st: a\r\nConnection: clo", "se\r\n\r", "\n"};
+    for (size_t i = 0; i < COUNT(pieces); i++) {
+        tell(client, pieces[i]);
+        usleep(20000);
+    }
+    response = hear(client, NULL);
+    CHECK(status_in(response) == 200, "in pieces: %s", response);
+    close(client);
     client = dial(&s); /* one that asks whether it may send */
     tell(client, "POST /tokenize HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
                  "Content-Length: 15\r\nConnection: close\r\n\r\n");
@@ -590,6 +600,30 @@ static void it_drains(struct check *check) {
     }
 }
 
+/* A client that asks for more than it reads waits for itself: what is not sent has a bound. */
+static void who_does_not_read_is_not_answered(struct check *check) {
+    enum { ASKED = 6000 }; /* 80 MB of pages */
+    static const char page[] = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    static char all[ASKED * sizeof page], text[1 << 16];
+    struct served s = serve(check, "");
+    int client = dial(&s), n = 0;
+    for (int i = 0; i < ASKED; i++)
+        strcat(all + (size_t)i * (sizeof page - 1), page);
+    tell(client, all);
+    asks(&s, "/health", "", NULL, 200, "ok"); /* others are */
+    check_waits = "the last page";
+    for (ssize_t got, at = 0; n < ASKED && (got = recv(client, text, sizeof text, 0)) > 0;)
+        for (ssize_t i = 0; i < got; i++) { /* a page ends with its script */
+            static const char end[] = "begin();\n</script>\n";
+            at = text[i] == end[at] ? at + 1 : text[i] == end[0];
+            n += end[at] == 0;
+            at = end[at] == 0 ? 0 : at;
+        }
+    CHECK(n == ASKED, "%d pages", n);
+    close(client);
+    stop(&s);
+}
+
 enum { CLIENTS = SANITIZED ? 16 : 64, VISITORS = SANITIZED ? 60 : 500 };
 
 /* Nobody reads before all have asked; one does not read at all. */
@@ -652,6 +686,7 @@ int main(int argc, char **argv) {
                                         TEST(who_leaves_is_cancelled),
                                         TEST(full_queues_say_so),
                                         TEST(it_drains),
+                                        TEST(who_does_not_read_is_not_answered),
                                         TEST(many_are_served_at_once)};
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }
