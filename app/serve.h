@@ -226,7 +226,11 @@ static bool take_field(struct task *t, struct request_spec *spec, const struct f
         nodes[key] =
             (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
         spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        return requests_set(spec, nodes, key, error);
+        if (requests_set(spec, nodes, key, error))
+            return true;
+        char rest[ERROR_LENGTH]; /* behind the word, which its client did not say */
+        (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
+        return fail(error, "%.64s%.400s", field->name, rest);
     }
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
         *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
@@ -314,6 +318,8 @@ static bool take_messages(struct request_spec *spec, struct json_node *nodes, ch
             if (strcmp(nodes[key].text, "content") == 0 && value->type == '[' &&
                 !join_parts(nodes, key + 1, error))
                 return false;
+            if (strcmp(nodes[key].text, "tool_calls") == 0 && !is_neutral(nodes, key + 1, ""))
+                return fail(error, "messages: got tool_calls, which this server has none of");
         }
     return requests_set(spec, nodes, (int)(list - nodes) - 1, error);
 }
@@ -373,7 +379,8 @@ static bool read_task(struct server *s, struct task *t, struct json_node *nodes,
         spec.n = SERVE_COMPLETION_TOKENS;
     *param = "model";
     if (model && (model->type != '"' || strcmp(model->text, s->name) != 0))
-        return fail(error, "model: got %.100s, this server has %.200s", model->text, s->name);
+        return fail(error, "model: got %.*s, this server has %.200s",
+                    model->length < 100 ? (int)model->length : 100, model->text, s->name);
     if (!take_fields(t, &spec, nodes, 0, param, error))
         return false;
     *param = "logprobs";
@@ -473,6 +480,14 @@ static void submit_task(struct server *s, struct task *t) {
     refuse_task(c, full ? 429 : 400, NULL, error, retry);
 }
 
+/* False: it was answered that nobody does any more. */
+static bool computes(struct server *s, struct http_connection *c) {
+    engine_lock(s->answers->engine);
+    bool failed = sched_max_length(engine_sched(s->answers->engine)) == 0;
+    engine_unlock(s->answers->engine);
+    return !failed || refuse_task(c, 503, NULL, "all workers have failed", "");
+}
+
 /* A body as JSON, in memory of its own, which *text is. NULL: it was refused. */
 static struct json_node *read_body(struct http_connection *c, char **text) {
     char error[ERROR_LENGTH];
@@ -510,7 +525,7 @@ static void post_task(struct server *s, struct http_connection *c, bool chat) {
         refuse_task(c, 400, NULL, "x-request-timeout: expected a number of seconds", "");
         return;
     }
-    struct json_node *nodes = read_body(c, &body);
+    struct json_node *nodes = computes(s, c) ? read_body(c, &body) : NULL;
     if (!nodes)
         return;
     struct task *t = calloc(1, sizeof *t);
@@ -819,7 +834,8 @@ static void serve_turn(void *context) {
 /* ---- what else is served ---- */
 
 static void get_health(struct server *s, struct http_connection *c) {
-    (void)s;
+    if (!computes(s, c))
+        return;
     (void)fputs("{\"status\":\"ok\"}\n", http_body(c));
     http_respond(c, 200, "application/json", "");
 }

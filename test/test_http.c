@@ -392,9 +392,13 @@ static void fields_mean_what_they_say(struct check *check) {
     for (size_t i = 0; i < COUNT(wrong); i++)
         asks(&s, path, "", wrong[i], strcmp(wrong[i], "{'prompt':''}") ? 400 : 200, "");
     asks(&s, path, "", "{'prompt':'a','model':'other'}", 404, "model.bin");
+    asks(&s, path, "", "{'model':5,'prompt':'a'}", 404, "got 5, this");
+    asks(&s, path, "", "{'prompt':'a','max_tokens':0}", 400, "\"max_tokens: got 0");
     path = "/v1/chat/completions";
     asks(&s, path, "", "{'messages':[]}", 400, "messages");
     asks(&s, path, "", "{'messages':[{'role':'tool','content':'a'}]}", 400, "messages");
+    asks(&s, path, "", "{'messages':[{'role':'user','content':'a','tool_calls':[{}]}]}", 400,
+         "tool_calls");
     asks(&s, path, "", "{'messages':[{'role':'user','content':[{'type':'image_url'}]}]}", 400,
          "not text");
     asks(&s, path, "",
@@ -600,6 +604,16 @@ static void it_drains(struct check *check) {
     }
 }
 
+/* Who computes nothing any more says so, and routers ask others. */
+static void without_workers_it_is_not_healthy(struct check *check) {
+    struct served s = serve(check, "--devices cpu:1 --fail 0@0.5");
+    while (status_in(ask(&s, "/health", "", NULL)) == 200)
+        usleep(10000);
+    asks(&s, "/health", "", NULL, 503, "server_error");
+    asks(&s, "/v1/completions", "", "{'prompt':'a'}", 503, "all workers have failed");
+    stop(&s);
+}
+
 /* A client that asks for more than it reads waits for itself: what is not sent has a bound. */
 static void who_does_not_read_is_not_answered(struct check *check) {
     enum { ASKED = 6000 }; /* 80 MB of pages */
@@ -686,6 +700,7 @@ int main(int argc, char **argv) {
                                         TEST(who_leaves_is_cancelled),
                                         TEST(full_queues_say_so),
                                         TEST(it_drains),
+                                        TEST(without_workers_it_is_not_healthy),
                                         TEST(who_does_not_read_is_not_answered),
                                         TEST(many_are_served_at_once)};
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
