@@ -420,8 +420,7 @@ static int try_to_carry(struct engine *engine) {
 static void take_orders(struct engine *engine) {
     const struct worker *workers = engine->workers;
     struct kv_copy_order order;
-    for (int i = 0; i < engine->n_transfers;
-         i++) { /* the host's place has no worker, nor a fault */
+    for (int i = 0; i < engine->n_transfers; i++) { /* the host is no worker, and has no faults */
         struct transfer *t = &engine->transfers[i];
         int host = engine->config.n_workers;
         t->lost = workers[t->order.worker].dead ||

@@ -805,14 +805,16 @@ static void run_product(struct cpu_device *device, struct product *product) {
 
 /* ---- embed, norm_qkv ---- */
 
-/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements */
+/* out = x / sqrt(mean(x^2) + epsilon) * weight, over n elements; NaN where the squares overflow, for
+ * 0 would be a number that the model did not give */
 static void rmsnorm(float *out, const float *x, const float *weight, int n, float epsilon) {
     vec squares = {0};
     for (int i = 0; i < n; i += LANES) {
         vec value = load_part(x + i, n - i);
         squares += value * value;
     }
-    float scale = 1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon);
+    float mean = sum_lanes(squares) / (float)n;
+    float scale = 1.0f / sqrtf(mean + epsilon) + 0 * mean; /* 0 * infinity is NaN */
     for (int i = 0; i < n; i += LANES) {
         vec value = load_part(x + i, n - i) * scale * load_part(weight + i, n - i);
         store_part(out + i, value, n - i);

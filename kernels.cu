@@ -825,8 +825,9 @@ struct normed {
     float epsilon;
 };
 
+/* NaN where the squares overflow: see rmsnorm in kernels.c. */
 DEVICE float scale_of_norm(float squares, int width, float epsilon) {
-    return 1.0f / sqrtf(squares / (float)width + epsilon);
+    return 1.0f / sqrtf(squares / (float)width + epsilon) + 0 * squares;
 }
 
 struct product {

@@ -940,6 +940,15 @@ static void check_norm_qkv(struct trial *t) {
     for (int i = 0; i < 3; i++)
         check_product(t, OP_NORM_QKV, roles[i], l[biases[i]], t->out[A_H], t->batch->n_rows,
                       (enum activation)(A_RAW_Q + i), slack);
+    if (t->batch->n_rows == 0)
+        return;
+    struct check *check = t->check;
+    float was = t->in[A_X][0];
+    t->in[A_X][0] = 1e20f; /* whose square is no f32 */
+    run_op(t, OP_NORM_QKV, 1 << A_RAW_Q);
+    CHECK(isnan(t->out[A_RAW_Q][0]), "a row whose squares overflow: %g",
+          (double)t->out[A_RAW_Q][0]);
+    t->in[A_X][0] = was;
 }
 
 static void check_gate_up(struct trial *t) {

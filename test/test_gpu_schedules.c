@@ -240,7 +240,7 @@ static void logits_of_the_originals(struct check *check) {
     for (int i = 0; index && fscanf(index, "%63s %63s %lf %d %4095s", model, logits, &tolerance,
                                     &widest_tp, ids) == 5;
          i++)
-        if (i % (SHARE * SHARE) == 0)
+        if (i % (SHARE * SHARE) == 0 && !strstr(model, "gemma3-27b")) /* its heads are of 4 */
             check_logits(check, model, logits, widest_tp, ids);
     if (index)
         fclose(index);

@@ -138,9 +138,9 @@ static void lines_of_any_bytes(struct check *check) {
 
 enum { DIM = 64, HIDDEN = 128, LAYERS = 2, HEADS = 2, VOCAB = 512, LENGTH = 16384, SICK = 7 };
 
-/* A llama2.c checkpoint that ends no text; the embedding of the token `sick` is NaN, and so is the
- * weight at `bad` of the last layer's, if they are not negative. */
-static void write_model(struct check *check, int sick, int bad) {
+/* A llama2.c checkpoint that ends no text; the embedding of the token `sick` is `value`, and so is
+ * the weight at `bad` of the last layer's, if they are not negative. */
+static void write_model(struct check *check, int sick, int bad, float value) {
     static const int32_t header[] = {DIM, HIDDEN, LAYERS, HEADS, HEADS, -VOCAB, LENGTH};
     size_t layer = 2 * DIM + 4 * DIM * DIM + 3 * DIM * HIDDEN, table = VOCAB * DIM;
     size_t n = table + LAYERS * layer + DIM + (size_t)LENGTH * (DIM / HEADS) + table;
@@ -154,7 +154,7 @@ static void write_model(struct check *check, int sick, int bad) {
         weight = i >= n - table && row >= (n - table) / DIM && i < n - table + 3 * DIM ? 0 : weight;
         weight = (sick >= 0 && row == (size_t)sick) ||
                          (bad >= 0 && i == table + LAYERS * layer - 1 - (size_t)bad)
-                     ? NAN
+                     ? value
                      : weight;
         memcpy(bytes + sizeof header + i * sizeof weight, &weight, sizeof weight);
     }
@@ -166,7 +166,7 @@ static void write_model(struct check *check, int sick, int bad) {
 static void tiny_temperatures_are_greedy(struct check *check) {
     static const char *const temperatures[] = {"1e-37", "1e-38", "1.1e-38", "3e-39", "1e-42",
                                                "1e-44", "1e-45", "1e-46",   "1e-400"};
-    write_model(check, -1, -1);
+    write_model(check, -1, -1, NAN);
     for (size_t i = 0; i < COUNT(temperatures); i += SANITIZED ? 4 : 1) {
         char one[128], other[128];
         for (int model = 0; model < 2; model++) {
@@ -193,12 +193,12 @@ static void tiny_temperatures_are_greedy(struct check *check) {
 
 /* A request ends with an error, and no text of that token; what runs beside it writes what it
  * writes alone. */
-static void no_number_ends_one_request(struct check *check) {
+static void end_one_request(struct check *check, float value) {
     static const char *const options[] = {"-t 0", "-t 0.8 --seed 3", "-t 1 --top-k 5 --top-p 1",
                                           "-t 0 --chunk 4", "-t 0 --devices cpu:2 --tp 2"};
     static const char good[] = "{'id':'good','ids':[1,5,6],'n':40,'seed':9}\n";
     char lines[1024];
-    write_model(check, SICK, -1);
+    write_model(check, SICK, -1, value);
     (void)snprintf(
         lines, sizeof lines,
         "{'id':'ends','ids':[3,4,7]}\n%s"
@@ -227,11 +227,16 @@ static void no_number_ends_one_request(struct check *check) {
     }
 }
 
+static void no_number_ends_one_request(struct check *check) {
+    end_one_request(check, NAN);
+    end_one_request(check, 1e20f); /* which has no square */
+}
+
 /* Wherever a weight is none: nothing makes a number of it. */
 static void no_weight_is_passed_over(struct check *check) {
     static const int bad[] = {0, DIM * HIDDEN - 1, 2 * DIM * HIDDEN, 3 * DIM * HIDDEN - 1};
     for (size_t i = 0; i < COUNT(bad); i++) {
-        write_model(check, -1, bad[i]);
+        write_model(check, -1, bad[i], NAN);
         expect(check, "$T/model --ids 1,5,6 -n 9", 3, NULL, "*" NONE "3\n*");
         expect(check, "$T/model --ids 1,5,6 -n 9 -t 0 --json", 3, "*\"error\":\"" NONE "3\"*",
                NULL);
@@ -239,7 +244,7 @@ static void no_weight_is_passed_over(struct check *check) {
 }
 
 static void evaluations_tell_where(struct check *check) {
-    write_model(check, SICK, -1);
+    write_model(check, SICK, -1, NAN);
     expect(check, "$T/model --ids 1,5,6,7,8 --logits $T/logits", 1, "",
            "dynamo: --logits: " NONE "4\n");
     expect(check, "$T/model --ids 1,5,6,7,8 --logits $T/logits --chunk 2", 1, "",
@@ -250,13 +255,13 @@ static void evaluations_tell_where(struct check *check) {
     int n = 0, at = 0, token = 0;
     for (const char *ids = o.out; at < 4 && sscanf(ids, " %d%n", &token, &n) == 1; at++)
         ids += n;
-    write_model(check, token, -1); /* the fourth, and one that begins the text before it */
+    write_model(check, token, -1, NAN); /* the fourth, and one that begins the text before it */
     char words[128];
     (void)snprintf(words, sizeof words, "dynamo: */story: " NONE "%d\n", at + 1);
     CHECK(at == 4, "%s", o.out);
     expect(check, "$T/model --perplexity $T/story", 1, "", words);
     expect(check, "$T/model --perplexity $T/story --chunk 2", 1, "", words);
-    write_model(check, -1, -1);
+    write_model(check, -1, -1, NAN);
     expect(check, "$T/model --perplexity $T/story", 0, "tokens*", "");
 }
 
@@ -270,7 +275,7 @@ static void say(struct check *check, int pipe, const char *line) {
 
 /* The one that runs leaves no room for the next. */
 static void requests_are_cancelled_by_id(struct check *check) {
-    write_model(check, -1, -1);
+    write_model(check, -1, -1, NAN);
     CHECK(mkfifo(scratch("lines"), 0600) == 0, "no pipe");
     int pipe = open(scratch("lines"), O_RDWR | O_CLOEXEC);
     struct live live = live_start(check, false,

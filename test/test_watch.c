@@ -10,7 +10,7 @@
 #include "files.h"
 
 enum { DEVICE_BLOCKS = 24, HOST_BLOCKS = 100, ROWS = 24, COLUMNS = 90, MOST_ROWS = 40 };
-enum { REQUESTS = 12, TOKENS = SANITIZED ? 60 : 250 };
+enum { REQUESTS = 12, TOKENS = 250 };
 #define LOAD "-n %d --seed 1 --devices cpu:3 --kv-device 24b --kv-host 100b"
 
 /* ---- a terminal ---- */
