@@ -517,7 +517,8 @@ static double read_deadline(const struct http_request *r) {
     return !value ? 0 : end > value && !*end && seconds > 0 && seconds < 1e6 ? seconds : -1;
 }
 
-static void post_task(struct server *s, struct http_connection *c, bool chat) {
+static void post_task(struct server *s, struct http_connection *c) {
+    bool chat = strstr(c->request.path, "chat") != NULL; /* of its two routes */
     char error[ERROR_LENGTH] = "", *body;
     const char *param = NULL;
     double deadline = read_deadline(&c->request);
@@ -543,14 +544,6 @@ static void post_task(struct server *s, struct http_connection *c, bool chat) {
     }
     refuse_task(c, param && strcmp(param, "model") == 0 ? 404 : 400, param, error, "");
     free_task(t);
-}
-
-static void post_chat(struct server *s, struct http_connection *c) {
-    post_task(s, c, true);
-}
-
-static void post_completion(struct server *s, struct http_connection *c) {
-    post_task(s, c, false);
 }
 
 /* ---- answers on their way out ---- */
@@ -973,8 +966,8 @@ static const struct route {
     {"GET", "/health", get_health},
     {"GET", "/metrics", get_metrics},
     {"GET", "/v1/models", get_models},
-    {"POST", "/v1/chat/completions", post_chat},
-    {"POST", "/v1/completions", post_completion},
+    {"POST", "/v1/chat/completions", post_task},
+    {"POST", "/v1/completions", post_task},
     {"POST", "/tokenize", post_tokenize},
 };
 
