@@ -5,10 +5,10 @@
  *     serve_close(server);
  *
  * A POST that asks for text becomes a *task*: prompts × n answers (answers.h), each with a request
- * of its own. One thread does all: it turns http.h's loop, takes what is new of each answer, a
- * token at a time, and sends it, or waits for the whole. Another waits for the engine's news, and
- * wakes the first. A client that goes away cancels its task, which is kept until its requests have
- * left their steps.
+ * of its own. One thread does all: it turns http.h's loop, encodes prompts (so others wait while it
+ * encodes one of megabytes), takes what is new of each answer, a token at a time, and sends it, or
+ * waits for the whole. Another waits for the engine's news, and wakes the first. A client that goes
+ * away cancels its task, which is kept until its requests have left their steps.
  *
  * One table says what each field of a request means. A field that is not known here is ignored;
  * one that is known, not served, and would change the answer, is refused.
@@ -419,7 +419,14 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
         answers_begin(a, spec, answer);
         if (spec->seeded)
             answer->request.sampling.seed = answers_seed(spec->sampling.seed, i % t->n);
-        if (!answers_prepare(a, spec, NULL, NULL, 0, longest, &answer->request))
+        struct request_spec again = *spec; /* encoded once */
+        const struct request *first = &t->choices[i - i % t->n].answer.request;
+        if (i % t->n > 0) {
+            again.prompt = NULL;
+            again.ids = first->tokens;
+            again.n_ids = first->n_prompt;
+        }
+        if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
             return fail(error, "%s", answer->request.error);
         if (t->logprobs)
             answer->request.top =
