@@ -12,7 +12,8 @@
  *
  * One thread turns a loop around poll; another may wake it. A connection reads one request, and
  * what comes behind it waits until that is answered, at once or later, whole or in pieces. What a
- * client does not read waits here: nobody else waits for it.
+ * client does not read waits here: nobody else waits for it, and it gets no further answers. One
+ * that waits for a response and ends what it sends has gone.
  *
  * A request, by half-open intervals of what has come (input): its head is taken out as soon as it
  * is whole; then [0, body) is its body so far, [at, n_input) not yet looked at, in between nothing.
@@ -471,10 +472,10 @@ static void http_refuse(struct http_connection *c, int status) {
 
 /* ---- connections ---- */
 
-/* Answers what is whole in the input. */
+/* Answers what is whole in the input, as far as its client reads the answers. */
 static void http_serve(struct http_connection *c) {
     struct http *http = c->http;
-    while (c->state == HTTP_READING && c->n_input > 0) {
+    while (c->state == HTTP_READING && c->n_input > 0 && c->n_output < HTTP_AHEAD) {
         int status = http_parse(c);
         if (status == 0)
             return;
@@ -500,7 +501,7 @@ static void http_serve(struct http_connection *c) {
 
 /* Reads what has come; the client's end, too. */
 static void http_receive(struct http_connection *c) {
-    if (c->at > c->body) { /* of chunks that were decoded */
+    if (c->headed && c->at > c->body) { /* of chunks that were decoded */
         memmove(c->input + c->body, c->input + c->at, c->n_input - c->at);
         c->n_input -= c->at - c->body;
         c->at = c->body;
@@ -615,7 +616,8 @@ bool http_turn(struct http *http) {
     ready[1] = (struct pollfd){.fd = accepts ? http->listener : -1, .events = POLLIN};
     for (int i = 0; i < n; i++) {
         const struct http_connection *c = http->connections[i];
-        bool reads = c->state == HTTP_READING || c->state == HTTP_LINGERING ||
+        bool reads = c->state == HTTP_LINGERING ||
+                     (c->state == HTTP_READING && c->n_output < HTTP_AHEAD) ||
                      (c->state == HTTP_ANSWERING && c->n_input - c->at < HTTP_AHEAD);
         ready[i + 2].fd = c->socket;
         ready[i + 2].events = (short)((reads ? POLLIN : 0) | (c->n_output > 0 ? POLLOUT : 0) |
@@ -638,9 +640,14 @@ bool http_turn(struct http *http) {
         http_serve(http->connections[i]);
     http->handler.turn(http->handler.context);
     for (int i = 0; i < http->n; i++) {
-        http_serve(http->connections[i]); /* what came behind a request that was answered now */
-        if (http->connections[i]->state != HTTP_GONE)
-            http_flush(http->connections[i]);
+        struct http_connection *c = http->connections[i];
+        bool more = true;
+        while (more && c->state != HTTP_GONE) {
+            http_serve(c); /* what came behind a request that was answered now */
+            more = c->n_output >= HTTP_AHEAD;
+            http_flush(c);
+            more = more && c->n_output == 0;
+        }
     }
     http_sweep(http);
     return !http->drains || http->n > 0;

@@ -5,10 +5,10 @@
  *     serve_close(server);
  *
  * A POST that asks for text becomes a *task*: prompts × n answers (answers.h), each with a request
- * of its own. One thread does all: it turns http.h's loop, takes what is new of each answer, a
- * token at a time, and sends it, or waits for the whole. Another waits for the engine's news, and
- * wakes the first. A client that goes away cancels its task, which is kept until its requests have
- * left their steps.
+ * of its own. One thread does all: it turns http.h's loop, encodes prompts (so others wait while it
+ * encodes one of megabytes), takes what is new of each answer, a token at a time, and sends it, or
+ * waits for the whole. Another waits for the engine's news, and wakes the first. A client that goes
+ * away cancels its task, which is kept until its requests have left their steps.
  *
  * One table says what each field of a request means. A field that is not known here is ignored;
  * one that is known, not served, and would change the answer, is refused.
@@ -226,7 +226,11 @@ static bool take_field(struct task *t, struct request_spec *spec, const struct f
         nodes[key] =
             (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
         spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        return requests_set(spec, nodes, key, error);
+        if (requests_set(spec, nodes, key, error))
+            return true;
+        char rest[ERROR_LENGTH]; /* behind the word, which its client did not say */
+        (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
+        return fail(error, "%.64s%.400s", field->name, rest);
     }
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
         *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
@@ -314,6 +318,8 @@ static bool take_messages(struct request_spec *spec, struct json_node *nodes, ch
             if (strcmp(nodes[key].text, "content") == 0 && value->type == '[' &&
                 !join_parts(nodes, key + 1, error))
                 return false;
+            if (strcmp(nodes[key].text, "tool_calls") == 0 && !is_neutral(nodes, key + 1, ""))
+                return fail(error, "messages: got tool_calls, which this server has none of");
         }
     return requests_set(spec, nodes, (int)(list - nodes) - 1, error);
 }
@@ -373,7 +379,8 @@ static bool read_task(struct server *s, struct task *t, struct json_node *nodes,
         spec.n = SERVE_COMPLETION_TOKENS;
     *param = "model";
     if (model && (model->type != '"' || strcmp(model->text, s->name) != 0))
-        return fail(error, "model: got %.100s, this server has %.200s", model->text, s->name);
+        return fail(error, "model: got %.*s, this server has %.200s",
+                    model->length < 100 ? (int)model->length : 100, model->text, s->name);
     if (!take_fields(t, &spec, nodes, 0, param, error))
         return false;
     *param = "logprobs";
@@ -412,7 +419,14 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
         answers_begin(a, spec, answer);
         if (spec->seeded)
             answer->request.sampling.seed = answers_seed(spec->sampling.seed, i % t->n);
-        if (!answers_prepare(a, spec, NULL, NULL, 0, longest, &answer->request))
+        struct request_spec again = *spec; /* encoded once */
+        const struct request *first = &t->choices[i - i % t->n].answer.request;
+        if (i % t->n > 0) {
+            again.prompt = NULL;
+            again.ids = first->tokens;
+            again.n_ids = first->n_prompt;
+        }
+        if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
             return fail(error, "%s", answer->request.error);
         if (t->logprobs)
             answer->request.top =
@@ -473,6 +487,14 @@ static void submit_task(struct server *s, struct task *t) {
     refuse_task(c, full ? 429 : 400, NULL, error, retry);
 }
 
+/* False: it was answered that nobody does any more. */
+static bool computes(struct server *s, struct http_connection *c) {
+    engine_lock(s->answers->engine);
+    bool failed = sched_max_length(engine_sched(s->answers->engine)) == 0;
+    engine_unlock(s->answers->engine);
+    return !failed || refuse_task(c, 503, NULL, "all workers have failed", "");
+}
+
 /* A body as JSON, in memory of its own, which *text is. NULL: it was refused. */
 static struct json_node *read_body(struct http_connection *c, char **text) {
     char error[ERROR_LENGTH];
@@ -502,7 +524,8 @@ static double read_deadline(const struct http_request *r) {
     return !value ? 0 : end > value && !*end && seconds > 0 && seconds < 1e6 ? seconds : -1;
 }
 
-static void post_task(struct server *s, struct http_connection *c, bool chat) {
+static void post_task(struct server *s, struct http_connection *c) {
+    bool chat = strstr(c->request.path, "chat") != NULL; /* of its two routes */
     char error[ERROR_LENGTH] = "", *body;
     const char *param = NULL;
     double deadline = read_deadline(&c->request);
@@ -510,7 +533,7 @@ static void post_task(struct server *s, struct http_connection *c, bool chat) {
         refuse_task(c, 400, NULL, "x-request-timeout: expected a number of seconds", "");
         return;
     }
-    struct json_node *nodes = read_body(c, &body);
+    struct json_node *nodes = computes(s, c) ? read_body(c, &body) : NULL;
     if (!nodes)
         return;
     struct task *t = calloc(1, sizeof *t);
@@ -528,14 +551,6 @@ static void post_task(struct server *s, struct http_connection *c, bool chat) {
     }
     refuse_task(c, param && strcmp(param, "model") == 0 ? 404 : 400, param, error, "");
     free_task(t);
-}
-
-static void post_chat(struct server *s, struct http_connection *c) {
-    post_task(s, c, true);
-}
-
-static void post_completion(struct server *s, struct http_connection *c) {
-    post_task(s, c, false);
 }
 
 /* ---- answers on their way out ---- */
@@ -819,7 +834,8 @@ static void serve_turn(void *context) {
 /* ---- what else is served ---- */
 
 static void get_health(struct server *s, struct http_connection *c) {
-    (void)s;
+    if (!computes(s, c))
+        return;
     (void)fputs("{\"status\":\"ok\"}\n", http_body(c));
     http_respond(c, 200, "application/json", "");
 }
@@ -957,8 +973,8 @@ static const struct route {
     {"GET", "/health", get_health},
     {"GET", "/metrics", get_metrics},
     {"GET", "/v1/models", get_models},
-    {"POST", "/v1/chat/completions", post_chat},
-    {"POST", "/v1/completions", post_completion},
+    {"POST", "/v1/chat/completions", post_task},
+    {"POST", "/v1/completions", post_task},
     {"POST", "/tokenize", post_tokenize},
 };
 

@@ -114,9 +114,8 @@ static bool editor_raw(void) {
     if (!known && (sigaction(SIGWINCH, &wake, NULL) != 0 || sigaction(SIGCONT, &wake, NULL) != 0))
         return false;
     known = true;
-    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN); /* Ctrl-Z and Ctrl-\ are signals */
+    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | ISIG); /* Ctrl-C, Z and \ are keys, too */
     raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL);
-    raw.c_cc[VINTR] = _POSIX_VDISABLE; /* Ctrl-C is a key, in its turn among the others */
     raw.c_cc[VMIN] = 1;
     raw.c_cc[VTIME] = 0;
     if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) != 0)
@@ -306,6 +305,8 @@ static enum editor_state editor_key(struct editor *e, int key) {
     case '\r':
     case '\n': return ENTERED;
     case CTRL('C'): return CLEARED;
+    case CTRL('Z'): (void)kill(0, SIGTSTP); break; /* as the terminal would */
+    case CTRL('\\'): (void)kill(0, SIGQUIT); break;
     case KEY_PASTE: editor_paste(e); break;
     case CTRL('A'): e->at = 0; break;
     case CTRL('E'): e->at = e->length; break;

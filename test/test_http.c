@@ -392,9 +392,13 @@ static void fields_mean_what_they_say(struct check *check) {
     for (size_t i = 0; i < COUNT(wrong); i++)
         asks(&s, path, "", wrong[i], strcmp(wrong[i], "{'prompt':''}") ? 400 : 200, "");
     asks(&s, path, "", "{'prompt':'a','model':'other'}", 404, "model.bin");
+    asks(&s, path, "", "{'model':5,'prompt':'a'}", 404, "got 5, this");
+    asks(&s, path, "", "{'prompt':'a','max_tokens':0}", 400, "\"max_tokens: got 0");
     path = "/v1/chat/completions";
     asks(&s, path, "", "{'messages':[]}", 400, "messages");
     asks(&s, path, "", "{'messages':[{'role':'tool','content':'a'}]}", 400, "messages");
+    asks(&s, path, "", "{'messages':[{'role':'user','content':'a','tool_calls':[{}]}]}", 400,
+         "tool_calls");
     asks(&s, path, "", "{'messages':[{'role':'user','content':[{'type':'image_url'}]}]}", 400,
          "not text");
     asks(&s, path, "",
@@ -459,6 +463,16 @@ static void one_connection_serves_many(struct check *check) {
     CHECK(count_of(response, "HTTP/1.1 200 OK\r\n") == 4, "%s", response);
     CHECK(count_of(response, "HTTP/1.1 ") == 5, "%s", response);
     CHECK(strstr(response, "\"completion_tokens\":2,"), "%s", response);
+    close(client);
+    client = dial(&s); /* one whose request comes in pieces */
+    static const char *const pieces[] = {"GET /he", "alth HTTP/1.1\r\nHo",
+                                         "st: a\r\nConnection: clo", "se\r\n\r", "\n"};
+    for (size_t i = 0; i < COUNT(pieces); i++) {
+        tell(client, pieces[i]);
+        usleep(20000);
+    }
+    response = hear(client, NULL);
+    CHECK(status_in(response) == 200, "in pieces: %s", response);
     close(client);
     client = dial(&s); /* one that asks whether it may send */
     tell(client, "POST /tokenize HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
@@ -590,6 +604,40 @@ static void it_drains(struct check *check) {
     }
 }
 
+/* Who computes nothing any more says so, and routers ask others. */
+static void without_workers_it_is_not_healthy(struct check *check) {
+    struct served s = serve(check, "--devices cpu:1 --fail 0@0.5");
+    while (status_in(ask(&s, "/health", "", NULL)) == 200)
+        usleep(10000);
+    asks(&s, "/health", "", NULL, 503, "server_error");
+    asks(&s, "/v1/completions", "", "{'prompt':'a'}", 503, "all workers have failed");
+    stop(&s);
+}
+
+/* A client that asks for more than it reads waits for itself: what is not sent has a bound. */
+static void who_does_not_read_is_not_answered(struct check *check) {
+    enum { ASKED = 6000 }; /* 80 MB of pages */
+    static const char page[] = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+    static char all[ASKED * sizeof page], text[1 << 16];
+    struct served s = serve(check, "");
+    int client = dial(&s), n = 0;
+    for (int i = 0; i < ASKED; i++)
+        strcat(all + (size_t)i * (sizeof page - 1), page);
+    tell(client, all);
+    asks(&s, "/health", "", NULL, 200, "ok"); /* others are */
+    check_waits = "the last page";
+    for (ssize_t got, at = 0; n < ASKED && (got = recv(client, text, sizeof text, 0)) > 0;)
+        for (ssize_t i = 0; i < got; i++) { /* a page ends with its script */
+            static const char end[] = "begin();\n</script>\n";
+            at = text[i] == end[at] ? at + 1 : text[i] == end[0];
+            n += end[at] == 0;
+            at = end[at] == 0 ? 0 : at;
+        }
+    CHECK(n == ASKED, "%d pages", n);
+    close(client);
+    stop(&s);
+}
+
 enum { CLIENTS = SANITIZED ? 16 : 64, VISITORS = SANITIZED ? 60 : 500 };
 
 /* Nobody reads before all have asked; one does not read at all. */
@@ -652,6 +700,8 @@ int main(int argc, char **argv) {
                                         TEST(who_leaves_is_cancelled),
                                         TEST(full_queues_say_so),
                                         TEST(it_drains),
+                                        TEST(without_workers_it_is_not_healthy),
+                                        TEST(who_does_not_read_is_not_answered),
                                         TEST(many_are_served_at_once)};
     return run_tests(tests, sizeof tests / sizeof *tests, argc, argv);
 }

@@ -270,7 +270,8 @@ static void pastes_are_text(struct check *check) {
     struct live live = converse(check, "model.bin -n 3", 80);
     size_t from = live.seen;
     talk(&live,
-         &(struct turn){"\033[200~/exit\r\na\tb\003\004\r\033[Ac\r\r\033[201~", "\n  \r\033[2C"},
+         &(struct turn){"\033[200~/exit\r\na\tb\003\004\032\034\r\033[Ac\r\r\033[201~",
+                        "\n  \r\033[2C"},
          1);
     rows_are_shown(check, &live, from, 80, "> /exit|  a b|  [Ac");
     talk(&live, &(struct turn){"\r", "\033[?2004l\r\n/exit\r\na\tb\r\n[Ac"}, 1); /* its echo */
