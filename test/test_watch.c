@@ -10,7 +10,7 @@
 #include "files.h"
 
 enum { DEVICE_BLOCKS = 24, HOST_BLOCKS = 100, ROWS = 24, COLUMNS = 90, MOST_ROWS = 40 };
-enum { REQUESTS = 12, TOKENS = 250 };
+enum { REQUESTS = 12, WITHOUT_END = 3000, TOKENS = 250 };
 #define LOAD "-n %d --seed 1 --devices cpu:3 --kv-device 24b --kv-host 100b"
 
 /* ---- a terminal ---- */
@@ -134,10 +134,10 @@ static void screen_adds_up(const struct screen *s, struct check *check) {
 
 /* ---- a run at a terminal ---- */
 
-static void write_prompts(struct check *check) {
-    char text[64 * REQUESTS];
+static void write_prompts(struct check *check, int n) {
+    static char text[64 * WITHOUT_END];
     int length = 0;
-    for (int i = 0; i < REQUESTS; i++)
+    for (int i = 0; i < n; i++)
         length += sprintf(text + length, "Once upon a time %d\n", i);
     write_file(check, "prompts", text, (size_t)length);
 }
@@ -148,11 +148,11 @@ static void resize(struct live *live, int rows) {
     CHECK(ioctl(live->input, TIOCSWINSZ, &size) == 0, "no size");
 }
 
-static struct live start(struct check *check, const char *terminal, int rows) {
+static struct live start(struct check *check, const char *terminal, int rows, int n_requests) {
     char command[512];
     setenv("TERM", terminal, 1);
     (void)snprintf(command, sizeof command, "model.bin --watch -f $T/prompts " LOAD, TOKENS);
-    write_prompts(check);
+    write_prompts(check, n_requests);
     struct live live = live_start(check, true, command);
     resize(&live, rows);
     return live;
@@ -188,9 +188,9 @@ static void squeeze(char *text) { /* without white space */
 }
 
 static void picture_leaves_the_text_alone(struct check *check) {
-    write_prompts(check);
+    write_prompts(check, REQUESTS);
     struct outcome plain = run(check, "model.bin -f $T/prompts " LOAD, TOKENS);
-    struct live live = start(check, "xterm", ROWS);
+    struct live live = start(check, "xterm", ROWS, REQUESTS);
     int status = live_end(&live);
     struct screen *s = keep(sizeof *s);
     *s = screen_of(ROWS);
@@ -209,7 +209,7 @@ static void picture_leaves_the_text_alone(struct check *check) {
 }
 
 static void follows_the_size(struct check *check) {
-    struct live live = start(check, "xterm", ROWS);
+    struct live live = start(check, "xterm", ROWS, WITHOUT_END);
     live_until(&live, "copies ");
     live_until(&live, "\0338");
     size_t before = live.length;
@@ -230,7 +230,7 @@ static void follows_the_size(struct check *check) {
 static void signals_leave_a_terminal(struct check *check) {
     static const int signals[] = {SIGTERM, SIGHUP, SIGINT};
     for (size_t i = 0; i < COUNT(signals); i++) {
-        struct live live = start(check, "xterm", ROWS);
+        struct live live = start(check, "xterm", ROWS, WITHOUT_END);
         live_until(&live, "copies ");
         kill(live.pid, SIGTSTP); /* no shell could let it go on, so it does so itself */
         live_until(&live, "\033[r\0338\033[J");
@@ -252,7 +252,7 @@ static void colours_can_be_refused(struct check *check) {
     for (int plain = 0; plain < 2; plain++) {
         if (plain)
             setenv("NO_COLOR", "1", 1);
-        struct live live = start(check, "xterm", ROWS);
+        struct live live = start(check, "xterm", ROWS, WITHOUT_END);
         live_until(&live, "copies ");
         kill(live.pid, SIGTERM);
         live_end(&live);
@@ -287,12 +287,12 @@ static int lines_add_up(char *text, struct check *check) {
 }
 
 static void lines_where_there_is_no_screen(struct check *check) {
-    write_prompts(check);
+    write_prompts(check, REQUESTS);
     struct outcome o = run(check, "model.bin --watch -f $T/prompts " LOAD, TOKENS);
     CHECK(o.status == 0 && !strchr(o.err, 27), "%d: %s", o.status, o.err);
     CHECK(strstr(o.err, "12 of 12 ended"), "the last line is that of the end: %s", o.err);
     CHECK(lines_add_up(o.err, check) > 0, "no line");
-    struct live live = start(check, "dumb", ROWS);
+    struct live live = start(check, "dumb", ROWS, REQUESTS);
     CHECK(live_end(&live) == 0 && !strchr(live.text, 27), "%s", live.text);
     CHECK(lines_add_up(live.text, check) > 0, "no line");
     o = run(check, "model.bin --replay 40:20 --limit 5 --watch --devices cpu:2");
