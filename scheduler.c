@@ -1065,7 +1065,7 @@ int sched_unfinished(const struct sched *s, int64_t *ids, int most) {
 
 /* ---- workers fail, return, and change their roles ---- */
 
-static const char *const roles[] = {"none", "prefill", "decode", "both"};
+static const char *const role_names[] = {"none", "prefill", "decode", "both"};
 
 /* Who has which role now: as it is meant to be; where no worker is left that has a role, all that
  * are left take it over. */
@@ -1082,8 +1082,8 @@ static void assign_roles(struct sched *s) {
         bool prefills = !w->lost && (w->prefills || !any[0]);
         bool decodes = !w->lost && (w->decodes || !any[1]);
         if (prefills != s->config.prefills[i] || decodes != s->config.decodes[i])
-            note(&s->config.kv.ledger,
-                 &(struct event){EVENT_ROLE, .worker = i, .why = roles[prefills + 2 * decodes]});
+            note(&s->config.kv.ledger, &(struct event){EVENT_ROLE, .worker = i,
+                                                       .why = role_names[prefills + 2 * decodes]});
         s->config.prefills[i] = prefills;
         s->config.decodes[i] = decodes;
         if (decodes)
@@ -1183,7 +1183,7 @@ struct sched_load sched_load(const struct sched *s) {
                                   s->waiting.length + s->released.length + s->following.length,
                               .preempted = s->preempted.length};
     for (int i = 0; i < s->config.kv.n_workers; i++) {
-        load.role[i] = roles[s->config.prefills[i] + 2 * s->config.decodes[i]];
+        load.role[i] = role_names[s->config.prefills[i] + 2 * s->config.decodes[i]];
         load.prefilling[i] = s->workers[i].prefilling.length;
         load.decoding[i] = s->workers[i].decoding.length;
     }
