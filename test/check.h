@@ -105,8 +105,9 @@ static inline int check_run(const struct test *tests, size_t n_tests, int argc, 
     static struct check_watch watch;
     pthread_t watchdog;
     int passed = 0, failed = 0;
-    (void)signal(SIGINT, SIG_DFL);  /* a shell's background jobs ignore both, and so would … */
-    (void)signal(SIGQUIT, SIG_DFL); /* … every program that a test runs */
+    static const int signals[] = {SIGINT, SIGQUIT, SIGHUP};
+    for (int i = 0; i < 3; i++) /* nohup, or a shell's background job, ignores them, and so … */
+        (void)signal(signals[i], SIG_DFL); /* … would every program that a test runs */
     for (size_t i = 0; i < n_tests; i++) {
         if (argc > 1 && !strstr(tests[i].name, argv[1]))
             continue;
