@@ -27,16 +27,7 @@ static struct step *counted_next(struct sched *sched, int worker, double now) { 
     return sched_next(sched, worker, now);
 }
 
-static int allocations_left = -1; /* of dynamo.c, that are good before one fails; < 0: all are */
-
-static void *failing_calloc(size_t n, size_t bytes) {
-    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : calloc(n, bytes);
-}
-
-static void *failing_malloc(size_t bytes) {
-    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : malloc(bytes);
-}
-
+#include "failing.h"
 #define calloc            failing_calloc
 #define malloc            failing_malloc
 #define main              dynamo_main

@@ -10,17 +10,7 @@
  *
  *     test_scheduler              the directed tests, and 10^5 random operations
  *     test_scheduler soak [seed]  10^7 random operations */
-#include <stdlib.h>
-
-static int allocations_left = -1; /* that are good before one fails; < 0: none does */
-
-static void *failing_calloc(size_t n, size_t bytes) {
-    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : calloc(n, bytes);
-}
-
-static void *failing_malloc(size_t bytes) {
-    return allocations_left >= 0 && allocations_left-- == 0 ? NULL : malloc(bytes);
-}
+#include "failing.h"
 
 #define calloc failing_calloc
 #define malloc failing_malloc
