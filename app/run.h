@@ -33,6 +33,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <locale.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -532,17 +533,16 @@ static void tell_model(const struct run *run) {
         n_prefill += config->workers[i].prefills;
         n_decode += config->workers[i].decodes;
     }
-    (void)fprintf(stderr, "%s: %s, %.*f%s weights in %s (%.*f %s), a %s; on %s, ",
-                  slash ? slash + 1 : run->options.model, run->model.config.architecture,
-                  weights < 1e10, weights * (weights < 1e9 ? 1e-6 : 1e-9),
-                  weights < 1e9 ? "M" : "B", gguf_type_name(model_main_type(&run->model)),
-                  bytes < 1e10, bytes * (bytes < 1e9 ? 1e-6 : 1e-9), bytes < 1e9 ? "MB" : "GB",
-                  run->answers.template.kind == TEMPLATE_NONE
-                      ? "base model, which continues what you type"
-                      : "chat model",
-                  config->backend->name);
-    (void)fprintf(stderr, "%d worker%s: %d prefill, %d decode. /help lists the commands\n",
-                  n_workers, n_workers == 1 ? "" : "s", n_prefill, n_decode);
+    bool base = run->answers.template.kind == TEMPLATE_NONE;
+    wrap_print(stderr,
+               "%s: %s, %.*f%s weights in %s (%.*f %s), a %s; on %s, %d worker%s: %d prefill, %d "
+               "decode. /help lists the commands\n",
+               slash ? slash + 1 : run->options.model, run->model.config.architecture,
+               weights < 1e10, weights * (weights < 1e9 ? 1e-6 : 1e-9), weights < 1e9 ? "M" : "B",
+               gguf_type_name(model_main_type(&run->model)), bytes < 1e10,
+               bytes * (bytes < 1e9 ? 1e-6 : 1e-9), bytes < 1e9 ? "MB" : "GB",
+               base ? "base model, which continues what you type" : "chat model",
+               config->backend->name, n_workers, n_workers == 1 ? "" : "s", n_prefill, n_decode);
 }
 
 static int run_requests(struct run *run) {
@@ -751,6 +751,7 @@ int run_program(int argc, char **argv) {
     char error[ERROR_LENGTH];
     int status = 0;
     hold_closed_streams();
+    (void)setlocale(LC_CTYPE, "C.UTF-8"); /* of lib/wrap.h */
     if (!cli_parse(&run.options, argc, argv, error)) {
         complain(error);
         status = EXIT_USAGE;

@@ -161,7 +161,7 @@ void stats_summary(const struct answers *a) {
     struct engine_stats now = engine_stats(a->engine);
     struct sched_stats s = now.sched;
     struct kv_stats k = now.kv;
-    (void)fprintf(
+    wrap_print(
         stderr,
         "[%d worker%s: %" PRId64 " prompt tokens prefilled, %" PRId64 " found cached, %" PRId64
         " blocks handed over | %" PRId64 " tokens generated, %.0f tokens/s | %" PRId64

@@ -14,11 +14,11 @@
  * """. What is pasted is text, whatever its bytes, and sent by the next Enter. Turns are kept over
  * runs, in ~/.dynamo_history; without HOME they are not.
  *
- * The terminal is in raw mode only while a line is read. A line takes as many rows as it needs, and
- * is shown again when the terminal has another size. Two signals are taken, between two keys alone:
- * SIGWINCH, its size has changed; and SIGCONT, the program goes on after it was stopped, and finds
- * the terminal as a shell left it. If stdin or stderr is no terminal, or a dumb one, lines are read
- * as they are.
+ * The terminal gives each key as it comes while a line is read, and shows none while it is
+ * answered: those are of the next line. A line takes as many rows as it needs, and is shown again
+ * when the terminal has another size. Two signals are taken, between two keys alone: SIGWINCH, its
+ * size has changed; and SIGCONT, the program goes on after it was stopped, and finds the terminal
+ * as a shell left it. If stdin or stderr is no terminal, or a dumb one, lines are read as they are.
  * Read next: answers.h, lib/template.h. */
 #ifndef TERMINAL_H
 #define TERMINAL_H
@@ -40,12 +40,13 @@ bool chat_interrupted(void);
 #include "stats.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/select.h>
+#include <sys/ioctl.h>
 #include <sys/ttydefaults.h> /* CTRL */
 #include <termios.h>
 #include <unistd.h>
@@ -60,28 +61,27 @@ enum {
 struct editor {
     char *line; /* (length) what is typed, a zero byte behind it */
     size_t length, at;
-    int row;                     /* of the cursor, counted from the first that is shown */
-    char *history[EDITOR_LINES]; /* (n_history) the oldest first */
-    int n_history, shown;        /* shown == n_history: the new line */
-    char file[4096];             /* of the history; "": none */
-    const char *prompt;
-    bool edits;   /* else lines are read as they are */
-    bool is_text; /* what was read is no command, whatever it begins with */
+    int row;                         /* of the cursor, counted from the first that is shown */
+    char *history[EDITOR_LINES + 1]; /* (n_history) the oldest first; then what is typed now, … */
+    int n_history, shown;            /* … when another is shown */
+    FILE *file;                      /* of the history; NULL: none */
+    bool edits;                      /* else lines are read as they are */
+    bool is_text;                    /* what was read is no command, whatever it begins with */
 };
 
-static struct termios editor_before;
-static atomic_bool editor_is_raw, editor_is_plain, chat_goes_on;
-static volatile sig_atomic_t editor_continued;
+static const char editor_prompt[] = "> ", editor_block[] = "\"\"\"";
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
+static struct termios editor_before;
+static atomic_bool editor_is_set, chat_goes_on;
+static volatile sig_atomic_t editor_continued;
 
 /* From any thread, so without stdio. */
 static void editor_tell(const char *words) {
-    ssize_t written = write(STDERR_FILENO, words, strlen(words));
-    (void)written;
+    (void)!write(STDERR_FILENO, words, strlen(words));
 }
 
 void editor_restore(void) {
-    if (atomic_exchange(&editor_is_raw, false)) {
+    if (atomic_exchange(&editor_is_set, false)) {
         editor_tell("\033[?2004l");
         (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &editor_before);
     }
@@ -92,10 +92,10 @@ bool chat_interrupted(void) {
         return false;
     editor_tell("\n");
     editor_tell(editor_hint);
-    if (atomic_load(&editor_is_plain))
-        editor_tell("> ");
-    if (atomic_load(&editor_is_raw))
+    if (atomic_load(&editor_is_set))
         (void)kill(getpid(), SIGCONT); /* it shows its line again */
+    else
+        editor_tell(editor_prompt);
     return true;
 }
 
@@ -103,39 +103,39 @@ static void editor_wake(int number) {
     editor_continued |= number == SIGCONT;
 }
 
-/* Only what the terminal was before the first line is what it was. */
-static bool editor_raw(void) {
-    static bool known;
-    if (!isatty(STDIN_FILENO) || !text_moves(STDERR_FILENO) ||
-        (!known && tcgetattr(STDIN_FILENO, &editor_before) != 0))
-        return false;
-    struct termios raw = editor_before;
-    struct sigaction wake = {.sa_handler = editor_wake};
-    if (!known && (sigaction(SIGWINCH, &wake, NULL) != 0 || sigaction(SIGCONT, &wake, NULL) != 0))
-        return false;
-    known = true;
-    raw.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN | ISIG); /* Ctrl-C, Z and \ are keys, too */
-    raw.c_iflag &= ~(tcflag_t)(IXON | ICRNL);
-    raw.c_cc[VMIN] = 1;
-    raw.c_cc[VTIME] = 0;
-    if (tcsetattr(STDIN_FILENO, TCSADRAIN, &raw) != 0)
-        return false;
-    atomic_store(&editor_is_raw, true);
-    editor_tell("\033[?2004h");
-    return true;
+/* For a line each key is read as it comes; for an answer what is typed is not shown, as it would
+ * stand in the midst of it. */
+static void editor_set(bool keys) {
+    struct termios mode = editor_before;
+    mode.c_lflag &= ~(tcflag_t)ECHO;
+    if (keys) {
+        mode.c_lflag &= ~(tcflag_t)(ICANON | IEXTEN | ISIG); /* Ctrl-C, Z and \ are keys, too */
+        mode.c_iflag &= ~(tcflag_t)(IXON | ICRNL);
+        mode.c_cc[VMIN] = 1;
+        mode.c_cc[VTIME] = 0;
+    }
+    (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &mode);
+    atomic_store(&editor_is_set, true);
+    editor_tell(keys ? "\033[?2004h" : "\033[?2004l");
 }
 
-/* Bytes of the character behind `at`, or before it. */
+/* The end of the character at `at`, with the marks that it bears; the beginning of that before. */
 static size_t editor_next(const struct editor *e, size_t at) {
-    uint32_t code;
-    return at < e->length ? utf8_char(e->line + at, e->length - at, &code) : 0;
+    size_t from = at;
+    for (uint32_t code; at < e->length;) {
+        size_t n = utf8_char(e->line + at, e->length - at, &code);
+        if (at > from && wrap_columns(code) > 0)
+            break;
+        at += n;
+    }
+    return at;
 }
 
 static size_t editor_previous(const struct editor *e, size_t at) {
-    size_t size = at > 0;
-    while (size > 0 && size < 4 && size < at && (e->line[at - size] & 0xC0) == 0x80)
-        size++;
-    return size;
+    size_t before = 0;
+    for (size_t next; (next = editor_next(e, before)) < at; before = next) {
+    }
+    return before;
 }
 
 /* Where the row ends that begins at `start`, of so many columns: behind a newline, else behind the
@@ -146,7 +146,7 @@ static size_t editor_row(const struct editor *e, size_t start, int room, int *co
     *columns = 0;
     for (int used = 0; at < e->length && e->line[at] != '\n';) {
         size_t n = utf8_char(e->line + at, e->length - at, &code);
-        used += wrap_shows(code) ? wrap_columns(code) : 1;
+        used += wrap_columns(code);
         if (used > room && e->line[at] != ' ')
             return blank > start ? blank : at;
         at += n;
@@ -158,39 +158,49 @@ static size_t editor_row(const struct editor *e, size_t start, int room, int *co
     return at + (at < e->length);
 }
 
+/* Lays the line out, and writes those of its rows that are in [first, last). Returns how many there
+ * are; *row, *column: where the cursor is. */
+static int editor_rows(const struct editor *e, int room, int first, int last, int *row,
+                       int *column) {
+    int n = 0, indent = (int)strlen(editor_prompt);
+    bool more = true;
+    for (size_t start = 0, end; more; start = end, n++) {
+        int columns;
+        uint32_t code;
+        end = editor_row(e, start, room - indent, &columns);
+        more = end < e->length || (end > start && e->line[end - 1] == '\n');
+        if (e->at >= start) {
+            *row = n;
+            *column = indent + columns;
+        }
+        if (n < first || n >= last)
+            continue;
+        (void)fprintf(stderr, "%s%*s", n > first ? "\n" : "", indent, n > 0 ? "" : editor_prompt);
+        for (size_t at = start, size; at < end && e->line[at] != '\n'; at += size) {
+            size = utf8_char(e->line + at, end - at, &code);
+            bool shows = wrap_shows(code);
+            (void)fwrite(shows          ? e->line + at
+                         : code == '\t' ? " "
+                                        : "?",
+                         1, shows ? size : 1, stderr);
+        }
+    }
+    return n;
+}
+
 /* Writes the line again, and the cursor where it is; of more rows than the screen has, those down
  * to the cursor's. */
 static void editor_show(struct editor *e) {
-    int rows, ignored, column = 0, indent = (int)strlen(e->prompt);
-    int room = wrap_width(STDERR_FILENO, &rows) - 1 - indent, cursor = 0, row = 0;
-    size_t start = 0, end;
-    while ((end = editor_row(e, start, room, &ignored)) <= e->at && end > start &&
-           (end < e->length || e->line[end - 1] == '\n')) {
-        start = end;
-        cursor++;
-    }
+    int height, row = 0, column = 0, room = wrap_width(STDERR_FILENO, &height) - 1;
     (void)fprintf(stderr, e->row > 0 ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
-    e->row = cursor < rows ? cursor : rows - 1;
-    bool more = true;
-    for (start = 0; more && row <= cursor - e->row + rows - 1; row++, start = end) {
-        uint32_t code;
-        int columns;
-        end = editor_row(e, start, room, &columns);
-        more = end < e->length || (end > start && e->line[end - 1] == '\n');
-        if (row < cursor - e->row)
-            continue;
-        (void)fprintf(stderr, "%s%*s", row > cursor - e->row ? "\n" : "", indent,
-                      row > 0 ? "" : e->prompt);
-        for (size_t at = start, n; at < end && e->line[at] != '\n'; at += n) {
-            n = utf8_char(e->line + at, end - at, &code);
-            bool shows = wrap_shows(code);
-            (void)fwrite(shows ? e->line + at : code == '\t' ? " " : "?", 1, shows ? n : 1, stderr);
-        }
-        column = row == cursor ? indent + columns : column;
-    }
-    if (row - 1 > cursor)
-        (void)fprintf(stderr, "\033[%dA", row - 1 - cursor);
-    (void)fprintf(stderr, column > 0 ? "\r\033[%dC" : "\r", column);
+    (void)editor_rows(e, room, 0, 0, &row, &column);
+    e->row = row < height ? row : height - 1;
+    int last = row - e->row + height;
+    int n = editor_rows(e, room, row - e->row, last, &row, &column);
+    n = n < last ? n : last;
+    if (n - 1 > row)
+        (void)fprintf(stderr, "\033[%dA", n - 1 - row);
+    (void)fprintf(stderr, "\r\033[%dC", column);
     (void)fflush(stderr);
 }
 
@@ -198,27 +208,17 @@ static void editor_show(struct editor *e) {
 static int editor_byte(struct editor *e) {
     sigset_t mask;
     unsigned char byte;
+    struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
     (void)pthread_sigmask(SIG_SETMASK, NULL, &mask);
     sigdelset(&mask, SIGWINCH);
     sigdelset(&mask, SIGCONT);
-    for (;;) {
-        fd_set input;
-        FD_ZERO(&input);
-        FD_SET(STDIN_FILENO, &input);
-        ssize_t n = pselect(STDIN_FILENO + 1, &input, NULL, NULL, NULL, &mask);
-        bool woken = n < 0 && errno == EINTR;
-        if (woken) {
-            e->row = editor_continued ? 0 : e->row; /* others have written since */
-            editor_continued = 0;
-            (void)editor_raw();
-            editor_show(e);
-        } else if (n > 0)
-            n = read(STDIN_FILENO, &byte, 1);
-        if (n > 0)
-            return byte;
-        if (!woken && (n == 0 || errno != EINTR))
-            return -1;
+    while (ppoll(&input, 1, NULL, &mask) < 0 && errno == EINTR) {
+        e->row = editor_continued ? 0 : e->row; /* others have written since */
+        editor_continued = 0;
+        editor_set(true);
+        editor_show(e);
     }
+    return read(STDIN_FILENO, &byte, 1) == 1 ? byte : -1;
 }
 
 static void editor_insert(struct editor *e, const char *bytes, size_t n) {
@@ -267,34 +267,62 @@ static int editor_escape(struct editor *e) {
 /* Takes in what is pasted, up to the sequence that ends it: lines, tabs, no other control byte. */
 static void editor_paste(struct editor *e) {
     static const char end[] = "\033[201~";
-    size_t n = sizeof end - 1, from = e->at, to = from;
     int byte = 0;
-    while (byte >= 0 && (e->at - from < n || memcmp(e->line + e->at - n, end, n) != 0)) {
+    for (size_t n = 0; n < sizeof end - 1;) { /* so many bytes of it have come */
+        int before = byte;
         byte = editor_byte(e);
-        if (byte >= 0)
-            editor_insert(e, &(char){(char)byte}, 1);
+        if (byte < 0)
+            return;
+        if (byte == end[n]) {
+            n++;
+            continue;
+        }
+        editor_insert(e, end + 1, n > 0 ? n - 1 : 0);
+        n = byte == end[0];
+        char c = byte == '\r' ? '\n' : (char)byte;
+        bool again = byte == '\n' && before == '\r'; /* a line that ends in both */
+        if (c == '\t' || (c == '\n' && !again) || (byte >= ' ' && byte != 127))
+            editor_insert(e, &c, 1);
     }
-    size_t last = byte >= 0 ? e->at - n : e->at;
-    char before = 0;
-    for (size_t i = from; i < last; i++) {
-        char c = e->line[i];
-        bool again = c == '\n' && before == '\r'; /* a line that ends in both */
-        if (((unsigned char)c >= ' ' && c != 127) || c == '\t' || c == '\r' ||
-            (c == '\n' && !again))
-            e->line[to++] = c == '\r' ? '\n' : c;
-        before = c;
-    }
-    editor_cut(e, to, e->at);
 }
 
 static void editor_recall(struct editor *e, int step) {
     int wanted = e->shown + step;
     if (wanted < 0 || wanted > e->n_history)
         return;
-    editor_cut(e, 0, e->length);
+    if (e->shown == e->n_history) {
+        free(e->history[e->n_history]);
+        e->history[e->n_history] = strdup(e->line);
+    }
     e->shown = wanted;
-    if (wanted < e->n_history)
+    editor_cut(e, 0, e->length);
+    if (e->history[wanted])
         editor_insert(e, e->history[wanted], strlen(e->history[wanted]));
+}
+
+/* Whether it is all of a turn, which it then is alone; else it goes on in another line. */
+static bool editor_ends(struct editor *e) {
+    size_t n = e->length;
+    while (n > 0 && e->line[n - 1] == '\n') /* the end of what was pasted */
+        n--;
+    const size_t quotes = sizeof editor_block - 1;
+    bool block = strncmp(e->line, editor_block, quotes) == 0;
+    bool backslash = !block && n > 0 && e->line[n - 1] == '\\';
+    if (backslash ||
+        (block && (n < 2 * quotes || memcmp(e->line + n - quotes, editor_block, quotes) != 0))) {
+        editor_cut(e, backslash ? n - 1 : e->length, e->length);
+        editor_insert(e, "\n", 1);
+        return false;
+    }
+    editor_cut(e, n, e->length);
+    if (block) { /* without the quotes, and the newlines beside them */
+        n -= quotes;
+        editor_cut(e, n - (n > quotes && e->line[n - 1] == '\n'), e->length);
+        editor_cut(e, 0, quotes + (e->line[quotes] == '\n'));
+        e->at = e->length;
+    }
+    e->is_text = block || memchr(e->line, '\n', e->length);
+    return true;
 }
 
 enum editor_state { EDITING, ENTERED, CLEARED, ENDED };
@@ -310,8 +338,8 @@ static enum editor_state editor_key(struct editor *e, int key) {
     case KEY_PASTE: editor_paste(e); break;
     case CTRL('A'): e->at = 0; break;
     case CTRL('E'): e->at = e->length; break;
-    case CTRL('B'): e->at -= editor_previous(e, e->at); break;
-    case CTRL('F'): e->at += editor_next(e, e->at); break;
+    case CTRL('B'): e->at = editor_previous(e, e->at); break;
+    case CTRL('F'): e->at = editor_next(e, e->at); break;
     case CTRL('P'): editor_recall(e, -1); break;
     case CTRL('N'): editor_recall(e, 1); break;
     case CTRL('K'): editor_cut(e, e->at, e->length); break;
@@ -321,12 +349,12 @@ static enum editor_state editor_key(struct editor *e, int key) {
         e->row = 0;
         break;
     case 127:
-    case CTRL('H'): editor_cut(e, e->at - editor_previous(e, e->at), e->at); break;
+    case CTRL('H'): editor_cut(e, editor_previous(e, e->at), e->at); break;
     case CTRL('D'):
         if (e->length == 0)
             return ENDED;
         /* fall through */
-    case KEY_DELETE: editor_cut(e, e->at, e->at + editor_next(e, e->at)); break;
+    case KEY_DELETE: editor_cut(e, e->at, editor_next(e, e->at)); break;
     case CTRL('W'):
         while (word > 0 && e->line[word - 1] == ' ')
             word--;
@@ -339,6 +367,7 @@ static enum editor_state editor_key(struct editor *e, int key) {
     return EDITING;
 }
 
+/* Edits a line until it is a turn, or given up. */
 static enum editor_state editor_line(struct editor *e) {
     enum editor_state state = EDITING;
     editor_show(e);
@@ -350,28 +379,50 @@ static enum editor_state editor_line(struct editor *e) {
             editor_insert(e, &(char){(char)byte}, 1);
         else
             state = editor_key(e, byte == 27 ? editor_escape(e) : byte);
-        if (state != EDITING)
+        if (state != EDITING) {
             e->at = e->length;
-        if (state != EDITING || ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0)
+            editor_show(e);
+        }
+        if (state == ENTERED && !editor_ends(e))
+            state = EDITING;
+        if (state == EDITING && (ioctl(STDIN_FILENO, FIONREAD, &more) != 0 || more == 0))
             editor_show(e); /* once for all that has come */
     }
-    while (e->length > 0 && e->line[e->length - 1] == '\n') /* the end of what was pasted */
-        editor_cut(e, e->length - 1, e->length);
     return state;
+}
+
+/* Lines as they come, until they are a turn. */
+static enum editor_state editor_plain(struct editor *e) {
+    bool ends = false, prompts = isatty(STDIN_FILENO) && isatty(STDERR_FILENO);
+    int byte = 0;
+    while (!ends && byte != EOF) {
+        if (prompts)
+            (void)fputs(e->length > 0 ? ". " : editor_prompt, stderr);
+        while ((byte = getchar()) != EOF && byte != '\n')
+            editor_insert(e, &(char){(char)byte}, 1);
+        ends = editor_ends(e);
+    }
+    return byte == EOF && e->length == 0 ? ENDED : ENTERED;
 }
 
 /* ---- its history ---- */
 
-static void history_add(struct editor *e, const char *line) {
+/* False: it is the last already, or nothing. */
+static bool history_add(struct editor *e, const char *line) {
     if (*line == 0 || (e->n_history > 0 && !strcmp(e->history[e->n_history - 1], line)))
-        return;
+        return false;
+    char *copy = strdup(line);
+    if (!copy)
+        return false;
+    free(e->history[e->n_history]);
+    e->history[e->n_history] = NULL;
     if (e->n_history == EDITOR_LINES) {
         free(e->history[0]);
-        memmove(e->history, e->history + 1, sizeof *e->history * (EDITOR_LINES - 1));
+        memmove(e->history, e->history + 1, sizeof *e->history * EDITOR_LINES);
         e->n_history--;
     }
-    e->history[e->n_history] = strdup(line);
-    e->n_history += e->history[e->n_history] != NULL;
+    e->history[e->n_history++] = copy;
+    return true;
 }
 
 /* Adds a line to the file, in which \n and \\ stand for two bytes of it. */
@@ -392,17 +443,18 @@ static void history_write(int file, const char *line) {
 /* Runs that share the file take turns, and each adds to it what it reads: nothing is lost. */
 static void history_open(struct editor *e) {
     const char *home = getenv("HOME");
-    char *line = NULL;
+    char path[4096], *line = NULL;
     size_t capacity = 0;
-    int n = 0;
+    int n = 0, flags = O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK;
     if (!home || !*home)
         return;
-    (void)snprintf(e->file, sizeof e->file, "%s/.dynamo_history", home);
-    FILE *file = fdopen(open(e->file, O_RDWR | O_APPEND | O_CLOEXEC | O_NONBLOCK), "r+");
-    if (!file)
+    (void)snprintf(path, sizeof path, "%s/.dynamo_history", home);
+    e->file = fdopen(open(path, flags, 0600), "r+");
+    if (!e->file)
         return;
-    (void)flock(fileno(file), LOCK_EX);
-    for (ssize_t length; (length = getline(&line, &capacity, file)) > 0; n++) {
+    int file = fileno(e->file);
+    (void)flock(file, LOCK_EX);
+    for (ssize_t length; (length = getline(&line, &capacity, e->file)) > 0; n++) {
         char *to = line;
         line[length - (line[length - 1] == '\n')] = 0;
         for (const char *from = line; *from; from++) {
@@ -410,106 +462,65 @@ static void history_open(struct editor *e) {
             *to++ = !special ? *from : *++from == 'n' ? '\n' : '\\';
         }
         *to = 0;
-        history_add(e, line);
+        (void)history_add(e, line);
     }
-    if (n > 2 * EDITOR_LINES && ftruncate(fileno(file), 0) == 0)
+    if (n > 2 * EDITOR_LINES && ftruncate(file, 0) == 0)
         for (int i = 0; i < e->n_history; i++)
-            history_write(fileno(file), e->history[i]);
+            history_write(file, e->history[i]);
+    (void)flock(file, LOCK_UN);
     free(line);
-    (void)fclose(file);
 }
 
-static void history_keep(struct editor *e, const char *line) {
-    int before = e->n_history;
-    history_add(e, line);
-    int file = e->n_history > before || before == EDITOR_LINES
-                   ? open(e->file, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0600)
-                   : -1;
-    if (file < 0)
+static void history_keep(struct editor *e) {
+    if (!history_add(e, e->line) || !e->file)
         return;
-    (void)flock(file, LOCK_EX);
-    history_write(file, line);
-    close(file);
+    (void)flock(fileno(e->file), LOCK_EX);
+    history_write(fileno(e->file), e->line);
+    (void)flock(fileno(e->file), LOCK_UN);
 }
 
 /* ---- a turn ---- */
 
-/* One line as it comes, without its newline. */
-static bool editor_plain(struct editor *e) {
-    atomic_store(&editor_is_plain, isatty(STDIN_FILENO) && isatty(STDERR_FILENO));
-    if (atomic_load(&editor_is_plain))
-        (void)fputs(e->prompt, stderr);
-    size_t capacity = 0; /* that of the line before is not known */
-    free(e->line);
-    e->line = NULL;
-    ssize_t bytes = getline(&e->line, &capacity, stdin);
-    atomic_store(&editor_is_plain, false);
-    if (bytes < 0)
-        return false;
-    e->length = (size_t)(bytes - (e->line[bytes - 1] == '\n'));
-    e->line[e->length] = 0;
-    return true;
+static void editor_open(struct editor *e) {
+    struct sigaction wake = {.sa_handler = editor_wake};
+    e->edits = isatty(STDIN_FILENO) && text_moves(STDERR_FILENO) &&
+               tcgetattr(STDIN_FILENO, &editor_before) == 0 &&
+               sigaction(SIGWINCH, &wake, NULL) == 0 && sigaction(SIGCONT, &wake, NULL) == 0;
+    history_open(e);
 }
 
-/* Leaves one line in the editor. */
-static enum editor_state editor_one(struct editor *e, const char *prompt) {
-    e->length = e->at = 0;
-    e->row = 0;
-    e->shown = e->n_history;
-    e->prompt = prompt;
-    e->edits = editor_raw();
-    if (!e->edits)
-        return editor_plain(e) ? ENTERED : ENDED;
-    e->line = grow(e->line, 0, 1);
-    *e->line = 0;
-    enum editor_state state = editor_line(e);
+static void editor_close(struct editor *e) {
     editor_restore();
-    (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
-    return state;
+    for (int i = 0; i <= e->n_history; i++)
+        free(e->history[i]);
+    free(e->line);
+    if (e->file)
+        (void)fclose(e->file);
 }
 
-/* A line and those that continue it, to be freed. NULL: the end of input. */
-static char *editor_read(struct editor *e, const char *prompt, size_t *length) {
-    static const char quotes[] = "\"\"\"";
-    char *text = NULL;
-    bool block = false, more = true;
-    while (more) {
-        enum editor_state state = editor_one(e, text ? ". " : prompt);
-        if (state == CLEARED && !text && e->length == 0)
+/* A turn, which stays until the next is read. NULL: the end of input. */
+static char *editor_read(struct editor *e, size_t *length) {
+    enum editor_state state;
+    do {
+        e->line = grow(e->line, 0, 1);
+        *e->line = 0;
+        e->length = e->at = 0;
+        e->row = 0;
+        e->shown = e->n_history;
+        if (e->edits) {
+            editor_set(true);
+            state = editor_line(e);
+            editor_set(false);
+            (void)fputs(state == CLEARED ? "^C\n" : "\n", stderr);
+        } else
+            state = editor_plain(e);
+        if (state == CLEARED && e->length == 0)
             (void)fputs(editor_hint, stderr);
-        if (state == CLEARED) {
-            free(text);
-            text = NULL;
-        }
-        if (state == ENDED)
-            break;
-        if (state == CLEARED)
-            continue;
-        size_t before = !text ? 0 : *length + block; /* else a newline in place of the backslash */
-        char *longer = realloc(text, before + e->length + 1);
-        if (!longer)
-            break;
-        text = longer;
-        memcpy(text + before, e->line, e->length + 1);
-        if (before > 0)
-            text[before - 1] = '\n';
-        *length = before + e->length;
-        block = strncmp(text, quotes, 3) == 0;
-        const char *end = text + *length - (*length < 3 ? *length : 3);
-        more = block ? *length < 6 || strcmp(end, quotes) != 0
-                     : *length > 0 && text[*length - 1] == '\\';
-    }
-    if (text && block && !more) { /* without the quotes, and the newlines beside them */
-        size_t first = 3 + (text[3] == '\n'), last = *length - 3;
-        last -= last > first && text[last - 1] == '\n';
-        *length = last > first ? last - first : 0;
-        memmove(text, text + first, *length);
-        text[*length] = 0;
-    }
-    e->is_text = text && (block || memchr(text, '\n', *length));
-    if (text && e->edits)
-        history_keep(e, text);
-    return text;
+    } while (state == CLEARED);
+    if (e->edits && state == ENTERED)
+        history_keep(e);
+    *length = e->length;
+    return state == ENDED ? NULL : e->line;
 }
 
 /* ---- the conversation ---- */
@@ -556,32 +567,25 @@ static bool chat_command(struct answers *answers, const char *line, char **syste
 
 void chat_run(struct answers *answers, const struct request_spec *defaults) {
     struct editor editor = {0};
+    struct request_spec spec = *defaults;
     char *system = NULL; /* that of the defaults */
     bool goes_on = answers->converses = true;
-    history_open(&editor);
+    editor_open(&editor);
     atomic_store(&chat_goes_on, true);
-    while (goes_on) {
-        struct request_spec spec = *defaults;
+    while (goes_on && (spec.prompt = editor_read(&editor, &spec.prompt_length)) != NULL) {
+        const char *line = spec.prompt;
         spec.system = system ? system : defaults->system;
-        spec.prompt = editor_read(&editor, "> ", &spec.prompt_length);
-        if (!spec.prompt)
-            break;
-        if (!editor.is_text && spec.prompt[0] == '/' && spec.prompt[1] >= 'a' &&
-            spec.prompt[1] <= 'z') {
-            goes_on = chat_command(answers, spec.prompt, &system);
-        } else if (spec.prompt_length > 0 && answers_run(answers, &spec) > 0 &&
-                   !answers->interrupted && answers->n_history > 0) {
+        if (!editor.is_text && line[0] == '/' && line[1] >= 'a' && line[1] <= 'z')
+            goes_on = chat_command(answers, line, &system);
+        else if (spec.prompt_length > 0 && answers_run(answers, &spec) > 0 &&
+                 !answers->interrupted && answers->n_history > 0)
             (void)fputs("If the conversation has become too long: /clear begins a new one.\n",
                         stderr);
-        }
-        free(spec.prompt);
     }
     atomic_store(&chat_goes_on, false);
     free(system);
     answers_forget(answers);
-    for (int i = 0; i < editor.n_history; i++)
-        free(editor.history[i]);
-    free(editor.line);
+    editor_close(&editor);
 }
 
 #endif /* TERMINAL_IMPLEMENTATION */

@@ -14,6 +14,9 @@
 #ifndef WRAP_H
 #define WRAP_H
 
+#if defined WRAP_IMPLEMENTATION && !defined _GNU_SOURCE
+#define _GNU_SOURCE /* wcwidth; too late behind a header of the system */
+#endif
 #include "text.h"
 
 enum { WRAP_WORD = 256 /* bytes: a longer one is broken */ };
@@ -24,28 +27,28 @@ struct wrap {
     int length, columns; /* of the word that the line ends with */
 };
 
-/* Columns of a character: East Asian ones and emoji take two, marks none. */
+/* Columns of a character, as the C library has them: East Asian ones and emoji take two, marks
+ * none; what is not known takes one. The program has set a locale of UTF-8. */
 int wrap_columns(uint32_t code);
 bool wrap_shows(uint32_t code); /* false: a control character, or none that utf8_char knows */
 /* Columns of the terminal, or 80; *rows, if not NULL, or 24. */
 int wrap_width(int file, int *rows);
 void wrap_write(struct wrap *wrap, FILE *out, const char *text, size_t length);
+/* Lines of less than 1 KB in all: wrapped where `out` is a terminal as above, else as they are. */
+__attribute__((format(printf, 2, 3))) void wrap_print(FILE *out, const char *format, ...);
 
 #endif /* WRAP_H */
 
 #ifdef WRAP_IMPLEMENTATION
 #undef WRAP_IMPLEMENTATION
 
-#include "unicode.h"
 #include <string.h>
 #include <sys/ioctl.h>
+#include <wchar.h>
 
 int wrap_columns(uint32_t code) {
-    bool wide = (code >= 0x1100 && code < 0x1160) || (code >= 0x2E80 && code < 0xA4D0) ||
-                (code >= 0xAC00 && code < 0xD7A4) || (code >= 0xF900 && code < 0xFB00) ||
-                (code >= 0xFE30 && code < 0xFE70) || (code >= 0xFF00 && code < 0xFF61) ||
-                (code >= 0x1F300 && code < 0x1FB00) || (code >= 0x20000 && code < 0x3FFFE);
-    return unicode_class_of(code) == UNICODE_MARK || code == 0x200D ? 0 : wide ? 2 : 1;
+    int columns = wcwidth((wchar_t)code);
+    return columns < 0 ? 1 : columns;
 }
 
 bool wrap_shows(uint32_t code) {
@@ -80,7 +83,8 @@ static void wrap_char(struct wrap *w, FILE *out, const char *bytes, int n, int c
     }
     (void)fwrite(bytes, 1, (size_t)n, out);
     w->column += columns;
-    if (blank || columns == 2 || w->length + n > WRAP_WORD) {
+    bool of_wide = columns == 0 && w->length == 0; /* a mark */
+    if (blank || columns == 2 || of_wide || w->length + n > WRAP_WORD) {
         w->length = w->columns = 0;
         return;
     }
@@ -102,6 +106,19 @@ void wrap_write(struct wrap *w, FILE *out, const char *text, size_t length) {
         else if (code != '\r')
             wrap_char(w, out, "?", 1, 1, width);
     }
+}
+
+void wrap_print(FILE *out, const char *format, ...) {
+    char text[1024];
+    struct wrap wrap = {0};
+    va_list values;
+    va_start(values, format);
+    (void)vsnprintf(text, sizeof text, format, values);
+    va_end(values);
+    if (text_moves(fileno(out)))
+        wrap_write(&wrap, out, text, strlen(text));
+    else
+        (void)fputs(text, out);
 }
 
 #endif /* WRAP_IMPLEMENTATION */

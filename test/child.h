@@ -6,7 +6,9 @@
  *     struct live live = live_start(check, true, "model.bin");   at a pseudo terminal
  *     live_until(&live, "> ");
  *     live_write(&live, "Once upon a time\n");
- *     int status = live_end(&live);
+ *     live_until(&live, "\n> ");
+ *     talk(&live, &(struct turn){"Once upon a time\n", "\n> "}, 1);   the same
+ *     leave(&live, "/exit\n");
  *
  * The words after the program's name go through the shell, so `< file` and `>&-` work. A crash is
  * a status like others: 128 + the signal's number. So is a sanitizer's report: SANITIZER_STATUS, or
@@ -24,6 +26,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -292,6 +295,33 @@ static inline int live_end(struct live *live) {
     live->seconds = child_seconds(&usage);
     close(live->output);
     return live->asleep ? -1 : child_status(status);
+}
+
+/* Its terminal gets another size. */
+static inline void live_resize(struct live *live, int rows, int columns) {
+    struct winsize size = {.ws_row = (unsigned short)rows, .ws_col = (unsigned short)columns};
+    struct check *check = live->check;
+    CHECK(ioctl(live->input, TIOCSWINSZ, &size) == 0, "no size");
+}
+
+/* Writes the keys, if any, and reads until the words have come. */
+struct turn {
+    const char *keys, *words;
+};
+
+static inline void talk(struct live *live, const struct turn *turns, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (turns[i].keys)
+            live_write(live, turns[i].keys);
+        live_until(live, turns[i].words);
+    }
+}
+
+/* It must end well with the last keys. */
+static inline void leave(struct live *live, const char *keys) {
+    struct check *check = live->check;
+    live_write(live, keys);
+    CHECK(live_end(live) == 0, "it did not end well: %s", live->text);
 }
 
 #endif

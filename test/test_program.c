@@ -1033,25 +1033,6 @@ static void chat_models_answer(struct check *check) {
     expect(check, "$T/chat.gguf -p Once --template chatml", 2, NULL, "*<|im_start|>*");
 }
 
-/* Writes the keys, if any, and reads until the words have come. */
-struct turn {
-    const char *keys, *words;
-};
-
-static void talk(struct live *live, const struct turn *turns, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        if (turns[i].keys)
-            live_write(live, turns[i].keys);
-        live_until(live, turns[i].words);
-    }
-}
-
-/* It must end well with the last keys. */
-static void leave(struct check *check, struct live *live, const char *keys) {
-    live_write(live, keys);
-    CHECK(live_end(live) == 0, "it did not end: %s", live->text);
-}
-
 static void chats_at_a_terminal(struct check *check) {
     static const struct turn turns[] = {
         {NULL, "> "},
@@ -1072,7 +1053,7 @@ static void chats_at_a_terminal(struct check *check) {
     const char *line = strstr(live.text, "prompt tokens found cached");
     CHECK(line && sscanf(line, "prompt tokens found cached %d", &cached) == 1 && cached >= 32,
           "%d tokens cached: %s", cached, live.text);
-    leave(check, &live, "/exit\n");
+    leave(&live, "/exit\n");
 }
 
 /* Keys as a terminal sends them: the line that is entered is seen in the echo of the prompt. */
@@ -1094,7 +1075,7 @@ static void edits_a_line(struct check *check) {
         live_until(&live, "\n");
     }
     live_until(&live, "> ");
-    leave(check, &live, "\004");
+    leave(&live, "\004");
     setenv("TERM", "dumb", 1);
 }
 
@@ -1113,7 +1094,7 @@ static void talks_at_a_terminal(struct check *check) {
     talk(&live, turns + 2, 1);
     CHECK(live.seen - start > 40, "too short: %s", live.text);
     talk(&live, turns + 3, 3);
-    leave(check, &live, "\004"); /* Ctrl-D */
+    leave(&live, "\004"); /* Ctrl-D */
 }
 
 /* While it waits for a line, its threads sleep: workers, helpers, the copier. When they come to
@@ -1129,7 +1110,7 @@ static void waiting_costs_nothing(struct check *check) {
         used = live_used(&live) - before;
     }
     CHECK(used <= 0.02, "%.3f s of processor time in a second", used);
-    leave(check, &live, "\004");
+    leave(&live, "\004");
 }
 
 static void ctrl_c_at_a_terminal(struct check *check) {
@@ -1146,7 +1127,7 @@ static void ctrl_c_at_a_terminal(struct check *check) {
         CHECK(soon(used, 1), "answer %d goes on for %.1f s", i, used);
     }
     talk(&live, &(struct turn){"\003", "Ctrl-D leaves"}, 1); /* there is no answer to stop */
-    leave(check, &live, "\004");
+    leave(&live, "\004");
 }
 
 /* It is what was said so far, as any other, and nothing is said of a conversation too long. */
@@ -1160,7 +1141,7 @@ static void an_interrupted_answer_is_no_failure(struct check *check) {
         talk(&live, &(struct turn){"\003", "\r\n> "}, 1);
     }
     CHECK(strstr(live.text, "a chat model") && !strstr(live.text, "too long"), "%s", live.text);
-    leave(check, &live, "\004");
+    leave(&live, "\004");
 }
 
 int main(int argc, char **argv) {

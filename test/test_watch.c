@@ -1,119 +1,17 @@
-/* test_watch.c: what --watch shows, read as a terminal would show it: a small one is emulated here,
- * with a scroll region, so that the picture and the text above it are seen as by who sits there. */
+/* test_watch.c: what --watch shows, by screen.h, so that the picture and the text above it are seen
+ * as by who sits there. */
 #define _GNU_SOURCE
-#include <ctype.h>
-#include <netinet/in.h>
-#include <sys/ioctl.h>
-#include <sys/socket.h>
-
 #define JSON_IMPLEMENTATION
 #include "files.h"
+#include "screen.h"
+
+#include <ctype.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 
 enum { DEVICE_BLOCKS = 24, HOST_BLOCKS = 100, ROWS = 24, COLUMNS = 90, MOST_ROWS = 40 };
 enum { REQUESTS = 12, WITHOUT_END = 3000, TOKENS = 250 };
 #define LOAD "-n %d --seed 1 --devices cpu:3 --kv-device 24b --kv-host 100b"
-
-/* ---- a terminal ---- */
-
-struct screen {
-    int rows, columns, y, x, top, bottom, saved_y, saved_x;
-    char cells[MOST_ROWS][COLUMNS + 1]; /* other than ASCII is '%' */
-    char *gone;                         /* (n_gone) what has left it at its top */
-    size_t n_gone;
-    char escape[32]; /* (n_escape) that has begun */
-    int n_escape;
-};
-
-static void screen_blank(struct screen *s, int y, int x) {
-    memset(s->cells[y] + x, ' ', (size_t)(s->columns - x));
-}
-
-static struct screen screen_of(int rows) {
-    struct screen s = {.rows = rows, .columns = COLUMNS, .bottom = rows - 1};
-    s.gone = keep(LIVE_LENGTH);
-    for (int y = 0; y < MOST_ROWS; y++)
-        screen_blank(&s, y, 0);
-    return s;
-}
-
-static void screen_down(struct screen *s) {
-    if (s->y != s->bottom) {
-        s->y += s->y < s->rows - 1;
-        return;
-    }
-    if (s->top == 0) {
-        memcpy(s->gone + s->n_gone, s->cells[0], (size_t)s->columns);
-        s->n_gone += (size_t)s->columns;
-    }
-    memmove(s->cells[s->top], s->cells[s->top + 1],
-            sizeof *s->cells * (size_t)(s->bottom - s->top));
-    screen_blank(s, s->bottom, 0);
-}
-
-/* Carries out a sequence that is whole. False: it is not. */
-static bool screen_escape(struct screen *s) {
-    char last = s->escape[s->n_escape - 1];
-    int a = 0, b = 0;
-    if (s->n_escape == 2 && last == '7') {
-        s->saved_y = s->y;
-        s->saved_x = s->x;
-    } else if (s->n_escape == 2 && last == '8') {
-        s->y = s->saved_y;
-        s->x = s->saved_x;
-    } else if (s->n_escape == 2 && last == 'D') {
-        screen_down(s);
-    } else if (s->n_escape == 2 || !isalpha(last)) {
-        return s->n_escape == 2 && last != '[';
-    } else if (sscanf(s->escape + 2, "%d;%d", &a, &b) < 1 || last != 'H') {
-        a = a > 0 ? a : 1;
-        if (last == 'A')
-            s->y = s->y - a > 0 ? s->y - a : 0;
-        if (last == 'D')
-            s->x = s->x - a > 0 ? s->x - a : 0;
-        if (last == 'K' || last == 'J')
-            screen_blank(s, s->y, s->x);
-        for (int y = s->y + 1; last == 'J' && y < s->rows; y++)
-            screen_blank(s, y, 0);
-        if (last == 'r') {
-            s->top = a - 1;
-            s->bottom = (b > 0 ? b : s->rows) - 1;
-            s->y = s->x = 0;
-        }
-    } else {
-        s->y = a - 1;
-        s->x = b - 1;
-    }
-    return true;
-}
-
-static void screen_take(struct screen *s, char byte) {
-    if (s->n_escape > 0 || byte == 27) {
-        s->escape[s->n_escape++] = byte;
-        s->escape[s->n_escape] = 0;
-        if (s->n_escape > 1 && (screen_escape(s) || s->n_escape > 30))
-            s->n_escape = 0;
-    } else if (byte == '\r') {
-        s->x = 0;
-    } else if (byte == '\n') {
-        screen_down(s);
-    } else if (byte == '\b') {
-        s->x -= s->x > 0;
-    } else if ((byte & 0xC0) != 0x80) { /* a character's first byte */
-        if (s->x == s->columns) {
-            s->x = 0;
-            screen_down(s);
-        }
-        s->cells[s->y][s->x++] = byte < 0 ? '%' : byte;
-    }
-}
-
-/* The line that begins so; -1: none does. */
-static int screen_find(const struct screen *s, const char *words) {
-    for (int y = 0; y < s->rows; y++)
-        if (strncmp(s->cells[y], words, strlen(words)) == 0)
-            return y;
-    return -1;
-}
 
 /* Each place's blocks, as told in its line, are all that it has. */
 static void screen_adds_up(const struct screen *s, struct check *check) {
@@ -122,10 +20,11 @@ static void screen_adds_up(const struct screen *s, struct check *check) {
     CHECK(screen_find(s, "copies ") == s->rows - 1, "it ends in line %d of %d",
           screen_find(s, "copies "), s->rows);
     for (int y = head + 1; y <= host && head > 0; y++) {
-        const char *line = s->cells[y];
+        const char *line = screen_row(s, y), *end = line + strlen(line);
         int n[4] = {0}, sum = 0;
-        const char *end = strrchr(line, '%');
-        CHECK(end && sscanf(end + 1, "%d %d %d %d", n, n + 1, n + 2, n + 3) == 4, "%s", line);
+        while (end > line && end[-1] > 0) /* behind the bar */
+            end--;
+        CHECK(sscanf(end, "%d %d %d %d", n, n + 1, n + 2, n + 3) == 4, "%s", line);
         for (int i = 0; i < 4; i++)
             sum += n[i];
         CHECK(sum == (y == host ? HOST_BLOCKS : DEVICE_BLOCKS), "%d blocks: %s", sum, line);
@@ -142,33 +41,28 @@ static void write_prompts(struct check *check, int n) {
     write_file(check, "prompts", text, (size_t)length);
 }
 
-static void resize(struct live *live, int rows) {
-    struct winsize size = {.ws_row = (unsigned short)rows, .ws_col = COLUMNS};
-    struct check *check = live->check;
-    CHECK(ioctl(live->input, TIOCSWINSZ, &size) == 0, "no size");
-}
-
 static struct live start(struct check *check, const char *terminal, int rows, int n_requests) {
     char command[512];
     setenv("TERM", terminal, 1);
     (void)snprintf(command, sizeof command, "model.bin --watch -f $T/prompts " LOAD, TOKENS);
     write_prompts(check, n_requests);
     struct live live = live_start(check, true, command);
-    resize(&live, rows);
+    live_resize(&live, rows, COLUMNS);
     return live;
 }
 
-/* What was written from `from` on, shown; and frames checked. Returns how many there were. */
-static int show(struct screen *s, const struct live *live, size_t from, struct check *check) {
-    static const char copies[] = "copies ";
+/* Shows what was written, and checks each frame. Returns how many there were. */
+static int show(struct screen *s, const char *text, size_t length, struct check *check) {
+    static const char end[] = "\033[K\0338";
     int n = 0;
-    for (size_t i = from; i < live->length; i++) {
-        screen_take(s, live->text[i]);
-        bool ends = i > 1 && live->text[i] == '8' && live->text[i - 1] == 27;
-        if (!ends || screen_find(s, copies) < 0 || memcmp(live->text + i - 4, "\033[K", 3) != 0)
-            continue;
-        screen_adds_up(s, check);
-        n++;
+    for (const char *last = text + length, *next; text < last; text = next) {
+        next = memmem(text, (size_t)(last - text), end, sizeof end - 1);
+        bool frame = next != NULL;
+        next = frame ? next + sizeof end - 1 : last;
+        screen_write(s, text, (size_t)(next - text));
+        if (frame)
+            screen_adds_up(s, check);
+        n += frame;
     }
     return n;
 }
@@ -192,14 +86,13 @@ static void picture_leaves_the_text_alone(struct check *check) {
     struct outcome plain = run(check, "model.bin -f $T/prompts " LOAD, TOKENS);
     struct live live = start(check, "xterm", ROWS, REQUESTS);
     int status = live_end(&live);
-    struct screen *s = keep(sizeof *s);
-    *s = screen_of(ROWS);
-    int n = show(s, &live, 0, check);
-    CHECK(status == 0, "%d: %s", status, live.text);
+    struct screen *s = screen_new(ROWS, COLUMNS);
+    int n = show(s, live.text, live.length, check);
+    CHECK(status == 0 && s->n_faults == 0, "%d, %d faults: %s", status, s->n_faults, live.text);
     CHECK(n > 0, "no picture: %s", live.text);
     is_restored(s, check);
-    for (int y = 0; y < ROWS; y++, s->n_gone += COLUMNS)
-        memcpy(s->gone + s->n_gone, s->cells[y], COLUMNS);
+    for (int y = 0; y < ROWS; y++)
+        strcat(s->gone, screen_row(s, y));
     squeeze(s->gone);
     squeeze(plain.out);
     char *summary = strstr(s->gone, "[3workers:");
@@ -213,18 +106,16 @@ static void follows_the_size(struct check *check) {
     live_until(&live, "copies ");
     live_until(&live, "\0338");
     size_t before = live.length;
-    resize(&live, MOST_ROWS);
+    live_resize(&live, MOST_ROWS, COLUMNS);
     live_until(&live, "copies ");
     live_until(&live, "\0338");
     live_until(&live, "\033[40;1Hcopies "); /* the lowest line of the new size */
     live_until(&live, "\0338");
-    resize(&live, 8); /* too small: a line a second in its place */
+    live_resize(&live, 8, COLUMNS); /* too small: a line a second in its place */
     live_until(&live, "\033[r\0338\033[J");
     kill(live.pid, SIGKILL);
     live_end(&live);
-    struct screen *s = keep(sizeof *s);
-    *s = screen_of(ROWS);
-    CHECK(show(s, &(struct live){.text = live.text, .length = before}, 0, check) > 0, "none");
+    CHECK(show(screen_new(ROWS, COLUMNS), live.text, before, check) > 0, "none");
 }
 
 static void signals_leave_a_terminal(struct check *check) {
@@ -241,9 +132,8 @@ static void signals_leave_a_terminal(struct check *check) {
         int status = live_end(&live);
         CHECK(status == (signals[i] == SIGINT ? 3 : 128 + signals[i]) || status == 130,
               "signal %d: %d", signals[i], status);
-        struct screen *s = keep(sizeof *s);
-        *s = screen_of(ROWS);
-        (void)show(s, &live, 0, check);
+        struct screen *s = screen_new(ROWS, COLUMNS);
+        (void)show(s, live.text, live.length, check);
         is_restored(s, check);
     }
 }
@@ -367,12 +257,10 @@ static void page_and_its_figures(struct check *check) {
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
-        {"picture_leaves_the_text_alone", picture_leaves_the_text_alone},
-        {"follows_the_size", follows_the_size},
-        {"signals_leave_a_terminal", signals_leave_a_terminal},
-        {"colours_can_be_refused", colours_can_be_refused},
-        {"lines_where_there_is_no_screen", lines_where_there_is_no_screen},
-        {"page_and_its_figures", page_and_its_figures}};
+        TEST(picture_leaves_the_text_alone),  TEST(follows_the_size),
+        TEST(signals_leave_a_terminal),       TEST(colours_can_be_refused),
+        TEST(lines_where_there_is_no_screen), TEST(page_and_its_figures)};
     unsetenv("NO_COLOR");
+    (void)setlocale(LC_CTYPE, "C.UTF-8"); /* of screen.h */
     return run_tests(tests, COUNT(tests), argc, argv);
 }
