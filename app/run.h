@@ -92,6 +92,24 @@ static void open_tokenizer(struct run *run) {
                    run->model.file ? error : "random weights have none; give --ids");
 }
 
+/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
+static bool choose_template(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    char note[ERROR_LENGTH] = "";
+    run->answers.template = (struct chat_template){.kind = TEMPLATE_NONE};
+    if (o->logits || o->perplexity || !run->answers.tokenizer)
+        return true;
+    if (o->template > TEMPLATE_AUTO) {
+        run->answers.template.kind = (enum template_kind)o->template;
+        return template_fits(run->answers.template.kind, run->answers.tokenizer, note) ||
+               fail(error, "--template: %.200s: %.250s", o->model, note);
+    }
+    run->answers.template = template_of(run->model.file, run->answers.tokenizer, note);
+    if (*note)
+        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
+    return true;
+}
+
 static bool open_model(struct run *run, char *error) {
     const struct options *o = &run->options;
     if (!model_open(&run->model, o->model, error))
@@ -120,7 +138,9 @@ static bool open_model(struct run *run, char *error) {
                       "dynamo: %s: it has no tokenizer.ggml.pre: texts are cut as `default` "
                       "does, maybe not as the model has learnt them\n",
                       o->model);
-    return run->ends_text || fail(error, "out of memory");
+    if (!run->ends_text)
+        return fail(error, "out of memory");
+    return choose_template(run, error);
 }
 
 static void tell_lost(void *context) {
@@ -407,15 +427,15 @@ static bool open_server(struct run *run, char *error) {
 /* Says what went wrong with a load that has ended. */
 static int load_status(const struct load *load) {
     struct load_result result = load_result(load);
-    char line[ERROR_LENGTH];
-    if (load_error(load))
+    if (load_error(load)) {
         complain(load_error(load));
-    if (load_error(load) || result.failed == 0)
-        return load_error(load) ? EXIT_FILE : 0;
-    (void)fail(line, "%" PRId64 " of %" PRId64 " requests failed%s%.400s", result.failed,
-               result.requests, *result.first_error ? "; " : "", result.first_error);
-    complain(line);
-    return EXIT_REQUESTS;
+        return EXIT_FILE;
+    }
+    if (result.failed > 0)
+        (void)fprintf(stderr, "dynamo: %" PRId64 " of %" PRId64 " requests failed%s%s\n",
+                      result.failed, result.requests, *result.first_error ? "; " : "",
+                      result.first_error);
+    return result.failed > 0 ? EXIT_REQUESTS : 0;
 }
 
 static int run_load(struct run *run) {
@@ -430,22 +450,14 @@ static int run_load(struct run *run) {
     return status != EXIT_FILE && run->answers.interrupted ? EXIT_INTERRUPTED : status;
 }
 
-/* How prompts become tokens; evaluations take them as they are. False: not as --template says. */
-static bool choose_template(struct run *run) {
-    const struct options *o = &run->options;
-    char note[ERROR_LENGTH] = "";
-    bool asked = o->template > TEMPLATE_AUTO;
-    run->answers.template = (struct chat_template){.kind = TEMPLATE_NONE};
-    if (o->logits || o->perplexity || !run->answers.tokenizer)
-        return true;
-    if (asked)
-        run->answers.template.kind = (enum template_kind)o->template;
-    else
-        run->answers.template = template_of(run->model.file, run->answers.tokenizer, note);
-    bool fits = !asked || template_fits(run->answers.template.kind, run->answers.tokenizer, note);
-    if (*note)
-        (void)fprintf(stderr, "dynamo: %s: %s\n", o->model, note);
-    return fits;
+/* The cluster that an option names, and what an engine on it has by default. */
+static bool open_cluster(const struct run *run, const char *option, const char *name,
+                         struct cluster *cluster, struct engine_config *config, char *error) {
+    if (!cluster_open(cluster, option, name, run->options.rates, error))
+        return false;
+    config->chunk = cluster->chip.chunk;
+    config->kv_type = cluster->chip.kv_type;
+    return true;
 }
 
 /* The load on a cluster that need not be there. */
@@ -453,18 +465,12 @@ static int run_sim(struct run *run) {
     const struct options *o = &run->options;
     struct engine_config config = {0};
     struct cluster cluster;
+    struct sim *sim = NULL;
     char error[ERROR_LENGTH];
-    if (!choose_template(run))
-        return EXIT_USAGE;
-    if (!cluster_open(&cluster, "--sim", o->sim, o->rates, error))
-        return refuse(error);
-    config.chunk = cluster.chip.chunk;
-    config.kv_type = cluster.chip.kv_type;
-    if (!plan_engine(run, cluster.n_devices, &config, error) ||
-        !cluster_fit(&cluster, &config, error))
-        return refuse(error);
-    struct sim *sim = sim_open(&cluster, &config, run->load, error);
-    if (!sim)
+    if (!open_cluster(run, "--sim", o->sim, &cluster, &config, error) ||
+        !plan_engine(run, cluster.n_devices, &config, error) ||
+        !cluster_fit(&cluster, &config, error) ||
+        !(sim = sim_open(&cluster, &config, run->load, error)))
         return refuse(error);
     trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
     if (!plan_failures(o, config.n_workers, sim_sched(sim), sim_now(sim), error)) {
@@ -497,12 +503,8 @@ static int run_plan(struct run *run) {
             (void)fail(error, "%s: --plan tries all, and has no use for it", chosen[i]);
             return refuse(error);
         }
-    if (!choose_template(run))
-        return EXIT_USAGE;
-    if (!cluster_open(&cluster, "--plan", o->plan, o->rates, error))
+    if (!open_cluster(run, "--plan", o->plan, &cluster, &config, error))
         return refuse(error);
-    config.chunk = cluster.chip.chunk;
-    config.kv_type = cluster.chip.kv_type;
     configure_engine(run, PLAN_BATCH, &config);
     struct plan_options options = {.cluster = &cluster,
                                    .engine = &config,
@@ -580,8 +582,6 @@ static int run_engine(struct run *run) {
     answers->json = o->json;
     answers->verbose = o->verbose;
     answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
-    if (!choose_template(run))
-        return EXIT_USAGE;
     if (o->logits)
         return evaluate_logits(answers, &o->request, o->logits);
     if (o->perplexity)

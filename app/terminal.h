@@ -240,28 +240,19 @@ enum { KEY_DELETE = 256, KEY_PASTE }; /* other keys are bytes */
 
 /* What an escape sequence means: KEY_..., or the Ctrl key that does the same. 0: nothing. */
 static int editor_escape(struct editor *e) {
+    static const char ends[] = "ABCDH17F48"; /* arrows up, down, right, left; Home; End: … */
+    static const char same[] = "PNFBAAAEEE"; /* … Ctrl with these */
     int number = 0, byte = editor_byte(e);
     if (byte != '[' && byte != 'O')
         return 0;
     while ((byte = editor_byte(e)) >= '0' && byte <= ';')
         number = byte <= '9' && number < 1000 ? 10 * number + byte - '0' : 1000;
-    if (byte == '~') /* `ESC [ 3 ~`, else `ESC [ A`, or `ESC [ 1 ; 5 A` */
-        byte = number == 200 ? KEY_PASTE : number < 10 ? '0' + number : 0;
-    switch (byte) {
-    case 'A': return CTRL('P'); /* up */
-    case 'B': return CTRL('N'); /* down */
-    case 'C': return CTRL('F'); /* right */
-    case 'D': return CTRL('B'); /* left */
-    case 'H':
-    case '1':
-    case '7': return CTRL('A'); /* Home */
-    case 'F':
-    case '4':
-    case '8': return CTRL('E'); /* End */
-    case '3': return KEY_DELETE;
-    case KEY_PASTE: return KEY_PASTE;
-    default: return 0;
-    }
+    if (byte == '~' && (number == 3 || number == 200))
+        return number == 3 ? KEY_DELETE : KEY_PASTE;
+    if (byte == '~') /* `ESC [ 4 ~`, else `ESC [ A`, or `ESC [ 1 ; 5 A` */
+        byte = number < 10 ? '0' + number : 0;
+    const char *found = byte > 0 ? strchr(ends, byte) : NULL;
+    return found ? CTRL(same[found - ends]) : 0;
 }
 
 /* Takes in what is pasted, up to the sequence that ends it: lines, tabs, no other control byte. */
@@ -286,8 +277,30 @@ static void editor_paste(struct editor *e) {
     }
 }
 
+/* To the line above, or below, of what is edited. False: there is none. */
+static bool editor_move(struct editor *e, int step) {
+    size_t start = e->at, to = e->at + strcspn(e->line + e->at, "\n") + 1;
+    while (start > 0 && e->line[start - 1] != '\n')
+        start--;
+    if (step < 0) {
+        if (start == 0)
+            return false;
+        for (to = start - 1; to > 0 && e->line[to - 1] != '\n';)
+            to--;
+    }
+    if (to > e->length)
+        return false;
+    for (; start < e->at && to < e->length && e->line[to] != '\n'; start = editor_next(e, start))
+        to = editor_next(e, to);
+    e->at = to;
+    return true;
+}
+
+/* To another of what was typed before, where there is no line to go to. */
 static void editor_recall(struct editor *e, int step) {
     int wanted = e->shown + step;
+    if (editor_move(e, step))
+        return;
     if (wanted < 0 || wanted > e->n_history)
         return;
     if (e->shown == e->n_history) {

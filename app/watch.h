@@ -79,7 +79,7 @@ struct watch_mark { /* a generated token and how long it took, ms; or a number o
 };
 
 struct watch_copies {
-    int64_t ordered, done;
+    int64_t under_way, done;
 };
 
 struct watch_now {      /* all that is shown */
@@ -136,36 +136,30 @@ static void watch_note(void *context, const struct event *e) {
     int host = w->config->n_workers;
     enum watch_way way = e->to == host ? WAY_OUT : e->from == host ? WAY_IN : WAY_PEER;
     struct watch_copies *copies = &w->copies[way == WAY_OUT ? e->from : e->to][way];
-    if (e->kind == EVENT_COPY_ORDERED)
-        copies->ordered++;
-    else if (e->kind == EVENT_COPY)
+    if (e->kind == EVENT_COPY_ORDERED) {
+        copies->under_way++;
+    } else if (e->kind == EVENT_COPY) {
+        copies->under_way--;
         copies->done++;
-    else if (e->kind == EVENT_STEP)
+    } else if (e->kind == EVENT_STEP) {
         watch_step(w, e);
+    }
     note(&w->next, e);
 }
 
-/* Rates and times of n marks, the oldest of which may have been overwritten by younger ones. */
+/* Rates and times of those of n marks that are not before `since`. */
 static void watch_measure(struct watch_now *now, const struct watch_mark *marks, int n,
-                          double begun) {
-    double times[2][WATCH_MARKS], since = fmax(now->at - WATCH_SECONDS, begun);
-    int64_t n_prompt = 0;
+                          double since) {
+    double times[2][WATCH_MARKS], n_prompt = 0;
     int n_times[2] = {0};
-    if (n == WATCH_MARKS) {
-        double oldest = INFINITY;
-        for (int i = 0; i < n; i++)
-            oldest = fmin(oldest, marks[i].at);
-        since = fmax(since, oldest);
-    }
     for (int i = 0; i < n; i++) {
-        if (marks[i].at < since)
-            continue;
-        if (marks[i].kind == MARK_PROMPT)
-            n_prompt += (int64_t)marks[i].value;
-        else
-            times[marks[i].kind][n_times[marks[i].kind]++] = (double)marks[i].value;
+        const struct watch_mark *mark = &marks[i];
+        if (mark->at >= since && mark->kind == MARK_PROMPT)
+            n_prompt += (double)mark->value;
+        else if (mark->at >= since)
+            times[mark->kind][n_times[mark->kind]++] = (double)mark->value;
     }
-    now->rates[0] = answers_ratio((double)n_prompt, now->at - since);
+    now->rates[0] = answers_ratio(n_prompt, now->at - since);
     now->rates[1] = answers_ratio(n_times[0] + n_times[1], now->at - since);
     for (int i = 0; i < 2; i++) {
         qsort(times[i], (size_t)n_times[i], sizeof *times[i], compare_doubles);
@@ -189,89 +183,13 @@ static void watch_look(struct watch *w, struct watch_now *now) {
     memcpy(now->copies, w->copies, sizeof now->copies);
     int n = w->n_marks < WATCH_MARKS ? (int)w->n_marks : WATCH_MARKS;
     memcpy(marks, w->marks, (size_t)n * sizeof *marks);
+    double oldest = n < WATCH_MARKS ? w->begun : marks[w->n_marks % WATCH_MARKS].at;
     engine_unlock(engine);
     now->seconds = now->at - w->begun;
-    watch_measure(now, marks, n, w->begun);
+    watch_measure(now, marks, n, fmax(now->at - WATCH_SECONDS, oldest));
 }
 
 /* ---- what is shown ---- */
-
-struct watch_row { /* a worker, several, or the host */
-    char name[20];
-    int decoding, prefilling; /* requests; -1: it computes nothing */
-    struct kv_usage blocks;
-};
-
-static void watch_add(struct watch_row *row, const struct watch_now *now, int worker) {
-    const struct kv_usage *blocks = &now->places[worker];
-    row->decoding += now->load.decoding[worker];
-    row->prefilling += now->load.prefilling[worker];
-    row->blocks.free += blocks->free;
-    row->blocks.pinned += blocks->pinned;
-    row->blocks.cached += blocks->cached;
-    row->blocks.in_flight += blocks->in_flight;
-}
-
-/* Rows for at most `most` workers, of which the last stands for all that are left, and the host.
- * Returns how many. */
-static int watch_rows(const struct watch *w, const struct watch_now *now, int most,
-                      struct watch_row rows[MAX_WORKERS + 1]) {
-    int n = w->config->n_workers, shown = n < most ? n : most;
-    memset(rows, 0, ((size_t)shown + 1) * sizeof *rows);
-    for (int i = 0; i < n; i++) {
-        struct watch_row *row = &rows[i < shown ? i : shown - 1];
-        watch_add(row, now, i);
-        (void)snprintf(row->name, sizeof row->name, "%d %s", i, now->load.role[i]);
-    }
-    if (n > shown)
-        (void)snprintf(rows[shown - 1].name, sizeof rows->name, "%d others", n - shown + 1);
-    rows[shown] = (struct watch_row){"host", -1, -1, now->places[n]};
-    return shown + 1;
-}
-
-static struct watch_copies watch_sum(const struct watch *w, const struct watch_now *now, int way) {
-    struct watch_copies sum = {0};
-    for (int i = 0; i < w->config->n_workers; i++) {
-        sum.ordered += now->copies[i][way].ordered;
-        sum.done += now->copies[i][way].done;
-    }
-    return sum;
-}
-
-/* Two times in ms, of which there may be none. */
-static const char *watch_pair(char text[48], const double times[2]) {
-    (void)snprintf(text, 48, isnan(times[0]) ? "-" : "%.1f ms, 90 %% %.1f ms", times[0], times[1]);
-    return text;
-}
-
-/* What is told below the rows; label: what of. Returns NULL behind the last line. */
-static const char *watch_text(const struct watch *w, const struct watch_now *now, int line,
-                              char text[256]) {
-    static const char *const labels[] = {"requests", "tokens/s", "latency", "copies", NULL};
-    char ttft[48], itl[48];
-    struct watch_copies c[N_WAYS];
-    for (int way = 0; way < N_WAYS; way++)
-        c[way] = watch_sum(w, now, way);
-    if (line == 0)
-        (void)snprintf(text, 256, "%d waiting, %d preempted, %" PRId64 " of %" PRId64 " ended",
-                       now->load.waiting, now->load.preempted, now->sched.finished,
-                       now->sched.submitted);
-    else if (line == 1)
-        (void)snprintf(text, 256, "%.0f of prompts, %.0f generated", now->rates[0], now->rates[1]);
-    else if (line == 2)
-        (void)snprintf(text, 256, "TTFT %s; ITL %s", watch_pair(ttft, now->times[MARK_TTFT]),
-                       watch_pair(itl, now->times[MARK_ITL]));
-    else if (line == 3)
-        (void)snprintf(text, 256,
-                       "under way: %" PRId64 " out, %" PRId64 " in, %" PRId64
-                       " peer; done: %" PRId64 ", %" PRId64 ", %" PRId64,
-                       c[WAY_OUT].ordered - c[WAY_OUT].done, c[WAY_IN].ordered - c[WAY_IN].done,
-                       c[WAY_PEER].ordered - c[WAY_PEER].done, c[WAY_OUT].done, c[WAY_IN].done,
-                       c[WAY_PEER].done);
-    return labels[line];
-}
-
-/* ---- the picture ---- */
 
 enum watch_part_name { PART_PINNED, PART_CACHED, PART_IN_FLIGHT, PART_FREE, N_PARTS };
 static const struct watch_part {
@@ -280,6 +198,68 @@ static const struct watch_part {
                           [PART_CACHED] = {"cached", "▒", "\033[34m"},
                           [PART_IN_FLIGHT] = {"flight", "▓", "\033[33m"},
                           [PART_FREE] = {"free", "·", "\033[2m"}};
+
+struct watch_row { /* a worker, several, or the host, which computes nothing */
+    char name[20];
+    bool computes;
+    int decoding, prefilling; /* requests */
+    int blocks[N_PARTS];
+};
+
+/* Rows for at most `most` workers, of which the last stands for all that are left, and the host.
+ * Returns how many. */
+static int watch_rows(const struct watch *w, const struct watch_now *now, int most,
+                      struct watch_row rows[MAX_WORKERS + 1]) {
+    int n = w->config->n_workers, shown = n < most ? n : most;
+    memset(rows, 0, ((size_t)shown + 1) * sizeof *rows);
+    for (int i = 0; i <= n; i++) {
+        const struct kv_usage *u = &now->places[i];
+        const int blocks[N_PARTS] = {u->pinned, u->cached, u->in_flight, u->free};
+        struct watch_row *row = &rows[i == n ? shown : i < shown ? i : shown - 1];
+        for (int part = 0; part < N_PARTS; part++)
+            row->blocks[part] += blocks[part];
+        row->computes = i < n;
+        row->decoding += i < n ? now->load.decoding[i] : 0;
+        row->prefilling += i < n ? now->load.prefilling[i] : 0;
+        (void)snprintf(row->name, sizeof row->name, i < n ? "%d %s" : "host", i,
+                       i < n ? now->load.role[i] : "");
+    }
+    if (n > shown)
+        (void)snprintf(rows[shown - 1].name, sizeof rows->name, "%d others", n - shown + 1);
+    return shown + 1;
+}
+
+enum { N_TEXTS = 4, TEXT_LENGTH = 256 };
+static const char *const watch_labels[N_TEXTS] = {"requests", "tokens/s", "latency", "copies"};
+
+/* What is told below the rows. */
+static void watch_texts(const struct watch *w, const struct watch_now *now,
+                        char texts[N_TEXTS][TEXT_LENGTH]) {
+    char times[2][48];
+    struct watch_copies all[N_WAYS] = {0};
+    for (int i = 0; i < w->config->n_workers; i++)
+        for (int way = 0; way < N_WAYS; way++) {
+            all[way].under_way += now->copies[i][way].under_way;
+            all[way].done += now->copies[i][way].done;
+        }
+    for (int i = 0; i < 2; i++)
+        (void)snprintf(times[i], sizeof times[i],
+                       isnan(now->times[i][0]) ? "-" : "%.1f ms, 90 %% %.1f ms", now->times[i][0],
+                       now->times[i][1]);
+    (void)snprintf(texts[0], TEXT_LENGTH,
+                   "%d waiting, %d preempted, %" PRId64 " of %" PRId64 " ended", now->load.waiting,
+                   now->load.preempted, now->sched.finished, now->sched.submitted);
+    (void)snprintf(texts[1], TEXT_LENGTH, "%.0f of prompts, %.0f generated", now->rates[0],
+                   now->rates[1]);
+    (void)snprintf(texts[2], TEXT_LENGTH, "TTFT %s; ITL %s", times[MARK_TTFT], times[MARK_ITL]);
+    (void)snprintf(texts[3], TEXT_LENGTH,
+                   "under way: %" PRId64 " out, %" PRId64 " in, %" PRId64 " peer; done: %" PRId64
+                   ", %" PRId64 ", %" PRId64,
+                   all[WAY_OUT].under_way, all[WAY_IN].under_way, all[WAY_PEER].under_way,
+                   all[WAY_OUT].done, all[WAY_IN].done, all[WAY_PEER].done);
+}
+
+/* ---- the picture ---- */
 
 /* A text, in the colour of a part where there are colours. */
 static void watch_paint(const struct watch *w, FILE *out, enum watch_part_name part,
@@ -309,23 +289,18 @@ static void watch_line(const struct watch *w, FILE *out, const struct watch_row 
     bool numbers = bar >= WATCH_LEAST_BAR;
     bar = numbers ? bar : width - WATCH_NAMES;
     bar = bar < WATCH_MOST_BAR ? bar : WATCH_MOST_BAR;
-    int parts[N_PARTS] = {0};
     char text[24];
-    if (!row) {
+    if (!row)
         (void)fprintf(out, "%-10s %7s %7s  %-*s", "worker", "prefill", "decode", bar, "blocks");
-    } else {
-        parts[PART_PINNED] = row->blocks.pinned;
-        parts[PART_CACHED] = row->blocks.cached;
-        parts[PART_IN_FLIGHT] = row->blocks.in_flight;
-        parts[PART_FREE] = row->blocks.free;
-        (void)fprintf(out, row->prefilling < 0 ? "%-10s %15s  " : "%-10s ", row->name, "");
-        if (row->prefilling >= 0)
-            (void)fprintf(out, "%7d %7d  ", row->prefilling, row->decoding);
-        watch_bar(w, out, parts, bar);
-    }
+    else if (row->computes)
+        (void)fprintf(out, "%-10s %7d %7d  ", row->name, row->prefilling, row->decoding);
+    else
+        (void)fprintf(out, "%-*s", WATCH_NAMES, row->name);
+    if (row)
+        watch_bar(w, out, row->blocks, bar);
     for (int part = 0; part < N_PARTS && numbers; part++) {
         if (row)
-            (void)snprintf(text, sizeof text, "%*d", WATCH_NUMBER, parts[part]);
+            (void)snprintf(text, sizeof text, "%*d", WATCH_NUMBER, row->blocks[part]);
         else
             (void)snprintf(text, sizeof text, "%*s", WATCH_NUMBER, watch_parts[part].name);
         watch_paint(w, out, (enum watch_part_name)part, text);
@@ -353,8 +328,7 @@ static void watch_draw(struct watch *w, const struct watch_now *now, bool anew) 
     int width = w->size.ws_col - 1; /* a full line would wait to be wrapped */
     int n = watch_rows(w, now, w->size.ws_row - WATCH_TEXT_ROWS - WATCH_OTHER_ROWS, rows);
     int line = w->size.ws_row - (n + WATCH_OTHER_ROWS - 1) + 1;
-    char *text = NULL, words[256];
-    const char *label;
+    char *text = NULL, words[N_TEXTS][TEXT_LENGTH];
     size_t length;
     FILE *out = open_memstream(&text, &length);
     if (!out)
@@ -368,9 +342,10 @@ static void watch_draw(struct watch *w, const struct watch_now *now, bool anew) 
         (void)fprintf(out, "\033[K\033[%d;1H", line++);
         watch_line(w, out, i < 0 ? NULL : &rows[i], width);
     }
-    for (int i = 0; (label = watch_text(w, now, i, words)); i++)
-        (void)fprintf(out, "\033[K\033[%d;1H%-*s%.*s", line++, WATCH_LABEL, label,
-                      width - WATCH_LABEL, words);
+    watch_texts(w, now, words);
+    for (int i = 0; i < N_TEXTS; i++)
+        (void)fprintf(out, "\033[K\033[%d;1H%-*s%.*s", line++, WATCH_LABEL, watch_labels[i],
+                      width - WATCH_LABEL, words[i]);
     (void)fputs("\033[K\0338", out);
     if (fclose(out) == 0)
         watch_write(text, length, 0);
@@ -388,20 +363,20 @@ static void watch_erase(struct watch *w, int milliseconds) {
 /* The same in one line. */
 static void watch_tell(const struct watch *w, const struct watch_now *now) {
     struct watch_row rows[MAX_WORKERS + 1];
-    char words[256];
-    const char *label;
+    char words[N_TEXTS][TEXT_LENGTH];
     int n = watch_rows(w, now, MAX_WORKERS, rows);
+    watch_texts(w, now, words);
     flockfile(stderr);
     (void)fprintf(stderr, "%.1f s", now->seconds);
-    for (int i = 0; (label = watch_text(w, now, i, words)); i++)
-        (void)fprintf(stderr, "; %s: %s", label, words);
+    for (int i = 0; i < N_TEXTS; i++)
+        (void)fprintf(stderr, "; %s: %s", watch_labels[i], words[i]);
     for (int i = 0; i < n; i++) {
-        struct kv_usage b = rows[i].blocks;
+        const int *b = rows[i].blocks;
         (void)fprintf(stderr, "; %s: ", rows[i].name);
-        if (rows[i].prefilling >= 0)
+        if (rows[i].computes)
             (void)fprintf(stderr, "%d prefill, %d decode, ", rows[i].prefilling, rows[i].decoding);
-        (void)fprintf(stderr, "%d pinned, %d cached, %d in flight, %d free", b.pinned, b.cached,
-                      b.in_flight, b.free);
+        (void)fprintf(stderr, "%d pinned, %d cached, %d in flight, %d free", b[PART_PINNED],
+                      b[PART_CACHED], b[PART_IN_FLIGHT], b[PART_FREE]);
     }
     (void)fputc('\n', stderr);
     funlockfile(stderr);
@@ -445,13 +420,6 @@ static void *watch_main(void *argument) {
 
 /* ---- the same for machines ---- */
 
-static void watch_json_pair(FILE *out, const char *name, const double pair[2]) {
-    if (isnan(pair[0]))
-        (void)fprintf(out, ",\"%s\":null", name);
-    else
-        (void)fprintf(out, ",\"%s\":[%.4g,%.4g]", name, pair[0], pair[1]);
-}
-
 static void watch_json_place(FILE *out, const struct kv_usage *u) {
     (void)fprintf(out, "\"free\":%d,\"pinned\":%d,\"cached\":%d,\"in_flight\":%d", u->free,
                   u->pinned, u->cached, u->in_flight);
@@ -469,8 +437,7 @@ void watch_json(FILE *out, struct watch *w) {
         watch_json_place(out, &now.places[i]);
         for (int way = 0; way < N_WAYS; way++)
             (void)fprintf(out, ",\"%s\":[%" PRId64 ",%" PRId64 "]", watch_ways[way],
-                          now.copies[i][way].ordered - now.copies[i][way].done,
-                          now.copies[i][way].done);
+                          now.copies[i][way].under_way, now.copies[i][way].done);
         (void)fputs("}", out);
     }
     (void)fputs("],\"host\":{", out);
@@ -481,8 +448,9 @@ void watch_json(FILE *out, struct watch *w) {
                   ",\"generated_tokens_per_second\":%.4g",
                   now.load.waiting, now.load.preempted, now.sched.submitted, now.sched.finished,
                   now.rates[0], now.rates[1]);
-    watch_json_pair(out, "ttft_ms", now.times[0]);
-    watch_json_pair(out, "itl_ms", now.times[1]);
+    for (int i = 0; i < 2; i++)
+        (void)fprintf(out, isnan(now.times[i][0]) ? ",\"%s\":null" : ",\"%s\":[%.4g,%.4g]",
+                      i == MARK_TTFT ? "ttft_ms" : "itl_ms", now.times[i][0], now.times[i][1]);
     (void)fputs("}\n", out);
 }
 
@@ -497,10 +465,9 @@ struct watch *watch_open(struct ledger next) {
     struct watch *w = calloc(1, sizeof *w);
     if (!w)
         return NULL;
-    const char *terminal = getenv("TERM"), *plain = getenv("NO_COLOR");
     w->next = next;
-    w->ansi = isatty(STDERR_FILENO) && terminal && *terminal && strcmp(terminal, "dumb") != 0;
-    w->colour = !plain || !*plain;
+    w->ansi = text_moves(STDERR_FILENO);
+    w->colour = text_colours(STDERR_FILENO);
     pthread_mutex_init(&w->drawing, NULL);
     return w;
 }

@@ -231,6 +231,9 @@ static void blocks_are_turns(struct check *check) {
         {NULL, PROMPT},
         {"One\\\rTwo\r", "\033[?2004l\r\nOne\r\nTwo"},
         {NULL, PROMPT},
+        {"\"\"\"\rat\rThe \xE4\xB8\xAD\033[A\033[Dc\033[Bend\r\"\"\"\r", /* by its arrows */
+         "\nact\r\nThende \xE4\xB8\xAD"},
+        {NULL, PROMPT},
     };
     struct live live = converse(check, "model.bin -n 3", 80);
     talk(&live, turns, COUNT(turns));
