@@ -565,11 +565,13 @@ static int run_requests(struct run *run) {
         complain(error);
     if (n_failed < 0 && run->answers.n_requests == 0)
         return EXIT_FILE;
+    bool interrupted = run->answers.interrupted && !run->answers.converses;
+    if (interrupted && text_moves(STDERR_FILENO))
+        (void)fputc('\n', stderr); /* behind a ^C */
     if (o->stats)
         stats_print(&run->answers);
     else if (!o->json)
         stats_summary(&run->answers);
-    bool interrupted = run->answers.interrupted && !run->answers.converses;
     return n_failed < 0   ? EXIT_FILE
            : interrupted  ? EXIT_INTERRUPTED
            : n_failed > 0 ? EXIT_REQUESTS

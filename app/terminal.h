@@ -415,7 +415,10 @@ static enum editor_state editor_plain(struct editor *e) {
             editor_insert(e, &(char){(char)byte}, 1);
         ends = editor_ends(e);
     }
-    return byte == EOF && e->length == 0 ? ENDED : ENTERED;
+    bool ended = byte == EOF && e->length == 0;
+    if (ended && prompts)
+        (void)fputs("\n", stderr);
+    return ended ? ENDED : ENTERED;
 }
 
 /* ---- its history ---- */

@@ -313,6 +313,10 @@ static void ctrl_c_gives_up_a_line(struct check *check) {
     live_until(&live, "\033[?2004l\033[?2004h");
     live_until(&live, PROMPT);
     leave(&live, "\004");
+    live = live_start(check, true, "model.bin -f - -n 3"); /* what the terminal shows of it, … */
+    talk(&live, (struct turn[]){{"Once\n", "\r\nOnce"}, {NULL, "\r\n"}}, 2);
+    talk(&live, &(struct turn){"\003", "^C\r\n[2 workers"}, 1); /* … has a line of its own */
+    CHECK(live_end(&live) == 130, "%s", live.text);
 }
 
 /* A shell stops and continues it: the terminal is usable meanwhile, and the line is there again. */
@@ -373,6 +377,7 @@ static void terminals_are_respected(struct check *check) {
          (struct turn[]){{NULL, "> "}, {"Once\n", "\n> "}, {"/stats\n", "blocks of the host"}}, 3);
     leave(&live, "\004");
     CHECK(!strchr(live.text, '\033'), "%s", live.text);
+    CHECK(strstr(live.text, "> \r\n[2 workers"), "the last words have their line: %s", live.text);
     setenv("TERM", "xterm", 1);
     for (int i = 0; i < 2; i++) {
         setenv("NO_COLOR", i ? "1" : "", 1);
