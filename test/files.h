@@ -68,6 +68,13 @@ static inline void write_file(struct check *check, const char *name, const void 
     CHECK(ok, "cannot write $T/%s", name);
 }
 
+/* $T/requests: lines as put_json takes them. */
+static inline void write_requests(struct check *check, const char *lines) {
+    char *text = keep(strlen(lines) + 1);
+    size_t length = (size_t)put_json(text, lines);
+    write_file(check, "requests", text, length);
+}
+
 /* All bytes of a file with a zero byte behind them; an empty text if there is none. */
 static inline char *read_file(struct check *check, const char *path, size_t *length) {
     FILE *file = fopen(path, "rb");

@@ -226,11 +226,6 @@ static void perplexity_is_that_of_the_logits(struct check *check) {
 
 /* ---- many requests ---- */
 
-static void write_requests(struct check *check, const char *lines) {
-    char text[4096];
-    write_file(check, "requests", text, (size_t)put_json(text, lines));
-}
-
 static void requests_finish_together(struct check *check) {
     static const struct {
         const char *id, *line, *alone;

@@ -9,12 +9,6 @@
 
 enum { MOST = 65536 }; /* requests of a file */
 
-static void write_requests(struct check *check, const char *lines) {
-    char *text = keep(strlen(lines) + 1);
-    int length = put_json(text, lines);
-    write_file(check, "requests", text, (size_t)length);
-}
-
 /* ---- lines ---- */
 
 static void marks_are_no_prompts(struct check *check) {
