@@ -39,14 +39,10 @@ static int evaluate_longest(const struct answers *a) {
     return here < all ? here : all;
 }
 
-static int evaluate_vocab(const struct answers *a) {
-    return engine_config_of(a->engine)->model->config.vocab_size;
-}
-
 /* Room for the logits of a chunk. */
 static float *chunk_create(const struct answers *a) {
     size_t n_rows = (size_t)engine_config_of(a->engine)->chunk;
-    return malloc(n_rows * (size_t)evaluate_vocab(a) * sizeof(float));
+    return malloc(n_rows * (size_t)a->vocab_size * sizeof(float));
 }
 
 /* Computes the chunk of tokens[0, n) that begins at `start`, which is token `place` of the text.
@@ -85,7 +81,7 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
     int n_rows = 1;
     for (int start = 0; start < n_ids && ok && n_rows > 0; start += n_rows) {
         n_rows = chunk_logits(a, ids, start, n_ids, start, logits, error);
-        size_t n = (size_t)n_rows * (size_t)evaluate_vocab(a);
+        size_t n = (size_t)n_rows * (size_t)a->vocab_size;
         ok = fwrite(logits, sizeof *logits, n, file) == n;
     }
     ok = file && fclose(file) == 0 && ok;
@@ -110,7 +106,7 @@ static double log_sum_exp(const float *row, int n) {
 /* Adds the negative log-likelihoods of tokens[1, n), of a text from token `place` on. */
 static bool add_surprise(const struct answers *a, const int *tokens, int n, int place,
                          float *logits, double *sum, char *error) {
-    int vocab_size = evaluate_vocab(a);
+    int vocab_size = a->vocab_size;
     for (int start = 0, n_rows; start < n; start += n_rows) {
         n_rows = chunk_logits(a, tokens, start, n, place + start, logits, error);
         if (n_rows == 0)

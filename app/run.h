@@ -147,6 +147,7 @@ static void tell_lost(void *context) {
     const struct run *run = context;
     if (run->answers.engine)
         engine_tell_lost(run->answers.engine);
+    editor_restore();
     (void)watch_restore(run->watch);
     trace_flush(run->trace);
 }

@@ -50,6 +50,23 @@ static inline char *screen_row(const struct screen *s, int y) {
     return line;
 }
 
+/* A text without its white space; all that the screen shows, and has shown, likewise. */
+static inline char *squeezed(const char *text) {
+    char *copy = keep(strlen(text) + 1), *to = copy;
+    for (; *text; text++)
+        if (!strchr(" \t\r\n", *text))
+            *to++ = *text;
+    return copy;
+}
+
+static inline char *screen_text(const struct screen *s) {
+    char *text = keep(LIVE_LENGTH);
+    strcpy(text, s->gone);
+    for (int y = 0; y < s->rows; y++)
+        strcat(text, screen_row(s, y));
+    return squeezed(text);
+}
+
 /* The row that begins so; -1: none does. */
 static inline int screen_find(const struct screen *s, const char *words) {
     for (int y = 0; y < s->rows; y++)
@@ -146,8 +163,8 @@ static inline void screen_write(struct screen *s, const char *text, size_t lengt
             s->x = s->returns ? 0 : s->x;
         } else if (code == '\r') {
             s->x = 0;
-        } else if (code == '\b') {
-            s->x -= s->x > 0;
+        } else if (code == '\t') {
+            s->x += 8 - s->x % 8;
         } else {
             screen_put(s, text + at, n, code);
         }

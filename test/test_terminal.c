@@ -126,6 +126,40 @@ static void odd_characters_are_wrapped(struct check *check) {
     free(out);
 }
 
+/* Whatever the columns, all is shown, and in order. */
+static void mixed_characters_are_wrapped(struct check *check) {
+    static const char *const pieces[] = {"a",
+                                         "be",
+                                         " ",
+                                         "\n",
+                                         "\xE4\xB8\xAD",
+                                         "\xF0\x9F\x91\x8D",
+                                         "\t",
+                                         "e\xCC\x81",
+                                         "\xE3\x81\x8B\xE3\x82\x99",
+                                         "\xE0\xA4\xB9\xE0\xA4\xBF",
+                                         "\xE2\x9C\x85"};
+    srand(7);
+    for (int round = 0; round < (SANITIZED ? 10 : 100); round++) {
+        char text[8192] = "", *out = NULL;
+        size_t size = 0;
+        struct wrap wrap = {0};
+        struct screen *s = screen_new(SCREEN_ROWS, 80);
+        s->returns = true;
+        FILE *file = open_memstream(&out, &size);
+        for (int i = 0; i < 1000; i++) {
+            const char *piece = pieces[rand() % (int)COUNT(pieces)];
+            strcat(text, piece);
+            wrap_write(&wrap, file, piece, strlen(piece));
+        }
+        fclose(file);
+        screen_write(s, out, size);
+        CHECK(s->n_faults == 0 && !strcmp(screen_text(s), squeezed(text)), "%d faults: %s",
+              s->n_faults, out);
+        free(out);
+    }
+}
+
 static void answers_are_wrapped(struct check *check) {
     struct outcome plain = run(check, "model.bin -p 'Once upon a time' -n 120 -t 0");
     CHECK(plain.status == 0 && !strchr(plain.out, '\033'), "%s", plain.out);
@@ -430,6 +464,7 @@ int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(columns_are_those_of_unicode),
                                         TEST(words_are_wrapped),
                                         TEST(odd_characters_are_wrapped),
+                                        TEST(mixed_characters_are_wrapped),
                                         TEST(answers_are_wrapped),
                                         TEST(long_lines_take_rows),
                                         TEST(marks_go_with_their_character),

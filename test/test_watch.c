@@ -73,14 +73,6 @@ static void is_restored(const struct screen *s, struct check *check) {
     CHECK(screen_find(s, "worker ") < 0 && screen_find(s, "copies ") < 0, "a picture is left");
 }
 
-static void squeeze(char *text) { /* without white space */
-    char *to = text;
-    for (; *text; text++)
-        if (!isspace((unsigned char)*text))
-            *to++ = *text;
-    *to = 0;
-}
-
 static void picture_leaves_the_text_alone(struct check *check) {
     write_prompts(check, REQUESTS);
     struct outcome plain = run(check, "model.bin -f $T/prompts " LOAD, TOKENS);
@@ -91,14 +83,11 @@ static void picture_leaves_the_text_alone(struct check *check) {
     CHECK(status == 0 && s->n_faults == 0, "%d, %d faults: %s", status, s->n_faults, live.text);
     CHECK(n > 0, "no picture: %s", live.text);
     is_restored(s, check);
-    for (int y = 0; y < ROWS; y++)
-        strcat(s->gone, screen_row(s, y));
-    squeeze(s->gone);
-    squeeze(plain.out);
-    char *summary = strstr(s->gone, "[3workers:");
-    CHECK(summary && (size_t)(summary - s->gone) == strlen(plain.out) &&
-              strncmp(s->gone, plain.out, strlen(plain.out)) == 0,
-          "got\n%s\nexpected\n%s", s->gone, plain.out);
+    char *got = screen_text(s), *expected = squeezed(plain.out),
+         *summary = strstr(got, "[3workers:");
+    CHECK(summary && (size_t)(summary - got) == strlen(expected) &&
+              strncmp(got, expected, strlen(expected)) == 0,
+          "got\n%s\nexpected\n%s", got, expected);
 }
 
 static void follows_the_size(struct check *check) {
