@@ -1,7 +1,7 @@
 /* test_terminal.c: the program at a pseudo terminal: what people type, paste and interrupt there.
  *
- * What stands on the screen is told by screen.h. Columns of characters are held against what Unicode
- * says, job control against a shell's. Run from the repository's root. */
+ * What stands on the screen is told by screen.h. Columns of characters are held against Unicode's,
+ * job control against a shell's. Run from the repository's root. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #define WRAP_IMPLEMENTATION
