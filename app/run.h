@@ -44,6 +44,7 @@ int run_program(int argc, char **argv); /* an exit status */
 
 enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, EXIT_INTERRUPTED = 128 + SIGINT };
 enum { DEFAULT_BATCH = 32 };
+enum { STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
 enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* of --plan: targets in ms */
 
 struct run { /* all that a run opens */
@@ -673,6 +674,7 @@ static void *watch_signals(void *argument) {
 static bool start_watching(struct run *run) {
     static const int watched[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
     pthread_t watcher;
+    pthread_attr_t threads;
     sigset_t blocked;
     sigemptyset(&run->signals);
     for (size_t i = 0; i < sizeof watched / sizeof *watched; i++) {
@@ -685,6 +687,11 @@ static bool start_watching(struct run *run) {
     sigaddset(&blocked, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &blocked, NULL);
     (void)signal(SIGPIPE, SIG_IGN);
+    if (pthread_attr_init(&threads) == 0) { /* all of a stack counts where addresses are limited */
+        (void)pthread_attr_setstacksize(&threads, STACK_BYTES);
+        (void)pthread_setattr_default_np(&threads);
+        pthread_attr_destroy(&threads);
+    }
     return pthread_create(&watcher, NULL, watch_signals, run) == 0 && pthread_detach(watcher) == 0;
 }
 

@@ -844,6 +844,9 @@ static void a_model_larger_than_memory(struct check *check) {
     shell(check, "ulimit -v 16000000; " DYNAMO_PROGRAM " random:gpt-oss-20b:mxfp4 --ids 1 -n 1 "
                  "--devices cpu:1 2> $T/words; test $? = 1"); /* with all of its experts */
     shell(check, "grep -q '^dynamo: weights of 1[0-9].[0-9] GB do not fit' $T/words");
+    shell(check,
+          "ulimit -v 700000; " DYNAMO_PROGRAM " random:stories-110m:q8_0 --ids 1 -n 1 "
+          "--devices cpu:2 --threads 2 > $T/out 2> $T/words"); /* threads need room as well */
 }
 
 /* Before the model is loaded, where it can be known; a text does not suffer from it. */
