@@ -72,7 +72,7 @@ struct editor {
 static const char editor_prompt[] = "> ", editor_block[] = "\"\"\"";
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 static struct termios editor_before;
-static atomic_bool editor_is_set, chat_goes_on;
+static atomic_bool editor_is_set, editor_gives_up, chat_goes_on;
 static volatile sig_atomic_t editor_continued;
 
 /* From any thread, so without stdio. */
@@ -90,6 +90,7 @@ void editor_restore(void) {
 bool chat_interrupted(void) {
     if (!atomic_load(&chat_goes_on))
         return false;
+    atomic_store(&editor_gives_up, true);
     editor_tell("\n");
     editor_tell(editor_hint);
     if (atomic_load(&editor_is_set))
@@ -411,8 +412,13 @@ static enum editor_state editor_plain(struct editor *e) {
     while (!ends && byte != EOF) {
         if (prompts)
             (void)fputs(e->length > 0 ? ". " : editor_prompt, stderr);
+        size_t before = e->length;
         while ((byte = getchar()) != EOF && byte != '\n')
             editor_insert(e, &(char){(char)byte}, 1);
+        if (atomic_exchange(&editor_gives_up, false)) { /* the lines before this one */
+            editor_cut(e, 0, before);
+            e->at = e->length;
+        }
         ends = editor_ends(e);
     }
     bool ended = byte == EOF && e->length == 0;

@@ -409,6 +409,8 @@ static void terminals_are_respected(struct check *check) {
     struct live live = live_start(check, true, "model.bin -n 50");
     talk(&live,
          (struct turn[]){{NULL, "> "}, {"Once\n", "\n> "}, {"/stats\n", "blocks of the host"}}, 3);
+    talk(&live, (struct turn[]){{NULL, "> "}, {"\"\"\"\n", ". "}, {"lost\n", ". "}}, 3);
+    talk(&live, (struct turn[]){{"\003", "> "}, {"Mia\n", "\nMia"}, {NULL, "\n> "}}, 3);
     leave(&live, "\004");
     CHECK(!strchr(live.text, '\033'), "%s", live.text);
     CHECK(strstr(live.text, "> \r\n[2 workers"), "the last words have their line: %s", live.text);
