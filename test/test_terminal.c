@@ -347,9 +347,10 @@ static void ctrl_c_gives_up_a_line(struct check *check) {
     live_until(&live, "\033[?2004l\033[?2004h");
     live_until(&live, PROMPT);
     leave(&live, "\004");
-    live = live_start(check, true, "model.bin -f - -n 3"); /* what the terminal shows of it, … */
-    talk(&live, (struct turn[]){{"Once\n", "\r\nOnce"}, {NULL, "\r\n"}}, 2);
-    talk(&live, &(struct turn){"\003", "^C\r\n[2 workers"}, 1); /* … has a line of its own */
+    live = live_shell(check, true, "echo begins; exec " DYNAMO_PROGRAM " model.bin -f - -n 3");
+    talk(&live, (struct turn[]){{NULL, "begins\r\n"}, {"Once\n", "\r\nOnce"}, {NULL, "\r\n"}}, 3);
+    /* what the terminal shows of it has a line of its own */
+    talk(&live, &(struct turn){"\003", "^C\r\n[2 workers"}, 1);
     CHECK(live_end(&live) == 130, "%s", live.text);
 }
 
