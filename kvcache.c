@@ -46,7 +46,6 @@ enum {
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
     CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
-    HEAP_WAYS = 4,   /* half as deep as with 2 */
     OPEN_RUNS = 8,   /* workers' blocks come to the host in turns, each time many of one worker */
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
@@ -102,7 +101,7 @@ struct entry { /* of a heap; a copy's heat stands here too, so that comparing do
 };
 
 struct order {          /* the copies of a place that are CLEAN, or DIRTY */
-    struct entry *heap; /* (n_runs) each colder than the four below it, from HEAP_WAYS * i + 1 on */
+    struct entry *heap; /* (n_runs) the coldest of each run; each colder than the two below it */
     int n_runs;
     struct entry ends[OPEN_RUNS]; /* the last of the runs that may go on; heat 0: none */
 };
@@ -196,23 +195,13 @@ static void heap_set(struct entry *heap, int i, struct entry entry) {
 
 /* Puts an entry into the gap at i of a heap of n, or where the gap must go: up, or down. */
 static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
-    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / HEAP_WAYS].heat; i = up)
+    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / 2].heat; i = up)
         heap_set(heap, i, heap[up]);
-    for (int first; (first = HEAP_WAYS * i + 1) < n;) {
-        int child = first;
-        for (int way = 0; way < HEAP_WAYS; way++) /* what may be compared next comes meanwhile */
-            __builtin_prefetch(&heap[HEAP_WAYS * (first + way) + 1]);
-        if (first + HEAP_WAYS <= n) { /* no branch on heats: nothing could predict it */
-            int other = first + 2 + (heap[first + 3].heat < heap[first + 2].heat);
-            child += heap[first + 1].heat < heap[first].heat;
-            child += (other - child) * (heap[other].heat < heap[child].heat);
-        }
-        for (int other = first + 1; first + HEAP_WAYS > n && other < n; other++)
-            child = heap[other].heat < heap[child].heat ? other : child;
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && heap[child + 1].heat < heap[child].heat;
         if (heap[child].heat >= entry.heat)
             break;
         heap_set(heap, i, heap[child]);
-        i = child;
     }
     heap_set(heap, i, entry);
 }
@@ -262,7 +251,7 @@ static int count_colder(const struct order *order, int i, const struct copy *tha
         return 0;
     for (struct copy *c = order->heap[i].copy; c && n < most && c->heat < than->heat; c = c->warmer)
         n++;
-    for (int child = HEAP_WAYS * i + 1; child <= HEAP_WAYS * (i + 1); child++)
+    for (int child = 2 * i + 1; child <= 2 * i + 2; child++)
         n += count_colder(order, child, than, most - n);
     return n;
 }
@@ -512,7 +501,7 @@ struct kv *kv_create(const struct kv_config *config) {
     while (n_buckets < n)
         n_buckets *= 2;
     size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
-    size_t bytes = sizeof(struct kv) + (n + MAX_WORKERS + 2) * each + n_buckets * sizeof(int);
+    size_t bytes = sizeof(struct kv) + (n + 1) * each + n_buckets * sizeof(int);
     struct kv *kv = calloc(1, bytes);
     if (!kv)
         return NULL;
@@ -525,16 +514,14 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->n_buckets = n_buckets;
     struct copy *copies = (struct copy *)(kv->nodes + n);
     kv->buckets = (int *)(copies + n);
-    uintptr_t heap = (uintptr_t)(kv->buckets + n_buckets);
-    heap += -(heap + sizeof(struct entry)) % 64; /* those below an entry are a line of the cache */
-    struct entry *heaps = (struct entry *)heap;
+    struct entry *heaps = (struct entry *)(kv->buckets + n_buckets);
     for (int i = 0; i <= kv->host; i++) {
         struct place *at = &kv->places[i];
         at->n_slots = i < kv->host ? config->device_blocks[i] : config->host_blocks;
         at->n[FREE] = at->n_slots;
         at->orders[CLEAN].heap = heaps;
-        at->orders[DIRTY].heap = heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
-        heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
+        at->orders[DIRTY].heap = heaps + at->n_slots;
+        heaps += 2 * at->n_slots;
         at->copies = at->free = copies; /* nothing is touched before it is used */
         copies += at->n_slots;
         kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
@@ -732,15 +719,19 @@ void kv_unkeep(struct kv *kv, int node) {
     settle(kv, node);
 }
 
+static struct kv_copy_order order_of(const struct kv *kv, int worker, const struct copy *to) {
+    const struct copy *from = to->from;
+    return (struct kv_copy_order){worker,    to->node,          from->place,
+                                  to->place, slot_of(kv, from), slot_of(kv, to)};
+}
+
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
     struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
     if (queue->n == 0)
         return false;
-    const struct copy *to = queue->first, *from = to->from;
-    *order = (struct kv_copy_order){worker,    to->node,          from->place,
-                                    to->place, slot_of(kv, from), slot_of(kv, to)};
-    queue->first = to->after;
+    *order = order_of(kv, worker, queue->first);
+    queue->first = queue->first->after;
     queue->n--;
     return true;
 }
@@ -779,15 +770,10 @@ static void take_back(struct kv *kv, int worker, struct queue *queue) {
     int n = queue->n;
     queue->n = 0;
     for (struct copy *to = queue->first, *next; n > 0; n--, to = next) {
-        const struct copy *from = to->from;
+        struct kv_copy_order order = order_of(kv, worker, to);
         next = to->after;
-        if (to->place == worker || from->place == worker)
-            kv_copied(kv,
-                      &(struct kv_copy_order){.node = to->node,
-                                              .from = from->place,
-                                              .to = to->place,
-                                              .to_slot = slot_of(kv, to)},
-                      false);
+        if (to->place == worker || order.from == worker)
+            kv_copied(kv, &order, false);
         else
             enqueue(queue, to);
     }

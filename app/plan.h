@@ -72,10 +72,9 @@ struct plan_point {                 /* a simulation */
 struct plan_split {
     int n[2], tp[2]; /* workers that prefill, that decode; together: of the second alone */
     int chunk, host_blocks, blocks[2];
-    bool pruned, second, fast; /* second: with the other tiers than the first of its kind; fast:
-                                * the load is too short to tell its highest rate */
-    bool tiers_matter;         /* it has read from the host */
-    struct plan_point best;    /* rate 0: the targets are not kept */
+    bool pruned, fast; /* fast: the load is too short to tell its highest rate */
+    bool reads_host;
+    struct plan_point best; /* rate 0: the targets are not kept */
 };
 
 struct plan {
@@ -86,6 +85,7 @@ struct plan {
     char why
         [ERROR_LENGTH]; /* the last of those together that do not fit does not; it is the widest */
     bool unique;        /* no prompt shares anything with another */
+    bool tiers_matter;  /* a split that was searched has read from the host */
     double best[2];     /* rates: together, apart */
     double least[2];    /* ms, p90 of TTFT and ITL that some simulation reached */
 };
@@ -147,7 +147,7 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
                                                 r.times[TIME_ITL][LOAD_P50] > 0,
                                      .kind = plan_apart(split) ? 'a' : 't'};
         struct sched *sched = sim_sched(sim);
-        split->tiers_matter |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
+        split->reads_host |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
         if (r.failed == 0) {
             plan->least[0] = fmin(plan->least[0], ttft);
             plan->least[1] = fmin(plan->least[1], itl);
@@ -373,7 +373,7 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
            together->best.per_gpu, 100 * margin, 100 * (PLAN_STEP - 1));
 }
 
-static void plan_tell(const struct plan *plan, bool tiers_matter) {
+static void plan_tell(const struct plan *plan) {
     const struct plan_options *o = plan->options;
     const struct plan_split *best[2] = {NULL, NULL};
     int n_pruned = 0;
@@ -395,7 +395,7 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
            o->load.itl, 100 * PLAN_SHARE, plan->n_points, n, n_pruned, PLAN_PRUNED,
            o->engine->max_batch,
            o->engine->host_blocks >= 0 ? "as given"
-           : tiers_matter              ? "where it matters, with and without it"
+           : plan->tiers_matter        ? "where it matters, with and without it"
            : plan->unique              ? "none, as prompts share nothing"
                                        : "as large as by default; nothing was read from it");
     printf("%-22s %6s %-15s %8s %8s %13s %8s %8s %7s %7s\n%-22s %6s %-15s %8s %8s %13s %8s %8s %7s "
@@ -417,7 +417,7 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
 
 bool plan_print(const struct plan_options *o, char *error) {
     struct plan plan = {.options = o, .least = {INFINITY, INFINITY}};
-    bool ok = true, tiers_matter = false;
+    bool ok = true;
     if (strcmp(o->load.replay ? o->load.replay : o->load.file, "-") == 0)
         return fail(error, "--plan: a load is read again for each simulation; give a file, not -");
     if (o->cluster->n_devices < 1)
@@ -433,15 +433,15 @@ bool plan_print(const struct plan_options *o, char *error) {
     for (int i = 0; i < plan.n_splits && ok; i++) {
         cli_progress("simulating", i, plan.n_splits);
         ok = plan_search(&plan, &plan.splits[i], error);
-        struct plan_split second = plan.splits[i]; /* joins the end */
-        tiers_matter = tiers_matter || (second.tiers_matter && !second.pruned);
-        second.host_blocks = 0;
-        second.best.rate = 0;
-        if (ok && second.tiers_matter && !second.pruned && !second.second &&
-            o->engine->host_blocks < 0) {
-            second.second = true;
-            plan_add(&plan, second);
-        }
+        struct plan_split without = plan.splits[i]; /* a host tier; joins the end */
+        if (!ok || !without.reads_host || without.pruned)
+            continue;
+        plan.tiers_matter = true;
+        without.reads_host = false;
+        without.host_blocks = 0;
+        without.best.rate = 0;
+        if (o->engine->host_blocks < 0)
+            plan_add(&plan, without);
     }
     cli_progress("simulating", 1, 1);
     for (int i = 0; i < plan.n_splits && ok; i++) { /* for the picture: fewer answers at once */
@@ -452,7 +452,7 @@ bool plan_print(const struct plan_options *o, char *error) {
     if (ok) {
         qsort(plan.splits, (size_t)plan.n_splits, sizeof *plan.splits, plan_compare);
         if (!o->json)
-            plan_tell(&plan, tiers_matter);
+            plan_tell(&plan);
         for (int i = 0; i < plan.n_splits && o->json; i++)
             plan_object(&plan.splits[i]);
     }

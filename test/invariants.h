@@ -137,7 +137,7 @@ static const char *check_order(const struct kv *kv, int place, enum standing sta
         const struct entry *entry = &order->heap[i];
         BROKEN(entry->copy->at != i, "a copy that does not know its place on the heap");
         BROKEN(entry->copy->heat != entry->heat, "a heap that does not know a copy's heat");
-        BROKEN(i > 0 && entry->heat < order->heap[(i - 1) / HEAP_WAYS].heat,
+        BROKEN(i > 0 && entry->heat < order->heap[(i - 1) / 2].heat,
                "a heap with a colder copy below a hotter one");
         broken = walk_run(kv, place, standing, entry->copy, &n);
     }
