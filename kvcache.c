@@ -19,8 +19,8 @@
  * standing): so the rules stand in one function; then `settle`, which does so with the others of
  * its node if it matters to them. Clean and dirty copies of a place lie in *runs*, lists in which
  * each copy is warmer than the one before, and the coldest of each run is on a heap. A copy joins a
- * run behind its end if one is still open that ends colder. Under LRU times only grow, so there are
- * few runs, and all that is done costs next to nothing; in any order O(log n) is the most.
+ * run behind its end if one is still open that is colder. Under LRU heats mostly grow, so runs are
+ * few beside copies, and to come and go mostly costs O(1); in any order it costs O(log n) at most.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
