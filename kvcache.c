@@ -244,7 +244,7 @@ static void take_out(struct order *order, struct copy *c) {
         heap_fill(order->heap, order->n_runs, c->at, next);
 }
 
-/* How many copies of the runs at i and below it are colder than a given one, counted up to `most`. */
+/* How many copies of the runs at i and below are colder than a given one, counted up to `most`. */
 static int count_colder(const struct order *order, int i, const struct copy *than, int most) {
     int n = 0;
     if (most <= 0 || i >= order->n_runs || order->heap[i].heat >= than->heat)

@@ -55,7 +55,7 @@ void load_start(struct load *load, double now, int max_length);
 double load_next(const struct load *load);
 /* That request, ready to be submitted; not when load_next is INFINITY. Its id counts from 0. */
 struct request *load_take(struct load *load);
-/* Takes what came of a request that was taken, and frees it; load_sweep: of all that are finished. */
+/* Takes what came of a request that was taken, and frees it; load_sweep: of all that ended. */
 void load_ended(struct load *load, struct request *request, double now);
 void load_sweep(struct load *load, double now);
 /* All that were taken have ended, and no other will come. */
