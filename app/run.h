@@ -59,7 +59,7 @@ struct run { /* all that a run opens */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
     struct watch *watch;     /* of --watch and --serve; or NULL */
     sigset_t signals;        /* that end the program or its answers */
-    pthread_mutex_t closing; /* held by the watcher of signals, or by who takes the engine away */
+    pthread_mutex_t closing; /* held by the watcher of signals, or by who sets what it looks at */
 };
 
 static void complain(const char *line) {
@@ -316,7 +316,9 @@ static bool open_engine(struct run *run, char *error) {
     struct engine *engine = engine_open(&config, error);
     if (engine)
         trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
+    pthread_mutex_lock(&run->closing);
     run->answers.engine = engine;
+    pthread_mutex_unlock(&run->closing);
     if (engine && run->watch)
         watch_begin(run->watch, &run->answers);
     return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
@@ -709,9 +711,11 @@ static int run_model(struct run *run) {
         !o->plan) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
-    run->trace = trace_open(o->trace, o->verbose, error);
     bool watches = o->watch || cli_given(o->given, "--serve");
+    pthread_mutex_lock(&run->closing); /* who watches signals looks at them */
+    run->trace = trace_open(o->trace, o->verbose, error);
     run->watch = watches ? watch_open(trace_ledger(run->trace)) : NULL;
+    pthread_mutex_unlock(&run->closing);
     if (watches && !run->watch)
         (void)fail(error, "out of memory");
     bool ok =
