@@ -349,7 +349,16 @@ struct sim_copy {
     int next; /* of those that are free */
 };
 
-enum { SIM_PEER_OUT, SIM_PEER_IN, SIM_HOST_OUT, SIM_HOST_IN, SIM_NET_OUT, SIM_NET_IN, SIM_PORTS };
+enum {
+    SIM_PEER_OUT,
+    SIM_PEER_IN,
+    SIM_HOST_OUT,
+    SIM_HOST_IN,
+    SIM_NET_OUT,
+    SIM_NET_IN,
+    SIM_WITHIN, /* from one place of its memory to another */
+    SIM_PORTS
+};
 
 struct sim {
     const struct cluster *cluster;
@@ -560,8 +569,10 @@ static double sim_piece(struct sim *sim, int from, int to, bool abroad, double b
     bool peers = from >= 0 && to >= 0, linked = peers && !abroad && chip->peer > 0;
     if (linked)
         rate = chip->peer;
-    if (peers && from == to && !sim->cluster->is_cpu) /* read and written, through no port */
-        return sim->now + 2 * bytes / chip->read;
+    if (peers && from == to && !sim->cluster->is_cpu) { /* read and written */
+        ports[0] = &sim->ports[from][SIM_WITHIN];
+        return sim_pass(sim, ports, 1, 2 * bytes, chip->read);
+    }
     if (abroad)
         rate = fmin(chip->network, peers ? INFINITY : chip->host);
     if (from >= 0 && !(peers && abroad))
