@@ -210,6 +210,13 @@ static bool is_neutral(const struct json_node *nodes, int at, const char *words)
 static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
                         int object, const char **param, char *error);
 
+/* What is wrong, told of the name that the client gave in place of a request file's key. False. */
+static bool tell_of(const char *name, char *error) {
+    char rest[ERROR_LENGTH];
+    (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
+    return fail(error, "%.64s%.400s", name, rest);
+}
+
 /* Sets what a field says, whose value is not null. */
 static bool take_field(struct task *t, struct request_spec *spec, const struct field *field,
                        struct json_node *nodes, int key, const char **param, char *error) {
@@ -221,16 +228,13 @@ static bool take_field(struct task *t, struct request_spec *spec, const struct f
     if (field->kind == FIELD_OBJECT)
         return fail(error, "%s: expected an object", field->name);
     if (field->kind == FIELD_REQUEST) {
-        if (strcmp(field->name, "top_k") == 0 && strncmp(value->text, "-1", 2) == 0)
-            memcpy(value->text, "-0", 2); /* others' word for all */
+        if (strcmp(field->name, "top_k") == 0 && value->length == 2 &&
+            memcmp(value->text, "-1", 2) == 0)
+            value->text[1] = '0'; /* -1: others' word for all; as -0 it is ours */
         nodes[key] =
             (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
         spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        if (requests_set(spec, nodes, key, error))
-            return true;
-        char rest[ERROR_LENGTH]; /* behind the word, which its client did not say */
-        (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
-        return fail(error, "%.64s%.400s", field->name, rest);
+        return requests_set(spec, nodes, key, error) || tell_of(field->name, error);
     }
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
         *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
@@ -347,7 +351,7 @@ static bool take_prompts(struct task *t, const struct request_spec *spec, struct
         } else if (nodes[i].type != '[') {
             return fail(error, "prompt: expected a text, token ids, or a list of either");
         } else if (!requests_set(one, pair, 0, error)) {
-            return false;
+            return tell_of("prompt", error);
         }
     }
     return true;
@@ -427,7 +431,8 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
             again.n_ids = first->n_prompt;
         }
         if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
-            return fail(error, "%s", answer->request.error);
+            return fail(error, "%s", answer->request.error) ||
+                   (strncmp(error, "ids:", 4) == 0 && tell_of("prompt", error));
         if (t->logprobs)
             answer->request.top =
                 calloc((size_t)answer->request.max_new, sizeof *answer->request.top);

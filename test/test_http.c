@@ -369,6 +369,7 @@ static void fields_mean_what_they_say(struct check *check) {
                                           "'min_tokens':-1",
                                           "'suffix':'x'",
                                           "'stream_options':true",
+                                          "'top_k':-10",
                                           "'guided_json':{'a':1}",
                                           "'reasoning_effort':'low'"};
     for (size_t i = 0; i < COUNT(refused); i++) {
@@ -391,6 +392,8 @@ static void fields_mean_what_they_say(struct check *check) {
                                         "{'prompt':[-1]}"};
     for (size_t i = 0; i < COUNT(wrong); i++)
         asks(&s, path, "", wrong[i], strcmp(wrong[i], "{'prompt':''}") ? 400 : 200, "");
+    asks(&s, path, "", "{'prompt':[1,-1]}", 400, "\"prompt: got [1,-1], expected");
+    asks(&s, path, "", "{'prompt':[99999]}", 400, "\"prompt: 99999 is no token");
     asks(&s, path, "", "{'prompt':'a','model':'other'}", 404, "model.bin");
     asks(&s, path, "", "{'model':5,'prompt':'a'}", 404, "got 5, this");
     asks(&s, path, "", "{'prompt':'a','max_tokens':0}", 400, "\"max_tokens: got 0");
