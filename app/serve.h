@@ -217,6 +217,10 @@ static bool tell_of(const char *name, char *error) {
     return fail(error, "%.64s%.400s", name, rest);
 }
 
+static bool tell_of_prompt(char *error) { /* which may have been ids */
+    return strncmp(error, "ids:", 4) == 0 && tell_of("prompt", error);
+}
+
 /* Sets what a field says, whose value is not null. */
 static bool take_field(struct task *t, struct request_spec *spec, const struct field *field,
                        struct json_node *nodes, int key, const char **param, char *error) {
@@ -351,7 +355,7 @@ static bool take_prompts(struct task *t, const struct request_spec *spec, struct
         } else if (nodes[i].type != '[') {
             return fail(error, "prompt: expected a text, token ids, or a list of either");
         } else if (!requests_set(one, pair, 0, error)) {
-            return tell_of("prompt", error);
+            return tell_of_prompt(error);
         }
     }
     return true;
@@ -431,8 +435,7 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
             again.n_ids = first->n_prompt;
         }
         if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
-            return fail(error, "%s", answer->request.error) ||
-                   (strncmp(error, "ids:", 4) == 0 && tell_of("prompt", error));
+            return fail(error, "%s", answer->request.error) || tell_of_prompt(error);
         if (t->logprobs)
             answer->request.top =
                 calloc((size_t)answer->request.max_new, sizeof *answer->request.top);
@@ -868,7 +871,10 @@ static void post_tokenize(struct server *s, struct http_connection *c) {
     *t = (struct task){.body = body, .n = 1, .chat = !find_value(nodes, "prompt")};
     const char *param = NULL;
     int n = 0, *ids = NULL;
-    if (read_task(s, t, nodes, &param, error))
+    bool ok = read_task(s, t, nodes, &param, error);
+    if (ok && t->n_prompts > 1)
+        (void)fail(error, "prompt: got %d, expected one", t->n_prompts);
+    else if (ok)
         ids = answers_encode(s->answers, &t->prompts[0], NULL, 0, &n, error);
     if (ids) {
         FILE *out = http_body(c);
@@ -879,6 +885,7 @@ static void post_tokenize(struct server *s, struct http_connection *c) {
         (void)fputs("]}\n", out);
         http_respond(c, 200, "application/json", "");
     } else {
+        (void)tell_of_prompt(error);
         refuse_task(c, 400, param, error, "");
     }
     free(ids);

@@ -410,6 +410,8 @@ static void fields_mean_what_they_say(struct check *check) {
          200, "content");
     asks(&s, path, "x-request-timeout: soon\r\n", "{}", 400, "x-request-timeout");
     asks(&s, "/tokenize", "", "{'prompt':'Once upon a time'}", 200, "\"count\":7,");
+    asks(&s, "/tokenize", "", "{'prompt':['Once','upon']}", 400, "prompt: got 2, expected one");
+    asks(&s, "/tokenize", "", "{'prompt':[99999]}", 400, "\"prompt: 99999 is no token");
     asks(&s, "/v1/models", "", NULL, 200, "\"id\":\"model.bin\"");
     asks(&s, "/nothing", "", NULL, 404, "\"error\":{\"message\":");
     asks(&s, "/v1/completions", "", NULL, 405, "Allow: POST, OPTIONS\r\n");
