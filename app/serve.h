@@ -1115,6 +1115,18 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
     return ok || fail(error, "--serve: cannot listen");
 }
 
+/* False: no client could send it. */
+static bool take_key(struct server *s, const char *option, char *key, char *error) {
+    size_t n = 0;
+    while (isgraph((unsigned char)key[n]))
+        n++;
+    if (n == 0 || key[n])
+        return fail(error, "%s: expected a key, of ASCII without spaces", option);
+    s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
+    s->keys[s->n_keys++] = key;
+    return true;
+}
+
 static bool read_keys(struct server *s, char *error) {
     size_t length = 0;
     if (s->options.key_file)
@@ -1123,17 +1135,11 @@ static bool read_keys(struct server *s, char *error) {
         return false;
     char *rest = s->key_text, *line;
     while ((line = strsep(&rest, "\r\n")) != NULL)
-        if (*line) {
-            s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
-            s->keys[s->n_keys++] = line;
-        }
-    if (s->options.key) {
-        s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
-        s->keys[s->n_keys++] = (char *)(uintptr_t)s->options.key;
-    }
-    if (s->options.key ? !*s->options.key : s->options.key_file && s->n_keys == 0)
-        return fail(error, "%s: expected a key", s->options.key ? "--api-key" : "--api-key-file");
-    return true;
+        if (*line && !take_key(s, "--api-key-file", line, error))
+            return false;
+    if (s->options.key_file && s->n_keys == 0)
+        return fail(error, "--api-key-file: expected a key");
+    return !s->options.key || take_key(s, "--api-key", (char *)(uintptr_t)s->options.key, error);
 }
 
 struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]) {

@@ -531,6 +531,12 @@ static void nothing_without_the_key(struct check *check) {
     stop(&s);
     write_file(check, "none", "\n", 1);
     refuse(check, "model.bin --serve 0 --api-key-file $T/none", 2, "expected a key", 5);
+    static const char *const unsendable[] = {"a b", " a", "a\n b ", "\xEF\xBB\xBFkey", "\xC3\xA9"};
+    for (size_t i = 0; i < COUNT(unsendable); i++) {
+        write_file(check, "keys", unsendable[i], strlen(unsendable[i]));
+        refuse(check, "model.bin --serve 0 --api-key-file $T/keys", 2, "without spaces", 5);
+    }
+    refuse(check, "model.bin --serve 0 --api-key ''", 2, "--api-key: expected a key", 5);
     s = serve(check, "");
     asks(&s, "/v1/models", "Origin: http://elsewhere\r\n", NULL, 403, "origin");
     asks(&s, "/v1/models", "Origin: http://a\r\n", NULL, 200, "");
