@@ -137,8 +137,8 @@ static const struct sim_rate {
 #undef RATE
 enum { SIM_RATES = sizeof sim_rates / sizeof *sim_rates };
 
-/* One line of a file of rates. False: it is none. */
-static bool sim_read_rate(struct chip *chip, char *line) {
+/* One line of a file of rates, some of which are of other chips. False: it is none. */
+static bool sim_read_rate(struct chip *chip, char *line, int *n_read) {
     char *words[3] = {NULL}, *rest = line, *end;
     int n = 0;
     line[strcspn(line, "#\n")] = 0;
@@ -157,8 +157,10 @@ static bool sim_read_rate(struct chip *chip, char *line) {
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
             double *rate = (double *)((char *)chip + sim_rates[i].offset);
-            if (n == 2 || strcasecmp(words[0], chip->name) == 0)
+            if (n == 2 || strcasecmp(words[0], chip->name) == 0) {
                 *rate = times ? *rate * value : value;
+                ++*n_read;
+            }
             return true;
         }
     return false;
@@ -166,16 +168,19 @@ static bool sim_read_rate(struct chip *chip, char *line) {
 
 static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
     size_t length;
+    int n_read = 0;
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
     for (int number = 1; ok && (line = strsep(&rest, "\n")) != NULL; number++) {
         char whole[64];
         (void)snprintf(whole, sizeof whole, "%s", line);
-        ok = sim_read_rate(chip, line) ||
+        ok = sim_read_rate(chip, line, &n_read) ||
              fail(error, "%.300s:%d: got %s, expected a rate, such as read_bytes_per_second 2.9e12",
                   path, number, whole);
     }
     free(text);
+    if (ok && n_read == 0)
+        return fail(error, "%.300s: no rate of a %s in it", path, chip->name);
     if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
                 chip->host >= 1 && chip->network >= 1 && chip->urgent > 0 && chip->urgent < 1))
         return fail(error, "%.300s: a rate is below 1 a second, or a share not between 0 and 1",
@@ -276,14 +281,15 @@ static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_
     double most = .9 * cluster->chip.memory;
     for (int n = MAX_SHARDS; n >= 1 && !cluster->is_cpu; n /= 2) {
         struct device wanted = {.config = &config->model->config, .n_shards = n};
-        if (device_fits(&wanted, error) && sim_weights(config->model, n) < most)
+        if (n <= cluster->n_devices && device_fits(&wanted, error) &&
+            sim_weights(config->model, n) < most)
             (void)snprintf(hint, sizeof hint, "they fit with --tp %d", n);
     }
     return fail(error,
                 "weights of %.1f GB a device and KV blocks do not fit nine tenths of the memory of "
                 "a %s, %.1f GB, with --tp %d; %s",
-                1e-9 * sim_weights(config->model, n_shards), cluster->chip.name, 1e-9 * most,
-                n_shards, hint);
+                1e-9 * sim_weights(config->model, cluster->is_cpu ? 1 : n_shards),
+                cluster->chip.name, 1e-9 * most, n_shards, hint);
 }
 
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {

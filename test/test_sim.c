@@ -401,6 +401,9 @@ static void refuses_in_a_line(struct check *check) {
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/zero", "/dev/zero", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates Makefile", "expected a rate, such as",
          1},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/null", "no rate of a h100", 1},
+        {"random:gpt-oss-120b --replay 9:9 --sim h100x2", "no --tp is enough", 1},
+        {"random:llama-3.1-8b --replay 9:9 --sim cpu:4 --tp 4", "weights of 16.1 GB a", 1},
         {"random:llama-3.1-8b:fp8 --ids 1 --devices cpu", "FP8", 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
