@@ -52,6 +52,9 @@ static const struct {
     {400, "G(T /x HTTP/1.1\r\nHost: a\r\n\r\n", NULL},
     {400, "GET /\xC3\xA9 HTTP/1.1\r\nHost: a\r\n\r\n", NULL},
     {400, "GET /x HTTP/1.1\nHost: a\r\n\r\n", NULL},
+    {400, "\x16\x03\x01", NULL}, /* the beginning of TLS */
+    {400, "\r\n\n", NULL},
+    {0, "\r", NULL},
     {505, "GET /x HTTP/2.0\r\nHost: a\r\n\r\n", NULL},
     {505, "GET /x HTTP/1.10\r\nHost: a\r\n\r\n", NULL},
     /* fields */
