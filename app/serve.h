@@ -472,7 +472,7 @@ static void submit_task(struct server *s, struct task *t) {
         struct request *r = &t->choices[i].answer.request;
         answers_submit(s->answers, &t->choices[i].answer);
         wrong = !wrong && r->reason == FINISH_ERROR ? r : wrong;
-        s->prompt_tokens += i % t->n == 0 ? r->n_prompt : 0;
+        s->prompt_tokens += i % t->n == 0 && r->reason != FINISH_ERROR ? r->n_prompt : 0;
     }
     engine_wake(engine);
     if (wrong) {

@@ -598,6 +598,10 @@ static void full_queues_say_so(struct check *check) {
          "Retry-After: ");
     rests(&s);
     asks(&s, "/v1/completions", "", "{'prompt':'a'}", 200, "text");
+    double before = metric(&s, "prompt_tokens_total");
+    asks(&s, "/v1/completions", "", "{'prompt':[[1],[1],[1],[1],[1],[1],[1],[1],[1]]}", 429, "");
+    rests(&s);
+    CHECK(metric(&s, "prompt_tokens_total") < before + 9, "tokens that nobody read are counted");
     stop(&s);
 }
 
