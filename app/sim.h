@@ -17,7 +17,8 @@
  *     a step    as long as its shards read or compute, whichever takes longer (a roofline), and
  *               what launches take; two all-reduces a layer of shards on several chips
  *     a copy    from when its ports are free, first come, first served: a chip has one out and one
- *               in to its peers, to its host, and to other nodes. So transfers contend.
+ *               in to its peers, to its host, to other nodes, and within its memory. So transfers
+ *               contend.
  *     a chip    that several workers share does their steps side by side, each more slowly
  *
  * The same arguments give the same bytes of output: what happens at one time happens in the order
