@@ -98,6 +98,8 @@ void answers_json(const struct request *request, int n_generated, enum finish_re
 bool answers_prepare(const struct answers *answers, const struct request_spec *spec,
                      const struct request *before, const int *history, int n_history,
                      int max_length, struct request *request);
+/* Says in its error, if it has one, which line of a file it is. */
+void answers_tell_line(const struct request_spec *spec, struct request *request);
 /* A number told at the end of a run, and its names in JSON and in a table: stats.h, replay.h. */
 struct figure {
     const char *key, *label;
@@ -579,6 +581,14 @@ static void cancel_all(struct answers *a, const struct answer_list *list) {
         cancel(a, list->all[i]);
 }
 
+void answers_tell_line(const struct request_spec *spec, struct request *r) {
+    char why[ERROR_LENGTH];
+    if (r->reason != FINISH_ERROR || !spec->file || spec->error) /* which says it already */
+        return;
+    memcpy(why, r->error, sizeof why);
+    (void)fail(r->error, "%.200s:%d: %.290s", spec->file, spec->number, why);
+}
+
 /* All that is new of an answer; of one that ends now it tells. */
 static bool advance(struct answers *a, struct answer *answer) {
     if (!answers_advance(a, answer, INT_MAX))
@@ -587,11 +597,7 @@ static bool advance(struct answers *a, struct answer *answer) {
         struct request *r = &answer->request;
         engine_unlock(a->engine);
         count_ended(a, answer);
-        if (r->reason == FINISH_ERROR && answer->spec.file && !answer->spec.error) {
-            char why[ERROR_LENGTH];
-            memcpy(why, r->error, sizeof why);
-            (void)fail(r->error, "%.200s:%d: %.290s", answer->spec.file, answer->spec.number, why);
-        }
+        answers_tell_line(&answer->spec, r);
         if (a->json) {
             show_json(answer);
             free_text(answer);

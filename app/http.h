@@ -253,6 +253,8 @@ static int http_take_head(struct http_connection *c) {
         blank += 2;
     c->n_input -= blank;
     memmove(c->input, c->input + blank, c->n_input);
+    if (c->n_input > 0 && *c->input != '\r' && !isgraph((unsigned char)*c->input))
+        return 400; /* TLS, say, which would wait for a word of ours */
     const char *end = memmem(c->input + c->at, c->n_input - c->at, "\r\n\r\n", 4);
     size_t length = end ? (size_t)(end - c->input) + 4 : c->n_input;
     if (length > HTTP_HEAD - 1)

@@ -422,11 +422,16 @@ static bool is_good(const struct load *load, const struct request *r) {
            (load->options.itl <= 0 || itl <= load->options.itl);
 }
 
+/* The id that its line gave, or its place, written into `number`. */
+static const char *item_id(const struct item *item, char number[24]) {
+    (void)snprintf(number, 24, "%" PRId64, item->place);
+    return item->spec && item->spec->id ? item->spec->id : number;
+}
+
 static void show_item(const struct load *load, const struct item *item) {
     char number[24];
-    const char *id = item->spec && item->spec->id ? item->spec->id : number;
+    const char *id = item_id(item, number);
     const struct request *r = &item->request;
-    (void)snprintf(number, sizeof number, "%" PRId64, item->place);
     (void)fputs("{\"id\":", stdout);
     json_string(stdout, id, strlen(id));
     printf(",\"at\":%.9g,", item->at - load->start);
@@ -436,7 +441,8 @@ static void show_item(const struct load *load, const struct item *item) {
 
 /* Counts a request that has ended, and makes those known of that follow it. */
 static void count_item(struct load *load, struct item *item, double now) {
-    const struct request *r = &item->request;
+    char number[24];
+    struct request *r = &item->request;
     struct load_result *sums = &load->sums;
     bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
     sums->requests++;
@@ -448,8 +454,10 @@ static void count_item(struct load *load, struct item *item, double now) {
     sums->cached_on_host += r->cached_on_host;
     sums->generated_tokens += r->length > r->n_prompt ? r->length - r->n_prompt : 0;
     load->last_ended = fmax(load->last_ended, now);
+    if (item->spec)
+        answers_tell_line(item->spec, r);
     if (r->error[0] && !sums->first_error[0])
-        (void)fail(sums->first_error, "request %" PRId64 ": %.400s", item->place, r->error);
+        (void)fail(sums->first_error, "request %.64s: %.400s", item_id(item, number), r->error);
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)

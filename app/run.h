@@ -495,9 +495,9 @@ static int run_sim(struct run *run) {
 
 /* The load on all splits of a cluster that need not be there. */
 static int run_plan(struct run *run) {
-    static const char *const chosen[] = {"--devices",  "--prefill",    "--decode",
-                                         "--tp",       "--tp-prefill", "--tp-decode",
-                                         "--colocate", "--rate",       "--trace"};
+    static const char *const chosen[] = {"--devices",    "--prefill",   "--decode",   "--tp",
+                                         "--tp-prefill", "--tp-decode", "--colocate", "--rate",
+                                         "--trace",      "--verbose"};
     const struct options *o = &run->options;
     struct engine_config config = {0};
     struct cluster cluster;

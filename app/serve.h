@@ -210,6 +210,17 @@ static bool is_neutral(const struct json_node *nodes, int at, const char *words)
 static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
                         int object, const char **param, char *error);
 
+/* What is wrong, told of the name that the client gave in place of a request file's key. False. */
+static bool tell_of(const char *name, char *error) {
+    char rest[ERROR_LENGTH];
+    (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
+    return fail(error, "%.64s%.400s", name, rest);
+}
+
+static bool tell_of_prompt(char *error) { /* which may have been ids */
+    return strncmp(error, "ids:", 4) == 0 && tell_of("prompt", error);
+}
+
 /* Sets what a field says, whose value is not null. */
 static bool take_field(struct task *t, struct request_spec *spec, const struct field *field,
                        struct json_node *nodes, int key, const char **param, char *error) {
@@ -221,16 +232,13 @@ static bool take_field(struct task *t, struct request_spec *spec, const struct f
     if (field->kind == FIELD_OBJECT)
         return fail(error, "%s: expected an object", field->name);
     if (field->kind == FIELD_REQUEST) {
-        if (strcmp(field->name, "top_k") == 0 && strncmp(value->text, "-1", 2) == 0)
-            memcpy(value->text, "-0", 2); /* others' word for all */
+        if (strcmp(field->name, "top_k") == 0 && value->length == 2 &&
+            memcmp(value->text, "-1", 2) == 0)
+            value->text[1] = '0'; /* -1: others' word for all; as -0 it is ours */
         nodes[key] =
             (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
         spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        if (requests_set(spec, nodes, key, error))
-            return true;
-        char rest[ERROR_LENGTH]; /* behind the word, which its client did not say */
-        (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
-        return fail(error, "%.64s%.400s", field->name, rest);
+        return requests_set(spec, nodes, key, error) || tell_of(field->name, error);
     }
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
         *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
@@ -347,7 +355,7 @@ static bool take_prompts(struct task *t, const struct request_spec *spec, struct
         } else if (nodes[i].type != '[') {
             return fail(error, "prompt: expected a text, token ids, or a list of either");
         } else if (!requests_set(one, pair, 0, error)) {
-            return false;
+            return tell_of_prompt(error);
         }
     }
     return true;
@@ -427,7 +435,7 @@ static bool prepare_task(struct server *s, struct task *t, double deadline, char
             again.n_ids = first->n_prompt;
         }
         if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
-            return fail(error, "%s", answer->request.error);
+            return fail(error, "%s", answer->request.error) || tell_of_prompt(error);
         if (t->logprobs)
             answer->request.top =
                 calloc((size_t)answer->request.max_new, sizeof *answer->request.top);
@@ -464,7 +472,7 @@ static void submit_task(struct server *s, struct task *t) {
         struct request *r = &t->choices[i].answer.request;
         answers_submit(s->answers, &t->choices[i].answer);
         wrong = !wrong && r->reason == FINISH_ERROR ? r : wrong;
-        s->prompt_tokens += i % t->n == 0 ? r->n_prompt : 0;
+        s->prompt_tokens += i % t->n == 0 && r->reason != FINISH_ERROR ? r->n_prompt : 0;
     }
     engine_wake(engine);
     if (wrong) {
@@ -863,7 +871,10 @@ static void post_tokenize(struct server *s, struct http_connection *c) {
     *t = (struct task){.body = body, .n = 1, .chat = !find_value(nodes, "prompt")};
     const char *param = NULL;
     int n = 0, *ids = NULL;
-    if (read_task(s, t, nodes, &param, error))
+    bool ok = read_task(s, t, nodes, &param, error);
+    if (ok && t->n_prompts > 1)
+        (void)fail(error, "prompt: got %d, expected one", t->n_prompts);
+    else if (ok)
         ids = answers_encode(s->answers, &t->prompts[0], NULL, 0, &n, error);
     if (ids) {
         FILE *out = http_body(c);
@@ -874,6 +885,7 @@ static void post_tokenize(struct server *s, struct http_connection *c) {
         (void)fputs("]}\n", out);
         http_respond(c, 200, "application/json", "");
     } else {
+        (void)tell_of_prompt(error);
         refuse_task(c, 400, param, error, "");
     }
     free(ids);
@@ -1029,9 +1041,12 @@ static bool serve_begins(void *context, struct http_connection *c) {
     struct server *s = context;
     const struct http_request *r = &c->request;
     bool health = strcmp(r->path, "/health") == 0;
-    if (!health && !has_key(s, r)) /* a browser asks its reader, and sends it with all it fetches */
-        return refuse_task(c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
-                           "WWW-Authenticate: Basic realm=\"dynamo\", Bearer\r\n");
+    if (!health &&
+        !has_key(s, r)) /* a browser asks its reader, and sends it with all it fetches; */
+        return refuse_task(
+            c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
+            "WWW-Authenticate: Basic realm=\"dynamo\"\r\n"
+            "WWW-Authenticate: Bearer\r\n"); /* Chromium: not if both are one field */
     if (!health && is_foreign(r))
         return refuse_task(c, 403, NULL, "a page of another origin may not ask this server", "");
     if (s->answers->activity == INTERRUPTED)
@@ -1100,6 +1115,18 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
     return ok || fail(error, "--serve: cannot listen");
 }
 
+/* False: no client could send it. */
+static bool take_key(struct server *s, const char *option, char *key, char *error) {
+    size_t n = 0;
+    while (isgraph((unsigned char)key[n]))
+        n++;
+    if (n == 0 || key[n])
+        return fail(error, "%s: expected a key, of ASCII without spaces", option);
+    s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
+    s->keys[s->n_keys++] = key;
+    return true;
+}
+
 static bool read_keys(struct server *s, char *error) {
     size_t length = 0;
     if (s->options.key_file)
@@ -1108,17 +1135,11 @@ static bool read_keys(struct server *s, char *error) {
         return false;
     char *rest = s->key_text, *line;
     while ((line = strsep(&rest, "\r\n")) != NULL)
-        if (*line) {
-            s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
-            s->keys[s->n_keys++] = line;
-        }
-    if (s->options.key) {
-        s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
-        s->keys[s->n_keys++] = (char *)(uintptr_t)s->options.key;
-    }
-    if (s->options.key ? !*s->options.key : s->options.key_file && s->n_keys == 0)
-        return fail(error, "%s: expected a key", s->options.key ? "--api-key" : "--api-key-file");
-    return true;
+        if (*line && !take_key(s, "--api-key-file", line, error))
+            return false;
+    if (s->options.key_file && s->n_keys == 0)
+        return fail(error, "--api-key-file: expected a key");
+    return !s->options.key || take_key(s, "--api-key", (char *)(uintptr_t)s->options.key, error);
 }
 
 struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]) {

@@ -17,7 +17,8 @@
  *     a step    as long as its shards read or compute, whichever takes longer (a roofline), and
  *               what launches take; two all-reduces a layer of shards on several chips
  *     a copy    from when its ports are free, first come, first served: a chip has one out and one
- *               in to its peers, to its host, and to other nodes. So transfers contend.
+ *               in to its peers, to its host, to other nodes, and within its memory. So transfers
+ *               contend.
  *     a chip    that several workers share does their steps side by side, each more slowly
  *
  * The same arguments give the same bytes of output: what happens at one time happens in the order
@@ -144,7 +145,7 @@ static const struct chip *sim_find_chip(const char *name) {
 }
 
 /* A line of a file of rates: [CHIP] NAME [*]NUMBER. False: it is none. */
-static bool sim_read_rate(struct chip *chip, const char *line) {
+static bool sim_read_rate(struct chip *chip, const char *line, int *n_read) {
     char words[3][32], more, *end;
     int n = sscanf(line, "%31s %31s %31s %c", words[0], words[1], words[2], &more);
     if (n != 2 && n != 3)
@@ -157,8 +158,10 @@ static bool sim_read_rate(struct chip *chip, const char *line) {
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
             double *rate = (double *)((char *)chip + sim_rates[i].offset);
-            if (n == 2 || strcasecmp(words[0], chip->name) == 0)
+            if (n == 2 || strcasecmp(words[0], chip->name) == 0) {
                 *rate = times ? *rate * value : value;
+                ++*n_read;
+            }
             return true;
         }
     return false;
@@ -166,16 +169,19 @@ static bool sim_read_rate(struct chip *chip, const char *line) {
 
 static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
     size_t length;
+    int n_read = 0; /* that are of this chip */
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
     for (int number = 1; ok && (line = strsep(&rest, "\n")) != NULL; number++) {
         line[strcspn(line, "#")] = 0;
-        ok = sim_read_rate(chip, line) ||
+        ok = sim_read_rate(chip, line, &n_read) ||
              fail(error,
                   "%.300s:%d: got %.60s, expected a rate, such as read_bytes_per_second 2.9e12",
                   path, number, line);
     }
     free(text);
+    if (ok && n_read == 0)
+        return fail(error, "%.300s: no rate of a %s in it", path, chip->name);
     if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
                 chip->host >= 1 && chip->network >= 1 && chip->urgent > 0 && chip->urgent < 1))
         return fail(error, "%.300s: a rate is below 1 a second, or a share not between 0 and 1",
@@ -249,14 +255,15 @@ static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_
     double most = .9 * cluster->chip.memory;
     for (int n = MAX_SHARDS; n >= 1 && !cluster->is_cpu; n /= 2) {
         struct device wanted = {.config = &config->model->config, .n_shards = n};
-        if (device_fits(&wanted, error) && sim_weights(config->model, n) < most)
+        if (n <= cluster->n_devices && device_fits(&wanted, error) &&
+            sim_weights(config->model, n) < most)
             (void)snprintf(hint, sizeof hint, "they fit with --tp %d", n);
     }
     return fail(error,
                 "weights of %.1f GB a device and KV blocks do not fit nine tenths of the memory of "
                 "a %s, %.1f GB, with --tp %d; %s",
-                1e-9 * sim_weights(config->model, n_shards), cluster->chip.name, 1e-9 * most,
-                n_shards, hint);
+                1e-9 * sim_weights(config->model, cluster->is_cpu ? 1 : n_shards),
+                cluster->chip.name, 1e-9 * most, n_shards, hint);
 }
 
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {
@@ -319,7 +326,7 @@ struct sim_copy {
     int next; /* of those that are free */
 };
 
-enum { SIM_PEER, SIM_HOST, SIM_NET, SIM_LINKS };
+enum { SIM_PEER, SIM_HOST, SIM_NET, SIM_WITHIN, SIM_LINKS }; /* the last: of a chip's memory */
 
 struct sim {
     const struct cluster *cluster;
@@ -448,13 +455,13 @@ static void sim_step_ends(struct sim *sim, int worker) {
  * node's host, or another's. */
 static double sim_piece(struct sim *sim, const int chips[2], bool abroad, double bytes) {
     const struct chip *chip = &sim->cluster->chip;
-    bool peers = chips[0] >= 0 && chips[1] >= 0, linked = peers && !abroad && chip->peer > 0;
-    const bool uses[SIM_LINKS] = {linked, !linked && !(peers && abroad), abroad};
-    const double rates[SIM_LINKS] = {chip->peer, chip->host, chip->network};
+    bool peers = chips[0] >= 0 && chips[1] >= 0;
+    bool within = peers && chips[0] == chips[1] && !sim->cluster->is_cpu; /* read and written */
+    bool linked = peers && !within && !abroad && chip->peer > 0;
+    const bool uses[SIM_LINKS] = {linked, !linked && !within && !(peers && abroad), abroad, within};
+    const double rates[SIM_LINKS] = {chip->peer, chip->host, chip->network, chip->read / 2};
     double *ports[2 * SIM_LINKS], start = sim->now, rate = INFINITY;
     int n = 0;
-    if (peers && chips[0] == chips[1] && !sim->cluster->is_cpu) /* read and written, by no port */
-        return start + 2 * bytes / chip->read;
     for (int link = 0; link < SIM_LINKS; link++)
         for (int end = 0; end < 2 && uses[link]; end++) {
             rate = fmin(rate, rates[link]);

@@ -488,11 +488,15 @@ static const struct rule {
     {{"--limit", "--replay"}, "--replay"},
     {{"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
     {{"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {{"-n", "--replay"}, NULL}, /* a load says how long its prompts and answers are */
-    {{"--stop", "--replay"}, NULL},
-    {{"--system", "--replay"}, NULL},
-    {{"--template", "--replay"}, NULL},
-    {{"--stats", "--replay"}, NULL}, /* it ends with a table of its own */
+    {{"--logits", "-p", "--ids"}, "-p or --ids"},
+    /* a load says how long its prompts and answers are, and ends with a table of its own; what
+     * looks at the model itself writes nothing, and takes texts as they are */
+    {{"-n", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--stop", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--system", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--template", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--stats", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {{"--json", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
     {{"--sim", "--stats"}, NULL}, /* nor does virtual time compute, print texts or find them */
     {{"--sim", "--stop"}, NULL},
@@ -503,7 +507,6 @@ static const struct rule {
     {{"--plan", "--threads"}, NULL},
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
-    {{"--logits", "-p", "--ids"}, "-p or --ids"},
     {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
     {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
     {{"--watch", "--logits"}, NULL},
@@ -891,6 +894,8 @@ static bool check_options(struct options *options, char *error) {
         if (!rule->needs && first != last)
             return fail(error, "%s and %s exclude each other", first, last);
     }
+    if (options->kv_host.given && options->kv_host.value == 0 && options->kv_policy == 2)
+        return fail(error, "--kv-policy: write-through needs a host tier, and --kv-host is 0");
     return check_widths(options, error) && check_pools(options, error);
 }
 

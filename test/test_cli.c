@@ -66,7 +66,7 @@ static void every_option_is_read(struct check *check) {
                 "18446744073709551615 --stop end --stop=--json --system 'be brief' --devices cpu:8 "
                 "--prefill 0-3 --decode 6,5,4,7 --tp 2 --kv-device 8b --kv-host 3G --kv-type bf16 "
                 "--kv-policy write-through --max-batch 7 --chunk 64 --threads 3 --json --stats "
-                "--verbose --tokenizer t.bin --logits out --copy-delay 9",
+                "--verbose --tokenizer t.bin --copy-delay 9",
                 error),
           "%s", error);
     const struct request_spec *r = &o.request;
@@ -86,11 +86,13 @@ static void every_option_is_read(struct check *check) {
     CHECK(o.kv_host.value == 3ll << 30 && !o.kv_host.blocks && o.kv_host.given, "kv-host");
     CHECK(o.kv_type == 2 && o.kv_policy == 2, "%d", o.kv_type);
     CHECK(o.json && o.stats && o.verbose && !o.colocate && !o.help && !o.version, "flags");
-    CHECK(!strcmp(o.tokenizer, "t.bin") && !strcmp(o.logits, "out"), "%s", o.tokenizer);
+    CHECK(!strcmp(o.tokenizer, "t.bin"), "%s", o.tokenizer);
     CHECK(o.copy_delay == 9 && cli_given(o.given, "--seed") && !cli_given(o.given, "-p"), "given");
     cli_free(&o);
-    CHECK(parse(&o, "m -p -hello --colocate --kv-policy on-evict --kv-type=f32", error), "%s",
-          error);
+    CHECK(
+        parse(&o, "m -p -hello --logits out --colocate --kv-policy on-evict --kv-type=f32", error),
+        "%s", error);
+    CHECK(!strcmp(o.logits, "out"), "%s", o.logits);
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
     CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
@@ -244,6 +246,11 @@ static const struct {
     {"-p and --replay exclude each other", "-p a --replay b"},
     {"exclude each other", "-n 3 --replay b|--stop a --replay b|--system a --replay b|"
                            "--stats --replay b|--template none --replay b"},
+    {"--perplexity exclude each other", "-n 3 --perplexity a|--stop a --perplexity b|"
+                                        "--system a --perplexity b|--template none --perplexity b|"
+                                        "--stats --perplexity b|--json --perplexity b"},
+    {"exclude each other", "--json --tokenize a|-n 3 --logits a -p b|--json --logits a --ids 1"},
+    {"write-through needs a host tier", "--kv-host 0 --kv-policy write-through"},
     {"--ttft: needs --replay, --sim or --plan", "-f a --ttft 3"},
     {"--itl: needs --replay, --sim or --plan", "-f a --itl 3"},
     {"--sim and --plan exclude each other", "--replay a --sim h100 --plan h100"},

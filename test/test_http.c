@@ -52,6 +52,9 @@ static const struct {
     {400, "G(T /x HTTP/1.1\r\nHost: a\r\n\r\n", NULL},
     {400, "GET /\xC3\xA9 HTTP/1.1\r\nHost: a\r\n\r\n", NULL},
     {400, "GET /x HTTP/1.1\nHost: a\r\n\r\n", NULL},
+    {400, "\x16\x03\x01", NULL}, /* the beginning of TLS */
+    {400, "\r\n\n", NULL},
+    {0, "\r", NULL},
     {505, "GET /x HTTP/2.0\r\nHost: a\r\n\r\n", NULL},
     {505, "GET /x HTTP/1.10\r\nHost: a\r\n\r\n", NULL},
     /* fields */
@@ -369,6 +372,7 @@ static void fields_mean_what_they_say(struct check *check) {
                                           "'min_tokens':-1",
                                           "'suffix':'x'",
                                           "'stream_options':true",
+                                          "'top_k':-10",
                                           "'guided_json':{'a':1}",
                                           "'reasoning_effort':'low'"};
     for (size_t i = 0; i < COUNT(refused); i++) {
@@ -391,6 +395,8 @@ static void fields_mean_what_they_say(struct check *check) {
                                         "{'prompt':[-1]}"};
     for (size_t i = 0; i < COUNT(wrong); i++)
         asks(&s, path, "", wrong[i], strcmp(wrong[i], "{'prompt':''}") ? 400 : 200, "");
+    asks(&s, path, "", "{'prompt':[1,-1]}", 400, "\"prompt: got [1,-1], expected");
+    asks(&s, path, "", "{'prompt':[99999]}", 400, "\"prompt: 99999 is no token");
     asks(&s, path, "", "{'prompt':'a','model':'other'}", 404, "model.bin");
     asks(&s, path, "", "{'model':5,'prompt':'a'}", 404, "got 5, this");
     asks(&s, path, "", "{'prompt':'a','max_tokens':0}", 400, "\"max_tokens: got 0");
@@ -407,6 +413,8 @@ static void fields_mean_what_they_say(struct check *check) {
          200, "content");
     asks(&s, path, "x-request-timeout: soon\r\n", "{}", 400, "x-request-timeout");
     asks(&s, "/tokenize", "", "{'prompt':'Once upon a time'}", 200, "\"count\":7,");
+    asks(&s, "/tokenize", "", "{'prompt':['Once','upon']}", 400, "prompt: got 2, expected one");
+    asks(&s, "/tokenize", "", "{'prompt':[99999]}", 400, "\"prompt: 99999 is no token");
     asks(&s, "/v1/models", "", NULL, 200, "\"id\":\"model.bin\"");
     asks(&s, "/nothing", "", NULL, 404, "\"error\":{\"message\":");
     asks(&s, "/v1/completions", "", NULL, 405, "Allow: POST, OPTIONS\r\n");
@@ -509,7 +517,8 @@ static void nothing_without_the_key(struct check *check) {
         asks(&s, paths[i], "", "{}", 401, "authentication_error");
         asks(&s, paths[i], "Authorization: Bearer firs\r\n", NULL, 401, "");
         asks(&s, paths[i], "Authorization: Bearer firstt\r\n", NULL, 401, "");
-        asks(&s, paths[i], "Authorization: Basic first\r\n", NULL, 401, "Basic realm=");
+        asks(&s, paths[i], "Authorization: Basic first\r\n", NULL, 401,
+             "WWW-Authenticate: Basic realm=\"dynamo\"\r\n"); /* alone, or Chromium asks nobody */
         asks(&s, paths[i], "Authorization: Basic bWU6Zmlycw==\r\n", NULL, 401, ""); /* me:firs */
         asks(&s, paths[i], "Authorization: Basic Zmlyc3Q=\r\n", NULL, 401, "");     /* first */
         asks(&s, paths[i], "Authorization: Basic bWU6\r\n", NULL, 401, "");         /* me: */
@@ -525,6 +534,12 @@ static void nothing_without_the_key(struct check *check) {
     stop(&s);
     write_file(check, "none", "\n", 1);
     refuse(check, "model.bin --serve 0 --api-key-file $T/none", 2, "expected a key", 5);
+    static const char *const unsendable[] = {"a b", " a", "a\n b ", "\xEF\xBB\xBFkey", "\xC3\xA9"};
+    for (size_t i = 0; i < COUNT(unsendable); i++) {
+        write_file(check, "keys", unsendable[i], strlen(unsendable[i]));
+        refuse(check, "model.bin --serve 0 --api-key-file $T/keys", 2, "without spaces", 5);
+    }
+    refuse(check, "model.bin --serve 0 --api-key ''", 2, "--api-key: expected a key", 5);
     s = serve(check, "");
     asks(&s, "/v1/models", "Origin: http://elsewhere\r\n", NULL, 403, "origin");
     asks(&s, "/v1/models", "Origin: http://a\r\n", NULL, 200, "");
@@ -583,6 +598,10 @@ static void full_queues_say_so(struct check *check) {
          "Retry-After: ");
     rests(&s);
     asks(&s, "/v1/completions", "", "{'prompt':'a'}", 200, "text");
+    double before = metric(&s, "prompt_tokens_total");
+    asks(&s, "/v1/completions", "", "{'prompt':[[1],[1],[1],[1],[1],[1],[1],[1],[1]]}", 429, "");
+    rests(&s);
+    CHECK(metric(&s, "prompt_tokens_total") < before + 9, "tokens that nobody read are counted");
     stop(&s);
 }
 

@@ -165,6 +165,7 @@ static void refused_in_a_line(struct check *check) {
         {"--replay 9:9 --plan h100x2 --tp 2", "--tp: --plan tries all", 2},
         {"--replay 9:9 --plan h100x2 --rate 2", "--rate: --plan tries all", 2},
         {"--replay 9:9 --plan h100x2 --colocate", "--colocate: --plan tries all", 2},
+        {"--replay 9:9 --plan h100x2 --verbose", "--verbose: --plan tries all", 2},
         {"--replay - --plan h100x2", "--plan: a load is read again for each simulation", 2},
         {"--replay $T/none --plan h100x2", "none: No such file", 1},
         {"--replay 9:9 --plan h100x2 --kv-device 99G", "--plan: no split fits: --kv-device: got",

@@ -388,7 +388,9 @@ static void lines_follow_answers(struct check *check) {
     CHECK(result.requests == 10 && result.failed == 6 && result.generated_tokens == 4 + 3 + 500,
           "%d, %d failed, %d tokens", (int)result.requests, (int)result.failed,
           (int)result.generated_tokens);
-    CHECK(strstr(result.first_error, "after: got \"none\""), "%s", result.first_error);
+    char says[ERROR_LENGTH];
+    (void)snprintf(says, sizeof says, "request b: %s:1: after: got \"none\"", file_name);
+    CHECK(strstr(result.first_error, says), "%s", result.first_error);
     CHECK(load_is_done(load), "it is not done");
     load_close(load);
 }

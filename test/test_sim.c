@@ -309,7 +309,7 @@ static void a_chip_is_shared(struct check *check) {
 }
 
 /* Also one that is not the first of a worker's; and what goes to another worker on it passes no
- * port, but is read and written. */
+ * link, but is read and written, one block after another. */
 static void any_chip_is_shared(struct check *check) {
     struct cluster cluster;
     for (int chip = 0; chip < 3; chip++) {
@@ -331,7 +331,7 @@ static void any_chip_is_shared(struct check *check) {
         return;
     double one = 2 * (double)block_bytes(&model.config, 1, KV_BF16) / cluster.chip.read;
     for (int i = 0; i < 2; i++)
-        CHECK(fabs(copies_end(sim, 0, 1) / one - 1) < 1e-6, "within the chip, at once: %d", i);
+        CHECK(fabs(copies_end(sim, 0, 1) / one - 1 - i) < 1e-6, "within the chip: %d", i);
     sim_close(sim);
 }
 
@@ -394,6 +394,9 @@ static void refuses_in_a_line(struct check *check) {
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/zero", "/dev/zero", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates Makefile", "expected a rate, such as",
          1},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/null", "no rate of a h100", 1},
+        {"random:gpt-oss-120b --replay 9:9 --sim h100x2", "no --tp is enough", 1},
+        {"random:llama-3.1-8b --replay 9:9 --sim cpu:4 --tp 4", "weights of 16.1 GB a", 1},
         {"random:llama-3.1-8b:fp8 --ids 1 --devices cpu", "FP8", 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
