@@ -24,22 +24,6 @@
  *   - All devices of a backend share one copy of the packed weights; a shard is a view of it.
  *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
- * Contents:
- *     what a device is          scratch, the backend, a device with its activations
- *     rows                      tiles of ops that make each row from one row
- *     copies                    a thread does them beside the computation
- *     memory and weights        alloc, release, upload
- *     the machine's limits      what memory and arithmetic give at most
- *     devices                   what fits, open and close
- *     products                  matrices times rows, cut into tiles
- *     embed, norm_qkv           the ops, from here on in the order of the forward pass
- *     rope_append               new keys and values, turned and written into their blocks
- *     attention                 over the paged keys and values of one head
- *     project_add, all_reduce_add, norm_gate_up
- *     experts                   norm_route, expert_gate_up, expert_down_add
- *     sample
- *     a step, the backend       step_begin and step_end, the table of operations, open and close
- *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -867,9 +851,8 @@ static void cpu_norm_qkv(struct device *base, const struct weight *const *layer)
 /* ---- rope_append ---- */
 
 /* New keys and values on their way into the blocks: turned by their positions (RoPE, Su et al.
- * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]:
- * sixteen rows are transposed in registers, fewer are written one by one. What is written for a row
- * depends on that row alone. */
+ * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]: rows
+ * are transposed in registers. */
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
@@ -956,25 +939,16 @@ static void append_store(enum kv_type type, char *to, vec value, int count) {
     memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
 }
 
-/* One row's key: an element goes into each line of the plane. */
-static void append_key(enum kv_type type, char *key, const float *k, int dim) {
-    for (size_t i = 0; i < (size_t)dim; i++)
-        if (type == KV_F32)
-            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
-        else
-            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
-}
-
-/* A block's keys, 16 elements at a time. */
-static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int dim) {
+/* The keys of n tokens, 16 elements at a time: an element has its line in the plane. */
+static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int n,
+                        int dim) {
     for (int at = 0; at < dim; at += LANES) {
-        vec rows[LANES];
-        for (int row = 0; row < LANES; row++)
+        vec rows[LANES] = {{0}};
+        for (int row = 0; row < n; row++)
             rows[row] = load_part(k + (size_t)row * stride + at, dim - at);
         transpose(rows);
         for (int i = 0; i < LANES && i < dim - at; i++)
-            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i],
-                         LANES);
+            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i], n);
     }
 }
 
@@ -985,16 +959,11 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     char *block = view->kv + (size_t)view->table[position / BLOCK_TOKENS] * view->block;
     char *key = block + view->key + token * element;
     char *value = block + view->value + token * (size_t)view->dim * element;
-    if (n == BLOCK_TOKENS)
-        append_keys(view->type, key, k, stride, view->dim);
-    for (int row = 0; row < n; row++) {
-        if (n < BLOCK_TOKENS)
-            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
-                       view->dim);
+    append_keys(view->type, key, k, stride, n, view->dim);
+    for (int row = 0; row < n; row++)
         for (int at = 0; at < view->dim; at += LANES)
             append_store(view->type, value + (size_t)(row * view->dim + at) * element,
                          load(v + (size_t)row * stride + at), view->dim - at);
-    }
 }
 
 struct append {
