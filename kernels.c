@@ -671,7 +671,7 @@ static void add_to_sums(const float *bias, const struct place *place, float *sum
 }
 
 /* Adds sums (n_rows, PANEL) to what is there, or stores them. */
-static void store_sums_of(const struct place *place, const float *sums, struct plane to, bool add) {
+static void store_tile(const struct place *place, const float *sums, struct plane to, bool add) {
     for (int row = 0; row < place->n_rows; row++, sums += PANEL) {
         float *out = row_of(to, place->row + row);
         for (int at = place->begin < 0 ? 0 : place->begin; at < place->end; at += LANES) {
@@ -718,7 +718,7 @@ static void product_tile(const void *argument, int index, struct scratch *scratc
     if (product->gated)
         activate(product->device->device.config->activation, scratch->tile[0], scratch->tile[1],
                  place.n_rows * PANEL);
-    store_sums_of(&place, scratch->tile[0], product->out[part->matrix], product->add);
+    store_tile(&place, scratch->tile[0], product->out[part->matrix], product->add);
 }
 
 /* A row into a form, segment by segment where K is cut. */
@@ -1019,7 +1019,7 @@ struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
     int dim, start, n_tokens;                                /* start: the first token */
     const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes of their blocks */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
-    bool ahead;         /* the planes come from memory: ask for those that are read next */
+    bool ahead; /* the planes come from memory: each line asks for that of the plane read next */
     const float *input; /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
     float *output;      /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
@@ -1027,11 +1027,6 @@ struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
     return type == KV_F32 ? load((const float *)(const void *)plane + at)
                           : widen_bf16((const uint16_t *)(const void *)plane + at);
-}
-
-/* Asks for a line of the plane that is read next, while the same line of this one is used. */
-INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
-    __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
 
 static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
@@ -1054,7 +1049,7 @@ INLINE void score_kernel(int n_rows, enum kv_type type, const struct kv_tile *ti
         for (int i = 0; i < KV_TILE_BLOCKS; i++)
             keys[i] = kv_load(type, tile->key[i], d * BLOCK_TOKENS);
         for (int i = 0; i < KV_TILE_BLOCKS && tile->ahead; i++)
-            fetch_line(type, tile->value[i], d * BLOCK_TOKENS);
+            __builtin_prefetch(tile->value[i] + d * BLOCK_TOKENS * kv_element_bytes(type));
         for (int row = 0; row < n_rows; row++) {
             float factor = tile->input[(size_t)row * HEAD_STRIDE + d];
             for (int i = 0; i < KV_TILE_BLOCKS; i++)
@@ -1084,7 +1079,8 @@ INLINE void value_kernel(int n_rows, enum kv_type type, int begin, int n_vectors
                             ? kv_load(type, plane, at + (size_t)i * LANES)
                             : kv_load_part(type, plane, at, left);
         for (int i = 0; i < n_vectors && tile->ahead; i++)
-            fetch_line(type, tile->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
+            __builtin_prefetch(tile->next_key[token / BLOCK_TOKENS] +
+                               (at + (size_t)i * LANES) * kv_element_bytes(type));
         for (int row = 0; row < n_rows; row++) {
             float factor = tile->input[row * KV_TILE + token];
             for (int i = 0; i < n_vectors; i++)

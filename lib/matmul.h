@@ -354,11 +354,6 @@ static void pack_header(enum tensor_type type, const uint8_t *from, char *to, in
     }
 }
 
-static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
-    struct pack_block layout = pack_block(weight->type);
-    return (size_t)weight->cols * (size_t)layout.bytes / (size_t)layout.n_k;
-}
-
 /* n_blocks of each row, whose rows lie `stride` bytes apart. Returns the end in the panel. */
 static char *pack_blocks(enum tensor_type type, const char *from, size_t stride, int n_blocks,
                          int n_rows, char *panel) {
@@ -393,7 +388,7 @@ static void pack_stored(const struct tensor *tensor, int first, int n_rows, char
 void pack_panel(const struct weight *weight, int index) {
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
     int first = index * PANEL, n = smaller(weight->n_rows - first, PANEL);
-    size_t stride = pack_row_bytes(weight);
+    size_t stride = weight->tensor->bytes / (size_t)weight->tensor->rows;
     const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
     if (pack_quantized(weight->type) && n < PANEL)
         memset(panel, 0, weight->panel_bytes);
