@@ -596,17 +596,13 @@ static const char *suggest(const char *name, bool key) {
     return NULL;
 }
 
-static void refuse_unknown(const char *name, bool key, char *error) {
-    const char *similar = suggest(name, key);
-    fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
-         similar ? "did you mean " : "--help lists all", similar ? similar : "");
-}
-
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
 static const struct option_row *give(option_set *given, const char *name, bool key, char *error) {
     const struct option_row *row = find_row(name, key);
     if (!row) {
-        refuse_unknown(name, key, error);
+        const char *similar = suggest(name, key);
+        fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
+             similar ? "did you mean " : "--help lists all", similar ? similar : "");
         return NULL;
     }
     option_set bit = (option_set)1 << (row - option_rows);
