@@ -632,8 +632,8 @@ static void activate(enum gate_function activation, float *gate, const float *up
     }
 }
 
-/* Of a tile: the panel, its outputs [begin, end) of the matrix, of which those from 0 on are there (a
- * shard, or an expert, may start and end inside a panel), and the rows. */
+/* Of a tile: the panel; its outputs [begin, end), of which those before 0 are another's (a shard,
+ * or an expert, may start and end inside a panel); the rows. */
 struct place {
     int panel, begin, end, row, n_rows;
 };
@@ -749,8 +749,8 @@ static void convert_tile(struct cpu_device *device, const void *argument, int fi
                 convert_row(product, (enum row_form)form, row);
 }
 
-/* Cuts a part's rows and its matrix, which begins at tile first_tile, into tiles; the next begins at
- * the tile that is returned. */
+/* Cuts a part's rows and matrix into tiles, the first of them first_tile; returns that of the next
+ * part. */
 static int cut_part(const struct product *product, struct part *part, int first_tile) {
     struct weight matrix = weight_of(product, part, product->matrix[part->matrix]);
     bool amx = product->device->cpu->amx && dot_form(matrix.type, false) == FORM_BF16;

@@ -752,7 +752,8 @@ struct random_shape {
     struct model_config config;
 };
 
-/* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary, * context; theta, epsilon; experts, and those of a row, and what else only some models have; as
+/* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
+ * context; theta, epsilon; experts, and those of a row, and what else only some models have; as
  * those who trained the models give them. All of a head is turned. tiny-moe is for tests. */
 /* clang-format off */
 static const struct random_shape random_shapes[] = {
