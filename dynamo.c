@@ -161,7 +161,7 @@ struct model_cost model_cost(const struct model *model) {
     double used = (double)model->config.n_used / fmax(model->config.n_experts, 1);
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
-        if (!kind->layered || kind->role == NO_ROLE || kind->rows == DIM_ONE)
+        if (!model_layered(kind) || kind->rows == DIM_ONE)
             continue;
         for (int layer = 0; layer < model->config.n_layers; layer++) {
             const struct tensor *tensor = model->layers[layer][kind->role];

@@ -24,22 +24,6 @@
  *   - All devices of a backend share one copy of the packed weights; a shard is a view of it.
  *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
- * Contents:
- *     what a device is          scratch, the backend, a device with its activations
- *     rows                      tiles of ops that make each row from one row
- *     copies                    a thread does them beside the computation
- *     memory and weights        alloc, release, upload
- *     the machine's limits      what memory and arithmetic give at most
- *     devices                   what fits, open and close
- *     products                  matrices times rows, cut into tiles
- *     embed, norm_qkv           the ops, from here on in the order of the forward pass
- *     rope_append               new keys and values, turned and written into their blocks
- *     attention                 over the paged keys and values of one head
- *     project_add, all_reduce_add, norm_gate_up
- *     experts                   norm_route, expert_gate_up, expert_down_add
- *     sample
- *     a step, the backend       step_begin and step_end, the table of operations, open and close
- *
  * Read next: lib/matmul.h, and lib/pool.h for the threads. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -89,6 +73,15 @@ enum {
 };
 
 /* ---- what a device is: one of several that share the threads and the weights ---- */
+
+struct plane { /* (rows, stride) of an activation; what a row has behind its elements is 0 */
+    float *at;
+    size_t stride;
+};
+
+INLINE float *row_of(struct plane plane, int row) {
+    return plane.at + (size_t)row * plane.stride;
+}
 
 struct kv_view { /* the keys and values of one sequence, layer and head */
     enum kv_type type;
@@ -148,9 +141,11 @@ struct cpu_backend {
     bool plain, amx;        /* no fast paths; those of a matrix unit */
 };
 
-struct expert_group {
-    int expert, first, n;                 /* of an expert: entries [first, first + n) */
-    int first_tile, n_chunks, chunk_rows; /* of a product: as in struct product */
+/* Of a product: rows [first, first + n), in n_chunks of chunk_rows, times one of the matrices, or
+ * that of an expert. */
+struct part {
+    int matrix, expert, first, n;
+    int first_tile, n_chunks, chunk_rows;
 };
 
 struct cpu_device {
@@ -159,26 +154,23 @@ struct cpu_device {
     struct job *job;
     struct scratch *scratch; /* of the thread that drives it */
     const struct batch *batch;
-    int n_heads, n_kv_heads; /* of this shard */
-    size_t x_stride, q_stride, kv_stride, ffn_stride;
-    float *x, *h, *partial;       /* (max_rows, x_stride); h: the normed rows */
-    float *q, *attention, *k, *v; /* (max_rows, q_stride), k, v (max_rows, kv_stride) */
-    float *ffn;                   /* (max_rows, or with experts entries, ffn_stride) */
-    float *turn, *turn_windowed;  /* (max_rows, {cos, sin}, rope_dim); of layers with a window */
+    int n_heads, n_kv_heads;         /* of this shard */
+    struct plane x, h, partial;      /* (max_rows, d_model); h: the normed rows */
+    struct plane q, attention, k, v; /* (max_rows, n_heads * head_dim), k, v n_kv_heads */
+    struct plane ffn;                /* (max_rows, or with experts entries, d_ff) */
+    struct plane turn[2];            /* (max_rows, {cos, sin}, rope_dim); [1]: with a window */
     /* experts: an *entry* is a row and one of its experts; entries stand in the order of experts,
      * those of one expert, a *group*, in the order of rows */
-    float *router;               /* (max_rows, router_stride) logits of the experts */
-    int *chosen, *entry;         /* (max_rows, n_used) experts; entries, -1: another shard's */
-    float *share;                /* (max_rows, n_used) */
-    int *source;                 /* (entries) rows */
-    float *expert_out;           /* (entries, x_stride) */
-    struct expert_group *groups; /* (n_groups) */
-    int n_entries, n_groups;     /* of this step and layer */
-    size_t router_stride;
-    /* the input of a product in the forms that its matrices want: (rows, bytes of a row) */
-    char *converted[N_FORMS];
-    size_t converted_stride[N_FORMS];
-    float *logits, *scaled;        /* (LOGIT_ROWS at most, vocab_size); logits / temperature */
+    struct plane router;     /* (max_rows, n_experts) logits of the experts */
+    int *chosen, *entry;     /* (max_rows, n_used) experts; entries, -1: another shard's */
+    float *share;            /* (max_rows, n_used) */
+    int *source;             /* (entries) rows */
+    struct plane expert_out; /* (entries, d_model) */
+    struct part *groups;     /* (n_groups) */
+    int n_entries, n_groups; /* of this step and layer */
+    /* the input of a product in the forms that its matrices want, rows of bytes */
+    struct plane converted[N_FORMS];
+    struct plane logits, scaled;   /* (LOGIT_ROWS at most, vocab_size); logits / temperature */
     int *candidates;               /* the same: of the sampler */
     int *sampled;                  /* (max_samples) */
     int *first_tile;               /* (max_rows + 1) attention tiles of a head before a sequence */
@@ -526,52 +518,52 @@ static void cpu_device_close(struct device *base) {
     free(device);
 }
 
+/* (rows, n), padded. */
+static struct plane plane(struct cpu_device *device, size_t rows, int n) {
+    size_t stride = stride_of(n);
+    return (struct plane){zeros(device, rows, stride), stride};
+}
+
 static bool allocate_activations(struct cpu_device *device) {
     const struct model_config *config = device->device.config;
     size_t rows = (size_t)device->device.max_rows, samples = (size_t)device->device.max_samples;
     size_t vocab = (size_t)config->vocab_size;
     size_t logit_rows = samples < LOGIT_ROWS ? samples : LOGIT_ROWS;
     size_t normed = rows > logit_rows ? rows : logit_rows;
-    device->x_stride = stride_of(config->d_model);
-    device->q_stride = stride_of(device->n_heads * config->head_dim);
-    device->kv_stride = stride_of(device->n_kv_heads * config->head_dim);
-    size_t used = config->n_experts > 0 ? (size_t)config->n_used : 1, entries = rows * used;
-    device->ffn_stride =
-        stride_of(config->n_experts > 0 ? config->d_ff : config->d_ff / device->device.n_shards);
-    device->router_stride = stride_of(config->n_experts);
-    device->x = zeros(device, rows, device->x_stride);
-    device->h = zeros(device, normed, device->x_stride);
+    bool experts = config->n_experts > 0;
+    size_t entries = experts ? rows * (size_t)config->n_used : rows;
+    int d_ff = experts ? config->d_ff : config->d_ff / device->device.n_shards;
     bool adds = device->device.n_shards == 1 && !config->post_norm; /* at once */
-    device->partial = zeros(device, adds ? 0 : rows, device->x_stride);
-    device->q = zeros(device, rows, device->q_stride);
-    device->attention = zeros(device, rows, device->q_stride);
-    device->k = zeros(device, rows, device->kv_stride);
-    device->v = zeros(device, rows, device->kv_stride);
-    device->ffn = zeros(device, entries, device->ffn_stride);
-    size_t widest = device->q_stride > device->x_stride ? device->q_stride : device->x_stride;
-    widest = device->ffn_stride > widest ? device->ffn_stride : widest;
-    for (int form = FORM_F32 + 1; form < N_FORMS; form++) { /* a segment may cut a block in two */
-        device->converted_stride[form] =
-            dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
-        device->converted_stride[form] = round_up(device->converted_stride[form], 64) + 64;
-        device->converted[form] =
-            zeros(device, entries > normed ? entries : normed, device->converted_stride[form] / 4);
+    device->x = plane(device, rows, config->d_model);
+    device->h = plane(device, normed, config->d_model);
+    device->partial = plane(device, adds ? 0 : rows, config->d_model);
+    device->q = plane(device, rows, device->n_heads * config->head_dim);
+    device->attention = plane(device, rows, device->n_heads * config->head_dim);
+    device->k = plane(device, rows, device->n_kv_heads * config->head_dim);
+    device->v = plane(device, rows, device->n_kv_heads * config->head_dim);
+    device->ffn = plane(device, entries, d_ff);
+    size_t widest = device->q.stride > device->x.stride ? device->q.stride : device->x.stride;
+    widest = device->ffn.stride > widest ? device->ffn.stride : widest;
+    for (int form = FORM_F32; form < N_FORMS; form++) { /* a segment may cut a block in two */
+        size_t bytes = dot_form_bytes(form, 0, (int)widest + 2 * K_SEGMENTS * Q8_BLOCK);
+        size_t n = form == FORM_F32 ? device->x.stride : round_up(bytes, 64) / 4 + 16;
+        size_t most = form == FORM_F32 && !experts ? 0 : entries > normed ? entries : normed;
+        device->converted[form] = (struct plane){zeros(device, most, n), n};
     }
-    device->turn = zeros(device, rows, 2 * (size_t)config->rope_dim);
-    device->turn_windowed = zeros(device, rows, 2 * (size_t)config->rope_dim);
-    if (config->n_experts > 0) {
-        device->converted_stride[FORM_F32] = device->x_stride * sizeof(float);
-        device->converted[FORM_F32] = zeros(device, entries, device->x_stride);
-        device->router = zeros(device, rows, device->router_stride);
+    for (int i = 0; i < 2; i++)
+        device->turn[i] = (struct plane){zeros(device, rows, 2 * (size_t)config->rope_dim),
+                                         2 * (size_t)config->rope_dim};
+    if (experts) {
+        device->router = plane(device, rows, config->n_experts);
         device->chosen = zeros(device, entries, 1);
         device->entry = zeros(device, entries, 1);
         device->share = zeros(device, entries, 1);
         device->source = zeros(device, entries, 1);
-        device->expert_out = zeros(device, entries, device->x_stride);
+        device->expert_out = plane(device, entries, config->d_model);
         device->groups = zeros(device, (size_t)config->n_experts, sizeof *device->groups / 4);
     }
-    device->logits = zeros(device, logit_rows, vocab);
-    device->scaled = zeros(device, logit_rows, vocab);
+    device->logits = (struct plane){zeros(device, logit_rows, vocab), vocab};
+    device->scaled = (struct plane){zeros(device, logit_rows, vocab), vocab};
     device->candidates = zeros(device, logit_rows, vocab);
     device->sampled = zeros(device, samples, 1);
     device->first_tile = zeros(device, rows + 1, 1);
@@ -606,23 +598,22 @@ static struct device *cpu_device_open(struct backend *backend, const struct devi
 
 /* ---- products ---- */
 
-struct product { /* up to three matrices times the same rows */
-    const struct cpu_device *device;
+struct product { /* up to three matrices times the same rows, or of each expert its own rows */
+    struct cpu_device *device;
     const struct weight *matrix[3], *bias[3]; /* bias: NULL, or (n_rows of the matrix) */
-    bool gated;    /* one output of two matrices: the activation of the first, and the second */
-    float *out[3]; /* (n_rows, out_stride) */
-    size_t out_stride[3];
-    const float *rows; /* (n_rows, stride) the input as it is */
-    const int *source; /* (n_rows) row of `rows` that each is; NULL: its own */
-    size_t stride;
+    int each;   /* rows of an expert's part of the matrices; 0: there are no experts */
+    bool gated; /* one output of two matrices: the activation of the first, and the second */
+    struct plane out[3]; /* (n_rows) */
+    struct plane rows;   /* (n_rows) the input as it is */
+    const int *source;   /* (n_rows) row of `rows` that each is; NULL: its own */
     int n_rows;
     int unit, first_segment, n_segments; /* in which K is summed; 0: it is not cut */
     bool add;                            /* out += */
-    /* the rest is run_product's: panels of each matrix, tiles before it; the forms of rows that the
-     * matrices want; the rows are cut into n_chunks of chunk_rows */
-    int n_panels[3], first_tile[4];
-    bool wants[N_FORMS];
-    int chunk_rows, n_chunks;
+    /* the rest is run_product's */
+    const struct part *parts; /* (n_parts) */
+    int n_parts, n_tiles;
+    bool in_order;       /* a thread's tiles are neighbours: see product_tile */
+    bool wants[N_FORMS]; /* the forms of rows that the matrices want */
 };
 
 /* gate = the activation of gate and up, element by element */
@@ -641,26 +632,11 @@ static void activate(enum gate_function activation, float *gate, const float *up
     }
 }
 
-struct place { /* of a tile: one panel of one matrix times a chunk of the rows */
-    int which, panel, row, n_rows;
+/* Of a tile: the panel; its outputs [begin, end), of which those before 0 are another's (a shard,
+ * or an expert, may start and end inside a panel); the rows. */
+struct place {
+    int panel, begin, end, row, n_rows;
 };
-
-/* Threads take tiles in turn, and the processor reads ahead where memory is read in order: so tiles
- * that one thread is likely to take are neighbours; unless those share a panel, which is better. */
-static struct place find_tile(const struct product *product, int index) {
-    int which = 0, n_threads = product->device->cpu->pool.n_threads;
-    while (index >= product->first_tile[which + 1])
-        which++;
-    index -= product->first_tile[which];
-    int panel = index / product->n_chunks, row = index % product->n_chunks * product->chunk_rows;
-    int own = product->n_panels[which] / n_threads;
-    if (product->n_chunks == 1 && panel < own * n_threads)
-        panel = panel % n_threads * own + panel / n_threads;
-    return (struct place){.which = which,
-                          .panel = product->matrix[which]->first_row / PANEL + panel,
-                          .row = row,
-                          .n_rows = smaller(product->n_rows - row, product->chunk_rows)};
-}
 
 /* out (n_rows, PANEL) = the rows . the panel of `matrix` at this place */
 static void multiply(const struct product *product, const struct weight *matrix,
@@ -668,13 +644,12 @@ static void multiply(const struct product *product, const struct weight *matrix,
     const struct cpu_device *device = product->device;
     enum row_form form = dot_form(matrix->type, device->cpu->plain);
     bool as_it_is = form == FORM_F32 && !product->source;
-    size_t stride = as_it_is ? product->stride * sizeof(float) : device->converted_stride[form];
-    const char *input = as_it_is ? (const char *)product->rows : device->converted[form];
+    struct plane input = as_it_is ? product->rows : device->converted[form];
     struct tile tile = {.panel = matrix->panels + (size_t)place->panel * matrix->panel_bytes,
                         .end = matrix->cols,
                         .form = form,
-                        .input = input + (size_t)place->row * stride,
-                        .stride = stride,
+                        .input = (const char *)row_of(input, place->row),
+                        .stride = input.stride * sizeof(float),
                         .out = out,
                         .ahead = true,
                         .amx = device->cpu->amx};
@@ -685,68 +660,75 @@ static void multiply(const struct product *product, const struct weight *matrix,
         panel_product(matrix->type, tile, place->n_rows, scratch->slab);
 }
 
-/* Adds a bias to sums (n_rows, PANEL) that are not the outputs yet. */
-static void add_early(const struct weight *bias, const struct weight *matrix,
-                      const struct place *place, float *sums) {
-    int begin = place->panel * PANEL - matrix->first_row,
-        end = smaller(begin + PANEL, matrix->n_rows);
-    for (int row = 0; row < place->n_rows && bias; row++, sums += PANEL)
-        for (int at = begin < 0 ? 0 : begin; at < end; at += LANES) {
-            float *to = sums + at - begin;
-            store_part(to, load_part(to, end - at) + load_part(bias->vector + at, end - at),
-                       end - at);
+/* Adds a bias to sums (n_rows, PANEL). */
+static void add_to_sums(const float *bias, const struct place *place, float *sums) {
+    for (int row = 0; row < place->n_rows; row++, sums += PANEL)
+        for (int at = place->begin < 0 ? 0 : place->begin; at < place->end; at += LANES) {
+            float *to = sums + at - place->begin;
+            vec sum = load_part(to, place->end - at) + load_part(bias + at, place->end - at);
+            store_part(to, sum, place->end - at);
         }
 }
 
-/* Adds sums (n_rows, PANEL), with bias, to what is there, or stores them; a shard, or an expert,
- * may start and end inside a panel. */
-static void store_tile(const struct product *product, const struct place *place,
-                       const float *sums) {
-    const struct weight *matrix = product->matrix[place->which],
-                        *bias = product->gated ? NULL : product->bias[place->which];
-    size_t stride = product->out_stride[place->which];
-    float *out = product->out[place->which] + (size_t)place->row * stride;
-    int begin = place->panel * PANEL - matrix->first_row,
-        end = smaller(begin + PANEL, matrix->n_rows);
-    for (int row = 0; row < place->n_rows; row++, sums += PANEL, out += stride) {
-        for (int at = begin < 0 ? 0 : begin; at < end; at += LANES) {
-            vec value = load(sums + at - begin);
-            if (bias)
-                value += load_part(bias->vector + at, end - at);
-            if (product->add)
-                value += load_part(out + at, end - at);
-            store_part(out + at, value, end - at);
+/* Adds sums (n_rows, PANEL) to what is there, or stores them. */
+static void store_tile(const struct place *place, const float *sums, struct plane to, bool add) {
+    for (int row = 0; row < place->n_rows; row++, sums += PANEL) {
+        float *out = row_of(to, place->row + row);
+        for (int at = place->begin < 0 ? 0 : place->begin; at < place->end; at += LANES) {
+            vec value = load(sums + at - place->begin);
+            if (add)
+                value += load_part(out + at, place->end - at);
+            store_part(out + at, value, place->end - at);
         }
     }
 }
 
-static void make_tile(const struct product *product, const struct place *place,
-                      struct scratch *scratch) {
-    float *first = scratch->tile[0], *second = scratch->tile[1];
-    multiply(product, product->matrix[place->which], place, first, scratch);
-    if (product->gated) {
-        multiply(product, product->matrix[1], place, second, scratch);
-        add_early(product->bias[0], product->matrix[0], place, first);
-        add_early(product->bias[1], product->matrix[1], place, second);
-        activate(product->device->device.config->activation, first, second, place->n_rows * PANEL);
-    }
-    store_tile(product, place, first);
+/* The matrix, or bias, of a part. */
+static struct weight weight_of(const struct product *product, const struct part *part,
+                               const struct weight *all) {
+    return product->each > 0 ? pack_expert(all, part->expert, product->each) : *all;
 }
 
+/* A panel of a part's matrix times a chunk of its rows. Threads take tiles in turn, and the
+ * processor reads ahead where memory is read in order: so tiles that one thread is likely to take
+ * are neighbours; unless those share a panel, which is better. */
 static void product_tile(const void *argument, int index, struct scratch *scratch) {
-    struct place place = find_tile(argument, index);
-    make_tile(argument, &place, scratch);
+    const struct product *product = argument;
+    const struct part *part = product->parts, *last = part + product->n_parts - 1;
+    int n_threads = product->device->cpu->pool.n_threads, each = product->n_tiles / n_threads;
+    if (product->in_order && index < each * n_threads)
+        index = index % n_threads * each + index / n_threads;
+    while (part < last && part[1].first_tile <= index)
+        part++;
+    index -= part->first_tile;
+    int row = index % part->n_chunks * part->chunk_rows;
+    struct place place = {.row = part->first + row,
+                          .n_rows = smaller(part->n - row, part->chunk_rows)};
+    for (int i = 0; i < (product->gated ? 2 : 1); i++) {
+        const struct weight *all = product->matrix[part->matrix + i];
+        struct weight matrix = weight_of(product, part, all);
+        place.panel = matrix.first_row / PANEL + index / part->n_chunks;
+        place.begin = place.panel * PANEL - matrix.first_row;
+        place.end = smaller(place.begin + PANEL, matrix.n_rows);
+        multiply(product, &matrix, &place, scratch->tile[i], scratch);
+        if (product->bias[part->matrix + i])
+            add_to_sums(weight_of(product, part, product->bias[part->matrix + i]).vector, &place,
+                        scratch->tile[i]);
+    }
+    if (product->gated)
+        activate(product->device->device.config->activation, scratch->tile[0], scratch->tile[1],
+                 place.n_rows * PANEL);
+    store_tile(&place, scratch->tile[0], product->out[part->matrix], product->add);
 }
 
 /* A row into a form, segment by segment where K is cut. */
 static void convert_row(const struct product *product, enum row_form form, int row) {
-    const struct cpu_device *device = product->device;
     int cols = product->matrix[0]->cols, segment = product->first_segment;
-    size_t own = (size_t)(product->source ? product->source[row] : row);
-    const float *from = product->rows + own * product->stride;
-    char *to = device->converted[form] + (size_t)row * device->converted_stride[form];
+    const float *from = row_of(product->rows, product->source ? product->source[row] : row);
+    struct plane converted = product->device->converted[form];
+    char *to = (char *)row_of(converted, row);
     if (form == FORM_F32)
-        memcpy(to, from, device->converted_stride[form]);
+        memcpy(to, from, converted.stride * sizeof *from);
     else if (product->n_segments == 0)
         dot_convert(form, from, 0, cols, to);
     for (int i = 0; i < product->n_segments; i++, segment++) {
@@ -767,40 +749,39 @@ static void convert_tile(struct cpu_device *device, const void *argument, int fi
                 convert_row(product, (enum row_form)form, row);
 }
 
-/* Rows in the forms that the matrices want. */
-static void convert_rows(struct cpu_device *device, struct product *product) {
-    product->device = device;
-    for (int i = 0; i < 3 && product->matrix[i]; i++)
-        product->wants[dot_form(product->matrix[i]->type, device->cpu->plain)] = true;
-    if (product->source || product->wants[FORM_BF16] || product->wants[FORM_Q8])
-        for_rows(device, product->n_rows, NORM_ROWS, convert_tile, product);
+/* Cuts a part's rows and matrix into tiles, the first of them first_tile; returns that of the next
+ * part. */
+static int cut_part(const struct product *product, struct part *part, int first_tile) {
+    struct weight matrix = weight_of(product, part, product->matrix[part->matrix]);
+    bool amx = product->device->cpu->amx && dot_form(matrix.type, false) == FORM_BF16;
+    int rows = divide_up(part->n, divide_up(part->n, ROW_CHUNK));
+    part->first_tile = first_tile;
+    part->chunk_rows = (int)round_up((size_t)rows, amx ? AMX_ROWS : TILE_ROWS);
+    part->n_chunks = divide_up(part->n, part->chunk_rows);
+    int n_panels = divide_up(matrix.first_row + matrix.n_rows, PANEL) - matrix.first_row / PANEL;
+    return first_tile + n_panels * part->n_chunks;
 }
 
-/* Rows of a tile, if so many are multiplied by matrices like this one. */
-static int chunk_of(const struct cpu_device *device, const struct weight *matrix, int n_rows) {
-    bool amx = device->cpu->amx && dot_form(matrix->type, false) == FORM_BF16;
-    int n_chunks = divide_up(n_rows, ROW_CHUNK);
-    return (int)round_up((size_t)divide_up(n_rows, n_chunks), amx ? AMX_ROWS : TILE_ROWS);
-}
-
-/* The panels that a matrix has a part in. */
-static int panels_of(const struct weight *matrix) {
-    return divide_up(matrix->first_row + matrix->n_rows, PANEL) - matrix->first_row / PANEL;
-}
-
-static void run_product(struct cpu_device *device, struct product *product) {
-    int n_tiles = 0;
-    if (product->n_rows == 0)
+static void run_product(struct cpu_device *device, struct product product) {
+    struct part whole[3] = {{0}}, *parts = product.each > 0 ? device->groups : whole;
+    product.device = device;
+    product.parts = parts;
+    product.n_parts = product.each > 0 ? device->n_groups : 0;
+    product.in_order = true;
+    if (product.n_rows == 0)
         return;
-    convert_rows(device, product);
-    product->chunk_rows = chunk_of(device, product->matrix[0], product->n_rows);
-    product->n_chunks = divide_up(product->n_rows, product->chunk_rows);
-    for (int i = 0; i < (product->gated ? 1 : 3) && product->matrix[i]; i++) {
-        product->n_panels[i] = panels_of(product->matrix[i]);
-        n_tiles += product->n_panels[i] * product->n_chunks;
-        product->first_tile[i + 1] = n_tiles;
+    for (int i = 0; i < 3 && product.matrix[i]; i++) {
+        product.wants[dot_form(product.matrix[i]->type, device->cpu->plain)] = true;
+        if (product.each == 0 && (i == 0 || !product.gated))
+            whole[product.n_parts++] = (struct part){.matrix = i, .n = product.n_rows};
     }
-    parallel_for(device, n_tiles, product_tile, product);
+    for (int i = 0; i < product.n_parts; i++) {
+        product.n_tiles = cut_part(&product, &parts[i], product.n_tiles);
+        product.in_order = product.in_order && parts[i].n_chunks == 1;
+    }
+    if (product.source || product.wants[FORM_BF16] || product.wants[FORM_Q8])
+        for_rows(device, product.n_rows, NORM_ROWS, convert_tile, &product);
+    parallel_for(device, product.n_tiles, product_tile, &product);
 }
 
 /* ---- embed, norm_qkv ---- */
@@ -830,9 +811,9 @@ static void norm_tile(struct cpu_device *device, const void *argument, int first
     const struct norm *norm = argument;
     const struct model_config *config = device->device.config;
     for (int row = first; row < end; row++) {
-        size_t from = (size_t)(norm->rows ? norm->rows[row] : row);
-        rmsnorm(device->h + (size_t)row * device->x_stride, device->x + from * device->x_stride,
-                norm->weight->vector, config->d_model, config->norm_epsilon);
+        int from = norm->rows ? norm->rows[row] : row;
+        rmsnorm(row_of(device->h, row), row_of(device->x, from), norm->weight->vector,
+                config->d_model, config->norm_epsilon);
     }
 }
 
@@ -845,7 +826,7 @@ static void norm_rows(struct cpu_device *device, const struct weight *weight, co
 static void embed_tile(struct cpu_device *device, const void *token_embd, int first, int end) {
     float scale = device->device.config->embedding_scale;
     for (int row = first; row < end; row++) {
-        float *x = device->x + (size_t)row * device->x_stride;
+        float *x = row_of(device->x, row);
         pack_read_row(token_embd, device->batch->token[row], x);
         for (int i = 0; i < device->device.config->d_model && scale > 0; i++)
             x[i] *= scale;
@@ -860,23 +841,18 @@ static void cpu_embed(struct device *base, const struct weight *token_embd) {
 static void cpu_norm_qkv(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[ATTN_NORM], NULL, device->batch->n_rows);
-    struct product product = {
-        .matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
-        .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
-        .out = {device->q, device->k, device->v},
-        .out_stride = {device->q_stride, device->kv_stride, device->kv_stride},
-        .rows = device->h,
-        .stride = device->x_stride,
-        .n_rows = device->batch->n_rows};
-    run_product(device, &product);
+    run_product(device, (struct product){.matrix = {layer[ATTN_Q], layer[ATTN_K], layer[ATTN_V]},
+                                         .bias = {layer[Q_BIAS], layer[K_BIAS], layer[V_BIAS]},
+                                         .out = {device->q, device->k, device->v},
+                                         .rows = device->h,
+                                         .n_rows = device->batch->n_rows});
 }
 
 /* ---- rope_append ---- */
 
 /* New keys and values on their way into the blocks: turned by their positions (RoPE, Su et al.
- * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]:
- * sixteen rows are transposed in registers, fewer are written one by one. What is written for a row
- * depends on that row alone. */
+ * 2021), and written where attention reads them. A block keeps keys as [head_dim][16 tokens]: rows
+ * are transposed in registers. */
 
 /* Once a step: the cosine of each element of a head turned at a row's position, then the sine of
  * each, with the sign with which it is added. */
@@ -900,11 +876,10 @@ static void turn_tile(struct cpu_device *device, const void *unused, int first, 
     (void)unused;
     for (int row = first; row < end; row++) {
         int position = device->batch->position[row];
-        size_t at = (size_t)(row * 2 * config->rope_dim);
-        turn_row(config, frequency, position, device->turn + at);
+        turn_row(config, frequency, position, row_of(device->turn[0], row));
         if (config->theta_windowed > 0)
             turn_row(config, frequency + config->rope_dim / 2, position,
-                     device->turn_windowed + at);
+                     row_of(device->turn[1], row));
     }
 }
 
@@ -929,8 +904,7 @@ static void turn_heads(const struct cpu_device *device, const struct weight *nor
                        int n_heads, int layer, int row) {
     const struct model_config *config = device->device.config;
     bool windowed = config->theta_windowed > 0 && model_window(config, layer) < INT32_MAX;
-    const float *turn =
-        (windowed ? device->turn_windowed : device->turn) + (size_t)(row * 2 * config->rope_dim);
+    const float *turn = row_of(device->turn[windowed], row);
     for (int head = 0; head < n_heads; head++, heads += config->head_dim) {
         if (norm)
             rmsnorm(heads, heads, norm->vector, config->head_dim, config->norm_epsilon);
@@ -965,25 +939,16 @@ static void append_store(enum kv_type type, char *to, vec value, int count) {
     memcpy(to, &halves, sizeof(uint16_t) * (size_t)(count < LANES ? count : LANES));
 }
 
-/* One row's key: an element goes into each line of the plane. */
-static void append_key(enum kv_type type, char *key, const float *k, int dim) {
-    for (size_t i = 0; i < (size_t)dim; i++)
-        if (type == KV_F32)
-            ((float *)(void *)key)[i * BLOCK_TOKENS] = k[i];
-        else
-            ((uint16_t *)(void *)key)[i * BLOCK_TOKENS] = to_bf16(k[i]);
-}
-
-/* A block's keys, 16 elements at a time. */
-static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int dim) {
+/* The keys of n tokens, 16 elements at a time: an element has its line in the plane. */
+static void append_keys(enum kv_type type, char *key, const float *k, size_t stride, int n,
+                        int dim) {
     for (int at = 0; at < dim; at += LANES) {
-        vec rows[LANES];
-        for (int row = 0; row < LANES; row++)
+        vec rows[LANES] = {{0}};
+        for (int row = 0; row < n; row++)
             rows[row] = load_part(k + (size_t)row * stride + at, dim - at);
         transpose(rows);
         for (int i = 0; i < LANES && i < dim - at; i++)
-            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i],
-                         LANES);
+            append_store(type, key + (size_t)(at + i) * LANES * kv_element_bytes(type), rows[i], n);
     }
 }
 
@@ -994,16 +959,11 @@ static void append_write(const struct kv_view *view, int position, int n, const 
     char *block = view->kv + (size_t)view->table[position / BLOCK_TOKENS] * view->block;
     char *key = block + view->key + token * element;
     char *value = block + view->value + token * (size_t)view->dim * element;
-    if (n == BLOCK_TOKENS)
-        append_keys(view->type, key, k, stride, view->dim);
-    for (int row = 0; row < n; row++) {
-        if (n < BLOCK_TOKENS)
-            append_key(view->type, key + (size_t)row * element, k + (size_t)row * stride,
-                       view->dim);
+    append_keys(view->type, key, k, stride, n, view->dim);
+    for (int row = 0; row < n; row++)
         for (int at = 0; at < view->dim; at += LANES)
             append_store(view->type, value + (size_t)(row * view->dim + at) * element,
                          load(v + (size_t)row * stride + at), view->dim - at);
-    }
 }
 
 struct append {
@@ -1016,21 +976,20 @@ static void append_tile(struct cpu_device *device, const void *argument, int row
     const struct append *append = argument;
     const struct batch *batch = device->batch;
     for (int i = row; i < end; i++) {
-        turn_heads(device, append->layer[ATTN_Q_NORM], device->q + (size_t)i * device->q_stride,
-                   device->n_heads, append->layer_index, i);
-        turn_heads(device, append->layer[ATTN_K_NORM], device->k + (size_t)i * device->kv_stride,
-                   device->n_kv_heads, append->layer_index, i);
+        turn_heads(device, append->layer[ATTN_Q_NORM], row_of(device->q, i), device->n_heads,
+                   append->layer_index, i);
+        turn_heads(device, append->layer[ATTN_K_NORM], row_of(device->k, i), device->n_kv_heads,
+                   append->layer_index, i);
     }
     for (int n; row < end; row += n) {
         const struct sequence *sequence = &batch->sequence[batch->row_sequence[row]];
         int position = batch->position[row];
         n = smaller(end, sequence->first_row + sequence->n_rows) - row;
         n = smaller(n, BLOCK_TOKENS - position % BLOCK_TOKENS);
-        size_t at = (size_t)row * device->kv_stride;
         for (int head = 0; head < device->n_kv_heads; head++) {
             struct kv_view view = kv_view(device, sequence, append->layer_index, head, false);
-            append_write(&view, position, n, device->k + at, device->v + at, device->kv_stride);
-            at += (size_t)view.dim;
+            append_write(&view, position, n, row_of(device->k, row) + head * view.dim,
+                         row_of(device->v, row) + head * view.dim, device->k.stride);
         }
     }
 }
@@ -1060,7 +1019,7 @@ struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
     int dim, start, n_tokens;                                /* start: the first token */
     const char *key[KV_TILE_BLOCKS], *value[KV_TILE_BLOCKS]; /* planes of their blocks */
     const char *next_key[KV_TILE_BLOCKS];                    /* of the tile that is read next */
-    bool ahead;         /* the planes come from memory: ask for those that are read next */
+    bool ahead; /* the planes come from memory: each line asks for that of the plane read next */
     const float *input; /* (rows, HEAD_STRIDE) queries, or (rows, KV_TILE) weights of tokens */
     float *output;      /* (rows, KV_TILE) scores, or (rows, HEAD_STRIDE) outputs */
 };
@@ -1068,11 +1027,6 @@ struct kv_tile { /* up to KV_TILE tokens, and what is made of them */
 INLINE vec kv_load(enum kv_type type, const char *plane, size_t at) {
     return type == KV_F32 ? load((const float *)(const void *)plane + at)
                           : widen_bf16((const uint16_t *)(const void *)plane + at);
-}
-
-/* Asks for a line of the plane that is read next, while the same line of this one is used. */
-INLINE void fetch_line(enum kv_type type, const char *plane, size_t at) {
-    __builtin_prefetch(plane + at * kv_element_bytes(type));
 }
 
 static vec kv_load_part(enum kv_type type, const char *plane, size_t at, int n) {
@@ -1095,7 +1049,7 @@ INLINE void score_kernel(int n_rows, enum kv_type type, const struct kv_tile *ti
         for (int i = 0; i < KV_TILE_BLOCKS; i++)
             keys[i] = kv_load(type, tile->key[i], d * BLOCK_TOKENS);
         for (int i = 0; i < KV_TILE_BLOCKS && tile->ahead; i++)
-            fetch_line(type, tile->value[i], d * BLOCK_TOKENS);
+            __builtin_prefetch(tile->value[i] + d * BLOCK_TOKENS * kv_element_bytes(type));
         for (int row = 0; row < n_rows; row++) {
             float factor = tile->input[(size_t)row * HEAD_STRIDE + d];
             for (int i = 0; i < KV_TILE_BLOCKS; i++)
@@ -1125,7 +1079,8 @@ INLINE void value_kernel(int n_rows, enum kv_type type, int begin, int n_vectors
                             ? kv_load(type, plane, at + (size_t)i * LANES)
                             : kv_load_part(type, plane, at, left);
         for (int i = 0; i < n_vectors && tile->ahead; i++)
-            fetch_line(type, tile->next_key[token / BLOCK_TOKENS], at + (size_t)i * LANES);
+            __builtin_prefetch(tile->next_key[token / BLOCK_TOKENS] +
+                               (at + (size_t)i * LANES) * kv_element_bytes(type));
         for (int row = 0; row < n_rows; row++) {
             float factor = tile->input[row * KV_TILE + token];
             for (int i = 0; i < n_vectors; i++)
@@ -1269,8 +1224,7 @@ static void attend(const struct attention_job *job, const struct sequence *seque
                    int head, bool next, struct attention_scratch *scratch) {
     const struct cpu_device *device = job->device;
     int dim = device->device.config->head_dim, group = device->n_heads / device->n_kv_heads;
-    size_t at[QUERIES];
-    float scale = device->device.config->attention_scale;
+    float *out[QUERIES], scale = device->device.config->attention_scale;
     scale = scale > 0 ? scale : 1.0f / sqrtf((float)dim);
     scratch->window = model_window(device->device.config, job->layer);
     scratch->n = smaller(sequence->n_rows * group - first, QUERIES);
@@ -1280,15 +1234,15 @@ static void attend(const struct attention_job *job, const struct sequence *seque
         scratch->state[i] = (struct softmax){.max = -INFINITY};
         if (job->sinks) /* a token with this score and the value 0 */
             scratch->state[i] = (struct softmax){job->sinks->vector[own_head], {1}};
-        at[i] = (size_t)(sequence->first_row + row) * device->q_stride + (size_t)(own_head * dim);
+        const float *q = row_of(device->q, sequence->first_row + row) + own_head * dim;
+        out[i] = row_of(device->attention, sequence->first_row + row) + own_head * dim;
         for (int j = 0; j < dim; j++)
-            scratch->query[i * HEAD_STRIDE + j] = device->q[at[i] + (size_t)j] * scale;
+            scratch->query[i * HEAD_STRIDE + j] = q[j] * scale;
     }
     struct kv_view view = kv_view(device, sequence, job->layer, head, next);
     attention_rows(&view, scratch);
     for (int i = 0; i < scratch->n; i++)
-        memcpy(device->attention + at[i], scratch->output + i * HEAD_STRIDE,
-               sizeof(float) * (size_t)dim);
+        memcpy(out[i], scratch->output + i * HEAD_STRIDE, sizeof(float) * (size_t)dim);
 }
 
 /* A thread takes neighbouring heads: their keys are neighbours in a block, and being read ahead. */
@@ -1326,17 +1280,14 @@ static void cpu_project_add(struct device *base, const struct weight *matrix,
     bool attends = input == INPUT_ATTENTION;
     bool add = base->n_shards == 1 && !base->config->post_norm;
     int n_segments = K_SEGMENTS / base->n_shards;
-    struct product product = {.matrix = {matrix},
-                              .out = {add ? device->x : device->partial},
-                              .out_stride = {device->x_stride},
-                              .rows = attends ? device->attention : device->ffn,
-                              .stride = attends ? device->q_stride : device->ffn_stride,
-                              .n_rows = device->batch->n_rows,
-                              .unit = attends ? base->config->head_dim : 2,
-                              .first_segment = base->rank * n_segments,
-                              .n_segments = n_segments,
-                              .add = add};
-    run_product(device, &product);
+    run_product(device, (struct product){.matrix = {matrix},
+                                         .out = {add ? device->x : device->partial},
+                                         .rows = attends ? device->attention : device->ffn,
+                                         .n_rows = device->batch->n_rows,
+                                         .unit = attends ? base->config->head_dim : 2,
+                                         .first_segment = base->rank * n_segments,
+                                         .n_segments = n_segments,
+                                         .add = add});
 }
 
 struct reduction {
@@ -1350,23 +1301,23 @@ static void reduce_tile(struct cpu_device *device, const void *argument, int fir
     struct cpu_device *const *shards = reduction->shards;
     const struct model_config *config = device->device.config;
     int n_shards = device->device.n_shards;
-    size_t begin = (size_t)first * device->x_stride, stop = (size_t)end * device->x_stride;
+    size_t begin = (size_t)first * device->x.stride, stop = (size_t)end * device->x.stride;
     for (size_t at = begin; at < stop; at += LANES) {
         vec sum[MAX_SHARDS];
         for (int shard = 0; shard < n_shards; shard++)
-            sum[shard] = load(shards[shard]->partial + at);
+            sum[shard] = load(shards[shard]->partial.at + at);
         for (int n = n_shards; n > 1; n /= 2)
             for (int j = 0; j < n / 2; j++)
                 sum[j] = sum[2 * j] + sum[2 * j + 1];
-        store(device->partial + at, sum[0]);
+        store(device->partial.at + at, sum[0]);
     }
-    for (size_t at = begin; at < stop && reduction->norm; at += device->x_stride)
-        rmsnorm(device->partial + at, device->partial + at, reduction->norm->vector,
+    for (int row = first; row < end && reduction->norm; row++)
+        rmsnorm(row_of(device->partial, row), row_of(device->partial, row), reduction->norm->vector,
                 config->d_model, config->norm_epsilon);
     for (size_t at = begin; at < stop; at += LANES) {
-        vec total = load(device->x + at) + load(device->partial + at);
+        vec total = load(device->x.at + at) + load(device->partial.at + at);
         for (int shard = 0; shard < n_shards; shard++)
-            store(shards[shard]->x + at, total);
+            store(shards[shard]->x.at + at, total);
     }
 }
 
@@ -1383,7 +1334,7 @@ static void add_bias_tile(struct cpu_device *device, const void *argument, int f
     int n = device->device.config->d_model;
     for (int row = first; row < end; row++)
         for (int at = 0; at < n; at += LANES) {
-            float *x = device->x + (size_t)row * device->x_stride + at;
+            float *x = row_of(device->x, row) + at;
             store_part(x, load_part(x, n - at) + load_part(bias->vector + at, n - at), n - at);
         }
 }
@@ -1398,15 +1349,12 @@ static void cpu_add_bias(struct device *base, const struct weight *bias) {
 static void cpu_norm_gate_up(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.matrix = {layer[FFN_GATE], layer[FFN_UP]},
-                              .bias = {layer[FFN_GATE_BIAS], layer[FFN_UP_BIAS]},
-                              .gated = true,
-                              .out = {device->ffn},
-                              .out_stride = {device->ffn_stride},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = device->batch->n_rows};
-    run_product(device, &product);
+    run_product(device, (struct product){.matrix = {layer[FFN_GATE], layer[FFN_UP]},
+                                         .bias = {layer[FFN_GATE_BIAS], layer[FFN_UP_BIAS]},
+                                         .gated = true,
+                                         .out = {device->ffn},
+                                         .rows = device->h,
+                                         .n_rows = device->batch->n_rows});
 }
 
 /* ---- experts: norm_route, expert_gate_up, expert_down_add ---- */
@@ -1418,7 +1366,7 @@ static void choose_tile(struct cpu_device *device, const void *unused, int row, 
     int n = config->n_experts, n_used = config->n_used;
     (void)unused;
     for (; row < end; row++) {
-        float *logits = device->router + (size_t)row * device->router_stride, sum = 0, largest = 0;
+        float *logits = row_of(device->router, row), sum = 0, largest = 0;
         int *chosen = device->chosen + row * n_used;
         float *share = device->share + row * n_used;
         for (int slot = 0; slot < n_used; slot++) {
@@ -1456,88 +1404,32 @@ static void group_entries(struct cpu_device *device) {
         }
         if (device->n_entries > begin)
             device->groups[device->n_groups++] =
-                (struct expert_group){expert, begin, device->n_entries - begin, 0, 0, 0};
+                (struct part){.expert = expert, .first = begin, .n = device->n_entries - begin};
     }
 }
 
 static void cpu_norm_route(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
     norm_rows(device, layer[FFN_NORM], NULL, device->batch->n_rows);
-    struct product product = {.matrix = {layer[ROUTER]},
-                              .bias = {layer[ROUTER_BIAS]},
-                              .out = {device->router},
-                              .out_stride = {device->router_stride},
-                              .rows = device->h,
-                              .stride = device->x_stride,
-                              .n_rows = device->batch->n_rows};
-    run_product(device, &product);
+    run_product(device, (struct product){.matrix = {layer[ROUTER]},
+                                         .bias = {layer[ROUTER_BIAS]},
+                                         .out = {device->router},
+                                         .rows = device->h,
+                                         .n_rows = device->batch->n_rows});
     for_rows(device, device->batch->n_rows, NORM_ROWS, choose_tile, NULL);
     group_entries(device);
 }
 
-struct expert_job {
-    const struct product *product; /* of all experts' matrices */
-    int n_each, n_tiles;           /* rows of an expert's matrix */
-    bool in_order;                 /* a thread's tiles are neighbours: see find_tile */
-};
-
-/* A panel of one expert times a chunk of its entries. */
-static void expert_tile(const void *argument, int index, struct scratch *scratch) {
-    const struct expert_job *job = argument;
-    struct product product = *job->product;
-    const struct cpu_device *device = product.device;
-    const struct expert_group *group = device->groups;
-    int n_threads = device->cpu->pool.n_threads, each = job->n_tiles / n_threads;
-    if (job->in_order && index < each * n_threads)
-        index = index % n_threads * each + index / n_threads;
-    for (int i = 1; i < device->n_groups && device->groups[i].first_tile <= index; i++)
-        group++;
-    struct weight part[4];
-    for (int i = 0; i < 2; i++) {
-        const struct weight **matrix = &product.matrix[i], **bias = &product.bias[i];
-        if (*matrix)
-            part[i] = pack_expert(*matrix, group->expert, job->n_each);
-        if (*bias)
-            part[2 + i] = pack_expert(*bias, group->expert, job->n_each);
-        *matrix = *matrix ? &part[i] : NULL;
-        *bias = *bias ? &part[2 + i] : NULL;
-    }
-    index -= group->first_tile;
-    int row = index % group->n_chunks * group->chunk_rows;
-    struct place place = {.panel = part[0].first_row / PANEL + index / group->n_chunks,
-                          .row = group->first + row,
-                          .n_rows = smaller(group->n - row, group->chunk_rows)};
-    make_tile(&product, &place, scratch);
-}
-
-/* The entries' rows times the matrices of their experts, of n_each rows. */
-static void run_experts(struct cpu_device *device, struct product *product, int n_each) {
-    struct expert_job job = {product, n_each, 0, true};
-    convert_rows(device, product);
-    for (int i = 0; i < device->n_groups; i++) {
-        struct expert_group *group = &device->groups[i];
-        struct weight part = pack_expert(product->matrix[0], group->expert, n_each);
-        group->first_tile = job.n_tiles;
-        group->chunk_rows = chunk_of(device, &part, group->n);
-        group->n_chunks = divide_up(group->n, group->chunk_rows);
-        job.n_tiles += panels_of(&part) * group->n_chunks;
-        job.in_order = job.in_order && group->n_chunks == 1;
-    }
-    parallel_for(device, job.n_tiles, expert_tile, &job);
-}
-
 static void cpu_expert_gate_up(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct product product = {.matrix = {layer[GATE_EXPERTS], layer[UP_EXPERTS]},
-                              .bias = {layer[GATE_EXPERTS_BIAS], layer[UP_EXPERTS_BIAS]},
-                              .gated = true,
-                              .out = {device->ffn},
-                              .out_stride = {device->ffn_stride},
-                              .rows = device->h,
-                              .source = device->source,
-                              .stride = device->x_stride,
-                              .n_rows = device->n_entries};
-    run_experts(device, &product, base->config->d_ff);
+    run_product(device, (struct product){.matrix = {layer[GATE_EXPERTS], layer[UP_EXPERTS]},
+                                         .bias = {layer[GATE_EXPERTS_BIAS], layer[UP_EXPERTS_BIAS]},
+                                         .each = base->config->d_ff,
+                                         .gated = true,
+                                         .out = {device->ffn},
+                                         .rows = device->h,
+                                         .source = device->source,
+                                         .n_rows = device->n_entries});
 }
 
 /* Each row's outputs of its experts by their shares, summed by groups of experts, and those as a
@@ -1548,18 +1440,18 @@ static void combine_tile(struct cpu_device *device, const void *unused, int row,
     bool add = device->device.n_shards == 1;
     (void)unused;
     for (; row < end; row++) {
-        for (size_t at = 0; at < device->x_stride; at += LANES) {
+        for (size_t at = 0; at < device->x.stride; at += LANES) {
             vec sum[K_SEGMENTS] = {{0}};
             for (int i = row * n_used; i < (row + 1) * n_used; i++) {
                 int group = expert_group(config, device->chosen[i]) % n_own;
-                size_t from = (size_t)device->entry[i] * device->x_stride + at;
                 if (device->entry[i] >= 0)
-                    sum[group] += device->share[i] * load(device->expert_out + from);
+                    sum[group] +=
+                        device->share[i] * load(row_of(device->expert_out, device->entry[i]) + at);
             }
             for (int n = n_own; n > 1; n /= 2)
                 for (int j = 0; j < n / 2; j++)
                     sum[j] = sum[2 * j] + sum[2 * j + 1];
-            float *to = (add ? device->x : device->partial) + (size_t)row * device->x_stride + at;
+            float *to = row_of(add ? device->x : device->partial, row) + at;
             store(to, add ? load(to) + sum[0] : sum[0]);
         }
     }
@@ -1567,14 +1459,12 @@ static void combine_tile(struct cpu_device *device, const void *unused, int row,
 
 static void cpu_expert_down_add(struct device *base, const struct weight *const *layer) {
     struct cpu_device *device = (struct cpu_device *)base;
-    struct product product = {.matrix = {layer[DOWN_EXPERTS]},
-                              .bias = {layer[DOWN_EXPERTS_BIAS]},
-                              .out = {device->expert_out},
-                              .out_stride = {device->x_stride},
-                              .rows = device->ffn,
-                              .stride = device->ffn_stride,
-                              .n_rows = device->n_entries};
-    run_experts(device, &product, base->config->d_model);
+    run_product(device, (struct product){.matrix = {layer[DOWN_EXPERTS]},
+                                         .bias = {layer[DOWN_EXPERTS_BIAS]},
+                                         .each = base->config->d_model,
+                                         .out = {device->expert_out},
+                                         .rows = device->ffn,
+                                         .n_rows = device->n_entries});
     for_rows(device, device->batch->n_rows, NORM_ROWS, combine_tile, NULL);
 }
 
@@ -1583,14 +1473,15 @@ static void cpu_expert_down_add(struct device *base, const struct weight *const 
 static void draw_token(struct cpu_device *device, const void *first, int index, int end) {
     const struct batch *batch = device->batch;
     int n = device->device.config->vocab_size, sample = *(const int *)first + index;
-    size_t at = (size_t)index * (size_t)n;
     int position = batch->position[batch->sample_row[sample]] + 1;
+    const float *logits = row_of(device->logits, index);
     (void)end;
-    int token = sampler_draw(&batch->sampling[sample], position, device->logits + at, n,
-                             device->scaled + at, device->candidates + at);
+    int token =
+        sampler_draw(&batch->sampling[sample], position, logits, n, row_of(device->scaled, index),
+                     device->candidates + (size_t)index * (size_t)n);
     device->sampled[sample] = token;
     if (batch->top && batch->top[sample] && token >= 0)
-        sampler_top(device->logits + at, n, token, batch->top[sample]);
+        sampler_top(logits, n, token, batch->top[sample]);
 }
 
 /* The tokens of samples [first, first + n), of which the logits are there. */
@@ -1605,15 +1496,12 @@ static void cpu_sample(struct device *base, const struct weight *const *weights,
     for (int first = 0; first < n_samples; first += LOGIT_ROWS) {
         int n = smaller(n_samples - first, LOGIT_ROWS);
         norm_rows(device, weights[OUTPUT_NORM], device->batch->sample_row + first, n);
-        struct product product = {.matrix = {weights[OUTPUT]},
-                                  .out = {device->logits},
-                                  .out_stride = {vocab},
-                                  .rows = device->h,
-                                  .stride = device->x_stride,
-                                  .n_rows = n};
-        run_product(device, &product);
+        run_product(device, (struct product){.matrix = {weights[OUTPUT]},
+                                             .out = {device->logits},
+                                             .rows = device->h,
+                                             .n_rows = n});
         if (logits)
-            memcpy(logits + (size_t)first * vocab, device->logits,
+            memcpy(logits + (size_t)first * vocab, device->logits.at,
                    (size_t)n * vocab * sizeof *logits);
         draw_tokens(device, first, n);
     }

@@ -238,7 +238,7 @@ static double sim_weights(const struct model *model, int n) {
     double bytes = 0;
     for (int i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *kind = &model_tensors[i];
-        int layers = kind->layered ? model->config.n_layers : 1;
+        int layers = model_layered(kind) ? model->config.n_layers : 1;
         for (int layer = 0; layer < layers && kind->role != NO_ROLE; layer++) {
             const struct tensor *tensor = model->layers[layer][kind->role];
             bool again = kind->role == OUTPUT && tensor == model->layers[0][TOKEN_EMBD];

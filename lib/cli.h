@@ -471,49 +471,44 @@ enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 7 };
 static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
 static const struct rule {
-    const char *options[N_TOGETHER];
-    const char *needs; /* the first needs one of the others; NULL: at most one may be given */
+    enum { ONE_OF_THEM, EXCLUDES, NEEDS } what; /* the first excludes each other, or needs one */
+    const char *options[N_TOGETHER], *needed;
 } rules[] = {
-    {{"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay", "--serve"}, NULL},
-    {{"--serve", "--sim", "--plan"}, NULL},
-    {{"--serve", "--json"}, NULL}, /* it answers in JSON, and has /metrics */
-    {{"--serve", "--stats"}, NULL},
-    {{"--host", "--serve"}, "--serve"},
-    {{"--api-key", "--serve"}, "--serve"},
-    {{"--api-key-file", "--serve"}, "--serve"},
-    {{"--sim", "--plan"}, NULL},
-    {{"--sim", "--replay", "-f"}, "--replay or -f"},
-    {{"--plan", "--replay", "-f"}, "--replay or -f"},
-    {{"--rate", "--replay"}, "--replay"},
-    {{"--limit", "--replay"}, "--replay"},
-    {{"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {{"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {{"--logits", "-p", "--ids"}, "-p or --ids"},
-    /* a load says how long its prompts and answers are, and ends with a table of its own; what
-     * looks at the model itself writes nothing, and takes texts as they are */
-    {{"-n", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--stop", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--system", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--template", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--stats", "--replay", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--json", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--rates", "--sim", "--plan"}, "--sim or --plan"},
-    {{"--sim", "--stats"}, NULL}, /* nor does virtual time compute, print texts or find them */
-    {{"--sim", "--stop"}, NULL},
-    {{"--sim", "--threads"}, NULL},
-    {{"--sim", "--copy-delay"}, NULL},
-    {{"--plan", "--stats"}, NULL},
-    {{"--plan", "--stop"}, NULL},
-    {{"--plan", "--threads"}, NULL},
-    {{"--plan", "--copy-delay"}, NULL},
-    {{"--colocate", "--prefill"}, NULL},
-    {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
-    {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
-    {{"--watch", "--logits"}, NULL},
-    {{"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {{"--prefill", "--decode"}, "--decode"},
-    {{"--decode", "--prefill"}, "--prefill"},
+    {ONE_OF_THEM, {"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay", "--serve"}, NULL},
+    {ONE_OF_THEM, {"--serve", "--sim", "--plan"}, NULL},
+    {EXCLUDES, {"--serve", "--json", "--stats"}, NULL}, /* it answers in JSON, and has /metrics */
+    {NEEDS, {"--host", "--serve"}, "--serve"},
+    {NEEDS, {"--api-key", "--serve"}, "--serve"},
+    {NEEDS, {"--api-key-file", "--serve"}, "--serve"},
+    {NEEDS, {"--sim", "--replay", "-f"}, "--replay or -f"},
+    {NEEDS, {"--plan", "--replay", "-f"}, "--replay or -f"},
+    {NEEDS, {"--rate", "--replay"}, "--replay"},
+    {NEEDS, {"--limit", "--replay"}, "--replay"},
+    {NEEDS, {"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {NEEDS, {"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    /* a load says how long its prompts and answers are, and ends with a table of its own */
+    {EXCLUDES, {"--replay", "-n", "--stop", "--system", "--template", "--stats"}, NULL},
+    /* what looks at the model itself writes nothing, and takes texts as they are */
+    {EXCLUDES, {"--tokenize", "-n", "--stop", "--system", "--template", "--stats", "--json"}, NULL},
+    {EXCLUDES,
+     {"--perplexity", "-n", "--stop", "--system", "--template", "--stats", "--json"},
+     NULL},
+    {EXCLUDES, {"--logits", "-n", "--stop", "--system", "--template", "--stats", "--json"}, NULL},
+    {NEEDS, {"--rates", "--sim", "--plan"}, "--sim or --plan"},
+    /* nor does virtual time compute, print texts or find them */
+    {EXCLUDES, {"--sim", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
+    {EXCLUDES, {"--plan", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
+    {EXCLUDES, {"--colocate", "--prefill"}, NULL},
+    {NEEDS, {"--logits", "-p", "--ids"}, "-p or --ids"},
+    {NEEDS,
+     {"--watch", "-p", "--ids", "-f", "--replay", "--serve"},
+     "-p, --ids, -f, --replay or --serve"},
+    /* these run in no time that one could watch */
+    {EXCLUDES, {"--watch", "--sim", "--plan", "--logits"}, NULL},
+    {EXCLUDES, {"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {EXCLUDES, {"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {NEEDS, {"--prefill", "--decode"}, "--decode"},
+    {NEEDS, {"--decode", "--prefill"}, "--prefill"},
 };
 
 /* `name`: the option or the key; `quote`: what stands around the text, or "". */
@@ -607,17 +602,13 @@ static const char *suggest(const char *name, bool key) {
     return NULL;
 }
 
-static void refuse_unknown(const char *name, bool key, char *error) {
-    const char *similar = suggest(name, key);
-    fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
-         similar ? "did you mean " : "--help lists all", similar ? similar : "");
-}
-
 /* Marks an option as given; NULL: there is no such option, or it was given already. */
 static const struct option_row *give(option_set *given, const char *name, bool key, char *error) {
     const struct option_row *row = find_row(name, key);
     if (!row) {
-        refuse_unknown(name, key, error);
+        const char *similar = suggest(name, key);
+        fail(error, "%.60s: unknown %s; %s%s", name, key ? "key" : "option",
+             similar ? "did you mean " : "--help lists all", similar ? similar : "");
         return NULL;
     }
     option_set bit = (option_set)1 << (row - option_rows);
@@ -889,9 +880,10 @@ static bool check_options(struct options *options, char *error) {
                 first = first ? first : last;
             }
         }
-        if (rule->needs && first == rule->options[0] && last == first && first)
-            return fail(error, "%s: needs %s", first, rule->needs);
-        if (!rule->needs && first != last)
+        bool counts = first && (rule->what == ONE_OF_THEM || first == rule->options[0]);
+        if (counts && rule->what == NEEDS && last == first)
+            return fail(error, "%s: needs %s", first, rule->needed);
+        if (counts && rule->what != NEEDS && last != first)
             return fail(error, "%s and %s exclude each other", first, last);
     }
     if (options->kv_host.given && options->kv_host.value == 0 && options->kv_policy == 2)

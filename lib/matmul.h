@@ -354,11 +354,6 @@ static void pack_header(enum tensor_type type, const uint8_t *from, char *to, in
     }
 }
 
-static size_t pack_row_bytes(const struct weight *weight) { /* in the file */
-    struct pack_block layout = pack_block(weight->type);
-    return (size_t)weight->cols * (size_t)layout.bytes / (size_t)layout.n_k;
-}
-
 /* n_blocks of each row, whose rows lie `stride` bytes apart. Returns the end in the panel. */
 static char *pack_blocks(enum tensor_type type, const char *from, size_t stride, int n_blocks,
                          int n_rows, char *panel) {
@@ -393,7 +388,7 @@ static void pack_stored(const struct tensor *tensor, int first, int n_rows, char
 void pack_panel(const struct weight *weight, int index) {
     char *panel = weight->panels + (size_t)index * weight->panel_bytes;
     int first = index * PANEL, n = smaller(weight->n_rows - first, PANEL);
-    size_t stride = pack_row_bytes(weight);
+    size_t stride = weight->tensor->bytes / (size_t)weight->tensor->rows;
     const char *from = (const char *)weight->tensor->data + (size_t)first * stride;
     if (pack_quantized(weight->type) && n < PANEL)
         memset(panel, 0, weight->panel_bytes);
@@ -569,18 +564,11 @@ KERNELS(tile_q4_k, tile_product, TYPE_Q4_K)
 KERNELS(tile_q6_k, tile_product, TYPE_Q6_K)
 KERNELS(tile_mxfp4, tile_product, TYPE_MXFP4)
 
-static void plain_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_F32: tile_f32(n_rows, tile); return;
-    case TYPE_F16: tile_f16(n_rows, tile); return;
-    case TYPE_BF16: tile_bf16(n_rows, tile); return;
-    case TYPE_Q8_0: tile_q8_0(n_rows, tile); return;
-    case TYPE_Q4_0: tile_q4_0(n_rows, tile); return;
-    case TYPE_Q4_K: tile_q4_k(n_rows, tile); return;
-    case TYPE_Q6_K: tile_q6_k(n_rows, tile); return;
-    case TYPE_MXFP4: tile_mxfp4(n_rows, tile); return;
-    }
-}
+typedef void tile_kernel(int n_rows, const struct tile *tile);
+static tile_kernel *const plain_tiles[] = {
+    [TYPE_F32] = tile_f32,   [TYPE_F16] = tile_f16,    [TYPE_BF16] = tile_bf16,
+    [TYPE_Q8_0] = tile_q8_0, [TYPE_Q4_0] = tile_q4_0,  [TYPE_Q4_K] = tile_q4_k,
+    [TYPE_Q6_K] = tile_q6_k, [TYPE_MXFP4] = tile_mxfp4};
 
 /* ---- rows in their forms, and the kernels that want them so ---- */
 
@@ -590,19 +578,15 @@ size_t dot_form_bytes(enum row_form form, int begin, int end) {
     return (size_t)(end - begin) * (form == FORM_BF16 ? 2 : 4);
 }
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#define DOT      __attribute__((target("avx512f,avx512bw,avx512vl")))
-#define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-
 enum row_form dot_form(enum tensor_type type, bool plain) {
+#if defined(__x86_64__)
     bool wide = !plain && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (wide && type == TYPE_BF16 && __builtin_cpu_supports("avx512bf16"))
         return FORM_BF16;
     if (wide && pack_quantized(type) && __builtin_cpu_supports("avx512vnni"))
         return FORM_Q8;
+#endif
+    (void)type, (void)plain;
     return FORM_F32;
 }
 
@@ -633,6 +617,13 @@ static void dot_convert_q8(const float *from, int begin, int end, char *to) {
     }
 }
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define DOT      __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define DOT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define DOT_Q8   __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
 /* To nearest, ties to even; what is below the normal numbers becomes 0. An odd last element gets a
  * zero beside it: weights are multiplied in pairs, and what stood there might be no number. */
 static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
@@ -644,13 +635,6 @@ static DOT_BF16 void dot_convert_bf16(const float *from, int count, char *to) {
         else
             memcpy(to + k * 2, &halves, sizeof(uint16_t) * (size_t)(n + n % 2));
     }
-}
-
-void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
-    if (form == FORM_BF16)
-        dot_convert_bf16(from, end - begin, to);
-    else
-        dot_convert_q8(from, begin, end, to);
 }
 
 /* Each instruction adds two products to each of 16 sums. */
@@ -768,33 +752,22 @@ KERNELS(dot_tile_q4_k, dot_q8, TYPE_Q4_K, DOT_Q8)
 KERNELS(dot_tile_q6_k, dot_q8, TYPE_Q6_K, DOT_Q8)
 KERNELS(dot_tile_mxfp4, dot_q8, TYPE_MXFP4, DOT_Q8)
 
-static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    switch (type) {
-    case TYPE_BF16: dot_tile_bf16(n_rows, tile); return;
-    case TYPE_Q8_0: dot_tile_q8_0(n_rows, tile); return;
-    case TYPE_Q4_0: dot_tile_q4_0(n_rows, tile); return;
-    case TYPE_Q4_K: dot_tile_q4_k(n_rows, tile); return;
-    case TYPE_Q6_K: dot_tile_q6_k(n_rows, tile); return;
-    case TYPE_MXFP4: dot_tile_mxfp4(n_rows, tile); return;
-    default: return; /* has no such form */
-    }
-}
-
-#else /* other processors: the plain kernel alone, so nothing is ever converted */
-
-enum row_form dot_form(enum tensor_type type, bool plain) {
-    (void)type, (void)plain;
-    return FORM_F32;
-}
-
-void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
-    (void)form, (void)from, (void)begin, (void)end, (void)to;
-}
-
-static void dot_tile(enum tensor_type type, int n_rows, const struct tile *tile) {
-    plain_tile(type, n_rows, tile);
+static tile_kernel *const dot_tiles[] = {
+    [TYPE_BF16] = dot_tile_bf16, [TYPE_Q8_0] = dot_tile_q8_0, [TYPE_Q4_0] = dot_tile_q4_0,
+    [TYPE_Q4_K] = dot_tile_q4_k, [TYPE_Q6_K] = dot_tile_q6_k, [TYPE_MXFP4] = dot_tile_mxfp4};
+#else /* other processors: the plain kernel alone, so nothing is ever converted to bf16 */
+#define dot_tiles plain_tiles
+static void dot_convert_bf16(const float *from, int count, char *to) {
+    (void)from, (void)count, (void)to;
 }
 #endif
+
+void dot_convert(enum row_form form, const float *from, int begin, int end, char *to) {
+    if (form == FORM_BF16)
+        dot_convert_bf16(from, end - begin, to);
+    else
+        dot_convert_q8(from, begin, end, to);
+}
 
 /* ---- the matrix unit (amx.h) ---- */
 
@@ -859,10 +832,7 @@ static void tile_rows(enum tensor_type type, struct tile tile, int n_rows) {
 #endif
     for (int groups = divide_up(n_rows, TILE_ROWS); groups > 0; groups--) {
         int n = divide_up(n_rows, groups);
-        if (tile.form == FORM_F32)
-            plain_tile(type, n, &tile);
-        else
-            dot_tile(type, n, &tile);
+        (tile.form == FORM_F32 ? plain_tiles : dot_tiles)[type](n, &tile);
         tile.ahead = false; /* the next rows find it in a cache */
         tile.input += (size_t)n * tile.stride;
         tile.out += n * PANEL;

@@ -186,66 +186,59 @@ enum {
  * that neither column names it is refused, for its text would be wrong. */
 struct model_tensor {
     const char *name;       /* behind `blk.N.`, if each layer has one */
-    bool layered;           /* each layer has one: PER_LAYER */
     int role;               /* enum tensor_role */
     enum extent rows, cols; /* DIM_ONE row: vectors, F32 */
     unsigned required_by;   /* kinds of model */
     unsigned optional_in;   /* … that may lack it, as checkpoints do */
     enum slice_kind slice;  /* a shard has rows of q, k, v, gate, up; columns of output and down */
 };
-enum { SINGLE, PER_LAYER };
 static const struct model_tensor model_tensors[] = {
-    {"token_embd.weight", SINGLE, TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
-    {"attn_norm.weight", PER_LAYER, ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
-    {"attn_q.weight", PER_LAYER, ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
-    {"attn_k.weight", PER_LAYER, ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
-    {"attn_v.weight", PER_LAYER, ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
-    {"attn_output.weight", PER_LAYER, ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, 0, SLICE_COLS},
-    {"ffn_norm.weight", PER_LAYER, FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
-    {"ffn_gate.weight", PER_LAYER, FFN_GATE, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
-    {"ffn_down.weight", PER_LAYER, FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_DENSE, 0, SLICE_COLS},
-    {"ffn_up.weight", PER_LAYER, FFN_UP, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
-    {"output_norm.weight", SINGLE, OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
-    {"rope_tables", SINGLE, NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, 0,
+    {"token_embd.weight", TOKEN_EMBD, DIM_VOCAB, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"attn_norm.weight", ATTN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"attn_q.weight", ATTN_Q, DIM_Q, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_k.weight", ATTN_K, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_v.weight", ATTN_V, DIM_KV, DIM_MODEL, MODEL_ALL, 0, SLICE_ROWS},
+    {"attn_output.weight", ATTN_OUTPUT, DIM_MODEL, DIM_Q, MODEL_ALL, 0, SLICE_COLS},
+    {"ffn_norm.weight", FFN_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"ffn_gate.weight", FFN_GATE, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
+    {"ffn_down.weight", FFN_DOWN, DIM_MODEL, DIM_FF, MODEL_DENSE, 0, SLICE_COLS},
+    {"ffn_up.weight", FFN_UP, DIM_FF, DIM_MODEL, MODEL_DENSE, 0, SLICE_ROWS},
+    {"output_norm.weight", OUTPUT_NORM, DIM_ONE, DIM_MODEL, MODEL_ALL, 0, SLICE_WHOLE},
+    {"rope_tables", NO_ROLE, DIM_CONTEXT, DIM_HEAD, MODEL_TIED | MODEL_UNTIED, 0, SLICE_WHOLE},
+    {"output.weight", OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, MODEL_ALL, SLICE_WHOLE},
+    {"rope_freqs.weight", ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, MODEL_ALL, SLICE_WHOLE},
+    {"attn_q.bias", Q_BIAS, DIM_ONE, DIM_Q, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_k.bias", K_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_v.bias", V_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
+    {"attn_q_norm.weight", ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL, SLICE_WHOLE},
+    {"attn_k_norm.weight", ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL, SLICE_WHOLE},
+    {"attn_output.bias", ATTN_OUTPUT_BIAS, DIM_ONE, DIM_MODEL, MODEL_GPT_OSS, MODEL_BIASED,
      SLICE_WHOLE},
-    {"output.weight", SINGLE, OUTPUT, DIM_VOCAB, DIM_MODEL, MODEL_UNTIED, MODEL_ALL, SLICE_WHOLE},
-    {"rope_freqs.weight", SINGLE, ROPE_FREQS, DIM_ONE, DIM_ROPE, MODEL_SCALED, MODEL_ALL,
+    {"attn_sinks.weight", ATTN_SINKS, DIM_ONE, DIM_HEADS, MODEL_GPT_OSS, 0, SLICE_ROWS},
+    {"post_attention_norm.weight", ATTN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0,
      SLICE_WHOLE},
-    {"attn_q.bias", PER_LAYER, Q_BIAS, DIM_ONE, DIM_Q, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
-    {"attn_k.bias", PER_LAYER, K_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
-    {"attn_v.bias", PER_LAYER, V_BIAS, DIM_ONE, DIM_KV, MODEL_QKV_BIAS, MODEL_ALL, SLICE_ROWS},
-    {"attn_q_norm.weight", PER_LAYER, ATTN_Q_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL,
-     SLICE_WHOLE},
-    {"attn_k_norm.weight", PER_LAYER, ATTN_K_NORM, DIM_ONE, DIM_HEAD, MODEL_QK_NORM, MODEL_ALL,
-     SLICE_WHOLE},
-    {"attn_output.bias", PER_LAYER, ATTN_OUTPUT_BIAS, DIM_ONE, DIM_MODEL, MODEL_GPT_OSS,
-     MODEL_BIASED, SLICE_WHOLE},
-    {"attn_sinks.weight", PER_LAYER, ATTN_SINKS, DIM_ONE, DIM_HEADS, MODEL_GPT_OSS, 0, SLICE_ROWS},
-    {"post_attention_norm.weight", PER_LAYER, ATTN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0,
-     SLICE_WHOLE},
-    {"post_ffw_norm.weight", PER_LAYER, FFN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0,
-     SLICE_WHOLE},
-    {"ffn_gate.bias", PER_LAYER, FFN_GATE_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
-    {"ffn_up.bias", PER_LAYER, FFN_UP_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
-    {"ffn_down.bias", PER_LAYER, FFN_DOWN_BIAS, DIM_ONE, DIM_MODEL, 0, MODEL_BIASED, SLICE_WHOLE},
-    {"ffn_gate_inp.weight", PER_LAYER, ROUTER, DIM_EXPERTS, DIM_MODEL, MODEL_EXPERTS, 0,
-     SLICE_WHOLE},
-    {"ffn_gate_inp.bias", PER_LAYER, ROUTER_BIAS, DIM_ONE, DIM_EXPERTS, MODEL_GPT_OSS, 0,
-     SLICE_WHOLE},
-    {"ffn_gate_exps.weight", PER_LAYER, GATE_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0,
+    {"post_ffw_norm.weight", FFN_POST_NORM, DIM_ONE, DIM_MODEL, MODEL_GEMMA3, 0, SLICE_WHOLE},
+    {"ffn_gate.bias", FFN_GATE_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
+    {"ffn_up.bias", FFN_UP_BIAS, DIM_ONE, DIM_FF, 0, MODEL_BIASED, SLICE_ROWS},
+    {"ffn_down.bias", FFN_DOWN_BIAS, DIM_ONE, DIM_MODEL, 0, MODEL_BIASED, SLICE_WHOLE},
+    {"ffn_gate_inp.weight", ROUTER, DIM_EXPERTS, DIM_MODEL, MODEL_EXPERTS, 0, SLICE_WHOLE},
+    {"ffn_gate_inp.bias", ROUTER_BIAS, DIM_ONE, DIM_EXPERTS, MODEL_GPT_OSS, 0, SLICE_WHOLE},
+    {"ffn_gate_exps.weight", GATE_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0,
      SLICE_EXPERTS},
-    {"ffn_up_exps.weight", PER_LAYER, UP_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0,
+    {"ffn_up_exps.weight", UP_EXPERTS, DIM_EXPERTS_FF, DIM_MODEL, MODEL_EXPERTS, 0, SLICE_EXPERTS},
+    {"ffn_down_exps.weight", DOWN_EXPERTS, DIM_EXPERTS_MODEL, DIM_FF, MODEL_EXPERTS, 0,
      SLICE_EXPERTS},
-    {"ffn_down_exps.weight", PER_LAYER, DOWN_EXPERTS, DIM_EXPERTS_MODEL, DIM_FF, MODEL_EXPERTS, 0,
+    {"ffn_gate_exps.bias", GATE_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0,
      SLICE_EXPERTS},
-    {"ffn_gate_exps.bias", PER_LAYER, GATE_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0,
+    {"ffn_up_exps.bias", UP_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0, SLICE_EXPERTS},
+    {"ffn_down_exps.bias", DOWN_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_MODEL, MODEL_GPT_OSS, 0,
      SLICE_EXPERTS},
-    {"ffn_up_exps.bias", PER_LAYER, UP_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_FF, MODEL_GPT_OSS, 0,
-     SLICE_EXPERTS},
-    {"ffn_down_exps.bias", PER_LAYER, DOWN_EXPERTS_BIAS, DIM_ONE, DIM_EXPERTS_MODEL, MODEL_GPT_OSS,
-     0, SLICE_EXPERTS},
 };
 enum { N_MODEL_TENSORS = sizeof model_tensors / sizeof *model_tensors };
+
+static inline bool model_layered(const struct model_tensor *entry) { /* each layer has one */
+    return entry->role >= ATTN_NORM;
+}
 
 struct model {
     struct model_config config;
@@ -291,6 +284,26 @@ static const char *const model_header[] = {
     "attention.head_count_kv", "vocab_size",          "context_length"};
 
 enum { N_HEADER = sizeof model_header / sizeof *model_header, HEADER_VOCAB = 5 };
+
+static const char *const model_architectures[] = {"llama",   "qwen2", "qwen3", "qwen3moe",
+                                                  "gpt-oss", "gemma3"}; /* bit i of a kind */
+
+/* What no key tells. */
+static void model_set_family(struct model_config *config, unsigned kind) {
+    config->rope_adjacent = !strcmp(config->architecture, "llama");
+    if (kind & MODEL_GPT_OSS) {
+        config->activation = ACTIVATE_CLAMPED;
+        config->window_period = 2;
+    }
+    if (kind & MODEL_GEMMA3) {
+        config->activation = ACTIVATE_GELU;
+        config->window_period = 6;
+        config->post_norm = true;
+        config->embedding_scale = sqrtf((float)config->d_model);
+        if (config->n_layers == 62) /* the 27B */
+            config->attention_scale = 1 / sqrtf((float)config->d_model / (float)config->n_heads);
+    }
+}
 
 /* ---- tensors, as the table has them ---- */
 
@@ -409,15 +422,13 @@ static void model_refuse_format(struct gguf *file) {
 }
 
 static void model_read_kind(struct model_reader *reader, struct model_config *config) {
-    static const char *const architectures[] = {"llama",   "qwen2", "qwen3", "qwen3moe",
-                                                "gpt-oss", "gemma3"}; /* bit i of a kind */
     struct gguf *file = reader->file;
     struct gguf_string name = {"nothing", 7};
     gguf_get_string(file, gguf_about(file, "general.architecture"), &name);
-    config->architecture = architectures[0]; /* a checkpoint's */
-    for (unsigned i = 0; i < sizeof architectures / sizeof *architectures; i++)
-        if (gguf_equals(name, architectures[i])) {
-            config->architecture = architectures[i];
+    config->architecture = model_architectures[0]; /* a checkpoint's */
+    for (unsigned i = 0; i < sizeof model_architectures / sizeof *model_architectures; i++)
+        if (gguf_equals(name, model_architectures[i])) {
+            config->architecture = model_architectures[i];
             reader->kind = 1u << i;
         }
     reader->bytes = gguf_raw(file, &reader->size);
@@ -459,7 +470,6 @@ static void model_read_yarn(struct model_reader *reader, struct model_config *co
 static void model_read_rope(struct model_reader *reader, struct model_config *config) {
     struct gguf_string scaling = {"linear", 6}; /* the format's default, by a factor of 1 */
     int head_dim = config->head_dim;
-    config->rope_adjacent = !strcmp(config->architecture, "llama");
     config->rope_dim = model_int(reader, "rope.dimension_count", head_dim, 2, head_dim);
     gguf_expect(reader->file, config->rope_dim % 2 == 0, "got an odd number, %d", config->rope_dim);
     config->rope_theta = model_float(reader, "rope.freq_base", 10000, 1, 1e12);
@@ -500,22 +510,12 @@ static void model_read_experts(struct model_reader *reader, struct model_config 
 static void model_read_attention(struct model_reader *reader, struct model_config *config) {
     /* of the others nothing tells which layers have one; those that are published have none */
     bool windows = reader->kind & (MODEL_LLAMA | MODEL_GPT_OSS | MODEL_GEMMA3);
-    bool gemma = reader->kind & MODEL_GEMMA3, gpt_oss = reader->kind & MODEL_GPT_OSS;
     int window = windows ? model_int(reader, "attention.sliding_window", 0, 0, INT32_MAX) : 0;
     if (window >= config->context_length) /* it hides nothing, but may have a rope of its own */
-        window = gemma ? config->context_length : 0;
+        window = reader->kind & MODEL_GEMMA3 ? config->context_length : 0;
     config->window = window;
-    int period = gemma ? 6 : gpt_oss ? 2 : 0;
-    config->window_period = model_int(reader, "attention.sliding_window_pattern", period, 0, 1024);
-    if (gpt_oss)
-        config->activation = ACTIVATE_CLAMPED;
-    if (gemma) {
-        config->activation = ACTIVATE_GELU;
-        config->post_norm = true;
-        config->embedding_scale = sqrtf((float)config->d_model);
-        if (config->n_layers == 62) /* the 27B: by no key */
-            config->attention_scale = 1 / sqrtf((float)config->d_model / (float)config->n_heads);
-    }
+    config->window_period =
+        model_int(reader, "attention.sliding_window_pattern", config->window_period, 0, 1024);
 }
 
 /* What other models have, and would change the text: absent, 0, or what changes nothing. */
@@ -556,6 +556,7 @@ static void model_read_config(struct model_reader *reader, struct model_config *
     config->n_heads = n_heads;
     config->n_kv_heads = n_kv_heads;
     config->head_dim = head_dim;
+    model_set_family(config, reader->kind);
     config->norm_epsilon = model_float(reader, "attention.layer_norm_rms_epsilon",
                                        reader->bytes ? 1e-5 : REQUIRED, 0, 1);
     model_read_rope(reader, config);
@@ -586,8 +587,8 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     int cols = model_extent(&model->config, entry->cols);
     bool required = entry->required_by & reader->kind, is_vector = entry->rows == DIM_ONE;
     const char *own = model_name(reader, entry);
-    const char *name =
-        entry->layered ? gguf_about(file, "blk.%d.%s", layer, own) : gguf_about(file, "%s", own);
+    const char *name = model_layered(entry) ? gguf_about(file, "blk.%d.%s", layer, own)
+                                            : gguf_about(file, "%s", own);
     const struct tensor *tensor;
     if (required && reader->bytes) { /* the next of a checkpoint */
         tensor = model_place(model, entry, TYPE_F32, reader->bytes + reader->at);
@@ -595,8 +596,8 @@ static const struct tensor *model_find(struct model_reader *reader, struct model
     } else {
         tensor = gguf_tensor(file, name);
     }
-    gguf_expect(file, tensor || !required || !entry->layered, "is missing; block_count says %d",
-                model->config.n_layers);
+    gguf_expect(file, tensor || !required || !model_layered(entry),
+                "is missing; block_count says %d", model->config.n_layers);
     gguf_expect(file, tensor || !required, "is missing; is the file complete?");
     if (!required && !(entry->optional_in & reader->kind)) {
         bool known = reader->kind & MODEL_GPT_OSS && entry->role == ATTN_POST_NORM;
@@ -646,7 +647,7 @@ static void model_read_tensors(struct model_reader *reader, struct model *model)
     gguf_expect(file, model_reserve(model), "out of memory");
     for (size_t i = 0; i < N_MODEL_TENSORS; i++) {
         const struct model_tensor *entry = &model_tensors[i];
-        int copies = entry->layered ? model->config.n_layers : 1;
+        int copies = model_layered(entry) ? model->config.n_layers : 1;
         for (int layer = 0; layer < copies && !gguf_error(file)[0]; layer++) {
             const struct tensor *tensor = model_find(reader, model, entry, layer);
             if (entry->role != NO_ROLE)
@@ -742,8 +743,8 @@ enum {
 
 /* What the two sizes of gpt-oss have in common: YaRN by 32 from 4096 tokens. */
 #define GPT_OSS                                                                                    \
-    .activation = ACTIVATE_CLAMPED, .window = 128, .window_period = 2, .rope_scale = 32,           \
-    .rope_magnitude = 1.3465736f, .yarn_low = 8.0927791f, .yarn_high = 17.398025f
+    .window = 128, .rope_scale = 32, .rope_magnitude = 1.3465736f, .yarn_low = 8.0927791f,         \
+    .yarn_high = 17.398025f
 
 struct random_shape {
     const char *name;
@@ -752,47 +753,37 @@ struct random_shape {
 };
 
 /* Of the config, in its order: layers, d_model, heads, kv heads, head_dim, d_ff, vocabulary,
- * context, rope_dim, rope_adjacent, theta, epsilon; experts, and those of a row, and what else only
- * some models have; as those who trained the models give them. tiny-moe is for tests. */
+ * context; theta, epsilon; experts, and those of a row, and what else only some models have; as
+ * those who trained the models give them. All of a head is turned. tiny-moe is for tests. */
 /* clang-format off */
 static const struct random_shape random_shapes[] = {
     {"stories-15m", MODEL_LLAMA | MODEL_TIED,
-     .config = {.architecture = "llama", 6, 288, 6, 6, 48, 768, 32000, 2048, 48, true, 1e4f,
-      1e-5f}},
+     {.n_layers = 6, 288, 6, 6, 48, 768, 32000, 2048, .rope_theta = 1e4f, 1e-5f}},
     {"stories-110m", MODEL_LLAMA | MODEL_TIED,
-     .config = {.architecture = "llama", 12, 768, 12, 12, 64, 2048, 32000, 2048, 64, true, 1e4f,
-      1e-5f}},
+     {.n_layers = 12, 768, 12, 12, 64, 2048, 32000, 2048, .rope_theta = 1e4f, 1e-5f}},
     {"tinyllama-1.1b", MODEL_LLAMA | MODEL_UNTIED,
-     .config = {.architecture = "llama", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 64, true, 1e4f,
-      1e-5f}},
+     {.n_layers = 22, 2048, 32, 4, 64, 5632, 32000, 2048, .rope_theta = 1e4f, 1e-5f}},
     {"qwen3-0.6b", MODEL_QWEN3 | MODEL_TIED,
-     .config = {.architecture = "qwen3", 28, 1024, 16, 8, 128, 3072, 151936, 40960, 128, false,
-      1e6f, 1e-6f}},
+     {.n_layers = 28, 1024, 16, 8, 128, 3072, 151936, 40960, .rope_theta = 1e6f, 1e-6f}},
     {"llama-3.1-8b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {.architecture = "llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 128, true,
-      5e5f, 1e-5f}},
+     {.n_layers = 32, 4096, 32, 8, 128, 14336, 128256, 131072, .rope_theta = 5e5f, 1e-5f}},
     {"llama-3.1-70b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {.architecture = "llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072, 128, true,
-      5e5f, 1e-5f}},
+     {.n_layers = 80, 8192, 64, 8, 128, 28672, 128256, 131072, .rope_theta = 5e5f, 1e-5f}},
     {"llama-3.1-405b", MODEL_LLAMA | MODEL_UNTIED | MODEL_SCALED,
-     .config = {.architecture = "llama", 126, 16384, 128, 8, 128, 53248, 128256, 131072, 128,
-      true, 5e5f, 1e-5f}},
+     {.n_layers = 126, 16384, 128, 8, 128, 53248, 128256, 131072, .rope_theta = 5e5f, 1e-5f}},
     {"tiny-moe", MODEL_QWEN3MOE | MODEL_UNTIED,
-     .config = {.architecture = "qwen3moe", 2, 128, 8, 4, 32, 96, 512, 2048, 32, false, 1e6f,
-      1e-6f, 16, 4}},
+     {.n_layers = 2, 128, 8, 4, 32, 96, 512, 2048, .rope_theta = 1e6f, 1e-6f, 16, 4}},
     {"qwen3-30b-a3b", MODEL_QWEN3MOE | MODEL_UNTIED,
-     .config = {.architecture = "qwen3moe", 48, 2048, 32, 4, 128, 768, 151936, 40960, 128, false,
-      1e6f, 1e-6f, 128, 8}},
+     {.n_layers = 48, 2048, 32, 4, 128, 768, 151936, 40960, .rope_theta = 1e6f, 1e-6f, 128, 8}},
     {"gpt-oss-20b", MODEL_GPT_OSS | MODEL_UNTIED,
-     .config = {.architecture = "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 64, false,
-      1.5e5f, 1e-5f, 32, 4, GPT_OSS}},
+     {.n_layers = 24, 2880, 64, 8, 64, 2880, 201088, 131072, .rope_theta = 1.5e5f, 1e-5f, 32, 4,
+      GPT_OSS}},
     {"gpt-oss-120b", MODEL_GPT_OSS | MODEL_UNTIED,
-     .config = {.architecture = "gpt-oss", 36, 2880, 64, 8, 64, 2880, 201088, 131072, 64, false,
-      1.5e5f, 1e-5f, 128, 4, GPT_OSS}},
+     {.n_layers = 36, 2880, 64, 8, 64, 2880, 201088, 131072, .rope_theta = 1.5e5f, 1e-5f, 128, 4,
+      GPT_OSS}},
     {"gemma-3-4b", MODEL_GEMMA3 | MODEL_TIED,
-     .config = {.architecture = "gemma3", 34, 2560, 8, 4, 256, 10240, 262208, 131072, 256, false,
-      1e6f, 1e-6f, .activation = ACTIVATE_GELU, .window = 1024, .window_period = 6,
-      .post_norm = true, .embedding_scale = 50.596443f, .theta_windowed = 1e4f, .rope_scale = 8}},
+     {.n_layers = 34, 2560, 8, 4, 256, 10240, 262208, 131072, .rope_theta = 1e6f, 1e-6f,
+      .window = 1024, .theta_windowed = 1e4f, .rope_scale = 8}},
 };
 /* clang-format on */
 
@@ -996,8 +987,8 @@ static float random_rope(double theta, int pair, int rope_dim) {
 /* Writes vectors and tiles. */
 static void random_write(const struct random_weights *r, uint8_t *to) {
     const struct model_config *config = &r->shape->config;
-    for (int i = 0; i < config->rope_dim / 2; i++) /* without scaling none is read */
-        ((float *)to)[i] = random_rope(config->rope_theta, i, config->rope_dim);
+    for (int i = 0; i < config->head_dim / 2; i++) /* without scaling none is read */
+        ((float *)to)[i] = random_rope(config->rope_theta, i, config->head_dim);
     for (size_t at = RANDOM_ONES; at < r->small; at += sizeof(float))
         *(float *)(to + at) = 1;
     for (size_t at = r->small; at < r->vectors; at += sizeof(float)) {
@@ -1058,6 +1049,9 @@ static bool random_open(struct model *model, const char *name, char *error) {
     if (!random_parse(&r, name, error))
         return false;
     model->config = r.shape->config;
+    model->config.architecture = model_architectures[__builtin_ctz(r.kind)];
+    model->config.rope_dim = model->config.head_dim;
+    model_set_family(&model->config, r.kind);
     if (!model_reserve(model))
         return fail(error, "%.100s: out of memory", name);
     random_lay_out(&r, model);

@@ -170,15 +170,7 @@ INLINE vec widen_int8(const char *from) {
 #endif
 }
 
-INLINE uint16_t to_bf16(float value) { /* to nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE half_vec narrow_bf16(ivec bits) { /* the same of 16 numbers; NaN stays one */
+INLINE half_vec narrow_bf16(ivec bits) { /* to nearest, ties to even; NaN stays one */
     ivec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     ivec is_nan = (bits & 0x7fffffff) > 0x7f800000;
     return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), half_vec);

@@ -180,25 +180,23 @@ struct template_writer {
     bool ok;
 };
 
-static void template_add(struct template_writer *w, const int *ids, int n) {
-    int *larger = w->ok ? realloc(w->ids, ((size_t)w->n_ids + (size_t)n + 1) * sizeof *ids) : NULL;
+/* So many bytes for what was `items`; where there is no memory, w->ok is false and it stays. */
+static void *template_room(struct template_writer *w, void *items, size_t bytes) {
+    void *larger = w->ok ? realloc(items, bytes) : NULL;
     w->ok = larger != NULL;
-    if (!w->ok)
-        return;
-    w->ids = larger;
-    if (n > 0)
-        memcpy(w->ids + w->n_ids, ids, (size_t)n * sizeof *ids);
-    w->n_ids += n;
+    return w->ok ? larger : items;
+}
+
+static void template_add(struct template_writer *w, const int *ids, int n) {
+    w->ids = template_room(w, w->ids, ((size_t)w->n_ids + (size_t)n + 1) * sizeof *ids);
+    for (int i = 0; i < n && w->ok; i++)
+        w->ids[w->n_ids++] = ids[i];
 }
 
 static void template_text(struct template_writer *w, const char *text, size_t length) {
-    char *larger = w->ok ? realloc(w->text, w->length + length + 1) : NULL;
-    w->ok = larger != NULL;
-    if (!w->ok)
-        return;
-    w->text = larger;
-    memcpy(w->text + w->length, text, length);
-    w->length += length;
+    w->text = template_room(w, w->text, w->length + length + 1);
+    for (size_t i = 0; i < length && w->ok; i++)
+        w->text[w->length++] = text[i];
 }
 
 /* Encodes the text so far. */

@@ -253,8 +253,8 @@ static double time_step(struct bench *bench, int n, int start, int rows, bool dr
     static int sample_row[STREAMS], sampled[STREAMS];
     static struct sequence sequences[STREAMS];
     static struct sampling sampling[STREAMS];
-    struct batch batch = {n * rows,     n,         n,     0,          token,    position,
-                          row_sequence, sequences, table, sample_row, sampling, sampled};
+    struct batch batch = {n * rows,  n,     n,          0,        token, position, row_sequence,
+                          sequences, table, sample_row, sampling, NULL,  sampled};
     for (int i = 0; i < n; i++) {
         int blocks = blocks_of(start + rows);
         sequences[i] = (struct sequence){i * rows, rows, start, batch.n_blocks, blocks, rows == 1};
@@ -396,13 +396,11 @@ static void bench_kernel(struct bench *bench, const char *type, enum tensor_type
         pool_enter(&device->cpu->pool);
         for (int repeat = 0; repeat < 3 * REPEATS; repeat++) {
             struct product product = {.matrix = {weight},
-                                      .out = {out},
-                                      .out_stride = {ROWS},
-                                      .rows = rows,
-                                      .stride = COLS + PAD,
+                                      .out = {{out, ROWS}},
+                                      .rows = {rows, COLS + PAD},
                                       .n_rows = counts[i]};
             double start = seconds();
-            run_product(device, &product);
+            run_product(device, product);
             best = seconds() - start < best ? seconds() - start : best;
         }
         pool_leave(&device->cpu->pool);
@@ -437,7 +435,7 @@ static void bench_experts(struct bench *bench, const char *type) {
         struct piece pieces[LIMIT_PIECES];
         int n_pieces = 0;
         for (int i = 0; i < bench->shape->d_model; i++)
-            device->x[i] = (float)((i * 7 + round) % 13) - 6.0f;
+            device->x.at[i] = (float)((i * 7 + round) % 13) - 6.0f;
         for (int e = 0; e < n; e++)
             layer[ROUTER_BIAS]->vector[e] = (e / USED - round) % (n / USED) ? 0.0f : 1e6f;
         double start = seconds_of(clock);
@@ -448,13 +446,10 @@ static void bench_experts(struct bench *bench, const char *type) {
         start = seconds_of(clock);
         for (int i = 0; i < USED; i++) {
             struct weight matrix = pack_expert(gate, (USED * (round + 2) + i) % n, d_ff);
-            struct product product = {.matrix = {&matrix},
-                                      .out = {device->ffn},
-                                      .out_stride = {device->ffn_stride},
-                                      .rows = device->h,
-                                      .stride = device->x_stride,
-                                      .n_rows = 1};
-            run_product(device, &product);
+            run_product(device, (struct product){.matrix = {&matrix},
+                                                 .out = {device->ffn},
+                                                 .rows = device->h,
+                                                 .n_rows = 1});
         }
         dense[round] = (double)(USED * each) / (seconds_of(clock) - start) * 1e-9;
         const char *from = gate->panels + (size_t)(USED * (round + 4) % n) * each;

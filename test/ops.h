@@ -346,7 +346,7 @@ static struct test_model *make_model(struct random *random, struct model_config 
         const struct model_tensor *t = &model_tensors[i];
         int role = t->role, rows = extent_of(&config, t->rows), cols = extent_of(&config, t->cols);
         bool vector = t->rows == DIM_ONE, bias = vector && !strstr(t->name, "norm");
-        for (int layer = 0; layer < (t->layered ? config.n_layers : 1); layer++) {
+        for (int layer = 0; layer < (model_layered(t) ? config.n_layers : 1); layer++) {
             bool usual = (t->required_by & (MODEL_LLAMA | MODEL_DENSE | MODEL_EXPERTS)) ||
                          role == ATTN_POST_NORM || role == FFN_POST_NORM;
             if (!has_tensor(&config, role) || (!usual && below(random, 2)) ||

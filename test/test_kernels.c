@@ -54,39 +54,34 @@ static struct cpu_device *cpu_of(struct device *device) {
     return (struct cpu_device *)device;
 }
 
-/* Where rows of an activation lie, and how far apart. */
-static float *rows_at(struct device *device, enum activation a, size_t *stride) {
+/* Where rows of an activation lie. */
+static struct plane plane_of(struct device *device, enum activation a) {
     const struct cpu_device *d = cpu_of(device);
-    size_t vocab = (size_t)device->config->vocab_size, turn = 2 * (size_t)device->config->rope_dim;
-    const struct {
-        float *at;
-        size_t stride;
-    } rows[N_ACTIVATIONS] = {
-        [A_X] = {d->x, d->x_stride},       [A_H] = {d->h, d->x_stride},
-        [A_RAW_Q] = {d->q, d->q_stride},   [A_RAW_K] = {d->k, d->kv_stride},
-        [A_RAW_V] = {d->v, d->kv_stride},  [A_Q] = {d->q, d->q_stride},
-        [A_FFN] = {d->ffn, d->ffn_stride}, [A_ATTENTION] = {d->attention, d->q_stride},
-        [A_LOGITS] = {d->logits, vocab},   [A_TURN] = {d->turn, turn}};
-    *stride = rows[a].stride;
-    return rows[a].at;
+    const struct plane planes[N_ACTIVATIONS] = {[A_X] = d->x,          [A_H] = d->h,
+                                                [A_RAW_Q] = d->q,      [A_RAW_K] = d->k,
+                                                [A_RAW_V] = d->v,      [A_Q] = d->q,
+                                                [A_FFN] = d->ffn,      [A_ATTENTION] = d->attention,
+                                                [A_TURN] = d->turn[0], [A_LOGITS] = d->logits};
+    return planes[a];
 }
 
 static void poke(struct device *device, enum activation a, const float *values, int n_rows) {
-    size_t stride, width = (size_t)width_of(device, a);
-    float *to = rows_at(device, a, &stride);
-    for (int row = 0; row < rows_of(device, a); row++, to += stride)
+    size_t width = (size_t)width_of(device, a);
+    for (int row = 0; row < rows_of(device, a); row++)
         for (size_t i = 0; i < width; i++)
-            to[i] = row < n_rows ? values[(size_t)row * width + i] : NAN;
+            row_of(plane_of(device, a), row)[i] =
+                row < n_rows ? values[(size_t)row * width + i] : NAN;
 }
 
 /* An element's cosine stands at its own place of a row of angles, its sine rope_dim behind that. */
 static void peek(struct check *check, struct device *device, enum activation a, float *values,
                  int n_rows) {
     const struct model_config *config = device->config;
-    size_t stride, width = (size_t)width_of(device, a), strange = 0;
-    const float *from = rows_at(device, a, &stride);
-    for (int row = 0; row < n_rows; row++, from += stride, values += width) {
-        for (size_t i = width; i < stride && a != A_TURN; i++)
+    struct plane plane = plane_of(device, a);
+    size_t width = (size_t)width_of(device, a), strange = 0;
+    for (int row = 0; row < n_rows; row++, values += width) {
+        const float *from = row_of(plane, row);
+        for (size_t i = width; i < plane.stride && a != A_TURN; i++)
             strange += from[i] != 0.0f;
         memcpy(values, from, width * sizeof *values);
         for (int i = 0; i < config->rope_dim / 2 && a == A_TURN; i++) {

@@ -393,6 +393,7 @@ static void weights_have_sensible_sizes(struct check *check) {
         if (!open_model(check, experts ? "gpt-oss-20b" : "tinyllama-1.1b", types[i].name, &model))
             continue;
         struct tensor rows = *model.layers[3][experts ? DOWN_EXPERTS : FFN_DOWN];
+        rows.bytes = rows.bytes / (size_t)rows.rows * PANEL;
         rows.rows = PANEL;
         struct weight *weight = pack_open(&rows);
         float *row = calloc((size_t)rows.cols, sizeof *row);
