@@ -39,7 +39,7 @@ enum {
 };
 
 struct http_request {
-    const char *method, *path; /* the latter without its query */
+    const char *method, *path; /* the latter without its query, decoded */
     const char *body;          /* (length) NULL: it has not come so far */
     size_t length;
     /* how it comes */
@@ -90,6 +90,7 @@ struct http *http_open(const char *host, int port, const struct http_handler *ha
                        char error[ERROR_LENGTH]);
 bool http_listen(struct http *http);
 int http_port(const struct http *http);
+bool http_is_local(const struct http *http); /* only this machine reaches it */
 /* Waits for clients or http_wake, and serves them. False: it drains, and all is sent. */
 bool http_turn(struct http *http);
 void http_wake(struct http *http); /* from any thread, or a signal's handler */
@@ -136,7 +137,7 @@ void http_next(struct http_connection *c); /* forgets a request that was whole *
 struct http {
     struct http_handler handler;
     int listener, wake[2];
-    bool listens, drains;
+    bool listens, drains, is_local;
     double deaf_until; /* no descriptor was free */
     struct http_connection *connections[HTTP_CONNECTIONS];
     int n;
@@ -191,6 +192,24 @@ const char *http_field(const struct http_request *r, const char *name) {
     return NULL;
 }
 
+/* Replaces each %XX in a path by its byte, in place. False: it is none, or a zero. */
+static bool http_decode(char *path) {
+    char *to = path;
+    for (const char *at = path; *at; at++, to++) {
+        *to = *at;
+        if (*at != '%')
+            continue;
+        if (!isxdigit((unsigned char)at[1]) || !isxdigit((unsigned char)at[2]))
+            return false;
+        *to = (char)strtol((const char[]){at[1], at[2], 0}, NULL, 16);
+        at += 2;
+        if (!*to)
+            return false;
+    }
+    *to = 0;
+    return true;
+}
+
 /* `METHOD /path?query HTTP/1.1`. 0, or the status that refuses it. */
 static int http_first_line(struct http_request *r, char *line) {
     size_t method = http_token(line);
@@ -208,9 +227,9 @@ static int http_first_line(struct http_request *r, char *line) {
     r->method = line;
     if (strncasecmp(target, "http://", 7) == 0) /* as a proxy is asked */
         target += 7 + strcspn(target + 7, "/?");
-    r->path = target;
     target[strcspn(target, "?")] = 0;
-    return *target == '/' || strcmp(target, "*") == 0 ? 0 : 400;
+    r->path = target;
+    return (*target == '/' || strcmp(target, "*") == 0) && http_decode(target) ? 0 : 400;
 }
 
 /* What the fields say of the request's own way. 0, or the status that refuses it. */
@@ -678,6 +697,14 @@ struct http *http_open(const char *host, int port, const struct http_handler *ha
               setsockopt(http->listener, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)) == 0 &&
               bind(http->listener, address->ai_addr, address->ai_addrlen) == 0 &&
               pipe2(http->wake, O_NONBLOCK | O_CLOEXEC) == 0;
+    const struct sockaddr *at = address->ai_addr;
+    if (at->sa_family == AF_INET)
+        http->is_local =
+            ntohl(((const struct sockaddr_in *)(const void *)at)->sin_addr.s_addr) >> 24 ==
+            IN_LOOPBACKNET;
+    else
+        http->is_local =
+            IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)(const void *)at)->sin6_addr);
     freeaddrinfo(address);
     if (ok)
         return http;
@@ -697,6 +724,10 @@ int http_port(const struct http *http) {
         return 0;
     return ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&address)->sin6_port
                                                : ((struct sockaddr_in *)&address)->sin_port);
+}
+
+bool http_is_local(const struct http *http) {
+    return http->is_local;
 }
 
 void http_wake(struct http *http) {

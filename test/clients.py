@@ -124,7 +124,7 @@ async def crowd(server, seconds):
     async def ask(i, leaves):
         body = json.dumps({"prompt": f"Once {i}", "seed": i, "max_tokens": 60, "stream": True})
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                      f"Content-Length: {len(body)}\r\n\r\n{body}"[:random.randrange(400) if leaves
                                                                   else None].encode())
         if leaves:
