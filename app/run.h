@@ -305,7 +305,8 @@ static bool open_engine(struct run *run, char *error) {
 struct reader { /* of requests that come while others are answered */
     struct run *run;
     struct requests requests;
-    int last; /* what requests_next returned last */
+    int last;   /* what requests_next returned last */
+    bool whole; /* it is a file, and read before any is answered */
     char error[ERROR_LENGTH];
 };
 
@@ -323,6 +324,9 @@ static void *read_main(void *argument) {
         if (reader->last > 0)
             requests_add(&reader->requests, &spec);
         engine_wake(engine);
+        while (!reader->whole && reader->requests.n_taken >= 0 &&
+               reader->requests.n + reader->requests.n_taken >= CLI_REQUESTS)
+            engine_wait(engine, INFINITY); /* until some have been answered */
         engine_unlock(engine);
     }
     return NULL;
@@ -338,6 +342,7 @@ static int run_file(struct run *run, char *error) {
     if (!requests_open(&reader.requests, run->options.file, error))
         return -1;
     bool regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
+    reader.whole = regular;
     if (regular)
         read_main(&reader);
     if (!regular && pthread_create(&thread, NULL, read_main, &reader) != 0)
@@ -579,6 +584,7 @@ static int run_engine(struct run *run) {
     struct answers *answers = &run->answers;
     answers->json = o->json;
     answers->verbose = o->verbose;
+    answers->stats = o->stats;
     answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
     if (!choose_template(run))
         return EXIT_USAGE;

@@ -78,7 +78,8 @@ struct task {
     int status;           /* 0: it is not */
     const char *param;    /* the field that is wrong; NULL: none */
     char error[ERROR_LENGTH];
-    bool submitted, begun; /* begun: a stream whose head is sent */
+    bool submitted, wrong; /* wrong: one of its requests was refused at once */
+    bool begun;            /* a stream whose head is sent */
     bool stream, usage, continuous_usage, ignore_eos, token_ids;
     bool logprobs; /* of each token its own, and those of the n_top likeliest */
     int n, n_top;
@@ -426,51 +427,37 @@ static void post_task(struct server *s, struct http_connection *c) {
     }
 }
 
-/* Cancels what has not ended; its client has gone, or was told. */
 static void cancel_task(struct server *s, struct task *t) {
     struct engine *engine = s->answers->engine;
-    t->connection = NULL;
     engine_lock(engine);
-    for (int i = 0; t->submitted && i < t->n_choices; i++)
+    for (int i = 0; i < t->n_choices; i++)
         sched_cancel(engine_sched(engine), &t->choices[i].answer.request, false, engine_now());
     engine_wake(engine);
     engine_unlock(engine);
 }
 
-static void serve_gone(void *context, struct http_connection *c) {
-    cancel_task(context, c->user);
-}
-
-/* Hands its requests to the engine; where one is refused at once, so is the task. */
+/* Hands its requests to the engine; where one is refused at once, all end: see end_task. */
 static void submit_task(struct server *s, struct task *t) {
     struct engine *engine = s->answers->engine;
-    struct http_connection *c = t->connection;
-    const struct request *wrong = NULL;
-    char error[ERROR_LENGTH], retry[64] = "";
-    bool full = false;
     engine_lock(engine);
     for (int i = 0; i < t->n_choices; i++) {
-        struct request *r = &t->choices[i].answer.request;
+        const struct request *r = &t->choices[i].answer.request;
         answers_submit(s->answers, &t->choices[i].answer);
-        wrong = !wrong && r->reason == FINISH_ERROR ? r : wrong;
+        t->wrong = t->wrong || r->reason == FINISH_ERROR;
         s->prompt_tokens += i % t->n == 0 ? r->n_prompt : 0;
     }
     engine_wake(engine);
-    if (wrong) {
-        full = wrong->refused;
-        memcpy(error, wrong->error, sizeof error);
-    }
     engine_unlock(engine);
     t->submitted = true;
-    if (!wrong)
-        return;
-    cancel_task(s, t);
-    const struct histogram *queued = &s->histograms[QUEUED];
-    double wait = ceil(answers_ratio(queued->sum, (double)queued->n));
-    if (full)
-        (void)snprintf(retry, sizeof retry, "Retry-After: %d\r\n",
-                       (int)fmin(fmax(wait, 1), 60)); /* as long as others have waited */
-    refuse_task(c, full ? 429 : 400, NULL, error, retry);
+    if (t->wrong)
+        cancel_task(s, t);
+}
+
+static void serve_gone(void *context, struct http_connection *c) {
+    struct task *t = c->user;
+    t->connection = NULL;
+    if (t->submitted)
+        cancel_task(context, t);
 }
 
 /* ---- answers on their way out ---- */
@@ -617,23 +604,25 @@ static void send_chunk(struct server *s, struct task *t, struct choice *choice) 
     http_piece(c);
 }
 
-/* What ended with an error; NULL: nothing. */
-static const struct request *failed_request(const struct task *t) {
-    for (int i = 0; i < t->n_choices; i++)
+/* What of it ended with an error, and as which status; NULL: nothing. */
+static const struct request *failed_request(const struct task *t, int *status) {
+    const struct request *failed = NULL;
+    for (int i = t->n_choices - 1; i >= 0; i--)
         if (t->choices[i].answer.request.reason == FINISH_ERROR)
-            return &t->choices[i].answer.request;
-    return NULL;
+            failed = &t->choices[i].answer.request;
+    bool late =
+        failed && failed->deadline > 0 && engine_now() - failed->submitted >= failed->deadline;
+    *status = failed && failed->refused ? 429 : t->wrong ? 400 : late ? 504 : 500;
+    return failed;
 }
 
 /* All its answers have ended. */
 static void end_task(struct server *s, struct task *t) {
+    int status;
     struct http_connection *c = t->connection;
-    const struct request *failed = failed_request(t);
-    bool late =
-        failed && failed->deadline > 0 && engine_now() - failed->submitted >= failed->deadline;
-    int status = late ? 504 : 500;
+    const struct request *failed = failed_request(t, &status);
     if (failed && !t->begun) {
-        refuse_task(c, status, NULL, failed->error, "");
+        refuse_task(c, status, NULL, failed->error, status == 429 ? "Retry-After: 1\r\n" : "");
         return;
     }
     if (t->stream && !failed && t->usage)
@@ -709,7 +698,7 @@ static void advance_choice(struct server *s, struct task *t, struct choice *choi
     engine_lock(engine);
     while (answers_advance(s->answers, &choice->answer, 1)) {
         double first = r->first_token, last = r->last_token;
-        bool failed = r->reason == FINISH_ERROR;
+        bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
         engine_unlock(engine);
         count_news(s, choice, first, last);
         if (t->connection && t->stream && !failed)

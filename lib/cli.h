@@ -36,7 +36,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
-    CLI_REQUESTS = 1 << 16,    /* of a file: all may be in flight together */
+    CLI_REQUESTS = 1 << 16,    /* that may be in flight together, and of a file at most */
     VALUE_DEVICES = 1024,      /* of a list */
     VALUE_STOPS = 16,          /* texts that end an answer */
     VALUE_FAILURES = 16        /* of --fail */
@@ -135,6 +135,7 @@ struct requests {
     FILE *file;
     const char *name;
     int n_lines; /* that were read */
+    int n_taken; /* by who answers them, and not yet answered; -1: nobody takes any more */
     char *text;  /* a line that is being read */
 };
 
@@ -152,6 +153,7 @@ bool requests_set(struct request_spec *request, const char *key, const struct js
                   int at, const char *name, char error[ERROR_LENGTH]);
 /* Adds it to specs, which may move. */
 void requests_add(struct requests *requests, const struct request_spec *spec);
+void requests_forget(struct request_spec *spec); /* what belongs to it, if it comes from a file */
 void requests_free(struct requests *requests);
 
 /* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
@@ -824,13 +826,18 @@ void requests_add(struct requests *requests, const struct request_spec *spec) {
     requests->specs[requests->n++] = *spec;
 }
 
+void requests_forget(struct request_spec *spec) {
+    if (!spec->line)
+        return;
+    free(spec->ids);
+    free(spec->earlier);
+    free(spec->error);
+    free(spec->line);
+}
+
 void requests_free(struct requests *requests) {
-    for (int i = 0; i < requests->n; i++) {
-        free(requests->specs[i].ids);
-        free(requests->specs[i].earlier);
-        free(requests->specs[i].error);
-        free(requests->specs[i].line);
-    }
+    for (int i = 0; i < requests->n; i++)
+        requests_forget(&requests->specs[i]);
     free(requests->specs);
     free(requests->text);
     if (requests->file && requests->file != stdin)
