@@ -579,12 +579,6 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
     return true;
 }
 
-/* Called with the lock held. */
-static void cancel_all(struct answers *a, const struct answer_list *list) {
-    for (int i = 0; i < list->n; i++)
-        cancel(a, list->all[i]);
-}
-
 /* All that is new of an answer; of one that ends now it tells. */
 static bool advance(struct answers *a, struct answer *answer) {
     if (!answers_advance(a, answer, INT_MAX))
@@ -660,7 +654,8 @@ static void follow(struct answers *a, struct answer_list *list, struct requests 
         if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
             cancelled = any = true;
             a->interrupted = a->activity == INTERRUPTED;
-            cancel_all(a, list);
+            for (int i = 0; i < list->n; i++)
+                cancel(a, list->all[i]);
         }
         if (!any) {
             engine_wait(a->engine, next);

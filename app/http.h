@@ -28,14 +28,17 @@
 #include "../lib/text.h"
 
 enum {
-    HTTP_HEAD = 1 << 14,     /* bytes of a request's head */
-    HTTP_FIELDS = 64,        /* lines of a head, and of what may follow a body in chunks */
-    HTTP_BODY = 8 << 20,     /* bytes: 1 million token ids */
-    HTTP_CONNECTIONS = 512,  /* others wait to be accepted */
-    HTTP_AHEAD = 1 << 16,    /* bytes that are read at a time, and behind a request */
-    HTTP_UNREAD = 1 << 26,   /* bytes of output: who reads so little has gone */
-    HTTP_PATIENCE = 60,      /* seconds for a request to come, or between two of them */
-    HTTP_READ_PATIENCE = 300 /* seconds in which a client reads nothing of what is there */
+    HTTP_HEAD = 1 << 14,      /* bytes of a request's head */
+    HTTP_FIELDS = 64,         /* lines of a head, and of what may follow a body in chunks */
+    HTTP_BODY = 8 << 20,      /* bytes: 1 million token ids */
+    HTTP_CONNECTIONS = 512,   /* others wait to be accepted */
+    HTTP_AHEAD = 1 << 16,     /* bytes that are read at a time, and behind a request */
+    HTTP_UNREAD = 1 << 26,    /* bytes of output: who reads so little has gone */
+    HTTP_PATIENCE = 60,       /* seconds for a request to come, or between two of them */
+    HTTP_READ_PATIENCE = 300, /* seconds in which a client reads nothing of what is there */
+    HTTP_TURN_MS = 1000,      /* how long a turn waits at most, for patience comes to an end */
+    HTTP_DEAF_MS = 100,       /* how long nobody is accepted when no descriptor was free */
+    HTTP_LINGER = 2           /* seconds from the end of our output to that of its input */
 };
 
 struct http_request {
@@ -61,8 +64,8 @@ struct http_connection {
     enum http_state {
         HTTP_READING,   /* a request, or waits for one */
         HTTP_ANSWERING, /* it is whole, its response is not */
-        HTTP_CLOSING,   /* nothing more is answered, the rest of the output is sent */
-        HTTP_LINGERING, /* all is sent: reads to the client's end, so that the system keeps it */
+        HTTP_CLOSING,   /* nothing more is answered: the rest of the output is sent; behind that
+                         * it reads to the client's end, so that the system keeps what was sent */
         HTTP_GONE       /* to be taken away */
     } state;
     bool served;          /* it had a response */
@@ -369,30 +372,26 @@ void http_next(struct http_connection *c) {
 /* ---- responses ---- */
 
 static const char *http_reason(int status) {
-    static const struct {
-        int status;
-        const char *reason;
-    } reasons[] = {{200, "OK"},
-                   {204, "No Content"},
-                   {400, "Bad Request"},
-                   {401, "Unauthorized"},
-                   {403, "Forbidden"},
-                   {404, "Not Found"},
-                   {405, "Method Not Allowed"},
-                   {411, "Length Required"},
-                   {413, "Content Too Large"},
-                   {417, "Expectation Failed"},
-                   {429, "Too Many Requests"},
-                   {431, "Request Header Fields Too Large"},
-                   {500, "Internal Server Error"},
-                   {501, "Not Implemented"},
-                   {503, "Service Unavailable"},
-                   {504, "Gateway Timeout"},
-                   {505, "HTTP Version Not Supported"}};
-    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
-        if (reasons[i].status == status)
-            return reasons[i].reason;
-    return "Unknown";
+    switch (status) {
+    case 200: return "OK";
+    case 204: return "No Content";
+    case 400: return "Bad Request";
+    case 401: return "Unauthorized";
+    case 403: return "Forbidden";
+    case 404: return "Not Found";
+    case 405: return "Method Not Allowed";
+    case 411: return "Length Required";
+    case 413: return "Content Too Large";
+    case 417: return "Expectation Failed";
+    case 429: return "Too Many Requests";
+    case 431: return "Request Header Fields Too Large";
+    case 500: return "Internal Server Error";
+    case 501: return "Not Implemented";
+    case 503: return "Service Unavailable";
+    case 504: return "Gateway Timeout";
+    case 505: return "HTTP Version Not Supported";
+    default: return "Unknown";
+    }
 }
 
 static void http_send(struct http_connection *c, const char *bytes, size_t n) {
@@ -536,7 +535,7 @@ static void http_receive(struct http_connection *c) {
     }
     if (c->n_input == 0 && !c->headed && c->n_output == 0)
         c->since = http_now();
-    c->n_input = c->state == HTTP_LINGERING ? 0 : c->n_input + (size_t)n;
+    c->n_input = c->state == HTTP_CLOSING ? 0 : c->n_input + (size_t)n;
 }
 
 static void http_flush(struct http_connection *c) {
@@ -554,10 +553,8 @@ static void http_flush(struct http_connection *c) {
         c->since = http_now();
     }
     c->sent = c->n_output = 0;
-    if (c->state == HTTP_CLOSING) {
+    if (c->state == HTTP_CLOSING)
         (void)shutdown(c->socket, SHUT_WR);
-        c->state = HTTP_LINGERING;
-    }
 }
 
 static void http_accept(struct http *http) {
@@ -566,7 +563,8 @@ static void http_accept(struct http *http) {
         int socket = accept4(http->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         struct http_connection *c = socket >= 0 ? calloc(1, sizeof *c) : NULL;
         if (!c) {
-            http->deaf_until = errno == EAGAIN ? 0 : now + 0.1; /* out of descriptors, or worse */
+            http->deaf_until =
+                errno == EAGAIN ? 0 : now + 1e-3 * HTTP_DEAF_MS; /* out of descriptors, or worse */
             if (socket >= 0)
                 (void)close(socket);
             return;
@@ -580,13 +578,15 @@ static void http_accept(struct http *http) {
     }
 }
 
-/* When a connection has had its time. */
+/* When a connection has had its time, to a second. */
 static double http_patience(const struct http_connection *c) {
-    if (c->state == HTTP_LINGERING)
-        return c->since + 2;
     if (c->n_output > 0)
         return c->since + HTTP_READ_PATIENCE;
-    return c->state == HTTP_READING ? c->since + HTTP_PATIENCE : INFINITY;
+    switch (c->state) {
+    case HTTP_READING: return c->since + HTTP_PATIENCE;
+    case HTTP_CLOSING: return c->since + HTTP_LINGER;
+    default: return INFINITY;
+    }
 }
 
 /* Takes away those that have gone or had their time, and when all places are taken the one that has
@@ -618,15 +618,6 @@ static void http_sweep(struct http *http) {
     }
 }
 
-static int http_wait_ms(const struct http *http) {
-    double until = INFINITY, now = http_now();
-    for (int i = 0; i < http->n; i++)
-        until = fmin(until, http_patience(http->connections[i]));
-    if (http->deaf_until > now)
-        until = fmin(until, http->deaf_until);
-    return until == INFINITY ? -1 : until > now ? (int)(1e3 * (until - now)) + 1 : 0;
-}
-
 bool http_turn(struct http *http) {
     struct pollfd ready[HTTP_CONNECTIONS + 2] = {{.fd = http->wake[0], .events = POLLIN}};
     char bytes[512];
@@ -635,14 +626,14 @@ bool http_turn(struct http *http) {
     ready[1] = (struct pollfd){.fd = accepts ? http->listener : -1, .events = POLLIN};
     for (int i = 0; i < n; i++) {
         const struct http_connection *c = http->connections[i];
-        bool reads = c->state == HTTP_LINGERING ||
+        bool reads = (c->state == HTTP_CLOSING && c->n_output == 0) ||
                      (c->state == HTTP_READING && c->n_output < HTTP_AHEAD) ||
                      (c->state == HTTP_ANSWERING && c->n_input - c->at < HTTP_AHEAD);
         ready[i + 2].fd = c->socket;
         ready[i + 2].events = (short)((reads ? POLLIN : 0) | (c->n_output > 0 ? POLLOUT : 0) |
                                       (c->state == HTTP_ANSWERING ? POLLRDHUP : 0));
     }
-    (void)poll(ready, (nfds_t)n + 2, http_wait_ms(http));
+    (void)poll(ready, (nfds_t)n + 2, http->deaf_until > http_now() ? HTTP_DEAF_MS : HTTP_TURN_MS);
     while (read(http->wake[0], bytes, sizeof bytes) == sizeof bytes) {
     }
     for (int i = 0; i < n; i++) {
