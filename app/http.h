@@ -140,7 +140,7 @@ void http_next(struct http_connection *c); /* forgets a request that was whole *
 struct http {
     struct http_handler handler;
     int listener, wake[2];
-    bool listens, drains, is_local;
+    bool listens, drains;
     double deaf_until; /* no descriptor was free */
     struct http_connection *connections[HTTP_CONNECTIONS];
     int n;
@@ -688,14 +688,6 @@ struct http *http_open(const char *host, int port, const struct http_handler *ha
               setsockopt(http->listener, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int)) == 0 &&
               bind(http->listener, address->ai_addr, address->ai_addrlen) == 0 &&
               pipe2(http->wake, O_NONBLOCK | O_CLOEXEC) == 0;
-    const struct sockaddr *at = address->ai_addr;
-    if (at->sa_family == AF_INET)
-        http->is_local =
-            ntohl(((const struct sockaddr_in *)(const void *)at)->sin_addr.s_addr) >> 24 ==
-            IN_LOOPBACKNET;
-    else
-        http->is_local =
-            IN6_IS_ADDR_LOOPBACK(&((const struct sockaddr_in6 *)(const void *)at)->sin6_addr);
     freeaddrinfo(address);
     if (ok)
         return http;
@@ -708,17 +700,26 @@ bool http_listen(struct http *http) {
     return http->listens = listen(http->listener, SOMAXCONN) == 0;
 }
 
+/* Where it listens, in digits; "": nowhere. */
+static void http_address(const struct http *http, char host[64], char port[16]) {
+    struct sockaddr_storage at;
+    socklen_t size = sizeof at;
+    *host = *port = 0;
+    if (getsockname(http->listener, (struct sockaddr *)&at, &size) == 0)
+        (void)getnameinfo((struct sockaddr *)&at, size, host, 64, port, 16,
+                          NI_NUMERICHOST | NI_NUMERICSERV);
+}
+
 int http_port(const struct http *http) {
-    struct sockaddr_storage address;
-    socklen_t size = sizeof address;
-    if (getsockname(http->listener, (struct sockaddr *)&address, &size) != 0)
-        return 0;
-    return ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&address)->sin6_port
-                                               : ((struct sockaddr_in *)&address)->sin_port);
+    char host[64], port[16];
+    http_address(http, host, port);
+    return atoi(port);
 }
 
 bool http_is_local(const struct http *http) {
-    return http->is_local;
+    char host[64], port[16];
+    http_address(http, host, port);
+    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0;
 }
 
 void http_wake(struct http *http) {
