@@ -305,8 +305,7 @@ static bool open_engine(struct run *run, char *error) {
 struct reader { /* of requests that come while others are answered */
     struct run *run;
     struct requests requests;
-    int last;   /* what requests_next returned last */
-    bool whole; /* it is a file, and read before any is answered */
+    int last; /* what requests_next returned last */
     char error[ERROR_LENGTH];
 };
 
@@ -314,7 +313,8 @@ static void *read_main(void *argument) {
     struct reader *reader = argument;
     struct engine *engine = reader->run->answers.engine;
     struct request_spec spec;
-    while (reader->last > 0) {
+    bool wanted = true;
+    while (wanted) {
         pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL); /* where it waits for a line */
         reader->last =
             requests_next(&reader->requests, &reader->run->options.request, &spec, reader->error);
@@ -324,9 +324,10 @@ static void *read_main(void *argument) {
         if (reader->last > 0)
             requests_add(&reader->requests, &spec);
         engine_wake(engine);
-        while (!reader->whole && reader->requests.n_taken >= 0 &&
+        while (reader->requests.endless && reader->requests.n_taken >= 0 &&
                reader->requests.n + reader->requests.n_taken >= CLI_REQUESTS)
             engine_wait(engine, INFINITY); /* until some have been answered */
+        wanted = reader->last > 0 && reader->requests.n_taken >= 0;
         engine_unlock(engine);
     }
     return NULL;
@@ -342,7 +343,7 @@ static int run_file(struct run *run, char *error) {
     if (!requests_open(&reader.requests, run->options.file, error))
         return -1;
     bool regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
-    reader.whole = regular;
+    reader.requests.endless = !regular;
     if (regular)
         read_main(&reader);
     if (!regular && pthread_create(&thread, NULL, read_main, &reader) != 0)

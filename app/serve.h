@@ -68,8 +68,8 @@ struct choice { /* one answer of a task */
 
 struct task {
     struct task *next;
-    struct http_connection *connection; /* NULL: its client has gone */
-    char *body;                         /* (length) that texts of requests point into */
+    struct http_connection *_Atomic connection; /* NULL: its client has gone */
+    char *body;                                 /* (length) that texts of requests point into */
     size_t length;
     char id[40];
     int64_t created;
@@ -361,7 +361,7 @@ static void *read_tasks(void *context) {
     struct server *s = context;
     struct task *t;
     while (read(s->unread[0], &t, sizeof t) == sizeof t) {
-        t->status = read_task(s, t);
+        t->status = t->connection ? read_task(s, t) : 0;
         t->read = true;
         http_wake(s->http);
     }
@@ -667,27 +667,27 @@ static void observe(struct server *s, enum histogram_name name, double value) {
     h->sum += value;
 }
 
-/* Counts what came of a choice: a token, or its end. The times of its first and its last. */
-static void count_news(struct server *s, struct choice *choice, double first, double last) {
+/* Counts what came of a choice: a token, or its end. Called with the lock held. */
+static void count_news(struct server *s, struct choice *choice) {
     const struct request *r = &choice->answer.request;
     int n = answers_generated(&choice->answer);
     s->generated_tokens += n - choice->n_taken;
     if (n > choice->n_taken && n == 1)
-        observe(s, TTFT, first - r->submitted);
+        observe(s, TTFT, r->first_token - r->submitted);
     else if (n > choice->n_taken)
-        observe(s, ITL, last - choice->last);
-    choice->last = last;
+        observe(s, ITL, r->last_token - choice->last);
+    choice->last = r->last_token;
     if (!choice->answer.ended)
         return;
     enum finish_reason reason = answers_reason(&choice->answer);
     s->finished[reason]++;
     if (reason != FINISH_STOP && reason != FINISH_LENGTH)
         return;
-    observe(s, E2E, last - r->submitted);
+    observe(s, E2E, r->last_token - r->submitted);
     observe(s, QUEUED, r->admitted - r->submitted);
-    if (first > 0) {
-        observe(s, PREFILL, first - r->admitted);
-        observe(s, DECODE, last - first);
+    if (r->first_token > 0) {
+        observe(s, PREFILL, r->first_token - r->admitted);
+        observe(s, DECODE, r->last_token - r->first_token);
     }
 }
 
@@ -697,10 +697,9 @@ static void advance_choice(struct server *s, struct task *t, struct choice *choi
     const struct request *r = &choice->answer.request;
     engine_lock(engine);
     while (answers_advance(s->answers, &choice->answer, 1)) {
-        double first = r->first_token, last = r->last_token;
+        count_news(s, choice);
         bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
         engine_unlock(engine);
-        count_news(s, choice, first, last);
         if (t->connection && t->stream && !failed)
             send_chunk(s, t, choice);
         choice->n_taken = answers_generated(&choice->answer);

@@ -134,9 +134,10 @@ struct requests {
     bool more; /* others will be added; who reads beside another thread changes it under a lock */
     FILE *file;
     const char *name;
-    int n_lines; /* that were read */
-    int n_taken; /* by who answers them, and not yet answered; -1: nobody takes any more */
-    char *text;  /* a line that is being read */
+    bool endless;        /* who reads waits while there are CLI_REQUESTS; else more are an error */
+    int n_read, n_lines; /* requests, if not endless; lines */
+    int n_taken;         /* by who answers them, and not yet answered; -1: nobody takes any more */
+    char *text;          /* a line that is being read */
 };
 
 /* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
@@ -803,7 +804,7 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
         if (read <= 0)
             return read;
     }
-    if (requests->n == CLI_REQUESTS) {
+    if (!requests->endless && requests->n_read++ == CLI_REQUESTS) {
         (void)fail(error, "%.400s: got more than %d requests; split it", requests->name,
                    CLI_REQUESTS);
         return -1;
