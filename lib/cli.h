@@ -648,7 +648,7 @@ static bool read_content(const struct json_node *nodes, int at, struct said *sai
         said->length += nodes[text].length;
         said->text[said->length] = 0;
     }
-    return said->text || fail(error, "messages: expected a content that is a text");
+    return said->text || fail(error, "messages: got a content without parts");
 }
 
 /* `[{"role": "user", "content": "Hi"}, ...]`: the last is the prompt, what is before it has been
@@ -660,12 +660,14 @@ static bool set_messages(struct request_spec *request, const struct json_node *n
     for (int i = list + 1; i < nodes[list].next; i = nodes[i].next, number++) {
         int told = json_find(nodes, i, "role"), content = json_find(nodes, i, "content");
         int calls = json_find(nodes, i, "tool_calls");
-        const char *role = told >= 0 ? nodes[told].text : "none", *expected = roles[n % 2];
+        bool named = told >= 0 && nodes[told].type == '"';
+        const char *role = named ? nodes[told].text : "none", *expected = roles[n % 2];
         bool system =
             number == 0 && (strcmp(role, "system") == 0 || strcmp(role, "developer") == 0);
-        if (content < 0 || (!system && strcmp(role, expected) != 0))
+        bool none = content < 0 || !strchr("\"[", nodes[content].type);
+        if (none || (!system && strcmp(role, expected) != 0))
             return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
-                        number + 1, role, content < 0 ? " and no content" : "", expected);
+                        number + 1, role, none ? " and no content" : "", expected);
         if (calls >= 0 && nodes[calls].next > calls + 1)
             return fail(error, "messages: number %d: got tool_calls, of which there are none here",
                         number + 1);
