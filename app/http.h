@@ -13,7 +13,8 @@
  * One thread turns a loop around poll; another may wake it. A connection reads one request, and
  * what comes behind it waits until that is answered, at once or later, whole or in pieces. What a
  * client does not read waits here: nobody else waits for it, and it gets no further answers. One
- * that waits for a response and ends what it sends has gone.
+ * that ends what it sends has a response that is there; where it must be computed it has gone, as
+ * nginx and uvicorn have it.
  *
  * A request, by half-open intervals of what has come (input): its head is taken out as soon as it
  * is whole; then [0, body) is its body so far, [at, n_input) not yet looked at, in between nothing.
