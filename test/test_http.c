@@ -1,7 +1,7 @@
 /* test_http.c: the server. What its parser takes and refuses, in pieces of any size; then the
  * program itself over loopback: the same texts as on the command line, streams, keys, pages of
- * elsewhere, fields that would be ignored, long texts, clients that leave, queues that are full, slow
- * readers, its end. Clients that nobody here wrote are run by clients.py. */
+ * elsewhere, fields that would be ignored, long texts, clients that leave, queues that are full,
+ * slow readers, its end. Clients that nobody here wrote are run by clients.py. */
 #define _GNU_SOURCE
 #define JSON_IMPLEMENTATION
 #define HTTP_IMPLEMENTATION

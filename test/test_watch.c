@@ -341,11 +341,13 @@ static void page_and_its_figures(struct check *check) {
     live_until(&live, "127.0.0.1:");
     live_until(&live, "/v1");
     (void)sscanf(strstr(live.text, "127.0.0.1:"), "127.0.0.1:%d", &port);
-    const char *page = ask(check, port, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    const char *page =
+        ask(check, port, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     CHECK(strstr(page, "</script>") && !strstr(page, "http"), "an external resource: %s", page);
     (void)ask(check, port, post);
     char error[ERROR_LENGTH] = "";
-    char *text = ask(check, port, "GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    char *text =
+        ask(check, port, "GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     struct json_node *nodes = json_parse(text, strlen(text), error);
     CHECK(nodes, "%s", error);
     kill(live.pid, SIGTERM);
