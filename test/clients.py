@@ -181,7 +181,8 @@ def write_tokenizers(folder):
 
 
 def medians(trace):
-    """Of TTFT and of the mean ITL of each request, in ms, by the ends of the steps that it was in."""
+    """Of TTFT and of the mean ITL of each request, in ms, by the ends of the steps that it was in;
+    of an even number the lower one, as guidellm takes it."""
     submitted, ends, tokens = {}, {}, {}
     for event in json.load(open(trace)):
         args = event.get("args", {})
@@ -192,8 +193,8 @@ def medians(trace):
         for request in args.get("requests", ()):
             ends.setdefault(request, []).append(event["ts"] + event["dur"])
     first = {r: ends[r][-n] for r, n in tokens.items()}  # (before it: all but its last chunk)
-    return (statistics.median(first[r] - submitted[r] for r in tokens) / 1e3,
-            statistics.median((ends[r][-1] - first[r]) / (n - 1) for r, n in tokens.items()) / 1e3)
+    return (statistics.median_low(first[r] - submitted[r] for r in tokens) / 1e3,
+            statistics.median_low((ends[r][-1] - first[r]) / (n - 1) for r, n in tokens.items()) / 1e3)
 
 
 def load(folder):
