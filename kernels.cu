@@ -515,6 +515,7 @@ struct cuda_device {
     size_t step_bytes, split_capacity;
     int n_rows, n_generated, n_samples, n_splits, n_prompt_items; /* that launches are made for */
     int n_sampled;                                                /* of the batch */
+    struct sampler_top **top;                                     /* of the batch, see there */
     struct graph graphs[GRAPHS + 1];
     int recording; /* index of a graph; 0: none */
     /* of several shards: sums of project_add on their way, in turns, so that a reader has time */
@@ -3017,6 +3018,26 @@ static void draw_tokens(struct cuda_device *d, int first, int n) {
                d->sampler_rows, d->sampled);
 }
 
+/* What samples [first, first + n), the last that were drawn, ask for of their logits. */
+static void read_tops(struct cuda_device *d, int first, int n) {
+    int vocab = d->device.config->vocab_size, token;
+    float *logits = NULL;
+    cudaStream_t stream = d->streams[STREAM_COMPUTE];
+    for (int i = 0; i < n && d->top; i++) {
+        if (!d->top[first + i])
+            continue;
+        logits = logits ? logits : (float *)grow(NULL, 0, (size_t)vocab * sizeof *logits);
+        TRY(d, cudaMemcpyAsync(logits, d->logits + (size_t)i * d->logits_stride,
+                               (size_t)vocab * sizeof *logits, cudaMemcpyDeviceToHost, stream));
+        TRY(d, cudaMemcpyAsync(&token, d->sampled + first + i, sizeof token, cudaMemcpyDeviceToHost,
+                               stream));
+        TRY(d, cudaStreamSynchronize(stream));
+        if (token >= 0)
+            sampler_top(logits, vocab, token, d->top[first + i]);
+    }
+    free(logits);
+}
+
 static void cuda_sample(struct device *device, const struct weight *const *weights, float *logits) {
     struct cuda_device *d = enter(device, "sampling");
     size_t vocab = (size_t)device->config->vocab_size, width = vocab * sizeof(float);
@@ -3024,6 +3045,8 @@ static void cuda_sample(struct device *device, const struct weight *const *weigh
     project_pending(d, NULL);
     for (int first = 0; first < d->n_samples; first += LOGIT_ROWS) {
         int n = smaller(d->n_samples - first, LOGIT_ROWS);
+        if (first > 0)
+            read_tops(d, first - LOGIT_ROWS, LOGIT_ROWS);
         launch_norm(d, weights[OUTPUT_NORM], first, n);
         multiply_logits(d, weights[OUTPUT], first, n);
         if (logits)
@@ -3124,6 +3147,7 @@ static bool cuda_step_begin(struct device *device, const struct batch *batch) {
     assert(batch->n_rows <= device->max_rows && batch->n_samples <= device->max_samples);
     d->n_rows = batch->n_rows;
     d->n_samples = d->n_sampled = batch->n_samples;
+    d->top = batch->top;
     d->n_generated = 0;
     for (int i = 0; i < batch->n_sequences; i++) {
         assert(!batch->sequence[i].generated || batch->sequence[i].first_row == d->n_generated);
@@ -3169,8 +3193,11 @@ static void cuda_step_end(struct device *device, int *sampled) {
     if (sampled && bytes > 0)
         TRY(d, cudaMemcpyAsync(d->sampled_host, d->sampled, bytes, cudaMemcpyDeviceToHost, stream));
     TRY(d, cudaStreamSynchronize(stream));
-    if (sampled)
-        memcpy(sampled, d->sampled_host, bytes);
+    if (!sampled)
+        return;
+    memcpy(sampled, d->sampled_host, bytes);
+    int last = d->n_sampled > 0 ? (d->n_sampled - 1) / LOGIT_ROWS * LOGIT_ROWS : 0;
+    read_tops(d, last, d->n_sampled - last);
 }
 
 /* ==== 10. What the chip can do at most ==== */

@@ -22,6 +22,7 @@
 #include "../lib/wrap.h"
 #include <stdatomic.h>
 
+enum { ANSWERS_KEPT = 4096 }; /* that have ended before all that run: these can be followed */
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
 enum activity { IDLE, ANSWERING, SERVING, INTERRUPTED }; /* the last: by Ctrl-C, or SIGTERM */
@@ -36,6 +37,7 @@ struct answers {
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
     bool json, verbose;              /* the latter: thoughts are told on stderr */
+    bool stats;                      /* times are kept, for stats.h */
     struct wrap *wrap;               /* of texts on a terminal; NULL: they are not wrapped */
     uint64_t seed;                   /* of the run, which --stats tells; the first request's */
     bool converses;                  /* each prompt follows the one before and its answer */
@@ -72,8 +74,8 @@ struct answer {
 /* Runs a request to its end. Returns how many failed or were cancelled. */
 int answers_run(struct answers *answers, const struct request_spec *spec);
 /* The same, of those that are there, and of what is added, under the engine's lock and followed by
- * engine_wake, while requests->more. */
-int answers_stream(struct answers *answers, const struct requests *requests);
+ * engine_wake, while requests->more. All are taken away, and with them what belongs to them. */
+int answers_stream(struct answers *answers, struct requests *requests);
 /* What both do with one answer, and whoever else serves requests. Begins it: all but its prompt. */
 void answers_begin(struct answers *answers, const struct request_spec *spec, struct answer *answer);
 /* Hands its request, which is prepared, to the engine. Called with the lock held, as the next. */
@@ -154,7 +156,7 @@ static int *join(int *ids, int *n_ids, const int *more, int n_more) {
 static bool ids_fit(const struct answers *a, const struct request_spec *spec, char *error) {
     for (int i = 0; i < spec->n_ids; i++)
         if (spec->ids[i] >= a->vocab_size)
-            return fail(error, "ids: %d is no token; the model has 0 to %d", spec->ids[i],
+            return fail(error, "%d is no token; the model has 0 to %d", spec->ids[i],
                         a->vocab_size - 1);
     return true;
 }
@@ -444,7 +446,7 @@ static void count_ended(struct answers *a, const struct answer *answer) {
         a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
     }
-    for (int i = 0; i < N_TIMES; i++) {
+    for (int i = 0; i < N_TIMES && a->stats; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds < 0)
             continue;
@@ -503,9 +505,9 @@ void answers_free(struct answer *answer) {
     free_text(answer);
 }
 
-struct answer_list { /* the answers of a run; in pointers, for the scheduler has theirs */
-    struct answer **all;
-    int n, n_taken; /* n_taken: lines, of which some only cancel */
+struct answer_list {     /* the answers of a run; in pointers, for the scheduler has theirs */
+    struct answer **all; /* (n) [0, first) have ended, [0, first_shown) were shown */
+    int n, first, first_shown, n_failed;
     double start;
 };
 
@@ -531,13 +533,14 @@ static void cancel(struct answers *a, struct answer *answer) {
 
 /* Takes up requests that are new, and makes ids of those that follow none. Called with the lock
  * held, which is let go meanwhile: so one that is added now is seen as well. */
-static bool take_up(struct answers *a, struct answer_list *list, const struct requests *requests) {
-    int before = list->n_taken;
-    while (list->n_taken < requests->n) {
-        struct request_spec spec = requests->specs[list->n_taken++];
+static bool take_up(struct answers *a, struct answer_list *list, struct requests *requests) {
+    int i = 0;
+    for (; i < requests->n; i++) {
+        struct request_spec spec = requests->specs[i];
         struct answer *named = spec.cancel ? find_answer(list, spec.cancel) : NULL;
         if (named) {
             cancel(a, named);
+            requests_forget(&spec);
             continue;
         }
         struct answer *answer = grow(NULL, 0, sizeof *answer);
@@ -550,7 +553,9 @@ static bool take_up(struct answers *a, struct answer_list *list, const struct re
         list->all[list->n++] = answer;
         engine_lock(a->engine);
     }
-    return list->n_taken > before;
+    requests->n = 0;
+    requests->n_taken += i;
+    return i > 0;
 }
 
 /* Submits it, or not yet; then `next` is at the latest when its time comes. Called with the lock
@@ -563,6 +568,7 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
     if (!r->tokens && r->state != REQUEST_FINISHED) {
         engine_unlock(a->engine);
         prepare(a, answer);
+        answer->after = NULL; /* it may be let go */
         engine_lock(a->engine);
     }
     answer->submitted = r->state == REQUEST_FINISHED || engine_now() >= at;
@@ -573,12 +579,6 @@ static bool submit(struct answers *a, struct answer *answer, double start, doubl
     if (r->state != REQUEST_FINISHED)
         answers_submit(a, answer);
     return true;
-}
-
-/* Called with the lock held. */
-static void cancel_all(struct answers *a, const struct answer_list *list) {
-    for (int i = 0; i < list->n; i++)
-        cancel(a, list->all[i]);
 }
 
 void answers_tell_line(const struct request_spec *spec, struct request *r) {
@@ -607,49 +607,6 @@ static bool advance(struct answers *a, struct answer *answer) {
     return true;
 }
 
-/* Follows all requests until each has ended and no others can come. */
-static void follow(struct answers *a, struct answer_list *list, const struct requests *requests) {
-    int first_shown = 0, first = 0; /* [0, first) have ended */
-    bool cancelled = false;
-    a->interrupted = false;
-    engine_lock(a->engine);
-    a->activity = ANSWERING;
-    while (first < list->n || (!cancelled && (requests->more || list->n_taken < requests->n))) {
-        double next = INFINITY;
-        bool any = !cancelled && take_up(a, list, requests), submitted = false;
-        for (int i = first; i < list->n; i++)
-            submitted = submit(a, list->all[i], list->start, &next) || submitted;
-        if (submitted)
-            engine_wake(a->engine);
-        for (int i = first; i < list->n; i++) {
-            any = (list->all[i]->submitted && advance(a, list->all[i])) || any;
-            first += i == first && list->all[i]->ended;
-        }
-        if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
-            cancelled = any = true;
-            a->interrupted = a->activity == INTERRUPTED;
-            cancel_all(a, list);
-        }
-        if (!any) {
-            engine_wait(a->engine, next);
-            continue;
-        }
-        engine_unlock(a->engine);
-        if (!a->json)
-            first_shown = show_text(a, list->all, list->n, first_shown);
-        (void)fflush(stdout);
-        engine_lock(a->engine);
-    }
-    a->activity = IDLE;
-    engine_unlock(a->engine);
-}
-
-void answers_forget(struct answers *a) {
-    free(a->history);
-    a->history = NULL;
-    a->n_history = 0;
-}
-
 /* The tokens of a request that ran, up to a stop text, are what was said so far. */
 static void remember(struct answers *a, struct answer *answer) {
     struct request *r = &answer->request;
@@ -661,22 +618,82 @@ static void remember(struct answers *a, struct answer *answer) {
     r->tokens = NULL;
 }
 
-int answers_stream(struct answers *a, const struct requests *requests) {
-    struct answer_list list = {.start = engine_now()};
-    follow(a, &list, requests);
-    a->busy_seconds += engine_now() - list.start;
-    int n_failed = 0;
-    for (int i = 0; i < list.n; i++) {
-        struct answer *answer = list.all[i];
+/* Lets go of the first n answers, which have ended and were shown. */
+static void let_go(struct answers *a, struct answer_list *list, int n) {
+    for (int i = 0; i < n; i++) {
+        struct answer *answer = list->all[i];
         enum finish_reason reason = answer->request.reason;
-        n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
+        list->n_failed += reason == FINISH_ERROR || reason == FINISH_CANCELLED;
         if (a->converses)
             remember(a, answer);
         answers_free(answer);
+        requests_forget(&answer->spec);
         free(answer);
     }
+    list->n -= n;
+    list->first -= n;
+    list->first_shown -= n;
+    if (list->n > 0)
+        memmove(list->all, list->all + n, (size_t)list->n * sizeof *list->all);
+}
+
+/* Follows all requests until each has ended and no others can come. */
+static void follow(struct answers *a, struct answer_list *list, struct requests *requests) {
+    bool cancelled = false;
+    a->interrupted = false;
+    engine_lock(a->engine);
+    a->activity = ANSWERING;
+    while (list->first < list->n || (!cancelled && (requests->more || requests->n > 0))) {
+        double next = INFINITY;
+        bool any = !cancelled && take_up(a, list, requests), submitted = false;
+        for (int i = list->first; i < list->n; i++)
+            submitted = submit(a, list->all[i], list->start, &next) || submitted;
+        if (submitted)
+            engine_wake(a->engine);
+        for (int i = list->first; i < list->n; i++) {
+            any = (list->all[i]->submitted && advance(a, list->all[i])) || any;
+            list->first += i == list->first && list->all[i]->ended;
+        }
+        if (list->n - list->first < requests->n_taken)
+            engine_wake(a->engine); /* who reads them may go on */
+        requests->n_taken = list->n - list->first;
+        if ((a->activity == INTERRUPTED || ferror(stdout)) && !cancelled) {
+            cancelled = any = true;
+            a->interrupted = a->activity == INTERRUPTED;
+            for (int i = 0; i < list->n; i++)
+                cancel(a, list->all[i]);
+        }
+        if (!any) {
+            engine_wait(a->engine, next);
+            continue;
+        }
+        engine_unlock(a->engine);
+        list->first_shown =
+            a->json ? list->first : show_text(a, list->all, list->n, list->first_shown);
+        (void)fflush(stdout);
+        engine_lock(a->engine);
+        if (list->first_shown >= 2 * ANSWERS_KEPT)
+            let_go(a, list, list->first_shown - ANSWERS_KEPT);
+    }
+    requests->n_taken = -1;
+    engine_wake(a->engine);
+    a->activity = IDLE;
+    engine_unlock(a->engine);
+}
+
+void answers_forget(struct answers *a) {
+    free(a->history);
+    a->history = NULL;
+    a->n_history = 0;
+}
+
+int answers_stream(struct answers *a, struct requests *requests) {
+    struct answer_list list = {.start = engine_now()};
+    follow(a, &list, requests);
+    a->busy_seconds += engine_now() - list.start;
+    let_go(a, &list, list.n);
     free(list.all);
-    return n_failed;
+    return list.n_failed;
 }
 
 int answers_run(struct answers *a, const struct request_spec *spec) {

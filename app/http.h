@@ -13,7 +13,8 @@
  * One thread turns a loop around poll; another may wake it. A connection reads one request, and
  * what comes behind it waits until that is answered, at once or later, whole or in pieces. What a
  * client does not read waits here: nobody else waits for it, and it gets no further answers. One
- * that waits for a response and ends what it sends has gone.
+ * that ends what it sends has a response that is there; where it must be computed it has gone, as
+ * nginx and uvicorn have it.
  *
  * A request, by half-open intervals of what has come (input): its head is taken out as soon as it
  * is whole; then [0, body) is its body so far, [at, n_input) not yet looked at, in between nothing.
@@ -28,18 +29,21 @@
 #include "../lib/text.h"
 
 enum {
-    HTTP_HEAD = 1 << 14,     /* bytes of a request's head */
-    HTTP_FIELDS = 64,        /* lines of a head, and of what may follow a body in chunks */
-    HTTP_BODY = 8 << 20,     /* bytes: 1 million token ids */
-    HTTP_CONNECTIONS = 512,  /* others wait to be accepted */
-    HTTP_AHEAD = 1 << 16,    /* bytes that are read at a time, and behind a request */
-    HTTP_UNREAD = 1 << 26,   /* bytes of output: who reads so little has gone */
-    HTTP_PATIENCE = 60,      /* seconds for a request to come, or between two of them */
-    HTTP_READ_PATIENCE = 300 /* seconds in which a client reads nothing of what is there */
+    HTTP_HEAD = 1 << 14,      /* bytes of a request's head */
+    HTTP_FIELDS = 64,         /* lines of a head, and of what may follow a body in chunks */
+    HTTP_BODY = 8 << 20,      /* bytes: 1 million token ids */
+    HTTP_CONNECTIONS = 512,   /* others wait to be accepted */
+    HTTP_AHEAD = 1 << 16,     /* bytes that are read at a time, and behind a request */
+    HTTP_UNREAD = 1 << 26,    /* bytes of output: who reads so little has gone */
+    HTTP_PATIENCE = 60,       /* seconds for a request to come, or between two of them */
+    HTTP_READ_PATIENCE = 300, /* seconds in which a client reads nothing of what is there */
+    HTTP_TURN_MS = 1000,      /* how long a turn waits at most, for patience comes to an end */
+    HTTP_DEAF_MS = 100,       /* how long nobody is accepted when no descriptor was free */
+    HTTP_LINGER = 2           /* seconds from the end of our output to that of its input */
 };
 
 struct http_request {
-    const char *method, *path; /* the latter without its query */
+    const char *method, *path; /* the latter without its query, decoded */
     const char *body;          /* (length) NULL: it has not come so far */
     size_t length;
     /* how it comes */
@@ -61,8 +65,8 @@ struct http_connection {
     enum http_state {
         HTTP_READING,   /* a request, or waits for one */
         HTTP_ANSWERING, /* it is whole, its response is not */
-        HTTP_CLOSING,   /* nothing more is answered, the rest of the output is sent */
-        HTTP_LINGERING, /* all is sent: reads to the client's end, so that the system keeps it */
+        HTTP_CLOSING,   /* nothing more is answered: the rest of the output is sent; behind that
+                         * it reads to the client's end, so that the system keeps what was sent */
         HTTP_GONE       /* to be taken away */
     } state;
     bool served;          /* it had a response */
@@ -90,6 +94,7 @@ struct http *http_open(const char *host, int port, const struct http_handler *ha
                        char error[ERROR_LENGTH]);
 bool http_listen(struct http *http);
 int http_port(const struct http *http);
+bool http_is_local(const struct http *http); /* only this machine reaches it */
 /* Waits for clients or http_wake, and serves them. False: it drains, and all is sent. */
 bool http_turn(struct http *http);
 void http_wake(struct http *http); /* from any thread, or a signal's handler */
@@ -191,6 +196,24 @@ const char *http_field(const struct http_request *r, const char *name) {
     return NULL;
 }
 
+/* Replaces each %XX in a path by its byte, in place. False: it is none, or a zero. */
+static bool http_decode(char *path) {
+    char *to = path;
+    for (const char *at = path; *at; at++, to++) {
+        *to = *at;
+        if (*at != '%')
+            continue;
+        if (!isxdigit((unsigned char)at[1]) || !isxdigit((unsigned char)at[2]))
+            return false;
+        *to = (char)strtol((const char[]){at[1], at[2], 0}, NULL, 16);
+        at += 2;
+        if (!*to)
+            return false;
+    }
+    *to = 0;
+    return true;
+}
+
 /* `METHOD /path?query HTTP/1.1`. 0, or the status that refuses it. */
 static int http_first_line(struct http_request *r, char *line) {
     size_t method = http_token(line);
@@ -208,9 +231,9 @@ static int http_first_line(struct http_request *r, char *line) {
     r->method = line;
     if (strncasecmp(target, "http://", 7) == 0) /* as a proxy is asked */
         target += 7 + strcspn(target + 7, "/?");
-    r->path = target;
     target[strcspn(target, "?")] = 0;
-    return *target == '/' || strcmp(target, "*") == 0 ? 0 : 400;
+    r->path = target;
+    return (*target == '/' || strcmp(target, "*") == 0) && http_decode(target) ? 0 : 400;
 }
 
 /* What the fields say of the request's own way. 0, or the status that refuses it. */
@@ -352,30 +375,26 @@ void http_next(struct http_connection *c) {
 /* ---- responses ---- */
 
 static const char *http_reason(int status) {
-    static const struct {
-        int status;
-        const char *reason;
-    } reasons[] = {{200, "OK"},
-                   {204, "No Content"},
-                   {400, "Bad Request"},
-                   {401, "Unauthorized"},
-                   {403, "Forbidden"},
-                   {404, "Not Found"},
-                   {405, "Method Not Allowed"},
-                   {411, "Length Required"},
-                   {413, "Content Too Large"},
-                   {417, "Expectation Failed"},
-                   {429, "Too Many Requests"},
-                   {431, "Request Header Fields Too Large"},
-                   {500, "Internal Server Error"},
-                   {501, "Not Implemented"},
-                   {503, "Service Unavailable"},
-                   {504, "Gateway Timeout"},
-                   {505, "HTTP Version Not Supported"}};
-    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
-        if (reasons[i].status == status)
-            return reasons[i].reason;
-    return "Unknown";
+    switch (status) {
+    case 200: return "OK";
+    case 204: return "No Content";
+    case 400: return "Bad Request";
+    case 401: return "Unauthorized";
+    case 403: return "Forbidden";
+    case 404: return "Not Found";
+    case 405: return "Method Not Allowed";
+    case 411: return "Length Required";
+    case 413: return "Content Too Large";
+    case 417: return "Expectation Failed";
+    case 429: return "Too Many Requests";
+    case 431: return "Request Header Fields Too Large";
+    case 500: return "Internal Server Error";
+    case 501: return "Not Implemented";
+    case 503: return "Service Unavailable";
+    case 504: return "Gateway Timeout";
+    case 505: return "HTTP Version Not Supported";
+    default: return "Unknown";
+    }
 }
 
 static void http_send(struct http_connection *c, const char *bytes, size_t n) {
@@ -519,7 +538,7 @@ static void http_receive(struct http_connection *c) {
     }
     if (c->n_input == 0 && !c->headed && c->n_output == 0)
         c->since = http_now();
-    c->n_input = c->state == HTTP_LINGERING ? 0 : c->n_input + (size_t)n;
+    c->n_input = c->state == HTTP_CLOSING ? 0 : c->n_input + (size_t)n;
 }
 
 static void http_flush(struct http_connection *c) {
@@ -537,10 +556,8 @@ static void http_flush(struct http_connection *c) {
         c->since = http_now();
     }
     c->sent = c->n_output = 0;
-    if (c->state == HTTP_CLOSING) {
+    if (c->state == HTTP_CLOSING)
         (void)shutdown(c->socket, SHUT_WR);
-        c->state = HTTP_LINGERING;
-    }
 }
 
 static void http_accept(struct http *http) {
@@ -549,7 +566,8 @@ static void http_accept(struct http *http) {
         int socket = accept4(http->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         struct http_connection *c = socket >= 0 ? calloc(1, sizeof *c) : NULL;
         if (!c) {
-            http->deaf_until = errno == EAGAIN ? 0 : now + 0.1; /* out of descriptors, or worse */
+            http->deaf_until =
+                errno == EAGAIN ? 0 : now + 1e-3 * HTTP_DEAF_MS; /* out of descriptors, or worse */
             if (socket >= 0)
                 (void)close(socket);
             return;
@@ -563,13 +581,15 @@ static void http_accept(struct http *http) {
     }
 }
 
-/* When a connection has had its time. */
+/* When a connection has had its time, to a second. */
 static double http_patience(const struct http_connection *c) {
-    if (c->state == HTTP_LINGERING)
-        return c->since + 2;
     if (c->n_output > 0)
         return c->since + HTTP_READ_PATIENCE;
-    return c->state == HTTP_READING ? c->since + HTTP_PATIENCE : INFINITY;
+    switch (c->state) {
+    case HTTP_READING: return c->since + HTTP_PATIENCE;
+    case HTTP_CLOSING: return c->since + HTTP_LINGER;
+    default: return INFINITY;
+    }
 }
 
 /* Takes away those that have gone or had their time, and when all places are taken the one that has
@@ -601,15 +621,6 @@ static void http_sweep(struct http *http) {
     }
 }
 
-static int http_wait_ms(const struct http *http) {
-    double until = INFINITY, now = http_now();
-    for (int i = 0; i < http->n; i++)
-        until = fmin(until, http_patience(http->connections[i]));
-    if (http->deaf_until > now)
-        until = fmin(until, http->deaf_until);
-    return until == INFINITY ? -1 : until > now ? (int)(1e3 * (until - now)) + 1 : 0;
-}
-
 bool http_turn(struct http *http) {
     struct pollfd ready[HTTP_CONNECTIONS + 2] = {{.fd = http->wake[0], .events = POLLIN}};
     char bytes[512];
@@ -618,14 +629,14 @@ bool http_turn(struct http *http) {
     ready[1] = (struct pollfd){.fd = accepts ? http->listener : -1, .events = POLLIN};
     for (int i = 0; i < n; i++) {
         const struct http_connection *c = http->connections[i];
-        bool reads = c->state == HTTP_LINGERING ||
+        bool reads = (c->state == HTTP_CLOSING && c->n_output == 0) ||
                      (c->state == HTTP_READING && c->n_output < HTTP_AHEAD) ||
                      (c->state == HTTP_ANSWERING && c->n_input - c->at < HTTP_AHEAD);
         ready[i + 2].fd = c->socket;
         ready[i + 2].events = (short)((reads ? POLLIN : 0) | (c->n_output > 0 ? POLLOUT : 0) |
                                       (c->state == HTTP_ANSWERING ? POLLRDHUP : 0));
     }
-    (void)poll(ready, (nfds_t)n + 2, http_wait_ms(http));
+    (void)poll(ready, (nfds_t)n + 2, http->deaf_until > http_now() ? HTTP_DEAF_MS : HTTP_TURN_MS);
     while (read(http->wake[0], bytes, sizeof bytes) == sizeof bytes) {
     }
     for (int i = 0; i < n; i++) {
@@ -692,13 +703,26 @@ bool http_listen(struct http *http) {
     return http->listens = listen(http->listener, SOMAXCONN) == 0;
 }
 
+/* Where it listens, in digits; "": nowhere. */
+static void http_address(const struct http *http, char host[64], char port[16]) {
+    struct sockaddr_storage at;
+    socklen_t size = sizeof at;
+    *host = *port = 0;
+    if (getsockname(http->listener, (struct sockaddr *)&at, &size) == 0)
+        (void)getnameinfo((struct sockaddr *)&at, size, host, 64, port, 16,
+                          NI_NUMERICHOST | NI_NUMERICSERV);
+}
+
 int http_port(const struct http *http) {
-    struct sockaddr_storage address;
-    socklen_t size = sizeof address;
-    if (getsockname(http->listener, (struct sockaddr *)&address, &size) != 0)
-        return 0;
-    return ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&address)->sin6_port
-                                               : ((struct sockaddr_in *)&address)->sin_port);
+    char host[64], port[16];
+    http_address(http, host, port);
+    return atoi(port);
+}
+
+bool http_is_local(const struct http *http) {
+    char host[64], port[16];
+    http_address(http, host, port);
+    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0;
 }
 
 void http_wake(struct http *http) {

@@ -338,7 +338,8 @@ static void *read_main(void *argument) {
     struct reader *reader = argument;
     struct engine *engine = reader->run->answers.engine;
     struct request_spec spec;
-    while (reader->last > 0) {
+    bool wanted = true;
+    while (wanted) {
         pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL); /* where it waits for a line */
         reader->last =
             requests_next(&reader->requests, &reader->run->options.request, &spec, reader->error);
@@ -348,6 +349,10 @@ static void *read_main(void *argument) {
         if (reader->last > 0)
             requests_add(&reader->requests, &spec);
         engine_wake(engine);
+        while (reader->requests.endless && reader->requests.n_taken >= 0 &&
+               reader->requests.n + reader->requests.n_taken >= CLI_REQUESTS)
+            engine_wait(engine, INFINITY); /* until some have been answered */
+        wanted = reader->last > 0 && reader->requests.n_taken >= 0;
         engine_unlock(engine);
     }
     return NULL;
@@ -363,6 +368,7 @@ static int run_file(struct run *run, char *error) {
     if (!requests_open(&reader.requests, run->options.file, error))
         return -1;
     bool regular = fstat(fileno(reader.requests.file), &status) == 0 && S_ISREG(status.st_mode);
+    reader.requests.endless = !regular;
     if (regular)
         read_main(&reader);
     if (!regular && pthread_create(&thread, NULL, read_main, &reader) != 0)
@@ -587,6 +593,7 @@ static int run_engine(struct run *run) {
     struct answers *answers = &run->answers;
     answers->json = o->json;
     answers->verbose = o->verbose;
+    answers->stats = o->stats;
     answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
     if (o->logits)
         return evaluate_logits(answers, &o->request, o->logits);

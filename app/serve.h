@@ -4,11 +4,12 @@
  *     int status = serve_run(server, &answers);            // until SIGTERM
  *     serve_close(server);
  *
- * A POST that asks for text becomes a *task*: prompts × n answers (answers.h), each with a request
- * of its own. One thread does all: it turns http.h's loop, encodes prompts (so others wait while it
- * encodes one of megabytes), takes what is new of each answer, a token at a time, and sends it, or
- * waits for the whole. Another waits for the engine's news, and wakes the first. A client that goes
- * away cancels its task, which is kept until its requests have left their steps.
+ * A POST becomes a *task*: prompts × n answers (answers.h), each with a request of its own. It goes
+ * through three threads: that of http.h's loop takes the body; a reader makes of it, one after
+ * another, prompts and their ids, so that a long text holds up no stream; the loop submits them,
+ * takes what is new of each answer, a token at a time, and sends it, or waits for the whole. The
+ * third waits for the engine's news, and wakes the loop. A client that goes away cancels its task,
+ * which is kept until its requests have left their steps.
  *
  * One table says what each field of a request means. A field that is not known here is ignored;
  * one that is known, not served, and would change the answer, is refused.
@@ -43,6 +44,8 @@ void serve_close(struct server *server); /* NULL: nothing is done */
 #include "../lib/json.h"
 #include "http.h"
 #include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -65,20 +68,31 @@ struct choice { /* one answer of a task */
 
 struct task {
     struct task *next;
-    struct http_connection *connection; /* NULL: its client has gone */
-    char *body;                         /* that texts of requests point into */
+    struct http_connection *_Atomic connection; /* NULL: its client has gone */
+    char *body;                                 /* (length) that texts of requests point into */
+    size_t length;
     char id[40];
     int64_t created;
-    bool chat, begun; /* begun: a stream whose head is sent */
+    bool chat, tokenizes; /* tokenizes: wants the ids of its prompt */
+    atomic_bool read;     /* all up to `choices` is there, or why it is refused: */
+    int status;           /* 0: it is not */
+    const char *param;    /* the field that is wrong; NULL: none */
+    char error[ERROR_LENGTH];
+    bool submitted, wrong; /* wrong: one of its requests was refused at once */
+    bool begun;            /* a stream whose head is sent */
     bool stream, usage, continuous_usage, ignore_eos, token_ids;
     bool logprobs; /* of each token its own, and those of the n_top likeliest */
-    int n, min_tokens, n_top;
+    int n, n_top;
+    struct request_spec spec;     /* what its fields say */
     struct request_spec *prompts; /* (n_prompts) */
     int n_prompts, n_choices;
     struct choice *choices; /* (n_choices) n of the first prompt, n of the second, … */
 };
 
 enum histogram_name { TTFT, ITL, E2E, QUEUED, PREFILL, DECODE, N_HISTOGRAMS };
+static const char *const serve_histograms[] = {
+    "time_to_first_token_seconds", "inter_token_latency_seconds",  "e2e_request_latency_seconds",
+    "request_queue_time_seconds",  "request_prefill_time_seconds", "request_decode_time_seconds"};
 static const double serve_bounds[] = {.001, .0025, .005, .01, .025, .05, .1,  .25, .5,
                                       1,    2.5,   5,    10,  25,   50,  100, 250};
 enum { N_BOUNDS = sizeof serve_bounds / sizeof *serve_bounds };
@@ -90,34 +104,34 @@ struct histogram {
 struct server {
     struct serve_options options;
     char name[256]; /* of the model */
-    char **keys;    /* (n_keys) none: nobody needs one */
-    int n_keys;
-    char *key_text; /* the file of them */
+    char *keys;     /* one a line; NULL: nobody needs one */
     struct http *http;
     struct answers *answers;
-    struct task *tasks;
+    struct task *tasks; /* the first is the oldest */
+    int unread[2];      /* a pipe of pointers to tasks, for the reader */
     int64_t started, n_tasks;
     bool ended; /* under the engine's lock */
-    bool gpus;
     struct histogram histograms[N_HISTOGRAMS];
     int64_t prompt_tokens, generated_tokens, finished[FINISH_ERROR + 1];
 };
 
 /* ---- errors ---- */
 
+static void write_string(FILE *out, const char *before, const char *text) {
+    (void)fputs(before, out);
+    json_string(out, text, strlen(text));
+}
+
 static void write_error(FILE *out, int status, const char *param, const char *message) {
     const char *type = status == 401   ? "authentication_error"
                        : status == 429 ? "rate_limit_error"
                        : status >= 500 ? "server_error"
                                        : "invalid_request_error";
-    (void)fputs("{\"error\":{\"message\":", out);
-    json_string(out, message, strlen(message));
-    (void)fprintf(out, ",\"type\":\"%s\",\"param\":", type);
+    write_string(out, "{\"error\":{\"message\":", message);
+    write_string(out, ",\"type\":", type);
     if (param)
-        json_string(out, param, strlen(param));
-    else
-        (void)fputs("null", out);
-    (void)fputs(",\"code\":null}}", out);
+        write_string(out, ",\"param\":", param);
+    (void)fprintf(out, "%s,\"code\":null}}", param ? "" : ",\"param\":null");
 }
 
 /* Answers with an error; false, for the caller to return. */
@@ -135,8 +149,6 @@ enum field_kind {
     FIELD_FLAG,     /* true or false */
     FIELD_COUNT,    /* a whole number */
     FIELD_LOGPROBS, /* of a chat true or false, of a completion how many */
-    FIELD_OBJECT,   /* what is in it counts as if it stood outside */
-    FIELD_NEUTRAL   /* not served: null, nothing, or one of `word` */
 };
 
 #define AT(member) .offset = offsetof(struct task, member)
@@ -149,20 +161,19 @@ static const struct field {
 } fields[] = {
     {"temperature", FIELD_REQUEST, .word = "temperature"},
     {"top_p", FIELD_REQUEST, .word = "top_p"},
-    {"top_k", FIELD_REQUEST, .word = "top_k"},
+    {"top_k", FIELD_REQUEST, .word = "top_k", AT(spec.sampling.top_k)}, /* others' -1 is our 0 */
     {"min_p", FIELD_REQUEST, .word = "min_p"},
     {"seed", FIELD_REQUEST, .word = "seed"},
     {"stop", FIELD_REQUEST, .word = "stop"},
     {"max_tokens", FIELD_REQUEST, .word = "n"},
     {"max_completion_tokens", FIELD_REQUEST, .word = "n"},
     {"stream", FIELD_FLAG, AT(stream)},
-    {"stream_options", .kind = FIELD_OBJECT},
     {"include_usage", FIELD_FLAG, AT(usage)},
     {"continuous_usage_stats", FIELD_FLAG, AT(continuous_usage)},
     {"ignore_eos", FIELD_FLAG, AT(ignore_eos)},
     {"return_token_ids", FIELD_FLAG, AT(token_ids)},
     {"n", FIELD_COUNT, AT(n), .low = 1, .high = SERVE_CHOICES},
-    {"min_tokens", FIELD_COUNT, AT(min_tokens), .high = INT_MAX},
+    {"min_tokens", FIELD_COUNT, AT(spec.min_new), .high = INT_MAX},
     {"logprobs", FIELD_LOGPROBS, AT(n_top), .high = SAMPLER_TOP},
     {"top_logprobs", FIELD_COUNT, AT(n_top), .high = SAMPLER_TOP},
 };
@@ -207,161 +218,157 @@ static bool is_neutral(const struct json_node *nodes, int at, const char *words)
     return false;
 }
 
-static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
-                        int object, const char **param, char *error);
-
-/* What is wrong, told of the name that the client gave in place of a request file's key. False. */
-static bool tell_of(const char *name, char *error) {
-    char rest[ERROR_LENGTH];
-    (void)snprintf(rest, sizeof rest, "%s", strchr(error, ':') ? strchr(error, ':') : "");
-    return fail(error, "%.64s%.400s", name, rest);
-}
-
-static bool tell_of_prompt(char *error) { /* which may have been ids */
-    return strncmp(error, "ids:", 4) == 0 && tell_of("prompt", error);
-}
-
-/* Sets what a field says, whose value is not null. */
-static bool take_field(struct task *t, struct request_spec *spec, const struct field *field,
-                       struct json_node *nodes, int key, const char **param, char *error) {
-    struct json_node *value = &nodes[key + 1];
+/* Sets what a field says; nodes[at], its value, is not null. */
+static bool take_field(struct task *t, const struct field *field, const struct json_node *nodes,
+                       int at) {
+    const struct json_node *value = &nodes[at];
     void *target = (char *)t + field->offset;
-    bool is_flag = value->type == 't' || value->type == 'f';
-    if (field->kind == FIELD_OBJECT && value->type == '{')
-        return take_fields(t, spec, nodes, key + 1, param, error);
-    if (field->kind == FIELD_OBJECT)
-        return fail(error, "%s: expected an object", field->name);
-    if (field->kind == FIELD_REQUEST) {
-        if (strcmp(field->name, "top_k") == 0 && value->length == 2 &&
-            memcmp(value->text, "-1", 2) == 0)
-            value->text[1] = '0'; /* -1: others' word for all; as -0 it is ours */
-        nodes[key] =
-            (struct json_node){'"', key + 1, (char *)(uintptr_t)field->word, strlen(field->word)};
-        spec->seeded = spec->seeded || strcmp(field->word, "seed") == 0;
-        return requests_set(spec, nodes, key, error) || tell_of(field->name, error);
+    if (field->kind == FIELD_REQUEST && field->offset > 0 && value->length == 2 &&
+        memcmp(value->text, "-1", 2) == 0) {
+        *(int *)target = 0;
+        return true;
     }
+    if (field->kind == FIELD_REQUEST)
+        return requests_set(&t->spec, field->word, nodes, at, field->name, t->error);
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
         *(field->kind == FIELD_FLAG ? (bool *)target : &t->logprobs) = value->type == 't';
-        return is_flag || fail(error, "%s: expected true or false", field->name);
+        return value->type == 't' || value->type == 'f' ||
+               fail(t->error, "%s: expected true or false", field->name);
     }
     double number = value->type == '0' ? strtod(value->text, NULL) : -1;
     if (number < field->low || number > field->high || number != (double)(int)number)
-        return fail(error, "%s: expected a whole number from %d to %d", field->name, field->low,
+        return fail(t->error, "%s: expected a whole number from %d to %d", field->name, field->low,
                     field->high);
     *(int *)target = (int)number;
     t->logprobs = t->logprobs || field->kind == FIELD_LOGPROBS;
     return true;
 }
 
-/* *param: the field that is wrong. */
-static bool take_fields(struct task *t, struct request_spec *spec, struct json_node *nodes,
-                        int object, const char **param, char *error) {
-    for (int key = object + 1; key < nodes[object].next; key = nodes[key + 1].next) {
-        const char *name = nodes[key].text;
-        if (nodes[key + 1].type == 'n')
-            continue;
-        for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
-            if (strcmp(fields[i].name, name) == 0) {
-                *param = fields[i].name;
-                if (!take_field(t, spec, &fields[i], nodes, key, param, error))
-                    return false;
-                break;
-            }
-        for (size_t i = 0; i < sizeof neutral / sizeof *neutral; i += 2)
-            if (strcmp(neutral[i], name) == 0 && !is_neutral(nodes, key + 1, neutral[i + 1])) {
-                *param = neutral[i];
-                return fail(error, "%s: this server has none of it; leave it out%s%s", name,
-                            *neutral[i + 1] ? ", or give " : "", neutral[i + 1]);
-            }
+/* What an object of the body says. False: t->param is the field that is wrong. */
+static bool take_fields(struct task *t, const struct json_node *nodes, int object) {
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        int at = json_find(nodes, object, t->param = fields[i].name);
+        if (at >= 0 && !take_field(t, &fields[i], nodes, at))
+            return false;
+    }
+    for (size_t i = 0; i < sizeof neutral / sizeof *neutral; i += 2) {
+        int at = json_find(nodes, object, t->param = neutral[i]);
+        if (at >= 0 && !is_neutral(nodes, at, neutral[i + 1]))
+            return fail(t->error, "%s: this server has none of it; leave it out%s%s", neutral[i],
+                        *neutral[i + 1] ? ", or give " : "", neutral[i + 1]);
     }
     return true;
 }
 
-/* The value of a key of the whole; NULL: there is none, or it is null. */
-static struct json_node *find_value(struct json_node *nodes, const char *name) {
-    struct json_node *found = NULL;
-    for (int key = 1; key < nodes[0].next; key = nodes[key + 1].next)
-        if (strcmp(nodes[key].text, name) == 0)
-            found = nodes[key + 1].type == 'n' ? NULL : &nodes[key + 1];
-    return found;
+/* ---- tasks: from a body to requests, by the reader ---- */
+
+static bool add_prompt(struct task *t, const char *key, const struct json_node *nodes, int at) {
+    t->prompts = grow(t->prompts, (size_t)t->n_prompts, sizeof *t->prompts);
+    struct request_spec *spec = &t->prompts[t->n_prompts++];
+    *spec = t->spec;
+    spec->plain = !t->chat;
+    spec->system = t->chat ? spec->system : NULL;
+    return requests_set(spec, key, nodes, at, t->param, t->error);
 }
 
-/* Content in parts becomes one text, in their place: it has fewer bytes. */
-static bool join_parts(struct json_node *nodes, int list, char *error) {
-    char *to = NULL, *begin = NULL;
-    for (int part = list + 1; part < nodes[list].next; part = nodes[part].next) {
-        const struct json_node *text = NULL, *type = NULL;
-        for (int key = part + 1; nodes[part].type == '{' && key < nodes[part].next;
-             key = nodes[key + 1].next) {
-            text = strcmp(nodes[key].text, "text") == 0 ? &nodes[key + 1] : text;
-            type = strcmp(nodes[key].text, "type") == 0 ? &nodes[key + 1] : type;
-        }
-        if (!text || text->type != '"' || (type && strcmp(type->text, "text") != 0))
-            return fail(error, "messages: got a part of content that is not text");
-        if (!begin)
-            begin = to = nodes[list].text;
-        else
-            *to++ = '\n';
-        memmove(to, text->text, text->length);
-        to += text->length;
-    }
-    if (!begin)
-        return fail(error, "messages: got content without parts");
-    *to = 0;
-    nodes[list] = (struct json_node){'"', nodes[list].next, begin, (size_t)(to - begin)};
-    return true;
+/* Messages; or a text, or ids, or a list of either. */
+static bool take_prompts(struct task *t, const struct json_node *nodes) {
+    int at = json_find(nodes, 0, t->param = t->chat ? "messages" : "prompt"), next = at + 1;
+    if (at < 0)
+        return fail(t->error, "%s: it is missing", t->param);
+    if (t->chat)
+        return add_prompt(t, "messages", nodes, at);
+    bool list = nodes[at].type == '[' && next < nodes[at].next && nodes[next].type != '0';
+    for (int i = list ? next : at; i < nodes[at].next; i = nodes[i].next)
+        if (!add_prompt(t, nodes[i].type == '"' ? "prompt" : "ids", nodes, i))
+            return false;
+    int most = t->tokenizes ? 1 : SERVE_CHOICES / t->n;
+    return t->n_prompts <= most ||
+           fail(t->error, "prompt: got %d, expected at most %d", t->n_prompts, most);
 }
 
-/* Messages as files of requests have them: developer is another word for system. */
-static bool take_messages(struct request_spec *spec, struct json_node *nodes, char *error) {
-    struct json_node *list = find_value(nodes, "messages");
-    if (!list || list->type != '[')
-        return fail(error, "messages: expected a list of messages");
-    for (int i = (int)(list - nodes) + 1; i < list->next; i = nodes[i].next)
-        for (int key = i + 1; nodes[i].type == '{' && key < nodes[i].next;
-             key = nodes[key + 1].next) {
-            struct json_node *value = &nodes[key + 1];
-            if (strcmp(nodes[key].text, "role") == 0 && strcmp(value->text, "developer") == 0)
-                strcpy(value->text, "system");
-            if (strcmp(nodes[key].text, "content") == 0 && value->type == '[' &&
-                !join_parts(nodes, key + 1, error))
-                return false;
-            if (strcmp(nodes[key].text, "tool_calls") == 0 && !is_neutral(nodes, key + 1, ""))
-                return fail(error, "messages: got tool_calls, which this server has none of");
-        }
-    return requests_set(spec, nodes, (int)(list - nodes) - 1, error);
+static bool take_body(const struct server *s, struct task *t, const struct json_node *nodes) {
+    if (nodes[0].type != '{')
+        return fail(t->error, "expected an object");
+    if (t->tokenizes)
+        t->chat = json_find(nodes, 0, "prompt") < 0;
+    if (!t->chat && t->spec.n < 0)
+        t->spec.n = SERVE_COMPLETION_TOKENS;
+    int at = json_find(nodes, 0, t->param = "model");
+    if (at >= 0 && (nodes[at].type != '"' || strcmp(nodes[at].text, s->name) != 0))
+        return fail(t->error, "model: got %.*s, this server has %.200s",
+                    nodes[at].length < 100 ? (int)nodes[at].length : 100, nodes[at].text, s->name);
+    at = json_find(nodes, 0, t->param = "stream_options");
+    if (at >= 0 && nodes[at].type != '{')
+        return fail(t->error, "stream_options: expected an object");
+    if (!take_fields(t, nodes, 0) || (at >= 0 && !take_fields(t, nodes, at)))
+        return false;
+    t->param = "logprobs";
+    if (t->n_top > 0 && !t->logprobs)
+        return fail(t->error, "top_logprobs: expected logprobs true with it");
+    t->spec.seeded = json_find(nodes, 0, "seed") >= 0;
+    t->spec.min_new = t->ignore_eos ? INT_MAX : t->spec.min_new;
+    return take_prompts(t, nodes);
 }
 
-/* A text, or ids, or a list of either. */
-static bool take_prompts(struct task *t, const struct request_spec *spec, struct json_node *nodes,
-                         char *error) {
-    const struct json_node *value = find_value(nodes, "prompt");
-    if (!value)
-        return fail(error, "prompt: expected a text, token ids, or a list of either");
-    int at = (int)(value - nodes);
-    bool list = value->type == '[' && at + 1 < value->next && nodes[at + 1].type != '0';
-    for (int i = list ? at + 1 : at; i < value->next; i = nodes[i].next) {
-        char key[] = "ids";
-        struct json_node pair[] = {{'"', 1, key, 3}, nodes[i]};
-        t->prompts = grow(t->prompts, (size_t)t->n_prompts, sizeof *t->prompts);
-        struct request_spec *one = &t->prompts[t->n_prompts++];
-        *one = *spec;
-        one->plain = true;
-        one->system = NULL; /* which is told to chats */
-        pair[1].next = 2;
-        if (nodes[i].type == '"') {
-            one->prompt = nodes[i].text;
-            one->prompt_length = nodes[i].length;
-        } else if (nodes[i].type != '[') {
-            return fail(error, "prompt: expected a text, token ids, or a list of either");
-        } else if (!requests_set(one, pair, 0, error)) {
-            return tell_of_prompt(error);
+/* Makes requests of its prompts. False: one of them is wrong. */
+static bool prepare_task(struct answers *a, struct task *t, int longest) {
+    t->choices = calloc((size_t)(t->n_prompts * t->n), sizeof *t->choices);
+    if (!t->choices)
+        abort();
+    for (int i = 0; i < t->n_prompts * t->n; i++) {
+        struct request_spec *spec = &t->prompts[i / t->n], again = *spec;
+        struct request *r = &t->choices[t->n_choices++].answer.request;
+        const struct request *first = &t->choices[i - i % t->n].answer.request;
+        answers_begin(a, spec, &t->choices[i].answer);
+        if (spec->seeded)
+            r->sampling.seed = answers_seed(spec->sampling.seed, i % t->n);
+        if (i % t->n > 0) { /* encoded once */
+            again.prompt = NULL;
+            again.ids = first->tokens;
+            again.n_ids = first->n_prompt;
         }
+        if (!answers_prepare(a, &again, NULL, NULL, 0, longest, r))
+            return fail(t->error, "%s", r->error);
+        if (t->logprobs && !(r->top = calloc((size_t)r->max_new, sizeof *r->top)))
+            return fail(t->error, "out of memory");
     }
     return true;
 }
 
-/* ---- tasks ---- */
+/* The longest text that there is room for; 0: all workers have failed. */
+static int longest_text(struct server *s) {
+    engine_lock(s->answers->engine);
+    int longest = sched_max_length(engine_sched(s->answers->engine));
+    engine_unlock(s->answers->engine);
+    return longest;
+}
+
+/* The status that refuses it; 0: none does. */
+static int read_task(struct server *s, struct task *t) {
+    int longest = longest_text(s);
+    if (longest == 0) {
+        (void)fail(t->error, "all workers have failed");
+        return 503;
+    }
+    struct json_node *nodes = json_parse(t->body, t->length, t->error);
+    bool good = nodes && take_body(s, t, nodes) && prepare_task(s->answers, t, longest);
+    free(nodes);
+    return good ? 0 : t->param && strcmp(t->param, "model") == 0 ? 404 : 400;
+}
+
+static void *read_tasks(void *context) {
+    struct server *s = context;
+    struct task *t;
+    while (read(s->unread[0], &t, sizeof t) == sizeof t) {
+        t->status = t->connection ? read_task(s, t) : 0;
+        t->read = true;
+        http_wake(s->http);
+    }
+    return NULL;
+}
+
+/* ---- tasks: taken, submitted, cancelled, by the loop ---- */
 
 static void free_task(struct task *t) {
     for (int i = 0; i < t->n_choices; i++) {
@@ -378,152 +385,6 @@ static void free_task(struct task *t) {
     free(t);
 }
 
-/* What the body asks for. False: it is wrong, or its prompts are. */
-static bool read_task(struct server *s, struct task *t, struct json_node *nodes, const char **param,
-                      char *error) {
-    struct request_spec spec = *s->options.defaults;
-    const struct json_node *model = find_value(nodes, "model");
-    if (!t->chat && spec.n < 0)
-        spec.n = SERVE_COMPLETION_TOKENS;
-    *param = "model";
-    if (model && (model->type != '"' || strcmp(model->text, s->name) != 0))
-        return fail(error, "model: got %.*s, this server has %.200s",
-                    model->length < 100 ? (int)model->length : 100, model->text, s->name);
-    if (!take_fields(t, &spec, nodes, 0, param, error))
-        return false;
-    *param = "logprobs";
-    if (t->logprobs && s->gpus)
-        return fail(error, "logprobs: so far only of a server that computes on the CPU");
-    if (t->n_top > 0 && !t->logprobs)
-        return fail(error, "top_logprobs: expected logprobs true with it");
-    spec.min_new = t->ignore_eos ? INT_MAX : t->min_tokens;
-    *param = t->chat ? "messages" : "prompt";
-    if (t->chat) {
-        t->prompts = grow(NULL, 0, sizeof *t->prompts);
-        t->prompts[t->n_prompts++] = spec;
-        if (!take_messages(&t->prompts[0], nodes, error))
-            return false;
-    } else if (!take_prompts(t, &spec, nodes, error)) {
-        return false;
-    }
-    if (t->n_prompts > SERVE_CHOICES / t->n)
-        return fail(error, "%s: got %d prompts, expected at most %d answers", *param, t->n_prompts,
-                    SERVE_CHOICES);
-    return true;
-}
-
-/* Turns what it asks for into requests. False: one of them is wrong. */
-static bool prepare_task(struct server *s, struct task *t, double deadline, char *error) {
-    struct answers *a = s->answers;
-    int longest = sched_max_length(engine_sched(a->engine));
-    t->choices = calloc((size_t)(t->n_prompts * t->n), sizeof *t->choices);
-    if (!t->choices)
-        abort();
-    for (int i = 0; i < t->n_prompts * t->n; i++) {
-        struct request_spec *spec = &t->prompts[i / t->n];
-        struct answer *answer = &t->choices[t->n_choices++].answer;
-        if (deadline > 0)
-            spec->deadline = (float)deadline;
-        answers_begin(a, spec, answer);
-        if (spec->seeded)
-            answer->request.sampling.seed = answers_seed(spec->sampling.seed, i % t->n);
-        struct request_spec again = *spec; /* encoded once */
-        const struct request *first = &t->choices[i - i % t->n].answer.request;
-        if (i % t->n > 0) {
-            again.prompt = NULL;
-            again.ids = first->tokens;
-            again.n_ids = first->n_prompt;
-        }
-        if (!answers_prepare(a, &again, NULL, NULL, 0, longest, &answer->request))
-            return fail(error, "%s", answer->request.error) || tell_of_prompt(error);
-        if (t->logprobs)
-            answer->request.top =
-                calloc((size_t)answer->request.max_new, sizeof *answer->request.top);
-        if (t->logprobs && !answer->request.top)
-            return fail(error, "out of memory");
-    }
-    return true;
-}
-
-/* Cancels what has not ended; its client has gone, or was told. */
-static void cancel_task(struct server *s, struct task *t) {
-    struct engine *engine = s->answers->engine;
-    t->connection = NULL;
-    engine_lock(engine);
-    for (int i = 0; i < t->n_choices; i++)
-        sched_cancel(engine_sched(engine), &t->choices[i].answer.request, false, engine_now());
-    engine_wake(engine);
-    engine_unlock(engine);
-}
-
-static void serve_gone(void *context, struct http_connection *c) {
-    cancel_task(context, c->user);
-}
-
-/* Hands its requests to the engine; where one is refused at once, so is the task. */
-static void submit_task(struct server *s, struct task *t) {
-    struct engine *engine = s->answers->engine;
-    struct http_connection *c = t->connection;
-    const struct request *wrong = NULL;
-    char error[ERROR_LENGTH], retry[64] = "";
-    bool full = false;
-    engine_lock(engine);
-    for (int i = 0; i < t->n_choices; i++) {
-        struct request *r = &t->choices[i].answer.request;
-        answers_submit(s->answers, &t->choices[i].answer);
-        wrong = !wrong && r->reason == FINISH_ERROR ? r : wrong;
-        s->prompt_tokens += i % t->n == 0 && r->reason != FINISH_ERROR ? r->n_prompt : 0;
-    }
-    engine_wake(engine);
-    if (wrong) {
-        full = wrong->refused;
-        memcpy(error, wrong->error, sizeof error);
-    }
-    engine_unlock(engine);
-    t->next = s->tasks;
-    s->tasks = t;
-    c->user = t;
-    http_later(c);
-    if (!wrong)
-        return;
-    cancel_task(s, t);
-    const struct histogram *queued = &s->histograms[QUEUED];
-    double wait = ceil(answers_ratio(queued->sum, (double)queued->n));
-    if (full)
-        (void)snprintf(retry, sizeof retry, "Retry-After: %d\r\n",
-                       (int)fmin(fmax(wait, 1), 60)); /* as long as others have waited */
-    refuse_task(c, full ? 429 : 400, NULL, error, retry);
-}
-
-/* False: it was answered that nobody does any more. */
-static bool computes(struct server *s, struct http_connection *c) {
-    engine_lock(s->answers->engine);
-    bool failed = sched_max_length(engine_sched(s->answers->engine)) == 0;
-    engine_unlock(s->answers->engine);
-    return !failed || refuse_task(c, 503, NULL, "all workers have failed", "");
-}
-
-/* A body as JSON, in memory of its own, which *text is. NULL: it was refused. */
-static struct json_node *read_body(struct http_connection *c, char **text) {
-    char error[ERROR_LENGTH];
-    size_t n = c->request.length;
-    *text = malloc(n + 1);
-    if (!*text)
-        abort();
-    memcpy(*text, c->request.body, n);
-    (*text)[n] = 0;
-    struct json_node *nodes = json_parse(*text, n, error);
-    if (nodes && nodes[0].type == '{')
-        return nodes;
-    if (nodes)
-        (void)fail(error, "expected an object");
-    free(nodes);
-    free(*text);
-    *text = NULL;
-    refuse_task(c, 400, NULL, error, "");
-    return NULL;
-}
-
 /* A header's seconds; 0: none; < 0: it has something else. */
 static double read_deadline(const struct http_request *r) {
     const char *value = http_field(r, "x-request-timeout");
@@ -533,45 +394,79 @@ static double read_deadline(const struct http_request *r) {
 }
 
 static void post_task(struct server *s, struct http_connection *c) {
-    bool chat = strstr(c->request.path, "chat") != NULL; /* of its two routes */
-    char error[ERROR_LENGTH] = "", *body;
-    const char *param = NULL;
     double deadline = read_deadline(&c->request);
     if (deadline < 0) {
         refuse_task(c, 400, NULL, "x-request-timeout: expected a number of seconds", "");
         return;
     }
-    struct json_node *nodes = computes(s, c) ? read_body(c, &body) : NULL;
-    if (!nodes)
-        return;
-    struct task *t = calloc(1, sizeof *t);
-    if (!t)
+    struct task *t = calloc(1, sizeof *t), **last = &s->tasks;
+    char *body = malloc(c->request.length + 1);
+    if (!t || !body)
         abort();
-    *t = (struct task){.connection = c, .body = body, .chat = chat, .n = 1};
+    t->body = memcpy(body, c->request.body, c->request.length);
+    t->length = c->request.length;
+    body[t->length] = 0;
+    t->spec = *s->options.defaults;
+    t->spec.deadline = deadline > 0 ? (float)deadline : t->spec.deadline;
+    t->n = 1;
+    t->chat = strstr(c->request.path, "chat") != NULL; /* of its routes */
+    t->tokenizes = strcmp(c->request.path, "/tokenize") == 0;
     t->created = (int64_t)time(NULL);
-    (void)snprintf(t->id, sizeof t->id, "%s-%016" PRIx64, chat ? "chatcmpl" : "cmpl",
+    (void)snprintf(t->id, sizeof t->id, "%s-%016" PRIx64, t->chat ? "chatcmpl" : "cmpl",
                    answers_random((uint64_t)s->started, (uint64_t)s->n_tasks++));
-    bool ok = read_task(s, t, nodes, &param, error);
-    free(nodes);
-    if (ok && prepare_task(s, t, deadline, error)) {
-        submit_task(s, t);
-        return;
+    while (*last)
+        last = &(*last)->next;
+    *last = t;
+    t->connection = c;
+    c->user = t;
+    http_later(c);
+    if (write(s->unread[1], &t, sizeof t) != sizeof t) { /* thousands wait, and have gone */
+        (void)fail(t->error, "too many requests have not been read");
+        t->status = 503;
+        t->read = true;
     }
-    refuse_task(c, param && strcmp(param, "model") == 0 ? 404 : 400, param, error, "");
-    free_task(t);
+}
+
+static void cancel_task(struct server *s, struct task *t) {
+    struct engine *engine = s->answers->engine;
+    engine_lock(engine);
+    for (int i = 0; i < t->n_choices; i++)
+        sched_cancel(engine_sched(engine), &t->choices[i].answer.request, false, engine_now());
+    engine_wake(engine);
+    engine_unlock(engine);
+}
+
+/* Hands its requests to the engine; where one is refused at once, all end: see end_task. */
+static void submit_task(struct server *s, struct task *t) {
+    struct engine *engine = s->answers->engine;
+    engine_lock(engine);
+    for (int i = 0; i < t->n_choices; i++) {
+        const struct request *r = &t->choices[i].answer.request;
+        answers_submit(s->answers, &t->choices[i].answer);
+        t->wrong = t->wrong || r->reason == FINISH_ERROR;
+        s->prompt_tokens += i % t->n == 0 && r->reason != FINISH_ERROR ? r->n_prompt : 0;
+    }
+    engine_wake(engine);
+    engine_unlock(engine);
+    t->submitted = true;
+    if (t->wrong)
+        cancel_task(s, t);
+}
+
+static void serve_gone(void *context, struct http_connection *c) {
+    struct task *t = c->user;
+    t->connection = NULL;
+    if (t->submitted)
+        cancel_task(context, t);
 }
 
 /* ---- answers on their way out ---- */
 
-static const char *finish_word(const struct choice *choice) {
-    return choice->answer.ended ? answers_reasons[answers_reason(&choice->answer)] : NULL;
-}
-
-static void write_begin(FILE *out, const struct server *s, const struct task *t,
-                        const char *object) {
-    (void)fprintf(out, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%" PRId64 ",\"model\":", t->id,
-                  object, t->created);
-    json_string(out, s->name, strlen(s->name));
+static void write_begin(FILE *out, const struct server *s, const struct task *t) {
+    (void)fprintf(out, "{\"id\":\"%s\",\"object\":\"%s%s\",\"created\":%" PRId64, t->id,
+                  t->chat ? "chat.completion" : "text_completion",
+                  t->chat && t->stream ? ".chunk" : "", t->created);
+    write_string(out, ",\"model\":", s->name);
     (void)fputs(",\"choices\":[", out);
 }
 
@@ -592,6 +487,13 @@ static void write_usage(FILE *out, const struct task *t) {
                   prompt, generated, prompt + generated, cached);
 }
 
+static void write_ids(FILE *out, const char *name, const int *ids, int n) {
+    (void)fprintf(out, "\"%s\":[", name);
+    for (int i = 0; i < n; i++)
+        (void)fprintf(out, "%s%d", i > 0 ? "," : "", ids[i]);
+    (void)fputc(']', out);
+}
+
 /* A token's text, quoted; with `bytes` those, too, for it may hold a part of a character. */
 static void write_token(FILE *out, const struct server *s, int token, bool bytes) {
     struct tok_stream stream = {.begun = true};
@@ -601,17 +503,17 @@ static void write_token(FILE *out, const struct server *s, int token, bool bytes
     memcpy(text + n, stream.held, (size_t)stream.n_held);
     n += (size_t)stream.n_held;
     json_string(out, text, n);
+    (void)fputs(bytes ? ",\"bytes\":[" : "", out);
     for (size_t i = 0; i < n && bytes; i++)
-        (void)fprintf(out, "%s%d", i > 0 ? "," : ",\"bytes\":[", (unsigned char)text[i]);
-    (void)fputs(!bytes ? "" : n > 0 ? "]" : ",\"bytes\":[]", out);
+        (void)fprintf(out, "%s%d", i > 0 ? "," : "", (unsigned char)text[i]);
+    (void)fputs(bytes ? "]" : "", out);
 }
 
-/* Of tokens from `first` on, as a chat has them. */
+/* Of tokens [first, n), as a chat has them. */
 static void write_chat_logprobs(FILE *out, const struct server *s, const struct task *t,
-                                const struct answer *answer, int first) {
-    const struct request *r = &answer->request;
+                                const struct request *r, int first, int n) {
     (void)fputs("{\"content\":[", out);
-    for (int i = first; i < answers_generated(answer); i++) {
+    for (int i = first; i < n; i++) {
         const struct sampler_top *top = &r->top[i];
         (void)fputs(i > first ? ",{\"token\":" : "{\"token\":", out);
         write_token(out, s, r->tokens[r->n_prompt + i], true);
@@ -626,14 +528,9 @@ static void write_chat_logprobs(FILE *out, const struct server *s, const struct 
     (void)fputs("]}", out);
 }
 
+/* The same, as a completion has them. */
 static void write_logprobs(FILE *out, const struct server *s, const struct task *t,
-                           const struct answer *answer, int first) {
-    const struct request *r = &answer->request;
-    int n = answers_generated(answer);
-    if (t->chat) {
-        write_chat_logprobs(out, s, t, answer, first);
-        return;
-    }
+                           const struct request *r, int first, int n) {
     (void)fputs("{\"tokens\":[", out);
     for (int i = first; i < n; i++) {
         (void)fputs(i > first ? "," : "", out);
@@ -655,111 +552,109 @@ static void write_logprobs(FILE *out, const struct server *s, const struct task 
     (void)fputs("]}", out);
 }
 
-/* What a choice has from byte `shown` and token `first` on. */
+/* What a choice has that was not sent: of a stream its new tokens, else all. */
 static void write_choice(FILE *out, const struct server *s, const struct task *t,
-                         struct choice *choice, bool delta, size_t shown, int first) {
-    const struct answer *answer = &choice->answer;
+                         struct choice *choice) {
+    struct answer *answer = &choice->answer;
+    const struct request *r = &answer->request;
+    int first = t->stream ? choice->n_taken : 0, n = answers_generated(answer);
     size_t thoughts = answer->n_thought - choice->thought_shown;
-    const char *finish = finish_word(choice);
     (void)fprintf(out, "{\"index\":%d,", (int)(choice - t->choices));
-    if (t->chat) {
-        (void)fprintf(out, delta ? "\"delta\":{" : "\"message\":{");
-        (void)fputs(first == 0 ? "\"role\":\"assistant\"," : "", out);
-        if (thoughts > 0) {
-            (void)fputs("\"reasoning_content\":", out);
-            json_string(out, answer->thought + choice->thought_shown, thoughts);
-            (void)fputc(',', out);
-        }
-        (void)fputs("\"content\":", out);
-    } else {
-        (void)fputs("\"text\":", out);
+    if (t->chat)
+        (void)fprintf(out, "\"%s\":{%s", t->stream ? "delta" : "message",
+                      first == 0 ? "\"role\":\"assistant\"," : "");
+    if (t->chat && thoughts > 0) {
+        (void)fputs("\"reasoning_content\":", out);
+        json_string(out, answer->thought + choice->thought_shown, thoughts);
+        (void)fputc(',', out);
     }
-    json_string(out, answer->length ? answer->text + shown : "", answer->safe - shown);
-    (void)fputs(t->chat ? "}" : "", out);
+    (void)fputs(t->chat ? "\"content\":" : "\"text\":", out);
+    json_string(out, answer->length ? answer->text + answer->shown : "",
+                answer->safe - answer->shown);
+    (void)fputs(t->chat ? "}," : ",", out);
+    answer->shown = answer->safe;
     choice->thought_shown = answer->n_thought;
     if (t->token_ids) {
-        (void)fputs(",\"token_ids\":[", out);
-        for (int i = first; i < answers_generated(answer); i++)
-            (void)fprintf(out, "%s%d", i > first ? "," : "",
-                          answer->request.tokens[answer->request.n_prompt + i]);
-        (void)fputc(']', out);
+        write_ids(out, "token_ids", r->tokens + r->n_prompt + first, n - first);
+        (void)fputc(',', out);
     }
-    (void)fputs(",\"logprobs\":", out);
+    (void)fputs(t->logprobs ? "\"logprobs\":" : "\"logprobs\":null", out);
     if (t->logprobs)
-        write_logprobs(out, s, t, answer, first);
-    else
-        (void)fputs("null", out);
-    (void)fprintf(out, ",\"finish_reason\":%s%s%s}", finish ? "\"" : "", finish ? finish : "null",
-                  finish ? "\"" : "");
+        (t->chat ? write_chat_logprobs : write_logprobs)(out, s, t, r, first, n);
+    if (answer->ended)
+        write_string(out, ",\"finish_reason\":", answers_reasons[answers_reason(answer)]);
+    (void)fputs(answer->ended ? "}" : ",\"finish_reason\":null}", out);
 }
 
-/* What ended with an error; NULL: nothing. */
-static const struct request *failed_request(const struct task *t) {
-    for (int i = 0; i < t->n_choices; i++)
-        if (t->choices[i].answer.request.reason == FINISH_ERROR)
-            return &t->choices[i].answer.request;
-    return NULL;
-}
-
-/* 504 if its own deadline has passed. */
-static int status_of(const struct request *r) {
-    return r->deadline > 0 && engine_now() - r->submitted >= r->deadline ? 504 : 500;
-}
-
-static void send_chunk(struct server *s, struct task *t, struct choice *choice, int first) {
+/* A piece of a stream; NULL: its last, of usage alone. */
+static void send_chunk(struct server *s, struct task *t, struct choice *choice) {
     struct http_connection *c = t->connection;
     FILE *out = http_body(c);
     if (!t->begun)
         http_stream(c, "text/event-stream");
     t->begun = true;
     (void)fputs("data: ", out);
-    write_begin(out, s, t, t->chat ? "chat.completion.chunk" : "text_completion");
-    write_choice(out, s, t, choice, true, choice->answer.shown, first);
+    write_begin(out, s, t);
+    if (choice)
+        write_choice(out, s, t, choice);
     (void)fputc(']', out);
-    if (t->continuous_usage)
+    if (!choice || t->continuous_usage)
         write_usage(out, t);
     (void)fputs("}\n\n", out);
     http_piece(c);
-    choice->answer.shown = choice->answer.safe;
+}
+
+/* What of it ended with an error, and as which status; NULL: nothing. */
+static const struct request *failed_request(const struct task *t, int *status) {
+    const struct request *failed = NULL;
+    for (int i = t->n_choices - 1; i >= 0; i--)
+        if (t->choices[i].answer.request.reason == FINISH_ERROR)
+            failed = &t->choices[i].answer.request;
+    bool late =
+        failed && failed->deadline > 0 && engine_now() - failed->submitted >= failed->deadline;
+    *status = failed && failed->refused ? 429 : t->wrong ? 400 : late ? 504 : 500;
+    return failed;
 }
 
 /* All its answers have ended. */
 static void end_task(struct server *s, struct task *t) {
+    int status;
     struct http_connection *c = t->connection;
-    const struct request *failed = failed_request(t);
-    if (!c)
-        return;
+    const struct request *failed = failed_request(t, &status);
     if (failed && !t->begun) {
-        refuse_task(c, status_of(failed), NULL, failed->error, "");
+        refuse_task(c, status, NULL, failed->error, status == 429 ? "Retry-After: 1\r\n" : "");
         return;
     }
+    if (t->stream && !failed && t->usage)
+        send_chunk(s, t, NULL);
     FILE *out = http_body(c);
-    if (!t->stream) {
-        write_begin(out, s, t, t->chat ? "chat.completion" : "text_completion");
-        for (int i = 0; i < t->n_choices; i++) {
-            (void)fputs(i > 0 ? "," : "", out);
-            write_choice(out, s, t, &t->choices[i], false, 0, 0);
-        }
-        (void)fputc(']', out);
-        write_usage(out, t);
-        (void)fputc('}', out);
-        http_respond(c, 200, "application/json", "");
+    if (t->stream) {
+        (void)fputs(failed ? "data: " : "", out);
+        if (failed)
+            write_error(out, status, NULL, failed->error);
+        (void)fputs(failed ? "\n\ndata: [DONE]\n\n" : "data: [DONE]\n\n", out);
+        http_piece(c);
+        http_end(c);
         return;
     }
-    if (failed) {
-        (void)fputs("data: ", out);
-        write_error(out, status_of(failed), NULL, failed->error);
-        (void)fputs("\n\n", out);
-    } else if (t->usage) {
-        (void)fputs("data: ", out);
-        write_begin(out, s, t, t->chat ? "chat.completion.chunk" : "text_completion");
-        (void)fputc(']', out);
-        write_usage(out, t);
-        (void)fputs("}\n\n", out);
+    write_begin(out, s, t);
+    for (int i = 0; i < t->n_choices; i++) {
+        (void)fputs(i > 0 ? "," : "", out);
+        write_choice(out, s, t, &t->choices[i]);
     }
-    (void)fputs("data: [DONE]\n\n", out);
-    http_piece(c);
-    http_end(c);
+    (void)fputc(']', out);
+    write_usage(out, t);
+    (void)fputc('}', out);
+    http_respond(c, 200, "application/json", "");
+}
+
+static void send_ids(struct server *s, struct task *t) {
+    const struct request *r = &t->choices[0].answer.request;
+    FILE *out = http_body(t->connection);
+    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,", r->n_prompt, longest_text(s));
+    write_ids(out, "tokens", r->tokens, r->n_prompt);
+    (void)fputs("}\n", out);
+    http_respond(t->connection, 200, "application/json", "");
 }
 
 static void observe(struct server *s, enum histogram_name name, double value) {
@@ -772,130 +667,116 @@ static void observe(struct server *s, enum histogram_name name, double value) {
     h->sum += value;
 }
 
-/* Counts what came of a choice: a token, or its end. The times of its first and its last. */
-static void count_news(struct server *s, struct choice *choice, double first, double last) {
+/* Counts what came of a choice: a token, or its end. Called with the lock held. */
+static void count_news(struct server *s, struct choice *choice) {
     const struct request *r = &choice->answer.request;
     int n = answers_generated(&choice->answer);
     s->generated_tokens += n - choice->n_taken;
     if (n > choice->n_taken && n == 1)
-        observe(s, TTFT, first - r->submitted);
+        observe(s, TTFT, r->first_token - r->submitted);
     else if (n > choice->n_taken)
-        observe(s, ITL, last - choice->last);
-    choice->last = last;
+        observe(s, ITL, r->last_token - choice->last);
+    choice->last = r->last_token;
     if (!choice->answer.ended)
         return;
     enum finish_reason reason = answers_reason(&choice->answer);
     s->finished[reason]++;
     if (reason != FINISH_STOP && reason != FINISH_LENGTH)
         return;
-    observe(s, E2E, last - r->submitted);
+    observe(s, E2E, r->last_token - r->submitted);
     observe(s, QUEUED, r->admitted - r->submitted);
-    if (first > 0) {
-        observe(s, PREFILL, first - r->admitted);
-        observe(s, DECODE, last - first);
+    if (r->first_token > 0) {
+        observe(s, PREFILL, r->first_token - r->admitted);
+        observe(s, DECODE, r->last_token - r->first_token);
     }
 }
 
-/* Takes what is new of a task. Returns whether all of it has ended. Called with the lock held,
- * which is let go for what is sent. */
-static bool advance_task(struct server *s, struct task *t) {
-    int n_ended = 0;
-    for (int i = 0; i < t->n_choices; i++) {
-        struct choice *choice = &t->choices[i];
-        while (answers_advance(s->answers, &choice->answer, 1)) {
-            double first = choice->answer.request.first_token;
-            double last = choice->answer.request.last_token;
-            bool failed = choice->answer.request.reason == FINISH_ERROR;
-            engine_unlock(s->answers->engine);
-            count_news(s, choice, first, last);
-            if (t->connection && t->stream && !failed)
-                send_chunk(s, t, choice, choice->n_taken);
-            choice->n_taken = answers_generated(&choice->answer);
-            engine_lock(s->answers->engine);
-        }
-        n_ended += choice->answer.ended;
-    }
-    return n_ended == t->n_choices;
-}
-
-static void serve_turn(void *context) {
-    struct server *s = context;
+/* Takes what is new of a choice, and sends it. */
+static void advance_choice(struct server *s, struct task *t, struct choice *choice) {
     struct engine *engine = s->answers->engine;
-    if (s->answers->activity == INTERRUPTED)
-        http_drain(s->http);
+    const struct request *r = &choice->answer.request;
     engine_lock(engine);
-    for (struct task **at = &s->tasks; *at;) {
-        struct task *t = *at;
-        if (!advance_task(s, t)) {
-            at = &t->next;
-            continue;
-        }
+    while (answers_advance(s->answers, &choice->answer, 1)) {
+        count_news(s, choice);
+        bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
         engine_unlock(engine);
-        *at = t->next;
-        end_task(s, t);
-        free_task(t);
+        if (t->connection && t->stream && !failed)
+            send_chunk(s, t, choice);
+        choice->n_taken = answers_generated(&choice->answer);
         engine_lock(engine);
     }
     engine_unlock(engine);
 }
 
+/* Goes on with a task. False: it has ended. */
+static bool advance_task(struct server *s, struct task *t) {
+    int n_ended = 0;
+    if (!t->read)
+        return true;
+    if (!t->submitted && (t->status || t->tokenizes || !t->connection)) {
+        if (t->connection && t->status)
+            refuse_task(t->connection, t->status, t->param, t->error, "");
+        else if (t->connection)
+            send_ids(s, t);
+        return false;
+    }
+    if (!t->submitted)
+        submit_task(s, t);
+    for (int i = 0; i < t->n_choices; i++) {
+        advance_choice(s, t, &t->choices[i]);
+        n_ended += t->choices[i].answer.ended;
+    }
+    if (n_ended == t->n_choices && t->connection)
+        end_task(s, t);
+    return n_ended < t->n_choices;
+}
+
+static void serve_turn(void *context) {
+    struct server *s = context;
+    if (s->answers->activity == INTERRUPTED)
+        http_drain(s->http);
+    for (struct task **at = &s->tasks; *at;) {
+        struct task *t = *at;
+        if (advance_task(s, t)) {
+            at = &t->next;
+        } else {
+            *at = t->next;
+            free_task(t);
+        }
+    }
+}
+
 /* ---- what else is served ---- */
 
 static void get_health(struct server *s, struct http_connection *c) {
-    if (!computes(s, c))
+    if (longest_text(s) == 0) {
+        refuse_task(c, 503, NULL, "all workers have failed", "");
         return;
+    }
     (void)fputs("{\"status\":\"ok\"}\n", http_body(c));
     http_respond(c, 200, "application/json", "");
 }
 
+/* The list of models, or the one that is named behind its path. */
 static void get_models(struct server *s, struct http_connection *c) {
+    const char *name = c->request.path + strlen("/v1/models");
+    if (*name && strcmp(name + 1, s->name) != 0) {
+        refuse_task(c, 404, "model", "this server has no such model", "");
+        return;
+    }
     FILE *out = http_body(c);
-    (void)fputs("{\"object\":\"list\",\"data\":[{\"id\":", out);
-    json_string(out, s->name, strlen(s->name));
+    (void)fputs(*name ? "" : "{\"object\":\"list\",\"data\":[", out);
+    write_string(out, "{\"id\":", s->name);
     (void)fprintf(out,
                   ",\"object\":\"model\",\"created\":%" PRId64 ",\"owned_by\":\"dynamo\","
-                  "\"max_model_len\":%d}]}\n",
-                  s->started, sched_max_length(engine_sched(s->answers->engine)));
+                  "\"max_model_len\":%d}%s\n",
+                  s->started, longest_text(s), *name ? "" : "]}");
     http_respond(c, 200, "application/json", "");
 }
 
-/* The ids of `prompt`, as it is, or of `messages` in the model's template. */
-static void post_tokenize(struct server *s, struct http_connection *c) {
-    char error[ERROR_LENGTH] = "", *body;
-    struct json_node *nodes = read_body(c, &body);
-    if (!nodes)
-        return;
-    struct task *t = calloc(1, sizeof *t);
-    if (!t)
-        abort();
-    *t = (struct task){.body = body, .n = 1, .chat = !find_value(nodes, "prompt")};
-    const char *param = NULL;
-    int n = 0, *ids = NULL;
-    bool ok = read_task(s, t, nodes, &param, error);
-    if (ok && t->n_prompts > 1)
-        (void)fail(error, "prompt: got %d, expected one", t->n_prompts);
-    else if (ok)
-        ids = answers_encode(s->answers, &t->prompts[0], NULL, 0, &n, error);
-    if (ids) {
-        FILE *out = http_body(c);
-        (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,\"tokens\":[", n,
-                      sched_max_length(engine_sched(s->answers->engine)));
-        for (int i = 0; i < n; i++)
-            (void)fprintf(out, "%s%d", i > 0 ? "," : "", ids[i]);
-        (void)fputs("]}\n", out);
-        http_respond(c, 200, "application/json", "");
-    } else {
-        (void)tell_of_prompt(error);
-        refuse_task(c, 400, param, error, "");
-    }
-    free(ids);
-    free(nodes);
-    free_task(t);
-}
-
-static void write_histogram(FILE *out, const struct server *s, enum histogram_name which,
-                            const char *name) {
+static void write_histogram(FILE *out, const struct server *s, enum histogram_name which) {
     const struct histogram *h = &s->histograms[which];
+    const char *name = serve_histograms[which];
     int64_t n = 0;
     (void)fprintf(out, "# TYPE vllm:%s histogram\n", name);
     for (int i = 0; i <= N_BOUNDS; i++) {
@@ -908,24 +789,14 @@ static void write_histogram(FILE *out, const struct server *s, enum histogram_na
     (void)fprintf(out, "vllm:%s_count{model_name=\"%s\"} %" PRId64 "\n", name, s->name, h->n);
 }
 
-static void write_metric(FILE *out, const struct server *s, const char *type, const char *name,
-                         double value) {
-    (void)fprintf(out, "# TYPE vllm:%s %s\nvllm:%s{model_name=\"%s\"} %.15g\n", name, type, name,
-                  s->name, value);
-}
-
 static void get_metrics(struct server *s, struct http_connection *c) {
-    static const char *const names[] = {
-        "time_to_first_token_seconds",  "inter_token_latency_seconds",
-        "e2e_request_latency_seconds",  "request_queue_time_seconds",
-        "request_prefill_time_seconds", "request_decode_time_seconds"};
     const struct engine_config *config = engine_config_of(s->answers->engine);
     struct engine_stats stats = engine_stats(s->answers->engine);
     FILE *out = http_body(c);
     int running = 0, waiting = 0, blocks = 0, used = 0;
     engine_lock(s->answers->engine);
     for (const struct task *t = s->tasks; t; t = t->next)
-        for (int i = 0; i < t->n_choices; i++) {
+        for (int i = 0; t->submitted && i < t->n_choices; i++) {
             enum request_state state = t->choices[i].answer.request.state;
             waiting += state == REQUEST_WAITING;
             running += state != REQUEST_WAITING && state != REQUEST_FINISHED;
@@ -935,16 +806,23 @@ static void get_metrics(struct server *s, struct http_connection *c) {
         blocks += config->workers[i].blocks;
         used += stats.places[i].pinned + stats.places[i].in_flight;
     }
-    write_metric(out, s, "gauge", "num_requests_running", running);
-    write_metric(out, s, "gauge", "num_requests_waiting", waiting);
-    write_metric(out, s, "gauge", "kv_cache_usage_perc", answers_ratio(used, blocks));
-    write_metric(out, s, "gauge", "gpu_cache_usage_perc", answers_ratio(used, blocks));
-    write_metric(out, s, "counter", "prefix_cache_queries_total", (double)s->prompt_tokens);
-    write_metric(out, s, "counter", "prefix_cache_hits_total",
-                 (double)stats.sched.prefix_hit_tokens);
-    write_metric(out, s, "counter", "prompt_tokens_total", (double)s->prompt_tokens);
-    write_metric(out, s, "counter", "generation_tokens_total", (double)s->generated_tokens);
-    write_metric(out, s, "counter", "num_preemptions_total", (double)stats.sched.preemptions);
+    const struct {
+        const char *type, *name;
+        double value;
+    } metrics[] = {
+        {"gauge", "num_requests_running", running},
+        {"gauge", "num_requests_waiting", waiting},
+        {"gauge", "kv_cache_usage_perc", answers_ratio(used, blocks)},
+        {"gauge", "gpu_cache_usage_perc", answers_ratio(used, blocks)},
+        {"counter", "prefix_cache_queries_total", (double)s->prompt_tokens},
+        {"counter", "prefix_cache_hits_total", (double)stats.sched.prefix_hit_tokens},
+        {"counter", "prompt_tokens_total", (double)s->prompt_tokens},
+        {"counter", "generation_tokens_total", (double)s->generated_tokens},
+        {"counter", "num_preemptions_total", (double)stats.sched.preemptions},
+    };
+    for (size_t i = 0; i < sizeof metrics / sizeof *metrics; i++)
+        (void)fprintf(out, "# TYPE vllm:%s %s\nvllm:%s{model_name=\"%s\"} %.15g\n", metrics[i].name,
+                      metrics[i].type, metrics[i].name, s->name, metrics[i].value);
     (void)fputs("# TYPE vllm:request_success_total counter\n", out);
     for (int i = FINISH_STOP; i <= FINISH_ERROR; i++)
         (void)fprintf(out,
@@ -956,11 +834,9 @@ static void get_metrics(struct server *s, struct http_connection *c) {
                   "vllm:cache_config_info{block_size=\"%d\",num_gpu_blocks=\"%d\"} 1\n",
                   BLOCK_TOKENS, blocks);
     for (int i = 0; i < N_HISTOGRAMS; i++)
-        write_histogram(out, s, (enum histogram_name)i, names[i]);
+        write_histogram(out, s, (enum histogram_name)i);
     http_respond(c, 200, "text/plain; version=0.0.4", "");
 }
-
-/* ---- the page ---- */
 
 static void get_page(struct server *s, struct http_connection *c) {
     (void)s;
@@ -974,28 +850,14 @@ static void get_stats(struct server *s, struct http_connection *c) {
     http_respond(c, 200, "application/json", "Cache-Control: no-store\r\n");
 }
 
-/* ---- routes ---- */
-
-static const struct route {
-    const char *method, *path;
-    void (*answer)(struct server *s, struct http_connection *c);
-} routes[] = {
-    {"GET", "/", get_page},
-    {"GET", "/stats", get_stats},
-    {"GET", "/health", get_health},
-    {"GET", "/metrics", get_metrics},
-    {"GET", "/v1/models", get_models},
-    {"POST", "/v1/chat/completions", post_task},
-    {"POST", "/v1/completions", post_task},
-    {"POST", "/tokenize", post_tokenize},
-};
+/* ---- who may ask ---- */
 
 /* In a time that does not tell how much of it was right. */
-static bool same_key(const char *given, const char *key) {
-    size_t n = strlen(given), length = strlen(key);
+static bool same_key(const char *given, const char *key, size_t length) {
+    size_t n = strlen(given);
     unsigned differs = n != length;
     for (size_t i = 0; i < n; i++)
-        differs |= (unsigned)(given[i] ^ key[length > 0 ? i % length : 0]);
+        differs |= (unsigned)(given[i] ^ key[i % length]);
     return differs == 0;
 }
 
@@ -1020,13 +882,16 @@ static const char *basic_password(const char *value, char text[HTTP_HEAD]) {
 static bool has_key(const struct server *s, const struct http_request *r) {
     const char *value = http_field(r, "authorization"), *given = "";
     char text[HTTP_HEAD];
-    bool good = s->n_keys == 0;
+    bool good = !s->keys;
     if (value && strncasecmp(value, "Bearer ", 7) == 0)
         given = value + 7;
     else if (value && strncasecmp(value, "Basic ", 6) == 0)
         given = basic_password(value + 6, text);
-    for (int i = 0; i < s->n_keys; i++)
-        good |= same_key(given, s->keys[i]);
+    for (const char *key = s->keys; key && *key; key += strspn(key, "\r\n")) {
+        size_t length = strcspn(key, "\r\n");
+        good |= length > 0 && same_key(given, key, length);
+        key += length;
+    }
     return good;
 }
 
@@ -1035,6 +900,19 @@ static bool is_foreign(const struct http_request *r) {
     const char *origin = http_field(r, "origin"), *host = http_field(r, "host");
     const char *at = origin ? strstr(origin, "://") : NULL;
     return origin && (!at || !host || strcasecmp(at + 3, host) != 0);
+}
+
+/* Nor one whose own name leads here by now (DNS rebinding), which is then no foreign origin. Who
+ * serves this machine alone, without a key, is asked by its address, which no such name can be, by
+ * `localhost`, or by the name that --host gives. */
+static bool is_misled(const struct server *s, const struct http_request *r) {
+    const char *host = http_field(r, "host"), *own = s->options.host ? s->options.host : "";
+    if (s->keys || !http_is_local(s->http) || !host || *host == '[')
+        return false;
+    size_t n = strcspn(host, ":");
+    return strspn(host, "0123456789.") != n &&
+           (n != strlen("localhost") || strncasecmp(host, "localhost", n) != 0) &&
+           (n != strlen(own) || strncasecmp(host, own, n) != 0);
 }
 
 static bool serve_begins(void *context, struct http_connection *c) {
@@ -1049,18 +927,46 @@ static bool serve_begins(void *context, struct http_connection *c) {
             "WWW-Authenticate: Bearer\r\n"); /* Chromium: not if both are one field */
     if (!health && is_foreign(r))
         return refuse_task(c, 403, NULL, "a page of another origin may not ask this server", "");
+    if (!health && is_misled(s, r))
+        return refuse_task(c, 403, NULL,
+                           "Host: expected localhost or an address, since there is no --api-key",
+                           "");
     if (s->answers->activity == INTERRUPTED)
         return refuse_task(c, 503, NULL, "this server is ending", "");
     return true;
 }
 
+/* ---- routes ---- */
+
+static const struct route {
+    const char *method, *path;
+    bool names; /* what is behind the path and / names something */
+    void (*answer)(struct server *s, struct http_connection *c);
+} routes[] = {
+    {"GET", "/", false, get_page},
+    {"GET", "/stats", false, get_stats},
+    {"GET", "/health", false, get_health},
+    {"GET", "/metrics", false, get_metrics},
+    {"GET", "/v1/models", true, get_models},
+    {"POST", "/v1/chat/completions", false, post_task},
+    {"POST", "/v1/completions", false, post_task},
+    {"POST", "/tokenize", false, post_task},
+};
+
+static const struct route *find_route(const char *path) {
+    for (size_t i = 0; i < sizeof routes / sizeof *routes; i++) {
+        size_t n = strlen(routes[i].path);
+        if (strncmp(path, routes[i].path, n) == 0 &&
+            (!path[n] || (routes[i].names && path[n] == '/')))
+            return &routes[i];
+    }
+    return NULL;
+}
+
 static void serve_answer(void *context, struct http_connection *c) {
-    struct server *s = context;
     const struct http_request *r = &c->request;
-    const struct route *route = NULL;
-    char allow[64] = "";
-    for (size_t i = 0; i < sizeof routes / sizeof *routes && !route; i++)
-        route = strcmp(routes[i].path, r->path) == 0 ? &routes[i] : NULL;
+    const struct route *route = find_route(r->path);
+    char allow[64];
     if (!route) {
         refuse_task(c, 404, NULL, "there is nothing of this name", "");
         return;
@@ -1071,7 +977,7 @@ static void serve_answer(void *context, struct http_connection *c) {
         (void)http_body(c);
         http_respond(c, 204, "", allow);
     } else if (strcmp(r->method, route->method) == 0 || (reads && strcmp(r->method, "HEAD") == 0)) {
-        route->answer(s, c);
+        route->answer(context, c);
     } else {
         refuse_task(c, 405, NULL, "not by this method", allow);
     }
@@ -1092,13 +998,13 @@ static void *wait_for_news(void *context) {
 }
 
 bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGTH]) {
-    pthread_t waiter;
+    pthread_t waiter, reader;
     const char *host = s->options.host ? s->options.host : "127.0.0.1";
     bool v6 = strchr(host, ':') != NULL;
     s->answers = answers;
-    s->gpus = engine_config_of(answers->engine)->backend->n_gpus > 0;
     answers->activity = SERVING;
-    if (pthread_create(&waiter, NULL, wait_for_news, s) != 0)
+    if (pthread_create(&reader, NULL, read_tasks, s) != 0 ||
+        pthread_create(&waiter, NULL, wait_for_news, s) != 0)
         return fail(error, "cannot start threads");
     bool ok = http_listen(s->http);
     if (ok)
@@ -1110,36 +1016,36 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
     s->ended = true;
     engine_wake(answers->engine);
     engine_unlock(answers->engine);
+    (void)close(s->unread[1]); /* which the reader sees */
+    s->unread[1] = -1;
     pthread_join(waiter, NULL);
+    pthread_join(reader, NULL);
     answers->activity = IDLE;
     return ok || fail(error, "--serve: cannot listen");
 }
 
-/* False: no client could send it. */
-static bool take_key(struct server *s, const char *option, char *key, char *error) {
-    size_t n = 0;
-    while (isgraph((unsigned char)key[n]))
+/* Keys, one a line, that clients can send. */
+static bool are_keys(const char *option, const char *text, char *error) {
+    size_t line_ends = strspn(text, "\r\n"), n = line_ends;
+    while (isgraph((unsigned char)text[n]) || text[n] == '\r' || text[n] == '\n')
         n++;
-    if (n == 0 || key[n])
-        return fail(error, "%s: expected a key, of ASCII without spaces", option);
-    s->keys = grow(s->keys, (size_t)s->n_keys, sizeof *s->keys);
-    s->keys[s->n_keys++] = key;
-    return true;
+    return (n > line_ends && !text[n]) ||
+           fail(error, "%s: expected a key, of ASCII without spaces", option);
 }
 
 static bool read_keys(struct server *s, char *error) {
-    size_t length = 0;
-    if (s->options.key_file)
-        s->key_text = cli_read_file(s->options.key_file, &length, error);
-    if (s->options.key_file && !s->key_text)
+    const struct serve_options *o = &s->options;
+    size_t length;
+    char *file = o->key_file ? cli_read_file(o->key_file, &length, error) : NULL;
+    if (o->key_file && !file)
         return false;
-    char *rest = s->key_text, *line;
-    while ((line = strsep(&rest, "\r\n")) != NULL)
-        if (*line && !take_key(s, "--api-key-file", line, error))
-            return false;
-    if (s->options.key_file && s->n_keys == 0)
-        return fail(error, "--api-key-file: expected a key");
-    return !s->options.key || take_key(s, "--api-key", (char *)(uintptr_t)s->options.key, error);
+    bool good = (!o->key || are_keys("--api-key", o->key, error)) &&
+                (!file || are_keys("--api-key-file", file, error));
+    if (good && (o->key || file) &&
+        asprintf(&s->keys, "%s\n%s", o->key ? o->key : "", file ? file : "") < 0)
+        abort();
+    free(file);
+    return good;
 }
 
 struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]) {
@@ -1152,10 +1058,14 @@ struct server *serve_open(const struct serve_options *options, char error[ERROR_
     for (char *at = s->name; *at; at++) /* metrics quote it */
         *at = *at == '"' || *at == '\\' || (unsigned char)*at < ' ' ? '_' : *at;
     s->started = (int64_t)time(NULL);
+    s->unread[0] = s->unread[1] = -1;
     const struct http_handler handler = {serve_begins, serve_answer, serve_gone, serve_turn, s};
     if (read_keys(s, error) && (s->http = http_open(options->host ? options->host : "127.0.0.1",
-                                                    options->port, &handler, error)) != NULL)
-        return s;
+                                                    options->port, &handler, error)) != NULL) {
+        if (pipe2(s->unread, O_CLOEXEC) == 0 && fcntl(s->unread[1], F_SETFL, O_NONBLOCK) == 0)
+            return s;
+        (void)fail(error, "--serve: %s", strerror(errno));
+    }
     serve_close(s);
     return NULL;
 }
@@ -1164,8 +1074,10 @@ void serve_close(struct server *s) {
     if (!s)
         return;
     http_close(s->http);
+    for (int i = 0; i < 2; i++)
+        if (s->unread[i] >= 0)
+            (void)close(s->unread[i]);
     free(s->keys);
-    free(s->key_text);
     free(s);
 }
 

@@ -36,7 +36,7 @@
 enum {
     PROGRESS_MS = 300,         /* what takes less needs no bar */
     CLI_FILE_LENGTH = 1 << 28, /* bytes of a text at most: /dev/zero has no end */
-    CLI_REQUESTS = 1 << 16,    /* of a file: all may be in flight together */
+    CLI_REQUESTS = 1 << 16,    /* that may be in flight together, and of a file at most */
     VALUE_DEVICES = 1024,      /* of a list */
     VALUE_STOPS = 16,          /* texts that end an answer */
     VALUE_FAILURES = 16        /* of --fail */
@@ -134,8 +134,10 @@ struct requests {
     bool more; /* others will be added; who reads beside another thread changes it under a lock */
     FILE *file;
     const char *name;
-    int n_lines; /* that were read */
-    char *text;  /* a line that is being read */
+    bool endless;        /* who reads waits while there are CLI_REQUESTS; else more are an error */
+    int n_read, n_lines; /* requests, if not endless; lines */
+    int n_taken;         /* by who answers them, and not yet answered; -1: nobody takes any more */
+    char *text;          /* a line that is being read */
 };
 
 /* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
@@ -146,12 +148,13 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
 /* Reads up to the next request. 0: there is none; < 0: the file cannot be read, see `error`. */
 int requests_next(struct requests *requests, const struct request_spec *defaults,
                   struct request_spec *spec, char error[ERROR_LENGTH]);
-/* Sets what nodes[key], a key of a request, and the value behind it say; for who reads JSON of
- * another form. ids and earlier are then to be freed. */
-bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
-                  char error[ERROR_LENGTH]);
+/* Sets what a key of a file of requests and the value nodes[at] say; for who reads JSON of another
+ * form, in which the key has another name. ids and earlier are then to be freed. */
+bool requests_set(struct request_spec *request, const char *key, const struct json_node *nodes,
+                  int at, const char *name, char error[ERROR_LENGTH]);
 /* Adds it to specs, which may move. */
 void requests_add(struct requests *requests, const struct request_spec *spec);
+void requests_forget(struct request_spec *spec); /* what belongs to it, if it comes from a file */
 void requests_free(struct requests *requests);
 
 /* Whether a stop text occurs in `text`. `safe` holds on entry what the last call left there (at
@@ -620,28 +623,52 @@ static const struct option_row *give(option_set *given, const char *name, bool k
     return row;
 }
 
+/* The content of a message: a text, or a list of `{"type": "text", "text": "Hi"}`, which become one
+ * text, a line each, where the first of them stands. */
+static bool read_content(const struct json_node *nodes, int at, struct said *said, char *error) {
+    *said = (struct said){NULL, 0};
+    if (nodes[at].type == '"')
+        *said = (struct said){nodes[at].text, nodes[at].length};
+    for (int i = at + 1; nodes[at].type == '[' && i < nodes[at].next; i = nodes[i].next) {
+        int type = json_find(nodes, i, "type"), text = json_find(nodes, i, "text");
+        if (text < 0 || nodes[text].type != '"' ||
+            (type >= 0 && strcmp(nodes[type].text, "text") != 0))
+            return fail(error, "messages: got a part of content that is not text");
+        if (said->text)
+            said->text[said->length++] = '\n'; /* a part has more bytes than its text */
+        else
+            said->text = nodes[text].text;
+        memmove(said->text + said->length, nodes[text].text, nodes[text].length);
+        said->length += nodes[text].length;
+        said->text[said->length] = 0;
+    }
+    return said->text || fail(error, "messages: got a content without parts");
+}
+
 /* `[{"role": "user", "content": "Hi"}, ...]`: the last is the prompt, what is before it has been
- * said. The keys of a message may come in any order. */
-static bool set_messages(struct request_spec *request, struct json_node *nodes, int list,
+ * said. The keys of a message may come in any order; `developer` is another word for system. */
+static bool set_messages(struct request_spec *request, const struct json_node *nodes, int list,
                          char *error) {
     static const char *const roles[] = {"user", "assistant"};
     int number = 0, n = 0;
     for (int i = list + 1; i < nodes[list].next; i = nodes[i].next, number++) {
-        const struct json_node *parts[2] = {NULL, NULL};
-        for (int key = i + 1; nodes[i].type == '{' && key < nodes[i].next;
-             key = nodes[key + 1].next) {
-            bool content = strcmp(nodes[key].text, "content") == 0;
-            if ((content || strcmp(nodes[key].text, "role") == 0) && nodes[key + 1].type == '"')
-                parts[content] = &nodes[key + 1];
-        }
-        const char *role = parts[0] ? parts[0]->text : "none", *expected = roles[n % 2];
-        bool system = number == 0 && strcmp(role, "system") == 0;
-        if (!parts[1] || (!system && strcmp(role, expected) != 0))
+        int told = json_find(nodes, i, "role"), content = json_find(nodes, i, "content");
+        int calls = json_find(nodes, i, "tool_calls");
+        bool named = told >= 0 && nodes[told].type == '"';
+        const char *role = named ? nodes[told].text : "none", *expected = roles[n % 2];
+        bool system =
+            number == 0 && (strcmp(role, "system") == 0 || strcmp(role, "developer") == 0);
+        bool none = content < 0 || !strchr("\"[", nodes[content].type);
+        if (none || (!system && strcmp(role, expected) != 0))
             return fail(error, "messages: number %d: got role %.40s%s, expected %s and a content",
-                        number + 1, role, parts[1] ? "" : " and no content", expected);
+                        number + 1, role, none ? " and no content" : "", expected);
+        if (calls >= 0 && nodes[calls].next > calls + 1)
+            return fail(error, "messages: number %d: got tool_calls, of which there are none here",
+                        number + 1);
         request->earlier = grow(request->earlier, (size_t)n, sizeof *request->earlier);
-        request->earlier[n] = (struct said){parts[1]->text, parts[1]->length};
-        request->system = system ? parts[1]->text : request->system;
+        if (!read_content(nodes, content, &request->earlier[n], error))
+            return false;
+        request->system = system ? request->earlier[n].text : request->system;
         n += !system;
     }
     if (n % 2 == 0)
@@ -652,36 +679,33 @@ static bool set_messages(struct request_spec *request, struct json_node *nodes, 
     return true;
 }
 
-/* Sets what nodes[key], a key of a request in JSON, and the value behind it say. */
-static bool set_field(struct request_spec *request, option_set *given, struct json_node *nodes,
-                      int key, char *error) {
-    struct json_node *name = &nodes[key], *value = &nodes[key + 1];
-    bool plain = name->length == strlen(name->text); /* no zero byte inside */
-    const struct option_row *row = give(given, plain ? name->text : "", true, error);
-    if (!row)
-        return false;
-    int at = key + 1;
-    if (row->kind == &MESSAGES && value->type == '[')
+/* Sets what the key of a row says, of which nodes[at] is the value; an error calls it `name`. */
+static bool set_value(struct request_spec *request, const struct option_row *row,
+                      const struct json_node *nodes, int at, const char *name, char *error) {
+    int end = nodes[at].next;
+    if (row->kind == &MESSAGES && nodes[at].type == '[')
         return set_messages(request, nodes, at, error);
     if (row->kind == &STOP) {
         request->n_stop = 0;
-        at += value->type == '[';
+        at += nodes[at].type == '[';
     }
     char *target = (char *)request + (row->offset - offsetof(struct options, request));
-    for (; at < value->next; at = nodes[at].next) {
-        struct json_node *node = &nodes[at];
+    for (; at < end; at = nodes[at].next) {
+        const struct json_node *node = &nodes[at];
         size_t bracket = node->type == '['; /* of token ids */
         struct value inside = {node->text + bracket, node->length - 2 * bracket, row};
         if (node->type != row->kind->json || !row->kind->read || !row->kind->read(&inside, target))
-            return refuse_value(&(struct value){node->text, node->length, row}, row->key,
+            return refuse_value(&(struct value){node->text, node->length, row}, name,
                                 node->type == '"' ? "\"" : "", error);
     }
     return true;
 }
 
-bool requests_set(struct request_spec *request, struct json_node *nodes, int key,
-                  char error[ERROR_LENGTH]) {
-    return set_field(request, &(option_set){0}, nodes, key, error);
+bool requests_set(struct request_spec *request, const char *key, const struct json_node *nodes,
+                  int at, const char *name, char error[ERROR_LENGTH]) {
+    const struct option_row *row = find_row(key, true);
+    assert(row != NULL);
+    return set_value(request, row, nodes, at, name, error);
 }
 
 /* ---- files of requests ---- */
@@ -700,8 +724,11 @@ static bool read_request(struct request_spec *request, char *text, size_t length
     for (int at = 1; at + 1 < n_nodes && nodes[at + 1].next; at = nodes[at + 1].next)
         if (strcmp(nodes[at].text, "id") == 0 && nodes[at + 1].type == '"')
             request->id = nodes[at + 1].text;
-    for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next)
-        good = set_field(request, &given, nodes, key, error);
+    for (int key = 1; good && key < nodes[0].next; key = nodes[key + 1].next) {
+        bool plain = nodes[key].length == strlen(nodes[key].text); /* no zero byte inside */
+        const struct option_row *row = give(&given, plain ? nodes[key].text : "", true, error);
+        good = row && set_value(request, row, nodes, key + 1, row->key, error);
+    }
     free(nodes);
     request->seeded = cli_given(given, "--seed");
     if (good && request->cancel)
@@ -773,7 +800,7 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
         if (read <= 0)
             return read;
     }
-    if (requests->n == CLI_REQUESTS) {
+    if (!requests->endless && requests->n_read++ == CLI_REQUESTS) {
         (void)fail(error, "%.400s: got more than %d requests; split it", requests->name,
                    CLI_REQUESTS);
         return -1;
@@ -796,13 +823,18 @@ void requests_add(struct requests *requests, const struct request_spec *spec) {
     requests->specs[requests->n++] = *spec;
 }
 
+void requests_forget(struct request_spec *spec) {
+    if (!spec->line)
+        return;
+    free(spec->ids);
+    free(spec->earlier);
+    free(spec->error);
+    free(spec->line);
+}
+
 void requests_free(struct requests *requests) {
-    for (int i = 0; i < requests->n; i++) {
-        free(requests->specs[i].ids);
-        free(requests->specs[i].earlier);
-        free(requests->specs[i].error);
-        free(requests->specs[i].line);
-    }
+    for (int i = 0; i < requests->n; i++)
+        requests_forget(&requests->specs[i]);
     free(requests->specs);
     free(requests->text);
     if (requests->file && requests->file != stdin)

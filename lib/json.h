@@ -31,6 +31,9 @@ struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]
 /* The same, but also of a text that is wrong: the `n` nodes up to there, of which those not read to
  * their end have `next` 0; `error` is "" of one that is not. NULL: out of memory. */
 struct json_node *json_parse_part(char *text, size_t length, int *n, char error[ERROR_LENGTH]);
+/* The node of a key's value in the object that nodes[object] is, of the last if there are several;
+ * -1: there is none, or it is null, or nodes[object] is no object. */
+int json_find(const struct json_node *nodes, int object, const char *name);
 /* Writes it quoted; what is not UTF-8 comes out as U+FFFD, one for each byte. */
 void json_string(FILE *out, const char *text, size_t length);
 
@@ -238,6 +241,15 @@ struct json_node *json_parse(char *text, size_t length, char error[ERROR_LENGTH]
         return nodes;
     free(nodes);
     return NULL;
+}
+
+int json_find(const struct json_node *nodes, int object, const char *name) {
+    int found = -1;
+    for (int key = object + 1; nodes[object].type == '{' && key < nodes[object].next;
+         key = nodes[key + 1].next)
+        if (strcmp(nodes[key].text, name) == 0)
+            found = nodes[key + 1].type == 'n' ? -1 : key + 1;
+    return found;
 }
 
 /* ---- writing ---- */

@@ -508,6 +508,7 @@ static struct batch make_batch(struct bench *b, int n, int start, int rows, bool
                           b->slots,
                           step.sample_row,
                           step.sampling,
+                          NULL,
                           step.sampled};
     return batch;
 }

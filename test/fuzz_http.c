@@ -128,17 +128,16 @@ static struct outcome read_all(const uint8_t *data, size_t size, size_t piece) {
 /* A body, in memory of its size. */
 static void read_fuzzed(const uint8_t *data, size_t size, bool chat) {
     static const struct request_spec defaults = {.n = -1};
-    struct server server = {.name = "m", .options.defaults = &defaults};
+    struct server server = {.name = "m"};
     struct task *t = calloc(1, sizeof *t);
-    char error[ERROR_LENGTH] = "", *body = malloc(size + 1);
-    const char *param = NULL;
+    char *body = malloc(size + 1);
     FUZZ_CHECK(t && body);
     memcpy(body, data, size);
     body[size] = 0;
-    *t = (struct task){.body = body, .n = 1, .chat = chat};
-    struct json_node *nodes = json_parse(body, size, error);
-    bool good = nodes && read_task(&server, t, nodes, &param, error);
-    FUZZ_CHECK(good || (*error && !strchr(error, '\n')));
+    *t = (struct task){.body = body, .n = 1, .chat = chat, .spec = defaults};
+    struct json_node *nodes = json_parse(body, size, t->error);
+    bool good = nodes && take_body(&server, t, nodes);
+    FUZZ_CHECK(good || (*t->error && !strchr(t->error, '\n')));
     for (int i = 0; i < t->n_prompts && good; i++) {
         const struct request_spec *spec = &t->prompts[i];
         FUZZ_CHECK(!spec->prompt != !spec->ids);

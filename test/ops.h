@@ -1968,20 +1968,44 @@ static void shards(struct check *check) {
     }
 }
 
-/* Tokens drawn for rows [first, end) of a prompt that is only embedded, and their logits. */
+/* Tokens drawn for rows [first, end) of a prompt that is only embedded, and their logits; of some
+ * also what is likeliest: top (MOST_SEQUENCES). */
 static void draw_samples(struct worker *worker, const int *text, int n,
                          const struct sampling *sampling, int first, int end, float *logits,
-                         int *sampled) {
+                         int *sampled, struct sampler_top *top) {
     static struct test_batch test;
+    static struct sampler_top *asked[MOST_SEQUENCES];
     int slots[KV_BLOCKS] = {0};
     struct batch *batch = start_batch(&test);
     add_text(batch, text, slots, 0, n, false);
     for (int i = first; i < end; i++)
         add_sample(batch, i, sampling[i]);
+    for (int i = 0; i < end - first; i++)
+        asked[i] = (first + i) % 3 > 0 ? &top[i] : NULL;
+    batch->top = asked;
     worker->backend->step_begin(worker->shards[0], batch);
     worker->backend->embed(worker->shards[0], worker->weights[0][0][TOKEN_EMBD]);
     worker->backend->sample(worker->shards[0], worker->weights[0][0], logits);
     worker->backend->step_end(worker->shards[0], sampled);
+}
+
+/* The log-probabilities that were told of a token, of the logits (n) that it was drawn by. */
+static void check_top(struct check *check, const float *logits, int n, int token,
+                      const struct sampler_top *top) {
+    double sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += exp((double)logits[i]);
+    CHECK(fabs((double)logits[token] - log(sum) - (double)top->own) < 1e-4, "own %g, of %g",
+          (double)top->own, (double)logits[token] - log(sum));
+    CHECK(top->n == min_of(n, SAMPLER_TOP), "%d likeliest", top->n);
+    for (int k = 0; k < top->n; k++) {
+        int larger = 0;
+        for (int i = 0; i < n; i++)
+            larger += logits[i] > logits[top->token[k]];
+        CHECK(larger <= k, "likeliest %d: %d are more", k, larger);
+        double wrong = (double)logits[top->token[k]] - log(sum) - (double)top->logprob[k];
+        CHECK(fabs(wrong) < 1e-4, "likeliest %d: wrong by %g", k, wrong);
+    }
 }
 
 /* More samples than logits are kept of: they are computed in pieces, and are the same alone. */
@@ -1992,16 +2016,20 @@ static void many_samples(struct check *check) {
     int n = LOGITS_KEPT + between(&random, 1, LOGITS_KEPT + 20), vocab = config.vocab_size;
     int text[MOST_SEQUENCES] = {0}, sampled[MOST_SEQUENCES], alone[MOST_SEQUENCES];
     static struct sampling sampling[MOST_SEQUENCES];
+    static struct sampler_top top[MOST_SEQUENCES];
     struct worker *worker = open_worker(0, 0, m, 1, n);
     for (int i = 0; i < n; i++) {
         text[i] = below(&random, vocab);
         sampling[i] = warm(word(&random));
     }
     float *logits = floats(nth(n, vocab, 0)), *some = floats(nth(n, vocab, 0));
-    draw_samples(worker, text, n, sampling, 0, n, logits, sampled);
+    draw_samples(worker, text, n, sampling, 0, n, logits, sampled, top);
+    for (int i = 0; i < n; i++)
+        if (i % 3 > 0)
+            check_top(check, logits + nth(i, vocab, 0), vocab, sampled[i], &top[i]);
     for (int first = 0, end; first < n; first = end) {
         end = between(&random, first + 1, min_of(n, first + LOGITS_KEPT));
-        draw_samples(worker, text, n, sampling, first, end, some, alone);
+        draw_samples(worker, text, n, sampling, first, end, some, alone, top);
         CHECK(same_bits(logits + nth(first, vocab, 0), some, nth(end - first, vocab, 0)),
               "logits of samples %d to %d of %d", first, end, n);
         CHECK(!memcmp(alone, sampled + first, sizeof *alone * (size_t)(end - first)),

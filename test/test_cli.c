@@ -246,7 +246,7 @@ static const struct {
     {"-p and --replay exclude each other", "-p a --replay b"},
     {"exclude each other", "-n 3 --replay b|--stop a --replay b|--system a --replay b|"
                            "--stats --replay b|--template none --replay b"},
-    {"--perplexity exclude each other", "-n 3 --perplexity a|--stop a --perplexity b|"
+    {"exclude each other", "-n 3 --perplexity a|--stop a --perplexity b|"
                                         "--system a --perplexity b|--template none --perplexity b|"
                                         "--stats --perplexity b|--json --perplexity b"},
     {"exclude each other", "--json --tokenize a|-n 3 --logits a -p b|--json --logits a --ids 1"},
@@ -391,7 +391,13 @@ static const struct {
     {"messages: number 1: got role none and no content, expected user",
      "{'messages':[1]}|{'messages':['a']}|{'messages':[{}]}|{'messages':[{'role':1}]}"},
     {"number 1: got role user and no content",
-     "{'messages':[{'role':'user'}]}|{'messages':[{'role':'user','content':['a']}]}"},
+     "{'messages':[{'role':'user'}]}|{'messages':[{'role':'user','content':5}]}"},
+    {"messages: got a part of content that is not text",
+     "{'messages':[{'role':'user','content':['a']}]}|"
+     "{'messages':[{'role':'user','content':[{'type':'image_url','text':'a'}]}]}"},
+    {"messages: got a content without parts", "{'messages':[{'role':'user','content':[]}]}"},
+    {"messages: number 1: got tool_calls",
+     "{'messages':[{'role':'user','content':'a','tool_calls':[{}]}]}"},
     {"number 1: got role assistant, expected user",
      "{'messages':[{'role':'assistant','content':'a'}]}"},
     {"number 2: got role user, expected assistant",
@@ -456,9 +462,11 @@ static void loads_are_read(struct check *check) {
     static const char text[] =
         "{\"id\": \"a\", \"prompt\": \"x\", \"at\": 1.5, \"deadline\": 2e1, \"seed\": 4}\n"
         "{\"after\": \"a\", \"ids\": [1]}\n"
-        "{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, {\"content\": \"u\\u0000\", "
+        "{\"messages\": [{\"role\": \"developer\", \"content\": \"s\"}, {\"content\": "
+        "\"u\\u0000\", "
         "\"name\": {\"role\": 1}, \"role\": \"user\"}, {\"role\": \"assistant\", \"content\": "
-        "\"\"}, {\"role\": \"user\", \"content\": \"last\"}]}\nplain";
+        "\"\"}, {\"role\": \"user\", \"content\": [{\"text\": \"la\", \"type\": \"text\"}, "
+        "{\"text\": \"\"}, {\"text\": \"s\\u0074\"}]}]}\nplain";
     struct options o;
     struct requests requests;
     char error[ERROR_LENGTH];
@@ -473,7 +481,8 @@ static void loads_are_read(struct check *check) {
         CHECK(!strcmp(r[1].after, "a") && r[1].at == 0 && r[1].deadline == 0 && !r[1].seeded,
               "a turn");
         CHECK(!strcmp(r[2].system, "s") && r[2].n_earlier == 2 && r[2].earlier[0].length == 2 &&
-                  r[2].earlier[1].length == 0 && !strcmp(r[2].prompt, "last"),
+                  r[2].earlier[1].length == 0 && !strcmp(r[2].prompt, "la\n\nst") &&
+                  r[2].prompt_length == 6,
               "messages");
         CHECK(!r[3].system && r[3].n_earlier == 0 && !r[3].seeded, "text");
     }

@@ -6,6 +6,7 @@
 #include "files.h"
 
 #include <math.h>
+#include <sys/stat.h>
 
 enum { MOST = 65536 }; /* requests of a file */
 
@@ -106,6 +107,35 @@ static void as_many_as_may_be(struct check *check) {
     end += sprintf(end, "\n{");
     write_file(check, "requests", text, (size_t)(end - text));
     expect(check, "model.bin -f $T/requests", 1, "", "*requests: got more than 65536 requests*");
+}
+
+/* Of a pipe there is no end to them, and no memory stays but of those that were last. */
+static void a_pipe_has_no_end(struct check *check) {
+    /* when FAR is read, all but MOST of the lines before it have been answered */
+    enum { NEAR = 4000, FAR = MOST + 30000, LINES = SANITIZED ? FAR + 1 : 3 * MOST };
+    char path[256];
+    snprintf(path, sizeof path, "%s", scratch("pipe"));
+    CHECK(mkfifo(path, 0600) == 0, "%s: no pipe", path);
+    fflush(stdout);
+    pid_t writer = fork();
+    if (writer == 0) {
+        FILE *pipe = fopen(path, "w");
+        for (int i = 0; i < LINES; i++)
+            fprintf(pipe, i == 0 ? "{\"id\":\"first\",\"ids\":[1,5],\"n\":3}\n"
+                          : i == NEAR
+                              ? "{\"id\":\"near\",\"after\":\"first\",\"ids\":[9],\"n\":1}\n"
+                          : i == FAR ? "{\"id\":\"far\",\"after\":\"first\",\"ids\":[9],\"n\":1}\n"
+                                     : "{\n");
+        fclose(pipe);
+        _exit(0);
+    }
+    struct outcome o = run(check, "model.bin -f $T/pipe -t 0 --json");
+    waitpid(writer, NULL, 0);
+    CHECK(o.status == 3 && count_lines(o.out) == LINES, "status %d, %d lines: %s", o.status,
+          count_lines(o.out), o.err);
+    CHECK(number(&o, "near", "prompt_tokens") == 6, "%g", number(&o, "near", "prompt_tokens"));
+    CHECK(strstr(answer(&o, "far", "error"), "after: got \"first\", expected"), "it was followed");
+    CHECK(small(&o, 300), "%ld KiB", o.kibibytes);
 }
 
 /* A megabyte, no newline at the end, zero bytes. */
@@ -337,15 +367,12 @@ static void what_does_not_fit_is_refused(struct check *check) {
 }
 
 int main(int argc, char **argv) {
-    static const struct test tests[] = {TEST(marks_are_no_prompts),
-                                        TEST(errors_belong_to_their_id),
-                                        TEST(as_many_as_may_be),
-                                        TEST(lines_of_any_bytes),
-                                        TEST(tiny_temperatures_are_greedy),
-                                        TEST(no_number_ends_one_request),
-                                        TEST(no_weight_is_passed_over),
-                                        TEST(evaluations_tell_where),
-                                        TEST(requests_are_cancelled_by_id),
-                                        TEST(what_does_not_fit_is_refused)};
+    static const struct test tests[] = {
+        TEST(marks_are_no_prompts),        TEST(errors_belong_to_their_id),
+        TEST(as_many_as_may_be),           TEST(a_pipe_has_no_end),
+        TEST(lines_of_any_bytes),          TEST(tiny_temperatures_are_greedy),
+        TEST(no_number_ends_one_request),  TEST(no_weight_is_passed_over),
+        TEST(evaluations_tell_where),      TEST(requests_are_cancelled_by_id),
+        TEST(what_does_not_fit_is_refused)};
     return run_tests(tests, COUNT(tests), argc, argv);
 }

@@ -210,7 +210,7 @@ static int sum_of(struct json_node *nodes, int place) {
 }
 
 static void page_and_its_figures(struct check *check) {
-    static const char post[] = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: "
+    static const char post[] = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: "
                                "close\r\nContent-Length: 37\r\n\r\n"
                                "{\"prompt\": \"A fox\", \"max_tokens\": 20}";
     struct live live = live_start(check, true,
@@ -220,11 +220,13 @@ static void page_and_its_figures(struct check *check) {
     live_until(&live, "127.0.0.1:");
     live_until(&live, "/v1");
     (void)sscanf(strstr(live.text, "127.0.0.1:"), "127.0.0.1:%d", &port);
-    const char *page = ask(check, port, "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    const char *page =
+        ask(check, port, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     CHECK(strstr(page, "</script>") && !strstr(page, "http"), "an external resource: %s", page);
     (void)ask(check, port, post);
     char error[ERROR_LENGTH] = "";
-    char *text = ask(check, port, "GET /stats HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    char *text =
+        ask(check, port, "GET /stats HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     struct json_node *nodes = json_parse(text, strlen(text), error);
     CHECK(nodes, "%s", error);
     kill(live.pid, SIGTERM);
