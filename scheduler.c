@@ -64,8 +64,9 @@ struct list { /* of requests, oldest first; preempted ones in the order in which
 
 struct worker {
     struct step step;
-    struct list prefilling; /* requests that have prompt tokens to compute here */
-    struct list decoding;   /* those that run here, or will when their blocks have arrived */
+    struct sampler_top *tops; /* of the step's rows: a request may be gone before it ends */
+    struct list prefilling;   /* requests that have prompt tokens to compute here */
+    struct list decoding;     /* those that run here, or will when their blocks have arrived */
     int64_t turn;   /* of those decoding, who begins the next step: the first from this id */
     int n_stalled;  /* of those decoding, how many lack a block for their next token */
     int n_admitted; /* requests that decode here, or will */
@@ -90,7 +91,7 @@ struct sched {
     int64_t n_chosen;                     /* admissions */
     double likely_answer;                 /* tokens */
     uint64_t concerned[MAX_WORKERS / 64]; /* a bit for each worker */
-    double next_event; /* no deadline is earlier, nor the time when a copy is late */
+    double next_event; /* no deadline is earlier, nor a worker's failure or return */
     struct sched_stats stats;
 };
 
@@ -380,7 +381,6 @@ static void release_blocks(struct sched *s, struct request *r) {
     while (r->n_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
     r->n_slots = 0;
-    r->late = INFINITY;
     note_change(s);
 }
 
@@ -460,7 +460,7 @@ static void register_full_blocks(struct sched *s, struct request *r, int first) 
 /* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
  * too many failures the request ends. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
-    for (; r->n_slots < blocks_of(r->filled); r->n_slots++, r->late = INFINITY) {
+    for (; r->n_slots < blocks_of(r->filled); r->n_slots++) {
         int node = r->blocks[r->n_slots];
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_VALID) {
@@ -468,9 +468,6 @@ static bool blocks_ready(struct sched *s, struct request *r, int worker, double 
             r->copy_failures = 0;
             continue;
         }
-        if (r->late == INFINITY && s->config.copy_seconds > 0)
-            r->late = now + s->config.copy_seconds;
-        s->next_event = fmin(s->next_event, r->late);
         if (state == KV_RESERVED &&
             (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
             (void)fail(r->error, "its KV blocks could not be copied");
@@ -731,7 +728,7 @@ static void add_sequence(struct sched *s, struct request *r, int worker, int sta
     batch->n_blocks += n_blocks;
     if (start + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
-        batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
+        batch->top[batch->n_samples] = r->top ? &s->workers[worker].tops[batch->n_samples] : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
@@ -933,11 +930,6 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
     struct worker *w = &s->workers[worker];
     w->in_step = false;
-    if (w->fails <= now) {
-        w->fails = INFINITY;
-        sched_fail(s, worker, now);
-        s->next_event = now; /* others may have ended by it: a driver looks */
-    }
     if (w->lost)
         return; /* so are its rows; those who wanted them may be gone */
     for (int i = 0, sample = 0; i < batch->n_sequences;) {
@@ -945,7 +937,10 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
         int n_rows = 0;
         for (; i < batch->n_sequences && step->requests[i] == r; i++)
             n_rows += batch->sequence[i].n_rows;
-        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NO_SAMPLE;
+        bool samples = r->filled + n_rows == r->length;
+        if (samples && r->top)
+            r->top[r->length - r->n_prompt] = *batch->top[sample];
+        int token = samples ? batch->sampled[sample++] : NO_SAMPLE;
         *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             n_rows;
         take_rows(s, r, worker, n_rows, token, now);
@@ -1005,7 +1000,6 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .decode_worker = NONE,
                           .saved = NONE,
                           .tried = -1,
-                          .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
     note(&s->config.kv.ledger,
@@ -1152,12 +1146,10 @@ void sched_fail_at(struct sched *s, int worker, double fails, double returns) {
     s->next_event = fmin(s->next_event, fmin(fails, returns));
 }
 
-/* Workers fail and return as they are told to: one whose step or copies have not ended, later. */
+/* Workers fail and return as they are told to: whose step or copies have not ended returns later. */
 static void expire_workers(struct sched *s, double now) {
     for (int i = 0; i < s->config.kv.n_workers; i++) {
         struct worker *w = &s->workers[i];
-        if (w->fails <= now && w->in_step)
-            continue; /* then: nobody writes for a request that has gone elsewhere */
         if (w->fails <= now) {
             w->fails = INFINITY;
             sched_fail(s, i, now);
@@ -1196,19 +1188,17 @@ double sched_next_event(const struct sched *s) {
     return s->next_event;
 }
 
-/* Ends a request whose deadline, or whose time for a block to arrive, has run out. */
+/* Ends a request whose deadline has passed. */
 static void expire(struct sched *s, struct request *r, double now) {
     double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
-    if (r->reason != FINISH_NONE)
+    if (r->reason != FINISH_NONE) {
         return;
-    if (end <= now)
+    } else if (end <= now) {
         (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
-    else if (r->late <= now)
-        (void)fail(r->error, "a KV block of it was not copied in %g s", s->config.copy_seconds);
-    if (r->error[0])
         withdraw(s, r, FINISH_ERROR, now);
-    else
-        s->next_event = fmin(s->next_event, fmin(end, r->late));
+    } else {
+        s->next_event = fmin(s->next_event, end);
+    }
 }
 
 void sched_expire(struct sched *s, double now) {
@@ -1233,13 +1223,14 @@ static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n_blocks = (size_t)blocks_of(s->longest); /* of one request at most */
     struct request **requests =
         calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
-                      sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
+                      sizeof *w->tops + sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
     if (!requests)
         return false;
     w->step.requests = requests;
     batch->sampling = (struct sampling *)(requests + n);
     batch->top = (struct sampler_top **)(batch->sampling + n);
-    batch->sequence = (struct sequence *)(batch->top + n);
+    w->tops = (struct sampler_top *)(batch->top + n);
+    batch->sequence = (struct sequence *)(w->tops + n);
     batch->token = (int *)(batch->sequence + n);
     batch->position = batch->token + n;
     batch->row_sequence = batch->position + n;
