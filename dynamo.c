@@ -349,7 +349,7 @@ static void lose_devices(struct engine *engine, int lost) {
         worker->dead = worker->dead || shares;
         if (shares) { /* for good, whatever it was told */
             sched_fail(engine->sched, w, engine_now());
-            sched_fail_at(engine->sched, w, INFINITY, INFINITY);
+            sched_fail_at(engine->sched, w, INFINITY, 0, INFINITY);
         }
     }
     engine_wake(engine);

@@ -443,8 +443,9 @@ void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool o
  * may never end, and their slots stay in flight. Where no worker is left that has a role, all that
  * are left have it; without any each request ends with an error. */
 void sched_fail(struct sched *sched, int worker, double now);
-/* It will fail at a time, and be back at another; INFINITY: never. */
-void sched_fail_at(struct sched *sched, int worker, double fails, double returns);
+/* It will fail at a time, or with a step of it (its first is 1; 0: with none), and be back at another
+ * time; INFINITY: never. */
+void sched_fail_at(struct sched *sched, int worker, double fails, int step, double returns);
 bool sched_is_lost(const struct sched *sched, int worker);
 /* It is back, and empty. False: a step or copies of it have not yet been reported. */
 bool sched_return(struct sched *sched, int worker, double now);

@@ -76,6 +76,7 @@ struct worker {
     bool prefills, decodes; /* the role that it is meant to have: see assign_roles */
     bool lost, in_step;     /* it has failed; a step of it is not yet reported */
     double fails, returns;  /* when it is to do so; INFINITY: never */
+    int n_steps, last_step; /* that were reported; 0, or that with which it is to fail */
 };
 
 struct sched {
@@ -930,6 +931,10 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
     struct worker *w = &s->workers[worker];
     w->in_step = false;
+    if (++w->n_steps == w->last_step) {
+        sched_fail(s, worker, now);
+        s->next_event = now; /* others may have ended by it: a driver looks */
+    }
     if (w->lost)
         return; /* so are its rows; those who wanted them may be gone */
     for (int i = 0, sample = 0; i < batch->n_sequences;) {
@@ -1140,8 +1145,9 @@ bool sched_return(struct sched *s, int worker, double now) {
     return true;
 }
 
-void sched_fail_at(struct sched *s, int worker, double fails, double returns) {
+void sched_fail_at(struct sched *s, int worker, double fails, int step, double returns) {
     s->workers[worker].fails = fails;
+    s->workers[worker].last_step = step;
     s->workers[worker].returns = returns;
     s->next_event = fmin(s->next_event, fmin(fails, returns));
 }
