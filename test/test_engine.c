@@ -30,13 +30,19 @@ static struct step *counted_next(struct sched *sched, int worker, double now) { 
 #include "failing.h"
 #define calloc            failing_calloc
 #define malloc            failing_malloc
+#define realloc           failing_realloc
 #define main              dynamo_main
 #define clock_gettime     counted_time
 #define pthread_cond_init counted_condition
 #define sched_next        counted_next
+#define sched_create      failing_sched_create
+#include "../dynamo.h"
+static struct sched *failing_sched_create(const struct sched_config *config);
 #include "../dynamo.c"
 #undef calloc
 #undef malloc
+#undef realloc
+#undef sched_create
 #undef main
 #undef clock_gettime
 #undef pthread_cond_init
@@ -577,14 +583,64 @@ static void a_copy_that_never_ends(struct check *check) {
         }
 }
 
+/* What a backend and the scheduler allocate: each call may fail. */
+static struct backend with_memory;
+
+static struct sched *failing_sched_create(const struct sched_config *config) {
+    return allocation_fails() ? NULL : sched_create(config);
+}
+
+static struct device *failing_open(struct backend *backend, const struct device *wanted,
+                                   char *error) {
+    if (!allocation_fails())
+        return with_memory.device_open(backend, wanted, error);
+    (void)fail(error, "no memory for a device");
+    return NULL;
+}
+
+static void *failing_alloc(struct device *device, size_t bytes) {
+    return allocation_fails() ? NULL : with_memory.alloc(device, bytes);
+}
+
+static const struct weight *failing_upload(struct device *device, const struct tensor *tensor,
+                                           const struct tensor *const *together, struct slice slice,
+                                           char *error) {
+    if (!allocation_fails())
+        return with_memory.upload(device, tensor, together, slice, error);
+    (void)fail(error, "no memory for a weight");
+    return NULL;
+}
+
+/* A request whose ids find no memory ends with an error of its own. */
+static void a_request_without_memory(struct check *check) {
+    int ids[] = {3, 4, 5}, n = 0;
+    struct answers answers = {.vocab_size = 10};
+    struct request_spec spec = {.ids = ids, .n_ids = 3, .n = 5};
+    struct request r = {0};
+    for (bool ok = false; !ok && n < 10; n += !ok) {
+        r = (struct request){0};
+        allocations_left = n;
+        ok = answers_prepare(&answers, &spec, NULL, NULL, 0, 100, &r);
+        CHECK(ok || (r.reason == FINISH_ERROR && strstr(r.error, "out of memory")),
+              "allocation %d: %s", n, r.error);
+    }
+    allocations_left = -1;
+    CHECK(n == 3 && r.n_prompt == 3 && r.max_new == 5, "after %d failures", n);
+    free(r.tokens);
+}
+
 /* Each allocation of a model and its engine fails once: a line says so, and nothing is left. */
 static void memory_that_runs_out(struct check *check) {
     struct backend_options options = {.n_threads = 1};
     char error[ERROR_LENGTH] = "";
     struct backend *backend = cpu_backend_open(&options, error);
+    with_memory = *backend;
+    backend->device_open = failing_open;
+    backend->alloc = failing_alloc;
+    backend->upload = failing_upload;
     struct engine *engine = NULL;
     int n = 0;
-    for (; !engine && n < 100; n += !engine) {
+    for (; !engine && n < 500; n += !engine) {
         struct model model;
         *error = 0;
         allocations_left = n;
@@ -607,13 +663,14 @@ static void memory_that_runs_out(struct check *check) {
         model_close(&model);
     }
     allocations_left = -1;
-    CHECK(engine && n > 5, "opened where %d allocations were good", n);
+    CHECK(engine && n > 20, "opened where %d allocations were good", n);
     backend->close(backend);
 }
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"memory_that_runs_out", memory_that_runs_out},
+        {"a_request_without_memory", a_request_without_memory},
         {"a_device_that_fails", a_device_that_fails},
         {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"thoughts_are_apart", thoughts_are_apart},
