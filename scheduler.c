@@ -1092,22 +1092,6 @@ static void assign_roles(struct sched *s) {
     }
 }
 
-/* A worker is another than it was: what waits is looked at anew. */
-static void change_roles(struct sched *s, double now) {
-    assign_roles(s);
-    note_change(s);
-    for (int i = 2 * s->config.kv.n_workers; list_at(s, i); i++) {
-        struct request *next;
-        for (struct request *r = list_at(s, i)->first; r; r = next) {
-            next = r->next;
-            r->makes_room = false;
-            r->lacks = 0;
-            (void)give_up(s, r, now);
-        }
-    }
-    admit_waiting(s, now);
-}
-
 /* Whether a request needs what a worker that has failed had: its memory, or blocks that nobody else
  * has, which were on their way. */
 static bool is_hit(const struct sched *s, const struct request *r, int lost) {
@@ -1118,22 +1102,35 @@ static bool is_hit(const struct sched *s, const struct request *r, int lost) {
     return hit;
 }
 
+/* A worker is another than it was, or, unless NONE, lost: who has something there goes back into the
+ * queue, and what waits is looked at anew. */
+static void change_roles(struct sched *s, int lost, double now) {
+    assign_roles(s);
+    note_change(s);
+    for (int i = 0; list_at(s, i); i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            if (r->state == REQUEST_WAITING) {
+                r->makes_room = false;
+                r->lacks = 0;
+                (void)give_up(s, r, now);
+            } else if (lost != NONE && is_hit(s, r, lost)) {
+                r->in_step = r->in_step && worker_of(r) != lost; /* that step is void */
+                send_back(s, r, "a worker has failed", now);
+            }
+        }
+    }
+    admit_waiting(s, now);
+}
+
 void sched_fail(struct sched *s, int worker, double now) {
     if (s->workers[worker].lost)
         return;
     s->workers[worker].lost = true;
     note(&s->config.kv.ledger, &(struct event){EVENT_FAILED, .worker = worker});
     kv_lose(s->kv, worker);
-    for (int i = 0; i < 2 * s->config.kv.n_workers; i++) {
-        struct request *next;
-        for (struct request *r = list_at(s, i)->first; r; r = next) {
-            next = r->next;
-            r->in_step = r->in_step && worker_of(r) != worker; /* that step is void */
-            if (is_hit(s, r, worker))
-                send_back(s, r, "a worker has failed", now);
-        }
-    }
-    change_roles(s, now);
+    change_roles(s, worker, now);
 }
 
 bool sched_return(struct sched *s, int worker, double now) {
@@ -1141,7 +1138,7 @@ bool sched_return(struct sched *s, int worker, double now) {
     if (!w->lost || w->in_step || !kv_regain(s->kv, worker))
         return false;
     w->lost = false;
-    change_roles(s, now);
+    change_roles(s, NONE, now);
     return true;
 }
 
@@ -1169,7 +1166,7 @@ static void expire_workers(struct sched *s, double now) {
 void sched_set_role(struct sched *s, int worker, bool prefills, bool decodes, double now) {
     s->workers[worker].prefills = prefills;
     s->workers[worker].decodes = decodes;
-    change_roles(s, now);
+    change_roles(s, NONE, now);
 }
 
 bool sched_is_lost(const struct sched *s, int worker) {

@@ -900,11 +900,11 @@ static void random_operations(struct check *check) {
 
 enum { ANSWER = 7 }; /* the token that is always sampled there */
 
-static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_batch, int chunk) {
+/* roles: of each worker p (prefills), d (decodes) or b (both). */
+static struct sched_config config_of(const char *roles, const int *blocks, int host_blocks,
+                                     int max_batch, int chunk) {
     struct sched_config config = {
-        .kv = {.n_workers = 2, .device_blocks = {prefill_blocks, decode_blocks}},
-        .prefills = {true, false},
-        .decodes = {false, true},
+        .kv = {.n_workers = (int)strlen(roles), .host_blocks = host_blocks},
         .max_batch = max_batch,
         .chunk = chunk,
         .copies_in_flight = 64,
@@ -912,21 +912,27 @@ static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_b
         .context_length = 4096,
         .vocab_size = VOCABULARY,
         .ends_text = ends_text};
+    for (int i = 0; roles[i]; i++) {
+        config.kv.device_blocks[i] = blocks[i];
+        config.prefills[i] = roles[i] != 'd';
+        config.decodes[i] = roles[i] != 'p';
+    }
+    return config;
+}
+
+static struct sched *open_workers(const char *roles, const int *blocks, int chunk) {
+    struct sched_config config = config_of(roles, blocks, 0, 64, chunk);
+    return sched_create(&config);
+}
+
+static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_batch, int chunk) {
+    int blocks[] = {prefill_blocks, decode_blocks};
+    struct sched_config config = config_of("pd", blocks, 0, max_batch, chunk);
     return sched_create(&config);
 }
 
 static struct sched *open_one(int device_blocks, int host_blocks, int max_batch) {
-    struct sched_config config = {
-        .kv = {.n_workers = 1, .device_blocks = {device_blocks}, .host_blocks = host_blocks},
-        .prefills = {true},
-        .decodes = {true},
-        .max_batch = max_batch,
-        .chunk = 64,
-        .copies_in_flight = 64,
-        .likely_answer = 1,
-        .context_length = 4096,
-        .vocab_size = VOCABULARY,
-        .ends_text = ends_text};
+    struct sched_config config = config_of("b", &device_blocks, host_blocks, max_batch, 64);
     return sched_create(&config);
 }
 
@@ -1102,7 +1108,6 @@ static void passed_by_a_few(struct check *check) {
 }
 
 static void run_all(struct check *check, struct sched *s);
-static struct sched *open_workers(int n, const int *blocks, const char *roles, int chunk);
 
 /* Answers that are preempted again and again come back first, but they let new requests pass a
  * large one no more often than it may be passed. */
@@ -1148,7 +1153,7 @@ static void whole_blocks_wait_for_no_last_one(struct check *check) {
 /* Many that wait for one prefix keep nobody else waiting, where there is room. */
 static void sharers_stop_nobody(struct check *check) {
     enum { SHARERS = 24, OTHERS = 40, PREFIX = 640 };
-    struct sched *s = open_workers(2, (int[]){400, 400}, "bb", 64);
+    struct sched *s = open_workers("bb", (int[]){400, 400}, 64);
     static struct job jobs[SHARERS + OTHERS];
     for (int i = 0; i < SHARERS; i++)
         ask_after(s, &jobs[i], i, PREFIX + 3, 2, jobs[0].tokens, i > 0 ? PREFIX : 0);
@@ -1231,28 +1236,11 @@ static void a_waiting_prompt_keeps_what_is_cached(struct check *check) {
     sched_destroy(s);
 }
 
-static struct sched *open_workers(int n, const int *blocks, const char *roles, int chunk) {
-    struct sched_config config = {.kv = {.n_workers = n},
-                                  .max_batch = 64,
-                                  .chunk = chunk,
-                                  .copies_in_flight = 64,
-                                  .likely_answer = 1,
-                                  .context_length = 4096,
-                                  .vocab_size = VOCABULARY,
-                                  .ends_text = ends_text};
-    for (int i = 0; i < n; i++) {
-        config.kv.device_blocks[i] = blocks[i];
-        config.prefills[i] = roles[i] != 'd';
-        config.decodes[i] = roles[i] != 'p';
-    }
-    return sched_create(&config);
-}
-
 /* One request at a time, which fit on all devices together, and not on one. */
 static void paced_load_is_spread(struct check *check) {
     static const char *const roles[] = {"bbbb", "ppdd"};
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(4, (int[]){60, 60, 60, 60}, roles[way], 64);
+        struct sched *s = open_workers(roles[way], (int[]){60, 60, 60, 60}, 64);
         static struct job jobs[32];
         int n_texts = way == 0 ? 16 : 8, n_hits = 0, n_on[4] = {0};
         for (int i = 0; i < 2 * n_texts; i++) {
@@ -1275,7 +1263,7 @@ static void equal_workers_take_turns(struct check *check) {
     static const char *const roles[] = {"bbbb", "ppdd"};
     static struct job job;
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(4, (int[]){14, 14, 14, 14}, roles[way], 64);
+        struct sched *s = open_workers(roles[way], (int[]){14, 14, 14, 14}, 64);
         int n_on[4] = {0};
         for (int i = 0; i < 40; i++) {
             ask(s, &job, i, 209, 2);
@@ -1287,7 +1275,7 @@ static void equal_workers_take_turns(struct check *check) {
             CHECK(n_on[w] == 16, "%s: worker %d was chosen %d times", roles[way], w, n_on[w]);
         sched_destroy(s);
     }
-    struct sched *s = open_workers(2, (int[]){200, 200}, "bb", 64);
+    struct sched *s = open_workers("bb", (int[]){200, 200}, 64);
     for (int i = 0; i < 3; i++) {
         ask(s, &job, i, i == 0 ? 640 : 20, 2);
         run_all(check, s);
@@ -1300,7 +1288,7 @@ static void equal_workers_take_turns(struct check *check) {
 static void a_shared_prefix_is_computed_once(struct check *check) {
     enum { ALL = 32, SHARED_TOKENS = 960, OWN = 20 };
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(2, (int[]){160, 160}, "pd", 64);
+        struct sched *s = open_workers("pd", (int[]){160, 160}, 64);
         static struct job jobs[ALL];
         int most = 0;
         for (int i = 0; i < ALL; i++)
@@ -1416,7 +1404,7 @@ static void a_chunk_is_shared(struct check *check) {
 
 /* The one with fewer blocks in use has no room, the other has. */
 static void a_full_worker_is_passed_by(struct check *check) {
-    struct sched *s = open_workers(3, (int[]){200, 20, 100}, "pdd", 1024);
+    struct sched *s = open_workers("pdd", (int[]){200, 20, 100}, 1024);
     static struct job jobs[3];
     ask(s, &jobs[0], 0, 250, 60); /* 16 blocks */
     CHECK(jobs[0].request.decode_worker == 1, "the emptier one");
@@ -1430,7 +1418,7 @@ static void a_full_worker_is_passed_by(struct check *check) {
 }
 
 static void workers_of_different_sizes(struct check *check) {
-    struct sched *s = open_workers(3, (int[]){4, 8, 20}, "pdd", 64);
+    struct sched *s = open_workers("pdd", (int[]){4, 8, 20}, 64);
     static struct job jobs[4];
     CHECK(sched_max_length(s) == 320, "the longest text: %d", sched_max_length(s));
     ask(s, &jobs[0], 0, 321, 9);
@@ -1592,18 +1580,8 @@ static void who_is_preempted_is_not_queued(struct check *check) {
 
 /* Written through, no more than the last block is computed again; the other pool takes over. */
 static void a_failed_worker_loses_one_block(struct check *check) {
-    struct sched_config config = {.kv = {.n_workers = 2,
-                                         .device_blocks = {8, 8},
-                                         .host_blocks = 16,
-                                         .policy = KV_WRITE_THROUGH},
-                                  .prefills = {true, false},
-                                  .decodes = {false, true},
-                                  .max_batch = 4,
-                                  .chunk = 64,
-                                  .copies_in_flight = 64,
-                                  .context_length = 4096,
-                                  .vocab_size = VOCABULARY,
-                                  .ends_text = ends_text};
+    struct sched_config config = config_of("pd", (int[]){8, 8}, 16, 4, 64);
+    config.kv.policy = KV_WRITE_THROUGH;
     struct sched *s = sched_create(&config);
     static struct job jobs[2];
     const struct request *r = &jobs[0].request;
@@ -1884,16 +1862,10 @@ static void answers_have_room_to_grow(struct check *check) {
                  {16000, 500, 0.1, 290.9, 0.96, 3},  {16000, 500, 0.3, 297.4, 0.96, 3},
                  {16000, 500, 0.01, 294.6, 0.96, 3}, {0, 500, 0.1, 291.3, 0.94, 3}};
     for (size_t load = 0; load < sizeof loads / sizeof *loads; load++) {
-        struct sched_config config = {
-            .kv = {.n_workers = 1, .device_blocks = {4000}, .host_blocks = loads[load].host_blocks},
-            .prefills = {true},
-            .decodes = {true},
-            .max_batch = 256,
-            .chunk = 512,
-            .copies_in_flight = 64,
-            .context_length = 8192,
-            .vocab_size = VOCABULARY,
-            .ends_text = ends_text};
+        struct sched_config config =
+            config_of("b", (int[]){4000}, loads[load].host_blocks, 256, 512);
+        config.likely_answer = 0; /* as many as is usual */
+        config.context_length = 8192;
         struct world *world = calloc(1, sizeof *world);
         struct user *users = calloc(USERS, sizeof *users);
         *world = (struct world){.s = sched_create(&config),
