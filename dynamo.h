@@ -92,7 +92,6 @@ struct request {
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
     int saved;                    /* node of the block it was preempted in; -1: none */
-    int copy_failures;            /* of the block that it waits for */
     const char *why;              /* it was preempted last, or will be when the step is done */
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */

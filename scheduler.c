@@ -41,7 +41,6 @@ enum {
     NO_SAMPLE = -2,             /* of rows of which none is a request's last */
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
-    MAX_COPY_FAILURES = 3,      /* copies of a block that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
     MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
     MAX_PROMPTS = 64,           /* that share a chunk */
@@ -458,22 +457,18 @@ static void register_full_blocks(struct sched *s, struct request *r, int first) 
     }
 }
 
-/* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
- * too many failures the request ends. */
+/* Whether all that is filled has arrived on worker. A copy that failed is ordered again: whose worker
+ * was lost, from another place; if there is none the request goes back into the queue. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
     for (; r->n_slots < blocks_of(r->filled); r->n_slots++) {
         int node = r->blocks[r->n_slots];
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_VALID) {
             r->slots[r->n_slots] = kv_slot(s->kv, node, worker);
-            r->copy_failures = 0;
             continue;
         }
-        if (state == KV_RESERVED &&
-            (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
-            (void)fail(r->error, "its KV blocks could not be copied");
-            withdraw(s, r, FINISH_ERROR, now);
-        }
+        if (state == KV_RESERVED && !kv_send(s->kv, node, worker))
+            send_back(s, r, "a block of it is lost", now);
         return false;
     }
     return true;
@@ -1191,19 +1186,6 @@ double sched_next_event(const struct sched *s) {
     return s->next_event;
 }
 
-/* Ends a request whose deadline has passed. */
-static void expire(struct sched *s, struct request *r, double now) {
-    double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
-    if (r->reason != FINISH_NONE) {
-        return;
-    } else if (end <= now) {
-        (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
-        withdraw(s, r, FINISH_ERROR, now);
-    } else {
-        s->next_event = fmin(s->next_event, end);
-    }
-}
-
 void sched_expire(struct sched *s, double now) {
     s->next_event = INFINITY;
     expire_workers(s, now);
@@ -1211,7 +1193,13 @@ void sched_expire(struct sched *s, double now) {
         struct request *next;
         for (struct request *r = list_at(s, i)->first; r; r = next) {
             next = r->next;
-            expire(s, r, now);
+            double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
+            if (r->reason == FINISH_NONE && end <= now) {
+                (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
+                withdraw(s, r, FINISH_ERROR, now);
+            } else if (r->reason == FINISH_NONE) {
+                s->next_event = fmin(s->next_event, end);
+            }
         }
     }
     admit_waiting(s, now);

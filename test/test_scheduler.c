@@ -83,7 +83,7 @@ static const char *const what_names[] = {"cancelled",   "deadline",   "sent back
 
 struct totals {
     int64_t happened[N_WHAT][N_WHERE];
-    int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests, late;
+    int64_t operations, episodes, refused, cancelled, failed_copies, late;
     int64_t in_step;  /* sent back while a step was under way */
     char broken[256]; /* the rule that was broken last */
     struct kv_stats kv;
@@ -568,15 +568,13 @@ static bool is_excused(struct machine *m, const struct request *r, struct totals
         return false;
     bool full = strstr(r->error, "the queue is full") && m->config.max_queue > 0;
     bool expired = strstr(r->error, deadline) && r->submitted + r->deadline <= m->now;
-    bool failed = (m->copies_fail || m->workers_fail) && r->copy_failures > MAX_COPY_FAILURES;
     bool nowhere = strstr(r->error, "all workers have failed") ||
                    (strstr(r->error, "fits no worker") && r->n_prompt > m->least_length);
     totals->late += expired;
     totals->refused += full;
-    totals->failed_requests += failed;
     if (full && (r->length > r->n_prompt || r->admitted > 0))
         report(m, "a request that was admitted was refused");
-    return full || (expired && r->deadline > 0) || failed || (m->workers_fail && nowhere);
+    return full || (expired && r->deadline > 0) || (m->workers_fail && nowhere);
 }
 
 /* Checks the answers of the requests that have ended, and makes room for others. */
@@ -885,11 +883,11 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
                counts[i].count < 100 ? " (coverage: few)" : "");
     CHECK(totals.sched.submitted == totals.sched.finished, "requests are left");
     check_events(check, &totals);
-    printf("    %lld operations, %lld requests (%lld cancelled, %lld refused, %lld given up), %lld "
+    printf("    %lld operations, %lld requests (%lld cancelled, %lld refused), %lld "
            "tokens\n",
            (long long)totals.operations, (long long)totals.sched.submitted,
            (long long)totals.cancelled, (long long)totals.refused,
-           (long long)totals.failed_requests, (long long)totals.sched.decode_tokens);
+           (long long)totals.sched.decode_tokens);
 }
 
 static void random_operations(struct check *check) {
