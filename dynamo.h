@@ -96,7 +96,7 @@ struct request {
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
-    struct list *list; /* of the scheduler: where it stands */
+    struct list *list;                         /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
