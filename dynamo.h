@@ -442,8 +442,8 @@ void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool o
  * may never end, and their slots stay in flight. Where no worker is left that has a role, all that
  * are left have it; without any each request ends with an error. */
 void sched_fail(struct sched *sched, int worker, double now);
-/* It will fail at a time, or with a step of it (its first is 1; 0: with none), and be back at another
- * time; INFINITY: never. */
+/* It will fail at a time, or with a step of it (its first is 1; 0: with none), and be back at
+ * another time; INFINITY: never. */
 void sched_fail_at(struct sched *sched, int worker, double fails, int step, double returns);
 bool sched_is_lost(const struct sched *sched, int worker);
 /* It is back, and empty. False: a step or copies of it have not yet been reported. */
@@ -453,8 +453,8 @@ void sched_set_role(struct sched *sched, int worker, bool prefills, bool decodes
 /* The workers that may have a step to compute, and need be woken: one of them with each call, which
  * strikes it off; -1: there are no others. */
 int sched_concerned(struct sched *sched);
-/* When a deadline runs out, or a worker fails or returns as it was told to, next: sched_expire is to
- * be called then. INFINITY: never. Any call may bring it nearer. */
+/* When a deadline runs out, or a worker fails or returns as it was told to, next: sched_expire is
+ * to be called then. INFINITY: never. Any call may bring it nearer. */
 double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */

@@ -457,8 +457,8 @@ static void register_full_blocks(struct sched *s, struct request *r, int first) 
     }
 }
 
-/* Whether all that is filled has arrived on worker. A copy that failed is ordered again: whose worker
- * was lost, from another place; if there is none the request goes back into the queue. */
+/* Whether all that is filled has arrived on worker. A copy that failed, for its source was lost, is
+ * ordered again, from another place; if there is none the request goes back into the queue. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
     for (; r->n_slots < blocks_of(r->filled); r->n_slots++) {
         int node = r->blocks[r->n_slots];
@@ -1097,8 +1097,8 @@ static bool is_hit(const struct sched *s, const struct request *r, int lost) {
     return hit;
 }
 
-/* A worker is another than it was, or, unless NONE, lost: who has something there goes back into the
- * queue, and what waits is looked at anew. */
+/* A worker is another than it was, or, unless NONE, lost: who has something there goes back into
+ * the queue, and what waits is looked at anew. */
 static void change_roles(struct sched *s, int lost, double now) {
     assign_roles(s);
     note_change(s);
@@ -1144,7 +1144,7 @@ void sched_fail_at(struct sched *s, int worker, double fails, int step, double r
     s->next_event = fmin(s->next_event, fmin(fails, returns));
 }
 
-/* Workers fail and return as they are told to: whose step or copies have not ended returns later. */
+/* Workers fail and return as they are told to: whose step or copies have not ended, later. */
 static void expire_workers(struct sched *s, double now) {
     for (int i = 0; i < s->config.kv.n_workers; i++) {
         struct worker *w = &s->workers[i];

@@ -5,8 +5,9 @@
  * the right one at every earlier position of its block table; so a block that is lost, stale,
  * reused too early or not yet arrived is caught by the first step that reads it. Copies are carried
  * out late and out of order: the source must stay as it is until the end is reported, and the
- * target holds garbage until then; some hang, which takes their worker out. The next token is a function of the text, so the answer to each
- * request is known before it is submitted, and must be the same in every schedule.
+ * target holds garbage until then; some hang, which takes their worker out. The next token is a
+ * function of the text, so the answer to each request is known before it is submitted, and must be
+ * the same in every schedule.
  *
  *     test_scheduler              the directed tests, and 10^5 random operations
  *     test_scheduler soak [seed]  10^7 random operations */

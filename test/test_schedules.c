@@ -138,8 +138,8 @@ static void same_text_of_a_checkpoint(struct check *check) {
 
 enum { MOMENTS = SANITIZED ? 4 : 20, LAST_MOMENT = 40 };
 
-/* Beside each request one of the same prompt that ends before it, at another moment of a run: by its
- * deadline, or by a line that cancels it. */
+/* Beside each request one of the same prompt that ends before it, at another moment of a run: by
+ * its deadline, or by a line that cancels it. */
 static void add_hurried(struct turns *turns, double run) {
     int n = turns->n;
     for (int i = 0; i < n; i++, turns->n++) {
@@ -151,8 +151,8 @@ static void add_hurried(struct turns *turns, double run) {
     }
 }
 
-/* A worker fails in one of 20 steps of it, and of some runs it comes back: pools of one width and of
- * two, with a host tier and without, little memory; copies are late, others end in between. Where
+/* A worker fails in one of 20 steps of it, and of some runs it comes back: pools of one width and
+ * of two, with a host tier and without, little memory; copies are late, others end in between. Where
  * memory is ample nobody is preempted but who had something there. */
 static void same_text_where_workers_fail(struct check *check) {
     static const struct {
