@@ -152,8 +152,8 @@ static void add_hurried(struct turns *turns, double run) {
 }
 
 /* A worker fails in one of 20 steps of it, and of some runs it comes back: pools of one width and
- * of two, with a host tier and without, little memory; copies are late, others end in between. Where
- * memory is ample nobody is preempted but who had something there. */
+ * of two, with a host tier and without, little memory; copies are late, others end in between.
+ * Where memory is ample nobody is preempted but who had something there. */
 static void same_text_where_workers_fail(struct check *check) {
     static const struct {
         const char *options;
