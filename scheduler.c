@@ -440,6 +440,12 @@ static void send_back(struct sched *s, struct request *r, const char *why, doubl
     withdraw(s, r, FINISH_NONE, now);
 }
 
+/* Sends back who lacks a block where there are no more, and a larger worker has them. */
+static void move_on(struct sched *s, struct request *r, double now) {
+    if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[r->decode_worker])
+        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
+}
+
 /* The chained hash of a full block: those before it have theirs. */
 static void hash_block(struct request *r, int i) {
     r->hashes[i] = kv_hash(i > 0 ? r->hashes[i - 1] : 0, r->tokens + (size_t)i * BLOCK_TOKENS);
@@ -794,7 +800,8 @@ static void add_running(struct sched *s, int worker, double now) {
             continue;
         if (r->state != REQUEST_RUNNING)
             set_state(s, r, REQUEST_RUNNING);
-        if (lacks_block(r))
+        move_on(s, r, now);
+        if (r->state != REQUEST_RUNNING || lacks_block(r))
             continue;
         add_rows(s, r, worker, 1);
         n_rows--;
@@ -918,8 +925,7 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
         (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
     if (r->state == REQUEST_PREFILL && prefill_left(r) == 0)
         end_prefill(s, r);
-    if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[worker])
-        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
+    move_on(s, r, now);
 }
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {

@@ -894,6 +894,8 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
 static void random_operations(struct check *check) {
     struct totals found = {0}; /* a block is registered twice, of which a void copy has not ended */
     CHECK(run_episode(1003938, &found), "seed 1003938: %s", found.broken);
+    /* a larger worker is back as an answer is handed over that fills its own */
+    CHECK(run_episode(1010847, &found), "seed 1010847: %s", found.broken);
     run_random(check, 460, 100000); /* what happens least of all is among the next 125 */
 }
 
