@@ -33,7 +33,7 @@ enum {
     COPY_BYTES = 64 << 20, /* of KV, about, that a worker copies at a time: 1 ms of a fast bus */
     MIN_COPIES = 8,        /* blocks that it copies at a time, at least; */
     MAX_COPIES = 128,      /* at most: a stream of a GPU has room for 1024 copies of 8 shards */
-    COPY_SECONDS = 60,     /* a copy that takes so long has failed */
+    COPY_SECONDS = 30,     /* a copy that takes so long never ends: the slowest bus needs 0.1 s */
     NOBODY = -1,           /* no worker */
     LOST_SHOWN = 32,       /* requests that a fault names */
     SLAB_BYTES = 64 << 20, /* of host KV, about, that are pinned at a time */
@@ -47,8 +47,8 @@ static const double COPY_POLL = 50e-6; /* seconds after which the courier looks 
 struct transfer { /* a block on its way, in pieces */
     struct kv_copy_order order;
     enum stream stream;
-    double start;
-    bool started, lost; /* lost: with a device at one of its ends */
+    double start, waited; /* waited: seconds for its end, but for those in which nobody looked */
+    bool started, lost;   /* lost: with the device that carries it, or that it is to come from */
     int n_pieces;
     struct piece {
         struct device *device;
@@ -83,8 +83,9 @@ struct engine {
     pthread_t courier, pinner;   /* run if `carries`, if `pins` */
     bool carries, pins, stopping;
     double next_event;          /* when the courier wakes at the latest */
-    struct transfer *transfers; /* (n_transfers) on their way, the courier's own */
+    struct transfer *transfers; /* (n_transfers) on their way, the courier's own; … */
     int n_transfers;
+    double looked; /* … when it looked after them last */
     jmp_buf fault; /* where the courier goes on after a fault, while it is `copying` … */
     int copying;   /* … for this worker; NOBODY: it is not */
 };
@@ -346,8 +347,10 @@ static void lose_devices(struct engine *engine, int lost) {
                                 met->shards[i % met->n_shards]->index ==
                                     worker->shards[i / met->n_shards]->index);
         worker->dead = worker->dead || shares;
-        if (shares)
+        if (shares) { /* for good, whatever it was told */
             sched_fail(engine->sched, w, engine_now());
+            sched_fail_at(engine->sched, w, INFINITY, 0, INFINITY);
+        }
     }
     engine_wake(engine);
 }
@@ -384,20 +387,30 @@ void engine_tell_lost(struct engine *engine) {
 /* ---- the courier ---- */
 
 /* Starts the copies that are new, and looks after all. Those that have ended, or are lost, are then
- * the last; returns how many are not. Without the lock. */
+ * the last; returns how many are not. One that never ends is a fault of its worker. Without the
+ * lock. */
 static int carry(struct engine *engine) {
     struct transfer *all = engine->transfers;
     int n = engine->n_transfers;
+    double since = fmin(engine_now() - engine->looked, 1); /* the program may have been stopped */
+    engine->looked = engine_now();
     for (int i = 0; i < n; i++) {
         engine->copying = all[i].order.worker;
-        if (!all[i].started && !all[i].lost)
+        bool starts = !all[i].started && !all[i].lost;
+        all[i].started = all[i].started || starts;
+        if (starts)
             copy_block(engine, &all[i]);
-        all[i].started = true;
     }
     for (int i = n - 1; i >= 0; i--) {
         engine->copying = all[i].order.worker;
-        if (!all[i].lost && !transfer_done(engine, &all[i]))
-            continue;
+        if (!all[i].lost && !transfer_done(engine, &all[i])) {
+            all[i].waited += since;
+            if (all[i].waited < COPY_SECONDS)
+                continue;
+            (void)fprintf(stderr, "dynamo: worker %d: a copy has not ended in %d s\n",
+                          engine->copying, COPY_SECONDS);
+            longjmp(engine->fault, 1);
+        }
         struct transfer ended = all[i];
         all[i] = all[--n];
         all[n] = ended;
@@ -423,10 +436,9 @@ static void take_orders(struct engine *engine) {
     struct kv_copy_order order;
     for (int i = 0; i < engine->n_transfers; i++) { /* the host is no worker, and has no faults */
         struct transfer *t = &engine->transfers[i];
-        int host = engine->config.n_workers;
         t->lost = workers[t->order.worker].dead ||
-                  (t->order.from < host && workers[t->order.from].dead) ||
-                  (t->order.to < host && workers[t->order.to].dead);
+                  (!t->started && t->order.from < engine->config.n_workers &&
+                   workers[t->order.from].dead);
     }
     for (int w = 0; w < engine->config.n_workers && !engine->stopping; w++)
         while (sched_copies(engine->sched, w, &order, 1))
@@ -453,6 +465,8 @@ static void *courier_main(void *argument) {
         for (int i = n_left; i < n; i++) {
             const struct kv_copy_order *order = &engine->transfers[i].order;
             bool ok = !engine->transfers[i].lost;
+            if (!ok && engine->transfers[i].started && order->to == engine->config.n_workers)
+                continue; /* the device may write there yet */
             if (ok)
                 stamp(engine, &(struct event){EVENT_COPY, .start = engine->transfers[i].start,
                                               .worker = order->worker, .node = order->node,
@@ -709,7 +723,6 @@ struct sched_config engine_sched_config(const struct engine_config *config) {
                                  .chunk = config->chunk,
                                  .max_queue = config->max_queue,
                                  .copies_in_flight = copies,
-                                 .copy_seconds = COPY_SECONDS,
                                  .context_length = config->model->config.context_length,
                                  .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};
@@ -826,14 +839,20 @@ bool engine_close(struct engine *engine) {
     for (int i = 0; i < engine->n_started; i++)
         pthread_cond_signal(&engine->workers[i].work);
     engine_unlock(engine);
-    for (int i = 0; i < engine->n_started; i++)
-        pthread_join(engine->workers[i].thread, NULL);
     if (engine->carries)
         pthread_join(engine->courier, NULL);
     if (engine->pins)
         pthread_join(engine->pinner, NULL);
-    for (int i = 0; i < engine->config.n_workers; i++)
-        if (engine->workers[i].dead)
+    bool dead[MAX_WORKERS] = {false};
+    engine_lock(engine);
+    for (int i = 0; i < engine->n_started; i++)
+        dead[i] = engine->workers[i].dead; /* it may hang in a step */
+    engine_unlock(engine);
+    for (int i = 0; i < engine->n_started; i++)
+        (void)(dead[i] ? pthread_detach(engine->workers[i].thread)
+                       : pthread_join(engine->workers[i].thread, NULL));
+    for (int i = 0; i < engine->n_started; i++)
+        if (dead[i] || engine->workers[i].dead)
             return false;
     for (int first = 0; first < engine->n_pinned; first += slab_blocks(engine))
         engine->config.backend->unpin(engine->workers[0].shards[0], host_block(engine, first));

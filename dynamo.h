@@ -92,13 +92,11 @@ struct request {
     int shared;                   /* tokens that it has waited for another to compute, who is … */
     const struct request *leader; /* … or NULL: they are there */
     int saved;                    /* node of the block it was preempted in; -1: none */
-    int copy_failures;            /* of the block that it waits for */
     const char *why;              /* it was preempted last, or will be when the step is done */
     bool in_step, leaves; /* leaves: when the step is done; if it has no reason, to wait again */
     double submitted, first_token, last_token; /* seconds; 0: not yet */
     double admitted, resumed;                  /* for the first time, for the last time */
-    double late;       /* when it is too late for the block that it waits for; INFINITY: for none */
-    struct list *list; /* of the scheduler: where it stands */
+    struct list *list;                         /* of the scheduler: where it stands */
     struct request *previous, *next;
 };
 
@@ -403,7 +401,6 @@ struct sched_config {
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */
     int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
-    double copy_seconds;  /* who waits longer for a block fails; 0: no limit */
     int context_length, vocab_size;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
@@ -441,12 +438,13 @@ int sched_copies(struct sched *sched, int worker, struct kv_copy_order *orders, 
 void sched_copied(struct sched *sched, const struct kv_copy_order *order, bool ok, double now);
 /* A worker has failed: its memory is gone. What it had goes on elsewhere, from what others and the
  * host hold. Its step, reported or not, is void (and requests that it names may be gone); copies
- * from and to it are reported when they have ended, and have failed then. Where no worker is left
- * that has a role, all that are left have it; without any each request ends with an error. */
+ * from and to it are reported when they have ended, and have failed then. Those from it to the host
+ * may never end, and their slots stay in flight. Where no worker is left that has a role, all that
+ * are left have it; without any each request ends with an error. */
 void sched_fail(struct sched *sched, int worker, double now);
-/* It will fail at a time, or when the step ends that it computes then, and be back at another;
- * INFINITY: never. */
-void sched_fail_at(struct sched *sched, int worker, double fails, double returns);
+/* It will fail at a time, or with a step of it (its first is 1; 0: with none), and be back at
+ * another time; INFINITY: never. */
+void sched_fail_at(struct sched *sched, int worker, double fails, int step, double returns);
 bool sched_is_lost(const struct sched *sched, int worker);
 /* It is back, and empty. False: a step or copies of it have not yet been reported. */
 bool sched_return(struct sched *sched, int worker, double now);
@@ -455,8 +453,8 @@ void sched_set_role(struct sched *sched, int worker, bool prefills, bool decodes
 /* The workers that may have a step to compute, and need be woken: one of them with each call, which
  * strikes it off; -1: there are no others. */
 int sched_concerned(struct sched *sched);
-/* When a deadline, or the time for a block to arrive, runs out next: sched_expire is to be called
- * then. INFINITY: never. Any call may bring it nearer. */
+/* When a deadline runs out, or a worker fails or returns as it was told to, next: sched_expire is
+ * to be called then. INFINITY: never. Any call may bring it nearer. */
 double sched_next_event(const struct sched *sched);
 void sched_expire(struct sched *sched, double now);
 /* The ids of requests that are not finished, at most `most` of them; returns how many there are. */

@@ -90,8 +90,8 @@ struct node { /* two lines of a processor's cache; most of what is done needs th
     };
     uint64_t places[MAX_WORKERS / 64 + 1]; /* a bit for each that has a copy */
     int next; /* in its bucket; or of the free nodes, how many it is behind + 1 */
-    unsigned char n_valid, n_reserved; /* of its copies; and … */
-    unsigned char matters;             /* … what matters to each of them, when it was settled */
+    unsigned char n_valid, n_awaited; /* of its copies: see is_awaited; and … */
+    unsigned char matters;            /* … what matters to each of them, when it was settled */
     int tokens[BLOCK_TOKENS];
 };
 
@@ -124,6 +124,7 @@ struct kv {
     struct kv_config config;
     int host;                    /* its place, behind the workers */
     int n_spare;                 /* clean copies on the host that the cleaners may need */
+    int n_void;                  /* copies in flight to the host from workers that are gone */
     int first_free;              /* node */
     uint64_t clock, last_serial; /* last_serial: of the last registration */
     struct node *nodes;          /* as many as slots, so none is without one */
@@ -266,10 +267,20 @@ static struct copy *copy_at(const struct kv *kv, int node, int place) { /* NULL:
     return c;
 }
 
+static bool is_void(const struct kv *kv, const struct copy *c) { /* it will fail, if it ends */
+    return c->standing == IN_FLIGHT && kv->places[c->from->place].gone;
+}
+
+/* Whether a copy into it will be ordered yet, or again: so its source must stay. */
+static bool is_awaited(const struct kv *kv, const struct copy *c) {
+    return !kv->places[c->place].gone &&
+           (c->standing == RESERVED || (is_void(kv, c) && c->place != kv->host));
+}
+
 static void count_copy(struct kv *kv, const struct copy *c, int n) {
     struct node *node = &kv->nodes[c->node];
     node->n_valid = (unsigned char)(node->n_valid + n * (c->standing >= IN_USE));
-    node->n_reserved = (unsigned char)(node->n_reserved + n * (c->standing == RESERVED));
+    node->n_awaited = (unsigned char)(node->n_awaited + n * is_awaited(kv, c));
 }
 
 /* Gives a copy another standing than it has. */
@@ -384,13 +395,13 @@ static void free_node(struct kv *kv, int id) {
 /* What matters to all copies of a node: that the content is of use later, that there is more than
  * one, that there will be another. */
 static unsigned char what_matters(const struct node *node) {
-    return (unsigned char)(is_of_use(node) + 2 * (node->n_valid >= 2) + 4 * (node->n_reserved > 0));
+    return (unsigned char)(is_of_use(node) + 2 * (node->n_valid >= 2) + 4 * (node->n_awaited > 0));
 }
 
 /* Where a copy belongs. FREE: nobody needs it. */
 static enum standing standing_of(const struct kv *kv, const struct copy *c) {
     const struct node *node = &kv->nodes[c->node];
-    bool awaited = node->n_reserved > 0;
+    bool awaited = node->n_awaited > 0;
     if (c->standing == IN_FLIGHT || c->pins > 0)
         return c->standing < IN_USE ? c->standing : IN_USE;
     if (c->reads > 0)
@@ -443,7 +454,9 @@ static void drop(struct kv *kv, struct copy *c, bool moved) {
     *(c->place == kv->host ? &kv->stats.host_evictions : &kv->stats.evictions) += 1;
     free_slot(kv, c);
     struct copy *left = choose_source(kv, node);
-    if (left && left->place == kv->host)
+    if (!left)
+        forget(kv, node);
+    else if (left->place == kv->host)
         left->heat = heat;
     settle(kv, node);
 }
@@ -468,8 +481,11 @@ static void order_copy(struct kv *kv, struct copy *from, struct copy *to, const 
     settle(kv, to->node);
 }
 
-/* Orders a copy of a worker's copy to the host. False: the host has no room for it now. */
+/* Orders a copy of a worker's copy to the host. False: the host has no room for it now, or one that
+ * is void, and has not ended yet. */
 static bool page_out(struct kv *kv, struct copy *c, bool urgent, const char *why) {
+    if (copy_at(kv, c->node, kv->host))
+        return false;
     if (kv->places[kv->host].n[FREE] == 0) {
         struct copy *victim = choose_host_victim(kv, urgent);
         if (!victim)
@@ -562,7 +578,8 @@ bool kv_make_room(struct kv *kv, int worker, int n) {
         want(kv, worker, at->n[FREE] < n && n <= can ? n : 0);
     struct copy *victim; /* where n come to be free, nothing goes to the host: all stays there */
     while (n <= can && at->n[FREE] + at->n[LEAVING] < n && (victim = choose_victim(at))) {
-        bool may_lose = host->n[RESERVED] + host->n[IN_USE] == host->n_slots;
+        bool may_lose = host->n[RESERVED] + host->n[IN_USE] + kv->n_void == host->n_slots ||
+                        (victim->standing == DIRTY && copy_at(kv, victim->node, kv->host));
         if (victim->standing == CLEAN || may_lose)
             drop(kv, victim, false);
         else if (!page_out(kv, victim, true, "makes room"))
@@ -647,7 +664,7 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
         return own ? (enum kv_state)own->standing : KV_ABSENT;
     bool read = false; /* its owner must not write it while it is being copied */
     for (const struct copy *c = kv->nodes[node].first; c && !kv->nodes[node].serial; c = c->next)
-        read = read || c->reads > 0;
+        read = read || (c->reads > 0 && !kv->places[c->place].gone);
     return read ? KV_ARRIVING : KV_VALID;
 }
 
@@ -673,7 +690,10 @@ static void merge(struct kv *kv, int private, int winner) {
     for (struct copy *mine = kv->nodes[private].first, *next; mine; mine = next) {
         struct copy *other = copy_at(kv, winner, mine->place);
         next = mine->next;
-        assert(mine->reads == 0 && mine->standing != IN_FLIGHT);
+        if (mine->reads > 0 || mine->standing == IN_FLIGHT) {
+            assert(kv->places[mine->place].gone || is_void(kv, mine));
+            continue; /* a void copy ends, if it does, where it has begun */
+        }
         if (other) {
             other->pins += mine->pins;
             other->unused = false;
@@ -743,6 +763,7 @@ void kv_copied(struct kv *kv, const struct kv_copy_order *order, bool ok) {
     bool out = order->to == kv->host, in = order->from == kv->host;
     bool leaves = from->standing == LEAVING;
     ok = ok && !at->gone && !kv->places[order->to].gone;
+    kv->n_void -= out && at->gone;
     from->reads--;
     set_standing(kv, to, ok ? IN_USE : RESERVED);
     to->unused = ok && !out && to->pins == 0;
@@ -779,16 +800,30 @@ static void take_back(struct kv *kv, int worker, struct queue *queue) {
     }
 }
 
+/* What a place has to do with it that is gone, or will be. */
+static void count_void(struct kv *kv, int n) {
+    for (int i = 0; i <= kv->host; i++)
+        for (int slot = 0; slot < kv->places[i].n_slots; slot++) {
+            const struct copy *c = &kv->places[i].copies[slot];
+            kv->nodes[c->node].n_awaited =
+                (unsigned char)(kv->nodes[c->node].n_awaited + n * is_awaited(kv, c));
+            kv->n_void += n * (is_void(kv, c) && i == kv->host);
+        }
+}
+
 void kv_lose(struct kv *kv, int worker) {
     struct place *at = &kv->places[worker];
+    count_void(kv, -1);
     at->gone = true;
+    count_void(kv, 1);
     want(kv, worker, 0);
     for (int i = 0; i < at->n_slots; i++) {
         struct copy *c = &at->copies[i];
         int node = c->node;
-        if (c->standing < IN_USE)
+        if (c->standing == FREE)
             continue;
-        set_standing(kv, c, RESERVED);
+        if (c->standing >= IN_USE)
+            set_standing(kv, c, RESERVED);
         if (kv->nodes[node].n_valid == 0)
             forget(kv, node);
         settle_copy(kv, c);

@@ -41,7 +41,6 @@ enum {
     NO_SAMPLE = -2,             /* of rows of which none is a request's last */
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
-    MAX_COPY_FAILURES = 3,      /* copies of a block that may fail before a request is given up */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
     MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
     MAX_PROMPTS = 64,           /* that share a chunk */
@@ -64,8 +63,9 @@ struct list { /* of requests, oldest first; preempted ones in the order in which
 
 struct worker {
     struct step step;
-    struct list prefilling; /* requests that have prompt tokens to compute here */
-    struct list decoding;   /* those that run here, or will when their blocks have arrived */
+    struct sampler_top *tops; /* of the step's rows: a request may be gone before it ends */
+    struct list prefilling;   /* requests that have prompt tokens to compute here */
+    struct list decoding;     /* those that run here, or will when their blocks have arrived */
     int64_t turn;   /* of those decoding, who begins the next step: the first from this id */
     int n_stalled;  /* of those decoding, how many lack a block for their next token */
     int n_admitted; /* requests that decode here, or will */
@@ -75,6 +75,7 @@ struct worker {
     bool prefills, decodes; /* the role that it is meant to have: see assign_roles */
     bool lost, in_step;     /* it has failed; a step of it is not yet reported */
     double fails, returns;  /* when it is to do so; INFINITY: never */
+    int n_steps, last_step; /* that were reported; 0, or that with which it is to fail */
 };
 
 struct sched {
@@ -90,7 +91,7 @@ struct sched {
     int64_t n_chosen;                     /* admissions */
     double likely_answer;                 /* tokens */
     uint64_t concerned[MAX_WORKERS / 64]; /* a bit for each worker */
-    double next_event; /* no deadline is earlier, nor the time when a copy is late */
+    double next_event; /* no deadline is earlier, nor a worker's failure or return */
     struct sched_stats stats;
 };
 
@@ -380,7 +381,6 @@ static void release_blocks(struct sched *s, struct request *r) {
     while (r->n_blocks > 0)
         kv_unpin(s->kv, r->blocks[--r->n_blocks], r->decode_worker);
     r->n_slots = 0;
-    r->late = INFINITY;
     note_change(s);
 }
 
@@ -440,6 +440,12 @@ static void send_back(struct sched *s, struct request *r, const char *why, doubl
     withdraw(s, r, FINISH_NONE, now);
 }
 
+/* Sends back who lacks a block where there are no more, and a larger worker has them. */
+static void move_on(struct sched *s, struct request *r, double now) {
+    if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[r->decode_worker])
+        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
+}
+
 /* The chained hash of a full block: those before it have theirs. */
 static void hash_block(struct request *r, int i) {
     r->hashes[i] = kv_hash(i > 0 ? r->hashes[i - 1] : 0, r->tokens + (size_t)i * BLOCK_TOKENS);
@@ -457,25 +463,18 @@ static void register_full_blocks(struct sched *s, struct request *r, int first) 
     }
 }
 
-/* Whether all that is filled has arrived on worker. A copy that failed is ordered again; after
- * too many failures the request ends. */
+/* Whether all that is filled has arrived on worker. A copy that failed, for its source was lost, is
+ * ordered again, from another place; if there is none the request goes back into the queue. */
 static bool blocks_ready(struct sched *s, struct request *r, int worker, double now) {
-    for (; r->n_slots < blocks_of(r->filled); r->n_slots++, r->late = INFINITY) {
+    for (; r->n_slots < blocks_of(r->filled); r->n_slots++) {
         int node = r->blocks[r->n_slots];
         enum kv_state state = kv_state(s->kv, node, worker);
         if (state == KV_VALID) {
             r->slots[r->n_slots] = kv_slot(s->kv, node, worker);
-            r->copy_failures = 0;
             continue;
         }
-        if (r->late == INFINITY && s->config.copy_seconds > 0)
-            r->late = now + s->config.copy_seconds;
-        s->next_event = fmin(s->next_event, r->late);
-        if (state == KV_RESERVED &&
-            (++r->copy_failures > MAX_COPY_FAILURES || !kv_send(s->kv, node, worker))) {
-            (void)fail(r->error, "its KV blocks could not be copied");
-            withdraw(s, r, FINISH_ERROR, now);
-        }
+        if (state == KV_RESERVED && !kv_send(s->kv, node, worker))
+            send_back(s, r, "a block of it is lost", now);
         return false;
     }
     return true;
@@ -731,7 +730,7 @@ static void add_sequence(struct sched *s, struct request *r, int worker, int sta
     batch->n_blocks += n_blocks;
     if (start + n_rows == r->length) {
         batch->sample_row[batch->n_samples] = batch->n_rows - 1;
-        batch->top[batch->n_samples] = r->top ? r->top + r->length - r->n_prompt : NULL;
+        batch->top[batch->n_samples] = r->top ? &s->workers[worker].tops[batch->n_samples] : NULL;
         batch->sampling[batch->n_samples++] = r->sampling;
     }
     step->requests[batch->n_sequences++] = r;
@@ -801,7 +800,8 @@ static void add_running(struct sched *s, int worker, double now) {
             continue;
         if (r->state != REQUEST_RUNNING)
             set_state(s, r, REQUEST_RUNNING);
-        if (lacks_block(r))
+        move_on(s, r, now);
+        if (r->state != REQUEST_RUNNING || lacks_block(r))
             continue;
         add_rows(s, r, worker, 1);
         n_rows--;
@@ -925,16 +925,14 @@ static void take_rows(struct sched *s, struct request *r, int worker, int n_rows
         (void)kv_send(s->kv, r->blocks[i], r->decode_worker);
     if (r->state == REQUEST_PREFILL && prefill_left(r) == 0)
         end_prefill(s, r);
-    if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[worker])
-        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
+    move_on(s, r, now);
 }
 
 void sched_done(struct sched *s, int worker, struct step *step, double now) {
     const struct batch *batch = &step->batch;
     struct worker *w = &s->workers[worker];
     w->in_step = false;
-    if (w->fails <= now) {
-        w->fails = INFINITY;
+    if (++w->n_steps == w->last_step) {
         sched_fail(s, worker, now);
         s->next_event = now; /* others may have ended by it: a driver looks */
     }
@@ -945,7 +943,10 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
         int n_rows = 0;
         for (; i < batch->n_sequences && step->requests[i] == r; i++)
             n_rows += batch->sequence[i].n_rows;
-        int token = r->filled + n_rows == r->length ? batch->sampled[sample++] : NO_SAMPLE;
+        bool samples = r->filled + n_rows == r->length;
+        if (samples && r->top)
+            r->top[r->length - r->n_prompt] = *batch->top[sample];
+        int token = samples ? batch->sampled[sample++] : NO_SAMPLE;
         *(r->state == REQUEST_RUNNING ? &s->stats.decode_tokens : &s->stats.prefill_tokens) +=
             n_rows;
         take_rows(s, r, worker, n_rows, token, now);
@@ -1005,7 +1006,6 @@ void sched_submit(struct sched *s, struct request *r, double now) {
                           .decode_worker = NONE,
                           .saved = NONE,
                           .tried = -1,
-                          .late = INFINITY,
                           .submitted = now};
     s->stats.submitted++;
     note(&s->config.kv.ledger,
@@ -1093,22 +1093,6 @@ static void assign_roles(struct sched *s) {
     }
 }
 
-/* A worker is another than it was: what waits is looked at anew. */
-static void change_roles(struct sched *s, double now) {
-    assign_roles(s);
-    note_change(s);
-    for (int i = 2 * s->config.kv.n_workers; list_at(s, i); i++) {
-        struct request *next;
-        for (struct request *r = list_at(s, i)->first; r; r = next) {
-            next = r->next;
-            r->makes_room = false;
-            r->lacks = 0;
-            (void)give_up(s, r, now);
-        }
-    }
-    admit_waiting(s, now);
-}
-
 /* Whether a request needs what a worker that has failed had: its memory, or blocks that nobody else
  * has, which were on their way. */
 static bool is_hit(const struct sched *s, const struct request *r, int lost) {
@@ -1119,22 +1103,35 @@ static bool is_hit(const struct sched *s, const struct request *r, int lost) {
     return hit;
 }
 
+/* A worker is another than it was, or, unless NONE, lost: who has something there goes back into
+ * the queue, and what waits is looked at anew. */
+static void change_roles(struct sched *s, int lost, double now) {
+    assign_roles(s);
+    note_change(s);
+    for (int i = 0; list_at(s, i); i++) {
+        struct request *next;
+        for (struct request *r = list_at(s, i)->first; r; r = next) {
+            next = r->next;
+            if (r->state == REQUEST_WAITING) {
+                r->makes_room = false;
+                r->lacks = 0;
+                (void)give_up(s, r, now);
+            } else if (lost != NONE && is_hit(s, r, lost)) {
+                r->in_step = r->in_step && worker_of(r) != lost; /* that step is void */
+                send_back(s, r, "a worker has failed", now);
+            }
+        }
+    }
+    admit_waiting(s, now);
+}
+
 void sched_fail(struct sched *s, int worker, double now) {
     if (s->workers[worker].lost)
         return;
     s->workers[worker].lost = true;
     note(&s->config.kv.ledger, &(struct event){EVENT_FAILED, .worker = worker});
     kv_lose(s->kv, worker);
-    for (int i = 0; i < 2 * s->config.kv.n_workers; i++) {
-        struct request *next;
-        for (struct request *r = list_at(s, i)->first; r; r = next) {
-            next = r->next;
-            r->in_step = r->in_step && worker_of(r) != worker; /* that step is void */
-            if (is_hit(s, r, worker))
-                send_back(s, r, "a worker has failed", now);
-        }
-    }
-    change_roles(s, now);
+    change_roles(s, worker, now);
 }
 
 bool sched_return(struct sched *s, int worker, double now) {
@@ -1142,22 +1139,21 @@ bool sched_return(struct sched *s, int worker, double now) {
     if (!w->lost || w->in_step || !kv_regain(s->kv, worker))
         return false;
     w->lost = false;
-    change_roles(s, now);
+    change_roles(s, NONE, now);
     return true;
 }
 
-void sched_fail_at(struct sched *s, int worker, double fails, double returns) {
+void sched_fail_at(struct sched *s, int worker, double fails, int step, double returns) {
     s->workers[worker].fails = fails;
+    s->workers[worker].last_step = step;
     s->workers[worker].returns = returns;
     s->next_event = fmin(s->next_event, fmin(fails, returns));
 }
 
-/* Workers fail and return as they are told to: one whose step or copies have not ended, later. */
+/* Workers fail and return as they are told to: whose step or copies have not ended, later. */
 static void expire_workers(struct sched *s, double now) {
     for (int i = 0; i < s->config.kv.n_workers; i++) {
         struct worker *w = &s->workers[i];
-        if (w->fails <= now && w->in_step)
-            continue; /* then: nobody writes for a request that has gone elsewhere */
         if (w->fails <= now) {
             w->fails = INFINITY;
             sched_fail(s, i, now);
@@ -1171,7 +1167,7 @@ static void expire_workers(struct sched *s, double now) {
 void sched_set_role(struct sched *s, int worker, bool prefills, bool decodes, double now) {
     s->workers[worker].prefills = prefills;
     s->workers[worker].decodes = decodes;
-    change_roles(s, now);
+    change_roles(s, NONE, now);
 }
 
 bool sched_is_lost(const struct sched *s, int worker) {
@@ -1196,21 +1192,6 @@ double sched_next_event(const struct sched *s) {
     return s->next_event;
 }
 
-/* Ends a request whose deadline, or whose time for a block to arrive, has run out. */
-static void expire(struct sched *s, struct request *r, double now) {
-    double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
-    if (r->reason != FINISH_NONE)
-        return;
-    if (end <= now)
-        (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
-    else if (r->late <= now)
-        (void)fail(r->error, "a KV block of it was not copied in %g s", s->config.copy_seconds);
-    if (r->error[0])
-        withdraw(s, r, FINISH_ERROR, now);
-    else
-        s->next_event = fmin(s->next_event, fmin(end, r->late));
-}
-
 void sched_expire(struct sched *s, double now) {
     s->next_event = INFINITY;
     expire_workers(s, now);
@@ -1218,7 +1199,13 @@ void sched_expire(struct sched *s, double now) {
         struct request *next;
         for (struct request *r = list_at(s, i)->first; r; r = next) {
             next = r->next;
-            expire(s, r, now);
+            double end = r->deadline > 0 ? r->submitted + r->deadline : INFINITY;
+            if (r->reason == FINISH_NONE && end <= now) {
+                (void)fail(r->error, "its deadline of %g s has passed", r->deadline);
+                withdraw(s, r, FINISH_ERROR, now);
+            } else if (r->reason == FINISH_NONE) {
+                s->next_event = fmin(s->next_event, end);
+            }
         }
     }
     admit_waiting(s, now);
@@ -1233,13 +1220,14 @@ static bool worker_create(struct worker *w, const struct sched *s) {
     size_t n_blocks = (size_t)blocks_of(s->longest); /* of one request at most */
     struct request **requests =
         calloc(n, sizeof *requests + sizeof *batch->sampling + sizeof *batch->top +
-                      sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
+                      sizeof *w->tops + sizeof *batch->sequence + (5 + n_blocks) * sizeof(int));
     if (!requests)
         return false;
     w->step.requests = requests;
     batch->sampling = (struct sampling *)(requests + n);
     batch->top = (struct sampler_top **)(batch->sampling + n);
-    batch->sequence = (struct sequence *)(batch->top + n);
+    w->tops = (struct sampler_top *)(batch->top + n);
+    batch->sequence = (struct sequence *)(w->tops + n);
     batch->token = (int *)(batch->sequence + n);
     batch->position = batch->token + n;
     batch->row_sequence = batch->position + n;

@@ -301,7 +301,8 @@ static bool plan_failures(const struct options *o, int n_workers, struct sched *
         const struct failure *f = &o->failures[i];
         if (f->worker >= n_workers)
             return fail(error, "--fail: got worker %d, expected 0 to %d", f->worker, n_workers - 1);
-        sched_fail_at(sched, f->worker, now + f->at, now + f->back);
+        sched_fail_at(sched, f->worker, f->step > 0 ? INFINITY : now + f->at, f->step,
+                      now + f->back);
     }
     return true;
 }

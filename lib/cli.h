@@ -86,8 +86,8 @@ struct request_spec {
     int number;         /* … the number of the line there */
 };
 
-struct failure { /* of a worker, in seconds after the start; INFINITY: it does not come back */
-    int worker;
+struct failure {      /* of a worker, in seconds after the start; INFINITY: it does not come back */
+    int worker, step; /* 0, or that which it does not end, at any time */
     double at, back;
 };
 
@@ -324,20 +324,24 @@ static bool read_devices(const struct value *value, void *target) {
     return good && list->n >= 1 && list->n <= VALUE_DEVICES;
 }
 
-/* `1@2.5`, or with an end `1@2.5-4`. */
+/* `1@2.5`, or with an end `1@2.5-4`; in its ninth step `1@#9`. */
 static bool read_failure(const struct value *value, void *target) {
     struct options *options = target;
     struct failure failure = {.back = INFINITY};
     const char *at = value->text;
-    if (strspn(at, "0123456789.@-") < value->length || options->n_failures == VALUE_FAILURES ||
-        !take_int(&at, &failure.worker) || *at++ != '@' || *at < '0' || *at > '9')
+    if (strspn(at, "0123456789.@-#") < value->length || options->n_failures == VALUE_FAILURES ||
+        !take_int(&at, &failure.worker) || *at++ != '@')
         return false;
-    char *end;
-    failure.at = strtod(at, &end);
+    char *end = (char *)(uintptr_t)at + 1;
+    bool by_step = *at == '#', ok = by_step || (*at >= '0' && *at <= '9');
+    if (by_step)
+        ok = take_int((const char **)&end, &failure.step) && failure.step > 0;
+    else
+        failure.at = strtod(at, &end);
     if (*end == '-')
         failure.back = strtod(end + 1, &end);
     options->failures[options->n_failures++] = failure;
-    return end == value->text + value->length && failure.back > failure.at;
+    return ok && end == value->text + value->length && failure.back > failure.at;
 }
 
 static bool read_choice(const struct value *value, void *target) {
@@ -454,8 +458,8 @@ static const struct option_row option_rows[] = {
     {"--plan", "CLUSTER", "rank the splits of its GPUs into pools for the load", &TEXT, AT(plan)},
     {"--rates", "FILE", "what was measured, in place of the chips' data sheets", &TEXT, AT(rates)},
     {"--trace", "FILE", "write steps, copies and decisions for Perfetto", &TEXT, AT(trace)},
-    {"--fail", "WORKER@SECONDS", "take a worker out, as if it had failed (1@2-4: it is back at 4)",
-     &FAILURE, .offset = 0},
+    {"--fail", "WORKER@SECONDS",
+     "take a worker out (1@2-4: it is back at 4; 1@#9: in its ninth step)", &FAILURE, .offset = 0},
     {.help = "What to show"},
     {"--json", NULL, "one JSON object a request", &FLAG, AT(json)},
     {"--stats", NULL, "a table of speeds and of what the pager did", &FLAG, AT(stats)},

@@ -83,7 +83,7 @@ static const char *check_index(const struct kv *kv, int id) {
 
 static const char *check_node(const struct kv *kv, int id) {
     const struct node *node = &kv->nodes[id];
-    int n_reads = 0, n_arriving = 0, n_pins = 0;
+    int n_reads = 0, n_arriving = 0, n_pins = 0, n_awaited = 0;
     bool places[MAX_WORKERS + 1] = {false};
     for (const struct copy *copy = node->first; copy; copy = copy->next) {
         BROKEN(copy->node != id || copy->standing == FREE, "a copy of another node, or of none");
@@ -104,7 +104,9 @@ static const char *check_node(const struct kv *kv, int id) {
         n_copies++;
     BROKEN(n_copies != kv_places(kv, id, at), "places of a node's copies");
     BROKEN(node->n_valid != count(kv, id, KV_VALID), "valid copies of a node");
-    BROKEN(node->n_reserved != count(kv, id, KV_RESERVED), "reserved copies of a node");
+    for (const struct copy *copy = node->first; copy; copy = copy->next)
+        n_awaited += is_awaited(kv, copy);
+    BROKEN(node->n_awaited != n_awaited, "awaited copies of a node");
     const int *keeper = keeper_of(node);
     BROKEN(keeper && *keeper != id, "a keeper that does not know its node");
     BROKEN(keeper && count(kv, id, KV_VALID) == 0, "a kept node has no valid copy");

@@ -20,6 +20,7 @@
 #include "../lib/gguf.h"
 
 #include <inttypes.h>
+#include <sys/stat.h>
 
 enum {
     FIRST_TURNS = 24,
@@ -68,6 +69,7 @@ struct wish { /* a request as the test sees it */
     int top_k;
     uint64_t seed;
     double deadline; /* seconds after which it may end; 0: none */
+    double cancel;   /* seconds after which a line cancels it; 0: none does */
 };
 
 struct answer {
@@ -82,7 +84,7 @@ struct turns { /* a model's requests and the answers that each got alone */
     const char *alone_options; /* beside those that give it room for everything */
     struct wish wishes[MAX_REQUESTS];
     struct answer alone[MAX_REQUESTS];
-    int n_ended; /* answers that a deadline has ended, of all runs */
+    int n_ended, n_cancelled; /* answers that a deadline has ended, or a line, of all runs */
     int n;
 };
 
@@ -258,18 +260,40 @@ static void take_line(struct check *check, char *line, const struct wish *wishes
     free(nodes);
 }
 
-/* Runs one process on all n requests. answers: (n) zeros. */
+/* Requests, and, while they run, the lines that cancel some: those that are to come first stand
+ * first. */
+static void put_wishes(FILE *file, const struct wish *wishes, int n) {
+    double waited = 0;
+    for (int i = 0; i < n; i++)
+        put_wish(file, &wishes[i]);
+    for (int i = 0; i < n; i++) {
+        if (wishes[i].cancel <= 0)
+            continue;
+        fflush(file);
+        usleep((useconds_t)(1e6 * (wishes[i].cancel - waited)));
+        waited = wishes[i].cancel;
+        fprintf(file, "{\"cancel\": \"%s\"}\n", wishes[i].id);
+    }
+    fclose(file);
+}
+
+/* Runs one process on all n requests, which it reads from a pipe. answers: (n) zeros. */
 static struct outcome run_wishes(struct check *check, const struct subject *model,
                                  const char *options, const struct wish *wishes, int n,
                                  struct answer *answers) {
-    FILE *file = fopen(scratch("wishes"), "w");
-    CHECK(file, "no $T/wishes");
-    for (int i = 0; i < n && file; i++)
-        put_wish(file, &wishes[i]);
-    if (file)
-        fclose(file);
+    unlink(scratch("wishes"));
+    CHECK(mkfifo(scratch("wishes"), 0600) == 0, "no $T/wishes");
+    fflush(stdout);
+    pid_t writer = fork();
+    if (writer == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        put_wishes(fopen(scratch("wishes"), "w"), wishes, n);
+        _exit(0);
+    }
     struct outcome outcome =
         run(check, "%s %s -f $T/wishes --json --stats %s", model->path, model->more, options);
+    kill(writer, SIGKILL); /* if the program has not read all, it still writes */
+    waitpid(writer, NULL, 0);
     char *rest = memcpy(keep(outcome.out_length + 1), outcome.out, outcome.out_length), *line;
     while ((line = strsep(&rest, "\n")))
         if (*line)
@@ -381,22 +405,29 @@ static void check_coverage(struct check *check) {
     CHECK(n_missed * 10 <= n_wished, "%d of %d counters were not reached", n_missed, n_wished);
 }
 
-/* Runs all requests at once, and compares; those with a deadline may have ended before. */
-static void run_schedule(struct check *check, struct turns *turns, const char *schedule,
-                         const char *proof) {
+/* Runs all requests at once, and compares; those with a deadline, or that are cancelled, may have
+ * ended before. */
+static struct outcome run_schedule(struct check *check, struct turns *turns, const char *schedule,
+                                   const char *proof) {
     char name[512];
     struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
     snprintf(name, sizeof name, "%s %s", turns->model->name, schedule);
     struct outcome o = run_wishes(check, turns->model, schedule, turns->wishes, turns->n, answers);
-    int n_ended = 0;
+    int n_ended = 0, n_cancelled = 0;
     for (int i = 0; i < turns->n; i++) {
         bool ended = turns->wishes[i].deadline > 0 && answers[i].here &&
                      strstr(answers[i].error, "its deadline");
+        bool cancelled = turns->wishes[i].cancel > 0 && answers[i].here &&
+                         strcmp(answers[i].reason, "cancelled") == 0;
         n_ended += ended;
-        check_answer(check, name, &turns->wishes[i], &answers[i], &turns->alone[i], ended);
+        n_cancelled += cancelled;
+        check_answer(check, name, &turns->wishes[i], &answers[i], &turns->alone[i],
+                     ended || cancelled);
     }
     turns->n_ended += n_ended;
-    CHECK(o.status == (n_ended > 0 ? 3 : 0), "%s: exit status %d", name, o.status);
+    turns->n_cancelled += n_cancelled;
+    CHECK(o.status == (n_ended + n_cancelled > 0 ? 3 : 0), "%s: exit status %d", name, o.status);
     check_counters(check, name, proof, &o);
+    return o;
 }
 #endif /* SCHEDULES_H */

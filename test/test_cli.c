@@ -98,9 +98,11 @@ static void every_option_is_read(struct check *check) {
     cli_free(&o);
     CHECK(parse(&o, "m --tp-decode 4 --tp 2", error) && o.tp_prefill == 2 && o.tp_decode == 4,
           "widths: %d, %d", o.tp_prefill, o.tp_decode);
-    CHECK(parse(&o, "m --fail 1@2.5 --fail 0@0-4", error) && o.n_failures == 2, "%s", error);
+    CHECK(parse(&o, "m --fail 1@2.5 --fail 0@0-4 --fail 2@#9", error) && o.n_failures == 3, "%s",
+          error);
     CHECK(o.failures[0].worker == 1 && o.failures[0].at == 2.5 && o.failures[0].back > 1e300 &&
-              o.failures[1].worker == 0 && o.failures[1].at == 0 && o.failures[1].back == 4,
+              o.failures[1].worker == 0 && o.failures[1].at == 0 && o.failures[1].back == 4 &&
+              o.failures[1].step == 0 && o.failures[2].worker == 2 && o.failures[2].step == 9,
           "failures");
     CHECK(parse(&o, "m -f a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
     CHECK(parse(&o, "m --tokenize b", error) && !strcmp(o.tokenize, "b"), "%s", error);
@@ -188,7 +190,9 @@ static const struct {
     {"-n: got 0, expected a whole number from 1", "-n 0"},
     {"got -1", "-n -1"},
     {"to 2147483647", "-n 2147483648"},
-    {"1@2.5", "--fail 1|--fail @1|--fail 1@|--fail 1@-1|--fail 1@2-2|--fail 1@2-|--fail 1@x"},
+    {"1@2.5",
+     "--fail 1|--fail @1|--fail 1@|--fail 1@-1|--fail 1@2-2|--fail 1@2-|--fail 1@x|--fail 1@#|"
+     "--fail 1@#0|--fail 1@#x|--fail 1@#1.5|--fail #1"},
     {"whole", "-n 1.5|-n 1e3|--seed 1.0|--seed ''|--seed +1|--copy-delay x"},
     {"got x", "-n x"},
     {"expected", "-n ''|-n ' 5'|-n '5 '|-n 5x|-n --5|-n 99999999999999999999999"},

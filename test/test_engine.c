@@ -30,13 +30,19 @@ static struct step *counted_next(struct sched *sched, int worker, double now) { 
 #include "failing.h"
 #define calloc            failing_calloc
 #define malloc            failing_malloc
+#define realloc           failing_realloc
 #define main              dynamo_main
 #define clock_gettime     counted_time
 #define pthread_cond_init counted_condition
 #define sched_next        counted_next
+#define sched_create      failing_sched_create
+#include "../dynamo.h"
+static struct sched *failing_sched_create(const struct sched_config *config);
 #include "../dynamo.c"
 #undef calloc
 #undef malloc
+#undef realloc
+#undef sched_create
 #undef main
 #undef clock_gettime
 #undef pthread_cond_init
@@ -421,34 +427,55 @@ static void thoughts_are_apart(struct check *check) {
 
 /* ---- devices that fail ---- */
 
-enum { FAULT_PROMPT = 40, FAULT_ANSWER = 40 };
+enum { FAULT_PROMPT = 40, FAULT_ANSWER = 40, FAULT_TEXT = FAULT_PROMPT + FAULT_ANSWER, ASKED = 5 };
+static const uint64_t HUNG = UINT64_MAX; /* ticket of a copy that never ends */
 
-static struct engine *lost_engines[8]; /* which cannot be closed: so that no sanitizer minds */
+static struct engine *lost_engines[16]; /* which cannot be closed: so that no sanitizer minds */
 static int n_lost_engines;
 
-static struct { /* the device `index` of an engine meets a fault, after so many good calls */
+struct fault {             /* after so many good calls; -1: never */
+    int n_steps, n_copies; /* a step of worker 1, a copy of any */
+    bool one_gpu;          /* both workers are on it */
+    int n_hangs;           /* a copy of this stream and all behind it hang */
+    enum stream stream;
+};
+static const struct fault no_fault = {-1, -1, false, -1, STREAM_COMPUTE};
+
+static struct {
     struct engine *engine;
     struct backend whole;
-    int index, n_steps, n_copies;
+    struct fault fault;
+    const struct device *hung;
+    int n_copies[N_STREAMS]; /* that were asked for */
 } faulty;
 
 static bool faulty_step_begin(struct device *device, const struct batch *batch) {
-    if (device->rank == 0 && device == faulty.engine->workers[faulty.index].shards[0] &&
-        faulty.n_steps-- == 0)
+    if (device == faulty.engine->workers[1].shards[0] && faulty.fault.n_steps-- == 0)
         engine_tell_lost(faulty.engine);
     return faulty.whole.step_begin(device, batch);
 }
 
 static uint64_t faulty_copy(struct device *device, enum stream stream, const struct copy2d *copy) {
-    if (faulty.n_copies-- == 0)
+    if (faulty.fault.n_copies-- == 0)
         engine_tell_lost(faulty.engine);
-    return faulty.whole.copy(device, stream, copy);
+    faulty.n_copies[stream]++;
+    if (stream == faulty.fault.stream && faulty.fault.n_hangs-- == 0)
+        faulty.hung = device;
+    bool hangs = stream == faulty.fault.stream && device == faulty.hung;
+    return hangs ? HUNG : faulty.whole.copy(device, stream, copy);
 }
 
-/* An answer on two workers, of which one meets a fault in a step or in a copy (-1: never). one_gpu:
- * both are on it. Whether the engine could be closed. */
-static bool answer_with_fault(struct check *check, int n_steps, int n_copies, bool one_gpu,
-                              struct request *r) {
+/* In the courier's thread, whose the transfers are: for those that hang, time flies. */
+static bool faulty_done(struct device *device, enum stream stream, uint64_t ticket) {
+    for (int i = 0; i < faulty.engine->n_transfers && ticket == HUNG; i++)
+        faulty.engine->transfers[i].waited += COPY_SECONDS / 20.0;
+    return ticket != HUNG && faulty.whole.copy_done(device, stream, ticket);
+}
+
+/* Answers of two workers, one after another, the last to the prompt of the first. What they have on
+ * the devices does not fit there. Whether the engine could be closed. */
+static bool answer_with_fault(struct check *check, struct fault fault, struct request *asked,
+                              int n) {
     char error[ERROR_LENGTH] = "";
     struct model model;
     struct backend_options options = {.n_threads = 1};
@@ -465,31 +492,37 @@ static bool answer_with_fault(struct check *check, int n_steps, int n_copies, bo
     for (int w = 0; w < 2; w++) {
         config.workers[w].devices[0] = w;
         config.workers[w].n_shards = 1;
-        config.workers[w].blocks = 20;
+        config.workers[w].blocks = 8;
     }
     config.workers[0].prefills = config.workers[1].decodes = true;
     struct engine *engine = engine_open(&config, error);
     CHECK(engine, "%s", error);
+    memset(&faulty, 0, sizeof faulty);
     faulty.engine = engine;
     faulty.whole = *backend;
-    faulty.index = 1;
-    faulty.n_steps = n_steps;
-    faulty.n_copies = n_copies;
+    faulty.fault = fault;
     backend->step_begin = faulty_step_begin;
     backend->copy = faulty_copy;
-    backend->n_gpus = one_gpu;
-    for (int w = 0; w < 2 && one_gpu; w++)
+    backend->copy_done = faulty_done;
+    backend->n_gpus = fault.one_gpu;
+    for (int w = 0; w < 2 && fault.one_gpu; w++)
         engine->workers[w].shards[0]->index = 0;
     CHECK(engine_start(engine), "no threads");
     engine_lock(engine);
-    *r = (struct request){.tokens = r->tokens, .n_prompt = FAULT_PROMPT, .max_new = FAULT_ANSWER};
-    for (int i = 0; i < FAULT_PROMPT; i++)
-        r->tokens[i] = 3 + i % 20;
-    sched_submit(engine->sched, r, engine_now());
-    engine_wake(engine);
-    while (r->state != REQUEST_FINISHED)
-        engine_wait(engine, INFINITY);
+    check_waits = "an answer, though a device has failed";
+    for (int ask = 0; ask < n; ask++) {
+        struct request *r = &asked[ask];
+        *r = (struct request){
+            .id = ask, .tokens = r->tokens, .n_prompt = FAULT_PROMPT, .max_new = FAULT_ANSWER};
+        for (int i = 0; i < FAULT_PROMPT; i++)
+            r->tokens[i] = 3 + (i * (1 + ask % (ASKED - 1))) % 20;
+        sched_submit(engine->sched, r, engine_now());
+        engine_wake(engine);
+        while (r->state != REQUEST_FINISHED)
+            engine_wait(engine, INFINITY);
+    }
     engine_unlock(engine);
+    check_waits = "an engine to close";
     backend->n_gpus = 0;
     bool closed = engine_close(engine);
     if (closed)
@@ -504,21 +537,96 @@ static bool answer_with_fault(struct check *check, int n_steps, int n_copies, bo
 
 /* The program goes on without a device, with the same text; without any GPU the request ends. */
 static void a_device_that_fails(struct check *check) {
-    static int whole[FAULT_PROMPT + FAULT_ANSWER], tokens[FAULT_PROMPT + FAULT_ANSWER];
+    static int whole[FAULT_TEXT], tokens[FAULT_TEXT];
     struct request r = {.tokens = whole};
-    CHECK(answer_with_fault(check, -1, -1, false, &r) && r.length == FAULT_PROMPT + FAULT_ANSWER,
-          "%s", r.error);
+    CHECK(answer_with_fault(check, no_fault, &r, 1) && r.length == FAULT_TEXT, "%s", r.error);
     r.tokens = tokens;
     for (int i = 0; i < 6; i++) {
         bool copies = i % 2 == 1;
-        bool closed = answer_with_fault(check, copies ? -1 : 5 * i, copies ? i / 2 : -1, false, &r);
+        struct fault fault = no_fault;
+        *(copies ? &fault.n_copies : &fault.n_steps) = copies ? i / 2 : 5 * i;
+        bool closed = answer_with_fault(check, fault, &r, 1);
         CHECK(!closed && r.reason == FINISH_LENGTH && r.preemptions == 1, "fault %d: %s, %d", i,
               r.error, r.preemptions);
         CHECK(memcmp(tokens, whole, sizeof whole) == 0, "fault %d: another text", i);
     }
-    CHECK(!answer_with_fault(check, 3, -1, true, &r) && r.reason == FINISH_ERROR &&
+    struct fault shared = {3, -1, true, -1, STREAM_COMPUTE};
+    CHECK(!answer_with_fault(check, shared, &r, 1) && r.reason == FINISH_ERROR &&
               strstr(r.error, "all workers have failed"),
           "%s", r.error);
+}
+
+/* A page-out, a page-in or a hand-over, the first or the last of a run, takes its worker out; what
+ * is asked has the same answers, and the engine closes, though the copy never ends. */
+static void a_copy_that_never_ends(struct check *check) {
+    static int whole[ASKED][FAULT_TEXT], tokens[ASKED][FAULT_TEXT];
+    struct request asked[ASKED];
+    int n_copies[N_STREAMS];
+    for (int i = 0; i < ASKED; i++)
+        asked[i].tokens = whole[i];
+    CHECK(answer_with_fault(check, no_fault, asked, ASKED), "it does not close");
+    memcpy(n_copies, faulty.n_copies, sizeof n_copies);
+    for (int i = 0; i < ASKED; i++)
+        asked[i].tokens = tokens[i];
+    for (enum stream stream = STREAM_PAGE_OUT; stream < N_STREAMS; stream++)
+        for (int last = 0; last < 2; last++) {
+            struct fault fault = no_fault;
+            fault.stream = stream;
+            fault.n_hangs = last ? n_copies[stream] - 1 : 0;
+            CHECK(n_copies[stream] > 0, "no copy of stream %d", (int)stream);
+            bool closed = answer_with_fault(check, fault, asked, ASKED);
+            CHECK(!closed || (last && !faulty.hung), "stream %d: nothing hung", (int)stream);
+            CHECK(memcmp(tokens, whole, sizeof whole) == 0, "stream %d: another text", (int)stream);
+            for (int i = 0; i < ASKED; i++)
+                CHECK(asked[i].reason == FINISH_LENGTH, "stream %d: %s", (int)stream,
+                      asked[i].error);
+        }
+}
+
+/* What a backend and the scheduler allocate: each call may fail. */
+static struct backend with_memory;
+
+static struct sched *failing_sched_create(const struct sched_config *config) {
+    return allocation_fails() ? NULL : sched_create(config);
+}
+
+static struct device *failing_open(struct backend *backend, const struct device *wanted,
+                                   char *error) {
+    if (!allocation_fails())
+        return with_memory.device_open(backend, wanted, error);
+    (void)fail(error, "no memory for a device");
+    return NULL;
+}
+
+static void *failing_alloc(struct device *device, size_t bytes) {
+    return allocation_fails() ? NULL : with_memory.alloc(device, bytes);
+}
+
+static const struct weight *failing_upload(struct device *device, const struct tensor *tensor,
+                                           const struct tensor *const *together, struct slice slice,
+                                           char *error) {
+    if (!allocation_fails())
+        return with_memory.upload(device, tensor, together, slice, error);
+    (void)fail(error, "no memory for a weight");
+    return NULL;
+}
+
+/* A request whose ids find no memory ends with an error of its own. */
+static void a_request_without_memory(struct check *check) {
+    int ids[] = {3, 4, 5}, n = 0;
+    struct answers answers = {.vocab_size = 10};
+    struct request_spec spec = {.ids = ids, .n_ids = 3, .n = 5};
+    struct request r = {0};
+    for (bool ok = false; !ok && n < 10; n += !ok) {
+        r = (struct request){0};
+        allocations_left = n;
+        ok = answers_prepare(&answers, &spec, NULL, NULL, 0, 100, &r);
+        CHECK(ok || (r.reason == FINISH_ERROR && strstr(r.error, "out of memory")),
+              "allocation %d: %s", n, r.error);
+    }
+    allocations_left = -1;
+    CHECK(n == 3 && r.n_prompt == 3 && r.max_new == 5, "after %d failures", n);
+    free(r.tokens);
 }
 
 /* Each allocation of a model and its engine fails once: a line says so, and nothing is left. */
@@ -526,9 +634,13 @@ static void memory_that_runs_out(struct check *check) {
     struct backend_options options = {.n_threads = 1};
     char error[ERROR_LENGTH] = "";
     struct backend *backend = cpu_backend_open(&options, error);
+    with_memory = *backend;
+    backend->device_open = failing_open;
+    backend->alloc = failing_alloc;
+    backend->upload = failing_upload;
     struct engine *engine = NULL;
     int n = 0;
-    for (; !engine && n < 100; n += !engine) {
+    for (; !engine && n < 500; n += !engine) {
         struct model model;
         *error = 0;
         allocations_left = n;
@@ -551,14 +663,16 @@ static void memory_that_runs_out(struct check *check) {
         model_close(&model);
     }
     allocations_left = -1;
-    CHECK(engine && n > 5, "opened where %d allocations were good", n);
+    CHECK(engine && n > 20, "opened where %d allocations were good", n);
     backend->close(backend);
 }
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         {"memory_that_runs_out", memory_that_runs_out},
+        {"a_request_without_memory", a_request_without_memory},
         {"a_device_that_fails", a_device_that_fails},
+        {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"thoughts_are_apart", thoughts_are_apart},
         {"work_of_a_step", work_of_a_step},
         {"other_steps_count_for_neither", other_steps_count_for_neither},

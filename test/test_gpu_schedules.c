@@ -60,7 +60,11 @@ static const struct {
     {FEW, 1, "--devices 0,0 --kv-policy write-through --kv-device 20b --copy-delay 7",
      "pages_out>=20 evictions>=5"},
     /* a worker fails, and what it had is computed again */
-    {FEW, 2, "--devices 0,1 --kv-host 0 --fail 1@1", "preemptions>=1 recomputed_tokens>=1"},
+    {FEW, 2, "--devices 0,1 --kv-host 0 --fail 1@#9", "preemptions>=1 recomputed_tokens>=1"},
+    {FEW, 3, "--devices 0,1,2 --tp-prefill 1 --tp-decode 2 --kv-device 1000b --fail 1@#20",
+     "preemptions>=1 recomputed_tokens>=1"},
+    {FEW, 3, "--devices 0,1,2 --tp-prefill 2 --tp-decode 1 --kv-device 1000b --fail 0@#2",
+     "preemptions>=1 recomputed_tokens>=1"},
 };
 enum { N_SCHEDULES = sizeof schedules / sizeof *schedules };
 
@@ -79,8 +83,11 @@ static void run_matrix(struct check *check, int model) {
     int n = model == TWIN && !SANITIZED ? REQUESTS : SOME_REQUESTS;
     struct turns *turns = turns_open(check, model, "--devices 0", n, 0);
     for (int i = 0; i < N_SCHEDULES; i += step)
-        if ((schedules[i].models & IN(model)) && schedules[i].gpus <= count_gpus())
-            run_schedule(check, turns, schedules[i].options, schedules[i].proof);
+        if ((schedules[i].models & IN(model)) && schedules[i].gpus <= count_gpus()) {
+            struct outcome o = run_schedule(check, turns, schedules[i].options, schedules[i].proof);
+            CHECK(!strstr(schedules[i].options, "--fail") || number(&o, "stats", "preemptions") > 0,
+                  "%s: nobody was hit", schedules[i].options);
+        }
     check_coverage(check);
 }
 

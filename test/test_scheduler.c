@@ -5,8 +5,9 @@
  * the right one at every earlier position of its block table; so a block that is lost, stale,
  * reused too early or not yet arrived is caught by the first step that reads it. Copies are carried
  * out late and out of order: the source must stay as it is until the end is reported, and the
- * target holds garbage until then. The next token is a function of the text, so the answer to each
- * request is known before it is submitted, and must be the same in every schedule.
+ * target holds garbage until then; some hang, which takes their worker out. The next token is a
+ * function of the text, so the answer to each request is known before it is submitted, and must be
+ * the same in every schedule.
  *
  *     test_scheduler              the directed tests, and 10^5 random operations
  *     test_scheduler soak [seed]  10^7 random operations */
@@ -33,6 +34,7 @@ enum {
     MAX_ROUNDS = 20000
 };
 
+static const double HANG_SECONDS = 0.05; /* after which a copy is found not to end */
 static const bool ends_text[VOCABULARY] = {[0] = true, [1] = true};
 
 struct job {
@@ -47,6 +49,7 @@ struct job {
 struct flight { /* a copy that has been handed out */
     struct kv_copy_order order;
     bool is_void;                  /* a worker at one of its ends has failed since */
+    double hangs;                  /* found not to end at this time; 0: it ends */
     uint64_t before[BLOCK_TOKENS]; /* the source at the start */
 };
 
@@ -62,7 +65,8 @@ struct machine {
     int (*history)[MAX_TEXT]; /* (MAX_HISTORY) texts that may be asked again */
     int history_length[MAX_HISTORY];
     int64_t n_submitted, next_id;
-    bool copies_fail, workers_fail, full_check;
+    int n_hung; /* copies to the host that were never reported */
+    bool copies_fail, copies_hang, workers_fail, full_check;
     int least_length;                      /* that texts were limited to at any time */
     int64_t noted[EVENT_COPY + 1], n_left; /* by kind; admitted ones that have ended */
     double now;
@@ -72,15 +76,15 @@ struct machine {
 
 /* Where a request is, as its user would say it; and what may happen to it there. */
 enum where { QUEUED, LOADING, PREFILLING, HANDED_OVER, DECODING, PREEMPTED, PAGING, N_WHERE };
-enum what { CANCELLED, DEADLINE, SENT_BACK, FAILURE, RETURN, ROLE, COPY_LOST, N_WHAT };
+enum what { CANCELLED, DEADLINE, SENT_BACK, FAILURE, RETURN, ROLE, COPY_LOST, COPY_HUNG, N_WHAT };
 static const char *const where_names[] = {"queued",   "loading",   "prefilling", "handed over",
                                           "decoding", "preempted", "paging"};
 static const char *const what_names[] = {"cancelled",   "deadline",   "sent back", "failed worker",
-                                         "worker back", "other role", "copy lost"};
+                                         "worker back", "other role", "copy lost", "copy hung"};
 
 struct totals {
     int64_t happened[N_WHAT][N_WHERE];
-    int64_t operations, episodes, refused, cancelled, failed_copies, failed_requests, late;
+    int64_t operations, episodes, refused, cancelled, failed_copies, late;
     int64_t in_step;  /* sent back while a step was under way */
     char broken[256]; /* the rule that was broken last */
     struct kv_stats kv;
@@ -202,7 +206,7 @@ static void check_now(struct machine *m) {
     const char *broken = kv_check(sched_kv(m->s));
     broken = broken ? broken : sched_check(m->s);
     const struct kv *kv = sched_kv(m->s);
-    int in_flight = m->n_flights;
+    int in_flight = m->n_flights + m->n_hung;
     for (int i = 0; i <= kv->host; i++)
         in_flight += kv_pending(kv, i);
     for (int i = 0; i < n_slots(kv); i++)
@@ -316,16 +320,20 @@ static void start_copy(struct machine *m, const struct kv_copy_order *order) {
         return;
     }
     struct flight *flight = &m->flights[m->n_flights++];
-    *flight = (struct flight){.order = *order};
+    bool hangs = m->copies_hang && below(m, 30) == 0;
+    *flight = (struct flight){.order = *order, .hangs = hangs ? m->now + HANG_SECONDS : 0};
     memcpy(flight->before, row_at(m, order->from, order->from_slot, 0), sizeof flight->before);
     for (int i = 0; i < BLOCK_TOKENS; i++)
         *row_at(m, order->to, order->to_slot, i) = 2;
 }
 
-/* Ends a copy. Its source must have stayed as it was, its target must be untouched. */
+/* Ends a copy, unless it hangs. Its source must have stayed as it was, its target must be
+ * untouched. */
 static void end_copy(struct machine *m, int index, struct totals *totals) {
     struct flight flight = m->flights[index];
     const struct kv_copy_order *order = &flight.order;
+    if (flight.hangs > 0)
+        return;
     m->flights[index] = m->flights[--m->n_flights];
     uint64_t *source = row_at(m, order->from, order->from_slot, 0);
     uint64_t *target = row_at(m, order->to, order->to_slot, 0);
@@ -478,7 +486,30 @@ static void withdraw_one(struct machine *m, struct totals *totals) {
     check_now(m);
 }
 
+static void fail_worker(struct machine *m, int worker, struct totals *totals);
+
+/* A copy that does not end takes its worker out. If it goes to the host nobody may ever know where
+ * it has come to; else, as if the memory were taken away, it has ended. */
+static void find_hung_copies(struct machine *m, struct totals *totals) {
+    for (int i = 0; i < m->n_flights && !m->broken; i++) {
+        struct flight *flight = &m->flights[i];
+        if (flight->hangs == 0 || flight->hangs > m->now)
+            continue;
+        flight->hangs = 0;
+        int worker = flight->order.worker;
+        if (flight->order.to == m->config.kv.n_workers && below(m, 4) > 0) {
+            m->flights[i--] = m->flights[--m->n_flights];
+            m->n_hung++;
+        }
+        if (sched_is_lost(m->s, worker))
+            continue;
+        happens(m, COPY_HUNG, worker, totals);
+        fail_worker(m, worker, totals);
+    }
+}
+
 static void pass_time(struct machine *m, struct totals *totals) {
+    find_hung_copies(m, totals);
     if (sched_next_event(m->s) > m->now)
         return;
     for (int i = 0; i < MAX_JOBS; i++) {
@@ -533,21 +564,18 @@ static void change_worker(struct machine *m, int worker, struct totals *totals) 
 
 /* Whether a request that should have been answered has ended with an error that it may have. */
 static bool is_excused(struct machine *m, const struct request *r, struct totals *totals) {
-    static const char deadline[] = "its deadline", late[] = "a KV block of it was not copied";
+    static const char deadline[] = "its deadline";
     if (r->reason != FINISH_ERROR)
         return false;
     bool full = strstr(r->error, "the queue is full") && m->config.max_queue > 0;
     bool expired = strstr(r->error, deadline) && r->submitted + r->deadline <= m->now;
-    bool copy = strstr(r->error, late) && m->config.copy_seconds > 0;
-    bool failed = (m->copies_fail || m->workers_fail) && r->copy_failures > MAX_COPY_FAILURES;
     bool nowhere = strstr(r->error, "all workers have failed") ||
                    (strstr(r->error, "fits no worker") && r->n_prompt > m->least_length);
-    totals->late += expired || copy;
+    totals->late += expired;
     totals->refused += full;
-    totals->failed_requests += failed;
     if (full && (r->length > r->n_prompt || r->admitted > 0))
         report(m, "a request that was admitted was refused");
-    return full || (expired && r->deadline > 0) || copy || failed || (m->workers_fail && nowhere);
+    return full || (expired && r->deadline > 0) || (m->workers_fail && nowhere);
 }
 
 /* Checks the answers of the requests that have ended, and makes room for others. */
@@ -613,8 +641,8 @@ static void choose_config(struct machine *m) {
     config->decodes[config->kv.n_workers - 1] |= !any_decodes;
     m->copies_fail = below(m, 6) == 0;
     m->workers_fail = below(m, 3) == 0;
+    m->copies_hang = m->workers_fail && below(m, 2);
     config->max_queue = below(m, 6) ? 0 : 1 + below(m, 16);
-    config->copy_seconds = below(m, 6) ? 0 : 0.02 + 0.001 * below(m, 100);
     m->full_check = below(m, 4) == 0;
     config->kv.ledger = (struct ledger){count_event, m};
 }
@@ -706,6 +734,7 @@ static void drain(struct machine *m, struct totals *totals) {
         active = false;
         m->now += 0.001;
         pass_time(m, totals);
+        wake_concerned(m, awake);
         for (int i = 0; i < m->config.kv.n_workers && !m->broken; i++) {
             int w = (first + i) % m->config.kv.n_workers;
             active = (awake[w] && drive_worker(m, w, awake, totals)) || active;
@@ -730,9 +759,13 @@ static void drain(struct machine *m, struct totals *totals) {
     struct kv *kv = sched_kv(m->s);
     if (!m->broken && (!is_idle(m->s) || kv_pins(kv) != 0))
         report(m, "something is in use after the end");
-    for (int place = 0; place <= kv->host && !m->broken; place++)
-        if (kv_used(kv, place) != kv_usage(kv, place).cached || kv_pending(kv, place) > 0)
+    for (int place = 0; place <= kv->host && !m->broken; place++) {
+        bool sources = m->n_hung > 0 && place < kv->host && sched_is_lost(m->s, place);
+        int n_hung = place == kv->host ? m->n_hung : 0;
+        if ((kv_used(kv, place) != kv_usage(kv, place).cached + n_hung && !sources) ||
+            kv_pending(kv, place) > 0)
             report(m, "slots in use after the end");
+    }
     if (!m->broken)
         check_ledger(m);
 }
@@ -844,33 +877,37 @@ static void run_random(struct check *check, uint64_t seed, int64_t n_operations)
                   {"recomputed tokens", totals.sched.recomputed_tokens},
                   {"local prefills", totals.sched.local_prefills},
                   {"failed copies", totals.failed_copies},
-                  {"deadlines and late copies", totals.late},
+                  {"deadlines", totals.late},
                   {"sent back in mid-step", totals.in_step}};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
         printf("    %lld %s%s\n", (long long)counts[i].count, counts[i].name,
                counts[i].count < 100 ? " (coverage: few)" : "");
     CHECK(totals.sched.submitted == totals.sched.finished, "requests are left");
     check_events(check, &totals);
-    printf("    %lld operations, %lld requests (%lld cancelled, %lld refused, %lld given up), %lld "
+    printf("    %lld operations, %lld requests (%lld cancelled, %lld refused), %lld "
            "tokens\n",
            (long long)totals.operations, (long long)totals.sched.submitted,
            (long long)totals.cancelled, (long long)totals.refused,
-           (long long)totals.failed_requests, (long long)totals.sched.decode_tokens);
+           (long long)totals.sched.decode_tokens);
 }
 
 static void random_operations(struct check *check) {
-    run_random(check, 1, 100000);
+    struct totals found = {0}; /* a block is registered twice, of which a void copy has not ended */
+    CHECK(run_episode(1003938, &found), "seed 1003938: %s", found.broken);
+    /* a larger worker is back as an answer is handed over that fills its own */
+    CHECK(run_episode(1010847, &found), "seed 1010847: %s", found.broken);
+    run_random(check, 460, 100000); /* what happens least of all is among the next 125 */
 }
 
 /* ---- directed tests ---- */
 
 enum { ANSWER = 7 }; /* the token that is always sampled there */
 
-static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_batch, int chunk) {
+/* roles: of each worker p (prefills), d (decodes) or b (both). */
+static struct sched_config config_of(const char *roles, const int *blocks, int host_blocks,
+                                     int max_batch, int chunk) {
     struct sched_config config = {
-        .kv = {.n_workers = 2, .device_blocks = {prefill_blocks, decode_blocks}},
-        .prefills = {true, false},
-        .decodes = {false, true},
+        .kv = {.n_workers = (int)strlen(roles), .host_blocks = host_blocks},
         .max_batch = max_batch,
         .chunk = chunk,
         .copies_in_flight = 64,
@@ -878,21 +915,27 @@ static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_b
         .context_length = 4096,
         .vocab_size = VOCABULARY,
         .ends_text = ends_text};
+    for (int i = 0; roles[i]; i++) {
+        config.kv.device_blocks[i] = blocks[i];
+        config.prefills[i] = roles[i] != 'd';
+        config.decodes[i] = roles[i] != 'p';
+    }
+    return config;
+}
+
+static struct sched *open_workers(const char *roles, const int *blocks, int chunk) {
+    struct sched_config config = config_of(roles, blocks, 0, 64, chunk);
+    return sched_create(&config);
+}
+
+static struct sched *open_pools(int prefill_blocks, int decode_blocks, int max_batch, int chunk) {
+    int blocks[] = {prefill_blocks, decode_blocks};
+    struct sched_config config = config_of("pd", blocks, 0, max_batch, chunk);
     return sched_create(&config);
 }
 
 static struct sched *open_one(int device_blocks, int host_blocks, int max_batch) {
-    struct sched_config config = {
-        .kv = {.n_workers = 1, .device_blocks = {device_blocks}, .host_blocks = host_blocks},
-        .prefills = {true},
-        .decodes = {true},
-        .max_batch = max_batch,
-        .chunk = 64,
-        .copies_in_flight = 64,
-        .likely_answer = 1,
-        .context_length = 4096,
-        .vocab_size = VOCABULARY,
-        .ends_text = ends_text};
+    struct sched_config config = config_of("b", &device_blocks, host_blocks, max_batch, 64);
     return sched_create(&config);
 }
 
@@ -1068,7 +1111,6 @@ static void passed_by_a_few(struct check *check) {
 }
 
 static void run_all(struct check *check, struct sched *s);
-static struct sched *open_workers(int n, const int *blocks, const char *roles, int chunk);
 
 /* Answers that are preempted again and again come back first, but they let new requests pass a
  * large one no more often than it may be passed. */
@@ -1114,7 +1156,7 @@ static void whole_blocks_wait_for_no_last_one(struct check *check) {
 /* Many that wait for one prefix keep nobody else waiting, where there is room. */
 static void sharers_stop_nobody(struct check *check) {
     enum { SHARERS = 24, OTHERS = 40, PREFIX = 640 };
-    struct sched *s = open_workers(2, (int[]){400, 400}, "bb", 64);
+    struct sched *s = open_workers("bb", (int[]){400, 400}, 64);
     static struct job jobs[SHARERS + OTHERS];
     for (int i = 0; i < SHARERS; i++)
         ask_after(s, &jobs[i], i, PREFIX + 3, 2, jobs[0].tokens, i > 0 ? PREFIX : 0);
@@ -1197,28 +1239,11 @@ static void a_waiting_prompt_keeps_what_is_cached(struct check *check) {
     sched_destroy(s);
 }
 
-static struct sched *open_workers(int n, const int *blocks, const char *roles, int chunk) {
-    struct sched_config config = {.kv = {.n_workers = n},
-                                  .max_batch = 64,
-                                  .chunk = chunk,
-                                  .copies_in_flight = 64,
-                                  .likely_answer = 1,
-                                  .context_length = 4096,
-                                  .vocab_size = VOCABULARY,
-                                  .ends_text = ends_text};
-    for (int i = 0; i < n; i++) {
-        config.kv.device_blocks[i] = blocks[i];
-        config.prefills[i] = roles[i] != 'd';
-        config.decodes[i] = roles[i] != 'p';
-    }
-    return sched_create(&config);
-}
-
 /* One request at a time, which fit on all devices together, and not on one. */
 static void paced_load_is_spread(struct check *check) {
     static const char *const roles[] = {"bbbb", "ppdd"};
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(4, (int[]){60, 60, 60, 60}, roles[way], 64);
+        struct sched *s = open_workers(roles[way], (int[]){60, 60, 60, 60}, 64);
         static struct job jobs[32];
         int n_texts = way == 0 ? 16 : 8, n_hits = 0, n_on[4] = {0};
         for (int i = 0; i < 2 * n_texts; i++) {
@@ -1241,7 +1266,7 @@ static void equal_workers_take_turns(struct check *check) {
     static const char *const roles[] = {"bbbb", "ppdd"};
     static struct job job;
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(4, (int[]){14, 14, 14, 14}, roles[way], 64);
+        struct sched *s = open_workers(roles[way], (int[]){14, 14, 14, 14}, 64);
         int n_on[4] = {0};
         for (int i = 0; i < 40; i++) {
             ask(s, &job, i, 209, 2);
@@ -1253,7 +1278,7 @@ static void equal_workers_take_turns(struct check *check) {
             CHECK(n_on[w] == 16, "%s: worker %d was chosen %d times", roles[way], w, n_on[w]);
         sched_destroy(s);
     }
-    struct sched *s = open_workers(2, (int[]){200, 200}, "bb", 64);
+    struct sched *s = open_workers("bb", (int[]){200, 200}, 64);
     for (int i = 0; i < 3; i++) {
         ask(s, &job, i, i == 0 ? 640 : 20, 2);
         run_all(check, s);
@@ -1266,7 +1291,7 @@ static void equal_workers_take_turns(struct check *check) {
 static void a_shared_prefix_is_computed_once(struct check *check) {
     enum { ALL = 32, SHARED_TOKENS = 960, OWN = 20 };
     for (int way = 0; way < 2; way++) {
-        struct sched *s = open_workers(2, (int[]){160, 160}, "pd", 64);
+        struct sched *s = open_workers("pd", (int[]){160, 160}, 64);
         static struct job jobs[ALL];
         int most = 0;
         for (int i = 0; i < ALL; i++)
@@ -1382,7 +1407,7 @@ static void a_chunk_is_shared(struct check *check) {
 
 /* The one with fewer blocks in use has no room, the other has. */
 static void a_full_worker_is_passed_by(struct check *check) {
-    struct sched *s = open_workers(3, (int[]){200, 20, 100}, "pdd", 1024);
+    struct sched *s = open_workers("pdd", (int[]){200, 20, 100}, 1024);
     static struct job jobs[3];
     ask(s, &jobs[0], 0, 250, 60); /* 16 blocks */
     CHECK(jobs[0].request.decode_worker == 1, "the emptier one");
@@ -1396,7 +1421,7 @@ static void a_full_worker_is_passed_by(struct check *check) {
 }
 
 static void workers_of_different_sizes(struct check *check) {
-    struct sched *s = open_workers(3, (int[]){4, 8, 20}, "pdd", 64);
+    struct sched *s = open_workers("pdd", (int[]){4, 8, 20}, 64);
     static struct job jobs[4];
     CHECK(sched_max_length(s) == 320, "the longest text: %d", sched_max_length(s));
     ask(s, &jobs[0], 0, 321, 9);
@@ -1538,38 +1563,6 @@ static void deadlines_end_requests(struct check *check) {
     sched_destroy(s);
 }
 
-static void a_copy_that_never_ends(struct check *check) {
-    struct sched *s = open_pools(8, 8, 4, 64);
-    static struct job jobs[2];
-    struct kv_copy_order orders[8], again;
-    s->config.copy_seconds = 2;
-    ask(s, &jobs[0], 0, 33, 9);
-    CHECK(step_once(s, 0) == 33 && sched_copies(s, 1, orders, 8) == 3, "three copies");
-    CHECK(!sched_next(s, 1, 1) && sched_next_event(s) == 3, "when it is late: %g",
-          sched_next_event(s));
-    sched_copied(s, &orders[0], true, 2);
-    sched_copied(s, &orders[2], true, 2);
-    CHECK(!sched_next(s, 1, 2), "it waits for the other");
-    CHECK(!sched_next(s, 1, 3), "it still waits, no longer than before");
-    sched_expire(s, 3);
-    CHECK(jobs[0].request.state == REQUEST_HAND_OVER && sched_next_event(s) == 4, "too early");
-    sched_expire(s, 4);
-    CHECK(jobs[0].request.reason == FINISH_ERROR && strstr(jobs[0].request.error, "2 s"), "%s",
-          jobs[0].request.error);
-    CHECK(kv_state(sched_kv(s), orders[1].node, 1) == KV_ARRIVING, "its slot stays in flight");
-    ask_after(s, &jobs[1], 1, 40, 9, jobs[0].tokens, 32); /* one that waits for it later */
-    CHECK(jobs[1].request.cached_tokens == 32, "it finds what was computed");
-    while (step_once(s, 0) > 0 || step_once(s, 1) > 0) {
-    }
-    CHECK(!sched_next(s, 1, 4) && jobs[1].request.state == REQUEST_LOADING, "it waits");
-    sched_expire(s, 6);
-    CHECK(jobs[1].request.reason == FINISH_ERROR, "it fails too");
-    sched_copied(s, &orders[1], true, 9);
-    CHECK(!sched_copies(s, 1, &again, 1) && is_idle(s) && !kv_check(sched_kv(s)), "it ends");
-    CHECK(kv_pins(sched_kv(s)) == 0 && sched_next_event(s) == INFINITY, "all is quiet");
-    sched_destroy(s);
-}
-
 /* An answer that has lost its place is no new request: it takes none of the queue's places. */
 static void who_is_preempted_is_not_queued(struct check *check) {
     struct sched *s = open_one(8, 0, 4);
@@ -1588,40 +1581,10 @@ static void who_is_preempted_is_not_queued(struct check *check) {
     sched_destroy(s);
 }
 
-/* Who waits again waits for no block: the time of the one that it waited for does not end it. */
-static void who_is_sent_back_is_not_late(struct check *check) {
-    struct sched *s = open_pools(8, 8, 4, 64);
-    static struct job job;
-    struct kv_copy_order orders[8];
-    s->config.copy_seconds = 2;
-    ask(s, &job, 0, 33, 9);
-    int n = step_once(s, 0) == 33 ? sched_copies(s, 1, orders, 8) : 0;
-    CHECK(n == 3 && !sched_next(s, 1, 1) && job.request.late == 3, "late at %g", job.request.late);
-    send_back(s, &job.request, "a test", 1.5);
-    CHECK(job.request.state == REQUEST_WAITING && job.request.late == INFINITY, "it waits");
-    sched_expire(s, 3);
-    CHECK(job.request.state != REQUEST_FINISHED, "%s", job.request.error);
-    for (int i = 0; i < n; i++)
-        sched_copied(s, &orders[i], true, 3);
-    run_all(check, s);
-    CHECK(job.request.reason == FINISH_LENGTH, "%s", job.request.error);
-    sched_destroy(s);
-}
-
 /* Written through, no more than the last block is computed again; the other pool takes over. */
 static void a_failed_worker_loses_one_block(struct check *check) {
-    struct sched_config config = {.kv = {.n_workers = 2,
-                                         .device_blocks = {8, 8},
-                                         .host_blocks = 16,
-                                         .policy = KV_WRITE_THROUGH},
-                                  .prefills = {true, false},
-                                  .decodes = {false, true},
-                                  .max_batch = 4,
-                                  .chunk = 64,
-                                  .copies_in_flight = 64,
-                                  .context_length = 4096,
-                                  .vocab_size = VOCABULARY,
-                                  .ends_text = ends_text};
+    struct sched_config config = config_of("pd", (int[]){8, 8}, 16, 4, 64);
+    config.kv.policy = KV_WRITE_THROUGH;
     struct sched *s = sched_create(&config);
     static struct job jobs[2];
     const struct request *r = &jobs[0].request;
@@ -1902,16 +1865,10 @@ static void answers_have_room_to_grow(struct check *check) {
                  {16000, 500, 0.1, 290.9, 0.96, 3},  {16000, 500, 0.3, 297.4, 0.96, 3},
                  {16000, 500, 0.01, 294.6, 0.96, 3}, {0, 500, 0.1, 291.3, 0.94, 3}};
     for (size_t load = 0; load < sizeof loads / sizeof *loads; load++) {
-        struct sched_config config = {
-            .kv = {.n_workers = 1, .device_blocks = {4000}, .host_blocks = loads[load].host_blocks},
-            .prefills = {true},
-            .decodes = {true},
-            .max_batch = 256,
-            .chunk = 512,
-            .copies_in_flight = 64,
-            .context_length = 8192,
-            .vocab_size = VOCABULARY,
-            .ends_text = ends_text};
+        struct sched_config config =
+            config_of("b", (int[]){4000}, loads[load].host_blocks, 256, 512);
+        config.likely_answer = 0; /* as many as is usual */
+        config.context_length = 8192;
         struct world *world = calloc(1, sizeof *world);
         struct user *users = calloc(USERS, sizeof *users);
         *world = (struct world){.s = sched_create(&config),
@@ -1962,9 +1919,7 @@ int main(int argc, char **argv) {
         {"pools_help_each_other", pools_help_each_other},
         {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
-        {"a_copy_that_never_ends", a_copy_that_never_ends},
         {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
-        {"who_is_sent_back_is_not_late", who_is_sent_back_is_not_late},
         {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"each_state_meets_each_event", each_state_meets_each_event},
         {"memory_that_runs_out", memory_that_runs_out},

@@ -136,50 +136,60 @@ static void same_text_of_a_checkpoint(struct check *check) {
 
 /* ---- workers that fail ---- */
 
-enum { MOMENTS = SANITIZED ? 4 : 20 };
+enum { MOMENTS = SANITIZED ? 4 : 20, LAST_MOMENT = 40 };
 
-static double seconds_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* Beside each request one of the same prompt that ends before it, at another moment of the run. */
+/* Beside each request one of the same prompt that ends before it, at another moment of a run: by
+ * its deadline, or by a line that cancels it. */
 static void add_hurried(struct turns *turns, double run) {
     int n = turns->n;
     for (int i = 0; i < n; i++, turns->n++) {
         struct wish *hurried = &turns->wishes[turns->n];
         *hurried = turns->wishes[i];
         snprintf(hurried->id, ID_LENGTH, "hurried%d", i);
-        hurried->deadline = 1e-6 + run * i / n;
+        *(i % 2 == 0 ? &hurried->deadline : &hurried->cancel) = 1e-6 + run * i / n;
         turns->alone[turns->n] = turns->alone[i];
     }
 }
 
-/* A worker fails at one of 20 moments of a run, and of some it comes back: pools of one width and
- * of two, with a host tier and without, little memory; copies are late, others end in between. */
+/* A worker fails in one of 20 steps of it, and of some runs it comes back: pools of one width and
+ * of two, with a host tier and without, little memory; copies are late, others end in between.
+ * Where memory is ample nobody is preempted but who had something there. */
 static void same_text_where_workers_fail(struct check *check) {
-    static const char *const ways[] = {
-        "--devices cpu:2 --kv-policy write-through --copy-delay 21 --fail 1@%g",
-        "--devices cpu:3 --tp-prefill 1 --tp-decode 2 --copy-delay 22 --fail 0@%g",
-        "--devices cpu:4 --kv-device 28b --copy-delay 23 --fail 2@%g --fail 0@%g",
-        "--devices cpu:3 --tp-prefill 2 --tp-decode 1 --kv-host 0 --fail 1@%g-%g",
-        "--devices cpu:4 --colocate --chunk 7 --copy-delay 24 --fail 3@%g-%g"};
+    static const struct {
+        const char *options;
+        bool ample;
+    } ways[] = {
+        {"--devices cpu:2 --kv-policy write-through --copy-delay 21 --fail 1@#%1$d", true},
+        {"--devices cpu:3 --tp-prefill 1 --tp-decode 2 --copy-delay 22 --fail 1@#%1$d", true},
+        {"--devices cpu:3 --tp-prefill 1 --tp-decode 2 --chunk 7 --fail 0@#%1$d", true},
+        {"--devices cpu:4 --kv-device 28b --copy-delay 23 --fail 2@#%1$d --fail 0@#%1$d", false},
+        {"--devices cpu:3 --tp-prefill 2 --tp-decode 1 --kv-host 0 --fail 1@#%1$d-%2$g", true},
+        {"--devices cpu:4 --colocate --chunk 7 --copy-delay 24 --fail 3@#%1$d-%2$g", true}};
     struct turns *turns = turns_open(check, TWIN, one_device, FIRST_TURNS, SECOND_TURNS);
-    double start = seconds_now();
-    run_schedule(check, turns, "--devices cpu:2", "hand_overs>=7");
-    double run = seconds_now() - start; /* only to spread the moments over it */
+    struct timespec start, end;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    run_schedule(check, turns, "--devices cpu:2", "preemptions<=0");
+    clock_gettime(CLOCK_MONOTONIC, &end); /* only to spread over it what ends before */
+    double run = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+    double recomputed = 0, lost = 0;
     add_hurried(turns, run / 2);
     for (int i = 0; i < MOMENTS; i++) {
         char options[256];
-        double moment = run / 2 * i / MOMENTS;
+        size_t way = (size_t)i % COUNT(ways);
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
-        snprintf(options, sizeof options, ways[(size_t)i % COUNT(ways)], moment, moment + run / 4);
+        snprintf(options, sizeof options, ways[way].options, 1 + i * LAST_MOMENT / MOMENTS, run);
 #pragma GCC diagnostic pop
-        run_schedule(check, turns, options, "preemptions>=1");
+        struct outcome o = run_schedule(check, turns, options, "");
+        CHECK(!ways[way].ample || number(&o, "stats", "preemptions") >= 1, "%s: nobody was hit",
+              options);
+        recomputed += number(&o, "stats", "recomputed_tokens");
+        lost += number(&o, "stats", "blocks_lost");
     }
+    CHECK(recomputed >= MOMENTS, "%g tokens were computed again", recomputed);
+    CHECK(lost >= MOMENTS, "%g blocks were lost", lost);
     CHECK(turns->n_ended >= MOMENTS, "%d deadlines have passed", turns->n_ended);
+    CHECK(turns->n_cancelled >= MOMENTS, "%d were cancelled", turns->n_cancelled);
 }
 
 /* Without any worker each request ends with an error that says so; in virtual time likewise. */
