@@ -857,14 +857,19 @@ struct product {
     const struct group_list *groups; /* expert_product's */
 };
 
+/* The sum of all lanes' values, in every lane, in a fixed order. */
+DEVICE float sum_of_warp(float value) {
+    for (int step = 16; step > 0; step /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, step);
+    return value;
+}
+
 /* The sum of a row's squares, from those of tiles; all lanes of a warp call it. */
 DEVICE float sum_of_tiles(const float *squares, int n_tiles) {
     float sum = 0.0f;
     for (int i = (int)threadIdx.x % WARP; i < n_tiles; i += WARP)
         sum += squares[i];
-    for (int step = 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
+    return sum_of_warp(sum);
 }
 
 /* Scales of ROWS rows, from their sums of squares, all in shared memory, by all that multiply. */
@@ -1043,6 +1048,24 @@ DEVICE void advance(struct ring *r, bool first) {
     if (!first)
         give_back(*r, 1);
     next_stage(r);
+}
+
+/* The producer's, of prompts and experts: asks for all units of a panel, behind each its ROWS rows.
+ * rows: those of unit 0. */
+template <int TYPE, int ROWS>
+DEVICE void produce_panel(const struct product &p, const uint8_t *rows, const uint8_t *weights,
+                          struct ring *r) {
+    const int lane = (int)threadIdx.x % WARP;
+    for (int unit = 0; unit < p.matrix.n_units; unit++, next_stage(r)) {
+        copy_pieces(wait_empty(*r) + (lane == 0 ? 0 : ROWS * ROW_BYTES),
+                    lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
+                              : weights + (size_t)unit * unit_bytes(TYPE),
+                    lane == 0   ? ROWS * ROW_BYTES
+                    : lane == 1 ? unit_bytes(TYPE)
+                                : 0,
+                    false, r->full + r->at);
+        copies_sent(r->full + r->at);
+    }
 }
 
 /* ---- generated tokens ---- */
@@ -1350,27 +1373,13 @@ DEVICE struct row_tiles find_row_tiles(const struct product &p) {
 }
 
 template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct row_tiles t = find_row_tiles(p);
     grid_wait();
     copies_see_stores();
-    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
-        const uint8_t *weights =
-            p.matrix.packed + (size_t)(tile / t.n) * n_units * unit_bytes(TYPE);
-        const uint8_t *rows =
-            p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES;
-        for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
-            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : TILE_ROWS * ROW_BYTES);
-            copy_pieces(to,
-                        lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
-                                  : weights + (size_t)unit * unit_bytes(TYPE),
-                        lane == 0   ? TILE_ROWS * ROW_BYTES
-                        : lane == 1 ? unit_bytes(TYPE)
-                                    : 0,
-                        false, r.full + r.at);
-            copies_sent(r.full + r.at);
-        }
-    }
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x)
+        produce_panel<TYPE, TILE_ROWS>(
+            p, p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES,
+            p.matrix.packed + (size_t)(tile / t.n) * p.matrix.n_units * unit_bytes(TYPE), &r);
 }
 
 DEVICE int tile_of(int warp, int i) { /* of a warp's sums [4 i, 4 i + 4): the tile of the panel */
@@ -1492,7 +1501,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS), 0, CONSUMERS);
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    const int warp = (int)threadIdx.x / WARP;
     const int n_panels = p.matrix.n_panels, n_units = p.matrix.n_units;
     constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : 4; /* as generated rows have it */
     uint32_t a[UNITS * 2][2][4];
@@ -1503,20 +1512,9 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
         const struct entries e = p.groups->tiles[tile / n_panels];
         const int panel = tile % n_panels;
         if (warp == CONSUMERS) {
-            const uint8_t *weights = p.matrix.packed + (size_t)(e.expert * n_panels + panel) *
-                                                           n_units * unit_bytes(TYPE);
-            for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
-                size_t row = (size_t)unit * p.input.n_rows + e.first;
-                uint8_t *to = wait_empty(r);
-                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                            lane == 0 ? p.input.bytes + row * ROW_BYTES
-                                      : weights + (size_t)unit * unit_bytes(TYPE),
-                            lane == 0   ? ROWS * ROW_BYTES
-                            : lane == 1 ? unit_bytes(TYPE)
-                                        : 0,
-                            false, r.full + r.at);
-                copies_sent(r.full + r.at);
-            }
+            const size_t unit = (size_t)(e.expert * n_panels + panel) * n_units;
+            produce_panel<TYPE, ROWS>(p, p.input.bytes + (size_t)e.first * ROW_BYTES,
+                                      p.matrix.packed + unit * unit_bytes(TYPE), &r);
             continue;
         }
         alignas(16) float sum[ROWS / 2];
@@ -2336,8 +2334,7 @@ static void cuda_embed(struct device *device, const struct weight *token_embd) {
 
 /* The sum of all threads' values, in every thread, in a fixed order. shared: (THREADS / 32) */
 DEVICE float sum_of_block(float value, float *shared) {
-    for (int step = 16; step > 0; step /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, step);
+    value = sum_of_warp(value);
     if (threadIdx.x % WARP == 0)
         shared[threadIdx.x / WARP] = value;
     __syncthreads();
@@ -2345,6 +2342,14 @@ DEVICE float sum_of_block(float value, float *shared) {
     for (int i = 0; i < THREADS / WARP; i++)
         value += shared[i];
     return value;
+}
+
+/* 1 / root mean square of a row's n elements, in every thread. shared: as above */
+DEVICE float scale_of_row(const float *row, int n, float epsilon, float *shared) {
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS)
+        squares += row[i] * row[i];
+    return scale_of_norm(sum_of_block(squares, shared), n, epsilon);
 }
 
 /* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample; of generated rows that do
@@ -2459,9 +2464,7 @@ DEVICE float scale_of_head(const float *from, int head_dim, float epsilon, int l
     float squares = 0.0f;
     for (int i = lane; i < head_dim; i += WARP)
         squares += from[i] * from[i];
-    for (int i = 16; i > 0; i /= 2)
-        squares += __shfl_xor_sync(0xffffffffu, squares, i);
-    return scale_of_norm(squares, head_dim, epsilon);
+    return scale_of_norm(sum_of_warp(squares), head_dim, epsilon);
 }
 
 /* The elements of a head that turn together as pair `pair`, or stay as they are. */
@@ -2634,13 +2637,10 @@ __global__ void add_normed_kernel(const struct step_header *step, float *x, int 
     DYNAMIC_SHARED(float, shared);
     grid_launch_dependents();
     const size_t at = (size_t)blockIdx.x * x_stride;
-    float squares = 0.0f;
     grid_wait();
     if ((int)blockIdx.x >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        squares += from[at + i] * from[at + i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), n, epsilon);
+    const float scale = scale_of_row(from + at, n, epsilon, shared);
     for (int i = (int)threadIdx.x; i < n; i += THREADS)
         x[at + i] += from[at + i] * scale * weight[i];
 }
@@ -2769,17 +2769,14 @@ __global__ void route_kernel(const struct step_header *step, const float *x, int
     const int expert = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
     const float *from = x + (size_t)row * x_stride;
     const float *weight = router + (size_t)smaller(expert, n_experts - 1) * d_model;
-    float squares = 0.0f, sum = 0.0f;
+    float sum = 0.0f;
     grid_wait();
     if (row >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    const float scale = scale_of_row(from, d_model, epsilon, shared);
     for (int i = lane; i < d_model; i += WARP)
         sum = fmaf(from[i] * scale * norm[i], weight[i], sum);
-    for (int i = 16; i > 0; i /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    sum = sum_of_warp(sum);
     if (lane == 0 && expert < n_experts)
         logits[(size_t)row * n_experts + expert] = sum + (bias ? bias[expert] : 0.0f);
 }
@@ -2815,8 +2812,7 @@ __global__ void choose_kernel(const struct step_header *step, float *logits, int
             largest = most;
             for (int e = lane; e < n_experts && share_of_all; e += WARP)
                 sum += expf(own[e] - largest);
-            for (int step_of = 16; step_of > 0; step_of /= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, step_of);
+            sum = sum_of_warp(sum);
         }
         const float part = expf(most - largest);
         sum += share_of_all ? 0.0f : part;
@@ -2874,13 +2870,10 @@ __global__ void spread_kernel(const struct step_header *step, const float *x, in
     grid_launch_dependents();
     const int row = (int)blockIdx.x;
     const float *from = x + (size_t)row * x_stride;
-    float squares = 0.0f;
     grid_wait();
     if (row >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    const float scale = scale_of_row(from, d_model, epsilon, shared);
     for (int i = (int)threadIdx.x * 2; i < x_stride; i += THREADS * 2) { /* zeros pad x and norm */
         uint32_t both = pack_bf16(from[i] * scale * norm[i], from[i + 1] * scale * norm[i + 1]);
         for (int j = 0; j < n_used; j++)
