@@ -1286,10 +1286,8 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS),
                               kept_bytes(ROWS) + squares_bytes(p, ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
-    if (warp == CONSUMERS) {
-        produce_generated<TYPE, ROWS>(p, r, squares);
-        return;
-    }
+    if (warp == CONSUMERS)
+        return produce_generated<TYPE, ROWS>(p, r, squares);
     const struct share s = find_share(p);
     const struct segments &segments = p.matrix.segments;
     const int end_row = *p.n_generated - p.n_before; /* no kernel wrote the step */
