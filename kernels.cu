@@ -4,18 +4,16 @@
  * requests. kernels.c is its specification: where the two differ, kernels.c is right.
  *
  *     1  a step, as kernels see it
- *     2  weights and rows, as the tensor cores read them                   pack_kernel
+ *     2  weights and rows, as the tensor cores read them: pack_kernel, widen_kernel
  *     3  devices: what they hold, memory, copies, uploads
- *     4  products                       generated_product_kernel, prompt_product_kernel,
- *                                       expert_product_kernel
- *     5  attention                      prompt_attention_kernel, generated_attention_kernel
- *     6  embedding, norm, rope          embed_kernel, norm_kernel, rope_append_kernel
- *     7  the products of a layer; several shards      add_normed_kernel, reduce_kernel;
- *        experts              route_kernel, choose_kernel, group_kernel, spread_kernel,
- *                             combine_kernel
- *     8  logits and samples                                                sample_kernel
+ *     4  products: generated_product_kernel, prompt_product_kernel, expert_product_kernel
+ *     5  attention: prompt_attention_kernel, generated_attention_kernel
+ *     6  embedding, norm, rope: embed_kernel, norm_kernel, rope_append_kernel
+ *     7  the products of a layer; several shards: add_normed_kernel, reduce_kernel; experts:
+ *        route_kernel, choose_kernel, group_kernel, spread_kernel, combine_kernel
+ *     8  logits and samples: sample_kernel
  *     9  a step: begun, recorded, replayed, ended
- *    10  what the chip can do at most               mma_probe_kernel, read_probe_kernel
+ *    10  what the chip can do at most: mma_probe_kernel, read_probe_kernel
  *    11  opening and closing
  * A kernel's launcher, or the op that it is, stands below it.
  *
@@ -63,10 +61,6 @@ enum {
     STAGING_BYTES = 32 << 20, /* of weights on their way up; two of them */
     MIN_MAJOR = 8             /* compute capability: mma of bf16, cp.async */
 };
-
-static dim3 grid_of(int x, int y = 1) {
-    return dim3((unsigned)x, (unsigned)y);
-}
 
 static inline __host__ __device__ int divide(int value, int unit) {
     return (value + unit - 1) / unit;
@@ -225,7 +219,6 @@ DEVICE uint32_t mxfp4_to_bf16(uint32_t word, int at) {
                     0x80008000u);
 }
 
-/* A scale of a quantized type. */
 DEVICE float scale_to_float(int type, uint32_t bits) {
     return type == PACKED_MXFP4 ? bf16_to_float(bits & 0xffffu) : half_to_float((uint16_t)bits);
 }
@@ -442,7 +435,7 @@ __global__ void widen_kernel(float *to, int cols, const struct raw_rows raw) {
  *
  *     struct cuda_device *d = enter(device, "loading weights"); // it is the current one now
  *     TRY(d, cudaStreamSynchronize(stream));                    // or the program ends
- *     launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS, 0, x, y, n); */
+ *     launch(d, "norm_kernel", norm_kernel, n, THREADS, 0, x, y, n); */
 
 struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
@@ -652,12 +645,11 @@ static bool pack_matrix(struct cuda_device *d, const struct weight *w, int first
             tensor->type,        own};
         size_t n = (size_t)divide(own, 8) * (size_t)m->n_units * WARP;
         if (w->vector)
-            gpu_launch(&beside, "widen_kernel", widen_kernel, grid_of(own), THREADS, 0,
+            gpu_launch(&beside, "widen_kernel", widen_kernel, own, THREADS, 0,
                        w->vector + (size_t)row * (size_t)tensor->cols, (int)tensor->cols, raw);
         else
-            gpu_launch(&beside, "pack_kernel", pack_kernel,
-                       dim3((unsigned)((n + THREADS - 1) / THREADS)), THREADS, 0, *m,
-                       halves + w->first_half + row / 8 * step, step, raw);
+            gpu_launch(&beside, "pack_kernel", pack_kernel, (unsigned)((n + THREADS - 1) / THREADS),
+                       THREADS, 0, *m, halves + w->first_half + row / 8 * step, step, raw);
     }
     free(made);
     return true;
@@ -766,15 +758,13 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
     }
     pthread_mutex_unlock(&cuda->upload_mutex);
     if (!w) {
-        size_t available = 0, total = 0;
         (void)cudaGetLastError();
-        (void)cudaMemGetInfo(&available, &total);
         (void)fail(error,
                    "%.*s: device %d (%s) has %zu MB left of %zu and needs %zu for this tensor; "
                    "take a model of a smaller type, or more GPUs and --tp",
                    (int)tensor->name.length, tensor->name.data, device->index,
-                   d->card->properties.name, available >> 20, total >> 20,
-                   (tensor->bytes >> 20) + 1);
+                   d->card->properties.name, cuda_free_memory(device) >> 20,
+                   d->card->properties.totalGlobalMem >> 20, (tensor->bytes >> 20) + 1);
     }
     return w;
 }
@@ -858,14 +848,19 @@ struct product {
     const struct group_list *groups; /* expert_product's */
 };
 
+/* The sum of all lanes' values, in every lane, in a fixed order. */
+DEVICE float sum_of_warp(float value) {
+    for (int step = 16; step > 0; step /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, step);
+    return value;
+}
+
 /* The sum of a row's squares, from those of tiles; all lanes of a warp call it. */
 DEVICE float sum_of_tiles(const float *squares, int n_tiles) {
     float sum = 0.0f;
     for (int i = (int)threadIdx.x % WARP; i < n_tiles; i += WARP)
         sum += squares[i];
-    for (int step = 16; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    return sum;
+    return sum_of_warp(sum);
 }
 
 /* Scales of ROWS rows, from their sums of squares, all in shared memory, by all that multiply. */
@@ -1044,6 +1039,26 @@ DEVICE void advance(struct ring *r, bool first) {
     if (!first)
         give_back(*r, 1);
     next_stage(r);
+}
+
+/* The producer's, of prompts and experts: asks for all units of a panel, each behind its ROWS rows
+ * from first_row on. */
+template <int TYPE, int ROWS>
+DEVICE void produce_panel(struct planes input, int first_row, const uint8_t *weights, int n_units,
+                          struct ring *r) {
+    const int lane = (int)threadIdx.x % WARP;
+    for (int unit = 0; unit < n_units; unit++, next_stage(r)) {
+        size_t row = (size_t)unit * input.n_rows + first_row;
+        uint8_t *to = wait_empty(*r);
+        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
+                    lane == 0 ? input.bytes + row * ROW_BYTES
+                              : weights + (size_t)unit * unit_bytes(TYPE),
+                    lane == 0   ? ROWS * ROW_BYTES
+                    : lane == 1 ? unit_bytes(TYPE)
+                                : 0,
+                    false, r->full + r->at);
+        copies_sent(r->full + r->at);
+    }
 }
 
 /* ---- generated tokens ---- */
@@ -1272,10 +1287,8 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS),
                               kept_bytes(ROWS) + squares_bytes(p, ROWS), CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
-    if (warp == CONSUMERS) {
-        produce_generated<TYPE, ROWS>(p, r, squares);
-        return;
-    }
+    if (warp == CONSUMERS)
+        return produce_generated<TYPE, ROWS>(p, r, squares);
     const struct share s = find_share(p);
     const struct segments &segments = p.matrix.segments;
     const int end_row = *p.n_generated - p.n_before; /* no kernel wrote the step */
@@ -1351,27 +1364,14 @@ DEVICE struct row_tiles find_row_tiles(const struct product &p) {
 }
 
 template <int TYPE> DEVICE void produce_prompt(const struct product &p, struct ring r) {
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
     const struct row_tiles t = find_row_tiles(p);
+    const int n_units = p.matrix.n_units;
     grid_wait();
     copies_see_stores();
-    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x) {
-        const uint8_t *weights =
-            p.matrix.packed + (size_t)(tile / t.n) * n_units * unit_bytes(TYPE);
-        const uint8_t *rows =
-            p.input.bytes + (size_t)(t.begin + tile % t.n * TILE_ROWS) * ROW_BYTES;
-        for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
-            uint8_t *to = wait_empty(r) + (lane == 0 ? 0 : TILE_ROWS * ROW_BYTES);
-            copy_pieces(to,
-                        lane == 0 ? rows + (size_t)unit * p.input.n_rows * ROW_BYTES
-                                  : weights + (size_t)unit * unit_bytes(TYPE),
-                        lane == 0   ? TILE_ROWS * ROW_BYTES
-                        : lane == 1 ? unit_bytes(TYPE)
-                                    : 0,
-                        false, r.full + r.at);
-            copies_sent(r.full + r.at);
-        }
-    }
+    for (int tile = (int)blockIdx.x; tile < t.n * p.matrix.n_panels; tile += (int)gridDim.x)
+        produce_panel<TYPE, TILE_ROWS>(
+            p.input, t.begin + tile % t.n * TILE_ROWS,
+            p.matrix.packed + (size_t)(tile / t.n) * n_units * unit_bytes(TYPE), n_units, &r);
 }
 
 DEVICE int tile_of(int warp, int i) { /* of a warp's sums [4 i, 4 i + 4): the tile of the panel */
@@ -1414,7 +1414,6 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint
 #endif
 }
 
-/* The warps that multiply. */
 template <int TYPE, int EPILOGUE>
 DEVICE void multiply_prompts(const struct product &p, struct ring r) {
     const int warp = (int)threadIdx.x / WARP;
@@ -1493,7 +1492,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
     DYNAMIC_SHARED(uint8_t, shared);
     grid_launch_dependents();
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS), 0, CONSUMERS);
-    const int lane = (int)threadIdx.x % WARP, warp = (int)threadIdx.x / WARP;
+    const int warp = (int)threadIdx.x / WARP;
     const int n_panels = p.matrix.n_panels, n_units = p.matrix.n_units;
     constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : 4; /* as generated rows have it */
     uint32_t a[UNITS * 2][2][4];
@@ -1506,18 +1505,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
         if (warp == CONSUMERS) {
             const uint8_t *weights = p.matrix.packed + (size_t)(e.expert * n_panels + panel) *
                                                            n_units * unit_bytes(TYPE);
-            for (int unit = 0; unit < n_units; unit++, next_stage(&r)) {
-                size_t row = (size_t)unit * p.input.n_rows + e.first;
-                uint8_t *to = wait_empty(r);
-                copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                            lane == 0 ? p.input.bytes + row * ROW_BYTES
-                                      : weights + (size_t)unit * unit_bytes(TYPE),
-                            lane == 0   ? ROWS * ROW_BYTES
-                            : lane == 1 ? unit_bytes(TYPE)
-                                        : 0,
-                            false, r.full + r.at);
-                copies_sent(r.full + r.at);
-            }
+            produce_panel<TYPE, ROWS>(p.input, e.first, weights, n_units, &r);
             continue;
         }
         alignas(16) float sum[ROWS / 2];
@@ -1542,6 +1530,16 @@ static int entry_tile(const struct cuda_device *d) {
 static int stages_of(const struct cuda_device *d, int bytes, int others) {
     int room = (int)d->card->properties.sharedMemPerBlockOptin - others - RING_BARRIERS;
     return smaller(room / bytes, MAX_STAGES);
+}
+
+/* Launches a kernel with a ring of stages, `most` of them if they fit, and `others` bytes. */
+template <typename Parameters>
+static void launch_fed(struct cuda_device *d, const char *name, void (*kernel)(Parameters),
+                       int blocks, int threads, int stage, int others, int most,
+                       std::decay_t<Parameters> p) {
+    p.n_stages = smaller(stages_of(d, stage, others), most);
+    launch(d, name, kernel, blocks, threads, (size_t)(p.n_stages * stage + others + RING_BARRIERS),
+           p);
 }
 
 /* Generated rows that a block has room for, with enough stages: fewer on chips with less. */
@@ -1569,14 +1567,13 @@ static int choose_grain(int n_panels, int n_segments, int blocks) {
 template <int TYPE, int EPILOGUE, int ROWS>
 static void launch_generated(struct cuda_device *d, struct product p) {
     int n_segments = p.matrix.segments.n, blocks = d->card->properties.multiProcessorCount;
-    int stage = stage_bytes(TYPE, ROWS), others = kept_bytes(ROWS) + squares_bytes(p, ROWS);
     p.grain = choose_grain(p.matrix.n_panels, n_segments, blocks);
-    p.n_stages = smaller(stages_of(d, stage, others), AHEAD_BYTES / unit_bytes(TYPE));
     p.sums_of_blocks = d->sums_of_blocks;
     p.blocks_done = d->blocks_done;
-    launch(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
-           grid_of(smaller(blocks, p.matrix.n_panels * n_segments / p.grain)), FED_THREADS,
-           (size_t)(p.n_stages * stage + others + RING_BARRIERS), p);
+    launch_fed(d, "generated_product_kernel", generated_product_kernel<TYPE, EPILOGUE, ROWS>,
+               smaller(blocks, p.matrix.n_panels * n_segments / p.grain), FED_THREADS,
+               stage_bytes(TYPE, ROWS), kept_bytes(ROWS) + squares_bytes(p, ROWS),
+               AHEAD_BYTES / unit_bytes(TYPE), p);
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
@@ -1586,13 +1583,12 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     if (p.n_rows > 0) {
         int blocks = d->card->properties.multiProcessorCount;
         int n = divide(p.first_row % 8 + p.n_rows, ROW_TILE) * p.matrix.n_panels;
-        p.n_stages = stages_of(d, stage_bytes(TYPE, ROW_TILE), 0);
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
-        launch(d, "prompt_product_kernel",
-               p.initial ? prompt_product_kernel<TYPE, GOES_ON>
-                         : prompt_product_kernel<TYPE, EPILOGUE>,
-               grid_of(d->card->n_devices > 1 ? n : smaller(n, blocks)), PROMPT_THREADS,
-               (size_t)(p.n_stages * stage_bytes(TYPE, ROW_TILE) + RING_BARRIERS), p);
+        launch_fed(d, "prompt_product_kernel",
+                   p.initial ? prompt_product_kernel<TYPE, GOES_ON>
+                             : prompt_product_kernel<TYPE, EPILOGUE>,
+                   d->card->n_devices > 1 ? n : smaller(n, blocks), PROMPT_THREADS,
+                   stage_bytes(TYPE, ROW_TILE), 0, MAX_STAGES, p);
     }
     int most = rows_at_once(d);
     for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
@@ -1606,42 +1602,40 @@ static void launch_typed(struct cuda_device *d, struct product p, int n_generate
     }
 }
 
+/* Calls act(type), of which the type is a constant. */
+template <typename Act> static void with_type(int type, Act act) {
+    switch (type) {
+    case PACKED_BF16: act(std::integral_constant<int, PACKED_BF16>()); break;
+    case PACKED_Q8: act(std::integral_constant<int, PACKED_Q8>()); break;
+    case PACKED_Q4: act(std::integral_constant<int, PACKED_Q4>()); break;
+    case PACKED_MXFP4: act(std::integral_constant<int, PACKED_MXFP4>()); break;
+    }
+}
+
 template <int EPILOGUE>
 static void launch_product(struct cuda_device *d, const struct product &p, int n_generated) {
-    switch (p.matrix.type) {
-    case PACKED_BF16: launch_typed<PACKED_BF16, EPILOGUE>(d, p, n_generated); break;
-    case PACKED_Q8: launch_typed<PACKED_Q8, EPILOGUE>(d, p, n_generated); break;
-    case PACKED_Q4: launch_typed<PACKED_Q4, EPILOGUE>(d, p, n_generated); break;
-    case PACKED_MXFP4: launch_typed<PACKED_MXFP4, EPILOGUE>(d, p, n_generated); break;
-    }
+    auto launch = [&](auto type) { launch_typed<type(), EPILOGUE>(d, p, n_generated); };
+    with_type(p.matrix.type, launch);
 }
 
 template <int TYPE, int EPILOGUE, int ROWS>
-static void launch_experts(struct cuda_device *d, struct product p) {
-    const int stage = stage_bytes(TYPE, ROWS);
-    p.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES);
-    launch(d, "expert_product_kernel", expert_product_kernel<TYPE, EPILOGUE, ROWS>,
-           grid_of(d->card->properties.multiProcessorCount), FED_THREADS,
-           (size_t)(p.n_stages * stage + RING_BARRIERS), p);
+static void launch_experts(struct cuda_device *d, const struct product &p) {
+    launch_fed(d, "expert_product_kernel", expert_product_kernel<TYPE, EPILOGUE, ROWS>,
+               d->card->properties.multiProcessorCount, FED_THREADS, stage_bytes(TYPE, ROWS), 0,
+               MAX_STAGES, p);
 }
 
 template <int EPILOGUE> static void launch_experts(struct cuda_device *d, const struct product &p) {
-    const bool few = entry_tile(d) == FEW_ENTRIES;
-    auto launch_typed = [&](auto type) {
-        if (few)
-            launch_experts<decltype(type)::value, EPILOGUE, FEW_ENTRIES>(d, p);
+    auto launch = [&](auto type) {
+        if (entry_tile(d) == FEW_ENTRIES)
+            launch_experts<type(), EPILOGUE, FEW_ENTRIES>(d, p);
         else
-            launch_experts<decltype(type)::value, EPILOGUE, MANY_ENTRIES>(d, p);
+            launch_experts<type(), EPILOGUE, MANY_ENTRIES>(d, p);
     };
-    switch (p.matrix.type) {
-    case PACKED_BF16: launch_typed(std::integral_constant<int, PACKED_BF16>()); break;
-    case PACKED_Q8: launch_typed(std::integral_constant<int, PACKED_Q8>()); break;
-    case PACKED_Q4: launch_typed(std::integral_constant<int, PACKED_Q4>()); break;
-    case PACKED_MXFP4: launch_typed(std::integral_constant<int, PACKED_MXFP4>()); break;
-    }
+    with_type(p.matrix.type, launch);
 }
 
-/* A product of all rows of the step. */
+/* A product of all rows of the step, without a bias; what is set in bias[0] is that of all. */
 static struct product product_of(const struct cuda_device *d, const struct weight *matrix,
                                  const struct planes &input, float *out, int out_stride) {
     struct product p = {};
@@ -1649,6 +1643,7 @@ static struct product product_of(const struct cuda_device *d, const struct weigh
     p.input = input;
     p.out = out;
     p.out_stride = out_stride;
+    p.bias_end[0] = p.bias_end[1] = INT_MAX;
     p.n_generated = &d->step->n_generated;
     p.first_row = d->n_generated;
     p.n_rows = d->n_rows - d->n_generated;
@@ -1993,8 +1988,7 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
 
 /* The warp that copies: a stage is the keys and values of one warp's pages. Of an item a lane has
  * the keys or the values of a page; those of which nothing is seen are not read. Pages that earlier
- * steps have filled are asked for before the kernel before this has ended, as far as the ring goes.
- */
+ * steps have filled are asked for before the kernel before this has ended, if the ring has room. */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
     constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = cut_of(HEAD).pages / BYTES;
@@ -2228,22 +2222,18 @@ __global__ void __launch_bounds__(FED_THREADS, 1)
 
 /* ---- the op ---- */
 
-template <int HEAD> static void launch_attention(struct cuda_device *d, struct attention a) {
-    if (d->n_prompt_items > 0) {
-        int stage = cut_of(HEAD).queries * HEAD * 2; /* or two stages: see struct cut */
-        a.n_stages = smaller(stages_of(d, stage, 0), MAX_STAGES / 2);
-        launch(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
-               grid_of(d->n_prompt_items * d->n_kv_heads), PROMPT_THREADS,
-               (size_t)(a.n_stages * stage + RING_BARRIERS), a);
-    }
+template <int HEAD> static void launch_attention(struct cuda_device *d, const struct attention &a) {
+    if (d->n_prompt_items > 0) /* a stage so large, or two: see struct cut */
+        launch_fed(d, "prompt_attention_kernel", prompt_attention_kernel<HEAD>,
+                   d->n_prompt_items * d->n_kv_heads, PROMPT_THREADS,
+                   cut_of(HEAD).queries * HEAD * 2, 0, MAX_STAGES / 2, a);
     if (d->n_generated > 0) {
         int most = d->card->properties.multiProcessorCount, stage = cut_of(HEAD).pages;
         int parts = CONSUMERS * a.part * (int)sizeof(float);
-        a.n_stages = stages_of(d, stage, parts);
-        assert(a.n_stages >= 4);
-        launch(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
-               grid_of(d->recording ? most : smaller(d->n_splits * a.n_chunks, most)), FED_THREADS,
-               (size_t)(a.n_stages * stage + parts + RING_BARRIERS), a);
+        assert(stages_of(d, stage, parts) >= 4);
+        launch_fed(d, "generated_attention_kernel", generated_attention_kernel<HEAD>,
+                   d->recording ? most : smaller(d->n_splits * a.n_chunks, most), FED_THREADS,
+                   stage, parts, MAX_STAGES, a);
     }
 }
 
@@ -2330,15 +2320,14 @@ static void cuda_embed(struct device *device, const struct weight *token_embd) {
     const struct turns turns = {
         d->turn,          d->rope_frequency, d->n_turns,
         device->max_rows, c->rope_dim / 2,   c->rope_magnitude > 0.0f ? c->rope_magnitude : 1.0f};
-    launch(d, "embed_kernel", embed_kernel, grid_of(d->n_rows), THREADS, 0, d->step,
-           token_embd->matrix, c->embedding_scale > 0.0f ? c->embedding_scale : 1.0f, d->x,
-           d->x_stride, c->d_model, turns);
+    launch(d, "embed_kernel", embed_kernel, d->n_rows, THREADS, 0, d->step, token_embd->matrix,
+           c->embedding_scale > 0.0f ? c->embedding_scale : 1.0f, d->x, d->x_stride, c->d_model,
+           turns);
 }
 
 /* The sum of all threads' values, in every thread, in a fixed order. shared: (THREADS / 32) */
 DEVICE float sum_of_block(float value, float *shared) {
-    for (int step = 16; step > 0; step /= 2)
-        value += __shfl_xor_sync(0xffffffffu, value, step);
+    value = sum_of_warp(value);
     if (threadIdx.x % WARP == 0)
         shared[threadIdx.x / WARP] = value;
     __syncthreads();
@@ -2346,6 +2335,14 @@ DEVICE float sum_of_block(float value, float *shared) {
     for (int i = 0; i < THREADS / WARP; i++)
         value += shared[i];
     return value;
+}
+
+/* 1 / root mean square of a row's n elements, in every thread. shared: as above */
+DEVICE float scale_of_row(const float *row, int n, float epsilon, float *shared) {
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < n; i += THREADS)
+        squares += row[i] * row[i];
+    return scale_of_norm(sum_of_block(squares, shared), n, epsilon);
 }
 
 /* h = rmsnorm(x) * weight as bf16, of all rows, or of those that sample; of generated rows that do
@@ -2420,7 +2417,7 @@ static struct normed normed_of(const struct cuda_device *d) {
 /* Of all rows: first_sample ALL_ROWS; or of n samples from that one on. */
 static void launch_norm(struct cuda_device *d, const struct weight *weight, int first_sample,
                         int n) {
-    launch(d, "norm_kernel", norm_kernel, grid_of(n), THREADS,
+    launch(d, "norm_kernel", norm_kernel, n, THREADS,
            (size_t)larger(norm_tiles(d), THREADS / WARP) * sizeof(float), d->step, first_sample,
            d->x, d->x_stride, normed_of(d), weight->vector, d->h);
 }
@@ -2460,9 +2457,7 @@ DEVICE float scale_of_head(const float *from, int head_dim, float epsilon, int l
     float squares = 0.0f;
     for (int i = lane; i < head_dim; i += WARP)
         squares += from[i] * from[i];
-    for (int i = 16; i > 0; i /= 2)
-        squares += __shfl_xor_sync(0xffffffffu, squares, i);
-    return scale_of_norm(squares, head_dim, epsilon);
+    return scale_of_norm(sum_of_warp(squares), head_dim, epsilon);
 }
 
 /* The elements of a head that turn together as pair `pair`, or stay as they are. */
@@ -2523,7 +2518,7 @@ static void cuda_rope_append(struct device *device, const struct weight *const *
                            d->turn + (windowed ? device->max_rows * (c->rope_dim / 2) : 0)};
     int heads = d->n_heads + 2 * d->n_kv_heads;
     launch(d, "rope_append_kernel", rope_append_kernel,
-           grid_of(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
+           dim3(d->n_rows, divide(heads, THREADS / WARP)), THREADS, 0, r);
 }
 
 /* ==== 7. The products of a layer; several shards; experts ==== */
@@ -2565,7 +2560,6 @@ static struct product projection(const struct cuda_device *d, const struct weigh
     const struct planes &rows = input == INPUT_ATTENTION ? d->attention : d->ffn;
     struct product p = product_of(d, matrix, rows, out, d->x_stride);
     p.bias[0] = bias;
-    p.bias_end[0] = p.bias_end[1] = INT_MAX;
     return p;
 }
 
@@ -2599,7 +2593,6 @@ static void project_pending(struct cuda_device *d, const struct weight *norm) {
 static void cuda_project_add(struct device *device, const struct weight *matrix,
                              enum product_input input) {
     struct cuda_device *d = (struct cuda_device *)device;
-    struct product p = projection(d, matrix, input, d->x, NULL);
     d->pending = matrix;
     d->pending_input = input;
     d->pending_bias = d->next_bias;
@@ -2610,7 +2603,7 @@ static void cuda_project_add(struct device *device, const struct weight *matrix,
         return;
     }
     d->turn_of_sums ^= 1;
-    p.out = d->sums[d->turn_of_sums];
+    struct product p = projection(d, matrix, input, d->sums[d->turn_of_sums], NULL);
     p.n_rows = 0;
     launch_product<STORE>(d, p, d->n_generated);
 }
@@ -2635,13 +2628,10 @@ __global__ void add_normed_kernel(const struct step_header *step, float *x, int 
     DYNAMIC_SHARED(float, shared);
     grid_launch_dependents();
     const size_t at = (size_t)blockIdx.x * x_stride;
-    float squares = 0.0f;
     grid_wait();
     if ((int)blockIdx.x >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < n; i += THREADS)
-        squares += from[at + i] * from[at + i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), n, epsilon);
+    const float scale = scale_of_row(from + at, n, epsilon, shared);
     for (int i = (int)threadIdx.x; i < n; i += THREADS)
         x[at + i] += from[at + i] * scale * weight[i];
 }
@@ -2679,8 +2669,7 @@ static void fetch_sums(struct cuda_device *to, void *memory, struct cuda_device 
                                 to->gpu.stream));
 }
 
-/* Of rows [0, end) every shard fetches the sums of all others, and adds the same tree to its own x.
- */
+/* Of rows [0, end) every shard fetches the sums of all others, and adds the same tree to its x. */
 static void reduce_rows(struct cuda_device **shards, int n_shards, int end) {
     int piece = larger(shards[0]->device.max_rows / n_shards, 1); /* `gathered` holds n_shards */
     for (int row = 0; row < end; row += piece) {
@@ -2696,7 +2685,7 @@ static void reduce_rows(struct cuda_device **shards, int n_shards, int end) {
                 if (from != s)
                     fetch_sums(d, copy, shards[from], own, (size_t)n * sizeof(float));
             }
-            launch(d, "reduce_kernel", reduce_kernel, grid_of(divide(n, THREADS)), THREADS, 0,
+            launch(d, "reduce_kernel", reduce_kernel, divide(n, THREADS), THREADS, 0,
                    sum_of_layer(d) + at, !d->total, sums, n_shards, n,
                    d->pending ? d->pending_bias : NULL, d->x_stride);
         }
@@ -2746,7 +2735,7 @@ static void cuda_all_reduce_add(struct device **shards, int n_shards,
         chain_prompts(all, n_shards);
     for (int s = 0; s < n_shards && norm; s++) {
         struct cuda_device *d = enter(shards[s], "adding up shards");
-        launch(d, "add_normed_kernel", add_normed_kernel, grid_of(n_rows), THREADS,
+        launch(d, "add_normed_kernel", add_normed_kernel, n_rows, THREADS,
                THREADS / WARP * sizeof(float), d->step, d->x, d->x_stride, d->total,
                norm[s]->vector, d->device.config->d_model, d->device.config->norm_epsilon);
     }
@@ -2770,17 +2759,14 @@ __global__ void route_kernel(const struct step_header *step, const float *x, int
     const int expert = (int)blockIdx.y * (THREADS / WARP) + (int)threadIdx.x / WARP;
     const float *from = x + (size_t)row * x_stride;
     const float *weight = router + (size_t)smaller(expert, n_experts - 1) * d_model;
-    float squares = 0.0f, sum = 0.0f;
+    float sum = 0.0f;
     grid_wait();
     if (row >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    const float scale = scale_of_row(from, d_model, epsilon, shared);
     for (int i = lane; i < d_model; i += WARP)
         sum = fmaf(from[i] * scale * norm[i], weight[i], sum);
-    for (int i = 16; i > 0; i /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    sum = sum_of_warp(sum);
     if (lane == 0 && expert < n_experts)
         logits[(size_t)row * n_experts + expert] = sum + (bias ? bias[expert] : 0.0f);
 }
@@ -2816,8 +2802,7 @@ __global__ void choose_kernel(const struct step_header *step, float *logits, int
             largest = most;
             for (int e = lane; e < n_experts && share_of_all; e += WARP)
                 sum += expf(own[e] - largest);
-            for (int step_of = 16; step_of > 0; step_of /= 2)
-                sum += __shfl_xor_sync(0xffffffffu, sum, step_of);
+            sum = sum_of_warp(sum);
         }
         const float part = expf(most - largest);
         sum += share_of_all ? 0.0f : part;
@@ -2875,13 +2860,10 @@ __global__ void spread_kernel(const struct step_header *step, const float *x, in
     grid_launch_dependents();
     const int row = (int)blockIdx.x;
     const float *from = x + (size_t)row * x_stride;
-    float squares = 0.0f;
     grid_wait();
     if (row >= step->n_rows)
         return;
-    for (int i = (int)threadIdx.x; i < d_model; i += THREADS)
-        squares += from[i] * from[i];
-    const float scale = scale_of_norm(sum_of_block(squares, shared), d_model, epsilon);
+    const float scale = scale_of_row(from, d_model, epsilon, shared);
     for (int i = (int)threadIdx.x * 2; i < x_stride; i += THREADS * 2) { /* zeros pad x and norm */
         uint32_t both = pack_bf16(from[i] * scale * norm[i], from[i + 1] * scale * norm[i + 1]);
         for (int j = 0; j < n_used; j++)
@@ -2926,18 +2908,15 @@ static void cuda_norm_route(struct device *device, const struct weight *const *l
     const int n_own = first_expert(c, device->rank + 1, device->n_shards) - first;
     const float *norm = layer[FFN_NORM]->vector;
     project_pending(d, NULL);
-    launch(d, "route_kernel", route_kernel, grid_of(d->n_rows, divide(c->n_experts, n_warps)),
-           THREADS, n_warps * sizeof(float), d->step, d->x, d->x_stride, c->d_model,
-           c->norm_epsilon, norm, layer[ROUTER]->vector, vector_of(layer[ROUTER_BIAS]),
-           c->n_experts, d->router);
-    launch(d, "choose_kernel", choose_kernel, grid_of(divide(d->n_rows, n_warps)), THREADS, 0,
-           d->step, d->router, c->n_experts, c->n_used, c->share_of_all, d->chosen, d->share);
-    launch(d, "group_kernel", group_kernel, grid_of(1), THREADS,
-           2 * sizeof(int) * (size_t)larger(n_own, 1), d->step, d->chosen, c->n_used, first, n_own,
-           entry_tile(d), d->entry, d->groups);
-    launch(d, "spread_kernel", spread_kernel, grid_of(d->n_rows), THREADS, n_warps * sizeof(float),
-           d->step, d->x, d->x_stride, c->d_model, c->norm_epsilon, norm, d->entry, c->n_used,
-           d->h);
+    launch(d, "route_kernel", route_kernel, dim3(d->n_rows, divide(c->n_experts, n_warps)), THREADS,
+           n_warps * sizeof(float), d->step, d->x, d->x_stride, c->d_model, c->norm_epsilon, norm,
+           layer[ROUTER]->vector, vector_of(layer[ROUTER_BIAS]), c->n_experts, d->router);
+    launch(d, "choose_kernel", choose_kernel, divide(d->n_rows, n_warps), THREADS, 0, d->step,
+           d->router, c->n_experts, c->n_used, c->share_of_all, d->chosen, d->share);
+    launch(d, "group_kernel", group_kernel, 1, THREADS, 2 * sizeof(int) * (size_t)larger(n_own, 1),
+           d->step, d->chosen, c->n_used, first, n_own, entry_tile(d), d->entry, d->groups);
+    launch(d, "spread_kernel", spread_kernel, d->n_rows, THREADS, n_warps * sizeof(float), d->step,
+           d->x, d->x_stride, c->d_model, c->norm_epsilon, norm, d->entry, c->n_used, d->h);
 }
 
 static void cuda_expert_gate_up(struct device *device, const struct weight *const *layer) {
@@ -2952,14 +2931,13 @@ static void cuda_expert_down_add(struct device *device, const struct weight *con
     const struct model_config *c = device->config;
     struct product p = product_of(d, layer[DOWN_EXPERTS], d->ffn, d->expert_out, d->x_stride);
     p.bias[0] = vector_of(layer[DOWN_EXPERTS_BIAS]);
-    p.bias_end[0] = p.bias_end[1] = INT_MAX;
     p.groups = d->groups;
     launch_experts<STORE>(d, p);
     d->pending = NULL;
     d->turn_of_sums ^= 1;
     const bool alone = device->n_shards == 1;
-    launch(d, "combine_kernel", combine_kernel, grid_of(d->n_rows), THREADS, 0, d->step, d->chosen,
-           d->entry, d->share, c->n_used, c->n_experts, device->n_shards, d->expert_out,
+    launch(d, "combine_kernel", combine_kernel, d->n_rows, THREADS, 0, d->step, d->chosen, d->entry,
+           d->share, c->n_used, c->n_experts, device->n_shards, d->expert_out,
            alone ? sum_of_layer(d) : d->sums[d->turn_of_sums], d->x_stride, c->d_model,
            alone && !d->total);
 }
@@ -3013,7 +2991,7 @@ static void draw_tokens(struct cuda_device *d, int first, int n) {
     int vocab = d->device.config->vocab_size, chip = 2 * d->gpu.properties->multiProcessorCount;
     int part = divide(divide(vocab * n, chip), SAMPLER_GROUP) * SAMPLER_GROUP;
     for (int stage = 0; stage < SAMPLER_STAGES; stage++)
-        launch(d, "sample_kernel", sample_kernel, grid_of(divide(vocab, part), n), SAMPLER_THREADS,
+        launch(d, "sample_kernel", sample_kernel, dim3(divide(vocab, part), n), SAMPLER_THREADS,
                SAMPLER_SHARED, d->step, stage, first, d->logits, d->logits_stride, vocab, part,
                d->sampler_rows, d->sampled);
 }
@@ -3292,8 +3270,7 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
     int blocks = d->card->properties.multiProcessorCount, steps = 16, repeats = 1;
     float ms = 0.0f;
     for (; ms < PROBE_MS && steps < 1 << 20; steps *= 4) {
-        launch(d, "mma_probe_kernel", mma_probe_kernel, grid_of(blocks), THREADS, PROBE_SHARED,
-               steps, d->x);
+        launch(d, "mma_probe_kernel", mma_probe_kernel, blocks, THREADS, PROBE_SHARED, steps, d->x);
         ms = lap(d, events);
         *ops = (double)PROBE_PRODUCTS * steps * blocks * (THREADS / WARP) * 2 * 16 * 8 * 16 /
                (ms * 1e-3) * n;
@@ -3302,7 +3279,7 @@ static void cuda_limits(struct device **shards, int n, enum tensor_type type, do
     size_t bytes = m ? (size_t)m->n_panels * m->n_units * (size_t)unit_bytes(m->type) : 0;
     for (ms = 0.0f; ms < PROBE_MS && bytes >= PROBE_TILE * 16 && repeats < 1 << 12; repeats *= 4) {
         for (int i = 0; i < repeats; i++)
-            launch(d, "read_probe_kernel", read_probe_kernel, grid_of(8 * blocks), THREADS, 0,
+            launch(d, "read_probe_kernel", read_probe_kernel, 8 * blocks, THREADS, 0,
                    (const uint4 *)m->packed, bytes / sizeof(uint4), (uint32_t *)d->x);
         ms = lap(d, events);
         *read = (double)bytes * repeats / (ms * 1e-3) * n;

@@ -352,8 +352,7 @@ DEVICE uint2 load8(const void *from) {
     return *reinterpret_cast<const uint2 *>(from);
 }
 
-DEVICE uint4
-load16_once(const void *from) { /* of device memory: it needs no place in the L1 cache */
+DEVICE uint4 load16_once(const void *from) { /* of device memory: not into the L1 cache */
     uint4 value;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)

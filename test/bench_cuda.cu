@@ -206,8 +206,7 @@ __global__ void empty_kernel(int *unused) {
 
 /* Fills device memory with random numbers: zeros would cost less power, and time. */
 static void fill(struct bench *b, void *memory, size_t bytes) {
-    launch(b->d, "fill_kernel", fill_kernel, grid_of(1024), THREADS, 0, (uint32_t *)memory,
-           bytes / 4);
+    launch(b->d, "fill_kernel", fill_kernel, 1024, THREADS, 0, (uint32_t *)memory, bytes / 4);
 }
 
 static void *memory_of(struct bench *b, size_t bytes) {
@@ -279,7 +278,7 @@ static void probe(struct bench *b) {
     b->down = copy_rate(b, pinned, memory);
     int blocks = b->d->card->properties.multiProcessorCount * 8;
     b->read = PROBE_BYTES / time_on(b, compute_stream(b), [=] {
-                  launch(b->d, "read_probe_kernel", read_probe_kernel, grid_of(blocks), THREADS, 0,
+                  launch(b->d, "read_probe_kernel", read_probe_kernel, blocks, THREADS, 0,
                          (const uint4 *)(memory + PROBE_BYTES), (size_t)PROBE_BYTES / 16,
                          (uint32_t *)memory);
               });
@@ -768,7 +767,7 @@ static void bench_sampler(struct bench *b) {
     }
     struct batch batch = decode_batch(b, 1);
     double empty = time_recorded(b, &batch, EMPTY, [=](int) {
-        launch(b->d, "empty_kernel", empty_kernel, grid_of(1), WARP, 0, (int *)NULL);
+        launch(b->d, "empty_kernel", empty_kernel, 1, WARP, 0, (int *)NULL);
     });
     report(b, "empty launch %.2f us", empty * 1e6);
 }

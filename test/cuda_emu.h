@@ -47,7 +47,6 @@
 #include <map>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 
 enum {                                /* of every device: those of compute capability 9.0 */

@@ -34,8 +34,8 @@
  *
  * The sanitizers see what CUDA promises, and no more. AddressSanitizer finds accesses of shared
  * memory out of bounds, and of bytes that are still on their way. ThreadSanitizer takes the threads
- * of a kernel for threads, ordered by barriers, mbarriers, __syncwarp, grid_wait, __threadfence and
- * add_ordered alone, and a piece for a write of the lane that sends it, seen by those who wait for
+ * of a kernel for threads, ordered by barriers, mbarriers, __syncwarp, grid_wait and add_ordered
+ * alone, and a piece for a write of the lane that sends it, seen by those who wait for
  * it: it reports what is missing even where the order that was drawn hid it.
  *
  * What it is not: it does not tell what is fast, and a kernel in which a block waits for another
@@ -58,6 +58,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -138,10 +139,6 @@ dim3 blockDim, gridDim;
 
 /* ---- functions of one thread ---- */
 
-static inline int __ffs(int x) {
-    return __builtin_ffs(x);
-}
-
 static inline float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
@@ -162,45 +159,26 @@ static inline float __fdividef(float x, float y) {
 
 /* Atomics: only one thread runs at a time. The builtins are for ThreadSanitizer. */
 template <typename T, typename Change> static inline T emu_atomic(T *p, Change change) {
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    __atomic_store_n(p, change(old), __ATOMIC_RELAXED);
+    T old, changed;
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    changed = change(old);
+    __atomic_store(p, &changed, __ATOMIC_RELAXED);
     return old;
 }
 
-static inline int atomicAdd(int *p, int value) {
+template <typename T> static inline T atomicAdd(T *p, std::common_type_t<T> value) {
     return emu_atomic(
-        p, [=](int old) { return (int)((unsigned)old + (unsigned)value); });
+        p, [=](T old) { return old + value; });
 }
 
-static inline unsigned atomicAdd(unsigned *p, unsigned value) {
+template <typename T> static inline T atomicMax(T *p, std::common_type_t<T> value) {
     return emu_atomic(
-        p, [=](unsigned old) { return old + value; });
+        p, [=](T old) { return old > value ? old : value; });
 }
 
 /* Adds, and orders what each adder wrote before what later adders read. */
 static inline int add_ordered(int *p, int value) {
     return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
-}
-
-static inline float atomicAdd(float *p, float value) {
-    return __uint_as_float(
-        emu_atomic((uint32_t *)(void *)p,
-                   [=](uint32_t old) { return __float_as_uint(__uint_as_float(old) + value); }));
-}
-
-static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long long value) {
-    return emu_atomic(
-        p, [=](unsigned long long old) { return old + value; });
-}
-
-static inline unsigned atomicMax(unsigned *p, unsigned value) {
-    return emu_atomic(
-        p, [=](unsigned old) { return old > value ? old : value; });
-}
-
-static inline unsigned long long atomicMax(unsigned long long *p, unsigned long long value) {
-    return emu_atomic(
-        p, [=](unsigned long long old) { return old > value ? old : value; });
 }
 
 /* Two floats as bf16, to nearest even; `low` in the low half. */
@@ -262,11 +240,9 @@ static inline void copies_see_stores(void) {}      /* they do */
     X(EMU_BARRIER_WAIT, "barrier_wait")                                                            \
     X(EMU_SYNCWARP, "__syncwarp")                                                                  \
     X(EMU_SHFL, "__shfl_sync")                                                                     \
-    X(EMU_SHFL_UP, "__shfl_up_sync")                                                               \
     X(EMU_SHFL_XOR, "__shfl_xor_sync")                                                             \
     X(EMU_BALLOT, "__ballot_sync")                                                                 \
     X(EMU_ANY, "__any_sync")                                                                       \
-    X(EMU_ALL, "__all_sync")                                                                       \
     X(EMU_MMA, "mma_bf16")                                                                         \
     X(EMU_LOAD_MATRICES, "load_matrices")                                                          \
     X(EMU_TRANSPOSE, "transpose_matrix")                                                           \
@@ -367,7 +343,7 @@ static struct {
     emu_fiber *current = nullptr, *previous = nullptr; /* of its threads */
     emu_fiber host;
     pthread_t host_thread;
-    char begun, ended, fenced; /* addresses by which ThreadSanitizer knows these moments */
+    char begun, ended; /* addresses by which ThreadSanitizer knows these moments */
 } emu;
 
 static uint32_t emu_random(uint32_t limit) { /* splitmix64; < limit */
@@ -730,11 +706,6 @@ template <int INDEX, int N> static void sync_threads(void) {
     emu_sync(EMU_SYNC_SOME, INDEX, N);
 }
 
-void __threadfence(void) { /* what is before one is before what is after a later one */
-    EMU_TSAN(__tsan_acquire(&emu.fenced);)
-    EMU_TSAN(__tsan_release(&emu.fenced);)
-}
-
 /* An early block waits for the kernel before it; for others that has run. */
 void grid_wait(void) {
     emu_quiet quiet;
@@ -808,7 +779,6 @@ static void emu_complete(emu_warp *warp, emu_op op) {
         emu_lane_state &lane = warp->lanes[i];
         lane.result = op == EMU_BALLOT      ? votes
                       : op == EMU_ANY       ? votes != 0
-                      : op == EMU_ALL       ? votes == 0xFFFFFFFF
                       : op == EMU_TRANSPOSE ? emu_transposed(warp->lanes, i)
                                             : warp->lanes[lane.source].value;
     }
@@ -855,10 +825,6 @@ static inline int __any_sync(uint32_t mask, int predicate) {
     return (int)emu_warp_op(EMU_ANY, mask, predicate != 0, 0);
 }
 
-static inline int __all_sync(uint32_t mask, int predicate) {
-    return (int)emu_warp_op(EMU_ALL, mask, predicate != 0, 0);
-}
-
 template <typename T> static inline T emu_shuffle(emu_op op, uint32_t mask, T value, int source) {
     static_assert(sizeof value == 4 || sizeof value == 8, "shuffles move 4 or 8 bytes");
     uint64_t bits = 0;
@@ -870,11 +836,6 @@ template <typename T> static inline T emu_shuffle(emu_op op, uint32_t mask, T va
 
 template <typename T> static inline T __shfl_sync(uint32_t mask, T value, int source) {
     return emu_shuffle(EMU_SHFL, mask, value, source);
-}
-
-template <typename T> static inline T __shfl_up_sync(uint32_t mask, T value, int lanes) {
-    int lane = emu_self("__shfl_up_sync")->lane;
-    return emu_shuffle(EMU_SHFL_UP, mask, value, lane < lanes ? lane : lane - lanes);
 }
 
 template <typename T> static inline T __shfl_xor_sync(uint32_t mask, T value, int bits) {

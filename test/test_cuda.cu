@@ -384,7 +384,7 @@ static std::vector<float> elements(struct device *device, const struct matrix &m
     size_t n = (size_t)m.n_panels * PANEL * (size_t)m.n_units * UNIT;
     float *out = (float *)device->backend->alloc(device, n * sizeof(float));
     need(out != NULL, "no memory for the elements of a matrix");
-    launch(d, "elements_kernel", elements_kernel, grid_of(m.n_panels * PANEL), THREADS, 0, m, out);
+    launch(d, "elements_kernel", elements_kernel, m.n_panels * PANEL, THREADS, 0, m, out);
     std::vector<float> values = load(device, out, n);
     device->backend->release(device, out);
     return values;
