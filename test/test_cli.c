@@ -251,8 +251,8 @@ static const struct {
     {"exclude each other", "-n 3 --replay b|--stop a --replay b|--system a --replay b|"
                            "--stats --replay b|--template none --replay b"},
     {"exclude each other", "-n 3 --perplexity a|--stop a --perplexity b|"
-                                        "--system a --perplexity b|--template none --perplexity b|"
-                                        "--stats --perplexity b|--json --perplexity b"},
+                           "--system a --perplexity b|--template none --perplexity b|"
+                           "--stats --perplexity b|--json --perplexity b"},
     {"exclude each other", "--json --tokenize a|-n 3 --logits a -p b|--json --logits a --ids 1"},
     {"write-through needs a host tier", "--kv-host 0 --kv-policy write-through"},
     {"--ttft: needs --replay, --sim or --plan", "-f a --ttft 3"},
