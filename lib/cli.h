@@ -99,6 +99,7 @@ struct options {
     const char *file, *tokenizer, *tokenize, *perplexity, *logits;
     const char *replay, *sim, *plan, *rates, *trace;
     float rate, ttft, itl; /* requests a second; targets, ms. 0: not given */
+    float role_seconds;    /* of --auto; 0: not given */
     int limit;             /* requests of --replay; 0: all */
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
@@ -420,6 +421,8 @@ static const struct option_row option_rows[] = {
     {"--tp-decode", "N", "the same, of workers that write answers (default: --tp)", &INT,
      AT(tp_decode), 1, 8},
     {"--colocate", NULL, "every worker prefills and decodes", &FLAG, AT(colocate)},
+    {"--auto", "SECONDS", "after so many a worker may change between --prefill and --decode", &REAL,
+     AT(role_seconds), 1e-3, 1e6},
     {"--threads", "N", "CPU threads", &INT, AT(threads), 1, 1024},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
     {"--kv-device", "SIZE", "KV cache on each device", &SIZE, AT(kv_device), 1},
@@ -487,7 +490,7 @@ static const struct rule {
     {{"--rate", "--replay"}, "--replay"},
     {{"--limit", "--replay"}, "--replay"},
     {{"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {{"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {{"--itl", "--replay", "--sim", "--plan", "--auto"}, "--replay, --sim, --plan or --auto"},
     {{"-n", "--replay"}, NULL}, /* a load says how long its prompts and answers are */
     {{"--stop", "--replay"}, NULL},
     {{"--system", "--replay"}, NULL},
@@ -503,6 +506,7 @@ static const struct rule {
     {{"--plan", "--threads"}, NULL},
     {{"--plan", "--copy-delay"}, NULL},
     {{"--colocate", "--prefill"}, NULL},
+    {{"--auto", "--colocate", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
     {{"--logits", "-p", "--ids"}, "-p or --ids"},
     {{"--watch", "-p", "--ids", "-f", "--replay", "--serve"}, "-p, --ids, -f, --replay or --serve"},
     {{"--watch", "--sim", "--plan"}, NULL}, /* these run in no time that one could watch */
