@@ -286,8 +286,8 @@ struct event {
  * Their driver puts a ledger of its own between, which stamps the time, and notes steps and copies
  * itself: a step before sched_done, a copy before sched_copied. All is noted under the driver's
  * lock, in order: a ledger must be quick, and call nothing that changes anything. (A step may be
- * noted a little after its end. Then the scheduler is not in the midst of anything: a ledger that is
- * told of a step may call sched_set_role, as app/auto.h does.) */
+ * noted a little after its end. Then the scheduler is not in the midst of anything: who is told of
+ * a step may call sched_set_role, as app/auto.h does.) */
 struct ledger {
     void (*note)(void *context, const struct event *event); /* NULL: nobody wants to know */
     void *context;

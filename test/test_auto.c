@@ -250,8 +250,6 @@ static void is_refused_where_there_is_nothing_to_change(struct check *check) {
            "*--auto: got 2 workers, expected two pools, of at least 3 together*");
     expect(check, "model.bin -p a --devices cpu:1 --auto 60", 2, NULL,
            "*--auto: got 1 worker, expected*");
-    expect(check, "model.bin -p a --devices cpu:4 --colocate --auto 60", 2, NULL, "*--auto*");
-    expect(check, "model.bin -p a --devices cpu:3 --auto 0", 2, NULL, "*--auto: got 0, expected*");
 }
 
 int main(int argc, char **argv) {
