@@ -1,29 +1,24 @@
 /* auto.h: --auto: workers change their role as the load does.
  *
  *     config.ledger = auto_ledger(&roles, 60, 25, config.ledger);
- *     ...                                   // opens an engine, or a cluster in virtual time
- *     roles.sched = engine_sched(engine);   // from now on one a minute may change
+ *     ...                                 // an engine is opened, or a cluster in virtual time
+ *     roles.sched = engine_sched(engine); // from now on one worker a minute may change
  *
  * It is a ledger between the driver and who else wants to know: all that it measures stands in the
- * steps that go by, and so it runs by the clock, or in virtual time. What the load asks for is two
- * numbers, of how many workers in the mean:
+ * steps that go by, so it works by the clock and in virtual time. Of how many workers the load has
+ * need, as the mean of some time:
  *
- *     prompts   the time that steps took, as far as their rows were of prompts
- *     answers   the time that steps of answers alone took, each as many times as it took AUTO_MEAN
- *               of the target: where that is the mean, most answers are within the target
+ *     prompts   the time of steps, as far as their rows are of prompts, whoever computes them
+ *     answers   the time of steps that are of answers alone, each as many times as it takes
+ *               AUTO_MEAN of the target of ITL: where that is the mean, most answers keep it
  *
- * A worker of each pool is then that busy, or that near to the target, as is its part of its pool's
- * number: where that of a pool is more than AUTO_LEAST, and the larger of the two parts would be
- * smaller by AUTO_GAIN with a worker more there and one less in the other pool, one changes. Which
- * pool computes for which does not matter: a decode worker that prefills, since the others are far
- * behind, shows that prompts want more than they have.
- *
- * What keeps it from swinging: both numbers are means over half of `seconds`, and roles rest so
- * long after each change; the gain, so that the change back would have to gain as much. A load that
- * swings as fast changes one role a swing at most. The last worker of a role keeps it, and nothing
- * changes while no worker but those that have one role is left of a pool (see sched_fail). What a
- * worker has when it changes it finishes. TTFT has no part in it, but by how busy those are that
- * prefill. Read next: sched_set_role in scheduler.c. */
+ * A pool has more to do the more of these stand against its workers. If that is more than
+ * AUTO_LEAST in the busier pool, and one worker more there and less in the other would make the
+ * larger of the two smaller by AUTO_GAIN, one changes, and finishes what it has. Then roles rest
+ * for `seconds`, of which the means are over half: so a load that swings faster changes one role a
+ * swing at most, and one that is only uneven none. The last worker of a role keeps it. Refuses to
+ * guess what will come, and to weigh TTFT, but by how busy those are that prefill. Workers that
+ * share a GPU keep the precedence there that they began with. Read next: sched_set_role. */
 #ifndef AUTO_H
 #define AUTO_H
 
@@ -31,8 +26,7 @@
 
 struct auto_roles {
     struct ledger next;
-    struct sched *sched; /* NULL: nothing changes yet */
-    int n_workers;
+    struct sched *sched;    /* NULL: nothing changes yet */
     double seconds, itl;    /* between two changes; the target */
     double looked, changed; /* when; 0: not yet */
     double work[2];         /* since it looked, in seconds: of prompts, of answers */
@@ -40,8 +34,7 @@ struct auto_roles {
 };
 
 /* The ledger to give to a driver; itl in ms. Sets `roles`, which outlives the driver. */
-struct ledger auto_ledger(struct auto_roles *roles, int n_workers, double seconds, double itl,
-                          struct ledger next);
+struct ledger auto_ledger(struct auto_roles *roles, double seconds, double itl, struct ledger next);
 
 #endif /* AUTO_H */
 
@@ -68,7 +61,7 @@ static void auto_count(struct auto_roles *a, const struct event *e) {
 static bool auto_change(struct auto_roles *a, bool decodes, double now) {
     struct sched_load load = sched_load(a->sched);
     int n[2] = {0}, least = -1, requests = 0;
-    for (int i = 0; i < a->n_workers; i++) {
+    for (int i = 0; i < MAX_WORKERS && load.role[i]; i++) {
         bool other = load.role[i][0] == (decodes ? 'p' : 'd');
         int has = load.prefilling[i] + load.decoding[i];
         n[0] += load.role[i][0] == 'p';
@@ -112,10 +105,9 @@ static void auto_note(void *context, const struct event *e) {
         auto_look(a, e->end);
 }
 
-struct ledger auto_ledger(struct auto_roles *roles, int n_workers, double seconds, double itl,
+struct ledger auto_ledger(struct auto_roles *roles, double seconds, double itl,
                           struct ledger next) {
-    *roles = (struct auto_roles){
-        .next = next, .n_workers = n_workers, .seconds = seconds, .itl = 1e-3 * itl};
+    *roles = (struct auto_roles){.next = next, .seconds = seconds, .itl = 1e-3 * itl};
     return (struct ledger){auto_note, roles};
 }
 

@@ -265,7 +265,7 @@ static bool plan_engine(struct run *run, int n_gpus, struct engine_config *confi
         return fail(error, "--auto: got %d worker%s, expected two pools, of at least 3 together",
                     config->n_workers, config->n_workers == 1 ? "" : "s");
     if (o->role_seconds > 0)
-        config->ledger = auto_ledger(&run->roles, config->n_workers, (double)o->role_seconds,
+        config->ledger = auto_ledger(&run->roles, (double)o->role_seconds,
                                      o->itl > 0 ? (double)o->itl : PLAN_ITL, config->ledger);
     size_t bytes = block_bytes(&run->model.config, 1, config->kv_type);
     bool ok = size_holds("--kv-host", o->kv_host, config->host_blocks, bytes, error);

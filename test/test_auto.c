@@ -79,8 +79,8 @@ static void world_open(struct world *world, int n_prefill) {
                                   .context_length = 4096,
                                   .vocab_size = 16,
                                   .ends_text = ends_text};
-    world->ledger = auto_ledger(&world->roles, N_WORKERS, SECONDS, 1e3 * TARGET,
-                                (struct ledger){world_note, world});
+    world->ledger =
+        auto_ledger(&world->roles, SECONDS, 1e3 * TARGET, (struct ledger){world_note, world});
     config.kv.ledger = world->ledger;
     for (int i = 0; i < N_WORKERS; i++) {
         config.kv.device_blocks[i] = 64;
