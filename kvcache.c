@@ -17,9 +17,10 @@
  *
  * Whoever changes a copy calls `settle_copy` in the end, which gives it its standing (enum
  * standing): so the rules stand in one function; then `settle`, which does so with the others of
- * its node if it matters to them. Clean and dirty copies of a place are on a heap each, the coldest
- * on top. To enter as the hottest, as under LRU, costs O(1), all else on a heap of n O(log n), in
- * every order.
+ * its node if it matters to them. Clean and dirty copies of a place lie in *runs*, lists in which
+ * each copy is warmer than the one before, and the coldest of each run is on a heap. A copy joins a
+ * run behind its end if one is still open that is colder. Under LRU heats mostly grow, so runs are
+ * few beside copies, and to come and go mostly costs O(1); in any order it costs O(log n) at most.
  *
  * Invariants (test/invariants.h counts them anew):
  *   - every registered node has a valid copy somewhere;
@@ -45,7 +46,7 @@ enum {
     CLEAN_LOW = 8,   /* the cleaner starts when fewer of the coldest blocks could be reused */
     CLEAN_HIGH = 16, /* it stops at so many: short bursts of bus traffic, no ping-pong */
     CLEAN_SHARE = 8, /* on a small device both are a share of its blocks: one in so many */
-    HEAP_WAYS = 4,   /* half as deep as with 2 */
+    OPEN_RUNS = 8,   /* workers' blocks come to the host in turns, each time many of one worker */
     USES_SHIFT = 40  /* heat under LFU: uses above these bits, the time of the last one below */
 };
 
@@ -64,14 +65,20 @@ enum standing {
 };
 
 struct copy {
-    uint64_t heat;      /* smaller is colder; on the host, while CLEAN: since when it is that */
-    struct copy *next;  /* of the same node; or of the free slots (NULL: the one behind it) */
-    struct copy *from;  /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
-    struct copy *after; /* IN_FLIGHT: the next in the queue of orders */
-    int node, pins, at; /* at: its index on a heap */
-    unsigned char place, reads; /* reads: copies made from it now */
-    enum standing standing : 8;
-    bool unused; /* it came to a worker when nobody waited for it any more; not pinned since */
+    uint64_t heat;     /* smaller is colder; on the host, while CLEAN: since when it is that */
+    struct copy *next; /* of the same node; or of the free slots (NULL: the one behind it) */
+    union {
+        struct copy *from;   /* IN_FLIGHT: that which it is made from. NULL: none was ordered yet */
+        struct copy *colder; /* CLEAN, DIRTY: that before it in its run; NULL: it is on the heap */
+    };
+    union {
+        struct copy *after;  /* IN_FLIGHT: the next in the queue of orders */
+        struct copy *warmer; /* CLEAN, DIRTY: that behind it in its run */
+    };
+    int node, pins, at;              /* at: its index on a heap */
+    unsigned char place, reads, run; /* reads: copies made from it now; run: which end it was */
+    enum standing standing : 7;
+    bool unused : 1; /* it came to a worker when nobody waited for it any more; not pinned since */
 };
 
 struct node { /* two lines of a processor's cache; most of what is done needs the first alone */
@@ -93,6 +100,12 @@ struct entry { /* of a heap; a copy's heat stands here too, so that comparing do
     struct copy *copy;
 };
 
+struct order {          /* the copies of a place that are CLEAN, or DIRTY */
+    struct entry *heap; /* (n_runs) the coldest of each run; each colder than the two below it */
+    int n_runs;
+    struct entry ends[OPEN_RUNS]; /* the last of the runs that may go on; heat 0: none */
+};
+
 struct queue { /* of copies that arrive, whose orders are not yet given out */
     struct copy *first, *last;
     int n;
@@ -102,10 +115,9 @@ struct place {
     int n_slots, n[N_STANDINGS]; /* n: slots of each standing; their sum is n_slots */
     int wanted; /* free slots, the most that kv_make_room was asked for and has not */
     bool gone;  /* a worker that has failed, with all that its slots held */
-    struct copy *copies, *free; /* copies (n_slots): a slot's number is its index */
-    /* of CLEAN and of DIRTY: (n) each colder than the four below it, from HEAP_WAYS * i + 1 on */
-    struct entry *heap[N_STANDINGS];
-    struct queue in, out; /* orders for this worker: into it, and to the host */
+    struct copy *copies, *free;       /* copies (n_slots): a slot's number is its index */
+    struct order orders[N_STANDINGS]; /* of CLEAN and of DIRTY; the others have no heap */
+    struct queue in, out;             /* orders for this worker: into it, and to the host */
 };
 
 struct kv {
@@ -131,7 +143,7 @@ static uint64_t mix(uint64_t hash, uint64_t value) {
 }
 
 static struct copy *coldest(const struct place *at, enum standing standing) {
-    return at->n[standing] > 0 ? at->heap[standing][0].copy : NULL;
+    return at->n[standing] > 0 ? at->orders[standing].heap[0].copy : NULL;
 }
 
 /* ---- decisions: change these to try another policy ---- */
@@ -183,34 +195,64 @@ static void heap_set(struct entry *heap, int i, struct entry entry) {
 
 /* Puts an entry into the gap at i of a heap of n, or where the gap must go: up, or down. */
 static void heap_fill(struct entry *heap, int n, int i, struct entry entry) {
-    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / HEAP_WAYS].heat; i = up)
+    for (int up; i > 0 && entry.heat < heap[up = (i - 1) / 2].heat; i = up)
         heap_set(heap, i, heap[up]);
-    for (int first; (first = HEAP_WAYS * i + 1) < n;) {
-        int child = first;
-        for (int way = 0; way < HEAP_WAYS; way++) /* what may be compared next comes meanwhile */
-            __builtin_prefetch(&heap[HEAP_WAYS * (first + way) + 1]);
-        if (first + HEAP_WAYS <= n) { /* no branch on heats: nothing could predict it */
-            int other = first + 2 + (heap[first + 3].heat < heap[first + 2].heat);
-            child += heap[first + 1].heat < heap[first].heat;
-            child += (other - child) * (heap[other].heat < heap[child].heat);
-        }
-        for (int other = first + 1; first + HEAP_WAYS > n && other < n; other++)
-            child = heap[other].heat < heap[child].heat ? other : child;
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        child += child + 1 < n && heap[child + 1].heat < heap[child].heat;
         if (heap[child].heat >= entry.heat)
             break;
         heap_set(heap, i, heap[child]);
-        i = child;
     }
     heap_set(heap, i, entry);
 }
 
-/* How many clean copies at i and below it are colder than a given one, counted up to `most`. */
-static int count_colder(const struct place *at, int i, const struct copy *than, int most) {
-    if (most <= 0 || i >= at->n[CLEAN] || at->heap[CLEAN][i].heat >= than->heat)
+/* Puts a copy at the warmest end that is colder; if there is none, it begins a run. */
+static void put_in(struct order *order, struct copy *c) {
+    struct entry *ends = order->ends;
+    unsigned char best = 0;
+    for (unsigned char i = 1; i < OPEN_RUNS; i++) {
+        bool fits = ends[i].heat <= c->heat, best_fits = ends[best].heat <= c->heat;
+        if (fits == best_fits ? ends[i].heat > ends[best].heat : fits)
+            best = i;
+    }
+    c->run = best;
+    c->warmer = NULL;
+    c->colder = ends[best].heat <= c->heat ? ends[best].copy : NULL;
+    ends[best] = (struct entry){c->heat, c};
+    if (c->colder) {
+        c->colder->warmer = c;
+        return;
+    }
+    heap_fill(order->heap, order->n_runs, order->n_runs, ends[best]);
+    order->n_runs++;
+}
+
+static void take_out(struct order *order, struct copy *c) {
+    struct copy *colder = c->colder, *warmer = c->warmer;
+    struct entry *end = &order->ends[c->run];
+    if (end->copy == c)
+        *end = colder ? (struct entry){colder->heat, colder} : (struct entry){0};
+    if (warmer)
+        warmer->colder = colder;
+    if (colder) {
+        colder->warmer = warmer;
+        return;
+    }
+    struct entry next =
+        warmer ? (struct entry){warmer->heat, warmer} : order->heap[--order->n_runs];
+    if (next.copy != c) /* what comes behind it, or else the last one, fills its gap */
+        heap_fill(order->heap, order->n_runs, c->at, next);
+}
+
+/* How many copies of the runs at i and below are colder than a given one, counted up to `most`. */
+static int count_colder(const struct order *order, int i, const struct copy *than, int most) {
+    int n = 0;
+    if (most <= 0 || i >= order->n_runs || order->heap[i].heat >= than->heat)
         return 0;
-    int n = 1;
-    for (int child = HEAP_WAYS * i + 1; child <= HEAP_WAYS * (i + 1); child++)
-        n += count_colder(at, child, than, most - n);
+    for (struct copy *c = order->heap[i].copy; c && n < most && c->heat < than->heat; c = c->warmer)
+        n++;
+    for (int child = 2 * i + 1; child <= 2 * i + 2; child++)
+        n += count_colder(order, child, than, most - n);
     return n;
 }
 
@@ -233,17 +275,18 @@ static void count_copy(struct kv *kv, const struct copy *c, int n) {
 /* Gives a copy another standing than it has. */
 static void set_standing(struct kv *kv, struct copy *c, enum standing standing) {
     struct place *at = &kv->places[c->place];
-    struct entry *from = at->heap[c->standing], *to = at->heap[standing];
-    int last = --at->n[c->standing], n = at->n[standing]++;
-    if (from && from[last].copy != c) /* the last one fills its gap */
-        heap_fill(from, last, c->at, from[last]);
+    struct order *from = &at->orders[c->standing], *to = &at->orders[standing];
+    at->n[c->standing]--;
+    at->n[standing]++;
+    if (from->heap)
+        take_out(from, c);
     count_copy(kv, c, -1);
     c->standing = standing;
     count_copy(kv, c, 1);
     if (standing == CLEAN && c->place == kv->host)
         c->heat = ++kv->clock;
-    if (to)
-        heap_fill(to, n, n, (struct entry){c->heat, c});
+    if (to->heap)
+        put_in(to, c);
 }
 
 static void link_copy(struct kv *kv, struct copy *c, int node) {
@@ -458,7 +501,7 @@ struct kv *kv_create(const struct kv_config *config) {
     while (n_buckets < n)
         n_buckets *= 2;
     size_t each = sizeof(struct node) + sizeof(struct copy) + 2 * sizeof(struct entry);
-    size_t bytes = sizeof(struct kv) + (n + MAX_WORKERS + 2) * each + n_buckets * sizeof(int);
+    size_t bytes = sizeof(struct kv) + (n + 1) * each + n_buckets * sizeof(int);
     struct kv *kv = calloc(1, bytes);
     if (!kv)
         return NULL;
@@ -471,16 +514,14 @@ struct kv *kv_create(const struct kv_config *config) {
     kv->n_buckets = n_buckets;
     struct copy *copies = (struct copy *)(kv->nodes + n);
     kv->buckets = (int *)(copies + n);
-    uintptr_t heap = (uintptr_t)(kv->buckets + n_buckets);
-    heap += -(heap + sizeof(struct entry)) % 64; /* those below an entry are a line of the cache */
-    struct entry *heaps = (struct entry *)heap;
+    struct entry *heaps = (struct entry *)(kv->buckets + n_buckets);
     for (int i = 0; i <= kv->host; i++) {
         struct place *at = &kv->places[i];
         at->n_slots = i < kv->host ? config->device_blocks[i] : config->host_blocks;
         at->n[FREE] = at->n_slots;
-        at->heap[CLEAN] = heaps;
-        at->heap[DIRTY] = heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
-        heaps += (at->n_slots / HEAP_WAYS + 1) * HEAP_WAYS;
+        at->orders[CLEAN].heap = heaps;
+        at->orders[DIRTY].heap = heaps + at->n_slots;
+        heaps += 2 * at->n_slots;
         at->copies = at->free = copies; /* nothing is touched before it is used */
         copies += at->n_slots;
         kv->n_spare += i < kv->host ? watermark(at, CLEAN_HIGH) : 0;
@@ -535,7 +576,7 @@ void kv_clean(struct kv *kv, int worker) {
     for (int n = watermark(at, CLEAN_LOW); at->n[DIRTY] > 0; n = watermark(at, CLEAN_HIGH)) {
         struct copy *next = coldest(at, DIRTY);
         int n_ready = at->n[FREE] + at->n[LEAVING]; /* and those that go before it */
-        n_ready += count_colder(at, 0, next, n - n_ready);
+        n_ready += count_colder(&at->orders[CLEAN], 0, next, n - n_ready);
         if (n_ready >= n || !page_out(kv, next, false, "cleaner: soon the coldest"))
             break;
     }
@@ -678,15 +719,19 @@ void kv_unkeep(struct kv *kv, int node) {
     settle(kv, node);
 }
 
+static struct kv_copy_order order_of(const struct kv *kv, int worker, const struct copy *to) {
+    const struct copy *from = to->from;
+    return (struct kv_copy_order){worker,    to->node,          from->place,
+                                  to->place, slot_of(kv, from), slot_of(kv, to)};
+}
+
 bool kv_next_copy(struct kv *kv, int worker, struct kv_copy_order *order) {
     struct place *at = &kv->places[worker];
     struct queue *queue = at->in.n > 0 ? &at->in : &at->out;
     if (queue->n == 0)
         return false;
-    const struct copy *to = queue->first, *from = to->from;
-    *order = (struct kv_copy_order){worker,    to->node,          from->place,
-                                    to->place, slot_of(kv, from), slot_of(kv, to)};
-    queue->first = to->after;
+    *order = order_of(kv, worker, queue->first);
+    queue->first = queue->first->after;
     queue->n--;
     return true;
 }
@@ -725,15 +770,10 @@ static void take_back(struct kv *kv, int worker, struct queue *queue) {
     int n = queue->n;
     queue->n = 0;
     for (struct copy *to = queue->first, *next; n > 0; n--, to = next) {
-        const struct copy *from = to->from;
+        struct kv_copy_order order = order_of(kv, worker, to);
         next = to->after;
-        if (to->place == worker || from->place == worker)
-            kv_copied(kv,
-                      &(struct kv_copy_order){.node = to->node,
-                                              .from = from->place,
-                                              .to = to->place,
-                                              .to_slot = slot_of(kv, to)},
-                      false);
+        if (to->place == worker || order.from == worker)
+            kv_copied(kv, &order, false);
         else
             enqueue(queue, to);
     }

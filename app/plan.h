@@ -64,17 +64,17 @@ static const double PLAN_SHARE = .9, PLAN_STEP = 1.03, PLAN_PRUNED = .8, PLAN_QU
 struct plan_point {                 /* a simulation */
     double rate, per_gpu, per_user; /* tokens/s: of the rate; 1 / the median of ITL */
     struct load_result result;
-    bool good;
-    char kind; /* `a` or `t`: apart, together */
+    bool good;    /* enough of its requests keep both targets */
+    bool bounded; /* it keeps the target of TTFT, so its queues do not grow without an end */
+    char kind;    /* `a` or `t`: apart, together */
 };
 
 struct plan_split {
     int n[2], tp[2]; /* workers that prefill, that decode; together: of the second alone */
     int chunk, host_blocks, blocks[2];
-    bool pruned, second, fast; /* second: with the other tiers than the first of its kind; fast:
-                                * the load is too short to tell its highest rate */
-    bool tiers_matter;         /* it has read from the host */
-    struct plan_point best;    /* rate 0: the targets are not kept */
+    bool pruned, fast; /* fast: the load is too short to tell its highest rate */
+    bool reads_host;
+    struct plan_point best; /* rate 0: the targets are not kept */
 };
 
 struct plan {
@@ -82,9 +82,12 @@ struct plan {
     struct plan_split *splits; /* (n_splits) */
     struct plan_point *points; /* (n_points) all simulations */
     int n_splits, n_points, n_unfit;
-    bool unique;     /* no prompt shares anything with another */
-    double best[2];  /* rates: together, apart */
-    double least[2]; /* ms, p90 of TTFT and ITL that some simulation reached */
+    char why
+        [ERROR_LENGTH]; /* the last of those together that do not fit does not; it is the widest */
+    bool unique;        /* no prompt shares anything with another */
+    bool tiers_matter;  /* a split that was searched has read from the host */
+    double best[2];     /* rates: together, apart */
+    double least[2];    /* ms, p90 of TTFT and ITL that some simulation reached */
 };
 
 static bool plan_apart(const struct plan_split *split) {
@@ -139,10 +142,12 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
                                                 (double)r.arrivals / o->cluster->n_devices,
                                      .per_user = 1e3 / r.times[TIME_ITL][LOAD_P50],
                                      .result = r,
-                                     .kind = plan_apart(split) ? 'a' : 't',
-                                     .good = (double)r.good >= PLAN_SHARE * (double)r.requests};
+                                     .good = (double)r.good >= PLAN_SHARE * (double)r.requests,
+                                     .bounded = r.failed == 0 && ttft <= o->load.ttft &&
+                                                r.times[TIME_ITL][LOAD_P50] > 0,
+                                     .kind = plan_apart(split) ? 'a' : 't'};
         struct sched *sched = sim_sched(sim);
-        split->tiers_matter |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
+        split->reads_host |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
         if (r.failed == 0) {
             plan->least[0] = fmin(plan->least[0], ttft);
             plan->least[1] = fmin(plan->least[1], itl);
@@ -177,10 +182,8 @@ static bool plan_search(struct plan *plan, struct plan_split *split, char *error
         if (split->pruned || (split->best.rate == 0 && ++halvings > PLAN_HALVINGS))
             return true;
         rate = split->best.rate == 0 ? rate / 2
-               : high == INFINITY    ? rate * (halvings > 0 ? PLAN_STEP
-                                               : *best > 0  ? 1.25
-                                                            : 2)
-                                     : sqrt(split->best.rate * high);
+               : high < INFINITY     ? sqrt(split->best.rate * high)
+                                     : rate * (*best > 0 ? 1.25 : 2);
     }
     *best = fmax(*best, split->best.rate);
     return true;
@@ -194,7 +197,7 @@ static void plan_add(struct plan *plan, struct plan_split split) {
     char error[ERROR_LENGTH];
     if (split.n[0] + split.n[1] > MAX_WORKERS)
         return;
-    if (!plan_engine_of(plan->options, &split, &config, error)) {
+    if (!plan_engine_of(plan->options, &split, &config, plan_apart(&split) ? error : plan->why)) {
         plan->n_unfit++;
         return;
     }
@@ -212,13 +215,12 @@ static void plan_list(struct plan *plan) {
     struct plan_split split = {.chunk = o->engine->chunk, .host_blocks = o->engine->host_blocks};
     if (split.host_blocks < 0 && plan->unique)
         split.host_blocks = 0;
-    for (int tp = 1; tp <= MAX_SHARDS; tp *= 2) {
+    for (int tp = 1; tp <= MAX_SHARDS && n % tp == 0; tp *= 2) {
         split.n[1] = n / tp;
         split.tp[0] = split.tp[1] = tp;
-        if (n % tp == 0)
-            plan_add(plan, split);
+        plan_add(plan, split);
         split.chunk = PLAN_CHUNK;
-        if (n % tp == 0 && o->short_chunks && o->engine->chunk > PLAN_CHUNK)
+        if (o->short_chunks && o->engine->chunk > PLAN_CHUNK)
             plan_add(plan, split);
         split.chunk = o->engine->chunk;
     }
@@ -268,13 +270,14 @@ static void plan_row(const struct plan_split *split, double bound) {
                    split->blocks[1]);
     printf("%-22s %6d %-15s %8d ", plan_name(split, name), split->chunk, blocks,
            split->host_blocks);
-    if (p->rate > 0)
-        printf("%s%*.2f %13.1f %8.1f %8.1f %7.2f %7.2f\n", split->fast ? "> " : "",
-               split->fast ? 6 : 8, p->rate, p->per_gpu, p->result.times[TIME_TTFT][LOAD_P50],
-               p->result.times[TIME_TTFT][LOAD_P90], p->result.times[TIME_ITL][LOAD_P50],
-               p->result.times[TIME_ITL][LOAD_P90]);
-    else
+    if (p->rate <= 0) {
         printf(bound > 0 ? "< %6.2f\n" : "    none\n", bound);
+        return;
+    }
+    const double(*times)[N_LOAD_SHARES] = p->result.times;
+    printf("%s%*.2f %13.1f %8.1f %8.1f %7.2f %7.2f\n", split->fast ? "> " : "", split->fast ? 6 : 8,
+           p->rate, p->per_gpu, times[TIME_TTFT][LOAD_P50], times[TIME_TTFT][LOAD_P90],
+           times[TIME_ITL][LOAD_P50], times[TIME_ITL][LOAD_P90]);
 }
 
 static void plan_object(const struct plan_split *split) {
@@ -294,19 +297,11 @@ static void plan_object(const struct plan_split *split) {
     (void)fputs("}\n", stdout);
 }
 
-/* Nothing is better in both. Only what keeps the target of TTFT counts, which excludes queues that
- * grow without an end. */
-static bool plan_counts(const struct plan *plan, int i) {
-    const struct load_result *r = &plan->points[i].result;
-    return r->failed == 0 && r->times[TIME_TTFT][LOAD_P90] <= plan->options->load.ttft &&
-           r->times[TIME_ITL][LOAD_P50] > 0;
-}
-
-static bool plan_in_front(const struct plan *plan, int i) {
-    const struct plan_point *p = &plan->points[i], *q;
-    for (int j = 0; j < plan->n_points; j++) {
-        q = &plan->points[j];
-        if (plan_counts(plan, j) && q->per_gpu >= p->per_gpu && q->per_user >= p->per_user &&
+/* No other that is bounded is better in both. */
+static bool plan_in_front(const struct plan *plan, const struct plan_point *p) {
+    for (int i = 0; i < plan->n_points; i++) {
+        const struct plan_point *q = &plan->points[i];
+        if (q->bounded && q->per_gpu >= p->per_gpu && q->per_user >= p->per_user &&
             (q->per_gpu > p->per_gpu || q->per_user > p->per_user))
             return false;
     }
@@ -320,16 +315,17 @@ static void plan_picture(const struct plan *plan) {
     double width = 0, height = 0;
     memset(rows, ' ', sizeof rows);
     for (int i = 0; i < plan->n_points; i++) {
-        width = plan_counts(plan, i) ? fmax(width, plan->points[i].per_user) : width;
-        height = plan_counts(plan, i) ? fmax(height, plan->points[i].per_gpu) : height;
+        width = plan->points[i].bounded ? fmax(width, plan->points[i].per_user) : width;
+        height = plan->points[i].bounded ? fmax(height, plan->points[i].per_gpu) : height;
     }
     for (int front = 0; front < 2; front++) /* the front last, so that nothing hides it */
         for (int i = 0; i < plan->n_points; i++) {
-            if (!plan_counts(plan, i) || plan_in_front(plan, i) != (front == 1))
+            const struct plan_point *p = &plan->points[i];
+            if (!p->bounded || plan_in_front(plan, p) != (front == 1))
                 continue;
-            int x = (int)(plan->points[i].per_user / width * (PLAN_WIDTH - 1));
-            int y = (int)(plan->points[i].per_gpu / height * (PLAN_HEIGHT - 1));
-            rows[PLAN_HEIGHT - 1 - y][x] = (char)(plan->points[i].kind - (front ? 'a' - 'A' : 0));
+            int x = (int)(p->per_user / width * (PLAN_WIDTH - 1));
+            int y = (int)(p->per_gpu / height * (PLAN_HEIGHT - 1));
+            rows[PLAN_HEIGHT - 1 - y][x] = (char)(p->kind - (front ? 'a' - 'A' : 0));
         }
     printf(
         "\ntokens/s per GPU against tokens/s of one answer (a: apart, t: together; A, T: none is "
@@ -348,21 +344,19 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
     char names[2][64];
     const struct plan_split *apart = best[1], *together = best[0];
     const char *why = plan->n_points > 0 ? plan->points[0].result.first_error : "";
-    if (!apart && !together && *why && isinf(plan->least[0])) {
-        printf("\nno split keeps the targets: requests fail; %s\n", why);
-        return;
-    }
     if (!apart && !together) {
-        printf(
-            "\nno split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / %.2f ms "
-            "(p90, each by itself)\n",
-            plan->least[0], plan->least[1]);
+        if (*why && isinf(plan->least[0]))
+            printf("\nno split keeps the targets: requests fail; %s\n", why);
+        else
+            printf("\nno split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / "
+                   "%.2f ms (p90, each by itself)\n",
+                   plan->least[0], plan->least[1]);
         return;
     }
     if (!apart || !together) {
+        const struct plan_split *only = apart ? apart : together;
         printf("\nonly %s keeps the targets: %s, %.1f tokens/s per GPU\n",
-               apart ? "apart" : "together", plan_name(apart ? apart : together, names[0]),
-               (apart ? apart : together)->best.per_gpu);
+               apart ? "apart" : "together", plan_name(only, names[0]), only->best.per_gpu);
         return;
     }
     if (apart->fast || together->fast) {
@@ -379,7 +373,7 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
            together->best.per_gpu, 100 * margin, 100 * (PLAN_STEP - 1));
 }
 
-static void plan_tell(const struct plan *plan, bool tiers_matter) {
+static void plan_tell(const struct plan *plan) {
     const struct plan_options *o = plan->options;
     const struct plan_split *best[2] = {NULL, NULL};
     int n_pruned = 0;
@@ -401,7 +395,7 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
            o->load.itl, 100 * PLAN_SHARE, plan->n_points, n, n_pruned, PLAN_PRUNED,
            o->engine->max_batch,
            o->engine->host_blocks >= 0 ? "as given"
-           : tiers_matter              ? "where it matters, with and without it"
+           : plan->tiers_matter        ? "where it matters, with and without it"
            : plan->unique              ? "none, as prompts share nothing"
                                        : "as large as by default; nothing was read from it");
     printf("%-22s %6s %-15s %8s %8s %13s %8s %8s %7s %7s\n%-22s %6s %-15s %8s %8s %13s %8s %8s %7s "
@@ -423,7 +417,7 @@ static void plan_tell(const struct plan *plan, bool tiers_matter) {
 
 bool plan_print(const struct plan_options *o, char *error) {
     struct plan plan = {.options = o, .least = {INFINITY, INFINITY}};
-    bool ok = true, tiers_matter = false;
+    bool ok = true;
     if (strcmp(o->load.replay ? o->load.replay : o->load.file, "-") == 0)
         return fail(error, "--plan: a load is read again for each simulation; give a file, not -");
     if (o->cluster->n_devices < 1)
@@ -434,27 +428,20 @@ bool plan_print(const struct plan_options *o, char *error) {
     plan.unique = load->in > 0;
     load_close(load);
     plan_list(&plan);
-    if (plan.n_splits == 0) { /* the widest workers are the last to say why */
-        struct plan_split split = {.n = {0, 1}, .tp = {1, 1}, .chunk = o->engine->chunk};
-        for (int gpus = o->cluster->n_devices; 2 * split.tp[1] <= gpus && split.tp[1] < MAX_SHARDS;)
-            split.tp[1] *= 2;
-        struct engine_config config;
-        char why[ERROR_LENGTH] = "";
-        (void)plan_engine_of(o, &split, &config, why);
-        return fail(error, "--plan: no split fits: %.400s", why);
-    }
+    if (plan.n_splits == 0)
+        return fail(error, "--plan: no split fits: %.400s", plan.why);
     for (int i = 0; i < plan.n_splits && ok; i++) {
         cli_progress("simulating", i, plan.n_splits);
         ok = plan_search(&plan, &plan.splits[i], error);
-        struct plan_split second = plan.splits[i]; /* joins the end */
-        tiers_matter = tiers_matter || (second.tiers_matter && !second.pruned);
-        second.host_blocks = 0;
-        second.best.rate = 0;
-        if (ok && second.tiers_matter && !second.pruned && !second.second &&
-            o->engine->host_blocks < 0) {
-            second.second = true;
-            plan_add(&plan, second);
-        }
+        struct plan_split without = plan.splits[i]; /* a host tier; joins the end */
+        if (!ok || !without.reads_host || without.pruned)
+            continue;
+        plan.tiers_matter = true;
+        without.reads_host = false;
+        without.host_blocks = 0;
+        without.best.rate = 0;
+        if (o->engine->host_blocks < 0)
+            plan_add(&plan, without);
     }
     cli_progress("simulating", 1, 1);
     for (int i = 0; i < plan.n_splits && ok; i++) { /* for the picture: fewer answers at once */
@@ -465,7 +452,7 @@ bool plan_print(const struct plan_options *o, char *error) {
     if (ok) {
         qsort(plan.splits, (size_t)plan.n_splits, sizeof *plan.splits, plan_compare);
         if (!o->json)
-            plan_tell(&plan, tiers_matter);
+            plan_tell(&plan);
         for (int i = 0; i < plan.n_splits && o->json; i++)
             plan_object(&plan.splits[i]);
     }
@@ -508,12 +495,9 @@ static bool plan_pays(struct sim *sim, int prefill, int from, int to, int n_bloc
 
 /* The least length, in whole blocks, from which on a copy is sooner there; 0: none up to `most`. */
 static int plan_pays_from(struct sim *sim, int prefill, int from, int to, int most) {
-    int low = 0, high = 0; /* blocks: does not pay, pays */
-    for (int n = 1; n <= blocks_of(most); n *= 2) {
-        bool pays = plan_pays(sim, prefill, from, to, n);
-        low = pays ? low : n;
-        high = !pays ? 0 : high == 0 ? n : high;
-    }
+    int low = 0, high = blocks_of(most); /* blocks: does not pay, pays */
+    if (!plan_pays(sim, prefill, from, to, high))
+        return 0;
     while (high - low > 1) {
         int middle = (low + high) / 2;
         *(plan_pays(sim, prefill, from, to, middle) ? &high : &low) = middle;

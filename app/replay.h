@@ -55,8 +55,9 @@ void load_start(struct load *load, double now, int max_length);
 double load_next(const struct load *load);
 /* That request, ready to be submitted; not when load_next is INFINITY. Its id counts from 0. */
 struct request *load_take(struct load *load);
-/* Takes what came of a request that was taken, and frees it. */
+/* Takes what came of a request that was taken, and frees it; load_sweep: of all that ended. */
 void load_ended(struct load *load, struct request *request, double now);
+void load_sweep(struct load *load, double now);
 /* All that were taken have ended, and no other will come. */
 bool load_is_done(const struct load *load);
 /* Why it came to an end too soon: a line of the trace. NULL: it did not. */
@@ -87,6 +88,22 @@ struct load_result load_result(const struct load *load);
 void load_print(const struct load *load, const struct load_report *report);
 /* Runs a load on answers->engine, by the clock, until it is done or interrupted. */
 void load_run(struct load *load, struct answers *answers);
+
+/* What is to happen, the earliest first; of one time that of the lowest serial. */
+struct moment {
+    double time;
+    int64_t serial;
+    union {
+        void *item;
+        int index;
+    };
+};
+struct agenda {
+    struct moment *heap; /* (n) each earlier than the two below it */
+    int n;
+};
+void agenda_add(struct agenda *agenda, struct moment moment);
+struct moment agenda_take(struct agenda *agenda); /* the first; there is one */
 
 #endif /* REPLAY_H */
 
@@ -122,6 +139,8 @@ struct item {               /* a request, from when it is known of until nobody 
     uint64_t *hash_ids;     /* of a trace: (blocks of HASH_TOKENS of its prompt); else NULL */
     const struct request_spec *spec;           /* of a line; else NULL */
     struct item *before, *followers, *sibling; /* whose answer it follows; who follow it */
+    struct item *previous, *next;              /* of those that run */
+    bool finished;                             /* as was seen last, under the engine's lock */
     int n_users;                               /* itself until it has ended, and its followers */
 };
 
@@ -129,8 +148,9 @@ struct load {
     struct load_options options;
     struct requests lines; /* of the trace, or of -f */
     int in, out;           /* of IN:OUT; 0: none */
-    struct item **known; /* (n_known) a binary heap: the first arrives first, and has its prompt */
-    int n_known, max_length;
+    struct agenda known;   /* items; the first has its prompt */
+    int max_length;
+    struct item *first_running, *last_running; /* in the order of arrival */
     int64_t n_made, n_arrived, n_running;
     bool interrupted; /* no other comes */
     double start, last_ended;
@@ -163,35 +183,37 @@ static double sketch_quantile(const struct sketch *sketch, double share) {
 
 /* ---- what is known, in the order of arrival ---- */
 
-static bool comes_before(const struct item *a, const struct item *b) {
-    return a->at < b->at || (!(b->at < a->at) && a->place < b->place);
+static bool is_earlier(const struct moment *a, const struct moment *b) {
+    return (a->time < b->time) | ((a->time == b->time) & (a->serial < b->serial)); /* no branch */
 }
 
-static void known_swap(struct load *load, int i, int j) {
-    struct item *item = load->known[i];
-    load->known[i] = load->known[j];
-    load->known[j] = item;
+void agenda_add(struct agenda *agenda, struct moment moment) {
+    int i = agenda->n++;
+    agenda->heap = grow(agenda->heap, (size_t)i, sizeof moment);
+    for (; i > 0 && is_earlier(&moment, &agenda->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        agenda->heap[i] = agenda->heap[(i - 1) / 2];
+    agenda->heap[i] = moment;
+}
+
+struct moment agenda_take(struct agenda *agenda) {
+    struct moment *heap = agenda->heap, first = heap[0], last = heap[--agenda->n];
+    int i = 0;
+    for (int child; (child = 2 * i + 1) < agenda->n; i = child) {
+        child += child + 1 < agenda->n && is_earlier(&heap[child + 1], &heap[child]);
+        if (!is_earlier(&heap[child], &last))
+            break;
+        heap[i] = heap[child];
+    }
+    heap[i] = last;
+    return first;
 }
 
 static void known_add(struct load *load, struct item *item) {
-    int i = load->n_known++;
-    load->known = grow(load->known, (size_t)i, sizeof(struct item *));
-    load->known[i] = item;
-    for (; i > 0 && comes_before(load->known[i], load->known[(i - 1) / 2]); i = (i - 1) / 2)
-        known_swap(load, i, (i - 1) / 2);
+    agenda_add(&load->known, (struct moment){item->at, item->place, .item = item});
 }
 
 static struct item *known_take(struct load *load) {
-    struct item **known = load->known, *first = known[0];
-    int n = --load->n_known;
-    known[0] = known[n];
-    for (int i = 0, least = 0;; i = least) {
-        for (int child = 2 * i + 1; child <= 2 * i + 2 && child < n; child++)
-            least = comes_before(known[child], known[least]) ? child : least;
-        if (least == i)
-            return first;
-        known_swap(load, i, least);
-    }
+    return agenda_take(&load->known).item;
 }
 
 /* ---- making requests ---- */
@@ -445,8 +467,8 @@ static void count_item(struct load *load, struct item *item, double now) {
 /* Sees to it that the first of what is known of has its prompt. One that can have none has failed
  * on arrival, as have all that follow it. */
 static void look_ahead(struct load *load) {
-    while (load->n_known > 0 && !load->known[0]->request.tokens) {
-        struct item *item = load->known[0];
+    struct item *item;
+    while (load->known.n > 0 && !(item = load->known.heap[0].item)->request.tokens) {
         bool good = item->spec ? prompt_of_line(load, item) : prompt_of_numbers(load, item);
         if (item->before)
             item_release(item->before);
@@ -459,7 +481,7 @@ static void look_ahead(struct load *load) {
 /* What has not arrived will not. */
 static void load_forget(struct load *load) {
     load->interrupted = true;
-    while (load->n_known > 0) {
+    while (load->known.n > 0) {
         struct item *item = known_take(load);
         for (struct item *next = item->followers; next; next = next->sibling)
             known_add(load, next);
@@ -486,7 +508,7 @@ struct load *load_open(const struct load_options *options, char error[ERROR_LENG
         (void)fail(error, "--replay: got %.60s, expected at least 1:1", replay);
     } else if (requests_open(&load->lines, name, error) && (replay || make_lines(load, error))) {
         make_next(load);
-        if (load->n_known > 0)
+        if (load->known.n > 0)
             return load;
         (void)fail(error, "%.400s: no requests in it", load->lines.name);
         if (load->error[0])
@@ -499,20 +521,25 @@ struct load *load_open(const struct load_options *options, char error[ERROR_LENG
 void load_start(struct load *load, double now, int max_length) {
     load->start = load->last_ended = now;
     load->max_length = max_length;
-    for (int i = 0; i < load->n_known; i++)
-        load->known[i]->at += now;
-    if (load->n_known == 0)
+    for (int i = 0; i < load->known.n; i++) {
+        struct moment *moment = &load->known.heap[i];
+        moment->time = ((struct item *)moment->item)->at += now;
+    }
+    if (load->known.n == 0)
         make_next(load);
     look_ahead(load);
 }
 
 double load_next(const struct load *load) {
-    return load->n_known > 0 ? load->known[0]->at : INFINITY;
+    return load->known.n > 0 ? load->known.heap[0].time : INFINITY;
 }
 
 struct request *load_take(struct load *load) {
     struct item *item = known_take(load);
     item->request.id = load->n_arrived++;
+    item->previous = load->last_running;
+    *(item->previous ? &item->previous->next : &load->first_running) = item;
+    load->last_running = item;
     load->n_running++;
     make_next(load);
     look_ahead(load);
@@ -520,16 +547,39 @@ struct request *load_take(struct load *load) {
 }
 
 void load_ended(struct load *load, struct request *request, double now) {
+    struct item *item = (struct item *)request;
+    *(item->previous ? &item->previous->next : &load->first_running) = item->next;
+    *(item->next ? &item->next->previous : &load->last_running) = item->previous;
     load->n_running--;
-    count_item(load, (struct item *)request, now);
+    count_item(load, item, now);
     if (load->options.most_bad > 0 &&
         load->sums.requests - load->sums.good > load->options.most_bad)
         load_forget(load);
     look_ahead(load);
 }
 
+static bool mark_finished(struct load *load) { /* false: none is */
+    bool any = false;
+    for (struct item *item = load->first_running; item; item = item->next)
+        any |= item->finished = item->request.state == REQUEST_FINISHED;
+    return any;
+}
+
+static void end_marked(struct load *load, double now) {
+    for (struct item *item = load->first_running, *next; item; item = next) {
+        next = item->next;
+        if (item->finished)
+            load_ended(load, &item->request, now);
+    }
+}
+
+void load_sweep(struct load *load, double now) {
+    if (mark_finished(load))
+        end_marked(load, now);
+}
+
 bool load_is_done(const struct load *load) {
-    return load->n_running == 0 && load->n_known == 0;
+    return load->n_running == 0 && load->known.n == 0;
 }
 
 const char *load_error(const struct load *load) {
@@ -540,25 +590,18 @@ void load_close(struct load *load) {
     if (!load)
         return;
     load_forget(load);
-    free(load->known);
+    free(load->known.heap);
     requests_free(&load->lines);
     free(load);
 }
 
 /* ---- on a real engine ---- */
 
-struct running {               /* requests of a load that an engine has */
-    struct request **requests; /* (n) */
-    int n;
-};
-
 /* Submits what has arrived, at a time about as many as run, so that those that have ended meanwhile
  * are not kept. Prompts are made without the lock. */
-static void submit_arrived(struct load *load, struct engine *engine, struct running *running) {
-    for (int n = running->n + 64; n > 0 && load_next(load) <= engine_now(); n--) {
+static void submit_arrived(struct load *load, struct engine *engine) {
+    for (int64_t n = load->n_running + 64; n > 0 && load_next(load) <= engine_now(); n--) {
         struct request *r = load_take(load);
-        running->requests = grow(running->requests, (size_t)running->n, sizeof r);
-        running->requests[running->n++] = r;
         engine_lock(engine);
         sched_submit(engine_sched(engine), r, engine_now());
         engine_wake(engine);
@@ -566,45 +609,28 @@ static void submit_arrived(struct load *load, struct engine *engine, struct runn
     }
 }
 
-/* Puts those that have ended last, and returns how many have not. With the lock held. */
-static int sort_ended(struct running *running) {
-    int n_left = 0;
-    for (int i = 0; i < running->n; i++) {
-        struct request *r = running->requests[i];
-        if (r->state == REQUEST_FINISHED)
-            continue;
-        running->requests[i] = running->requests[n_left];
-        running->requests[n_left++] = r;
-    }
-    return n_left;
-}
-
 void load_run(struct load *load, struct answers *a) {
     struct engine *engine = a->engine;
-    struct running running = {0};
     load_start(load, engine_now(), sched_max_length(engine_sched(engine)));
     a->activity = ANSWERING;
     while (!load_is_done(load)) {
-        submit_arrived(load, engine, &running);
+        submit_arrived(load, engine);
         engine_lock(engine);
         if (a->activity == INTERRUPTED || ferror(stdout)) { /* then all end, whoever may follow */
             load_forget(load);
             a->interrupted = a->activity == INTERRUPTED;
-            for (int i = running.n - 1; i >= 0; i--) /* the last first: none takes its place */
-                sched_cancel(engine_sched(engine), running.requests[i], false, engine_now());
+            struct item *item = load->last_running; /* the last first: none takes its place */
+            for (; item; item = item->previous)
+                sched_cancel(engine_sched(engine), &item->request, false, engine_now());
             engine_wake(engine);
         }
-        int n = running.n;
-        running.n = sort_ended(&running);
-        if (running.n == n && !load_is_done(load))
+        if (!mark_finished(load) && !load_is_done(load))
             engine_wait(engine, load_next(load));
         engine_unlock(engine);
-        for (int i = running.n; i < n; i++)
-            load_ended(load, running.requests[i], engine_now());
+        end_marked(load, engine_now());
         (void)fflush(stdout);
     }
     a->activity = IDLE;
-    free(running.requests);
 }
 
 /* ---- telling ---- */

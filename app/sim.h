@@ -33,12 +33,11 @@
 
 struct chip { /* a GPU, or all cores of a CPU; rates are each way, a second */
     const char *name;
-    double memory, read;               /* bytes */
+    double memory, read;               /* bytes; as much as programs reach, as of operations */
     double operations, fp8_operations; /* of dense products; a multiply-add is two */
-    double peer, host, network;    /* bytes to another of its node (0: by its host's link), to its
+    double peer, host, network; /* bytes to another of its node (0: by its host's link), to its
                                         * host's memory, to another node */
-    double host_memory;            /* bytes of a node */
-    double read_share, peak_share; /* that programs reach of `read` and of operations */
+    double host_memory;         /* bytes of a node */
     double layer, step, reduce, copy; /* seconds: launching a layer, and what else a step takes; an
                                         * all-reduce, a copy of nothing */
     int chunk;                        /* what its backend has by default */
@@ -98,18 +97,18 @@ void sim_close(struct sim *sim);
  * All-reduce latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in
  * F32. */
 static const struct chip sim_chips[] = {
-    {"h100", 80e9, 3.35e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
+    {"h100", 80e9, .9 * 3.35e12, .55 * 989e12, .55 * 1979e12, 450e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
+     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+    {"h200", 141e9, .9 * 4.8e12, .55 * 989e12, .55 * 1979e12, 450e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
+     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+    {"b200", 180e9, .9 * 8e12, .55 * 2250e12, .55 * 4500e12, 900e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
+     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+    {"a100", 80e9, .9 * 2.04e12, .55 * 312e12, .55 * 312e12, 300e9, 26e9, 25e9, 2e12, 18e-6, 5e-5,
+     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+    {"l40s", 48e9, .9 * 864e9, .55 * 362e12, .55 * 733e12, 0, 26e9, 25e9, 1e12, 18e-6, 5e-5, 3e-5,
      3e-5, 2048, KV_BF16, .4, 0},
-    {"h200", 141e9, 4.8e12, 989e12, 1979e12, 450e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4, 0},
-    {"b200", 180e9, 8e12, 2250e12, 4500e12, 900e9, 55e9, 50e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4, 0},
-    {"a100", 80e9, 2.04e12, 312e12, 312e12, 300e9, 26e9, 25e9, 2e12, .9, .55, 18e-6, 5e-5, 1e-5,
-     3e-5, 2048, KV_BF16, .4, 0},
-    {"l40s", 48e9, 864e9, 362e12, 733e12, 0, 26e9, 25e9, 1e12, .9, .55, 18e-6, 5e-5, 3e-5, 3e-5,
-     2048, KV_BF16, .4, 0},
-    {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 1, 1, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32,
-     .5, 3e-3},
+    {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32, .5,
+     3e-3},
 };
 enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
 
@@ -137,22 +136,23 @@ static const struct sim_rate {
 #undef RATE
 enum { SIM_RATES = sizeof sim_rates / sizeof *sim_rates };
 
-/* One line of a file of rates. False: it is none. */
-static bool sim_read_rate(struct chip *chip, char *line) {
-    char *words[3] = {NULL}, *rest = line, *end;
-    int n = 0;
-    line[strcspn(line, "#\n")] = 0;
-    for (char *word; (word = strtok_r(rest, " \t\r", &rest)) != NULL; n++)
-        if (n < 3)
-            words[n] = word;
-    if (n == 0)
-        return true;
-    bool known = n == 2;
-    for (int i = 0; i < SIM_CHIPS && n == 3; i++)
-        known = known || strcasecmp(words[0], sim_chips[i].name) == 0;
-    bool times = known && *words[n - 1] == '*';
-    double value = known ? strtod(words[n - 1] + times, &end) : -1;
-    if (!known || *end || end == words[n - 1] + times || !(value >= 0 && value < 1e30))
+static const struct chip *sim_find_chip(const char *name) {
+    for (int i = 0; i < SIM_CHIPS; i++)
+        if (strcasecmp(name, sim_chips[i].name) == 0)
+            return &sim_chips[i];
+    return NULL;
+}
+
+/* A line of a file of rates: [CHIP] NAME [*]NUMBER. False: it is none. */
+static bool sim_read_rate(struct chip *chip, const char *line) {
+    char words[3][32], more, *end;
+    int n = sscanf(line, "%31s %31s %31s %c", words[0], words[1], words[2], &more);
+    if (n != 2 && n != 3)
+        return n < 1;
+    bool times = *words[n - 1] == '*';
+    double value = strtod(words[n - 1] + times, &end);
+    if ((n == 3 && !sim_find_chip(words[0])) || *end || end == words[n - 1] + times ||
+        !(value >= 0 && value < 1e30))
         return false;
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
@@ -169,11 +169,11 @@ static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
     for (int number = 1; ok && (line = strsep(&rest, "\n")) != NULL; number++) {
-        char whole[64];
-        (void)snprintf(whole, sizeof whole, "%s", line);
+        line[strcspn(line, "#")] = 0;
         ok = sim_read_rate(chip, line) ||
-             fail(error, "%.300s:%d: got %s, expected a rate, such as read_bytes_per_second 2.9e12",
-                  path, number, whole);
+             fail(error,
+                  "%.300s:%d: got %.60s, expected a rate, such as read_bytes_per_second 2.9e12",
+                  path, number, line);
     }
     free(text);
     if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
@@ -185,33 +185,21 @@ static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
 
 /* [NODESx]CHIP[xDEVICES], CHIP[:DEVICES]. False: it is none. */
 static bool sim_parse(struct cluster *cluster, const char *name) {
-    char *at = (char *)name;
-    long n = 1, each = 1;
+    char chip[8], mark[2], more;
+    int nodes = 1, each = 1, start = 0;
     *cluster = (struct cluster){.name = name};
-    if (*at >= '0' && *at <= '9') {
-        n = strtol(at, &at, 10);
-        if (*at++ != 'x')
-            return false;
-    }
-    size_t length = strcspn(at, "x:");
-    for (int i = 0; i < SIM_CHIPS; i++)
-        if (strlen(sim_chips[i].name) == length && strncasecmp(at, sim_chips[i].name, length) == 0)
-            cluster->chip = sim_chips[i];
-    cluster->is_cpu = cluster->chip.name && strcmp(cluster->chip.name, "cpu") == 0;
-    at += length;
-    if (*at) {
-        if (strspn(at + 1, "0123456789") == 0)
-            return false;
-        each = strtol(at + 1, &at, 10);
-    } else if (cluster->is_cpu && n == 1) {
-        each = 0;
-    }
-    if (n < 1 || n > VALUE_DEVICES || each < 0 || each > VALUE_DEVICES || n * each > VALUE_DEVICES)
+    if (*name >= '0' && *name <= '9' && (sscanf(name, "%5dx%n", &nodes, &start) < 1 || start == 0))
         return false;
-    cluster->n_nodes = (int)n;
-    cluster->node_chips = (int)each;
-    cluster->n_devices = (int)(n * each);
-    return cluster->chip.name && !*at && (each > 0 || !strpbrk(name, ":x"));
+    int n = sscanf(name + start, "%7[^x:]%1[x:]%5d%c", chip, mark, &each, &more);
+    const struct chip *found = n == 1 || n == 3 ? sim_find_chip(chip) : NULL;
+    if (!found || nodes < 1 || each < 1 || nodes > VALUE_DEVICES || each > VALUE_DEVICES / nodes)
+        return false;
+    cluster->chip = *found;
+    cluster->is_cpu = strcmp(found->name, "cpu") == 0;
+    cluster->n_nodes = nodes;
+    cluster->node_chips = strcasecmp(name, "cpu") == 0 ? 0 : each;
+    cluster->n_devices = nodes * cluster->node_chips;
+    return true;
 }
 
 bool cluster_open(struct cluster *cluster, const char *option, const char *name, const char *rates,
@@ -226,11 +214,7 @@ bool cluster_open(struct cluster *cluster, const char *option, const char *name,
                           sim_chips[i].name);
         return false;
     }
-    struct chip *chip = &cluster->chip;
-    chip->read *= chip->read_share;
-    chip->operations *= chip->peak_share;
-    chip->fp8_operations *= chip->peak_share;
-    return !rates || sim_read_rates(chip, rates, error);
+    return !rates || sim_read_rates(&cluster->chip, rates, error);
 }
 
 /* ---- what fits ---- */
@@ -259,17 +243,6 @@ static double sim_weights(const struct model *model, int n) {
     return bytes;
 }
 
-/* How many devices are the same chip as a given one. */
-static int sim_sharing(const struct cluster *cluster, const struct engine_config *config,
-                       int device) {
-    int n = 0;
-    for (int w = 0; w < config->n_workers; w++)
-        for (int s = 0; s < config->workers[w].n_shards; s++)
-            n += cluster_chip(cluster, config->workers[w].devices[s]) ==
-                 cluster_chip(cluster, device);
-    return n;
-}
-
 static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_config *config,
                              int n_shards, char *error) {
     char hint[80] = "no --tp is enough";
@@ -293,6 +266,15 @@ bool cluster_fit(const struct cluster *cluster, struct engine_config *config, ch
         double n = host / (double)block_bytes(model, 1, config->kv_type);
         config->host_blocks = (int)fmin(n, INT32_MAX / 64);
     }
+    int sharing[VALUE_DEVICES] = {0}; /* devices that are a chip */
+    for (int w = 0; w < config->n_workers; w++)
+        for (int s = 0; s < config->workers[w].n_shards; s++) {
+            int device = config->workers[w].devices[s];
+            if (device >= cluster->n_devices && cluster->n_devices > 0)
+                return fail(error, "--devices: got %d, %.60s has %d", device, cluster->name,
+                            cluster->n_devices);
+            sharing[cluster_chip(cluster, device)]++;
+        }
     for (int w = 0; w < config->n_workers; w++) {
         int n = config->workers[w].n_shards, *blocks = &config->workers[w].blocks;
         struct device wanted = {.config = model, .n_shards = n};
@@ -301,16 +283,11 @@ bool cluster_fit(const struct cluster *cluster, struct engine_config *config, ch
         double left =
             .9 * cluster->chip.memory - sim_weights(config->model, cluster->is_cpu ? 1 : n);
         double bytes = (double)block_bytes(model, n, config->kv_type);
-        int sharing = 1;
+        int most = INT32_MAX / 64;
         for (int s = 0; s < n; s++) {
-            int device = config->workers[w].devices[s];
-            int same = sim_sharing(cluster, config, device);
-            sharing = same > sharing ? same : sharing;
-            if (device >= cluster->n_devices && cluster->n_devices > 0)
-                return fail(error, "--devices: got %d, %.60s has %d", device, cluster->name,
-                            cluster->n_devices);
+            int same = sharing[cluster_chip(cluster, config->workers[w].devices[s])];
+            most = (int)fmin(most, fmax(left / same / bytes, 0));
         }
-        int most = (int)fmin(fmax(left / sharing / bytes, 0), INT32_MAX / 64);
         if (most < 1)
             return sim_does_not_fit(cluster, config, n, error);
         if (*blocks > most)
@@ -323,13 +300,6 @@ bool cluster_fit(const struct cluster *cluster, struct engine_config *config, ch
 }
 
 /* ---- events ---- */
-
-/* What ends at a time: a worker's step, if `index` is below the number of workers, or a copy. */
-struct sim_event {
-    double time;
-    int64_t serial; /* the order in which they were made, which is that of one time */
-    int index;
-};
 
 struct sim_worker {
     struct step *step; /* NULL: it is idle */
@@ -349,57 +319,29 @@ struct sim_copy {
     int next; /* of those that are free */
 };
 
-enum { SIM_PEER_OUT, SIM_PEER_IN, SIM_HOST_OUT, SIM_HOST_IN, SIM_NET_OUT, SIM_NET_IN, SIM_PORTS };
+enum { SIM_PEER, SIM_HOST, SIM_NET, SIM_LINKS };
 
 struct sim {
     const struct cluster *cluster;
     const struct engine_config *config;
     struct load *load;
-    struct request **running;      /* (room) of ids from `oldest` to n_taken, NULL: ended; at … */
-    int64_t oldest, n_taken, room; /* … the id modulo room, a power of two */
     struct sched *sched;
     struct model_cost cost;
     double output_bytes, now;
     struct sim_worker workers[MAX_WORKERS];
     uint64_t orders[MAX_WORKERS / 64]; /* a bit for each worker that may have copies to start */
-    struct sim_event *heap;            /* (n_events) each earlier than the two below it */
-    int n_events, n_room;
+    /* what ends: a worker's step, if the index is below the number of workers, or a copy */
+    struct agenda events;
     int64_t n_made;
-    struct sim_copy *copies;    /* those on their way, and … */
-    int free_copy;              /* … the first of the others; -1: none */
-    double (*ports)[SIM_PORTS]; /* (chips) when each is free */
-    uint16_t *home;             /* (host_blocks) the node where a slot's block is */
+    struct sim_copy *copies;                   /* those on their way, and … */
+    int free_copy;                             /* … the first of the others; -1: none */
+    double ports[VALUE_DEVICES][SIM_LINKS][2]; /* when a chip's are free, out of it and into it */
+    uint16_t *home;                            /* (host_blocks) the node where a slot's block is */
 };
 
-static bool sim_earlier(const struct sim_event *a, const struct sim_event *b) {
-    return (a->time < b->time) | ((a->time == b->time) & (a->serial < b->serial)); /* no branch */
-}
-
 static int64_t sim_push(struct sim *sim, double time, int index) {
-    struct sim_event event = {time, sim->n_made++, index}, *heap = sim->heap;
-    if (sim->n_events == sim->n_room) {
-        sim->n_room = sim->n_room * 2 + 64;
-        sim->heap = heap = realloc(heap, (size_t)sim->n_room * sizeof *heap);
-        assert(heap);
-    }
-    int i = sim->n_events++;
-    for (; i > 0 && sim_earlier(&event, &heap[(i - 1) / 2]); i = (i - 1) / 2)
-        heap[i] = heap[(i - 1) / 2];
-    heap[i] = event;
-    return event.serial;
-}
-
-static struct sim_event sim_pop(struct sim *sim) {
-    struct sim_event *heap = sim->heap, first = heap[0], last = heap[--sim->n_events];
-    int i = 0, n = sim->n_events;
-    for (int child; (child = 2 * i + 1) < n; i = child) {
-        child += child + 1 < n && sim_earlier(&heap[child + 1], &heap[child]);
-        if (!sim_earlier(&heap[child], &last))
-            break;
-        heap[i] = heap[child];
-    }
-    heap[i] = last;
-    return first;
+    agenda_add(&sim->events, (struct moment){time, sim->n_made, .index = index});
+    return sim->n_made++;
 }
 
 /* What the scheduler notes has no times; what it orders is to be carried. */
@@ -415,46 +357,6 @@ static void sim_note(void *context, const struct event *event) {
     stamped.start = event->start > 0 ? event->start : sim->now;
     stamped.end = sim->now;
     note(&sim->config->ledger, &stamped);
-}
-
-/* ---- requests ---- */
-
-static struct request **sim_running(const struct sim *sim, int64_t id) {
-    return &sim->running[id & (sim->room - 1)];
-}
-
-static void sim_end_request(struct sim *sim, struct request *r) {
-    *sim_running(sim, r->id) = NULL;
-    load_ended(sim->load, r, sim->now);
-    while (sim->oldest < sim->n_taken && !*sim_running(sim, sim->oldest))
-        sim->oldest++;
-}
-
-static void sim_submit(struct sim *sim) {
-    struct request *r = load_take(sim->load); /* ids count from 0 */
-    if (r->id - sim->oldest >= sim->room) {
-        struct sim old = *sim;
-        sim->room = old.room > 0 ? 2 * old.room : 64;
-        sim->running = calloc((size_t)sim->room, sizeof *sim->running);
-        assert(sim->running);
-        for (int64_t id = old.oldest; id < old.n_taken; id++)
-            *sim_running(sim, id) = *sim_running(&old, id);
-        free(old.running);
-    }
-    *sim_running(sim, r->id) = r;
-    sim->n_taken = r->id + 1;
-    sched_submit(sim->sched, r, sim->now);
-    if (r->state == REQUEST_FINISHED)
-        sim_end_request(sim, r);
-}
-
-static void sim_expire(struct sim *sim) {
-    sched_expire(sim->sched, sim->now);
-    for (int64_t id = sim->oldest; id < sim->n_taken; id++) {
-        struct request *r = *sim_running(sim, id);
-        if (r && r->state == REQUEST_FINISHED)
-            sim_end_request(sim, r);
-    }
 }
 
 /* ---- steps ---- */
@@ -534,7 +436,7 @@ static void sim_step_ends(struct sim *sim, int worker) {
     for (int i = 0; i < n; i++)
         if ((i == 0 || step->requests[i] != step->requests[i - 1]) && /* see add_rows */
             step->requests[i]->state == REQUEST_FINISHED)
-            sim_end_request(sim, step->requests[i]);
+            load_ended(sim->load, step->requests[i], sim->now);
     if (w->next != worker)
         sim_share(sim, worker);
     sim_begin(sim, worker);
@@ -542,37 +444,28 @@ static void sim_step_ends(struct sim *sim, int worker) {
 
 /* ---- copies ---- */
 
-/* When bytes that begin now have gone through ports, which they hold meanwhile. */
-static double sim_pass(struct sim *sim, double *const *ports, int n, double bytes, double rate) {
-    double start = sim->now;
+/* When a piece of a block has gone from a device to another; it holds its ports meanwhile. -1: its
+ * node's host, or another's. */
+static double sim_piece(struct sim *sim, const int chips[2], bool abroad, double bytes) {
+    const struct chip *chip = &sim->cluster->chip;
+    bool peers = chips[0] >= 0 && chips[1] >= 0, linked = peers && !abroad && chip->peer > 0;
+    const bool uses[SIM_LINKS] = {linked, !linked && !(peers && abroad), abroad};
+    const double rates[SIM_LINKS] = {chip->peer, chip->host, chip->network};
+    double *ports[2 * SIM_LINKS], start = sim->now, rate = INFINITY;
+    int n = 0;
+    if (peers && chips[0] == chips[1] && !sim->cluster->is_cpu) /* read and written, by no port */
+        return start + 2 * bytes / chip->read;
+    for (int link = 0; link < SIM_LINKS; link++)
+        for (int end = 0; end < 2 && uses[link]; end++) {
+            rate = fmin(rate, rates[link]);
+            if (chips[end] >= 0)
+                ports[n++] = &sim->ports[chips[end]][link][end];
+        }
     for (int i = 0; i < n; i++)
         start = fmax(start, *ports[i]);
     for (int i = 0; i < n; i++)
         *ports[i] = start + bytes / rate;
     return start + bytes / rate;
-}
-
-/* When a piece of a block has gone from a device to another. -1: its node's host, or another's. */
-static double sim_piece(struct sim *sim, int from, int to, bool abroad, double bytes) {
-    const struct chip *chip = &sim->cluster->chip;
-    double *ports[4], rate = chip->host;
-    int n = 0;
-    bool peers = from >= 0 && to >= 0, linked = peers && !abroad && chip->peer > 0;
-    if (linked)
-        rate = chip->peer;
-    if (peers && from == to && !sim->cluster->is_cpu) /* read and written, through no port */
-        return sim->now + 2 * bytes / chip->read;
-    if (abroad)
-        rate = fmin(chip->network, peers ? INFINITY : chip->host);
-    if (from >= 0 && !(peers && abroad))
-        ports[n++] = &sim->ports[from][linked ? SIM_PEER_OUT : SIM_HOST_OUT];
-    if (to >= 0 && !(peers && abroad))
-        ports[n++] = &sim->ports[to][linked ? SIM_PEER_IN : SIM_HOST_IN];
-    if (from >= 0 && abroad)
-        ports[n++] = &sim->ports[from][SIM_NET_OUT];
-    if (to >= 0 && abroad)
-        ports[n++] = &sim->ports[to][SIM_NET_IN];
-    return sim_pass(sim, ports, n, bytes, rate);
 }
 
 /* When a copy that starts now ends: its pieces, as many as the wider place has shards, go side by
@@ -600,7 +493,7 @@ static double sim_copy_end(struct sim *sim, const struct kv_copy_order *order) {
             sim->home[order->to_slot] = (uint16_t)(nodes[1] = nodes[0]);
         else if (ends[0] == host)
             nodes[0] = sim->home[order->from_slot];
-        last = fmax(last, sim_piece(sim, chips[0], chips[1], nodes[0] != nodes[1], bytes));
+        last = fmax(last, sim_piece(sim, chips, nodes[0] != nodes[1], bytes));
     }
     return last + cluster->chip.copy;
 }
@@ -644,22 +537,26 @@ bool sim_run(struct sim *sim, char *error) {
     load_start(sim->load, sim->now, sched_max_length(sim->sched));
     while (!load_is_done(sim->load) && !ferror_unlocked(stdout)) { /* else nobody reads it */
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
-        double end = sim->n_events > 0 ? sim->heap[0].time : INFINITY;
+        double end = sim->events.n > 0 ? sim->events.heap[0].time : INFINITY;
         double now = fmin(arrival, fmin(end, expiry));
         if (now == INFINITY)
             return fail(error, "requests wait for what never comes"); /* a fault of the scheduler */
         sim->now = fmax(sim->now, now);
         if (end == now) {
-            struct sim_event event = sim_pop(sim);
+            struct moment event = agenda_take(&sim->events);
             int copy = event.index - sim->config->n_workers;
             if (copy >= 0)
                 sim_copy_ends(sim, copy);
             else if (event.serial == sim->workers[event.index].serial)
                 sim_step_ends(sim, event.index);
         } else if (arrival == now) {
-            sim_submit(sim);
+            struct request *r = load_take(sim->load);
+            sched_submit(sim->sched, r, sim->now);
+            if (r->state == REQUEST_FINISHED)
+                load_ended(sim->load, r, sim->now);
         } else {
-            sim_expire(sim);
+            sched_expire(sim->sched, sim->now);
+            load_sweep(sim->load, sim->now);
         }
         sim_serve(sim);
     }
@@ -668,32 +565,21 @@ bool sim_run(struct sim *sim, char *error) {
 
 /* ---- opening and closing ---- */
 
-static bool sim_meet(const struct sim *sim, int a, int b) { /* two workers on one chip */
-    const struct engine_config *config = sim->config;
-    bool meet = false;
-    for (int i = 0; i < config->workers[a].n_shards; i++)
-        for (int j = 0; j < config->workers[b].n_shards; j++)
-            meet = meet || cluster_chip(sim->cluster, config->workers[a].devices[i]) ==
-                               cluster_chip(sim->cluster, config->workers[b].devices[j]);
-    return meet;
-}
-
 /* Which workers share a chip, and what lies between a worker's shards. */
-static void sim_open_worker(struct sim *sim, int index) {
+static void sim_open_worker(struct sim *sim, int index, int last_on[VALUE_DEVICES]) {
     const struct cluster *cluster = sim->cluster;
     const int *devices = sim->config->workers[index].devices;
     struct sim_worker *worker = &sim->workers[index];
     worker->next = index;
-    for (int i = 0; i < index && worker->next == index; i++)
-        if (sim_meet(sim, i, index)) {
-            worker->next = sim->workers[i].next;
-            sim->workers[i].next = index;
-        }
     worker->link = cluster->chip.peer > 0 ? cluster->chip.peer : cluster->chip.host;
-    for (int i = 0, same = 0; i < sim->config->workers[index].n_shards; i++, same = 0) {
-        while (cluster_chip(cluster, devices[same]) != cluster_chip(cluster, devices[i]))
-            same++;
-        worker->n_chips += same == i;
+    for (int i = 0; i < sim->config->workers[index].n_shards; i++) {
+        int *last = &last_on[cluster_chip(cluster, devices[i])], other = *last - 1;
+        if (other >= 0 && worker->next == index && other != index) {
+            worker->next = sim->workers[other].next;
+            sim->workers[other].next = index;
+        }
+        worker->n_chips += other != index;
+        *last = index + 1;
         if (cluster_node(cluster, devices[i]) != cluster_node(cluster, devices[0]))
             worker->link = fmin(worker->link, cluster->chip.network);
     }
@@ -702,7 +588,7 @@ static void sim_open_worker(struct sim *sim, int index) {
 struct sim *sim_open(const struct cluster *cluster, const struct engine_config *config,
                      struct load *load, char *error) {
     struct sched_config sched = engine_sched_config(config);
-    int n_copies = sched.copies_in_flight * config->n_workers, n_chips = 1;
+    int n_copies = sched.copies_in_flight * config->n_workers, last_on[VALUE_DEVICES] = {0};
     struct sim *sim = calloc(1, sizeof *sim);
     (void)fail(error, "out of memory");
     if (!sim)
@@ -713,19 +599,13 @@ struct sim *sim_open(const struct cluster *cluster, const struct engine_config *
     sim->now = 1; /* a time of 0 is none */
     sim->cost = model_cost(config->model);
     sim->output_bytes = (double)config->model->layers[0][OUTPUT]->bytes;
-    for (int w = 0; w < config->n_workers; w++) {
-        sim_open_worker(sim, w);
-        for (int s = 0; s < config->workers[w].n_shards; s++) {
-            int chip = cluster_chip(cluster, config->workers[w].devices[s]);
-            n_chips = chip < n_chips ? n_chips : chip + 1;
-        }
-    }
+    for (int w = 0; w < config->n_workers; w++)
+        sim_open_worker(sim, w, last_on);
     sched.kv.ledger = (struct ledger){sim_note, sim};
     sim->sched = sched_create(&sched);
     sim->copies = calloc((size_t)n_copies, sizeof *sim->copies);
-    sim->ports = calloc((size_t)n_chips, sizeof *sim->ports);
     sim->home = calloc((size_t)config->host_blocks + 1, sizeof *sim->home);
-    if (!sim->sched || !sim->copies || !sim->ports || !sim->home) {
+    if (!sim->sched || !sim->copies || !sim->home) {
         sim_close(sim);
         return NULL;
     }
@@ -747,10 +627,8 @@ void sim_close(struct sim *sim) {
         return;
     sched_destroy(sim->sched);
     free(sim->copies);
-    free(sim->ports);
     free(sim->home);
-    free(sim->running);
-    free(sim->heap);
+    free(sim->events.heap);
     free(sim);
 }
 

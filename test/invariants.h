@@ -114,18 +114,39 @@ static const char *check_node(const struct kv *kv, int id) {
     return check_index(kv, id);
 }
 
-static const char *check_heap(const struct kv *kv, int place, enum standing standing) {
-    const struct place *at = &kv->places[place];
-    const struct entry *heap = at->heap[standing];
-    for (int i = 0; i < at->n[standing]; i++) {
-        const struct copy *copy = heap[i].copy;
-        BROKEN(copy->standing != standing || copy->place != place, "on the wrong heap");
-        BROKEN(copy->at != i, "a copy that does not know its place on the heap");
-        BROKEN(copy->heat != heap[i].heat, "a heap that does not know a copy's heat");
-        BROKEN(i > 0 && heap[i].heat < heap[(i - 1) / HEAP_WAYS].heat,
-               "a heap with a colder copy below a hotter one");
+/* Walks a run from its coldest; *n counts its copies. */
+static const char *walk_run(const struct kv *kv, int place, enum standing standing,
+                            const struct copy *copy, int *n) {
+    const struct order *order = &kv->places[place].orders[standing];
+    BROKEN(copy->colder, "a run that does not begin with its first");
+    for (; copy; copy = copy->warmer, ++*n) {
+        const struct entry *end = &order->ends[copy->run];
+        BROKEN(copy->standing != standing || copy->place != place, "in the wrong order");
+        BROKEN(copy->warmer && (copy->warmer->colder != copy || copy->warmer->heat < copy->heat),
+               "a run with a colder copy behind a hotter one");
+        BROKEN(end->copy == copy && (copy->warmer || end->heat != copy->heat), "an end of a run");
     }
     return NULL;
+}
+
+static const char *check_order(const struct kv *kv, int place, enum standing standing) {
+    const struct order *order = &kv->places[place].orders[standing];
+    const char *broken = NULL;
+    int n = 0;
+    for (int i = 0; i < order->n_runs && !broken; i++) {
+        const struct entry *entry = &order->heap[i];
+        BROKEN(entry->copy->at != i, "a copy that does not know its place on the heap");
+        BROKEN(entry->copy->heat != entry->heat, "a heap that does not know a copy's heat");
+        BROKEN(i > 0 && entry->heat < order->heap[(i - 1) / 2].heat,
+               "a heap with a colder copy below a hotter one");
+        broken = walk_run(kv, place, standing, entry->copy, &n);
+    }
+    for (int i = 0; i < OPEN_RUNS && !broken; i++)
+        BROKEN(order->ends[i].copy &&
+                   (order->ends[i].copy->standing != standing || order->ends[i].copy->run != i),
+               "the end of no run");
+    BROKEN(!broken && n != kv->places[place].n[standing], "a copy that is on no run");
+    return broken;
 }
 
 static const char *check_queue(const struct kv *kv, int worker, const struct queue *queue) {
@@ -165,8 +186,8 @@ static const char *check_place(const struct kv *kv, int place) {
     struct kv_usage usage = kv_usage(kv, place);
     BROKEN(usage.free + usage.pinned + usage.cached + usage.in_flight != at->n_slots,
            "the usage of a place does not add up");
-    const char *broken = check_heap(kv, place, CLEAN);
-    broken = broken ? broken : check_heap(kv, place, DIRTY);
+    const char *broken = check_order(kv, place, CLEAN);
+    broken = broken ? broken : check_order(kv, place, DIRTY);
     broken = broken ? broken : check_queue(kv, place, &at->in);
     return broken ? broken : check_queue(kv, place, &at->out);
 }

@@ -187,8 +187,8 @@ static double kv_error(const struct device *device) {
 }
 
 static double model_error(const struct device *device, enum tensor_type type) {
-    struct slack slack = product_slack(device, type);
-    return slack.spread > 0.0 ? 1.5 * slack.spread : device->kv_type == KV_BF16 ? 1e-2 : 1e-4;
+    double spread = product_slack(device, type).spread;
+    return spread > 2e-2 ? spread : spread > 0.0 || device->kv_type == KV_BF16 ? 2e-2 : 1e-4;
 }
 
 static void read_choice(struct device *device, int *chosen, int n_rows) {

@@ -296,7 +296,7 @@ static void asking_again_looks_at_no_block(struct check *check) {
     struct kv aside = *kv;
     kv->nodes = NULL;
     kv->places[0].copies = NULL;
-    kv->places[0].heap[CLEAN] = kv->places[0].heap[DIRTY] = NULL;
+    kv->places[0].orders[CLEAN].heap = kv->places[0].orders[DIRTY].heap = NULL;
     for (int i = 0; i < 1000; i++)
         CHECK(!kv_make_room(kv, 0, 1 + i % 100), "not yet");
     CHECK(kv_pending(kv, 0) == 100, "%d page-outs", kv_pending(kv, 0));
