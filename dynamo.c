@@ -969,6 +969,7 @@ int engine_logits(struct engine *engine, const int *tokens, int start, int n, fl
 #include "lib/tokenizer.h"
 
 #define ANSWERS_IMPLEMENTATION
+#define AUTO_IMPLEMENTATION
 #define HTTP_IMPLEMENTATION
 #define SERVE_IMPLEMENTATION
 #define REPLAY_IMPLEMENTATION
@@ -981,6 +982,7 @@ int engine_logits(struct engine *engine, const int *tokens, int start, int n, fl
 #define EVALUATE_IMPLEMENTATION
 #define RUN_IMPLEMENTATION
 #include "app/answers.h"
+#include "app/auto.h"
 #include "app/evaluate.h"
 #include "app/plan.h"
 #include "app/replay.h"

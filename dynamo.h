@@ -284,7 +284,8 @@ struct event {
  * Their driver puts a ledger of its own between, which stamps the time, and notes steps and copies
  * itself: a step before sched_done, a copy before sched_copied. All is noted under the driver's
  * lock, in order: a ledger must be quick, and call nothing that changes anything. (A step may be
- * noted a little after its end.) */
+ * noted a little after its end. Then the scheduler is not in the midst of anything: who is told of
+ * a step may call sched_set_role, as app/auto.h does.) */
 struct ledger {
     void (*note)(void *context, const struct event *event); /* NULL: nobody wants to know */
     void *context;
@@ -415,6 +416,7 @@ struct sched_stats {
     int64_t prefix_hit_tokens, recomputed_tokens;
     int64_t prefill_tokens, decode_tokens, steps;
     int64_t local_prefills; /* prompts prefilled by the decode worker itself */
+    int64_t role_changes;   /* of workers, those by failures included */
 };
 
 struct sched;
@@ -448,7 +450,7 @@ void sched_fail_at(struct sched *sched, int worker, double fails, int step, doub
 bool sched_is_lost(const struct sched *sched, int worker);
 /* It is back, and empty. False: a step or copies of it have not yet been reported. */
 bool sched_return(struct sched *sched, int worker, double now);
-/* Gives a worker another role: what it has it finishes. */
+/* Gives a worker another role: what it has it finishes. (--auto does, see app/auto.h.) */
 void sched_set_role(struct sched *sched, int worker, bool prefills, bool decodes, double now);
 /* The workers that may have a step to compute, and need be woken: one of them with each call, which
  * strikes it off; -1: there are no others. */

@@ -1081,7 +1081,9 @@ static void assign_roles(struct sched *s) {
         int n = s->config.kv.device_blocks[i];
         bool prefills = !w->lost && (w->prefills || !any[0]);
         bool decodes = !w->lost && (w->decodes || !any[1]);
-        if (prefills != s->config.prefills[i] || decodes != s->config.decodes[i])
+        bool changes = prefills != s->config.prefills[i] || decodes != s->config.decodes[i];
+        s->stats.role_changes += changes;
+        if (changes)
             note(&s->config.kv.ledger, &(struct event){EVENT_ROLE, .worker = i,
                                                        .why = role_names[prefills + 2 * decodes]});
         s->config.prefills[i] = prefills;

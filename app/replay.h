@@ -708,6 +708,7 @@ void load_print(const struct load *load, const struct load_report *report) {
         {"share_saved", "share found",
          answers_ratio((double)r.cached_tokens, (double)r.prompt_tokens), 3},
         {"preemptions", "preemptions", (double)report->sched.preemptions, 0},
+        {"role_changes", "changes of a worker's role", (double)report->sched.role_changes, 0},
         {"pages_out", "blocks paged out", (double)k->pages_out, 0},
         {"pages_out_gb", "the same in GB", (double)k->pages_out * gb, 3},
         {"pages_in", "blocks paged in", (double)k->pages_in, 0},

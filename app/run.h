@@ -21,6 +21,7 @@ int run_program(int argc, char **argv); /* an exit status */
 
 #include "../lib/machine.h"
 #include "answers.h"
+#include "auto.h"
 #include "evaluate.h"
 #include "plan.h"
 #include "replay.h"
@@ -45,7 +46,7 @@ int run_program(int argc, char **argv); /* an exit status */
 enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, EXIT_INTERRUPTED = 128 + SIGINT };
 enum { DEFAULT_BATCH = 32 };
 enum { STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
-enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* of --plan: targets in ms */
+enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* targets in ms */
 
 struct run { /* all that a run opens */
     struct options options;
@@ -58,6 +59,7 @@ struct run { /* all that a run opens */
     struct server *server;   /* NULL: none */
     struct trace *trace;     /* of --trace and --verbose; or NULL */
     struct watch *watch;     /* of --watch and --serve; or NULL */
+    struct auto_roles roles; /* of --auto */
     sigset_t signals;        /* that end the program or its answers */
     pthread_mutex_t closing; /* held by the watcher of signals, or by who sets what it looks at */
 };
@@ -277,12 +279,17 @@ static int device_blocks(const struct run *run, int n, enum kv_type kv_type) {
 }
 
 /* What the options say of an engine whose devices are n_gpus GPUs, or 0: the CPU. */
-static bool plan_engine(const struct run *run, int n_gpus, struct engine_config *config,
-                        char *error) {
+static bool plan_engine(struct run *run, int n_gpus, struct engine_config *config, char *error) {
     configure_engine(run, DEFAULT_BATCH, config);
     if (!plan_workers(&run->options, n_gpus, config, error))
         return false;
     const struct options *o = &run->options;
+    if (o->role_seconds > 0 && (config->n_workers < 3 || config->workers[0].decodes))
+        return fail(error, "--auto: got %d worker%s, expected two pools, of at least 3 together",
+                    config->n_workers, config->n_workers == 1 ? "" : "s");
+    if (o->role_seconds > 0)
+        config->ledger = auto_ledger(&run->roles, (double)o->role_seconds,
+                                     o->itl > 0 ? (double)o->itl : PLAN_ITL, config->ledger);
     size_t bytes = block_bytes(&run->model.config, 1, config->kv_type);
     bool ok = size_holds("--kv-host", o->kv_host, config->host_blocks, bytes, error);
     for (int i = 0; i < config->n_workers && ok; i++) {
@@ -320,6 +327,7 @@ static bool open_engine(struct run *run, char *error) {
     pthread_mutex_lock(&run->closing);
     run->answers.engine = engine;
     pthread_mutex_unlock(&run->closing);
+    run->roles.sched = engine ? engine_sched(engine) : NULL;
     if (engine && run->watch)
         watch_begin(run->watch, &run->answers);
     return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
@@ -484,6 +492,7 @@ static int run_sim(struct run *run) {
         !(sim = sim_open(&cluster, &config, run->load, error)))
         return refuse(error);
     trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
+    run->roles.sched = sim_sched(sim);
     if (!plan_failures(o, config.n_workers, sim_sched(sim), sim_now(sim), error)) {
         sim_close(sim);
         return refuse(error);

@@ -99,6 +99,7 @@ struct options {
     const char *file, *tokenizer, *tokenize, *perplexity, *logits;
     const char *replay, *sim, *plan, *rates, *trace;
     float rate, ttft, itl; /* requests a second; targets, ms. 0: not given */
+    float role_seconds;    /* of --auto; 0: not given */
     int limit;             /* requests of --replay; 0: all */
     struct device_list devices, prefill, decode;
     struct size kv_device, kv_host;
@@ -427,6 +428,8 @@ static const struct option_row option_rows[] = {
     {"--tp-decode", "N", "the same, of workers that write answers (default: --tp)", &INT,
      AT(tp_decode), 1, 8},
     {"--colocate", NULL, "every worker prefills and decodes", &FLAG, AT(colocate)},
+    {"--auto", "SECONDS", "every so many a worker may change its role, as the load does", &REAL,
+     AT(role_seconds), 1e-3, 1e6},
     {"--threads", "N", "CPU threads", &INT, AT(threads), 1, 1024},
     {.help = "Memory (SIZE: bytes with K, M or G, or blocks of 16 tokens: 8b; per device)"},
     {"--kv-device", "SIZE", "KV cache on each device", &SIZE, AT(kv_device), 1},
@@ -492,7 +495,9 @@ static const struct rule {
     {NEEDS, {"--rate", "--replay"}, "--replay"},
     {NEEDS, {"--limit", "--replay"}, "--replay"},
     {NEEDS, {"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {NEEDS, {"--itl", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
+    {NEEDS,
+     {"--itl", "--replay", "--sim", "--plan", "--auto"},
+     "--replay, --sim, --plan or --auto"},
     /* a load says how long its prompts and answers are, and ends with a table of its own */
     {EXCLUDES, {"--replay", "-n", "--stop", "--system", "--template", "--stats"}, NULL},
     /* what looks at the model itself writes nothing, and takes texts as they are */
@@ -505,7 +510,7 @@ static const struct rule {
     /* nor does virtual time compute, print texts or find them */
     {EXCLUDES, {"--sim", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
     {EXCLUDES, {"--plan", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
-    {EXCLUDES, {"--colocate", "--prefill"}, NULL},
+    {EXCLUDES, {"--colocate", "--prefill", "--auto"}, NULL},
     {NEEDS, {"--logits", "-p", "--ids"}, "-p or --ids"},
     {NEEDS,
      {"--watch", "-p", "--ids", "-f", "--replay", "--serve"},
@@ -513,6 +518,7 @@ static const struct rule {
     /* these run in no time that one could watch */
     {EXCLUDES, {"--watch", "--sim", "--plan", "--logits"}, NULL},
     {EXCLUDES, {"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
+    {EXCLUDES, {"--auto", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
     {EXCLUDES, {"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
     {NEEDS, {"--prefill", "--decode"}, "--decode"},
     {NEEDS, {"--decode", "--prefill"}, "--prefill"},

@@ -98,6 +98,8 @@ static void every_option_is_read(struct check *check) {
     cli_free(&o);
     CHECK(parse(&o, "m --tp-decode 4 --tp 2", error) && o.tp_prefill == 2 && o.tp_decode == 4,
           "widths: %d, %d", o.tp_prefill, o.tp_decode);
+    CHECK(parse(&o, "m -f a --auto 60 --itl 25", error) && o.role_seconds == 60, "%s", error);
+    cli_free(&o);
     CHECK(parse(&o, "m --fail 1@2.5 --fail 0@0-4 --fail 2@#9", error) && o.n_failures == 3, "%s",
           error);
     CHECK(o.failures[0].worker == 1 && o.failures[0].at == 2.5 && o.failures[0].back > 1e300 &&
@@ -256,7 +258,9 @@ static const struct {
     {"exclude each other", "--json --tokenize a|-n 3 --logits a -p b|--json --logits a --ids 1"},
     {"write-through needs a host tier", "--kv-host 0 --kv-policy write-through"},
     {"--ttft: needs --replay, --sim or --plan", "-f a --ttft 3"},
-    {"--itl: needs --replay, --sim or --plan", "-f a --itl 3"},
+    {"--itl: needs --replay, --sim, --plan or --auto", "-f a --itl 3"},
+    {"exclude each other", "-f a --colocate --auto 60|-f a --plan h100 --auto 60|"
+                           "--tokenize a --auto 60|--perplexity a --auto 60"},
     {"--sim and --plan exclude each other", "--replay a --sim h100 --plan h100"},
     {"needs --replay or -f", "--sim h100|--plan h100"},
     {"exclude each other",
@@ -266,7 +270,7 @@ static const struct {
      "-f a --plan h100 --stats"},
     {"needs --replay", "--rate 1|--limit 2"},
     {"--rates: needs --sim or --plan", "--rates f"},
-    {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1"},
+    {"expected a number from", "--rate 0 --replay a|--ttft 0|--itl -1|--auto 0"},
     {"needs --serve", "--host a|--api-key a|--api-key-file f"},
     {"exclude each other", "-p a --serve 1|-f a --serve 1|--serve 1 --json|--serve 1 --stats"},
     {"expected a whole number from 0 to 65535", "--serve 65536|--serve -1|--serve a"},

@@ -217,6 +217,24 @@ static void no_worker_is_left(struct check *check) {
     CHECK(o.status == 3 && strstr(o.err, "all workers have failed"), "%d: %s", o.status, o.err);
 }
 
+/* Workers change their role in the midst of answers, as targets have it that none or each keeps. */
+static void same_text_where_roles_follow_the_load(struct check *check) {
+    static const char *const ways[] = {
+        "--devices cpu:4 --prefill 0-2 --decode 3 --itl 0.001 --auto 0.005 --verbose",
+        "--devices cpu:4 --prefill 0 --decode 1-3 --itl 1e6 --auto 0.001 --verbose"};
+    struct turns *turns = turns_open(check, TWIN, one_device, FIRST_TURNS, SECOND_TURNS);
+    for (int way = 0; way < 2; way++) {
+        struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
+        struct outcome o =
+            run_wishes(check, turns->model, ways[way], turns->wishes, turns->n, answers);
+        for (int i = 0; i < turns->n; i++)
+            check_answer(check, ways[way], &turns->wishes[i], &answers[i], &turns->alone[i], false);
+        int n_changes = count_of(o.err, " role: ");
+        CHECK(o.status == 0 && n_changes >= 1, "%s: status %d, %d changes", ways[way], o.status,
+              n_changes);
+    }
+}
+
 /* ---- second turns ---- */
 
 /* A second turn that follows the answer of the first finds all full blocks of it, but for the last
@@ -338,6 +356,7 @@ int main(int argc, char **argv) {
                                         TEST(same_text_of_a_checkpoint),
                                         TEST(same_text_where_workers_fail),
                                         TEST(no_worker_is_left),
+                                        TEST(same_text_where_roles_follow_the_load),
                                         TEST(second_turns_start_from_the_cache),
                                         TEST(nothing_runs_out_of_memory)};
     return run_tests(tests, COUNT(tests), argc, argv);
