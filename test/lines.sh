@@ -97,9 +97,9 @@ forward=$(functions "" dynamo.c | awk '$4 == "forward" { print $3 }')
 [ -n "$forward" ] || echo "no forward in dynamo.c" | fail "the spine"
 spine=$(($(cat dynamo.h scheduler.c kvcache.c | wc -l) + ${forward:-0} + decode))
 whole=$(cat $product | wc -l)
-echo "the spine     $spine of  3200 (forward ${forward:-0}, the product of generated rows $decode)"
+echo "the spine     $spine of  3230 (forward ${forward:-0}, the product of generated rows $decode)"
 echo "the product  $whole of 24000"
-[ "$spine" -le 3200 ] || echo "$spine lines" | fail "the spine"
+[ "$spine" -le 3230 ] || echo "$spine lines" | fail "the spine"
 [ "$whole" -le 24000 ] || echo "$whole lines" | fail "the product"
 functions "" $product | awk '$3 > ($1 == "dynamo.c" && $4 == "forward" ? 160 : 60) {
     print $1 ":" $2 ": " $4 " has " $3 " lines" }' | fail functions

@@ -418,7 +418,8 @@ static void fields_mean_what_they_say(struct check *check) {
          200, "content");
     asks(&s, path, "x-request-timeout: soon\r\n", "{}", 400, "x-request-timeout");
     asks(&s, "/tokenize", "", "{'prompt':'Once upon a time'}", 200, "\"count\":7,");
-    asks(&s, "/tokenize", "", "{'prompt':['Once','upon']}", 400, "prompt: got 2, expected at most 1");
+    asks(&s, "/tokenize", "", "{'prompt':['Once','upon']}", 400,
+         "prompt: got 2, expected at most 1");
     asks(&s, "/tokenize", "", "{'prompt':[99999]}", 400, "\"99999 is no token");
     asks(&s, "/v1/models", "", NULL, 200, "\"id\":\"model.bin\"");
     asks(&s, "/v1/models/model.bin", "", NULL, 200, "{\"id\":\"model.bin\",\"object\":\"model\"");
