@@ -903,11 +903,12 @@ static bool is_foreign(const struct http_request *r) {
 }
 
 /* Nor one whose own name leads here by now (DNS rebinding), which is then no foreign origin. Who
- * serves this machine alone, without a key, is asked by its address, which no such name can be, by
- * `localhost`, or by the name that --host gives. */
+ * serves this machine alone, without a key, is asked by a browser by its address, which no such name
+ * can be, by `localhost`, or by the name that --host gives. */
 static bool is_misled(const struct server *s, const struct http_request *r) {
     const char *host = http_field(r, "host"), *own = s->options.host ? s->options.host : "";
-    if (s->keys || !http_is_local(s->http) || !host || *host == '[')
+    bool browser = http_field(r, "origin") || http_field(r, "sec-fetch-site");
+    if (!browser || s->keys || !http_is_local(s->http) || !host || *host == '[')
         return false;
     size_t n = strcspn(host, ":");
     return strspn(host, "0123456789.") != n &&

@@ -561,11 +561,11 @@ static void nothing_without_the_key(struct check *check) {
     stop(&s);
 }
 
-static int status_of_host(const struct served *s, const char *host) {
-    char text[128];
+static int status_of_host(const struct served *s, const char *host, const char *fields) {
+    char text[256];
     int client = dial(s);
-    snprintf(text, sizeof text, "GET /stats HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n",
-             host);
+    snprintf(text, sizeof text, "GET /stats HTTP/1.1\r\nHost: %s\r\n%sConnection: close\r\n\r\n",
+             host, fields);
     tell(client, text);
     char *response = hear(client, NULL);
     close(client);
@@ -582,13 +582,16 @@ static void pages_that_are_led_here_are_refused(struct check *check) {
                  {"10.0.0.1:80", true},     {"[::1]:8000", true},         {"evil.example", false},
                  {"127.0.0.1.evil", false}, {"localhost.evil:80", false}, {"local", false},
                  {"ip6-localhost", false}};
+    static const char fields[] = "Sec-Fetch-Site: same-origin\r\n"; /* browsers send it */
     struct served servers[] = {serve(check, ""), serve(check, "--api-key k"),
                                serve(check, "--host 0.0.0.0")};
     for (size_t i = 0; i < COUNT(hosts); i++)
         for (size_t k = 0; k < COUNT(servers); k++) {
-            int status = status_of_host(&servers[k], hosts[i].host);
             int expected[] = {hosts[i].leads_here ? 200 : 403, 401, 200};
+            int status = status_of_host(&servers[k], hosts[i].host, fields);
             CHECK(status == expected[k], "%s, server %zu: %d", hosts[i].host, k, status);
+            status = status_of_host(&servers[k], hosts[i].host, ""); /* as a proxy calls it */
+            CHECK(status == (k == 1 ? 401 : 200), "%s, no browser: %d", hosts[i].host, status);
         }
     for (size_t k = 0; k < COUNT(servers); k++)
         stop(&servers[k]);
