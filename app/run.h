@@ -795,6 +795,8 @@ int run_program(int argc, char **argv) {
     else
         status = run_model(&run);
     cli_free(&run.options);
+    if (ferror(stdout)) /* why is long forgotten: it is tried again */
+        (void)fputc('\n', stdout);
     if (fflush(stdout) != 0 || ferror(stdout)) {
         (void)fprintf(stderr, "dynamo: stdout: %s\n", strerror(errno));
         status = EXIT_FILE;

@@ -677,6 +677,8 @@ static void who_leaves_is_cancelled(struct check *check) {
         post(clients[i], "/v1/completions", "", LONG);
     }
     (void)hear(clients[0], "data: ");
+    while (metric(&s, "\nvllm:num_requests_waiting{") < 8) /* all have been read */
+        usleep(10000);
     for (int i = 0; i < 8; i++)
         close(clients[i]);
     rests(&s);
