@@ -63,8 +63,9 @@ struct worker { /* a group of devices that hold one copy of the model between th
     const struct weight *(*layers[MAX_SHARDS])[N_ROLES]; /* (n_shards) of (n_layers) by role */
     pthread_cond_t work; /* the scheduler may have something for it */
     pthread_t thread;
-    jmp_buf fault;       /* where its thread goes on after a device's fault, if it `computes` */
-    bool computes, dead; /* dead: by a fault; under the lock */
+    jmp_buf fault; /* where its thread goes on after a device's fault, if it `computes` */
+    bool computes;
+    bool in_step, dead; /* under the lock; dead: by a fault */
 };
 
 struct engine {
@@ -495,10 +496,12 @@ static void *worker_main(void *argument) {
                 pthread_cond_wait(&worker->work, &engine->lock);
             continue;
         }
+        worker->in_step = true;
         pthread_mutex_unlock(&engine->lock);
         bool ok = compute(worker, step);
         double end = engine_now();
         pthread_mutex_lock(&engine->lock);
+        worker->in_step = false;
         if (!ok)
             lose_devices(engine, worker->index);
         count_pace(engine, &step->batch, end - start);
@@ -912,10 +915,16 @@ struct engine_stats engine_stats(struct engine *engine) {
 
 void engine_limits(struct engine *engine, double *read, double *ops) {
     const struct engine_config *config = &engine->config;
+    struct worker *first = &engine->workers[0];
     *read = *ops = 0;
-    if (config->backend->limits && !engine->workers[0].dead) /* a backend need not know */
-        config->backend->limits(engine->workers[0].shards, engine->workers[0].n_shards,
-                                model_main_type(config->model), read, ops);
+    engine_lock(engine);
+    while (first->in_step && !first->dead) /* all requests may have ended meanwhile */
+        engine_wait(engine, INFINITY);
+    bool dead = first->dead;
+    engine_unlock(engine);
+    if (config->backend->limits && !dead) /* a backend need not know */
+        config->backend->limits(first->shards, first->n_shards, model_main_type(config->model),
+                                read, ops);
 }
 
 int engine_logits(struct engine *engine, const int *tokens, int start, int n, float *logits) {

@@ -277,14 +277,20 @@ static void put_wishes(FILE *file, const struct wish *wishes, int n) {
     fclose(file);
 }
 
-/* Runs one process on all n requests, which it reads from a pipe. answers: (n) zeros. */
+/* Runs one process on all n requests, which it reads at once, or, where lines are to cancel some
+ * meanwhile, from a pipe. answers: (n) zeros. */
 static struct outcome run_wishes(struct check *check, const struct subject *model,
                                  const char *options, const struct wish *wishes, int n,
                                  struct answer *answers) {
+    bool piped = false;
+    for (int i = 0; i < n; i++)
+        piped = piped || wishes[i].cancel > 0;
     unlink(scratch("wishes"));
-    CHECK(mkfifo(scratch("wishes"), 0600) == 0, "no $T/wishes");
+    CHECK(!piped || mkfifo(scratch("wishes"), 0600) == 0, "no $T/wishes");
+    if (!piped)
+        put_wishes(fopen(scratch("wishes"), "w"), wishes, n);
     fflush(stdout);
-    pid_t writer = fork();
+    pid_t writer = piped ? fork() : -1;
     if (writer == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         put_wishes(fopen(scratch("wishes"), "w"), wishes, n);
@@ -292,8 +298,10 @@ static struct outcome run_wishes(struct check *check, const struct subject *mode
     }
     struct outcome outcome =
         run(check, "%s %s -f $T/wishes --json --stats %s", model->path, model->more, options);
-    kill(writer, SIGKILL); /* if the program has not read all, it still writes */
-    waitpid(writer, NULL, 0);
+    if (piped) {
+        kill(writer, SIGKILL); /* if the program has not read all, it still writes */
+        waitpid(writer, NULL, 0);
+    }
     char *rest = memcpy(keep(outcome.out_length + 1), outcome.out, outcome.out_length), *line;
     while ((line = strsep(&rest, "\n")))
         if (*line)

@@ -457,10 +457,10 @@ static void errors_name_line_and_id(struct check *check) {
                                 "{\"ids\":[99999],\"id\":\"\\u001b[31m\"}\n";
     write_file(check, "lines", lines, sizeof lines - 1);
     expect(check, "model.bin -f $T/lines -n 3", 3, "The cat*",
-           "dynamo: request mine: */lines:3: ids: 99999 is no token*\n"
-           "dynamo: request 2: */lines:4: ids: 99999 is no token*\n"
-           "dynamo: request [?][[]31m: */lines:5: ids: 99999 is no token*");
-    expect(check, "model.bin --ids 99999", 3, NULL, "dynamo: ids: 99999 is no token*");
+           "dynamo: request mine: */lines:3: 99999 is no token*\n"
+           "dynamo: request 2: */lines:4: 99999 is no token*\n"
+           "dynamo: request [?][[]31m: */lines:5: 99999 is no token*");
+    expect(check, "model.bin --ids 99999", 3, NULL, "dynamo: 99999 is no token*");
 }
 
 int main(int argc, char **argv) {
