@@ -903,7 +903,7 @@ static bool is_foreign(const struct http_request *r) {
 }
 
 /* Nor one whose own name leads here by now (DNS rebinding), which is then no foreign origin. Who
- * serves this machine alone, without a key, is asked by a browser by its address, which no such name
+ * serves this machine alone, without a key, is asked by browsers by its address, which no such name
  * can be, by `localhost`, or by the name that --host gives. */
 static bool is_misled(const struct server *s, const struct http_request *r) {
     const char *host = http_field(r, "host"), *own = s->options.host ? s->options.host : "";
