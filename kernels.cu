@@ -82,6 +82,7 @@ static inline __host__ __device__ int larger(int a, int b) {
 
 struct step_header {
     int n_rows, n_generated, n_samples, n_splits; /* rows [0, n_generated) are generated tokens */
+    int again; /* some are of one text, computed again: earlier ones' pages are not yet filled */
     /* bytes from the header: (n_rows) ints … */
     int token, position, row_sequence;
     int sample_row, sampling; /* (n_samples) int, struct sampling */
@@ -1988,12 +1989,13 @@ template <int HEAD> DEVICE struct item find_item(const struct attention &a, int 
 
 /* The warp that copies: a stage is the keys and values of one warp's pages. Of an item a lane has
  * the keys or the values of a page; those of which nothing is seen are not read. Pages that earlier
- * steps have filled are asked for before the kernel before this has ended, if the ring has room. */
+ * steps have filled are asked for before the kernel before this has ended, if the ring has room,
+ * and if no row here is computed again with those before it. */
 template <int HEAD>
 DEVICE void produce_splits(const struct attention &a, struct ring r, int begin, int end) {
     constexpr int BYTES = BLOCK_TOKENS * HEAD * 2, PIECES = cut_of(HEAD).pages / BYTES;
     const int lane = (int)threadIdx.x % WARP, n = (end - begin) * CONSUMERS;
-    const int n_ahead = smaller(n, r.n);
+    const int n_ahead = a.step->again ? 0 : smaller(n, r.n);
     const struct ring start = r;
     struct found {
         const uint8_t *page; /* NULL: nothing of it is seen */
@@ -3082,6 +3084,17 @@ static void list_work(struct cuda_device *d, const struct batch *batch, int2 *it
     }
 }
 
+/* Whether a step has more than one generated token of a text. */
+static bool computes_again(const struct batch *b) {
+    bool again = false;
+    for (int i = 1; i < b->n_sequences; i++) {
+        const struct sequence *one = &b->sequence[i - 1], *next = one + 1;
+        again = again || (next->generated && next->start == one->start + 1 &&
+                          b->block_table[next->first_block] == b->block_table[one->first_block]);
+    }
+    return again;
+}
+
 /* Fills the step's buffer. Returns its bytes. */
 static size_t write_step(struct cuda_device *d, const struct batch *b) {
     list_work(d, b, NULL, NULL);
@@ -3091,6 +3104,7 @@ static size_t write_step(struct cuda_device *d, const struct batch *b) {
     h.n_generated = d->n_generated;
     h.n_samples = b->n_samples;
     h.n_splits = d->n_splits;
+    h.again = computes_again(b);
     const struct {
         int *distance;
         const void *from; /* NULL: list_work writes it */

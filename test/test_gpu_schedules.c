@@ -61,6 +61,7 @@ static const struct {
      "pages_out>=20 evictions>=5"},
     /* a worker fails, and what it had is computed again */
     {FEW, 2, "--devices 0,1 --kv-host 0 --fail 1@#9", "preemptions>=1 recomputed_tokens>=1"},
+    {FEW, 2, "--devices 0,1 --kv-device 1000b --fail 1@#16", "preemptions>=1 recomputed_tokens>=1"},
     {FEW, 3, "--devices 0,1,2 --tp-prefill 1 --tp-decode 2 --kv-device 1000b --fail 1@#20",
      "preemptions>=1 recomputed_tokens>=1"},
     {FEW, 3, "--devices 0,1,2 --tp-prefill 2 --tp-decode 1 --kv-device 1000b --fail 0@#2",
