@@ -838,13 +838,15 @@ static bool run_episode(uint64_t seed, struct totals *totals) {
     return ok;
 }
 
-/* Everything has happened to requests everywhere, where it can. */
+/* Everything has happened to requests everywhere, where it can; during a hand-over, which is short,
+ * where a million operations were run (see also each_state_meets_each_event). */
 static void check_events(struct check *check, const struct totals *totals) {
     for (int what = 0; what < N_WHAT; what++) {
         printf("    %s:", what_names[what]);
         for (int where = 0; where < N_WHERE; where++) {
             bool waits = where == QUEUED || where == PREEMPTED;
-            bool can = !waits || (what != SENT_BACK && what != COPY_LOST);
+            bool rare = where == HANDED_OVER && totals->operations < 1000000;
+            bool can = !rare && (!waits || (what != SENT_BACK && what != COPY_LOST));
             int64_t n = totals->happened[what][where];
             printf(" %lld %s", (long long)n, where_names[where]);
             CHECK(!can || n > 0, "%s: never while %s", what_names[what], where_names[where]);
