@@ -920,12 +920,12 @@ static bool serve_begins(void *context, struct http_connection *c) {
     struct server *s = context;
     const struct http_request *r = &c->request;
     bool health = strcmp(r->path, "/health") == 0;
-    if (!health &&
-        !has_key(s, r)) /* a browser asks its reader, and sends it with all it fetches; */
-        return refuse_task(
-            c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
-            "WWW-Authenticate: Basic realm=\"dynamo\"\r\n"
-            "WWW-Authenticate: Bearer\r\n"); /* Chromium: not if both are one field */
+    /* a browser asks its reader for it, and sends it with all that it fetches; two fields, for
+     * Chromium asks nobody where both schemes stand in one */
+    if (!health && !has_key(s, r))
+        return refuse_task(c, 401, NULL, "this server needs a key: Authorization: Bearer KEY",
+                           "WWW-Authenticate: Basic realm=\"dynamo\"\r\n"
+                           "WWW-Authenticate: Bearer\r\n");
     if (!health && is_foreign(r))
         return refuse_task(c, 403, NULL, "a page of another origin may not ask this server", "");
     if (!health && is_misled(s, r))
