@@ -1842,6 +1842,42 @@ static void check_told(struct check *check, struct random *random, enum tensor_t
     free(told);
 }
 
+/* Generated tokens that are computed again, all in one step, as those of a worker that failed are:
+ * each reads what those before it write in that step, and has the bits that it had alone. */
+static void generated_rows_again(struct check *check) {
+    enum { ROUNDS = SANITIZED ? 1 : 6 };
+    static struct test_batch test;
+    struct random random = start("again");
+    struct test_model *m = make_model_of(&random, draw_kind(&random, 1, 1, PLAIN), TYPE_BF16);
+    int vocab = m->model.config.vocab_size, slots[KV_BLOCKS];
+    for (int i = 0; i < ROUNDS; i++) {
+        struct story story =
+            draw_story(&random, between(&random, 1, 20), between(&random, 20, 60), vocab);
+        float *alone = floats(nth(story.length - story.n_prompt + 1, vocab + 1, 0));
+        float *again = floats((size_t)vocab);
+        struct worker *worker = open_worker(0, 0, m, 1, 100);
+        tell(check, worker, &random, &story, 100, 0, alone);
+        close_worker(worker);
+        worker = open_worker(0, word(&random), m, 1, 100);
+        shuffle(&random, slots, KV_BLOCKS);
+        struct batch *batch = start_batch(&test);
+        add_text(batch, story.text, slots, 0, story.n_prompt, false);
+        forward(worker, batch);
+        batch = start_batch(&test);
+        for (int at = story.n_prompt; at < story.length; at++)
+            add_text(batch, story.text, slots, at, at + 1, true);
+        add_sample(batch, batch->n_rows - 1, warm(7));
+        forward(worker, batch);
+        peek(check, worker->shards[0], A_LOGITS, again, 1);
+        CHECK(same_bits(again, alone + nth(batch->n_rows, vocab + 1, 0), (size_t)vocab),
+              "%d tokens behind %d", batch->n_rows, story.n_prompt);
+        close_worker(worker);
+        free(alone);
+        free(again);
+    }
+    free_model(m);
+}
+
 static void rows_alone_and_in_crowds(struct check *check) {
     struct random random = start("crowds");
     for (int i = 0; i < (SANITIZED ? (TEXT_DRAWS + 2) / 3 : TEXT_DRAWS); i++)
@@ -2310,6 +2346,7 @@ static void refused_shards(struct check *check) {
         {"attention_of_all_heads", attention_of_all_heads},                                        \
         {"attention_of_long_texts", attention_of_long_texts}, {"whole_models", whole_models},      \
         {"rows_alone_and_in_crowds", rows_alone_and_in_crowds},                                    \
+        {"generated_rows_again", generated_rows_again},                                            \
         {"any_number_of_rows", any_number_of_rows}, {"shards", shards},                            \
         {"many_samples", many_samples}, {"sampling", sampling}, {"copies", copies}, {              \
         "refused_shards", refused_shards                                                           \
