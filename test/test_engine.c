@@ -158,7 +158,7 @@ static void fake_close(struct device *device) {
 static struct engine *threads;
 
 /* Half of the workers prefill, half decode. */
-static void open_fakes(struct check *check, int n_workers) {
+static void open_fakes(struct check *check, int n_workers, int host_blocks) {
     static struct model model = {.config = {.n_layers = 1,
                                             .n_kv_heads = 1,
                                             .head_dim = 64,
@@ -180,7 +180,9 @@ static void open_fakes(struct check *check, int n_workers) {
                                              .n_workers = n_workers,
                                              .max_batch = 4,
                                              .chunk = 16,
+                                             .host_blocks = host_blocks,
                                              .kv_type = KV_BF16};
+    threads->host_kv = malloc(1); /* an address alone */
     for (int i = 0; i < n_workers; i++) {
         bool prefills = i < n_workers / 2;
         devices[i] = (struct device){.index = i, .kv = memory};
@@ -196,12 +198,13 @@ static void open_fakes(struct check *check, int n_workers) {
     CHECK(open_sched(threads) && engine_start(threads), "no engine");
 }
 
-static struct request *submit_fake(int64_t id, int max_new) { /* with the lock held */
+/* A text is a prompt of one token, many times. With the lock held. */
+static struct request *submit_fake(int64_t id, int max_new, int text) {
     struct request *r = calloc(1, sizeof *r);
     *r = (struct request){.id = id, .n_prompt = FAKE_PROMPT, .max_new = max_new};
     r->tokens = calloc((size_t)(FAKE_PROMPT + max_new), sizeof *r->tokens);
     for (int i = 0; i < FAKE_PROMPT; i++)
-        r->tokens[i] = (int)id;
+        r->tokens[i] = text;
     sched_submit(threads->sched, r, engine_now());
     engine_wake(threads);
     return r;
@@ -217,9 +220,9 @@ static void finish_fake(struct request *r) { /* with the lock held */
 
 /* A request has two workers: no other is asked for steps, however long its answer is. */
 static void only_those_concerned_are_woken(struct check *check) {
-    open_fakes(check, FAKE_WORKERS);
+    open_fakes(check, FAKE_WORKERS, 0);
     engine_lock(threads);
-    struct request *r = submit_fake(1, FAKE_ANSWER);
+    struct request *r = submit_fake(1, FAKE_ANSWER, 1);
     finish_fake(r);
     int n_most = 0, n_others = 0;
     for (int i = 0; i < FAKE_WORKERS; i++)
@@ -246,16 +249,16 @@ static void wait_for_copies(int worker) {
 
 /* Blocks of a second prompt are copied to the worker, and seen to be there, in a step of it. */
 static void copies_go_on_while_a_step_runs(struct check *check) {
-    open_fakes(check, 2);
+    open_fakes(check, 2, 0);
     __atomic_store_n(&transfers_wanted, 0, __ATOMIC_SEQ_CST);
     fake_hook = wait_for_copies;
     engine_lock(threads);
-    struct request *first = submit_fake(1, FAKE_ANSWER);
+    struct request *first = submit_fake(1, FAKE_ANSWER, 1);
     while (first->state != REQUEST_RUNNING && first->state != REQUEST_FINISHED)
         engine_wait(threads, INFINITY);
     int64_t before = kv_stats(sched_kv(threads->sched)).transfers;
     __atomic_store_n(&transfers_wanted, before + 3, __ATOMIC_SEQ_CST);
-    struct request *second = submit_fake(2, 5);
+    struct request *second = submit_fake(2, 5, 2);
     finish_fake(second);
     finish_fake(first);
     CHECK(kv_stats(sched_kv(threads->sched)).transfers >= before + 3, "copies");
@@ -266,15 +269,58 @@ static void copies_go_on_while_a_step_runs(struct check *check) {
 
 static void nobody_waits_by_the_wall_clock(struct check *check) {
     n_wall_clock = 0;
-    open_fakes(check, 2);
+    open_fakes(check, 2, 0);
     engine_lock(threads);
-    finish_fake(submit_fake(1, 20));
+    finish_fake(submit_fake(1, 20, 1));
     double until = engine_now() + 1e-3;
     while (engine_now() < until)
         engine_wait(threads, until);
     engine_unlock(threads);
     engine_close(threads);
     CHECK(n_wall_clock == 0, "the wall clock was asked, or waited by, %d times", n_wall_clock);
+}
+
+static long resident(void) { /* bytes */
+    long pages = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+    bool ok = file && fscanf(file, "%*d %ld", &pages) == 1;
+    if (file)
+        (void)fclose(file);
+    return ok ? pages * sysconf(_SC_PAGESIZE) : 0;
+}
+
+/* After the first thousand requests nothing grows any more, and at the end no block is in use: not
+ * on the workers, which are too small for all, nor on the host, where cold ones go. */
+static void a_hundred_thousand_requests(struct check *check) {
+    enum { REQUESTS = SANITIZED ? 3000 : 100000, TOGETHER = 20, TEXTS = 199, HOST_BLOCKS = 180 };
+    long before = 0;
+    open_fakes(check, 4, HOST_BLOCKS);
+    engine_lock(threads);
+    struct request *asked[TOGETHER] = {NULL};
+    for (int64_t id = 0; id < REQUESTS + TOGETHER; id++) {
+        struct request **r = &asked[id % TOGETHER];
+        if (*r) {
+            CHECK((*r)->id == id - TOGETHER, "request %d", (int)(*r)->id);
+            finish_fake(*r);
+        }
+        *r = id < REQUESTS ? submit_fake(id, (int)(1 + id % 7), (int)((id * id + id / 3) % TEXTS))
+                           : NULL;
+        before = id == 1000 ? resident() : before;
+    }
+    long more = resident() - before;
+    engine_unlock(threads);
+    struct engine_stats stats = engine_stats(threads);
+    CHECK(stats.sched.finished == REQUESTS, "%d ended", (int)stats.sched.finished);
+    CHECK(stats.kv.pages_out > 100 && stats.kv.pages_in > 100, "no paging");
+    for (int place = 0; place <= 4; place++) {
+        struct kv_usage u = stats.places[place];
+        int n = place < 4 ? FAKE_BLOCKS : HOST_BLOCKS;
+        CHECK(u.pinned == 0 && u.free + u.cached + u.in_flight == n,
+              "place %d: %d free, %d pinned, %d cached, %d in flight", place, u.free, u.pinned,
+              u.cached, u.in_flight);
+    }
+    CHECK(engine_close(threads), "it does not close");
+    CHECK((before > 0 && more < 1 << 20) || SANITIZED, "%ld bytes more", more);
 }
 
 /* ---- pinning ---- */
@@ -679,6 +725,7 @@ int main(int argc, char **argv) {
         {"only_those_concerned_are_woken", only_those_concerned_are_woken},
         {"copies_go_on_while_a_step_runs", copies_go_on_while_a_step_runs},
         {"nobody_waits_by_the_wall_clock", nobody_waits_by_the_wall_clock},
+        {"a_hundred_thousand_requests", a_hundred_thousand_requests},
         {"pins_ahead_of_what_is_used", pins_ahead_of_what_is_used},
     };
     return check_run(tests, sizeof tests / sizeof *tests, argc, argv);
