@@ -341,8 +341,9 @@ static void bench_prefill(struct bench *bench, const char *type, enum tensor_typ
            scores / attention * 1e-9);
 }
 
-/* Weights are read in a step of one stream, and multiplied in a chunk of a prompt; what each more
- * stream takes is a token's own; a block is copied as memory is. Medians, as a run has them. */
+/* Weights and a text are read in a step of one stream, and weights multiplied in a chunk of a
+ * prompt; what each more stream takes is a token's own; a block is copied as memory is. Medians, as
+ * a run has them. */
 static void bench_rates(struct bench *bench, const char *type) {
     enum { CHUNK = 256, FEW = 4, BYTES = 1 << 26 };
     const struct shape *shape = bench->shape;
@@ -361,7 +362,9 @@ static void bench_rates(struct bench *bench, const char *type) {
         qsort(times[i], 3 * REPEATS, sizeof **times, by_size);
     double one = times[0][3 * REPEATS / 2], prompt = times[2][3 * REPEATS / 2];
     double sample = fmax(times[1][3 * REPEATS / 2] - one, 0) / (FEW - 1);
-    double read = bench->weight_bytes / (one - sample), ops_rate = work / (prompt - sample);
+    double kv = (double)block_bytes(&bench->config, 1, bench->device->kv_type);
+    double bytes = bench->weight_bytes + kv * blocks_of(CONTEXT + 1);
+    double read = bytes / (one - sample), ops_rate = work / (prompt - sample);
     char *from = calloc(1, BYTES), *to = calloc(1, BYTES);
     for (int i = 0; i < REPEATS && from && to; i++) {
         double start = seconds();
