@@ -65,7 +65,7 @@ enum finish_reason { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_CANCELLED, 
  * generated; K and V of tokens [0, filled) are computed; after prefill filled == length - 1. */
 struct request {
     int64_t id;            /* unique; the order of arrival, and of seniority */
-    int *tokens;           /* (capacity of n_prompt + max_new) */
+    int *tokens;           /* (capacity of n_prompt + max_new, sched_longest is enough) */
     int n_prompt, max_new; /* max_new >= 1 */
     int min_new;           /* an end token before so many is one like others */
     struct sampling sampling;
@@ -423,7 +423,9 @@ struct sched;
 struct sched *sched_create(const struct sched_config *config); /* NULL: out of memory */
 void sched_destroy(struct sched *sched);
 struct kv *sched_kv(struct sched *sched);
-int sched_max_length(const struct sched *sched); /* the longest text that fits, in tokens */
+/* The longest text in tokens: that fits now (0: all workers have failed); that ever fits. */
+int sched_max_length(const struct sched *sched);
+int sched_longest(const struct sched *sched);
 /* All calls are made under one lock of the caller; `now` is in seconds, of any clock that does not
  * go back. A worker that got NULL from sched_next is asked again when sched_concerned names it;
  * sched_copies whenever kv_pending says that there are orders.
@@ -465,6 +467,7 @@ struct sched_load {
     const char *role[MAX_WORKERS];                      /* now: prefill, decode, both or none */
     int prefilling[MAX_WORKERS], decoding[MAX_WORKERS]; /* or will when their blocks are there */
     int waiting, preempted;                             /* new ones; those that lost their blocks */
+    int needed; /* the one worker without which texts could not be as long; -1: there is none */
 };
 struct sched_load sched_load(const struct sched *sched);
 struct sched_stats sched_stats(const struct sched *sched);

@@ -48,8 +48,7 @@ enum {
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
     GROWTH_SLACK = 26, /* percent of its blocks that a worker's answers may need too much */
     YOUNG_SHARE = 8, /* answers in the first eighth of their life may in the end need two eighths */
-    GROWTH_STEPS =
-        16, /* steps after which answers have grown enough for others to be tried again */
+    GROWTH_STEPS = 16, /* steps in which answers grow enough for others to be tried again */
     PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
     RETURN_MS = 10,    /* after which a worker that could not return tries again */
     SPAN_TOKENS = 32,  /* answers are expected to end within spans of so many tokens */
@@ -86,7 +85,7 @@ struct sched {
     struct list released;           /* those that have followed: it is computed, or will not be */
     struct worker workers[MAX_WORKERS];
     int max_length, max_prompt_blocks;    /* the largest text; the largest prefill worker */
-    int longest;                          /* text that any worker could hold: of all tables */
+    int longest;                          /* text that fits where none has failed */
     int64_t n_changes;                    /* of what may let a waiting request be admitted */
     int64_t n_chosen;                     /* admissions */
     double likely_answer;                 /* tokens */
@@ -440,10 +439,10 @@ static void send_back(struct sched *s, struct request *r, const char *why, doubl
     withdraw(s, r, FINISH_NONE, now);
 }
 
-/* Sends back who lacks a block where there are no more, and a larger worker has them. */
+/* Sends back who lacks a block where there are no more: a larger worker has them, or none does. */
 static void move_on(struct sched *s, struct request *r, double now) {
     if (lacks_block(r) && r->n_blocks == s->config.kv.device_blocks[r->decode_worker])
-        send_back(s, r, "it fills its worker, and goes on at a larger one", now);
+        send_back(s, r, "it fills its worker", now);
 }
 
 /* The chained hash of a full block: those before it have theirs. */
@@ -666,16 +665,13 @@ static bool admit(struct sched *s, struct request *r, double now) {
     return true;
 }
 
-/* Ends a waiting request whose text no worker that is left can hold: an answer is as long then as
- * it can be. False: one can. */
+/* Ends a waiting request whose text no worker that is left can hold. False: one can. */
 static bool give_up(struct sched *s, struct request *r, double now) {
     if (r->length <= s->max_length)
         return false;
-    bool cut = r->length > r->n_prompt && s->max_length > 0;
-    if (!cut)
-        (void)fail(r->error, s->max_length > 0 ? "its prompt fits no worker that is left"
-                                               : "all workers have failed");
-    withdraw(s, r, cut ? FINISH_LENGTH : FINISH_ERROR, now);
+    (void)fail(r->error, s->max_length > 0 ? "no worker that is left holds so long a text"
+                                           : "all workers have failed");
+    withdraw(s, r, FINISH_ERROR, now);
     return true;
 }
 
@@ -873,7 +869,7 @@ static void take_token(struct sched *s, struct request *r, int token, double now
     bool stops = s->config.ends_text[token] && r->length - r->n_prompt >= r->min_new;
     if (!stops)
         r->tokens[r->length++] = token;
-    if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->max_length)
+    if (!stops && r->length - r->n_prompt < r->max_new && r->length < s->longest)
         return;
     s->likely_answer += (r->length - r->n_prompt - s->likely_answer) / ANSWER_WEIGHT;
     withdraw(s, r, stops ? FINISH_STOP : FINISH_LENGTH, now);
@@ -1179,8 +1175,12 @@ bool sched_is_lost(const struct sched *s, int worker) {
 struct sched_load sched_load(const struct sched *s) {
     struct sched_load load = {.waiting =
                                   s->waiting.length + s->released.length + s->following.length,
-                              .preempted = s->preempted.length};
+                              .preempted = s->preempted.length,
+                              .needed = NONE};
+    int n_longest = 0;
     for (int i = 0; i < s->config.kv.n_workers; i++) {
+        if (s->config.decodes[i] && s->config.kv.device_blocks[i] * BLOCK_TOKENS >= s->max_length)
+            load.needed = n_longest++ == 0 ? i : NONE;
         load.role[i] = role_names[s->config.prefills[i] + 2 * s->config.decodes[i]];
         load.prefilling[i] = s->workers[i].prefilling.length;
         load.decoding[i] = s->workers[i].decoding.length;
@@ -1250,7 +1250,8 @@ struct sched *sched_create(const struct sched_config *config) {
         s->workers[i].prefills = config->prefills[i];
         s->workers[i].decodes = config->decodes[i];
         s->workers[i].fails = s->workers[i].returns = INFINITY;
-        s->longest = max(s->longest, config->kv.device_blocks[i] * BLOCK_TOKENS);
+        if (config->decodes[i])
+            s->longest = max(s->longest, config->kv.device_blocks[i] * BLOCK_TOKENS);
     }
     s->longest = min(s->longest, config->context_length);
     assign_roles(s);
@@ -1278,6 +1279,10 @@ struct kv *sched_kv(struct sched *s) {
 
 int sched_max_length(const struct sched *s) {
     return s->max_length;
+}
+
+int sched_longest(const struct sched *s) {
+    return s->longest;
 }
 
 struct sched_stats sched_stats(const struct sched *s) {

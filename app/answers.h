@@ -259,7 +259,7 @@ static void prepare(const struct answers *a, struct answer *answer) {
     (void)answers_prepare(a, &answer->spec, after ? &after->request : NULL,
                           after ? after->request.tokens : a->history,
                           after ? after->n_seen : a->n_history,
-                          sched_max_length(engine_sched(a->engine)), &answer->request);
+                          sched_longest(engine_sched(a->engine)), &answer->request);
 }
 
 /* ---- answers ---- */

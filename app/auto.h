@@ -66,12 +66,12 @@ static bool auto_change(struct auto_roles *a, bool decodes, double now) {
         int has = load.prefilling[i] + load.decoding[i];
         n[0] += load.role[i][0] == 'p';
         n[1] += load.role[i][0] == 'd';
-        if (other && (least < 0 || has < requests)) {
+        if (other && i != load.needed && (least < 0 || has < requests)) {
             least = i;
             requests = has;
         }
     }
-    if (n[decodes] < 1 || n[!decodes] < 2)
+    if (n[decodes] < 1 || n[!decodes] < 2 || least < 0)
         return false;
     double own = a->load[decodes], rest = a->load[!decodes];
     double before = fmax(own / n[decodes], rest / n[!decodes]);

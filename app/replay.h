@@ -1,7 +1,7 @@
 /* replay.h: loads: requests that come at their times, and what came of them.
  *
  *     struct load *load = load_open(&options, error);
- *     load_start(load, now, sched_max_length(sched));
+ *     load_start(load, now, sched_longest(sched));
  *     while (!load_is_done(load))
  *         if (load_next(load) <= now)
  *             sched_submit(sched, load_take(load), now); // load_ended(load, request, now) follows
@@ -48,7 +48,7 @@ struct load;
 /* NULL: `error` is one line. What the options point to outlives the load. */
 struct load *load_open(const struct load_options *options, char error[ERROR_LENGTH]);
 /* Once, before the others: the load begins at `now` (> 0) by the clock of the driver, which all
- * times are of from here on; max_length: see sched_max_length. */
+ * times are of from here on; max_length: see sched_longest. */
 void load_start(struct load *load, double now, int max_length);
 /* When the next request arrives. INFINITY: none is known of; one that follows an answer is when
  * that has ended. */
@@ -619,7 +619,7 @@ static void submit_arrived(struct load *load, struct engine *engine) {
 
 void load_run(struct load *load, struct answers *a) {
     struct engine *engine = a->engine;
-    load_start(load, engine_now(), sched_max_length(engine_sched(engine)));
+    load_start(load, engine_now(), sched_longest(engine_sched(engine)));
     a->activity = ANSWERING;
     while (!load_is_done(load)) {
         submit_arrived(load, engine);

@@ -250,7 +250,7 @@ static double sim_weights(const struct model *model, int n) {
 }
 
 static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_config *config,
-                             int n_shards, char *error) {
+                             int n_shards, double weights, char *error) {
     char hint[80] = "no --tp is enough";
     double most = .9 * cluster->chip.memory;
     for (int n = MAX_SHARDS; n >= 1 && !cluster->is_cpu; n /= 2) {
@@ -262,8 +262,7 @@ static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_
     return fail(error,
                 "weights of %.1f GB a device and KV blocks do not fit nine tenths of the memory of "
                 "a %s, %.1f GB, with --tp %d; %s",
-                1e-9 * sim_weights(config->model, cluster->is_cpu ? 1 : n_shards),
-                cluster->chip.name, 1e-9 * most, n_shards, hint);
+                1e-9 * weights, cluster->chip.name, 1e-9 * most, n_shards, hint);
 }
 
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {
@@ -273,30 +272,38 @@ bool cluster_fit(const struct cluster *cluster, struct engine_config *config, ch
         double n = host / (double)block_bytes(model, 1, config->kv_type);
         config->host_blocks = (int)fmin(n, INT32_MAX / 64);
     }
-    int sharing[VALUE_DEVICES] = {0}; /* devices that are a chip */
+    int sharing[VALUE_DEVICES] = {0}; /* devices that are a chip; the weights that it has, … */
+    double weights[VALUE_DEVICES] = {0};
+    uint64_t has[VALUE_DEVICES] = {0}; /* … which workers share: bit n + i is shard i of n */
     for (int w = 0; w < config->n_workers; w++)
         for (int s = 0; s < config->workers[w].n_shards; s++) {
             int device = config->workers[w].devices[s];
             if (device >= cluster->n_devices && cluster->n_devices > 0)
                 return fail(error, "--devices: got %d, %.60s has %d", device, cluster->name,
                             cluster->n_devices);
-            sharing[cluster_chip(cluster, device)]++;
+            int chip = cluster_chip(cluster, device), n = config->workers[w].n_shards;
+            uint64_t bit = (uint64_t)1 << (cluster->is_cpu ? 1 : n + s);
+            sharing[chip]++;
+            weights[chip] +=
+                has[chip] & bit ? 0 : sim_weights(config->model, cluster->is_cpu ? 1 : n);
+            has[chip] |= bit;
         }
     for (int w = 0; w < config->n_workers; w++) {
         int n = config->workers[w].n_shards, *blocks = &config->workers[w].blocks;
         struct device wanted = {.config = model, .n_shards = n};
         if (!device_fits(&wanted, error))
             return false;
-        double left =
-            .9 * cluster->chip.memory - sim_weights(config->model, cluster->is_cpu ? 1 : n);
         double bytes = (double)block_bytes(model, n, config->kv_type);
-        int most = INT32_MAX / 64;
+        int most = INT32_MAX / 64, least = 0; /* the chip with the least room */
         for (int s = 0; s < n; s++) {
-            int same = sharing[cluster_chip(cluster, config->workers[w].devices[s])];
-            most = (int)fmin(most, fmax(left / same / bytes, 0));
+            int chip = cluster_chip(cluster, config->workers[w].devices[s]);
+            double left = .9 * cluster->chip.memory - weights[chip];
+            int room = (int)fmin(most, fmax(left / sharing[chip] / bytes, 0));
+            least = s == 0 || room < most ? chip : least;
+            most = room;
         }
         if (most < 1)
-            return sim_does_not_fit(cluster, config, n, error);
+            return sim_does_not_fit(cluster, config, n, weights[least], error);
         if (*blocks > most)
             return fail(error,
                         "--kv-device: got %d blocks, a %s has room for %d beside the weights",
@@ -541,7 +548,7 @@ static void sim_serve(struct sim *sim) {
 }
 
 bool sim_run(struct sim *sim, char *error) {
-    load_start(sim->load, sim->now, sched_max_length(sim->sched));
+    load_start(sim->load, sim->now, sched_longest(sim->sched));
     while (!load_is_done(sim->load) && !ferror_unlocked(stdout)) { /* else nobody reads it */
         double arrival = load_next(sim->load), expiry = sched_next_event(sim->sched);
         double end = sim->events.n > 0 ? sim->events.heap[0].time : INFINITY;

@@ -146,6 +146,19 @@ static void finds_the_best_split(struct check *check) {
         }
 }
 
+/* A worker without which texts could not be as long decodes on, also where it has least to do. */
+static void the_largest_decodes_on(struct check *check) {
+    struct world world;
+    world_open(&world, 1);
+    world.sched->config.kv.device_blocks[1] = 80; /* the first that would change */
+    world.sched->longest = 80 * BLOCK_TOKENS;
+    assign_roles(world.sched);
+    spend(&world, (struct asked){5.5, 200}, 20 * SECONDS);
+    CHECK(count_prefill(&world) > 3, "%d prefill", count_prefill(&world));
+    CHECK(world.sched->config.decodes[1], "the largest does not");
+    sched_destroy(world.sched);
+}
+
 /* Each second has from half of the load to one and a half times as much. */
 static void stays_where_the_load_is_uneven(struct check *check) {
     struct world world;
@@ -254,6 +267,7 @@ static void is_refused_where_there_is_nothing_to_change(struct check *check) {
 
 int main(int argc, char **argv) {
     static const struct test tests[] = {TEST(finds_the_best_split),
+                                        TEST(the_largest_decodes_on),
                                         TEST(stays_where_the_load_is_uneven),
                                         TEST(swings_move_one_worker_at_most),
                                         TEST(no_role_loses_its_last_worker),

@@ -139,7 +139,7 @@ static void report(struct machine *m, const char *text) {
 /* Writes the whole text that a job must come to. */
 static void foresee(struct machine *m, struct job *job) {
     struct request *r = &job->request;
-    int limit = m->workers_fail ? m->s->longest : sched_max_length(m->s);
+    int limit = sched_longest(m->s);
     uint64_t print = 0;
     job->n_text = 0;
     job->reason = FINISH_NONE;
@@ -570,7 +570,8 @@ static bool is_excused(struct machine *m, const struct request *r, struct totals
     bool full = strstr(r->error, "the queue is full") && m->config.max_queue > 0;
     bool expired = strstr(r->error, deadline) && r->submitted + r->deadline <= m->now;
     bool nowhere = strstr(r->error, "all workers have failed") ||
-                   (strstr(r->error, "fits no worker") && r->n_prompt > m->least_length);
+                   (strstr(r->error, "holds so long a text") && r->length >= m->least_length &&
+                    m->least_length < sched_longest(m->s));
     totals->late += expired;
     totals->refused += full;
     if (full && (r->length > r->n_prompt || r->admitted > 0))
@@ -602,9 +603,7 @@ static int collect(struct machine *m, struct totals *totals) {
             continue;
         if (job->cancelled && r->reason != (job->stopped ? FINISH_STOP : FINISH_CANCELLED))
             report(m, "a cancelled request ended otherwise");
-        bool cut = m->workers_fail && r->reason == FINISH_LENGTH && r->length <= job->n_text &&
-                   r->length >= m->least_length;
-        if (!job->cancelled && !cut && (r->reason != job->reason || r->length != job->n_text))
+        if (!job->cancelled && (r->reason != job->reason || r->length != job->n_text))
             report(m, "an answer that ends too early, or for the wrong reason");
     }
     return n_live;
@@ -1583,6 +1582,27 @@ static void who_is_preempted_is_not_queued(struct check *check) {
     sched_destroy(s);
 }
 
+/* Where the largest worker has failed an answer goes on as far as the others hold it, and says so:
+ * it does not end as if it were whole. Others' answers do not mind. */
+static void texts_too_long_for_who_is_left(struct check *check) {
+    struct sched *s = open_workers("pdd", (int[]){6, 8, 4}, 64);
+    static struct job jobs[2];
+    const struct request *r = &jobs[0].request;
+    CHECK(sched_longest(s) == 128 && sched_load(s).needed == 1, "%d", sched_longest(s));
+    ask(s, &jobs[0], 0, 40, 60);
+    for (int i = 0; i < 90 && r->length < 50; i++)
+        (void)step_once(s, i % 3);
+    CHECK(r->decode_worker == 1 && r->length == 50, "%d tokens", r->length);
+    sched_fail(s, 1, 0);
+    CHECK(sched_max_length(s) == 64 && sched_longest(s) == 128, "%d", sched_max_length(s));
+    ask(s, &jobs[1], 1, 20, 10);
+    run_all(check, s);
+    CHECK(r->reason == FINISH_ERROR && strstr(r->error, "holds so long a text"), "%s", r->error);
+    CHECK(r->length == 65, "%d tokens", r->length);
+    CHECK(jobs[1].request.reason == FINISH_LENGTH, "%s", jobs[1].request.error);
+    sched_destroy(s);
+}
+
 /* Written through, no more than the last block is computed again; the other pool takes over. */
 static void a_failed_worker_loses_one_block(struct check *check) {
     struct sched_config config = config_of("pd", (int[]){8, 8}, 16, 4, 64);
@@ -1922,6 +1942,7 @@ int main(int argc, char **argv) {
         {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
         {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
+        {"texts_too_long_for_who_is_left", texts_too_long_for_who_is_left},
         {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"each_state_meets_each_event", each_state_meets_each_event},
         {"memory_that_runs_out", memory_that_runs_out},

@@ -390,6 +390,7 @@ static void refuses_in_a_line(struct check *check) {
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --devices 0-1", "got 1, h100 has 1", 2},
         {"random:llama-3.1-70b --replay 9:9 --sim h100x8", "they fit with --tp 4", 1},
         {"random:llama-3.1-405b --replay 9:9 --sim h100x8 --tp 8", "no --tp is enough", 1},
+        {"random:llama-3.1-70b --replay 9:9 --sim h100 --tp 8", "weights of 170.6 GB", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --kv-device 70G", "has room for", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/zero", "/dev/zero", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates Makefile", "expected a rate, such as",
@@ -407,6 +408,22 @@ static void refuses_in_a_line(struct check *check) {
         CHECK(strstr(output, cases[i].says), "%s: %s", cases[i].arguments, output);
         CHECK(n > 0 && strchr(output, '\n') == output + n - 1, "%s: %s", cases[i].arguments,
               output);
+    }
+}
+
+/* Workers of other sizes take answers over: their texts may then be longer than when they came. */
+static void answers_outgrow_who_is_left(struct check *check) {
+    static char output[1 << 16];
+    static const char *const arguments[] = {
+        "random:llama-3.1-70b:fp8 --sim h100x8 --prefill 0-3 --decode 4-7 --tp-prefill 2 "
+        "--tp-decode 1 --replay 200:6000 --limit 40 --rate 1 --fail 2@5-100 --fail 3@5-100 "
+        "--fail 4@5-100 --fail 5@5-100",
+        "random:llama-3.1-70b:fp8 --sim h100x8 --prefill 0-3 --decode 4-7 --tp-prefill 2 "
+        "--tp-decode 1 --replay 200:6000 --limit 20 --auto 1"};
+    for (int i = 0; i < 2; i++) {
+        int status;
+        size_t n = output_of(arguments[i], output, sizeof output, &status);
+        CHECK(status == 0 && n > 1000, "status %d: %.200s", status, output);
     }
 }
 
@@ -539,6 +556,7 @@ int main(int argc, char **argv) {
         {"memory_is_of_those_in_flight", memory_is_of_those_in_flight},
         {"the_same_bytes_twice", the_same_bytes_twice},
         {"refuses_in_a_line", refuses_in_a_line},
+        {"answers_outgrow_who_is_left", answers_outgrow_who_is_left},
         {"rates_are_read", rates_are_read},
         {"decides_again_as_in_a_real_run", decides_again_as_in_a_real_run},
     };
