@@ -502,9 +502,10 @@ static void *worker_main(void *argument) {
         double end = engine_now();
         pthread_mutex_lock(&engine->lock);
         worker->in_step = false;
-        if (!ok)
+        if (ok)
+            count_pace(engine, &step->batch, end - start);
+        else
             lose_devices(engine, worker->index);
-        count_pace(engine, &step->batch, end - start);
         if (!sched_is_lost(engine->sched, worker->index))
             stamp(engine,
                   &(struct event){EVENT_STEP, start, end, .worker = worker->index, .step = step});

@@ -358,6 +358,7 @@ bool kv_fetch(struct kv *kv, int node, int worker);
  * has failed is KV_RESERVED until then. False: there is none. */
 bool kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
+bool kv_is_pinned(const struct kv *kv, int node, int place); /* where it has a copy */
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
 /* The places where a node has a copy, or will when it has arrived. Returns their number. */

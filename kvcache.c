@@ -658,6 +658,10 @@ void kv_unpin(struct kv *kv, int node, int place) {
     settle(kv, node);
 }
 
+bool kv_is_pinned(const struct kv *kv, int node, int place) {
+    return copy_at(kv, node, place)->pins > 0;
+}
+
 enum kv_state kv_state(const struct kv *kv, int node, int place) {
     const struct copy *own = copy_at(kv, node, place);
     if (!own || own->standing < IN_USE)

@@ -99,7 +99,8 @@ struct plan {
     int decode_worker, prefill_worker;
     int n_hits;                   /* cached blocks, the saved one included */
     int n_alone;                  /* hits that are on the host alone */
-    int missing[MAX_WORKERS + 1]; /* hits that are not at the place */
+    int missing[MAX_WORKERS + 1]; /* hits that are not at the place; … */
+    int loose[MAX_WORKERS + 1];   /* … that are, but nobody has pinned them there */
     int cached, end;              /* tokens [cached, end) are to be prefilled */
     int n_decode, n_prefill;      /* blocks to hold on each side */
     /* why these workers: for the ledger */
@@ -150,7 +151,8 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
-    int n_held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker], held = n_held;
+    int n_held = n_blocks - kv_reclaimable(s->kv, worker), held;
+    held = n_held += plan->missing[worker] + plan->loose[worker];
     int likely = (int)s->likely_answer, n_there = 0;
     if (w->n_admitted == 0 ||
         2 * (held + own + blocks_of(likely) * (w->n_admitted + 1)) <= n_blocks)
@@ -189,10 +191,10 @@ static int room_on(const struct sched *s, int worker) {
     return kv_reclaimable(s->kv, worker) - s->workers[worker].n_stalled;
 }
 
-/* Blocks that a worker must have free for a plan's request, beside the hits that it has. */
+/* Blocks that a plan's request would pin on a worker, and nobody has yet. */
 static int lacks(const struct plan *plan, int worker, bool decodes) {
     int n_blocks = decodes ? plan->n_decode : blocks_of(plan->end);
-    return plan->missing[worker] + n_blocks - plan->n_hits;
+    return plan->missing[worker] + plan->loose[worker] + n_blocks - plan->n_hits;
 }
 
 /* Whether a worker could take a plan's request now: its blocks can be freed there, also those that
@@ -501,8 +503,10 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     for (int i = 0; i < plan->n_hits; i++) {
         int places[MAX_WORKERS + 1], n = kv_places(s->kv, r->blocks[i], places);
         bool alone = n == 1 && places[0] == host;
-        while (n > 0)
+        while (n > 0) {
             plan->missing[places[--n]]--;
+            plan->loose[places[n]] += !kv_is_pinned(s->kv, r->blocks[i], places[n]);
+        }
         plan->n_alone += alone;
         if (alone && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
             (void)kv_hold(s->kv, r->blocks[i], host);
@@ -547,14 +551,13 @@ static bool may_fit(const struct sched *s, const struct request *r) {
     return r->makes_room;
 }
 
-/* For may_fit: what the pool that has no room lacked, at least. */
+/* For may_fit: what those that have no room lacked, at least. */
 static void note_lack(const struct sched *s, struct request *r, const struct plan *plan) {
     r->makes_room = false;
     r->lacks_decoder = plan->decode_worker == NONE;
-    const bool *can = r->lacks_decoder ? s->config.decodes : s->config.prefills;
     r->lacks = INT_MAX;
     for (int i = 0; i < s->config.kv.n_workers; i++)
-        if (can[i])
+        if (r->lacks_decoder || s->config.prefills[i])
             r->lacks = min(r->lacks, lacks(plan, i, r->lacks_decoder));
 }
 

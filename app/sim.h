@@ -527,9 +527,13 @@ static void sim_carry(struct sim *sim, int worker) {
 static void sim_copy_ends(struct sim *sim, int i) {
     struct sim_copy *copy = &sim->copies[i];
     const struct kv_copy_order *order = &copy->order;
-    sim_note(sim, &(struct event){EVENT_COPY, .start = copy->start, .worker = order->worker,
-                                  .node = order->node, .from = order->from, .to = order->to});
-    sched_copied(sim->sched, order, true, sim->now);
+    int host = sim->config->n_workers;
+    bool ok = (order->from == host || !sched_is_lost(sim->sched, order->from)) &&
+              (order->to == host || !sched_is_lost(sim->sched, order->to));
+    if (ok)
+        sim_note(sim, &(struct event){EVENT_COPY, .start = copy->start, .worker = order->worker,
+                                      .node = order->node, .from = order->from, .to = order->to});
+    sched_copied(sim->sched, order, ok, sim->now);
     sim->orders[order->worker / 64] |= (uint64_t)1 << order->worker % 64;
     copy->next = sim->free_copy;
     sim->free_copy = i;

@@ -1582,6 +1582,28 @@ static void who_is_preempted_is_not_queued(struct check *check) {
     sched_destroy(s);
 }
 
+/* What a prompt finds on a worker is no room for it there: it goes where there is some. */
+static void hits_are_no_room(struct check *check) {
+    struct sched_config config = config_of("bb", (int[]){40, 40}, 0, 8, 512);
+    config.likely_answer = 16;
+    struct sched *s = sched_create(&config);
+    static struct job jobs[4];
+    ask(s, &jobs[0], 0, 320, 1);
+    run_all(check, s);
+    int there = jobs[0].request.decode_worker;
+    ask(s, &jobs[1], 1, 10, 200);
+    ask(s, &jobs[2], 2, 280, 200);
+    CHECK(jobs[1].request.decode_worker == 1 - there && jobs[2].request.decode_worker == there,
+          "%d, %d", jobs[1].request.decode_worker, jobs[2].request.decode_worker);
+    CHECK(kv_usage(sched_kv(s), there).cached == 20, "the prefix is not there");
+    ask_after(s, &jobs[3], 3, 400, 8, jobs[0].tokens, 320);
+    CHECK(jobs[3].request.state == REQUEST_LOADING && jobs[3].request.cached_tokens == 320,
+          "it waits for room beside what it found");
+    CHECK(jobs[3].request.decode_worker == 1 - there, "at %d", jobs[3].request.decode_worker);
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 /* Where the largest worker has failed an answer goes on as far as the others hold it, and says so:
  * it does not end as if it were whole. Others' answers do not mind. */
 static void texts_too_long_for_who_is_left(struct check *check) {
@@ -1942,6 +1964,7 @@ int main(int argc, char **argv) {
         {"who_can_be_kept_is_tried_again", who_can_be_kept_is_tried_again},
         {"deadlines_end_requests", deadlines_end_requests},
         {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
+        {"hits_are_no_room", hits_are_no_room},
         {"texts_too_long_for_who_is_left", texts_too_long_for_who_is_left},
         {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"each_state_meets_each_event", each_state_meets_each_event},
