@@ -21,12 +21,12 @@
  *
  * One block and one token on paper (2 workers: 0 prefills, 1 decodes; a prompt of 20 tokens):
  *     sched_submit   no prefix is cached. Nodes A (tokens 0-15) and B (16-19) are made, each with
- *                    a slot on worker 0 to be written and a slot reserved on worker 1.
+ *                    a slot on worker 0 to be written and a slot reserved on worker 1; A is hashed.
  *     sched_next(0)  the first chunk, here all of the prompt.
  *                    The step: rows 0-19, block table {slot of A, slot of B}, one sample (row 19).
  *     forward        row 3 of layer 5: rope_append writes its K to kv + slot(A) * block_bytes,
  *                    at [layer 5][k][kv_head], row 3; attention reads it through the table.
- *     sched_done(0)  A is full: hashed, registered under the root, findable. B stays private.
+ *     sched_done(0)  A is full: registered under the root, findable. B stays private.
  *                    Token 20 is sampled. Both are sent: their slots on worker 1 are in flight.
  *     sched_copies   hands out the two copy orders of worker 1; the courier carries them out.
  *     sched_copied   twice. B's slot on worker 0 is free again; A stays cached there.
@@ -77,16 +77,16 @@ struct request {
     char error[ERROR_LENGTH];
     bool refused; /* its error: the queue was full */
     int length, filled, preemptions;
-    int cached_tokens, cached_on_host; /* of the prompt, when it came; of them on the host alone */
+    int cached_tokens, cached_on_host; /* of the prompt, when admitted; of them on the host alone */
     int prefill_worker, decode_worker; /* that it has, or had last; -1: none yet; may be the same */
     uint64_t *hashes;             /* kv_hash up to the end of each full block. In one piece with */
     int *blocks, n_blocks;        /* … nodes of the cache, in order of position; */
     int *slots, n_slots;          /* … of the first blocks, seen to be where it is computed; */
     int *held, n_held;            /* … nodes whose host copies it holds as it waits */
-    int64_t tried;                /* its last try to be admitted: nothing has changed since. … */
-    int lacks;                    /* … It lacked so many blocks then … */
-    bool lacks_decoder;           /* … on each worker that decodes, or else prefills; or, … */
-    bool makes_room;              /* … if it had a place, they are being freed … */
+    int64_t tried;                /* its last try to be admitted, at which count of changes; … */
+    int lacks;                    /* … the blocks that it lacked then, … */
+    bool lacks_decoder;           /* … on any worker, or on those that prefill; … */
+    bool makes_room;              /* … whether they are being freed, … */
     int room_at;                  /* … on this worker */
     int n_passed;                 /* others admitted while it was the first that did not fit */
     int shared;                   /* tokens that it has waited for another to compute, who is … */
@@ -152,9 +152,9 @@ struct device {
     void *kv; /* device (blocks, block_bytes): see block_bytes below */
 };
 
-/* Functions that can fail return NULL or false and write one line into `error`; the ops cannot
- * fail: a fault of the device is told with its file and line, and ends the program, or what the
- * engine had there: see backend_options.
+/* Functions that can fail return NULL or false, and write a line into `error` if they have it; the
+ * ops cannot fail: a fault of the device is told with its file and line, and ends the program, or
+ * what the engine had there: see backend_options.
  *
  * The activations belong to the device: x (n_rows, d_model) f32 is the residual stream, and q, k,
  * v, attention and ffn are what the ops below leave for each other, in its own layout. An op is
@@ -165,8 +165,8 @@ struct device {
  * expert_down_add on one of several shards leave their partial sum on the device, and
  * all_reduce_add of the worker's shards adds all partial sums to every shard's x; on a worker of
  * one shard they add to x themselves, unless the config says post_norm. K is summed in K_SEGMENTS
- * segments combined by a binary tree, and a row's experts in as many groups, so the result does
- * not depend on n_shards. */
+ * segments combined by a binary tree (prompts on GPUs: as one chain, from shard to shard), and a
+ * row's experts in as many groups, so the result does not depend on n_shards. */
 struct backend {
     const char *name;
     void (*close)(struct backend *backend);
@@ -358,11 +358,11 @@ bool kv_fetch(struct kv *kv, int node, int worker);
  * has failed is KV_RESERVED until then. False: there is none. */
 bool kv_hold(struct kv *kv, int node, int place);
 void kv_unpin(struct kv *kv, int node, int place);
-bool kv_is_pinned(const struct kv *kv, int node, int place); /* where it has a copy */
 enum kv_state kv_state(const struct kv *kv, int node, int place);
 int kv_slot(const struct kv *kv, int node, int worker);
-/* The places where a node has a copy, or will when it has arrived. Returns their number. */
-int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]);
+/* The places where a node has a copy, or will when it has arrived, and whether it is pinned there:
+ * arrays of MAX_WORKERS + 1. Returns their number. */
+int kv_places(const struct kv *kv, int node, int *places, bool *pinned);
 /* Registers a private, full node under `parent` (-1: the first block); hash is that of the text up
  * to its end. If the index has the block already, the pins move to it and `node` is gone. Returns
  * the node that now stands for it. */
@@ -398,7 +398,7 @@ struct kv_stats kv_stats(const struct kv *kv);
 struct sched_config {
     struct kv_config kv;
     bool prefills[MAX_WORKERS], decodes[MAX_WORKERS]; /* the roles of each worker */
-    int max_batch;                                    /* requests that decode on one worker */
+    int max_batch;                                    /* answers in one step of a worker */
     int chunk;                                        /* prompt tokens in one step */
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */

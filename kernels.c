@@ -8,7 +8,7 @@
  *
  *     struct backend *cpu = cpu_backend_open(&options, error);      // NULL: error says why
  *     struct device *device = cpu->device_open(cpu, &wanted, error);
- *     const struct weight *weight = cpu->upload(device, tensor, slice, error);
+ *     const struct weight *weight = cpu->upload(device, tensor, NULL, slice, error);
  *     cpu->step_begin(device, &batch);                              // then the ops, in order
  *
  * How data flows: `upload` packs a matrix once into panels of 64 outputs side by side for each k. A
@@ -20,7 +20,7 @@
  *   - Each output element is summed in one fixed order that depends on its own row alone, and every
  *     loop over elements works on whole, padded vectors: so the bits do not depend on the batch, on
  *     chunking, on the number of threads or of shards.
- *   - Activation rows are padded with zeros to PAD elements, which no op ever overwrites.
+ *   - Activation rows are padded with zeros to PAD elements, and stay so.
  *   - All devices of a backend share one copy of the packed weights; a shard is a view of it.
  *   - A copy that runs stays in the copier's list until its queue has counted it.
  *
@@ -101,7 +101,7 @@ struct attention_scratch {    /* queries of a tile, and what is made of them */
     int n, position[QUERIES]; /* (n) ascending: a query sees tokens up to position, … */
     int window;               /* … so many at most */
     struct softmax state[QUERIES];
-    alignas(64) float query[QUERIES * HEAD_STRIDE]; /* divided by sqrt(dim) */
+    alignas(64) float query[QUERIES * HEAD_STRIDE]; /* times the attention scale */
     alignas(64) float output[QUERIES * HEAD_STRIDE];
     alignas(64) float scores[QUERIES * KV_TILE];
 };

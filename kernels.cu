@@ -31,7 +31,8 @@
  *     gaps of these inputs (chapter 2) are 0 from the beginning, and nobody writes there.
  *   - Work on a stream is ordered; between streams nothing is assumed: the scheduler uses a block
  *     only when the copy into it, or the step that wrote it, has been reported.
- *   - A device's fault ends the program, with file, line, device, call, and what was being done.
+ *   - A device's fault is told with file, line, device, call, and what was being done. Then it ends
+ *     the program, or what the engine had there.
  *
  * Beside it: lib/gpu.h (launches, tickets, the instructions of the tensor cores), lib/sampler.h. */
 extern "C" {
@@ -435,8 +436,8 @@ __global__ void widen_kernel(float *to, int cols, const struct raw_rows raw) {
  * Devices on one GPU share its weights, and two staging buffers for those on their way up.
  *
  *     struct cuda_device *d = enter(device, "loading weights"); // it is the current one now
- *     TRY(d, cudaStreamSynchronize(stream));                    // or the program ends
- *     launch(d, "norm_kernel", norm_kernel, n, THREADS, 0, x, y, n); */
+ *     TRY(d, cudaStreamSynchronize(stream));                    // or the device is lost
+ *     launch(d, "double_kernel", double_kernel, n_blocks, THREADS, 0, x, n); */
 
 struct weight { /* a matrix, or a vector of f32 */
     const struct tensor *tensor;
@@ -776,7 +777,7 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * batch:
  *   generated_product   tokens that were generated, up to 64 rows: bound by reading the weights.
  *                       Each sum is a tree of K_SEGMENTS chains.
- *   prompt_product      rows of prompts: bound by multiplying. A tile is 256 rows and a panel,
+ *   prompt_product      rows of prompts: bound by multiplying. A tile: up to 256 rows and a panel,
  *                       and each sum is one chain over all of K. Where shards cut K, a shard goes
  *                       on with the sums of the one before it: the same chain.
  * Both do their part of what follows a product: bias, activation, or adding to the residual.
@@ -1278,8 +1279,8 @@ static constexpr __host__ __device__ int kept_bytes(int rows) { /* of add_siblin
 }
 
 /* out (row, output) = sum over k of input (row, k) * matrix (output, k), of up to ROWS rows from
- * first_row on. A block a multiprocessor: see struct share. Shared: the ring, an int, and the
- * scales of rows. Bound by memory. */
+ * first_row on. A block a multiprocessor: see struct share. Shared: the ring, sums of left
+ * siblings, squares, an int, and the scales of rows. Bound by memory. */
 template <int TYPE, int EPILOGUE, int ROWS>
 __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
@@ -1453,8 +1454,8 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
 }
 
 /* out (row, output) = sum over k, in order, of rows [first_row, first_row + n_rows). Grid: any
- * number of blocks; each takes every so-manieth tile of 256 rows and a panel. Shared: the ring.
- * Bound by the tensor cores. */
+ * number of blocks; each takes every so-manieth tile of TILE_ROWS rows and a panel. Shared: the
+ * ring. Bound by the tensor cores. */
 template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
@@ -1655,7 +1656,7 @@ static struct product product_of(const struct cuda_device *d, const struct weigh
  *
  * A *query* is one head of one token. The queries of a KV head's group see the same keys, so they
  * are multiplied together, with a running softmax (FlashAttention-2, Dao 2023).
- *   prompt_attention      up to 128 queries of one sequence by 128 tokens a step
+ *   prompt_attention      up to 128 queries of one sequence by up to 128 tokens a step
  *   generated_attention   one token's heads; its text is cut into splits of fixed length, which
  *                         whoever ends last adds up, in order (Flash-Decoding, Dao et al. 2023)
  * In both, a warp copies keys and values into a ring (chapter 4), and eight multiply. What a query
@@ -1676,7 +1677,7 @@ struct heads {                      /* of a layer: what rope and attention share
 struct attention : heads {
     struct planes out; /* heads at `places` */
     struct segments places;
-    float scale;        /* log2(e) / sqrt(head_dim) */
+    float scale;        /* log2(e) times the attention scale */
     int window;         /* tokens that a query sees at most, its own among them; INT_MAX: all */
     const float *sinks; /* (n_heads) scores of a token without a value; NULL: there is none */
     int n_stages;       /* of the ring */
@@ -3068,7 +3069,7 @@ static void reserve_step(struct cuda_device *d, size_t bytes, size_t n_splits) {
 }
 
 /* The tiles of queries of prompts, and the splits of generated tokens: into lists, or only counted
- * (NULL). Long texts come first, so that none is left alone at the end. */
+ * (NULL). Of a prompt the last tiles come first: they see the most, and take longest. */
 static void list_work(struct cuda_device *d, const struct batch *batch, int2 *items, int2 *splits) {
     int head = kv_head_dim(d->device.config, KV_BF16), group = d->n_heads / d->n_kv_heads;
     int tile = cut_of(head).queries, split = cut_of(head).split;
@@ -3133,7 +3134,8 @@ static size_t write_step(struct cuda_device *d, const struct batch *b) {
     return end;
 }
 
-/* A step of generated tokens alone is recorded the first time, for up to 8, 16, … 64 rows. */
+/* A step of generated tokens alone, each sampled, on one shard, is recorded the first time: for up
+ * to 8, 16, … 64 rows. */
 static bool cuda_step_begin(struct device *device, const struct batch *batch) {
     struct cuda_device *d = enter(device, "computing a step");
     assert(batch->n_rows <= device->max_rows && batch->n_samples <= device->max_samples);

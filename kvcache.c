@@ -12,8 +12,8 @@
  *
  * Cached copies are clean if the node has another valid one, on the host or a peer, else dirty: to
  * drop a clean one loses nothing, and what was its duplicate is dirty from then on. But that is no
- * reason to go: the coldest copy of a place goes first, and if it is dirty it is paged out before
- * it goes. The cleaner does so in advance for the few that are next.
+ * reason to go: the coldest copy of a worker goes first, and if it is dirty it is paged out before
+ * it goes (of the host: see choose_host_victim). The cleaner does so in advance for the few next.
  *
  * Whoever changes a copy calls `settle_copy` in the end, which gives it its standing (enum
  * standing): so the rules stand in one function; then `settle`, which does so with the others of
@@ -420,8 +420,9 @@ static void settle_copy(struct kv *kv, struct copy *c) {
         set_standing(kv, c, standing);
 }
 
-/* Does so with all copies of a changed node. */
-static void settle_all(struct kv *kv, struct node *node) {
+/* Does so with all copies of a node, if its change matters to them; frees one without copies. */
+static void settle(struct kv *kv, int id) {
+    struct node *node = &kv->nodes[id];
     while (node->matters != what_matters(node)) {
         node->matters = what_matters(node);
         for (struct copy *c = node->first, *next; c; c = next) {
@@ -429,13 +430,6 @@ static void settle_all(struct kv *kv, struct node *node) {
             settle_copy(kv, c);
         }
     }
-}
-
-/* Does so if that matters to them; frees a node without copies. */
-static void settle(struct kv *kv, int id) {
-    struct node *node = &kv->nodes[id];
-    if (node->matters != what_matters(node))
-        settle_all(kv, node);
     if (!node->first)
         free_node(kv, id);
 }
@@ -658,10 +652,6 @@ void kv_unpin(struct kv *kv, int node, int place) {
     settle(kv, node);
 }
 
-bool kv_is_pinned(const struct kv *kv, int node, int place) {
-    return copy_at(kv, node, place)->pins > 0;
-}
-
 enum kv_state kv_state(const struct kv *kv, int node, int place) {
     const struct copy *own = copy_at(kv, node, place);
     if (!own || own->standing < IN_USE)
@@ -672,11 +662,12 @@ enum kv_state kv_state(const struct kv *kv, int node, int place) {
     return read ? KV_ARRIVING : KV_VALID;
 }
 
-int kv_places(const struct kv *kv, int node, int places[MAX_WORKERS + 1]) {
+int kv_places(const struct kv *kv, int node, int *places, bool *pinned) {
     int n = 0;
-    for (int i = 0; 64 * i <= kv->host; i++)
-        for (uint64_t bits = kv->nodes[node].places[i]; bits != 0; bits &= bits - 1)
-            places[n++] = 64 * i + __builtin_ctzll(bits);
+    for (const struct copy *c = kv->nodes[node].first; c; c = c->next) {
+        places[n] = c->place;
+        pinned[n++] = c->pins > 0;
+    }
     return n;
 }
 

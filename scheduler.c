@@ -42,12 +42,12 @@ enum {
     LOCAL_PREFILL_TOKENS = 128, /* less than this after a prefix hit is not worth a hand-over */
     BUSY_CHUNKS = 4,            /* prefill workers so many chunks behind: decode workers help */
     MAX_PASSED = 16,            /* younger requests that may be admitted before the oldest */
-    MAX_CANDIDATES = 16,        /* waiting requests that are looked at */
+    MAX_CANDIDATES = 16,        /* waiting requests that are looked at in vain */
     MAX_PROMPTS = 64,           /* that share a chunk */
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
-    GROWTH_SLACK = 26, /* percent of its blocks that a worker's answers may need too much */
-    YOUNG_SHARE = 8, /* answers in the first eighth of their life may in the end need two eighths */
+    GROWTH_SLACK = 26, /* percent beyond its blocks that a worker's answers are let grow to */
+    YOUNG_SHARE = 8,   /* those in the first eighth of their life: two eighths of it, in the end */
     GROWTH_STEPS = 16, /* steps in which answers grow enough for others to be tried again */
     PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
     RETURN_MS = 10,    /* after which a worker that could not return tries again */
@@ -216,8 +216,8 @@ static bool is_idler(const struct sched *s, int worker, int other) {
 }
 
 /* Which worker decodes a request: of those that have room, the one with the fewest blocks in use
- * and to be fetched. Which one prefills it: the one with the least to do, prompt tokens, and a
- * block to be fetched for each that is not there. NONE: none has room. */
+ * and to be fetched. Which one prefills it: the one with the fewest prompt tokens to compute,
+ * a block to be fetched counted like one of them. NONE: none has room. */
 static int choose_worker(const struct sched *s, const struct request *r, const struct plan *plan,
                          bool decodes) {
     int best = NONE, least = 0;
@@ -501,11 +501,12 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
     for (int w = 0; w < host; w++)
         plan->missing[w] = plan->n_hits;
     for (int i = 0; i < plan->n_hits; i++) {
-        int places[MAX_WORKERS + 1], n = kv_places(s->kv, r->blocks[i], places);
+        bool pinned[MAX_WORKERS + 1];
+        int places[MAX_WORKERS + 1], n = kv_places(s->kv, r->blocks[i], places, pinned);
         bool alone = n == 1 && places[0] == host;
         while (n > 0) {
             plan->missing[places[--n]]--;
-            plan->loose[places[n]] += !kv_is_pinned(s->kv, r->blocks[i], places[n]);
+            plan->loose[places[n]] += !pinned[n];
         }
         plan->n_alone += alone;
         if (alone && kv_usage(s->kv, host).pinned < s->config.kv.host_blocks / 2) {
@@ -955,7 +956,8 @@ void sched_done(struct sched *s, int worker, struct step *step, double now) {
 }
 
 void sched_copied(struct sched *s, const struct kv_copy_order *order, bool ok, double now) {
-    int to = min(order->to, s->config.kv.n_workers - 1), before = kv_reclaimable(s->kv, to);
+    int to = min(order->to, s->config.kv.n_workers - 1); /* the host's: any, none has more room */
+    int before = kv_reclaimable(s->kv, to);
     s->workers[order->worker].n_copying--;
     concern(s, order->worker);
     if (order->from < s->config.kv.n_workers)

@@ -5,7 +5,7 @@
  *     if (cluster_open(&cluster, "--sim", "2xh100x8", NULL, error) &&
  *         cluster_fit(&cluster, &config, error)) {
  *         struct sim *sim = sim_open(&cluster, &config, load, error);
- *         ok = sim_run(sim, error);  // 100,000 requests in a minute or two
+ *         ok = sim_run(sim, error);  // 100,000 requests: some two minutes
  *         sim_close(sim);
  *     }
  *

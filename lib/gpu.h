@@ -1,6 +1,6 @@
 /* gpu.h: what a CUDA program needs beside its kernels, on the host and on the GPU.
  *
- * On the host: calls that end the program with one line that says what was being done; launches
+ * On the host: calls whose faults are told in one line, which says what was being done; launches
  * that may overlap; tickets for copies, which are polled; memory for uploads, two buffers in turns.
  * On the GPU: one small function for each instruction that CUDA C++ has no words for. This is the
  * only place with inline PTX: with CUDA_EMULATED the same names come from an emulator, where a warp
@@ -402,8 +402,9 @@ struct gpu {             /* the first part is the caller's to fill in */
     const char *program; /* begins the line of a fault */
     int index;
     const cudaDeviceProp *properties;
-    cudaStream_t stream;         /* that gpu_launch puts kernels into */
-    void (*lost)(void *context); /* called before a fault ends the program; or NULL */
+    cudaStream_t stream; /* that gpu_launch puts kernels into */
+    void (*lost)(
+        void *context); /* a fault has been told; NULL, or if it returns: the program ends */
     void *context;
     const char *doing;   /* for messages */
     uint64_t n_launches; /* counts gpu_launch; the caller may set it */
@@ -411,7 +412,8 @@ struct gpu {             /* the first part is the caller's to fill in */
     int n_pieces;
 };
 
-/* Ends the program unless `error` is success. `call`: its text or name. */
+/* Tells of a fault, calls `lost` and ends the program, unless `error` is success. `call`: its text
+ * or name. */
 void gpu_check(const struct gpu *gpu, cudaError_t error, const char *call, const char *file,
                int line);
 #define GPU_TRY(gpu, call) gpu_check(gpu, call, #call, __FILE__, __LINE__)

@@ -14,7 +14,7 @@
  *     pool_give_job(&pool, job);
  *     pool_close(&pool);
  *
- * Invariants: a tile is run once; a job's fields are read only by who holds one of its tiles; a
+ * Invariants: a tile is run once; what a job computes is read only by who holds one of its tiles; a
  * sleeping helper is not counted as active. The pool knows nothing of what tiles compute; it only
  * gives each helper a `struct scratch`, which is the includer's own type. Read `pool_run` next. */
 #ifndef POOL_H
