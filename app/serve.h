@@ -64,6 +64,9 @@ struct choice { /* one answer of a task */
     int n_taken;          /* tokens */
     size_t thought_shown; /* bytes */
     double last;          /* when its last token came */
+    /* where the text of a token begins in it: what decodes, and how many, prompt included, it saw */
+    struct tok_stream decoded;
+    int n_decoded, n_characters;
 };
 
 struct task {
@@ -511,7 +514,8 @@ static void write_token(FILE *out, const struct server *s, int token, bool bytes
 
 /* Of tokens [first, n), as a chat has them. */
 static void write_chat_logprobs(FILE *out, const struct server *s, const struct task *t,
-                                const struct request *r, int first, int n) {
+                                struct choice *choice, int first, int n) {
+    const struct request *r = &choice->answer.request;
     (void)fputs("{\"content\":[", out);
     for (int i = first; i < n; i++) {
         const struct sampler_top *top = &r->top[i];
@@ -528,9 +532,27 @@ static void write_chat_logprobs(FILE *out, const struct server *s, const struct 
     (void)fputs("]}", out);
 }
 
+/* How many characters of its text stand before each token, from the first-th on; one that several
+ * tokens make belongs to the last of them. */
+static void write_offsets(FILE *out, const struct server *s, struct choice *choice, int first) {
+    const struct request *r = &choice->answer.request;
+    const struct tokenizer *tokenizer = s->answers->tokenizer;
+    char text[TOK_TEXT_SIZE];
+    (void)fputs("],\"text_offset\":[", out);
+    for (; choice->n_decoded < choice->answer.n_seen; choice->n_decoded++) {
+        int i = choice->n_decoded - r->n_prompt, token = r->tokens[choice->n_decoded];
+        if (i >= first)
+            (void)fprintf(out, "%s%d", i > first ? "," : "", choice->n_characters);
+        size_t n = tokenizer ? tok_decode(tokenizer, &choice->decoded, token, text) : 0;
+        for (size_t k = 0; k < n && i >= 0; k++)
+            choice->n_characters += (text[k] & 0xC0) != 0x80; /* a byte that begins one */
+    }
+}
+
 /* The same, as a completion has them. */
 static void write_logprobs(FILE *out, const struct server *s, const struct task *t,
-                           const struct request *r, int first, int n) {
+                           struct choice *choice, int first, int n) {
+    const struct request *r = &choice->answer.request;
     (void)fputs("{\"tokens\":[", out);
     for (int i = first; i < n; i++) {
         (void)fputs(i > first ? "," : "", out);
@@ -549,6 +571,7 @@ static void write_logprobs(FILE *out, const struct server *s, const struct task 
         }
         (void)fputc('}', out);
     }
+    write_offsets(out, s, choice, first);
     (void)fputs("]}", out);
 }
 
@@ -580,7 +603,7 @@ static void write_choice(FILE *out, const struct server *s, const struct task *t
     }
     (void)fputs(t->logprobs ? "\"logprobs\":" : "\"logprobs\":null", out);
     if (t->logprobs)
-        (t->chat ? write_chat_logprobs : write_logprobs)(out, s, t, r, first, n);
+        (t->chat ? write_chat_logprobs : write_logprobs)(out, s, t, choice, first, n);
     if (answer->ended)
         write_string(out, ",\"finish_reason\":", answers_reasons[answers_reason(answer)]);
     (void)fputs(answer->ended ? "}" : ",\"finish_reason\":null}", out);

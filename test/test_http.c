@@ -469,6 +469,46 @@ static void logprobs_are_those_of_the_logits(struct check *check) {
     stop(&s);
 }
 
+/* Each token's text stands where its offset says, in characters; the noise makes odd ones, and where
+ * nothing is before it the first may lose a space. A stream tells the same, a token at a time. */
+static void offsets_are_where_tokens_begin(struct check *check) {
+    struct served s = serve(check, "--seed 1");
+    char *response = ask(&s, "/v1/completions", "",
+                         "{'prompt':'','temperature':4,'max_tokens':200,'logprobs':0,'seed':9}");
+    char error[ERROR_LENGTH], *body = strstr(response, "\r\n\r\n");
+    struct json_node *nodes = json_parse(body, strlen(body), error);
+    int choice = json_find(nodes, 0, "choices") + 1,
+        logprobs = json_find(nodes, choice, "logprobs");
+    const struct json_node *text = &nodes[json_find(nodes, choice, "text")];
+    int offset = json_find(nodes, logprobs, "text_offset"), n = 0, n_whole = 0, n_long = 0;
+    int token = json_find(nodes, logprobs, "tokens");
+    bool broken = false;
+    CHECK(offset > 0 && nodes[offset].next - offset == 201, "%s", response);
+    char *streamed = ask(&s, "/v1/completions", "",
+                         "{'prompt':'','temperature':4,'max_tokens':200,'logprobs':0,'seed':9,"
+                         "'stream':true}");
+    for (const char *at = text->text; n < 200 && offset > 0; n++) {
+        const struct json_node *its = &nodes[token + 1 + n];
+        int begins = atoi(nodes[offset + 1 + n].text), before = 0;
+        streamed = strstr(streamed, "\"text_offset\":[") + 15;
+        CHECK(atoi(streamed) == begins && streamed[strspn(streamed, "0123456789")] == ']',
+              "token %d: %d, streamed %.20s", n, begins, streamed);
+        for (at = text->text; before < begins || (*at & 0xC0) == 0x80; at++)
+            before += (at[1] & 0xC0) != 0x80;
+        bool whole = !memmem(its->text, its->length, "\xEF\xBF\xBD", 3);
+        const char *shown = its->text + (n == 0 && *its->text == ' ');
+        size_t length = its->length - (size_t)(shown - its->text);
+        CHECK(!whole || broken || memcmp(at, shown, length) == 0, "token %d, at %d: %.*s: %s", n,
+              begins, (int)length, shown, response);
+        broken = !whole; /* what is left of a character belongs to the token behind it */
+        n_whole += whole;
+        n_long += whole && begins != (int)(at - text->text);
+    }
+    CHECK(n_whole > 100 && n_long > 20, "%d are whole, %d behind a long one", n_whole, n_long);
+    free(nodes);
+    stop(&s);
+}
+
 static void one_connection_serves_many(struct check *check) {
     struct served s = serve(check, "");
     int client = dial(&s);
@@ -811,6 +851,7 @@ int main(int argc, char **argv) {
                                         TEST(texts_are_those_of_the_command_line),
                                         TEST(fields_mean_what_they_say),
                                         TEST(logprobs_are_those_of_the_logits),
+                                        TEST(offsets_are_where_tokens_begin),
                                         TEST(one_connection_serves_many),
                                         TEST(nothing_without_the_key),
                                         TEST(pages_that_are_led_here_are_refused),
