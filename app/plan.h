@@ -36,7 +36,7 @@ struct plan_options {
     bool json;                          /* an object a split, in place of tables */
 };
 
-/* Runs the load on every split and tells which is best. False: `error`, one line. */
+/* Runs the load on every split and tells which is best. False: none is, as `error` says. */
 bool plan_print(const struct plan_options *options, char *error);
 /* Tells from which length on a prefix is copied sooner than computed, after a table on stdout. */
 void plan_break_even(const struct cluster *cluster, const struct engine_config *config);
@@ -339,20 +339,12 @@ static void plan_picture(const struct plan *plan) {
            width);
 }
 
-/* One sentence. best: of each kind, together and apart; NULL: there is none. */
-static void plan_verdict(const struct plan *plan, const struct plan_split *const best[2]) {
+/* One sentence, if any kind, together and apart, has a best; NULL: it has none. */
+static void plan_verdict(const struct plan_split *const best[2]) {
     char names[2][64];
     const struct plan_split *apart = best[1], *together = best[0];
-    const char *why = plan->n_points > 0 ? plan->points[0].result.first_error : "";
-    if (!apart && !together) {
-        if (*why && isinf(plan->least[0]))
-            printf("\nno split keeps the targets: requests fail; %s\n", why);
-        else
-            printf("\nno split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / "
-                   "%.2f ms (p90, each by itself)\n",
-                   plan->least[0], plan->least[1]);
-        return;
-    }
+    if (!apart && !together)
+        return; /* see plan_kept */
     if (!apart || !together) {
         const struct plan_split *only = apart ? apart : together;
         printf("\nonly %s keeps the targets: %s, %.1f tokens/s per GPU\n",
@@ -371,6 +363,19 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
            "search is exact to %.0f %%)\n",
            word, plan_name(apart, names[0]), apart->best.per_gpu, plan_name(together, names[1]),
            together->best.per_gpu, 100 * margin, 100 * (PLAN_STEP - 1));
+}
+
+/* False: no split keeps the targets, and `error` says how far off they are. */
+static bool plan_kept(const struct plan *plan, char *error) {
+    const char *why = plan->points[0].result.first_error;
+    if (plan->best[0] > 0 || plan->best[1] > 0)
+        return true;
+    if (*why && isinf(plan->least[0]))
+        return fail(error, "no split keeps the targets: requests fail; %.400s", why);
+    return fail(error,
+                "no split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / %.2f ms "
+                "(p90, each by itself)",
+                plan->least[0], plan->least[1]);
 }
 
 static void plan_tell(const struct plan *plan) {
@@ -406,7 +411,7 @@ static void plan_tell(const struct plan *plan) {
         plan_row(&plan->splits[i], PLAN_PRUNED * plan->best[plan_apart(&plan->splits[i])]);
     if (best[0] || best[1])
         plan_picture(plan);
-    plan_verdict(plan, best);
+    plan_verdict(best);
     struct engine_config config;
     char error[ERROR_LENGTH];
     struct plan_split shown = best[1] ? *best[1] : best[0] ? *best[0] : plan->splits[0];
@@ -455,6 +460,7 @@ bool plan_print(const struct plan_options *o, char *error) {
             plan_tell(&plan);
         for (int i = 0; i < plan.n_splits && o->json; i++)
             plan_object(&plan.splits[i]);
+        ok = plan_kept(&plan, error);
     }
     free(plan.splits);
     free(plan.points);

@@ -122,7 +122,8 @@ static bool open_model(struct run *run, char *error) {
     run->answers.vocab_size = run->model.config.vocab_size;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
-    if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt))
+    if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt || o->request.n_stop > 0 ||
+                                    o->request.system || o->template > TEMPLATE_AUTO))
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
@@ -487,6 +488,8 @@ static int run_sim(struct run *run) {
     struct sim *sim = NULL;
     char error[ERROR_LENGTH];
     if (!open_cluster(run, "--sim", o->sim, &cluster, &config, error) ||
+        (o->devices.cpu && !cluster.is_cpu &&
+         !fail(error, "--devices: got cpu, expected numbers of GPUs of %.60s", o->sim)) ||
         !plan_engine(run, cluster.n_devices, &config, error) ||
         !cluster_fit(&cluster, &config, error) ||
         !(sim = sim_open(&cluster, &config, run->load, error)))
@@ -511,18 +514,10 @@ static int run_sim(struct run *run) {
 
 /* The load on all splits of a cluster that need not be there. */
 static int run_plan(struct run *run) {
-    static const char *const chosen[] = {"--devices",    "--prefill",   "--decode",   "--tp",
-                                         "--tp-prefill", "--tp-decode", "--colocate", "--rate",
-                                         "--trace",      "--verbose"};
     const struct options *o = &run->options;
     struct engine_config config = {0};
     struct cluster cluster;
     char error[ERROR_LENGTH];
-    for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++)
-        if (cli_given(o->given, chosen[i])) {
-            (void)fail(error, "%s: --plan tries all, and has no use for it", chosen[i]);
-            return refuse(error);
-        }
     if (!open_cluster(run, "--plan", o->plan, &cluster, &config, error))
         return refuse(error);
     configure_engine(run, PLAN_BATCH, &config);
