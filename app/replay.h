@@ -67,7 +67,8 @@ void load_close(struct load *load); /* when all that were taken have ended */
 enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 
 struct load_result {          /* so far */
-    int64_t requests, failed; /* that ended; of them with an error, or cancelled */
+    int64_t requests, failed; /* that ended; of them with an error */
+    int64_t cancelled;        /* that an interruption ended, which are not among those */
     int64_t good;             /* that kept both targets */
     int64_t arrivals;         /* that came by themselves, and did not follow an answer */
     int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
@@ -444,11 +445,12 @@ static void count_item(struct load *load, struct item *item, double now) {
     char number[24];
     struct request *r = &item->request;
     struct load_result *sums = &load->sums;
-    bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
-    sums->requests++;
-    sums->failed += failed;
+    bool cancelled = r->reason == FINISH_CANCELLED;
+    sums->requests += !cancelled;
+    sums->cancelled += cancelled;
+    sums->failed += r->reason == FINISH_ERROR;
     sums->good += is_good(load, r);
-    sums->arrivals += !item->spec || !item->spec->after;
+    sums->arrivals += !cancelled && (!item->spec || !item->spec->after);
     sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
@@ -560,8 +562,8 @@ void load_ended(struct load *load, struct request *request, double now) {
     *(item->next ? &item->next->previous : &load->last_running) = item->previous;
     load->n_running--;
     count_item(load, item, now);
-    if (load->options.most_bad > 0 &&
-        load->sums.requests - load->sums.good > load->options.most_bad)
+    if (load->interrupted || (load->options.most_bad > 0 &&
+                              load->sums.requests - load->sums.good > load->options.most_bad))
         load_forget(load);
     look_ahead(load);
 }

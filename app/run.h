@@ -445,11 +445,19 @@ static bool open_server(struct run *run, char *error) {
 }
 
 /* Says what went wrong with a load that has ended. */
-static int load_status(const struct load *load) {
+static int load_status(const struct load *load, bool interrupted) {
     struct load_result result = load_result(load);
     if (load_error(load)) {
         complain(load_error(load));
         return EXIT_FILE;
+    }
+    if (interrupted) {
+        (void)fprintf(stderr,
+                      "%sdynamo: interrupted: until then %" PRId64 " requests had ended, %" PRId64
+                      " of them with an error; %" PRId64 " were cut off\n",
+                      text_moves(STDERR_FILENO) ? "\n" : "", result.requests, result.failed,
+                      result.cancelled);
+        return EXIT_INTERRUPTED;
     }
     if (result.failed > 0)
         (void)fprintf(stderr, "dynamo: %" PRId64 " of %" PRId64 " requests failed%s%s\n",
@@ -466,8 +474,7 @@ static int run_load(struct run *run) {
     load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
                                            .sched = stats.sched,
                                            .kv = stats.kv});
-    int status = load_status(load);
-    return status != EXIT_FILE && run->answers.interrupted ? EXIT_INTERRUPTED : status;
+    return load_status(load, run->answers.interrupted);
 }
 
 /* The cluster that an option names, and what an engine on it has by default. */
@@ -509,7 +516,7 @@ static int run_sim(struct run *run) {
     if (!o->json)
         plan_break_even(&cluster, &config);
     sim_close(sim);
-    return ok ? load_status(run->load) : EXIT_FILE;
+    return ok ? load_status(run->load, false) : EXIT_FILE;
 }
 
 /* The load on all splits of a cluster that need not be there. */

@@ -892,6 +892,27 @@ static void an_interrupt_stops_the_answer(struct check *check) {
     }
 }
 
+/* A load that is interrupted says so, and what came of it until then. */
+static void an_interrupt_stops_a_load(struct check *check) {
+    int ended = -1, failed = -1, cut_off = -1;
+    write_endless_model(check, 1);
+    write_requests(check,
+                   "{'timestamp':0,'input_length':1,'output_length':1,'hash_ids':[1]}\n"
+                   "{'timestamp':0,'input_length':9,'output_length':30000,'hash_ids':[2]}\n");
+    struct live live = live_start(check, true, ENDLESS "--replay $T/requests --json");
+    live_until(&live, "\"length\""); /* the short one has ended */
+    live_works(&live, 0.05);
+    live_write(&live, "\003");
+    live_until(&live, "dynamo: interrupted: ");
+    ends_soon(check, &live, 128 + SIGINT);
+    const char *at = strstr(live.text, "until then ");
+    CHECK(at && sscanf(at, "until then %d requests had ended, %d of them with an error; %d were",
+                       &ended, &failed, &cut_off) == 3,
+          "%s", live.text);
+    CHECK(ended == 1 && failed == 0 && cut_off == 1, "%s", live.text);
+    CHECK(strstr(live.text, "{\"load\":{\"requests\":1,\"failed\":0,"), "%s", live.text);
+}
+
 /* Ctrl-C at any moment of the last answer's end: the answer is whole, or cancelled, or the program
  * ends by the signal. It never finds an engine that is half closed. */
 static void an_interrupt_may_come_last(struct check *check) {
@@ -1177,6 +1198,7 @@ int main(int argc, char **argv) {
                                         TEST(absurd_weights_are_survived),
                                         TEST(an_interrupt_stops_the_answer),
                                         TEST(an_interrupt_ends_other_work),
+                                        TEST(an_interrupt_stops_a_load),
                                         TEST(an_interrupt_may_come_last),
                                         TEST(a_termination_ends_it),
                                         TEST(a_termination_ends_the_loading),
