@@ -278,8 +278,13 @@ static int http_take_head(struct http_connection *c) {
     memmove(c->input, c->input + blank, c->n_input);
     if (c->n_input > 0 && *c->input != '\r' && !isgraph((unsigned char)*c->input))
         return 400; /* TLS, say, which would wait for a word of ours */
-    const char *end = memmem(c->input + c->at, c->n_input - c->at, "\r\n\r\n", 4);
-    size_t length = end ? (size_t)(end - c->input) + 4 : c->n_input;
+    const char *at = c->input + c->at, *last = c->input + c->n_input, *end = NULL;
+    while (!end && (at = memchr(at, '\n', (size_t)(last - at))) != NULL) {
+        if (at == c->input || at[-1] != '\r')
+            return 400; /* at once: who ends lines so would wait for an answer */
+        end = last - ++at >= 2 && memcmp(at, "\r\n", 2) == 0 ? at + 2 : NULL;
+    }
+    size_t length = end ? (size_t)(end - c->input) : c->n_input;
     if (length > HTTP_HEAD - 1)
         return 431;
     if (!end) {

@@ -39,6 +39,7 @@ static const struct {
     {200, "GET /x?a=b HTTP/1.0\r\n\r\n", ""},
     {200, "GET /%78?%2 HTTP/1.0\r\n\r\n", ""},
     {200, POST "Content-Length: 3\r\n\r\nabc", "abc"},
+    {200, POST "Content-Length: 3\r\n\r\n\na\n", "\na\n"},
     {200, POST "content-LENGTH:3  \r\n\r\nabcdef", "abc"},
     {200, POST "Transfer-Encoding: Chunked\r\n\r\n3\r\nabc\r\n02;x=y\r\nde\r\n0\r\n\r\n", "abcde"},
     {200, POST "Transfer-Encoding: chunked\r\n\r\n0\r\nA: b\r\nC: d\r\n\r\n", ""},
@@ -58,6 +59,10 @@ static const struct {
     {400, "GET /x HTTP/1.1\nHost: a\r\n\r\n", NULL},
     {400, "\x16\x03\x01", NULL}, /* the beginning of TLS */
     {400, "\r\n\n", NULL},
+    {400, "GET /x HTTP/1.1\n", NULL}, /* at once, not when patience ends */
+    {400, "GET /x HTTP/1.0\n\n", NULL},
+    {400, GET "A: b\n", NULL},
+    {400, GET "\n", NULL},
     {0, "\r", NULL},
     {505, "GET /x HTTP/2.0\r\nHost: a\r\n\r\n", NULL},
     {505, "GET /x HTTP/1.10\r\nHost: a\r\n\r\n", NULL},
