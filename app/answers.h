@@ -22,7 +22,10 @@
 #include "../lib/wrap.h"
 #include <stdatomic.h>
 
-enum { ANSWERS_KEPT = 4096 }; /* that have ended before all that run: these can be followed */
+enum {
+    ANSWERS_KEPT = 4096,    /* that have ended before all that run: these can be followed */
+    ANSWERS_TIMES = 1 << 16 /* of as many requests, the last, times are kept */
+};
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
 enum activity { IDLE, ANSWERING, SERVING, INTERRUPTED }; /* the last: by Ctrl-C, or SIGTERM */
@@ -37,7 +40,6 @@ struct answers {
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
     bool json, verbose;              /* the latter: thoughts are told on stderr */
-    bool stats;                      /* times are kept, for stats.h */
     struct wrap *wrap;               /* of texts on a terminal; NULL: they are not wrapped */
     uint64_t seed;                   /* of the run, which --stats tells; the first request's */
     bool converses;                  /* each prompt follows the one before and its answer */
@@ -49,7 +51,7 @@ struct answers {
     /* of all requests that ended, for stats.h */
     int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
     double interval_sum, busy_seconds;
-    double *times[N_TIMES]; /* (n_times) of those that came so far */
+    double *times[N_TIMES]; /* (n_times, at most ANSWERS_TIMES) of those that came so far */
     int n_times[N_TIMES];
 };
 
@@ -446,12 +448,14 @@ static void count_ended(struct answers *a, const struct answer *answer) {
         a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
     }
-    for (int i = 0; i < N_TIMES && a->stats; i++) {
+    for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds < 0)
             continue;
-        a->times[i] = grow(a->times[i], (size_t)a->n_times[i], sizeof *a->times[i]);
-        a->times[i][a->n_times[i]++] = seconds;
+        bool full = a->n_times[i] == ANSWERS_TIMES;
+        int at = full ? (int)(answer->place % ANSWERS_TIMES) : a->n_times[i]++;
+        a->times[i] = full ? a->times[i] : grow(a->times[i], (size_t)at, sizeof *a->times[i]);
+        a->times[i][at] = seconds;
     }
 }
 

@@ -605,7 +605,6 @@ static int run_engine(struct run *run) {
     struct answers *answers = &run->answers;
     answers->json = o->json;
     answers->verbose = o->verbose;
-    answers->stats = o->stats;
     answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
     if (o->logits)
         return evaluate_logits(answers, &o->request, o->logits);

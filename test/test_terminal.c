@@ -419,7 +419,11 @@ static void terminals_are_respected(struct check *check) {
     for (int i = 0; i < 2; i++) {
         setenv("NO_COLOR", i ? "1" : "", 1);
         live = converse(check, "model.bin -n 3", 80);
-        talk(&live, (struct turn[]){{"/stats\r", "blocks of the host"}, {NULL, PROMPT}}, 2);
+        talk(&live, (struct turn[]){{"Once\r", "Once"}, {NULL, PROMPT}}, 2);
+        talk(&live, (struct turn[]){{"/stats\r", "to first token, mean"}, {NULL, PROMPT}}, 2);
+        const char *mean = strstr(live.text, "mean (ms)");
+        mean = mean ? strpbrk(mean + 9, i ? "0123456789" : "m") : NULL; /* behind ESC [ 0 m */
+        CHECK(mean && atof(mean + !i) > 0, "no time is kept: %s", live.text);
         leave(&live, "\004");
         CHECK((strstr(live.text, "\033[2m") != NULL) == !i, "NO_COLOR: %d: %s", i, live.text);
     }
