@@ -35,10 +35,12 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <fcntl.h>
 #include <inttypes.h>
 #include <locale.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -695,6 +697,7 @@ static bool start_watching(struct run *run) {
     static const int watched[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
     pthread_t watcher;
     pthread_attr_t threads;
+    struct rlimit addresses;
     sigset_t blocked;
     sigemptyset(&run->signals);
     for (size_t i = 0; i < sizeof watched / sizeof *watched; i++) {
@@ -707,7 +710,10 @@ static bool start_watching(struct run *run) {
     sigaddset(&blocked, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &blocked, NULL);
     (void)signal(SIGPIPE, SIG_IGN);
-    if (pthread_attr_init(&threads) == 0) { /* all of a stack counts where addresses are limited */
+    /* where addresses are limited all of a stack counts, and 64 MB that malloc has for each thread */
+    if (getrlimit(RLIMIT_AS, &addresses) == 0 && addresses.rlim_cur != RLIM_INFINITY)
+        (void)mallopt(M_ARENA_MAX, 1);
+    if (pthread_attr_init(&threads) == 0) {
         (void)pthread_attr_setstacksize(&threads, STACK_BYTES);
         (void)pthread_setattr_default_np(&threads);
         pthread_attr_destroy(&threads);
