@@ -639,6 +639,7 @@ static void stop_program(struct run *run) {
     (void)raise(SIGTSTP);
     pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
     pthread_sigmask(SIG_BLOCK, &stop, NULL);
+    editor_resume();
     if (erased)
         watch_resume(run->watch);
     pthread_mutex_unlock(&run->closing);

@@ -2,6 +2,7 @@
  *
  *     chat_run(&answers, &options.request); // until the end of input, or /exit
  *     editor_restore(); // from any thread, for who ends or stops the program in between
+ *     editor_resume(); // and for who lets it go on
  *     if (chat_interrupted()) ... // likewise, after a Ctrl-C that stopped no answer
  *
  * With a chat model each turn follows all turns before it, as token ids: the answers as they were
@@ -27,6 +28,7 @@
 
 void chat_run(struct answers *answers, const struct request_spec *defaults);
 void editor_restore(void);
+void editor_resume(void); /* nothing is shown of what is typed while an answer comes */
 /* True: a conversation goes on, and has said how to end it. */
 bool chat_interrupted(void);
 
@@ -72,7 +74,7 @@ struct editor {
 static const char editor_prompt[] = "> ", editor_block[] = "\"\"\"";
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 static struct termios editor_before;
-static atomic_bool editor_is_set, editor_gives_up, chat_goes_on;
+static atomic_bool editor_is_set, editor_answers, editor_gives_up, chat_goes_on;
 static volatile sig_atomic_t editor_continued;
 
 /* From any thread, so without stdio. */
@@ -117,7 +119,13 @@ static void editor_set(bool keys) {
     }
     (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &mode);
     atomic_store(&editor_is_set, true);
+    atomic_store(&editor_answers, !keys);
     editor_tell(keys ? "\033[?2004h" : "\033[?2004l");
+}
+
+void editor_resume(void) { /* a line that is edited sees to itself, when SIGCONT has come */
+    if (atomic_load(&editor_answers) && tcgetpgrp(STDIN_FILENO) == getpgrp())
+        editor_set(false);
 }
 
 /* The end of the character at `at`, with the marks that it bears; the beginning of that before. */
@@ -512,6 +520,7 @@ static void editor_open(struct editor *e) {
 }
 
 static void editor_close(struct editor *e) {
+    atomic_store(&editor_answers, false);
     editor_restore();
     for (int i = 0; i <= e->n_history; i++)
         free(e->history[i]);

@@ -1149,6 +1149,26 @@ static void ctrl_c_at_a_terminal(struct check *check) {
     leave(&live, "\004");
 }
 
+/* Stopped in the midst of an answer, the terminal shows what is typed; not when it goes on. */
+static void a_stopped_answer_goes_on_unseen(struct check *check) {
+    struct termios mode = {.c_lflag = ECHO};
+    write_endless_model(check, 1);
+    setenv("TERM", "xterm", 1);
+    struct live live =
+        live_shell(check, true, "set -m; " DYNAMO_PROGRAM " " ENDLESS "; stty -a; fg");
+    setenv("TERM", "dumb", 1);
+    talk(&live, (struct turn[]){{NULL, "> "}, {"I see\r", "\033[?2004l\r\nI see"}}, 2);
+    talk(&live, (struct turn[]){{"\032", " icanon"}, {NULL, " echo "}}, 2);
+    for (int i = 0; i < 50 && mode.c_lflag & ECHO; i++) {
+        live.seen = live.length;
+        live_bytes(&live, 1000);
+        CHECK(tcgetattr(live.input, &mode) == 0, "no terminal");
+    }
+    CHECK(mode.c_lflag & ICANON && !(mode.c_lflag & ECHO), "what is typed is shown");
+    talk(&live, &(struct turn){"\003", "> "}, 1);
+    leave(&live, "\004");
+}
+
 /* It is what was said so far, as any other, and nothing is said of a conversation too long. */
 static void an_interrupted_answer_is_no_failure(struct check *check) {
     write_endless_model(check, 1);
@@ -1206,6 +1226,7 @@ int main(int argc, char **argv) {
                                         TEST(talks_at_a_terminal),
                                         TEST(waiting_costs_nothing),
                                         TEST(ctrl_c_at_a_terminal),
+                                        TEST(a_stopped_answer_goes_on_unseen),
                                         TEST(an_interrupted_answer_is_no_failure),
                                         TEST(ends_without_tokenizer),
                                         TEST(chat_models_answer),
