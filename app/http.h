@@ -380,26 +380,26 @@ void http_next(struct http_connection *c) {
 /* ---- responses ---- */
 
 static const char *http_reason(int status) {
-    switch (status) {
-    case 200: return "OK";
-    case 204: return "No Content";
-    case 400: return "Bad Request";
-    case 401: return "Unauthorized";
-    case 403: return "Forbidden";
-    case 404: return "Not Found";
-    case 405: return "Method Not Allowed";
-    case 411: return "Length Required";
-    case 413: return "Content Too Large";
-    case 417: return "Expectation Failed";
-    case 429: return "Too Many Requests";
-    case 431: return "Request Header Fields Too Large";
-    case 500: return "Internal Server Error";
-    case 501: return "Not Implemented";
-    case 503: return "Service Unavailable";
-    case 504: return "Gateway Timeout";
-    case 505: return "HTTP Version Not Supported";
-    default: return "Unknown";
-    }
+    static const char reasons[][36] = {"200 OK",
+                                       "400 Bad Request",
+                                       "401 Unauthorized",
+                                       "403 Forbidden",
+                                       "404 Not Found",
+                                       "405 Method Not Allowed",
+                                       "411 Length Required",
+                                       "413 Content Too Large",
+                                       "417 Expectation Failed",
+                                       "429 Too Many Requests",
+                                       "431 Request Header Fields Too Large",
+                                       "500 Internal Server Error",
+                                       "501 Not Implemented",
+                                       "503 Service Unavailable",
+                                       "504 Gateway Timeout",
+                                       "505 HTTP Version Not Supported"};
+    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+        if (atoi(reasons[i]) == status)
+            return reasons[i] + 4;
+    return "Unknown";
 }
 
 static void http_send(struct http_connection *c, const char *bytes, size_t n) {
@@ -429,10 +429,10 @@ static void http_send_head(struct http_connection *c, int status, const char *ty
         c->request.persistent = false; /* what else comes is not a request */
     struct tm utc;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
-    int n = snprintf(
-        head, sizeof head, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s%s%s%s%sConnection: %s\r\n\r\n", status,
-        http_reason(status), date, *type ? "Content-Type: " : "", type, *type ? "\r\n" : "",
-        framing, fields, c->request.persistent ? "keep-alive" : "close");
+    int n = snprintf(head, sizeof head,
+                     "HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: %s\r\n%s%sConnection: %s\r\n\r\n",
+                     status, http_reason(status), date, type, framing, fields,
+                     c->request.persistent ? "keep-alive" : "close");
     http_send(c, head, n < (int)sizeof head ? (size_t)n : 0);
 }
 
@@ -453,7 +453,7 @@ void http_respond(struct http_connection *c, int status, const char *type, const
     char framing[64];
     (void)fflush(http->body);
     (void)snprintf(framing, sizeof framing, "Content-Length: %zu\r\n", http->length);
-    http_send_head(c, status, type, fields, status == 204 ? "" : framing);
+    http_send_head(c, status, type, fields, framing);
     if (strcmp(c->request.method, "HEAD") != 0)
         http_send(c, http->text, http->length);
     http_finish(c);

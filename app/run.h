@@ -711,7 +711,7 @@ static bool start_watching(struct run *run) {
     sigaddset(&blocked, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &blocked, NULL);
     (void)signal(SIGPIPE, SIG_IGN);
-    /* where addresses are limited all of a stack counts, and 64 MB that malloc has for each thread */
+    /* where addresses are limited all of a stack counts, and malloc's 64 MB for each thread */
     if (getrlimit(RLIMIT_AS, &addresses) == 0 && addresses.rlim_cur != RLIM_INFINITY)
         (void)mallopt(M_ARENA_MAX, 1);
     if (pthread_attr_init(&threads) == 0) {

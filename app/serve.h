@@ -64,7 +64,7 @@ struct choice { /* one answer of a task */
     int n_taken;          /* tokens */
     size_t thought_shown; /* bytes */
     double last;          /* when its last token came */
-    /* where the text of a token begins in it: what decodes, and how many, prompt included, it saw */
+    /* for where a token's text begins: what decodes, tokens that it saw, and their characters */
     struct tok_stream decoded;
     int n_decoded, n_characters;
 };
@@ -83,7 +83,7 @@ struct task {
     char error[ERROR_LENGTH];
     bool submitted, wrong; /* wrong: one of its requests was refused at once */
     bool begun;            /* a stream whose head is sent */
-    bool stream, usage, continuous_usage, ignore_eos, token_ids;
+    bool stream, usage, continuous_usage, ignore_eos;
     bool logprobs; /* of each token its own, and those of the n_top likeliest */
     int n, n_top;
     struct request_spec spec;     /* what its fields say */
@@ -174,7 +174,6 @@ static const struct field {
     {"include_usage", FIELD_FLAG, AT(usage)},
     {"continuous_usage_stats", FIELD_FLAG, AT(continuous_usage)},
     {"ignore_eos", FIELD_FLAG, AT(ignore_eos)},
-    {"return_token_ids", FIELD_FLAG, AT(token_ids)},
     {"n", FIELD_COUNT, AT(n), .low = 1, .high = SERVE_CHOICES},
     {"min_tokens", FIELD_COUNT, AT(spec.min_new), .high = INT_MAX},
     {"logprobs", FIELD_LOGPROBS, AT(n_top), .high = SAMPLER_TOP},
@@ -490,88 +489,74 @@ static void write_usage(FILE *out, const struct task *t) {
                   prompt, generated, prompt + generated, cached);
 }
 
-static void write_ids(FILE *out, const char *name, const int *ids, int n) {
-    (void)fprintf(out, "\"%s\":[", name);
-    for (int i = 0; i < n; i++)
-        (void)fprintf(out, "%s%d", i > 0 ? "," : "", ids[i]);
-    (void)fputc(']', out);
-}
-
-/* A token's text, quoted; with `bytes` those, too, for it may hold a part of a character. */
-static void write_token(FILE *out, const struct server *s, int token, bool bytes) {
+/* A token's text, and how likely it was: of a chat the beginning of an object, with the bytes, for
+ * it may hold a part of a character; of a completion a member of one, or a text alone (NULL). */
+static void write_token(FILE *out, const struct server *s, bool chat, int token,
+                        const float *logprob) {
     struct tok_stream stream = {.begun = true};
     char text[TOK_TEXT_SIZE + 4] = "";
     const struct tokenizer *tokenizer = s->answers->tokenizer;
     size_t n = tokenizer ? tok_decode(tokenizer, &stream, token, text) : 0;
     memcpy(text + n, stream.held, (size_t)stream.n_held);
     n += (size_t)stream.n_held;
+    (void)fputs(chat ? "{\"token\":" : "", out);
     json_string(out, text, n);
-    (void)fputs(bytes ? ",\"bytes\":[" : "", out);
-    for (size_t i = 0; i < n && bytes; i++)
+    (void)fputs(chat ? ",\"bytes\":[" : "", out);
+    for (size_t i = 0; i < n && chat; i++)
         (void)fprintf(out, "%s%d", i > 0 ? "," : "", (unsigned char)text[i]);
-    (void)fputs(bytes ? "]" : "", out);
+    (void)fputs(chat ? "],\"logprob\"" : "", out);
+    if (logprob)
+        (void)fprintf(out, ":%.6g", (double)*logprob);
 }
 
-/* Of tokens [first, n), as a chat has them. */
-static void write_chat_logprobs(FILE *out, const struct server *s, const struct task *t,
-                                struct choice *choice, int first, int n) {
-    const struct request *r = &choice->answer.request;
-    (void)fputs("{\"content\":[", out);
-    for (int i = first; i < n; i++) {
-        const struct sampler_top *top = &r->top[i];
-        (void)fputs(i > first ? ",{\"token\":" : "{\"token\":", out);
-        write_token(out, s, r->tokens[r->n_prompt + i], true);
-        (void)fprintf(out, ",\"logprob\":%.6g,\"top_logprobs\":[", (double)top->own);
-        for (int k = 0; k < t->n_top && k < top->n; k++) {
-            (void)fputs(k > 0 ? ",{\"token\":" : "{\"token\":", out);
-            write_token(out, s, top->token[k], true);
-            (void)fprintf(out, ",\"logprob\":%.6g}", (double)top->logprob[k]);
-        }
-        (void)fputs("]}", out);
+/* The likeliest in a token's place. */
+static void write_likeliest(FILE *out, const struct server *s, const struct task *t,
+                            const struct sampler_top *top) {
+    (void)fputs(t->chat ? ",\"top_logprobs\":[" : "{", out);
+    for (int k = 0; k < t->n_top && k < top->n; k++) {
+        (void)fputs(k > 0 ? "," : "", out);
+        write_token(out, s, t->chat, top->token[k], &top->logprob[k]);
+        (void)fputs(t->chat ? "}" : "", out);
     }
-    (void)fputs("]}", out);
+    (void)fputs(t->chat ? "]}" : "}", out);
 }
 
-/* How many characters of its text stand before each token, from the first-th on; one that several
- * tokens make belongs to the last of them. */
-static void write_offsets(FILE *out, const struct server *s, struct choice *choice, int first) {
+/* How many characters of its text stand before the n-th token; one that several tokens make belongs
+ * to the last of them. */
+static int count_before(const struct server *s, struct choice *choice, int n) {
     const struct request *r = &choice->answer.request;
     const struct tokenizer *tokenizer = s->answers->tokenizer;
     char text[TOK_TEXT_SIZE];
-    (void)fputs("],\"text_offset\":[", out);
-    for (; choice->n_decoded < choice->answer.n_seen; choice->n_decoded++) {
-        int i = choice->n_decoded - r->n_prompt, token = r->tokens[choice->n_decoded];
-        if (i >= first)
-            (void)fprintf(out, "%s%d", i > first ? "," : "", choice->n_characters);
-        size_t n = tokenizer ? tok_decode(tokenizer, &choice->decoded, token, text) : 0;
-        for (size_t k = 0; k < n && i >= 0; k++)
+    for (; tokenizer && choice->n_decoded < r->n_prompt + n; choice->n_decoded++) {
+        int token = r->tokens[choice->n_decoded];
+        size_t length = tok_decode(tokenizer, &choice->decoded, token, text);
+        for (size_t k = 0; k < length && choice->n_decoded >= r->n_prompt; k++)
             choice->n_characters += (text[k] & 0xC0) != 0x80; /* a byte that begins one */
     }
+    return choice->n_characters;
 }
 
-/* The same, as a completion has them. */
+/* Of tokens [first, n): of a chat one list, of a completion four. */
 static void write_logprobs(FILE *out, const struct server *s, const struct task *t,
                            struct choice *choice, int first, int n) {
+    static const char *const lists[] = {"{\"content\":[", "{\"tokens\":[", "],\"token_logprobs\":[",
+                                        "],\"top_logprobs\":[", "],\"text_offset\":["};
     const struct request *r = &choice->answer.request;
-    (void)fputs("{\"tokens\":[", out);
-    for (int i = first; i < n; i++) {
-        (void)fputs(i > first ? "," : "", out);
-        write_token(out, s, r->tokens[r->n_prompt + i], false);
-    }
-    (void)fputs("],\"token_logprobs\":[", out);
-    for (int i = first; i < n; i++)
-        (void)fprintf(out, "%s%.6g", i > first ? "," : "", (double)r->top[i].own);
-    (void)fputs("],\"top_logprobs\":[", out);
-    for (int i = first; i < n; i++) {
-        (void)fputs(i > first ? ",{" : "{", out);
-        for (int k = 0; k < t->n_top && k < r->top[i].n; k++) {
-            (void)fputs(k > 0 ? "," : "", out);
-            write_token(out, s, r->top[i].token[k], false);
-            (void)fprintf(out, ":%.6g", (double)r->top[i].logprob[k]);
+    for (int list = !t->chat; list < (t->chat ? 1 : 5); list++) {
+        (void)fputs(lists[list], out);
+        for (int i = first; i < n; i++) {
+            const float *own = &r->top[i].own;
+            (void)fputs(i > first ? "," : "", out);
+            if (list < 2)
+                write_token(out, s, t->chat, r->tokens[r->n_prompt + i], t->chat ? own : NULL);
+            if (list == 0 || list == 3)
+                write_likeliest(out, s, t, &r->top[i]);
+            else if (list == 2)
+                (void)fprintf(out, "%.6g", (double)*own);
+            else if (list == 4)
+                (void)fprintf(out, "%d", count_before(s, choice, i));
         }
-        (void)fputc('}', out);
     }
-    write_offsets(out, s, choice, first);
     (void)fputs("]}", out);
 }
 
@@ -597,13 +582,9 @@ static void write_choice(FILE *out, const struct server *s, const struct task *t
     (void)fputs(t->chat ? "}," : ",", out);
     answer->shown = answer->safe;
     choice->thought_shown = answer->n_thought;
-    if (t->token_ids) {
-        write_ids(out, "token_ids", r->tokens + r->n_prompt + first, n - first);
-        (void)fputc(',', out);
-    }
     (void)fputs(t->logprobs ? "\"logprobs\":" : "\"logprobs\":null", out);
     if (t->logprobs)
-        (t->chat ? write_chat_logprobs : write_logprobs)(out, s, t, choice, first, n);
+        write_logprobs(out, s, t, choice, first, n);
     if (answer->ended)
         write_string(out, ",\"finish_reason\":", answers_reasons[answers_reason(answer)]);
     (void)fputs(answer->ended ? "}" : ",\"finish_reason\":null}", out);
@@ -674,9 +655,11 @@ static void end_task(struct server *s, struct task *t) {
 static void send_ids(struct server *s, struct task *t) {
     const struct request *r = &t->choices[0].answer.request;
     FILE *out = http_body(t->connection);
-    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,", r->n_prompt, longest_text(s));
-    write_ids(out, "tokens", r->tokens, r->n_prompt);
-    (void)fputs("}\n", out);
+    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,\"tokens\":", r->n_prompt,
+                  longest_text(s));
+    for (int i = 0; i < r->n_prompt; i++)
+        (void)fprintf(out, "%c%d", i > 0 ? ',' : '[', r->tokens[i]);
+    (void)fputs("]}\n", out);
     http_respond(t->connection, 200, "application/json", "");
 }
 
@@ -990,21 +973,14 @@ static const struct route *find_route(const char *path) {
 static void serve_answer(void *context, struct http_connection *c) {
     const struct http_request *r = &c->request;
     const struct route *route = find_route(r->path);
-    char allow[64];
-    if (!route) {
+    bool reads = route && *route->method == 'G';
+    if (!route)
         refuse_task(c, 404, NULL, "there is nothing of this name", "");
-        return;
-    }
-    bool reads = *route->method == 'G';
-    (void)snprintf(allow, sizeof allow, "Allow: %sOPTIONS\r\n", reads ? "GET, HEAD, " : "POST, ");
-    if (strcmp(r->method, "OPTIONS") == 0) {
-        (void)http_body(c);
-        http_respond(c, 204, "", allow);
-    } else if (strcmp(r->method, route->method) == 0 || (reads && strcmp(r->method, "HEAD") == 0)) {
+    else if (strcmp(r->method, route->method) == 0 || (reads && strcmp(r->method, "HEAD") == 0))
         route->answer(context, c);
-    } else {
-        refuse_task(c, 405, NULL, "not by this method", allow);
-    }
+    else
+        refuse_task(c, 405, NULL, "not by this method",
+                    reads ? "Allow: GET, HEAD\r\n" : "Allow: POST\r\n");
 }
 
 /* ---- running ---- */

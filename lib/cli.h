@@ -480,22 +480,18 @@ static const struct option_row option_rows[] = {
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
 static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
-/* What is given has an effect, or is refused: an option excludes each other one of a list, or all
- * but those, or needs one of them. */
+/* What is given has an effect, or is refused: each of these options excludes the others, or all but
+ * those, or needs one of them. */
 static const struct rule {
     enum { ONE_OF_THEM, EXCLUDES, ONLY, NEEDS } what;
-    const char *option, *others;
+    const char *options, *others;
 } rules[] = {
     {ONE_OF_THEM, "", "-p --ids -f --tokenize --perplexity --replay --serve"},
     {ONE_OF_THEM, "", "--serve --sim --plan"},
     {EXCLUDES, "--serve", "--json --stats"}, /* it answers in JSON, and has /metrics */
-    {NEEDS, "--host", "--serve"},
-    {NEEDS, "--api-key", "--serve"},
-    {NEEDS, "--api-key-file", "--serve"},
-    {NEEDS, "--sim", "--replay or -f"},
-    {NEEDS, "--plan", "--replay or -f"},
-    {NEEDS, "--rate", "--replay"},
-    {NEEDS, "--limit", "--replay"},
+    {NEEDS, "--host --api-key --api-key-file", "--serve"},
+    {NEEDS, "--sim --plan", "--replay or -f"},
+    {NEEDS, "--rate --limit", "--replay"},
     {NEEDS, "--ttft", "--replay, --sim or --plan"},
     {NEEDS, "--itl", "--replay, --sim, --plan or --auto"},
     {NEEDS, "--rates", "--sim or --plan"},
@@ -508,17 +504,15 @@ static const struct rule {
     /* a load says how long its prompts and answers are, and ends with a table of its own */
     {EXCLUDES, "--replay", "-n --stop --system --template --tokenizer --stats"},
     /* virtual time computes and draws nothing, makes no texts, and none could watch it */
-    {EXCLUDES, "--sim", "-t --top-p --top-k --min-p --stop --threads --stats --watch --copy-delay"},
-    /* nor does a plan, which tries all splits of a cluster and all rates */
+    {EXCLUDES, "--sim --plan",
+     "-t --top-p --top-k --min-p --stop --threads --stats --watch --copy-delay"},
+    /* a plan tries all splits of a cluster and all rates, again and again */
     {EXCLUDES, "--plan",
-     "-t --top-p --top-k --min-p --stop --threads --stats --watch --copy-delay --devices --prefill "
-     "--tp --tp-prefill --tp-decode --colocate --rate --auto --fail --trace --verbose"},
+     "--devices --prefill --tp --tp-prefill --tp-decode --colocate --rate --auto --fail --trace "
+     "--verbose"},
     /* what looks at the model itself writes nothing, and takes texts as they are, one by one */
     {ONLY, "--tokenize", "-m --tokenizer"},
-    {ONLY, "--perplexity",
-     "-m --tokenizer --devices --prefill --decode --tp --tp-prefill --tp-decode --colocate "
-     "--threads --kv-device --kv-host --kv-type --chunk --verbose"},
-    {ONLY, "--logits",
+    {ONLY, "--perplexity --logits",
      "-m -p --ids --tokenizer --devices --prefill --decode --tp --tp-prefill --tp-decode "
      "--colocate --threads --kv-device --kv-host --kv-type --chunk --verbose"},
 };
@@ -936,12 +930,12 @@ static const char *first_of(option_set set) {
 
 static bool check_rule(const struct rule *rule, option_set given, char *error) {
     option_set list = set_of(rule->others), met = given & (rule->what == ONLY ? ~list : list);
-    option_set option = rule->what == ONE_OF_THEM ? met & -met : given & set_of(rule->option);
+    option_set option = rule->what == ONE_OF_THEM ? met & -met : given & set_of(rule->options);
     met &= ~option;
     if (!option || (met != 0) == (rule->what == NEEDS))
         return true;
     return rule->what == NEEDS
-               ? fail(error, "%s: needs %s", rule->option, rule->others)
+               ? fail(error, "%s: needs %s", first_of(option), rule->others)
                : fail(error, "%s and %s exclude each other", first_of(option), first_of(met));
 }
 

@@ -354,8 +354,6 @@ static void fields_mean_what_they_say(struct check *check) {
         ask(&s, path, "",
             "{'prompt':'Once','temperature':0,'max_tokens':30,'min_tokens':30,'stop':['e']}");
     CHECK(strstr(response, "\"completion_tokens\":30,"), "%s", response);
-    response = ask(&s, path, "", "{'prompt':[1,2,3],'max_tokens':4,'return_token_ids':true}");
-    CHECK(count_of(strstr(response, "token_ids"), ",") > 4, "%s", response);
     asks(&s, path, "", "{'prompt':[[1,2],[3]],'top_k':-1,'seed':null}", 200, "\"index\":1");
     asks(&s, path, "",
          "{'prompt':'a','frequency_penalty':0.0,'tools':[],'tool_choice':'auto','n':1,'best_of':1,"
@@ -432,7 +430,7 @@ static void fields_mean_what_they_say(struct check *check) {
     asks(&s, "/v1/models/some/model.bin", "", NULL, 404, "\"param\":\"model\"");
     asks(&s, "/v1/modelsx", "", NULL, 404, "nothing of this name");
     asks(&s, "/nothing", "", NULL, 404, "\"error\":{\"message\":");
-    asks(&s, "/v1/completions", "", NULL, 405, "Allow: POST, OPTIONS\r\n");
+    asks(&s, "/v1/completions", "", NULL, 405, "Allow: POST\r\n");
     stop(&s);
 }
 
@@ -474,7 +472,7 @@ static void logprobs_are_those_of_the_logits(struct check *check) {
     stop(&s);
 }
 
-/* Each token's text stands where its offset says, in characters; the noise makes odd ones, and where
+/* Each token's text stands where its offset says, in characters; noise makes odd ones, and where
  * nothing is before it the first may lose a space. A stream tells the same, a token at a time. */
 static void offsets_are_where_tokens_begin(struct check *check) {
     struct served s = serve(check, "--seed 1");
@@ -522,10 +520,10 @@ static void one_connection_serves_many(struct check *check) {
          "localhost\r\n\r\n"
          "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
          "c\r\n{\"prompt\":\"a\r\n1a\r\n\",\"max_tokens\":2,\"seed\":1}\r\n0\r\n\r\n"
-         "OPTIONS /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+         "HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
          "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nGET / HTTP/1.1\r\n");
     char *response = hear(client, NULL);
-    CHECK(count_of(response, "HTTP/1.1 200 OK\r\n") == 4, "%s", response);
+    CHECK(count_of(response, "HTTP/1.1 200 OK\r\n") == 5, "%s", response);
     CHECK(count_of(response, "HTTP/1.1 ") == 5, "%s", response);
     CHECK(strstr(response, "\"completion_tokens\":2,"), "%s", response);
     close(client);
