@@ -5,8 +5,8 @@
  *
  * Turns request_specs into requests, submits each when its time has come and the answer that it
  * follows is there, and shows their text as it comes: the answers in the order of the requests, the
- * first unfinished one streaming; or as JSON, one object a request, as it ends. Decides nothing
- * about when they run.
+ * first unfinished one streaming; or as JSON, an object a request, as it ends. When they run is
+ * decided elsewhere.
  *
  * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
  * [safe, length) held back, because it could be the beginning of a stop text.
@@ -82,8 +82,7 @@ int answers_stream(struct answers *answers, struct requests *requests);
 void answers_begin(struct answers *answers, const struct request_spec *spec, struct answer *answer);
 /* Hands its request, which is prepared, to the engine. Called with the lock held, as the next. */
 void answers_submit(struct answers *answers, struct answer *answer);
-/* Takes at most so many of its new tokens; true: there was one, or it ended. Lets go of the lock
- * while it makes text. */
+/* Takes at most so many of its new tokens; true: one, or its end. Makes text without the lock. */
 bool answers_advance(struct answers *answers, struct answer *answer, int most);
 /* Tokens whose text it has; of one that a stop text ended, up to that. */
 int answers_generated(const struct answer *answer);
@@ -96,9 +95,8 @@ double answers_time(const struct request *request, enum answer_time time);
 /* What came of a request that has ended, n_generated tokens and `reason`: the members of an object
  * from finish_reason to itl_ms. */
 void answers_json(const struct request *request, int n_generated, enum finish_reason reason);
-/* Fills in a request: its prompt, which follows history (n_history), that of `before` if it is not
- * NULL, room for its answer in a text of max_length tokens, its deadline. False: it has ended with
- * an error. */
+/* Fills in a request: its prompt, which follows history (n_history), that of `before` if there is
+ * one, room for its answer in a text of max_length tokens, its deadline. False: it has failed. */
 bool answers_prepare(const struct answers *answers, const struct request_spec *spec,
                      const struct request *before, const int *history, int n_history,
                      int max_length, struct request *request);
@@ -117,8 +115,7 @@ double answers_short(double value); /* to six decimals, all that JSON tells of a
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
-/* The ids of history (n_history), which is the beginning, and of a request's prompt; to be freed.
- * NULL: `error`. */
+/* The ids of history (n_history), then of a request's prompt; to be freed. NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec,
                     const int *history, int n_history, int *n_ids, char error[ERROR_LENGTH]);
 

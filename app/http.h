@@ -708,26 +708,21 @@ bool http_listen(struct http *http) {
     return http->listens = listen(http->listener, SOMAXCONN) == 0;
 }
 
-/* Where it listens, in digits; "": nowhere. */
-static void http_address(const struct http *http, char host[64], char port[16]) {
-    struct sockaddr_storage at;
-    socklen_t size = sizeof at;
-    *host = *port = 0;
-    if (getsockname(http->listener, (struct sockaddr *)&at, &size) == 0)
-        (void)getnameinfo((struct sockaddr *)&at, size, host, 64, port, 16,
-                          NI_NUMERICHOST | NI_NUMERICSERV);
+static struct sockaddr_in6 http_address(const struct http *http) { /* of either family */
+    struct sockaddr_in6 at = {0};
+    (void)getsockname(http->listener, (struct sockaddr *)&at, &(socklen_t){sizeof at});
+    return at;
 }
 
 int http_port(const struct http *http) {
-    char host[64], port[16];
-    http_address(http, host, port);
-    return atoi(port);
+    return ntohs(http_address(http).sin6_port); /* which stands where IPv4's does */
 }
 
 bool http_is_local(const struct http *http) {
-    char host[64], port[16];
-    http_address(http, host, port);
-    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0;
+    struct sockaddr_in6 at = http_address(http);
+    return at.sin6_family == AF_INET
+               ? *(const unsigned char *)&at.sin6_flowinfo == 127 /* likewise */
+               : IN6_IS_ADDR_LOOPBACK(&at.sin6_addr);
 }
 
 void http_wake(struct http *http) {

@@ -32,8 +32,7 @@ struct plan_options {
     const struct engine_config *engine; /* without workers; host_blocks: -1: with and without */
     int blocks[MAX_SHARDS + 1];         /* of a device of a worker so wide; -1: all that fit */
     bool short_chunks;                  /* may be tried, together */
-    struct load_options load;           /* with both targets; rate and json are not used */
-    bool json;                          /* an object a split, in place of tables */
+    struct load_options load; /* with both targets; json: an object a split, in place of tables */
 };
 
 /* Runs the load on every split and tells which is best. False: none is, as `error` says. */
@@ -456,9 +455,9 @@ bool plan_print(const struct plan_options *o, char *error) {
     }
     if (ok) {
         qsort(plan.splits, (size_t)plan.n_splits, sizeof *plan.splits, plan_compare);
-        if (!o->json)
+        if (!o->load.json)
             plan_tell(&plan);
-        for (int i = 0; i < plan.n_splits && o->json; i++)
+        for (int i = 0; i < plan.n_splits && o->load.json; i++)
             plan_object(&plan.splits[i]);
         ok = plan_kept(&plan, error);
     }

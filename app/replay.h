@@ -6,7 +6,7 @@
  *         if (load_next(load) <= now)
  *             sched_submit(sched, load_take(load), now); // load_ended(load, request, now) follows
  *         else ...
- *     load_print(load, &report);
+ *     load_print(load, &config, &sched_stats, &kv_stats);
  *
  * A load comes from a trace, from IN:OUT, or from the lines of -f, and is run by a driver, which
  * has the clock: load_run below, which waits, or one in virtual time, which does not.
@@ -50,8 +50,7 @@ struct load *load_open(const struct load_options *options, char error[ERROR_LENG
 /* Once, before the others: the load begins at `now` (> 0) by the clock of the driver, which all
  * times are of from here on; max_length: see sched_max_length. */
 void load_start(struct load *load, double now, int max_length);
-/* When the next request arrives. INFINITY: none is known of; one that follows an answer is when
- * that has ended. */
+/* When the next request arrives. INFINITY: none is known of, as before the answer it follows. */
 double load_next(const struct load *load);
 /* That request, ready to be submitted; not when load_next is INFINITY. Its id counts from 0. */
 struct request *load_take(struct load *load);
@@ -78,15 +77,10 @@ struct load_result {          /* so far */
     double times[N_TIMES][N_LOAD_SHARES]; /* in ms; quantiles within 0.5 percent */
 };
 
-struct load_report {                    /* what the driver knows at the end */
-    const struct engine_config *config; /* all numbers of blocks are known */
-    struct sched_stats sched;
-    struct kv_stats kv;
-};
-
 struct load_result load_result(const struct load *load);
-/* A table on stdout; with `json` the last object. */
-void load_print(const struct load *load, const struct load_report *report);
+/* A table on stdout; with `json` the last object. config: all numbers of blocks are known. */
+void load_print(const struct load *load, const struct engine_config *config,
+                const struct sched_stats *sched, const struct kv_stats *kv);
 /* Runs a load on answers->engine, by the clock, until it is done or interrupted. */
 void load_run(struct load *load, struct answers *answers);
 
@@ -392,8 +386,7 @@ static bool prompt_of_line(const struct load *load, struct item *item) {
     return fail(r->error, "n: not given; an answer that is made up has no other end");
 }
 
-/* Made from hash ids, or unlike any other. No more than fit are needed: a request that does not is
- * refused unread. */
+/* Made from hash ids, or unlike any other. One that does not fit is refused unread. */
 static bool prompt_of_numbers(const struct load *load, struct item *item) {
     const struct answers *a = load->options.answers;
     struct request *r = &item->request;
@@ -688,10 +681,9 @@ static void load_table(const struct load_result *result, const struct figure *fi
                 stdout);
 }
 
-void load_print(const struct load *load, const struct load_report *report) {
-    const struct engine_config *config = report->config;
+void load_print(const struct load *load, const struct engine_config *config,
+                const struct sched_stats *sched, const struct kv_stats *k) {
     struct load_result r = load_result(load);
-    const struct kv_stats *k = &report->kv;
     double gb = 1e-9 * (double)block_bytes(&config->model->config, 1, config->kv_type);
     int least = INT_MAX;
     for (int i = 0; i < config->n_workers; i++)
@@ -706,11 +698,11 @@ void load_print(const struct load *load, const struct load_report *report) {
         {"prompt_tokens", "prompt tokens", (double)r.prompt_tokens, 0},
         {"found_on_devices", "found on devices", (double)(r.cached_tokens - r.cached_on_host), 0},
         {"found_on_host", "found on the host alone", (double)r.cached_on_host, 0},
-        {"prefill_tokens", "computed, again included", (double)report->sched.prefill_tokens, 0},
+        {"prefill_tokens", "computed, again included", (double)sched->prefill_tokens, 0},
         {"share_saved", "share found",
          answers_ratio((double)r.cached_tokens, (double)r.prompt_tokens), 3},
-        {"preemptions", "preemptions", (double)report->sched.preemptions, 0},
-        {"role_changes", "changes of a worker's role", (double)report->sched.role_changes, 0},
+        {"preemptions", "preemptions", (double)sched->preemptions, 0},
+        {"role_changes", "changes of a worker's role", (double)sched->role_changes, 0},
         {"pages_out", "blocks paged out", (double)k->pages_out, 0},
         {"pages_out_gb", "the same in GB", (double)k->pages_out * gb, 3},
         {"pages_in", "blocks paged in", (double)k->pages_in, 0},

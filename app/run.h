@@ -433,16 +433,8 @@ static bool open_load(struct run *run, char *error) {
 
 /* False: its port is taken, or its keys are wrong, which is to be known before all else. */
 static bool open_server(struct run *run, char *error) {
-    const struct options *o = &run->options;
-    const struct serve_options options = {.host = o->host,
-                                          .port = o->serve,
-                                          .key = o->api_key,
-                                          .key_file = o->api_key_file,
-                                          .model = o->model,
-                                          .defaults = &o->request,
-                                          .watch = run->watch};
-    bool wanted = cli_given(o->given, "--serve");
-    run->server = wanted ? serve_open(&options, error) : NULL;
+    bool wanted = cli_given(run->options.given, "--serve");
+    run->server = wanted ? serve_open(&run->options, run->watch, error) : NULL;
     return run->server || !wanted;
 }
 
@@ -473,16 +465,15 @@ static int run_load(struct run *run) {
     load_run(load, &run->answers);
     watch_stop(run->watch);
     struct engine_stats stats = engine_stats(run->answers.engine);
-    load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
-                                           .sched = stats.sched,
-                                           .kv = stats.kv});
+    load_print(load, engine_config_of(run->answers.engine), &stats.sched, &stats.kv);
     return load_status(load, run->answers.interrupted);
 }
 
-/* The cluster that an option names, and what an engine on it has by default. */
-static bool open_cluster(const struct run *run, const char *option, const char *name,
-                         struct cluster *cluster, struct engine_config *config, char *error) {
-    if (!cluster_open(cluster, option, name, run->options.rates, error))
+/* The cluster of --sim or --plan, and what an engine on it has by default. */
+static bool open_cluster(const struct options *o, struct cluster *cluster,
+                         struct engine_config *config, char *error) {
+    if (!cluster_open(cluster, o->sim ? "--sim" : "--plan", o->sim ? o->sim : o->plan, o->rates,
+                      error))
         return false;
     config->chunk = cluster->chip.chunk;
     config->kv_type = cluster->chip.kv_type;
@@ -496,7 +487,7 @@ static int run_sim(struct run *run) {
     struct cluster cluster;
     struct sim *sim = NULL;
     char error[ERROR_LENGTH];
-    if (!open_cluster(run, "--sim", o->sim, &cluster, &config, error) ||
+    if (!open_cluster(o, &cluster, &config, error) ||
         (o->devices.cpu && !cluster.is_cpu &&
          !fail(error, "--devices: got cpu, expected numbers of GPUs of %.60s", o->sim)) ||
         !plan_engine(run, cluster.n_devices, &config, error) ||
@@ -512,9 +503,9 @@ static int run_sim(struct run *run) {
     bool ok = sim_run(sim, error);
     if (!ok)
         complain(error);
-    load_print(run->load, &(struct load_report){.config = &config,
-                                                .sched = sched_stats(sim_sched(sim)),
-                                                .kv = kv_stats(sched_kv(sim_sched(sim)))});
+    struct sched_stats sched = sched_stats(sim_sched(sim));
+    struct kv_stats kv = kv_stats(sched_kv(sim_sched(sim)));
+    load_print(run->load, &config, &sched, &kv);
     if (!o->json)
         plan_break_even(&cluster, &config);
     sim_close(sim);
@@ -527,14 +518,13 @@ static int run_plan(struct run *run) {
     struct engine_config config = {0};
     struct cluster cluster;
     char error[ERROR_LENGTH];
-    if (!open_cluster(run, "--plan", o->plan, &cluster, &config, error))
+    if (!open_cluster(o, &cluster, &config, error))
         return refuse(error);
     configure_engine(run, PLAN_BATCH, &config);
     struct plan_options options = {.cluster = &cluster,
                                    .engine = &config,
                                    .short_chunks = o->chunk == 0,
-                                   .load = describe_load(run),
-                                   .json = o->json};
+                                   .load = describe_load(run)};
     options.load.ttft = o->ttft > 0 ? options.load.ttft : PLAN_TTFT;
     options.load.itl = o->itl > 0 ? options.load.itl : PLAN_ITL;
     for (int n = 1; n <= MAX_SHARDS; n++)

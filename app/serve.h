@@ -1,6 +1,6 @@
 /* serve.h: OpenAI's protocol in front of the engine.
  *
- *     struct server *server = serve_open(&options, error); // before the model: it has the port
+ *     struct server *server = serve_open(&options, watch, error); // takes the port: first
  *     int status = serve_run(server, &answers);            // until SIGTERM
  *     serve_close(server);
  *
@@ -20,19 +20,12 @@
 #include "answers.h"
 #include "watch.h"
 
-struct serve_options {
-    const char *host; /* NULL: this machine alone */
-    int port;         /* 0: any */
-    const char *key, *key_file;
-    const char *model;                   /* its path; clients know it by the last part */
-    const struct request_spec *defaults; /* for what a request does not say */
-    struct watch *watch;                 /* of the same engine: /stats, for the page */
-};
-
 struct server;
-struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]);
-/* Serves until answers->activity is INTERRUPTED, and all that has begun has ended. False: `error`.
- */
+/* --host, --serve, the keys; what a request does not say; the model's path, by whose last part
+ * clients know it. watch: of the same engine, for the page. NULL: `error`. */
+struct server *serve_open(const struct options *options, struct watch *watch,
+                          char error[ERROR_LENGTH]);
+/* Until answers->activity is INTERRUPTED, and all that has begun has ended. False: `error`. */
 bool serve_run(struct server *server, struct answers *answers, char error[ERROR_LENGTH]);
 void serve_close(struct server *server); /* NULL: nothing is done */
 
@@ -105,9 +98,11 @@ struct histogram {
 };
 
 struct server {
-    struct serve_options options;
-    char name[256]; /* of the model */
-    char *keys;     /* one a line; NULL: nobody needs one */
+    const struct options *options;
+    const char *host;
+    struct watch *watch; /* /stats */
+    char name[256];      /* of the model */
+    char *keys;          /* one a line; NULL: nobody needs one */
     struct http *http;
     struct answers *answers;
     struct task *tasks; /* the first is the oldest */
@@ -164,7 +159,7 @@ static const struct field {
 } fields[] = {
     {"temperature", FIELD_REQUEST, .word = "temperature"},
     {"top_p", FIELD_REQUEST, .word = "top_p"},
-    {"top_k", FIELD_REQUEST, .word = "top_k", AT(spec.sampling.top_k)}, /* others' -1 is our 0 */
+    {"top_k", FIELD_REQUEST, .word = "top_k"},
     {"min_p", FIELD_REQUEST, .word = "min_p"},
     {"seed", FIELD_REQUEST, .word = "seed"},
     {"stop", FIELD_REQUEST, .word = "stop"},
@@ -225,11 +220,6 @@ static bool take_field(struct task *t, const struct field *field, const struct j
                        int at) {
     const struct json_node *value = &nodes[at];
     void *target = (char *)t + field->offset;
-    if (field->kind == FIELD_REQUEST && field->offset > 0 && value->length == 2 &&
-        memcmp(value->text, "-1", 2) == 0) {
-        *(int *)target = 0;
-        return true;
-    }
     if (field->kind == FIELD_REQUEST)
         return requests_set(&t->spec, field->word, nodes, at, field->name, t->error);
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
@@ -408,7 +398,7 @@ static void post_task(struct server *s, struct http_connection *c) {
     t->body = memcpy(body, c->request.body, c->request.length);
     t->length = c->request.length;
     body[t->length] = 0;
-    t->spec = *s->options.defaults;
+    t->spec = s->options->request;
     t->spec.deadline = deadline > 0 ? (float)deadline : t->spec.deadline;
     t->n = 1;
     t->chat = strstr(c->request.path, "chat") != NULL; /* of its routes */
@@ -521,8 +511,7 @@ static void write_likeliest(FILE *out, const struct server *s, const struct task
     (void)fputs(t->chat ? "]}" : "}", out);
 }
 
-/* How many characters of its text stand before the n-th token; one that several tokens make belongs
- * to the last of them. */
+/* Characters of its text before the n-th token; one that several make belongs to the last. */
 static int count_before(const struct server *s, struct choice *choice, int n) {
     const struct request *r = &choice->answer.request;
     const struct tokenizer *tokenizer = s->answers->tokenizer;
@@ -564,7 +553,6 @@ static void write_logprobs(FILE *out, const struct server *s, const struct task 
 static void write_choice(FILE *out, const struct server *s, const struct task *t,
                          struct choice *choice) {
     struct answer *answer = &choice->answer;
-    const struct request *r = &answer->request;
     int first = t->stream ? choice->n_taken : 0, n = answers_generated(answer);
     size_t thoughts = answer->n_thought - choice->thought_shown;
     (void)fprintf(out, "{\"index\":%d,", (int)(choice - t->choices));
@@ -852,7 +840,7 @@ static void get_page(struct server *s, struct http_connection *c) {
 }
 
 static void get_stats(struct server *s, struct http_connection *c) {
-    watch_json(http_body(c), s->options.watch);
+    watch_json(http_body(c), s->watch);
     http_respond(c, 200, "application/json", "Cache-Control: no-store\r\n");
 }
 
@@ -912,7 +900,7 @@ static bool is_foreign(const struct http_request *r) {
  * serves this machine alone, without a key, is asked by browsers by its address, which no such name
  * can be, by `localhost`, or by the name that --host gives. */
 static bool is_misled(const struct server *s, const struct http_request *r) {
-    const char *host = http_field(r, "host"), *own = s->options.host ? s->options.host : "";
+    const char *host = http_field(r, "host"), *own = s->host;
     bool browser = http_field(r, "origin") || http_field(r, "sec-fetch-site");
     if (!browser || s->keys || !http_is_local(s->http) || !host || *host == '[')
         return false;
@@ -999,8 +987,7 @@ static void *wait_for_news(void *context) {
 
 bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGTH]) {
     pthread_t waiter, reader;
-    const char *host = s->options.host ? s->options.host : "127.0.0.1";
-    bool v6 = strchr(host, ':') != NULL;
+    bool v6 = strchr(s->host, ':') != NULL;
     s->answers = answers;
     answers->activity = SERVING;
     if (pthread_create(&reader, NULL, read_tasks, s) != 0 ||
@@ -1008,8 +995,8 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
         return fail(error, "cannot start threads");
     bool ok = http_listen(s->http);
     if (ok)
-        (void)fprintf(stderr, "dynamo: %s at http://%s%s%s:%d/v1\n", s->name, v6 ? "[" : "", host,
-                      v6 ? "]" : "", http_port(s->http));
+        (void)fprintf(stderr, "dynamo: %s at http://%s%s%s:%d/v1\n", s->name, v6 ? "[" : "",
+                      s->host, v6 ? "]" : "", http_port(s->http));
     while (ok && (http_turn(s->http) || s->tasks)) {
     }
     engine_lock(answers->engine);
@@ -1034,34 +1021,33 @@ static bool are_keys(const char *option, const char *text, char *error) {
 }
 
 static bool read_keys(struct server *s, char *error) {
-    const struct serve_options *o = &s->options;
+    const char *key = s->options->api_key, *path = s->options->api_key_file;
     size_t length;
-    char *file = o->key_file ? cli_read_file(o->key_file, &length, error) : NULL;
-    if (o->key_file && !file)
-        return false;
-    bool good = (!o->key || are_keys("--api-key", o->key, error)) &&
+    char *file = path ? cli_read_file(path, &length, error) : NULL;
+    bool good = (!path || file) && (!key || are_keys("--api-key", key, error)) &&
                 (!file || are_keys("--api-key-file", file, error));
-    if (good && (o->key || file) &&
-        asprintf(&s->keys, "%s\n%s", o->key ? o->key : "", file ? file : "") < 0)
+    if (good && (key || file) && asprintf(&s->keys, "%s\n%s", key ? key : "", file ? file : "") < 0)
         abort();
     free(file);
     return good;
 }
 
-struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]) {
+struct server *serve_open(const struct options *options, struct watch *watch,
+                          char error[ERROR_LENGTH]) {
     struct server *s = calloc(1, sizeof *s);
     if (!s)
         abort();
     const char *slash = strrchr(options->model, '/');
-    s->options = *options;
+    s->options = options;
+    s->watch = watch;
+    s->host = options->host ? options->host : "127.0.0.1";
     (void)snprintf(s->name, sizeof s->name, "%s", slash ? slash + 1 : options->model);
     for (char *at = s->name; *at; at++) /* metrics quote it */
         *at = *at == '"' || *at == '\\' || (unsigned char)*at < ' ' ? '_' : *at;
     s->started = (int64_t)time(NULL);
     s->unread[0] = s->unread[1] = -1;
     const struct http_handler handler = {serve_begins, serve_answer, serve_gone, serve_turn, s};
-    if (read_keys(s, error) && (s->http = http_open(options->host ? options->host : "127.0.0.1",
-                                                    options->port, &handler, error)) != NULL) {
+    if (read_keys(s, error) && (s->http = http_open(s->host, options->serve, &handler, error))) {
         if (pipe2(s->unread, O_CLOEXEC) == 0 && fcntl(s->unread[1], F_SETFL, O_NONBLOCK) == 0)
             return s;
         (void)fail(error, "--serve: %s", strerror(errno));

@@ -37,8 +37,6 @@ bool chat_interrupted(void);
 #ifdef TERMINAL_IMPLEMENTATION
 #undef TERMINAL_IMPLEMENTATION
 
-#include "../lib/text.h"
-#include "../lib/wrap.h"
 #include "stats.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -197,8 +195,7 @@ static int editor_rows(const struct editor *e, int room, int first, int last, in
     return n;
 }
 
-/* Writes the line again, and the cursor where it is; of more rows than the screen has, those down
- * to the cursor's. */
+/* Writes the line and the cursor again; of more rows than the screen has, down to the cursor's. */
 static void editor_show(struct editor *e) {
     int height, row = 0, column = 0, room = wrap_width(STDERR_FILENO, &height) - 1;
     (void)fprintf(stderr, e->row > 0 ? "\r\033[%dA\033[J" : "\r\033[J", e->row);

@@ -125,8 +125,7 @@ void cli_help(FILE *stream);
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
 char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]);
-/* A bar on stderr if that is a terminal and it takes long; done == 0 begins it, and done == total
- * erases it. */
+/* A bar on stderr if that is a terminal and it takes long: from 0, to `total`, which erases it. */
 void cli_progress(const char *label, int64_t done, int64_t total);
 
 struct requests {
@@ -141,8 +140,7 @@ struct requests {
     char *text;          /* a line that is being read */
 };
 
-/* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
- * follows. */
+/* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; requests_free follows. */
 bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]);
 /* Reads a line, which may be empty, into requests->text (length). 0, < 0: as below. */
 int requests_line(struct requests *requests, size_t *length, char error[ERROR_LENGTH]);
@@ -278,8 +276,7 @@ static bool take_int(const char **at, int *value) {
     return digits > 0 && *value >= 0;
 }
 
-/* `1,15,7`, or where `ranges` are allowed `0-3,7`. How many numbers; 0: that is no list of at most
- * `capacity` numbers. */
+/* `1,15,7`, or with `ranges` `0-3,7`: how many. 0: no list of at most `capacity` numbers. */
 static int read_list(const char *at, size_t length, bool ranges, int *list, int capacity) {
     const char *end = at + length;
     int n = 0, first, last;
@@ -404,8 +401,8 @@ static const struct option_row option_rows[] = {
      AT(request.sampling.temperature), 0, 100, .key = "temperature"},
     {"--top-p", "P", "only the likeliest, of probability P together (default 0.95)", &REAL,
      AT(request.sampling.top_p), 0, 1, .key = "top_p"},
-    {"--top-k", "K", "only the K likeliest tokens (default 0: all)", &INT,
-     AT(request.sampling.top_k), 0, INT_MAX, .key = "top_k"},
+    {"--top-k", "K", "only the K likeliest tokens (default 0: all, as others say by -1)", &INT,
+     AT(request.sampling.top_k), -1, INT_MAX, .key = "top_k"},
     {"--min-p", "P", "only those at least P times as likely as the first (default 0)", &REAL,
      AT(request.sampling.min_p), 0, 1, .key = "min_p"},
     {"--seed", "S", "of the run: the first request's, the others get their own from it", &SEED,
@@ -1009,9 +1006,7 @@ void cli_help(FILE *stream) {
         "      one request a line, each with options of its own: {\"prompt\": \"Hi\", \"n\": 9};\n"
         "      \"at\": its second, \"after\": whose answer it follows, \"deadline\", \"messages\"\n"
         "  dynamo model.bin -p \"Once\" --seed 7 --colocate\n"
-        "      the same text as without --colocate: no schedule changes a text\n"
-        "  dynamo model.bin --perplexity story.txt\n"
-        "      how well the model predicts a text\n",
+        "      the same text as without --colocate: no schedule changes a text\n",
         stream);
     for (int i = 0; i < N_ROWS; i++) {
         const struct option_row *row = &option_rows[i];

@@ -137,16 +137,17 @@ static void other_names_are_known(struct check *check) {
 
 /* What follows the model's name. */
 static void good_values(struct check *check) {
-    static const char lines[] = "-n 1|-n 2147483647|-t 0|-t 100|-t 1e-3|-t .5|--top-p 0|--top-p 1|"
-                                "--top-k 0|--min-p 1|--seed 0|--tp 1|--tp 4|--tp 8|--devices cpu|"
-                                "--devices cpu:64|--devices 0|--devices 0,0|--devices 0-63|"
-                                "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
-                                "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
-                                "-p a --logits f|--ids 3 --logits f|"
-                                "--devices cpu:8 --prefill 0-3 --decode 4-7 --tp-decode 4|"
-                                "--colocate --tp-prefill 2 --tp-decode 2|--devices cpu:3 "
-                                "--tp-prefill 2|--devices 4,5 --prefill 1 --decode 0|"
-                                "--ids 0|--ids 999999999";
+    static const char lines[] =
+        "-n 1|-n 2147483647|-t 0|-t 100|-t 1e-3|-t .5|--top-p 0|--top-p 1|"
+        "--top-k 0|--top-k -1|--min-p 1|--seed 0|--tp 1|--tp 4|--tp 8|--devices cpu|"
+        "--devices cpu:64|--devices 0|--devices 0,0|--devices 0-63|"
+        "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
+        "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
+        "-p a --logits f|--ids 3 --logits f|"
+        "--devices cpu:8 --prefill 0-3 --decode 4-7 --tp-decode 4|"
+        "--colocate --tp-prefill 2 --tp-decode 2|--devices cpu:3 "
+        "--tp-prefill 2|--devices 4,5 --prefill 1 --decode 0|"
+        "--ids 0|--ids 999999999";
     char error[ERROR_LENGTH], line[512], *items[64];
     struct options o;
     int n = split(lines, "|", items, 64);
@@ -200,7 +201,8 @@ static const struct {
     {"got x", "-n x"},
     {"expected", "-n ''|-n ' 5'|-n '5 '|-n 5x|-n --5|-n 99999999999999999999999"},
     {"from 0 to 100", "-t -0.1"},
-    {"from 0", "-t 101|-t 1e999|-t ''|-t 1,5|--top-p -1|--top-k -1|--seed -1"},
+    {"from 0", "-t 101|-t 1e999|-t ''|-t 1,5|--top-p -1|--seed -1"},
+    {"from -1", "--top-k -2"},
     {"got nan", "-t nan"},
     {"got inf", "-t inf"},
     {"got 0x1", "-t 0x1"},
