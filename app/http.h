@@ -597,8 +597,7 @@ static double http_patience(const struct http_connection *c) {
     }
 }
 
-/* Takes away those that have gone or had their time, and when all places are taken the one that has
- * been idle for longest. */
+/* Takes away who has gone or had its time; if all places are taken, who is idle for longest. */
 static void http_sweep(struct http *http) {
     double now = http_now();
     struct http_connection *idle = NULL;

@@ -307,8 +307,7 @@ static bool plan_in_front(const struct plan *plan, const struct plan_point *p) {
     return true;
 }
 
-/* Speed for one against that of all: `a`, `t` a simulation of pools apart or together, `A`, `T` one
- * than which none is better in both. */
+/* Speed for one against that of all: `a`, `t` pools apart or together; `A`, `T`: none is better. */
 static void plan_picture(const struct plan *plan) {
     char rows[PLAN_HEIGHT][PLAN_WIDTH + 1];
     double width = 0, height = 0;

@@ -467,8 +467,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     item_release(item);
 }
 
-/* Sees to it that the first of what is known of has its prompt. One that can have none has failed
- * on arrival, as have all that follow it. */
+/* The first of what is known of gets its prompt. Who can have none fails, as do all who follow. */
 static void look_ahead(struct load *load) {
     struct item *item;
     while (load->known.n > 0 && !(item = load->known.heap[0].item)->request.tokens) {

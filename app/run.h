@@ -648,8 +648,7 @@ static bool interrupts(struct run *run, int number) {
            (is_int && answering == IDLE && chat_interrupted());
 }
 
-/* What there is nothing to interrupt for, or comes a second time, ends the program. What ends or
- * stops it finds the terminal as it was. */
+/* With nothing to interrupt, or a second time, a signal ends the program, the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];

@@ -159,7 +159,7 @@ static const struct field {
 } fields[] = {
     {"temperature", FIELD_REQUEST, .word = "temperature"},
     {"top_p", FIELD_REQUEST, .word = "top_p"},
-    {"top_k", FIELD_REQUEST, .word = "top_k"},
+    {"top_k", FIELD_COUNT, AT(spec.sampling.top_k), .low = -1, .high = INT_MAX}, /* as 0: all */
     {"min_p", FIELD_REQUEST, .word = "min_p"},
     {"seed", FIELD_REQUEST, .word = "seed"},
     {"stop", FIELD_REQUEST, .word = "stop"},
@@ -855,8 +855,7 @@ static bool same_key(const char *given, const char *key, size_t length) {
     return differs == 0;
 }
 
-/* The password in the value of HTTP Basic (RFC 7617), in base64 as `user:password`, decoded into
- * `text`; "": there is none. */
+/* The password of HTTP Basic (RFC 7617), of base64 of `user:password`, in `text`; "": none. */
 static const char *basic_password(const char *value, char text[HTTP_HEAD]) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     size_t length = 0;

@@ -104,8 +104,7 @@ static void editor_wake(int number) {
     editor_continued |= number == SIGCONT;
 }
 
-/* For a line each key is read as it comes; for an answer what is typed is not shown, as it would
- * stand in the midst of it. */
+/* For a line each key is read as it comes; for an answer nothing is shown in the midst of it. */
 static void editor_set(bool keys) {
     struct termios mode = editor_before;
     mode.c_lflag &= ~(tcflag_t)ECHO;

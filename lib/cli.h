@@ -355,9 +355,8 @@ static bool read_choice(const struct value *value, void *target) {
     }
 }
 
-/* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t;
- * struct size; struct device_list (PLACES: without cpu); struct options (FAILURE); int, which of
- * the words, from 1. */
+/* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t; struct
+ * size; struct device_list (PLACES: no cpu); struct options (FAILURE); int, the n-th word. */
 static const struct kind FLAG = {read_flag, 0, "no value"};
 static const struct kind TEXT = {read_text, '"', "a text without zero bytes"};
 static const struct kind PROMPT = {read_prompt, '"', "a text"};
@@ -401,8 +400,8 @@ static const struct option_row option_rows[] = {
      AT(request.sampling.temperature), 0, 100, .key = "temperature"},
     {"--top-p", "P", "only the likeliest, of probability P together (default 0.95)", &REAL,
      AT(request.sampling.top_p), 0, 1, .key = "top_p"},
-    {"--top-k", "K", "only the K likeliest tokens (default 0: all, as others say by -1)", &INT,
-     AT(request.sampling.top_k), -1, INT_MAX, .key = "top_k"},
+    {"--top-k", "K", "only the K likeliest tokens (default 0: all)", &INT,
+     AT(request.sampling.top_k), 0, INT_MAX, .key = "top_k"},
     {"--min-p", "P", "only those at least P times as likely as the first (default 0)", &REAL,
      AT(request.sampling.min_p), 0, 1, .key = "min_p"},
     {"--seed", "S", "of the run: the first request's, the others get their own from it", &SEED,
@@ -477,7 +476,7 @@ static const struct option_row option_rows[] = {
 enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
 static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
-/* What is given has an effect, or is refused: each of these options excludes the others, or all but
+/* What a way to run does not know is refused: each of these options excludes the others, or all but
  * those, or needs one of them. */
 static const struct rule {
     enum { ONE_OF_THEM, EXCLUDES, ONLY, NEEDS } what;
@@ -573,8 +572,7 @@ bool cli_given(option_set given, const char *option) {
     return given >> (row - option_rows) & 1;
 }
 
-/* Whether so many bytes inserted, removed, changed or swapped with the next make one word from the
- * other; - and _ count as the same. */
+/* Whether so many bytes inserted, removed, changed or swapped make b of a; - and _ are the same. */
 static bool resembles(const char *a, const char *b, int edits) {
     for (; *a && (*a == *b || (strchr("-_", *a) && strchr("-_", *b) && *b)); a++)
         b++;
