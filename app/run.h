@@ -648,7 +648,7 @@ static bool interrupts(struct run *run, int number) {
            (is_int && answering == IDLE && chat_interrupted());
 }
 
-/* With nothing to interrupt, or a second time, a signal ends the program, the terminal as it was. */
+/* A signal that interrupts nothing, or comes again, ends the program, the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];
