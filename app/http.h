@@ -253,9 +253,7 @@ static int http_framing(struct http_request *r) {
         } else if (strcasecmp(name, "host") == 0) {
             n_hosts++;
         } else if (strcasecmp(name, "expect") == 0) {
-            if (strcasecmp(value, "100-continue") != 0)
-                return 417;
-            r->expects = !r->old;
+            r->expects = !r->old && strcasecmp(value, "100-continue") == 0;
         } else if (strcasecmp(name, "connection") == 0) {
             r->persistent = strcasestr(value, "close") == NULL &&
                             (r->persistent || strcasestr(value, "keep-alive") != NULL);
@@ -388,7 +386,6 @@ static const char *http_reason(int status) {
                                        "405 Method Not Allowed",
                                        "411 Length Required",
                                        "413 Content Too Large",
-                                       "417 Expectation Failed",
                                        "429 Too Many Requests",
                                        "431 Request Header Fields Too Large",
                                        "500 Internal Server Error",

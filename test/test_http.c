@@ -77,7 +77,7 @@ static const struct {
     {400, GET "A\r\n\r\n", NULL},
     {400, GET "A: b\x01\r\n\r\n", NULL},
     {400, GET "A: b\x7f\r\n\r\n", NULL},
-    {417, POST "Expect: x\r\nContent-Length: 1\r\n\r\na", NULL},
+    {200, POST "Expect: x\r\nContent-Length: 1\r\n\r\na", "a"},
     /* where a body ends: what is read in two ways could hide a request */
     {411, POST "\r\n", NULL},
     {400, POST "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", NULL},

@@ -166,6 +166,7 @@ static void refused_in_a_line(struct check *check) {
         {"--replay 9:9 --plan h100x2 --rate 2", "--plan and --rate exclude each other", 2},
         {"--replay 9:9 --plan h100x2 --colocate", "--plan and --colocate exclude each other", 2},
         {"--replay 9:9 --plan h100x2 --verbose", "--plan and --verbose exclude each other", 2},
+        {"--replay 9:9 --sim h100x2 --devices cpu:2", "--devices: got cpu, expected numbers", 2},
         {"--replay - --plan h100x2", "--plan: a load is read again for each simulation", 2},
         {"--replay $T/none --plan h100x2", "none: No such file", 1},
         {"--replay 9:9 --plan h100x2 --kv-device 99G", "--plan: no split fits: --kv-device: got",

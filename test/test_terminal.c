@@ -441,6 +441,13 @@ static void ids_are_shown_without_a_tokenizer(struct check *check) {
     CHECK(again.status == 0 && !strncmp(again.out, text.out, strlen(text.out) - 1), "%s",
           again.out);
     CHECK(!strcmp(answer(&json, "0", "text"), ""), "%s", json.out);
+    static const char *const of_texts[] = {"--stop a", "--template chatml",
+                                           "--tokenizer /dev/null"};
+    for (size_t i = 0; i < COUNT(of_texts); i++) { /* there are no texts that these could be of */
+        char line[96];
+        snprintf(line, sizeof line, "%s %s", words, of_texts[i]);
+        refuse(check, line, 1, i < 2 ? "no tokenizer: random" : "no tokenizer: ", 5);
+    }
 }
 
 static void numbers_are_short(struct check *check) {
