@@ -643,10 +643,10 @@ static void end_task(struct server *s, struct task *t) {
 static void send_ids(struct server *s, struct task *t) {
     const struct request *r = &t->choices[0].answer.request;
     FILE *out = http_body(t->connection);
-    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,\"tokens\":", r->n_prompt,
+    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,\"tokens\":[", r->n_prompt,
                   longest_text(s));
     for (int i = 0; i < r->n_prompt; i++)
-        (void)fprintf(out, "%c%d", i > 0 ? ',' : '[', r->tokens[i]);
+        (void)fprintf(out, "%s%d", i > 0 ? "," : "", r->tokens[i]);
     (void)fputs("]}\n", out);
     http_respond(t->connection, 200, "application/json", "");
 }
