@@ -403,16 +403,18 @@ static void watch_show(struct watch *w, bool last) {
     }
 }
 
+static bool watch_frame(struct watch *w, bool last) {
+    pthread_mutex_lock(&w->drawing);
+    watch_show(w, last);
+    pthread_mutex_unlock(&w->drawing);
+    return last;
+}
+
 static void *watch_main(void *argument) {
     struct watch *w = argument;
     struct pollfd stop = {.fd = w->stop, .events = POLLIN};
-    bool last;
-    do {
-        last = poll(&stop, 1, WATCH_MS) > 0;
-        pthread_mutex_lock(&w->drawing);
-        watch_show(w, last);
-        pthread_mutex_unlock(&w->drawing);
-    } while (!last);
+    while (!watch_frame(w, poll(&stop, 1, WATCH_MS) > 0)) {
+    }
     return NULL;
 }
 
@@ -483,6 +485,8 @@ void watch_begin(struct watch *w, const struct answers *answers) {
 bool watch_start(struct watch *w) {
     w->stop = eventfd(0, EFD_CLOEXEC);
     w->started = w->stop >= 0 && pthread_create(&w->thread, NULL, watch_main, w) == 0;
+    if (w->started)
+        (void)watch_frame(w, false); /* at once, so that a short run has one, too */
     return w->started;
 }
 
