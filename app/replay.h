@@ -207,10 +207,6 @@ static void known_add(struct load *load, struct item *item) {
     agenda_add(&load->known, (struct moment){item->at, item->place, .item = item});
 }
 
-static struct item *known_take(struct load *load) {
-    return agenda_take(&load->known).item;
-}
-
 /* ---- making requests ---- */
 
 static struct item *item_create(struct load *load, const struct request_spec *spec) {
@@ -476,7 +472,7 @@ static void look_ahead(struct load *load) {
             item_release(item->before);
         item->before = NULL;
         if (!good)
-            count_item(load, known_take(load), item->at);
+            count_item(load, agenda_take(&load->known).item, item->at);
     }
 }
 
@@ -484,7 +480,7 @@ static void look_ahead(struct load *load) {
 static void load_forget(struct load *load) {
     load->interrupted = true;
     while (load->known.n > 0) {
-        struct item *item = known_take(load);
+        struct item *item = agenda_take(&load->known).item;
         for (struct item *next = item->followers; next; next = next->sibling)
             known_add(load, next);
         if (item->before)
@@ -537,7 +533,7 @@ double load_next(const struct load *load) {
 }
 
 struct request *load_take(struct load *load) {
-    struct item *item = known_take(load);
+    struct item *item = agenda_take(&load->known).item;
     item->request.id = load->n_arrived++;
     item->previous = load->last_running;
     *(item->previous ? &item->previous->next : &load->first_running) = item;

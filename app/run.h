@@ -46,8 +46,7 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <unistd.h>
 
 enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, EXIT_INTERRUPTED = 128 + SIGINT };
-enum { DEFAULT_BATCH = 32 };
-enum { STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
+enum { DEFAULT_BATCH = 32, STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
 enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* targets in ms */
 
 struct run { /* all that a run opens */
