@@ -5,8 +5,8 @@
  *
  * Turns request_specs into requests, submits each when its time has come and the answer that it
  * follows is there, and shows their text as it comes: the answers in the order of the requests, the
- * first unfinished one streaming; or as JSON, one object a request, as it ends. Decides nothing
- * about when they run.
+ * first unfinished one streaming; or as JSON, an object a request, as it ends. When they run is
+ * decided elsewhere.
  *
  * An answer's bytes, by half-open intervals: [0, shown) printed, [shown, safe) to be printed,
  * [safe, length) held back, because it could be the beginning of a stop text.
@@ -22,7 +22,10 @@
 #include "../lib/wrap.h"
 #include <stdatomic.h>
 
-enum { ANSWERS_KEPT = 4096 }; /* that have ended before all that run: these can be followed */
+enum {
+    ANSWERS_KEPT = 4096,    /* that have ended before all that run: these can be followed */
+    ANSWERS_TIMES = 1 << 16 /* of as many requests, the last, times are kept */
+};
 #define ANSWERS_TOO_LONG "out of memory, or a text of more than %d bytes"
 
 enum activity { IDLE, ANSWERING, SERVING, INTERRUPTED }; /* the last: by Ctrl-C, or SIGTERM */
@@ -37,7 +40,6 @@ struct answers {
     char no_tokenizer[ERROR_LENGTH]; /* why there is none */
     struct chat_template template;   /* of prompts; TEMPLATE_NONE: they are continued */
     bool json, verbose;              /* the latter: thoughts are told on stderr */
-    bool stats;                      /* times are kept, for stats.h */
     struct wrap *wrap;               /* of texts on a terminal; NULL: they are not wrapped */
     uint64_t seed;                   /* of the run, which --stats tells; the first request's */
     bool converses;                  /* each prompt follows the one before and its answer */
@@ -49,7 +51,7 @@ struct answers {
     /* of all requests that ended, for stats.h */
     int64_t n_tokens, n_intervals, n_host_hits; /* the last: prompt tokens */
     double interval_sum, busy_seconds;
-    double *times[N_TIMES]; /* (n_times) of those that came so far */
+    double *times[N_TIMES]; /* (n_times, at most ANSWERS_TIMES) of those that came so far */
     int n_times[N_TIMES];
 };
 
@@ -80,8 +82,7 @@ int answers_stream(struct answers *answers, struct requests *requests);
 void answers_begin(struct answers *answers, const struct request_spec *spec, struct answer *answer);
 /* Hands its request, which is prepared, to the engine. Called with the lock held, as the next. */
 void answers_submit(struct answers *answers, struct answer *answer);
-/* Takes at most so many of its new tokens; true: there was one, or it ended. Lets go of the lock
- * while it makes text. */
+/* Takes at most so many of its new tokens; true: one, or its end. Makes text without the lock. */
 bool answers_advance(struct answers *answers, struct answer *answer, int most);
 /* Tokens whose text it has; of one that a stop text ended, up to that. */
 int answers_generated(const struct answer *answer);
@@ -94,9 +95,8 @@ double answers_time(const struct request *request, enum answer_time time);
 /* What came of a request that has ended, n_generated tokens and `reason`: the members of an object
  * from finish_reason to itl_ms. */
 void answers_json(const struct request *request, int n_generated, enum finish_reason reason);
-/* Fills in a request: its prompt, which follows history (n_history), that of `before` if it is not
- * NULL, room for its answer in a text of max_length tokens, its deadline. False: it has ended with
- * an error. */
+/* Fills in a request: its prompt, which follows history (n_history), that of `before` if there is
+ * one, room for its answer in a text of max_length tokens, its deadline. False: it has failed. */
 bool answers_prepare(const struct answers *answers, const struct request_spec *spec,
                      const struct request *before, const int *history, int n_history,
                      int max_length, struct request *request);
@@ -115,8 +115,7 @@ double answers_short(double value); /* to six decimals, all that JSON tells of a
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
-/* The ids of history (n_history), which is the beginning, and of a request's prompt; to be freed.
- * NULL: `error`. */
+/* The ids of history (n_history), then of a request's prompt; to be freed. NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec,
                     const int *history, int n_history, int *n_ids, char error[ERROR_LENGTH]);
 
@@ -446,12 +445,14 @@ static void count_ended(struct answers *a, const struct answer *answer) {
         a->n_intervals += n - 1;
         a->interval_sum += r->last_token - r->first_token;
     }
-    for (int i = 0; i < N_TIMES && a->stats; i++) {
+    for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds < 0)
             continue;
-        a->times[i] = grow(a->times[i], (size_t)a->n_times[i], sizeof *a->times[i]);
-        a->times[i][a->n_times[i]++] = seconds;
+        bool full = a->n_times[i] == ANSWERS_TIMES;
+        int at = full ? (int)(answer->place % ANSWERS_TIMES) : a->n_times[i]++;
+        a->times[i] = full ? a->times[i] : grow(a->times[i], (size_t)at, sizeof *a->times[i]);
+        a->times[i][at] = seconds;
     }
 }
 

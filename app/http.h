@@ -253,9 +253,7 @@ static int http_framing(struct http_request *r) {
         } else if (strcasecmp(name, "host") == 0) {
             n_hosts++;
         } else if (strcasecmp(name, "expect") == 0) {
-            if (strcasecmp(value, "100-continue") != 0)
-                return 417;
-            r->expects = !r->old;
+            r->expects = !r->old && strcasecmp(value, "100-continue") == 0;
         } else if (strcasecmp(name, "connection") == 0) {
             r->persistent = strcasestr(value, "close") == NULL &&
                             (r->persistent || strcasestr(value, "keep-alive") != NULL);
@@ -278,8 +276,13 @@ static int http_take_head(struct http_connection *c) {
     memmove(c->input, c->input + blank, c->n_input);
     if (c->n_input > 0 && *c->input != '\r' && !isgraph((unsigned char)*c->input))
         return 400; /* TLS, say, which would wait for a word of ours */
-    const char *end = memmem(c->input + c->at, c->n_input - c->at, "\r\n\r\n", 4);
-    size_t length = end ? (size_t)(end - c->input) + 4 : c->n_input;
+    const char *at = c->input + c->at, *last = c->input + c->n_input, *end = NULL;
+    while (!end && (at = memchr(at, '\n', (size_t)(last - at))) != NULL) {
+        if (at == c->input || at[-1] != '\r')
+            return 400; /* at once: who ends lines so would wait for an answer */
+        end = last - ++at >= 2 && memcmp(at, "\r\n", 2) == 0 ? at + 2 : NULL;
+    }
+    size_t length = end ? (size_t)(end - c->input) : c->n_input;
     if (length > HTTP_HEAD - 1)
         return 431;
     if (!end) {
@@ -375,26 +378,25 @@ void http_next(struct http_connection *c) {
 /* ---- responses ---- */
 
 static const char *http_reason(int status) {
-    switch (status) {
-    case 200: return "OK";
-    case 204: return "No Content";
-    case 400: return "Bad Request";
-    case 401: return "Unauthorized";
-    case 403: return "Forbidden";
-    case 404: return "Not Found";
-    case 405: return "Method Not Allowed";
-    case 411: return "Length Required";
-    case 413: return "Content Too Large";
-    case 417: return "Expectation Failed";
-    case 429: return "Too Many Requests";
-    case 431: return "Request Header Fields Too Large";
-    case 500: return "Internal Server Error";
-    case 501: return "Not Implemented";
-    case 503: return "Service Unavailable";
-    case 504: return "Gateway Timeout";
-    case 505: return "HTTP Version Not Supported";
-    default: return "Unknown";
-    }
+    static const char reasons[][36] = {"200 OK",
+                                       "400 Bad Request",
+                                       "401 Unauthorized",
+                                       "403 Forbidden",
+                                       "404 Not Found",
+                                       "405 Method Not Allowed",
+                                       "411 Length Required",
+                                       "413 Content Too Large",
+                                       "429 Too Many Requests",
+                                       "431 Request Header Fields Too Large",
+                                       "500 Internal Server Error",
+                                       "501 Not Implemented",
+                                       "503 Service Unavailable",
+                                       "504 Gateway Timeout",
+                                       "505 HTTP Version Not Supported"};
+    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+        if (atoi(reasons[i]) == status)
+            return reasons[i] + 4;
+    return "Unknown";
 }
 
 static void http_send(struct http_connection *c, const char *bytes, size_t n) {
@@ -424,10 +426,10 @@ static void http_send_head(struct http_connection *c, int status, const char *ty
         c->request.persistent = false; /* what else comes is not a request */
     struct tm utc;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
-    int n = snprintf(
-        head, sizeof head, "HTTP/1.1 %d %s\r\nDate: %s\r\n%s%s%s%s%sConnection: %s\r\n\r\n", status,
-        http_reason(status), date, *type ? "Content-Type: " : "", type, *type ? "\r\n" : "",
-        framing, fields, c->request.persistent ? "keep-alive" : "close");
+    int n = snprintf(head, sizeof head,
+                     "HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: %s\r\n%s%sConnection: %s\r\n\r\n",
+                     status, http_reason(status), date, type, framing, fields,
+                     c->request.persistent ? "keep-alive" : "close");
     http_send(c, head, n < (int)sizeof head ? (size_t)n : 0);
 }
 
@@ -448,7 +450,7 @@ void http_respond(struct http_connection *c, int status, const char *type, const
     char framing[64];
     (void)fflush(http->body);
     (void)snprintf(framing, sizeof framing, "Content-Length: %zu\r\n", http->length);
-    http_send_head(c, status, type, fields, status == 204 ? "" : framing);
+    http_send_head(c, status, type, fields, framing);
     if (strcmp(c->request.method, "HEAD") != 0)
         http_send(c, http->text, http->length);
     http_finish(c);
@@ -592,8 +594,7 @@ static double http_patience(const struct http_connection *c) {
     }
 }
 
-/* Takes away those that have gone or had their time, and when all places are taken the one that has
- * been idle for longest. */
+/* Takes away who has gone or had its time; if all places are taken, who is idle for longest. */
 static void http_sweep(struct http *http) {
     double now = http_now();
     struct http_connection *idle = NULL;
@@ -703,26 +704,21 @@ bool http_listen(struct http *http) {
     return http->listens = listen(http->listener, SOMAXCONN) == 0;
 }
 
-/* Where it listens, in digits; "": nowhere. */
-static void http_address(const struct http *http, char host[64], char port[16]) {
-    struct sockaddr_storage at;
-    socklen_t size = sizeof at;
-    *host = *port = 0;
-    if (getsockname(http->listener, (struct sockaddr *)&at, &size) == 0)
-        (void)getnameinfo((struct sockaddr *)&at, size, host, 64, port, 16,
-                          NI_NUMERICHOST | NI_NUMERICSERV);
+static struct sockaddr_in6 http_address(const struct http *http) { /* of either family */
+    struct sockaddr_in6 at = {0};
+    (void)getsockname(http->listener, (struct sockaddr *)&at, &(socklen_t){sizeof at});
+    return at;
 }
 
 int http_port(const struct http *http) {
-    char host[64], port[16];
-    http_address(http, host, port);
-    return atoi(port);
+    return ntohs(http_address(http).sin6_port); /* which stands where IPv4's does */
 }
 
 bool http_is_local(const struct http *http) {
-    char host[64], port[16];
-    http_address(http, host, port);
-    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0;
+    struct sockaddr_in6 at = http_address(http);
+    return at.sin6_family == AF_INET
+               ? *(const unsigned char *)&at.sin6_flowinfo == 127 /* likewise */
+               : IN6_IS_ADDR_LOOPBACK(&at.sin6_addr);
 }
 
 void http_wake(struct http *http) {

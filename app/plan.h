@@ -32,11 +32,10 @@ struct plan_options {
     const struct engine_config *engine; /* without workers; host_blocks: -1: with and without */
     int blocks[MAX_SHARDS + 1];         /* of a device of a worker so wide; -1: all that fit */
     bool short_chunks;                  /* may be tried, together */
-    struct load_options load;           /* with both targets; rate and json are not used */
-    bool json;                          /* an object a split, in place of tables */
+    struct load_options load; /* with both targets; json: an object a split, in place of tables */
 };
 
-/* Runs the load on every split and tells which is best. False: `error`, one line. */
+/* Runs the load on every split and tells which is best. False: none is, as `error` says. */
 bool plan_print(const struct plan_options *options, char *error);
 /* Tells from which length on a prefix is copied sooner than computed, after a table on stdout. */
 void plan_break_even(const struct cluster *cluster, const struct engine_config *config);
@@ -308,8 +307,7 @@ static bool plan_in_front(const struct plan *plan, const struct plan_point *p) {
     return true;
 }
 
-/* Speed for one against that of all: `a`, `t` a simulation of pools apart or together, `A`, `T` one
- * than which none is better in both. */
+/* Speed for one against that of all: `a`, `t` pools apart or together; `A`, `T`: none is better. */
 static void plan_picture(const struct plan *plan) {
     char rows[PLAN_HEIGHT][PLAN_WIDTH + 1];
     double width = 0, height = 0;
@@ -339,20 +337,12 @@ static void plan_picture(const struct plan *plan) {
            width);
 }
 
-/* One sentence. best: of each kind, together and apart; NULL: there is none. */
-static void plan_verdict(const struct plan *plan, const struct plan_split *const best[2]) {
+/* One sentence, if any kind, together and apart, has a best; NULL: it has none. */
+static void plan_verdict(const struct plan_split *const best[2]) {
     char names[2][64];
     const struct plan_split *apart = best[1], *together = best[0];
-    const char *why = plan->n_points > 0 ? plan->points[0].result.first_error : "";
-    if (!apart && !together) {
-        if (*why && isinf(plan->least[0]))
-            printf("\nno split keeps the targets: requests fail; %s\n", why);
-        else
-            printf("\nno split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / "
-                   "%.2f ms (p90, each by itself)\n",
-                   plan->least[0], plan->least[1]);
-        return;
-    }
+    if (!apart && !together)
+        return; /* see plan_kept */
     if (!apart || !together) {
         const struct plan_split *only = apart ? apart : together;
         printf("\nonly %s keeps the targets: %s, %.1f tokens/s per GPU\n",
@@ -371,6 +361,19 @@ static void plan_verdict(const struct plan *plan, const struct plan_split *const
            "search is exact to %.0f %%)\n",
            word, plan_name(apart, names[0]), apart->best.per_gpu, plan_name(together, names[1]),
            together->best.per_gpu, 100 * margin, 100 * (PLAN_STEP - 1));
+}
+
+/* False: no split keeps the targets, and `error` says how far off they are. */
+static bool plan_kept(const struct plan *plan, char *error) {
+    const char *why = plan->points[0].result.first_error;
+    if (plan->best[0] > 0 || plan->best[1] > 0)
+        return true;
+    if (*why && isinf(plan->least[0]))
+        return fail(error, "no split keeps the targets: requests fail; %.400s", why);
+    return fail(error,
+                "no split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / %.2f ms "
+                "(p90, each by itself)",
+                plan->least[0], plan->least[1]);
 }
 
 static void plan_tell(const struct plan *plan) {
@@ -406,7 +409,7 @@ static void plan_tell(const struct plan *plan) {
         plan_row(&plan->splits[i], PLAN_PRUNED * plan->best[plan_apart(&plan->splits[i])]);
     if (best[0] || best[1])
         plan_picture(plan);
-    plan_verdict(plan, best);
+    plan_verdict(best);
     struct engine_config config;
     char error[ERROR_LENGTH];
     struct plan_split shown = best[1] ? *best[1] : best[0] ? *best[0] : plan->splits[0];
@@ -451,10 +454,11 @@ bool plan_print(const struct plan_options *o, char *error) {
     }
     if (ok) {
         qsort(plan.splits, (size_t)plan.n_splits, sizeof *plan.splits, plan_compare);
-        if (!o->json)
+        if (!o->load.json)
             plan_tell(&plan);
-        for (int i = 0; i < plan.n_splits && o->json; i++)
+        for (int i = 0; i < plan.n_splits && o->load.json; i++)
             plan_object(&plan.splits[i]);
+        ok = plan_kept(&plan, error);
     }
     free(plan.splits);
     free(plan.points);

@@ -6,7 +6,7 @@
  *         if (load_next(load) <= now)
  *             sched_submit(sched, load_take(load), now); // load_ended(load, request, now) follows
  *         else ...
- *     load_print(load, &report);
+ *     load_print(load, &config, &sched_stats, &kv_stats);
  *
  * A load comes from a trace, from IN:OUT, or from the lines of -f, and is run by a driver, which
  * has the clock: load_run below, which waits, or one in virtual time, which does not.
@@ -50,8 +50,7 @@ struct load *load_open(const struct load_options *options, char error[ERROR_LENG
 /* Once, before the others: the load begins at `now` (> 0) by the clock of the driver, which all
  * times are of from here on; max_length: see sched_longest. */
 void load_start(struct load *load, double now, int max_length);
-/* When the next request arrives. INFINITY: none is known of; one that follows an answer is when
- * that has ended. */
+/* When the next request arrives. INFINITY: none is known of, as before the answer it follows. */
 double load_next(const struct load *load);
 /* That request, ready to be submitted; not when load_next is INFINITY. Its id counts from 0. */
 struct request *load_take(struct load *load);
@@ -67,7 +66,8 @@ void load_close(struct load *load); /* when all that were taken have ended */
 enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 
 struct load_result {          /* so far */
-    int64_t requests, failed; /* that ended; of them with an error, or cancelled */
+    int64_t requests, failed; /* that ended; of them with an error */
+    int64_t cancelled;        /* that an interruption ended, which are not among those */
     int64_t good;             /* that kept both targets */
     int64_t arrivals;         /* that came by themselves, and did not follow an answer */
     int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
@@ -77,15 +77,10 @@ struct load_result {          /* so far */
     double times[N_TIMES][N_LOAD_SHARES]; /* in ms; quantiles within 0.5 percent */
 };
 
-struct load_report {                    /* what the driver knows at the end */
-    const struct engine_config *config; /* all numbers of blocks are known */
-    struct sched_stats sched;
-    struct kv_stats kv;
-};
-
 struct load_result load_result(const struct load *load);
-/* A table on stdout; with `json` the last object. */
-void load_print(const struct load *load, const struct load_report *report);
+/* A table on stdout; with `json` the last object. config: all numbers of blocks are known. */
+void load_print(const struct load *load, const struct engine_config *config,
+                const struct sched_stats *sched, const struct kv_stats *kv);
 /* Runs a load on answers->engine, by the clock, until it is done or interrupted. */
 void load_run(struct load *load, struct answers *answers);
 
@@ -210,10 +205,6 @@ struct moment agenda_take(struct agenda *agenda) {
 
 static void known_add(struct load *load, struct item *item) {
     agenda_add(&load->known, (struct moment){item->at, item->place, .item = item});
-}
-
-static struct item *known_take(struct load *load) {
-    return agenda_take(&load->known).item;
 }
 
 /* ---- making requests ---- */
@@ -391,8 +382,7 @@ static bool prompt_of_line(const struct load *load, struct item *item) {
     return fail(r->error, "n: not given; an answer that is made up has no other end");
 }
 
-/* Made from hash ids, or unlike any other. No more than fit are needed: a request that does not is
- * refused unread. */
+/* Made from hash ids, or unlike any other. One that does not fit is refused unread. */
 static bool prompt_of_numbers(const struct load *load, struct item *item) {
     const struct answers *a = load->options.answers;
     struct request *r = &item->request;
@@ -444,11 +434,12 @@ static void count_item(struct load *load, struct item *item, double now) {
     char number[24];
     struct request *r = &item->request;
     struct load_result *sums = &load->sums;
-    bool failed = r->reason == FINISH_ERROR || r->reason == FINISH_CANCELLED;
-    sums->requests++;
-    sums->failed += failed;
+    bool cancelled = r->reason == FINISH_CANCELLED;
+    sums->requests += !cancelled;
+    sums->cancelled += cancelled;
+    sums->failed += r->reason == FINISH_ERROR;
     sums->good += is_good(load, r);
-    sums->arrivals += !item->spec || !item->spec->after;
+    sums->arrivals += !cancelled && (!item->spec || !item->spec->after);
     sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
@@ -472,8 +463,7 @@ static void count_item(struct load *load, struct item *item, double now) {
     item_release(item);
 }
 
-/* Sees to it that the first of what is known of has its prompt. One that can have none has failed
- * on arrival, as have all that follow it. */
+/* The first of what is known of gets its prompt. Who can have none fails, as do all who follow. */
 static void look_ahead(struct load *load) {
     struct item *item;
     while (load->known.n > 0 && !(item = load->known.heap[0].item)->request.tokens) {
@@ -482,7 +472,7 @@ static void look_ahead(struct load *load) {
             item_release(item->before);
         item->before = NULL;
         if (!good)
-            count_item(load, known_take(load), item->at);
+            count_item(load, agenda_take(&load->known).item, item->at);
     }
 }
 
@@ -490,7 +480,7 @@ static void look_ahead(struct load *load) {
 static void load_forget(struct load *load) {
     load->interrupted = true;
     while (load->known.n > 0) {
-        struct item *item = known_take(load);
+        struct item *item = agenda_take(&load->known).item;
         for (struct item *next = item->followers; next; next = next->sibling)
             known_add(load, next);
         if (item->before)
@@ -543,7 +533,7 @@ double load_next(const struct load *load) {
 }
 
 struct request *load_take(struct load *load) {
-    struct item *item = known_take(load);
+    struct item *item = agenda_take(&load->known).item;
     item->request.id = load->n_arrived++;
     item->previous = load->last_running;
     *(item->previous ? &item->previous->next : &load->first_running) = item;
@@ -560,8 +550,8 @@ void load_ended(struct load *load, struct request *request, double now) {
     *(item->next ? &item->next->previous : &load->last_running) = item->previous;
     load->n_running--;
     count_item(load, item, now);
-    if (load->options.most_bad > 0 &&
-        load->sums.requests - load->sums.good > load->options.most_bad)
+    if (load->interrupted || (load->options.most_bad > 0 &&
+                              load->sums.requests - load->sums.good > load->options.most_bad))
         load_forget(load);
     look_ahead(load);
 }
@@ -686,10 +676,9 @@ static void load_table(const struct load_result *result, const struct figure *fi
                 stdout);
 }
 
-void load_print(const struct load *load, const struct load_report *report) {
-    const struct engine_config *config = report->config;
+void load_print(const struct load *load, const struct engine_config *config,
+                const struct sched_stats *sched, const struct kv_stats *k) {
     struct load_result r = load_result(load);
-    const struct kv_stats *k = &report->kv;
     double gb = 1e-9 * (double)block_bytes(&config->model->config, 1, config->kv_type);
     int least = INT_MAX;
     for (int i = 0; i < config->n_workers; i++)
@@ -704,11 +693,11 @@ void load_print(const struct load *load, const struct load_report *report) {
         {"prompt_tokens", "prompt tokens", (double)r.prompt_tokens, 0},
         {"found_on_devices", "found on devices", (double)(r.cached_tokens - r.cached_on_host), 0},
         {"found_on_host", "found on the host alone", (double)r.cached_on_host, 0},
-        {"prefill_tokens", "computed, again included", (double)report->sched.prefill_tokens, 0},
+        {"prefill_tokens", "computed, again included", (double)sched->prefill_tokens, 0},
         {"share_saved", "share found",
          answers_ratio((double)r.cached_tokens, (double)r.prompt_tokens), 3},
-        {"preemptions", "preemptions", (double)report->sched.preemptions, 0},
-        {"role_changes", "changes of a worker's role", (double)report->sched.role_changes, 0},
+        {"preemptions", "preemptions", (double)sched->preemptions, 0},
+        {"role_changes", "changes of a worker's role", (double)sched->role_changes, 0},
         {"pages_out", "blocks paged out", (double)k->pages_out, 0},
         {"pages_out_gb", "the same in GB", (double)k->pages_out * gb, 3},
         {"pages_in", "blocks paged in", (double)k->pages_in, 0},

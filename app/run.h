@@ -35,17 +35,18 @@ int run_program(int argc, char **argv); /* an exit status */
 #include <fcntl.h>
 #include <inttypes.h>
 #include <locale.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { EXIT_FILE = 1, EXIT_USAGE = 2, EXIT_REQUESTS = 3, EXIT_INTERRUPTED = 128 + SIGINT };
-enum { DEFAULT_BATCH = 32 };
-enum { STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
+enum { DEFAULT_BATCH = 32, STACK_BYTES = 1 << 20 }; /* of a thread: none needs a fifth of it */
 enum { PLAN_BATCH = 256, PLAN_TTFT = 500, PLAN_ITL = 50 }; /* targets in ms */
 
 struct run { /* all that a run opens */
@@ -122,7 +123,8 @@ static bool open_model(struct run *run, char *error) {
     run->answers.vocab_size = run->model.config.vocab_size;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
-    if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt))
+    if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt || o->request.n_stop > 0 ||
+                                    o->request.system || o->template > TEMPLATE_AUTO))
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
     int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
@@ -430,25 +432,25 @@ static bool open_load(struct run *run, char *error) {
 
 /* False: its port is taken, or its keys are wrong, which is to be known before all else. */
 static bool open_server(struct run *run, char *error) {
-    const struct options *o = &run->options;
-    const struct serve_options options = {.host = o->host,
-                                          .port = o->serve,
-                                          .key = o->api_key,
-                                          .key_file = o->api_key_file,
-                                          .model = o->model,
-                                          .defaults = &o->request,
-                                          .watch = run->watch};
-    bool wanted = cli_given(o->given, "--serve");
-    run->server = wanted ? serve_open(&options, error) : NULL;
+    bool wanted = cli_given(run->options.given, "--serve");
+    run->server = wanted ? serve_open(&run->options, run->watch, error) : NULL;
     return run->server || !wanted;
 }
 
 /* Says what went wrong with a load that has ended. */
-static int load_status(const struct load *load) {
+static int load_status(const struct load *load, bool interrupted) {
     struct load_result result = load_result(load);
     if (load_error(load)) {
         complain(load_error(load));
         return EXIT_FILE;
+    }
+    if (interrupted) {
+        (void)fprintf(stderr,
+                      "%sdynamo: interrupted: until then %" PRId64 " requests had ended, %" PRId64
+                      " of them with an error; %" PRId64 " were cut off\n",
+                      text_moves(STDERR_FILENO) ? "\n" : "", result.requests, result.failed,
+                      result.cancelled);
+        return EXIT_INTERRUPTED;
     }
     if (result.failed > 0)
         (void)fprintf(stderr, "dynamo: %" PRId64 " of %" PRId64 " requests failed%s%s\n",
@@ -462,17 +464,15 @@ static int run_load(struct run *run) {
     load_run(load, &run->answers);
     watch_stop(run->watch);
     struct engine_stats stats = engine_stats(run->answers.engine);
-    load_print(load, &(struct load_report){.config = engine_config_of(run->answers.engine),
-                                           .sched = stats.sched,
-                                           .kv = stats.kv});
-    int status = load_status(load);
-    return status != EXIT_FILE && run->answers.interrupted ? EXIT_INTERRUPTED : status;
+    load_print(load, engine_config_of(run->answers.engine), &stats.sched, &stats.kv);
+    return load_status(load, run->answers.interrupted);
 }
 
-/* The cluster that an option names, and what an engine on it has by default. */
-static bool open_cluster(const struct run *run, const char *option, const char *name,
-                         struct cluster *cluster, struct engine_config *config, char *error) {
-    if (!cluster_open(cluster, option, name, run->options.rates, error))
+/* The cluster of --sim or --plan, and what an engine on it has by default. */
+static bool open_cluster(const struct options *o, struct cluster *cluster,
+                         struct engine_config *config, char *error) {
+    if (!cluster_open(cluster, o->sim ? "--sim" : "--plan", o->sim ? o->sim : o->plan, o->rates,
+                      error))
         return false;
     config->chunk = cluster->chip.chunk;
     config->kv_type = cluster->chip.kv_type;
@@ -486,7 +486,9 @@ static int run_sim(struct run *run) {
     struct cluster cluster;
     struct sim *sim = NULL;
     char error[ERROR_LENGTH];
-    if (!open_cluster(run, "--sim", o->sim, &cluster, &config, error) ||
+    if (!open_cluster(o, &cluster, &config, error) ||
+        (o->devices.cpu && !cluster.is_cpu &&
+         !fail(error, "--devices: got cpu, expected numbers of GPUs of %.60s", o->sim)) ||
         !plan_engine(run, cluster.n_devices, &config, error) ||
         !cluster_fit(&cluster, &config, error) ||
         !(sim = sim_open(&cluster, &config, run->load, error)))
@@ -500,37 +502,28 @@ static int run_sim(struct run *run) {
     bool ok = sim_run(sim, error);
     if (!ok)
         complain(error);
-    load_print(run->load, &(struct load_report){.config = &config,
-                                                .sched = sched_stats(sim_sched(sim)),
-                                                .kv = kv_stats(sched_kv(sim_sched(sim)))});
+    struct sched_stats sched = sched_stats(sim_sched(sim));
+    struct kv_stats kv = kv_stats(sched_kv(sim_sched(sim)));
+    load_print(run->load, &config, &sched, &kv);
     if (!o->json)
         plan_break_even(&cluster, &config);
     sim_close(sim);
-    return ok ? load_status(run->load) : EXIT_FILE;
+    return ok ? load_status(run->load, false) : EXIT_FILE;
 }
 
 /* The load on all splits of a cluster that need not be there. */
 static int run_plan(struct run *run) {
-    static const char *const chosen[] = {"--devices",    "--prefill",   "--decode",   "--tp",
-                                         "--tp-prefill", "--tp-decode", "--colocate", "--rate",
-                                         "--trace",      "--verbose"};
     const struct options *o = &run->options;
     struct engine_config config = {0};
     struct cluster cluster;
     char error[ERROR_LENGTH];
-    for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++)
-        if (cli_given(o->given, chosen[i])) {
-            (void)fail(error, "%s: --plan tries all, and has no use for it", chosen[i]);
-            return refuse(error);
-        }
-    if (!open_cluster(run, "--plan", o->plan, &cluster, &config, error))
+    if (!open_cluster(o, &cluster, &config, error))
         return refuse(error);
     configure_engine(run, PLAN_BATCH, &config);
     struct plan_options options = {.cluster = &cluster,
                                    .engine = &config,
                                    .short_chunks = o->chunk == 0,
-                                   .load = describe_load(run),
-                                   .json = o->json};
+                                   .load = describe_load(run)};
     options.load.ttft = o->ttft > 0 ? options.load.ttft : PLAN_TTFT;
     options.load.itl = o->itl > 0 ? options.load.itl : PLAN_ITL;
     for (int n = 1; n <= MAX_SHARDS; n++)
@@ -603,7 +596,6 @@ static int run_engine(struct run *run) {
     struct answers *answers = &run->answers;
     answers->json = o->json;
     answers->verbose = o->verbose;
-    answers->stats = o->stats;
     answers->wrap = text_moves(STDOUT_FILENO) && !o->verbose ? &run->wrap : NULL;
     if (o->logits)
         return evaluate_logits(answers, &o->request, o->logits);
@@ -636,6 +628,7 @@ static void stop_program(struct run *run) {
     (void)raise(SIGTSTP);
     pthread_sigmask(SIG_UNBLOCK, &stop, NULL); /* here it stands still */
     pthread_sigmask(SIG_BLOCK, &stop, NULL);
+    editor_resume();
     if (erased)
         watch_resume(run->watch);
     pthread_mutex_unlock(&run->closing);
@@ -654,8 +647,7 @@ static bool interrupts(struct run *run, int number) {
            (is_int && answering == IDLE && chat_interrupted());
 }
 
-/* What there is nothing to interrupt for, or comes a second time, ends the program. What ends or
- * stops it finds the terminal as it was. */
+/* A signal that interrupts nothing, or comes again, ends the program, the terminal as it was. */
 static void *watch_signals(void *argument) {
     struct run *run = argument;
     char error[ERROR_LENGTH];
@@ -694,6 +686,7 @@ static bool start_watching(struct run *run) {
     static const int watched[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGTSTP};
     pthread_t watcher;
     pthread_attr_t threads;
+    struct rlimit addresses;
     sigset_t blocked;
     sigemptyset(&run->signals);
     for (size_t i = 0; i < sizeof watched / sizeof *watched; i++) {
@@ -706,7 +699,10 @@ static bool start_watching(struct run *run) {
     sigaddset(&blocked, SIGCONT);
     pthread_sigmask(SIG_BLOCK, &blocked, NULL);
     (void)signal(SIGPIPE, SIG_IGN);
-    if (pthread_attr_init(&threads) == 0) { /* all of a stack counts where addresses are limited */
+    /* where addresses are limited all of a stack counts, and malloc's 64 MB for each thread */
+    if (getrlimit(RLIMIT_AS, &addresses) == 0 && addresses.rlim_cur != RLIM_INFINITY)
+        (void)mallopt(M_ARENA_MAX, 1);
+    if (pthread_attr_init(&threads) == 0) {
         (void)pthread_attr_setstacksize(&threads, STACK_BYTES);
         (void)pthread_setattr_default_np(&threads);
         pthread_attr_destroy(&threads);

@@ -1,6 +1,6 @@
 /* serve.h: OpenAI's protocol in front of the engine.
  *
- *     struct server *server = serve_open(&options, error); // before the model: it has the port
+ *     struct server *server = serve_open(&options, watch, error); // takes the port: first
  *     int status = serve_run(server, &answers);            // until SIGTERM
  *     serve_close(server);
  *
@@ -20,19 +20,12 @@
 #include "answers.h"
 #include "watch.h"
 
-struct serve_options {
-    const char *host; /* NULL: this machine alone */
-    int port;         /* 0: any */
-    const char *key, *key_file;
-    const char *model;                   /* its path; clients know it by the last part */
-    const struct request_spec *defaults; /* for what a request does not say */
-    struct watch *watch;                 /* of the same engine: /stats, for the page */
-};
-
 struct server;
-struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]);
-/* Serves until answers->activity is INTERRUPTED, and all that has begun has ended. False: `error`.
- */
+/* --host, --serve, the keys; what a request does not say; the model's path, by whose last part
+ * clients know it. watch: of the same engine, for the page. NULL: `error`. */
+struct server *serve_open(const struct options *options, struct watch *watch,
+                          char error[ERROR_LENGTH]);
+/* Until answers->activity is INTERRUPTED, and all that has begun has ended. False: `error`. */
 bool serve_run(struct server *server, struct answers *answers, char error[ERROR_LENGTH]);
 void serve_close(struct server *server); /* NULL: nothing is done */
 
@@ -64,6 +57,9 @@ struct choice { /* one answer of a task */
     int n_taken;          /* tokens */
     size_t thought_shown; /* bytes */
     double last;          /* when its last token came */
+    /* for where a token's text begins: what decodes, tokens that it saw, and their characters */
+    struct tok_stream decoded;
+    int n_decoded, n_characters;
 };
 
 struct task {
@@ -80,7 +76,7 @@ struct task {
     char error[ERROR_LENGTH];
     bool submitted, wrong; /* wrong: one of its requests was refused at once */
     bool begun;            /* a stream whose head is sent */
-    bool stream, usage, continuous_usage, ignore_eos, token_ids;
+    bool stream, usage, continuous_usage, ignore_eos;
     bool logprobs; /* of each token its own, and those of the n_top likeliest */
     int n, n_top;
     struct request_spec spec;     /* what its fields say */
@@ -102,9 +98,11 @@ struct histogram {
 };
 
 struct server {
-    struct serve_options options;
-    char name[256]; /* of the model */
-    char *keys;     /* one a line; NULL: nobody needs one */
+    const struct options *options;
+    const char *host;
+    struct watch *watch; /* /stats */
+    char name[256];      /* of the model */
+    char *keys;          /* one a line; NULL: nobody needs one */
     struct http *http;
     struct answers *answers;
     struct task *tasks; /* the first is the oldest */
@@ -161,7 +159,7 @@ static const struct field {
 } fields[] = {
     {"temperature", FIELD_REQUEST, .word = "temperature"},
     {"top_p", FIELD_REQUEST, .word = "top_p"},
-    {"top_k", FIELD_REQUEST, .word = "top_k", AT(spec.sampling.top_k)}, /* others' -1 is our 0 */
+    {"top_k", FIELD_COUNT, AT(spec.sampling.top_k), .low = -1, .high = INT_MAX}, /* as 0: all */
     {"min_p", FIELD_REQUEST, .word = "min_p"},
     {"seed", FIELD_REQUEST, .word = "seed"},
     {"stop", FIELD_REQUEST, .word = "stop"},
@@ -171,7 +169,6 @@ static const struct field {
     {"include_usage", FIELD_FLAG, AT(usage)},
     {"continuous_usage_stats", FIELD_FLAG, AT(continuous_usage)},
     {"ignore_eos", FIELD_FLAG, AT(ignore_eos)},
-    {"return_token_ids", FIELD_FLAG, AT(token_ids)},
     {"n", FIELD_COUNT, AT(n), .low = 1, .high = SERVE_CHOICES},
     {"min_tokens", FIELD_COUNT, AT(spec.min_new), .high = INT_MAX},
     {"logprobs", FIELD_LOGPROBS, AT(n_top), .high = SAMPLER_TOP},
@@ -223,11 +220,6 @@ static bool take_field(struct task *t, const struct field *field, const struct j
                        int at) {
     const struct json_node *value = &nodes[at];
     void *target = (char *)t + field->offset;
-    if (field->kind == FIELD_REQUEST && field->offset > 0 && value->length == 2 &&
-        memcmp(value->text, "-1", 2) == 0) {
-        *(int *)target = 0;
-        return true;
-    }
     if (field->kind == FIELD_REQUEST)
         return requests_set(&t->spec, field->word, nodes, at, field->name, t->error);
     if (field->kind == FIELD_FLAG || (field->kind == FIELD_LOGPROBS && t->chat)) {
@@ -406,7 +398,7 @@ static void post_task(struct server *s, struct http_connection *c) {
     t->body = memcpy(body, c->request.body, c->request.length);
     t->length = c->request.length;
     body[t->length] = 0;
-    t->spec = *s->options.defaults;
+    t->spec = s->options->request;
     t->spec.deadline = deadline > 0 ? (float)deadline : t->spec.deadline;
     t->n = 1;
     t->chat = strstr(c->request.path, "chat") != NULL; /* of its routes */
@@ -487,67 +479,72 @@ static void write_usage(FILE *out, const struct task *t) {
                   prompt, generated, prompt + generated, cached);
 }
 
-static void write_ids(FILE *out, const char *name, const int *ids, int n) {
-    (void)fprintf(out, "\"%s\":[", name);
-    for (int i = 0; i < n; i++)
-        (void)fprintf(out, "%s%d", i > 0 ? "," : "", ids[i]);
-    (void)fputc(']', out);
-}
-
-/* A token's text, quoted; with `bytes` those, too, for it may hold a part of a character. */
-static void write_token(FILE *out, const struct server *s, int token, bool bytes) {
+/* A token's text, and how likely it was: of a chat the beginning of an object, with the bytes, for
+ * it may hold a part of a character; of a completion a member of one, or a text alone (NULL). */
+static void write_token(FILE *out, const struct server *s, bool chat, int token,
+                        const float *logprob) {
     struct tok_stream stream = {.begun = true};
     char text[TOK_TEXT_SIZE + 4] = "";
     const struct tokenizer *tokenizer = s->answers->tokenizer;
     size_t n = tokenizer ? tok_decode(tokenizer, &stream, token, text) : 0;
     memcpy(text + n, stream.held, (size_t)stream.n_held);
     n += (size_t)stream.n_held;
+    (void)fputs(chat ? "{\"token\":" : "", out);
     json_string(out, text, n);
-    (void)fputs(bytes ? ",\"bytes\":[" : "", out);
-    for (size_t i = 0; i < n && bytes; i++)
+    (void)fputs(chat ? ",\"bytes\":[" : "", out);
+    for (size_t i = 0; i < n && chat; i++)
         (void)fprintf(out, "%s%d", i > 0 ? "," : "", (unsigned char)text[i]);
-    (void)fputs(bytes ? "]" : "", out);
+    (void)fputs(chat ? "],\"logprob\"" : "", out);
+    if (logprob)
+        (void)fprintf(out, ":%.6g", (double)*logprob);
 }
 
-/* Of tokens [first, n), as a chat has them. */
-static void write_chat_logprobs(FILE *out, const struct server *s, const struct task *t,
-                                const struct request *r, int first, int n) {
-    (void)fputs("{\"content\":[", out);
-    for (int i = first; i < n; i++) {
-        const struct sampler_top *top = &r->top[i];
-        (void)fputs(i > first ? ",{\"token\":" : "{\"token\":", out);
-        write_token(out, s, r->tokens[r->n_prompt + i], true);
-        (void)fprintf(out, ",\"logprob\":%.6g,\"top_logprobs\":[", (double)top->own);
-        for (int k = 0; k < t->n_top && k < top->n; k++) {
-            (void)fputs(k > 0 ? ",{\"token\":" : "{\"token\":", out);
-            write_token(out, s, top->token[k], true);
-            (void)fprintf(out, ",\"logprob\":%.6g}", (double)top->logprob[k]);
-        }
-        (void)fputs("]}", out);
+/* The likeliest in a token's place. */
+static void write_likeliest(FILE *out, const struct server *s, const struct task *t,
+                            const struct sampler_top *top) {
+    (void)fputs(t->chat ? ",\"top_logprobs\":[" : "{", out);
+    for (int k = 0; k < t->n_top && k < top->n; k++) {
+        (void)fputs(k > 0 ? "," : "", out);
+        write_token(out, s, t->chat, top->token[k], &top->logprob[k]);
+        (void)fputs(t->chat ? "}" : "", out);
     }
-    (void)fputs("]}", out);
+    (void)fputs(t->chat ? "]}" : "}", out);
 }
 
-/* The same, as a completion has them. */
+/* Characters of its text before the n-th token; one that several make belongs to the last. */
+static int count_before(const struct server *s, struct choice *choice, int n) {
+    const struct request *r = &choice->answer.request;
+    const struct tokenizer *tokenizer = s->answers->tokenizer;
+    char text[TOK_TEXT_SIZE];
+    for (; tokenizer && choice->n_decoded < r->n_prompt + n; choice->n_decoded++) {
+        int token = r->tokens[choice->n_decoded];
+        size_t length = tok_decode(tokenizer, &choice->decoded, token, text);
+        for (size_t k = 0; k < length && choice->n_decoded >= r->n_prompt; k++)
+            choice->n_characters += (text[k] & 0xC0) != 0x80; /* a byte that begins one */
+    }
+    return choice->n_characters;
+}
+
+/* Of tokens [first, n): of a chat one list, of a completion four. */
 static void write_logprobs(FILE *out, const struct server *s, const struct task *t,
-                           const struct request *r, int first, int n) {
-    (void)fputs("{\"tokens\":[", out);
-    for (int i = first; i < n; i++) {
-        (void)fputs(i > first ? "," : "", out);
-        write_token(out, s, r->tokens[r->n_prompt + i], false);
-    }
-    (void)fputs("],\"token_logprobs\":[", out);
-    for (int i = first; i < n; i++)
-        (void)fprintf(out, "%s%.6g", i > first ? "," : "", (double)r->top[i].own);
-    (void)fputs("],\"top_logprobs\":[", out);
-    for (int i = first; i < n; i++) {
-        (void)fputs(i > first ? ",{" : "{", out);
-        for (int k = 0; k < t->n_top && k < r->top[i].n; k++) {
-            (void)fputs(k > 0 ? "," : "", out);
-            write_token(out, s, r->top[i].token[k], false);
-            (void)fprintf(out, ":%.6g", (double)r->top[i].logprob[k]);
+                           struct choice *choice, int first, int n) {
+    static const char *const lists[] = {"{\"content\":[", "{\"tokens\":[", "],\"token_logprobs\":[",
+                                        "],\"top_logprobs\":[", "],\"text_offset\":["};
+    const struct request *r = &choice->answer.request;
+    for (int list = !t->chat; list < (t->chat ? 1 : 5); list++) {
+        (void)fputs(lists[list], out);
+        for (int i = first; i < n; i++) {
+            const float *own = &r->top[i].own;
+            (void)fputs(i > first ? "," : "", out);
+            if (list < 2)
+                write_token(out, s, t->chat, r->tokens[r->n_prompt + i], t->chat ? own : NULL);
+            if (list == 0 || list == 3)
+                write_likeliest(out, s, t, &r->top[i]);
+            else if (list == 2)
+                (void)fprintf(out, "%.6g", (double)*own);
+            else if (list == 4)
+                (void)fprintf(out, "%d", count_before(s, choice, i));
         }
-        (void)fputc('}', out);
     }
     (void)fputs("]}", out);
 }
@@ -556,7 +553,6 @@ static void write_logprobs(FILE *out, const struct server *s, const struct task 
 static void write_choice(FILE *out, const struct server *s, const struct task *t,
                          struct choice *choice) {
     struct answer *answer = &choice->answer;
-    const struct request *r = &answer->request;
     int first = t->stream ? choice->n_taken : 0, n = answers_generated(answer);
     size_t thoughts = answer->n_thought - choice->thought_shown;
     (void)fprintf(out, "{\"index\":%d,", (int)(choice - t->choices));
@@ -574,13 +570,9 @@ static void write_choice(FILE *out, const struct server *s, const struct task *t
     (void)fputs(t->chat ? "}," : ",", out);
     answer->shown = answer->safe;
     choice->thought_shown = answer->n_thought;
-    if (t->token_ids) {
-        write_ids(out, "token_ids", r->tokens + r->n_prompt + first, n - first);
-        (void)fputc(',', out);
-    }
     (void)fputs(t->logprobs ? "\"logprobs\":" : "\"logprobs\":null", out);
     if (t->logprobs)
-        (t->chat ? write_chat_logprobs : write_logprobs)(out, s, t, r, first, n);
+        write_logprobs(out, s, t, choice, first, n);
     if (answer->ended)
         write_string(out, ",\"finish_reason\":", answers_reasons[answers_reason(answer)]);
     (void)fputs(answer->ended ? "}" : ",\"finish_reason\":null}", out);
@@ -651,9 +643,11 @@ static void end_task(struct server *s, struct task *t) {
 static void send_ids(struct server *s, struct task *t) {
     const struct request *r = &t->choices[0].answer.request;
     FILE *out = http_body(t->connection);
-    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,", r->n_prompt, longest_text(s));
-    write_ids(out, "tokens", r->tokens, r->n_prompt);
-    (void)fputs("}\n", out);
+    (void)fprintf(out, "{\"count\":%d,\"max_model_len\":%d,\"tokens\":[", r->n_prompt,
+                  longest_text(s));
+    for (int i = 0; i < r->n_prompt; i++)
+        (void)fprintf(out, "%s%d", i > 0 ? "," : "", r->tokens[i]);
+    (void)fputs("]}\n", out);
     http_respond(t->connection, 200, "application/json", "");
 }
 
@@ -846,7 +840,7 @@ static void get_page(struct server *s, struct http_connection *c) {
 }
 
 static void get_stats(struct server *s, struct http_connection *c) {
-    watch_json(http_body(c), s->options.watch);
+    watch_json(http_body(c), s->watch);
     http_respond(c, 200, "application/json", "Cache-Control: no-store\r\n");
 }
 
@@ -861,8 +855,7 @@ static bool same_key(const char *given, const char *key, size_t length) {
     return differs == 0;
 }
 
-/* The password in the value of HTTP Basic (RFC 7617), in base64 as `user:password`, decoded into
- * `text`; "": there is none. */
+/* The password of HTTP Basic (RFC 7617), of base64 of `user:password`, in `text`; "": none. */
 static const char *basic_password(const char *value, char text[HTTP_HEAD]) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     size_t length = 0;
@@ -906,7 +899,7 @@ static bool is_foreign(const struct http_request *r) {
  * serves this machine alone, without a key, is asked by browsers by its address, which no such name
  * can be, by `localhost`, or by the name that --host gives. */
 static bool is_misled(const struct server *s, const struct http_request *r) {
-    const char *host = http_field(r, "host"), *own = s->options.host ? s->options.host : "";
+    const char *host = http_field(r, "host"), *own = s->host;
     bool browser = http_field(r, "origin") || http_field(r, "sec-fetch-site");
     if (!browser || s->keys || !http_is_local(s->http) || !host || *host == '[')
         return false;
@@ -967,21 +960,14 @@ static const struct route *find_route(const char *path) {
 static void serve_answer(void *context, struct http_connection *c) {
     const struct http_request *r = &c->request;
     const struct route *route = find_route(r->path);
-    char allow[64];
-    if (!route) {
+    bool reads = route && *route->method == 'G';
+    if (!route)
         refuse_task(c, 404, NULL, "there is nothing of this name", "");
-        return;
-    }
-    bool reads = *route->method == 'G';
-    (void)snprintf(allow, sizeof allow, "Allow: %sOPTIONS\r\n", reads ? "GET, HEAD, " : "POST, ");
-    if (strcmp(r->method, "OPTIONS") == 0) {
-        (void)http_body(c);
-        http_respond(c, 204, "", allow);
-    } else if (strcmp(r->method, route->method) == 0 || (reads && strcmp(r->method, "HEAD") == 0)) {
+    else if (strcmp(r->method, route->method) == 0 || (reads && strcmp(r->method, "HEAD") == 0))
         route->answer(context, c);
-    } else {
-        refuse_task(c, 405, NULL, "not by this method", allow);
-    }
+    else
+        refuse_task(c, 405, NULL, "not by this method",
+                    reads ? "Allow: GET, HEAD\r\n" : "Allow: POST\r\n");
 }
 
 /* ---- running ---- */
@@ -1000,8 +986,7 @@ static void *wait_for_news(void *context) {
 
 bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGTH]) {
     pthread_t waiter, reader;
-    const char *host = s->options.host ? s->options.host : "127.0.0.1";
-    bool v6 = strchr(host, ':') != NULL;
+    bool v6 = strchr(s->host, ':') != NULL;
     s->answers = answers;
     answers->activity = SERVING;
     if (pthread_create(&reader, NULL, read_tasks, s) != 0 ||
@@ -1009,8 +994,8 @@ bool serve_run(struct server *s, struct answers *answers, char error[ERROR_LENGT
         return fail(error, "cannot start threads");
     bool ok = http_listen(s->http);
     if (ok)
-        (void)fprintf(stderr, "dynamo: %s at http://%s%s%s:%d/v1\n", s->name, v6 ? "[" : "", host,
-                      v6 ? "]" : "", http_port(s->http));
+        (void)fprintf(stderr, "dynamo: %s at http://%s%s%s:%d/v1\n", s->name, v6 ? "[" : "",
+                      s->host, v6 ? "]" : "", http_port(s->http));
     while (ok && (http_turn(s->http) || s->tasks)) {
     }
     engine_lock(answers->engine);
@@ -1035,34 +1020,33 @@ static bool are_keys(const char *option, const char *text, char *error) {
 }
 
 static bool read_keys(struct server *s, char *error) {
-    const struct serve_options *o = &s->options;
+    const char *key = s->options->api_key, *path = s->options->api_key_file;
     size_t length;
-    char *file = o->key_file ? cli_read_file(o->key_file, &length, error) : NULL;
-    if (o->key_file && !file)
-        return false;
-    bool good = (!o->key || are_keys("--api-key", o->key, error)) &&
+    char *file = path ? cli_read_file(path, &length, error) : NULL;
+    bool good = (!path || file) && (!key || are_keys("--api-key", key, error)) &&
                 (!file || are_keys("--api-key-file", file, error));
-    if (good && (o->key || file) &&
-        asprintf(&s->keys, "%s\n%s", o->key ? o->key : "", file ? file : "") < 0)
+    if (good && (key || file) && asprintf(&s->keys, "%s\n%s", key ? key : "", file ? file : "") < 0)
         abort();
     free(file);
     return good;
 }
 
-struct server *serve_open(const struct serve_options *options, char error[ERROR_LENGTH]) {
+struct server *serve_open(const struct options *options, struct watch *watch,
+                          char error[ERROR_LENGTH]) {
     struct server *s = calloc(1, sizeof *s);
     if (!s)
         abort();
     const char *slash = strrchr(options->model, '/');
-    s->options = *options;
+    s->options = options;
+    s->watch = watch;
+    s->host = options->host ? options->host : "127.0.0.1";
     (void)snprintf(s->name, sizeof s->name, "%s", slash ? slash + 1 : options->model);
     for (char *at = s->name; *at; at++) /* metrics quote it */
         *at = *at == '"' || *at == '\\' || (unsigned char)*at < ' ' ? '_' : *at;
     s->started = (int64_t)time(NULL);
     s->unread[0] = s->unread[1] = -1;
     const struct http_handler handler = {serve_begins, serve_answer, serve_gone, serve_turn, s};
-    if (read_keys(s, error) && (s->http = http_open(options->host ? options->host : "127.0.0.1",
-                                                    options->port, &handler, error)) != NULL) {
+    if (read_keys(s, error) && (s->http = http_open(s->host, options->serve, &handler, error))) {
         if (pipe2(s->unread, O_CLOEXEC) == 0 && fcntl(s->unread[1], F_SETFL, O_NONBLOCK) == 0)
             return s;
         (void)fail(error, "--serve: %s", strerror(errno));

@@ -2,6 +2,7 @@
  *
  *     chat_run(&answers, &options.request); // until the end of input, or /exit
  *     editor_restore(); // from any thread, for who ends or stops the program in between
+ *     editor_resume(); // and for who lets it go on
  *     if (chat_interrupted()) ... // likewise, after a Ctrl-C that stopped no answer
  *
  * With a chat model each turn follows all turns before it, as token ids: the answers as they were
@@ -27,6 +28,7 @@
 
 void chat_run(struct answers *answers, const struct request_spec *defaults);
 void editor_restore(void);
+void editor_resume(void); /* nothing is shown of what is typed while an answer comes */
 /* True: a conversation goes on, and has said how to end it. */
 bool chat_interrupted(void);
 
@@ -35,8 +37,6 @@ bool chat_interrupted(void);
 #ifdef TERMINAL_IMPLEMENTATION
 #undef TERMINAL_IMPLEMENTATION
 
-#include "../lib/text.h"
-#include "../lib/wrap.h"
 #include "stats.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -72,7 +72,7 @@ struct editor {
 static const char editor_prompt[] = "> ", editor_block[] = "\"\"\"";
 static const char editor_hint[] = "Ctrl-D leaves; /help lists the commands\n";
 static struct termios editor_before;
-static atomic_bool editor_is_set, editor_gives_up, chat_goes_on;
+static atomic_bool editor_is_set, editor_answers, editor_gives_up, chat_goes_on;
 static volatile sig_atomic_t editor_continued;
 
 /* From any thread, so without stdio. */
@@ -104,8 +104,7 @@ static void editor_wake(int number) {
     editor_continued |= number == SIGCONT;
 }
 
-/* For a line each key is read as it comes; for an answer what is typed is not shown, as it would
- * stand in the midst of it. */
+/* For a line each key is read as it comes; for an answer nothing is shown in the midst of it. */
 static void editor_set(bool keys) {
     struct termios mode = editor_before;
     mode.c_lflag &= ~(tcflag_t)ECHO;
@@ -117,7 +116,13 @@ static void editor_set(bool keys) {
     }
     (void)tcsetattr(STDIN_FILENO, TCSADRAIN, &mode);
     atomic_store(&editor_is_set, true);
+    atomic_store(&editor_answers, !keys);
     editor_tell(keys ? "\033[?2004h" : "\033[?2004l");
+}
+
+void editor_resume(void) { /* a line that is edited sees to itself, when SIGCONT has come */
+    if (atomic_load(&editor_answers) && tcgetpgrp(STDIN_FILENO) == getpgrp())
+        editor_set(false);
 }
 
 /* The end of the character at `at`, with the marks that it bears; the beginning of that before. */
@@ -189,8 +194,7 @@ static int editor_rows(const struct editor *e, int room, int first, int last, in
     return n;
 }
 
-/* Writes the line again, and the cursor where it is; of more rows than the screen has, those down
- * to the cursor's. */
+/* Writes the line and the cursor again; of more rows than the screen has, down to the cursor's. */
 static void editor_show(struct editor *e) {
     int height, row = 0, column = 0, room = wrap_width(STDERR_FILENO, &height) - 1;
     (void)fprintf(stderr, e->row > 0 ? "\r\033[%dA\033[J" : "\r\033[J", e->row);
@@ -512,6 +516,7 @@ static void editor_open(struct editor *e) {
 }
 
 static void editor_close(struct editor *e) {
+    atomic_store(&editor_answers, false);
     editor_restore();
     for (int i = 0; i <= e->n_history; i++)
         free(e->history[i]);

@@ -10,8 +10,7 @@
  *     watch_close(watch);                     // after the engine
  *
  * Counts what the ledger tells; the rest is read under the engine's lock, for microseconds. Rates
- * and times are those of the last five seconds, or of the last WATCH_MARKS tokens and chunks of
- * prompts.
+ * and times are of the last five seconds, or of the last WATCH_MARKS tokens and prompts' chunks.
  *
  * The picture has the lowest lines of the terminal: the others scroll above it (the "scroll
  * region"), where text goes that is written to the same terminal. A frame is one write, so it does
@@ -206,8 +205,7 @@ struct watch_row { /* a worker, several, or the host, which computes nothing */
     int blocks[N_PARTS];
 };
 
-/* Rows for at most `most` workers, of which the last stands for all that are left, and the host.
- * Returns how many. */
+/* Makes rows of at most `most` workers, the last of all that are left, and the host: how many. */
 static int watch_rows(const struct watch *w, const struct watch_now *now, int most,
                       struct watch_row rows[MAX_WORKERS + 1]) {
     int n = w->config->n_workers, shown = n < most ? n : most;
@@ -405,16 +403,18 @@ static void watch_show(struct watch *w, bool last) {
     }
 }
 
+static bool watch_frame(struct watch *w, bool last) {
+    pthread_mutex_lock(&w->drawing);
+    watch_show(w, last);
+    pthread_mutex_unlock(&w->drawing);
+    return last;
+}
+
 static void *watch_main(void *argument) {
     struct watch *w = argument;
     struct pollfd stop = {.fd = w->stop, .events = POLLIN};
-    bool last;
-    do {
-        last = poll(&stop, 1, WATCH_MS) > 0;
-        pthread_mutex_lock(&w->drawing);
-        watch_show(w, last);
-        pthread_mutex_unlock(&w->drawing);
-    } while (!last);
+    while (!watch_frame(w, poll(&stop, 1, WATCH_MS) > 0)) {
+    }
     return NULL;
 }
 
@@ -485,6 +485,8 @@ void watch_begin(struct watch *w, const struct answers *answers) {
 bool watch_start(struct watch *w) {
     w->stop = eventfd(0, EFD_CLOEXEC);
     w->started = w->stop >= 0 && pthread_create(&w->thread, NULL, watch_main, w) == 0;
+    if (w->started)
+        (void)watch_frame(w, false); /* at once, so that a short run has one, too */
     return w->started;
 }
 

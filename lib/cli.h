@@ -125,8 +125,7 @@ void cli_help(FILE *stream);
 
 /* A whole file (`-`: stdin), with a zero byte behind it, freed by the caller. NULL: `error`. */
 char *cli_read_file(const char *path, size_t *length, char error[ERROR_LENGTH]);
-/* A bar on stderr if that is a terminal and it takes long; done == 0 begins it, and done == total
- * erases it. */
+/* A bar on stderr if that is a terminal and it takes long: from 0, to `total`, which erases it. */
 void cli_progress(const char *label, int64_t done, int64_t total);
 
 struct requests {
@@ -141,8 +140,7 @@ struct requests {
     char *text;          /* a line that is being read */
 };
 
-/* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; in any case requests_free
- * follows. */
+/* Opens a file of requests (`-`: stdin). False: `error`. Zeroed before; requests_free follows. */
 bool requests_open(struct requests *requests, const char *path, char error[ERROR_LENGTH]);
 /* Reads a line, which may be empty, into requests->text (length). 0, < 0: as below. */
 int requests_line(struct requests *requests, size_t *length, char error[ERROR_LENGTH]);
@@ -278,8 +276,7 @@ static bool take_int(const char **at, int *value) {
     return digits > 0 && *value >= 0;
 }
 
-/* `1,15,7`, or where `ranges` are allowed `0-3,7`. How many numbers; 0: that is no list of at most
- * `capacity` numbers. */
+/* `1,15,7`, or with `ranges` `0-3,7`: how many. 0: no list of at most `capacity` numbers. */
 static int read_list(const char *at, size_t length, bool ranges, int *list, int capacity) {
     const char *end = at + length;
     int n = 0, first, last;
@@ -358,9 +355,8 @@ static bool read_choice(const struct value *value, void *target) {
     }
 }
 
-/* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t;
- * struct size; struct device_list (PLACES: without cpu); struct options (FAILURE); int, which of
- * the words, from 1. */
+/* The targets: bool; const char *; struct request_spec (three kinds); int; float; uint64_t; struct
+ * size; struct device_list (PLACES: no cpu); struct options (FAILURE); int, the n-th word. */
 static const struct kind FLAG = {read_flag, 0, "no value"};
 static const struct kind TEXT = {read_text, '"', "a text without zero bytes"};
 static const struct kind PROMPT = {read_prompt, '"', "a text"};
@@ -477,51 +473,44 @@ static const struct option_row option_rows[] = {
      &FLAG, AT(help)},
 };
 #undef AT
-enum { N_ROWS = sizeof option_rows / sizeof *option_rows, N_TOGETHER = 7 };
+enum { N_ROWS = sizeof option_rows / sizeof *option_rows };
 static_assert(N_ROWS <= 128, "an option_set has one bit for each row");
 
+/* What a way to run does not know is refused: each of these options excludes the others, or all but
+ * those, or needs one of them. */
 static const struct rule {
-    enum { ONE_OF_THEM, EXCLUDES, NEEDS } what; /* the first excludes each other, or needs one */
-    const char *options[N_TOGETHER], *needed;
+    enum { ONE_OF_THEM, EXCLUDES, ONLY, NEEDS } what;
+    const char *options, *others;
 } rules[] = {
-    {ONE_OF_THEM, {"-p", "--ids", "-f", "--tokenize", "--perplexity", "--replay", "--serve"}, NULL},
-    {ONE_OF_THEM, {"--serve", "--sim", "--plan"}, NULL},
-    {EXCLUDES, {"--serve", "--json", "--stats"}, NULL}, /* it answers in JSON, and has /metrics */
-    {NEEDS, {"--host", "--serve"}, "--serve"},
-    {NEEDS, {"--api-key", "--serve"}, "--serve"},
-    {NEEDS, {"--api-key-file", "--serve"}, "--serve"},
-    {NEEDS, {"--sim", "--replay", "-f"}, "--replay or -f"},
-    {NEEDS, {"--plan", "--replay", "-f"}, "--replay or -f"},
-    {NEEDS, {"--rate", "--replay"}, "--replay"},
-    {NEEDS, {"--limit", "--replay"}, "--replay"},
-    {NEEDS, {"--ttft", "--replay", "--sim", "--plan"}, "--replay, --sim or --plan"},
-    {NEEDS,
-     {"--itl", "--replay", "--sim", "--plan", "--auto"},
-     "--replay, --sim, --plan or --auto"},
+    {ONE_OF_THEM, "", "-p --ids -f --tokenize --perplexity --replay --serve"},
+    {ONE_OF_THEM, "", "--serve --sim --plan"},
+    {EXCLUDES, "--serve", "--json --stats"}, /* it answers in JSON, and has /metrics */
+    {NEEDS, "--host --api-key --api-key-file", "--serve"},
+    {NEEDS, "--sim --plan", "--replay or -f"},
+    {NEEDS, "--rate --limit", "--replay"},
+    {NEEDS, "--ttft", "--replay, --sim or --plan"},
+    {NEEDS, "--itl", "--replay, --sim, --plan or --auto"},
+    {NEEDS, "--rates", "--sim or --plan"},
+    {NEEDS, "--logits", "-p or --ids"},
+    {NEEDS, "--watch", "-p, --ids, -f, --replay or --serve"},
+    {NEEDS, "--prefill", "--decode"},
+    {NEEDS, "--decode", "--prefill"},
+    {EXCLUDES, "--colocate", "--prefill --auto"},
+    {EXCLUDES, "--ids", "--system"}, /* which are words before words */
     /* a load says how long its prompts and answers are, and ends with a table of its own */
-    {EXCLUDES, {"--replay", "-n", "--stop", "--system", "--template", "--stats"}, NULL},
-    /* what looks at the model itself writes nothing, and takes texts as they are */
-    {EXCLUDES, {"--tokenize", "-n", "--stop", "--system", "--template", "--stats", "--json"}, NULL},
-    {EXCLUDES,
-     {"--perplexity", "-n", "--stop", "--system", "--template", "--stats", "--json"},
-     NULL},
-    {EXCLUDES, {"--logits", "-n", "--stop", "--system", "--template", "--stats", "--json"}, NULL},
-    {NEEDS, {"--rates", "--sim", "--plan"}, "--sim or --plan"},
-    /* nor does virtual time compute, print texts or find them */
-    {EXCLUDES, {"--sim", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
-    {EXCLUDES, {"--plan", "--stats", "--stop", "--threads", "--copy-delay"}, NULL},
-    {EXCLUDES, {"--colocate", "--prefill", "--auto"}, NULL},
-    {NEEDS, {"--logits", "-p", "--ids"}, "-p or --ids"},
-    {NEEDS,
-     {"--watch", "-p", "--ids", "-f", "--replay", "--serve"},
-     "-p, --ids, -f, --replay or --serve"},
-    /* these run in no time that one could watch */
-    {EXCLUDES, {"--watch", "--sim", "--plan", "--logits"}, NULL},
-    {EXCLUDES, {"--trace", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {EXCLUDES, {"--auto", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {EXCLUDES, {"--fail", "--plan", "--tokenize", "--perplexity", "--logits"}, NULL},
-    {NEEDS, {"--prefill", "--decode"}, "--decode"},
-    {NEEDS, {"--decode", "--prefill"}, "--prefill"},
+    {EXCLUDES, "--replay", "-n --stop --system --template --tokenizer --stats"},
+    /* virtual time computes and draws nothing, makes no texts, and none could watch it */
+    {EXCLUDES, "--sim --plan",
+     "-t --top-p --top-k --min-p --stop --threads --stats --watch --copy-delay"},
+    /* a plan tries all splits of a cluster and all rates, again and again */
+    {EXCLUDES, "--plan",
+     "--devices --prefill --tp --tp-prefill --tp-decode --colocate --rate --auto --fail --trace "
+     "--verbose"},
+    /* what looks at the model itself writes nothing, and takes texts as they are, one by one */
+    {ONLY, "--tokenize", "-m --tokenizer"},
+    {ONLY, "--perplexity --logits",
+     "-m -p --ids --tokenizer --devices --prefill --decode --tp --tp-prefill --tp-decode "
+     "--colocate --threads --kv-device --kv-host --kv-type --chunk --verbose"},
 };
 
 /* `name`: the option or the key; `quote`: what stands around the text, or "". */
@@ -583,8 +572,7 @@ bool cli_given(option_set given, const char *option) {
     return given >> (row - option_rows) & 1;
 }
 
-/* Whether so many bytes inserted, removed, changed or swapped with the next make one word from the
- * other; - and _ count as the same. */
+/* Whether so many bytes inserted, removed, changed or swapped make b of a; - and _ are the same. */
 static bool resembles(const char *a, const char *b, int edits) {
     for (; *a && (*a == *b || (strchr("-_", *a) && strchr("-_", *b) && *b)); a++)
         b++;
@@ -872,7 +860,7 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 
 /* ---- the command line ---- */
 
-/* The positions of --prefill and --decode: inside --devices, and each in one pool. */
+/* The positions of --prefill and --decode: all of --devices, and each in one pool. */
 static bool check_pools(const struct options *options, char *error) {
     const struct device_list *pools[] = {&options->prefill, &options->decode};
     bool used[VALUE_DEVICES] = {false};
@@ -885,6 +873,9 @@ static bool check_pools(const struct options *options, char *error) {
             used[index] = true;
         }
     }
+    for (int i = 0; i < options->devices.n && options->prefill.n > 0; i++)
+        if (!used[i])
+            return fail(error, "--devices: neither --prefill nor --decode has device %d", i);
     return true;
 }
 
@@ -892,6 +883,8 @@ static bool check_pools(const struct options *options, char *error) {
 static bool check_widths(struct options *options, char *error) {
     int *widths[] = {&options->tp, &options->tp_prefill, &options->tp_decode};
     static const char *const names[] = {"--tp", "--tp-prefill", "--tp-decode"};
+    if (cli_given(options->given, "--tp") && options->tp_prefill > 0 && options->tp_decode > 0)
+        return fail(error, "--tp: --tp-prefill and --tp-decode leave nothing to it");
     const struct device_list *lists[] = {&options->devices, &options->prefill, &options->decode};
     for (int i = 0; i < 3; i++) {
         *widths[i] = *widths[i] > 0 ? *widths[i] : options->tp;
@@ -910,24 +903,43 @@ static bool check_widths(struct options *options, char *error) {
     return true;
 }
 
+/* The options that a rule lists. */
+static option_set set_of(const char *list) {
+    option_set set = 0;
+    char name[32];
+    for (size_t n; *(list += strspn(list, " ,")); list += n) {
+        n = strcspn(list, " ,");
+        (void)snprintf(name, sizeof name, "%.*s", (int)n, list);
+        const struct option_row *row = find_row(name, false);
+        set |= row ? (option_set)1 << (row - option_rows) : 0; /* none is `or` */
+    }
+    return set;
+}
+
+static const char *first_of(option_set set) {
+    int row = 0;
+    while (!(set >> row & 1))
+        row++;
+    return option_rows[row].name;
+}
+
+static bool check_rule(const struct rule *rule, option_set given, char *error) {
+    option_set list = set_of(rule->others), met = given & (rule->what == ONLY ? ~list : list);
+    option_set option = rule->what == ONE_OF_THEM ? met & -met : given & set_of(rule->options);
+    met &= ~option;
+    if (!option || (met != 0) == (rule->what == NEEDS))
+        return true;
+    return rule->what == NEEDS
+               ? fail(error, "%s: needs %s", first_of(option), rule->others)
+               : fail(error, "%s and %s exclude each other", first_of(option), first_of(met));
+}
+
 static bool check_options(struct options *options, char *error) {
     if (!options->model)
         return fail(error, "no model given; usage: dynamo MODEL [options], see --help");
-    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++) {
-        const struct rule *rule = &rules[i];
-        const char *first = NULL, *last = NULL;
-        for (int j = 0; j < N_TOGETHER && rule->options[j]; j++) {
-            if (cli_given(options->given, rule->options[j])) {
-                last = rule->options[j];
-                first = first ? first : last;
-            }
-        }
-        bool counts = first && (rule->what == ONE_OF_THEM || first == rule->options[0]);
-        if (counts && rule->what == NEEDS && last == first)
-            return fail(error, "%s: needs %s", first, rule->needed);
-        if (counts && rule->what != NEEDS && last != first)
-            return fail(error, "%s and %s exclude each other", first, last);
-    }
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (!check_rule(&rules[i], options->given, error))
+            return false;
     if (options->kv_host.given && options->kv_host.value == 0 && options->kv_policy == 2)
         return fail(error, "--kv-policy: write-through needs a host tier, and --kv-host is 0");
     return check_widths(options, error) && check_pools(options, error);
@@ -992,9 +1004,7 @@ void cli_help(FILE *stream) {
         "      one request a line, each with options of its own: {\"prompt\": \"Hi\", \"n\": 9};\n"
         "      \"at\": its second, \"after\": whose answer it follows, \"deadline\", \"messages\"\n"
         "  dynamo model.bin -p \"Once\" --seed 7 --colocate\n"
-        "      the same text as without --colocate: no schedule changes a text\n"
-        "  dynamo model.bin --perplexity story.txt\n"
-        "      how well the model predicts a text\n",
+        "      the same text as without --colocate: no schedule changes a text\n",
         stream);
     for (int i = 0; i < N_ROWS; i++) {
         const struct option_row *row = &option_rows[i];

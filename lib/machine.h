@@ -121,12 +121,7 @@ size_t machine_free_memory(const char *root) {
     struct rlimit limit;
     (void)snprintf(folder, sizeof folder, "%s/proc", root);
     double bytes = 1024 * machine_number(folder, "meminfo", "MemAvailable:", NULL);
-    if (bytes < 0) { /* no Linux: free pages alone count */
-        long pages = sysconf(_SC_AVPHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-        bytes = pages > 0 ? (double)pages * (double)page : 0;
-    }
-    if (bytes > 0)
-        bytes = fmin(bytes, machine_least(root, "memory", machine_memory_left));
+    bytes = fmax(0, fmin(bytes, machine_least(root, "memory", machine_memory_left)));
     if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
         double used =
             machine_number("/proc/self", "statm", "", NULL) * (double)sysconf(_SC_PAGESIZE);

@@ -79,6 +79,10 @@ def package(server):
     check(chunks[-1].usage.completion_tokens == 20, "the stream's usage")
     choices = client.completions.create(model=model, prompt=["One", "Two"], n=2, max_tokens=5)
     check([c.index for c in choices.choices] == [0, 1, 2, 3], "two answers to each of two prompts")
+    legacy = client.completions.create(model=model, prompt="Once", max_tokens=9, logprobs=1).choices[0]
+    places = list(zip(legacy.logprobs.text_offset, legacy.logprobs.tokens))
+    check(len(places) == 9 and all(legacy.text[at:].startswith(token) for at, token in places),
+          "each token's text is where its offset says")
     with client.chat.completions.with_streaming_response.create(
             model=model, messages=said, max_tokens=8, stream=True) as raw:
         check(raw.headers["content-type"].startswith("text/event-stream"), "a raw stream")

@@ -63,7 +63,7 @@ static void every_option_is_read(struct check *check) {
     char error[ERROR_LENGTH];
     CHECK(parse(&o,
                 "--ids '1,15, 7' -n 5 m.gguf -t 0.25 --top-p=0.5 --top-k 40 --min-p 1e-2 --seed "
-                "18446744073709551615 --stop end --stop=--json --system 'be brief' --devices cpu:8 "
+                "18446744073709551615 --stop end --stop=--json --devices cpu:8 "
                 "--prefill 0-3 --decode 6,5,4,7 --tp 2 --kv-device 8b --kv-host 3G --kv-type bf16 "
                 "--kv-policy write-through --max-batch 7 --chunk 64 --threads 3 --json --stats "
                 "--verbose --tokenizer t.bin --copy-delay 9",
@@ -75,7 +75,7 @@ static void every_option_is_read(struct check *check) {
     CHECK(r->sampling.top_k == 40 && r->sampling.min_p == 0.01f, "%d", r->sampling.top_k);
     CHECK(r->sampling.seed == UINT64_MAX, "%llu", (unsigned long long)r->sampling.seed);
     CHECK(r->n_stop == 2 && !strcmp(r->stop[0], "end") && !strcmp(r->stop[1], "--json"), "stop");
-    CHECK(!strcmp(r->system, "be brief") && !strcmp(o.model, "m.gguf"), "%s", o.model);
+    CHECK(!r->system && !strcmp(o.model, "m.gguf"), "%s", o.model);
     CHECK(o.devices.cpu && o.devices.n == 8 && o.devices.index[7] == 7, "%d", o.devices.n);
     CHECK(o.prefill.n == 4 && o.prefill.index[3] == 3 && !o.prefill.cpu, "%d", o.prefill.n);
     CHECK(o.decode.n == 4 && o.decode.index[0] == 6 && o.decode.index[2] == 4, "decode");
@@ -89,10 +89,10 @@ static void every_option_is_read(struct check *check) {
     CHECK(!strcmp(o.tokenizer, "t.bin"), "%s", o.tokenizer);
     CHECK(o.copy_delay == 9 && cli_given(o.given, "--seed") && !cli_given(o.given, "-p"), "given");
     cli_free(&o);
-    CHECK(
-        parse(&o, "m -p -hello --logits out --colocate --kv-policy on-evict --kv-type=f32", error),
-        "%s", error);
-    CHECK(!strcmp(o.logits, "out"), "%s", o.logits);
+    CHECK(parse(&o, "m -p -hello --system 'be brief' --colocate --kv-policy on-evict --kv-type=f32",
+                error),
+          "%s", error);
+    CHECK(!strcmp(o.request.system, "be brief"), "%s", o.request.system);
     CHECK(!strcmp(o.request.prompt, "-hello") && o.request.prompt_length == 6, "prompt");
     CHECK(o.colocate && o.kv_policy == 1 && o.kv_type == 1, "kv");
     cli_free(&o);
@@ -109,6 +109,7 @@ static void every_option_is_read(struct check *check) {
     CHECK(parse(&o, "m -f a.txt", error) && !strcmp(o.file, "a.txt"), "%s", error);
     CHECK(parse(&o, "m --tokenize b", error) && !strcmp(o.tokenize, "b"), "%s", error);
     CHECK(parse(&o, "m --perplexity c", error) && !strcmp(o.perplexity, "c"), "%s", error);
+    CHECK(parse(&o, "m --logits d -p a", error) && !strcmp(o.logits, "d"), "%s", error);
     CHECK(parse(&o, "--help", error) && o.help && !o.model, "%s", error);
     CHECK(parse(&o, "--version", error) && o.version, "%s", error);
     CHECK(parse(&o, "m -p ''", error) && o.request.prompt_length == 0, "an empty prompt: %s",
@@ -235,6 +236,9 @@ static const struct {
      "--devices cpu:4 --prefill 0,1 --decode 1"},
     {"--prefill: got device 0, expected 0 to 3, not in use already",
      "--devices cpu:4 --prefill 0,0 --decode 1"},
+    {"--devices: neither --prefill nor --decode has device 2",
+     "--devices cpu:4 --prefill 0 --decode 1|--devices 0,0,0 --prefill 1 --decode 0"},
+    {"--tp: --tp-prefill and --tp-decode leave nothing", "--tp 2 --tp-prefill 1 --tp-decode 2"},
     {"--prefill: needs --decode", "--prefill 0"},
     {"needs --prefill", "--decode 0"},
     {"groups of 2", "--devices cpu:3 --tp 2|--prefill 0,1 --decode 2 --tp 2"},
@@ -247,8 +251,8 @@ static const struct {
      "--tokenize a -f b|--tokenize a --ids 1|--tokenize a --perplexity b|--perplexity a -p b"},
     {"--logits: needs -p or --ids", "--logits a -f b|--logits a"},
     {"--logits: needs", "--logits a --tokenize b|--logits a --perplexity b"},
-    {"--trace and --tokenize exclude each other", "--trace a --tokenize b"},
-    {"--trace and --logits exclude each other", "--trace a --logits b -p c"},
+    {"--tokenize and --trace exclude each other", "--trace a --tokenize b"},
+    {"--logits and --trace exclude each other", "--trace a --logits b -p c"},
     {"-p and --replay exclude each other", "-p a --replay b"},
     {"exclude each other", "-n 3 --replay b|--stop a --replay b|--system a --replay b|"
                            "--stats --replay b|--template none --replay b"},
@@ -284,6 +288,81 @@ static void refuse_line(struct check *check, const char *line, const char *words
     CHECK(!parse(&o, line, error), "%s", line);
     CHECK(strstr(error, words) && !strchr(error, '\n'), "%s: %s", line, error);
     cli_free(&o);
+}
+
+/* What a way to run does not know is refused, of all options and all ways. */
+static void each_way_knows_its_options(struct check *check) {
+    static const char *const ways[128] = {['c'] = "",
+                                          ['p'] = "-p a",
+                                          ['i'] = "--ids 1",
+                                          ['f'] = "-f a",
+                                          ['t'] = "--tokenize a",
+                                          ['x'] = "--perplexity a",
+                                          ['l'] = "--logits a -p b",
+                                          ['L'] = "--logits a --ids 1",
+                                          ['r'] = "--replay a",
+                                          ['s'] = "--sim h100 --replay a",
+                                          ['S'] = "--sim h100 -f a",
+                                          ['P'] = "--plan h100 --replay a",
+                                          ['Q'] = "--plan h100 -f a",
+                                          ['v'] = "--serve 0"};
+    static const struct {
+        const char *options, *ways; /* those in which they have one */
+    } rows[] = {
+        {"-p a", "c"},
+        {"--ids 1", "c"},
+        {"-f a", "c"},
+        {"--tokenize a", "c"},
+        {"--perplexity a", "c"},
+        {"--logits a", "pi"},
+        {"--replay a", "c"},
+        {"--serve 0", "c"},
+        {"--sim h100", "fr"},
+        {"--plan h100", "fr"},
+        {"--tokenizer a", "cpiftxlLSQv"},
+        {"-n 3", "cpifSQv"},
+        {"-t 1|--top-p 1|--top-k 1|--min-p 1", "cpifrv"},
+        {"--seed 1", "cpifrsSPQv"},
+        {"--stop a", "cpifv"},
+        {"--system a", "cpfSQv"},
+        {"--template none", "cpifSQv"},
+        {"--devices cpu:2|--prefill 0 --decode 1|--tp 2|--tp-prefill 2|--tp-decode 2",
+         "cpifxlLrsSv"},
+        {"--colocate|--verbose", "cpifxlLrsSv"},
+        {"--auto 1|--trace a|--fail 1@2", "cpifrsSv"},
+        {"--threads 2", "cpifxlLrv"},
+        {"--kv-device 1b|--kv-host 1b|--kv-type f32|--chunk 2", "cpifxlLrsSPQv"},
+        {"--kv-policy on-evict|--max-batch 2|--max-queue 2", "cpifrsSPQv"},
+        {"--host a|--api-key a|--api-key-file a", "v"},
+        {"--rate 1", "rs"},
+        {"--limit 1", "rsP"},
+        {"--ttft 1|--itl 1", "rsSPQ"},
+        {"--rates a", "sSPQ"},
+        {"--json", "cpifrsSPQ"},
+        {"--stats", "cpif"},
+        {"--watch", "pifrv"},
+        {"--copy-delay 1", "cpifrv"},
+        {"--help|--version", "cpiftxlLrsSPQv"},
+        {"-m n", ""},
+    };
+    option_set seen = 0;
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        char line[256], error[ERROR_LENGTH], *items[8];
+        int n = split(rows[i].options, "|", items, 8);
+        for (int k = 0; k < n; k++)
+            for (int way = 0; way < 128; way++) {
+                struct options o;
+                if (!ways[way])
+                    continue;
+                snprintf(line, sizeof line, "m %s %s", ways[way], items[k]);
+                bool good = parse(&o, line, error);
+                CHECK(good == (strchr(rows[i].ways, way) != NULL), "%s: %s", line, error);
+                seen |= o.given;
+                cli_free(&o);
+            }
+    }
+    for (int row = 0; row < N_ROWS; row++)
+        CHECK(!option_rows[row].name || seen >> row & 1, "%s is nowhere", option_rows[row].name);
 }
 
 static void bad_lines(struct check *check) {
@@ -721,6 +800,7 @@ int main(int argc, char **argv) {
                                         TEST(other_names_are_known),
                                         TEST(good_values),
                                         TEST(bad_lines),
+                                        TEST(each_way_knows_its_options),
                                         TEST(requests_are_read),
                                         TEST(bad_requests_stand_alone),
                                         TEST(loads_are_read),

@@ -162,10 +162,11 @@ static void refused_in_a_line(struct check *check) {
     } cases[] = {
         {"--replay 9:9 --plan h100y8", "--plan: got h100y8, expected CHIP", 2},
         {"--replay 9:9 --plan cpu", "--plan: got cpu, expected how many devices", 2},
-        {"--replay 9:9 --plan h100x2 --tp 2", "--tp: --plan tries all", 2},
-        {"--replay 9:9 --plan h100x2 --rate 2", "--rate: --plan tries all", 2},
-        {"--replay 9:9 --plan h100x2 --colocate", "--colocate: --plan tries all", 2},
-        {"--replay 9:9 --plan h100x2 --verbose", "--verbose: --plan tries all", 2},
+        {"--replay 9:9 --plan h100x2 --tp 2", "--plan and --tp exclude each other", 2},
+        {"--replay 9:9 --plan h100x2 --rate 2", "--plan and --rate exclude each other", 2},
+        {"--replay 9:9 --plan h100x2 --colocate", "--plan and --colocate exclude each other", 2},
+        {"--replay 9:9 --plan h100x2 --verbose", "--plan and --verbose exclude each other", 2},
+        {"--replay 9:9 --sim h100x2 --devices cpu:2", "--devices: got cpu, expected numbers", 2},
         {"--replay - --plan h100x2", "--plan: a load is read again for each simulation", 2},
         {"--replay $T/none --plan h100x2", "none: No such file", 1},
         {"--replay 9:9 --plan h100x2 --kv-device 99G", "--plan: no split fits: --kv-device: got",
@@ -178,19 +179,22 @@ static void refused_in_a_line(struct check *check) {
     }
     refuse(check, "random:llama-3.1-405b --replay 9:9 --plan h100x4", 2,
            "--plan: no split fits: weights of ", 5);
-    struct outcome o =
-        run(check, SLOW
-            "--replay 400:10 --itl 0.1"); /* a token takes 1.6 ms; two shards read a prompt in 57 */
+}
+
+/* A plan without a split that keeps the targets is none, also for who asks by JSON. */
+static void no_plan_is_an_error(struct check *check) {
+    write_rates(check);
+    struct outcome o = run(check, SLOW "--replay 400:10 --itl 0.1"); /* a token takes 1.6 ms … */
     double ttft = 0, itl = 0;
-    const char *words = "\nno split keeps the targets; the best TTFT/ITL that was reached: ";
-    const char *at = strstr(o.out, words);
+    const char *words = "dynamo: no split keeps the targets; the best TTFT/ITL that was reached: ";
+    const char *at = strstr(o.err, words);
     int n = at ? sscanf(at + strlen(words), "%lf ms / %lf ms", &ttft, &itl) : 0;
-    CHECK(o.status == 0 && n == 2 && ttft > 50 && ttft < 60 && itl > 1.6 && itl < 1.7, "%g %g\n%s",
-          ttft, itl, o.out);
-    o = run(check, SMALL "--plan h100 --replay 100000:10");
-    words =
-        "\nno split keeps the targets: requests fail; request 0: the prompt has 100000 tokens, ";
-    CHECK(o.status == 0 && strstr(o.out, words), "%d: %s", o.status, o.out);
+    CHECK(o.status == 1 && n == 2 && itl > 1.6 && itl < 1.7, "%d: %g: %s", o.status, itl, o.err);
+    CHECK(ttft > 50 && ttft < 60, "%g", ttft); /* … and two shards read a prompt in 57 */
+    CHECK(strstr(o.out, "1 x TP 2 together"), "the splits: %s", o.out);
+    expect(check, SLOW "--replay 400:10 --itl 0.1 --json", 1, "{*", "dynamo: no split keeps *");
+    expect(check, SMALL "--plan h100 --replay 100000:10", 1, NULL,
+           "dynamo: no split keeps the targets: requests fail; request 0: the prompt has 100000 *");
 }
 
 int main(int argc, char **argv) {
@@ -201,6 +205,7 @@ int main(int argc, char **argv) {
                                         TEST(every_split_is_told),
                                         TEST(break_even_is_that_of_the_rates),
                                         TEST(lines_are_planned),
-                                        TEST(refused_in_a_line)};
+                                        TEST(refused_in_a_line),
+                                        TEST(no_plan_is_an_error)};
     return run_tests(tests, COUNT(tests), argc, argv);
 }

@@ -837,7 +837,7 @@ static void a_trace_tells_what_happened(struct check *check) {
 
 /* Told before weights are read, not found when memory is gone. */
 static void a_model_larger_than_memory(struct check *check) {
-    shell(check, "ulimit -v 700000; " DYNAMO_PROGRAM " random:stories-110m:f32 --ids 1 -n 1 "
+    shell(check, "ulimit -v 500000; " DYNAMO_PROGRAM " random:stories-110m:f32 --ids 1 -n 1 "
                  "--devices cpu:1 2> $T/words; test $? = 1");
     shell(check, "grep -q '^dynamo: weights of 0.4 GB do not fit the 0.[0-3] GB of memory that are "
                  "left$' $T/words");
@@ -890,6 +890,27 @@ static void an_interrupt_stops_the_answer(struct check *check) {
         CHECK(!strcmp(reason, "cancelled"), "%s: %s", id, reason);
         CHECK(number(&o, id, "completion_tokens") > 0, "%s: nothing so far", id);
     }
+}
+
+/* A load that is interrupted says so, and what came of it until then. */
+static void an_interrupt_stops_a_load(struct check *check) {
+    int ended = -1, failed = -1, cut_off = -1;
+    write_endless_model(check, 1);
+    write_requests(check,
+                   "{'timestamp':0,'input_length':1,'output_length':1,'hash_ids':[1]}\n"
+                   "{'timestamp':0,'input_length':9,'output_length':30000,'hash_ids':[2]}\n");
+    struct live live = live_start(check, true, ENDLESS "--replay $T/requests --json");
+    live_until(&live, "\"length\""); /* the short one has ended */
+    live_works(&live, 0.05);
+    live_write(&live, "\003");
+    live_until(&live, "dynamo: interrupted: ");
+    ends_soon(check, &live, 128 + SIGINT);
+    const char *at = strstr(live.text, "until then ");
+    CHECK(at && sscanf(at, "until then %d requests had ended, %d of them with an error; %d were",
+                       &ended, &failed, &cut_off) == 3,
+          "%s", live.text);
+    CHECK(ended == 1 && failed == 0 && cut_off == 1, "%s", live.text);
+    CHECK(strstr(live.text, "{\"load\":{\"requests\":1,\"failed\":0,"), "%s", live.text);
 }
 
 /* Ctrl-C at any moment of the last answer's end: the answer is whole, or cancelled, or the program
@@ -1128,6 +1149,26 @@ static void ctrl_c_at_a_terminal(struct check *check) {
     leave(&live, "\004");
 }
 
+/* Stopped in the midst of an answer, the terminal shows what is typed; not when it goes on. */
+static void a_stopped_answer_goes_on_unseen(struct check *check) {
+    struct termios mode = {.c_lflag = ECHO};
+    write_endless_model(check, 1);
+    setenv("TERM", "xterm", 1);
+    struct live live =
+        live_shell(check, true, "set -m; " DYNAMO_PROGRAM " " ENDLESS "; stty -a; fg");
+    setenv("TERM", "dumb", 1);
+    talk(&live, (struct turn[]){{NULL, "> "}, {"I see\r", "\033[?2004l\r\nI see"}}, 2);
+    talk(&live, (struct turn[]){{"\032", " icanon"}, {NULL, " echo "}}, 2);
+    for (int i = 0; i < 50 && mode.c_lflag & ECHO; i++) {
+        live.seen = live.length;
+        live_bytes(&live, 1000);
+        CHECK(tcgetattr(live.input, &mode) == 0, "no terminal");
+    }
+    CHECK(mode.c_lflag & ICANON && !(mode.c_lflag & ECHO), "what is typed is shown");
+    talk(&live, &(struct turn){"\003", "> "}, 1);
+    leave(&live, "\004");
+}
+
 /* It is what was said so far, as any other, and nothing is said of a conversation too long. */
 static void an_interrupted_answer_is_no_failure(struct check *check) {
     write_endless_model(check, 1);
@@ -1177,6 +1218,7 @@ int main(int argc, char **argv) {
                                         TEST(absurd_weights_are_survived),
                                         TEST(an_interrupt_stops_the_answer),
                                         TEST(an_interrupt_ends_other_work),
+                                        TEST(an_interrupt_stops_a_load),
                                         TEST(an_interrupt_may_come_last),
                                         TEST(a_termination_ends_it),
                                         TEST(a_termination_ends_the_loading),
@@ -1184,6 +1226,7 @@ int main(int argc, char **argv) {
                                         TEST(talks_at_a_terminal),
                                         TEST(waiting_costs_nothing),
                                         TEST(ctrl_c_at_a_terminal),
+                                        TEST(a_stopped_answer_goes_on_unseen),
                                         TEST(an_interrupted_answer_is_no_failure),
                                         TEST(ends_without_tokenizer),
                                         TEST(chat_models_answer),

@@ -364,6 +364,16 @@ static void what_does_not_fit_is_refused(struct check *check) {
           "grep -q 'weights of 0.0 GB and KV blocks of 1.0 GB do not fit the 0.' $T/words || "
           "! cat $T/words");
     shell(check, "ulimit -v 900000; " DYNAMO_PROGRAM " model.bin --ids 1 -n 1 > $T/out 2>&1");
+    for (int threads = 1; threads <= 16; threads *= 2) { /* as many as there are processors */
+        char command[256];
+        (void)snprintf(command, sizeof command,
+                       "for most in 280000 300000 350000 400000 500000 600000; do (ulimit -v "
+                       "$most; " DYNAMO_PROGRAM
+                       " model.bin -p Once -n 3 --threads %d > $T/out 2> $T/words) || "
+                       "{ echo $most; cat $T/words; exit 1; }; done",
+                       threads);
+        shell(check, command);
+    }
 }
 
 int main(int argc, char **argv) {

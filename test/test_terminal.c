@@ -419,7 +419,11 @@ static void terminals_are_respected(struct check *check) {
     for (int i = 0; i < 2; i++) {
         setenv("NO_COLOR", i ? "1" : "", 1);
         live = converse(check, "model.bin -n 3", 80);
-        talk(&live, (struct turn[]){{"/stats\r", "blocks of the host"}, {NULL, PROMPT}}, 2);
+        talk(&live, (struct turn[]){{"Once\r", "Once"}, {NULL, PROMPT}}, 2);
+        talk(&live, (struct turn[]){{"/stats\r", "to first token, mean"}, {NULL, PROMPT}}, 2);
+        const char *mean = strstr(live.text, "mean (ms)");
+        mean = mean ? strpbrk(mean + 9, i ? "0123456789" : "m") : NULL; /* behind ESC [ 0 m */
+        CHECK(mean && atof(mean + !i) > 0, "no time is kept: %s", live.text);
         leave(&live, "\004");
         CHECK((strstr(live.text, "\033[2m") != NULL) == !i, "NO_COLOR: %d: %s", i, live.text);
     }
@@ -437,6 +441,13 @@ static void ids_are_shown_without_a_tokenizer(struct check *check) {
     CHECK(again.status == 0 && !strncmp(again.out, text.out, strlen(text.out) - 1), "%s",
           again.out);
     CHECK(!strcmp(answer(&json, "0", "text"), ""), "%s", json.out);
+    static const char *const of_texts[] = {"--stop a", "--template chatml",
+                                           "--tokenizer /dev/null"};
+    for (size_t i = 0; i < COUNT(of_texts); i++) { /* there are no texts that these could be of */
+        char line[96];
+        snprintf(line, sizeof line, "%s %s", words, of_texts[i]);
+        refuse(check, line, 1, i < 2 ? "no tokenizer: random" : "no tokenizer: ", 5);
+    }
 }
 
 static void numbers_are_short(struct check *check) {
