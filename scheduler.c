@@ -97,14 +97,13 @@ struct sched {
 /* What admission decides about a request. Its hits are the first blocks of its table. */
 struct plan {
     int decode_worker, prefill_worker;
-    int n_hits;                   /* cached blocks, the saved one included */
-    int n_alone;                  /* hits that are on the host alone */
-    int missing[MAX_WORKERS + 1]; /* hits that are not at the place; … */
-    int loose[MAX_WORKERS + 1];   /* … that are, but nobody has pinned them there */
-    int cached, end;              /* tokens [cached, end) are to be prefilled */
-    int n_decode, n_prefill;      /* blocks to hold on each side */
-    /* why these workers: for the ledger */
-    const char *why_decode, *why_prefill;
+    int n_hits;                           /* cached blocks, the saved one included */
+    int n_alone;                          /* hits that are on the host alone */
+    int missing[MAX_WORKERS + 1];         /* hits that are not at the place; … */
+    int loose[MAX_WORKERS + 1];           /* … that are, but nobody has pinned them there */
+    int cached, end;                      /* tokens [cached, end) are to be prefilled */
+    int n_decode, n_prefill;              /* blocks to hold on each side */
+    const char *why_decode, *why_prefill; /* these workers: for the ledger */
 };
 
 static int min(int a, int b) {
@@ -496,8 +495,7 @@ static void look_up(struct sched *s, struct request *r, struct plan *plan) {
         plan->cached = end;
         r->blocks[plan->n_hits++] = r->saved;
     }
-    bool last = r->max_new == 1 || end >= s->max_length; /* no generated token has a row */
-    plan->n_decode = blocks_of(last ? end : end + 1);
+    plan->n_decode = blocks_of(end + (r->max_new > 1 && end < s->max_length)); /* a token's row */
     for (int w = 0; w < host; w++)
         plan->missing[w] = plan->n_hits;
     for (int i = 0; i < plan->n_hits; i++) {
@@ -1178,11 +1176,8 @@ bool sched_is_lost(const struct sched *s, int worker) {
 }
 
 struct sched_load sched_load(const struct sched *s) {
-    struct sched_load load = {.waiting =
-                                  s->waiting.length + s->released.length + s->following.length,
-                              .preempted = s->preempted.length,
-                              .needed = NONE};
-    int n_longest = 0;
+    int waiting = s->waiting.length + s->released.length + s->following.length, n_longest = 0;
+    struct sched_load load = {.waiting = waiting, .preempted = s->preempted.length, .needed = NONE};
     for (int i = 0; i < s->config.kv.n_workers; i++) {
         if (s->config.decodes[i] && s->config.kv.device_blocks[i] * BLOCK_TOKENS >= s->max_length)
             load.needed = n_longest++ == 0 ? i : NONE;
