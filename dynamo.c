@@ -195,13 +195,13 @@ static double tokens_seen(double start, double n, double window) {
 struct step_cost step_cost(const struct model_config *config, const struct model_cost *cost,
                            enum kv_type kv_type, const struct batch *batch) {
     struct step_cost step = {0};
-    double seen = 0, read = 0; /* tokens that rows attend to, blocks that are read: in all layers */
+    double seen = 0; /* tokens that rows attend to, in all layers */
     double missed = config->n_experts > 0 ? 1 - (double)config->n_used / config->n_experts : 0;
     int n_all = 0; /* layers that see all */
     for (int layer = 0; layer < config->n_layers; layer++)
         n_all += model_window(config, layer) == INT32_MAX;
     double n_windowed = config->n_layers - n_all, window = config->window;
-    read = (double)n_all * batch->n_blocks;
+    double read = (double)n_all * batch->n_blocks; /* blocks, in all layers */
     for (int i = 0; i < batch->n_sequences; i++) {
         const struct sequence *sequence = &batch->sequence[i];
         double n = sequence->n_rows, start = sequence->start;
@@ -728,7 +728,6 @@ struct sched_config engine_sched_config(const struct engine_config *config) {
                                  .max_queue = config->max_queue,
                                  .copies_in_flight = copies,
                                  .context_length = config->model->config.context_length,
-                                 .vocab_size = config->model->config.vocab_size,
                                  .ends_text = config->ends_text};
     for (int i = 0; i < config->n_workers; i++) {
         sched.kv.device_blocks[i] = config->workers[i].blocks;

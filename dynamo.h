@@ -403,7 +403,7 @@ struct sched_config {
     int max_queue;        /* requests that may wait; one more is refused. 0: any number */
     int copies_in_flight; /* blocks that a worker copies at a time */
     int likely_answer;    /* tokens, until answers have ended; 0: as many as is usual */
-    int context_length, vocab_size;
+    int context_length;
     const bool *ends_text; /* (vocab_size) tokens that end an answer */
 };
 

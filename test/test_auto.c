@@ -77,7 +77,6 @@ static void world_open(struct world *world, int n_prefill) {
                                   .chunk = 256,
                                   .copies_in_flight = 16,
                                   .context_length = 4096,
-                                  .vocab_size = 16,
                                   .ends_text = ends_text};
     world->ledger =
         auto_ledger(&world->roles, SECONDS, 1e3 * TARGET, (struct ledger){world_note, world});

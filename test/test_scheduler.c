@@ -619,7 +619,6 @@ static void choose_config(struct machine *m) {
                                     .copies_in_flight = below(m, 2) ? 1 + below(m, 8) : 64,
                                     .likely_answer = below(m, 2),
                                     .context_length = 8 + below(m, 500),
-                                    .vocab_size = VOCABULARY,
                                     .ends_text = ends_text};
     config->kv.n_workers = between(m, 1, 4);
     config->kv.host_blocks = hosts[below(m, 8)];
@@ -914,7 +913,6 @@ static struct sched_config config_of(const char *roles, const int *blocks, int h
         .copies_in_flight = 64,
         .likely_answer = 1,
         .context_length = 4096,
-        .vocab_size = VOCABULARY,
         .ends_text = ends_text};
     for (int i = 0; roles[i]; i++) {
         config.kv.device_blocks[i] = blocks[i];
