@@ -39,7 +39,7 @@ NVCC_FLAGS = -std=c++17 -O3 -fmad=false -lineinfo --threads 2 -Xcompiler -Wall,-
 	$(foreach chip,$(CHIPS),-gencode arch=$(chip:sm_%=compute_%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
 EMU_FLAGS = -std=gnu++17 -ffp-contract=off $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
-	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest
+	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest $(CFLAGS)
 
 all: dynamo
 
@@ -106,7 +106,7 @@ gpu-test:
 	$(MAKE) $(B)/test_cuda_gpu
 	test/run.sh $(B)/test_cuda_gpu
 
-# (what the runtime has off by default is not compiled)
+# (no local variables for a debugger, nor what the runtime has off by default)
 ASAN = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
 	--param asan-use-after-return=0
 asan:
@@ -114,7 +114,7 @@ asan:
 
 # the programs that have threads
 tsan:
-	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
+	$(MAKE) test VARIANT=tsan SANITIZE='-g1 -fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
 		TESTS='$(addprefix build/tsan/test_,schedules program kernels http engine)'
 
 portable:
