@@ -2,6 +2,7 @@
 #                 if nvcc is there (NVCC= without; ARCH=sm_90: for other chips than the one found)
 # make test       builds and runs all tests; asan, tsan: the same under sanitizers; fuzz
 # make emu        ./dynamo-emu, the CUDA kernels on the CPU; gpu-test: their tests on a GPU
+# make portable   dynamo.o and kernels.o for any machine, to see that they compile
 # make bench      measures; soak: the long form of the randomized tests
 # make lab N=1    ten lines of a policy are yours: test/labs/1-eviction.md, 2-routing.md, 3-admission.md
 # make lines      counts lines, keeps the rules of the house; format: applies .clang-format; clean
@@ -17,7 +18,10 @@ LIBS = -lm -pthread
 # each kind of build has a folder, so that none is made of another's objects
 B = build/$(if $(VARIANT),$(VARIANT),$(if $(PORTABLE),portable,native))
 OBJECTS = $(addprefix $(B)/,dynamo.o scheduler.o kvcache.o kernels.o)
-TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(wildcard test/test_*.c)))
+# (the longest first)
+TESTS = $(patsubst test/test_%.c,$(B)/test_%,$(filter-out %_gpu_schedules.c,$(LONG) \
+	$(filter-out $(LONG),$(wildcard test/test_*.c))))
+LONG = $(patsubst %,test/test_%.c,schedules hostile program kernels)
 EMU_TESTS = $(B)/test_emu_schedules $(B)/test_cuda $(B)/test_emu
 SOURCES = $(wildcard *.c *.h *.cu lib/*.h app/*.h test/*.c test/*.h test/*.cu test/*.cpp)
 # what tests run is a build without CUDA, so that they are the same on every machine
@@ -35,7 +39,7 @@ NVCC_FLAGS = -std=c++17 -O3 -fmad=false -lineinfo --threads 2 -Xcompiler -Wall,-
 	$(foreach chip,$(CHIPS),-gencode arch=$(chip:sm_%=compute_%),code=$(chip)) $(NVCCFLAGS)
 # (g++ does not know nvcc's pragmas)
 EMU_FLAGS = -std=gnu++17 -ffp-contract=off $(COMMON) $(if $(VARIANT),-O1 $(SANITIZE)) -Wall -Wextra \
-	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest
+	-Wno-unknown-pragmas -DCUDA_EMULATED -I. -Itest $(CFLAGS)
 
 all: dynamo
 
@@ -102,13 +106,19 @@ gpu-test:
 	$(MAKE) $(B)/test_cuda_gpu
 	test/run.sh $(B)/test_cuda_gpu
 
+# (no local variables for a debugger, nor what the runtime has off by default)
+ASAN = -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	--param asan-use-after-return=0
 asan:
-	$(MAKE) test VARIANT=asan SANITIZE='-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined'
+	$(MAKE) test VARIANT=asan SANITIZE='$(ASAN)'
 
 # the programs that have threads
 tsan:
-	$(MAKE) test VARIANT=tsan SANITIZE='-fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
-		TESTS='$(addprefix build/tsan/test_,engine http kernels program schedules)'
+	$(MAKE) test VARIANT=tsan SANITIZE='-g1 -fsanitize=thread' EMU_TESTS=build/tsan/test_emu EMU= \
+		TESTS='$(addprefix build/tsan/test_,schedules program kernels http engine)'
+
+portable:
+	$(MAKE) PORTABLE=1 $(addprefix build/portable/,dynamo.o kernels.o)
 
 # what reads bytes that others made, a minute each; needs clang
 fuzz:
@@ -148,5 +158,5 @@ clean:
 	rm -rf build dynamo dynamo-emu
 
 FORCE:
-.PHONY: all test gpu-test asan tsan fuzz emu soak bench emu-bench lab lines format clean FORCE
+.PHONY: all portable test gpu-test asan tsan fuzz emu soak bench emu-bench lab lines format clean FORCE
 -include $(wildcard $(B)/*.d)

@@ -43,7 +43,6 @@
 #ifndef CUDA_EMU_THREADS_H
 #define CUDA_EMU_THREADS_H
 #include <math.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -139,7 +138,7 @@ dim3 blockDim, gridDim;
 
 /* ---- functions of one thread ---- */
 
-static inline float __uint_as_float(uint32_t bits) {
+static __forceinline__ float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
@@ -191,7 +190,7 @@ static inline uint32_t pack_bf16(float low, float high) {
     return emu_bf16(low) | emu_bf16(high) << 16;
 }
 
-static inline float emu_from_bf16(uint32_t bits) {
+static __forceinline__ float emu_from_bf16(uint32_t bits) {
     return __uint_as_float(bits << 16);
 }
 
@@ -274,10 +273,10 @@ struct emu_lane_state {
     emu_op op;  /* that it waits at, unless it is runnable */
     int source; /* lane, of shuffles */
     uint64_t value, result;
-    float *c; /* of mma_bf16 */
-    const uint32_t *a, *b;
+    uint32_t a[4], b[2]; /* of mma_bf16 */
+    float c[4];
     uint16_t row[8]; /* of load_matrices */
-    uint32_t *matrices;
+    uint32_t matrices[4];
     bool transposed;
     const emu_mbarrier *barrier; /* of barrier_wait */
 };
@@ -342,11 +341,16 @@ static struct {
     emu_block *block = nullptr;                        /* that runs, if any does */
     emu_fiber *current = nullptr, *previous = nullptr; /* of its threads */
     emu_fiber host;
-    pthread_t host_thread;
     char begun, ended; /* addresses by which ThreadSanitizer knows these moments */
 } emu;
 
-static uint32_t emu_random(uint32_t limit) { /* splitmix64; < limit */
+static thread_local bool emu_in_kernel; /* does this host thread run one? */
+
+/* What the emulator does on each switch. The sanitizers check what kernels do, and would make of
+ * this most of a test's time; what a kernel gives it is copied where they see it. */
+#define EMU_OWN __attribute__((no_sanitize("address", "undefined")))
+
+EMU_OWN static uint32_t emu_random(uint32_t limit) { /* splitmix64; < limit */
     uint64_t z = emu.random += 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
@@ -361,13 +365,9 @@ void emu_seed(uint64_t seed) {
 
 /* ---- reports ---- */
 
-static bool emu_in_kernel(void) { /* does this host thread run one? */
-    return emu.block && pthread_equal(emu.host_thread, pthread_self());
-}
-
 static void emu_print_place(void) {
     fprintf(stderr, "cuda_emu: ");
-    if (!emu_in_kernel())
+    if (!emu_in_kernel)
         return;
     fprintf(stderr, "%s, block (%u, %u, %u)", emu.block->kernel->name, blockIdx.x, blockIdx.y,
             blockIdx.z);
@@ -405,7 +405,7 @@ __attribute__((format(printf, 1, 2), noreturn)) static void emu_report(const cha
 /* For gdb, inside a kernel: what each thread of the block waits for. */
 extern "C" void emu_where(void) {
     emu_print_place();
-    if (!emu_in_kernel()) {
+    if (!emu_in_kernel) {
         fprintf(stderr, "no kernel runs\n");
         return;
     }
@@ -424,7 +424,7 @@ extern "C" void emu_where(void) {
 
 /* The sanitizers call these when they report. */
 static void emu_print_sanitized(void) {
-    if (!emu_in_kernel())
+    if (!emu_in_kernel)
         return;
     fprintf(stderr, "\n");
     emu_print_place();
@@ -442,7 +442,7 @@ extern "C" void __ubsan_on_report(void) {
 /* A fault inside a kernel: on a stack of its own, since the fault may be that the stack is full. */
 static void emu_fault(int number, siginfo_t *info, void *) {
     signal(number, SIG_DFL);
-    if (!emu_in_kernel())
+    if (!emu_in_kernel)
         return; /* to the same fault, which ends the program now */
     const char *at = (const char *)info->si_addr, *stack = emu.current->stack;
     const char *arena = emu.block->arena;
@@ -526,7 +526,7 @@ extern "C" void emu_swap(void **save, void *load) noexcept;
 extern "C" void emu_start(void);
 #endif
 
-static void emu_switch(emu_fiber *to) {
+EMU_OWN static void emu_switch(emu_fiber *to) {
     emu_fiber *from = emu.current;
     emu.previous = from;
     emu.current = to;
@@ -544,12 +544,12 @@ static void emu_switch(emu_fiber *to) {
     EMU_ASAN(__sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);)
 }
 
-static emu_warp *emu_any_warp(void) {
+EMU_OWN static emu_warp *emu_any_warp(void) {
     return &emu.block->warps[emu_random((uint32_t)emu.block->n_warps)];
 }
 
 /* The next thread: of this warp if one can run, else of another warp; null: none can run. */
-static emu_fiber *emu_pick(emu_warp *warp) {
+EMU_OWN static emu_fiber *emu_pick(emu_warp *warp) {
     emu_block *block = emu.block;
     if (!warp->runnable)
         warp = emu_any_warp();
@@ -616,7 +616,7 @@ __attribute__((noreturn)) static void emu_deadlock(void) {
 
 /* This thread waits, or has ended. Where no other can run, with all pieces there, the block has
  * ended, or has come as far as it can before the kernel before it. */
-static void emu_run_another(emu_warp *warp) {
+EMU_OWN static void emu_run_another(emu_warp *warp) {
     emu_block *block = emu.block;
     if (!block->pieces.empty() && emu_random(block->lateness) == 0)
         emu_land();
@@ -632,13 +632,13 @@ static void emu_run_another(emu_warp *warp) {
         emu_switch(next);
 }
 
-static emu_fiber *emu_self(const char *call) {
-    if (!emu_in_kernel())
+EMU_OWN static emu_fiber *emu_self(const char *call) {
+    if (!emu_in_kernel)
         emu_report("%s outside a kernel", call);
     return emu.current;
 }
 
-static void emu_wait_at(emu_op op) {
+EMU_OWN static void emu_wait_at(emu_op op) {
     emu_fiber *self = emu.current;
     self->warp->runnable &= ~(1u << self->lane);
     self->warp->lanes[self->lane].op = op;
@@ -666,19 +666,19 @@ void *emu_shared(void) {
     return emu.block->shared;
 }
 
-static char *emu_arrive(emu_barrier *barrier) {
+EMU_OWN static char *emu_arrive(emu_barrier *barrier) {
     char *address = &barrier->address[barrier->odd];
     EMU_TSAN(__tsan_release(address);)
     return address;
 }
 
-static void emu_leave(char *address) {
+EMU_OWN static void emu_leave(char *address) {
     (void)address;
     EMU_TSAN(__tsan_acquire(address);)
 }
 
 /* The first n threads of the block wait for each other. */
-static void emu_sync(emu_op op, int index, int n) {
+EMU_OWN static void emu_sync(emu_op op, int index, int n) {
     emu_quiet quiet;
     emu_fiber *self = emu_self(emu_op_names[op]);
     emu_block *block = emu.block;
@@ -697,7 +697,7 @@ static void emu_sync(emu_op op, int index, int n) {
     emu_leave(address);
 }
 
-void __syncthreads(void) {
+EMU_OWN void __syncthreads(void) {
     emu_sync(EMU_SYNCTHREADS, 0, emu_self("__syncthreads") ? emu.block->n_threads : 0);
 }
 
@@ -719,8 +719,10 @@ void grid_wait(void) {
 }
 
 /* Gathers the fragments of all lanes into matrices, multiplies, and scatters. */
-static void emu_mma(const emu_lane_state *lanes) {
-    float a[16][16], b[16][8], c[16][8];
+EMU_OWN static void emu_mma(emu_lane_state *lanes) {
+    typedef float row_of_8 __attribute__((vector_size(32)));
+    float a[16][16];
+    row_of_8 b[16], c[16];
     for (int lane = 0; lane < EMU_WARP; lane++) {
         int row = lane / 4, col = lane % 4 * 2;
         for (int i = 0; i < 4; i++) {
@@ -736,15 +738,14 @@ static void emu_mma(const emu_lane_state *lanes) {
     }
     for (int row = 0; row < 16; row++)
         for (int k = 0; k < 16; k++)
-            for (int col = 0; col < 8; col++)
-                c[row][col] += a[row][k] * b[k][col];
+            c[row] += a[row][k] * b[k];
     for (int lane = 0; lane < EMU_WARP; lane++)
         for (int i = 0; i < 4; i++)
             lanes[lane].c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 /* Lane 8 m + i has brought row i of matrix m; each gets two elements of each matrix. */
-static void emu_matrices(const emu_lane_state *lanes) {
+EMU_OWN static void emu_matrices(emu_lane_state *lanes) {
     for (int lane = 0; lane < EMU_WARP; lane++)
         for (int m = 0; m < 4; m++) {
             const emu_lane_state *rows = lanes + 8 * m;
@@ -756,14 +757,14 @@ static void emu_matrices(const emu_lane_state *lanes) {
 }
 
 /* Of a matrix spread like one of load_matrices: column i of rows j and j + 1. */
-static uint32_t emu_transposed(const emu_lane_state *lanes, int lane) {
+EMU_OWN static uint32_t emu_transposed(const emu_lane_state *lanes, int lane) {
     int i = lane / 4, j = lane % 4 * 2, shift = i % 2 * 16;
     return (lanes[j * 4 + i / 2].value >> shift & 0xFFFF) |
            (uint32_t)(lanes[j * 4 + 4 + i / 2].value >> shift) << 16;
 }
 
 /* All lanes have come: gives each its result. */
-static void emu_complete(emu_warp *warp, emu_op op) {
+EMU_OWN static void emu_complete(emu_warp *warp, emu_op op) {
     uint32_t votes = 0;
     for (int lane = 0; lane < EMU_WARP; lane++) {
         if (warp->lanes[lane].op != op)
@@ -788,7 +789,7 @@ static void emu_complete(emu_warp *warp, emu_op op) {
 
 /* Waits for all lanes of the warp, and returns what the operation gives this one. The last to come
  * does the work for all and goes on, or now and then another warp does. */
-static uint64_t emu_warp_op(emu_op op, uint32_t mask, uint64_t value, int source) {
+EMU_OWN static uint64_t emu_warp_op(emu_op op, uint32_t mask, uint64_t value, int source) {
     emu_quiet quiet;
     emu_fiber *self = emu_self(emu_op_names[op]);
     emu_warp *warp = self->warp;
@@ -848,10 +849,11 @@ void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
     emu_quiet quiet;
     emu_fiber *self = emu_self("mma_bf16");
     emu_lane_state *lane = &self->warp->lanes[self->lane];
-    lane->c = c;
-    lane->a = a;
-    lane->b = b;
+    memcpy(lane->a, a, sizeof lane->a);
+    memcpy(lane->b, b, sizeof lane->b);
+    memcpy(lane->c, c, sizeof lane->c);
     emu_warp_op(EMU_MMA, 0xFFFFFFFF, 0, self->lane);
+    memcpy(c, lane->c, sizeof lane->c);
 }
 
 /* ---- loads and copies ---- */
@@ -901,9 +903,9 @@ static inline void load_matrices(uint32_t r[4], const void *row, bool transposed
     emu_quiet quiet;
     emu_lane_state *lane = &emu.current->warp->lanes[emu.current->lane];
     memcpy(lane->row, &own, 16);
-    lane->matrices = r;
     lane->transposed = transposed;
     emu_warp_op(EMU_LOAD_MATRICES, 0xFFFFFFFF, 0, 0);
+    memcpy(r, lane->matrices, sizeof lane->matrices);
 }
 
 static inline void load_matrices_transposed(uint32_t r[4], const void *row) {
@@ -1061,7 +1063,7 @@ static void emu_make_fiber(emu_fiber *fiber, unsigned i) {
 
 /* ThreadSanitizer sees races of blocks only where they have different fibers: those of one fiber
  * come one after another, and its later ones know all that the earlier ones knew. */
-static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigned turn) {
+EMU_OWN static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigned turn) {
     unsigned set = turn % EMU_FIBER_SETS, index = set * n + (i + turn) % n;
     emu_fiber *fiber = &block->fibers[index];
     if (!fiber->stack)
@@ -1069,13 +1071,13 @@ static emu_fiber *emu_fiber_of(emu_block *block, unsigned i, unsigned n, unsigne
     return fiber;
 }
 
-static void emu_forget(emu_barrier *barrier) { /* what the block before it did there */
+EMU_OWN static void emu_forget(emu_barrier *barrier) { /* what the block before it did there */
     barrier->n_waiting = 0;
     EMU_TSAN(__tsan_mutex_destroy(&barrier->address[0], 0);)
     EMU_TSAN(__tsan_mutex_destroy(&barrier->address[1], 0);)
 }
 
-static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned number) {
+EMU_OWN static void emu_begin_block(emu_block *block, const emu_kernel *kernel, unsigned number) {
     emu_quiet quiet;
     const dim3 &dim = kernel->block;
     unsigned n = dim.x * dim.y * dim.z, turn = emu_random(EMU_FIBER_SETS * n);
@@ -1117,7 +1119,7 @@ static void emu_go_on(emu_block *block) {
     gridDim = kernel->grid;
     blockIdx = {n % gridDim.x, n / gridDim.x % gridDim.y, n / gridDim.x / gridDim.y};
     emu_catch_faults();
-    emu.host_thread = pthread_self();
+    emu_in_kernel = true;
     EMU_TSAN(emu.host.tsan = __tsan_get_current_fiber();)
     EMU_TSAN(__tsan_release(&emu.begun);)
     emu.block = block;
@@ -1130,6 +1132,7 @@ static void emu_go_on(emu_block *block) {
     if (kernel->programmatic && !block->grid_waited)
         emu_report("launched to overlap the kernel before it, but never calls grid_wait");
     emu.block = nullptr;
+    emu_in_kernel = false;
 }
 
 /* Before the kernel before it runs, one of the kernel's blocks goes as far as grid_wait. */

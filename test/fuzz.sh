@@ -4,22 +4,36 @@
 #     test/fuzz.sh [SECONDS [TARGET...]]
 # Seeds are whole models of 20 kB, texts and lines of this repository. A target that
 # does not reach what it is about (fuzz.h) has failed: it fuzzed nothing.
-seconds=${1:-60}
-[ $# -gt 0 ] && shift
-targets=${*:-model tokenizer json requests http}
 clang=$(command -v clang-14 || command -v clang) || {
     echo "fuzz.sh: needs clang"
     exit 1
 }
 folder=build/fuzz
+
+# One target, in a process of its own: built, and run.
+fuzz() { # SECONDS TARGET
+    # the products, which no target calls, are unchecked: with checks they take minutes to compile
+    "$clang" -std=gnu11 -g -O1 -march=native -Wno-psabi -D_GNU_SOURCE -I. \
+        -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+        -fsanitize-ignorelist=$folder/unchecked.txt "test/fuzz_$2.c" -lm -o "$folder/fuzz_$2" ||
+        exit 255 # xargs stops
+    dictionary=$folder/text.dict
+    [ "$2" = model ] && dictionary=$folder/model.dict
+    ASAN_OPTIONS=allocator_may_return_null=1 "$folder/fuzz_$2" \
+        -max_total_time="$1" -timeout=10 -rss_limit_mb=2048 -max_len=65536 \
+        -dict="$dictionary" -artifact_prefix="$folder/found-$2-" \
+        "$folder/$2" > "$folder/$2.log" 2>&1 || return 1
+    echo "$2: $(grep -o 'Done [0-9]* runs.*' "$folder/$2.log")," \
+        "$(grep -o 'cov: [0-9]*' "$folder/$2.log" | tail -n 1), $(grep '^reached' "$folder/$2.log")"
+}
+[ "$1" = one ] && fuzz "$2" "$3" && exit
+[ "$1" = one ] && exit 1
+
+seconds=${1:-60}
+[ $# -gt 0 ] && shift
+targets=${*:-model http tokenizer json requests} # (what is longest to compile comes first)
 mkdir -p $folder
-flags="-std=gnu11 -g -O1 -march=native -Wno-psabi -D_GNU_SOURCE -I."
-# the products, which no target calls: with checks they take minutes to compile
 printf 'fun:%s\n' '*tile*' 'dot_*' 'widen*' 'amx_*' panel_product > $folder/unchecked.txt
-# shellcheck disable=SC2086 # flags and targets are words
-printf '%s\n' $targets | xargs -P 2 -I '{}' "$clang" $flags -fsanitize=fuzzer,address,undefined \
-    -fno-sanitize-recover=undefined -fsanitize-ignorelist=$folder/unchecked.txt \
-    'test/fuzz_{}.c' -lm -o "$folder/fuzz_{}" || exit 1
 for target in $targets; do
     mkdir -p "$folder/$target"
 done
@@ -68,34 +82,8 @@ done > $folder/text.dict
 
 # ---- runs ----
 
-run() { # TARGET
-    dictionary=$folder/text.dict
-    [ "$1" = model ] && dictionary=$folder/model.dict
-    ASAN_OPTIONS=allocator_may_return_null=1 "$folder/fuzz_$1" \
-        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=65536 \
-        -dict="$dictionary" -artifact_prefix="$folder/found-$1-" \
-        "$folder/$1" > "$folder/$1.log" 2>&1 || return 1
-    echo "$1: $(grep -o 'Done [0-9]* runs.*' "$folder/$1.log")," \
-        "$(grep -o 'cov: [0-9]*' "$folder/$1.log" | tail -n 1), $(grep '^reached' "$folder/$1.log")"
-}
-status=0
 # shellcheck disable=SC2086 # targets are words
-set -- $targets
-while [ $# -gt 0 ]; do
-    run "$1" &
-    first=$!
-    second=
-    if [ $# -gt 1 ]; then
-        shift
-        run "$1" &
-        second=$!
-    fi
-    shift
-    wait "$first" || status=1
-    [ -z "$second" ] || wait "$second" || status=1
-done
-if [ $status -ne 0 ]; then
-    grep -hE "ERROR|SUMMARY|runtime error|fuzz_.*: |Test unit written" $folder/*.log | head -20
-    echo "fuzz.sh: found something; see $folder"
-fi
-exit $status
+printf '%s\n' $targets | xargs -P 2 -I '{}' sh "$0" one "$seconds" '{}' && exit
+grep -hE "ERROR|SUMMARY|runtime error|fuzz_.*: |Test unit written" $folder/*.log | head -20
+echo "fuzz.sh: a target does not build, or has found something; see $folder"
+exit 1

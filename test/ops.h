@@ -1882,7 +1882,7 @@ static void rows_alone_and_in_crowds(struct check *check) {
     struct random random = start("crowds");
     for (int i = 0; i < (SANITIZED ? (TEXT_DRAWS + 2) / 3 : TEXT_DRAWS); i++)
         check_told(check, &random, all_types[(seed + (uint64_t)i) % N_TYPES],
-                   i / N_TYPES % VARIANTS, PLAIN);
+                   (int)((seed + (uint64_t)i) / N_TYPES % VARIANTS), PLAIN);
 }
 
 static void kinds_alone_and_in_crowds(struct check *check) {

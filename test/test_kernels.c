@@ -16,7 +16,7 @@ enum {
     LOGITS_KEPT = 64,
     MXFP4 = 1,
     DRAWS = 8,
-    TEXT_DRAWS = SANITIZED ? 21 : 42, /* every type, in every variant */
+    TEXT_DRAWS = SANITIZED ? 9 : 48, /* every type, in every variant */
     CROWD_SHARDS = 4,
     SHARD_ROWS = 250,
     MOST_ROWS = 700,
