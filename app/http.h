@@ -704,21 +704,26 @@ bool http_listen(struct http *http) {
     return http->listens = listen(http->listener, SOMAXCONN) == 0;
 }
 
-static struct sockaddr_in6 http_address(const struct http *http) { /* of either family */
-    struct sockaddr_in6 at = {0};
-    (void)getsockname(http->listener, (struct sockaddr *)&at, &(socklen_t){sizeof at});
+union http_address {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+};
+
+static union http_address http_address(const struct http *http) {
+    union http_address at = {0};
+    (void)getsockname(http->listener, &at.any, &(socklen_t){sizeof at});
     return at;
 }
 
 int http_port(const struct http *http) {
-    return ntohs(http_address(http).sin6_port); /* which stands where IPv4's does */
+    return ntohs(http_address(http).v4.sin_port); /* IPv6 has it at the same place */
 }
 
 bool http_is_local(const struct http *http) {
-    struct sockaddr_in6 at = http_address(http);
-    return at.sin6_family == AF_INET
-               ? *(const unsigned char *)&at.sin6_flowinfo == 127 /* likewise */
-               : IN6_IS_ADDR_LOOPBACK(&at.sin6_addr);
+    union http_address at = http_address(http);
+    return at.any.sa_family == AF_INET ? ntohl(at.v4.sin_addr.s_addr) >> 24 == 127
+                                       : IN6_IS_ADDR_LOOPBACK(&at.v6.sin6_addr);
 }
 
 void http_wake(struct http *http) {
