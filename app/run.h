@@ -120,16 +120,16 @@ static bool open_model(struct run *run, char *error) {
         return false;
     if (o->verbose)
         model_notes(&run->model, stderr);
-    run->answers.vocab_size = run->model.config.vocab_size;
+    int n = run->answers.vocab_size = run->model.config.vocab_size;
     open_tokenizer(run);
     /* what was asked for must be there; before all the weights are loaded for nothing */
     if (!run->answers.tokenizer && (o->tokenizer || o->request.prompt || o->request.n_stop > 0 ||
                                     o->request.system || o->template > TEMPLATE_AUTO))
         return fail(error, "no tokenizer: %.480s", run->answers.no_tokenizer);
-    int n = run->model.config.vocab_size;
     run->ends_text = calloc((size_t)n, sizeof *run->ends_text);
-    bool ends =
-        run->ends_text && !o->replay && !o->sim && !o->plan; /* a load says how long answers are */
+    if (!run->ends_text)
+        return fail(error, "out of memory");
+    bool ends = !o->replay && !o->sim && !o->plan; /* a load says how long answers are */
     if (ends && run->model.file && !run->model.is_checkpoint)
         tok_mark_ends(run->model.file, run->ends_text, n);
     if (ends && (run->model.is_checkpoint || o->tokenizer))
@@ -143,8 +143,6 @@ static bool open_model(struct run *run, char *error) {
                       "dynamo: %s: it has no tokenizer.ggml.pre: texts are cut as `default` "
                       "does, maybe not as the model has learnt them\n",
                       o->model);
-    if (!run->ends_text)
-        return fail(error, "out of memory");
     return choose_template(run, error);
 }
 
@@ -181,13 +179,13 @@ static bool open_backend(struct run *run, char *error) {
 /* ---- which devices do what ---- */
 
 /* The devices that --prefill and --decode count: those of --devices; else all GPUs, of which a lone
- * one stands for two workers, or as many CPU devices. */
+ * one stands for two workers, or as many CPU devices as the lists name. */
 static struct device_list list_devices(const struct options *o, int n_gpus) {
     int named = o->prefill.n + o->decode.n;
     struct device_list all = o->devices;
     if (all.n > 0)
         return all;
-    all.n = named > 0 ? named : n_gpus > 1 ? n_gpus : o->tp_prefill + o->tp_decode;
+    all.n = n_gpus > 1 ? n_gpus : n_gpus == 0 && named > 0 ? named : o->tp_prefill + o->tp_decode;
     all.n = all.n < VALUE_DEVICES ? all.n : VALUE_DEVICES;
     for (int i = 0; i < all.n; i++)
         all.index[i] = n_gpus > 0 ? i % n_gpus : i;
@@ -205,24 +203,31 @@ static int share_devices(const struct options *o, int n) {
     return o->tp_prefill == o->tp_decode && n % o->tp_decode == 0 ? 0 : -1;
 }
 
-/* Gives each worker its devices and its role. */
+/* Gives each worker its devices and its role: a device one, and all those of --devices. */
 static bool plan_workers(const struct options *o, int n_gpus, struct engine_config *config,
                          char *error) {
     struct device_list all = list_devices(o, n_gpus), pools[] = {o->prefill, o->decode};
     int n_prefill = o->prefill.n > 0 ? o->prefill.n : share_devices(o, all.n);
+    bool used[VALUE_DEVICES] = {false};
     for (int i = 0; i < all.n && o->prefill.n == 0; i++) {
         struct device_list *list = &pools[i >= n_prefill];
         list->index[list->n++] = i;
     }
-    for (int pool = 0; pool < 2 && n_prefill >= 0; pool++) {
+    if (n_prefill < 0)
+        return fail(error,
+                    "--devices: %d devices make no whole workers of %d that prefill and of %d that "
+                    "decode",
+                    all.n, o->tp_prefill, o->tp_decode);
+    for (int pool = 0; pool < 2; pool++) {
         int width = pool == 0 ? o->tp_prefill : o->tp_decode;
         for (int i = 0; i < pools[pool].n; i++) {
             int worker = config->n_workers + i / width, index = pools[pool].index[i];
-            if (index >= all.n)
-                return fail(error, "%s: got device %d, expected 0 to %d",
+            if (index >= all.n || used[index])
+                return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
                             pool == 0 ? "--prefill" : "--decode", index, all.n - 1);
             if (worker == MAX_WORKERS)
                 return fail(error, "--devices: they make more than %d workers", MAX_WORKERS);
+            used[index] = true;
             config->workers[worker].devices[i % width] = all.index[index];
             config->workers[worker].n_shards = width;
             config->workers[worker].prefills = pool == 0 || n_prefill == 0;
@@ -230,10 +235,10 @@ static bool plan_workers(const struct options *o, int n_gpus, struct engine_conf
         }
         config->n_workers += pools[pool].n / width;
     }
-    return n_prefill >= 0 || fail(error,
-                                  "--devices: %d devices make no whole workers of %d that prefill "
-                                  "and of %d that decode",
-                                  all.n, o->tp_prefill, o->tp_decode);
+    for (int i = 0; i < o->devices.n; i++)
+        if (!used[i])
+            return fail(error, "--devices: neither --prefill nor --decode has device %d", i);
+    return true;
 }
 
 /* Blocks that a size option stands for; -1: the engine chooses. */
@@ -303,9 +308,12 @@ static bool plan_engine(struct run *run, int n_gpus, struct engine_config *confi
     return ok;
 }
 
-/* False: there is no such worker. */
-static bool plan_failures(const struct options *o, int n_workers, struct sched *sched, double now,
-                          char *error) {
+/* Before the first event. False: --fail names no worker, or the trace cannot be written. */
+static bool begin(struct run *run, const struct engine_config *config, struct sched *sched,
+                  double now, char *error) {
+    const struct options *o = &run->options;
+    int n_workers = config->n_workers;
+    run->roles.sched = sched;
     for (int i = 0; i < o->n_failures; i++) {
         const struct failure *f = &o->failures[i];
         if (f->worker >= n_workers)
@@ -313,7 +321,7 @@ static bool plan_failures(const struct options *o, int n_workers, struct sched *
         sched_fail_at(sched, f->worker, f->step > 0 ? INFINITY : now + f->at, f->step,
                       now + f->back);
     }
-    return true;
+    return trace_begin(run->trace, config, sched, now, error);
 }
 
 static bool open_engine(struct run *run, char *error) {
@@ -324,16 +332,14 @@ static bool open_engine(struct run *run, char *error) {
     if (!plan_engine(run, run->backend->n_gpus, &config, error))
         return false;
     struct engine *engine = engine_open(&config, error);
-    if (engine)
-        trace_begin(run->trace, engine_config_of(engine), engine_sched(engine), engine_now());
+    bool ok =
+        engine && begin(run, engine_config_of(engine), engine_sched(engine), engine_now(), error);
     pthread_mutex_lock(&run->closing);
     run->answers.engine = engine;
     pthread_mutex_unlock(&run->closing);
-    run->roles.sched = engine ? engine_sched(engine) : NULL;
-    if (engine && run->watch)
+    if (ok && run->watch)
         watch_begin(run->watch, &run->answers);
-    return engine && plan_failures(&run->options, config.n_workers, engine_sched(engine),
-                                   engine_now(), error);
+    return ok;
 }
 
 /* ---- running ---- */
@@ -426,8 +432,25 @@ static bool open_load(struct run *run, char *error) {
     const struct load_options options = describe_load(run);
     /* with a real engine -f is answered in text; a plan opens its own */
     bool wanted = (o->replay || o->sim) && !o->plan;
+    if (o->file && strcmp(o->file, "-") != 0 && access(o->file, R_OK) != 0)
+        return fail(error, "%.400s: %s", o->file, strerror(errno));
     run->load = wanted ? load_open(&options, error) : NULL;
     return run->load || !wanted;
+}
+
+/* False: it is a file that is read, or cannot be opened, which is to be known before all else. */
+static bool open_trace(struct run *run, char *error) {
+    const struct options *o = &run->options;
+    const char *const inputs[] = {o->model,     o->file,         o->replay,   o->rates,
+                                  o->tokenizer, o->api_key_file, "/dev/stdin"};
+    struct stat trace, input;
+    bool regular = o->trace && stat(o->trace, &trace) == 0 && S_ISREG(trace.st_mode);
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs && regular; i++)
+        if (inputs[i] && stat(inputs[i], &input) == 0 && input.st_dev == trace.st_dev &&
+            input.st_ino == trace.st_ino)
+            return fail(error, "--trace: it would overwrite %.400s, which is read", inputs[i]);
+    run->trace = trace_open(o->trace, o->verbose, error);
+    return run->trace || (!o->trace && !o->verbose);
 }
 
 /* False: its port is taken, or its keys are wrong, which is to be known before all else. */
@@ -440,10 +463,8 @@ static bool open_server(struct run *run, char *error) {
 /* Says what went wrong with a load that has ended. */
 static int load_status(const struct load *load, bool interrupted) {
     struct load_result result = load_result(load);
-    if (load_error(load)) {
-        complain(load_error(load));
-        return EXIT_FILE;
-    }
+    if (load_error(load))
+        return refuse(load_error(load));
     if (interrupted) {
         (void)fprintf(stderr,
                       "%sdynamo: interrupted: until then %" PRId64 " requests had ended, %" PRId64
@@ -491,11 +512,8 @@ static int run_sim(struct run *run) {
          !fail(error, "--devices: got cpu, expected numbers of GPUs of %.60s", o->sim)) ||
         !plan_engine(run, cluster.n_devices, &config, error) ||
         !cluster_fit(&cluster, &config, error) ||
-        !(sim = sim_open(&cluster, &config, run->load, error)))
-        return refuse(error);
-    trace_begin(run->trace, &config, sim_sched(sim), sim_now(sim));
-    run->roles.sched = sim_sched(sim);
-    if (!plan_failures(o, config.n_workers, sim_sched(sim), sim_now(sim), error)) {
+        !(sim = sim_open(&cluster, &config, run->load, error)) ||
+        !begin(run, &config, sim_sched(sim), sim_now(sim), error)) {
         sim_close(sim);
         return refuse(error);
     }
@@ -610,8 +628,7 @@ static int run_engine(struct run *run) {
         if (served)
             return 0;
     }
-    complain(error);
-    return EXIT_FILE;
+    return refuse(error);
 }
 
 /* ---- signals ---- */
@@ -715,24 +732,20 @@ static bool start_watching(struct run *run) {
 static int run_model(struct run *run) {
     const struct options *o = &run->options;
     char error[ERROR_LENGTH] = "";
-    int status = EXIT_FILE;
-    if (!start_watching(run)) {
-        complain("out of threads");
-        return status;
-    }
+    int status;
+    if (!start_watching(run))
+        return refuse("out of threads");
     if (!cli_given(o->given, "--seed") && !o->replay && !o->sim &&
         !o->plan) /* a load is repeatable */
         run->options.request.sampling.seed = (uint64_t)time(NULL) * 1000003u + (uint64_t)getpid();
     run->answers.seed = o->request.sampling.seed;
     bool watches = o->watch || cli_given(o->given, "--serve");
     pthread_mutex_lock(&run->closing); /* who watches signals looks at them */
-    run->trace = trace_open(o->trace, o->verbose, error);
+    bool ok = open_trace(run, error);
     run->watch = watches ? watch_open(trace_ledger(run->trace)) : NULL;
     pthread_mutex_unlock(&run->closing);
-    if (watches && !run->watch)
-        (void)fail(error, "out of memory");
-    bool ok =
-        *error == 0 && open_server(run, error) && open_model(run, error) && open_load(run, error);
+    ok = ok && (!watches || run->watch || fail(error, "out of memory")) &&
+         open_server(run, error) && open_model(run, error) && open_load(run, error);
     if (ok && o->sim)
         status = run_sim(run);
     else if (ok && o->plan)
@@ -751,10 +764,8 @@ static int run_model(struct run *run) {
     watch_close(watch);
     load_close(run->load);
     serve_close(run->server);
-    if (!trace_close(run->trace, error)) {
-        complain(error);
-        status = EXIT_FILE;
-    }
+    if (!trace_close(run->trace, error))
+        status = refuse(error);
     if (run->backend && closed)
         run->backend->close(run->backend);
     tok_close(run->answers.tokenizer);

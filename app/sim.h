@@ -144,8 +144,8 @@ static const struct chip *sim_find_chip(const char *name) {
     return NULL;
 }
 
-/* A line of a file of rates: [CHIP] NAME [*]NUMBER. False: it is none. */
-static bool sim_read_rate(struct chip *chip, const char *line, int *n_read) {
+/* A line of a file of rates: [CHIP] NAME [*]NUMBER. False: it is none, or `given` has that rate. */
+static bool sim_read_rate(struct chip *chip, const char *line, unsigned *given) {
     char words[3][32], more, *end;
     int n = sscanf(line, "%31s %31s %31s %c", words[0], words[1], words[2], &more);
     if (n != 2 && n != 3)
@@ -158,50 +158,52 @@ static bool sim_read_rate(struct chip *chip, const char *line, int *n_read) {
     for (int i = 0; i < SIM_RATES; i++)
         if (strcmp(words[n - 2], sim_rates[i].name) == 0) {
             double *rate = (double *)((char *)chip + sim_rates[i].offset);
-            if (n == 2 || strcasecmp(words[0], chip->name) == 0) {
-                *rate = times ? *rate * value : value;
-                ++*n_read;
-            }
-            return true;
+            unsigned bit = (unsigned)(n == 2 || strcasecmp(words[0], chip->name) == 0) << i;
+            bool again = *given & bit; /* of this chip */
+            *rate = !bit ? *rate : times ? *rate * value : value;
+            *given |= bit;
+            return !again;
         }
     return false;
 }
 
 static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
     size_t length;
-    int n_read = 0; /* that are of this chip */
+    unsigned given = 0; /* a bit for each rate that is of this chip */
     char *text = cli_read_file(path, &length, error), *rest = text, *line;
     bool ok = text;
     for (int number = 1; ok && (line = strsep(&rest, "\n")) != NULL; number++) {
         line[strcspn(line, "#")] = 0;
-        ok = sim_read_rate(chip, line, &n_read) ||
-             fail(error,
-                  "%.300s:%d: got %.60s, expected a rate, such as read_bytes_per_second 2.9e12",
-                  path, number, line);
+        ok = sim_read_rate(chip, line, &given) ||
+             fail(error, "%.300s:%d: got %.60s, expected a rate, such as %s 2.9e12, once", path,
+                  number, line, sim_rates[2].name);
     }
     free(text);
-    if (ok && n_read == 0)
+    if (ok && given == 0)
         return fail(error, "%.300s: no rate of a %s in it", path, chip->name);
     if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
-                chip->host >= 1 && chip->network >= 1 && chip->urgent > 0 && chip->urgent < 1))
+                chip->host >= 1 && chip->network >= 1 && (chip->peer == 0 || chip->peer >= 1) &&
+                chip->urgent > 0 && chip->urgent < 1))
         return fail(error, "%.300s: a rate is below 1 a second, or a share not between 0 and 1",
                     path);
     return ok;
 }
 
-/* [NODESx]CHIP[xDEVICES], CHIP[:DEVICES]. False: it is none. */
+/* [NODESx]CHIP[xGPUS], cpu[:DEVICES], in letters of either case. False: it is none. */
 static bool sim_parse(struct cluster *cluster, const char *name) {
-    char chip[8], mark[2], more;
-    int nodes = 1, each = 1, start = 0;
+    char chip[8], mark[2] = "x", number[6] = "1", more;
+    int nodes = 1, start = 0;
     *cluster = (struct cluster){.name = name};
-    if (*name >= '0' && *name <= '9' && (sscanf(name, "%5dx%n", &nodes, &start) < 1 || start == 0))
+    if (*name >= '0' && *name <= '9' && (sscanf(name, "%5d%*1[xX]%n", &nodes, &start), start == 0))
         return false;
-    int n = sscanf(name + start, "%7[^x:]%1[x:]%5d%c", chip, mark, &each, &more);
+    int n = sscanf(name + start, "%7[^xX:]%1[xX:]%5[0-9]%c", chip, mark, number, &more);
     const struct chip *found = n == 1 || n == 3 ? sim_find_chip(chip) : NULL;
-    if (!found || nodes < 1 || each < 1 || nodes > VALUE_DEVICES || each > VALUE_DEVICES / nodes)
+    int each = atoi(number);
+    cluster->is_cpu = found && strcmp(found->name, "cpu") == 0;
+    if (!found || nodes < 1 || each < 1 || nodes > VALUE_DEVICES || each > VALUE_DEVICES / nodes ||
+        (*mark == ':' && (!cluster->is_cpu || start > 0)))
         return false;
     cluster->chip = *found;
-    cluster->is_cpu = strcmp(found->name, "cpu") == 0;
     cluster->n_nodes = nodes;
     cluster->node_chips = strcasecmp(name, "cpu") == 0 ? 0 : each;
     cluster->n_devices = nodes * cluster->node_chips;
@@ -212,8 +214,8 @@ bool cluster_open(struct cluster *cluster, const char *option, const char *name,
                   char *error) {
     if (!sim_parse(cluster, name)) {
         int n = snprintf(error, ERROR_LENGTH,
-                         "%s: got %.60s, expected CHIP, CHIPxGPUS or "
-                         "NODESxCHIPxGPUS such as 2xh100x8, %d GPUs at most; CHIP:",
+                         "%s: got %.60s, expected CHIP[xGPUS] or NODESxCHIP[xGPUS] such as "
+                         "2xh100x8, %d GPUs at most, or cpu:DEVICES; CHIP:",
                          option, name, VALUE_DEVICES);
         for (int i = 0; i < SIM_CHIPS; i++)
             n += snprintf(error + n, ERROR_LENGTH - (size_t)n, "%s %s", i > 0 ? "," : "",
@@ -267,11 +269,13 @@ static bool sim_does_not_fit(const struct cluster *cluster, const struct engine_
 
 bool cluster_fit(const struct cluster *cluster, struct engine_config *config, char *error) {
     const struct model_config *model = &config->model->config;
-    double host = .25 * cluster->n_nodes * cluster->chip.host_memory;
-    if (config->host_blocks < 0) {
-        double n = host / (double)block_bytes(model, 1, config->kv_type);
-        config->host_blocks = (int)fmin(n, INT32_MAX / 64);
-    }
+    double host = cluster->n_nodes * cluster->chip.host_memory /
+                  (double)block_bytes(model, 1, config->kv_type);
+    if (config->host_blocks < 0)
+        config->host_blocks = (int)fmin(.25 * host, INT32_MAX / 64);
+    if (config->host_blocks > host)
+        return fail(error, "--kv-host: got %d blocks, the hosts of %.60s have room for %.0f",
+                    config->host_blocks, cluster->name, floor(host));
     int sharing[VALUE_DEVICES] = {0}; /* devices that are a chip; the weights that it has, … */
     double weights[VALUE_DEVICES] = {0};
     uint64_t has[VALUE_DEVICES] = {0}; /* … which workers share: bit n + i is shard i of n */

@@ -3,7 +3,7 @@
  *     struct trace *trace = trace_open("trace.json", verbose, error);
  *     config.ledger = trace_ledger(trace);
  *     ...                                   // an engine, or a scheduler, of that configuration
- *     trace_begin(trace, &config, sched, engine_now());
+ *     ok = trace_begin(trace, &config, sched, engine_now(), error);
  *     ...                                   // it runs
  *     ok = trace_close(trace, error);
  *
@@ -28,9 +28,10 @@ struct trace;
  * was; or the file cannot be written, and it is one line. */
 struct trace *trace_open(const char *path, bool verbose, char *error);
 struct ledger trace_ledger(struct trace *trace); /* of NULL: of nobody */
-/* Before the first event: names places and lanes. Time begins at `now`. */
-void trace_begin(struct trace *trace, const struct engine_config *config, struct sched *sched,
-                 double now);
+/* Before the first event, when all else is open: until then the file is as it was. Names places and
+ * lanes; time begins at `now`. NULL: nothing is done. False: it cannot be written, see `error`. */
+bool trace_begin(struct trace *trace, const struct engine_config *config, struct sched *sched,
+                 double now, char *error);
 /* Writes what was noted so far: before a fault ends the program. NULL: nothing is done. */
 void trace_flush(struct trace *trace);
 /* When no event can come any more. NULL: nothing is done. False: not all could be written. */
@@ -63,6 +64,7 @@ struct trace {
     char buffer[TRACE_BUFFER];
     const char *path;
     char names[MAX_WORKERS + 1][40];
+    bool made; /* there was no such file */
     bool any;  /* an event stands in the file */
     int error; /* errno of the first write that failed */
     double begun;
@@ -315,10 +317,8 @@ struct trace *trace_open(const char *path, bool verbose, char *error) {
     if (!path && !verbose)
         return NULL;
     struct trace *t = calloc(1, sizeof *t);
-    if (!t) {
-        (void)fail(error, "out of memory");
+    if (!t && !fail(error, "out of memory"))
         return NULL;
-    }
     /* its own stream, so that a line comes in one piece */
     t->lines = verbose ? fdopen(dup(STDERR_FILENO), "w") : NULL;
     if (t->lines)
@@ -326,10 +326,9 @@ struct trace *trace_open(const char *path, bool verbose, char *error) {
     if (!path)
         return t;
     t->path = path;
-    t->file = fopen(path, "w");
-    if (t->file)
-        (void)setvbuf(t->file, t->buffer, _IOFBF, sizeof t->buffer);
-    if (t->file && fputs("[", t->file) >= 0 && fflush(t->file) == 0)
+    t->made = access(path, F_OK) != 0;
+    t->file = fopen(path, "a");
+    if (t->file && setvbuf(t->file, t->buffer, _IOFBF, sizeof t->buffer) == 0)
         return t;
     t->error = errno;
     (void)trace_close(t, error);
@@ -340,12 +339,15 @@ struct ledger trace_ledger(struct trace *t) {
     return (struct ledger){t ? trace_note : NULL, t};
 }
 
-void trace_begin(struct trace *t, const struct engine_config *config, struct sched *sched,
-                 double now) {
+bool trace_begin(struct trace *t, const struct engine_config *config, struct sched *sched,
+                 double now, char *error) {
     static const char *const lanes[N_LANES] = {
         "steps", "copies to the host", "copies from the host", "copies from workers", "pager"};
     if (!t)
-        return;
+        return true;
+    if (t->file && ((ftruncate(fileno(t->file), 0) != 0 && errno != EINVAL) || /* of a device */
+                    fputs("[", t->file) < 0 || fflush(t->file) != 0))
+        return fail(error, "%.200s: %s", t->path, strerror(errno));
     t->begun = now;
     t->kv = sched_kv(sched);
     t->host = config->n_workers;
@@ -364,6 +366,7 @@ void trace_begin(struct trace *t, const struct engine_config *config, struct sch
         if (i >= 0)
             trace_count_blocks(t, i);
     }
+    return true;
 }
 
 void trace_flush(struct trace *t) {
@@ -376,9 +379,11 @@ bool trace_close(struct trace *t, char *error) {
         return true;
     if (t->lines)
         (void)fclose(t->lines);
-    if (t->file && t->error == 0)
+    if (t->file && t->error == 0 && t->kv)
         (void)fputs("\n]\n", t->file);
-    if (t->file && fclose(t->file) != 0 && t->error == 0)
+    if (t->file && t->made && !t->kv) /* it has not begun */
+        (void)unlink(t->path);
+    if (t->file && fclose(t->file) != 0 && t->error == 0 && t->kv)
         t->error = errno;
     bool ok = t->error == 0 || fail(error, "%.200s: %s", t->path, strerror(t->error));
     free(t);

@@ -48,7 +48,7 @@ struct size { /* 512M or 8b: bytes, or KV blocks */
 };
 
 /* `cpu:4`: cpu, 0 to 3. `0-2,5`: CUDA devices 0, 1, 2, 5. In --prefill and --decode: positions in
- * --devices, or CUDA devices where --devices is not given. */
+ * --devices, or of all devices where --devices is not given. */
 struct device_list {
     bool cpu;
     int n;
@@ -332,8 +332,10 @@ static bool read_failure(const struct value *value, void *target) {
         return false;
     char *end = (char *)(uintptr_t)at + 1;
     bool by_step = *at == '#', ok = by_step || (*at >= '0' && *at <= '9');
+    for (int i = 0; i < options->n_failures; i++)
+        ok = ok && options->failures[i].worker != failure.worker;
     if (by_step)
-        ok = take_int((const char **)&end, &failure.step) && failure.step > 0;
+        ok = take_int((const char **)&end, &failure.step) && failure.step > 0 && ok;
     else
         failure.at = strtod(at, &end);
     if (*end == '-')
@@ -370,7 +372,7 @@ static const struct kind SIZE = {read_size, 0, "bytes such as 512M (K, M, G) or 
 static const struct kind DEVICES = {read_devices, 0,
                                     "cpu:N, or device numbers such as 0,1 or 0-7; at most 1024"};
 static const struct kind PLACES = {read_places, 0, "positions in --devices, such as 0,1 or 0-7"};
-static const struct kind FAILURE = {read_failure, 0, "a worker and seconds such as 1@2.5 or 1@2-4"};
+static const struct kind FAILURE = {read_failure, 0, "a worker once, 16 at most: 1@2.5 or 1@2-4"};
 static const struct kind CHOICE = {read_choice, 0, NULL};
 static const struct kind MESSAGES = {NULL, '[', "a list of messages"}; /* see set_messages */
 
@@ -416,8 +418,8 @@ static const struct option_row option_rows[] = {
      "how a chat model is spoken to (default: as the file says)", &CHOICE, AT(template)},
     {.help = "Where to compute"},
     {"--devices", "LIST", "cpu:4, or CUDA devices: 0,1 or 0-7 or 0,0", &DEVICES, AT(devices)},
-    {"--prefill", "LIST", "those of --devices that read prompts", &PLACES, AT(prefill)},
-    {"--decode", "LIST", "those of --devices that write answers", &PLACES, AT(decode)},
+    {"--prefill", "LIST", "those of --devices, or of all, that read prompts", &PLACES, AT(prefill)},
+    {"--decode", "LIST", "those of --devices, or of all, that write answers", &PLACES, AT(decode)},
     {"--tp", "N", "devices that share one copy of the model: 1, 2, 4 or 8", &INT, AT(tp), 1, 8},
     {"--tp-prefill", "N", "the same, of workers that read prompts (default: --tp)", &INT,
      AT(tp_prefill), 1, 8},
@@ -613,10 +615,9 @@ static const struct option_row *give(option_set *given, const char *name, bool k
         return NULL;
     }
     option_set bit = (option_set)1 << (row - option_rows);
-    if (*given & bit && ((row->kind != &STOP && row->kind != &FAILURE) || key)) {
-        (void)fail(error, "%s: given twice", name);
+    if (*given & bit && ((row->kind != &STOP && row->kind != &FAILURE) || key) &&
+        !fail(error, "%s: given twice", name))
         return NULL;
-    }
     *given |= bit;
     return row;
 }
@@ -782,11 +783,10 @@ int requests_line(struct requests *requests, size_t *length, char error[ERROR_LE
     if (strncmp(requests->text, "\xEF\xBB\xBF", 3) == 0)
         memmove(requests->text, requests->text + 3, (*length -= 3) + 1);
     const char *text = requests->text; /* UTF-16 begins with a mark, or has zeros in between */
-    bool wide = *length > 1 && (!text[0] != !text[1] || memcmp(text, "\xFF\xFE", 2) == 0 ||
-                                memcmp(text, "\xFE\xFF", 2) == 0);
-    if (requests->n_lines == 1 && wide)
-        (void)fail(error, "%.400s: got UTF-16, expected UTF-8", requests->name);
-    return requests->n_lines == 1 && wide ? -1 : 1;
+    bool wide = requests->n_lines == 1 && *length > 1 &&
+                (!text[0] != !text[1] || memcmp(text, "\xFF\xFE", 2) == 0 ||
+                 memcmp(text, "\xFE\xFF", 2) == 0);
+    return wide && !fail(error, "%.400s: got UTF-16, expected UTF-8", requests->name) ? -1 : 1;
 }
 
 int requests_next(struct requests *requests, const struct request_spec *defaults,
@@ -798,11 +798,9 @@ int requests_next(struct requests *requests, const struct request_spec *defaults
         if (read <= 0)
             return read;
     }
-    if (!requests->endless && requests->n_read++ == CLI_REQUESTS) {
-        (void)fail(error, "%.400s: got more than %d requests; split it", requests->name,
-                   CLI_REQUESTS);
+    if (!requests->endless && requests->n_read++ == CLI_REQUESTS &&
+        !fail(error, "%.400s: got more than %d requests; split it", requests->name, CLI_REQUESTS))
         return -1;
-    }
     *spec = *defaults;
     spec->line = requests->text;
     spec->file = requests->name;
@@ -859,25 +857,6 @@ bool requests_stop(const char *text, size_t length, char *const *stop, int n_sto
 }
 
 /* ---- the command line ---- */
-
-/* The positions of --prefill and --decode: all of --devices, and each in one pool. */
-static bool check_pools(const struct options *options, char *error) {
-    const struct device_list *pools[] = {&options->prefill, &options->decode};
-    bool used[VALUE_DEVICES] = {false};
-    for (int pool = 0; pool < 2 && options->devices.n > 0; pool++) {
-        for (int i = 0; i < pools[pool]->n; i++) {
-            int index = pools[pool]->index[i];
-            if (index >= options->devices.n || used[index])
-                return fail(error, "%s: got device %d, expected 0 to %d, not in use already",
-                            pool == 0 ? "--prefill" : "--decode", index, options->devices.n - 1);
-            used[index] = true;
-        }
-    }
-    for (int i = 0; i < options->devices.n && options->prefill.n > 0; i++)
-        if (!used[i])
-            return fail(error, "--devices: neither --prefill nor --decode has device %d", i);
-    return true;
-}
 
 /* --tp is that of both pools, where they have none of their own. */
 static bool check_widths(struct options *options, char *error) {
@@ -942,7 +921,7 @@ static bool check_options(struct options *options, char *error) {
             return false;
     if (options->kv_host.given && options->kv_host.value == 0 && options->kv_policy == 2)
         return fail(error, "--kv-policy: write-through needs a host tier, and --kv-host is 0");
-    return check_widths(options, error) && check_pools(options, error);
+    return check_widths(options, error);
 }
 
 bool cli_parse(struct options *options, int argc, char **argv, char error[ERROR_LENGTH]) {

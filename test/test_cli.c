@@ -141,7 +141,7 @@ static void good_values(struct check *check) {
                                 "--top-k 0|--min-p 1|--seed 0|--tp 1|--tp 4|--tp 8|--devices cpu|"
                                 "--devices cpu:64|--devices 0|--devices 0,0|--devices 0-63|"
                                 "--devices 3-3,1|--kv-host 0|--kv-host 0b|--kv-device 1|"
-                                "--kv-device 1b|--prefill 0 --decode 0|--threads 1024|"
+                                "--kv-device 1b|--prefill 0 --decode 1|--threads 1024|"
                                 "-p a --logits f|--ids 3 --logits f|"
                                 "--devices cpu:8 --prefill 0-3 --decode 4-7 --tp-decode 4|"
                                 "--colocate --tp-prefill 2 --tp-decode 2|--devices cpu:3 "
@@ -196,6 +196,9 @@ static const struct {
     {"1@2.5",
      "--fail 1|--fail @1|--fail 1@|--fail 1@-1|--fail 1@2-2|--fail 1@2-|--fail 1@x|--fail 1@#|"
      "--fail 1@#0|--fail 1@#x|--fail 1@#1.5|--fail #1"},
+    {"--fail: got 1@3, expected a worker once, 16 at most: 1@2.5 or 1@2-4",
+     "--fail 1@2 --fail 1@3|--fail 1@#2 --fail 0@1 --fail 1@3|--fail 1@2-4 --fail 1@3"},
+    {"--fail: got 1@#3, expected", "--fail 1@2 --fail 1@#3"},
     {"whole", "-n 1.5|-n 1e3|--seed 1.0|--seed ''|--seed +1|--copy-delay x"},
     {"got x", "-n x"},
     {"expected", "-n ''|-n ' 5'|-n '5 '|-n 5x|-n --5|-n 99999999999999999999999"},
@@ -231,13 +234,6 @@ static const struct {
     {"1024", "--devices 0-511,0-512|--devices 0-999999999|--devices 99999999999"},
     {"--prefill: got cpu, expected positions", "--prefill cpu --decode 0"},
     {"--decode: got cpu:2, expected positions", "--prefill 0 --decode cpu:2"},
-    {"--decode: got device 4, expected 0 to 3", "--devices cpu:4 --prefill 0 --decode 4"},
-    {"--decode: got device 1, expected 0 to 3, not in use already",
-     "--devices cpu:4 --prefill 0,1 --decode 1"},
-    {"--prefill: got device 0, expected 0 to 3, not in use already",
-     "--devices cpu:4 --prefill 0,0 --decode 1"},
-    {"--devices: neither --prefill nor --decode has device 2",
-     "--devices cpu:4 --prefill 0 --decode 1|--devices 0,0,0 --prefill 1 --decode 0"},
     {"--tp: --tp-prefill and --tp-decode leave nothing", "--tp 2 --tp-prefill 1 --tp-decode 2"},
     {"--prefill: needs --decode", "--prefill 0"},
     {"needs --prefill", "--decode 0"},
@@ -372,6 +368,10 @@ static void bad_lines(struct check *check) {
     for (int i = 1; i <= VALUE_STOPS; i++)
         strcat(line, " --stop a");
     refuse_line(check, line, "at most 16");
+    snprintf(line, sizeof line, "m");
+    for (int i = 0; i <= VALUE_FAILURES; i++)
+        snprintf(line + strlen(line), 16, " --fail %d@1", i);
+    refuse_line(check, line, "--fail: got 16@1, expected a worker once, 16 at most");
     for (size_t i = 0; i < COUNT(bad_lines_by_words); i++) {
         int n = split(bad_lines_by_words[i].lines, "|", items, 64);
         for (int k = 0; k < n; k++) {

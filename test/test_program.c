@@ -704,6 +704,45 @@ static void schedules_change_no_text(struct check *check) {
 }
 
 /* Their logits are neither equal nor wild, and the same on two devices that share the model. */
+/* Positions in --devices; without it, of as many devices as the lists name, or of a cluster. */
+static void each_device_has_one_use(struct check *check) {
+    static const struct {
+        const char *options, *refused; /* NULL: it runs */
+    } rows[] = {
+        {"--devices cpu:4 --prefill 0 --decode 4", "--decode: got device 4, expected 0 to 3"},
+        {"--devices cpu:4 --prefill 0,1 --decode 1",
+         "--decode: got device 1, expected 0 to 3, not"},
+        {"--devices cpu:4 --prefill 0,0 --decode 1",
+         "--prefill: got device 0, expected 0 to 3, not"},
+        {"--devices cpu:4 --prefill 0 --decode 1", "neither --prefill nor --decode has device 2"},
+        {"--devices cpu:3 --prefill 2 --decode 0", "neither --prefill nor --decode has device 1"},
+        {"--prefill 0 --decode 0", "--decode: got device 0, expected 0 to 1, not in use already"},
+        {"--prefill 0,0 --decode 1",
+         "--prefill: got device 0, expected 0 to 2, not in use already"},
+        {"--prefill 0,999999999 --decode 1", "--prefill: got device 999999999, expected 0 to 2"},
+        {"--prefill 2 --decode 0,1", NULL},
+        {"--sim h100x4 --prefill 0-3 --decode 4-7", "--decode: got device 4, expected 0 to 3"},
+        {"--sim h100x2 --prefill 0-7 --decode 8-15", "--prefill: got device 2, expected 0 to 1"},
+        {"--sim h100x8 --prefill 0 --decode 0", "--decode: got device 0, expected 0 to 7, not in"},
+        {"--sim h100x8 --prefill 0 --decode 8", "--decode: got device 8, expected 0 to 7"},
+        {"--sim h100x8 --prefill 0 --decode 5", NULL},
+        {"--sim h100 --prefill 1 --decode 0", NULL}, /* a lone one stands for two */
+        {"--sim h100 --prefill 0 --decode 1,2", "--decode: got device 2, expected 0 to 1"},
+        {"--sim h100x2 --devices 0,0,1 --prefill 2 --decode 0,1", NULL},
+        {"--sim h100x2 --devices 0,0,1 --prefill 2 --decode 0", "has device 1"},
+        {"--sim cpu --prefill 0 --decode 2,1", NULL},
+        {"--sim cpu:2 --prefill 0 --decode 2", "--decode: got device 2, expected 0 to 1"},
+    };
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        struct outcome o = run(check, "model.bin --replay 9:2 --limit 3 %s", rows[i].options);
+        CHECK(o.status == (rows[i].refused ? 2 : 0), "%s: %d: %s", rows[i].options, o.status,
+              o.err);
+        if (rows[i].refused)
+            CHECK(strstr(o.err, rows[i].refused) && count_of(o.err, "\n") == 1, "%s: %s",
+                  rows[i].options, o.err);
+    }
+}
+
 static void random_weights_run(struct check *check) {
     static const char *const types[] = {"bf16", "q8_0", "q4_0"};
     for (int i = 0; i < 3; i++) {
@@ -870,6 +909,50 @@ static void a_trace_that_cannot_be_written(struct check *check) {
         CHECK(nodes && nodes->type == '[', "%s", nodes ? "no array" : error);
         free(nodes);
     }
+}
+
+/* By whatever name it is called: it would be lost. */
+static void a_trace_takes_no_file_that_is_read(struct check *check) {
+    static const char *const lines[] = {
+        "$T/m.bin -p Hi --trace $T/m.bin",
+        "$T/m.bin -p Hi --trace $T/link",
+        "model.bin -f $T/load --trace $T/../$(basename $T)/load",
+        "model.bin -f - --trace $T/load < $T/load",
+        "model.bin --trace $T/load < $T/load",
+        "model.bin --replay $T/load --trace $T/load",
+        "model.bin --replay - --sim h100 --trace $T/load < $T/load",
+        "model.bin --replay 9:9 --sim h100 --rates $T/load --trace "
+        "$T/load",
+        "model.bin -p Hi --tokenizer $T/load --trace $T/load",
+        "model.bin --serve 0 --api-key-file $T/load --trace $T/load"};
+    shell(check, "cp model.bin $T/m.bin && ln -s m.bin $T/link && echo Hi > $T/load");
+    for (size_t i = 0; i < COUNT(lines); i++) {
+        struct outcome o = run(check, "%s", lines[i]);
+        CHECK(o.status == 2 && !*o.out && count_of(o.err, "\n") == 1 &&
+                  !strncmp(o.err, "dynamo: --trace: it would overwrite ", 36) &&
+                  strstr(o.err, ", which is read"),
+              "%s: %d: %s", lines[i], o.status, o.err);
+        shell(check, "cmp model.bin $T/m.bin && echo Hi | cmp - $T/load");
+    }
+    expect(check, CAT "-n 1 -t 0 --trace /dev/null < /dev/null", 0, NULL, NULL);
+}
+
+static void an_old_trace_stays_where_nothing_runs(struct check *check) {
+    static const char *const lines[] = {"modle.bin -p Hi",
+                                        "model.bin -f $T/none",
+                                        "model.bin -p Hi --devices cpu:2 --fail 2@1",
+                                        "model.bin -p Hi --prefill 0 --decode 0",
+                                        "model.bin --replay 9:9 --sim h100 --kv-device 90G",
+                                        "model.bin --replay 9:9 --sim h100 --fail 2@1"};
+    for (size_t i = 0; i < COUNT(lines); i++) {
+        shell(check, "rm -f $T/new && echo old > $T/old");
+        struct outcome old = run(check, "%s --trace $T/old", lines[i]);
+        struct outcome new = run(check, "%s --trace $T/new", lines[i]);
+        CHECK(old.status > 0 && new.status > 0, "%s: %d, %d", lines[i], old.status, new.status);
+        shell(check, "echo old | cmp - $T/old && test ! -e $T/new");
+    }
+    expect(check, CAT "-n 1 -t 0 --trace $T/old", 0, NULL, NULL);
+    shell(check, "head -n 1 $T/old | grep -qx '\\['");
 }
 
 static void an_interrupt_stops_the_answer(struct check *check) {
@@ -1210,10 +1293,13 @@ int main(int argc, char **argv) {
                                         TEST(statistics_add_up),
                                         TEST(a_trace_tells_what_happened),
                                         TEST(a_trace_that_cannot_be_written),
+                                        TEST(a_trace_takes_no_file_that_is_read),
+                                        TEST(an_old_trace_stays_where_nothing_runs),
                                         TEST(piped_stdin_is_one_prompt),
                                         TEST(tells_about_itself),
                                         TEST(the_first_token_comes_soon),
                                         TEST(schedules_change_no_text),
+                                        TEST(each_device_has_one_use),
                                         TEST(random_weights_run),
                                         TEST(absurd_weights_are_survived),
                                         TEST(an_interrupt_stops_the_answer),

@@ -386,12 +386,22 @@ static void refuses_in_a_line(struct check *check) {
         {"random:llama-3.1-8b --replay 9:9 --sim h300x8", "got h300x8, expected CHIP", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim h100x", "got h100x, expected CHIP", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim 0xh100x8", "got 0xh100x8", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100:4", "got h100:4, expected CHIP[xGPUS] or", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100x+4", "got h100x+4, expected CHIP", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim 'h100x 4'", "got h100x 4, expected CHIP", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim '2 xh100'", "got 2 xh100, expected CHIP", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim +2xh100", "got +2xh100, expected CHIP", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100x4x", "got h100x4x, expected CHIP", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim 2xcpu:4", "or cpu:DEVICES", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim cpu:", "got cpu:, expected CHIP", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim 999xh100x8", "1024 GPUs at most", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --devices 0-1", "got 1, h100 has 1", 2},
         {"random:llama-3.1-70b --replay 9:9 --sim h100x8", "they fit with --tp 4", 1},
         {"random:llama-3.1-405b --replay 9:9 --sim h100x8 --tp 8", "no --tp is enough", 1},
         {"random:llama-3.1-70b --replay 9:9 --sim h100 --tp 8", "weights of 170.6 GB", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --kv-device 70G", "has room for", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim h100 --kv-host 9000G", "--kv-host: got ", 2},
+        {"random:llama-3.1-8b --replay 9:9 --sim 4xh100 --kv-host 9000G", "have room for", 2},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates /dev/zero", "/dev/zero", 1},
         {"random:llama-3.1-8b --replay 9:9 --sim h100 --rates Makefile", "expected a rate, such as",
          1},
@@ -424,6 +434,54 @@ static void answers_outgrow_who_is_left(struct check *check) {
         int status;
         size_t n = output_of(arguments[i], output, sizeof output, &status);
         CHECK(status == 0 && n > 1000, "status %d: %.200s", status, output);
+    }
+}
+
+/* A file of these rates, for an h100. */
+static bool rates_hold(const char *text, char *error) {
+    char name[] = "/tmp/test_sim_XXXXXX";
+    struct cluster cluster;
+    int file = mkstemp(name);
+    bool ok = write(file, text, strlen(text)) == (ssize_t)strlen(text);
+    close(file);
+    *error = 0;
+    ok = ok && cluster_open(&cluster, "--sim", "h100x2", name, error);
+    unlink(name);
+    return ok;
+}
+
+static void rates_are_possible_and_given_once(struct check *check) {
+    static const char *const bad[] = {"peer_bytes_per_second 1e-9\n",
+                                      "peer_bytes_per_second *1e-20\n",
+                                      "urgent_share 1\n",
+                                      "copy_seconds *2\ncopy_seconds *2\n",
+                                      "copy_seconds 2\nH100 copy_seconds 3\n",
+                                      "h100 copy_seconds 2\nstep_seconds 1\nh100 copy_seconds 2\n"};
+    char error[ERROR_LENGTH];
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(!rates_hold(bad[i], error) && *error && !strchr(error, '\n'), "%s: %s", bad[i],
+              error);
+    CHECK(strstr(error, ":3: got h100 copy_seconds 2, expected a rate") && strstr(error, "once"),
+          "%s", error);
+    CHECK(rates_hold("peer_bytes_per_second 0\n", error), "%s", error); /* no such link */
+    CHECK(rates_hold("copy_seconds *2\na100 copy_seconds *2\nb200 copy_seconds *2\n", error), "%s",
+          error);
+}
+
+static void clusters_have_names(struct check *check) {
+    static const struct {
+        const char *name;
+        int n_nodes, n_devices;
+    } rows[] = {{"h100", 1, 1},      {"H100X4", 1, 4}, {"H100x4", 1, 4},
+                {"2Xh200X8", 2, 16}, {"3xL40S", 3, 3}, {"cpu", 1, 0},
+                {"CPU:4", 1, 4},     {"CPU", 1, 0},    {"128xb200x8", 128, 1024},
+                {"cpux2", 1, 2}};
+    char error[ERROR_LENGTH];
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        struct cluster cluster;
+        CHECK(cluster_open(&cluster, "--sim", rows[i].name, NULL, error), "%s", error);
+        CHECK(cluster.n_nodes == rows[i].n_nodes && cluster.n_devices == rows[i].n_devices,
+              "%s: %d, %d", rows[i].name, cluster.n_nodes, cluster.n_devices);
     }
 }
 
@@ -558,6 +616,8 @@ int main(int argc, char **argv) {
         {"refuses_in_a_line", refuses_in_a_line},
         {"answers_outgrow_who_is_left", answers_outgrow_who_is_left},
         {"rates_are_read", rates_are_read},
+        {"rates_are_possible_and_given_once", rates_are_possible_and_given_once},
+        {"clusters_have_names", clusters_have_names},
         {"decides_again_as_in_a_real_run", decides_again_as_in_a_real_run},
     };
     char error[ERROR_LENGTH];
