@@ -115,9 +115,11 @@ double answers_short(double value); /* to six decimals, all that JSON tells of a
 /* The seed of a run's place-th request that has none of its own. */
 uint64_t answers_seed(uint64_t seed, int64_t place);
 uint64_t answers_random(uint64_t seed, uint64_t n); /* the n-th number of a sequence */
-/* The ids of history (n_history), then of a request's prompt; to be freed. NULL: `error`. */
+/* The ids of history (n_history), then of a request's prompt, of which all turns but the last have
+ * `most` ids together; to be freed. NULL: `error`. */
 int *answers_encode(const struct answers *answers, const struct request_spec *spec,
-                    const int *history, int n_history, int *n_ids, char error[ERROR_LENGTH]);
+                    const int *history, int n_history, int most, int *n_ids,
+                    char error[ERROR_LENGTH]);
 
 #endif /* ANSWERS_H */
 
@@ -161,7 +163,7 @@ static bool ids_fit(const struct answers *a, const struct request_spec *spec, ch
 }
 
 int *answers_encode(const struct answers *a, const struct request_spec *spec, const int *history,
-                    int n_history, int *n_ids, char error[ERROR_LENGTH]) {
+                    int n_history, int most, int *n_ids, char error[ERROR_LENGTH]) {
     const struct said one = {spec->prompt, spec->prompt_length};
     const struct said *said = spec->earlier ? spec->earlier : &one; /* the prompt is the last */
     int *ids = NULL;
@@ -178,7 +180,8 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
         (void)fail(error, "no tokenizer: %.400s", a->no_tokenizer);
         return NULL;
     }
-    for (int i = 0; i <= spec->n_earlier; i += 2) {
+    int i = 0;
+    for (; i <= spec->n_earlier && *n_ids <= most; i += 2) {
         turn.user = said[i].text;
         turn.user_length = said[i].length;
         turn.answer = i < spec->n_earlier ? said[i + 1].text : NULL;
@@ -191,7 +194,11 @@ int *answers_encode(const struct answers *a, const struct request_spec *spec, co
         turn.history = ids;
         turn.n_history = *n_ids;
     }
-    return ids;
+    if (!ids || i > spec->n_earlier)
+        return ids;
+    free(ids);
+    (void)fail(error, "the prompt has over %d tokens, the context has room for %d", *n_ids, most);
+    return NULL;
 }
 
 /* SplitMix64 (Steele et al. 2014). */
@@ -228,7 +235,7 @@ static int *prompt_ids(const struct answers *a, const struct request_spec *spec,
                    before->reason == FINISH_CANCELLED ? "was cancelled"
                                                       : "ended without an answer");
     else
-        return answers_encode(a, spec, history, n_history, n_ids, error);
+        return answers_encode(a, spec, history, n_history, room, n_ids, error);
     return NULL;
 }
 

@@ -67,7 +67,7 @@ int evaluate_logits(const struct answers *a, const struct request_spec *spec, co
     int longest = evaluate_longest(a);
     char error[ERROR_LENGTH];
     int n_ids = 0;
-    int *ids = answers_encode(a, spec, NULL, 0, &n_ids, error);
+    int *ids = answers_encode(a, spec, NULL, 0, INT_MAX, &n_ids, error);
     if (ids && (n_ids < 1 || n_ids > longest)) {
         (void)fail(error, "got a prompt of %d tokens, expected 1 to %d", n_ids, longest);
         free(ids);
@@ -131,7 +131,7 @@ int evaluate_perplexity(const struct answers *a, const char *path) {
     if (!spec.prompt)
         return evaluate_failed("", error);
     int n_ids = 0, n_predicted = 0;
-    int *ids = answers_encode(a, &spec, NULL, 0, &n_ids, error);
+    int *ids = answers_encode(a, &spec, NULL, 0, INT_MAX, &n_ids, error);
     free(spec.prompt);
     float *logits = chunk_create(a);
     double sum = 0;

@@ -422,8 +422,8 @@ static void http_send_head(struct http_connection *c, int status, const char *ty
                            const char *fields, const char *framing) {
     char head[1024], date[64];
     time_t now = time(NULL);
-    if (!c->request.body && (c->request.chunked || c->request.length > 0))
-        c->request.persistent = false; /* what else comes is not a request */
+    if (c->http->drains || (!c->request.body && (c->request.chunked || c->request.length > 0)))
+        c->request.persistent = false; /* what else comes finds nobody, or is not a request */
     struct tm utc;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT", gmtime_r(&now, &utc));
     int n = snprintf(head, sizeof head,
@@ -503,7 +503,6 @@ static void http_serve(struct http_connection *c) {
         if (status == 0)
             return;
         if (status == 100) {
-            c->request.persistent = c->request.persistent && !http->drains;
             if (!http->handler.begins(http->handler.context, c))
                 continue;
             if (c->request.expects && c->n_input == 0)

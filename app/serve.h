@@ -299,7 +299,6 @@ static bool take_body(const struct server *s, struct task *t, const struct json_
     if (t->n_top > 0 && !t->logprobs)
         return fail(t->error, "top_logprobs: expected logprobs true with it");
     t->spec.seeded = json_find(nodes, 0, "seed") >= 0;
-    t->spec.min_new = t->ignore_eos ? INT_MAX : t->spec.min_new;
     return take_prompts(t, nodes);
 }
 
@@ -322,6 +321,7 @@ static bool prepare_task(struct answers *a, struct task *t, int longest) {
         }
         if (!answers_prepare(a, &again, NULL, NULL, 0, longest, r))
             return fail(t->error, "%s", r->error);
+        r->min_new = t->ignore_eos ? INT_MAX : r->min_new; /* stop texts stop it still */
         if (t->logprobs && !(r->top = calloc((size_t)r->max_new, sizeof *r->top)))
             return fail(t->error, "out of memory");
     }
@@ -900,7 +900,9 @@ static bool is_foreign(const struct http_request *r) {
  * can be, by `localhost`, or by the name that --host gives. */
 static bool is_misled(const struct server *s, const struct http_request *r) {
     const char *host = http_field(r, "host"), *own = s->host;
-    bool browser = http_field(r, "origin") || http_field(r, "sec-fetch-site");
+    const char *agent = http_field(r, "user-agent"); /* a GET has no origin */
+    bool browser = http_field(r, "origin") || http_field(r, "sec-fetch-site") ||
+                   (agent && strncasecmp(agent, "Mozilla/", 8) == 0);
     if (!browser || s->keys || !http_is_local(s->http) || !host || *host == '[')
         return false;
     size_t n = strcspn(host, ":");

@@ -247,10 +247,12 @@ enum { KEY_DELETE = 256, KEY_PASTE }; /* other keys are bytes */
 static int editor_escape(struct editor *e) {
     static const char ends[] = "ABCDH17F48"; /* arrows up, down, right, left; Home; End: … */
     static const char same[] = "PNFBAAAEEE"; /* … Ctrl with these */
-    int number = 0, byte = editor_byte(e);
+    int number = 0, byte;
+    while ((byte = editor_byte(e)) == 27) { /* Esc, and then a key that sends one */
+    }
     if (byte != '[' && byte != 'O')
-        return 0;
-    while ((byte = editor_byte(e)) >= '0' && byte <= ';')
+        return byte > 0 && byte < ' ' ? byte : 0;
+    while ((byte = editor_byte(e)) >= '0' && byte <= '?')
         number = byte <= '9' && number < 1000 ? 10 * number + byte - '0' : 1000;
     if (byte == '~' && (number == 3 || number == 200))
         return number == 3 ? KEY_DELETE : KEY_PASTE;

@@ -354,6 +354,9 @@ static void fields_mean_what_they_say(struct check *check) {
         ask(&s, path, "",
             "{'prompt':'Once','temperature':0,'max_tokens':30,'min_tokens':30,'stop':['e']}");
     CHECK(strstr(response, "\"completion_tokens\":30,"), "%s", response);
+    asks(&s, path, "",
+         "{'prompt':'Once','temperature':0,'max_tokens':90,'ignore_eos':true,'stop':['e']}", 200,
+         "\"finish_reason\":\"stop\"");
     asks(&s, path, "", "{'prompt':[[1,2],[3]],'top_k':-1,'seed':null}", 200, "\"index\":1");
     asks(&s, path, "",
          "{'prompt':'a','frequency_penalty':0.0,'tools':[],'tool_choice':'auto','n':1,'best_of':1,"
@@ -625,13 +628,14 @@ static void pages_that_are_led_here_are_refused(struct check *check) {
                  {"10.0.0.1:80", true},     {"[::1]:8000", true},         {"evil.example", false},
                  {"127.0.0.1.evil", false}, {"localhost.evil:80", false}, {"local", false},
                  {"ip6-localhost", false}};
-    static const char fields[] = "Sec-Fetch-Site: same-origin\r\n"; /* browsers send it */
+    static const char *const fields[] = {"Sec-Fetch-Site: same-origin\r\n",
+                                         "User-Agent: Mozilla/5.0 (X11)\r\n"}; /* of browsers */
     struct served servers[] = {serve(check, ""), serve(check, "--api-key k"),
                                serve(check, "--host 0.0.0.0")};
     for (size_t i = 0; i < COUNT(hosts); i++)
         for (size_t k = 0; k < COUNT(servers); k++) {
             int expected[] = {hosts[i].leads_here ? 200 : 403, 401, 200};
-            int status = status_of_host(&servers[k], hosts[i].host, fields);
+            int status = status_of_host(&servers[k], hosts[i].host, fields[(i + k) % 2]);
             CHECK(status == expected[k], "%s, server %zu: %d", hosts[i].host, k, status);
             status = status_of_host(&servers[k], hosts[i].host, ""); /* as a proxy calls it */
             CHECK(status == (k == 1 ? 401 : 200), "%s, no browser: %d", hosts[i].host, status);
@@ -743,6 +747,20 @@ static void full_queues_say_so(struct check *check) {
     asks(&s, "/v1/completions", "", "{'prompt':[[1],[1],[1],[1],[1],[1],[1],[1],[1]]}", 429, "");
     rests(&s);
     CHECK(metric(&s, "prompt_tokens_total") < before + 9, "tokens that nobody read are counted");
+    stop(&s);
+}
+
+/* Turns that are too many are not read to the end: what they take grows as they do. */
+static void too_many_turns_are_told(struct check *check) {
+    enum { TURNS = SANITIZED ? 2000 : 60000 };
+    struct served s = serve(check, "--template llama2");
+    static const char turn[] = "{'role':'user','content':'a'},{'role':'assistant','content':'b'},";
+    char *body = keep(TURNS * sizeof turn + 100), *end = body;
+    end += sprintf(end, "{'messages':[");
+    for (int i = 0; i < TURNS; i++)
+        end += sprintf(end, "%s", turn);
+    (void)sprintf(end, "{'role':'user','content':'c'}]}");
+    asks(&s, "/v1/chat/completions", "", body, 400, "the prompt has over 5");
     stop(&s);
 }
 
@@ -863,6 +881,7 @@ int main(int argc, char **argv) {
                                         TEST(places_are_kept),
                                         TEST(who_leaves_is_cancelled),
                                         TEST(full_queues_say_so),
+                                        TEST(too_many_turns_are_told),
                                         TEST(it_drains),
                                         TEST(without_workers_it_is_not_healthy),
                                         TEST(who_does_not_read_is_not_answered),
