@@ -9,14 +9,14 @@
  * (sim.h), as a Poisson process of a rate that is searched for: the highest at which PLAN_SHARE of
  * the requests keep both targets. Splits are ranked by the tokens generated there, a second and
  * GPU, which are the rate times the tokens of an answer: what a load without an end would give,
- * where a short one has a beginning and an end.
+ * where a short one has a beginning and an end. Splits that cut answers short keep no targets.
  *
  * What it does to be quick, and says in its output: a simulation has PLAN_REQUESTS to PLAN_LONG
- * requests, or --limit; the search ends when the rate is known to PLAN_STEP; a split that does not
- * keep the targets at PLAN_PRUNED of the best rate of its kind so far is not searched further.
- * Short simulations flatter what cannot quite keep up, as its queue has little time to grow: at
- * the default by some percent. Together is tried with the chip's chunk and with a shorter one,
- * which favours running answers. A host tier is left out where prompts share nothing; where it
+ * requests, or --limit, or all of -f; the search ends when the rate is known to PLAN_STEP; a split
+ * that does not keep the targets at PLAN_PRUNED of the best rate of its kind so far is not searched
+ * further. Short simulations flatter what cannot quite keep up, as its queue has little time to
+ * grow: at the default by some percent. Together is tried with the chip's chunk and with a shorter
+ * one, which favours running answers. A host tier is left out where prompts share nothing; where it
  * matters, splits are run with and without it.
  *
  * Owns no policy: placements are in order, prefill first, so that a worker lies within a node
@@ -63,7 +63,7 @@ static const double PLAN_SHARE = .9, PLAN_STEP = 1.03, PLAN_PRUNED = .8, PLAN_QU
 struct plan_point {                 /* a simulation */
     double rate, per_gpu, per_user; /* tokens/s: of the rate; 1 / the median of ITL */
     struct load_result result;
-    bool good;    /* enough of its requests keep both targets */
+    bool good;    /* enough of its requests keep both targets, and no answer is cut */
     bool bounded; /* it keeps the target of TTFT, so its queues do not grow without an end */
     char kind;    /* `a` or `t`: apart, together */
 };
@@ -71,8 +71,8 @@ struct plan_point {                 /* a simulation */
 struct plan_split {
     int n[2], tp[2]; /* workers that prefill, that decode; together: of the second alone */
     int chunk, host_blocks, blocks[2];
-    bool pruned, fast; /* fast: the load is too short to tell its highest rate */
-    bool reads_host;
+    bool pruned, fast;      /* fast: the load is too short to tell its highest rate */
+    bool reads_host, cuts;  /* cuts: answers short, and so serves none */
     struct plan_point best; /* rate 0: the targets are not kept */
 };
 
@@ -81,12 +81,13 @@ struct plan {
     struct plan_split *splits; /* (n_splits) */
     struct plan_point *points; /* (n_points) all simulations */
     int n_splits, n_points, n_unfit;
-    char why
-        [ERROR_LENGTH]; /* the last of those together that do not fit does not; it is the widest */
-    bool unique;        /* no prompt shares anything with another */
-    bool tiers_matter;  /* a split that was searched has read from the host */
-    double best[2];     /* rates: together, apart */
-    double least[2];    /* ms, p90 of TTFT and ITL that some simulation reached */
+    char why[ERROR_LENGTH]; /* the last together that does not fit does not; it is the widest */
+    const char *cuts;       /* why answers are cut short; NULL: none is */
+    int limit;              /* requests of a simulation; 0: PLAN_REQUESTS to PLAN_LONG */
+    bool unique;            /* no prompt shares anything with another */
+    bool tiers_matter;      /* a split that was searched has read from the host */
+    double best[2];         /* rates: together, apart */
+    double least[2];        /* ms, p90 of TTFT and ITL that some simulation reached */
 };
 
 static bool plan_apart(const struct plan_split *split) {
@@ -123,31 +124,32 @@ static bool plan_simulate(struct plan *plan, struct plan_split *split, double ra
     struct engine_config config;
     options.rate = rate;
     double n = fmin(fmax(PLAN_REQUESTS, PLAN_TTFTS * rate * 1e-3 * o->load.ttft), PLAN_LONG);
-    options.limit = options.limit > 0 ? options.limit : (int)n;
-    options.most_bad =
-        (int64_t)((1 - PLAN_SHARE) * options.limit + 1e-6); /* the outcome is known */
+    n = plan->limit > 0 ? plan->limit : floor(n);
+    options.limit = (int)n;
+    options.most_bad = (int64_t)((1 - PLAN_SHARE) * n + 1e-6); /* the outcome is known */
     options.json = false;
     struct load *load =
         plan_engine_of(o, split, &config, error) ? load_open(&options, error) : NULL;
     struct sim *sim = load ? sim_open(o->cluster, &config, load, error) : NULL;
-    bool ok = sim && sim_run(sim, error);
-    if (ok && load_error(load))
-        ok = fail(error, "%s", load_error(load));
+    bool ok =
+        sim && sim_run(sim, error) && (!load_error(load) || fail(error, "%s", load_error(load)));
     if (ok) {
         struct load_result r = load_result(load);
         double ttft = r.times[TIME_TTFT][LOAD_P90], itl = r.times[TIME_ITL][LOAD_P90];
-        *point = (struct plan_point){.rate = rate,
-                                     .per_gpu = rate * (double)r.generated_tokens /
-                                                (double)r.arrivals / o->cluster->n_devices,
-                                     .per_user = 1e3 / r.times[TIME_ITL][LOAD_P50],
-                                     .result = r,
-                                     .good = (double)r.good >= PLAN_SHARE * (double)r.requests,
-                                     .bounded = r.failed == 0 && ttft <= o->load.ttft &&
-                                                r.times[TIME_ITL][LOAD_P50] > 0,
-                                     .kind = plan_apart(split) ? 'a' : 't'};
-        struct sched *sched = sim_sched(sim);
-        split->reads_host |= config.host_blocks > 0 && kv_stats(sched_kv(sched)).pages_in > 0;
-        if (r.failed == 0) {
+        bool whole = r.failed == 0 && r.cut == 0;
+        *point = (struct plan_point){
+            .rate = rate,
+            .per_gpu =
+                rate * (double)r.generated_tokens / (double)r.arrivals / o->cluster->n_devices,
+            .per_user = 1e3 / r.times[TIME_ITL][LOAD_P50],
+            .result = r,
+            .good = r.cut == 0 && (double)r.good >= PLAN_SHARE * (double)r.requests,
+            .bounded = whole && ttft <= o->load.ttft && r.times[TIME_ITL][LOAD_P50] > 0,
+            .kind = plan_apart(split) ? 'a' : 't'};
+        split->reads_host |= kv_stats(sched_kv(sim_sched(sim))).pages_in > 0;
+        split->cuts |= r.cut > 0;
+        plan->cuts = r.cut > 0 ? load_cuts(load, &config.model->config) : plan->cuts;
+        if (whole) {
             plan->least[0] = fmin(plan->least[0], ttft);
             plan->least[1] = fmin(plan->least[1], itl);
         }
@@ -168,17 +170,15 @@ static bool plan_search(struct plan *plan, struct plan_split *split, char *error
         struct plan_point point;
         if (!plan_simulate(plan, split, rate, &point, error))
             return false;
-        if (point.good)
-            split->best = point;
-        else
-            high = rate;
+        high = point.good ? high : rate;
+        split->best = split->cuts ? (struct plan_point){0} : point.good ? point : split->best;
         /* all that comes within the target of TTFT may wait for its turn */
         split->fast =
             point.good && rate * 1e-3 * plan->options->load.ttft >= (double)point.result.arrivals;
         if (split->fast)
             break;
-        split->pruned = *best > 0 && split->best.rate == 0;
-        if (split->pruned || (split->best.rate == 0 && ++halvings > PLAN_HALVINGS))
+        split->pruned = !split->cuts && *best > 0 && split->best.rate == 0;
+        if (split->cuts || split->pruned || (split->best.rate == 0 && ++halvings > PLAN_HALVINGS))
             return true;
         rate = split->best.rate == 0 ? rate / 2
                : high < INFINITY     ? sqrt(split->best.rate * high)
@@ -247,8 +247,7 @@ static int plan_compare(const void *a, const void *b) { /* a stable order of wha
     for (int i = 0; i < 2 && order == 0; i++)
         order = x->n[i] != y->n[i] ? y->n[i] - x->n[i] : y->tp[i] - x->tp[i];
     order = order == 0 ? y->chunk - x->chunk : order;
-    return order == 0 ? (y->host_blocks > x->host_blocks) - (y->host_blocks < x->host_blocks)
-                      : order;
+    return order == 0 ? y->host_blocks - x->host_blocks : order;
 }
 
 /* ---- telling ---- */
@@ -270,7 +269,7 @@ static void plan_row(const struct plan_split *split, double bound) {
     printf("%-22s %6d %-15s %8d ", plan_name(split, name), split->chunk, blocks,
            split->host_blocks);
     if (p->rate <= 0) {
-        printf(bound > 0 ? "< %6.2f\n" : "    none\n", bound);
+        printf(split->cuts ? "cut short\n" : bound > 0 ? "< %6.2f\n" : "    none\n", bound);
         return;
     }
     const double(*times)[N_LOAD_SHARES] = p->result.times;
@@ -282,13 +281,14 @@ static void plan_row(const struct plan_split *split, double bound) {
 static void plan_object(const struct plan_split *split) {
     const struct plan_point *p = &split->best;
     bool apart = plan_apart(split);
+    static const char *const words[] = {"false", "true"};
     printf("{\"apart\":%s,\"prefill_workers\":%d,\"tp_prefill\":%d,\"decode_workers\":%d,"
            "\"tp_decode\":%d,\"chunk\":%d,\"prefill_blocks\":%d,\"decode_blocks\":%d,"
-           "\"host_blocks\":%d,\"pruned\":%s,\"fast\":%s,\"rate\":%.6g,\"tokens_per_second_per_"
-           "gpu\":%.6g",
-           apart ? "true" : "false", split->n[apart ? 0 : 1], split->tp[apart ? 0 : 1], split->n[1],
-           split->tp[1], split->chunk, split->blocks[0], split->blocks[1], split->host_blocks,
-           split->pruned ? "true" : "false", split->fast ? "true" : "false", p->rate, p->per_gpu);
+           "\"host_blocks\":%d,\"pruned\":%s,\"fast\":%s,\"cuts_short\":%s,\"rate\":%.6g,"
+           "\"tokens_per_second_per_gpu\":%.6g",
+           words[apart], split->n[!apart], split->tp[!apart], split->n[1], split->tp[1],
+           split->chunk, split->blocks[0], split->blocks[1], split->host_blocks,
+           words[split->pruned], words[split->fast], words[split->cuts], p->rate, p->per_gpu);
     for (int i = TIME_QUEUE; i < N_TIMES && p->rate > 0; i++)
         for (int share = LOAD_P50; share <= LOAD_P90; share++)
             printf(",\"%s_%s_ms\":%.6g", answers_times[i][0], load_shares[share],
@@ -316,6 +316,8 @@ static void plan_picture(const struct plan *plan) {
         width = plan->points[i].bounded ? fmax(width, plan->points[i].per_user) : width;
         height = plan->points[i].bounded ? fmax(height, plan->points[i].per_gpu) : height;
     }
+    if (width <= 0) /* such as where no answer has a second token */
+        return;
     for (int front = 0; front < 2; front++) /* the front last, so that nothing hides it */
         for (int i = 0; i < plan->n_points; i++) {
             const struct plan_point *p = &plan->points[i];
@@ -332,29 +334,24 @@ static void plan_picture(const struct plan *plan) {
         rows[y][PLAN_WIDTH] = 0;
         printf("%9.1f |%s\n", height * (PLAN_HEIGHT - 1 - y) / (PLAN_HEIGHT - 1), rows[y]);
     }
-    printf("%9s +%.*s\n%10s 0%*.1f\n", "", PLAN_WIDTH,
-           "----------------------------------------------------------------", "", PLAN_WIDTH - 1,
-           width);
+    memset(rows[0], '-', PLAN_WIDTH);
+    printf("%9s +%s\n%10s 0%*.1f\n", "", rows[0], "", PLAN_WIDTH - 1, width);
 }
 
 /* One sentence, if any kind, together and apart, has a best; NULL: it has none. */
 static void plan_verdict(const struct plan_split *const best[2]) {
     char names[2][64];
     const struct plan_split *apart = best[1], *together = best[0];
-    if (!apart && !together)
-        return; /* see plan_kept */
-    if (!apart || !together) {
-        const struct plan_split *only = apart ? apart : together;
-        printf("\nonly %s keeps the targets: %s, %.1f tokens/s per GPU\n",
-               apart ? "apart" : "together", plan_name(only, names[0]), only->best.per_gpu);
+    const struct plan_split *only = !apart ? together : !together ? apart : NULL;
+    if (only)
+        printf("\nonly %s keeps the targets: %s, %s%.1f tokens/s per GPU\n",
+               apart ? "apart" : "together", plan_name(only, names[0]), only->fast ? "> " : "",
+               only->best.per_gpu);
+    if ((apart && apart->fast) || (together && together->fast))
+        printf("\nthe load is too short to tell: all of it comes within the target of TTFT; give "
+               "more requests (--limit, or lines) or tighter targets\n");
+    if (!apart || !together || apart->fast || together->fast)
         return;
-    }
-    if (apart->fast || together->fast) {
-        printf(
-            "\nthe load is too short to tell: all of it comes within the target of TTFT; give more "
-            "requests (--limit) or tighter targets\n");
-        return;
-    }
     double margin = apart->best.per_gpu / together->best.per_gpu - 1;
     const char *word = fabs(margin) < PLAN_STEP - 1 ? "is level" : margin > 0 ? "wins" : "loses";
     printf("\napart %s: %s makes %.1f tokens/s per GPU within the targets, %s %.1f; %+.1f %% (the "
@@ -370,10 +367,13 @@ static bool plan_kept(const struct plan *plan, char *error) {
         return true;
     if (*why && isinf(plan->least[0]))
         return fail(error, "no split keeps the targets: requests fail; %.400s", why);
+    if (plan->cuts && isinf(plan->least[0]))
+        return fail(error, "no split keeps the targets: answers are cut short; %s", plan->cuts);
     return fail(error,
                 "no split keeps the targets; the best TTFT/ITL that was reached: %.2f ms / %.2f ms "
-                "(p90, each by itself)",
-                plan->least[0], plan->least[1]);
+                "(p90, each by itself)%s%s",
+                plan->least[0], plan->least[1], plan->cuts ? "; others cut answers short: " : "",
+                plan->cuts ? plan->cuts : "");
 }
 
 static void plan_tell(const struct plan *plan) {
@@ -381,8 +381,8 @@ static void plan_tell(const struct plan *plan) {
     const struct plan_split *best[2] = {NULL, NULL};
     int n_pruned = 0;
     char n[48];
-    (void)snprintf(n, sizeof n, o->load.limit > 0 ? "%d" : "%d to %d",
-                   o->load.limit > 0 ? o->load.limit : PLAN_REQUESTS, PLAN_LONG);
+    (void)snprintf(n, sizeof n, plan->limit > 0 ? "%d" : "%d to %d",
+                   plan->limit > 0 ? plan->limit : PLAN_REQUESTS, PLAN_LONG);
     for (int i = plan->n_splits - 1; i >= 0; i--) {
         const struct plan_split *split = &plan->splits[i];
         n_pruned += split->pruned;
@@ -391,9 +391,8 @@ static void plan_tell(const struct plan *plan) {
     }
     printf("%s: %d splits of %d GPUs, %d do not fit; targets: TTFT %g ms, ITL %g ms, kept by %.0f "
            "%% of the requests\n%d simulations, of %s requests (so far as the load has them); %d "
-           "splits that miss the targets "
-           "at %g of the best rate of their kind are not searched further\nmost answers at once on "
-           "a worker: %d; host tier: %s\n\n",
+           "splits that miss the targets at %g of the best rate of their kind are not searched "
+           "further\nmost answers at once on a worker: %d; host tier: %s\n\n",
            o->cluster->name, plan->n_splits, o->cluster->n_devices, plan->n_unfit, o->load.ttft,
            o->load.itl, 100 * PLAN_SHARE, plan->n_points, n, n_pruned, PLAN_PRUNED,
            o->engine->max_batch,
@@ -407,6 +406,8 @@ static void plan_tell(const struct plan *plan) {
            "", "", "a worker", "blocks", "/s", "per GPU", "p50 ms", "p90 ms", "p50", "p90");
     for (int i = 0; i < plan->n_splits; i++)
         plan_row(&plan->splits[i], PLAN_PRUNED * plan->best[plan_apart(&plan->splits[i])]);
+    if (plan->cuts)
+        printf("cut short: %s\n", plan->cuts);
     if (best[0] || best[1])
         plan_picture(plan);
     plan_verdict(best);
@@ -429,6 +430,7 @@ bool plan_print(const struct plan_options *o, char *error) {
     if (!load)
         return false;
     plan.unique = load->in > 0;
+    plan.limit = o->load.replay ? o->load.limit : load->lines.n; /* all of -f */
     load_close(load);
     plan_list(&plan);
     if (plan.n_splits == 0)
@@ -437,14 +439,13 @@ bool plan_print(const struct plan_options *o, char *error) {
         cli_progress("simulating", i, plan.n_splits);
         ok = plan_search(&plan, &plan.splits[i], error);
         struct plan_split without = plan.splits[i]; /* a host tier; joins the end */
-        if (!ok || !without.reads_host || without.pruned)
+        if (!ok || o->engine->host_blocks >= 0 || !without.reads_host || without.pruned)
             continue;
         plan.tiers_matter = true;
         without.reads_host = false;
         without.host_blocks = 0;
         without.best.rate = 0;
-        if (o->engine->host_blocks < 0)
-            plan_add(&plan, without);
+        plan_add(&plan, without);
     }
     cli_progress("simulating", 1, 1);
     for (int i = 0; i < plan.n_splits && ok; i++) { /* for the picture: fewer answers at once */
@@ -492,24 +493,20 @@ static double plan_copy_seconds(struct sim *sim, int from, int to, int n) {
     return end - start;
 }
 
-static bool plan_pays(struct sim *sim, int prefill, int from, int to, int n_blocks) {
-    return plan_copy_seconds(sim, from, to, n_blocks * BLOCK_TOKENS) <
-           plan_prefill_seconds(sim, prefill, n_blocks * BLOCK_TOKENS);
-}
-
 /* The least length, in whole blocks, from which on a copy is sooner there; 0: none up to `most`. */
 static int plan_pays_from(struct sim *sim, int prefill, int from, int to, int most) {
-    int low = 0, high = blocks_of(most); /* blocks: does not pay, pays */
-    if (!plan_pays(sim, prefill, from, to, high))
-        return 0;
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        *(plan_pays(sim, prefill, from, to, middle) ? &high : &low) = middle;
+    int low = 0, high = blocks_of(most) + 1; /* blocks: does not pay, pays */
+    for (int n = high - 1; high - low > 1; n = (low + high) / 2) {
+        double copies = plan_copy_seconds(sim, from, to, n * BLOCK_TOKENS);
+        *(copies < plan_prefill_seconds(sim, prefill, n * BLOCK_TOKENS) ? &high : &low) = n;
     }
-    return high * BLOCK_TOKENS;
+    return high > blocks_of(most) ? 0 : high * BLOCK_TOKENS;
 }
 
 void plan_break_even(const struct cluster *cluster, const struct engine_config *config) {
+    static const char *const labels[] = {"computed by a worker that prefills (TP %d)",
+                                         "copied to one that decodes (TP %d)",
+                                         "loaded from the host (TP %d)"};
     char error[ERROR_LENGTH], label[64];
     int context = config->model->config.context_length, host = config->n_workers, prefill = 0;
     int longest = context < 32768 ? context : 32768, decode = host - 1; /* another, if there is */
@@ -517,27 +514,21 @@ void plan_break_even(const struct cluster *cluster, const struct engine_config *
     if (!sim)
         return;
     sim->home[0] = (uint16_t)cluster_node(cluster, config->workers[prefill].devices[0]);
-    printf("\n%-44s %9d %9d %9d tokens\n", "to copy a prefix, or to compute it: ms of",
-           longest / 32, longest / 4, longest);
-    (void)snprintf(label, sizeof label, "computed by a worker that prefills (TP %d)",
-                   config->workers[prefill].n_shards);
-    printf("  %-42s", label);
-    for (int n = longest / 32; n <= longest; n *= n < longest / 4 ? 8 : 4)
-        printf(" %9.2f", 1e3 * plan_prefill_seconds(sim, prefill, n));
-    for (int to = 0; to < 2; to++) { /* to the other worker; from the host */
-        int from = to == 0 ? prefill : host, into = to == 0 ? decode : prefill;
-        if (from == into || (to == 1 && config->host_blocks == 0))
+    printf("\n%-44s %9d %9d %9d tokens", "to copy a prefix, or to compute it: ms of", longest / 32,
+           longest / 4, longest);
+    for (int row = 0; row < 3; row++) {
+        int from = row == 1 ? prefill : host, into = row == 1 ? decode : prefill;
+        if (from == into || (row == 2 && config->host_blocks == 0))
             continue;
-        (void)snprintf(label, sizeof label,
-                       to == 0 ? "copied to one that decodes (TP %d)"
-                               : "loaded from the host (TP %d)",
-                       config->workers[into].n_shards);
+        (void)snprintf(label, sizeof label, labels[row], config->workers[into].n_shards);
         printf("\n  %-42s", label);
         for (int n = longest / 32; n <= longest; n *= n < longest / 4 ? 8 : 4)
-            printf(" %9.2f", 1e3 * plan_copy_seconds(sim, from, into, n));
-        int pays = plan_pays_from(sim, prefill, from, into, context);
-        printf(pays > 0 ? "  pays from %d tokens on" : "  does not pay up to %d tokens",
-               pays > 0 ? pays : context);
+            printf(" %9.2f", 1e3 * (row == 0 ? plan_prefill_seconds(sim, prefill, n)
+                                             : plan_copy_seconds(sim, from, into, n)));
+        int pays = row == 0 ? 0 : plan_pays_from(sim, prefill, from, into, context);
+        if (row > 0)
+            printf(pays > 0 ? "  pays from %d tokens on" : "  does not pay up to %d tokens",
+                   pays > 0 ? pays : context);
     }
     (void)fputs("\n", stdout);
     sim_close(sim);

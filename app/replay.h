@@ -19,7 +19,8 @@
  * from the ids, so that prompts which begin with the same ids begin with the same tokens, and a
  * prefix cache finds what it would have found when the trace was taken (but for answers: a later
  * turn has the trace's tokens in their place). Prompts of IN:OUT have nothing in common. An answer
- * is as long as the load says, and for a line of -f that is its n: no token ends it.
+ * is as long as the load says, and for a line of -f that is its n: no token ends it. One that is
+ * too long for the model, or for every worker that decodes, is cut short, and keeps no target.
  *
  * Owns what is known of requests until they have ended, and the statistics, in memory that does not
  * grow with a trace: it is read one line ahead, and a quantile comes from a sketch of fixed size.
@@ -68,7 +69,8 @@ enum load_share { LOAD_MEAN, LOAD_P50, LOAD_P90, LOAD_P99, N_LOAD_SHARES };
 struct load_result {          /* so far */
     int64_t requests, failed; /* that ended; of them with an error */
     int64_t cancelled;        /* that an interruption ended, which are not among those */
-    int64_t good;             /* that kept both targets */
+    int64_t cut;              /* whose answers are shorter than the load says */
+    int64_t good;             /* that kept both targets, with all of the answer */
     int64_t arrivals;         /* that came by themselves, and did not follow an answer */
     int64_t prompt_tokens, cached_tokens, cached_on_host; /* of those that were admitted */
     int64_t generated_tokens;
@@ -131,6 +133,8 @@ struct item {               /* a request, from when it is known of until nobody 
     struct request request; /* the first, so that an item is found by its request */
     double at;              /* its arrival */
     int64_t place;          /* in the load */
+    char number[24];        /* the same in digits, … */
+    const char *id;         /* … which is its id, if its line gave none */
     uint64_t *hash_ids;     /* of a trace: (blocks of HASH_TOKENS of its prompt); else NULL */
     const struct request_spec *spec;           /* of a line; else NULL */
     struct item *before, *followers, *sibling; /* whose answer it follows; who follow it */
@@ -212,6 +216,10 @@ static void known_add(struct load *load, struct item *item) {
 static struct item *item_create(struct load *load, const struct request_spec *spec) {
     struct item *item = grow(NULL, 0, sizeof *item);
     *item = (struct item){.place = load->n_made++, .spec = spec, .n_users = 1};
+    item->request.n_prompt = load->in; /* of IN:OUT */
+    item->request.max_new = load->out;
+    (void)snprintf(item->number, sizeof item->number, "%" PRId64, item->place);
+    item->id = spec && spec->id ? spec->id : item->number;
     item->request.sampling = spec ? spec->sampling : load->options.defaults->sampling;
     if (!spec || !spec->seeded)
         item->request.sampling.seed = answers_seed(load->options.answers->seed, item->place);
@@ -219,7 +227,7 @@ static struct item *item_create(struct load *load, const struct request_spec *sp
 }
 
 static void item_release(struct item *item) { /* one who needed it does no more */
-    if (--item->n_users > 0)
+    if (!item || --item->n_users > 0)
         return;
     free(item->request.tokens);
     free(item->hash_ids);
@@ -259,10 +267,9 @@ static bool trace_hash_ids(const struct json_node *nodes, const struct json_node
         item->hash_ids = grow(item->hash_ids, (size_t)n, sizeof *item->hash_ids);
         item->hash_ids[n++] = strtoull(nodes[i].text, NULL, 10);
     }
-    return n == wanted || fail(error,
-                               "hash_ids: got %d, expected %d, one for every %d tokens of "
-                               "input_length",
-                               n, wanted, HASH_TOKENS);
+    static const char wrong[] =
+        "hash_ids: got %d, expected %d, one for every %d tokens of input_length";
+    return n == wanted || fail(error, wrong, n, wanted, HASH_TOKENS);
 }
 
 /* Takes over what a line of a trace says. */
@@ -322,10 +329,6 @@ static void make_next(struct load *load) {
     struct item *item = load->in > 0 ? item_create(load, NULL) : make_traced(load);
     if (!item)
         return;
-    if (load->in > 0) {
-        item->request.n_prompt = load->in;
-        item->request.max_new = load->out;
-    }
     item->at = load->options.rate > 0 ? next_arrival(load, place) : item->at;
     item->at += load->start;
     known_add(load, item);
@@ -350,8 +353,7 @@ static bool make_lines(struct load *load, char *error) {
                 before = items[j];
         items = grow(items, (size_t)i, sizeof *items);
         items[i] = item;
-        item->at =
-            load->options.rate > 0 && !line->after ? next_arrival(load, i) : (double)line->at;
+        item->at = load->options.rate > 0 && !line->after ? next_arrival(load, i) : line->at;
         item->before = before;
         if (before) {
             item->sibling = before->followers;
@@ -375,11 +377,12 @@ static bool prompt_of_line(const struct load *load, struct item *item) {
     if (!answers_prepare(load->options.answers, spec, before, before ? before->tokens : NULL,
                          before ? before->length : 0, load->max_length, r))
         return false;
-    if (spec->n >= 0)
+    if (spec->n >= 0 && spec->n_stop == 0)
         return true;
     r->state = REQUEST_FINISHED;
     r->reason = FINISH_ERROR;
-    return fail(r->error, "n: not given; an answer that is made up has no other end");
+    return fail(r->error, spec->n < 0 ? "n: not given; a made-up answer has no other end"
+                                      : "stop: a made-up answer has no text; n is its length");
 }
 
 /* Made from hash ids, or unlike any other. One that does not fit is refused unread. */
@@ -412,18 +415,10 @@ static bool is_good(const struct load *load, const struct request *r) {
            (load->options.itl <= 0 || itl <= load->options.itl);
 }
 
-/* The id that its line gave, or its place, written into `number`. */
-static const char *item_id(const struct item *item, char number[24]) {
-    (void)snprintf(number, 24, "%" PRId64, item->place);
-    return item->spec && item->spec->id ? item->spec->id : number;
-}
-
 static void show_item(const struct load *load, const struct item *item) {
-    char number[24];
-    const char *id = item_id(item, number);
     const struct request *r = &item->request;
     (void)fputs("{\"id\":", stdout);
-    json_string(stdout, id, strlen(id));
+    json_string(stdout, item->id, strlen(item->id));
     printf(",\"at\":%.9g,", item->at - load->start);
     answers_json(r, r->length > r->n_prompt ? r->length - r->n_prompt : 0, r->reason);
     (void)fputs("}\n", stdout);
@@ -431,24 +426,27 @@ static void show_item(const struct load *load, const struct item *item) {
 
 /* Counts a request that has ended, and makes those known of that follow it. */
 static void count_item(struct load *load, struct item *item, double now) {
-    char number[24];
     struct request *r = &item->request;
     struct load_result *sums = &load->sums;
+    int n_generated = r->length > r->n_prompt ? r->length - r->n_prompt : 0;
     bool cancelled = r->reason == FINISH_CANCELLED;
+    bool cut =
+        r->reason == FINISH_LENGTH && n_generated < (item->spec ? item->spec->n : r->max_new);
     sums->requests += !cancelled;
     sums->cancelled += cancelled;
     sums->failed += r->reason == FINISH_ERROR;
-    sums->good += is_good(load, r);
+    sums->cut += cut;
+    sums->good += !cut && is_good(load, r);
     sums->arrivals += !cancelled && (!item->spec || !item->spec->after);
     sums->prompt_tokens += r->admitted > 0 ? r->n_prompt : 0;
     sums->cached_tokens += r->cached_tokens;
     sums->cached_on_host += r->cached_on_host;
-    sums->generated_tokens += r->length > r->n_prompt ? r->length - r->n_prompt : 0;
+    sums->generated_tokens += n_generated;
     load->last_ended = fmax(load->last_ended, now);
     if (item->spec)
         answers_tell_line(item->spec, r);
     if (r->error[0] && !sums->first_error[0])
-        (void)fail(sums->first_error, "request %.64s: %.400s", item_id(item, number), r->error);
+        (void)fail(sums->first_error, "request %.64s: %.400s", item->id, r->error);
     for (int i = 0; i < N_TIMES; i++) {
         double seconds = answers_time(r, (enum answer_time)i);
         if (seconds >= 0)
@@ -468,8 +466,7 @@ static void look_ahead(struct load *load) {
     struct item *item;
     while (load->known.n > 0 && !(item = load->known.heap[0].item)->request.tokens) {
         bool good = item->spec ? prompt_of_line(load, item) : prompt_of_numbers(load, item);
-        if (item->before)
-            item_release(item->before);
+        item_release(item->before);
         item->before = NULL;
         if (!good)
             count_item(load, agenda_take(&load->known).item, item->at);
@@ -483,8 +480,7 @@ static void load_forget(struct load *load) {
         struct item *item = agenda_take(&load->known).item;
         for (struct item *next = item->followers; next; next = next->sibling)
             known_add(load, next);
-        if (item->before)
-            item_release(item->before);
+        item_release(item->before);
         item_release(item);
     }
 }
@@ -492,10 +488,8 @@ static void load_forget(struct load *load) {
 /* ---- a load, to its driver ---- */
 
 struct load *load_open(const struct load_options *options, char error[ERROR_LENGTH]) {
-    struct load *load = calloc(1, sizeof *load);
-    if (!load)
-        abort();
-    load->options = *options;
+    struct load *load = grow(NULL, 0, sizeof *load);
+    *load = (struct load){.options = *options};
     const char *replay = options->replay, *name = replay ? replay : options->file;
     char end;
     if (replay && strspn(replay, "0123456789:") == strlen(replay) &&
@@ -508,9 +502,8 @@ struct load *load_open(const struct load_options *options, char error[ERROR_LENG
         make_next(load);
         if (load->known.n > 0)
             return load;
-        (void)fail(error, "%.400s: no requests in it", load->lines.name);
-        if (load->error[0])
-            memcpy(error, load->error, ERROR_LENGTH);
+        (void)fail(error, load->error[0] ? "%s" : "%.400s: no requests in it",
+                   load->error[0] ? load->error : load->lines.name);
     }
     load_close(load);
     return NULL;
@@ -633,6 +626,11 @@ void load_run(struct load *load, struct answers *a) {
 
 /* ---- telling ---- */
 
+static const char *load_cuts(const struct load *load, const struct model_config *model) {
+    return load->max_length < model->context_length ? "no worker that decodes holds a longer text"
+                                                    : "the model's context holds no longer text";
+}
+
 struct load_result load_result(const struct load *load) {
     static const double shares[] = {[LOAD_P50] = 0.5, [LOAD_P90] = 0.9, [LOAD_P99] = 0.99};
     struct load_result result = load->sums;
@@ -686,6 +684,7 @@ void load_print(const struct load *load, const struct engine_config *config,
     const struct figure all[] = {
         {"requests", "requests", (double)r.requests, 0},
         {"failed", "of them failed", (double)r.failed, 0},
+        {"cut_short", "of them cut short", (double)r.cut, 0},
         {"seconds", "seconds", r.seconds, 2},
         {"requests_per_second", "requests/s", answers_ratio((double)r.requests, r.seconds), 3},
         {"tokens_per_second", "generated tokens/s",
@@ -714,6 +713,8 @@ void load_print(const struct load *load, const struct engine_config *config,
     if (load->options.ttft <= 0 && load->options.itl <= 0)
         n -= 2;
     (load->options.json ? load_json : load_table)(&r, all, n);
+    if (r.cut > 0 && !load->options.json)
+        printf("cut short: %s\n", load_cuts(load, &config->model->config));
 }
 
 #endif /* REPLAY_IMPLEMENTATION */

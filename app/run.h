@@ -546,7 +546,10 @@ static int run_plan(struct run *run) {
     options.load.itl = o->itl > 0 ? options.load.itl : PLAN_ITL;
     for (int n = 1; n <= MAX_SHARDS; n++)
         options.blocks[n] = device_blocks(run, n, config.kv_type);
-    return plan_print(&options, error) ? 0 : refuse(error);
+    size_t bytes = block_bytes(&run->model.config, 1, config.kv_type);
+    bool ok = size_holds("--kv-host", o->kv_host, config.host_blocks, bytes, error) &&
+              size_holds("--kv-device", o->kv_device, options.blocks[1], bytes, error);
+    return ok && plan_print(&options, error) ? 0 : refuse(error);
 }
 
 /* The first line of a conversation: what is loaded, and where. */

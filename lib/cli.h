@@ -70,7 +70,7 @@ struct request_spec {
     int n_earlier;
     const char *after;  /* id of an earlier request, which this one continues; NULL: none */
     const char *cancel; /* not NULL: no request, but the id of one before it that is to end */
-    float at;           /* arrival, in seconds after the start */
+    double at;          /* arrival, in seconds after the start */
     float deadline;     /* seconds after its arrival; 0: none */
     bool seeded;        /* its line has a seed of its own */
     int n; /* tokens to write at most; -1: until the end token or the end of the context */
@@ -247,6 +247,10 @@ static bool read_real(const struct value *value, void *target) {
     return good;
 }
 
+static bool read_time(const struct value *value, void *target) {
+    return read_number(value, "0123456789-+.eE", target);
+}
+
 static bool read_seed(const struct value *value, void *target) {
     errno = 0;
     *(uint64_t *)target = strtoull(value->text, NULL, 10);
@@ -367,6 +371,7 @@ static const struct kind STOP = {read_stop, '"',
 static const struct kind IDS = {read_ids, '[', "token ids, such as 1,15,7"};
 static const struct kind INT = {read_int, '0', "a whole number"};
 static const struct kind REAL = {read_real, '0', "a number"};
+static const struct kind TIME = {read_time, '0', "a number"};
 static const struct kind SEED = {read_seed, '0', "a whole number from 0 to 18446744073709551615"};
 static const struct kind SIZE = {read_size, 0, "bytes such as 512M (K, M, G) or blocks such as 8b"};
 static const struct kind DEVICES = {read_devices, 0,
@@ -393,7 +398,7 @@ static const struct option_row option_rows[] = {
     {.kind = &MESSAGES, AT(request), .key = "messages"},
     {.kind = &TEXT, AT(request.after), .key = "after"},
     {.kind = &TEXT, AT(request.cancel), .key = "cancel"},
-    {.kind = &REAL, AT(request.at), .high = 1e6, .key = "at"},
+    {.kind = &TIME, AT(request.at), .high = 1e6, .key = "at"},
     {.kind = &REAL, AT(request.deadline), .high = 1e6, .key = "deadline"},
     {.help = "How to write"},
     {"-n", "N", "tokens at most (default: until the end)", &INT, AT(request.n), 1, INT_MAX,

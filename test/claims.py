@@ -59,7 +59,7 @@ def simulate(args, folder, options, rates=()):
     path = os.path.join(folder, "rates")
     with open(path, "w", encoding="ascii") as file:
         file.write("\n".join(rates) + "\n")
-    words = [args.program, *options.split(), "--rates", path, "--json"]
+    words = [args.program, *options.split(), "--json"] + (["--rates", path] if rates else [])
     out = subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout
     return json.loads(out.splitlines()[-1])["load"]
 

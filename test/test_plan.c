@@ -154,6 +154,59 @@ static void lines_are_planned(struct check *check) {
           tokens, rate, o.err);
 }
 
+/* Of a block of bytes a worker of two devices has twice as many: only there such answers end. */
+static void cut_answers_are_not_served(struct check *check) {
+    write_rates(check);
+    struct outcome o =
+        run(check, SMALL "--plan h100x4 --replay 100:100 --kv-device 1M --ttft 5000 --json");
+    int n_whole = 0, n_cut = 0;
+    for (char *line = strtok(o.out, "\n"); line; line = strtok(NULL, "\n")) {
+        bool cuts = strstr(line, "\"cuts_short\":true"), serves = !strstr(line, "\"rate\":0,");
+        CHECK(cuts == !serves && cuts == !strstr(line, "\"tp_decode\":2"), "%s", line);
+        n_cut += cuts;
+        n_whole += serves;
+    }
+    CHECK(o.status == 0 && n_cut > 2 && n_whole > 2, "%d and %d: %s", n_cut, n_whole, o.err);
+    o = run(check, SMALL "--plan h100x2 --replay 100:1000 --kv-device 10b");
+    CHECK(o.status == 1 && strstr(o.err, "no split keeps the targets: answers are cut short; no "
+                                         "worker that decodes holds a longer text\n"),
+          "%s", o.err);
+    CHECK(strstr(o.out, " cut short\ncut short: no worker that decodes holds a longer text\n"),
+          "%s", o.out);
+    o = run(check, SMALL "--plan h100x2 --replay 2000:49 --ttft 5000");
+    CHECK(strstr(o.err, "answers are cut short; the model's context holds no longer text"), "%s",
+          o.err);
+    o = run(check, SMALL "--sim h100x2 --replay 100:61 --kv-device 10b --ttft 5000");
+    const char *row = strstr(o.out, "of them cut short"), *good = strstr(o.out, "of all requests");
+    CHECK(row && strtod(row + 17, NULL) == 200 && good && strtod(good + 15, NULL) == 0 &&
+              strstr(o.out, "\ncut short: no worker that decodes holds a longer text\n"),
+          "%s", o.out);
+    o = run(check, SMALL "--sim h100x2 --replay 100:60 --kv-device 10b --ttft 5000 --json");
+    CHECK(told(&o, "\"load\":", "cut_short") == 0 && told(&o, "\"load\":", "good_share") == 1, "%s",
+          o.out);
+}
+
+/* Of 700 lines 65 fail: that is no tenth of them, but of what a simulation of a trace has. */
+static void all_lines_are_run(struct check *check) {
+    char lines[700 * 24] = "";
+    for (int i = 0; i < 700; i++)
+        strcat(lines, i < 65 ? "{\"ids\":[7]}\n" : "{\"ids\":[7],\"n\":5}\n");
+    write_file(check, "many", lines, strlen(lines));
+    struct outcome o = run(check, "random:stories-15m --plan h100x2 -f $T/many");
+    CHECK(o.status == 0 && strstr(o.out, " simulations, of 700 requests"), "%s%s", o.out, o.err);
+}
+
+/* A CPU has no pools apart: a bound alone is no verdict. One token has no gap for a picture. */
+static void what_is_too_short_is_told(struct check *check) {
+    struct outcome o = run(check, "random:stories-15m --plan cpu:1 --replay 9:9 --limit 5");
+    CHECK(strstr(o.out, "\nonly together keeps the targets: 1 x TP 1 together, > ") &&
+              strstr(o.out, "\nthe load is too short to tell: ") &&
+              strstr(o.out, "tokens/s of one"),
+          "%s%s", o.out, o.err);
+    o = run(check, "random:stories-15m --plan cpu:1 --replay 9:1 --limit 5");
+    CHECK(o.status == 0 && !strstr(o.out, "tokens/s of one"), "%s%s", o.out, o.err);
+}
+
 static void refused_in_a_line(struct check *check) {
     write_rates(check);
     static const struct {
@@ -169,6 +222,10 @@ static void refused_in_a_line(struct check *check) {
         {"--replay 9:9 --sim h100x2 --devices cpu:2", "--devices: got cpu, expected numbers", 2},
         {"--replay - --plan h100x2", "--plan: a load is read again for each simulation", 2},
         {"--replay $T/none --plan h100x2", "none: No such file", 1},
+        {"--replay 9:9 --plan h100x2 --kv-device 1K",
+         "--kv-device: got 1024 bytes, expected at least 147456, a block", 2},
+        {"--replay 9:9 --plan h100x2 --kv-host 1K",
+         "--kv-host: got 1024 bytes, expected at least 147456, a block", 2},
         {"--replay 9:9 --plan h100x2 --kv-device 99G", "--plan: no split fits: --kv-device: got",
          2},
     };
@@ -205,6 +262,9 @@ int main(int argc, char **argv) {
                                         TEST(every_split_is_told),
                                         TEST(break_even_is_that_of_the_rates),
                                         TEST(lines_are_planned),
+                                        TEST(cut_answers_are_not_served),
+                                        TEST(all_lines_are_run),
+                                        TEST(what_is_too_short_is_told),
                                         TEST(refused_in_a_line),
                                         TEST(no_plan_is_an_error)};
     return run_tests(tests, COUNT(tests), argc, argv);

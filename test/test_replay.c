@@ -440,6 +440,42 @@ static void what_came_of_a_load_is_summed(struct check *check) {
     load_close(load);
 }
 
+static void an_answer_is_as_long_as_said_or_cut(struct check *check) {
+    char error[ERROR_LENGTH];
+    write_file(LINE("0", "2000", "48", "[1,2,3,4]") LINE("0", "2000", "49", "[1,2,3,4]"));
+    for (int lines = 0; lines < 2; lines++) {
+        struct load_options options = {.replay = lines ? NULL : file_name, .file = file_name};
+        struct load *load = open_with(options, error);
+        CHECK(load, "%s", error);
+        if (!load)
+            return;
+        (void)run_virtually(load);
+        struct load_result r = load_result(load);
+        CHECK(r.requests == 2 && r.failed == 0 && r.cut == 1 && r.good == 1,
+              "%d, %d failed, %d cut, %d good", (int)r.requests, (int)r.failed, (int)r.cut,
+              (int)r.good);
+        load_close(load);
+        write_file("{\"ids\":[1,2,3],\"n\":2045}\n{\"ids\":[1,2,3],\"n\":2046}\n");
+    }
+}
+
+static void a_line_comes_when_it_says_and_has_no_stop(struct check *check) {
+    char error[ERROR_LENGTH];
+    double at[2];
+    write_file("{\"ids\":[1],\"n\":1,\"at\":86400.001}\n{\"ids\":[1],\"n\":1,\"at\":86400.003}\n"
+               "{\"ids\":[2],\"n\":2,\"stop\":\"end\",\"at\":90000}\n");
+    struct load *load = open_with((struct load_options){.file = file_name}, error);
+    CHECK(load, "%s", error);
+    for (int i = 0; load && i < 2; i++)
+        free(take_only(load, &at[i]).tokens);
+    CHECK(fabs(at[0] - 86400.001) < 1e-6 && fabs(at[1] - 86400.003) < 1e-6, "%.6f, %.6f", at[0],
+          at[1]);
+    CHECK(load && load_is_done(load) && load_result(load).failed == 1 &&
+              strstr(load_result(load).first_error, "stop: a made-up answer has no text"),
+          "the third: %s", load ? load_result(load).first_error : error);
+    load_close(load);
+}
+
 static void loads_left_early_are_freed(struct check *check) { /* the sanitizer sees what is not */
     char error[ERROR_LENGTH];
     write_file(
@@ -621,6 +657,8 @@ int main(int argc, char **argv) {
         {"broken traces are survived", broken_traces_are_survived},
         {"lines follow answers", lines_follow_answers},
         {"what came of a load is summed", what_came_of_a_load_is_summed},
+        {"an answer is as long as said, or cut", an_answer_is_as_long_as_said_or_cut},
+        {"a line comes when it says and has no stop", a_line_comes_when_it_says_and_has_no_stop},
         {"loads left early are freed", loads_left_early_are_freed},
         {"an engine runs loads", an_engine_runs_loads},
     };
