@@ -753,14 +753,24 @@ static void full_queues_say_so(struct check *check) {
 /* Turns that are too many are not read to the end: what they take grows as they do. */
 static void too_many_turns_are_told(struct check *check) {
     enum { TURNS = SANITIZED ? 2000 : 60000 };
+    static const char turn[] = "{\"role\":\"user\",\"content\":\"a\"},"
+                               "{\"role\":\"assistant\",\"content\":\"b\"},";
     struct served s = serve(check, "--template llama2");
-    static const char turn[] = "{'role':'user','content':'a'},{'role':'assistant','content':'b'},";
-    char *body = keep(TURNS * sizeof turn + 100), *end = body;
-    end += sprintf(end, "{'messages':[");
+    int client = dial(&s);
+    char *body = keep(TURNS * sizeof turn + 100), *end = body, head[160];
+    end += sprintf(end, "{\"messages\":[");
     for (int i = 0; i < TURNS; i++)
         end += sprintf(end, "%s", turn);
-    (void)sprintf(end, "{'role':'user','content':'c'}]}");
-    asks(&s, "/v1/chat/completions", "", body, 400, "the prompt has over 5");
+    end += sprintf(end, "{\"role\":\"user\",\"content\":\"c\"}]}");
+    (void)snprintf(head, sizeof head,
+                   "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                   "Content-Length: %d\r\n\r\n",
+                   (int)(end - body));
+    tell(client, head);
+    tell(client, body);
+    char *response = hear(client, NULL);
+    CHECK(status_in(response) == 400 && strstr(response, "the prompt has over 5"), "%s", response);
+    close(client);
     stop(&s);
 }
 

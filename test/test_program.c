@@ -1038,8 +1038,9 @@ static void a_termination_ends_it(struct check *check) {
 /* While weights are loaded, nobody but the watcher of signals looks. */
 static void a_termination_ends_the_loading(struct check *check) {
     setenv("TERM", "xterm", 1); /* a dumb one is shown no bar */
-    struct live live =
-        live_start(check, true, "random:llama-3.1-8b:q8_0 --ids 1 -n 1 --devices cpu:1");
+    const char *large = SANITIZED ? "random:tinyllama-1.1b:q8_0 --ids 1 -n 1 --devices cpu:1"
+                                  : "random:llama-3.1-8b:q8_0 --ids 1 -n 1 --devices cpu:1";
+    struct live live = live_start(check, true, large);
     setenv("TERM", "dumb", 1);
     live_until(&live, "loading [");
     kill(live.pid, SIGTERM);
