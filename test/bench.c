@@ -550,7 +550,6 @@ static void bench_requests(int n_workers, int n, int context, int n_waiting) {
                                   .copies_in_flight = 64,
                                   .likely_answer = 1,
                                   .context_length = context + ANSWER,
-                                  .vocab_size = 2,
                                   .ends_text = ends_text};
     for (int w = 0; w < n_workers; w++) {
         config.kv.device_blocks[w] = n * blocks_of(context + ANSWER);

@@ -370,7 +370,7 @@ static void bad_lines(struct check *check) {
     refuse_line(check, line, "at most 16");
     snprintf(line, sizeof line, "m");
     for (int i = 0; i <= VALUE_FAILURES; i++)
-        snprintf(line + strlen(line), 16, " --fail %d@1", i);
+        snprintf(line + strlen(line), 24, " --fail %d@1", i);
     refuse_line(check, line, "--fail: got 16@1, expected a worker once, 16 at most");
     for (size_t i = 0; i < COUNT(bad_lines_by_words); i++) {
         int n = split(bad_lines_by_words[i].lines, "|", items, 64);

@@ -494,7 +494,7 @@ static void lines_are_taken_as_they_come(struct check *check) {
     static const char *const lines[] = {"The cat\n", "{\"prompt\":\" and\",\"after\":\"0\"}\n",
                                         "The dog"};
     for (int i = 0; i < 3; i++) {
-        char id[16];
+        char id[24];
         snprintf(id, sizeof id, "{\"id\":\"%d\"", i);
         CHECK(write(pipe, lines[i], strlen(lines[i])) > 0, "the pipe is closed");
         if (i == 2)

@@ -66,7 +66,6 @@ static struct sched *open_virtual(void) {
                                   .chunk = 256,
                                   .copies_in_flight = 4,
                                   .context_length = CONTEXT,
-                                  .vocab_size = VOCABULARY,
                                   .ends_text = ends};
     return sched_create(&config);
 }

@@ -248,7 +248,7 @@ static void second_turns_start_from_the_cache(struct check *check) {
         "--devices cpu:2 --max-batch 1 --kv-device 30b --kv-policy write-through"};
     for (int i = 0; i < SECOND_TURNS; i++) {
         struct wish *second = &turns->wishes[FIRST_TURNS + i];
-        snprintf(second->after, ID_LENGTH, "%s", turns->wishes[i].id);
+        memcpy(second->after, turns->wishes[i].id, ID_LENGTH);
         second->n_before = turns->alone[i].n_prompt + turns->alone[i].n_ids;
     }
     for (int way = 0; way < 3; way++) {
