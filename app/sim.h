@@ -43,7 +43,7 @@ struct chip { /* a GPU, or all cores of a CPU; rates are each way, a second */
                                         * all-reduce, a copy of nothing */
     int chunk;                        /* what its backend has by default */
     enum kv_type kv_type;
-    double urgent; /* a decode step's share of a chip, of two, where a prefill step shares it */
+    double urgent, other; /* of a chip that both share: what a decode step has, and another */
     double sample; /* seconds that a token takes besides: its row's own work, and drawing it */
 };
 
@@ -94,22 +94,22 @@ void sim_close(struct sim *sim);
  * TB. Measured, all on an H100 (test/SPEED.md): a pinned copy 55 of PCIe's 64 GB/s, likewise half
  * of that by PCIe 4; decode of Llama-3.1-8B at 176 tokens/s with one stream, which is 0.9 of `read`
  * and 18 us a layer, and prefill of 8192 at 33,100, which is 0.55 of the peak: the others are taken
- * to reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long.
- * All-reduce latency: about what NCCL has among 8. The CPU: two cores of a Xeon with AVX-512, in
- * F32. */
+ * to reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long (and
+ * that, it is assumed, has the rest). All-reduce latency: about what NCCL has among 8. The CPU: two
+ * cores of a Xeon with AVX-512, in F32; shares on two of an EPYC. */
 static const struct chip sim_chips[] = {
     {"h100", 80e9, .9 * 3.35e12, .55 * 989e12, .55 * 1979e12, 450e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
-     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+     1e-5, 3e-5, 2048, KV_BF16, .4, .6, 0},
     {"h200", 141e9, .9 * 4.8e12, .55 * 989e12, .55 * 1979e12, 450e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
-     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+     1e-5, 3e-5, 2048, KV_BF16, .4, .6, 0},
     {"b200", 180e9, .9 * 8e12, .55 * 2250e12, .55 * 4500e12, 900e9, 55e9, 50e9, 2e12, 18e-6, 5e-5,
-     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+     1e-5, 3e-5, 2048, KV_BF16, .4, .6, 0},
     {"a100", 80e9, .9 * 2.04e12, .55 * 312e12, .55 * 312e12, 300e9, 26e9, 25e9, 2e12, 18e-6, 5e-5,
-     1e-5, 3e-5, 2048, KV_BF16, .4, 0},
+     1e-5, 3e-5, 2048, KV_BF16, .4, .6, 0},
     {"l40s", 48e9, .9 * 864e9, .55 * 362e12, .55 * 733e12, 0, 26e9, 25e9, 1e12, 18e-6, 5e-5, 3e-5,
-     3e-5, 2048, KV_BF16, .4, 0},
-    {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32, .5,
-     3e-3},
+     3e-5, 2048, KV_BF16, .4, .6, 0},
+    {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32, .65,
+     .55, 3e-3},
 };
 enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
 
@@ -132,6 +132,7 @@ static const struct sim_rate {
     RATE("all_reduce_seconds", reduce),
     RATE("copy_seconds", copy),
     RATE("urgent_share", urgent),
+    RATE("other_share", other),
     RATE("sample_seconds", sample),
 };
 #undef RATE
@@ -183,7 +184,7 @@ static bool sim_read_rates(struct chip *chip, const char *path, char *error) {
         return fail(error, "%.300s: no rate of a %s in it", path, chip->name);
     if (ok && !(chip->read >= 1 && chip->operations >= 1 && chip->fp8_operations >= 1 &&
                 chip->host >= 1 && chip->network >= 1 && (chip->peer == 0 || chip->peer >= 1) &&
-                chip->urgent > 0 && chip->urgent < 1))
+                chip->urgent > 0 && chip->urgent < 1 && chip->other > 0 && chip->other < 1))
         return fail(error, "%.300s: a rate is below 1 a second, or a share not between 0 and 1",
                     path);
     return ok;
@@ -401,7 +402,7 @@ static double sim_step_seconds(const struct sim *sim, int worker, const struct b
 
 /* Those that run on a worker's chip share it anew: prefill among themselves, decode likewise. */
 static void sim_share(struct sim *sim, int worker) {
-    double urgent = sim->cluster->chip.urgent;
+    const struct chip *chip = &sim->cluster->chip;
     int n[2] = {0}, i = worker; /* steps of workers that only prefill; of others */
     do
         n[sim->config->workers[i].decodes] += sim->workers[i].step != NULL;
@@ -409,7 +410,7 @@ static void sim_share(struct sim *sim, int worker) {
     do {
         struct sim_worker *w = &sim->workers[i];
         bool decodes = sim->config->workers[i].decodes;
-        double share = n[!decodes] == 0 ? 1 : decodes ? urgent : 1 - urgent;
+        double share = n[!decodes] == 0 ? 1 : decodes ? chip->urgent : chip->other;
         if (w->step && w->speed * n[decodes] != share) {
             w->left -= (sim->now - w->since) * w->speed;
             w->since = sim->now;

@@ -186,6 +186,7 @@ static void open_bench(struct bench *bench, const struct shape *shape, enum tens
                             .n_shards = 1,
                             .max_rows = PROMPT,
                             .max_samples = STREAMS,
+                            .urgent = true,
                             .kv_type = kv_type};
     bench->device =
         bench->backend ? bench->backend->device_open(bench->backend, &wanted, error) : NULL;
@@ -248,11 +249,11 @@ static int by_size(const void *a, const void *b) {
  * attention in it. Of a single one, if tokens are drawn as by default. */
 static double time_step(struct bench *bench, int n, int start, int rows, bool drawn,
                         double *attention) {
-    static int token[PROMPT], position[PROMPT], row_sequence[PROMPT],
+    static _Thread_local int token[PROMPT], position[PROMPT], row_sequence[PROMPT],
         table[LONG / BLOCK_TOKENS + STREAMS * 64];
-    static int sample_row[STREAMS], sampled[STREAMS];
-    static struct sequence sequences[STREAMS];
-    static struct sampling sampling[STREAMS];
+    static _Thread_local int sample_row[STREAMS], sampled[STREAMS];
+    static _Thread_local struct sequence sequences[STREAMS];
+    static _Thread_local struct sampling sampling[STREAMS];
     struct batch batch = {n * rows,  n,     n,          0,        token, position, row_sequence,
                           sequences, table, sample_row, sampling, NULL,  sampled};
     for (int i = 0; i < n; i++) {
@@ -341,27 +342,75 @@ static void bench_prefill(struct bench *bench, const char *type, enum tensor_typ
            scores / attention * 1e-9);
 }
 
+enum { CHUNK = 256, TIMES = 3 * REPEATS }; /* tokens of a prompt in a step, as by default */
+
+static double median(double *times, int n) {
+    qsort(times, (size_t)n, sizeof *times, by_size);
+    return times[n / 2];
+}
+
+struct beside { /* a device that prefills while another decodes */
+    struct bench bench;
+    double times[TIMES];
+    atomic_int n;
+};
+
+static void *prefill_beside(void *argument) {
+    struct beside *beside = argument;
+    double attention;
+    for (int i = 0; i < TIMES; i++) {
+        beside->times[i] = time_step(&beside->bench, 1, 0, CHUNK, true, &attention);
+        atomic_store(&beside->n, i + 1);
+    }
+    return NULL;
+}
+
+/* The median times of a step of one stream and of a chunk on two devices at once. */
+static void time_beside(struct bench *bench, double *decode, double *prefill) {
+    static struct beside beside;
+    static double times[100 * TIMES];
+    char error[ERROR_LENGTH];
+    double attention;
+    int n = 0;
+    pthread_t thread;
+    struct device wanted = *bench->device;
+    beside.bench = *bench;
+    wanted.urgent = false;
+    wanted.index++;
+    struct device *other = bench->backend->device_open(bench->backend, &wanted, error);
+    beside.bench.device = other;
+    if (!other)
+        exit(1);
+    other->kv = memory_of(&beside.bench, (size_t)blocks_of(CHUNK) *
+                                             block_bytes(&bench->config, 1, wanted.kv_type));
+    if (pthread_create(&thread, NULL, prefill_beside, &beside) != 0)
+        exit(1);
+    for (; atomic_load(&beside.n) < TIMES && n < 100 * TIMES; n++)
+        times[n] = time_step(bench, 1, CONTEXT, 1, true, &attention);
+    pthread_join(thread, NULL);
+    *decode = median(times, n);
+    *prefill = median(beside.times, TIMES);
+}
+
 /* Weights and a text are read in a step of one stream, and weights multiplied in a chunk of a
  * prompt; what each more stream takes is a token's own; a block is copied as memory is. Medians, as
  * a run has them. */
 static void bench_rates(struct bench *bench, const char *type) {
-    enum { CHUNK = 256, FEW = 4, BYTES = 1 << 26 };
+    enum { FEW = 4, BYTES = 1 << 26 };
     const struct shape *shape = bench->shape;
     double heads = shape->n_heads * shape->head_dim, d = shape->d_model, attention, best = 1e9;
     double layer =
         2 * d * heads + 2 * d * shape->n_kv_heads * shape->head_dim + 3 * d * shape->d_ff;
     double work = 2.0 * (CHUNK * shape->n_layers * layer + VOCAB * d) +
                   4.0 * shape->n_layers * heads * CHUNK * (CHUNK + 1) / 2;
-    double times[3][3 * REPEATS];
-    for (int i = 0; i < 3 * REPEATS; i++) { /* in turn, as in a run: caches are cold */
+    double times[3][TIMES], decode, prefill;
+    for (int i = 0; i < TIMES; i++) { /* in turn, as in a run: caches are cold */
         times[0][i] = time_step(bench, 1, CONTEXT, 1, true, &attention);
         times[1][i] = time_step(bench, FEW, CONTEXT, 1, true, &attention);
         times[2][i] = time_step(bench, 1, 0, CHUNK, true, &attention);
     }
-    for (int i = 0; i < 3; i++)
-        qsort(times[i], 3 * REPEATS, sizeof **times, by_size);
-    double one = times[0][3 * REPEATS / 2], prompt = times[2][3 * REPEATS / 2];
-    double sample = fmax(times[1][3 * REPEATS / 2] - one, 0) / (FEW - 1);
+    double one = median(times[0], TIMES), prompt = median(times[2], TIMES);
+    double sample = fmax(median(times[1], TIMES) - one, 0) / (FEW - 1);
     double kv = (double)block_bytes(&bench->config, 1, bench->device->kv_type);
     double bytes = bench->weight_bytes + kv * blocks_of(CONTEXT + 1);
     double read = bytes / (one - sample), ops_rate = work / (prompt - sample);
@@ -378,6 +427,9 @@ static void bench_rates(struct bench *bench, const char *type) {
            "cpu peer_bytes_per_second %.4g\ncpu host_bytes_per_second %.4g\n"
            "cpu sample_seconds %.4g\n",
            shape->name, type, read, ops_rate, BYTES / best, BYTES / best, sample);
+    time_beside(bench, &decode, &prefill);
+    printf("cpu urgent_share %.4g\ncpu other_share %.4g\n", fmin(one / decode, 0.99),
+           fmin(prompt / prefill, 0.99));
 }
 
 /* The product of a matrix of (5632, 2048) with some rows, alone. */

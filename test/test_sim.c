@@ -489,7 +489,7 @@ static void rates_are_read(struct check *check) {
     char name[] = "/tmp/test_sim_XXXXXX", error[ERROR_LENGTH];
     static const char text[] = "# measured\n\nread_bytes_per_second 1e12\n"
                                "A100 read_bytes_per_second 5\nh100 host_bytes_per_second 7e9\n"
-                               "sample_seconds 0.25\n";
+                               "sample_seconds 0.25\nother_share 0.7\n";
     struct engine_config config = make_config(2, 1, 256, 100);
     struct sequence sequence = {.n_rows = 3};
     struct batch batch = {.n_rows = 3, .n_sequences = 1, .n_samples = 1, .sequence = &sequence};
@@ -498,6 +498,7 @@ static void rates_are_read(struct check *check) {
     CHECK(write(file, text, sizeof text - 1) == (ssize_t)sizeof text - 1, "cannot write");
     close(file);
     CHECK(cluster_open(&cluster, "--sim", "h100x2", name, error), "%s", error);
+    CHECK(cluster.chip.other == 0.7 && cluster.chip.urgent == 0.4, "shares");
     CHECK(cluster.chip.read == 1e12 && cluster.chip.host == 7e9 && cluster.chip.peer == 450e9,
           "%g, %g, %g", cluster.chip.read, cluster.chip.host, cluster.chip.peer);
     unlink(name);
