@@ -126,7 +126,7 @@ static inline int check_run(const struct test *tests, size_t n_tests, int argc, 
         fflush(stdout);
     }
     printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    return failed != 0 || passed == 0; /* no test has that name */
 }
 
 #endif

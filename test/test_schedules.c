@@ -197,7 +197,7 @@ static void same_text_where_workers_fail(struct check *check) {
 static void no_worker_is_left(struct check *check) {
     struct turns *turns = turns_open(check, TWIN, one_device, 4, 0);
     struct answer *answers = keep(MAX_REQUESTS * sizeof *answers);
-    struct outcome o = run_wishes(check, turns->model, "--devices cpu:2 --fail 1@0 --fail 0@0.001",
+    struct outcome o = run_wishes(check, turns->model, "--devices cpu:2 --fail 1@#1 --fail 0@#1",
                                   turns->wishes, turns->n, answers);
     CHECK(o.status == 3, "exit status %d", o.status);
     for (int i = 0; i < turns->n; i++)
