@@ -47,7 +47,7 @@ enum {
     LIKELY_ANSWER = 2048,       /* tokens that an answer is expected to have before any has ended */
     ANSWER_WEIGHT = 16,         /* each answer that ends counts for one of so many */
     GROWTH_SLACK = 26, /* percent beyond its blocks that a worker's answers are let grow to */
-    YOUNG_SHARE = 8,   /* those in the first eighth of their life: two eighths of it, in the end */
+    YOUNG_SHARE = 8, /* those in their life's first eighth may end with two eighths of the blocks */
     GROWTH_STEPS = 16, /* steps in which answers grow enough for others to be tried again */
     PATIENCE_MS = 300, /* a preempted answer waits so long before it takes another's place */
     RETURN_MS = 10,    /* after which a worker that could not return tries again */

@@ -792,6 +792,24 @@ static void it_drains(struct check *check) {
     }
 }
 
+/* Whose head came before, and whose body after it began to drain, is told that it closes. */
+static void a_draining_connection_closes(struct check *check) {
+    struct served s = serve(check, "");
+    int idle = dial(&s), late = dial(&s);
+    tell(late, "POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+               "Content-Length: 17\r\n\r\n");
+    char *response = hear(late, "100 Continue\r\n\r\n");
+    CHECK(strstr(response, "100 Continue"), "%s", response);
+    kill(s.live.pid, SIGTERM);
+    CHECK(!*hear(idle, NULL), "who rests is answered"); /* closed: it drains */
+    tell(late, "{\"prompt\":\"Once\"}");
+    response = hear(late, NULL);
+    CHECK(strstr(response, "200 OK") && strstr(response, "Connection: close"), "%s", response);
+    CHECK(live_end(&s.live) == 0, "it does not end well");
+    close(idle);
+    close(late);
+}
+
 /* Who computes nothing any more says so, and routers ask others. */
 static void without_workers_it_is_not_healthy(struct check *check) {
     struct served s = serve(check, "--devices cpu:1 --fail 0@0.5");
@@ -893,6 +911,7 @@ int main(int argc, char **argv) {
                                         TEST(full_queues_say_so),
                                         TEST(too_many_turns_are_told),
                                         TEST(it_drains),
+                                        TEST(a_draining_connection_closes),
                                         TEST(without_workers_it_is_not_healthy),
                                         TEST(who_does_not_read_is_not_answered),
                                         TEST(many_are_served_at_once)};

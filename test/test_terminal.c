@@ -247,7 +247,9 @@ static void pastes_are_text(struct check *check) {
     live_until(&live, PROMPT);
     from = live.seen;
     talk(&live,
-         &(struct turn){"ab\033\033[D\033[200~x\033[201~\033[?62;22c\033[<0;1;7M\r", "\r\naxb"}, 1);
+         &(struct turn){"b\033\001a\005\033\033[D\033[200~x\033[201~\033[?62;22c\033[<0;1;7M\r",
+                        "\r\naxb"},
+         1);
     live_until(&live, PROMPT);
     leave(&live, "/exit\r");
     CHECK(strstr(live.text, "\033[?2004l[2 workers"), "pastes are told of still: %s", live.text);
