@@ -111,7 +111,7 @@ static const struct chip sim_chips[] = {
     {"cpu", 16e9, 27e9, 235e9, 235e9, 8e9, 8e9, 1e9, 16e9, 5e-6, 3e-5, 0, 5e-5, 256, KV_F32, .65,
      .55, 3e-3},
 };
-enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips, SIM_NODE = 8 };
+enum { SIM_CHIPS = sizeof sim_chips / sizeof *sim_chips };
 
 #define RATE(name, field)                                                                          \
     { name, offsetof(struct chip, field) }
