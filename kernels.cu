@@ -196,8 +196,9 @@ struct planes {
 };
 
 DEVICE uint16_t *plane_element(const struct planes &p, int row, int k) {
-    size_t chunk = ((size_t)(k / UNIT) * p.n_rows + row) * 8 + ((k / 8 % 8) ^ (row % 8));
-    return reinterpret_cast<uint16_t *>(p.bytes + chunk * 16) + k % 8;
+    const uint32_t at = (uint32_t)k, own = (uint32_t)row;
+    const uint32_t chunk = (at / UNIT * (uint32_t)p.n_rows + own) * 8 + (at / 8 % 8 ^ own % 8);
+    return reinterpret_cast<uint16_t *>(p.bytes + (size_t)chunk * 16) + at % 8;
 }
 
 /* ---- a warp's operands: a tile of a unit, 4 fragments ---- */
@@ -502,7 +503,7 @@ struct cuda_device {
     float *expert_out;                /* (places of entries, x_stride) */
     float *total;                     /* (max_rows, x_stride) of post_norm: what is added to x */
     struct sampler_row *sampler_rows; /* (LOGIT_ROWS) */
-    int *sampled, *sampled_host;      /* (max_samples) device, pinned */
+    int *sampled;                     /* (max_samples) pinned: kernels write there */
     /* the step: pinned and device (step_bytes); the parts of splits. They grow when they must. */
     struct step_header *step_host, *step;
     float *partial; /* (split_capacity, n_chunks, part): see struct attention */
@@ -784,8 +785,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  *
  * In both, one warp of a block asks for weights and rows, unit after unit, into a ring of *stages*
  * in shared memory, as far ahead as there is room; the other eight multiply. The weights are the
- * 16-row operand (a) and the rows the 8-column one (b). On Hopper four warps multiply together
- * (wgmma), elsewhere each for itself: the same sums in the same registers.
+ * 16-row operand (a) and the rows the 8-column one (b). On Hopper four warps multiply many rows
+ * together (wgmma), elsewhere each for itself: the same sums in the same registers.
  *
  * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
@@ -897,16 +898,19 @@ struct corner {
     int first_bias;         /* of an expert: of those of all experts */
 };
 
-/* Calls act(i, row, output, offset in out) for those sum[i] that are wanted. */
-template <int N, typename Act>
-DEVICE void for_wanted(const struct product &p, const struct corner &at, Act act) {
-    const int quad = (int)threadIdx.x % 4, group = (int)threadIdx.x % WARP / 4;
+/* Calls act(i, row, output, where it is in `rows`, as wide as out) for those sum[i] that are
+ * wanted. */
+template <int N, typename T, typename Act>
+DEVICE void for_wanted(const struct product &p, const struct corner &at, T *rows, Act act) {
+    const int first = at.row + (int)threadIdx.x % 4 * 2;
+    const int group = at.tile * TILE + (int)threadIdx.x % WARP / 4;
+    T *own = rows + (size_t)first * (size_t)p.out_stride + (size_t)group;
 #pragma unroll
     for (int i = 0; i < N * 4; i++) {
-        int row = at.row + i / 4 * 8 + quad * 2 + i % 2;
-        int output = at.tile * TILE + group + i % 4 / 2 * 8;
-        if (row >= at.begin_row && row < at.end_row && output < p.matrix.n_outputs)
-            act(i, row, output, (size_t)row * p.out_stride + output);
+        const int row = first + i / 4 * 8 + i % 2, output = group + i % 4 / 2 * 8;
+        const bool wanted = (unsigned)(row - at.begin_row) < (unsigned)(at.end_row - at.begin_row);
+        if (wanted && output < p.matrix.n_outputs)
+            act(i, row, output, own + (i / 4 * 8 + i % 2) * p.out_stride + i % 4 / 2 * 8);
     }
 }
 
@@ -921,8 +925,8 @@ template <int N>
 DEVICE void add_normed(const struct product &p, const struct corner &at, const float *sum,
                        const struct added &added) {
     float x[N * 4] = {};
-    for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
-        p.out[offset] = x[i] = added.x[i] + (sum[i] + (p.bias[0] ? p.bias[0][output] : 0.0f));
+    for_wanted<N>(p, at, p.out, [&](int i, int row, int output, float *to) {
+        *to = x[i] = added.x[i] + (sum[i] + (p.bias[0] ? p.bias[0][output] : 0.0f));
         *plane_element(p.next_input, row, output) =
             (uint16_t)pack_bf16(x[i] * added.weight[i % 4 / 2], 0.0f);
     });
@@ -949,13 +953,21 @@ DEVICE void finish(const struct product &p, const struct corner &at, const float
         if constexpr (N <= NORMED_ROWS / 8)
             if (added && p.next_norm)
                 return add_normed<N>(p, at, sum, *added);
-        for_wanted<N>(p, at, [&](int i, int row, int output, size_t offset) {
+        float more[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int output = at.tile * TILE + (int)threadIdx.x % WARP / 4 + i * 8;
             const float *bias = p.bias[(output >= p.bias_end[0]) + (output >= p.bias_end[1])];
-            const float more = bias ? bias[at.first_bias + output] : 0.0f;
-            if (p.adds)
-                return (void)atomicAdd(p.out + offset, sum[i] + more);
-            p.out[offset] = sum[i] * scale(row) + more;
-        });
+            more[i] = bias && output < p.matrix.n_outputs ? bias[at.first_bias + output] : 0.0f;
+        }
+        if (p.adds)
+            for_wanted<N>(p, at, p.out, [&](int i, int, int, float *to) {
+                atomicAdd(to, sum[i] + more[i % 4 / 2]);
+            });
+        else
+            for_wanted<N>(p, at, p.out, [&](int i, int row, int, float *to) {
+                *to = sum[i] * scale(row) + more[i % 4 / 2];
+            });
     } else { /* lanes of two outputs swap, so that each has both of one row */
         const int lane = (int)threadIdx.x % WARP;
         const int odd = lane / 4 % 2;
@@ -1001,9 +1013,9 @@ DEVICE struct ring open_ring(uint8_t *shared, int n, int bytes, int others, int 
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + n * bytes + others);
     struct ring r = {shared, full, full + n, full + 2 * n, n, bytes, 0, 0};
     if (threadIdx.x == 0) {
-        barrier_init(r.once, copy_arrivals());
+        barrier_init(r.once, COPY_ARRIVALS);
         for (int i = 0; i < n; i++) {
-            barrier_init(r.full + i, copy_arrivals());
+            barrier_init(r.full + i, COPY_ARRIVALS);
             barrier_init(r.empty + i, warps);
         }
         barriers_ready();
@@ -1048,17 +1060,12 @@ DEVICE void advance(struct ring *r, bool first) {
 template <int TYPE, int ROWS>
 DEVICE void produce_panel(struct planes input, int first_row, const uint8_t *weights, int n_units,
                           struct ring *r) {
-    const int lane = (int)threadIdx.x % WARP;
     for (int unit = 0; unit < n_units; unit++, next_stage(r)) {
-        size_t row = (size_t)unit * input.n_rows + first_row;
+        const size_t row = (size_t)unit * input.n_rows + first_row;
         uint8_t *to = wait_empty(*r);
-        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                    lane == 0 ? input.bytes + row * ROW_BYTES
-                              : weights + (size_t)unit * unit_bytes(TYPE),
-                    lane == 0   ? ROWS * ROW_BYTES
-                    : lane == 1 ? unit_bytes(TYPE)
-                                : 0,
-                    false, r->full + r->at);
+        copy_piece(to, input.bytes + row * ROW_BYTES, ROWS * ROW_BYTES, false, r->full + r->at);
+        copy_piece(to + ROWS * ROW_BYTES, weights + (size_t)unit * unit_bytes(TYPE),
+                   unit_bytes(TYPE), false, r->full + r->at);
         copies_sent(r->full + r->at);
     }
 }
@@ -1088,7 +1095,7 @@ static inline __host__ __device__ int squares_bytes(const struct product &p, int
 template <int TYPE, int ROWS>
 DEVICE void produce_generated(const struct product &p, struct ring r, float *squares) {
     const struct segments &segments = p.matrix.segments;
-    const int lane = (int)threadIdx.x % WARP, n_units = p.matrix.n_units;
+    const int n_units = p.matrix.n_units;
     const struct share s = find_share(p);
     auto unit_of = [&](int item) {  // of all panels' units
         return item / s.n_groups * n_units + segments.unit[item % s.n_groups * p.grain];
@@ -1101,15 +1108,15 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
     } at = {r, p.matrix.packed + (size_t)begin * unit_bytes(TYPE), begin % n_units};
     const auto start = at;
     auto ask = [&](bool weights, bool rows) {  // and goes on to the next unit
-        size_t row = (size_t)at.unit * p.input.n_rows + p.first_row;
+        const size_t row = (size_t)at.unit * p.input.n_rows + p.first_row;
         uint8_t *to = wait_empty(at.r);
-        uint32_t bytes = lane == 0 && rows ? ROWS * ROW_BYTES : 0;
-        copy_pieces(lane == 0 ? to : to + ROWS * ROW_BYTES,
-                    lane == 0 ? p.input.bytes + row * ROW_BYTES : at.from,
-                    lane == 1 && weights ? unit_bytes(TYPE) : bytes, lane == 1,
-                    at.r.full + at.r.at);
-        if (rows)
+        if (weights)
+            copy_piece(to + ROWS * ROW_BYTES, at.from, unit_bytes(TYPE), true, at.r.full + at.r.at);
+        if (rows) {
+            copy_piece(to, p.input.bytes + row * ROW_BYTES, ROWS * ROW_BYTES, false,
+                       at.r.full + at.r.at);
             copies_sent(at.r.full + at.r.at);
+        }
         next_stage(&at.r);
         at.from += unit_bytes(TYPE);
         at.unit = at.unit + 1 < n_units ? at.unit + 1 : 0;
@@ -1120,8 +1127,8 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
         ask(true, false);
     grid_wait();
     copies_see_stores();
-    copy_pieces(squares, p.rows.squares + (size_t)p.first_row * p.rows.n_tiles,
-                lane == 0 ? squares_bytes(p, ROWS) : 0, false, r.once);
+    copy_piece(squares, p.rows.squares + (size_t)p.first_row * p.rows.n_tiles,
+               squares_bytes(p, ROWS), false, r.once);
     copies_sent(r.once);
     at = start;
     for (int i = 0; i < n; i++)
@@ -1130,55 +1137,53 @@ DEVICE void produce_generated(const struct product &p, struct ring r, float *squ
         grid_launch_dependents();
 }
 
-/* sum (a tile of 16 outputs, ROWS rows) += a unit. On Hopper the last products still go on when it
- * returns, and read a[1]; those of the call before are done. */
-template <int TYPE, int ROWS, int M>
-DEVICE void multiply_unit(const uint8_t *rows, const uint8_t *weights, int tile,
-                          uint32_t (&a)[M][2][4], float (&sum)[ROWS / 2]) {
+/* sum (a tile of 16 outputs, ROWS rows) += a unit. Of many rows the last products still go on when
+ * it returns, on Hopper, and read a[1]; those of the call before are done. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_unit(const uint8_t *rows, int tile, uint32_t (&a)[2][2][4],
+                          float (&sum)[ROWS / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            load_scaled<TYPE>(weights, tile, half * 2 + i, (int)threadIdx.x % WARP, a[half][i]);
-        wgmma_begin();
+            load_scaled<TYPE>(rows + ROWS * ROW_BYTES, tile, half * 2 + i, (int)threadIdx.x % WARP,
+                              a[half][i]);
+        if (ROWS > FEW_COLUMNS)
+            wgmma_begin();
         multiply_rows<ROWS>(sum, a[half][0], rows, half * 2, true);
         multiply_rows<ROWS>(sum, a[half][1], rows, half * 2 + 1, true);
-        wgmma_commit();
-        wgmma_wait<1>(); /* those before, which read the other half of a */
+        if (ROWS > FEW_COLUMNS)
+            wgmma_commit(), wgmma_wait<1>(); /* those before, which read the other half of a */
     }
 }
 
-/* The same of quantized generated rows and UNITS stages: numbers are multiplied, 32 k at a time,
- * and while the next are, their sums by the scale. */
-template <int TYPE, int ROWS, int UNITS, int M>
-DEVICE void multiply_numbers(const uint8_t *const rows[UNITS], int warp, uint32_t (&a)[M][2][4],
-                             float (&sum)[ROWS / 2]) {
-    constexpr int COLUMNS = ROWS > 32 ? 32 : ROWS, PARTS = ROWS / COLUMNS, N = UNITS * 2 * PARTS;
-    uint32_t scale[UNITS * 2];
-    float part[2][COLUMNS / 2];
+/* The same of quantized generated rows: numbers are multiplied, 32 k at a time, and their sums by
+ * the scale. */
+template <int TYPE, int ROWS>
+DEVICE void multiply_numbers(const uint8_t *rows, int tile, float (&sum)[ROWS / 2]) {
+    uint32_t a[2][2][4], scale[2];
+    float part[2][ROWS / 2];
 #pragma unroll
-    for (int i = 0; i < UNITS * 4; i++)
-        load_operand<TYPE>(rows[i / 4] + ROWS * ROW_BYTES, warp, i % 4, (int)threadIdx.x % WARP,
+    for (int i = 0; i < 4; i++)
+        load_operand<TYPE>(rows + ROWS * ROW_BYTES, tile, i, (int)threadIdx.x % WARP,
                            a[i / 2][i % 2], &scale[i / 2]);
 #pragma unroll
-    for (int i = 0; i <= N; i++) {
-        if (i < N) {
-            const int half = i / PARTS;
-            const uint8_t *own = rows[half / 2] + i % PARTS * COLUMNS * ROW_BYTES;
+    for (int half = 0; half < 2; half++) {
+        if (ROWS > FEW_COLUMNS)
             wgmma_begin();
-            multiply_rows<COLUMNS>(part[i % 2], a[half][0], own, half % 2 * 2, false);
-            multiply_rows<COLUMNS>(part[i % 2], a[half][1], own, half % 2 * 2 + 1, true);
+        multiply_rows<ROWS>(part[half], a[half][0], rows, half * 2, false);
+        multiply_rows<ROWS>(part[half], a[half][1], rows, half * 2 + 1, true);
+        if (ROWS > FEW_COLUMNS)
             wgmma_commit();
-        }
-        if (i == 0)
-            continue;
-        i < N ? wgmma_wait<1>() : wgmma_wait<0>(); /* for those of i - 1 */
-        const uint32_t both = scale[(i - 1) / PARTS];
-        const float low = scale_to_float(TYPE, both), high = scale_to_float(TYPE, both >> 16);
-        float *own = sum + (i - 1) % PARTS * (COLUMNS / 2);
+    }
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 2; j++)
-            own[j] = fmaf(part[(i - 1) % 2][j], j % 4 < 2 ? low : high, own[j]);
+    for (int half = 0; half < 2; half++) {
+        if (ROWS > FEW_COLUMNS)
+            half == 0 ? wgmma_wait<1>() : wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < ROWS / 2; i++)
+            sum[i] =
+                fmaf(part[half][i], scale_to_float(TYPE, scale[half] >> i % 4 / 2 * 16), sum[i]);
     }
 }
 
@@ -1248,28 +1253,19 @@ DEVICE void add_shared_sums(const struct product &p, struct corner at, int owner
 }
 
 /* sum = all n units of a segment. first: none has been multiplied before. */
-template <int TYPE, int ROWS, int N>
-DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, uint32_t (&a)[N][2][4],
-                             float (&sum)[ROWS / 2]) {
+template <int TYPE, int ROWS>
+DEVICE void multiply_segment(struct ring *r, int n, int warp, bool *first, float (&sum)[ROWS / 2]) {
+    uint32_t a[2][2][4];
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++)
         sum[i] = 0.0f;
-    for (int done; n > 0; n -= done) {
-        const uint8_t *rows[N / 2];
-        struct ring ahead = *r;
-        done = n < N / 2 ? 1 : N / 2;
-#pragma unroll
-        for (int i = 0; i < N / 2; i++, next_stage(&ahead))
-            if (i < done)
-                rows[i] = wait_full(ahead);
+    for (; n > 0; n--, *first = false) {
+        const uint8_t *rows = wait_full(*r);
         if constexpr (TYPE == PACKED_BF16)
-            multiply_unit<TYPE, ROWS>(rows[0], rows[0] + ROWS * ROW_BYTES, warp, a, sum);
-        else if (done == N / 2)
-            multiply_numbers<TYPE, ROWS, N / 2>(rows, warp, a, sum);
+            multiply_unit<TYPE, ROWS>(rows, warp, a, sum);
         else
-            multiply_numbers<TYPE, ROWS, 1>(rows, warp, a, sum);
-        for (int i = 0; i < done; i++, *first = false)
-            advance(r, *first);
+            multiply_numbers<TYPE, ROWS>(rows, warp, sum);
+        advance(r, *first);
     }
     wgmma_wait<0>();
 }
@@ -1298,9 +1294,6 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
     float *scales = reinterpret_cast<float *>(last + 1);
     struct added added;
     grid_wait();
-    /* at a time: of few quantized rows several, or each would wait for the one before */
-    constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : ROWS > 8 ? 2 : 4;
-    uint32_t a[UNITS * 2][2][4];
     bool first = true;
     for (int item = s.begin, n_items; item < s.end; item += n_items) {
         const int group = item % s.n_groups, n_all = p.matrix.n_panels * s.n_groups;
@@ -1314,13 +1307,13 @@ __global__ void __launch_bounds__(FED_THREADS, 1) generated_product_kernel(const
                               : (p.grain > 1) + (p.grain > 2);
         alignas(16) float sum[ROWS / 2];
         if (ROWS <= NORMED_ROWS && p.next_norm)
-            for_wanted<ROWS / 8>(p, at, [&](int i, int, int output, size_t offset) {
-                added.x[i] = p.out[offset];
+            for_wanted<ROWS / 8>(p, at, p.out, [&](int i, int, int output, const float *from) {
+                added.x[i] = *from;
                 added.weight[i % 4 / 2] = p.next_norm[output];
             });
         for (int i = group * p.grain; i < (group + n_items) * p.grain; i++) {
             multiply_segment<TYPE, ROWS>(&r, segments.unit[i + 1] - segments.unit[i], warp, &first,
-                                         a, sum);
+                                         sum);
             if (!add_siblings(i, top, sum, kept) || whole)
                 continue;
 #pragma unroll
@@ -1388,10 +1381,9 @@ DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
 template <int TYPE>
 DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint32_t (&a)[2][2][4],
                                  float (&sum)[WARP_SUMS * 4]) {
-    const uint8_t *weights = rows + TILE_ROWS * ROW_BYTES;
 #ifdef HOPPER
     (void)n_rows;
-    multiply_unit<TYPE, TILE_ROWS>(rows, weights, warp, a, sum);
+    multiply_unit<TYPE, TILE_ROWS>(rows, warp, a, sum);
 #else
     const int lane = (int)threadIdx.x % WARP;
     (void)a;
@@ -1400,7 +1392,8 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint
         uint32_t w[WARP_TILES][4], b[4];
 #pragma unroll
         for (int tile = 0; tile < WARP_TILES; tile++)
-            load_scaled<TYPE>(weights, tile_of(warp, tile * WARP_GROUPS), i, lane, w[tile]);
+            load_scaled<TYPE>(rows + TILE_ROWS * ROW_BYTES, tile_of(warp, tile * WARP_GROUPS), i,
+                              lane, w[tile]);
 #pragma unroll
         for (int j = 0; j < WARP_GROUPS; j += 2) { /* 16 rows */
             if (row_of(warp, j) >= n_rows)
@@ -1437,9 +1430,8 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
         if constexpr (EPILOGUE == GO_ON)
 #pragma unroll
             for (int i = 0; i < WARP_SUMS; i += 2) {
-                for_wanted<2>(p, corner_of(i), [&](int k, int, int, size_t offset) {
-                    sum[i * 4 + k] = p.initial[offset];
-                });
+                for_wanted<2>(p, corner_of(i), p.initial,
+                              [&](int k, int, int, const float *from) { sum[i * 4 + k] = *from; });
                 __syncwarp(); /* as above */
             }
         for (int unit = 0; unit < n_units; unit++, first = false) {
@@ -1459,7 +1451,6 @@ DEVICE void multiply_prompts(const struct product &p, struct ring r) {
 template <int TYPE, int EPILOGUE>
 __global__ void __launch_bounds__(PROMPT_THREADS, 1) prompt_product_kernel(const struct product p) {
     DYNAMIC_SHARED(uint8_t, shared);
-    grid_launch_dependents();
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROW_TILE), 0, CONSUMERS);
     if (threadIdx.x < CONSUMERS * WARP) {
         take_registers<232>();
@@ -1496,8 +1487,6 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
     struct ring r = open_ring(shared, p.n_stages, stage_bytes(TYPE, ROWS), 0, CONSUMERS);
     const int warp = (int)threadIdx.x / WARP;
     const int n_panels = p.matrix.n_panels, n_units = p.matrix.n_units;
-    constexpr int UNITS = TYPE == PACKED_BF16 || ROWS > 16 ? 1 : 4; /* as generated rows have it */
-    uint32_t a[UNITS * 2][2][4];
     bool first = true;
     grid_wait();
     copies_see_stores();
@@ -1511,7 +1500,7 @@ __global__ void __launch_bounds__(FED_THREADS, 1) expert_product_kernel(const st
             continue;
         }
         alignas(16) float sum[ROWS / 2];
-        multiply_segment<TYPE, ROWS>(&r, n_units, warp, &first, a, sum);
+        multiply_segment<TYPE, ROWS>(&r, n_units, warp, &first, sum);
         const struct corner at = {panel * (PANEL / TILE) + warp, e.first, e.first, e.end,
                                   (p.matrix.first_expert + e.expert) * p.matrix.n_outputs};
         finish<EPILOGUE, ROWS / 8>(p, at, sum, NULL, NULL);
@@ -1579,18 +1568,22 @@ static void launch_generated(struct cuda_device *d, struct product p) {
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
- * on to further tiles; where several devices share the GPU each has one, so that others get in. */
+ * on to further tiles; where several devices share the GPU each has one, so that others get in.
+ * They begin together, on an empty chip: so those that read the same weights or rows are neighbours
+ * and keep step, and L2 answers them together (see copy_piece). */
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
         int blocks = d->card->properties.multiProcessorCount;
         int n = divide(p.first_row % 8 + p.n_rows, ROW_TILE) * p.matrix.n_panels;
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
+        d->gpu.alone = true;
         launch_fed(d, "prompt_product_kernel",
                    p.initial ? prompt_product_kernel<TYPE, GOES_ON>
                              : prompt_product_kernel<TYPE, EPILOGUE>,
                    d->card->n_devices > 1 ? n : smaller(n, blocks), PROMPT_THREADS,
                    stage_bytes(TYPE, ROW_TILE), 0, MAX_STAGES, p);
+        d->gpu.alone = false;
     }
     int most = rows_at_once(d);
     for (p.first_row = 0; p.first_row < n_generated; p.first_row += most) {
@@ -3001,7 +2994,7 @@ static void draw_tokens(struct cuda_device *d, int first, int n) {
 
 /* What samples [first, first + n), the last that were drawn, ask for of their logits. */
 static void read_tops(struct cuda_device *d, int first, int n) {
-    int vocab = d->device.config->vocab_size, token;
+    const int vocab = d->device.config->vocab_size;
     float *logits = NULL;
     cudaStream_t stream = d->streams[STREAM_COMPUTE];
     for (int i = 0; i < n && d->top; i++) {
@@ -3010,11 +3003,9 @@ static void read_tops(struct cuda_device *d, int first, int n) {
         logits = logits ? logits : (float *)grow(NULL, 0, (size_t)vocab * sizeof *logits);
         TRY(d, cudaMemcpyAsync(logits, d->logits + (size_t)i * d->logits_stride,
                                (size_t)vocab * sizeof *logits, cudaMemcpyDeviceToHost, stream));
-        TRY(d, cudaMemcpyAsync(&token, d->sampled + first + i, sizeof token, cudaMemcpyDeviceToHost,
-                               stream));
         TRY(d, cudaStreamSynchronize(stream));
-        if (token >= 0)
-            sampler_top(logits, vocab, token, d->top[first + i]);
+        if (d->sampled[first + i] >= 0)
+            sampler_top(logits, vocab, d->sampled[first + i], d->top[first + i]);
     }
     free(logits);
 }
@@ -3183,13 +3174,10 @@ static void cuda_step_end(struct device *device, int *sampled) {
         d->recording = 0;
     }
     __atomic_fetch_add(&d->cuda->backend.kernel_launches, d->gpu.n_launches, __ATOMIC_RELAXED);
-    size_t bytes = (size_t)d->n_sampled * sizeof *sampled;
-    if (sampled && bytes > 0)
-        TRY(d, cudaMemcpyAsync(d->sampled_host, d->sampled, bytes, cudaMemcpyDeviceToHost, stream));
     TRY(d, cudaStreamSynchronize(stream));
     if (!sampled)
         return;
-    memcpy(sampled, d->sampled_host, bytes);
+    memcpy(sampled, d->sampled, (size_t)d->n_sampled * sizeof *sampled);
     int last = d->n_sampled > 0 ? (d->n_sampled - 1) / LOGIT_ROWS * LOGIT_ROWS : 0;
     read_tops(d, last, d->n_sampled - last);
 }
@@ -3388,12 +3376,11 @@ static bool allocate_activations(struct cuda_device *d) {
     take(&d->arrived, rows * (size_t)d->n_heads);
     take(&d->logits, logit_rows * (size_t)d->logits_stride);
     take(&d->sampler_rows, logit_rows);
-    take(&d->sampled, samples);
     take(&d->sums[0], rows * shared_x);
     take(&d->sums[1], rows * shared_x);
     take(&d->gathered, (rows + MAX_SHARDS) * shared_x);
-    ok = ok && cudaHostAlloc((void **)&d->sampled_host, samples * sizeof(int),
-                             cudaHostAllocPortable) == cudaSuccess;
+    ok = ok && cudaHostAlloc((void **)&d->sampled, samples * sizeof(int), cudaHostAllocPortable) ==
+                   cudaSuccess;
     if (ok)
         give_frequencies(d);
     return ok;
@@ -3456,7 +3443,7 @@ static void cuda_device_close(struct device *device) {
     TRY(d, cudaFree(d->step));
     TRY(d, cudaFree(d->partial));
     TRY(d, cudaFreeHost(d->step_host));
-    TRY(d, cudaFreeHost(d->sampled_host));
+    TRY(d, cudaFreeHost(d->sampled));
     d->card->n_devices--;
     free(d);
 }

@@ -109,8 +109,10 @@ DEVICE void barrier_arrive(uint64_t *barrier) {
 
 #if __CUDA_ARCH__ >= 900 /* may sleep for a while; older chips ask again and again */
 #define BARRIER_ASK "try_wait"
+enum { COPY_ARRIVALS = 1 };
 #else
 #define BARRIER_ASK "test_wait"
+enum { COPY_ARRIVALS = 32 };
 #endif
 DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
     uint32_t done, address = shared_address(barrier);
@@ -123,44 +125,58 @@ DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
     while (!done);
 }
 
-/* All 32 lanes call it, each with a piece of its own to copy from device to shared memory: `bytes`
- * (a multiple of 16, or 0: none) of 16-byte aligned memory. once: it is not to be read again soon.
- * The pieces arrive at the barrier some time after copies_sent, which all lanes call too: that is
- * copy_arrivals() arrivals there, and the phase does not end before the pieces are all there. */
-DEVICE int copy_arrivals() {
+/* From device to shared memory, by all 32 lanes: copy_piece one piece, which all name alike,
+ * copy_pieces one of each lane's own. A piece is `bytes` (a multiple of 16, or 0: none) of 16-byte
+ * aligned memory. once: it is not to be read again soon. (What many read must not be told so, nor
+ * anything else: L2 answers multiprocessors that ask for the same at the same time once for all,
+ * but each by itself where a copy has a hint, even if that is the default.) Pieces arrive at the
+ * barrier some time after copies_sent, which all lanes call too: that is COPY_ARRIVALS arrivals
+ * there, and the phase does not end before the pieces are all there. */
 #if __CUDA_ARCH__ >= 900
-    return 1;
+DEVICE void bulk_copy(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
+    const uint32_t target = shared_address(to), arrival = shared_address(barrier);
+    if (bytes == 0)
+        return;
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(arrival),
+                 "r"(bytes)
+                 : "memory");
+    if (once) {
+        uint64_t policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
+                     "l"(from), "r"(bytes), "r"(arrival), "l"(policy)
+                     : "memory");
+    } else
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1], %2, [%3];" ::"r"(target),
+                     "l"(from), "r"(bytes), "r"(arrival)
+                     : "memory");
+}
+#endif
+
+DEVICE void copy_piece(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0)
+        bulk_copy(to, from, bytes, once, barrier);
 #else
-    return 32;
+    (void)once, (void)barrier;
+    for (uint32_t at = threadIdx.x % 32 * 16; at < bytes; at += 32 * 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + at),
+                     "l"((const char *)from + at)
+                     : "memory");
 #endif
 }
 
 DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
 #if __CUDA_ARCH__ >= 900
-    uint64_t soon, normal;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(soon));
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-    if (bytes == 0)
-        return;
-    asm volatile(
-        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once ? soon : normal)
-                 : "memory");
+    bulk_copy(to, from, bytes, once, barrier);
 #else
-    (void)once, (void)barrier;
     for (uint32_t left = __ballot_sync(0xffffffffu, bytes > 0); left; left &= left - 1) {
-        int lane = __ffs((int)left) - 1; /* all lanes copy its piece */
-        uint32_t n = __shfl_sync(0xffffffffu, bytes, lane);
-        uint32_t target = __shfl_sync(0xffffffffu, shared_address(to), lane);
-        const char *source = (const char *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane);
-        for (uint32_t at = threadIdx.x % 32 * 16; at < n; at += 32 * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + at),
-                         "l"(source + at)
-                         : "memory");
+        const int lane = __ffs((int)left) - 1;
+        copy_piece((void *)__shfl_sync(0xffffffffu, (unsigned long long)to, lane),
+                   (const void *)__shfl_sync(0xffffffffu, (unsigned long long)from, lane),
+                   __shfl_sync(0xffffffffu, bytes, lane), once, barrier);
     }
 #endif
 }
@@ -319,8 +335,6 @@ DEVICE void wgmma_sees_stores() {
 /* adds: to what the sum is; else it begins at 0. TRANSPOSED 1: b is of wgmma_columns. */
 template <int COLUMNS, int TRANSPOSED = 0>
 DEVICE void wgmma(float (&sum)[COLUMNS / 2], const uint32_t a[4], uint64_t b, bool adds) {
-    WGMMA(8, 0, WGMMA_4, "%4, %5, %6, %7", "%8", "%9", WGMMA_F4(0));
-    WGMMA(16, 0, WGMMA_8, "%8, %9, %10, %11", "%12", "%13", WGMMA_F8(0));
     WGMMA(32, 0, WGMMA_16, "%16, %17, %18, %19", "%20", "%21", WGMMA_F16(0));
     WGMMA(64, 0, WGMMA_32, "%32, %33, %34, %35", "%36", "%37", WGMMA_F32(0));
     WGMMA(64, 1, WGMMA_32, "%32, %33, %34, %35", "%36", "%37", WGMMA_F32(0));
@@ -371,13 +385,16 @@ DEVICE void wgmma_sees_stores() {}
 #endif
 
 /* sum (16 rows of a warp, COLUMNS) += a . b of 16 k, or = where not `adds`: the same registers on
- * every chip. rows: COLUMNS of b as wgmma_rows has them; k 16 i to 16 i + 15 of their 64. */
+ * every chip. rows: COLUMNS of b as wgmma_rows has them; k 16 i to 16 i + 15 of their 64. Up to
+ * FEW_COLUMNS each warp multiplies for itself on Hopper, too: so none waits for others. */
+enum { FEW_COLUMNS = 16 };
 template <int COLUMNS>
 DEVICE void multiply_rows(float (&sum)[COLUMNS / 2], const uint32_t a[4], const uint8_t *rows,
                           int i, bool adds) {
 #ifdef HOPPER
-    wgmma<COLUMNS>(sum, a, wgmma_rows(rows) + 2 * i, adds);
-#else
+    if constexpr (COLUMNS > FEW_COLUMNS)
+        return wgmma<COLUMNS>(sum, a, wgmma_rows(rows) + 2 * i, adds);
+#endif
     const int lane = (int)threadIdx.x % 32;
     uint32_t b[4]; /* of 16 columns, or of the last 8 twice */
     for (int j = 0; j < COLUMNS / 8; j++) {
@@ -388,7 +405,6 @@ DEVICE void multiply_rows(float (&sum)[COLUMNS / 2], const uint32_t a[4], const 
             sum[j * 4 + e] = 0.0f;
         mma_bf16(&sum[j * 4], a, b + j % 2 * 2);
     }
-#endif
 }
 
 /* ---- the host's side ---- */
@@ -407,6 +423,7 @@ struct gpu {             /* the first part is the caller's to fill in */
         void *context); /* a fault has been told; NULL, or if it returns: the program ends */
     void *context;
     const char *doing;   /* for messages */
+    bool alone;          /* what is launched begins when all before it has ended */
     uint64_t n_launches; /* counts gpu_launch; the caller may set it */
     void *pieces[GPU_PIECES];
     int n_pieces;
@@ -479,7 +496,7 @@ static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Paramet
     config.dynamicSmemBytes = shared;
     config.stream = gpu->stream;
     config.attrs = &overlap;
-    config.numAttrs = gpu->properties->major >= 9;
+    config.numAttrs = gpu->properties->major >= 9 && !gpu->alone;
     emu_next_kernel(name);
     GPU_TRY(gpu, cudaSetDevice(gpu->index));
     const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;

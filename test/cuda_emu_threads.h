@@ -977,9 +977,7 @@ void barrier_wait(uint64_t *barrier, uint32_t parity) {
     EMU_TSAN(__tsan_acquire((char *)b + parity);)
 }
 
-static inline int copy_arrivals(void) {
-    return 1;
-}
+enum { COPY_ARRIVALS = 1 };
 
 /* The first copy is for the sanitizers, who take it for this thread's; then the target is garbage,
  * until the piece lands (emu_land). */
@@ -1002,6 +1000,10 @@ void copy_pieces(void *to, const void *from, uint32_t bytes, bool, uint64_t *bar
     if (bytes > 0)
         emu_send_piece(to, from, bytes, b);
     emu_warp_op(EMU_COPY_PIECES, 0xFFFFFFFF, 0, 0);
+}
+
+void copy_piece(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
+    copy_pieces(to, from, emu.current->lane == 0 ? bytes : 0, once, barrier);
 }
 
 void copies_sent(uint64_t *barrier) {

@@ -451,7 +451,7 @@ static __global__ void pieces_kernel(const int *from, int *early, int *out) {
     uint64_t *barrier = reinterpret_cast<uint64_t *>(shared + 128);
     int *own = shared + threadIdx.x * 4;
     if (threadIdx.x == 0) {
-        barrier_init(barrier, copy_arrivals());
+        barrier_init(barrier, COPY_ARRIVALS);
         barriers_ready();
     }
     __syncthreads();
@@ -492,7 +492,7 @@ static __global__ void ring_kernel(const int *from, int *out, int wrong) {
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + STAGES * STAGE), *empty = full + STAGES;
     int thread = (int)threadIdx.x;
     if (thread < STAGES) {
-        barrier_init(&full[thread], copy_arrivals());
+        barrier_init(&full[thread], COPY_ARRIVALS);
         barrier_init(&empty[thread], CONSUMERS);
         barriers_ready();
     }
