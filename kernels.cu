@@ -195,10 +195,9 @@ struct planes {
     int n_rows;
 };
 
-DEVICE uint16_t *plane_element(const struct planes &p, int row, int k) {
-    const uint32_t at = (uint32_t)k, own = (uint32_t)row;
-    const uint32_t chunk = (at / UNIT * (uint32_t)p.n_rows + own) * 8 + (at / 8 % 8 ^ own % 8);
-    return reinterpret_cast<uint16_t *>(p.bytes + (size_t)chunk * 16) + at % 8;
+DEVICE uint16_t *plane_element(const struct planes &p, uint32_t row, uint32_t k) {
+    const uint32_t chunk = (k / UNIT * (uint32_t)p.n_rows + row) * 8 + (k / 8 % 8 ^ row % 8);
+    return reinterpret_cast<uint16_t *>(p.bytes + (size_t)chunk * 16) + k % 8;
 }
 
 /* ---- a warp's operands: a tile of a unit, 4 fragments ---- */
