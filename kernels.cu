@@ -1376,7 +1376,7 @@ DEVICE int row_of(int warp, int i) { /* and the first of 8 rows of the block */
     return (warp / (CONSUMERS / WARP_TILES) * WARP_GROUPS + i % WARP_GROUPS) * 8;
 }
 
-/* sum += a unit. Where each warp multiplies for itself, rows from n_rows on are left out. */
+/* sum += a unit. Where each warp multiplies for itself, one without any of n_rows does nothing. */
 template <int TYPE>
 DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint32_t (&a)[2][2][4],
                                  float (&sum)[WARP_SUMS * 4]) {
@@ -1386,6 +1386,8 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint
 #else
     const int lane = (int)threadIdx.x % WARP;
     (void)a;
+    if (row_of(warp, 0) >= n_rows)
+        return;
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* fragments */
         uint32_t w[WARP_TILES][4], b[4];
@@ -1395,8 +1397,6 @@ DEVICE void multiply_prompt_unit(const uint8_t *rows, int n_rows, int warp, uint
                               lane, w[tile]);
 #pragma unroll
         for (int j = 0; j < WARP_GROUPS; j += 2) { /* 16 rows */
-            if (row_of(warp, j) >= n_rows)
-                break;
             load_matrices(b, rows + (row_of(warp, j) + lane / 16 * 8 + lane % 8) * ROW_BYTES +
                                  ((i * 2 + lane / 8 % 2) ^ lane % 8) * 16);
 #pragma unroll

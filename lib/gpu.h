@@ -135,8 +135,6 @@ DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
 DEVICE void bulk_copy(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
     const uint32_t target = shared_address(to), arrival = shared_address(barrier);
-    if (bytes == 0)
-        return;
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(arrival),
                  "r"(bytes)
                  : "memory");
@@ -157,7 +155,7 @@ DEVICE void bulk_copy(void *to, const void *from, uint32_t bytes, bool once, uin
 
 DEVICE void copy_piece(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0)
+    if (bytes > 0 && threadIdx.x % 32 == 0)
         bulk_copy(to, from, bytes, once, barrier);
 #else
     (void)once, (void)barrier;
@@ -170,7 +168,8 @@ DEVICE void copy_piece(void *to, const void *from, uint32_t bytes, bool once, ui
 
 DEVICE void copy_pieces(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
 #if __CUDA_ARCH__ >= 900
-    bulk_copy(to, from, bytes, once, barrier);
+    if (bytes > 0)
+        bulk_copy(to, from, bytes, once, barrier);
 #else
     for (uint32_t left = __ballot_sync(0xffffffffu, bytes > 0); left; left &= left - 1) {
         const int lane = __ffs((int)left) - 1;
@@ -500,8 +499,9 @@ static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Paramet
     emu_next_kernel(name);
     GPU_TRY(gpu, cudaSetDevice(gpu->index));
     const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (shared > 48 << 10) /* more than that must be asked for */
-        gpu_check(gpu, cudaFuncSetAttribute(kernel, most, (int)shared), name, __FILE__, __LINE__);
+    const int all = (int)gpu->properties->sharedMemPerBlockOptin;
+    if (shared > 48 << 10) /* must be asked for, and by all who launch the kernel alike */
+        gpu_check(gpu, cudaFuncSetAttribute(kernel, most, all), name, __FILE__, __LINE__);
     gpu_check(gpu, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, __FILE__,
               __LINE__);
     gpu->n_launches++;

@@ -884,6 +884,60 @@ static void faults(struct check *check) {
 }
 #endif
 
+/* Two threads, each with a device of its own on one GPU, launch one kernel with more and with less
+ * shared memory: what it may have belongs to the kernel, not to who launches it. */
+struct launcher {
+    struct gpu gpu;
+    int bytes;
+    bool lost;
+};
+
+__global__ void store_last_kernel(int bytes) {
+    DYNAMIC_SHARED(char, shared);
+    grid_wait();
+    shared[bytes - 1] = 1;
+}
+
+static void give_up(void *launcher) {
+    ((struct launcher *)launcher)->lost = true;
+    pthread_exit(NULL);
+}
+
+static void *launch_often(void *argument) {
+    struct launcher *l = (struct launcher *)argument;
+    gpu_enter(&l->gpu, "launching");
+    for (int i = 0; i < (EMULATED ? 200 : 5000); i++) {
+        gpu_launch(&l->gpu, "store_last_kernel", store_last_kernel, 1, WARP, (size_t)l->bytes,
+                   l->bytes);
+        GPU_TRY(&l->gpu, cudaStreamSynchronize(l->gpu.stream));
+    }
+    return NULL;
+}
+
+static void launches_of_two_threads(struct check *check) {
+    cudaDeviceProp properties;
+    struct launcher launchers[2] = {};
+    pthread_t threads[2];
+    CHECK(cudaGetDeviceProperties(&properties, 0) == cudaSuccess, "no properties");
+    for (int i = 0; i < 2; i++) {
+        struct launcher *l = &launchers[i];
+        l->gpu.program = "test_cuda";
+        l->gpu.properties = &properties;
+        l->gpu.lost = give_up;
+        l->gpu.context = l;
+        l->bytes = (i + 1) * 49 << 10;
+        CHECK(cudaStreamCreateWithPriority(&l->gpu.stream, cudaStreamNonBlocking, 0) == cudaSuccess,
+              "no stream");
+    }
+    for (int i = 0; i < 2; i++)
+        CHECK(!pthread_create(&threads[i], NULL, launch_often, &launchers[i]), "no thread");
+    for (int i = 0; i < 2; i++) {
+        (void)pthread_join(threads[i], NULL);
+        (void)cudaStreamDestroy(launchers[i].gpu.stream);
+        CHECK(!launchers[i].lost, "%d KB: a launch failed", launchers[i].bytes >> 10);
+    }
+}
+
 int main(int argc, char **argv) {
     static const struct test tests[] = {
         OP_TESTS,
@@ -893,6 +947,7 @@ int main(int argc, char **argv) {
         {"memory_that_stays_pageable", memory_that_stays_pageable},
         {"refused_devices", refused_devices},
         {"no_gpu", no_gpu},
+        {"launches_of_two_threads", launches_of_two_threads},
 #ifdef CUDA_EMULATED
         {"memory_that_is_missing", memory_that_is_missing},
         {"models_that_do_not_fit", models_that_do_not_fit},
