@@ -1568,8 +1568,8 @@ static void launch_generated(struct cuda_device *d, struct product p) {
 
 /* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
  * on to further tiles; where several devices share the GPU each has one, so that others get in.
- * They begin together, on an empty chip: so those that read the same weights or rows are neighbours
- * and keep step, and L2 answers them together (see copy_piece). */
+ * They begin together, on an empty chip: so those that read the same weights or rows are
+ * neighbours, and L2 may answer them together (see copy_piece). */
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {

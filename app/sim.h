@@ -91,7 +91,7 @@ void sim_close(struct sim *sim);
  * 2250 and 4500 dense, NVLink 1800); A100 SXM 80 GB (2.04 TB/s, 312, no FP8, NVLink 600, PCIe 4);
  * L40S (48 GB, 864 GB/s, 362 and 733 dense, no NVLink, PCIe 4). A node as in a DGX of its time: 400
  * Gb/s of InfiniBand a GPU (A100: 200), 2 TB of host memory; the L40S in a server with 200 and 1
- * TB. Measured, all on an H100 (test/SPEED.md): a pinned copy 55 of PCIe's 64 GB/s, likewise half
+ * TB. Measured, all on an H100 (commit f79dd72): a pinned copy 55 of PCIe's 64 GB/s, likewise half
  * of that by PCIe 4; decode of Llama-3.1-8B at 176 tokens/s with one stream, which is 0.9 of `read`
  * and 18 us a layer, and prefill of 8192 at 33,100, which is 0.55 of the peak: the others are taken
  * to reach as much; on one chip a decode step beside a prefill step takes 2.5 times as long (and

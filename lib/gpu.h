@@ -127,9 +127,9 @@ DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
 
 /* From device to shared memory, by all 32 lanes: copy_piece one piece, which all name alike,
  * copy_pieces one of each lane's own. A piece is `bytes` (a multiple of 16, or 0: none) of 16-byte
- * aligned memory. once: it is not to be read again soon. (What many read must not be told so, nor
- * anything else: L2 answers multiprocessors that ask for the same at the same time once for all,
- * but each by itself where a copy has a hint, even if that is the default.) Pieces arrive at the
+ * aligned memory. once: it is not to be read again soon. (What many read has no hint at all: even
+ * the default's, said aloud, made products of prompts a fifth slower, as if L2 then answered each
+ * multiprocessor by itself that asks for the same at the same time.) Pieces arrive at the
  * barrier some time after copies_sent, which all lanes call too: that is COPY_ARRIVALS arrivals
  * there, and the phase does not end before the pieces are all there. */
 #if __CUDA_ARCH__ >= 900

@@ -7,7 +7,8 @@
 #   build      the program, the tests and the benchmark, for this machine's GPU
 #   kernels    make gpu-test: every op against float64, then products and attention once more by the
 #              portable twin of what Hopper alone can do (ARCH=sm_90)
-#   sanitize   some of those tests under compute-sanitizer: memory, races, barriers, unwritten memory
+#   sanitize   some of those tests under compute-sanitizer: memory, barriers, unwritten memory; races
+#              of what has no ring
 #   schedules  the same text in every schedule, on all GPUs; one stands for those that are not there
 #   floors     what PyTorch reaches (test/floors.py)
 #   bench      what the backend reaches, beside the floors (test/bench_cuda.cu)
