@@ -785,7 +785,8 @@ static const struct weight *cuda_upload(struct device *device, const struct tens
  * In both, one warp of a block asks for weights and rows, unit after unit, into a ring of *stages*
  * in shared memory, as far ahead as there is room; the other eight multiply. The weights are the
  * 16-row operand (a) and the rows the 8-column one (b). On Hopper four warps multiply many rows
- * together (wgmma), elsewhere each for itself: the same sums in the same registers.
+ * together (wgmma); few rows, and elsewhere all, each warp for itself (mma.sync): the same sums in
+ * the same registers, to the bit, for a row must not depend on how many there are.
  *
  * Rows are planes, outputs f32 (n_rows, out_stride), but for the FFN's, which are the next input.
  * The twin of lib/matmul.h. */
@@ -893,12 +894,11 @@ DEVICE float activate(int activation, float gate, float up) {
  * e / 2 * 8 and row 8 j + 2 quad + e % 2. */
 struct corner {
     int tile, row;          /* the first of the rows */
-    int begin_row, end_row; /* those that are wanted */
+    int begin_row, end_row; /* those that are wanted; it ends behind its begin, or there */
     int first_bias;         /* of an expert: of those of all experts */
 };
 
-/* Calls act(i, row, output, where it is in `rows`, as wide as out) for those sum[i] that are
- * wanted. */
+/* Calls act(i, row, output, its place in `rows`, as wide as out) for the sum[i] that are wanted. */
 template <int N, typename T, typename Act>
 DEVICE void for_wanted(const struct product &p, const struct corner &at, T *rows, Act act) {
     const int first = at.row + (int)threadIdx.x % 4 * 2;
@@ -943,7 +943,7 @@ DEVICE void add_normed(const struct product &p, const struct corner &at, const f
 
 /* What is done with the sums. All lanes of a warp call it. A sum is added to what is there by an
  * atomic addition because that waits for nothing; nobody else adds there. scales: shared, of
- * generated rows from first_row on, and added; NULL: of prompts, which have none. */
+ * generated rows from first_row on, and added; NULL: others have none. */
 template <int EPILOGUE, int N>
 DEVICE void finish(const struct product &p, const struct corner &at, const float *sum,
                    const float *scales, const struct added *added) {
@@ -1156,8 +1156,7 @@ DEVICE void multiply_unit(const uint8_t *rows, int tile, uint32_t (&a)[2][2][4],
     }
 }
 
-/* The same of quantized generated rows: numbers are multiplied, 32 k at a time, and their sums by
- * the scale. */
+/* The same of quantized rows: numbers are multiplied, 32 k at a time, then sums by the scale. */
 template <int TYPE, int ROWS>
 DEVICE void multiply_numbers(const uint8_t *rows, int tile, float (&sum)[ROWS / 2]) {
     uint32_t a[2][2][4], scale[2];
@@ -1567,9 +1566,9 @@ static void launch_generated(struct cuda_device *d, struct product p) {
 }
 
 /* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
- * on to further tiles; where several devices share the GPU each has one, so that others get in.
- * They begin together, on an empty chip: so those that read the same weights or rows are
- * neighbours, and L2 may answer them together (see copy_piece). */
+ * on to further tiles; where several devices share the GPU each has one, so that others get in. Of
+ * one device they begin together, on an empty chip: so those that read the same weights or rows are
+ * neighbours (see copy_piece). */
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
@@ -2939,8 +2938,8 @@ static void cuda_expert_down_add(struct device *device, const struct weight *con
 
 /* ==== 8. Logits and samples ==== */
 
-/* One stage of drawing sampled[i] from the logits of sample i, from first_sample on; a block has
- * `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
+/* One stage of drawing sampled[i] (pinned) from the logits of sample i, from first_sample on; a
+ * block has `part` tokens of a row. rows: (gridDim.y), zero before and after all stages. */
 __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
     sample_kernel(const struct step_header *step, int stage, int first_sample, const float *logits,
                   int logits_stride, int n_vocab, int part, struct sampler_row *rows,
@@ -2970,6 +2969,7 @@ __global__ void __launch_bounds__(SAMPLER_THREADS, 2)
         sampler_race(d, &sampled[sample]);
 }
 
+static_assert(LOGIT_ROWS >= 8 * GRAPHS, "a recorded step has all its samples at once");
 /* Logits of samples [first, first + n) of the step, whose normed rows are in h. They take the
  * kernel of generated rows, whatever rows they are: there are few. */
 static void multiply_logits(struct cuda_device *d, const struct weight *output, int first, int n) {

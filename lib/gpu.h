@@ -28,7 +28,7 @@
  *     a[2]         row group,     k 2 quad + 8, 2 quad + 9        a[3]         row group + 8
  *     b[0]         column group,  k 2 quad, 2 quad + 1            b[1]         k 2 quad + 8, + 9
  * each a[i] and b[i] two bf16, the first in the low half (PTX ISA, "Matrix Fragments for
- * mma.m16n8k16"). On Hopper four warps multiply together, with b in shared memory: see wgmma. */
+ * mma.m16n8k16"). On Hopper four warps can multiply together, b in shared memory: see wgmma. */
 #ifndef GPU_H
 #define GPU_H
 #include <assert.h>
@@ -127,11 +127,11 @@ DEVICE void barrier_wait(uint64_t *barrier, uint32_t parity) {
 
 /* From device to shared memory, by all 32 lanes: copy_piece one piece, which all name alike,
  * copy_pieces one of each lane's own. A piece is `bytes` (a multiple of 16, or 0: none) of 16-byte
- * aligned memory. once: it is not to be read again soon. (What many read has no hint at all: even
- * the default's, said aloud, made products of prompts a fifth slower, as if L2 then answered each
- * multiprocessor by itself that asks for the same at the same time.) Pieces arrive at the
- * barrier some time after copies_sent, which all lanes call too: that is COPY_ARRIVALS arrivals
- * there, and the phase does not end before the pieces are all there. */
+ * aligned memory. once: it is not to be read again soon. (What products read often has no hint:
+ * even the default's made those of prompts a fifth slower, as if L2 then answered multiprocessors
+ * one by one that ask for the same.) Pieces arrive at the barrier some time after copies_sent,
+ * which all lanes call too: that is COPY_ARRIVALS arrivals there, and the phase does not end before
+ * the pieces are all there. */
 #if __CUDA_ARCH__ >= 900
 DEVICE void bulk_copy(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
     const uint32_t target = shared_address(to), arrival = shared_address(barrier);
@@ -191,7 +191,7 @@ DEVICE void copies_sent(uint64_t *barrier) {
 #endif
 }
 
-/* What other kernels stored is there for copy_pieces too: after grid_wait. */
+/* What other kernels stored is there for copies too: after grid_wait. */
 DEVICE void copies_see_stores() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.global;" ::: "memory");
@@ -344,7 +344,7 @@ DEVICE void wgmma(float (&sum)[COLUMNS / 2], const uint32_t a[4], uint64_t b, bo
 #endif
 
 /* Programmatic dependent launch: a kernel may start while the one before it still runs, and waits
- * here before it touches what that one writes. On older chips it starts afterwards. */
+ * here before it touches what that one writes. On older chips, or `alone`, it starts afterwards. */
 DEVICE void grid_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -384,8 +384,8 @@ DEVICE void wgmma_sees_stores() {}
 #endif
 
 /* sum (16 rows of a warp, COLUMNS) += a . b of 16 k, or = where not `adds`: the same registers on
- * every chip. rows: COLUMNS of b as wgmma_rows has them; k 16 i to 16 i + 15 of their 64. Up to
- * FEW_COLUMNS each warp multiplies for itself on Hopper, too: so none waits for others. */
+ * every chip. rows: COLUMNS of b as wgmma_rows has them; k 16 i to 16 i + 15 of their 64. On
+ * Hopper more than FEW_COLUMNS are only under way afterwards: see wgmma_begin. */
 enum { FEW_COLUMNS = 16 };
 template <int COLUMNS>
 DEVICE void multiply_rows(float (&sum)[COLUMNS / 2], const uint32_t a[4], const uint8_t *rows,
@@ -481,8 +481,8 @@ template <typename T> static void gpu_take(struct gpu *gpu, T **memory, size_t n
 /* Frees what gpu_take gave. */
 void gpu_free(struct gpu *gpu);
 
-/* Puts a kernel into the stream; on chips that can, it starts while the one before it ends: see
- * grid_wait. */
+/* Puts a kernel into the stream; on chips that can, and if not `alone`, it starts while the one
+ * before it ends: see grid_wait. */
 template <typename... Parameters, typename... Arguments>
 static void gpu_launch(struct gpu *gpu, const char *name, void (*kernel)(Parameters...), dim3 grid,
                        int threads, size_t shared, Arguments... arguments) {

@@ -12,7 +12,7 @@
  *
  * How a block runs. One fiber runs at a time, until it must wait: at __syncthreads for its block,
  * at sync_threads for a part of it, at a warp operation (shuffle, vote, __syncwarp, mma_bf16,
- * load_matrices, copy_pieces) for its warp, at barrier_wait for the end of an mbarrier's phase, at
+ * load_matrices, copy_piece) for its warp, at barrier_wait for the end of an mbarrier's phase, at
  * grid_wait for the kernel before it. Who waits marks itself so and hands over to another thread,
  * drawn at random (emu_run_another); the last one to come does the work for all and makes them
  * runnable. When no thread can run and some have not returned, they would wait forever: that is
@@ -23,7 +23,7 @@
  * undefined, there are NaNs. So what is missing in a kernel shows as a wrong result:
  *   - Blocks run in order, backwards or shuffled; threads in random order.
  *   - A block's shared memory is as large as was asked for, and full of NaNs.
- *   - Each piece of copy_pieces lands when it likes, at the latest when no thread can run (how late
+ *   - Each piece that is copied lands when it likes, at the latest when no thread can run (how late
  *     they are is drawn for each block); until then its target holds NaNs.
  *   - Where a launch may overlap the kernel before it, one of its blocks may run before that one,
  *     as far as grid_wait (emu_start_early).
@@ -1003,7 +1003,10 @@ void copy_pieces(void *to, const void *from, uint32_t bytes, bool, uint64_t *bar
 }
 
 void copy_piece(void *to, const void *from, uint32_t bytes, bool once, uint64_t *barrier) {
-    copy_pieces(to, from, emu.current->lane == 0 ? bytes : 0, once, barrier);
+    uint64_t own = (uint64_t)to * 3 ^ (uint64_t)from * 5 ^ (uint64_t)barrier * 7 ^ bytes;
+    if (__shfl_sync(0xFFFFFFFF, own, 0) != own)
+        emu_report("copy_piece: lanes name different pieces");
+    copy_pieces(to, from, emu_self("copy_piece")->lane == 0 ? bytes : 0, once, barrier);
 }
 
 void copies_sent(uint64_t *barrier) {

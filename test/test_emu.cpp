@@ -1182,6 +1182,24 @@ static __global__ void sending_kernel(const int *from, int n) {
     }
 }
 
+static __global__ void naming_kernel(const int *from) {
+    DYNAMIC_SHARED(char, shared);
+    uint64_t *barrier = reinterpret_cast<uint64_t *>(shared);
+    if (threadIdx.x == 0)
+        barrier_in(shared, 1);
+    __syncwarp();
+    copy_piece(shared + 16, from + threadIdx.x / 31 * 4, 16, false, barrier);
+    copies_sent(barrier);
+    barrier_wait(barrier, 0);
+}
+
+static void name_two_pieces() {
+    device_array<int> from(8);
+    emu_next_kernel("naming_kernel");
+    with(1, 32, 32)(naming_kernel, from.data);
+    cudaDeviceSynchronize();
+}
+
 static void send_and_forget(int n) {
     device_array<int> from(4);
     emu_next_kernel("sending_kernel");
@@ -1312,6 +1330,8 @@ static const mistake all_mistakes[] = {
      {"sending_kernel", "copies_sent, but all 1 arrivals have come"}},
     {"no wait for pieces", ALWAYS, [] { send_and_forget(1); },
      {"sending_kernel", "the block ends while pieces of copy_pieces are on their way"}},
+    {"two pieces for one", ALWAYS, [] { name_two_pieces(); },
+     {"naming_kernel", "copy_piece: lanes name different pieces"}},
     {"not one of some threads", ALWAYS, KERNEL(sync_threads<3, 32>()),
      {"erring_kernel", "sync_threads<3, 32>, but it is not one of these threads"}},
     {"a look around", ALWAYS, KERNEL(if (errs) { emu_where(); abort(); }),
