@@ -1565,17 +1565,17 @@ static void launch_generated(struct cuda_device *d, struct product p) {
                AHEAD_BYTES / unit_bytes(TYPE), p);
 }
 
-/* The product for n_generated rows, and for the prompt rows that p names. Blocks of the latter go
- * on to further tiles; where several devices share the GPU each has one, so that others get in. Of
- * one device they begin together, on an empty chip: so those that read the same weights or rows are
- * neighbours (see copy_piece). */
+/* The product for n_generated rows, and for the prompt rows that p names. Of the latter there may
+ * be more tiles than blocks: these then begin together, on an empty chip, so that those that read
+ * the same weights or rows are neighbours (see copy_piece), and go on to further tiles; where
+ * several devices share the GPU each block has one, so that others get in. */
 template <int TYPE, int EPILOGUE>
 static void launch_typed(struct cuda_device *d, struct product p, int n_generated) {
     if (p.n_rows > 0) {
         int blocks = d->card->properties.multiProcessorCount;
         int n = divide(p.first_row % 8 + p.n_rows, ROW_TILE) * p.matrix.n_panels;
         constexpr int GOES_ON = EPILOGUE == STORE ? (int)GO_ON : (int)EPILOGUE;
-        d->gpu.alone = true;
+        d->gpu.alone = n > blocks;
         launch_fed(d, "prompt_product_kernel",
                    p.initial ? prompt_product_kernel<TYPE, GOES_ON>
                              : prompt_product_kernel<TYPE, EPILOGUE>,
