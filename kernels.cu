@@ -894,7 +894,7 @@ DEVICE float activate(int activation, float gate, float up) {
  * e / 2 * 8 and row 8 j + 2 quad + e % 2. */
 struct corner {
     int tile, row;          /* the first of the rows */
-    int begin_row, end_row; /* those that are wanted; it ends behind its begin, or there */
+    int begin_row, end_row; /* those that are wanted; end_row >= begin_row */
     int first_bias;         /* of an expert: of those of all experts */
 };
 

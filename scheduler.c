@@ -150,9 +150,9 @@ static bool room_to_grow(const struct sched *s, const struct request *r, const s
                          int worker) {
     const struct worker *w = &s->workers[worker];
     int n_blocks = s->config.kv.device_blocks[worker], own = plan->n_decode - plan->n_hits;
-    int n_held = n_blocks - kv_reclaimable(s->kv, worker), held;
-    held = n_held += plan->missing[worker] + plan->loose[worker];
-    int likely = (int)s->likely_answer, n_there = 0;
+    int n_held = n_blocks - kv_reclaimable(s->kv, worker) + plan->missing[worker] +
+                 plan->loose[worker]; /* with what it would hold of what it finds */
+    int held = n_held, likely = (int)s->likely_answer, n_there = 0;
     if (w->n_admitted == 0 ||
         2 * (held + own + blocks_of(likely) * (w->n_admitted + 1)) <= n_blocks)
         return true;

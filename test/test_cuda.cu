@@ -884,8 +884,11 @@ static void faults(struct check *check) {
 }
 #endif
 
+/* ---- launches ---- */
+
 /* Two threads, each with a device of its own on one GPU, launch one kernel with more and with less
- * shared memory: what it may have belongs to the kernel, not to who launches it. */
+ * shared memory: what it may have belongs to the kernel, not to who launches it. So who launches it
+ * with less takes nothing from it. */
 struct launcher {
     struct gpu gpu;
     int bytes;
@@ -930,6 +933,18 @@ static void launches_of_two_threads(struct check *check) {
         CHECK(cudaStreamCreateWithPriority(&l->gpu.stream, cudaStreamNonBlocking, 0) == cudaSuccess,
               "no stream");
     }
+    gpu_enter(&launchers[0].gpu, "launching");
+    for (int i = 1; i >= 0; i--)
+        gpu_launch(&launchers[i].gpu, "store_last_kernel", store_last_kernel, 1, WARP,
+                   (size_t)launchers[i].bytes, launchers[i].bytes);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(WARP);
+    config.dynamicSmemBytes = (size_t)launchers[1].bytes;
+    config.stream = launchers[1].gpu.stream;
+    emu_next_kernel("store_last_kernel");
+    CHECK(cudaLaunchKernelEx(&config, store_last_kernel, launchers[1].bytes) == cudaSuccess,
+          "who had less has taken it");
     for (int i = 0; i < 2; i++)
         CHECK(!pthread_create(&threads[i], NULL, launch_often, &launchers[i]), "no thread");
     for (int i = 0; i < 2; i++) {

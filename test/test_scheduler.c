@@ -1602,6 +1602,53 @@ static void hits_are_no_room(struct check *check) {
     sched_destroy(s);
 }
 
+/* Nor is it room that answers there can grow into: whoever finds it will keep it. */
+static void hits_are_no_room_to_grow(struct check *check) {
+    struct sched_config config = config_of("b", (int[]){40}, 0, 8, 512);
+    config.likely_answer = 160;
+    struct sched *s = sched_create(&config);
+    static struct job jobs[3];
+    ask(s, &jobs[0], 0, 320, 1);
+    run_all(check, s);
+    ask(s, &jobs[1], 1, 180, 200);
+    while (jobs[1].request.length < 204 && step_once(s, 0) > 0) {
+    }
+    ask_after(s, &jobs[2], 2, 384, 200, jobs[0].tokens, 320);
+    CHECK(kv_usage(sched_kv(s), 0).cached == 20 && kv_reclaimable(sched_kv(s), 0) >= 25,
+          "it has no room now");
+    CHECK(jobs[2].request.state == REQUEST_WAITING, "both together outgrow their worker");
+    run_all(check, s);
+    CHECK(sched_stats(s).preemptions == 0, "they met");
+    sched_destroy(s);
+}
+
+/* Where no worker that decodes has room, one that prefills keeps an answer. So who waits for room
+ * looks again when there is enough on that one, which may be less: it has the prefix. */
+static void room_to_be_kept_is_seen(struct check *check) {
+    struct sched_config config = config_of("pd", (int[]){30, 28}, 0, 8, 512);
+    struct sched *s = sched_create(&config);
+    static struct job jobs[4];
+    struct kv_copy_order orders[28];
+    ask(s, &jobs[0], 0, 440, 8); /* fills the worker that decodes, which gets no steps */
+    (void)step_once(s, 0);
+    for (int i = 0, n = sched_copies(s, 1, orders, 28); i < n; i++)
+        sched_copied(s, &orders[i], true, 0);
+    ask(s, &jobs[1], 1, 400, 40);
+    (void)step_once(s, 0);
+    ask(s, &jobs[2], 2, 45, 3);
+    (void)step_once(s, 0);
+    CHECK(jobs[1].request.decode_worker == 0 && jobs[2].request.decode_worker == 0, "not kept");
+    ask_after(s, &jobs[3], 3, 400, 2, jobs[1].tokens, 384); /* lacks 2 blocks there, 26 elsewhere */
+    CHECK(jobs[3].request.state == REQUEST_WAITING && kv_reclaimable(sched_kv(s), 0) == 1,
+          "%d blocks are free", kv_reclaimable(sched_kv(s), 0));
+    while (jobs[2].request.state != REQUEST_FINISHED && step_once(s, 0) >= 0) {
+    }
+    CHECK(jobs[3].request.decode_worker == 0 && jobs[1].request.state == REQUEST_RUNNING,
+          "it waits though there is room");
+    run_all(check, s);
+    sched_destroy(s);
+}
+
 /* Where the largest worker has failed an answer goes on as far as the others hold it, and says so:
  * it does not end as if it were whole. Others' answers do not mind. */
 static void texts_too_long_for_who_is_left(struct check *check) {
@@ -1963,6 +2010,8 @@ int main(int argc, char **argv) {
         {"deadlines_end_requests", deadlines_end_requests},
         {"who_is_preempted_is_not_queued", who_is_preempted_is_not_queued},
         {"hits_are_no_room", hits_are_no_room},
+        {"hits_are_no_room_to_grow", hits_are_no_room_to_grow},
+        {"room_to_be_kept_is_seen", room_to_be_kept_is_seen},
         {"texts_too_long_for_who_is_left", texts_too_long_for_who_is_left},
         {"a_failed_worker_loses_one_block", a_failed_worker_loses_one_block},
         {"each_state_meets_each_event", each_state_meets_each_event},

@@ -85,8 +85,18 @@ static int noted_copies(struct sched *sched, int worker, struct kv_copy_order *o
     return n;
 }
 
+static struct { /* copies; n_workers 0: nobody counts */
+    int n_workers, good, failed, wrong, told;
+} counted;
+
 static void noted_copied(struct sched *sched, const struct kv_copy_order *order, bool ok,
                          double now) {
+    const int places[] = {order->from, order->to};
+    bool lost = false;
+    for (int i = 0; i < 2; i++)
+        lost = lost || (places[i] < counted.n_workers && sched_is_lost(sched, places[i]));
+    *(ok ? &counted.good : &counted.failed) += 1;
+    counted.wrong += ok == lost;
     record(CALL_COPIED, order->worker, now)->order = *order;
     sched_copied(sched, order, ok, now);
 }
@@ -120,6 +130,7 @@ static int noted_concerned(struct sched *sched) {
 
 static struct model model;
 static bool *ends_text;
+static double fails_at; /* the last worker; 0: never */
 
 /* n workers of one GPU each, of which the first prefill; 0: each does both. */
 static struct engine_config make_config(int n, int n_prefill, int chunk, int blocks) {
@@ -158,6 +169,8 @@ static struct outcome run_load_in(struct check *check, struct engine_config *con
     bool fits =
         cluster_open(&cluster, "--sim", name, NULL, error) && cluster_fit(&cluster, config, error);
     struct sim *sim = fits && load ? sim_open(&cluster, config, load, error) : NULL;
+    if (sim && fails_at > 0)
+        sched_fail_at(sim_sched(sim), config->n_workers - 1, sim_now(sim) + fails_at, 0, INFINITY);
     CHECK(sim && sim_run(sim, error), "%s", error);
     if (sim) {
         outcome.load = load_result(load);
@@ -333,6 +346,31 @@ static void any_chip_is_shared(struct check *check) {
     for (int i = 0; i < 2; i++)
         CHECK(fabs(copies_end(sim, 0, 1) / one - 1 - i) < 1e-6, "within the chip: %d", i);
     sim_close(sim);
+}
+
+static void count_told(void *context, const struct event *event) {
+    (void)context;
+    counted.told += event->kind == EVENT_COPY;
+}
+
+/* Copies from or to a worker that has failed meanwhile have failed, and the ledger has none. */
+static void copies_fail_with_their_worker(struct check *check) {
+    int n_failed = 0;
+    for (int i = 1; i <= 8; i++) {
+        struct engine_config config = make_config(4, 2, 256, 4000);
+        config.ledger.note = count_told;
+        memset(&counted, 0, sizeof counted);
+        counted.n_workers = 4;
+        fails_at = .002 * i;
+        struct outcome outcome = run_load_in(check, &config, "200:20", 20000, 1000);
+        CHECK(outcome.load.requests == 1000 && outcome.load.failed == 0, "requests have failed");
+        CHECK(counted.wrong == 0 && counted.told == counted.good && counted.good > 0,
+              "%d wrong, %d of %d told", counted.wrong, counted.told, counted.good);
+        n_failed += counted.failed;
+    }
+    CHECK(n_failed > 0, "no copy was on its way when the worker failed");
+    counted.n_workers = 0;
+    fails_at = 0;
 }
 
 /* ---- memory, bytes ---- */
@@ -612,6 +650,7 @@ int main(int argc, char **argv) {
         {"shards_pay_for_their_sums", shards_pay_for_their_sums},
         {"a_chip_is_shared", a_chip_is_shared},
         {"any_chip_is_shared", any_chip_is_shared},
+        {"copies_fail_with_their_worker", copies_fail_with_their_worker},
         {"memory_is_of_those_in_flight", memory_is_of_those_in_flight},
         {"the_same_bytes_twice", the_same_bytes_twice},
         {"refuses_in_a_line", refuses_in_a_line},
