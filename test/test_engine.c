@@ -493,11 +493,13 @@ static struct {
     struct fault fault;
     const struct device *hung;
     int n_copies[N_STREAMS]; /* that were asked for */
+    int n_rows;              /* of steps that did not fail */
 } faulty;
 
 static bool faulty_step_begin(struct device *device, const struct batch *batch) {
     if (device == faulty.engine->workers[1].shards[0] && faulty.fault.n_steps-- == 0)
         engine_tell_lost(faulty.engine);
+    __atomic_fetch_add(&faulty.n_rows, batch->n_rows, __ATOMIC_RELAXED);
     return faulty.whole.step_begin(device, batch);
 }
 
@@ -567,6 +569,9 @@ static bool answer_with_fault(struct check *check, struct fault fault, struct re
         while (r->state != REQUEST_FINISHED)
             engine_wait(engine, INFINITY);
     }
+    int counted = (int)(engine->prefill.tokens + engine->decode.tokens);
+    CHECK(counted == faulty.n_rows, "the pace is of %d rows, %d were computed", counted,
+          faulty.n_rows);
     engine_unlock(engine);
     check_waits = "an engine to close";
     backend->n_gpus = 0;
